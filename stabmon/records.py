@@ -1,0 +1,203 @@
+"""What flows through stabmon: one attention call, one sampled step's reading, one issue, one diagnosis.
+
+Records are frozen. ``AttentionCall`` holds live tensors and dies with the forward that made it; all the
+others hold NumPy arrays and plain values only, and can be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Severity = Literal["info", "warning", "error", "critical"]
+SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error", "critical")
+"""From least to most severe. ``error`` and above is an alarm."""
+
+IssueState = Literal["opened", "worsened", "closed"]
+
+
+def is_alarm(severity: Severity) -> bool:
+    """Whether ``severity`` claims that training is being harmed, or will be unless somebody acts."""
+    return SEVERITIES.index(severity) >= SEVERITIES.index("error")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One attention call of a model's own forward, just as the kernel was given it.
+
+    B batch, H query heads, H_kv key heads (H is a multiple of H_kv), Q queries, K keys, D head dimension.
+    """
+
+    layer: str
+    """Qualified name of the module that attends, without wrapper prefixes; ``name#1``… from its second call on."""
+    query: Tensor | None
+    """``[B, H, Q, D]``, after RoPE and query/key normalisation; None where only ``scores`` were seen."""
+    key: Tensor | None
+    """``[B, H_kv, K, D]``, before grouped heads are expanded; None where only ``scores`` were seen."""
+    scale: float
+    """The inverse temperature: scores are ``scale * query @ key.T``."""
+    is_causal: bool = False
+    """Query i sees keys 0 … i + K - Q (aligned at the bottom right)."""
+    mask: Tensor | None = None
+    """Bool (True is visible) or additive float (-inf, or the dtype's minimum, hides), broadcasts to ``[B, H, Q, K]``."""
+    window: int | None = None
+    """A query sees at most its ``window`` newest visible keys (itself included); None for all."""
+    softcap: float | None = None
+    """Scores become ``softcap * tanh(score / softcap)`` before mask and bias are added."""
+    sinks: Tensor | None = None
+    """``[H]`` learned sink logits that join each row's softmax but no value (GPT-OSS)."""
+    scores: Tensor | None = None
+    """``[B, H, Q, K]`` scores that the model itself formed, hidden keys at -inf: only where it hands over no query and key."""
+    dtype: torch.dtype = torch.float32
+    """The dtype in which the model's own kernel multiplies query and key."""
+    fused: bool = True
+    """Whether the model's kernel accumulates scores in float32 (fused), or rounds them to ``dtype`` (eager, hand-written)."""
+    module: nn.Module | None = None
+    """The module that attends."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What a rule must know of a layer besides its signals."""
+
+    heads: int
+    head_dim: int
+    scale: float
+    dtype: str
+    """The kernel's dtype, ``float16``, ``bfloat16``, ``float32`` …"""
+    fused: bool = True
+    """See :class:`AttentionCall`."""
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """All that was measured at one sampled step."""
+
+    step: int
+    """The optimizer step, counted from 1."""
+    loss: float | None
+    layers: Mapping[str, Mapping[str, np.ndarray]]
+    """``layers[layer][signal]`` is float64 ``[H]``, one value a query head; NaN where no row counted."""
+    info: Mapping[str, LayerInfo] = field(default_factory=dict)
+    learning_rate: float | None = None
+    """The largest rate over the optimizer's parameter groups at this step."""
+    gradients: Mapping[str, float] = field(default_factory=dict)
+    """L2 norm of the gradient of each attention module's own parameters, by layer, and of all parameters under ``""``."""
+    losses: tuple[tuple[int, float], ...] = ()
+    """(step, loss) of every step since the last reading, this one included, where the losses are known."""
+    micro_batches: int = 1
+    """How many forwards this reading is reduced over."""
+    non_finite: NonFinite | None = None
+    """Where a NaN or inf first came up, if one did since the last reading."""
+    overhead_fraction: float | None = None
+    """Share of wall time spent inside stabmon since the last reading."""
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """The first tensor of a step that held a NaN or an inf, found by replaying the step's batch."""
+
+    step: int
+    kind: Literal["parameter", "input", "activation", "score", "gradient", "loss"]
+    layer: str | None
+    """Qualified name of the first bad module."""
+    head: int | None
+    tensor: str
+    """What is bad in it, as ``q_proj.weight``, ``output``, ``query``, ``score``."""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class StabilityIssue:
+    """One thing that is, or is about to go, wrong with attention or with training."""
+
+    step: int
+    layer: str | None
+    """Qualified name of the module at fault; None where the whole run is meant."""
+    head: int | None
+    """The query head; None where the whole layer, or the run, is meant."""
+    issue_type: str
+    severity: Severity
+    value: float
+    threshold: float
+    suggestion: str
+    """What to do about it, and why."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values (numbers, strings, lists of them) on which the claim rests."""
+    eta_steps: float | None = None
+    """For a forecast: optimizer steps left until harm; None where none is made."""
+    state: IssueState = "opened"
+    """An issue is emitted when it opens, when it worsens and when it closes (then with severity ``info``)."""
+
+    @property
+    def key(self) -> tuple[str, str | None, int | None]:
+        """What an issue is about: (issue_type, layer, head)."""
+        return (self.issue_type, self.layer, self.head)
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether the severity is ``error`` or ``critical``."""
+        return is_alarm(self.severity)
+
+    @property
+    def where(self) -> str:
+        """The place in words: ``model.layers.3.self_attn head 5``, a layer alone, or ``run``."""
+        if self.layer is None:
+            return "run"
+        return self.layer if self.head is None else f"{self.layer} head {self.head}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The issue as plain values, one entry a field."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"evidence": dict(self.evidence)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StabilityIssue:
+        """The issue that :meth:`to_dict` wrote; entries that are no field are ignored."""
+        names = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What one sampled step showed.
+
+    Attributes:
+        step: the optimizer step, counted from 1.
+        issues: the issues that opened, worsened or closed at this step.
+        stats: ``stats[layer][signal]`` is float64 ``[H]``, one value a query head.
+        readings: the readings so far, oldest first, for plots over time.
+        open_issues: every issue open after this step.
+    """
+
+    step: int
+    issues: tuple[StabilityIssue, ...]
+    stats: Mapping[str, Mapping[str, np.ndarray]]
+    readings: tuple[Reading, ...] = ()
+    open_issues: tuple[StabilityIssue, ...] = ()
+
+    def has_issues(self) -> bool:
+        """Whether any issue opened or worsened at this step."""
+        return any(issue.state != "closed" for issue in self.issues)
+
+    def plot_entropy_heatmap(self, path: str | Path | None = None) -> Figure:
+        """Normalised entropy of every head at this step, layers by heads; saved to ``path`` where one is given."""
+        from stabmon.plots import signal_heatmap
+
+        return signal_heatmap(self.stats, "normalized_entropy", self.step, path)
+
+    def plot_curvature_evolution(self, path: str | Path | None = None) -> Figure:
+        """Largest log curvature bound of every layer over the steps so far; saved to ``path`` where one is given."""
+        from stabmon.plots import signal_evolution
+
+        return signal_evolution(self.readings, "hnf_log_curvature", path)
