@@ -18,8 +18,9 @@ class Sink:
     """A place that records are written to. Override what it has a use for; whatever it raises is caught by the group."""
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
-        """Get ready: ``run_dir`` is ``<run_dir>/stabmon`` (it exists), or None where nothing goes to disk; ``meta`` as in meta.json.
+        """Get ready.
 
+        ``run_dir`` is ``<run_dir>/stabmon`` (it exists), or None where nothing goes to disk; ``meta`` as in meta.json.
         Called again after a resume with the same ``run_dir``: append, do not start afresh.
         """
 
@@ -82,4 +83,13 @@ class SinkGroup(Sink):
                 self.sinks.remove(one)
                 name = type(one).__name__
                 self.failed[name] = f"{type(error).__name__}: {error}"
-                logger.warning("%s stopped and is left out from here on: %s. Training and the other sinks go on.", name, self.failed[name])
+                logger.warning("%s stopped and is left out: %s. Training and the other sinks go on.", name, self.failed[name])
+                self._let_go(one)
+
+    @staticmethod
+    def _let_go(broken: Sink) -> None:
+        """Close what has failed, so that it holds no file or run open; that this may fail as well is no news."""
+        try:
+            broken.close()
+        except Exception as error:
+            logger.debug("%s could not be closed either: %s: %s", type(broken).__name__, type(error).__name__, error)

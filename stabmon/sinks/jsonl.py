@@ -1,0 +1,141 @@
+"""Records as files: one JSON object a line, whole even after a kill. :mod:`stabmon.sinks.records_reader` reads them back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stabmon.records import LayerInfo, Reading, StabilityIssue
+from stabmon.sinks import exact_json
+from stabmon.sinks.base import Sink, sink
+
+logger = logging.getLogger("stabmon")
+
+SCHEMA_VERSION = 1
+READINGS, ISSUES, INTERVENTIONS, META = "readings.jsonl", "issues.jsonl", "interventions.jsonl", "meta.json"
+
+
+@sink
+class JsonlSink(Sink):
+    """Write ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json`` into the run's ``stabmon`` folder.
+
+    Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step, loss, layers,
+    learning_rate, gradients, losses, micro_batches, non_finite, overhead_fraction`` and, where it changed, ``info``) and
+    ``start``. Values are not rounded. A NaN or an infinity is null, and the line's ``nonfinite`` field says which and where:
+    see :data:`stabmon.sinks.exact_json.ENCODING`, repeated in meta.json.
+
+    A line is handed to the operating system in one write, so a killed process leaves every line complete but
+    perhaps the last, which the next start cuts off. A power failure may cost the lines of the last seconds.
+
+    Files are only ever appended to. ``start`` counts the times the folder was opened: a resumed run may write some steps a
+    second time, and the later start wins from its first reading on. meta.json is the newest start's.
+
+    Nothing is written where ``run_dir`` is None.
+
+    Raises:
+        OSError: if a file cannot be written (disk full, folder deleted).
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._dir: Path | None = None
+        self._start = 1
+        self._info: dict[str, LayerInfo] = {}
+
+    def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
+        self.close()
+        if run_dir is None:
+            return
+        self._dir = run_dir
+        self._start = _last_start(run_dir / META) + 1
+        self._info = {}
+        for name in (READINGS, ISSUES, INTERVENTIONS):
+            _cut_torn_line(run_dir / name)
+            self._files[name] = os.open(run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        own = {"schema_version": SCHEMA_VERSION, "start": self._start, "nonfinite_encoding": exact_json.ENCODING}
+        _replace(run_dir / META, exact_json.dumps({**own, **meta}))
+
+    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+        record: dict[str, Any] = {
+            "step": reading.step,
+            "loss": reading.loss,
+            "layers": reading.layers,
+            "learning_rate": reading.learning_rate,
+            "gradients": reading.gradients,
+            "losses": reading.losses,
+            "micro_batches": reading.micro_batches,
+            "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
+            "overhead_fraction": reading.overhead_fraction,
+        }
+        changed = {layer: info for layer, info in reading.info.items() if self._info.get(layer) != info}
+        if changed:
+            record["info"] = {layer: asdict(info) for layer, info in changed.items()}
+        self._append(READINGS, record)
+        self._info.update(changed)
+
+    def write_issue(self, issue: StabilityIssue) -> None:
+        self._append(ISSUES, issue.to_dict())
+
+    def write_intervention(self, record: Mapping[str, Any]) -> None:
+        self._append(INTERVENTIONS, record)
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one line, in one write where the system takes it whole."""
+        file = self._files.get(name)
+        if file is None:
+            return
+        if os.fstat(file).st_nlink == 0:
+            raise FileNotFoundError(f"{name} in {self._dir} was deleted while the run was writing to it")
+        line = exact_json.dumps({"schema_version": SCHEMA_VERSION, **record, "start": self._start}).encode() + b"\n"
+        while line:
+            line = line[os.write(file, line) :]
+
+
+def _last_start(meta: Path) -> int:
+    """``start`` of the newest start before this one, 0 for a new folder."""
+    try:
+        return int(json.loads(meta.read_bytes())["start"])
+    except FileNotFoundError:
+        return 0
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is unreadable (%s) and is written anew; a resumed run may count as the run before it", meta, error)
+        return 0
+
+
+def _cut_torn_line(path: Path) -> None:
+    """End the file with a whole line: what a killed write left behind its last newline goes, unless it is whole but for that."""
+    with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        tail, start = b"", end
+        while start > 0 and b"\n" not in tail:
+            block = min(1 << 16, start)
+            start = file.seek(start - block)
+            tail = file.read(block) + tail
+        torn = tail.rpartition(b"\n")[2]
+        if not torn:
+            return
+        try:
+            exact_json.loads(torn)
+        except ValueError:
+            file.truncate(end - len(torn))
+            logger.info("%s: cut off %d bytes of a line that was never finished", path, len(torn))
+        else:
+            file.seek(end)
+            file.write(b"\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file so that it is there as a whole or not at all."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(text + "\n")
+    fresh.replace(path)

@@ -1,0 +1,66 @@
+"""The few numbers of a sampled step that belong on a dashboard, under fixed names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from stabmon.records import Reading, StabilityIssue
+
+
+def dashboard_scalars(reading: Reading, open_issues: Sequence[StabilityIssue], *, alarms: int) -> dict[str, float]:
+    """Scalars of one sampled step: three a signal, one a signal and layer, and the state of the run.
+
+    - ``attention/<signal>/max``, ``/mean`` and ``/min`` over every head of the model;
+    - ``attention_layers/<layer>/<signal>``: over the heads of a layer, the largest value of a signal that is itself a
+      maximum (``max_logit``, the curvatures …), else the mean, so that one sick head is not averaged away where it counts;
+    - ``stability/issues_open``, ``stability/alarms`` and, once it is known, ``stability/overhead_fraction``.
+
+    Every value is finite: dashboards drop NaN, draw it as zero or refuse the whole batch. Heads at NaN or ±inf are left out,
+    and so is a scalar that has no finite head behind it; such heads show up as an issue, and exactly in the records.
+
+    Args:
+        reading: what was measured, ``layers[layer][signal]`` being ``[H]``.
+        open_issues: the issues open after this step.
+        alarms: how many issues of severity error or above the run has had so far.
+    """
+    scalars: dict[str, float] = {}
+    for signal, values in _by_signal(reading.layers).items():
+        if values.size:
+            scalars[f"attention/{signal}/max"] = float(values.max())
+            scalars[f"attention/{signal}/mean"] = float(values.mean())
+            scalars[f"attention/{signal}/min"] = float(values.min())
+    for layer, signals in reading.layers.items():
+        for signal, heads in signals.items():
+            values = _finite(heads)
+            if values.size:
+                reduced = values.max() if reduction(signal) == "max" else values.mean()
+                scalars[f"attention_layers/{layer}/{signal}"] = float(reduced)
+    scalars["stability/issues_open"] = float(len(open_issues))
+    scalars["stability/alarms"] = float(alarms)
+    if reading.overhead_fraction is not None and np.isfinite(reading.overhead_fraction):
+        scalars["stability/overhead_fraction"] = float(reading.overhead_fraction)
+    return scalars
+
+
+def reduction(signal: str) -> str:
+    """``"max"`` or ``"mean"``: how a signal is reduced over heads, as over rows; ``"mean"`` for a signal nobody registered."""
+    from stabmon.signals import SIGNALS
+
+    return str(SIGNALS[signal].reduction) if signal in SIGNALS else "mean"
+
+
+def _by_signal(layers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Signal -> its finite values over all heads of all layers, ``[N]``."""
+    gathered: dict[str, list[np.ndarray]] = {}
+    for signals in layers.values():
+        for signal, heads in signals.items():
+            gathered.setdefault(signal, []).append(_finite(heads))
+    return {signal: np.concatenate(parts) for signal, parts in gathered.items()}
+
+
+def _finite(heads: np.ndarray) -> np.ndarray:
+    """The finite ones of ``[H]`` values."""
+    values = np.asarray(heads, dtype=np.float64).reshape(-1)
+    return values[np.isfinite(values)]
