@@ -1,0 +1,6 @@
+"""An unmodified model in, a stream of its attention calls out."""
+
+from stabmon.capture.names import clean_name
+from stabmon.capture.session import AttentionCapture
+
+__all__ = ["AttentionCapture", "clean_name"]

@@ -1,0 +1,54 @@
+"""What the modules of a model are called, whatever wraps the model or lies in between."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_dp_module"})
+"""Attribute names that only wrappers use: left out wherever they appear in a qualified name."""
+
+LEADING = frozenset({"m", "module"})
+"""Attribute names that wrappers use at the root (an own ``m``, DDP's ``module``): left out at the head of a name only."""
+
+
+def clean_name(name: str) -> str:
+    """The qualified name of a module as its author wrote it, without what wrappers put in.
+
+    >>> clean_name("module._orig_mod.base_model.model.transformer.h.0.attn")
+    'transformer.h.0.attn'
+    """
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts:
+        if parts[0] in LEADING:
+            parts = parts[1:]
+        elif parts[:2] == ["base_model", "model"]:
+            parts = parts[2:]
+        else:
+            break
+    return ".".join(parts)
+
+
+class ModuleNames:
+    """Which modules belong to a model, what each is called, and how often each has attended in this forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: dict[int, str] = {}
+        for name, module in model.named_modules():
+            self._names[id(module)] = clean_name(name) or type(module).__name__
+        self._calls: Counter[int] = Counter()
+
+    def __contains__(self, module: object) -> bool:
+        return id(module) in self._names
+
+    def new_forward(self) -> None:
+        """Count calls from nought again."""
+        self._calls.clear()
+
+    def next_layer(self, module: nn.Module) -> str:
+        """The name of this call of ``module``: its own name, then ``name#1``, ``name#2`` … within one forward."""
+        calls = self._calls[id(module)]
+        self._calls[id(module)] += 1
+        name = self._names[id(module)]
+        return f"{name}#{calls}" if calls else name

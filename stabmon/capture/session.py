@@ -1,0 +1,145 @@
+"""One capture: adapters installed in a model's way for as long as it is open, and taken out again without trace."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from stabmon.capture.base import Adapter, isolated
+from stabmon.capture.names import ModuleNames
+from stabmon.capture.torch_functions import TorchFunctions
+from stabmon.capture.transformers_interface import TransformersInterface
+from stabmon.records import AttentionCall
+
+logger = logging.getLogger(__name__)
+
+
+ADAPTERS: tuple[Adapter, ...] = (TransformersInterface(), TorchFunctions())
+
+
+class AttentionCapture:
+    """Shows every attention call that an unmodified model makes while this is open, and changes nothing.
+
+    A context manager that can be entered any number of times, one after the other. Only calls that the entering thread
+    makes are seen, and none that backward makes (activation checkpoints run a forward again there).
+
+    Args:
+        model: the model as it trains; compiled, wrapped or plain.
+        on_call: receives each call as it happens, before the model's own kernel runs, with gradients, autocast and all
+            patches and modes off. It must not keep the tensors and must not draw from the global random generators.
+        modules: ``fnmatch`` patterns of module names whose softmax is attention, whatever it was computed from.
+        on_error: receives what goes wrong in ``on_call`` or in here; logged once a capture where None.
+        thorough: always watch torch functions, also where transformers' attention interface has shown everything so far.
+
+    Attributes:
+        calls: adapter name -> calls seen since it was last entered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        on_call: Callable[[AttentionCall], None],
+        *,
+        modules: Sequence[str] = (),
+        on_error: Callable[[Exception], None] | None = None,
+        thorough: bool = False,
+    ) -> None:
+        self.model = model
+        self.modules = tuple(modules)
+        self.calls: dict[str, int] = {}
+        self.names = ModuleNames(model)
+        self._on_call = on_call
+        self._on_error = on_error
+        self._thorough = thorough
+        self._adapters: tuple[Adapter, ...] = ADAPTERS
+        self._installed = ExitStack()
+        self._thread: int | None = None
+        self._inside = 0
+        self._logged = False
+
+    def __enter__(self) -> AttentionCapture:
+        if self._thread is not None:
+            raise RuntimeError("this AttentionCapture is open already: leave it before entering it again, or make a second one")
+        self.names = ModuleNames(self.model)
+        self.calls = Counter()
+        self._inside = 0
+        self._thread = threading.get_ident()
+        try:
+            self._install()
+        except BaseException:
+            self._thread = None
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread = None
+        self._installed.close()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Everything taken out for a while, then put back."""
+        thread, self._thread = self._thread, None
+        self._installed.close()
+        try:
+            yield
+        finally:
+            self._thread = thread
+            if thread is not None:
+                self._install()
+
+    def looked_for(self) -> str:
+        """What was looked for, in one line, for the error that no attention was found."""
+        return "; ".join(adapter.looks_for for adapter in self._adapters)
+
+    def listening(self) -> bool:
+        """Whether a call made right now by this thread is one of the model's own forward, not seen further out already."""
+        return not self._inside and self._thread == threading.get_ident() and torch._C._current_graph_task_id() == -1
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While a call that has been recorded runs: what it does inside is not looked at."""
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    def record(self, adapter: str, module: nn.Module, describe: Callable[[str], AttentionCall]) -> bool:
+        """Count one call of ``module`` and show it to ``on_call``; never raises.
+
+        Args:
+            adapter: the name under which the call is counted.
+            module: the module that attends; one of the model's.
+            describe: makes the record from the layer's name; run with gradients, autocast and modes off.
+        """
+        self.calls[adapter] = self.calls.get(adapter, 0) + 1
+        layer = self.names.next_layer(module)
+        try:
+            with self.inside(), isolated():
+                self._on_call(describe(layer))
+        except Exception as error:
+            self.failed(error)
+            return False
+        return True
+
+    def failed(self, error: Exception) -> None:
+        """Report what went wrong in here, without letting it reach the model."""
+        if self._on_error is not None:
+            self._on_error(error)
+        elif not self._logged:
+            self._logged = True
+            logger.warning("attention capture failed, and goes on without this call: %s", error, exc_info=error)
+
+    def _install(self) -> None:
+        with ExitStack() as stack:
+            for adapter in self._adapters:
+                stack.enter_context(adapter.installed(self))
+            handle = self.model.register_forward_pre_hook(lambda *_: self.names.new_forward(), prepend=True)
+            stack.callback(handle.remove)
+            self._installed = stack.pop_all()
