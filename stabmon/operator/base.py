@@ -1,0 +1,224 @@
+"""Attention as a linear operator A = softmax(z) that is applied, never written out.
+
+B batch, H query heads, H_kv key heads, Q queries, K keys, D head dimension. A *score* is
+``z = scale * query @ key.T``, before a softcap; a *logit* is what the softmax sees, after softcap and bias.
+Without a softcap the two are the same but for hidden keys.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from stabmon.operator.visibility import Visibility
+
+Statistic = Literal[
+    "log_partition",
+    "log_partition_2",
+    "log_partition_3",
+    "mean_score",
+    "entropy",
+    "max_score",
+    "min_score",
+    "max_logit",
+    "min_logit",
+    "log_odds_of_rest",
+    "first_key_mass",
+]
+"""What can be asked of each row; each is ``[B, H, Q]``. The same names are methods of the operator."""
+STATISTICS: frozenset[str] = frozenset(get_args(Statistic))
+
+
+EMPTY_ROW: dict[str, float] = {
+    "log_partition": -math.inf,
+    "log_partition_2": -math.inf,
+    "log_partition_3": -math.inf,
+    "max_score": -math.inf,
+    "max_logit": -math.inf,
+    "min_score": math.inf,
+    "min_logit": math.inf,
+    "log_odds_of_rest": -math.inf,
+}
+"""What a statistic is for a row that sees no key, where that is not 0."""
+
+
+class AttentionOperator(ABC):
+    """The attention of every head of one call, ready to be asked.
+
+    All results are float32 (float64 where the inputs or the engine are), on the inputs' device, without gradients. A row
+    that sees no key has an empty softmax: see :data:`EMPTY_ROW`, never NaN. A row with a NaN or +inf score is NaN.
+
+    A learned sink joins the softmax: it counts in ``log_partition``, ``mean_score`` and ``entropy``, and holds probability that no
+    key has; it is no score, so the maxima and minima leave it out.
+    """
+
+    engine: str
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        scale: float,
+        visibility: Visibility,
+        softcap: float | None,
+        sinks: Tensor | None,
+        given_scores: Tensor | None = None,
+    ) -> None:
+        self.query = query
+        self.key = key
+        self.scale = scale
+        self.visibility = visibility
+        self.softcap = softcap
+        self.sinks = sinks
+        self.given_scores = given_scores
+        self.batch, self.heads, self.queries = query.shape[:3]
+        self.key_heads, self.keys, self.head_dim = key.shape[1:]
+        self._known: dict[str, Tensor] = {}
+
+    def prepare(self, statistics: Iterable[str]) -> None:
+        """Compute these statistics together, in as few passes as the engine can; later questions for them cost nothing.
+
+        Raises:
+            ValueError: for a name that is none of :data:`Statistic`.
+        """
+        wanted = set(statistics)
+        if unknown := wanted - STATISTICS:
+            raise ValueError(f"unknown statistic {sorted(unknown)[0]!r}. Known: {', '.join(sorted(STATISTICS))}")
+        missing = wanted - self._known.keys()
+        if missing:
+            with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
+                self._known.update(self._compute(missing))
+
+    def log_partition(self, power: int = 1) -> Tensor:
+        """``[B, H, Q]`` L(a) = ln sum_j exp(a * logit_j), for the powers a = 1, 2, 3.
+
+        Raises:
+            ValueError: for another power.
+        """
+        if power not in (1, 2, 3):
+            raise ValueError(f"power {power!r} of the log-partition: use 1, 2 or 3")
+        return self._get("log_partition" if power == 1 else f"log_partition_{power}")
+
+    def mean_score(self) -> Tensor:
+        """``[B, H, Q]`` E_p[logit], the mean of a row's logits under its own softmax."""
+        return self._get("mean_score")
+
+    def entropy(self) -> Tensor:
+        """``[B, H, Q]`` -sum p ln p = L(1) - E_p[logit] in nats, formed where an engine loses the least of it to cancellation."""
+        return self._get("entropy")
+
+    def max_score(self) -> Tensor:
+        """``[B, H, Q]`` the largest visible score, before any softcap; exact with every engine."""
+        return self._get("max_score")
+
+    def min_score(self) -> Tensor:
+        """``[B, H, Q]`` the smallest visible score, before any softcap; exact with every engine."""
+        return self._get("min_score")
+
+    def max_logit(self) -> Tensor:
+        """``[B, H, Q]`` the largest visible logit, after softcap and bias."""
+        return self._get("max_logit")
+
+    def min_logit(self) -> Tensor:
+        """``[B, H, Q]`` the smallest visible logit, after softcap and bias."""
+        return self._get("min_logit")
+
+    def log_odds_of_rest(self) -> Tensor:
+        """``[B, H, Q]`` ln r = ln sum over all but the largest key of exp(logit - largest); -inf where nothing else is visible."""
+        return self._get("log_odds_of_rest")
+
+    def first_key_mass(self) -> Tensor:
+        """``[B, H, Q]`` probability on the first key that its batch element can see at all (key 0 unless padded on the left)."""
+        return self._get("first_key_mass")
+
+    def n_visible(self) -> Tensor:
+        """``[B, H, Q]`` int64: how many keys each row sees (a learned sink not counted)."""
+        return self.visibility.n_visible.expand(self.batch, self.heads, self.queries)
+
+    @cached_property
+    def occupied(self) -> Tensor:
+        """``[B, H, Q]`` bool: the row sees at least one key."""
+        return self.n_visible() > 0
+
+    @abstractmethod
+    def matvec(self, x: Tensor) -> Tensor:
+        """A x: ``x`` is ``[B or 1, H or H_kv or 1, K, C]``, the result ``[B, H, Q, C]``."""
+
+    @abstractmethod
+    def rmatvec(self, y: Tensor) -> Tensor:
+        """A^T y: ``y`` is ``[B or 1, H or 1, Q, C]``, the result ``[B, H, K, C]``, one for each *query* head."""
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> AttentionOperator:
+        """The operator of the query rows ``index`` (int64, ascending) only."""
+
+    @abstractmethod
+    def _compute(self, statistics: set[str]) -> dict[str, Tensor]:
+        """These statistics, and any that came for free."""
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self._known:
+            self.prepare([name])
+        return self._known[name]
+
+    def _per_query_head(self, x: Tensor) -> Tensor:
+        """``[B, H, K, C]`` from values given for every query head, key head, or once."""
+        if x.dim() != 4 or x.shape[2] != self.keys or x.shape[1] not in (1, self.key_heads, self.heads):
+            raise ValueError(
+                f"values of shape {tuple(x.shape)}: give [B, H or H_kv or 1, K, C] with H={self.heads}, "
+                f"H_kv={self.key_heads}, K={self.keys}"
+            )
+        if x.shape[1] == self.key_heads != self.heads:
+            x = x.repeat_interleave(self.heads // self.key_heads, dim=1)
+        return x.expand(self.batch, self.heads, -1, -1)
+
+    def _per_query_row(self, y: Tensor) -> Tensor:
+        if y.dim() != 4 or y.shape[2] != self.queries or y.shape[1] not in (1, self.heads):
+            raise ValueError(f"values of shape {tuple(y.shape)}: give [B, H or 1, Q, C] with H={self.heads}, Q={self.queries}")
+        return y.expand(self.batch, self.heads, -1, -1)
+
+
+def check_inputs(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> None:
+    """Say in one line what is wrong with the inputs of an operator, if anything is.
+
+    Raises:
+        ValueError: naming the value and the mend.
+    """
+    if query.dim() != 4 or key.dim() != 4:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)}: give [B, H, Q, D] and [B, H_kv, K, D]")
+    if not query.is_floating_point() or not key.is_floating_point():
+        raise ValueError(f"query is {query.dtype} and key is {key.dtype}: give floating-point tensors")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch or head dimension: make these equal")
+    if 0 in query.shape or 0 in key.shape:
+        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)}: nothing to attend in an empty batch, give data")
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads over {key.shape[1]} key heads: the first must be a multiple of the second")
+    if query.device != key.device:
+        raise ValueError(f"query is on {query.device} and key on {key.device}: move both to one device")
+    if not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"scale {scale!r}: give a finite number other than 0, usually head_dim ** -0.5")
+    if window is not None and window < 1:
+        raise ValueError(f"window {window!r}: give at least 1, or None for no window")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap {softcap!r}: give a positive number, or None for none")
+    if sinks is not None and sinks.shape != (query.shape[1],):
+        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: give one logit a query head, [{query.shape[1]}]")
+    if mask is not None:
+        wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"mask is {mask.dtype}: give bool (True is visible) or an additive float mask")
+        try:
+            fits = torch.broadcast_shapes(mask.shape, wanted) == torch.Size(wanted)
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(f"mask of shape {tuple(mask.shape)} does not broadcast to [B, H, Q, K] = {list(wanted)}: reshape it")

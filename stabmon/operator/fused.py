@@ -1,0 +1,112 @@
+"""Statistics from the fused kernel's own output and logsumexp: scores never leave the kernel.
+
+With the keys as values, one call gives the log-partition and the mean score. Exact where scores are plain ``scale * q.k`` under
+hiding masks; a pairwise bias, a softcap or a learned sink goes to the blockwise engine, and so do maxima and the odds of the
+rest, which no logsumexp resolves.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stabmon.operator.blockwise import BlockwiseAttention
+from stabmon.operator.kernels import Kernel, proven_kernel
+
+_CALLS = ("log_partition", "log_partition_2", "log_partition_3", "mean_score", "entropy", "first_key_mass")
+_MASKED_ROWS = 256
+"""Rows a call takes when a mask must be handed over, so that the part of the mask in memory is linear in K."""
+
+
+class FusedAttention(BlockwiseAttention):
+    """The fused kernel where it is exact, blockwise where it is not."""
+
+    engine = "fused"
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @functools.cached_property
+    def is_exact(self) -> bool:
+        """Whether scores are plain, so that the kernel sees what the model's softmax sees."""
+        plain = self.softcap is None and self.sinks is None and self.given_scores is None and not self.visibility.is_bias
+        return plain and self.query.dtype != torch.float64 and self.keys > 0
+
+    @functools.cached_property
+    def _kernel(self) -> Kernel | None:
+        return proven_kernel(self.query.device, self.head_dim) if self.is_exact else None
+
+    def _compute(self, statistics: set[str]) -> dict[str, Tensor]:
+        kernel = self._kernel
+        if kernel is None:
+            return super()._compute(statistics)
+        mine = statistics & set(_CALLS)
+        rest = statistics - mine
+        out = super()._compute(rest) if rest else {}
+        if mine & {"log_partition", "mean_score", "entropy"}:
+            means, out["log_partition"] = self._call(kernel, 1, self.key)
+            out["mean_score"] = self.scale * (self.query.float() * means).sum(-1)
+            out["entropy"] = torch.where(self.occupied, (out["log_partition"] - out["mean_score"]).clamp(min=0), 0.0)
+        for power in (2, 3):
+            if f"log_partition_{power}" in mine:
+                half = self.query.dtype in (torch.float16, torch.bfloat16)
+                lse_kernel = (proven_kernel(self.query.device, self.head_dim, self.query.dtype) if half else None) or kernel
+                out[f"log_partition_{power}"] = self._call(lse_kernel, power, self.key)[1]
+        if "first_key_mass" in mine:
+            first = self.visibility.first_visible
+            index = torch.zeros(1, 1, dtype=torch.int64, device=self.query.device) if first is None else first
+            indicator = torch.arange(self.keys, device=self.query.device) == index[..., None]
+            out["first_key_mass"] = self.matvec(indicator[..., None].float())[..., 0]
+        return out
+
+    def matvec(self, x: Tensor) -> Tensor:
+        kernel = self._kernel
+        if kernel is None:
+            return super().matvec(x)
+        x, columns = self._per_query_head(x).float(), x.shape[-1]
+        parts = []
+        with torch.no_grad():
+            for start in range(0, columns, self.head_dim):
+                part = x[..., start : start + self.head_dim]
+                padded = torch.nn.functional.pad(part, (0, self.head_dim - part.shape[-1]))
+                parts.append(self._call(kernel, 1, padded)[0][..., : part.shape[-1]])
+        return torch.cat(parts, dim=-1)
+
+    def _call(self, kernel: Kernel, power: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(A values, L(power)), ``[B, H, Q, D]`` and ``[B, H, Q]``; empty rows are 0 and -inf."""
+        out = torch.zeros(*self.query.shape[:3], values.shape[-1], device=self.query.device)
+        lse = torch.full(self.query.shape[:3], -math.inf, device=self.query.device)
+        key = self.key if values.shape[1] == self.key_heads else self._per_query_head(self.key)
+        for rows, cols, mask, causal in self._spans():
+            q, k, v = (x.to(kernel.dtype) for x in (self.query[:, :, rows], key[:, :, cols], values[:, :, cols]))
+            part, part_lse = kernel.run(q, k, v, mask, causal, power * self.scale)
+            out[:, :, rows], lse[:, :, rows] = part, part_lse
+        seen = self.occupied
+        return torch.where(seen[..., None], out, 0.0), torch.where(seen, lse, -math.inf)
+
+    def _spans(self) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
+        """Calls to make, as (rows, keys, additive mask, causal): one where the kernel's own causality will do."""
+        see = self.visibility
+        whole = slice(0, self.queries), slice(0, self.keys)
+        if see.everything or (see.is_causal and self.queries == 1 and see.window is None and see.mask is None and not see.offset < 0):
+            yield (*whole, None, False)
+            return
+        if see.is_causal and see.window is None and see.mask is None and see.offset == 0 and see.positions is None:
+            yield (*whole, None, True)
+            return
+        for start in range(0, self.queries, _MASKED_ROWS):
+            rows = slice(start, min(start + _MASKED_ROWS, self.queries))
+            low, high = see.key_range(rows.start, rows.stop)
+            if low < high:
+                hidden, _ = see.block(rows, slice(low, high))
+                yield rows, slice(low, high), None if hidden is None else _additive(hidden), False
+
+
+def _additive(hidden: Tensor) -> Tensor:
+    mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -math.inf)
+    return mask if mask.dim() == 4 else mask[None, None]

@@ -1,0 +1,232 @@
+"""Which keys each query sees: causality, window, mask and bias as one object that is asked block by block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_SUMMARY_ROWS = 128
+"""Query rows of a mask looked at together: keeps the summary's memory linear in the number of keys."""
+_CLASSIC_MASK = -9999.0
+"""Additive masks of old models hide with -10000 rather than -inf; such a value counts as hidden if the mask holds it and 0 only."""
+
+
+@dataclass(frozen=True, eq=False)
+class MaskSummary:
+    """What a pass over a mask learned; all but ``floor`` and ``is_bias`` are ``[B or 1, H or 1, Q]``."""
+
+    floor: float
+    """Values at or below this hide."""
+    is_bias: bool
+    """Some visible entry is not zero, so scores are changed pairwise."""
+    n_visible: Tensor
+    first: Tensor
+    """First visible key of a row; K where nothing is visible."""
+    last: Tensor
+    """Last visible key of a row, -1 where nothing is visible."""
+
+
+_summaries: dict[tuple[object, ...], tuple[StorageWeakRef, MaskSummary]] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Who sees whom among Q queries and K keys.
+
+    Args:
+        queries, keys: Q and K.
+        is_causal: query at position i sees keys up to i + offset.
+        window: with ``is_causal`` a query sees the ``window`` newest of these, itself included; without, all keys at a distance
+            below ``window``.
+        mask: ``[B or 1, H or 1, Q or 1, K]``, bool (True is visible) or additive float (-inf or the dtype's minimum hides), or None.
+        positions: ``[Q]`` position of each query row among ``offset``-aligned rows, ascending; None for 0 … Q - 1.
+        offset: K - Q of the whole call, so that the last query is aligned with the last key.
+    """
+
+    queries: int
+    keys: int
+    is_causal: bool
+    window: int | None
+    mask: Tensor | None
+    offset: int
+    device: torch.device
+    positions: Tensor | None = None
+
+    @property
+    def everything(self) -> bool:
+        """Whether every query sees every key."""
+        return self.mask is None and not self.is_causal and self.window is None
+
+    @cached_property
+    def _position_list(self) -> list[int]:
+        return list(range(self.queries)) if self.positions is None else self.positions.tolist()
+
+    @cached_property
+    def summary(self) -> MaskSummary | None:
+        """What the mask is like, or None without one; computed once for a mask that several calls share."""
+        return None if self.mask is None else _summarize(self.mask)
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether the mask changes visible scores."""
+        return self.summary is not None and self.summary.is_bias
+
+    def key_range(self, start: int, stop: int) -> tuple[int, int]:
+        """The keys that rows ``start`` to ``stop`` may see at all, as (first, past the last); may be empty."""
+        low, high = self._structural_range(self._position_list[start], self._position_list[stop - 1])
+        if self.mask is not None:
+            first, last = self._mask_range
+            low = max(low, min(first[start:stop]))
+            high = min(high, max(last[start:stop]) + 1)
+        return low, max(low, high)
+
+    def block(self, rows: slice, cols: slice) -> tuple[Tensor | None, Tensor | None]:
+        """Hidden entries (bool) and bias of a block, each broadcasting to ``[B, H, rows, cols]``, or None where there are none."""
+        hidden = self._structural_block(rows, cols)
+        if self.mask is None:
+            return hidden, None
+        assert self.summary is not None
+        part = self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(0, 1), cols]
+        if part.dtype == torch.bool:
+            masked = part.logical_not()
+        else:
+            masked = part <= self.summary.floor
+        bias = part if self.summary.is_bias else None
+        return (masked if hidden is None else masked | hidden), bias
+
+    def pieces(self, rows: slice, cols: slice) -> list[tuple[slice, Tensor | None, Tensor | None]]:
+        """The parts of a block that need masking or bias, as (columns, hidden, bias); columns in none of them are plain."""
+        if self.mask is not None:
+            return [(cols, *self.block(rows, cols))]
+        if self.everything:
+            return []
+        first, last = self._position_list[rows.start] + self.offset, self._position_list[rows.stop - 1] + self.offset
+        seen_from, seen_to = cols.start, cols.stop
+        if self.window is not None:
+            seen_from = max(seen_from, last - self.window + 1)
+            seen_to = seen_to if self.is_causal else min(seen_to, first + self.window)
+        if self.is_causal:
+            seen_to = min(seen_to, first + 1)
+        if seen_from >= seen_to:
+            return [(cols, *self.block(rows, cols))]
+        sides = [slice(cols.start, seen_from), slice(seen_to, cols.stop)]
+        return [(side, *self.block(rows, side)) for side in sides if side.start < side.stop]
+
+    @cached_property
+    def n_visible(self) -> Tensor:
+        """``[B or 1, H or 1, Q]`` int64: how many keys each query sees."""
+        structural = self.is_causal or self.window is not None
+        if self.mask is None:
+            position = self._row_positions() + self.offset
+            high = position.clamp(max=self.keys - 1) if self.is_causal else torch.full_like(position, self.keys - 1)
+            low = torch.zeros_like(position)
+            if self.window is not None:
+                low = (position - self.window + 1).clamp(min=0)
+                high = high if self.is_causal else (position + self.window - 1).clamp(max=self.keys - 1)
+            return (high - low + 1).clamp(min=0)[None, None]
+        assert self.summary is not None
+        if not structural:
+            return self.summary.n_visible
+        return self._count()
+
+    @cached_property
+    def first_visible(self) -> Tensor | None:
+        """``[B or 1, H or 1]`` int64: the first key that any query sees; None where that is key 0 for all."""
+        if self.mask is None:
+            return None
+        assert self.summary is not None
+        return self.summary.first.amin(-1).clamp(max=self.keys - 1)
+
+    def select(self, index: Tensor) -> Visibility:
+        """The same for the query rows ``index`` (ascending) only."""
+        positions = self._row_positions()[index]
+        mask = self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, index]
+        return Visibility(len(index), self.keys, self.is_causal, self.window, mask, self.offset, self.device, positions)
+
+    def _row_positions(self) -> Tensor:
+        return torch.arange(self.queries, device=self.device) if self.positions is None else self.positions
+
+    @cached_property
+    def _mask_range(self) -> tuple[list[int], list[int]]:
+        """First and last visible key of each row, over batch and heads."""
+        assert self.summary is not None
+        first = self.summary.first.amin(dim=(0, 1)).expand(self.queries)
+        last = self.summary.last.amax(dim=(0, 1)).expand(self.queries)
+        return first.tolist(), last.tolist()
+
+    def _structural_range(self, first_position: int, last_position: int) -> tuple[int, int]:
+        low, high = 0, self.keys
+        if self.is_causal:
+            high = min(high, last_position + self.offset + 1)
+        if self.window is not None:
+            low = max(low, first_position + self.offset - self.window + 1)
+            if not self.is_causal:
+                high = min(high, last_position + self.offset + self.window)
+        return low, max(high, 0)
+
+    def _structural_block(self, rows: slice, cols: slice) -> Tensor | None:
+        """Hidden by causality or window, ``[rows, cols]``; None where nothing is."""
+        if not self.is_causal and self.window is None:
+            return None
+        first, last = self._position_list[rows.start] + self.offset, self._position_list[rows.stop - 1] + self.offset
+        past = self.is_causal and cols.stop - 1 > first
+        old = self.window is not None and last - self.window + 1 > cols.start
+        ahead = self.window is not None and not self.is_causal and cols.stop - 1 > first + self.window - 1
+        if not (past or old or ahead):
+            return None
+        position = (self._row_positions()[rows] + self.offset)[:, None]
+        key = torch.arange(cols.start, cols.stop, device=self.device)
+        hidden = key > position if self.is_causal else torch.zeros(len(position), len(key), dtype=torch.bool, device=self.device)
+        if self.window is not None:
+            hidden = hidden | (key <= position - self.window)
+            if not self.is_causal:
+                hidden = hidden | (key >= position + self.window)
+        return hidden
+
+    def _count(self) -> Tensor:
+        counts = []
+        for start in range(0, self.queries, _SUMMARY_ROWS):
+            rows = slice(start, min(start + _SUMMARY_ROWS, self.queries))
+            hidden, _ = self.block(rows, slice(0, self.keys))
+            assert hidden is not None
+            counts.append((~hidden).sum(-1))
+        return torch.cat(counts, dim=-1)
+
+
+def _summarize(mask: Tensor) -> MaskSummary:
+    """The summary of ``mask``, remembered while its storage lives unchanged: a model hands one mask to every layer."""
+    stamp = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype, mask._version)
+    known = _summaries.get(stamp)
+    if known is not None and not known[0].expired():
+        return known[1]
+    summary = _make_summary(mask)
+    for old in [key for key, (storage, _) in _summaries.items() if storage.expired()]:
+        del _summaries[old]
+    _summaries[stamp] = (StorageWeakRef(mask.untyped_storage()), summary)
+    return summary
+
+
+def _make_summary(mask: Tensor) -> MaskSummary:
+    floor, is_bias = -math.inf, False
+    if mask.dtype != torch.bool:
+        floor = torch.finfo(mask.dtype).min / 2
+        low = mask.amin().item()
+        rows = mask.split(_SUMMARY_ROWS, dim=2)
+        if floor < low <= _CLASSIC_MASK and all(bool(((part == 0) | (part == low)).all()) for part in rows):
+            floor = low
+    keys = mask.shape[-1]
+    index = torch.arange(keys, device=mask.device)
+    counts, firsts, lasts = [], [], []
+    for part in mask.split(_SUMMARY_ROWS, dim=2):
+        visible = part if part.dtype == torch.bool else part > floor
+        if part.dtype != torch.bool and not is_bias:
+            is_bias = bool(((part != 0) & visible).any())
+        counts.append(visible.sum(-1))
+        firsts.append(torch.where(visible, index, keys).amin(-1))
+        lasts.append(torch.where(visible, index, -1).amax(-1))
+    return MaskSummary(floor, is_bias, torch.cat(counts, -1), torch.cat(firsts, -1), torch.cat(lasts, -1))
