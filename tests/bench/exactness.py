@@ -1,0 +1,238 @@
+"""Does stabmon see every attention call of an unmodified model, and are its numbers right?
+
+    python tests/bench/exactness.py                       the table; exit status 1 if an aim is missed (under a minute)
+    python tests/bench/exactness.py --json                the same as one JSON object
+    python tests/bench/exactness.py --only llama          the models whose name contains a word
+    python tests/bench/exactness.py --check-references    the references against the models' own attention, in float64
+
+Each model is run three times on one batch: with plain forward hooks that hand each attention module's input to a float64
+reference (``references/``: its own formulas, the module's weights, nothing of stabmon), inside ``AttentionCapture``, and
+inside ``AttentionAnalyzer``. Per head and layer, the analyzer's mean entropy, mean max probability and max score must lie
+within 1e-4 of the reference (entropy in nats; score relative to max(1, |score|), before any softcap). Means are over the
+rows that see at least one key; whether such a row belongs to a padding token is not known to a kernel, and makes no difference
+here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+from albert import AlbertUnavailable
+from references import decoders, encoders, handwritten, seq2seq
+from references.case import Batch, Case, record_calls
+from references.formulas import statistics
+from references.selfcheck import reference_error
+from torch import Tensor, nn
+
+CASES = (*decoders.CASES, *encoders.CASES, *seq2seq.CASES, *handwritten.CASES)
+AIM = 1e-4
+AUTOCAST_AIMS = {"attention_entropy": 0.1, "max_logit": 2.0**-6, "max_probability": 0.03}
+"""Under bf16 autocast weights, inputs, queries and keys are each rounded to 8 bits (2^-9 at worst, a score of 30 by 0.1 or
+more), which the float64 reference is not: this row shows the size of that, and that nothing worse happens."""
+REFERENCE_AIM = 1e-9
+SIGNALS = {"attention_entropy": "entropy", "max_logit": "max score", "max_probability": "max prob"}
+
+
+@dataclass
+class Row:
+    """One model in one implementation."""
+
+    model: str
+    implementation: str
+    expected_calls: int
+    aims: dict[str, float]
+    captured_calls: int | None = None
+    heads: int = 0
+    deviations: dict[str, float] = field(default_factory=dict)
+    """Largest over layers and heads."""
+    worst: dict[str, str] = field(default_factory=dict)
+    """The layer and head of each largest deviation."""
+    entropy_span: tuple[float, float] | None = None
+    """Smallest and largest mean entropy of a head, by the reference, nats."""
+    log_keys: float = 0.0
+    """Natural log of the most keys any row sees, the entropy's upper limit."""
+    problems: list[str] = field(default_factory=list)
+    skipped: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether all calls were seen and every deviation is within its aim."""
+        return not self.problems
+
+
+def measure(case: Case, implementation: str, *, autocast: bool = False) -> Row:
+    """Run one model with the reference's hooks, with the capture and with the analyzer, and compare."""
+    import stabmon
+    from stabmon.capture import AttentionCapture
+
+    aims = AUTOCAST_AIMS if autocast else dict.fromkeys(SIGNALS, AIM)
+    row = Row(case.name, implementation + (", bf16 autocast" if autocast else ""), case.expected, aims)
+    torch.manual_seed(0)
+    try:
+        model, batch = case.build(implementation)
+    except AlbertUnavailable as error:
+        row.skipped = str(error)
+        return row
+    model.train(case.training)
+
+    with record_calls(model, case.attention) as calls:
+        plain_output = run(model, batch, autocast)
+    reference = {}
+    with torch.no_grad():
+        for call in calls:
+            attention = case.attend(call, batch)
+            reference[call.name] = statistics(attention)
+            row.log_keys = max(row.log_keys, math.log(attention.visible.sum(-1).max().item()))
+    entropies = torch.cat([values["attention_entropy"] for values in reference.values()])
+    row.heads, row.entropy_span = len(entropies), (entropies.min().item(), entropies.max().item())
+
+    seen: list[str] = []
+    with AttentionCapture(model, lambda attention_call: seen.append(attention_call.layer)):
+        run(model, batch, autocast)
+    row.captured_calls = len(seen)
+    if sorted(seen) != sorted(reference):
+        row.problems.append(f"captured {sorted(seen)}, expected {sorted(reference)}")
+    if len(calls) != case.expected:
+        row.problems.append(f"the reference saw {len(calls)} calls, the architecture has {case.expected}")
+
+    with stabmon.AttentionAnalyzer(model) as analyzer:
+        watched_output = run(model, batch, autocast)
+    if not torch.equal(plain_output, watched_output):
+        row.problems.append("the model's output is not the same bit for bit while it is watched")
+    compare(row, analyzer.diagnose().stats, reference)
+    return row
+
+
+def run(model: nn.Module, batch: Batch, autocast: bool) -> Tensor:
+    """One forward from a fixed random state; the model's main output."""
+    torch.manual_seed(1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(**batch)
+    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor
+
+
+def compare(row: Row, stats: Mapping[str, Mapping[str, Any]], reference: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Fill in the row's deviations and what is wrong with them."""
+    for signal, title in SIGNALS.items():
+        worst, place = 0.0, ""
+        for layer, expected in reference.items():
+            truth = expected[signal].numpy()
+            got = np.asarray(stats.get(layer, {}).get(signal, math.nan), dtype=np.float64)
+            if got.shape != truth.shape:
+                row.problems.append(f"{layer} {signal}: shape {got.shape}, expected {truth.shape}")
+                worst, place = math.inf, layer
+                continue
+            size = np.maximum(1.0, np.abs(truth)) if signal == "max_logit" else 1.0
+            error = np.nan_to_num(np.abs(got - truth) / size, nan=math.inf)
+            if error.max() >= worst:
+                worst, place = float(error.max()), f"{layer} head {error.argmax()}"
+        row.deviations[signal], row.worst[signal] = worst, place
+        if not worst <= row.aims[signal]:
+            row.problems.append(f"{title} is off by {worst:.2g} at {place}, aim {row.aims[signal]:.2g}")
+    if surplus := sorted(set(stats) - set(reference)):
+        row.problems.append(f"layers reported that do not attend: {surplus}")
+
+
+def rows(only: str) -> Iterator[Row]:
+    """Every model in every implementation, and one under autocast."""
+    for case in CASES:
+        if only.lower() in case.name.lower():
+            for implementation in case.implementations:
+                yield measure(case, implementation)
+            if case.name.startswith("Llama"):
+                yield measure(case, "sdpa", autocast=True)
+
+
+LINE = "{:<32} {:<20} {:>8} {:>6} {:>9} {:>9} {:>9}  {:<19} {}"
+HEADER = LINE.format("model", "implementation", "calls", "heads", "entropy", "score", "max prob", "entropy span, limit", "")
+
+
+def line(row: Row) -> str:
+    """The row as text."""
+    if row.skipped:
+        return LINE.format(row.model, row.implementation, "-", "-", "-", "-", "-", "-", f"SKIPPED: {row.skipped}")
+    low, high = row.entropy_span or (math.nan, math.nan)
+    deviations = [f"{row.deviations[signal]:.1e}" for signal in SIGNALS]
+    text = LINE.format(
+        row.model, row.implementation, f"{row.captured_calls}/{row.expected_calls}", row.heads, *deviations,
+        f"{low:.2f}-{high:.2f}, {row.log_keys:.2f}", "ok" if row.passed else "MISSED")  # fmt: skip
+    return "\n".join([text, *(f"    {problem}" for problem in row.problems)])
+
+
+def compare_all(arguments: argparse.Namespace) -> int:
+    """Measure, print, and say whether all aims were met."""
+    began, measured = time.perf_counter(), []
+    if not arguments.json:
+        print("Largest deviation from the float64 reference; aims: calls all seen, deviations within 1e-4\n" + HEADER)
+    for row in rows(arguments.only):
+        measured.append(row)
+        if not arguments.json:
+            print(line(row), flush=True)
+    missed = [row for row in measured if not row.passed]
+    seconds = time.perf_counter() - began
+    if arguments.json:
+        results = [asdict(row) | {"passed": row.passed} for row in measured]
+        print(
+            json.dumps({"schema_version": 1, "passed": not missed, "seconds": seconds, "rows": finite(results)}, allow_nan=False)
+        )
+    else:
+        skipped = sum(row.skipped is not None for row in measured)
+        print(f"{len(measured) - len(missed) - skipped} met, {len(missed)} missed, {skipped} skipped, {seconds:.0f} s")
+    return 1 if missed else 0
+
+
+def finite(value: Any) -> Any:
+    """The value with NaN and infinities as strings, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_references(arguments: argparse.Namespace) -> int:
+    """Hold each reference against the model's own eager attention."""
+    errors: dict[str, float | str] = {}
+    for case in CASES:
+        if arguments.only.lower() in case.name.lower():
+            try:
+                errors[case.name] = reference_error(case)
+            except AlbertUnavailable as why:
+                errors[case.name] = f"SKIPPED: {why}"
+    passed = all(isinstance(error, str) or error <= REFERENCE_AIM for error in errors.values())
+    if arguments.json:
+        print(json.dumps({"schema_version": 1, "passed": passed, "probability_error": finite(errors)}, allow_nan=False))
+    else:
+        print(f"Largest deviation of a probability from the model's own attention, all in float64; aim {REFERENCE_AIM:.0e}")
+        for name, error in errors.items():
+            print(f"{name:<32} {error if isinstance(error, str) else f'{error:.1e}'}")
+    return 0 if passed else 1
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--only", default="", metavar="WORD", help="models whose name contains WORD")
+    parser.add_argument("--check-references", action="store_true", help="check the references instead")
+    arguments = parser.parse_args()
+    if not any(arguments.only.lower() in case.name.lower() for case in CASES):
+        parser.error(f"no model's name contains {arguments.only!r}; known: {', '.join(case.name for case in CASES)}")
+    return check_references(arguments) if arguments.check_references else compare_all(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
