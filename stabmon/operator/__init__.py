@@ -6,7 +6,6 @@ length) and ``fused`` (the fused kernel's own output and logsumexp).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from stabmon.operator.base import STATISTICS, AttentionOperator, check_inputs

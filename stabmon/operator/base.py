@@ -197,11 +197,15 @@ def check_inputs(
     if not query.is_floating_point() or not key.is_floating_point():
         raise ValueError(f"query is {query.dtype} and key is {key.dtype}: give floating-point tensors")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
-        raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch or head dimension: make these equal")
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch or head dimension: make these equal"
+        )
     if 0 in query.shape or 0 in key.shape:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)}: nothing to attend in an empty batch, give data")
     if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads over {key.shape[1]} key heads: the first must be a multiple of the second")
+        raise ValueError(
+            f"{query.shape[1]} query heads over {key.shape[1]} key heads: the first must be a multiple of the second"
+        )
     if query.device != key.device:
         raise ValueError(f"query is on {query.device} and key on {key.device}: move both to one device")
     if not math.isfinite(scale) or scale == 0:

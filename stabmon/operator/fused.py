@@ -93,7 +93,9 @@ class FusedAttention(BlockwiseAttention):
         """Calls to make, as (rows, keys, additive mask, causal): one where the kernel's own causality will do."""
         see = self.visibility
         whole = slice(0, self.queries), slice(0, self.keys)
-        if see.everything or (see.is_causal and self.queries == 1 and see.window is None and see.mask is None and not see.offset < 0):
+        if see.everything or (
+            see.is_causal and self.queries == 1 and see.window is None and see.mask is None and not see.offset < 0
+        ):
             yield (*whole, None, False)
             return
         if see.is_causal and see.window is None and see.mask is None and see.offset == 0 and see.positions is None:

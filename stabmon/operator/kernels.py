@@ -81,7 +81,13 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
         return torch.where(i >= j, z, -float("inf")) if causal else z
 
     out, aux = torch.compile(flex_attention)(
-        q, k, v, score_mod=score, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True)
+        q,
+        k,
+        v,
+        score_mod=score,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=True),  # type: ignore[arg-type]
     )
     return out, aux.lse
 
@@ -112,7 +118,9 @@ def proven_kernel(device: torch.device, head_dim: int, dtype: torch.dtype = torc
             return kernel
         doubts.append(f"{name} is off by {deviation:.1g}")
     if doubts:
-        logger.warning("Fused attention on %s, head dim %d: %s; the blockwise engine is used.", device, head_dim, "; ".join(doubts))
+        logger.warning(
+            "Fused attention on %s, head dim %d: %s; the blockwise engine is used.", device, head_dim, "; ".join(doubts)
+        )
     return None
 
 

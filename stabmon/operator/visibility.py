@@ -92,10 +92,7 @@ class Visibility:
             return hidden, None
         assert self.summary is not None
         part = self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(0, 1), cols]
-        if part.dtype == torch.bool:
-            masked = part.logical_not()
-        else:
-            masked = part <= self.summary.floor
+        masked = part.logical_not() if part.dtype == torch.bool else part <= self.summary.floor
         bias = part if self.summary.is_bias else None
         return (masked if hidden is None else masked | hidden), bias
 

@@ -1,0 +1,120 @@
+"""How sharply a row's softmax bends, and whether a gradient still passes it: B batch, H query heads, Q queries."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from stabmon.operator import AttentionOperator
+from stabmon.signals.base import signal
+from stabmon.signals.scores import _largest_magnitude
+
+_SQUARINGS = 4
+_SATURATED = 1e-3
+"""A row whose softmax passes less than this share of a gradient is saturated."""
+
+
+@signal(unit="norm", reduction="max", needs=("log_partition", "log_partition_2", "log_partition_3"))
+def softmax_jacobian_norm(attention: AttentionOperator) -> Tensor:
+    r"""Frobenius norm of each row's softmax Jacobian, :math:`\|\mathrm{diag}(p) - p p^\top\|_F`.
+
+    Returns:
+        ``[B, H, Q]`` in ``[0, 1/sqrt 2]``, 0 for a one-hot row (no gradient passes) and for a row that sees nothing; NaN where the
+        softmax is NaN. With a learned sink, the Jacobian of the softmax over keys and sink.
+
+    Source:
+        ``sum p^2 - 2 sum p^3 + (sum p^2)^2`` from log-partitions.
+    """
+    two = _moment(attention, 2)
+    squared = two - 2 * _moment(attention, 3) + two.square()
+    return squared.clamp(min=0).sqrt()
+
+
+@signal(unit="ln curvature", reduction="max", needs=("log_odds_of_rest",))
+def hnf_log_curvature(attention: AttentionOperator) -> Tensor:
+    r"""Upper bound on the log curvature of each row's softmax as a function of its query and of all keys.
+
+    :math:`\kappa \le \lambda [\beta^2 (\|q\|^2 + \|K\|_2^2) / \sqrt 2 + \beta / 2]` with
+    :math:`\lambda \le \min(m, 2m(1-m))`, the largest eigenvalue of the Jacobian, in log form, so that saturated rows keep their
+    digits. It rises with the scores and falls again once the row saturates.
+
+    Returns:
+        ``[B, H, Q]``; -inf for a row that sees one key or none. ``||K||_2`` enters by an upper bound (the Schatten-32 norm) that is at
+        most 14% above it at D = 64. NaN for scores that came without query and key.
+
+    Source:
+        The curvature invariant kappa_f = |D^2 f| / 2 of the HNF programme, bounded jointly in query and keys.
+    """
+    if attention.given_scores is not None:
+        return torch.full_like(attention.log_odds_of_rest(), math.nan)
+    beta = abs(attention.scale)
+    q_squared = attention.query.to(attention.log_odds_of_rest().dtype).square().sum(-1)
+    k_squared = _spectral_norm_squared(attention.key).repeat_interleave(attention.heads // attention.key_heads, dim=1)
+    size = beta**2 * (q_squared + k_squared[..., None]) / math.sqrt(2) + beta / 2
+    return _log_jacobian_eigenvalue(attention) + size.log()
+
+
+@signal(unit="ln curvature", reduction="max", needs=("max_logit", "min_logit"))
+def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
+    """The classic, loose curvature bound in log form, ln|Q| + ln|K| - ln D + 2 max|z|: it orders heads by max|z| and cannot overflow.
+
+    Norms are Frobenius norms over the head's queries and keys of the batch element. Never compare its exponential with a constant.
+
+    Returns:
+        ``[B, H, Q]``, with the row's own max|z|; NaN for scores that came without query and key.
+
+    Source:
+        The transformer bound of the HNF programme; see :func:`hnf_log_curvature` for the tight one.
+    """
+    largest = _largest_magnitude(attention)
+    if attention.given_scores is not None:
+        return torch.full_like(largest, math.nan)
+    query_norm = torch.linalg.vector_norm(attention.query.to(largest.dtype), dim=(-2, -1))
+    key_norm = torch.linalg.vector_norm(attention.key.to(largest.dtype), dim=(-2, -1))
+    key_norm = key_norm.repeat_interleave(attention.heads // attention.key_heads, dim=1)
+    log_norms: Tensor = query_norm.log() + key_norm.log() - math.log(attention.head_dim)
+    return log_norms[..., None] + 2 * largest
+
+
+@signal(unit="share of rows", reduction="mean", needs=("log_odds_of_rest",), least_visible=2)
+def saturated_fraction(attention: AttentionOperator) -> Tensor:
+    """Whether a row's softmax passes less than a thousandth of any gradient: 1 where its Jacobian's norm must be below 1e-3.
+
+    Returns:
+        ``[B, H, Q]`` of 0 and 1; the mean over rows is the share of a head's rows that no longer learn from their scores.
+
+    Source:
+        ``|dL/dz| <= lambda |dL/dp|`` with ``lambda <= 2m(1 - m)``.
+    """
+    return (_log_jacobian_eigenvalue(attention) < math.log(_SATURATED)).to(attention.log_odds_of_rest().dtype)
+
+
+def _log_jacobian_eigenvalue(attention: AttentionOperator) -> Tensor:
+    """Upper bound on ln lambda_max(diag(p) - p p^T) from r = (1 - m) / m; right down to ln r = -100 in float32."""
+    log_r = attention.log_odds_of_rest()
+    return torch.minimum(-softplus(log_r), math.log(2) + log_r - 2 * softplus(log_r))
+
+
+def _moment(attention: AttentionOperator, power: int) -> Tensor:
+    """sum_j p_j ** power of each row; 0 for a row that sees nothing."""
+    logarithm = attention.log_partition(power) - power * attention.log_partition()
+    return torch.where(attention.occupied, logarithm, -torch.inf).exp()
+
+
+def _spectral_norm_squared(key: Tensor) -> Tensor:
+    """``[B, H_kv]`` upper bound on the squared spectral norm of each head's keys ``[K, D]``: (tr G^p)^(1/p) of G = K^T K with p = 16."""
+    key = key if key.dtype == torch.float64 else key.float()
+    gram = key.mT @ key
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    power = gram / trace.clamp(min=torch.finfo(gram.dtype).tiny)[..., None, None]
+    log_scale = torch.zeros_like(trace)
+    for _ in range(_SQUARINGS):
+        power = power @ power
+        size = power.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
+        power = power / size[..., None, None]
+        log_scale = 2 * log_scale + size.log()
+    spectral: Tensor = trace * (log_scale / 2**_SQUARINGS).exp()
+    return spectral

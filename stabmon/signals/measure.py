@@ -1,0 +1,112 @@
+"""From one attention call to one number a head and signal, on the call's own device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
+from stabmon.records import AttentionCall
+from stabmon.signals.base import SIGNALS, Signal
+
+
+@dataclass(frozen=True, eq=False)
+class HeadSums:
+    """A signal of one or more calls, ready to be merged: ``total / count`` for means, ``total`` for maxima; each ``[H]``."""
+
+    signal: Signal
+    total: Tensor
+    count: Tensor
+
+    def merge(self, other: HeadSums) -> HeadSums:
+        """The signal over the rows of both."""
+        if self.signal.reduction == "max":
+            return HeadSums(self.signal, torch.maximum(self.total, other.total), self.count + other.count)
+        return HeadSums(self.signal, self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> Tensor:
+        """``[H]``, one value a head; NaN where no row counted."""
+        if self.signal.reduction == "max":
+            return torch.where(self.count > 0, self.total, torch.nan)
+        return self.total / self.count
+
+
+def operator_of(call: AttentionCall, engine: str = "auto") -> AttentionOperator:
+    """The operator of a captured call."""
+    if call.query is None or call.key is None:
+        if call.scores is None:
+            raise ValueError(f"the call of {call.layer} holds neither query and key nor scores")
+        return operator_of_scores(call.scores, softcap=call.softcap, sinks=call.sinks, engine=engine)
+    return attention_operator(
+        call.query,
+        call.key,
+        scale=call.scale,
+        is_causal=call.is_causal,
+        mask=call.mask,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        engine=engine,
+    )
+
+
+def measure(
+    attention: AttentionOperator,
+    signals: Sequence[str],
+    *,
+    sample_rows: int | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, HeadSums]:
+    """Every signal of one operator, over batch and counted rows, in as few passes as the engine can.
+
+    Args:
+        attention: the operator.
+        signals: names of :data:`SIGNALS`.
+        sample_rows: measure signals that are means on this many query rows, spread evenly over the positions and drawn within
+            each stretch; maxima are always over all rows. None for all rows.
+        generator: where the draw comes from; never the global one.
+
+    Raises:
+        ValueError: for an unknown name, or a number of rows below 1.
+    """
+    wanted = [SIGNALS[name] for name in signals]
+    if sample_rows is not None and sample_rows < 1:
+        raise ValueError(f"sample_rows {sample_rows}: give at least 1, or None for all rows")
+    with torch.no_grad():
+        if sample_rows is None or sample_rows >= attention.queries:
+            return _reduce(attention, wanted)
+        maxima = [each for each in wanted if each.reduction == "max"]
+        means = [each for each in wanted if each.reduction == "mean"]
+        found = _reduce(attention, maxima) if maxima else {}
+        return found | (_reduce(attention.rows(_draw(attention, sample_rows, generator)), means) if means else {})
+
+
+def _reduce(attention: AttentionOperator, wanted: Sequence[Signal]) -> dict[str, HeadSums]:
+    attention.prepare({need for each in wanted for need in each.needs})
+    found = {}
+    counts: dict[int, tuple[Tensor, Tensor]] = {}
+    for each in wanted:
+        if each.least_visible not in counts:
+            counted = attention.n_visible() >= each.least_visible
+            counts[each.least_visible] = counted, counted.sum(dim=(0, 2))
+        counted, count = counts[each.least_visible]
+        rows = each.function(attention)
+        if each.reduction == "max":
+            total = rows.masked_fill(~counted, -torch.inf).amax(dim=(0, 2))
+        else:
+            total = rows.masked_fill(~counted, 0.0).sum(dim=(0, 2), dtype=torch.float64 if rows.device.type == "cpu" else None)
+        found[each.name] = HeadSums(each, total, count)
+    return found
+
+
+def _draw(attention: AttentionOperator, count: int, generator: torch.Generator | None) -> Tensor:
+    """``count`` rows, one from each of as many equal stretches of the positions, ascending."""
+    edges = torch.linspace(0, attention.queries, count + 1, dtype=torch.float64)
+    offsets = torch.rand(count, generator=generator or torch.Generator().manual_seed(0), dtype=torch.float64)
+    index = (edges[:-1] + offsets * edges.diff()).floor().long().clamp(max=attention.queries - 1)
+    rows: Tensor = index.unique()
+    return rows.to(attention.query.device)
