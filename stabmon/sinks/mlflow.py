@@ -1,0 +1,115 @@
+"""Scalars as metrics and issues as an artifact in MLflow."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stabmon.records import Reading, StabilityIssue
+from stabmon.sinks import exact_json
+from stabmon.sinks.base import Sink, sink
+from stabmon.sinks.recent_issues import COLUMNS, RecentIssues
+
+_METRICS_PER_CALL = 1000
+"""MLflow's limit on metrics in one call."""
+
+
+@sink
+class MlflowSink(Sink):
+    """Log to the active MLflow run, or to one of our own where none is active (only that one is ended on closing).
+
+    Metrics are sent by MLflow's background thread; the next sampled step waits for them, so that a slow server cannot pile
+    them up and an error is noticed. Characters that MLflow does not take in a metric's name become ``_``. Issues are the artifact
+    ``stabmon/issues.json``, their number and that of alarms the tags ``stabmon.issues`` and ``stabmon.alarms``.
+
+    Args:
+        experiment: experiment of a run of our own; None for ``MLFLOW_EXPERIMENT_NAME``, or ``stabmon`` where it is not set.
+        issues_seconds: least wall time between two uploads of the newest 1000 issues; the last is at closing.
+
+    Raises:
+        ImportError: on opening, where mlflow is not installed.
+        RuntimeError: on opening, where the tracking store cannot be used.
+    """
+
+    def __init__(self, *, experiment: str | None = None, issues_seconds: float = 300.0) -> None:
+        self._experiment = experiment
+        self._issues = RecentIssues(issues_seconds)
+        self._client: Any = None
+        self._mlflow: Any = None
+        self._run_id = ""
+        self._own = False
+        self._sending: list[Any] = []
+        self._counts = {"issues": 0, "alarms": 0}
+
+    def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
+        self.close()
+        try:
+            import mlflow
+        except ImportError as error:
+            raise ImportError('mlflow is not installed: pip install "stabmon[mlflow]"') from error
+        active = mlflow.active_run()
+        self._own = active is None
+        try:
+            client = mlflow.MlflowClient()
+            self._run_id = self._start(client) if active is None else active.info.run_id
+        except mlflow.MlflowException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(
+                f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason}): set MLFLOW_TRACKING_URI to a server, "
+                "install the full mlflow for sqlite, or set MLFLOW_ALLOW_FILE_STORE=true for a file: store"
+            ) from error
+        self._mlflow, self._client = mlflow, client
+
+    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+        if self._client is None:
+            return
+        now = int(time.time() * 1000)
+        metric = self._mlflow.entities.Metric
+        metrics = [metric(re.sub(r"[^\w\-. :/]", "_", name), value, now, reading.step) for name, value in scalars.items()]
+        self._wait()
+        for first in range(0, len(metrics), _METRICS_PER_CALL):
+            batch = metrics[first : first + _METRICS_PER_CALL]
+            self._sending.append(self._client.log_batch(self._run_id, metrics=batch, synchronous=False))
+        if self._issues.due():
+            self._publish()
+
+    def write_issue(self, issue: StabilityIssue) -> None:
+        if self._client is None:
+            return
+        self._issues.add(issue)
+        self._counts["issues"] += issue.state == "opened"
+        self._counts["alarms"] += issue.is_alarm
+
+    def close(self) -> None:
+        if self._client is None:
+            return
+        try:
+            self._wait()
+            if self._issues.due(last_call=True):
+                self._publish()
+            if self._own:
+                self._client.set_terminated(self._run_id)
+        finally:
+            self._client = None
+
+    def _start(self, client: Any) -> str:
+        """A new run that is not made the active one, so that the training script may still start its own."""
+        name = self._experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "stabmon")
+        known = client.get_experiment_by_name(name)
+        return str(client.create_run(client.create_experiment(name) if known is None else known.experiment_id).info.run_id)
+
+    def _wait(self) -> None:
+        """See the metrics sent last arrive, or raise what went wrong."""
+        while self._sending:
+            self._sending.pop().wait()
+
+    def _publish(self) -> None:
+        """Upload the newest issues and their counts."""
+        issues = [dict(zip(COLUMNS, row, strict=True)) for row in self._issues.publish()]
+        self._client.log_text(self._run_id, exact_json.dumps({"schema_version": 1, "issues": issues}), "stabmon/issues.json")
+        for name, count in self._counts.items():
+            self._client.set_tag(self._run_id, f"stabmon.{name}", str(count))

@@ -1,0 +1,99 @@
+"""Scalars, issues and, on request, every head in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stabmon.records import Reading, StabilityIssue
+from stabmon.sinks.base import Sink, sink
+from stabmon.sinks.heads import colour_range, head_image, head_matrix, signal_names
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+@sink
+class TensorboardSink(Sink):
+    """Write the dashboard's scalars at their optimizer step, and every issue as a text under ``stability/issues/<issue_type>``.
+
+    Events go to ``<run_dir>/stabmon/tensorboard``. A run resumed from an earlier step hides what it had written beyond it.
+
+    Args:
+        writer: a ``SummaryWriter`` to write to instead; it stays open.
+        per_head: also write the values of all heads, a histogram a signal at each sampled step (``attention_heads/<signal>``) and
+            a layers × heads heatmap (``attention_heatmap/<signal>``).
+        image_every: sampled steps from one heatmap to the next.
+
+    Raises:
+        ImportError: on opening, where tensorboard is not installed.
+        ValueError: on opening, with neither a run folder nor a writer.
+    """
+
+    def __init__(self, *, writer: SummaryWriter | None = None, per_head: bool = False, image_every: int = 10) -> None:
+        self._writer = writer
+        self._own = writer is None
+        self._per_head = per_head
+        self._image_every = image_every
+        self._readings = 0
+        self._log_dir: Path | None = None
+
+    def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
+        self.close()
+        if not self._own:
+            return
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ImportError('tensorboard is not installed: pip install "stabmon[tensorboard]"') from error
+        if run_dir is None:
+            raise ValueError("TensorboardSink has no folder to write to: give the monitor a run_dir, or the sink a writer")
+        self._log_dir = run_dir / "tensorboard"
+
+    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+        writer = self._at(reading.step)
+        if writer is None:
+            return
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, reading.step)
+        if self._per_head:
+            for signal in signal_names(reading):
+                self._write_heads(writer, reading, signal)
+        self._readings += 1
+
+    def write_issue(self, issue: StabilityIssue) -> None:
+        writer = self._at(issue.step)
+        if writer is None:
+            return
+        eta = "" if issue.eta_steps is None else f", harm in about {issue.eta_steps:.0f} steps"
+        text = f"**{issue.severity}**, {issue.state}: {issue.where}, value {issue.value:.4g} (limit {issue.threshold:.4g}{eta})"
+        writer.add_text(f"stability/issues/{issue.issue_type}", f"{text}\n\n{issue.suggestion}", issue.step)
+        if issue.is_alarm:
+            writer.flush()
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.flush()
+        if self._own:
+            self._writer.close()
+            self._writer = None
+
+    def _at(self, step: int) -> SummaryWriter | None:
+        """The writer; one of our own is made at the first record, whose step tells TensorBoard what a resumed run writes anew."""
+        if self._writer is None and self._log_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._log_dir), purge_step=step)
+        return self._writer
+
+    def _write_heads(self, writer: SummaryWriter, reading: Reading, signal: str) -> None:
+        """Histogram and, when it is time, heatmap of one signal."""
+        matrix = head_matrix(reading, signal)
+        finite = matrix[abs(matrix) < float("inf")]
+        if finite.size:
+            writer.add_histogram(f"attention_heads/{signal}", finite, reading.step)
+        if self._readings % self._image_every == 0 and matrix.size:
+            image = head_image(matrix, *colour_range(signal, matrix))
+            writer.add_image(f"attention_heatmap/{signal}", image, reading.step, dataformats="HWC")
