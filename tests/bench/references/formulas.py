@@ -110,7 +110,9 @@ def t5_bias(table: Tensor, queries: int, keys: int, *, bidirectional: bool, furt
             return offset + distance
         steps = buckets - near
         # (distance / near) >= (furthest / near) ** (step / steps), in whole numbers
-        passed = [pow(distance, steps) * pow(near, step) >= pow(near, steps) * pow(furthest, step) for step in range(1, steps)]
+        passed: list[bool] = [
+            pow(distance, steps) * pow(near, step) >= pow(near, steps) * pow(furthest, step) for step in range(1, steps)
+        ]
         return offset + near + sum(passed)
 
     index = torch.tensor([[bucket(key - query) for key in range(keys)] for query in range(queries)])
