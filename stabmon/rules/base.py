@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from stabmon.records import StabilityIssue
+from stabmon.records import SEVERITIES, StabilityIssue
 from stabmon.registry import Registry
 
 if TYPE_CHECKING:
@@ -32,5 +33,35 @@ R = TypeVar("R", bound=type)
 
 def rule(cls: R) -> R:
     """Register a rule under its class name in snake case: ``EntropyCollapse`` is ``entropy_collapse``."""
-    RULES.register(re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower(), cls)
+    RULES.register(rule_name(cls), cls)
     return cls
+
+
+def rule_name(cls: type) -> str:
+    """The config name of a rule's class: its name in snake case."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:
+    """Whether an issue is clearly worse than when it was last told of.
+
+    It is when its severity rose, or when at the same severity its value is ``WORSE`` times as far out: beyond its
+    threshold by that factor more (both positive), else that much further from it. A value that is infinite or NaN is as
+    far out as can be.
+    """
+    rise = SEVERITIES.index(now.severity) - SEVERITIES.index(before.severity)
+    return rise > 0 or (rise == 0 and _distance(now) >= WORSE * _distance(before))
+
+
+WORSE = 2.0
+"""A value twice as far out is news; anything less would repeat an issue at each sample."""
+
+
+def _distance(issue: StabilityIssue) -> float:
+    """How far a value is beyond its threshold, as a ratio of at least 1."""
+    value, threshold = issue.value, issue.threshold
+    if not (math.isfinite(value) and math.isfinite(threshold)):
+        return 1e300  # finite, so that infinitely bad is not worse than infinitely bad
+    if value > 0 and threshold > 0:
+        return max(value / threshold, threshold / value)
+    return 1 + abs(value - threshold) / max(abs(threshold), 1.0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from stabmon.records import LayerInfo, NonFinite, Reading
+from stabmon.rules.table import Table
 
 
 class History:
@@ -32,9 +34,8 @@ class History:
         self.losses: list[tuple[int, float]] = []
         """(step, loss) of every step whose loss is known, the newest ``20 * length`` of them."""
         self._index: dict[str, slice] = {}
-        self._first: dict[str, list[np.ndarray]] = {}
-        self._open: dict[str, set[tuple[str | None, int | None]]] = {}
-        self._cache: dict[tuple[str, str], np.ndarray] = {}
+        self._tables: dict[str, Table] = {}
+        self._open: dict[str, dict[tuple[str | None, int | None], int]] = {}
 
     def __len__(self) -> int:
         return len(self.readings)
@@ -51,15 +52,28 @@ class History:
 
     def signal(self, name: str) -> np.ndarray:
         """``[T, N]`` float64 of one signal, NaN where it was not measured. Do not write into it."""
-        return self._cached("signal", name, lambda: np.stack([self._row(r, name) for r in self.readings]))
+        if name not in self._tables:
+            return np.full((len(self), len(self.heads)), np.nan)
+        return self._tables[name].rows
 
     def now(self, name: str) -> np.ndarray:
         """``[N]`` values of one signal in the newest reading, NaN where it was not measured."""
-        return self._row(self.latest, name)
+        newest: np.ndarray = self.signal(name)[-1]
+        return newest
 
     def baseline(self, name: str) -> np.ndarray:
         """``[N]`` each head's own past: the median of its first ``baseline_length`` finite values; NaN where it has fewer."""
-        return self._cached("baseline", name, lambda: self._baseline(name))
+        if name not in self._tables:
+            return np.full(len(self.heads), np.nan)
+        return self._tables[name].baseline()
+
+    def seen(self, layer: str | None, head: int | None) -> bool:
+        """Whether the newest reading says anything of this place; always so of the run and of what is no attention layer."""
+        if layer not in self._index:
+            return True
+        where = self._index[layer]
+        at = where if head is None else slice(where.start + head, where.start + head + 1)
+        return any(bool(np.isfinite(table.rows[-1, at]).any()) for table in self._tables.values())
 
     def of_layer(self, layer: str) -> slice:
         """Where the heads of ``layer`` lie along N."""
@@ -84,43 +98,75 @@ class History:
 
     def is_open(self, issue_type: str) -> np.ndarray:
         """``[N]`` bool: the head has an open issue of this type."""
-        open_ = self._open.get(issue_type, set())
+        open_ = self._open.get(issue_type, {})
         return np.array([head in open_ for head in self.heads], dtype=bool)
 
     def is_open_at(self, issue_type: str, layer: str | None = None, head: int | None = None) -> bool:
         """Whether an issue of this type is open for exactly this layer and head (None, None: for the run)."""
-        return (layer, head) in self._open.get(issue_type, set())
+        return (layer, head) in self._open.get(issue_type, {})
+
+    def opened_at(self, issue_type: str) -> np.ndarray:
+        """``[N]`` step at which the head's open issue of this type opened, NaN where none is open."""
+        open_ = self._open.get(issue_type, {})
+        if not open_:
+            return np.full(len(self.heads), np.nan)
+        return np.array([open_.get(head, np.nan) for head in self.heads], dtype=np.float64)
 
     def add(self, reading: Reading) -> None:
         """Append a reading; new layers extend N."""
         for layer, values in reading.layers.items():
             if layer not in self._index:
                 heads = reading.info[layer].heads if layer in reading.info else max((len(v) for v in values.values()), default=0)
-                start = len(self.heads)
-                self._index[layer] = slice(start, start + heads)
-                self.heads += [(layer, head) for head in range(heads)]
+                self._place(layer, heads)
             if layer in reading.info:
                 self.info[layer] = reading.info[layer]
-            for name, value in values.items():
-                first = self._first.setdefault(f"{layer}\0{name}", [])
-                if len(first) < self.baseline_length and np.isfinite(value).any():
-                    first.append(np.asarray(value, dtype=np.float64))
+            for name in values:
+                if name not in self._tables:
+                    self._tables[name] = Table(
+                        self.length, self.baseline_length, past=len(self.readings), columns=len(self.heads)
+                    )
         self.readings.append(reading)
         del self.readings[: -self.length]
+        for name, table in self._tables.items():
+            table.append(self._row(reading, name))
         self.losses += reading.losses or (((reading.step, reading.loss),) if reading.loss is not None else ())
         del self.losses[: -20 * self.length]
-        self._cache.clear()
 
-    def set_open(self, keys: set[tuple[str, str | None, int | None]]) -> None:
-        """Tell which issues, as (issue_type, layer, head), are open: what ``is_open`` answers from."""
+    def set_open(self, since: Mapping[tuple[str, str | None, int | None], int]) -> None:
+        """Tell which issues, as (issue_type, layer, head), are open, and since which step: what ``is_open`` answers from."""
         self._open = {}
-        for issue_type, layer, head in keys:
-            self._open.setdefault(issue_type, set()).add((layer, head))
+        for (issue_type, layer, head), step in since.items():
+            self._open.setdefault(issue_type, {})[layer, head] = step
 
-    def _cached(self, kind: str, name: str, make: Any) -> np.ndarray:
-        if (kind, name) not in self._cache:
-            self._cache[kind, name] = make()
-        return self._cache[kind, name]
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as plain values that JSON and ``torch.save`` both take; arrays packed as text."""
+        return {
+            "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
+            "info": {layer: asdict(info) for layer, info in self.info.items()},
+            "losses": [list(pair) for pair in self.losses],
+            "readings": [_plain(reading) for reading in self.readings],
+            "signals": {name: table.state_dict() for name, table in self._tables.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; what was here before is dropped."""
+        self._index, self.heads = {}, []
+        for layer, heads in state["heads"].items():
+            self._place(layer, heads)
+        self.info = {layer: LayerInfo(**info) for layer, info in state["info"].items()}
+        self.losses = [(int(step), float(loss)) for step, loss in state["losses"]]
+        self._tables = {}
+        for name, saved in state["signals"].items():
+            self._tables[name] = Table(self.length, self.baseline_length, past=0, columns=len(self.heads))
+            self._tables[name].load_state_dict(saved)
+        readings = state["readings"][-self.length :]
+        self.readings = [self._reading(saved, row - len(readings)) for row, saved in enumerate(readings)]
+
+    def _place(self, layer: str, heads: int) -> None:
+        """Give a new layer its columns."""
+        start = len(self.heads)
+        self._index[layer] = slice(start, start + heads)
+        self.heads += [(layer, head) for head in range(heads)]
 
     def _row(self, reading: Reading, name: str) -> np.ndarray:
         out = np.full(len(self.heads), np.nan)
@@ -129,12 +175,31 @@ class History:
                 out[self._index[layer]] = values[name]
         return out
 
-    def _baseline(self, name: str) -> np.ndarray:
-        out = np.full(len(self.heads), np.nan)
-        for layer, where in self._index.items():
-            first = self._first.get(f"{layer}\0{name}", [])
-            if len(first) == self.baseline_length:
-                values = np.stack(first)
-                full = np.isfinite(values).all(axis=0)
-                out[where] = np.where(full, np.median(np.where(full, values, 0.0), axis=0), np.nan)
-        return out
+    def _reading(self, saved: Mapping[str, Any], row: int) -> Reading:
+        """The reading of one row (counted from the end, -1 is the newest) that :func:`_plain` wrote."""
+        layers = {
+            layer: {name: self._tables[name].rows[row, self._index[layer]].copy() for name in names}
+            for layer, names in saved["layers"].items()
+        }
+        found = saved["non_finite"]
+        return Reading(
+            **{name: saved[name] for name in _SCALARS},
+            layers=layers,
+            info={layer: self.info[layer] for layer in saved["info"]},
+            losses=tuple((int(step), float(loss)) for step, loss in saved["losses"]),
+            non_finite=None if found is None else NonFinite(**found),
+        )
+
+
+_SCALARS = ("step", "loss", "learning_rate", "gradients", "micro_batches", "overhead_fraction")
+
+
+def _plain(reading: Reading) -> dict[str, Any]:
+    """A reading without its arrays, which the tables hold."""
+    return {name: getattr(reading, name) for name in _SCALARS} | {
+        "gradients": dict(reading.gradients),
+        "layers": {layer: list(values) for layer, values in reading.layers.items()},
+        "info": list(reading.info),
+        "losses": [list(pair) for pair in reading.losses],
+        "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
+    }

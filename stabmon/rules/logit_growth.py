@@ -1,0 +1,177 @@
+"""A head's largest score runs away from the head's own past."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stabmon.records import Severity, StabilityIssue
+from stabmon.rules.base import rule
+from stabmon.rules.forecast import steps_until, theil_sen
+from stabmon.rules.history import History
+from stabmon.rules.own_past import Change, changes, loss_fell
+
+
+@rule
+@dataclass(frozen=True)
+class LogitGrowth:
+    """A head's largest score grew manifold over its own past, faster than heads that learn grow, and its rows lost their spread.
+
+    Large scores are no disease: trained heads sit at 300 with near one-hot rows and are right. What tells the ill from the
+    learning is speed, and what the speed costs. A head that learns, even at a high rate and even while it turns one-hot, was never
+    seen to grow more than threefold in 10 optimizer steps or sixfold in 50 (scores below 10 not counted); a head that broke grows
+    tenfold in one step, or goes on doubling where the learner levels off. So an alarm needs
+
+    - a jump: within two readings, ``jump`` times the largest score of the readings before, more the more steps lie between, and
+      the rows lost half their spread, or a quarter of them saturated; or
+    - a run-away: ``runaway`` times within ``runaway_steps``, most spread lost, and the line through the newest readings still rises so
+      that it meets ``harm`` no later than it took to come here; or
+    - harm: a score above ``harm`` that still doubles, or that is ``runaway`` times the head's first readings, without spread.
+
+    A loss that clearly falls over the same span speaks for learning: growth must then be half as large again. Growth
+    without lost spread, or a line that meets ``harm`` within ``horizon`` readings, is a warning with a forecast.
+    """
+
+    jump: float = 4.0
+    """Times its own past within one step; plus ``jump`` again for each 50 steps in between, up to ``runaway``."""
+    runaway: float = 12.0
+    """Times its own past within ``runaway_steps``."""
+    runaway_steps: int = 300
+    """Steps within which growth by ``runaway`` is no slow sharpening: a doubling in under 84."""
+    harm: float = 1_000.0
+    """Score from which training suffers in published runs (Wortsman et al. 2023, Kimi K2); all above 1e4 diverged."""
+    horizon: int = 20
+    """Readings ahead within which a forecast is worth a warning."""
+    still_ill: float = 0.6
+    """Share of the opening level above which an open issue stays open."""
+
+    def check(self, history: History) -> Iterable[StabilityIssue]:
+        """One issue a head; ``value`` is its largest score, ``threshold`` the score at which it is called ill by its own past."""
+        score, heads = history.now("max_logit"), len(history.heads)
+        if heads == 0 or len(history) < 2:
+            return []
+        hold = np.where(history.is_open("logit_growth"), self.still_ill, 1.0)
+        forecast = _Forecast.of(history, self.harm)
+        found = _Found.nothing(heads)
+        for change in changes(history, "logit_growth"):
+            patience = 1.5 if loss_fell(history, float(np.nanmax(change.steps))) else 1.0
+            self._judge(change, hold, patience, forecast, score, found)
+        self._judge_harm(history, hold, score, found)
+        found.add(forecast.warns(score, self.horizon * _interval(history)), 0, self.harm, np.nan, np.nan, "forecast")
+        return [self._issue(history, n, found, forecast) for n in np.flatnonzero(found.rank >= 0).tolist()]
+
+    def _judge(
+        self, change: Change, hold: np.ndarray, patience: float, forecast: _Forecast, score: np.ndarray, found: _Found
+    ) -> None:
+        """Find jumps at one or two readings back, run-aways at more."""
+        if change.lag <= 2:
+            needed = patience * np.minimum(self.jump * (1 + change.steps / 50), self.runaway)
+            lost = (change.kept <= 0.5 / hold) | (change.saturated_rise >= 0.25 * hold)
+            grown = change.ratio >= needed * hold
+        else:
+            needed = patience * self.runaway * np.ones_like(score)
+            lost = (change.kept <= 0.35 / hold) & ~(change.saturated_rise < 0.25 * hold)
+            rises = (forecast.eta <= change.steps) | (score >= self.harm) | (hold < 1)
+            grown = (change.ratio >= needed * hold) & (change.steps <= self.runaway_steps) & rises
+        how = "jump" if change.lag <= 2 else "runaway"
+        found.add(grown & lost, 1, needed * change.past_logit, change.ratio, change.kept, how)
+        if change.lag <= 2:
+            found.add(grown & ~lost, 0, needed * change.past_logit, change.ratio, change.kept, how)
+
+    def _judge_harm(self, history: History, hold: np.ndarray, score: np.ndarray, found: _Found) -> None:
+        """Find heads above the level of known harm that came there in this run."""
+        if len(history) < 2:
+            return
+        entropy, past = history.now("normalized_entropy"), history.signal("max_logit")[:-1][-5:]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            doubled = score / np.fmax.reduce(past, axis=0)
+            grown = score / np.maximum(history.baseline("max_logit"), 10.0)
+        ill = (
+            (score >= self.harm * hold) & (entropy < 0.1 / hold) & ((doubled >= 2) | (grown >= self.runaway * hold) | (hold < 1))
+        )
+        found.add(ill, 1, self.harm, np.fmax(doubled, grown), np.nan, "harm")
+
+    def _issue(self, history: History, n: int, found: _Found, forecast: _Forecast) -> StabilityIssue:
+        layer, head = history.heads[n]
+        severity: Severity = "error" if found.rank[n] == 1 else "warning"
+        evidence = {
+            "how": str(found.how[n]),
+            "times_own_past": float(found.ratio[n]),
+            "spread_kept": float(found.kept[n]),
+            "normalized_entropy": float(history.now("normalized_entropy")[n]),
+            "log_slope_per_step": float(forecast.slope[n]),
+            "eta_interval": [float(forecast.eta_low[n]), float(forecast.eta_high[n])],
+        }
+        eta = float(forecast.eta[n])
+        return StabilityIssue(
+            step=history.latest.step,
+            layer=layer,
+            head=head,
+            issue_type="logit_growth",
+            severity=severity,
+            value=float(history.now("max_logit")[n]),
+            threshold=float(found.level[n]),
+            suggestion=(
+                "Clip this head to its own scores after warm-up (QK-clip: scale W_q and W_k of the head by sqrt(tau / max_logit) after "
+                "each step), or normalise query and key (q, k = rms_norm(q), rms_norm(k)); a lower rate slows the growth but does "
+                "not undo it, and attention dropout is no cure."
+            ),
+            evidence=evidence,
+            eta_steps=eta if np.isfinite(eta) else None,
+        )
+
+
+@dataclass(eq=False)
+class _Found:
+    """The strongest finding of each head so far; every array is ``[N]``."""
+
+    rank: np.ndarray
+    """-1 nothing, 0 warning, 1 error."""
+    level: np.ndarray
+    ratio: np.ndarray
+    kept: np.ndarray
+    how: np.ndarray
+
+    @classmethod
+    def nothing(cls, heads: int) -> _Found:
+        nan = np.full(heads, np.nan)
+        return cls(np.full(heads, -1), nan, nan.copy(), nan.copy(), np.full(heads, "", dtype=object))
+
+    def add(self, where: np.ndarray, rank: int, level: object, ratio: object, kept: object, how: str) -> None:
+        """Note a finding at the heads ``where`` that have no stronger one, nor an earlier one as strong."""
+        new = where & (self.rank < rank)
+        for array, value in ((self.rank, rank), (self.level, level), (self.ratio, ratio), (self.kept, kept), (self.how, how)):
+            array[new] = np.broadcast_to(np.asarray(value), new.shape)[new]
+
+
+@dataclass(frozen=True, eq=False)
+class _Forecast:
+    """Steps until each head's score meets the level of harm, along the robust line through its newest log scores."""
+
+    slope: np.ndarray
+    eta: np.ndarray
+    """Inf where the line does not surely rise, NaN where it cannot be drawn."""
+    eta_low: np.ndarray
+    eta_high: np.ndarray
+
+    @classmethod
+    def of(cls, history: History, harm: float, readings: int = 20) -> _Forecast:
+        score = history.signal("max_logit")[-readings:]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            log = np.where(score > 0, np.log(score), np.nan)
+        line = theil_sen(history.steps[-readings:].astype(np.float64), log)
+        target = float(np.log(harm))
+        eta = np.where(line.low > 0, steps_until(log[-1], line.slope, target), np.where(np.isnan(line.low), np.nan, np.inf))
+        return cls(line.slope, eta, steps_until(log[-1], line.high, target), steps_until(log[-1], line.low, target))
+
+    def warns(self, score: np.ndarray, horizon: float) -> np.ndarray:
+        """``[N]`` bool: the score has left the range of a fresh head and surely meets the level within ``horizon`` steps."""
+        warns: np.ndarray = (score >= 20.0) & (self.eta > 0) & (self.eta <= horizon) & (self.eta_high <= 2 * horizon)
+        return warns
+
+
+def _interval(history: History) -> float:
+    """Median optimizer steps between readings."""
+    return float(np.median(np.diff(history.steps[-20:])))

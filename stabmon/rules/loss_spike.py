@@ -1,0 +1,84 @@
+"""The loss left its own recent course upwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stabmon.records import StabilityIssue
+from stabmon.rules.base import rule
+from stabmon.rules.history import History
+from stabmon.rules.spread import robust_spread
+
+
+@rule
+@dataclass(frozen=True)
+class LossSpike:
+    """The loss jumped above what its own recent noise explains; an alarm only where it stays up there.
+
+    Each loss since the last reading is held against the median of the losses before it, in units of their spread (median absolute
+    deviation). A single high loss is a hard batch: a warning. An alarm is a loss of which the newest ``stays`` values are all
+    beyond the level, as after too large a step. A falling loss makes the spread wide and the median high, so that the steep
+    start of a run gives nothing. Blames no head: a bad batch, a rate too high and broken attention look alike here.
+    """
+
+    deviations: float = 8.0
+    """Spreads above the recent median from which a loss counts as a spike; noise of heavy tails reaches 5."""
+    least_rise: float = 0.1
+    """Share of the recent median by which the loss must also have risen, for runs whose loss hardly moves."""
+    stays: int = 8
+    """Newest losses that must all be beyond the level for an alarm."""
+    past: int = 100
+    """Losses that make up the recent course."""
+    least_past: int = 24
+    """Losses that must be known before any is judged."""
+
+    def check(self, history: History) -> Iterable[StabilityIssue]:
+        """At most one issue, for the run. NaN and inf are left to ``non_finite``."""
+        reading = history.latest
+        new = max(1, len(reading.losses))
+        steps = np.array([step for step, _ in history.losses[-self.past - new - self.stays :]])
+        losses = np.array([loss for _, loss in history.losses[-self.past - new - self.stays :]], dtype=np.float64)
+        finite = np.isfinite(losses)
+        steps, losses = steps[finite], losses[finite]
+        tail = max(new, self.stays)
+        if len(losses) < self.least_past + tail:
+            return []
+        past, newest = losses[-self.past - tail : -tail], losses[-tail:]
+        middle, spread = float(np.median(past)), float(robust_spread(past[:, None])[0])
+        level = middle + max(
+            self.deviations * spread, self.least_rise * abs(middle), 3 * spread + np.quantile(past, 0.95) - middle
+        )
+        highest = int(np.argmax(newest[-new:])) + tail - new
+        if newest[highest] <= level and not (history.is_open_at("loss_spike") and np.median(newest[-self.stays :]) > level):
+            return []
+        staying = bool((newest[-self.stays :] > level).all())
+        evidence = {
+            "spike_step": int(steps[-tail:][highest]),
+            "recent_median": middle,
+            "recent_spread": spread,
+            "deviations": float((newest[highest] - middle) / max(spread, 1e-12)),
+            "stays": staying,
+        }
+        return [
+            StabilityIssue(
+                step=reading.step,
+                layer=None,
+                head=None,
+                issue_type="loss_spike",
+                severity="error" if staying else "warning",
+                value=float(newest[highest]),
+                threshold=float(level),
+                suggestion=STAYS if staying else PASSING,
+                evidence=evidence,
+            )
+        ]
+
+
+STAYS = (
+    "Go back to a checkpoint before the spike and skip the batches around it, then lower the rate or clip gradients; see whether "
+    "an attention issue opened before it, which names what to mend."
+)
+PASSING = "One hard batch passes by itself: look at that batch; if spikes come back, clip gradients or lengthen the warm-up."
