@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -41,6 +43,10 @@ class ModuleNames:
 
     def __contains__(self, module: object) -> bool:
         return id(module) in self._names
+
+    def matches(self, module: nn.Module, patterns: Sequence[str]) -> bool:
+        """Whether the module's name matches one of the ``fnmatch`` patterns."""
+        return any(fnmatchcase(self._names[id(module)], pattern) for pattern in patterns)
 
     def new_forward(self) -> None:
         """Count calls from nought again."""

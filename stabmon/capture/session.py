@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from stabmon.capture.base import Adapter, isolated
+from stabmon.capture.compiled import CompiledCode
 from stabmon.capture.names import ModuleNames
-from stabmon.capture.torch_functions import TorchFunctions
+from stabmon.capture.torch_functions import TorchFunctions, taken_off
 from stabmon.capture.transformers_interface import TransformersInterface
 from stabmon.records import AttentionCall
 
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 
 ADAPTERS: tuple[Adapter, ...] = (TransformersInterface(), TorchFunctions())
+COMPILED = CompiledCode()
+QUIET = 2
+"""Openings in a row that transformers' interface explained alone, after which torch functions are watched no longer."""
 
 
 class AttentionCapture:
@@ -39,6 +43,8 @@ class AttentionCapture:
 
     Attributes:
         calls: adapter name -> calls seen since it was last entered.
+        unseen: calls of compiled training code since it was last entered, into which nobody can look: a compiled function
+            that is no module's forward. Where ``calls`` stays empty besides, the whole training step is compiled.
     """
 
     def __init__(
@@ -54,11 +60,14 @@ class AttentionCapture:
         self.modules = tuple(modules)
         self.calls: dict[str, int] = {}
         self.names = ModuleNames(model)
+        self.unseen = 0
+        self.mode: TorchFunctionMode | None = None
         self._on_call = on_call
         self._on_error = on_error
         self._thorough = thorough
-        self._adapters: tuple[Adapter, ...] = ADAPTERS
-        self._installed = ExitStack()
+        self._quiet = 0
+        self._boundary = ExitStack()
+        self._watching = ExitStack()
         self._thread: int | None = None
         self._inside = 0
         self._logged = False
@@ -67,35 +76,31 @@ class AttentionCapture:
         if self._thread is not None:
             raise RuntimeError("this AttentionCapture is open already: leave it before entering it again, or make a second one")
         self.names = ModuleNames(self.model)
-        self.calls = Counter()
-        self._inside = 0
-        self._thread = threading.get_ident()
-        try:
-            self._install()
-        except BaseException:
-            self._thread = None
-            raise
+        self.calls, self.unseen, self._inside = {}, 0, 0
+        self._install(threading.get_ident())
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread = None
-        self._installed.close()
+        self._uninstall()
+        if self.calls.keys() == {TransformersInterface.name}:
+            self._quiet += 1
+        else:
+            self._quiet = 0
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Everything taken out for a while, then put back."""
-        thread, self._thread = self._thread, None
-        self._installed.close()
+        thread = self._thread
+        self._uninstall()
         try:
             yield
         finally:
-            self._thread = thread
             if thread is not None:
-                self._install()
+                self._install(thread)
 
     def looked_for(self) -> str:
         """What was looked for, in one line, for the error that no attention was found."""
-        return "; ".join(adapter.looks_for for adapter in self._adapters)
+        return "; ".join(adapter.looks_for for adapter in (*ADAPTERS, COMPILED))
 
     def listening(self) -> bool:
         """Whether a call made right now by this thread is one of the model's own forward, not seen further out already."""
@@ -106,7 +111,8 @@ class AttentionCapture:
         """While a call that has been recorded runs: what it does inside is not looked at."""
         self._inside += 1
         try:
-            yield
+            with taken_off(self.mode):
+                yield
         finally:
             self._inside -= 1
 
@@ -136,10 +142,32 @@ class AttentionCapture:
             self._logged = True
             logger.warning("attention capture failed, and goes on without this call: %s", error, exc_info=error)
 
-    def _install(self) -> None:
+    def declined(self) -> None:
+        """Attention has been met that only watching torch functions can show."""
+        self._quiet = -1
+
+    def pause(self) -> None:
+        """Take out all but the watch over compiled code, which is about to run."""
+        self._watching.close()
+
+    def resume(self) -> None:
+        """Put back what :meth:`pause` took out."""
         with ExitStack() as stack:
-            for adapter in self._adapters:
-                stack.enter_context(adapter.installed(self))
+            for adapter in ADAPTERS:
+                if self._thorough or self._quiet < QUIET or adapter.name == TransformersInterface.name:
+                    stack.enter_context(adapter.installed(self))
             handle = self.model.register_forward_pre_hook(lambda *_: self.names.new_forward(), prepend=True)
             stack.callback(handle.remove)
-            self._installed = stack.pop_all()
+            self._watching = stack.pop_all()
+
+    def _install(self, thread: int) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(COMPILED.installed(self))
+            self.resume()
+            self._boundary = stack.pop_all()
+        self._thread = thread
+
+    def _uninstall(self) -> None:
+        self._thread = None
+        self._watching.close()
+        self._boundary.close()

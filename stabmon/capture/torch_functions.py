@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
-from stabmon.capture.base import kernel_dtype
-from stabmon.capture.names import ModuleNames
-from stabmon.records import AttentionCall
+from stabmon.capture.base import Handler
+from stabmon.capture.flex import flex_operator, handle_flex
+from stabmon.capture.multihead import handle_multihead
+from stabmon.capture.sdpa import handle_sdpa
+from stabmon.capture.softmax import Products, handle_softmax
 
 if TYPE_CHECKING:
     from stabmon.capture.session import AttentionCapture
+
+HANDLERS: dict[Any, Handler] = {
+    functional.scaled_dot_product_attention: handle_sdpa,
+    functional.multi_head_attention_forward: handle_multihead,
+    flex_operator: handle_flex,
+}
 
 
 class TorchFunctions:
     """Watches the torch functions that attention is made of, in the thread that entered."""
 
     name = "functions"
-    looks_for = "torch's scaled_dot_product_attention"
+    looks_for = (
+        "torch's scaled_dot_product_attention, multi_head_attention_forward and flex_attention, "
+        "and a softmax over a product of batched queries and keys"
+    )
 
     @contextmanager
     def installed(self, capture: AttentionCapture) -> Iterator[None]:
         """A mode on torch's stack for as long as it is entered."""
-        with FunctionWatch(capture):
+        mode = capture.mode = FunctionWatch(capture)
+        _push_mode(mode)
+        try:
             yield
+        finally:
+            capture.mode = None
+            remove(mode)
 
 
 class FunctionWatch(TorchFunctionMode):
@@ -40,60 +52,49 @@ class FunctionWatch(TorchFunctionMode):
     def __init__(self, capture: AttentionCapture) -> None:
         super().__init__()
         self.capture = capture
+        self.products = Products()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and self.capture.listening():
-            module = nearest_module(sys._getframe(1), self.capture.names)
-            if module is not None:
-                record_sdpa(self.capture, module, args, kwargs)
-        return func(*args, **kwargs)
+        if not self.capture.listening():
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "softmax":
+            return handle_softmax(self.capture, self.products, func, args, kwargs)
+        handler = HANDLERS.get(func)
+        if handler is not None:
+            return handler(self.capture, func, args, kwargs)
+        result = func(*args, **kwargs)
+        try:
+            self.products.follow(name, args, kwargs, result)
+        except Exception as error:
+            self.capture.failed(error)
+        return result
 
 
-SDPA_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+@contextmanager
+def taken_off(mode: TorchFunctionMode | None) -> Iterator[None]:
+    """``mode`` is off, where it lies on top of torch's stack."""
+    if mode is None or _get_current_function_mode() is not mode:
+        yield
+        return
+    _pop_mode()
+    try:
+        yield
+    finally:
+        _push_mode(mode)
 
 
-def record_sdpa(capture: AttentionCapture, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Record one call of ``scaled_dot_product_attention``."""
-    given = dict(zip(SDPA_PARAMETERS, args, strict=False), **kwargs)
-    dtype = kernel_dtype(given["query"])
-    capture.record("sdpa", module, lambda layer: read_sdpa(layer, module, given, dtype))
-
-
-def read_sdpa(layer: str, module: nn.Module, given: Mapping[str, Any], dtype: torch.dtype) -> AttentionCall:
-    """The call as documented: its causal mask is aligned at the top left, which is the same for as many keys as queries."""
-    query, key = four_dimensional(given["query"]), four_dimensional(given["key"])
-    mask, is_causal = given.get("attn_mask"), bool(given.get("is_causal", False))
-    queries, keys = query.shape[-2], key.shape[-2]
-    if is_causal and queries != keys:
-        mask, is_causal = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(), False
-    scale = given.get("scale")
-    return AttentionCall(
-        layer=layer,
-        query=query.to(dtype),
-        key=key.to(dtype),
-        scale=float(scale if scale is not None else query.shape[-1] ** -0.5),
-        is_causal=is_causal,
-        mask=mask,
-        dtype=dtype,
-        module=module,
-    )
-
-
-def four_dimensional(tensor: Tensor) -> Tensor:
-    """``[..., H, L, D]`` as ``[B, H, L, D]``: leading dimensions folded or added."""
-    while tensor.ndim < 4:
-        tensor = tensor.unsqueeze(0)
-    return tensor.flatten(0, -4)
-
-
-def nearest_module(frame: FrameType | None, names: ModuleNames) -> nn.Module | None:
-    """The module whose method the nearest frame is; None where that is none of the model's."""
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            return owner if owner in names else None
-        frame = frame.f_back
-    return None
+def remove(mode: TorchFunctionMode) -> None:
+    """Take ``mode`` off torch's stack, and leave what others have put on top of it."""
+    above = []
+    while (top := _get_current_function_mode()) is not mode:
+        if top is None:
+            break
+        above.append(_pop_mode())
+    else:
+        _pop_mode()
+    for other in reversed(above):
+        _push_mode(other)

@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from stabmon.capture.base import kernel_dtype
-from stabmon.records import AttentionCall
+from stabmon.capture.base import bind, kernel_dtype
+from stabmon.capture.transformers_kernels import PARAMETERS, Kernel, Reader, reader
 
 if TYPE_CHECKING:
     from stabmon.capture.session import AttentionCapture
 
-Kernel = Callable[..., Any]
-Arguments = Mapping[str, Any]
-
-PARAMETERS = ("module", "query", "key", "value", "attention_mask", "scaling", "dropout")
-"""What the first arguments of every attention function of transformers are called, in order."""
-
 
 class TransformersInterface:
-    """Wraps what ``AttentionInterface.get_interface`` returns, where transformers has been imported."""
+    """Wraps what ``AttentionInterface.get_interface`` returns, where transformers has been imported.
+
+    An attention function that is neither the model's own eager one nor one of the library's is left alone: what it does is
+    seen as torch functions.
+    """
 
     name = "transformers"
-    looks_for = "models that call transformers' AttentionInterface (eager, sdpa, flex, flash)"
+    looks_for = "transformers' AttentionInterface (eager, sdpa, flex, flash)"
 
     @contextmanager
     def installed(self, capture: AttentionCapture) -> Iterator[None]:
         """Replaces the class's lookup for as long as it is entered."""
-        library = sys.modules.get("transformers.modeling_utils")
-        interface: Any = getattr(library, "AttentionInterface", None)
+        interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
         original = getattr(interface, "get_interface", None)
         if original is None:
             yield
@@ -43,8 +39,13 @@ class TransformersInterface:
         @functools.wraps(original)
         def get_interface(self: Any, implementation: str, default: Kernel) -> Kernel:
             kernel: Kernel = original(self, implementation, default)
+            if not capture.listening():
+                return kernel
             read = reader(kernel, default)
-            return watched(kernel, read, capture) if read is not None and capture.listening() else kernel
+            if read is None:
+                capture.declined()
+                return kernel
+            return watched(kernel, read, capture)
 
         interface.get_interface = get_interface
         try:
@@ -53,19 +54,19 @@ class TransformersInterface:
             interface.get_interface = original
 
 
-Reader = Callable[[str, Arguments, torch.dtype], AttentionCall]
-
-
 def watched(kernel: Kernel, read: Reader, capture: AttentionCapture) -> Kernel:
     """``kernel``, preceded by a look at what it is called with."""
 
     @functools.wraps(kernel)
     def attention(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(PARAMETERS, args, strict=False)) | kwargs
+        given = bind(PARAMETERS, args, kwargs)
         module: Any = given.get("module")
         query: Any = given.get("query")
-        known = isinstance(module, nn.Module) and module in capture.names and isinstance(query, Tensor) and query.ndim == 4
-        if not known or not capture.listening():
+        owned = isinstance(module, nn.Module) and module in capture.names
+        if not owned or not capture.listening() or given.get("cache") is not None:
+            return kernel(*args, **kwargs)
+        if not isinstance(query, Tensor) or query.ndim != 4:
+            capture.declined()
             return kernel(*args, **kwargs)
         dtype = kernel_dtype(query)
         capture.record("transformers", module, lambda layer: read(layer, given, dtype))
@@ -73,65 +74,3 @@ def watched(kernel: Kernel, read: Reader, capture: AttentionCapture) -> Kernel:
             return kernel(*args, **kwargs)
 
     return attention
-
-
-def reader(kernel: Kernel, default: Kernel) -> Reader | None:
-    """How to read a call of ``kernel``; None where its meaning is not known, and torch functions have to be watched."""
-    if not getattr(kernel, "__module__", "").startswith("transformers."):
-        return None
-    if kernel is default:
-        return functools.partial(read_eager, kernel)
-    return {"sdpa_attention_forward": read_sdpa}.get(kernel.__name__)
-
-
-def read_sdpa(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """As ``sdpa_attention_forward`` resolves it: causal only without a mask and with more than one query."""
-    query, key, mask, bias = given["query"], given["key"], given.get("attention_mask"), given.get("position_bias")
-    is_causal = given.get("is_causal")
-    is_causal = bool(getattr(given["module"], "is_causal", True) if is_causal is None else is_causal)
-    is_causal = is_causal and query.shape[2] > 1 and mask is None
-    if is_causal and key.shape[2] > query.shape[2]:  # an empty static cache: the kernel gets the first keys alone
-        key = key[:, :, : query.shape[2]]
-        bias = bias[..., : query.shape[2]] if bias is not None else None
-    return make_call(layer, given, dtype, key=key, mask=biased(mask, bias), is_causal=is_causal)
-
-
-def read_eager(kernel: Kernel, layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """The mask is added and says everything; soft cap, bias and sinks count where the model's own function reads them."""
-    code = kernel.__code__
-    taken = {name: given.get(name) for name in ("softcap", "position_bias", "s_aux") if name in code.co_varnames}
-    sinks = getattr(given["module"], "sinks", None) if "sinks" in code.co_names else taken.get("s_aux")
-    mask = given.get("attention_mask")
-    if mask is not None and not mask.is_floating_point():
-        mask = mask.to(dtype)  # an eager kernel adds its mask, whatever it is
-    mask = biased(mask, taken.get("position_bias"))
-    return make_call(layer, given, dtype, mask=mask, softcap=taken.get("softcap"), sinks=sinks, fused=False)
-
-
-def biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Mask and position bias as one additive mask."""
-    if bias is None or mask is None:
-        return mask if bias is None else bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, -torch.inf)
-    return bias + mask
-
-
-def make_call(
-    layer: str, given: Arguments, dtype: torch.dtype, *, key: Tensor | None = None, sinks: Tensor | None = None, **read: Any
-) -> AttentionCall:
-    """The record of one call, with query and key in the dtype in which the kernel multiplies them."""
-    query = given["query"]
-    key = given["key"] if key is None else key
-    scaling = given.get("scaling")
-    module: nn.Module = given["module"]
-    return AttentionCall(
-        layer=layer,
-        query=query.to(dtype),
-        key=key.to(dtype),
-        scale=float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        sinks=sinks.reshape(-1) if sinks is not None else None,
-        dtype=dtype,
-        module=module,
-        **read,
-    )

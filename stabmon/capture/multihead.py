@@ -1,0 +1,68 @@
+"""``nn.MultiheadAttention`` and all that is built of it, ``nn.TransformerEncoder`` foremost.
+
+Torch's function modes are off inside ``F.multi_head_attention_forward``, so that the two functions it attends by are
+replaced in its own namespace while it runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.nn import functional
+
+from stabmon.capture.base import bind, kernel_dtype, nearest_module, with_heads
+from stabmon.capture.sdpa import PARAMETERS, record_sdpa
+from stabmon.capture.softmax import hide
+from stabmon.records import AttentionCall
+
+if TYPE_CHECKING:
+    from stabmon.capture.session import AttentionCapture
+
+LEADING = ("query", "key", "value", "embed_dim_to_check", "num_heads")
+
+
+def handle_multihead(
+    capture: AttentionCapture, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Make a call of ``F.multi_head_attention_forward``, and record the attention inside it."""
+    owner = nearest_module(capture.names)
+    if owner is None:
+        return function(*args, **kwargs)
+    module, thread = owner, threading.get_ident()
+    heads = bind(LEADING, args, kwargs)["num_heads"]
+    sdpa, softmax = functional.scaled_dot_product_attention, functional.softmax
+
+    def watched_sdpa(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            record_sdpa(capture, module, bind(PARAMETERS, args, kwargs), adapter="multihead")
+        return sdpa(*args, **kwargs)
+
+    def watched_softmax(input: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            dtype = kernel_dtype(input)
+            capture.record(
+                "multihead",
+                module,
+                lambda layer: AttentionCall(
+                    layer=layer,
+                    query=None,
+                    key=None,
+                    scale=float((module.embed_dim // heads) ** -0.5)
+                    if isinstance(getattr(module, "embed_dim", None), int)
+                    else 1.0,
+                    scores=hide(with_heads(input, heads)),
+                    dtype=dtype,
+                    fused=False,
+                    module=module,
+                ),
+            )
+        return softmax(input, *args, **kwargs)
+
+    functional.scaled_dot_product_attention = watched_sdpa
+    functional.softmax = watched_softmax
+    try:
+        return function(*args, **kwargs)
+    finally:
+        functional.scaled_dot_product_attention, functional.softmax = sdpa, softmax
