@@ -9,8 +9,7 @@ Each model is run three times on one batch: with plain forward hooks that hand e
 reference (``references/``: its own formulas, the module's weights, nothing of stabmon), inside ``AttentionCapture``, and
 inside ``AttentionAnalyzer``. Per head and layer, the analyzer's mean entropy, mean max probability and max score must lie
 within 1e-4 of the reference (entropy in nats; score relative to max(1, |score|), before any softcap). Means are over the
-rows that see at least one key; whether such a row belongs to a padding token is not known to a kernel, and makes no difference
-here.
+rows that see at least one key: a padding token's row counts where it sees keys, as it does in the model's own kernel.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from references.case import Batch, Call, Case, liven, padded, spread_heads, tokens, using
 from references.formulas import Attention, dot, project, rms_norm, rope, visible
 
-VOCABULARY, LAYERS, HEADS, KEY_HEADS, WIDTH, LENGTH = 96, 2, 4, 2, 64, 48
+VOCABULARY, LAYERS, HEADS, KEY_HEADS, WIDTH, LENGTH, WINDOW, CAP = 96, 2, 4, 2, 64, 200, 50, 8.0
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS,
          "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "initializer_range": 0.15,
-         "max_position_embeddings": 64}  # fmt: skip
+         "max_position_embeddings": 256}  # fmt: skip
 
 
 def key_mask(batch: Batch) -> Tensor:
@@ -26,13 +26,13 @@ def build_gpt2(implementation: str, dropout: float = 0.0) -> tuple[nn.Module, Ba
     from transformers import GPT2Config, GPT2Model
 
     model: Any = GPT2Model(GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, initializer_range=0.15,
+        vocab_size=VOCABULARY, n_positions=256, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, initializer_range=0.15,
         attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout, **using(implementation),
         scale_attn_by_inverse_layer_idx=True, bos_token_id=0, eos_token_id=0))  # fmt: skip
     liven(model)
     for block in model.h:
         spread_heads(block.attn.c_attn.weight.T[:WIDTH], HEADS, 0.1, 6)
-    mask = padded(2, LENGTH, (LENGTH, 35), left=True)
+    mask = padded(2, LENGTH, (LENGTH, 135), left=True)
     return model, {"input_ids": tokens(2, LENGTH, VOCABULARY), "attention_mask": mask}
 
 
@@ -59,15 +59,15 @@ def build_llama(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def build_mistral(implementation: str) -> tuple[nn.Module, Batch]:
-    """Mistral with a window of 12 in sequences of 48, the second one padded on the left."""
+    """Mistral with a window of 50 in sequences of 200, the second one padded on the left."""
     from transformers import MistralConfig, MistralModel
 
-    config = MistralConfig(**SMALL, sliding_window=12, **using(implementation))
+    config = MistralConfig(**SMALL, sliding_window=WINDOW, **using(implementation))
     model: Any = MistralModel(config)
     liven(model)
     for layer in model.layers:
         spread_heads(layer.self_attn.q_proj.weight, HEADS, 0.1, 6)
-    mask = padded(2, LENGTH, (LENGTH, 37), left=True)
+    mask = padded(2, LENGTH, (LENGTH, 137), left=True)
     return model, {"input_ids": tokens(2, LENGTH, VOCABULARY), "attention_mask": mask}
 
 
@@ -80,16 +80,16 @@ def build_qwen3(implementation: str) -> tuple[nn.Module, Batch]:
     with torch.no_grad():
         for layer, gain in zip(model.layers, (0.2, 5.0), strict=True):
             layer.self_attn.q_norm.weight *= gain
-    mask = padded(2, LENGTH, (LENGTH, 40))
+    mask = padded(2, LENGTH, (LENGTH, 140))
     return model, {"input_ids": tokens(2, LENGTH, VOCABULARY), "attention_mask": mask}
 
 
 def build_gemma2(implementation: str) -> tuple[nn.Module, Batch]:
-    """Gemma 2: scores capped at 8, a scale that is not 1/√D, a window of 12 in the first layer and none in the second."""
+    """Gemma 2: scores capped at 8, a scale that is not 1/√D, a window of 50 in the first layer and none in the second."""
     from transformers import Gemma2Config, Gemma2Model
 
     model: Any = Gemma2Model(Gemma2Config(
-        **SMALL, head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=8.0, sliding_window=12,
+        **SMALL, head_dim=16, query_pre_attn_scalar=24, attn_logit_softcapping=CAP, sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"], **using(implementation)))  # fmt: skip
     liven(model)
     for layer in model.layers:
@@ -109,8 +109,8 @@ def attend_rotary(call: Call, batch: Batch) -> Attention:
     scores = dot(rope(query, theta), rope(key, theta), width_under_root(config, query.shape[-1]) ** -0.5)
     first_layer = ".0." in call.name
     windowed = config.model_type == "mistral" or (config.model_type == "gemma2" and first_layer)
-    seen = visible(key_mask(batch), LENGTH, causal=True, window=12 if windowed else None)
-    return Attention(scores, seen, 8.0 if config.model_type == "gemma2" else None)
+    seen = visible(key_mask(batch), LENGTH, causal=True, window=WINDOW if windowed else None)
+    return Attention(scores, seen, CAP if config.model_type == "gemma2" else None)
 
 
 def width_under_root(config: Any, head_width: int) -> int:
@@ -122,8 +122,10 @@ CASES = (
     Case("GPT-2", build_gpt2, "GPT2Attention", attend_gpt2, LAYERS),
     Case("GPT-2, training, dropout 0.1", lambda kind: build_gpt2(kind, 0.1), "GPT2Attention", attend_gpt2, LAYERS, training=True),
     Case("Llama, grouped heads", build_llama, "LlamaAttention", attend_rotary, LAYERS),
-    Case("Mistral, window 12", build_mistral, "MistralAttention", attend_rotary, LAYERS),
+    Case(f"Mistral, window {WINDOW}", build_mistral, "MistralAttention", attend_rotary, LAYERS),
     Case("Qwen3, qk-norm", build_qwen3, "Qwen3Attention", attend_rotary, LAYERS),
-    Case("Gemma 2, softcap 8, window", build_gemma2, "Gemma2Attention", attend_rotary, LAYERS, implementations=("eager",)),
+    Case(
+        f"Gemma 2, softcap {CAP:.0f}, window", build_gemma2, "Gemma2Attention", attend_rotary, LAYERS, implementations=("eager",)
+    ),
 )
 """Gemma 2 has no sdpa form: transformers refuses it, for the softcap."""
