@@ -1,0 +1,24 @@
+"""See attention go wrong during transformer training, before the loss shows it, and put it right.
+
+>>> import stabmon, torch
+>>> monitor = stabmon.AttentionStabilityMonitor(torch.nn.Linear(2, 2), sinks=[])
+>>> monitor.close()
+"""
+
+from stabmon.analyzer import AttentionAnalyzer
+from stabmon.config import StabilityConfig, load_config
+from stabmon.monitor import AttentionStabilityMonitor
+from stabmon.records import AttentionCall, Diagnosis, NonFinite, Reading, StabilityIssue
+
+__version__ = "0.1.0"
+__all__ = [
+    "AttentionAnalyzer",
+    "AttentionCall",
+    "AttentionStabilityMonitor",
+    "Diagnosis",
+    "NonFinite",
+    "Reading",
+    "StabilityConfig",
+    "StabilityIssue",
+    "load_config",
+]

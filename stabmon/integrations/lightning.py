@@ -1,0 +1,161 @@
+"""Watch a Lightning Trainer: events to monitor calls, and the Trainer's own loggers as sinks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stabmon.config import StabilityConfig, load_config
+from stabmon.monitor import AttentionStabilityMonitor
+from stabmon.records import Reading, StabilityIssue
+from stabmon.sinks import SINKS, Sink
+
+try:
+    import lightning.pytorch as pl
+except ImportError as error:
+    raise ImportError('lightning is not installed: pip install "stabmon[lightning]"') from error
+
+logger = logging.getLogger("stabmon")
+
+
+class StabilityCallback(pl.Callback):  # type: ignore[misc]
+    """Add it to ``L.Trainer(callbacks=[...])``; nothing else changes.
+
+    Records go to ``<trainer.log_dir>/stabmon``. Scalars also reach every logger of the Trainer. The state is stored in each checkpoint and
+    taken up again on resume.
+
+    Args:
+        config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.StabilityConfig`.
+        log_every: sample every N-th optimizer step.
+        sinks: names or sinks, instead of the configuration's and the Trainer's loggers.
+        run_dir: instead of the Trainer's ``log_dir``.
+        **overrides: other fields of the configuration.
+
+    Raises:
+        ValueError: for a configuration that cannot be, naming the value and the mend.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | StabilityConfig | None = "observe",
+        *,
+        log_every: int | None = None,
+        sinks: list[str | Sink] | None = None,
+        run_dir: str | Path | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.config = load_config(config, log_every=log_every, sinks=sinks, **overrides)
+        self.monitor: AttentionStabilityMonitor | None = None
+        self._own_sinks = sinks is not None
+        self._run_dir = run_dir
+        self._state: dict[str, Any] = {}
+        self._global_step = 0
+        self._in_step = False
+
+    @property
+    def issues(self) -> list[StabilityIssue]:
+        """Every issue emitted so far; empty before training."""
+        return [] if self.monitor is None else self.monitor.issues
+
+    def close(self) -> None:
+        """Leave the model as it was found. The Trainer's end and its exceptions do this."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start watching; on a resume, go on where the checkpoint was."""
+        self.close()
+        run_dir = self._run_dir or trainer.log_dir or trainer.default_root_dir
+        try:
+            sinks: list[str | Sink] = list(self.config.sinks)
+            if not self._own_sinks:
+                sinks += [_sink_of(each) for each in trainer.loggers]
+            self.monitor = AttentionStabilityMonitor(
+                pl_module,
+                trainer.optimizers[0] if trainer.optimizers else None,
+                None,
+                self.config,
+                sinks=sinks,
+                run_dir=run_dir,
+                reduce_ranks=True,
+                is_writer=trainer.is_global_zero,
+                manual_steps=True,
+                loss_from_output=False,
+                grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
+            )
+            self.monitor.step = trainer.global_step
+            if self._state:
+                self.monitor.load_state_dict(self._state)
+        except Exception:
+            logger.exception("stabmon could not start watching; training goes on without it")
+            self.monitor = None
+        self._global_step, self._in_step = trainer.global_step, False
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Arm the capture at the first micro-batch of a sampled optimizer step."""
+        if self.monitor is not None and not self._in_step:
+            self._in_step = True
+            self.monitor.begin_step()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Take the loss, which Lightning has divided by the number of micro-batches."""
+        if self.monitor is not None:
+            self.monitor.add_loss(loss)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Look at the gradients, before they are clipped."""
+        if self.monitor is not None:
+            self.monitor.before_optimizer_step()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge the step, if the batch ended one."""
+        if self.monitor is not None and trainer.global_step != self._global_step:
+            self._global_step, self._in_step = trainer.global_step, False
+            self.monitor.on_step()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop watching."""
+        self.close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop watching: training has failed."""
+        self.close()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stop watching."""
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning stores of us in a checkpoint."""
+        return self._state if self.monitor is None else self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what Lightning has stored of us until training starts."""
+        self._state = state_dict
+
+
+def _sink_of(one: Any) -> Sink:
+    """The sink that writes to one of the Trainer's loggers."""
+    kind = type(one).__name__
+    if kind == "TensorBoardLogger":
+        return SINKS["tensorboard"](writer=one.experiment)  # type: ignore[call-arg]
+    if kind == "WandbLogger":
+        _ = one.experiment  # makes the run active, which the sink then uses
+        return SINKS["wandb"]()
+    return _LoggerSink(one)
+
+
+class _LoggerSink(Sink):
+    """Scalars to any Lightning logger."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+        self._target.log_metrics(dict(scalars), step=reading.step)

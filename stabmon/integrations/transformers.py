@@ -1,0 +1,180 @@
+"""Watch a Hugging Face Trainer: events to monitor calls, and the Trainer's own reporters as sinks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from stabmon.config import StabilityConfig, load_config
+from stabmon.monitor import AttentionStabilityMonitor
+from stabmon.records import Diagnosis, StabilityIssue
+from stabmon.sinks import SINKS, Sink
+from stabmon.sinks.scalars import dashboard_scalars
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError('transformers is not installed: pip install "stabmon[transformers]"') from error
+
+logger = logging.getLogger("stabmon")
+_STATE = "stabmon_state.json"
+
+
+class StabilityCallback(TrainerCallback):  # type: ignore[misc]
+    """Add it to ``Trainer(callbacks=[...])``; nothing else changes.
+
+    Records go to ``<output_dir>/stabmon``. Scalars also reach what ``report_to`` names (TensorBoard, W&B, MLflow) and, model-wide
+    ones, ``trainer.state.log_history``. The state is stored in each checkpoint and taken up again on resume.
+
+    Args:
+        config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.StabilityConfig`.
+        log_every: sample every N-th optimizer step.
+        sinks: names or sinks, instead of the configuration's and the Trainer's reporters.
+        run_dir: instead of the Trainer's ``output_dir``.
+        **overrides: other fields of the configuration.
+
+    Raises:
+        ValueError: for a configuration that cannot be, naming the value and the mend.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | StabilityConfig | None = "observe",
+        *,
+        log_every: int | None = None,
+        sinks: list[str | Sink] | None = None,
+        run_dir: str | Path | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.config = load_config(config, log_every=log_every, sinks=sinks, **overrides)
+        self.monitor: AttentionStabilityMonitor | None = None
+        self._own_sinks = sinks is not None
+        self._run_dir = run_dir
+
+    @property
+    def issues(self) -> list[StabilityIssue]:
+        """Every issue emitted so far; empty before training."""
+        return [] if self.monitor is None else self.monitor.issues
+
+    def close(self) -> None:
+        """Leave the model as it was found. Training's end does this; after an exception outside a forward, nobody else does."""
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Start watching; on a resume, go on where the checkpoint was."""
+        self.close()
+        try:
+            sinks: list[str | Sink] = list(self.config.sinks)
+            if not self._own_sinks:
+                sinks += _reporters(_siblings(), sinks)
+            self.monitor = AttentionStabilityMonitor(
+                model,
+                kwargs.get("optimizer"),
+                kwargs.get("lr_scheduler"),
+                self.config,
+                sinks=sinks,
+                run_dir=self._run_dir or args.output_dir,
+                reduce_ranks=True,
+                is_writer=state.is_world_process_zero,
+                manual_steps=True,
+            )
+            self.monitor.step = state.global_step
+            self._restore(args, state)
+        except Exception:
+            logger.exception("stabmon could not start watching; training goes on without it")
+            self.monitor = None
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Arm the capture, if this optimizer step is sampled."""
+        if self.monitor is not None:
+            self.monitor.step = state.global_step
+            self.monitor.begin_step()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look at the gradients."""
+        if self.monitor is not None:
+            self.monitor.before_optimizer_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Judge the step."""
+        if self.monitor is not None:
+            diagnosis = self.monitor.on_step()
+            if diagnosis is not None and state.is_world_process_zero:
+                state.log_history.append(_log_entry(self.monitor, diagnosis, state))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Store the monitor's state beside the Trainer's, in the checkpoint just written."""
+        if self.monitor is not None and state.is_world_process_zero:
+            folder = _checkpoint(args, state)
+            try:
+                if folder.is_dir():
+                    (folder / _STATE).write_text(json.dumps(self.monitor.state_dict()))
+            except (OSError, TypeError) as error:
+                logger.warning("stabmon's state was not stored in %s: %s", folder, error)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop watching."""
+        self.close()
+
+    def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
+        if state.global_step == 0 or self.monitor is None:
+            return
+        resumed = getattr(args, "resume_from_checkpoint", None)
+        folders = [_checkpoint(args, state), *([Path(resumed)] if isinstance(resumed, str) else [])]
+        for path in (folder / _STATE for folder in folders):
+            if path.is_file():
+                try:
+                    self.monitor.load_state_dict(json.loads(path.read_text()))
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    logger.warning("stabmon starts with an empty history: %s could not be read (%s)", path, error)
+                self.monitor.step = state.global_step
+                return
+        logger.warning("stabmon starts with an empty history: no %s in %s", _STATE, folders[0])
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _siblings() -> list[Any]:
+    """The Trainer's other callbacks, from the handler that is calling us; empty where there is none to be found."""
+    frame = sys._getframe(1)
+    for _ in range(8):
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            return list(handler.callbacks)
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return []
+
+
+def _reporters(callbacks: list[Any], present: list[str | Sink]) -> list[str | Sink]:
+    """A sink for each of the Trainer's reporters that stabmon knows, writing to the reporter's own run."""
+    names = {each for each in present if isinstance(each, str)}
+    found: list[str | Sink] = []
+    for callback in callbacks:
+        kind = type(callback).__name__
+        if kind == "TensorBoardCallback" and "tensorboard" not in names and callback.tb_writer is not None:
+            found.append(SINKS["tensorboard"](writer=callback.tb_writer))  # type: ignore[call-arg]
+        elif kind == "WandbCallback" and "wandb" not in names:
+            found.append(SINKS["wandb"]())
+        elif kind == "MLflowCallback" and "mlflow" not in names:
+            found.append(SINKS["mlflow"]())
+    return found
+
+
+def _log_entry(monitor: AttentionStabilityMonitor, diagnosis: Diagnosis, state: TrainerState) -> dict[str, float]:
+    """The model-wide scalars as an entry of ``log_history``; written there, since a callback cannot reach ``Trainer.log``."""
+    alarms = sum(issue.is_alarm for issue in monitor.issues)
+    scalars = dashboard_scalars(diagnosis.readings[-1], diagnosis.open_issues, alarms=alarms) if diagnosis.readings else {}
+    entry = {name: value for name, value in scalars.items() if not name.startswith("attention_layers/")}
+    return entry | {"epoch": state.epoch or 0.0, "step": state.global_step}
