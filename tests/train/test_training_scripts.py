@@ -1,0 +1,101 @@
+"""Each script trains, goes on exactly where it was, and provokes what it says; all on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from settings import SettingsError
+
+ROOT = Path(__file__).parents[2]
+LAST_CHECKPOINT = {"plain_loop": "step=6.pt", "hf_gpt": "checkpoint-6", "lightning_gpt": "step=6.ckpt"}
+
+Train = Callable[..., dict[int, float]]
+every_script = pytest.mark.parametrize("script", LAST_CHECKPOINT)
+
+
+@every_script
+def test_a_resumed_run_has_the_losses_of_one_that_was_never_interrupted(script: str, run: Train, tmp_path: Path) -> None:
+    provoked = ("provoke=scale_qk", "scale_qk.start=2", "scale_qk.steps=4", "scale_qk.factor=3")
+    whole = run(script, "whole", *provoked)
+    assert run(script, "killed", *provoked, "training.save_every=4") == whole
+    forget(tmp_path / "killed" / "checkpoints" / LAST_CHECKPOINT[script])
+    log = tmp_path / "killed" / "losses.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:5]) + '{"step": 6, "lo')  # as a kill leaves it
+    resumed = run(script, "killed", *provoked, "training.save_every=4", "resume=true")
+    assert json.loads((tmp_path / "killed" / "run.json").read_text())["resumed_from_step"] == 4
+    assert list(resumed) == [1, 2, 3, 4, 5, 6]
+    assert resumed == whole
+
+
+@every_script
+def test_twins_have_the_same_losses_and_another_seed_has_others(script: str, run: Train) -> None:
+    healthy = run(script, "healthy")
+    assert run(script, "twin") == healthy
+    assert run(script, "other", "seed=1") != healthy
+
+
+@every_script
+def test_scaling_queries_and_keys_changes_the_losses_of_the_steps_after_it_alone(script: str, run: Train) -> None:
+    healthy = run(script, "healthy")
+    provoked = run(script, "provoked", "provoke=scale_qk", "scale_qk.start=3", "scale_qk.factor=20")
+    assert [step for step in healthy if healthy[step] != provoked[step]] == [4, 5, 6]
+
+
+@every_script
+def test_a_high_learning_rate_changes_the_losses_after_the_first_update(script: str, run: Train) -> None:
+    healthy, provoked = run(script, "healthy", "training.warmup=0"), run(script, "high", "training.warmup=0", "provoke=high_lr")
+    assert [step for step in healthy if healthy[step] != provoked[step]] == [2, 3, 4, 5, 6]
+
+
+@every_script
+def test_a_validation_on_the_way_changes_no_loss(script: str, run: Train) -> None:
+    assert run(script, "often", "training.validate_every=2") == run(script, "never")
+
+
+def test_gpt2_trains_too(run: Train) -> None:
+    assert list(run("hf_gpt", "gpt2", "model.architecture=gpt2")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_lightning_and_the_plain_loop_train_the_same_model_alike(run: Train) -> None:
+    assert run("lightning_gpt", "lightning") == run("plain_loop", "plain")
+
+
+def test_a_run_in_the_folder_of_another_is_refused(run: Train) -> None:
+    run("plain_loop", "taken")
+    with pytest.raises(SettingsError, match="taken holds a run already: go on with resume=true"):
+        run("plain_loop", "taken")
+
+
+def test_nothing_to_resume_is_said(run: Train) -> None:
+    with pytest.raises(SettingsError, match="holds no checkpoint"):
+        run("plain_loop", "empty", "resume=true")
+
+
+def test_the_command_line_ends_with_the_losses_or_in_one_line_what_is_wrong(text: Path, tmp_path: Path) -> None:
+    words = "model.layers=1 model.width=16 corpus.block=32 training.steps=2 training.batch=2 stabmon=null"
+
+    def call(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "train/plain_loop.py", "configs/train_plain_loop.yaml", *words.split(), *more]
+        return subprocess.run([*command, f"run_dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = call("--text", str(text))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("plain_loop: step 2, train loss 5.")
+    assert "validation loss 5." in done.stdout
+    wrong = call("--text", str(tmp_path / "missing.txt"))
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (2, "", 1)
+    assert wrong.stderr.startswith("error: cannot read the text")
+
+
+def forget(checkpoint: Path) -> None:
+    """Remove a checkpoint, so that the one before it is the last."""
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink()

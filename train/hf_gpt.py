@@ -1,0 +1,187 @@
+"""Train a small Llama or GPT-2 of the transformers library with its own Trainer, under watch.
+
+python train/hf_gpt.py configs/train_hf_gpt.yaml run_dir=runs/hf
+python train/hf_gpt.py configs/train_hf_gpt.yaml run_dir=runs/hf resume=true training.steps=800
+python train/hf_gpt.py configs/train_hf_gpt.yaml run_dir=runs/hf-provoked provoke=scale_qk
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from corpus import VOCABULARY
+from losses import LossLog
+from optimizer import BETAS, MIN_RATE
+from provoke import ScaleQk
+from run import Outcome, finish, main, start
+from settings import RunSettings, SettingsError
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of the library, from its configuration; no weights are loaded."""
+
+    architecture: Literal["llama", "gpt2"] = "llama"
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    """Key heads of a Llama; None for as many as query heads."""
+    width: int = 128
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """``loggers`` go to ``report_to`` of the Trainer."""
+
+    model: Shape = field(default_factory=Shape)
+
+
+class Blocks(Dataset[dict[str, Tensor]]):
+    """Blocks as the Trainer wants them; ``order`` ``[n]`` says which, one after the other."""
+
+    def __init__(self, blocks: Tensor, order: Tensor) -> None:
+        self.blocks = blocks
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        block = self.blocks[self.order[index]]
+        return {"input_ids": block, "labels": block}
+
+
+class LoggedTrainer(Trainer):
+    """The Trainer, with every step's loss written down just as it was: its own log averages and comes later."""
+
+    def __init__(self, losses: LossLog, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.losses = losses
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.losses.write(self.state.global_step + 1, loss.item())
+        return loss
+
+
+class ScaleQkCallback(TrainerCallback):
+    """Applies ``scale_qk`` right after the optimizer's step."""
+
+    def __init__(self, scale_qk: ScaleQk) -> None:
+        self.scale_qk = scale_qk
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.scale_qk.apply(kwargs["model"], state.global_step + 1)
+
+
+def train(settings: Settings) -> Outcome:
+    """Train as told; returns how it ended."""
+    run = start(settings, "checkpoints/checkpoint-*")
+    set_seed(settings.seed)
+    trainer = LoggedTrainer(
+        run.losses,
+        model=make_model(settings.model, settings.corpus.block),
+        args=make_arguments(settings),
+        train_dataset=Blocks(run.corpus.train, run.stream.flatten()),
+        eval_dataset=Blocks(run.corpus.validation, torch.arange(len(run.corpus.validation))),
+        callbacks=make_callbacks(settings),
+    )
+    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    return finish(run, trainer.evaluate()["eval_loss"])
+
+
+def make_model(shape: Shape, block: int) -> PreTrainedModel:
+    """The model, untrained.
+
+    Raises:
+        SettingsError: if GPT-2 is asked for fewer key heads than query heads.
+    """
+    tokens: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
+    if shape.architecture == "gpt2":
+        if shape.kv_heads not in (None, shape.heads):
+            raise SettingsError(f"model.kv_heads is {shape.kv_heads}, but GPT-2 has no grouped heads: leave it out, or use llama")
+        return GPT2LMHeadModel(
+            GPT2Config(n_layer=shape.layers, n_head=shape.heads, n_embd=shape.width, n_positions=block, **tokens)
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=shape.width,
+            intermediate_size=4 * shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads or shape.heads,
+            max_position_embeddings=block,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            **tokens,
+        )
+    )
+
+
+def make_arguments(settings: Settings) -> TrainingArguments:
+    """Our settings in the Trainer's words."""
+    training = settings.training
+    os.environ["TENSORBOARD_LOGGING_DIR"] = f"{settings.run_dir}/tensorboard"
+    os.environ.setdefault("WANDB_DIR", settings.run_dir)
+    os.environ.setdefault("WANDB_PROJECT", "stabmon")
+    return TrainingArguments(
+        output_dir=f"{settings.run_dir}/checkpoints",
+        run_name=settings.run_dir,
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch,
+        per_device_eval_batch_size=training.batch,
+        learning_rate=training.learning_rate * (settings.high_lr.factor if settings.provoke == "high_lr" else 1.0),
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": MIN_RATE},
+        warmup_steps=training.warmup,
+        weight_decay=training.weight_decay,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        max_grad_norm=training.clip,
+        train_sampling_strategy="sequential",  # the stream is shuffled already; so a resumed run and a twin see the same batches
+        eval_strategy="steps" if training.validate_every else "no",
+        eval_steps=training.validate_every,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=training.save_every or training.steps,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to=settings.loggers or "none",
+        seed=settings.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
+def make_callbacks(settings: Settings) -> list[TrainerCallback]:
+    """The provocation, if one is asked for, and stabmon's eyes."""
+    callbacks: list[TrainerCallback] = []
+    if settings.provoke == "scale_qk":
+        callbacks.append(ScaleQkCallback(settings.scale_qk))
+    if settings.stabmon is not None:
+        from stabmon.integrations.transformers import StabilityCallback
+
+        watch = settings.stabmon
+        callbacks.append(StabilityCallback(watch.config, log_every=watch.log_every, sinks=watch.sinks and [*watch.sinks]))
+    return callbacks
+
+
+if __name__ == "__main__":
+    sys.exit(main(Settings, train, __doc__))
