@@ -73,10 +73,9 @@ class ConsoleSink(Sink):
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
         step = record.get("step", self._step)
-        words = "  ".join(
-            f"{key} {value}" for key, value in record.items() if key != "step" and isinstance(value, (str, int, float))
-        )
-        self._print(Text.assemble(_head(step), ("intervention ", "bold magenta"), words))
+        plain = {key: value for key, value in record.items() if key != "step" and isinstance(value, (str, int, float))}
+        words = [str(value) if key in ("intervention", "name") else f"{key} {value}" for key, value in plain.items()]
+        self._print(Text.assemble(_head(step), ("intervention", "bold magenta"), "  ", "  ".join(words)))
 
     def close(self) -> None:
         self._turn_to(0)

@@ -9,7 +9,6 @@ from stabmon.records import Reading
 _VIRIDIS = (0x440154, 0x482878, 0x3E4989, 0x31688E, 0x26828E, 0x1F9E89, 0x35B779, 0x6ECE58, 0xB5DE2B, 0xFDE725)
 """Ten evenly spaced colours of matplotlib's viridis: dark is low, bright is high."""
 _GREY = 160
-_UNIT_INTERVAL = frozenset({"normalized_entropy", "max_probability", "collision_probability", "sink_mass"})
 
 
 def head_matrix(reading: Reading, signal: str) -> np.ndarray:
@@ -27,8 +26,10 @@ def signal_names(reading: Reading) -> list[str]:
 
 
 def colour_range(signal: str, matrix: np.ndarray) -> tuple[float, float]:
-    """(dark, bright) end of the scale: 0 and 1 for signals that live there, so that steps compare; else the finite extremes."""
-    if signal in _UNIT_INTERVAL:
+    """(dark, bright) end of the scale: 0 and 1 for probabilities and shares, so that steps compare; else the finite extremes."""
+    from stabmon.signals import SIGNALS
+
+    if signal in SIGNALS and SIGNALS[signal].unit.startswith(("probability", "share")):
         return 0.0, 1.0
     finite = matrix[np.isfinite(matrix)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)

@@ -48,7 +48,7 @@ def reduction(signal: str) -> str:
     """``"max"`` or ``"mean"``: how a signal is reduced over heads, as over rows; ``"mean"`` for a signal nobody registered."""
     from stabmon.signals import SIGNALS
 
-    return str(SIGNALS[signal].reduction) if signal in SIGNALS else "mean"
+    return SIGNALS[signal].reduction if signal in SIGNALS else "mean"
 
 
 def _by_signal(layers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 from rich.live import Live
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from stabmon.sinks import SINKS
 from stabmon.sinks.console import ConsoleSink
@@ -99,7 +99,7 @@ def test_a_flood_is_counted_not_printed() -> None:
 def test_interventions_are_printed() -> None:
     file = io.StringIO()
     ConsoleSink(file=file).write_intervention({"step": 30, "intervention": "lower_learning_rate", "factor": 0.5, "heads": [1]})
-    assert file.getvalue() == "stabmon step 30  intervention intervention lower_learning_rate  factor 0.5\n"
+    assert file.getvalue() == "stabmon step 30  intervention  lower_learning_rate  factor 0.5\n"
 
 
 def test_it_writes_to_standard_error_as_it_is_then(capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,14 @@ def test_arrays_survive_bit_for_bit(values: list[float]) -> None:
 
 
 def test_numpy_values_paths_and_tuples_become_plain() -> None:
-    record = {"n": np.int64(3), "x": np.float32(0.5), "b": np.bool_(True), "p": Path("a") / "b", "t": (1, 2), 3: np.arange(2)}
+    record: dict[Any, Any] = {
+        "n": np.int64(3),
+        "x": np.float32(0.5),
+        "b": np.bool_(True),
+        "p": Path("a") / "b",
+        "t": (1, 2),
+        3: np.arange(2),
+    }
     assert loads(dumps(record)) == {"n": 3, "x": 0.5, "b": True, "p": "a/b", "t": [1, 2], "3": [0, 1]}
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
@@ -87,6 +86,8 @@ def test_a_resume_from_an_earlier_step_hides_what_came_after_it(tmp_path: Path) 
 
 
 def test_a_writer_that_was_passed_in_is_used_and_stays_open(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(tmp_path / "theirs"))
     run(TensorboardSink(writer=writer), tmp_path, range(1, 2))
     writer.add_scalar("loss", 1.0, 1)
