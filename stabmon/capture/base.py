@@ -1,12 +1,12 @@
-"""What an adapter is, and what all adapters share."""
+"""What all adapters share."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,6 @@ if TYPE_CHECKING:
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads")
 """What models call a module's number of heads."""
-
-
-class Adapter(Protocol):
-    """One way of seeing attention calls."""
-
-    name: str
-    looks_for: str
-    """What it recognises, in a few words."""
-
-    def installed(self, capture: AttentionCapture) -> AbstractContextManager[object]:
-        """Installs itself on entering and leaves everything as it was on leaving."""
-        ...
 
 
 def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,20 +9,18 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from stabmon.capture.base import Adapter, isolated
+from stabmon.capture.base import isolated
 from stabmon.capture.compiled import CompiledCode
 from stabmon.capture.names import ModuleNames
-from stabmon.capture.torch_functions import TorchFunctions, taken_off
+from stabmon.capture.torch_functions import FunctionWatch, push, remove, taken_off
 from stabmon.capture.transformers_interface import TransformersInterface
 from stabmon.records import AttentionCall
 
 logger = logging.getLogger(__name__)
 
 
-ADAPTERS: tuple[Adapter, ...] = (TransformersInterface(), TorchFunctions())
-COMPILED = CompiledCode()
+INTERFACE, COMPILED = TransformersInterface(), CompiledCode()
 QUIET = 2
 """Openings in a row that transformers' interface explained alone, after which torch functions are watched no longer."""
 
@@ -61,13 +59,14 @@ class AttentionCapture:
         self.calls: dict[str, int] = {}
         self.names = ModuleNames(model)
         self.unseen = 0
-        self.mode: TorchFunctionMode | None = None
+        self.mode: FunctionWatch | None = None
         self._on_call = on_call
         self._on_error = on_error
         self._thorough = thorough
         self._quiet = 0
         self._boundary = ExitStack()
-        self._watching = ExitStack()
+        self._patches = ExitStack()
+        self._paused_mode = False
         self._thread: int | None = None
         self._inside = 0
         self._logged = False
@@ -100,7 +99,7 @@ class AttentionCapture:
 
     def looked_for(self) -> str:
         """What was looked for, in one line, for the error that no attention was found."""
-        return "; ".join(adapter.looks_for for adapter in (*ADAPTERS, COMPILED))
+        return "; ".join(part.looks_for for part in (INTERFACE, FunctionWatch, COMPILED))
 
     def listening(self) -> bool:
         """Whether a call made right now by this thread is one of the model's own forward, not seen further out already."""
@@ -148,26 +147,35 @@ class AttentionCapture:
 
     def pause(self) -> None:
         """Take out all but the watch over compiled code, which is about to run."""
-        self._watching.close()
+        self._patches.close()
+        self._paused_mode = remove(self.mode)
 
     def resume(self) -> None:
         """Put back what :meth:`pause` took out."""
+        self._patch()
+        if self.mode is not None and self._paused_mode:
+            push(self.mode)
+
+    def _patch(self) -> None:
         with ExitStack() as stack:
-            for adapter in ADAPTERS:
-                if self._thorough or self._quiet < QUIET or adapter.name == TransformersInterface.name:
-                    stack.enter_context(adapter.installed(self))
+            stack.enter_context(INTERFACE.installed(self))
             handle = self.model.register_forward_pre_hook(lambda *_: self.names.new_forward(), prepend=True)
             stack.callback(handle.remove)
-            self._watching = stack.pop_all()
+            self._patches = stack.pop_all()
 
     def _install(self, thread: int) -> None:
         with ExitStack() as stack:
             stack.enter_context(COMPILED.installed(self))
-            self.resume()
+            self._patch()
             self._boundary = stack.pop_all()
+        if self._thorough or self._quiet < QUIET:
+            self.mode = FunctionWatch(self)
+            push(self.mode)
         self._thread = thread
 
     def _uninstall(self) -> None:
         self._thread = None
-        self._watching.close()
+        remove(self.mode)
+        self.mode = None
+        self._patches.close()
         self._boundary.close()

@@ -128,9 +128,16 @@ def step(name: str, product: Product, others: list[Any]) -> Product:
         if product.cap is None:
             return replace(product, scale=product.scale * factor)
         return replace(product, cap=product.cap * factor)
+    if name in ("mul", "rmul", "imul") and len(others) == 1 and is_column(others[0]) and can_take(product, others[0]):
+        return replace(product, query=product.query * others[0].detach())
     if name == "tanh" and product.cap is None and not product.masked:
         return replace(product, cap=1.0)
     return product.opaque()
+
+
+def can_take(product: Product, gain: Tensor) -> bool:
+    """Whether a gain a head or a query, ``[..., H, Q or 1, 1]``, can be multiplied into the query instead of the scores."""
+    return product.cap is None and not product.masked and product.query is not None and gain.ndim <= product.query.ndim
 
 
 def is_column(value: object) -> bool:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from stabmon.capture.base import Handler
 from stabmon.capture.flex import flex_operator, handle_flex
@@ -25,29 +25,13 @@ HANDLERS: dict[Any, Handler] = {
 }
 
 
-class TorchFunctions:
-    """Watches the torch functions that attention is made of, in the thread that entered."""
-
-    name = "functions"
-    looks_for = (
-        "torch's scaled_dot_product_attention, multi_head_attention_forward and flex_attention, "
-        "and a softmax over a product of batched queries and keys"
-    )
-
-    @contextmanager
-    def installed(self, capture: AttentionCapture) -> Iterator[None]:
-        """A mode on torch's stack for as long as it is entered."""
-        mode = capture.mode = FunctionWatch(capture)
-        _push_mode(mode)
-        try:
-            yield
-        finally:
-            capture.mode = None
-            remove(mode)
-
-
 class FunctionWatch(TorchFunctionMode):
-    """Hands every call of a known function to what reads it; changes nothing."""
+    """Hands every call of a known function to what reads it; changes nothing. Acts in the thread that pushed it."""
+
+    looks_for = (
+        "torch's scaled_dot_product_attention, multi_head_attention_forward and flex_attention; "
+        "a softmax over a product of batched queries and keys"
+    )
 
     def __init__(self, capture: AttentionCapture) -> None:
         super().__init__()
@@ -87,14 +71,18 @@ def taken_off(mode: TorchFunctionMode | None) -> Iterator[None]:
         _push_mode(mode)
 
 
-def remove(mode: TorchFunctionMode) -> None:
-    """Take ``mode`` off torch's stack, and leave what others have put on top of it."""
+def push(mode: TorchFunctionMode) -> None:
+    """Put ``mode`` on top of torch's stack."""
+    _push_mode(mode)
+
+
+def remove(mode: TorchFunctionMode | None) -> bool:
+    """Take ``mode`` off torch's stack, leave what others have put on top of it, and tell whether it was there."""
+    if mode is None or not any(mode is other for other in _get_current_function_mode_stack()):
+        return False
     above = []
-    while (top := _get_current_function_mode()) is not mode:
-        if top is None:
-            break
-        above.append(_pop_mode())
-    else:
-        _pop_mode()
+    while (top := _pop_mode()) is not mode:
+        above.append(top)
     for other in reversed(above):
         _push_mode(other)
+    return True
