@@ -93,7 +93,7 @@ class ScaleQkCallback(TrainerCallback):
 
 def train(settings: Settings) -> Outcome:
     """Train as told; returns how it ended."""
-    run = start(settings, "checkpoints/checkpoint-*")
+    run = start(settings, "checkpoint-*")
     set_seed(settings.seed)
     trainer = LoggedTrainer(
         run.losses,
@@ -142,7 +142,7 @@ def make_arguments(settings: Settings) -> TrainingArguments:
     os.environ.setdefault("WANDB_DIR", settings.run_dir)
     os.environ.setdefault("WANDB_PROJECT", "stabmon")
     return TrainingArguments(
-        output_dir=f"{settings.run_dir}/checkpoints",
+        output_dir=settings.run_dir,
         run_name=settings.run_dir,
         max_steps=training.steps,
         per_device_train_batch_size=training.batch,
@@ -179,7 +179,7 @@ def make_callbacks(settings: Settings) -> list[TrainerCallback]:
         from stabmon.integrations.transformers import StabilityCallback
 
         watch = settings.stabmon
-        callbacks.append(StabilityCallback(watch.config, log_every=watch.log_every, sinks=watch.sinks and [*watch.sinks]))
+        callbacks.append(StabilityCallback(watch.config, log_every=watch.log_every, run_dir=settings.run_dir))
     return callbacks
 
 

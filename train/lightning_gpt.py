@@ -167,7 +167,7 @@ def make_callbacks(settings: Settings, run: Run) -> list[L.Callback]:
         from stabmon.integrations.lightning import StabilityCallback
 
         watch = settings.stabmon
-        callbacks.append(StabilityCallback(watch.config, log_every=watch.log_every, sinks=watch.sinks and [*watch.sinks]))
+        callbacks.append(StabilityCallback(watch.config, log_every=watch.log_every, run_dir=settings.run_dir))
     every = settings.training.save_every or settings.training.steps
     return [
         *callbacks,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 import stabmon
+from stabmon.config import load_config
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def make_monitor(
     watch = settings.stabmon
     if watch is None:
         return None
-    sinks = [*(watch.sinks or ["jsonl", "console"]), *settings.loggers]
+    sinks = [*load_config(watch.config).sinks, *settings.loggers]
     return stabmon.AttentionStabilityMonitor(
         model,
         optimizer=optimizer,

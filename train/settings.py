@@ -58,8 +58,6 @@ class WatchSettings:
 
     config: str = "observe"
     log_every: int = 10
-    sinks: list[str] | None = None
-    """Names of sinks; None for stabmon's own choice."""
 
 
 @dataclass(frozen=True)

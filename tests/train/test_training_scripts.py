@@ -13,7 +13,11 @@ import pytest
 from settings import SettingsError
 
 ROOT = Path(__file__).parents[2]
-LAST_CHECKPOINT = {"plain_loop": "step=6.pt", "hf_gpt": "checkpoint-6", "lightning_gpt": "step=6.ckpt"}
+LAST_CHECKPOINT = {
+    "plain_loop": "checkpoints/step=6.pt",
+    "hf_gpt": "checkpoint-6",
+    "lightning_gpt": "checkpoints/step=6.ckpt",
+}
 
 Train = Callable[..., dict[int, float]]
 every_script = pytest.mark.parametrize("script", LAST_CHECKPOINT)
@@ -24,7 +28,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_was_never_interrupted(script: 
     provoked = ("provoke=scale_qk", "scale_qk.start=2", "scale_qk.steps=4", "scale_qk.factor=3")
     whole = run(script, "whole", *provoked)
     assert run(script, "killed", *provoked, "training.save_every=4") == whole
-    forget(tmp_path / "killed" / "checkpoints" / LAST_CHECKPOINT[script])
+    forget(tmp_path / "killed" / LAST_CHECKPOINT[script])
     log = tmp_path / "killed" / "losses.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:5]) + '{"step": 6, "lo')  # as a kill leaves it
     resumed = run(script, "killed", *provoked, "training.save_every=4", "resume=true")
@@ -51,6 +55,24 @@ def test_scaling_queries_and_keys_changes_the_losses_of_the_steps_after_it_alone
 def test_a_high_learning_rate_changes_the_losses_after_the_first_update(script: str, run: Train) -> None:
     healthy, provoked = run(script, "healthy", "training.warmup=0"), run(script, "high", "training.warmup=0", "provoke=high_lr")
     assert [step for step in healthy if healthy[step] != provoked[step]] == [2, 3, 4, 5, 6]
+
+
+@every_script
+def test_watching_changes_no_loss_and_leaves_readings(script: str, run: Train, tmp_path: Path) -> None:
+    provoked = ("provoke=scale_qk", "scale_qk.start=3", "scale_qk.factor=20")
+    watched = run(script, "watched", *provoked, "stabmon={config: observe, log_every: 2}")
+    assert watched == run(script, "unwatched", *provoked)
+    readings = (tmp_path / "watched" / "stabmon" / "readings.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in readings] == [2, 4, 6]
+    before, after = (max(max(layer["max_logit"]) for layer in json.loads(line)["layers"].values()) for line in readings[:2])
+    assert after > 50 * before
+
+
+@every_script
+def test_a_wrong_preset_is_refused_before_anything_is_written(script: str, run: Train, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="stabmon: config 'obsreve' is neither a preset"):
+        run(script, "wrong", "stabmon={config: obsreve}")
+    assert not (tmp_path / "wrong").exists()
 
 
 @every_script
