@@ -1,0 +1,31 @@
+# make test, make demo, make bench: each sets up by itself; needs Python 3.11 or newer (PYTHON=...), git and make alone.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true
+
+.PHONY: test demo bench clean
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy train
+	$(OFFLINE) $(BIN)/python -m pytest
+
+demo: .venv/installed
+	@$(BIN)/python train/demo.py
+
+bench: .venv/installed
+	$(OFFLINE) $(BIN)/python -m tests.bench
+
+# Once for each state of the two files; a failed set-up leaves no stamp.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("stabmon needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@echo "Setting up .venv (once; a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv
