@@ -53,15 +53,17 @@ def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:
     return rise > 0 or (rise == 0 and _distance(now) >= WORSE * _distance(before))
 
 
-WORSE = 2.0
-"""A value twice as far out is news; anything less would repeat an issue at each sample."""
+WORSE = 3.0
+"""A value three times as far out is news; less would repeat an issue that goes on growing at every other reading."""
+FARTHEST = 1_000.0
+"""Beyond this distance nothing is news any more: an entropy of 1e-9 is no worse than one of 1e-6."""
 
 
 def _distance(issue: StabilityIssue) -> float:
-    """How far a value is beyond its threshold, as a ratio of at least 1."""
+    """How far a value is beyond its threshold, as a ratio between 1 and ``FARTHEST``."""
     value, threshold = issue.value, issue.threshold
     if not (math.isfinite(value) and math.isfinite(threshold)):
-        return 1e300  # finite, so that infinitely bad is not worse than infinitely bad
+        return FARTHEST
     if value > 0 and threshold > 0:
-        return max(value / threshold, threshold / value)
-    return 1 + abs(value - threshold) / max(abs(threshold), 1.0)
+        return min(max(value / threshold, threshold / value), FARTHEST)
+    return min(1 + abs(value - threshold) / max(abs(threshold), 1.0), FARTHEST)

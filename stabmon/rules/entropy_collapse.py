@@ -27,7 +27,7 @@ class EntropyCollapse:
 
     kept: float = 0.4
     """Share of its own past entropy that a collapsed head keeps at most."""
-    jump: float = 3.0
+    jump: float = 4.0
     """Times its own past that the largest score must have jumped within one step; plus the same for each 50 steps in between."""
     saturates: float = 0.6
     """Share of rows that must have lost their gradient at once where the score gives no witness."""
@@ -37,37 +37,36 @@ class EntropyCollapse:
     """Normalised entropy, in [0, 1], below which even a slow fall is worth a look."""
     least_past: float = 0.1
     """Normalised entropy that a head must have had to be judged."""
+    still_ill: float = 0.6
+    """An open issue stays open until the entropy is above its opening level divided by this."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue a head; ``value`` is its normalised entropy, ``threshold`` the entropy at which it is called collapsed."""
         entropy = history.now("normalized_entropy")
-        open_ = history.is_open("entropy_collapse")
-        hold = np.where(open_, 0.6, 1.0)
         rank, level = np.full(len(entropy), -1), np.full(len(entropy), np.nan)
         ratio, past = level.copy(), level.copy()
-        for change in changes(history, "entropy_collapse"):
-            if change.lag > 2:
-                continue
-            spread = change.past_entropy >= self.least_past
-            fell = spread & (change.kept <= self.kept / hold)
-            error = fell & self._witnessed(history, change, hold)
-            for found, value in ((error, 1), (fell & ((change.steps <= self.sudden_steps) | open_), 0)):
+        for change in changes(history, lags=(1, 2)):
+            fell = (change.past_entropy >= self.least_past) & (change.kept <= self.kept)
+            error = fell & self._witnessed(history, change)
+            for found, value in ((error, 1), (fell & (change.steps <= self.sudden_steps), 0)):
                 new = found & (rank < value)
                 rank[new], level[new] = value, (self.kept * change.past_entropy)[new]
                 ratio[new], past[new] = change.ratio[new], change.past_entropy[new]
-        start = history.baseline("normalized_entropy")
-        slow = (rank < 0) & (start >= self.least_past) & (entropy < np.minimum(self.floor, 0.2 * start) / hold)
+        start, open_level = history.baseline("normalized_entropy"), history.open_level("entropy_collapse")
+        slow = (rank < 0) & (start >= self.least_past) & (entropy < np.minimum(self.floor, 0.2 * start))
         rank[slow], level[slow], past[slow] = 0, self.floor, start[slow]
+        still = (rank < 0) & (entropy <= open_level / self.still_ill)
+        rank[still], level[still] = 0, open_level[still]
         return [
             self._issue(history, n, bool(rank[n] == 1), float(level[n]), float(past[n]), float(ratio[n]))
             for n in np.flatnonzero(rank >= 0).tolist()
         ]
 
-    def _witnessed(self, history: History, change: Change, hold: np.ndarray) -> np.ndarray:
+    def _witnessed(self, history: History, change: Change) -> np.ndarray:
         """``[N]`` bool: scores jumped, or nearly all rows saturated at once."""
-        patience = 1.5 if loss_fell(history, float(np.nanmax(change.steps))) else 1.0
-        jumped = change.ratio >= hold * patience * np.minimum(self.jump * (1 + change.steps / 50), 12.0)
-        saturated = (change.saturated_rise >= self.saturates * hold) & (change.steps <= self.sudden_steps)
+        patience = 1.5 if loss_fell(history, change.steps) else 1.0
+        jumped = change.ratio >= patience * min(self.jump * (1 + change.steps / 50), 12.0)
+        saturated = (change.saturated_rise >= self.saturates) & (change.steps <= self.sudden_steps)
         witnessed: np.ndarray = jumped | saturated
         return witnessed
 

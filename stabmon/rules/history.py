@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from stabmon.records import LayerInfo, NonFinite, Reading
+from stabmon.records import LayerInfo, NonFinite, Reading, StabilityIssue
 from stabmon.rules.table import Table
 
 
@@ -35,7 +35,7 @@ class History:
         """(step, loss) of every step whose loss is known, the newest ``20 * length`` of them."""
         self._index: dict[str, slice] = {}
         self._tables: dict[str, Table] = {}
-        self._open: dict[str, dict[tuple[str | None, int | None], int]] = {}
+        self._open: dict[str, dict[tuple[str | None, int | None], float]] = {}
 
     def __len__(self) -> int:
         return len(self.readings)
@@ -75,6 +75,11 @@ class History:
         at = where if head is None else slice(where.start + head, where.start + head + 1)
         return any(bool(np.isfinite(table.rows[-1, at]).any()) for table in self._tables.values())
 
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Every attention layer seen so far, in the order of N."""
+        return tuple(self._index)
+
     def of_layer(self, layer: str) -> slice:
         """Where the heads of ``layer`` lie along N."""
         return self._index[layer]
@@ -105,8 +110,11 @@ class History:
         """Whether an issue of this type is open for exactly this layer and head (None, None: for the run)."""
         return (layer, head) in self._open.get(issue_type, {})
 
-    def opened_at(self, issue_type: str) -> np.ndarray:
-        """``[N]`` step at which the head's open issue of this type opened, NaN where none is open."""
+    def open_level(self, issue_type: str) -> np.ndarray:
+        """``[N]`` threshold of the head's open issue of this type, NaN where none is open: what hysteresis is measured from.
+
+        NaN too once the issue is older than the history: what has lasted that long is the head's new normal.
+        """
         open_ = self._open.get(issue_type, {})
         if not open_:
             return np.full(len(self.heads), np.nan)
@@ -132,11 +140,13 @@ class History:
         self.losses += reading.losses or (((reading.step, reading.loss),) if reading.loss is not None else ())
         del self.losses[: -20 * self.length]
 
-    def set_open(self, since: Mapping[tuple[str, str | None, int | None], int]) -> None:
-        """Tell which issues, as (issue_type, layer, head), are open, and since which step: what ``is_open`` answers from."""
+    def set_open(self, issues: Iterable[tuple[StabilityIssue, int]]) -> None:
+        """Tell which issues are open, each with the step at which it opened: what ``is_open`` and ``open_level`` answer from."""
         self._open = {}
-        for (issue_type, layer, head), step in since.items():
-            self._open.setdefault(issue_type, {})[layer, head] = step
+        oldest = self.readings[0].step if self.readings else 0
+        for issue, since in issues:
+            level = issue.threshold if since >= oldest else np.nan
+            self._open.setdefault(issue.issue_type, {})[issue.layer, issue.head] = level
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as plain values that JSON and ``torch.save`` both take; arrays packed as text."""

@@ -11,7 +11,8 @@ from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.forecast import steps_until, theil_sen
 from stabmon.rules.history import History
-from stabmon.rules.own_past import Change, changes, loss_fell
+from stabmon.rules.own_past import PAST_READINGS, SCORE_FLOOR, Change, changes, loss_fell
+from stabmon.rules.spread import largest
 
 
 @rule
@@ -52,46 +53,38 @@ class LogitGrowth:
         score, heads = history.now("max_logit"), len(history.heads)
         if heads == 0 or len(history) < 2:
             return []
-        hold = np.where(history.is_open("logit_growth"), self.still_ill, 1.0)
         forecast = _Forecast.of(history, self.harm)
         found = _Found.nothing(heads)
-        for change in changes(history, "logit_growth"):
-            patience = 1.5 if loss_fell(history, float(np.nanmax(change.steps))) else 1.0
-            self._judge(change, hold, patience, forecast, score, found)
-        self._judge_harm(history, hold, score, found)
+        for change in changes(history):
+            patience = 1.5 if loss_fell(history, change.steps) else 1.0
+            self._judge(change, patience, forecast, score, found)
+        self._judge_harm(history, score, found)
         found.add(forecast.warns(score, self.horizon * _interval(history)), 0, self.harm, np.nan, np.nan, "forecast")
+        level = history.open_level("logit_growth")
+        found.add(score >= self.still_ill * level, 0, level, np.nan, np.nan, "still")
         return [self._issue(history, n, found, forecast) for n in np.flatnonzero(found.rank >= 0).tolist()]
 
-    def _judge(
-        self, change: Change, hold: np.ndarray, patience: float, forecast: _Forecast, score: np.ndarray, found: _Found
-    ) -> None:
+    def _judge(self, change: Change, patience: float, forecast: _Forecast, score: np.ndarray, found: _Found) -> None:
         """Find jumps at one or two readings back, run-aways at more."""
         if change.lag <= 2:
-            needed = patience * np.minimum(self.jump * (1 + change.steps / 50), self.runaway)
-            lost = (change.kept <= 0.5 / hold) | (change.saturated_rise >= 0.25 * hold)
-            grown = change.ratio >= needed * hold
+            needed = patience * min(self.jump * (1 + change.steps / 50), self.runaway)
+            lost = (change.kept <= 0.5) | (change.saturated_rise >= 0.25)
+            grown, how = change.ratio >= needed, "jump"
         else:
-            needed = patience * self.runaway * np.ones_like(score)
-            lost = (change.kept <= 0.35 / hold) & ~(change.saturated_rise < 0.25 * hold)
-            rises = (forecast.eta <= change.steps) | (score >= self.harm) | (hold < 1)
-            grown = (change.ratio >= needed * hold) & (change.steps <= self.runaway_steps) & rises
-        how = "jump" if change.lag <= 2 else "runaway"
+            needed = patience * self.runaway
+            lost = (change.kept <= 0.35) & ~(change.saturated_rise < 0.25)
+            rises = (forecast.eta <= change.steps) | (score >= self.harm)
+            grown, how = (change.ratio >= needed) & (change.steps <= self.runaway_steps) & rises, "runaway"
         found.add(grown & lost, 1, needed * change.past_logit, change.ratio, change.kept, how)
-        if change.lag <= 2:
-            found.add(grown & ~lost, 0, needed * change.past_logit, change.ratio, change.kept, how)
+        found.add(grown & ~lost, 0, needed * change.past_logit, change.ratio, change.kept, how)
 
-    def _judge_harm(self, history: History, hold: np.ndarray, score: np.ndarray, found: _Found) -> None:
+    def _judge_harm(self, history: History, score: np.ndarray, found: _Found) -> None:
         """Find heads above the level of known harm that came there in this run."""
-        if len(history) < 2:
-            return
-        entropy, past = history.now("normalized_entropy"), history.signal("max_logit")[:-1][-5:]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            doubled = score / np.fmax.reduce(past, axis=0)
-            grown = score / np.maximum(history.baseline("max_logit"), 10.0)
-        ill = (
-            (score >= self.harm * hold) & (entropy < 0.1 / hold) & ((doubled >= 2) | (grown >= self.runaway * hold) | (hold < 1))
-        )
-        found.add(ill, 1, self.harm, np.fmax(doubled, grown), np.nan, "harm")
+        past = np.maximum(largest(history.signal("max_logit")[:-1][-PAST_READINGS:]), SCORE_FLOOR)
+        start = np.maximum(history.baseline("max_logit"), SCORE_FLOOR)
+        came = (score >= 2 * past) | (score >= self.runaway * start)
+        spent = history.now("normalized_entropy") < 0.1
+        found.add((score >= self.harm) & spent & came, 1, self.harm, score / np.fmin(past, start), np.nan, "harm")
 
     def _issue(self, history: History, n: int, found: _Found, forecast: _Forecast) -> StabilityIssue:
         layer, head = history.heads[n]

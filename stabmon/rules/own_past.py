@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from stabmon.rules.history import History
 from stabmon.rules.spread import largest, median
 
-LAGS = (1, 2, 4, 8, 16, 32, 64)
+LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Readings to look back. One and two see a jump; the longer ones see growth that no single reading shows."""
 PAST_READINGS = 5
 """Readings whose largest score, and whose middle entropy, stand for the past: one wild reading neither hides nor makes a change."""
@@ -21,11 +21,11 @@ rows are that far apart), and every head of a fresh model grows manifold below i
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """The newest reading against the readings around ``lag`` before it; every array is ``[N]``, NaN where unknown."""
+    """The newest reading against the readings up to ``lag`` before it; every array is ``[N]``, NaN where unknown."""
 
     lag: int
-    steps: np.ndarray
-    """Optimizer steps between the past and the newest reading (at the opening, for heads with an open issue)."""
+    steps: int
+    """Optimizer steps between the past and the newest reading."""
     past_logit: np.ndarray
     """Largest max_logit of the past, at least ``SCORE_FLOOR``."""
     ratio: np.ndarray
@@ -35,43 +35,28 @@ class Change:
     kept: np.ndarray
     """Newest normalised entropy over ``past_entropy``: the share of its spread that the head kept."""
     saturated_rise: np.ndarray
-    """Newest share of saturated rows minus the past's."""
+    """Newest share of saturated rows minus the past's largest."""
 
 
-def changes(history: History, issue_type: str) -> Iterator[Change]:
-    """The change over every span that the history reaches back.
-
-    The past of a head with an open issue of ``issue_type`` is frozen at the issue's opening, so that what is ill does not
-    become its own measure of health; it thaws when those readings leave the history.
-    """
+def changes(history: History, lags: Iterable[int] = LAGS) -> Iterator[Change]:
+    """The change over every span that the history reaches back."""
     logit, entropy = history.signal("max_logit"), history.signal("normalized_entropy")
     saturated, steps = history.signal("saturated_fraction"), history.steps
-    opened = history.opened_at(issue_type)
-    ends = np.where(np.isnan(opened), len(steps) - 1, np.searchsorted(steps, np.nan_to_num(opened)))
-    ends = np.where(opened < steps[0], -1, ends)
-    groups = [(int(end), np.flatnonzero(ends == end)) for end in np.unique(ends)]
-    for lag in LAGS:
-        past = np.full((4, len(history.heads)), np.nan)
-        for end, heads in groups:
-            if end < lag:
-                continue
-            rows = slice(max(0, end - lag - PAST_READINGS + 1), end - lag + 1)
-            pick = slice(None) if len(groups) == 1 else heads
-            past[0, pick] = steps[end] - steps[end - lag]
-            past[1, pick] = np.maximum(largest(logit[rows, pick]), SCORE_FLOOR)
-            past[2, pick] = median(entropy[rows, pick])
-            past[3, pick] = largest(saturated[rows, pick])
-        if np.isnan(past).all():
+    newest = len(steps) - 1
+    for lag in lags:
+        if lag > newest:
             return
+        rows = slice(max(0, newest - lag - PAST_READINGS + 1), newest - lag + 1)
+        past_logit, past_entropy = np.maximum(largest(logit[rows]), SCORE_FLOOR), median(entropy[rows])
         with np.errstate(divide="ignore", invalid="ignore"):
             yield Change(
                 lag=lag,
-                steps=past[0],
-                past_logit=past[1],
-                ratio=logit[-1] / past[1],
-                past_entropy=past[2],
-                kept=entropy[-1] / past[2],
-                saturated_rise=saturated[-1] - past[3],
+                steps=int(steps[newest] - steps[newest - lag]),
+                past_logit=past_logit,
+                ratio=logit[newest] / past_logit,
+                past_entropy=past_entropy,
+                kept=entropy[newest] / past_entropy,
+                saturated_rise=saturated[newest] - largest(saturated[rows]),
             )
 
 
@@ -88,3 +73,13 @@ def loss_fell(history: History, steps: float, *, least: int = 8, share: float = 
         return False
     noise = 2 * float(np.std(newer)) / len(newer) ** 0.5
     return bool(np.median(older) - np.median(newer) > max(share * abs(float(np.median(older))), noise))
+
+
+def loss_rose(history: History, readings: int, *, past: int = 50) -> bool:
+    """Whether the losses since the last ``readings`` readings lie above the usual range of the ``past`` before them."""
+    since = history.readings[-readings - 1].step if len(history) > readings else 0
+    newer = np.array([loss for step, loss in history.losses if step > since and np.isfinite(loss)])
+    older = np.array([loss for step, loss in history.losses if step <= since and np.isfinite(loss)])[-past:]
+    if not len(newer) or len(older) < 8:
+        return False
+    return bool(np.median(newer) > np.quantile(older, 0.9))

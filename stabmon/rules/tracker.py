@@ -108,7 +108,7 @@ class IssueTracker:
         self._tell_history()
 
     def _tell_history(self) -> None:
-        self.history.set_open({key: entry.since for key, entry in self._open.items()})
+        self.history.set_open((entry.issue, entry.since) for entry in self._open.values())
 
     def _run_rules(self) -> tuple[dict[Key, tuple[StabilityIssue, str]], set[str]]:
         """The worst issue of each place with its rule's name, and the names of the rules that ran through."""
@@ -148,14 +148,14 @@ class IssueTracker:
 
     def _see(self, key: Key, issue: StabilityIssue, name: str) -> list[StabilityIssue]:
         entry, closed = self._open.get(key), self._closed.get(key)
+        if entry is not None and _rank(issue) < _rank(entry.issue):
+            issue = replace(issue, severity=entry.issue.severity)  # an open issue may worsen or close, never soften
         if entry is not None and not worsened(issue, entry.issue):
             self._open[key] = replace(entry, absent=0)
             return []
         if entry is None and closed is not None and not worsened(issue, closed.issue):
             return []
         issue = replace(issue, state="opened" if entry is None else "worsened")
-        if entry is not None and _rank(issue) < _rank(entry.issue):
-            issue = replace(issue, severity=entry.issue.severity)
         self._open[key] = _Open(issue, name, issue.step if entry is None else entry.since)
         return [issue]
 

@@ -1,0 +1,79 @@
+"""An attention layer stopped receiving gradient because its rows saturated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stabmon.records import StabilityIssue
+from stabmon.rules.base import rule
+from stabmon.rules.history import History
+from stabmon.rules.spread import median
+
+
+@rule
+@dataclass(frozen=True)
+class GradientVanishing:
+    """The gradient of one layer's attention collapsed against its own past and against the model's, while its rows saturated.
+
+    The gradient that reaches a row's scores is at most lambda times that which reaches its probabilities, and lambda, the
+    largest eigenvalue of the softmax's Jacobian, goes to zero as a row turns one-hot. So a layer whose share of the model's gradient
+    fell to ``error``, with most rows saturated that were not before, can no longer learn where to attend: an alarm.
+    A fall without saturated rows has another cause (frozen parameters, a closing gate): a warning. A layer's value and
+    output weights still receive gradient when its rows saturate, so this comes late; ``logit_growth`` comes first.
+    """
+
+    warning: float = 0.02
+    """Share of its own past share of the model's gradient norm at which a layer is worth a look."""
+    error: float = 0.05
+    """The same for an alarm, where rows saturated as well."""
+    saturated: float = 0.5
+    """Mean share of saturated rows over the layer's heads that an alarm needs."""
+    rise: float = 0.25
+    """How much of it must have come since the past that the gradient is measured against."""
+    past: int = 64
+    """Readings whose older half is the past."""
+    least_past: int = 12
+    """Readings that must be known before any is judged."""
+
+    def check(self, history: History) -> Iterable[StabilityIssue]:
+        """One issue a layer; ``value`` is its share of the model's gradient over what that share was."""
+        if len(history) < self.least_past + 2:
+            return []
+        rows = slice(-self.past, None)
+        whole, saturated = history.gradients("")[rows], history.signal("saturated_fraction")[rows]
+        return [issue for layer in history.latest.gradients if layer for issue in self._judge(history, layer, whole, saturated)]
+
+    def _judge(self, history: History, layer: str, whole: np.ndarray, saturated: np.ndarray) -> Iterable[StabilityIssue]:
+        own = history.gradients(layer)[-self.past :]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where((whole > 0) & np.isfinite(whole), own / whole, np.nan)[:, None]
+        older = slice(0, max(self.least_past, len(share) // 2))
+        past, newest = float(median(share[older])[0]), float(median(share[-2:])[0])
+        if not (past > 0 and np.isfinite(newest)) or newest > 2 * self.error * past:
+            return
+        kept, fell = newest / past, float(median(own[-2:, None])[0] / max(float(median(own[older, None])[0]), 1e-300))
+        rows = saturated[:, history.of_layer(layer)] if layer in history.layers else np.full((len(share), 1), np.nan)
+        now, before = float(median(rows[-1][:, None])[0]), float(median(median(rows[older].T)[:, None])[0])
+        slack = 2.0 if history.is_open_at("gradient_vanishing", layer) else 1.0
+        alarm = kept <= self.error and fell <= self.error and now >= self.saturated and now - before >= self.rise
+        if not (alarm or (kept <= self.warning * slack and fell <= self.warning * slack)):
+            return
+        yield StabilityIssue(
+            step=history.latest.step,
+            layer=layer,
+            head=None,
+            issue_type="gradient_vanishing",
+            severity="error" if alarm else "warning",
+            value=kept,
+            threshold=self.error if alarm else self.warning,
+            suggestion=(
+                "Bring the scores of the saturated heads down (QK-clip on this layer): a saturated row passes no gradient to its own "
+                "scores, so no change of rate can reopen it."
+                if alarm
+                else "Look whether these parameters are meant to be frozen or gated; their rows are not saturated."
+            ),
+            evidence={"own_gradient_kept": fell, "saturated_fraction": now, "saturated_before": before},
+        )

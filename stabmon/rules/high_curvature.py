@@ -1,0 +1,66 @@
+"""A head's attention bends far more sharply than it used to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from stabmon.records import StabilityIssue
+from stabmon.rules.base import rule
+from stabmon.rules.history import History
+from stabmon.rules.spread import largest, robust_spread
+
+
+@rule
+@dataclass(frozen=True)
+class HighCurvature:
+    """The bound on a head's curvature in query and key jumped far above the head's own past.
+
+    The curvature is polynomial in the norms of query and key and vanishes as rows saturate, so no level of it is wrong in itself and
+    none harms by itself: only ever a warning. A jump says that a step of the usual size moves this head's attention
+    much further than before. The card's exponential bound (``hnf_log_curvature_bound``) is not used: it only orders heads by score.
+    """
+
+    jump: float = 2.5
+    """Rise of the natural logarithm over the largest of the readings before: twelvefold."""
+    deviations: float = 6.0
+    """Spreads of the head's own past that the rise must also be."""
+    past: int = 10
+    """Readings that make up the past."""
+    least_past: int = 3
+    """Readings that must be known before any is judged."""
+
+    def check(self, history: History) -> Iterable[StabilityIssue]:
+        """One issue a head; ``value`` is ``hnf_log_curvature``."""
+        if len(history) <= self.least_past:
+            return []
+        now, past = history.now("hnf_log_curvature"), history.signal("hnf_log_curvature")[-self.past - 1 : -1]
+        known = np.isfinite(past).sum(axis=0) >= self.least_past
+        top = largest(past)
+        level = np.maximum(top + self.jump, top + self.deviations * robust_spread(past))
+        opened = history.open_level("high_curvature")
+        found = known & np.isfinite(now) & (now >= level)
+        still = np.isfinite(now) & (now >= opened - self.jump / 2)
+        return [
+            self._issue(history, n, float(level[n] if found[n] else opened[n]), float(top[n]))
+            for n in np.flatnonzero(found | still).tolist()
+        ]
+
+    def _issue(self, history: History, n: int, level: float, top: float) -> StabilityIssue:
+        layer, head = history.heads[n]
+        return StabilityIssue(
+            step=history.latest.step,
+            layer=layer,
+            head=head,
+            issue_type="high_curvature",
+            severity="warning",
+            value=float(history.now("hnf_log_curvature")[n]),
+            threshold=level,
+            suggestion=(
+                "Look at what changed the norms of this head's query and key just before (rate, weight edit, data); normalising query "
+                "and key bounds this curvature."
+            ),
+            evidence={"past_largest": top, "max_logit": float(history.now("max_logit")[n])},
+        )
