@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from references.case import Batch, Call, Case, liven, padded, spread_heads, tokens, using
 from references.formulas import Attention, dot, project, rms_norm, rope, visible
 
-VOCABULARY, LAYERS, HEADS, KEY_HEADS, WIDTH, LENGTH, WINDOW, CAP = 96, 2, 4, 2, 64, 200, 50, 8.0
+VOCABULARY, LAYERS, HEADS, KEY_HEADS, WIDTH, LENGTH, WINDOW, CAP = 96, 2, 4, 2, 64, 200, 50, 20.0
 SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": LAYERS,
          "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "initializer_range": 0.15,
          "max_position_embeddings": 256}  # fmt: skip
@@ -47,14 +47,14 @@ def attend_gpt2(call: Call, batch: Batch) -> Attention:
     return Attention(scores, visible(key_mask(batch), LENGTH, causal=True))
 
 
-def build_llama(implementation: str) -> tuple[nn.Module, Batch]:
+def build_llama(implementation: str, steepest: float = 6.0) -> tuple[nn.Module, Batch]:
     """Llama with two query heads a key head and no mask at all: causality is all there is."""
     from transformers import LlamaConfig, LlamaModel
 
     model: Any = LlamaModel(LlamaConfig(**SMALL, attention_bias=True, **using(implementation)))
     liven(model)
     for layer in model.layers:
-        spread_heads(layer.self_attn.q_proj.weight, HEADS, 0.1, 6)
+        spread_heads(layer.self_attn.q_proj.weight, HEADS, 0.1, steepest)
     return model, {"input_ids": tokens(2, LENGTH, VOCABULARY)}
 
 
@@ -78,14 +78,14 @@ def build_qwen3(implementation: str) -> tuple[nn.Module, Batch]:
     model: Any = Qwen3Model(Qwen3Config(**SMALL, head_dim=24, **using(implementation)))
     liven(model)
     with torch.no_grad():
-        for layer, gain in zip(model.layers, (0.2, 5.0), strict=True):
+        for layer, gain in zip(model.layers, (0.2, 12.0), strict=True):
             layer.self_attn.q_norm.weight *= gain
     mask = padded(2, LENGTH, (LENGTH, 140))
     return model, {"input_ids": tokens(2, LENGTH, VOCABULARY), "attention_mask": mask}
 
 
 def build_gemma2(implementation: str) -> tuple[nn.Module, Batch]:
-    """Gemma 2: scores capped at 8, a scale that is not 1/√D, a window of 50 in the first layer and none in the second."""
+    """Gemma 2: scores capped at 20, a scale that is not 1/√D, a window of 50 in the first layer and none in the second."""
     from transformers import Gemma2Config, Gemma2Model
 
     model: Any = Gemma2Model(Gemma2Config(
@@ -122,6 +122,7 @@ CASES = (
     Case("GPT-2", build_gpt2, "GPT2Attention", attend_gpt2, LAYERS),
     Case("GPT-2, training, dropout 0.1", lambda kind: build_gpt2(kind, 0.1), "GPT2Attention", attend_gpt2, LAYERS, training=True),
     Case("Llama, grouped heads", build_llama, "LlamaAttention", attend_rotary, LAYERS),
+    Case("Llama, scores to 2000", lambda kind: build_llama(kind, 300.0), "LlamaAttention", attend_rotary, LAYERS),
     Case(f"Mistral, window {WINDOW}", build_mistral, "MistralAttention", attend_rotary, LAYERS),
     Case("Qwen3, qk-norm", build_qwen3, "Qwen3Attention", attend_rotary, LAYERS),
     Case(
