@@ -40,26 +40,27 @@ class GradientVanishing:
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue a layer; ``value`` is its share of the model's gradient over what that share was."""
-        if len(history) < self.least_past + 2:
-            return []
-        rows = slice(-self.past, None)
-        whole, saturated = history.gradients("")[rows], history.signal("saturated_fraction")[rows]
-        return [issue for layer in history.latest.gradients if layer for issue in self._judge(history, layer, whole, saturated)]
-
-    def _judge(self, history: History, layer: str, whole: np.ndarray, saturated: np.ndarray) -> Iterable[StabilityIssue]:
-        own = history.gradients(layer)[-self.past :]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = np.where((whole > 0) & np.isfinite(whole), own / whole, np.nan)[:, None]
-        older = slice(0, max(self.least_past, len(share) // 2))
-        past, newest = float(median(share[older])[0]), float(median(share[-2:])[0])
-        if not (past > 0 and np.isfinite(newest)) or newest > 2 * self.error * past:
+        layers = [layer for layer in history.latest.gradients if layer]
+        if len(history) < self.least_past + 2 or not layers:
             return
-        kept, fell = newest / past, float(median(own[-2:, None])[0] / max(float(median(own[older, None])[0]), 1e-300))
-        rows = saturated[:, history.of_layer(layer)] if layer in history.layers else np.full((len(share), 1), np.nan)
-        now, before = float(median(rows[-1][:, None])[0]), float(median(median(rows[older].T)[:, None])[0])
-        slack = 2.0 if history.is_open_at("gradient_vanishing", layer) else 1.0
-        alarm = kept <= self.error and fell <= self.error and now >= self.saturated and now - before >= self.rise
-        if not (alarm or (kept <= self.warning * slack and fell <= self.warning * slack)):
+        own = np.stack([history.gradients(layer)[-self.past :] for layer in layers], axis=1)
+        whole = history.gradients("")[-self.past :, None]
+        older = slice(0, max(self.least_past, len(own) // 2))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where((whole > 0) & np.isfinite(whole), own / whole, np.nan)
+            kept, fell = median(share[-2:]) / median(share[older]), median(own[-2:]) / median(own[older])
+        low = np.maximum(kept, fell)  # both must have collapsed
+        for n in np.flatnonzero(low <= max(self.error, 2 * self.warning)).tolist():
+            yield from self._judge(history, layers[n], float(kept[n]), float(fell[n]), older)
+
+    def _judge(self, history: History, layer: str, kept: float, fell: float, older: slice) -> Iterable[StabilityIssue]:
+        now = before = float("nan")
+        if layer in history.layers:
+            rows = history.signal("saturated_fraction")[-self.past :, history.of_layer(layer)]
+            now, before = float(median(rows[-1])), float(median(median(rows[older])))
+        low, slack = max(kept, fell), 2.0 if history.is_open_at("gradient_vanishing", layer) else 1.0
+        alarm = low <= self.error and now >= self.saturated and now - before >= self.rise
+        if not (alarm or low <= self.warning * slack):
             return
         yield StabilityIssue(
             step=history.latest.step,

@@ -35,6 +35,8 @@ class History:
         """(step, loss) of every step whose loss is known, the newest ``20 * length`` of them."""
         self._index: dict[str, slice] = {}
         self._tables: dict[str, Table] = {}
+        self._norms, self._norm_columns = self._no_norms()
+        self._recent_losses: np.ndarray | None = None
         self._open: dict[str, dict[tuple[str | None, int | None], float]] = {}
 
     def __len__(self) -> int:
@@ -94,7 +96,18 @@ class History:
 
     def gradients(self, layer: str) -> np.ndarray:
         """``[T]`` gradient norm of a layer's attention module (``""``: of the whole model), NaN where unknown."""
-        return np.array([reading.gradients.get(layer, np.nan) for reading in self.readings])
+        if layer not in self._norm_columns:
+            return np.full(len(self), np.nan)
+        column: np.ndarray = self._norms.rows[:, self._norm_columns[layer]]
+        return column
+
+    @property
+    def recent_losses(self) -> np.ndarray:
+        """``[K, 2]`` (step, loss) of the newest 2000 losses that are finite."""
+        if self._recent_losses is None:
+            newest = np.array(self.losses[-2000:], dtype=np.float64).reshape(-1, 2)
+            self._recent_losses = newest[np.isfinite(newest[:, 1])]
+        return self._recent_losses
 
     @property
     def non_finite(self) -> NonFinite | None:
@@ -139,6 +152,8 @@ class History:
             table.append(self._row(reading, name))
         self.losses += reading.losses or (((reading.step, reading.loss),) if reading.loss is not None else ())
         del self.losses[: -20 * self.length]
+        self._recent_losses = None
+        self._add_norms(reading)
 
     def set_open(self, issues: Iterable[tuple[StabilityIssue, int]]) -> None:
         """Tell which issues are open, each with the step at which it opened: what ``is_open`` and ``open_level`` answer from."""
@@ -171,12 +186,24 @@ class History:
             self._tables[name].load_state_dict(saved)
         readings = state["readings"][-self.length :]
         self.readings = [self._reading(saved, row - len(readings)) for row, saved in enumerate(readings)]
+        self._norms, self._norm_columns = self._no_norms()
+        for reading in self.readings:
+            self._add_norms(reading)
+        self._recent_losses = None
 
     def _place(self, layer: str, heads: int) -> None:
         """Give a new layer its columns."""
         start = len(self.heads)
         self._index[layer] = slice(start, start + heads)
         self.heads += [(layer, head) for head in range(heads)]
+
+    def _no_norms(self) -> tuple[Table, dict[str, int]]:
+        return Table(self.length, 1, past=0, columns=0), {}
+
+    def _add_norms(self, reading: Reading) -> None:
+        for layer in reading.gradients:
+            self._norm_columns.setdefault(layer, len(self._norm_columns))
+        self._norms.append(np.array([reading.gradients.get(layer, np.nan) for layer in self._norm_columns], dtype=np.float64))
 
     def _row(self, reading: Reading, name: str) -> np.ndarray:
         out = np.full(len(self.heads), np.nan)

@@ -14,6 +14,9 @@ from stabmon.rules.history import History
 from stabmon.rules.own_past import PAST_READINGS, SCORE_FLOOR, Change, changes, loss_fell
 from stabmon.rules.spread import largest
 
+LEAST_SCORE = 2 * SCORE_FLOOR
+"""Score from which growth is worth a forecast."""
+
 
 @rule
 @dataclass(frozen=True)
@@ -55,11 +58,11 @@ class LogitGrowth:
             return []
         forecast = _Forecast.of(history, self.harm)
         found = _Found.nothing(heads)
-        for change in changes(history):
+        for change in changes(history, least_ratio=self.jump):
             patience = 1.5 if loss_fell(history, change.steps) else 1.0
             self._judge(change, patience, forecast, score, found)
         self._judge_harm(history, score, found)
-        found.add(forecast.warns(score, self.horizon * _interval(history)), 0, self.harm, np.nan, np.nan, "forecast")
+        found.add(forecast.warns(self.horizon * _interval(history)), 0, self.harm, np.nan, np.nan, "forecast")
         level = history.open_level("logit_growth")
         found.add(score >= self.still_ill * level, 0, level, np.nan, np.nan, "still")
         return [self._issue(history, n, found, forecast) for n in np.flatnonzero(found.rank >= 0).tolist()]
@@ -141,7 +144,10 @@ class _Found:
 
 @dataclass(frozen=True, eq=False)
 class _Forecast:
-    """Steps until each head's score meets the level of harm, along the robust line through its newest log scores."""
+    """Steps until each head's score meets the level of harm, along the robust line through its newest log scores.
+
+    NaN for heads below ``LEAST_SCORE``, which have not left the range of a fresh head.
+    """
 
     slope: np.ndarray
     eta: np.ndarray
@@ -152,16 +158,22 @@ class _Forecast:
     @classmethod
     def of(cls, history: History, harm: float, readings: int = 20) -> _Forecast:
         score = history.signal("max_logit")[-readings:]
+        large = np.flatnonzero(score[-1] >= LEAST_SCORE)
+        out = cls(*np.full((4, score.shape[1]), np.nan))
+        if len(large) == 0:
+            return out
         with np.errstate(invalid="ignore", divide="ignore"):
-            log = np.where(score > 0, np.log(score), np.nan)
+            log = np.where(score[:, large] > 0, np.log(score[:, large]), np.nan)
         line = theil_sen(history.steps[-readings:].astype(np.float64), log)
         target = float(np.log(harm))
         eta = np.where(line.low > 0, steps_until(log[-1], line.slope, target), np.where(np.isnan(line.low), np.nan, np.inf))
-        return cls(line.slope, eta, steps_until(log[-1], line.high, target), steps_until(log[-1], line.low, target))
+        out.slope[large], out.eta[large] = line.slope, eta
+        out.eta_low[large], out.eta_high[large] = (steps_until(log[-1], slope, target) for slope in (line.high, line.low))
+        return out
 
-    def warns(self, score: np.ndarray, horizon: float) -> np.ndarray:
-        """``[N]`` bool: the score has left the range of a fresh head and surely meets the level within ``horizon`` steps."""
-        warns: np.ndarray = (score >= 20.0) & (self.eta > 0) & (self.eta <= horizon) & (self.eta_high <= 2 * horizon)
+    def warns(self, horizon: float) -> np.ndarray:
+        """``[N]`` bool: the score surely meets the level within ``horizon`` steps."""
+        warns: np.ndarray = (self.eta > 0) & (self.eta <= horizon) & (self.eta_high <= 2 * horizon)
         return warns
 
 

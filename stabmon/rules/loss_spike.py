@@ -39,10 +39,8 @@ class LossSpike:
         """At most one issue, for the run. NaN and inf are left to ``non_finite``."""
         reading = history.latest
         new = max(1, len(reading.losses))
-        steps = np.array([step for step, _ in history.losses[-self.past - new - self.stays :]])
-        losses = np.array([loss for _, loss in history.losses[-self.past - new - self.stays :]], dtype=np.float64)
-        finite = np.isfinite(losses)
-        steps, losses = steps[finite], losses[finite]
+        known = history.recent_losses[-self.past - new - self.stays :]
+        steps, losses = known[:, 0], known[:, 1]
         tail = max(new, self.stays)
         if len(losses) < self.least_past + tail:
             return []

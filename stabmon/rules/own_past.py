@@ -38,8 +38,8 @@ class Change:
     """Newest share of saturated rows minus the past's largest."""
 
 
-def changes(history: History, lags: Iterable[int] = LAGS) -> Iterator[Change]:
-    """The change over every span that the history reaches back."""
+def changes(history: History, lags: Iterable[int] = LAGS, *, least_ratio: float = 0.0) -> Iterator[Change]:
+    """The change over every span that the history reaches back and over which some head's score grew ``least_ratio`` times."""
     logit, entropy = history.signal("max_logit"), history.signal("normalized_entropy")
     saturated, steps = history.signal("saturated_fraction"), history.steps
     newest = len(steps) - 1
@@ -47,7 +47,10 @@ def changes(history: History, lags: Iterable[int] = LAGS) -> Iterator[Change]:
         if lag > newest:
             return
         rows = slice(max(0, newest - lag - PAST_READINGS + 1), newest - lag + 1)
-        past_logit, past_entropy = np.maximum(largest(logit[rows]), SCORE_FLOOR), median(entropy[rows])
+        past_logit = np.maximum(largest(logit[rows]), SCORE_FLOOR)
+        if least_ratio > 0 and not (logit[newest] >= least_ratio * past_logit).any():
+            continue
+        past_entropy = median(entropy[rows])
         with np.errstate(divide="ignore", invalid="ignore"):
             yield Change(
                 lag=lag,
@@ -65,10 +68,9 @@ def loss_fell(history: History, steps: float, *, least: int = 8, share: float = 
 
     False where fewer than ``least`` finite losses are known on either side.
     """
-    known = [(step, loss) for step, loss in history.losses if np.isfinite(loss)]
-    count = max(least, sum(step > history.latest.step - steps for step, _ in known))
-    newer = np.array([loss for _, loss in known[-count:]])
-    older = np.array([loss for _, loss in known[-2 * count : -count]])
+    known = history.recent_losses
+    count = max(least, int((known[:, 0] > history.latest.step - steps).sum()))
+    newer, older = known[-count:, 1], known[-2 * count : -count, 1]
     if len(older) < least:
         return False
     noise = 2 * float(np.std(newer)) / len(newer) ** 0.5
@@ -78,8 +80,8 @@ def loss_fell(history: History, steps: float, *, least: int = 8, share: float = 
 def loss_rose(history: History, readings: int, *, past: int = 50) -> bool:
     """Whether the losses since the last ``readings`` readings lie above the usual range of the ``past`` before them."""
     since = history.readings[-readings - 1].step if len(history) > readings else 0
-    newer = np.array([loss for step, loss in history.losses if step > since and np.isfinite(loss)])
-    older = np.array([loss for step, loss in history.losses if step <= since and np.isfinite(loss)])[-past:]
+    known = history.recent_losses
+    newer, older = known[known[:, 0] > since, 1], known[known[:, 0] <= since, 1][-past:]
     if not len(newer) or len(older) < 8:
         return False
     return bool(np.median(newer) > np.quantile(older, 0.9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +67,7 @@ class IssueTracker:
         if clear_after < 1 or cooldown_steps < 0:
             raise ValueError(f"clear_after {clear_after} and cooldown_steps {cooldown_steps}: use at least 1 and 0")
         self.rules = tuple(rules)
+        self._names = tuple(rule_name(type(rule)) for rule in self.rules)
         self.history = history
         self.clear_after = clear_after
         self.cooldown_steps = cooldown_steps
@@ -84,8 +86,9 @@ class IssueTracker:
         self.history.add(reading)
         found, ran = self._run_rules()
         emitted = self._close(found, ran, reading.step)
+        alike = Counter(key[:2] for key in found)
         for key, (issue, name) in found.items():
-            emitted += self._see(key, issue, name)
+            emitted += self._see(key, issue, name, alike[key[:2]])
         self._closed = {k: c for k, c in self._closed.items() if reading.step - c.step < self.cooldown_steps}
         self._tell_history()
         return _in_order(emitted)
@@ -114,8 +117,7 @@ class IssueTracker:
         """The worst issue of each place with its rule's name, and the names of the rules that ran through."""
         found: dict[Key, tuple[StabilityIssue, str]] = {}
         ran: set[str] = set()
-        for rule in self.rules:
-            name = rule_name(type(rule))
+        for rule, name in zip(self.rules, self._names, strict=True):
             try:
                 issues = list(rule.check(self.history))
             except Exception as error:  # a rule of anybody's may fail in any way, and the others must go on
@@ -125,17 +127,13 @@ class IssueTracker:
             for issue in issues:
                 if issue.key not in found or _rank(issue) > _rank(found[issue.key][0]):
                     found[issue.key] = (issue, name)
-        alike: dict[tuple[str, str | None], int] = {}
-        for issue_type, layer, _ in found:
-            alike[issue_type, layer] = alike.get((issue_type, layer), 0) + 1
-        return {key: (_with_count(issue, alike[key[:2]]), name) for key, (issue, name) in found.items()}, ran
+        return found, ran
 
     def _close(self, found: Mapping[Key, Any], ran: set[str], step: int) -> list[StabilityIssue]:
-        known = {rule_name(type(rule)) for rule in self.rules}
         emitted = []
         for key, entry in list(self._open.items()):
-            unseen = (entry.rule in known and entry.rule not in ran) or not self.history.seen(key[1], key[2])
-            if key in found or unseen:
+            failed = entry.rule in self._names and entry.rule not in ran
+            if key in found or failed or not self.history.seen(key[1], key[2]):
                 continue
             absent = entry.absent + 1
             if absent < self.clear_after:
@@ -146,16 +144,17 @@ class IssueTracker:
             emitted.append(replace(entry.issue, step=step, severity="info", state="closed", eta_steps=None))
         return emitted
 
-    def _see(self, key: Key, issue: StabilityIssue, name: str) -> list[StabilityIssue]:
+    def _see(self, key: Key, issue: StabilityIssue, name: str, alike: int) -> list[StabilityIssue]:
         entry, closed = self._open.get(key), self._closed.get(key)
         if entry is not None and _rank(issue) < _rank(entry.issue):
             issue = replace(issue, severity=entry.issue.severity)  # an open issue may worsen or close, never soften
         if entry is not None and not worsened(issue, entry.issue):
-            self._open[key] = replace(entry, absent=0)
+            self._open[key] = replace(entry, absent=0) if entry.absent else entry
             return []
         if entry is None and closed is not None and not worsened(issue, closed.issue):
             return []
-        issue = replace(issue, state="opened" if entry is None else "worsened")
+        evidence = issue.evidence if issue.head is None else {**issue.evidence, "heads_alike": alike}
+        issue = replace(issue, state="opened" if entry is None else "worsened", evidence=evidence)
         self._open[key] = _Open(issue, name, issue.step if entry is None else entry.since)
         return [issue]
 
@@ -177,7 +176,3 @@ def _rank(issue: StabilityIssue) -> int:
 
 def _in_order(issues: Any) -> list[StabilityIssue]:
     return sorted(issues, key=lambda i: (-_rank(i), i.issue_type, i.layer or "", -1 if i.head is None else i.head))
-
-
-def _with_count(issue: StabilityIssue, alike: int) -> StabilityIssue:
-    return issue if issue.head is None else replace(issue, evidence={**issue.evidence, "heads_alike": alike})
