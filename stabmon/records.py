@@ -197,7 +197,7 @@ class Diagnosis:
         return signal_heatmap(self.stats, "normalized_entropy", self.step, path)
 
     def plot_curvature_evolution(self, path: str | Path | None = None) -> Figure:
-        """Largest log curvature bound of every layer over the steps so far; saved to ``path`` where one is given."""
+        """Largest log curvature (the tight bound) of every layer over the steps so far; saved to ``path`` where one is given."""
         from stabmon.plots import signal_evolution
 
         return signal_evolution(self.readings, "hnf_log_curvature", path)

@@ -1,0 +1,150 @@
+"""The ``stabmon`` command. Exit status: 0 done, 1 done with findings, 2 the call or its input is wrong (one line says what)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from stabmon.registry import Registry
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+FailOn = Annotated[str, typer.Option(help="What counts as a finding: warning or error.")]
+
+
+@app.callback()
+def stabmon() -> None:
+    """See attention go wrong during transformer training, before the loss shows it."""
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="signals, rules or sinks; all if left out")] = None, as_json: Json = False
+) -> None:
+    """What there is to measure, to judge by and to write to."""
+    registries = _registries()
+    if kind is not None and kind not in registries:
+        raise ValueError(f"unknown kind {kind!r}. Known: {', '.join(registries)}")
+    chosen = {name: registry for name, registry in registries.items() if kind in (None, name)}
+    if as_json:
+        print(json.dumps({name: dict(_entries(registry)) for name, registry in chosen.items()}))
+        return
+    for name, registry in chosen.items():
+        table = Table(title=name, title_justify="left", box=None, show_header=False, padding=(0, 2))
+        for entry, line in _entries(registry):
+            table.add_row(entry, line)
+        Console().print(table)
+
+
+@app.command()
+def watch(
+    run_dir: Annotated[str, typer.Argument(help="The run's output folder, or the stabmon folder in it.")],
+    once: Annotated[bool, typer.Option("--once", help="Show the present state and leave.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    fail_on: FailOn = "error",
+    as_json: Json = False,
+) -> None:
+    """A run's layers and open issues, live from its records, until Ctrl-C."""
+    from stabmon.sinks.records_reader import read_records
+
+    _check_severity(fail_on)
+    records = read_records(run_dir)
+    if as_json:
+        latest = records.readings[-1].step if records.readings else None
+        issues = [issue.to_dict() for issue in records.issues]
+        print(json.dumps({"step": latest, "readings": len(records.readings), "issues": issues}, default=str))
+    elif once or not sys.stdout.isatty():
+        Console().print(_view(records))
+    else:
+        with Live(_view(records), refresh_per_second=4) as live:
+            try:
+                while True:
+                    time.sleep(every)
+                    records = read_records(run_dir)
+                    live.update(_view(records))
+            except KeyboardInterrupt:
+                pass
+    if _finds(records, fail_on):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; a wrong call or input is one line on standard error and exit status 2."""
+    try:
+        status = app(standalone_mode=False)
+    except (ValueError, ImportError, OSError) as error:
+        _leave(str(error))
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer's own usage errors have, wherever it keeps their class
+            raise
+        _leave(error.format_message())
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _leave(message: str) -> None:
+    print(f"stabmon: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _registries() -> dict[str, Registry[Any]]:
+    from stabmon.rules import RULES
+    from stabmon.signals import SIGNALS
+    from stabmon.sinks import SINKS
+
+    return {"signals": SIGNALS, "rules": RULES, "sinks": SINKS}
+
+
+def _entries(registry: Registry[Any]) -> Iterator[tuple[str, str]]:
+    """Name and first sentence of everything of one kind."""
+    for name, entry in registry.items():
+        yield name, (inspect.getdoc(getattr(entry, "function", entry)) or "").split("\n")[0]
+
+
+def _check_severity(fail_on: str) -> None:
+    if fail_on not in ("warning", "error"):
+        raise ValueError(f"--fail-on {fail_on!r}: use warning or error")
+
+
+def _finds(records: Any, fail_on: str) -> bool:
+    from stabmon.records import SEVERITIES
+
+    least = SEVERITIES.index("warning" if fail_on == "warning" else "error")
+    return any(SEVERITIES.index(issue.severity) >= least for issue in records.issues)
+
+
+def _view(records: Any) -> Table:
+    """The newest reading, a row a layer, over the issues that are open."""
+    from stabmon.sinks.scalars import dashboard_scalars
+
+    shown = ("normalized_entropy", "max_logit", "max_probability", "hnf_log_curvature", "precision_bits")
+    if not records.readings:
+        return Table(title=f"{records.folder}: no reading yet")
+    reading = records.readings[-1]
+    loss = "unknown" if reading.loss is None else f"{reading.loss:.4f}"
+    table = Table(title=f"step {reading.step}, loss {loss}, {len(records.readings)} readings", title_justify="left")
+    for name in ("layer", *shown):
+        table.add_column(name.replace("_", " "), justify="left" if name == "layer" else "right", overflow="fold")
+    scalars = dashboard_scalars(reading, (), alarms=0)
+    for layer in reading.layers:
+        values = [scalars.get(f"attention_layers/{layer}/{name}") for name in shown]
+        table.add_row(layer, *("–" if value is None else f"{value:.3g}" for value in values))
+    table.caption = "\n".join(_open_lines(records)) or "no issue is open"
+    table.caption_justify = "left"
+    return table
+
+
+def _open_lines(records: Any) -> list[str]:
+    latest = {issue.key: issue for issue in records.issues}
+    open_ = [issue for issue in latest.values() if issue.state != "closed"]
+    return [f"{i.severity}: {i.issue_type}, {i.where}, since step {i.step}, value {i.value:.4g}" for i in open_]

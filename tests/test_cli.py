@@ -1,0 +1,102 @@
+"""The command as a user types it: what it prints, and its exit status."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stabmon.records import LayerInfo, Reading, StabilityIssue
+from stabmon.sinks.jsonl import JsonlSink
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    code = "from stabmon.cli import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Records of one reading and no issue."""
+    folder = tmp_path / "stabmon"
+    folder.mkdir()
+    sink = JsonlSink()
+    sink.open(folder, {})
+    layers = {"model.0.attn": {"max_logit": np.array([1.5, 7.25])}}
+    sink.write_reading(Reading(10, 2.5, layers, {"model.0.attn": LayerInfo(2, 8, 0.35, "float32")}), {})
+    sink.close()
+    return tmp_path
+
+
+def issue(severity: str) -> StabilityIssue:
+    return StabilityIssue(10, "model.0.attn", 1, "logit_growth", severity, 7.25, 3.0, "clip it")  # type: ignore[arg-type]
+
+
+def add(run_dir: Path, one: StabilityIssue) -> None:
+    sink = JsonlSink()
+    sink.open(run_dir / "stabmon", {})
+    sink.write_issue(one)
+    sink.close()
+
+
+def test_list_names_everything_registered() -> None:
+    from stabmon.rules import RULES
+    from stabmon.signals import SIGNALS
+    from stabmon.sinks import SINKS
+
+    listed = json.loads(run("list", "--json").stdout)
+    assert {kind: set(entries) for kind, entries in listed.items()} == {
+        "signals": set(SIGNALS),
+        "rules": set(RULES),
+        "sinks": set(SINKS),
+    }
+    assert all(line for entries in listed.values() for line in entries.values())
+
+
+def test_watch_shows_the_newest_reading_and_leaves_with_0(run_dir: Path) -> None:
+    done = run("watch", str(run_dir), "--once")
+    assert done.returncode == 0
+    assert "step 10, loss 2.5000" in done.stdout
+    assert "7.25" in done.stdout
+    assert "no issue is open" in done.stdout
+
+
+def test_watch_leaves_with_1_on_an_alarm_and_names_its_place(run_dir: Path) -> None:
+    add(run_dir, issue("error"))
+    done = run("watch", str(run_dir), "--once")
+    assert done.returncode == 1
+    assert "model.0.attn head 1" in " ".join(done.stdout.split())
+
+
+def test_a_warning_is_a_finding_only_on_request(run_dir: Path) -> None:
+    add(run_dir, issue("warning"))
+    assert run("watch", str(run_dir), "--once").returncode == 0
+    assert run("watch", str(run_dir), "--once", "--fail-on", "warning").returncode == 1
+
+
+def test_json_is_one_object_and_nothing_else(run_dir: Path) -> None:
+    add(run_dir, issue("warning"))
+    printed = json.loads(run("watch", str(run_dir), "--json").stdout)
+    assert printed["step"] == 10
+    assert printed["issues"][0]["issue_type"] == "logit_growth"
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["list", "rulez"], "unknown kind 'rulez'"),
+        (["watch", "/nowhere/at/all"], "no stabmon records"),
+        (["watch"], "run_dir"),
+        (["watch", ".", "--fail-on", "panic"], "use warning or error"),
+        (["bogus"], "bogus"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_exit_status_2(args: list[str], says: str) -> None:
+    done = run(*args)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
