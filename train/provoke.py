@@ -25,10 +25,10 @@ class HighLr:
 class ScaleQk:
     """W_q and W_k (and their biases) times ``factor`` right after each of the optimizer's steps ``start … start + steps - 1``."""
 
-    factor: float = 6.0
-    start: int = 200
+    factor: float = 1.02
+    start: int = 150
     """Optimizer step, counted from 1."""
-    steps: int = 1
+    steps: int = 1000
     layers: list[int] | None = None
     """Which attention layers, counted from 0; None for all."""
 

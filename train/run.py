@@ -21,6 +21,7 @@ from settings import RunSettings, SettingsError, read_settings
 from torch import Tensor
 
 from stabmon.config import load_config
+from stabmon.sinks import exact_json
 
 R = TypeVar("R", bound=RunSettings)
 LAST = 20
@@ -91,17 +92,20 @@ def start(settings: RunSettings, checkpoints: str) -> Run:
         "threads": torch.get_num_threads(),
         "resumed_from_step": done,
     }
-    (folder / "run.json").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "run.json.tmp").write_text(json.dumps(about, indent=2) + "\n")
+    (folder / "run.json.tmp").replace(folder / "run.json")
     stream = corpus.stream(training.steps, training.batch, settings.seed)
     return Run(folder, corpus, stream, numbered.get(done), done, LossLog(folder / "losses.jsonl", resume_step=done))
 
 
 def finish(run: Run, validation_loss: float) -> Outcome:
-    """Close the loss log and sum the run up."""
+    """Close the loss log and sum the run up, also in ``outcome.json``."""
     run.losses.close()
     losses = read_losses(run.folder / "losses.jsonl")
     last = list(losses.values())[-LAST:]
-    return Outcome(max(losses, default=0), math.fsum(last) / len(last) if last else math.nan, validation_loss)
+    outcome = Outcome(max(losses, default=0), math.fsum(last) / len(last) if last else math.nan, validation_loss)
+    (run.folder / "outcome.json").write_text(exact_json.dumps(dataclasses.asdict(outcome)) + "\n")
+    return outcome
 
 
 def main(cls: type[R], train: Callable[[R], Outcome], doc: str) -> int:

@@ -26,7 +26,7 @@ def test_queries_and_keys_are_multiplied_and_values_are_not(name: str) -> None:
     seen: list[dict[str, torch.Tensor]] = []
     for apply in (False, True):
         if apply:
-            ScaleQk(factor=3, start=5, layers=[1]).apply(model, step=5)
+            ScaleQk(factor=3, start=5, steps=1, layers=[1]).apply(model, step=5)
         seen.append(projections(model))
     before, after = seen
     for part in before:

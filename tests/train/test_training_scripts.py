@@ -47,7 +47,7 @@ def test_twins_have_the_same_losses_and_another_seed_has_others(script: str, run
 @every_script
 def test_scaling_queries_and_keys_changes_the_losses_of_the_steps_after_it_alone(script: str, run: Train) -> None:
     healthy = run(script, "healthy")
-    provoked = run(script, "provoked", "provoke=scale_qk", "scale_qk.start=3", "scale_qk.factor=20")
+    provoked = run(script, "provoked", "provoke=scale_qk", "scale_qk.start=3", "scale_qk.steps=1", "scale_qk.factor=20")
     assert [step for step in healthy if healthy[step] != provoked[step]] == [4, 5, 6]
 
 
@@ -59,7 +59,7 @@ def test_a_high_learning_rate_changes_the_losses_after_the_first_update(script: 
 
 @every_script
 def test_watching_changes_no_loss_and_leaves_readings(script: str, run: Train, tmp_path: Path) -> None:
-    provoked = ("provoke=scale_qk", "scale_qk.start=3", "scale_qk.factor=20")
+    provoked = ("provoke=scale_qk", "scale_qk.start=3", "scale_qk.steps=1", "scale_qk.factor=20")
     watched = run(script, "watched", *provoked, "stabmon={config: observe, log_every: 2}")
     assert watched == run(script, "unwatched", *provoked)
     readings = (tmp_path / "watched" / "stabmon" / "readings.jsonl").read_text().splitlines()
