@@ -10,7 +10,7 @@ import numpy as np
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.history import History
-from stabmon.rules.own_past import Change, changes, loss_fell
+from stabmon.rules.own_past import Change, changes, jump_needed
 
 
 @rule
@@ -28,7 +28,7 @@ class EntropyCollapse:
     kept: float = 0.4
     """Share of its own past entropy that a collapsed head keeps at most."""
     jump: float = 4.0
-    """Times its own past that the largest score must have jumped within one step; plus the same for each 50 steps in between."""
+    """Times its own past that the largest score must have jumped within one step; plus the same for each 100 steps in between."""
     saturates: float = 0.6
     """Share of rows that must have lost their gradient at once where the score gives no witness."""
     sudden_steps: int = 20
@@ -64,8 +64,7 @@ class EntropyCollapse:
 
     def _witnessed(self, history: History, change: Change) -> np.ndarray:
         """``[N]`` bool: scores jumped, or nearly all rows saturated at once."""
-        patience = 1.5 if loss_fell(history, change.steps) else 1.0
-        jumped = change.ratio >= patience * min(self.jump * (1 + change.steps / 50), 12.0)
+        jumped = change.ratio >= jump_needed(history, change.steps, self.jump, 3 * self.jump)
         saturated = (change.saturated_rise >= self.saturates) & (change.steps <= self.sudden_steps)
         witnessed: np.ndarray = jumped | saturated
         return witnessed

@@ -11,7 +11,7 @@ from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.forecast import steps_until, theil_sen
 from stabmon.rules.history import History
-from stabmon.rules.own_past import PAST_READINGS, SCORE_FLOOR, Change, changes, loss_fell
+from stabmon.rules.own_past import PAST_READINGS, SCORE_FLOOR, Change, changes, jump_needed, loss_fell
 from stabmon.rules.spread import largest
 
 LEAST_SCORE = 2 * SCORE_FLOOR
@@ -34,12 +34,12 @@ class LogitGrowth:
       that it meets ``harm`` no later than it took to come here; or
     - harm: a score above ``harm`` that still doubles, or that is ``runaway`` times the head's first readings, without spread.
 
-    A loss that clearly falls over the same span speaks for learning: growth must then be half as large again. Growth
+    A loss that clearly falls over the same span speaks for learning: growth must then be a quarter more. Growth
     without lost spread, or a line that meets ``harm`` within ``horizon`` readings, is a warning with a forecast.
     """
 
     jump: float = 4.0
-    """Times its own past within one step; plus ``jump`` again for each 50 steps in between, up to ``runaway``."""
+    """Times its own past within one step; plus ``jump`` again for each 100 steps in between, up to ``runaway``."""
     runaway: float = 12.0
     """Times its own past within ``runaway_steps``."""
     runaway_steps: int = 300
@@ -59,22 +59,21 @@ class LogitGrowth:
         forecast = _Forecast.of(history, self.harm)
         found = _Found.nothing(heads)
         for change in changes(history, least_ratio=self.jump):
-            patience = 1.5 if loss_fell(history, change.steps) else 1.0
-            self._judge(change, patience, forecast, score, found)
+            self._judge(history, change, forecast, score, found)
         self._judge_harm(history, score, found)
         found.add(forecast.warns(self.horizon * _interval(history)), 0, self.harm, np.nan, np.nan, "forecast")
         level = history.open_level("logit_growth")
         found.add(score >= self.still_ill * level, 0, level, np.nan, np.nan, "still")
         return [self._issue(history, n, found, forecast) for n in np.flatnonzero(found.rank >= 0).tolist()]
 
-    def _judge(self, change: Change, patience: float, forecast: _Forecast, score: np.ndarray, found: _Found) -> None:
+    def _judge(self, history: History, change: Change, forecast: _Forecast, score: np.ndarray, found: _Found) -> None:
         """Find jumps at one or two readings back, run-aways at more."""
         if change.lag <= 2:
-            needed = patience * min(self.jump * (1 + change.steps / 50), self.runaway)
+            needed = jump_needed(history, change.steps, self.jump, self.runaway)
             lost = (change.kept <= 0.5) | (change.saturated_rise >= 0.25)
             grown, how = change.ratio >= needed, "jump"
         else:
-            needed = patience * self.runaway
+            needed = (1.25 if loss_fell(history, change.steps) else 1.0) * self.runaway
             lost = (change.kept <= 0.35) & ~(change.saturated_rise < 0.25)
             rises = (forecast.eta <= change.steps) | (score >= self.harm)
             grown, how = (change.ratio >= needed) & (change.steps <= self.runaway_steps) & rises, "runaway"

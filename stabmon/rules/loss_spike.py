@@ -19,17 +19,20 @@ class LossSpike:
     """The loss jumped above what its own recent noise explains; an alarm only where it stays up there.
 
     Each loss since the last reading is held against the median of the losses before it, in units of their spread (median absolute
-    deviation). A single high loss is a hard batch: a warning. An alarm is a loss of which the newest ``stays`` values are all
-    beyond the level, as after too large a step. A falling loss makes the spread wide and the median high, so that the steep
-    start of a run gives nothing. Blames no head: a bad batch, a rate too high and broken attention look alike here.
+    deviation). A single high loss is a hard batch, and a loss that jumps and then steadily comes down is new data being learned:
+    warnings. An alarm is a loss of which the newest ``stays`` values are all beyond the level and no longer come down, as after
+    too large a step. A falling loss makes the spread wide and the median high, so that the steep start of a run gives
+    nothing. Blames no head: a bad batch, a rate too high and broken attention look alike here.
     """
 
     deviations: float = 8.0
     """Spreads above the recent median from which a loss counts as a spike; noise of heavy tails reaches 5."""
     least_rise: float = 0.1
     """Share of the recent median by which the loss must also have risen, for runs whose loss hardly moves."""
-    stays: int = 8
+    stays: int = 24
     """Newest losses that must all be beyond the level for an alarm."""
+    recovering: float = 0.85
+    """An excess over the recent median whose newer half is below this share of its older half is coming down: no alarm."""
     past: int = 100
     """Losses that make up the recent course."""
     least_past: int = 24
@@ -52,7 +55,9 @@ class LossSpike:
         highest = int(np.argmax(newest[-new:])) + tail - new
         if newest[highest] <= level and not (history.is_open_at("loss_spike") and np.median(newest[-self.stays :]) > level):
             return []
-        staying = bool((newest[-self.stays :] > level).all())
+        older, newer = np.split(newest[-2 * (self.stays // 2) :] - middle, 2)
+        coming_down = np.median(newer) < self.recovering * np.median(older)
+        staying = bool((newest[-self.stays :] > level).all() and not coming_down)
         evidence = {
             "spike_step": int(steps[-tail:][highest]),
             "recent_median": middle,

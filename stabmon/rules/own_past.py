@@ -63,6 +63,14 @@ def changes(history: History, lags: Iterable[int] = LAGS, *, least_ratio: float 
             )
 
 
+def jump_needed(history: History, steps: int, jump: float, most: float) -> float:
+    """Times its own past that a score must grow within ``steps`` to be a jump and no learning: ``jump`` and again for each 100 steps.
+
+    A quarter more where the loss clearly fell over the same span, which speaks for learning.
+    """
+    return (1.25 if loss_fell(history, steps) else 1.0) * min(jump * (1 + steps / 100), most)
+
+
 def loss_fell(history: History, steps: float, *, least: int = 8, share: float = 0.03) -> bool:
     """Whether the loss of the newest ``steps`` steps is clearly below that of as many before: by ``share``, and beyond its noise.
 
