@@ -6,7 +6,6 @@ replaced in its own namespace while it runs.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,17 +29,17 @@ def handle_multihead(
     owner = nearest_module(capture.names)
     if owner is None:
         return function(*args, **kwargs)
-    module, thread = owner, threading.get_ident()
+    module = owner
     heads = bind(LEADING, args, kwargs)["num_heads"]
     sdpa, softmax = functional.scaled_dot_product_attention, functional.softmax
 
     def watched_sdpa(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
+        if capture.listening():
             record_sdpa(capture, module, bind(PARAMETERS, args, kwargs), adapter="multihead")
         return sdpa(*args, **kwargs)
 
     def watched_softmax(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
+        if capture.listening():
             dtype = kernel_dtype(input)
             capture.record(
                 "multihead",

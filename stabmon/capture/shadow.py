@@ -48,7 +48,7 @@ def modules_kept(model: nn.Module) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
         kept += [(namespace, dict(namespace)) for namespace in (module.__dict__, module._buffers)]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
     try:
         yield
     finally:
@@ -56,15 +56,17 @@ def modules_kept(model: nn.Module) -> Iterator[None]:
             if len(namespace) != len(before) or any(namespace.get(name, kept) is not before[name] for name in before):
                 namespace.clear()
                 namespace.update(before)
-        for buffer, version, bits in buffers:
-            restore(buffer, version, bits)
+        for buffer, bits in buffers:
+            restore(buffer, bits)
 
 
-def restore(buffer: Tensor, version: int, bits: Tensor) -> None:
-    """Write ``bits`` back into ``buffer`` if it has been written to since ``version``."""
-    if buffer._version != version:
-        with torch.no_grad():
-            buffer.copy_(bits)
+def restore(buffer: Tensor, bits: Tensor) -> None:
+    """Write ``bits`` back into ``buffer`` if it holds others, in a way that autograd takes no notice of.
+
+    Its version does not tell: batch norm writes its running statistics past the version counter.
+    """
+    if not torch.equal(buffer, bits):
+        buffer.data.copy_(bits)
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_
 from stabmon.capture.base import Handler
 from stabmon.capture.flex import flex_operator, handle_flex
 from stabmon.capture.multihead import handle_multihead
+from stabmon.capture.products import Products
 from stabmon.capture.sdpa import handle_sdpa
-from stabmon.capture.softmax import Products, handle_softmax
+from stabmon.capture.softmax import handle_softmax
 
 if TYPE_CHECKING:
     from stabmon.capture.session import AttentionCapture

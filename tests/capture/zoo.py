@@ -16,6 +16,18 @@ BATCH, LENGTH, WIDTH, HEADS, VOCABULARY = 2, 12, 32, 4, 64
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
+BERT_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     """A model with the same weights each time, and large enough ones to tell one attention pattern from another."""
     with torch.random.fork_rng():
@@ -151,10 +163,7 @@ def encoder(name: str, implementation: str, **changes: Any) -> Built:
     """A BERT-like encoder with padding."""
     import transformers
 
-    sizes: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS,
-        max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+    sizes: dict[str, Any] = BERT_SIZES
     config = getattr(transformers, f"{name}Config")(**(sizes | changes))
     build = seeded(lambda: transformers.AutoModel.from_config(config, attn_implementation=implementation))
     return build, tokens(padding=4)
@@ -316,7 +325,9 @@ def zoo() -> dict[str, Callable[[], Built]]:
     """
     models: dict[str, Callable[[], Built]] = {}
 
-    def add(name: str, build: Callable[..., Built], *, implementations: tuple[str, ...] = ("sdpa", "eager"), **changes: Any) -> None:
+    def add(
+        name: str, build: Callable[..., Built], *, implementations: tuple[str, ...] = ("sdpa", "eager"), **changes: Any
+    ) -> None:
         for implementation in implementations:
             models[f"{name}-{implementation}"] = partial(build, implementation, **changes)
 
@@ -330,6 +341,7 @@ def zoo() -> dict[str, Callable[[], Built]]:
     windows = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
     add("gpt2", gpt2)
     add("gpt2_layer_scaled", gpt2, scale_attn_by_inverse_layer_idx=True)
+    add("gpt2_upcast", gpt2, implementations=("eager",), reorder_and_upcast_attn=True)
     add("llama", llama("Llama"), implementations=everywhere)
     add("mistral", llama("Mistral", sliding_window=5), implementations=everywhere)
     add("qwen2", llama("Qwen2"))
