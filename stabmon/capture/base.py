@@ -75,19 +75,37 @@ def nearest_module(names: ModuleNames) -> nn.Module | None:
     return None
 
 
-def head_count(module: nn.Module, folded: int) -> int:
-    """Heads of a tensor whose leading dimension of size ``folded`` may hold batch and heads at once; 1 where unknown."""
+def head_count(module: nn.Module) -> int | None:
+    """How many heads a module says that it has."""
     for name in HEADS:
         heads = getattr(module, name, None)
-        if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0 and folded % heads == 0:
+        if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
             return heads
-    return 1
+    return None
 
 
-def with_heads(tensor: Tensor, heads: int = 1) -> Tensor:
-    """Any ``[..., L, D]`` as ``[B, H, L, D]``: a leading dimension holds batch times ``heads``; more than two are batch."""
-    if tensor.ndim == 3:
-        return tensor.reshape(-1, heads, *tensor.shape[1:])
+Layout = Callable[[Tensor], Tensor]
+"""Lays out ``[..., L, D]`` as ``[B, H, L, D]``."""
+
+
+def layout(shape: torch.Size, module: nn.Module, *, grouped: bool = False) -> Layout:
+    """How tensors of ``shape`` and of its like are laid out by batch and head.
+
+    One leading dimension is batch times the heads that ``module`` has, or batch alone. Of three or more, the first is batch and
+    the others are heads where they make up the module's number of heads or ``grouped`` says so; else the last is heads and the
+    others (windows, blocks) are batch.
+    """
+    heads = head_count(module)
+    if len(shape) == 3:
+        folded = heads if heads is not None and shape[0] % heads == 0 else 1
+        return lambda tensor: tensor.reshape(-1, folded, *tensor.shape[1:])
+    if len(shape) > 4 and (grouped or (heads == shape[1:-2].numel() != shape[-3])):
+        return lambda tensor: tensor.flatten(1, -3)
+    return with_heads
+
+
+def with_heads(tensor: Tensor) -> Tensor:
+    """``[..., H, L, D]`` as ``[B, H, L, D]``: what comes before the heads is batch, and what is missing has size 1."""
     while tensor.ndim < 4:
         tensor = tensor.unsqueeze(0)
     return tensor.flatten(0, -4)

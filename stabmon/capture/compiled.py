@@ -90,8 +90,7 @@ def look_at(capture: AttentionCapture, fn: Any, args: Any, kwargs: Any) -> None:
                 return
         elif isinstance(owner, nn.Module):
             return
-        if torch.is_grad_enabled():
-            capture.unseen += 1
+        capture.unseen += 1
     except Exception as error:
         capture.failed(error)
 

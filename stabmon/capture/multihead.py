@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional
 
-from stabmon.capture.base import bind, kernel_dtype, nearest_module, with_heads
+from stabmon.capture.base import bind, kernel_dtype, nearest_module
+from stabmon.capture.explain import hide
 from stabmon.capture.sdpa import PARAMETERS, record_sdpa
-from stabmon.capture.softmax import hide
 from stabmon.records import AttentionCall
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def handle_multihead(
                     scale=float((module.embed_dim // heads) ** -0.5)
                     if isinstance(getattr(module, "embed_dim", None), int)
                     else 1.0,
-                    scores=hide(with_heads(input, heads)),
+                    scores=hide(input.unflatten(0, (-1, heads))),
                     dtype=dtype,
                     fused=False,
                     module=module,

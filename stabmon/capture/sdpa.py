@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.capture.base import bind, head_count, kernel_dtype, nearest_module, with_heads
+from stabmon.capture.base import bind, kernel_dtype, layout, nearest_module
 from stabmon.records import AttentionCall
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ def read_sdpa(layer: str, module: nn.Module, given: Mapping[str, Any], dtype: to
     query, key, mask = given["query"], given["key"], given.get("attn_mask")
     if query.is_nested:
         raise ValueError(f"{layer} attends over nested tensors, which cannot be read: give it padded tensors and a mask")
-    heads = head_count(module, query.shape[0]) if query.ndim == 3 else 1
+    lay_out = layout(query.shape, module)
     if mask is not None and mask.ndim > 2 and query.ndim != 4:
-        mask = with_heads(mask.expand(*query.shape[:-2], *mask.shape[-2:]), heads)
-    query, key = with_heads(query, heads), with_heads(key, heads)
+        mask = lay_out(mask.expand(*query.shape[:-2], *mask.shape[-2:]))
+    query, key = lay_out(query), lay_out(key)
     query = query.expand(max(len(query), len(key)), -1, -1, -1)
     key = key.expand(len(query), -1, -1, -1)
     queries, keys = query.shape[-2], key.shape[-2]

@@ -41,8 +41,9 @@ class AttentionCapture:
 
     Attributes:
         calls: adapter name -> calls seen since it was last entered.
-        unseen: calls of compiled training code since it was last entered, into which nobody can look: a compiled function
-            that is no module's forward. Where ``calls`` stays empty besides, the whole training step is compiled.
+        unseen: calls of compiled code since it was last entered that were not looked into: a compiled function that is no
+            module's forward, or a compiled module run without gradients. Where ``calls`` stays empty besides, the whole
+            training step is compiled.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class AttentionCapture:
         finally:
             self._inside -= 1
 
-    def record(self, adapter: str, module: nn.Module, describe: Callable[[str], AttentionCall]) -> bool:
+    def record(self, adapter: str, module: nn.Module, describe: Callable[[str], AttentionCall]) -> None:
         """Count one call of ``module`` and show it to ``on_call``; never raises.
 
         Args:
@@ -130,8 +131,6 @@ class AttentionCapture:
                 self._on_call(describe(layer))
         except Exception as error:
             self.failed(error)
-            return False
-        return True
 
     def failed(self, error: Exception) -> None:
         """Report what went wrong in here, without letting it reach the model."""

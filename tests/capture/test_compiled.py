@@ -208,13 +208,13 @@ def test_weights_cast_in_a_shadow_still_get_their_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_evaluation_of_a_compiled_model_runs_no_shadow() -> None:
+def test_a_compiled_model_without_gradients_runs_no_shadow_and_counts_as_unseen() -> None:
     model = seeded(lambda: Tower(lambda: Attention("fused")))
     compiled = torch.compile(model, backend="eager")
     with AttentionCapture(model, print) as capture, torch.no_grad():
         compiled(noise(BATCH, LENGTH, WIDTH))
     assert capture.calls == {}
-    assert capture.unseen == 0
+    assert capture.unseen == 1
 
 
 def test_a_failing_shadow_is_reported_and_the_compiled_call_is_made() -> None:

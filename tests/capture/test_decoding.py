@@ -1,6 +1,7 @@
 """Caches, left padding, packed sequences, mixed precision and wrappers around the model."""
 
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -133,23 +134,44 @@ def test_a_half_precision_model_is_read_in_half_precision() -> None:
     assert {call.dtype for call in calls} == {torch.bfloat16}
 
 
-def test_ddp_s_prefix_is_no_part_of_a_name() -> None:
+@pytest.fixture(scope="module")
+def process_group() -> Iterator[None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    try:
-        model, inputs = gpt2("sdpa")
-        ddp = nn.parallel.DistributedDataParallel(model)
-        layers: list[str] = []
-        for watched in (ddp, model, torch.compile(ddp, backend="eager")):
-            layers.clear()
-            call = watched if watched is not model else ddp
-            with AttentionCapture(watched, lambda call: layers.append(call.layer)):
-                call(**inputs, labels=inputs["input_ids"]).loss.backward()
-            assert layers == ["transformer.h.0.attn", "transformer.h.1.attn"]
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_ddp_s_prefix_is_no_part_of_a_name() -> None:
+    model, inputs = gpt2("sdpa")
+    ddp = nn.parallel.DistributedDataParallel(model)
+    layers: list[str] = []
+    compiled = torch.compile(ddp, backend="eager")
+    for watched, call in ((ddp, ddp), (model, ddp), (compiled, compiled), (model, compiled)):
+        layers.clear()
+        with AttentionCapture(watched, lambda call: layers.append(call.layer)):
+            call(**inputs, labels=inputs["input_ids"]).loss.backward()
+        assert layers == ["transformer.h.0.attn", "transformer.h.1.attn"]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_model_sharded_by_fully_shard_is_seen_under_its_own_names() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    for build in (gpt2, lambda _: zoo()["hand_written-manual"]()):
+        (whole, inputs), (model, _) = build("sdpa"), build("sdpa")
+        expected, _, _ = captured(whole, inputs)
+        for block in [m for name, m in model.named_modules() if name in ("transformer.h.0", "blocks.0")]:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        found, _, _ = captured(model, inputs)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[layer], expected[layer]) for layer in found)
 
 
 def test_an_adapter_s_prefix_is_no_part_of_a_name() -> None:

@@ -87,11 +87,54 @@ def test_whatever_happens_between_product_and_softmax_the_probabilities_come_out
     assert (call.scores is None) == (call.query is not None)
 
 
+GROUPED, SHARED = noise(2, 3, 2, 5, 8, seed=3), noise(2, 3, 7, 8, seed=4)
+GROUPINGS = {
+    "einsum": lambda q, k: torch.einsum("bghid,bgjd->bghij", q, k).softmax(-1),
+    "product": lambda q, k: (q @ k.unsqueeze(2).mT).softmax(-1),
+    "dots": lambda q, k: torch.einsum("...hid,...jd->...hij", q, k).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("how", GROUPINGS)
+def test_heads_that_share_a_key_are_laid_out_in_order(how: str) -> None:
+    own: list[Tensor] = []
+    (call,) = calls_of(Module(lambda q, k: own.append(GROUPINGS[how](q, k))), GROUPED, SHARED)
+    assert torch.equal(call.query, GROUPED.flatten(1, 2))
+    assert torch.equal(call.key, SHARED)
+    torch.testing.assert_close(probabilities(call), own[0].flatten(1, 2).double(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "shape"), [(2, (6, 2, 5, 7)), (6, (2, 6, 5, 7)), (None, (6, 2, 5, 7))])
+def test_windows_are_batch_and_heads_are_heads(heads: int | None, shape: tuple[int, ...]) -> None:
+    key = noise(2, 3, 2, 7, 8, seed=5)
+    attributes = {} if heads is None else {"num_heads": heads}
+    (call,) = calls_of(Module(lambda q, k: (q @ k.mT).softmax(-1), **attributes), GROUPED, key)
+    assert probabilities(call).shape == shape
+    torch.testing.assert_close(call.query @ call.key.mT, (GROUPED @ key.mT).reshape(shape))
+
+
+def test_large_scores_are_explained_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stabmon.capture import explain
+
+    monkeypatch.setattr(explain, "BLOCK", 40)
+    for form in ("bias and mask", "where", "baddbmm", "capped"):
+        own: list[Tensor] = []
+        (call,) = calls_of(Module(lambda q, k, own=own, form=form: own.append(FORMS[form](q, k))), Q, K)
+        torch.testing.assert_close(probabilities(call), own[0].double(), atol=1e-6, rtol=1e-5)
+
+
+def test_keys_hidden_from_one_head_only_are_told() -> None:
+    hidden = torch.zeros(3, 5, 7, dtype=torch.bool)
+    hidden[1, 2, 3] = True
+    (call,) = calls_of(Module(lambda q, k: (q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1)), Q, K)
+    assert torch.equal(call.mask, ~hidden.expand(2, 3, 5, 7))
+
+
 def test_a_constant_that_hides_keys_is_told_from_scores() -> None:
     for form in ("where", "added constant"):
         (call,) = calls_of(Module(FORMS[form]), Q, K)
         assert call.scale == pytest.approx(0.5)
-        assert torch.equal(call.mask, (noise(5, 7) <= 1).expand(2, 3, 5, 7))
+        assert torch.equal(call.mask, (noise(5, 7) <= 1).expand(2, 1, 5, 7))
     (call,) = calls_of(Module(FORMS["bias and mask"]), Q, K)
     assert torch.equal(call.mask == -torch.inf, (noise(5, 7) > 1).expand(2, 3, 5, 7))
 
