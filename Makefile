@@ -1,7 +1,7 @@
 # make test, make demo, make bench: each sets up by itself; needs Python 3.11 or newer (PYTHON=...), git and make alone.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true
 
 .PHONY: test demo bench clean
