@@ -1,38 +1,67 @@
-"""Reduce a sampled step over ranks with one collective, in a way that no rank can be left waiting by a fault of ours."""
+"""What ranks tell each other, in ways in which no rank can be left waiting by a fault of ours."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from stabmon.signals import HeadSums
+from stabmon.records import NonFinite
+from stabmon.signals import SIGNALS, HeadSums
 
 logger = logging.getLogger("stabmon")
 
 Sums = Mapping[str, Mapping[str, HeadSums]]
+_WAIT = timedelta(seconds=10)
+"""How long rank 0 waits for the findings of others, once a misfortune."""
+_monitors = itertools.count()
+
+
+def rank() -> int:
+    """This process's rank; 0 outside of torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 outside of torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def on_all_ranks(ready: bool) -> bool:
+    """Whether every rank is ``ready``; one collective, which every rank must call."""
+    return ready if world_size() == 1 else bool(_gather(torch.tensor([float(ready)], dtype=torch.float64)).all())
 
 
 class RankReducer:
-    """Means and maxima over the ranks of the default process group.
+    """Means and maxima over the ranks of the default process group, with two collectives a sampled step, of a vector each.
 
-    At the first sampled step the ranks compare what they are about to send (two integers); if layers differ, as between pipeline stages,
-    each keeps to its own from then on. Later steps gather one vector of agreed length. A rank that has nothing to give, or something
-    else than agreed, sends a vector marked empty rather than none.
+    At the first sampled step the ranks compare what they are about to send (two integers); if layers differ, as between pipeline
+    stages, each keeps to its own from then on. A rank that has nothing to give, or something else than agreed, sends neutral
+    values of the agreed length rather than none.
+
+    Args:
+        model: where its heads are split over ranks (tensor parallel), each rank keeps to its own.
     """
 
-    def __init__(self) -> None:
-        self._layout: list[tuple[str, str, int]] | None = None
-        self._agreed: bool | None = None
+    def __init__(self, model: nn.Module) -> None:
+        self._layout: list[tuple[str, str, int]] = []
+        self._agreed: bool | None = False if has_split_heads(model) else None
+        self._is_max = torch.zeros(0, dtype=torch.bool)
+        self._number = next(_monitors)
 
     @property
     def active(self) -> bool:
         """Whether there are other ranks to hear from."""
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and self._agreed is not False
+        return world_size() > 1 and self._agreed is not False
 
     def reduce(self, sums: Sums) -> dict[str, dict[str, HeadSums]]:
         """The signals over all ranks; every rank must call this at the same sampled steps."""
@@ -40,46 +69,101 @@ class RankReducer:
         if not self.active:
             return own
         layout = [(layer, name, len(each.total)) for layer, signals in own.items() for name, each in signals.items()]
-        if self._agreed is None:
-            self._layout = layout
-            self._agreed = self._compare(layout)
-            if not self._agreed:
-                logger.warning("Ranks hold different attention layers: each reports its own, and rank 0's are recorded.")
-                return own
-        assert self._layout is not None
-        length = 1 + 2 * sum(heads for *_, heads in self._layout)
-        vector = torch.zeros(length, dtype=torch.float64)
-        if layout == self._layout and layout:
-            parts = [
-                torch.cat([each.total.double(), each.count.double()]) for signals in own.values() for each in signals.values()
-            ]
-            vector = torch.cat([torch.ones(1, dtype=torch.float64), torch.cat(parts).cpu()])
-        gathered = self._gather(vector)
-        gathered = gathered[gathered[:, 0] > 0]
-        return self._unpack(gathered, own) if len(gathered) and layout == self._layout else own
+        if self._agreed is None and not self._agree(layout):
+            return own
+        added, largest = self._pack(own, layout)
+        dist.all_reduce(added, dist.ReduceOp.SUM)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return self._unpack(added.cpu(), largest.cpu(), own) if layout == self._layout else own
 
-    def _unpack(self, gathered: Tensor, own: dict[str, dict[str, HeadSums]]) -> dict[str, dict[str, HeadSums]]:
-        at = 1
-        for layer, name, heads in self._layout or []:
-            each = own[layer][name]
-            totals, counts = gathered[:, at : at + heads], gathered[:, at + heads : at + 2 * heads]
-            total = totals.amax(0) if each.signal.reduction == "max" else totals.sum(0)
-            own[layer][name] = HeadSums(each.signal, total, counts.sum(0))
-            at += 2 * heads
+    def share(self, found: NonFinite | None, step: int) -> NonFinite | None:
+        """On rank 0 the finding of all ranks that tells most; on others their own. No collective: rank 0 reads what others left.
+
+        The rank that found it is named in ``detail``.
+        """
+        store = _store()
+        if not self.active or store is None:
+            return found
+        keys = [f"stabmon/{self._number}/{step}/{each}" for each in range(world_size())]
+        store.set(keys[rank()], json.dumps(None if found is None else asdict(found)))
+        if rank() != 0:
+            return found
+        try:
+            store.wait(keys, _WAIT)
+        except Exception as error:  # some rank saw no misfortune, or found it too late: its finding is missing, and no more
+            logger.info("no finding of some rank for step %s: %s", step, error)
+        told = [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
+        findings = [
+            NonFinite(**(each | {"detail": f"{each['detail']} (rank {number})"})) for number, each in enumerate(told) if each
+        ]
+        return min(findings, key=lambda each: (_TELLING.index(each.kind), each.layer is None), default=found)
+
+    def _agree(self, layout: list[tuple[str, str, int]]) -> bool:
+        """Compare layouts; put off while some rank has none."""
+        digest = int.from_bytes(hashlib.sha256(repr(layout).encode()).digest()[:6], "big")
+        gathered = _gather(torch.tensor([float(len(layout)), float(digest)], dtype=torch.float64))
+        if not bool(gathered[:, 0].all()):
+            return False
+        self._layout, self._agreed = layout, bool((gathered == gathered[0]).all())
+        self._is_max = torch.tensor([SIGNALS[name].reduction == "max" for _, name, heads in layout for _ in range(heads)])
+        if not self._agreed:
+            logger.warning("Ranks hold different attention layers: each reports its own, and rank 0's are recorded.")
+        return self._agreed
+
+    def _pack(self, own: Sums, layout: list[tuple[str, str, int]]) -> tuple[Tensor, Tensor]:
+        """What is added up over ranks, a total (of a maximum: whether it is NaN) and a count a head, and of what the maximum is taken."""
+        heads = sum(count for *_, count in self._layout)
+        added, largest = torch.zeros(2, heads, dtype=torch.float64), torch.full((heads,), -torch.inf, dtype=torch.float64)
+        if layout == self._layout:
+            try:
+                entries = [each for signals in own.values() for each in signals.values()]
+                device = entries[0].total.device
+                totals = torch.cat([each.total.double().to(device) for each in entries]).cpu()
+                counts = torch.cat([each.count.double().to(device) for each in entries]).cpu()
+                added = torch.stack([torch.where(self._is_max, totals.isnan().double(), totals), counts])
+                largest = torch.where(self._is_max & ~totals.isnan(), totals, -torch.inf)
+            except Exception as error:  # others wait for this rank's vector
+                logger.error("this rank's readings are left out of a sampled step: %s", error)
+        device = _device()
+        return added.to(device), largest.to(device)
+
+    def _unpack(self, added: Tensor, largest: Tensor, own: dict[str, dict[str, HeadSums]]) -> dict[str, dict[str, HeadSums]]:
+        totals = torch.where(self._is_max, torch.where(added[0] > 0, torch.nan, largest), added[0])
+        at = 0
+        for layer, name, heads in self._layout:
+            where = slice(at, at + heads)
+            own[layer][name] = HeadSums(own[layer][name].signal, totals[where], added[1, where])
+            at += heads
         return own
 
-    @staticmethod
-    def _compare(layout: list[tuple[str, str, int]]) -> bool:
-        digest = int.from_bytes(hashlib.sha256(repr(layout).encode()).digest()[:6], "big")
-        own = torch.tensor([float(len(layout)), float(digest)], dtype=torch.float64)
-        gathered = RankReducer._gather(own)
-        return bool((gathered == gathered[0]).all()) and len(layout) > 0
 
-    @staticmethod
-    def _gather(vector: Tensor) -> Tensor:
-        """``[ranks, length]`` on the CPU."""
-        device = "cpu" if dist.get_backend() != "nccl" else torch.device("cuda", torch.cuda.current_device())
-        vector = vector.to(device)
-        parts = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, vector)
-        return torch.stack(parts).cpu()
+_TELLING = ("parameter", "input", "activation", "score", "loss", "gradient")
+"""Kinds of findings, those that name a cause first: a bad gradient reaches every rank, its cause is on one."""
+
+
+def has_split_heads(model: nn.Module) -> bool:
+    """Whether the model is tensor parallel: then head 0 of one rank is not head 0 of another."""
+    meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
+    return any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes if mesh is not None)
+
+
+def _gather(vector: Tensor) -> Tensor:
+    """``[ranks, length]`` on the CPU."""
+    vector = vector.to(_device())
+    parts = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, vector)
+    return torch.stack(parts).cpu()
+
+
+def _device() -> torch.device:
+    """Where the default process group takes its tensors."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or "gloo" in str(dist.get_backend_config()):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def _store() -> Any:
+    """The key-value store through which the process group was set up."""
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()

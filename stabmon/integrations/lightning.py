@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from stabmon.config import StabilityConfig, load_config
+from stabmon.integrations.ranks import settle
 from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks import SINKS, Sink
@@ -22,7 +23,7 @@ except ImportError as error:
 logger = logging.getLogger("stabmon")
 
 
-class StabilityCallback(pl.Callback):  # type: ignore[misc]
+class StabilityCallback(pl.Callback):
     """Add it to ``L.Trainer(callbacks=[...])``; nothing else changes.
 
     Records go to ``<trainer.log_dir>/stabmon``. Scalars also reach every logger of the Trainer. The state is stored in each checkpoint and
@@ -84,15 +85,16 @@ class StabilityCallback(pl.Callback):  # type: ignore[misc]
                 reduce_ranks=True,
                 is_writer=trainer.is_global_zero,
                 manual_steps=True,
-                loss_from_output=False,
                 grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
             )
             self.monitor.step = trainer.global_step
             if self._state:
                 self.monitor.load_state_dict(self._state)
+                self._state = {}  # of this resume, not of a later fit
         except Exception:
             logger.exception("stabmon could not start watching; training goes on without it")
             self.monitor = None
+        settle(self.monitor)
         self._global_step, self._in_step = trainer.global_step, False
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -6,9 +6,13 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from torch import Tensor
+
 from stabmon.config import StabilityConfig, load_config
+from stabmon.integrations.ranks import settle
 from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.records import Diagnosis, StabilityIssue
 from stabmon.sinks import SINKS, Sink
@@ -25,7 +29,7 @@ logger = logging.getLogger("stabmon")
 _STATE = "stabmon_state.json"
 
 
-class StabilityCallback(TrainerCallback):  # type: ignore[misc]
+class StabilityCallback(TrainerCallback):
     """Add it to ``Trainer(callbacks=[...])``; nothing else changes.
 
     Records go to ``<output_dir>/stabmon``. Scalars also reach what ``report_to`` names (TensorBoard, W&B, MLflow) and, model-wide
@@ -81,7 +85,7 @@ class StabilityCallback(TrainerCallback):  # type: ignore[misc]
                 kwargs.get("lr_scheduler"),
                 self.config,
                 sinks=sinks,
-                run_dir=self._run_dir or args.output_dir,
+                run_dir=self._run_dir or args.output_dir or ".",
                 reduce_ranks=True,
                 is_writer=state.is_world_process_zero,
                 manual_steps=True,
@@ -91,6 +95,7 @@ class StabilityCallback(TrainerCallback):  # type: ignore[misc]
         except Exception:
             logger.exception("stabmon could not start watching; training goes on without it")
             self.monitor = None
+        settle(self.monitor)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Arm the capture, if this optimizer step is sampled."""
@@ -98,9 +103,14 @@ class StabilityCallback(TrainerCallback):  # type: ignore[misc]
             self.monitor.step = state.global_step
             self.monitor.begin_step()
 
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take a micro-batch's loss."""
+        self._take_loss()
+
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look at the gradients."""
+        """Take the last micro-batch's loss and look at the gradients."""
         if self.monitor is not None:
+            self._take_loss()
             self.monitor.before_optimizer_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -124,11 +134,17 @@ class StabilityCallback(TrainerCallback):  # type: ignore[misc]
         """Stop watching."""
         self.close()
 
+    def _take_loss(self) -> None:
+        """Take a micro-batch's loss as the Trainer differentiated it; where it cannot be had, that of the model's output serves."""
+        loss = _local_of_trainer("tr_loss_step") if self.monitor is not None else None
+        if self.monitor is not None and isinstance(loss, Tensor):
+            self.monitor.add_loss(loss)
+
     def _restore(self, args: TrainingArguments, state: TrainerState) -> None:
         if state.global_step == 0 or self.monitor is None:
             return
-        resumed = getattr(args, "resume_from_checkpoint", None)
-        folders = [_checkpoint(args, state), *([Path(resumed)] if isinstance(resumed, str) else [])]
+        resumed = _local_of_trainer("resume_from_checkpoint")
+        folders = [*([Path(resumed)] if isinstance(resumed, str) else []), _checkpoint(args, state)]
         for path in (folder / _STATE for folder in folders):
             if path.is_file():
                 try:
@@ -141,7 +157,7 @@ class StabilityCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _siblings() -> list[Any]:
@@ -155,6 +171,20 @@ def _siblings() -> list[Any]:
             break
         frame = frame.f_back
     return []
+
+
+def _local_of_trainer(name: str) -> Any:
+    """What a function of the Trainer's that is calling us has under a name; None where there is none such."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.trainer" and name in frame.f_code.co_varnames:
+            variables = frame.f_locals
+            value = variables.get(name)
+            if isinstance(variables, dict):  # until Python 3.12 a copy that lives as long as the frame, and would keep a batch
+                variables.clear()
+            return value
+        frame = frame.f_back
+    return None
 
 
 def _reporters(callbacks: list[Any], present: list[str | Sink]) -> list[str | Sink]:

@@ -1,0 +1,69 @@
+"""Keep what goes wrong inside stabmon from the training loop, and count the time that stabmon takes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+logger = logging.getLogger("stabmon")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Guard:
+    """One monitor's errors and seconds."""
+
+    def __init__(self) -> None:
+        self.errors: Counter[str] = Counter()
+        """What failed, by place; each is logged the first time."""
+        self._seconds, self._since = 0.0, time.perf_counter()
+        self._inside = False
+
+    def failed(self, where: str, error: Exception, traceback: bool = True) -> None:
+        """Count an error, and log it if it is the first at its place."""
+        self.errors[where] += 1
+        if self.errors[where] == 1:
+            logger.error("%s failed and is skipped, training goes on: %s", where, error, exc_info=error if traceback else None)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """What runs in here counts as overhead, once where it is nested."""
+        if self._inside:
+            yield
+            return
+        self._inside, started = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._inside = False
+            self._seconds += time.perf_counter() - started
+
+    def overhead_fraction(self) -> float:
+        """Share of wall time that was overhead since this was last asked."""
+        now = time.perf_counter()
+        wall, self._since = now - self._since, now
+        seconds, self._seconds = self._seconds, 0.0
+        return min(1.0, seconds / wall) if wall > 0 else 0.0
+
+
+def safely(method: Callable[P, R]) -> Callable[P, R | None]:
+    """A method of something that has a ``guard``: what fails in it is logged once, counted and skipped."""
+    where = method.__name__.strip("_")
+
+    @functools.wraps(method)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        this: Any = args[0]
+        guard: Guard = this.guard
+        with guard.timed():
+            try:
+                return method(*args, **kwargs)
+            except Exception as error:
+                guard.failed(where, error)
+                return None
+
+    return guarded

@@ -1,0 +1,172 @@
+"""See what a training step does: its forwards, their attention, its losses and its gradients. Judges nothing."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from stabmon.capture import AttentionCapture, compiled_modules
+from stabmon.config import StabilityConfig
+from stabmon.forward_watch import ForwardWatch
+from stabmon.gradients import AfterBackward, gradient_norms
+from stabmon.guard import Guard, safely
+from stabmon.losses import Losses
+from stabmon.measurements import Measurements
+from stabmon.records import AttentionCall
+from stabmon.replay import KeptForwards
+
+_LOOKS = 3
+"""Steps without a forward after which it is no longer looked whether the model has been compiled in the meantime."""
+
+
+class StepObserver:
+    """What the present step has shown so far.
+
+    Hooks are on the model from :meth:`start` of a step that is watched to that of one that is not, or to :meth:`let_go`. The
+    capture is open in training forwards of sampled steps only.
+
+    Args:
+        model: the model that trains.
+        config: what to measure, and whether to keep forwards for a replay.
+        guard: told what fails.
+        scale: what a gradient scaler multiplies gradients by; None where there is none.
+    """
+
+    def __init__(self, model: nn.Module, config: StabilityConfig, guard: Guard, scale: Callable[[], float | None]) -> None:
+        self.guard = guard
+        self.forwards = KeptForwards()
+        self.losses = Losses(keep=20 * config.history)
+        self.gradients: dict[str, float] = {}
+        """L2 norms, see :func:`~stabmon.gradients.gradient_norms`; before clipping where backward has been seen."""
+        self.measurements = Measurements(
+            config.signals, config.engine, config.sample_rows, functools.partial(guard.failed, "signal")
+        )
+        self.interrupted = False
+        """Whether a forward of this step raised."""
+        self.paused = False
+        """Whether forwards are none of training's: a replay is under way."""
+        self._model = model
+        self._keeps = config.watch_every_step
+        self._scale = scale
+        self._sampled = self._capturing = False
+        self._current: nn.Module | None = None
+        self._capture = AttentionCapture(
+            model, self._on_call, modules=config.attention_modules, on_error=functools.partial(guard.failed, "capture")
+        )
+        self._after_backward = AfterBackward(self.measure_gradients)
+        self._watch: ForwardWatch | None = None
+        self._outer: list[nn.Module] | None = None
+        """Compiled wrappers around the model; None where it has to be looked for them."""
+        self._looks_left = _LOOKS
+
+    def start(self, step: int, *, sampled: bool, watched: bool) -> None:
+        """Forget the last step and get ready for ``step``."""
+        self.forget()
+        self.measurements.start(step)
+        self._sampled = sampled
+        if not watched:
+            self._unwatch()
+        elif self._watch is not None:
+            self._watch.reset()
+        else:
+            if self._outer is None:
+                self._outer = compiled_around(self._model)
+            self._watch = ForwardWatch(self._model, self._outer, self._forward_begins, self._forward_ends)
+
+    def forget(self) -> None:
+        """Keep nothing of the step but the losses that no reading has had."""
+        self.stop_capture()
+        self.measurements.start(0)
+        self.forwards, self.gradients = KeptForwards(), {}
+        self.losses.start_step()
+        self.interrupted, self._current = False, None
+
+    def let_go(self) -> None:
+        """Take everything out of the model."""
+        self._unwatch()
+        self.forget()
+
+    @safely
+    def stop_capture(self) -> None:
+        """Close the capture, where a forward never came to its end."""
+        if self._capturing:
+            self._capturing = False
+            self._capture.__exit__()
+
+    @safely
+    def measure_gradients(self) -> None:
+        """Take the norms of the gradients as they are now."""
+        norms, scale = gradient_norms(self._model, self.measurements.modules), self._scale()
+        if scale is not None and not math.isfinite(norms.get("", 0.0)):
+            norms = {}  # the scaler will skip this step and lower its scale
+        self.gradients = {name: norm / (scale or 1.0) for name, norm in norms.items()}
+
+    def look_for_compiled(self) -> None:
+        """Where no forward was seen: follow a model that has been compiled since; what is called now is the wrapper."""
+        if self._watch is None or self._looks_left == 0:
+            return
+        self._looks_left -= 1
+        outer = compiled_around(self._model)
+        if outer and outer != self._outer:
+            self._outer = outer
+            self._unwatch()
+
+    def why_nothing(self) -> str | None:
+        """Why a sampled step had no attention call, in one line; None where that has been told already."""
+        if self.interrupted or self.guard.errors["capture"]:
+            return None
+        if not self.forwards.count:
+            return (
+                "no training forward of the model was seen (a forward with gradients, in train mode, called on the model given to "
+                "stabmon and not inside a compiled function)"
+            )
+        if self._capture.unseen:
+            return (
+                "attention ran inside a compiled function, where nothing is seen: compile the model, not the function around it"
+            )
+        looked_for = f"no attention was found in {type(self._model).__name__}; looked for {self._capture.looked_for()}"
+        return f"{looked_for}; name hand-written attention in attention_modules=[...]"
+
+    @safely
+    def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.stop_capture()
+        training = self._model.training or any(each.training for each in module.modules())
+        if not training or not torch.is_grad_enabled() or self.paused:
+            return
+        self.forwards.add(module, args, kwargs, keep=self._keeps)
+        self._current = module
+        if self._sampled:
+            self._capture.__enter__()
+            self._capturing = True
+
+    @safely
+    def _forward_ends(self, module: nn.Module, output: Any) -> None:
+        self.stop_capture()
+        if self._current is module:
+            self._current = None
+            self.losses.find(output)
+            if self._sampled:
+                self._after_backward.follow(output)
+        if output is None and sys.exc_info()[0] is not None and not self.paused:
+            self.let_go()  # the forward raised, and nobody may come to close us; the next step arms again
+            self.interrupted = True
+
+    def _on_call(self, call: AttentionCall) -> None:
+        with self.guard.timed():
+            self.measurements.add(call)
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+
+def compiled_around(model: nn.Module) -> list[nn.Module]:
+    """Compiled wrappers that hold ``model``, or the model itself where it was compiled in place: what its callers really call."""
+    return [m for m in compiled_modules(model) if m is model or any(inner is model for inner in m.modules())][:1]

@@ -1,0 +1,33 @@
+"""What meta.json says of a run: versions, configuration, model and sampling schedule."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from stabmon.config import StabilityConfig
+
+
+def run_meta(model: nn.Module, config: StabilityConfig) -> dict[str, Any]:
+    """Plain values, for JSON."""
+    packages = {}
+    for name in ("stabmon", "torch", "transformers", "lightning", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    return {
+        "versions": {"python": platform.python_version(), **packages},
+        "config": config.to_dict(),
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        },
+        "sampling": {"every": config.log_every, "unit": "optimizer step", "first": config.log_every},
+    }
