@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -39,6 +40,12 @@ def function_modes_off() -> Iterator[None]:
             _push_mode(mode)
 
 
+@functools.cache
+def autocast_devices() -> tuple[str, ...]:
+    """The kinds of device that this build of torch can autocast on."""
+    return tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """Nothing run in here is differentiated, autocast, or seen by any mode (selective checkpointing caches by one)."""
@@ -46,8 +53,8 @@ def isolated() -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(function_modes_off())
         stack.enter_context(_disable_current_modes())
-        for device_type in ("cpu", "cuda", "mps", "xpu", "hpu"):
-            if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        for device_type in autocast_devices():
+            if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield
 

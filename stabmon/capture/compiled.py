@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from stabmon.capture.session import AttentionCapture
 
 
+DYNAMO = "torch._dynamo.eval_frame"
+
+
 class CompiledCode:
     """Notices entry into compiled code where dynamo sets its frame evaluation."""
 
@@ -40,9 +43,9 @@ class CompiledCode:
     @contextmanager
     def installed(self, capture: AttentionCapture) -> Iterator[None]:
         """Replaces dynamo's setter for as long as it is entered, where dynamo is loaded and has it."""
-        if any(hasattr(sys.modules.get(type(module).__module__), "flex_attention") for module in capture.model.modules()):
-            importlib.import_module("torch._dynamo")  # eager FlexAttention compiles too, and would load it in mid-forward
-        dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+        if DYNAMO not in sys.modules and uses_flex(capture.model):
+            importlib.import_module(DYNAMO)  # eager FlexAttention compiles too, and would load it in mid-forward
+        dynamo: Any = sys.modules.get(DYNAMO)
         original = getattr(dynamo, "_maybe_set_eval_frame", None)
         if original is None:
             yield
@@ -68,6 +71,12 @@ class CompiledCode:
             yield
         finally:
             dynamo._maybe_set_eval_frame = original
+
+
+def uses_flex(model: nn.Module) -> bool:
+    """Whether the source file of one of the model's classes knows FlexAttention."""
+    files = {type(module).__module__ for module in model.modules()}
+    return any(hasattr(sys.modules.get(file), "flex_attention") for file in files)
 
 
 def look_at(capture: AttentionCapture, fn: Any, args: Any, kwargs: Any) -> None:
@@ -106,7 +115,7 @@ def run_shadow(capture: AttentionCapture, owner: nn.Module, function: Callable[.
 def compiled_modules(model: nn.Module) -> list[nn.Module]:
     """What is compiled of ``model``: wrappers by ``torch.compile`` that hold it or lie within it, and modules that were
     compiled in place. Looks at every object in the process for wrappers around the model, so do not call it each step."""
-    wrapper = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    wrapper = getattr(sys.modules.get(DYNAMO), "OptimizedModule", ())
     within = [m for m in model.modules() if isinstance(m, wrapper) or m._compiled_call_impl is not None]
     around = [o for o in gc.get_objects() if type(o) is wrapper and o is not model and model in o.modules()]
     return [*around, *within]

@@ -25,9 +25,10 @@ LARGEST = 2**28
 
 def handle_flex(capture: AttentionCapture, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Record a call of the FlexAttention operator, then make it."""
-    module = nearest_module(capture.names)
-    if module is not None:
-        record_flex(capture, module, bind(PARAMETERS, args, kwargs))
+    with capture.guarded():
+        module = nearest_module(capture.names)
+        if module is not None:
+            record_flex(capture, module, bind(PARAMETERS, args, kwargs))
     return function(*args, **kwargs)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from stabmon.capture.base import bind, kernel_dtype, nearest_module
@@ -35,28 +37,15 @@ def handle_multihead(
 
     def watched_sdpa(*args: Any, **kwargs: Any) -> Any:
         if capture.listening():
-            record_sdpa(capture, module, bind(PARAMETERS, args, kwargs), adapter="multihead")
+            with capture.guarded():
+                record_sdpa(capture, module, bind(PARAMETERS, args, kwargs), adapter="multihead")
         return sdpa(*args, **kwargs)
 
     def watched_softmax(input: Any, *args: Any, **kwargs: Any) -> Any:
         if capture.listening():
-            dtype = kernel_dtype(input)
-            capture.record(
-                "multihead",
-                module,
-                lambda layer: AttentionCall(
-                    layer=layer,
-                    query=None,
-                    key=None,
-                    scale=float((module.embed_dim // heads) ** -0.5)
-                    if isinstance(getattr(module, "embed_dim", None), int)
-                    else 1.0,
-                    scores=hide(input.unflatten(0, (-1, heads))),
-                    dtype=dtype,
-                    fused=False,
-                    module=module,
-                ),
-            )
+            with capture.guarded():
+                dtype = kernel_dtype(input)
+                capture.record("multihead", module, lambda layer: read_scores(layer, module, input, heads, dtype))
         return softmax(input, *args, **kwargs)
 
     functional.scaled_dot_product_attention = watched_sdpa
@@ -65,3 +54,9 @@ def handle_multihead(
         return function(*args, **kwargs)
     finally:
         functional.scaled_dot_product_attention, functional.softmax = sdpa, softmax
+
+
+def read_scores(layer: str, module: nn.Module, scores: Tensor, heads: int, dtype: torch.dtype) -> AttentionCall:
+    """The scores that are formed where the weights are asked for, ``[B * H, Q, K]``."""
+    shown = hide(scores.unflatten(0, (-1, heads)))
+    return AttentionCall(layer, None, None, scale=1.0, scores=shown, dtype=dtype, fused=False, module=module)

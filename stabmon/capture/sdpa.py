@@ -19,9 +19,10 @@ PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 def handle_sdpa(capture: AttentionCapture, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Record a call of ``scaled_dot_product_attention``, then make it."""
-    module = nearest_module(capture.names)
-    if module is not None:
-        record_sdpa(capture, module, bind(PARAMETERS, args, kwargs))
+    with capture.guarded():
+        module = nearest_module(capture.names)
+        if module is not None:
+            record_sdpa(capture, module, bind(PARAMETERS, args, kwargs))
     return function(*args, **kwargs)
 
 

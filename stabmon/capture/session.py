@@ -126,17 +126,26 @@ class AttentionCapture:
         """
         self.calls[adapter] = self.calls.get(adapter, 0) + 1
         layer = self.names.next_layer(module)
+        with self.guarded(), self.inside(), isolated():
+            self._on_call(describe(layer))
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What goes wrong in here is reported and does not reach the model."""
         try:
-            with self.inside(), isolated():
-                self._on_call(describe(layer))
+            yield
         except Exception as error:
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """Report what went wrong in here, without letting it reach the model."""
+        """Report what went wrong in here; never raises."""
         if self._on_error is not None:
-            self._on_error(error)
-        elif not self._logged:
+            try:
+                self._on_error(error)
+                return
+            except Exception:
+                logger.exception("the receiver of attention capture's errors failed")
+        if not self._logged:
             self._logged = True
             logger.warning("attention capture failed, and goes on without this call: %s", error, exc_info=error)
 

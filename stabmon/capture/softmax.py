@@ -32,16 +32,22 @@ def handle_softmax(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Record a softmax if it is attention, then take it."""
-    given = bind(("input", "dim"), args, kwargs)
-    logits, axis = given["input"], given.get("dim")
-    if isinstance(logits, Tensor) and logits.ndim >= 3 and isinstance(axis, int):
-        product = products.get(logits) if axis in (-1, logits.ndim - 1) else None
-        module = nearest_module(capture.names)
-        if module is not None and (product is not None or capture.names.matches(module, capture.modules)):
-            shown = logits.movedim(axis, -1)
-            found = product or Product(None, None, kernel_dtype(logits))
-            capture.record("softmax", module, lambda layer: read_softmax(layer, module, shown, found))
+    with capture.guarded():
+        look_at_softmax(capture, products, bind(("input", "dim"), args, kwargs))
     return function(*args, **kwargs)
+
+
+def look_at_softmax(capture: AttentionCapture, products: Products, given: Mapping[str, Any]) -> None:
+    """Record a softmax if it is taken over the keys of a product, or in a module that was named."""
+    logits, axis = given.get("input"), given.get("dim")
+    if not isinstance(logits, Tensor) or logits.ndim < 3 or not isinstance(axis, int):
+        return
+    product = products.get(logits) if axis in (-1, logits.ndim - 1) else None
+    module = nearest_module(capture.names)
+    if module is not None and (product is not None or capture.names.matches(module, capture.modules)):
+        shown = logits.movedim(axis, -1)
+        found = product or Product(None, None, kernel_dtype(logits))
+        capture.record("softmax", module, lambda layer: read_softmax(layer, module, shown, found))
 
 
 def read_softmax(layer: str, module: nn.Module, logits: Tensor, product: Product) -> AttentionCall:

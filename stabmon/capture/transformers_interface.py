@@ -68,8 +68,9 @@ def watched(kernel: Kernel, read: Reader, capture: AttentionCapture) -> Kernel:
         if not isinstance(query, Tensor) or query.ndim != 4:
             capture.declined()
             return kernel(*args, **kwargs)
-        dtype = kernel_dtype(query)
-        capture.record("transformers", module, lambda layer: read(layer, given, dtype))
+        with capture.guarded():
+            dtype = kernel_dtype(query)
+            capture.record("transformers", module, lambda layer: read(layer, given, dtype))
         with capture.inside():
             return kernel(*args, **kwargs)
 

@@ -38,7 +38,7 @@ def read_eager(kernel: Kernel, layer: str, given: Arguments, dtype: torch.dtype)
     """The mask is added and says everything; soft cap, bias and sinks count where the model's own function reads them."""
     code = kernel.__code__
     taken = {name: given.get(name) for name in ("softcap", "position_bias", "s_aux", "sinks") if name in code.co_varnames}
-    sinks = getattr(given["module"], "sinks", None) if "sinks" in code.co_names else taken.get("s_aux", given.get("sinks"))
+    sinks = given["module"].sinks if "sinks" in code.co_names else taken.get("s_aux", taken.get("sinks"))
     mask = given.get("attention_mask")
     if mask is not None and not mask.is_floating_point():
         mask = mask.to(dtype)  # an eager function adds its mask, whatever it is

@@ -106,6 +106,17 @@ def test_an_error_in_the_receiver_is_reported_and_the_model_goes_on(caplog: pyte
     assert caplog.text.count("attention capture failed") == 1
 
 
+def test_an_error_in_the_receiver_of_errors_does_not_reach_the_model(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = ZOO["gpt2-sdpa"]()
+
+    def fail(_: object) -> None:
+        raise ValueError("no")
+
+    with caplog.at_level(logging.WARNING), AttentionCapture(model, fail, on_error=fail):
+        model(**inputs)
+    assert "receiver" in caplog.text
+
+
 def test_the_receiver_runs_without_gradients_autocast_and_modes() -> None:
     for name in ("gpt2-eager", "hand_written-manual", "multihead-fused"):
         model, inputs = ZOO[name]()
