@@ -10,10 +10,24 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+HIDDEN = -1e30
+"""What a hidden logit is set to: below every real one, and finite, so that 0 times it is 0."""
 _SUMMARY_ROWS = 128
 """Query rows of a mask looked at together: keeps the summary's memory linear in the number of keys."""
 _CLASSIC_MASK = -9999.0
 """Additive masks of old models hide with -10000 rather than -inf; such a value counts as hidden if the mask holds it and 0 only."""
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The part of a block of logits in which something is hidden or biased; the tensors broadcast to ``[B, H, rows, cols]``."""
+
+    cols: slice
+    ceiling: Tensor
+    """``HIDDEN`` where hidden and +inf where visible: logits are hidden by their minimum with it."""
+    floor: Tensor
+    """Its negative: what is hidden is lifted above all logits by their maximum with it."""
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,23 +110,49 @@ class Visibility:
         bias = part if self.summary.is_bias else None
         return (masked if hidden is None else masked | hidden), bias
 
-    def pieces(self, rows: slice, cols: slice) -> list[tuple[slice, Tensor | None, Tensor | None]]:
-        """The parts of a block that need masking or bias, as (columns, hidden, bias); columns in none of them are plain."""
-        if self.mask is not None:
-            return [(cols, *self.block(rows, cols))]
+    def pieces(self, rows: slice, cols: slice) -> list[Piece]:
+        """The parts of a block that need masking or bias, from left to right; columns in none of them are plain."""
         if self.everything:
             return []
+        seen_from, seen_to = self._plain_range(rows)
+        seen_from, seen_to = max(seen_from, cols.start), min(seen_to, cols.stop)
+        sides = [cols] if seen_from >= seen_to else [slice(cols.start, seen_from), slice(seen_to, cols.stop)]
+        return [self._piece(rows, side) for side in sides if side.start < side.stop]
+
+    def _plain_range(self, rows: slice) -> tuple[int, int]:
+        """Keys that all these rows of all heads see without bias, as (first, past the last); not all such keys under a mask with holes."""
+        low, high = 0, self.keys
         first, last = self._position_list[rows.start] + self.offset, self._position_list[rows.stop - 1] + self.offset
-        seen_from, seen_to = cols.start, cols.stop
         if self.window is not None:
-            seen_from = max(seen_from, last - self.window + 1)
-            seen_to = seen_to if self.is_causal else min(seen_to, first + self.window)
+            low = last - self.window + 1
+            high = high if self.is_causal else first + self.window
         if self.is_causal:
-            seen_to = min(seen_to, first + 1)
-        if seen_from >= seen_to:
-            return [(cols, *self.block(rows, cols))]
-        sides = [slice(cols.start, seen_from), slice(seen_to, cols.stop)]
-        return [(side, *self.block(rows, side)) for side in sides if side.start < side.stop]
+            high = min(high, first + 1)
+        if self.mask is not None:
+            mask_low, mask_high = self._mask_plain_range
+            low, high = max(low, max(mask_low[rows])), min(high, min(mask_high[rows]))
+        return low, high
+
+    def _piece(self, rows: slice, cols: slice) -> Piece:
+        if self.mask is None:
+            return Piece(cols, *self._structural_limits(rows, cols), None)
+        hidden, bias = self.block(rows, cols)
+        assert hidden is not None
+        return Piece(cols, *_limits(hidden), bias)
+
+    def _structural_limits(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        """Ceiling and floor, ``[rows, cols]``; made once for all blocks that lie alike towards the diagonal."""
+        alike = rows.stop - rows.start, cols.stop - cols.start, rows.start - cols.start
+        known = self._known_limits.get(alike) if self.positions is None else None
+        if known is None:
+            hidden = self._structural_block(rows, cols)
+            assert hidden is not None
+            known = self._known_limits[alike] = _limits(hidden)
+        return known
+
+    @cached_property
+    def _known_limits(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
+        return {}
 
     @cached_property
     def n_visible(self) -> Tensor:
@@ -156,6 +196,16 @@ class Visibility:
         last = self.summary.last.amax(dim=(0, 1)).expand(self.queries)
         return first.tolist(), last.tolist()
 
+    @cached_property
+    def _mask_plain_range(self) -> tuple[list[int], list[int]]:
+        """Keys that each row sees over all batch elements and heads, where it sees no key but an unbroken run; else (K, 0)."""
+        see = self.summary
+        assert see is not None
+        unbroken = (see.n_visible == see.last - see.first + 1).all(dim=0).all(dim=0) & (not see.is_bias)
+        low = torch.where(unbroken, see.first.amax(dim=(0, 1)), self.keys).expand(self.queries)
+        high = torch.where(unbroken, see.last.amin(dim=(0, 1)) + 1, 0).expand(self.queries)
+        return low.tolist(), high.tolist()
+
     def _structural_range(self, first_position: int, last_position: int) -> tuple[int, int]:
         low, high = 0, self.keys
         if self.is_causal:
@@ -193,6 +243,11 @@ class Visibility:
             assert hidden is not None
             counts.append((~hidden).sum(-1))
         return torch.cat(counts, dim=-1)
+
+
+def _limits(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    ceiling = torch.full_like(hidden, math.inf, dtype=torch.float32).masked_fill_(hidden, HIDDEN)
+    return ceiling, -ceiling
 
 
 def _summarize(mask: Tensor) -> MaskSummary:

@@ -13,6 +13,7 @@ from stabmon.signals.base import signal
 from stabmon.signals.scores import _largest_magnitude
 
 _SQUARINGS = 4
+"""Powers of the keys' Gram matrix up to the 16th."""
 _SATURATED = 1e-3
 """A row whose softmax passes less than this share of a gradient is saturated."""
 
@@ -72,10 +73,10 @@ def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
     largest = _largest_magnitude(attention)
     if attention.given_scores is not None:
         return torch.full_like(largest, math.nan)
-    query_norm = torch.linalg.vector_norm(attention.query.to(largest.dtype), dim=(-2, -1))
-    key_norm = torch.linalg.vector_norm(attention.key.to(largest.dtype), dim=(-2, -1))
-    key_norm = key_norm.repeat_interleave(attention.heads // attention.key_heads, dim=1)
-    log_norms: Tensor = query_norm.log() + key_norm.log() - math.log(attention.head_dim)
+    query_squared = attention.query.to(largest.dtype).square().sum(dim=(-2, -1))
+    key_squared = attention.key.to(largest.dtype).square().sum(dim=(-2, -1))
+    key_squared = key_squared.repeat_interleave(attention.heads // attention.key_heads, dim=1)
+    log_norms = (query_squared.log() + key_squared.log()) / 2 - math.log(attention.head_dim)
     return log_norms[..., None] + 2 * largest
 
 
@@ -108,13 +109,11 @@ def _spectral_norm_squared(key: Tensor) -> Tensor:
     """``[B, H_kv]`` upper bound on the squared spectral norm of each head's keys ``[K, D]``: (tr G^p)^(1/p) of G = K^T K with p = 16."""
     key = key if key.dtype == torch.float64 else key.float()
     gram = key.mT @ key
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-    power = gram / trace.clamp(min=torch.finfo(gram.dtype).tiny)[..., None, None]
-    log_scale = torch.zeros_like(trace)
-    for _ in range(_SQUARINGS):
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
+    unit = trace / math.sqrt(gram.shape[-1])  # the largest eigenvalue is within sqrt D of it, so that no power overflows
+    power = gram / unit[..., None, None]
+    for _ in range(_SQUARINGS - 1):
         power = power @ power
-        size = power.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
-        power = power / size[..., None, None]
-        log_scale = 2 * log_scale + size.log()
-    spectral: Tensor = trace * (log_scale / 2**_SQUARINGS).exp()
+    trace_of_power = power.square().sum(dim=(-2, -1))
+    spectral: Tensor = unit * trace_of_power ** (1 / 2**_SQUARINGS)
     return spectral
