@@ -1,0 +1,243 @@
+"""What an intervention is, what applying one leaves behind, and the table of all interventions."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from stabmon.records import StabilityIssue
+from stabmon.registry import Registry
+
+if TYPE_CHECKING:
+    from stabmon.interventions.run import TrainingRun
+
+Place = tuple[str | None, int | None]
+"""(layer, head); None for the whole run, and for the whole layer."""
+
+
+class CannotApply(Exception):
+    """An intervention does not fit this run; nothing was changed. Says why, and what a person can do instead.
+
+    Args:
+        reason: one sentence.
+        advice: the code line or setting to change, where there is one.
+    """
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.advice = advice
+
+
+@dataclass
+class Effect:
+    """What an intervention changed in a run, and how to take it back. The base class changed nothing.
+
+    ``before`` and ``after`` hold plain values for the audit record.
+    """
+
+    places: Sequence[Place] = ((None, None),)
+    before: Mapping[str, Any] = field(default_factory=dict)
+    after: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    """What a reader of the record should know besides."""
+    touches: frozenset[str] = frozenset()
+    """Names of what was changed; effects with a name in common are undone last in, first out."""
+
+    def undo(self) -> bool:
+        """Put back what was there before, and stop. Whether every bit is as it was: training since may make that impossible."""
+        self.release()
+        return True
+
+    def release(self) -> None:
+        """Stop: take out hooks, put back attributes; what has been written into weights stays. May be called twice."""
+
+    def rolled_back(self, step: int) -> Callable[[], None]:
+        """Take note that the weights are again those of after ``step``; returns what takes that note back."""
+        return lambda: None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`Intervention.resume` needs to go on after a restart: plain values, for JSON."""
+        return {}
+
+
+Self = TypeVar("Self", bound="Intervention")
+
+
+@dataclass(frozen=True)
+class Intervention(ABC):
+    """One act on a training run. Its dataclass fields are its settings; ``issues`` and ``why`` say what it is for.
+
+    Raises:
+        ValueError: for a setting that cannot be, naming it.
+    """
+
+    cost: ClassVar[float] = 0.0
+    """Nats of final loss that it was seen to cost a healthy run (small byte-level GPT); inf where that was not measured."""
+    run_wide: ClassVar[bool] = False
+    """Changes the whole run, whatever head it was chosen for."""
+    standing: ClassVar[bool] = False
+    """Can only help if it is in place before anything is wrong: applied when guarding begins."""
+
+    issues: tuple[StabilityIssue, ...] = field(default=(), kw_only=True, compare=False, repr=False)
+    """What it is to repair."""
+    why: str = field(default="", kw_only=True, compare=False, repr=False)
+    """Why it was chosen, for the record."""
+
+    @property
+    def name(self) -> str:
+        """Its config name."""
+        return intervention_name(type(self))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its settings, as plain values."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("issues", "why")}
+
+    def aimed_at(self: Self, issues: Sequence[StabilityIssue], why: str = "") -> Self:
+        """The same act, for these issues."""
+        return replace(self, issues=tuple(issues), why=why or self.why)
+
+    def apply(self, run: TrainingRun, issue: StabilityIssue | None = None) -> Applied:
+        """Do it, and write the audit record.
+
+        To be called after an optimizer step and before the next forward.
+
+        Args:
+            run: what may be touched.
+            issue: what it is to repair, instead of ``self.issues``.
+
+        Raises:
+            CannotApply: if it does not fit; then nothing was changed.
+        """
+        act = self if issue is None else self.aimed_at([issue])
+        return Applied(act, run, act._start(run), step=run.step).noted("applied")
+
+    def resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Applied:
+        """Go on with what :meth:`Applied.state_dict` described, after a restart.
+
+        Raises:
+            CannotApply: if it no longer fits.
+        """
+        return Applied(self, run, self._resume(run, state["effect"]), step=int(state["step"]), record=state["record"])
+
+    @abstractmethod
+    def _start(self, run: TrainingRun) -> Effect:
+        """Change the run, or raise :class:`CannotApply` and leave it as it was."""
+
+    def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        """Take up a held effect again; acts whose whole effect is in the weights have nothing to hold."""
+        return Effect(note="its effect is in the checkpoint; it can no longer be undone")
+
+    def _check(self, name: str, low: float, high: float, *, including_low: bool = False) -> None:
+        value = getattr(self, name)
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        if not fits or (value == low and not including_low):
+            words = f"at least {low}" if including_low else f"above {low}"
+            raise ValueError(f"{self.name}.{name}: {value!r} must be a number {words} and at most {high}")
+
+
+class Applied:
+    """An intervention that was applied.
+
+    Attributes:
+        intervention: the act.
+        step: the optimizer step after which it was applied.
+        record: what, where, before, after and why, as plain values; also handed to ``run.audit``.
+        active: whether it is still in force, that is neither undone nor released.
+    """
+
+    def __init__(
+        self,
+        intervention: Intervention,
+        run: TrainingRun,
+        effect: Effect,
+        *,
+        step: int,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.intervention = intervention
+        self.step = step
+        self.effect = effect
+        self.active = True
+        self._run = run
+        self.record: dict[str, Any] = dict(record) if record is not None else _record(intervention, effect, step)
+        run.applied.append(self)
+
+    def noted(self, action: str, **more: Any) -> Applied:
+        """Write the record to the run's audit, with what happened."""
+        self._run.audit({**self.record, "action": action, "step": self._run.step, **more})
+        return self
+
+    def undo(self) -> bool:
+        """Restore what was there before, and later acts on the same things first. The second call does nothing.
+
+        Right after :meth:`Intervention.apply` the run is bit for bit what it was. Later, what training has changed since is
+        kept: a factor is divided out again.
+
+        Returns:
+            Whether every bit that it changed is as it was.
+        """
+        if not self.active:
+            return True
+        for later in reversed(self._run.applied[self._run.applied.index(self) + 1 :]):
+            if later.active and later.effect.touches & self.effect.touches:
+                later.undo()
+        self.active = False
+        exact = self.effect.undo()
+        self.noted("undone", exact=exact)
+        return exact
+
+    def release(self) -> None:
+        """End what is held from step to step; what is in the weights stays."""
+        if self.active:
+            self.active = False
+            self.effect.release()
+            self.noted("released")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to hold it further: plain values, for JSON."""
+        return {
+            "intervention": self.intervention.name,
+            "settings": self.intervention.settings,
+            "issues": [issue.to_dict() for issue in self.intervention.issues],
+            "why": self.intervention.why,
+            "step": self.step,
+            "record": self.record,
+            "effect": self.effect.state_dict(),
+        }
+
+
+def _record(act: Intervention, effect: Effect, step: int) -> dict[str, Any]:
+    layers, heads = {layer for layer, _ in effect.places}, {head for _, head in effect.places}
+    return {
+        "intervention": act.name,
+        "step": step,
+        "layer": layers.pop() if len(layers) == 1 else None,
+        "head": heads.pop() if len(effect.places) == 1 else None,
+        "places": [list(place) for place in effect.places],
+        "issue_type": act.issues[0].issue_type if act.issues else None,
+        "before": dict(effect.before),
+        "after": dict(effect.after),
+        "why": act.why or (f"{act.issues[0].issue_type} at {act.issues[0].where}" if act.issues else "asked for"),
+        "note": effect.note,
+        "settings": act.settings,
+    }
+
+
+INTERVENTIONS: Registry[type[Intervention]] = Registry("intervention", package="stabmon.interventions")
+I_ = TypeVar("I_", bound=type[Intervention])
+
+
+def intervention(cls: I_) -> I_:
+    """Register an intervention under its class name in snake case: ``QkClip`` is ``qk_clip``."""
+    INTERVENTIONS.register(intervention_name(cls), cls)
+    return cls
+
+
+def intervention_name(cls: type) -> str:
+    """The config name of an intervention's class: its name in snake case."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()

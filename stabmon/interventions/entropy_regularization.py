@@ -1,0 +1,173 @@
+"""A loss term that asks ill heads to spread their attention."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stabmon.interventions.base import CannotApply, Effect, Intervention, Place, intervention
+from stabmon.interventions.run import TrainingRun
+from stabmon.operator import AttentionOperator
+from stabmon.records import AttentionCall
+from stabmon.signals.measure import operator_of
+
+logger = logging.getLogger("stabmon")
+LEAST_VISIBLE = 16
+"""Rows that see fewer keys have no spread to speak of."""
+
+
+@intervention
+@dataclass(frozen=True)
+class EntropyRegularization(Intervention):
+    r"""Add :math:`c \cdot \sum_\text{heads} \operatorname{mean}_\text{rows} \max(0, \text{floor} - H / \ln n)` to the loss.
+
+    **Preventive at best:** the gradient of the entropy carries the softmax's Jacobian, which is gone (1e-6) in a row that has collapsed;
+    on a collapsed toy it did nothing. Never chosen unless the configuration names it.
+
+    The term is never formed as part of the loss. Its gradient by query and key, on up to ``rows`` sampled rows of each head, is computed in
+    the forward and added to the gradient that arrives there in the backward, which gives every parameter exactly the gradient of loss +
+    term, whatever the model returns. The reported loss stays the model's own. Memory is rows times keys a head; rows are drawn from a
+    generator of its own. Not reached, and said so once: attention under reentrant activation checkpoints or under ``no_grad``, and
+    queries that are cast to another type on their way into the kernel.
+    """
+
+    cost: ClassVar[float] = float("inf")
+
+    coefficient: float = 0.01
+    """Nats of loss for each unit of normalised entropy that is missing."""
+    floor: float = 0.2
+    """Normalised entropy, in [0, 1], above which a row is left alone."""
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        self._check("coefficient", 0.0, 1e6)
+        self._check("floor", 0.0, 1.0)
+        if not isinstance(self.rows, int) or isinstance(self.rows, bool) or not 1 <= self.rows <= 1024:
+            raise ValueError(f"{self.name}.rows: {self.rows!r} must be a whole number from 1 to 1024")
+
+    def _start(self, run: TrainingRun) -> Effect:
+        places = list(dict.fromkeys((issue.layer, issue.head) for issue in self.issues if issue.layer is not None))
+        if not places:
+            raise CannotApply("no head is named: give an issue that names its layer")
+        return _Regularized(self, run, places)
+
+    def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        return _Regularized(self, run, [(layer, head) for layer, head in state["places"]])
+
+
+class _Regularized(Effect):
+    def __init__(self, act: EntropyRegularization, run: TrainingRun, places: Sequence[Place]) -> None:
+        super().__init__(places=places, before={"coefficient": 0.0}, after={"coefficient": act.coefficient})
+        self.act, self.run = act, run
+        self._heads: dict[str, list[int | None]] = {}
+        for layer, head in places:
+            self._heads.setdefault(str(layer), []).append(head)
+        self._generator = torch.Generator()
+        self._hooks: list[Any] = []
+        self._said = False
+        self._remove = [run.marks.add("attention", self._attend), run.marks.add("on_step", self._clear)]
+
+    def release(self) -> None:
+        while self._remove:
+            self._remove.pop()()
+        self._clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"places": [list(place) for place in self.places]}
+
+    def _clear(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _attend(self, call: AttentionCall) -> None:
+        wanted = self._heads.get(call.layer)
+        if wanted is None:
+            return
+        query, key = _source(call.query), _source(call.key)
+        if call.query is None or call.key is None or query is None or key is None:
+            if not self._said:
+                self._said = True
+                logger.warning("entropy_regularization does not reach %s: its query and key are not differentiated", call.layer)
+            return
+        self._generator.manual_seed(self.run.step)
+        operator = operator_of(call)
+        heads = sorted({h for each in wanted for h in (range(operator.heads) if each is None else [each]) if h < operator.heads})
+        index = sampled_rows(operator.queries, self.act.rows, self._generator).to(call.query.device)
+        with torch.enable_grad():
+            q, k = call.query.detach().float().requires_grad_(), call.key.detach().float().requires_grad_()
+            term = entropy_deficit(q, k, operator, heads, index, self.act.floor)
+            by_query, by_key = torch.autograd.grad(term, (q, k))
+        weight = self.act.coefficient * self.run.loss_scale
+        self._hooks += [_add_gradient(query, call.query, by_query * weight), _add_gradient(key, call.key, by_key * weight)]
+
+
+def sampled_rows(queries: int, count: int, generator: torch.Generator) -> Tensor:
+    """Up to ``count`` of the query rows, ascending, one from each of as many equal stretches."""
+    if count >= queries:
+        return torch.arange(queries)
+    edges = torch.linspace(0, queries, count + 1)
+    drawn = edges[:-1] + torch.rand(count, generator=generator) * edges.diff()
+    return drawn.floor().long().clamp(max=queries - 1).unique()
+
+
+def entropy_deficit(
+    query: Tensor, key: Tensor, operator: AttentionOperator, heads: Sequence[int], rows: Tensor, floor: float
+) -> Tensor:
+    """Sum over heads of the mean over rows of max(0, floor - H / ln n); differentiable by query and key.
+
+    Args:
+        query, key: ``[B, H, Q, D]`` and ``[B, H_kv, K, D]``, float32.
+        operator: who sees whom, and the scale, softcap and sinks of the call.
+        heads, rows: which; rows that see fewer than 16 keys count nowhere.
+        floor: normalised entropy above which a row adds nothing.
+
+    Returns:
+        A scalar; 0 where no row counts.
+    """
+    group = query.shape[1] // key.shape[1]
+    visibility = operator.visibility.select(rows)
+    hidden, bias = visibility.block(slice(0, len(rows)), slice(0, key.shape[2]))
+    visible = visibility.n_visible.expand(query.shape[0], query.shape[1], -1)
+    total = query.sum() * 0
+    for head in heads:
+        logits = operator.scale * (query[:, head, rows] @ key[:, head // group].mT)
+        if operator.softcap is not None:
+            logits = operator.softcap * torch.tanh(logits / operator.softcap)
+        if bias is not None:
+            logits = logits + bias.expand(query.shape[0], query.shape[1], -1, -1)[:, head]
+        if hidden is not None:
+            mask = hidden if hidden.ndim == 2 else hidden.expand(query.shape[0], query.shape[1], -1, -1)[:, head]
+            logits = logits.masked_fill(mask, -1e30)
+        if operator.sinks is not None:
+            sink = operator.sinks[head].float().expand(*logits.shape[:-1], 1)
+            logits = torch.cat([logits, sink], dim=-1)
+        log_p = torch.log_softmax(logits, dim=-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        counts = visible[:, head] >= LEAST_VISIBLE
+        if bool(counts.any()):
+            total = total + (floor - entropy[counts] / visible[:, head][counts].log()).clamp(min=0).mean()
+    return total
+
+
+def _source(tensor: Tensor | None) -> Tensor | None:
+    """The tensor of the model's own graph that a captured one is a view of; None where there is none."""
+    for each in (tensor, None if tensor is None else tensor._base):
+        if each is not None and each.requires_grad:
+            return each
+    return None
+
+
+def _add_gradient(source: Tensor, seen: Tensor, gradient: Tensor) -> Any:
+    """Add ``gradient``, which is by ``seen``, a view of ``source`` or itself, to what arrives at ``source`` in the backward."""
+    if source is seen:
+        return source.register_hook(lambda arriving: arriving + gradient.to(arriving.dtype))
+    whole = torch.zeros(source.untyped_storage().nbytes() // source.element_size(), dtype=torch.float32, device=source.device)
+    places = torch.arange(len(whole), device=source.device).as_strided(seen.shape, seen.stride(), seen.storage_offset())
+    whole.index_add_(0, places.flatten(), gradient.flatten())
+    spread = whole.as_strided(source.shape, source.stride(), source.storage_offset())
+    return source.register_hook(lambda arriving: arriving + spread.to(arriving.dtype))

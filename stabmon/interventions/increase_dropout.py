@@ -1,0 +1,126 @@
+"""More dropout on attention weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from stabmon.interventions.attributes import AttributesChanged, described
+from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.replayed import can_replay
+from stabmon.interventions.run import TrainingRun
+
+NAMES = ("attention_dropout", "attn_dropout", "attn_dropout_p", "attention_dropout_prob", "attn_drop", "dropout_p", "dropout")
+"""What attention modules call their dropout: a number read at each forward, or an ``nn.Dropout``."""
+
+
+@intervention
+@dataclass(frozen=True)
+class IncreaseDropout(Intervention):
+    """Raise the dropout of attention weights by ``by``, up to ``most``. **Preventive at best; never a cure, and costs dear.**
+
+    It made every one of ten failing runs worse (median gap .63 to the healthy twin, .44 without any act) and a healthy run 0.22 nats
+    worse: a saturated row passes on almost none of dropout's gradient. It is here because it is asked for, and never chosen unless the
+    configuration names it.
+
+    Set where the fused path reads it: a float of the module, or the ``p`` of its ``nn.Dropout``. Where the step's batch can be run
+    again, an attribute that changes nothing is refused (Falcon's fused path takes none). Under ``torch.compile`` the first
+    forward compiles anew. Evaluation is untouched, as the module's training flag decides.
+    """
+
+    cost: ClassVar[float] = 0.22
+
+    by: float = 0.1
+    most: float = 0.5
+
+    def __post_init__(self) -> None:
+        self._check("by", 0.0, 1.0)
+        self._check("most", 0.0, 0.9)
+
+    def _start(self, run: TrainingRun) -> Effect:
+        named = [issue.layer for issue in self.issues if issue.layer is not None]
+        layers = list(dict.fromkeys(named)) or run.known_layers()
+        found: list[tuple[str, nn.Module, str, float, float]] = []
+        for layer in layers:
+            owner, name = _dropout_of(run.module(layer), layer)
+            before = getattr(owner, name)
+            after = min(self.most, before + self.by)
+            if after > before and not any(owner is other for _, other, *_ in found):
+                found.append((layer, owner, name, before, after))
+        if not found:
+            raise CannotApply(f"dropout is at {self.most} or above already in {', '.join(layers) or 'no layer'}")
+        return self._change(run, found)
+
+    def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        found = []
+        for layer, before, after in state["changes"]:
+            owner, name = _dropout_of(run.module(layer), layer)
+            found.append((layer, owner, name, before, after))
+        return _Dropout(found)
+
+    def _change(self, run: TrainingRun, found: Sequence[tuple[str, nn.Module, str, float, float]]) -> Effect:
+        modules = [run.module(layer) for layer, *_ in found]
+        before = _outputs(run, modules)
+        effect = _Dropout(found)
+        after = _outputs(run, modules)
+        if before and after and any(torch.equal(x, y) for x, y in zip(before, after, strict=True)):
+            effect.undo()
+            raise CannotApply(f"the attention of {found[0][0]} does not read {found[0][2]} on its present path")
+        return effect
+
+
+class _Dropout(AttributesChanged):
+    def __init__(self, found: Sequence[tuple[str, nn.Module, str, float, float]]) -> None:
+        before, after = described([(layer, name, old, new) for layer, _, name, old, new in found])
+        super().__init__(
+            places=[(layer, None) for layer, *_ in found],
+            before=before,
+            after=after,
+            touches=frozenset(f"dropout of {layer}" for layer, *_ in found),
+            changes=[(owner, name, old, new) for _, owner, name, old, new in found],
+        )
+        self._state = [[layer, old, new] for layer, _, _, old, new in found]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"changes": self._state}
+
+
+def _dropout_of(module: nn.Module, layer: str) -> tuple[nn.Module, str]:
+    """Where the number is: the module and attribute that hold it."""
+    for name in NAMES:
+        value = getattr(module, name, None)
+        if isinstance(value, nn.Dropout):
+            return value, "p"
+        if isinstance(value, float):
+            return module, name
+    raise CannotApply(
+        f"{layer} ({type(module).__name__}) has no attention dropout that is known by its name ({', '.join(NAMES)})"
+    )
+
+
+def _outputs(run: TrainingRun, modules: Sequence[nn.Module]) -> list[Tensor]:
+    """What each module gives when the newest step's first forward is made again, with the same random numbers."""
+    if not can_replay(run):
+        return []
+    seen: dict[int, Tensor] = {}
+    handles = [module.register_forward_hook(_keeper(seen)) for module in modules]
+    try:
+        with run.forwards[0].again(run.model) as forward:
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[id(module)] for module in modules] if all(id(module) in seen for module in modules) else []
+
+
+def _keeper(seen: dict[int, Tensor]) -> Any:
+    def keep(module: nn.Module, _: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            seen.setdefault(id(module), first.clone())
+
+    return keep

@@ -1,0 +1,88 @@
+"""Cap scores smoothly, in a model that has a place for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from stabmon.interventions.attributes import AttributesChanged, described
+from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.replayed import can_replay, replay
+from stabmon.interventions.run import TrainingRun
+from stabmon.records import AttentionCall
+
+NAMES = ("attn_logit_softcapping", "attn_logit_softcap", "logit_softcap", "softcap", "attn_softcap")
+"""What models with a softcap call it on their attention modules."""
+CODE = "scores = {cap:g} * torch.tanh(scores / {cap:g})  # in the attention's forward, before the mask is added"
+
+
+@intervention
+@dataclass(frozen=True)
+class LogitSoftcap(Intervention):
+    """Let scores pass through cap · tanh(score / cap) (Gemma 2, arXiv:2408.00118), in layers that can.
+
+    Only modules with an attribute for it can (Gemma 2), and only where the step's batch, run again, shows that the kernel applies it; in
+    all other models it is a change of architecture, and the line to change is told. Repaired one of ten failing runs, with a jump of the
+    loss; the attribute is no weight, so the model trained so must keep it.
+    """
+
+    cost: ClassVar[float] = 0.0
+
+    cap: float = 50.0
+
+    def __post_init__(self) -> None:
+        self._check("cap", 0.0, 1e4)
+
+    def _start(self, run: TrainingRun) -> Effect:
+        layers = list(dict.fromkeys(issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None))
+        advice = CODE.format(cap=self.cap)
+        if not layers:
+            raise CannotApply("no layer is named: give an issue that names its layer", advice)
+        found: dict[str, tuple[str, Any]] = {}
+        for layer in layers:
+            module = run.module(layer)
+            name = next((n for n in NAMES if n in vars(module)), None)
+            if name is None:
+                raise CannotApply(
+                    f"{layer} ({type(module).__name__}) has no softcap to set: it is a change of architecture", advice
+                )
+            before = getattr(module, name)
+            if before is not None and before <= self.cap:
+                raise CannotApply(f"{layer} caps its scores at {before:g} already")
+            found[layer] = (name, before)
+        if not can_replay(run):
+            raise CannotApply("there is no batch to run again that could show whether the kernel applies a softcap", advice)
+        effect = _Capped(run, found, self.cap)
+        seen: dict[str, AttentionCall] = {}
+        replay(run, lambda call: seen.__setitem__(call.layer, call))
+        if any(layer not in seen or seen[layer].softcap != self.cap for layer in layers):
+            effect.undo()
+            raise CannotApply(f"the attention kernel of {layers[0]} applies no softcap", "attn_implementation='eager' does")
+        return effect
+
+    def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        return _Capped(run, {layer: (name, before) for layer, name, before in state["caps"]}, self.cap)
+
+
+class _Capped(AttributesChanged):
+    def __init__(self, run: TrainingRun, found: Mapping[str, tuple[str, Any]], cap: float) -> None:
+        changes = [(layer, name, before, cap) for layer, (name, before) in found.items()]
+        before, after = described(changes)
+        modules: list[tuple[nn.Module, str, Any, Any]] = [
+            (run.module(layer), name, was, now) for layer, name, was, now in changes
+        ]
+        super().__init__(
+            places=[(layer, None) for layer in found],
+            before=before,
+            after=after,
+            note=f"to keep it, set {', '.join(f'{layer}.{name}' for layer, name, *_ in changes)} = {cap:g} in the model's config",
+            touches=frozenset(f"softcap of {layer}" for layer in found),
+            changes=modules,
+        )
+        self._state = [[layer, name, was] for layer, name, was, _ in changes]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"caps": self._state}

@@ -1,0 +1,116 @@
+"""Lower the learning rate, of everything or of queries and keys only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from stabmon.gradients import is_sharded
+from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.masters import copies_of
+from stabmon.interventions.query_key import SEPARATE, Rows, find_query_key
+from stabmon.interventions.run import TrainingRun
+
+Where = Literal["all", "query_key"]
+
+
+@intervention
+@dataclass(frozen=True)
+class LowerLearningRate(Intervention):
+    """Multiply the learning rate by ``factor`` until this is undone, whatever the scheduler does.
+
+    It slows the growth of scores and does not undo it; it repairs only where the rate itself was the cause, and costs a healthy
+    run dear (0.17 nats at a half, 0.44 at a tenth, 0.08 at a tenth of queries and keys alone). Clip first.
+
+    ``where="query_key"`` scales the step that the optimizer has just made, on the rows that make queries and keys only:
+    p = before + factor * (after - before). For every optimizer whose step is proportional to the rate that is a lower rate, weight
+    decay included; it reaches the front part of a fused projection, which a parameter group of its own cannot, and leaves the groups
+    and with them schedulers and checkpoints alone. It costs a copy of these rows during the step.
+    """
+
+    cost: ClassVar[float] = 0.17
+    run_wide: ClassVar[bool] = True
+
+    factor: float = 0.5
+    """Above 0, at most 1."""
+    where: Where = "all"
+    """``all`` parameters, or the ``query_key`` projections (and their norms) of the attention layers."""
+
+    def __post_init__(self) -> None:
+        self._check("factor", 0.0, 1.0)
+        if self.where not in get_args(Where):
+            raise ValueError(f"{self.name}.where: {self.where!r} must be one of {', '.join(get_args(Where))}")
+
+    def _start(self, run: TrainingRun) -> Effect:
+        rates = [float(group["lr"]) for group in run.torch_optimizer.param_groups]
+        if self.where == "all":
+            before = run.rates.factor
+            undo = run.rates.hold(lambda: self.factor)
+            return _Held(undo_=undo, before={"lr": rates, "factor": before}, after={"factor": before * self.factor})
+        rows = _StepScale(run, self.factor)
+        return _Held(
+            places=[(layer, None) for layer in rows.layers],
+            undo_=rows.remove,
+            before={"lr": rates, "query_key_factor": 1.0},
+            after={"query_key_factor": self.factor},
+            note=f"holds in {len(rows.layers)} layers" + (f"; not in {', '.join(rows.refused)}" if rows.refused else ""),
+        )
+
+    def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        return self._start(run)
+
+
+@dataclass
+class _Held(Effect):
+    undo_: Callable[[], None] = field(default=lambda: None)
+
+    def release(self) -> None:
+        self.undo_()
+
+
+class _StepScale:
+    """Scales what the optimizer's step changed in the query and key rows of every layer where they can be told apart."""
+
+    def __init__(self, run: TrainingRun, factor: float) -> None:
+        self.factor = factor
+        self.layers: list[str] = []
+        self.refused: list[str] = []
+        self._places: dict[tuple[Any, ...], tuple[Rows, Tensor]] = {}
+        self._before: list[Tensor] = []
+        for layer in run.known_layers():
+            try:
+                rows = find_query_key(run.module(layer), run.history.info.get(layer))[0].all_rows()
+                found = {(*each.key, id(copy)): (each, copy) for each in rows for copy in copies_of(each.parameter, run)}
+            except CannotApply:
+                self.refused.append(layer)
+                continue
+            if any(is_sharded(copy) for _, copy in found.values()):
+                raise CannotApply("the parameters are sharded, and rows of a shard cannot be told apart here")
+            self.layers.append(layer)
+            self._places |= found
+        if not self.layers:
+            raise CannotApply("queries and keys could not be told apart in any layer", SEPARATE)
+        optimizer = run.torch_optimizer
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._remember()),
+            optimizer.register_step_post_hook(lambda *_: self._scale()),
+        ]
+
+    def remove(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._before = []
+
+    def _remember(self) -> None:
+        self._before = [rows.view(copy).detach().clone() for rows, copy in self._places.values()]
+
+    @torch.no_grad()
+    def _scale(self) -> None:
+        for (rows, copy), before in zip(self._places.values(), self._before, strict=True):
+            view = rows.view(copy)
+            view.copy_(torch.lerp(before, view, self.factor))
+        self._before = []

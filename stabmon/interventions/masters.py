@@ -1,0 +1,48 @@
+"""The other copies of a parameter: full-precision masters that the optimizer steps, and from which the model's own are overwritten."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stabmon.interventions.base import CannotApply
+
+if TYPE_CHECKING:
+    from stabmon.interventions.run import TrainingRun
+
+IN_STATE = ("master_param", "master_params", "master_weight", "master", "fp32_param", "exp_master")
+"""What optimizers call a parameter's full-precision copy in its state."""
+
+
+def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
+    """The parameter itself, then every master copy of it; an edit must reach them all, or the next step undoes it.
+
+    A master is found in the optimizer's state for the parameter, or among the optimizer's own parameters as the only one that
+    rounds to the parameter bit for bit.
+
+    Raises:
+        CannotApply: if the optimizer steps something else in which the parameter is not to be found (flattened or sharded copies).
+    """
+    if run.optimizer is None:
+        return [parameter]
+    optimizer = run.torch_optimizer
+    state: dict[str, Any] = optimizer.state.get(parameter, {})
+    masters = [state[name] for name in IN_STATE if isinstance(state.get(name), Tensor) and state[name].shape == parameter.shape]
+    stepped = [each for group in optimizer.param_groups for each in group["params"]]
+    if any(each is parameter for each in stepped):
+        return [parameter, *masters]
+    own = {id(each) for each in run.model.parameters()}
+    with torch.no_grad():
+        alike = [
+            each
+            for each in stepped
+            if id(each) not in own and each.shape == parameter.shape and torch.equal(each.to(parameter.dtype), parameter)
+        ]
+    if len(alike) != 1:
+        raise CannotApply(
+            "the optimizer does not step this parameter, nor one copy of it that could be told (flattened or sharded masters)",
+            "use FSDP2's fully_shard, or torch's optimizers on the model's own parameters",
+        )
+    return [parameter, alike[0]]

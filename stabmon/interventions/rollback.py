@@ -1,0 +1,81 @@
+"""Go back to the last healthy state, and on with new data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.run import TrainingRun
+from stabmon.interventions.snapshots import HealthyStates, Snapshot
+
+
+@intervention
+@dataclass(frozen=True)
+class Rollback(Intervention):
+    """Restore parameters, buffers, the optimizer's moments and the gradient scaler of the newest healthy state, bit for bit.
+
+    The data is not rewound: training goes on with batches that come next, so that those which did the harm are passed by, as PaLM did
+    (arXiv:2204.02311, some 100 steps back). Nor are random generators, step counters and the schedule, which belong to the data's
+    place in the run; ``rewind_schedule`` sets back the scheduler and the groups' rates too.
+
+    States are kept on the host, or in ``run_dir`` where they are too large for ``memory_gb``: see
+    :class:`~stabmon.interventions.snapshots.HealthyStates`. Undoing it brings the spoilt state back bit for bit, and with it the loss of
+    what was trained since. A parameter that was added to the run since the state was taken keeps its value.
+    """
+
+    run_wide: ClassVar[bool] = True
+
+    every: int = 10
+    """Samples between the states that are kept."""
+    confirm: int = 3
+    """Healthy samples after which a state counts as healthy."""
+    memory_gb: float = 8.0
+    rewind_schedule: bool = False
+
+    def __post_init__(self) -> None:
+        self._check("memory_gb", 0.0, 1e6, including_low=True)
+        for name, least in (("every", 1), ("confirm", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{self.name}.{name}: {value!r} must be a whole number of at least {least}")
+
+    def _start(self, run: TrainingRun) -> Effect:
+        if run.states is None:
+            raise CannotApply("no states are kept: name rollback among the interventions from the start")
+        snapshot = run.states.newest
+        if snapshot is None:
+            raise CannotApply("no healthy state has been seen yet")
+        return _RolledBack(run, run.states, snapshot, self.rewind_schedule)
+
+
+class _RolledBack(Effect):
+    def __init__(self, run: TrainingRun, states: HealthyStates, snapshot: Snapshot, schedule: bool) -> None:
+        super().__init__(
+            before={"state_of_step": run.step},
+            after={"state_of_step": snapshot.step},
+            note=f"{run.step - snapshot.step} steps are lost; data, schedule and random generators go on" if not schedule else "",
+            touches=frozenset(["everything"]),
+        )
+        self.run, self._schedule = run, schedule
+        self._spoilt: Snapshot | Path | None = states.keep(Snapshot.take(run), "before-rollback")
+        snapshot.restore(run, schedule=schedule)
+        self._others = [each.effect.rolled_back(snapshot.step) for each in run.applied if each.active]
+
+    def undo(self) -> bool:
+        spoilt, self._spoilt = self._spoilt, None
+        if spoilt is None:
+            return False
+        (Snapshot.load(spoilt) if isinstance(spoilt, Path) else spoilt).restore(self.run, schedule=self._schedule)
+        if isinstance(spoilt, Path):
+            spoilt.unlink(missing_ok=True)
+        for take_back in self._others:
+            take_back()
+        return True
+
+    def release(self) -> None:
+        """Let go of the spoilt state: from here on there is no way back to it."""
+        if isinstance(self._spoilt, Path):
+            self._spoilt.unlink(missing_ok=True)
+        self._spoilt = None

@@ -1,0 +1,174 @@
+"""Multiply rows of parameters by factors, and take that back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stabmon.gradients import is_sharded
+from stabmon.interventions.masters import copies_of
+from stabmon.interventions.query_key import Rows
+
+if TYPE_CHECKING:
+    from stabmon.interventions.run import TrainingRun
+
+
+@dataclass(eq=False)
+class _Scaled:
+    """One row range of one tensor, with the factors that it was given."""
+
+    rows: Rows
+    tensor: Tensor
+    original: Tensor | None
+    """Its bits before the first factor; None once the optimizer has moved it."""
+    factors: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    """After which optimizer step each was given."""
+
+    @property
+    def product(self) -> float:
+        """All factors together."""
+        return math.prod(self.factors)
+
+
+class ScaledRows:
+    """Rows that were multiplied, each with all its copies.
+
+    The optimizer's moments are left as they are. An adaptive step does not depend on the scale of its gradients, so the next step has
+    the size it would have had; the momentum still points to where the scores grew, which is why a clip is held and not done once.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._entries: dict[tuple[Any, ...], _Scaled] = {}
+
+    @torch.no_grad()
+    def scale(self, edits: Iterable[tuple[Rows, float]]) -> None:
+        """Multiply all of them, or none.
+
+        Raises:
+            CannotApply: if a copy that the optimizer keeps cannot be found.
+        """
+        todo = [(rows, copy, factor) for rows, factor in edits for copy in copies_of(rows.parameter, self._run)]
+        for rows, tensor, factor in todo:
+            entry = self._entries.get((*rows.key, id(tensor)))
+            if entry is None:
+                entry = _Scaled(
+                    rows, tensor, rows.view(_local(tensor)).clone() if not is_sharded(tensor) else _local(tensor).clone()
+                )
+                self._entries[(*rows.key, id(tensor))] = entry
+            elif not self._is_untouched(entry):
+                entry.original = None
+            entry.factors.append(factor)
+            entry.steps.append(self._run.step)
+            _multiply(rows, tensor, factor)
+
+    def moved_on(self) -> None:
+        """The optimizer has stepped: forget the bits of what it moved, which could no longer be put back."""
+        for entry in self._entries.values():
+            if entry.original is not None and not self._is_untouched(entry):
+                entry.original = None
+
+    @torch.no_grad()
+    def undo(self) -> bool:
+        """Put back the bits of before where nothing else has moved them, and divide the factors out where training has.
+
+        Returns:
+            Whether all bits are those of before.
+        """
+        exact = all(self._is_untouched(entry) for entry in self._entries.values())
+        for entry in self._entries.values():
+            if exact and entry.original is not None:
+                _place(entry).copy_(entry.original)
+                continue
+            _multiply(entry.rows, entry.tensor, 1 / entry.product)
+        self._entries = {}
+        return exact
+
+    def rolled_back(self, step: int) -> Callable[[], None]:
+        """Forget the factors given after ``step``, which the restored weights do not hold; returns what brings them back."""
+        before = self._entries
+        self._entries = {}
+        for key, entry in before.items():
+            kept = [at for at, given in enumerate(entry.steps) if given <= step]
+            if kept:
+                factors, steps = [entry.factors[at] for at in kept], [entry.steps[at] for at in kept]
+                self._entries[key] = _Scaled(entry.rows, entry.tensor, None, factors, steps)
+
+        def restore() -> None:
+            self._entries = before
+
+        return restore
+
+    def state(self, names: dict[int, str]) -> list[list[Any]]:
+        """``[parameter name, dim, start, stop, offset, product of factors]`` of each range, masters left out."""
+        out = []
+        for entry in self._entries.values():
+            if entry.tensor is entry.rows.parameter and id(entry.tensor) in names:
+                rows = entry.rows
+                out.append([names[id(entry.tensor)], rows.dim, rows.start, rows.stop, rows.offset, entry.product])
+        return out
+
+    def load(self, state: Sequence[Sequence[Any]]) -> None:
+        """Take up what :meth:`state` told of; parameters that are no longer there are left out."""
+        parameters = dict(self._run.model.named_parameters())
+        for name, dim, start, stop, offset, product in state:
+            if name in parameters:
+                rows = Rows(parameters[name], int(dim), int(start), int(stop), float(offset))
+                for tensor in copies_of(rows.parameter, self._run):
+                    self._entries[(*rows.key, id(tensor))] = _Scaled(rows, tensor, None, [float(product)], [self._run.step])
+
+    def _is_untouched(self, entry: _Scaled) -> bool:
+        """Whether the rows hold what the factors made of the original, bit for bit."""
+        if entry.original is None:
+            return False
+        expected = entry.original.clone()
+        if is_sharded(entry.tensor):
+            whole = entry.tensor.clone()
+            _local(whole).copy_(expected)
+            for factor in entry.factors:
+                _multiply(entry.rows, whole, factor)
+            return torch.equal(_local(whole), _local(entry.tensor))
+        for factor in entry.factors:
+            _times(expected, factor, entry.rows.offset)
+        return torch.equal(expected, _place(entry))
+
+
+def _place(entry: _Scaled) -> Tensor:
+    return _local(entry.tensor) if is_sharded(entry.tensor) else entry.rows.view(entry.tensor)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    part: Any = tensor.detach()
+    return part.to_local() if is_sharded(tensor) else part  # type: ignore[no-any-return]
+
+
+def _multiply(rows: Rows, tensor: Tensor, factor: float) -> None:
+    if not is_sharded(tensor):
+        _times(rows.view(tensor), factor, rows.offset)
+        return
+    from torch.distributed.tensor import DTensor, Replicate
+
+    sharded: Any = tensor
+    shape = [1] * tensor.ndim
+    shape[rows.dim] = tensor.shape[rows.dim]
+    whole = torch.ones(shape, dtype=torch.float32, device=_local(tensor).device)
+    rows.view(whole).fill_(factor)
+    mesh = sharded.device_mesh
+    spread = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    _times(tensor, spread, rows.offset)
+
+
+def _times(values: Tensor, factor: float | Tensor, offset: float) -> None:
+    """``values`` so that ``offset + value`` is multiplied, in float32 where they are in half precision."""
+    if offset:
+        values.copy_((values.float() + offset) * factor - offset)
+    elif isinstance(factor, Tensor):
+        values.copy_(values.float() * factor)
+    else:
+        values.mul_(factor)

@@ -1,0 +1,212 @@
+"""Copies of a training run's state, on the host or on disk, and which of them are known to be healthy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stabmon.gradients import local
+
+if TYPE_CHECKING:
+    from stabmon.interventions.run import TrainingRun
+
+logger = logging.getLogger("stabmon")
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Parameters, buffers, optimizer state, scheduler and gradient scaler after one optimizer step; of this rank's shards."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    optimizer: list[dict[str, Any]]
+    """The state of each parameter, in the order of the groups."""
+    groups: list[dict[str, Any]]
+    """Each group's settings, without its parameters."""
+    scheduler: dict[str, Any] | None
+    scaler: dict[str, Any] | None
+
+    @classmethod
+    @torch.no_grad()
+    def take(cls, run: TrainingRun) -> Snapshot:
+        """Copy the state to the host."""
+        groups = getattr(run.optimizer, "param_groups", [])
+        state = _state(run)
+        return cls(
+            step=run.step,
+            tensors={name: _copied(tensor) for name, tensor in _named(run)},
+            optimizer=[{k: _copied(v) for k, v in state.get(p, {}).items()} for group in groups for p in group["params"]],
+            groups=[{k: _copied(v) for k, v in group.items() if k != "params"} for group in groups],
+            scheduler=_copied(run.lr_scheduler.state_dict()) if hasattr(run.lr_scheduler, "state_dict") else None,
+            scaler=_copied(run.grad_scaler.state_dict()) if run.grad_scaler is not None else None,
+        )
+
+    @torch.no_grad()
+    def restore(self, run: TrainingRun, *, schedule: bool) -> None:
+        """Put the state back in place, bit for bit, leaving every random generator alone.
+
+        Args:
+            run: the run that it was taken of.
+            schedule: also the scheduler, and the groups' rates and other settings; without, they stay where they are now.
+        """
+        for name, tensor in _named(run):
+            if name in self.tensors:
+                local(tensor.detach()).copy_(self.tensors[name])
+        groups = getattr(run.optimizer, "param_groups", [])
+        state = _state(run)
+        for parameter, saved in zip([p for group in groups for p in group["params"]], self.optimizer, strict=True):
+            _restore_entries(state[parameter] if saved or parameter in state else {}, saved, local(parameter).device)
+            if not saved:
+                state.pop(parameter, None)
+        if schedule:
+            for group, settings in zip(groups, self.groups, strict=True):
+                group.update({name: _copied(value) for name, value in settings.items()})
+            if self.scheduler is not None:
+                run.lr_scheduler.load_state_dict(_copied(self.scheduler))
+        if self.scaler:
+            run.grad_scaler.load_state_dict(_copied(self.scaler))
+
+    def save(self, path: Path) -> None:
+        """Write it to a file, that is there as a whole or not at all."""
+        fresh = path.with_suffix(".tmp")
+        torch.save({name: getattr(self, name) for name in self.__dataclass_fields__}, fresh)
+        fresh.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Snapshot:
+        """Read what :meth:`save` wrote."""
+        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+
+
+def snapshot_bytes(run: TrainingRun) -> int:
+    """How large a snapshot would be now."""
+    state = [value for entries in _state(run).values() for value in entries.values() if isinstance(value, Tensor)]
+    return sum(local(t).numel() * t.element_size() for t in [*(tensor for _, tensor in _named(run)), *state])
+
+
+class HealthyStates:
+    """Keeps the newest state that was healthy before it was taken and for a while after.
+
+    A state is a candidate at first; it counts once ``confirm`` more samples were healthy, so that a rollback does not
+    end in the first steps of the same misfortune. Beside it a newer candidate waits: two copies at most.
+
+    Args:
+        run: the run.
+        every: samples between candidates.
+        confirm: healthy samples after which a candidate counts.
+        memory_gb: host memory that both copies may take together; above it they go to ``run.run_dir``, or nowhere.
+    """
+
+    def __init__(self, run: TrainingRun, *, every: int = 10, confirm: int = 3, memory_gb: float = 8.0) -> None:
+        self.run = run
+        self.every, self.confirm, self.memory_gb = every, confirm, memory_gb
+        self._healthy: Snapshot | Path | None = None
+        self._candidate: Snapshot | Path | None = None
+        self._age = 0
+        self._said = False
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """The newest healthy state, read from disk if it is there; None where there is none yet."""
+        if isinstance(self._healthy, Path):
+            return Snapshot.load(self._healthy) if self._healthy.is_file() else None
+        return self._healthy
+
+    def offer(self, healthy: bool) -> None:
+        """Say after each sampled step whether the run is healthy: loss and gradients finite, no alarm open."""
+        if not healthy:
+            self._drop(self._candidate)
+            self._candidate = None
+            return
+        self._age += 1
+        if self._candidate is not None and self._age >= self.confirm:
+            self._drop(self._healthy)
+            self._healthy, self._candidate = self._candidate, None
+        if self._candidate is None and (self._healthy is None or self._age >= self.every):
+            self._candidate, self._age = self._keep(), 0
+
+    def keep(self, snapshot: Snapshot, name: str) -> Snapshot | Path:
+        """Hold a snapshot where there is room for it.
+
+        Raises:
+            MemoryError: where there is neither memory nor a folder.
+        """
+        if 2 * snapshot_bytes(self.run) <= self.memory_gb * 1e9:
+            return snapshot
+        if self.run.run_dir is None:
+            raise MemoryError(f"two copies of the run are more than memory_gb {self.memory_gb:g}: raise it, or give a run_dir")
+        self.run.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run.run_dir / f"{name}-{snapshot.step}-rank{_rank()}.pt"
+        snapshot.save(path)
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the healthy state is on disk: plain values. One in memory does not outlive the process."""
+        return {"healthy": str(self._healthy) if isinstance(self._healthy, Path) else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Find the healthy state on disk again."""
+        self._healthy = Path(state["healthy"]) if state["healthy"] else None
+
+    def _keep(self) -> Snapshot | Path | None:
+        if 2 * snapshot_bytes(self.run) > self.memory_gb * 1e9 and self.run.run_dir is None:
+            if not self._said:
+                logger.warning(
+                    "No state is kept to roll back to: two copies need more than memory_gb %g, and there is no run_dir",
+                    self.memory_gb,
+                )
+            self._said = True
+            return None
+        return self.keep(Snapshot.take(self.run), "healthy")
+
+    @staticmethod
+    def _drop(kept: Snapshot | Path | None) -> None:
+        if isinstance(kept, Path):
+            kept.unlink(missing_ok=True)
+
+
+def _named(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of the model, and what else the optimizer steps (masters)."""
+    yield from run.model.named_parameters()
+    yield from run.model.named_buffers()
+    own = {id(parameter) for parameter in run.model.parameters()}
+    groups = getattr(run.optimizer, "param_groups", [])
+    others = [p for group in groups for p in group["params"] if id(p) not in own]
+    yield from ((f"optimizer's own {at}", parameter) for at, parameter in enumerate(others))
+
+
+def _state(run: TrainingRun) -> Any:
+    return getattr(run.optimizer, "state", {})
+
+
+def _copied(value: Any) -> Any:
+    """The same value in tensors of its own on the host."""
+    if isinstance(value, Tensor):
+        return local(value.detach()).to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(v) for v in value) if type(value) in (list, tuple) else value
+    return value
+
+
+def _restore_entries(entries: dict[str, Any], saved: Mapping[str, Any], device: torch.device) -> None:
+    """Make an optimizer's state of one parameter what was saved, in its own tensors where they are still there."""
+    for name in set(entries) - set(saved):
+        del entries[name]
+    for name, value in saved.items():
+        now = entries.get(name)
+        if isinstance(value, Tensor) and isinstance(now, Tensor) and local(now).shape == value.shape and now.dtype == value.dtype:
+            local(now).copy_(value)
+        else:
+            entries[name] = value.to(device, copy=True) if isinstance(value, Tensor) and value.ndim else _copied(value)
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0

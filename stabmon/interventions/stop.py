@@ -1,0 +1,30 @@
+"""End training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stabmon.interventions.base import Effect, Intervention, intervention
+from stabmon.interventions.run import TrainingRun
+
+
+@intervention
+@dataclass(frozen=True)
+class Stop(Intervention):
+    """Ask the training loop to end after this step: nothing is killed, and the loop's own checkpoints and callbacks run as ever."""
+
+    run_wide: ClassVar[bool] = True
+
+    def _start(self, run: TrainingRun) -> Effect:
+        return _Stopping(run, self.why or (self.issues[0].issue_type if self.issues else "asked for"))
+
+
+class _Stopping(Effect):
+    def __init__(self, run: TrainingRun, reason: str) -> None:
+        self.run, self._before = run, run.stop_reason
+        run.stop_reason = reason
+        super().__init__(before={"stop": self._before}, after={"stop": reason})
+
+    def release(self) -> None:
+        self.run.stop_reason = self._before
