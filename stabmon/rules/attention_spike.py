@@ -42,7 +42,7 @@ class AttentionSpike:
             top = largest(past)
             level[row] = np.maximum(top + self.rise, top + self.deviations * robust_spread(past))
             rise[row] = history.now(name) - level[row]
-        found = np.nan_to_num(rise, nan=-1.0)
+        found = np.where(np.isnan(rise), -np.inf, rise)
         worst, spikes = found.argmax(axis=0), (found > 0).any(axis=0)
         opened = history.open_level("attention_spike")
         still = ~spikes & (np.fmax(history.now(names[0]), history.now(names[1])) >= opened)

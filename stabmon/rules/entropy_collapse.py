@@ -64,7 +64,7 @@ class EntropyCollapse:
 
     def _witnessed(self, history: History, change: Change) -> np.ndarray:
         """``[N]`` bool: scores jumped, or nearly all rows saturated at once."""
-        jumped = change.ratio >= jump_needed(history, change.steps, self.jump, 3 * self.jump)
+        jumped = change.ratio >= jump_needed(history, change.steps, self.jump)
         saturated = (change.saturated_rise >= self.saturates) & (change.steps <= self.sudden_steps)
         witnessed: np.ndarray = jumped | saturated
         return witnessed

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stabmon.rules.history import History
+
 Z_95 = 1.96
 """Quantile of the normal distribution that leaves 2.5 % on either side."""
 
@@ -55,11 +57,57 @@ def theil_sen(x: np.ndarray, y: np.ndarray, *, least: int = 8) -> Trend:
     pairs = samples * (samples - 1) // 2
     half_width = Z_95 * np.sqrt(samples * (samples - 1) * (2 * samples + 5) / 18)
     middle = (_at(slopes, (pairs - 1) // 2) + _at(slopes, pairs // 2)) / 2
-    low = _at(slopes, np.floor((pairs - half_width) / 2).astype(int))
-    high = _at(slopes, np.minimum(np.ceil((pairs + half_width) / 2).astype(int), pairs - 1))
+    low = _at(slopes, np.round((pairs - half_width) / 2).astype(int) - 1)
+    high = _at(slopes, np.minimum(np.round((pairs + half_width) / 2).astype(int), pairs - 1))
     enough = samples >= max(2, least)
     middle, low, high = (np.where(enough, value, np.nan) for value in (middle, low, high))
     return Trend(middle, low, high, samples)
+
+
+@dataclass(frozen=True, eq=False)
+class Forecast:
+    """Steps until each head's score meets a level, if it goes on as it does; every array is ``[N]``.
+
+    NaN for heads below the score from which a forecast is made, or with too few readings.
+    """
+
+    slope: np.ndarray
+    """Change of the log score per optimizer step."""
+    eta: np.ndarray
+    """Optimizer steps until the level is met, inf where the score does not surely rise."""
+    low: np.ndarray
+    """The soonest that the slope's confidence interval allows."""
+    high: np.ndarray
+    """The latest."""
+
+    def warns(self, horizon: float) -> np.ndarray:
+        """``[N]`` bool: the score surely meets the level within ``horizon`` steps."""
+        warns: np.ndarray = (self.eta > 0) & (self.eta <= horizon) & (self.high <= 2 * horizon)
+        return warns
+
+
+def forecast_score(history: History, level: float, *, least: float, readings: int = 20, freshest: int = 8) -> Forecast:
+    """Forecast when each head's max_logit meets ``level``, for heads whose newest score is at least ``least``.
+
+    Scores that run away grow exponentially, so the line is drawn through their logarithms. The line through the ``freshest``
+    readings is taken where it surely rises, since a line through all ``readings`` sees a growth that has just begun only after half
+    of them are part of it; else the line through all.
+    """
+    score = history.signal("max_logit")[-readings:]
+    large = np.flatnonzero(score[-1] >= least)
+    out = Forecast(*np.full((4, score.shape[1]), np.nan))
+    if len(large) == 0:
+        return out
+    with np.errstate(invalid="ignore", divide="ignore"):
+        log = np.where(score[:, large] > 0, np.log(score[:, large]), np.nan)
+    steps, target = history.steps[-readings:].astype(np.float64), float(np.log(level))
+    line, fresh = theil_sen(steps, log), theil_sen(steps[-freshest:], log[-freshest:])
+    rises = fresh.low > 0
+    slope, low, high = (np.where(rises, getattr(fresh, name), getattr(line, name)) for name in ("slope", "low", "high"))
+    eta = np.where(low > 0, steps_until(log[-1], slope, target), np.where(np.isnan(low), np.nan, np.inf))
+    out.slope[large], out.eta[large] = slope, eta
+    out.low[large], out.high[large] = steps_until(log[-1], high, target), steps_until(log[-1], low, target)
+    return out
 
 
 def steps_until(level: np.ndarray, slope: np.ndarray, target: float | np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.forecast import steps_until, theil_sen
+from stabmon.rules.forecast import Forecast, forecast_score
 from stabmon.rules.history import History
 from stabmon.rules.own_past import PAST_READINGS, SCORE_FLOOR, Change, changes, jump_needed, loss_fell
 from stabmon.rules.spread import largest
@@ -39,11 +39,11 @@ class LogitGrowth:
     """
 
     jump: float = 4.0
-    """Times its own past within one step; plus ``jump`` again for each 100 steps in between, up to ``runaway``."""
-    runaway: float = 12.0
-    """Times its own past within ``runaway_steps``."""
+    """Times its own past within one step; plus ``jump`` again for each 100 steps in between, up to three times ``jump``."""
+    runaway: float = 8.0
+    """Times its own past that a score must grow within few steps; twice as much over ``runaway_steps``."""
     runaway_steps: int = 300
-    """Steps within which growth by ``runaway`` is no slow sharpening: a doubling in under 84."""
+    """Steps beyond which growth is slow sharpening: then a score that grew 16-fold doubled in no less than 75."""
     harm: float = 1_000.0
     """Score from which training suffers in published runs (Wortsman et al. 2023, Kimi K2); all above 1e4 diverged."""
     horizon: int = 20
@@ -56,7 +56,7 @@ class LogitGrowth:
         score, heads = history.now("max_logit"), len(history.heads)
         if heads == 0 or len(history) < 2:
             return []
-        forecast = _Forecast.of(history, self.harm)
+        forecast = forecast_score(history, self.harm, least=LEAST_SCORE)
         found = _Found.nothing(heads)
         for change in changes(history, least_ratio=self.jump):
             self._judge(history, change, forecast, score, found)
@@ -66,14 +66,15 @@ class LogitGrowth:
         found.add(score >= self.still_ill * level, 0, level, np.nan, np.nan, "still")
         return [self._issue(history, n, found, forecast) for n in np.flatnonzero(found.rank >= 0).tolist()]
 
-    def _judge(self, history: History, change: Change, forecast: _Forecast, score: np.ndarray, found: _Found) -> None:
+    def _judge(self, history: History, change: Change, forecast: Forecast, score: np.ndarray, found: _Found) -> None:
         """Find jumps at one or two readings back, run-aways at more."""
         if change.lag <= 2:
-            needed = jump_needed(history, change.steps, self.jump, self.runaway)
+            needed = jump_needed(history, change.steps, self.jump)
             lost = (change.kept <= 0.5) | (change.saturated_rise >= 0.25)
             grown, how = change.ratio >= needed, "jump"
         else:
-            needed = (1.25 if loss_fell(history, change.steps) else 1.0) * self.runaway
+            patience = 1.25 if loss_fell(history, change.steps) else 1.0
+            needed = patience * self.runaway * (1 + change.steps / self.runaway_steps)
             lost = (change.kept <= 0.35) & ~(change.saturated_rise < 0.25)
             rises = (forecast.eta <= change.steps) | (score >= self.harm)
             grown, how = (change.ratio >= needed) & (change.steps <= self.runaway_steps) & rises, "runaway"
@@ -84,11 +85,11 @@ class LogitGrowth:
         """Find heads above the level of known harm that came there in this run."""
         past = np.maximum(largest(history.signal("max_logit")[:-1][-PAST_READINGS:]), SCORE_FLOOR)
         start = np.maximum(history.baseline("max_logit"), SCORE_FLOOR)
-        came = (score >= 2 * past) | (score >= self.runaway * start)
+        came = (score >= 2 * past) | (score >= self.runaway * start)  # it still doubles, or it was not like this at first
         spent = history.now("normalized_entropy") < 0.1
         found.add((score >= self.harm) & spent & came, 1, self.harm, score / np.fmin(past, start), np.nan, "harm")
 
-    def _issue(self, history: History, n: int, found: _Found, forecast: _Forecast) -> StabilityIssue:
+    def _issue(self, history: History, n: int, found: _Found, forecast: Forecast) -> StabilityIssue:
         layer, head = history.heads[n]
         severity: Severity = "error" if found.rank[n] == 1 else "warning"
         evidence = {
@@ -97,7 +98,7 @@ class LogitGrowth:
             "spread_kept": float(found.kept[n]),
             "normalized_entropy": float(history.now("normalized_entropy")[n]),
             "log_slope_per_step": float(forecast.slope[n]),
-            "eta_interval": [float(forecast.eta_low[n]), float(forecast.eta_high[n])],
+            "eta_interval": [float(forecast.low[n]), float(forecast.high[n])],
         }
         eta = float(forecast.eta[n])
         return StabilityIssue(
@@ -139,41 +140,6 @@ class _Found:
         new = where & (self.rank < rank)
         for array, value in ((self.rank, rank), (self.level, level), (self.ratio, ratio), (self.kept, kept), (self.how, how)):
             array[new] = np.broadcast_to(np.asarray(value), new.shape)[new]
-
-
-@dataclass(frozen=True, eq=False)
-class _Forecast:
-    """Steps until each head's score meets the level of harm, along the robust line through its newest log scores.
-
-    NaN for heads below ``LEAST_SCORE``, which have not left the range of a fresh head.
-    """
-
-    slope: np.ndarray
-    eta: np.ndarray
-    """Inf where the line does not surely rise, NaN where it cannot be drawn."""
-    eta_low: np.ndarray
-    eta_high: np.ndarray
-
-    @classmethod
-    def of(cls, history: History, harm: float, readings: int = 20) -> _Forecast:
-        score = history.signal("max_logit")[-readings:]
-        large = np.flatnonzero(score[-1] >= LEAST_SCORE)
-        out = cls(*np.full((4, score.shape[1]), np.nan))
-        if len(large) == 0:
-            return out
-        with np.errstate(invalid="ignore", divide="ignore"):
-            log = np.where(score[:, large] > 0, np.log(score[:, large]), np.nan)
-        line = theil_sen(history.steps[-readings:].astype(np.float64), log)
-        target = float(np.log(harm))
-        eta = np.where(line.low > 0, steps_until(log[-1], line.slope, target), np.where(np.isnan(line.low), np.nan, np.inf))
-        out.slope[large], out.eta[large] = line.slope, eta
-        out.eta_low[large], out.eta_high[large] = (steps_until(log[-1], slope, target) for slope in (line.high, line.low))
-        return out
-
-    def warns(self, horizon: float) -> np.ndarray:
-        """``[N]`` bool: the score surely meets the level within ``horizon`` steps."""
-        warns: np.ndarray = (self.eta > 0) & (self.eta <= horizon) & (self.eta_high <= 2 * horizon)
-        return warns
 
 
 def _interval(history: History) -> float:

@@ -44,7 +44,7 @@ class LossSpike:
         new = max(1, len(reading.losses))
         known = history.recent_losses[-self.past - new - self.stays :]
         steps, losses = known[:, 0], known[:, 1]
-        tail = max(new, self.stays)
+        tail = new + self.stays  # the past must end before any spike that may have begun within an earlier reading
         if len(losses) < self.least_past + tail:
             return []
         past, newest = losses[-self.past - tail : -tail], losses[-tail:]

@@ -63,12 +63,12 @@ def changes(history: History, lags: Iterable[int] = LAGS, *, least_ratio: float 
             )
 
 
-def jump_needed(history: History, steps: int, jump: float, most: float) -> float:
-    """Times its own past that a score must grow within ``steps`` to be a jump and no learning: ``jump`` and again for each 100 steps.
+def jump_needed(history: History, steps: int, jump: float) -> float:
+    """Times its own past that a score must grow within ``steps`` steps to be a jump: ``jump``, and again for each 100, thrice at most.
 
     A quarter more where the loss clearly fell over the same span, which speaks for learning.
     """
-    return (1.25 if loss_fell(history, steps) else 1.0) * min(jump * (1 + steps / 100), most)
+    return (1.25 if loss_fell(history, steps) else 1.0) * jump * min(1 + steps / 100, 3.0)
 
 
 def loss_fell(history: History, steps: float, *, least: int = 8, share: float = 0.03) -> bool:

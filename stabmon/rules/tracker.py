@@ -84,12 +84,12 @@ class IssueTracker:
     def update(self, reading: Reading) -> list[StabilityIssue]:
         """Add ``reading`` to the history, run every rule, and return only what opened, worsened or closed."""
         self.history.add(reading)
+        self._closed = {k: c for k, c in self._closed.items() if reading.step - c.step < self.cooldown_steps}
         found, ran = self._run_rules()
         emitted = self._close(found, ran, reading.step)
         alike = Counter(key[:2] for key in found)
         for key, (issue, name) in found.items():
             emitted += self._see(key, issue, name, alike[key[:2]])
-        self._closed = {k: c for k, c in self._closed.items() if reading.step - c.step < self.cooldown_steps}
         self._tell_history()
         return _in_order(emitted)
 

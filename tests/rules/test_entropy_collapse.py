@@ -1,0 +1,63 @@
+"""A sudden loss of spread is collapse only with a witness; low entropy alone never is."""
+
+import numpy as np
+import pytest
+
+from stabmon.rules.entropy_collapse import EntropyCollapse
+from tests.rules.trajectories import LAYERS, alarms, falling_loss, readings, run, shape, signals
+
+
+def fallen(after: float, *, times: float, saturated: float, every: int = 10, before: float = 0.6, signal: str = "max_logit"):
+    """Head 3 of layer 0 falls to ``after`` at the 13th of 20 readings."""
+    score, entropy = shape(np.full(20, 12.0), 0.05), shape(np.full(20, before), 0.02)
+    share = shape(np.full(20, 0.05))
+    share = share.copy()
+    score[12:, 0, 3] *= times
+    entropy[12:, 0, 3] = after
+    share[12:, 0, 3] = saturated
+    return readings(signals(score, entropy, share), losses=falling_loss(20 * every), every=every)
+
+
+@pytest.mark.parametrize("every", [1, 10, 50])
+def test_a_fall_with_a_jump_of_the_scores_is_collapse(every):
+    found = alarms(run(fallen(0.01, times=25.0, saturated=0.9, every=every), [EntropyCollapse()]))
+    assert [(i.step, i.layer, i.head) for i in found] == [(13 * every, LAYERS[0], 3)]
+    assert found[0].value == pytest.approx(0.01)
+    assert found[0].evidence["past_entropy"] == pytest.approx(0.6, rel=0.05)
+
+
+def test_a_fall_whose_rows_saturate_at_once_is_collapse_even_where_the_score_is_negative():
+    assert alarms(run(fallen(0.01, times=-20.0, saturated=0.9), [EntropyCollapse()]))
+
+
+def test_a_fall_without_witness_is_a_warning():
+    found = run(fallen(0.1, times=1.0, saturated=0.3), [EntropyCollapse()])
+    assert [i.severity for i in found] == ["warning"]
+
+
+@pytest.mark.parametrize(("after", "ill"), [(0.30, False), (0.18, True)])
+def test_the_fall_must_be_below_its_level(after, ill):
+    assert bool(run(fallen(after, times=25.0, saturated=0.9), [EntropyCollapse()])) is ill
+
+
+def test_a_head_without_spread_has_none_to_lose():
+    assert not run(fallen(0.001, times=25.0, saturated=0.95, before=0.06), [EntropyCollapse()])
+
+
+def test_a_slow_fall_to_nearly_one_hot_is_a_warning():
+    entropy = shape(np.geomspace(0.6, 0.01, 60))
+    found = run(readings(signals(shape(np.linspace(8, 30, 60)), entropy), losses=falling_loss(600)), [EntropyCollapse()])
+    assert {i.severity for i in found} == {"warning"}
+
+
+def test_an_open_issue_stays_until_the_spread_is_well_back():
+    score, entropy = shape(np.full(30, 12.0)).copy(), shape(np.full(30, 0.6)).copy()
+    score[10:20], entropy[10:15], entropy[15:20] = 300.0, 0.01, 0.3
+    found = run(readings(signals(score, entropy)), [EntropyCollapse()])
+    assert {i.step for i in found if i.state == "opened"} == {110}
+    assert {i.step for i in found if i.state == "closed"} == {220}
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0])
+def test_nan_and_zero_from_the_start_give_nothing(value):
+    assert not run(readings(signals(shape(np.full(12, 12.0)), np.full((12, 2, 4), value))), [EntropyCollapse()])

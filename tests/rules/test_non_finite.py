@@ -1,0 +1,54 @@
+"""NaN and inf are named where they started, and a gradient scaler's search is not mistaken for them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from stabmon.rules.non_finite import NonFinite
+from tests.rules.trajectories import LAYERS, bad, falling_loss, readings, run, shape, signals
+
+WELL = readings(signals(shape(np.full(8, 8.0)), shape(np.full(8, 0.5))), losses=falling_loss(80), gradients=[{"": 1.0}] * 8)
+
+
+def with_last(**change):
+    return [*WELL[:-1], replace(WELL[-1], **change)]
+
+
+def test_a_well_run_gives_nothing():
+    assert not run(WELL, [NonFinite()])
+
+
+@pytest.mark.parametrize("kind", ["parameter", "input", "activation", "score", "loss"])
+def test_a_traced_tensor_is_critical_and_named(kind):
+    losses = ((80, float("nan")),)
+    (issue,) = run(with_last(non_finite=bad(79, kind), losses=losses, loss=float("nan")), [NonFinite()])
+    assert (issue.severity, issue.layer, issue.evidence["tensor"]) == ("critical", LAYERS[0], "output")
+    assert issue.evidence["first_step"] == 79
+
+
+def test_an_infinite_score_names_its_head():
+    layers = {name: {k: v.copy() for k, v in values.items()} for name, values in WELL[-1].layers.items()}
+    layers[LAYERS[1]]["max_logit"][3] = np.inf
+    (issue,) = run(with_last(layers=layers), [NonFinite()])
+    assert (issue.severity, issue.layer, issue.head) == ("critical", LAYERS[1], 3)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_bad_loss_is_critical_for_the_run_at_its_own_step(loss):
+    (issue,) = run(with_last(losses=((75, 2.0), (76, loss), (80, 2.0))), [NonFinite()])
+    assert (issue.severity, issue.layer, issue.step) == ("critical", None, 76)
+
+
+def test_nan_scores_alone_mean_nothing_was_measured():
+    assert not run(readings(signals(np.full((5, 2, 4), np.nan), shape(np.full(5, 0.5)))), [NonFinite()])
+
+
+def test_a_bad_gradient_is_a_warning_until_it_stays():
+    watched = [*WELL[:4], *(replace(r, gradients={"": float("inf")}) for r in WELL[4:])]
+    assert [(i.step, i.severity) for i in run(watched, [NonFinite()])] == [(50, "warning"), (70, "critical")]
+
+
+def test_a_bad_gradient_with_a_bad_loss_is_critical_at_once():
+    found = run(with_last(non_finite=bad(80, "gradient"), losses=(), loss=float("nan")), [NonFinite()])
+    assert [i.severity for i in found] == ["critical"]
