@@ -81,7 +81,7 @@ def run_twins(out: Path, script: str, overrides: Sequence[str]) -> None:
     try:
         for position, (name, provoke) in enumerate(TWINS.items()):
             command = [sys.executable, str(ROOT / "train" / f"{script}.py"), str(ROOT / "configs" / f"train_{script}.yaml")]
-            own = [f"run_dir={out / name}", f"provoke={provoke}", "loggers=[tensorboard, wandb]"]
+            own = [f"run_dir={(out / name).absolute()}", f"provoke={provoke}", "loggers=[tensorboard, wandb]"]
             fast = ["training.threads=1", "training.validate_every=null"]
             runs.append(LiveRun(name, out / name, [*command, *own, *fast, *overrides], os.environ | OFFLINE))
             bars.append(tqdm(desc=f"{name:<9}", position=position, unit="step", leave=False, disable=None))

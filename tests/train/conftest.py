@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "train"))
@@ -46,7 +49,10 @@ def run(tmp_path: Path, text: Path) -> Callable[..., dict[int, float]]:
 
         module: Any = importlib.import_module(script)
         common = (f"run_dir={tmp_path / folder}", f"corpus.text={text}", *TINY, *overrides)
-        module.train(read_settings(module.Settings, ROOT / "configs" / f"train_{script}.yaml", common))
+        threads = torch.get_num_threads()
+        with mock.patch.dict(os.environ):  # the scripts tell the loggers where to write
+            module.train(read_settings(module.Settings, ROOT / "configs" / f"train_{script}.yaml", common))
+        torch.set_num_threads(threads)
         return read_losses(tmp_path / folder / "losses.jsonl")
 
     return train
