@@ -43,7 +43,7 @@ class AttentionSpike:
             level[row] = np.maximum(top + self.rise, top + self.deviations * robust_spread(past))
             rise[row] = history.now(name) - level[row]
         found = np.where(np.isnan(rise), -np.inf, rise)
-        worst, spikes = found.argmax(axis=0), (found > 0).any(axis=0)
+        worst, spikes = found.argmax(axis=0), found.max(axis=0) > 0
         opened = history.open_level("attention_spike")
         still = ~spikes & (np.fmax(history.now(names[0]), history.now(names[1])) >= opened)
         issues = []
