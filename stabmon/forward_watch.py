@@ -41,6 +41,11 @@ class ForwardWatch:
                 for child in _called_children(root):
                     self._watch(child)
 
+    def follow(self, outer: list[nn.Module]) -> None:
+        """Watch compiled wrappers as well, made after this was. What is inside stays watched: taking that out would compile anew."""
+        for root in outer:
+            self._watch(root)
+
     def remove(self) -> None:
         """Take every hook out again; may be called twice."""
         while self._undo:

@@ -21,7 +21,9 @@ class Guard:
     def __init__(self) -> None:
         self.errors: Counter[str] = Counter()
         """What failed, by place; each is logged the first time."""
-        self._seconds, self._since = 0.0, time.perf_counter()
+        self.seconds = 0.0
+        """Overhead so far."""
+        self._counted, self._since = 0.0, time.perf_counter()
         self._inside = False
 
     def failed(self, where: str, error: Exception, traceback: bool = True) -> None:
@@ -41,13 +43,13 @@ class Guard:
             yield
         finally:
             self._inside = False
-            self._seconds += time.perf_counter() - started
+            self.seconds += time.perf_counter() - started
 
     def overhead_fraction(self) -> float:
         """Share of wall time that was overhead since this was last asked."""
         now = time.perf_counter()
         wall, self._since = now - self._since, now
-        seconds, self._seconds = self._seconds, 0.0
+        seconds, self._counted = self.seconds - self._counted, self.seconds
         return min(1.0, seconds / wall) if wall > 0 else 0.0
 
 

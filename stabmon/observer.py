@@ -115,7 +115,7 @@ class StepObserver:
         outer = compiled_around(self._model)
         if outer and outer != self._outer:
             self._outer = outer
-            self._unwatch()
+            self._watch.follow(outer)
 
     def why_nothing(self) -> str | None:
         """Why a sampled step had no attention call, in one line; None where that has been told already."""
