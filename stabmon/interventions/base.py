@@ -46,6 +46,8 @@ class Effect:
     """What a reader of the record should know besides."""
     touches: frozenset[str] = frozenset()
     """Names of what was changed; effects with a name in common are undone last in, first out."""
+    given_up: str = ""
+    """Why it took itself back; empty while it has not."""
 
     def undo(self) -> bool:
         """Put back what was there before, and stop. Whether every bit is as it was: training since may make that impossible."""
@@ -123,6 +125,12 @@ class Intervention(ABC):
             CannotApply: if it no longer fits.
         """
         return Applied(self, run, self._resume(run, state["effect"]), step=int(state["step"]), record=state["record"])
+
+    def ended(self, run: TrainingRun, state: Mapping[str, Any]) -> Applied:
+        """The same, of one that is no longer in force: it counts among what was tried, and does nothing."""
+        over = Applied(self, run, Effect(), step=int(state["step"]), record=state["record"])
+        over.active = False
+        return over
 
     @abstractmethod
     def _start(self, run: TrainingRun) -> Effect:

@@ -101,6 +101,8 @@ class _Regularized(Effect):
         with torch.enable_grad():
             q, k = call.query.detach().float().requires_grad_(), call.key.detach().float().requires_grad_()
             term = entropy_deficit(q, k, operator, heads, index, self.act.floor)
+            if not term.requires_grad:  # no row sees enough keys
+                return
             by_query, by_key = torch.autograd.grad(term, (q, k))
         weight = self.act.coefficient * self.run.loss_scale
         self._hooks += [_add_gradient(query, call.query, by_query * weight), _add_gradient(key, call.key, by_key * weight)]
@@ -112,7 +114,8 @@ def sampled_rows(queries: int, count: int, generator: torch.Generator) -> Tensor
         return torch.arange(queries)
     edges = torch.linspace(0, queries, count + 1)
     drawn = edges[:-1] + torch.rand(count, generator=generator) * edges.diff()
-    return drawn.floor().long().clamp(max=queries - 1).unique()
+    rows: Tensor = drawn.floor().long().clamp(max=queries - 1).unique()
+    return rows
 
 
 def entropy_deficit(
@@ -133,7 +136,7 @@ def entropy_deficit(
     visibility = operator.visibility.select(rows)
     hidden, bias = visibility.block(slice(0, len(rows)), slice(0, key.shape[2]))
     visible = visibility.n_visible.expand(query.shape[0], query.shape[1], -1)
-    total = query.sum() * 0
+    total = torch.zeros((), device=query.device)
     for head in heads:
         logits = operator.scale * (query[:, head, rows] @ key[:, head // group].mT)
         if operator.softcap is not None:
@@ -155,9 +158,12 @@ def entropy_deficit(
 
 
 def _source(tensor: Tensor | None) -> Tensor | None:
-    """The tensor of the model's own graph that a captured one is a view of; None where there is none."""
+    """The tensor of the model's own graph that a captured one is, or is a view of; None where there is none.
+
+    A view made without gradients is in no graph, whatever its ``requires_grad`` says; the tensor that it looks into is.
+    """
     for each in (tensor, None if tensor is None else tensor._base):
-        if each is not None and each.requires_grad:
+        if each is not None and each.grad_fn is not None:
             return each
     return None
 

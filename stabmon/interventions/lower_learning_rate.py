@@ -13,6 +13,7 @@ from stabmon.gradients import is_sharded
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.masters import copies_of
 from stabmon.interventions.query_key import SEPARATE, Rows, find_query_key
+from stabmon.interventions.rates import step_hook
 from stabmon.interventions.run import TrainingRun
 
 Where = Literal["all", "query_key"]
@@ -96,8 +97,8 @@ class _StepScale:
             raise CannotApply("queries and keys could not be told apart in any layer", SEPARATE)
         optimizer = run.torch_optimizer
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._remember()),
-            optimizer.register_step_post_hook(lambda *_: self._scale()),
+            optimizer.register_step_pre_hook(step_hook(self._remember)),
+            optimizer.register_step_post_hook(step_hook(self._scale)),
         ]
 
     def remove(self) -> None:
@@ -110,6 +111,8 @@ class _StepScale:
 
     @torch.no_grad()
     def _scale(self) -> None:
+        if not self._before:  # an optimizer whose step calls its parent's is told of both
+            return
         for (rows, copy), before in zip(self._places.values(), self._before, strict=True):
             view = rows.view(copy)
             view.copy_(torch.lerp(before, view, self.factor))

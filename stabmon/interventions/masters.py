@@ -19,8 +19,8 @@ IN_STATE = ("master_param", "master_params", "master_weight", "master", "fp32_pa
 def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
     """The parameter itself, then every master copy of it; an edit must reach them all, or the next step undoes it.
 
-    A master is found in the optimizer's state for the parameter, or among the optimizer's own parameters as the only one that
-    rounds to the parameter bit for bit.
+    A master is found in the optimizer's state for the parameter, or among the optimizer's own parameters: in the same order as the
+    model's, or as the only one that rounds to the parameter bit for bit.
 
     Raises:
         CannotApply: if the optimizer steps something else in which the parameter is not to be found (flattened or sharded copies).
@@ -33,13 +33,13 @@ def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
     stepped = [each for group in optimizer.param_groups for each in group["params"]]
     if any(each is parameter for each in stepped):
         return [parameter, *masters]
-    own = {id(each) for each in run.model.parameters()}
+    trained = [each for each in run.model.parameters() if each.requires_grad]
+    own = {id(each) for each in trained}
+    others = [each for each in stepped if id(each) not in own]
+    if [each.shape for each in others] == [each.shape for each in trained]:
+        others = [other for other, each in zip(others, trained, strict=True) if each is parameter]
     with torch.no_grad():
-        alike = [
-            each
-            for each in stepped
-            if id(each) not in own and each.shape == parameter.shape and torch.equal(each.to(parameter.dtype), parameter)
-        ]
+        alike = [each for each in others if each.shape == parameter.shape and torch.equal(each.to(parameter.dtype), parameter)]
     if len(alike) != 1:
         raise CannotApply(
             "the optimizer does not step this parameter, nor one copy of it that could be told (flattened or sharded masters)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from stabmon.interventions.replayed import largest_scores, replayed_scores
 from stabmon.interventions.run import TrainingRun
 from stabmon.interventions.scaled_rows import ScaledRows
 from stabmon.records import AttentionCall, StabilityIssue
+
+logger = logging.getLogger("stabmon")
 
 FORMATS = {"float16": 65504.0 / 4, "bfloat16": 3.0e38, "float32": 3.0e38}
 """q·k, before the scale, that a head may reach in a format: a quarter of where float16 overflows."""
@@ -241,7 +244,7 @@ class _Clip(Effect):
             return
         scores = self._over_ranks()
         self._check_effect(scores)
-        if not self._hold:
+        if self.given_up or not self._hold:
             return
         todo = self._factors(scores)
         for name, factors in todo.items():
@@ -280,9 +283,12 @@ class _Clip(Effect):
                 continue
             del self._unproven[name]
             if all(now[h] > 0.5 * (heads[h] + self.aims.get((name, h), 0.0)) for h in now):
-                self.rows.undo()
-                self.release()
-                raise RuntimeError(f"clipping {name} showed no effect, so the rows were not those of the head: taken back")
+                self.given_up = f"clipping {name} showed no effect, so the rows were not those of the head"
+                exact = self.undo()
+                logger.warning("%s: taken back", self.given_up)
+                record = {"intervention": "qk_clip", "action": "undone", "step": self.run.step, "layer": name, "head": None}
+                self.run.audit({**record, "why": self.given_up, "exact": exact})
+                return
 
     def _describe(
         self, todo: Mapping[str, Mapping[int, float]], scores: Mapping[str, np.ndarray]

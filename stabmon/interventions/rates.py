@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+logger = logging.getLogger("stabmon")
+
+
+def step_hook(act: Callable[[], None]) -> Callable[..., None]:
+    """A hook for an optimizer's step that does ``act`` and never raises into the step: what fails is told once, and not done again."""
+    failed = False
+
+    def hook(*_: Any) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            act()
+        except Exception as error:
+            failed = True
+            logger.error("A held intervention failed at the optimizer's step and is left out: %s", error, exc_info=error)
+
+    return hook
 
 
 class LearningRates:
@@ -38,8 +58,8 @@ class LearningRates:
         self._factors.append(factor)
         if not self._hooks:
             self._hooks = [
-                self._optimizer.register_step_pre_hook(lambda *_: self._multiply()),
-                self._optimizer.register_step_post_hook(lambda *_: self._restore()),
+                self._optimizer.register_step_pre_hook(step_hook(self._multiply)),
+                self._optimizer.register_step_post_hook(step_hook(self._restore)),
             ]
 
         def release() -> None:

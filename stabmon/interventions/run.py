@@ -60,7 +60,8 @@ class Marks:
             try:
                 callback(*args)
             except Exception as error:
-                self._callbacks[mark].remove(callback)
+                if callback in self._callbacks[mark]:
+                    self._callbacks[mark].remove(callback)
                 logger.error(
                     "A held intervention failed at %s and is left out, training goes on: %s", mark, error, exc_info=error
                 )
@@ -103,6 +104,11 @@ class TrainingRun:
             CannotApply: if there is no torch optimizer to be found.
         """
         return LearningRates(self.torch_optimizer)
+
+    @property
+    def rate_factor(self) -> float:
+        """What the scheduled learning rates are multiplied by at present; 1 where nothing lowers them."""
+        return self.rates.factor if "rates" in vars(self) else 1.0
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:

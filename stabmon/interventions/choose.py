@@ -1,0 +1,236 @@
+"""Which intervention next: by what is ill, what was tried already, and what is left to spend."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from stabmon.interventions.base import Applied, CannotApply, Intervention
+from stabmon.interventions.query_key import RMS_NORM
+from stabmon.records import StabilityIssue
+
+if TYPE_CHECKING:
+    from stabmon.interventions.run import TrainingRun
+
+Family = Literal["non_finite", "scores", "loss"]
+Key = tuple[Family, str | None, int | None]
+Outcome = Literal["pending", "worked", "failed"]
+
+FAMILIES: Mapping[str, Family] = {
+    "non_finite": "non_finite",
+    "logit_growth": "scores",
+    "entropy_collapse": "scores",
+    "overflow_risk": "scores",
+    "precision_insufficient": "scores",
+    "high_curvature": "scores",
+    "attention_spike": "scores",
+    "gradient_vanishing": "scores",
+    "gradient_explosion": "loss",
+    "loss_spike": "loss",
+}
+"""Issues that the same acts repair. Families are treated in the order of :data:`ORDER`: what is not finite first, then a cause that
+is known by its head, then what is seen in the loss alone."""
+
+ORDER: Mapping[Family, tuple[str, ...]] = {
+    "non_finite": ("rollback", "stop"),
+    "scores": ("qk_clip", "soften_logits", "logit_softcap", "lower_learning_rate"),
+    "loss": ("rollback", "lower_learning_rate"),
+}
+"""From what repairs most at the least cost to a healthy run. On ten small runs that failed from attention: qk_clip closed the gap in 7
+and cost nothing, temperature in 6 at 0.01 nats, softcap in 1; a tenth of the rate for queries and keys helped where the rate itself
+was the cause, at 0.08."""
+
+PREVENTIVE = ("extend_warmup", "entropy_regularization", "increase_dropout")
+"""No cures: last in every family, and only where the configuration names them."""
+
+ADVICE: Mapping[Family, str] = {
+    "scores": f"change the architecture so that scores cannot grow: {RMS_NORM}",
+    "non_finite": "find the first bad tensor in issues.jsonl (evidence.first_bad), mend it, and start from a checkpoint before it",
+    "loss": "look at the batches around the spike, and start from a checkpoint before it with a lower rate or tighter clipping",
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much may be done to one run. Samples are sampled optimizer steps."""
+
+    acts: int = 20
+    """Acts in a run."""
+    per_place: int = 3
+    """Acts on one head, or on the run as a whole for one kind of issue."""
+    rollbacks: int = 3
+    least_rate: float = 0.05
+    """The learning rate is never brought below this share of what the scheduler says."""
+    patience: int = 4
+    """Samples after which an act is judged: whether the alarm that it was for is still open."""
+    hold: int = 20
+    """Samples without an alarm after which what is held is let go."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("acts", 0), ("per_place", 0), ("rollbacks", 0), ("patience", 1), ("hold", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"budget.{name}: {value!r} must be a whole number of at least {least}")
+        if not isinstance(self.least_rate, (int, float)) or not 0 < self.least_rate <= 1:
+            raise ValueError(f"budget.least_rate: {self.least_rate!r} must be above 0 and at most 1")
+
+
+@dataclass(eq=False)
+class Trial:
+    """An act that was applied, and what became of what it was for."""
+
+    applied: Applied
+    keys: tuple[Key, ...]
+    since: int
+    """The sample at which it was applied, or the last at which an alarm of its keys was open."""
+    outcome: Outcome = "pending"
+
+
+@dataclass(eq=False)
+class Chooser:
+    """Remembers what was tried, and never repeats for a place what failed there or did not fit."""
+
+    acts: Mapping[str, Intervention]
+    """What may be done, by name, with its settings."""
+    budget: Budget = field(default_factory=Budget)
+    trials: list[Trial] = field(default_factory=list)
+    samples: int = 0
+    gave_up: dict[Key, str] = field(default_factory=dict)
+    """What nothing more will be done about, and what a person can do."""
+    _ruled_out: dict[Key, set[str]] = field(default_factory=dict)
+    _advice: dict[Key, str] = field(default_factory=dict)
+
+    def propose(self, open_issues: Sequence[StabilityIssue], run: TrainingRun) -> Intervention | None:
+        """The next act, aimed at every alarm that it is the next choice for; None where there is nothing to do or nothing left.
+
+        What is left without a choice is noted in ``gave_up``, once.
+        """
+        alarms = [issue for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES]
+        busy = {key for trial in self.trials if trial.outcome == "pending" for key in trial.keys}
+        run_wide = any(t.outcome == "pending" and t.applied.intervention.run_wide for t in self.trials)
+        for family in ORDER:
+            waiting = {key_of(issue): issue for issue in alarms if FAMILIES[issue.issue_type] == family}
+            if any(key in busy for key in waiting) and (family == "non_finite" or run_wide):
+                return None  # wait and see
+            choices = {key: self._next(key, run) for key in waiting if key not in busy}
+            for key, (_, why) in choices.items():
+                if not choices[key][0] and key not in self.gave_up:
+                    self.gave_up[key] = f"{why}; {self._advice.get(key) or ADVICE[family]}"
+            names = [name for name, _ in choices.values() if name and not (run_wide and self.acts[name].run_wide)]
+            if names:
+                name = min(names, key=self._order(family).index)
+                chosen = [waiting[key] for key, (each, _) in choices.items() if each == name]
+                issues = [issue for issue in alarms if issue in chosen]
+                return self.acts[name].aimed_at(issues, self._why(name, issues))
+            if waiting:
+                return None  # a known cause is being treated, or nothing can be done: no act on its consequences
+        return None
+
+    def note_applied(self, applied: Applied) -> None:
+        """An act that :meth:`propose` gave, or a person's own, was applied."""
+        keys = tuple(dict.fromkeys(key_of(i) for i in applied.intervention.issues if i.issue_type in FAMILIES))
+        self.trials.append(Trial(applied, keys, self.samples))
+
+    def note_refused(self, act: Intervention, error: CannotApply) -> None:
+        """An act did not fit; for these places it is not proposed again."""
+        for key in map(key_of, act.issues):
+            self._ruled_out.setdefault(key, set()).add(act.name)
+            if error.advice:
+                self._advice[key] = f"{error.reason}: {error.advice}"
+
+    def judge(self, open_issues: Sequence[StabilityIssue]) -> list[Applied]:
+        """Once a sample: say of each act whether it worked.
+
+        Returns:
+            Acts to take back, since they failed and cost a healthy run something. What merely is to be held no longer is released here.
+        """
+        self.samples += 1
+        ill = {key_of(issue) for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES}
+        failed = []
+        for trial in self.trials:
+            age = self.samples - trial.since
+            if trial.applied.active and trial.applied.effect.given_up:
+                trial.applied.active = False
+                self._rule_out(trial, trial.keys)
+                trial.outcome = "failed"
+            if trial.outcome == "pending" and age >= self.budget.patience:
+                trial.outcome = self._outcome(trial, ill)
+                if trial.outcome == "failed" and trial.applied.active and trial.applied.intervention.cost > 0:
+                    failed.append(trial.applied)
+                trial.since = self.samples
+            elif trial.outcome != "pending" and ill & set(trial.keys):
+                trial.since = self.samples
+            elif trial.outcome != "pending" and trial.applied.active and age >= self.budget.hold:
+                trial.applied.release()
+        return failed
+
+    def state_dict(self, applied: Sequence[Applied]) -> dict[str, Any]:
+        """Everything but the acts' own states, as plain values; ``applied`` gives each act its number."""
+        return {
+            "samples": self.samples,
+            "trials": [[applied.index(t.applied), [list(k) for k in t.keys], t.since, t.outcome] for t in self.trials],
+            "ruled_out": [[list(key), sorted(names)] for key, names in self._ruled_out.items()],
+            "gave_up": [[list(key), words] for key, words in self.gave_up.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], applied: Sequence[Applied]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.samples = int(state["samples"])
+        self.trials = [
+            Trial(applied[at], tuple(_key(k) for k in keys), since, outcome) for at, keys, since, outcome in state["trials"]
+        ]
+        self._ruled_out = {_key(key): set(names) for key, names in state["ruled_out"]}
+        self.gave_up = {_key(key): words for key, words in state["gave_up"]}
+
+    def _outcome(self, trial: Trial, ill: Collection[Key]) -> Outcome:
+        still = [key for key in trial.keys if key in ill]
+        self._rule_out(trial, still)
+        return "failed" if still and len(still) == len(trial.keys) else "worked"
+
+    def _rule_out(self, trial: Trial, keys: Sequence[Key]) -> None:
+        for key in keys:
+            self._ruled_out.setdefault(key, set()).add(trial.applied.intervention.name)
+
+    def _order(self, family: Family) -> tuple[str, ...]:
+        return (*ORDER[family], *PREVENTIVE)
+
+    def _next(self, key: Key, run: TrainingRun) -> tuple[str, str]:
+        """The first act for a place that may still be tried; else an empty name, and why there is none."""
+        if len(self.trials) >= self.budget.acts:
+            return "", f"all {self.budget.acts} acts of the budget are spent"
+        spent = sum(key in trial.keys for trial in self.trials)
+        if spent >= self.budget.per_place:
+            return "", f"{spent} acts were tried here already"
+        allowed = [name for name in self._order(key[0]) if name in self.acts]
+        left = [name for name in allowed if name not in self._ruled_out.get(key, ()) and self._affordable(name, key[0], run)]
+        if left:
+            return left[0], ""
+        return "", f"{', '.join(allowed)} failed or did not fit" if allowed else "no act that is allowed repairs this"
+
+    def _affordable(self, name: str, family: Family, run: TrainingRun) -> bool:
+        act = self.acts[name]
+        if name == "rollback":
+            return sum(trial.applied.intervention.name == name for trial in self.trials) < self.budget.rollbacks
+        if name == "lower_learning_rate":
+            if getattr(act, "where", None) == "query_key":
+                return family == "scores"
+            return run.rate_factor * float(getattr(act, "factor", 1.0)) >= self.budget.least_rate
+        return True
+
+    def _why(self, name: str, issues: Sequence[StabilityIssue]) -> str:
+        kinds = ", ".join(dict.fromkeys(issue.issue_type for issue in issues))
+        where = issues[0].where if len(issues) == 1 else f"{len(issues)} places, first {issues[0].where}"
+        before = sorted({each for issue in issues for each in self._ruled_out.get(key_of(issue), ())})
+        return f"{kinds} at {where}" + (f"; {', '.join(before)} failed or did not fit" if before else "")
+
+
+def key_of(issue: StabilityIssue) -> Key:
+    """What an act's success is judged by: kind of issue and place; the run as a whole where it is not about scores."""
+    family = FAMILIES[issue.issue_type]
+    return (family, issue.layer, issue.head) if family == "scores" else (family, None, None)
+
+
+def _key(values: Sequence[Any]) -> Key:
+    family, layer, head = values
+    return family, layer, head

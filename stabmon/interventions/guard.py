@@ -1,0 +1,200 @@
+"""Acts on a run by itself: what a monitor calls at the marks of a step when interventions are on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch.distributed as dist
+
+from stabmon.interventions.base import INTERVENTIONS, Applied, CannotApply, Intervention
+from stabmon.interventions.choose import Budget, Chooser, Key
+from stabmon.interventions.rollback import Rollback
+from stabmon.interventions.run import TrainingRun
+from stabmon.interventions.snapshots import HealthyStates
+from stabmon.records import AttentionCall, StabilityIssue
+
+logger = logging.getLogger("stabmon")
+
+
+def make_interventions(named: Mapping[str, Mapping[str, Any] | bool | None]) -> dict[str, Intervention]:
+    """The interventions of a configuration: name -> settings, or true for those it comes with, or false to leave it out.
+
+    Raises:
+        ValueError: naming an unknown intervention or setting, or a value that cannot be.
+    """
+    made = {}
+    for name, settings in named.items():
+        cls = INTERVENTIONS[name]
+        if settings is False:
+            continue
+        if settings is None or settings is True:
+            settings = {}
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"interventions.{name}: {settings!r} must map settings to values, or be true or false")
+        known = [f.name for f in fields(cls) if f.name not in ("issues", "why")]
+        if unknown := set(settings) - set(known):
+            raise ValueError(f"interventions.{name}: unknown setting {sorted(unknown)[0]!r}. Known: {', '.join(known) or 'none'}")
+        made[name] = cls(**settings)
+    return made
+
+
+class Guard:
+    """Chooses, applies, judges and takes back interventions on one run.
+
+    Nothing in here draws from the global random generators. With several ranks, all call every method at the same steps, and
+    rank 0's issues decide.
+
+    Args:
+        run: what may be touched.
+        acts: what may be done, as :func:`make_interventions` gives it.
+        budget: how much.
+    """
+
+    def __init__(self, run: TrainingRun, acts: Mapping[str, Intervention], budget: Budget | None = None) -> None:
+        self.run = run
+        self.chooser = Chooser(acts, budget or Budget())
+        self._told: set[Key] = set()
+
+    def begin(self) -> None:
+        """Put in place what only helps if it is there before anything is wrong; before the first step, and before ``load_state_dict``."""
+        for act in self.chooser.acts.values():
+            if isinstance(act, Rollback):
+                self.run.states = HealthyStates(self.run, every=act.every, confirm=act.confirm, memory_gb=act.memory_gb)
+            if act.standing:
+                try:
+                    act.aimed_at((), "in place from the start").apply(self.run)
+                except CannotApply as error:
+                    logger.info("%s is left out: %s", act.name, error.reason)
+
+    @property
+    def wants_attention(self) -> bool:
+        """Whether the next training forward's attention calls are to be captured, sampled or not."""
+        return self.run.marks.wants("attention")
+
+    def attention(self, call: AttentionCall) -> None:
+        """A training forward attends; for every call, where :attr:`wants_attention`."""
+        self.run.marks.fire("attention", call)
+
+    def before_optimizer_step(self) -> None:
+        """Gradients are ready, parameters not yet stepped."""
+        self.run.marks.fire("before_optimizer_step")
+
+    def on_step(self, step: int) -> None:
+        """The optimizer has made its ``step``-th step; at every step, before :meth:`act`."""
+        self.run.step = step
+        self.run.marks.fire("on_step")
+
+    def get_intervention(self, open_issues: Sequence[StabilityIssue]) -> Intervention | None:
+        """What to do next about the open alarms; None for nothing. What nothing can be done about any more is written to the audit."""
+        act = self.chooser.propose(open_issues, self.run)
+        for key, words in self.chooser.gave_up.items():
+            if key not in self._told:
+                self._told.add(key)
+                logger.warning(
+                    "No intervention is left for %s: %s", " ".join(str(part) for part in key if part is not None), words
+                )
+                record = {"intervention": None, "action": "gave_up", "step": self.run.step, "layer": key[1], "head": key[2]}
+                self.run.audit({**record, "why": words})
+        return act
+
+    def apply(self, intervention: Intervention) -> Applied | None:
+        """Apply an intervention on all ranks; None where it does not fit on one of them, which is then told and remembered."""
+        applied, refusal = None, CannotApply("it does not fit on another rank")
+        try:
+            applied = intervention.apply(self.run)
+        except CannotApply as error:
+            refusal = error
+        except Exception as error:
+            logger.error("%s failed and is not tried again here, training goes on: %s", intervention.name, error, exc_info=error)
+            refusal = CannotApply(f"it failed: {type(error).__name__}: {error}")
+        if self.run.any_rank(applied is None):
+            if applied is not None:
+                applied.undo()
+            self.chooser.note_refused(intervention, refusal)
+            record = {"intervention": intervention.name, "action": "refused", "step": self.run.step, "layer": None, "head": None}
+            first = intervention.issues[0] if intervention.issues else None
+            if first is not None:
+                record |= {"layer": first.layer, "head": first.head, "issue_type": first.issue_type}
+            self.run.audit({**record, "why": refusal.reason, "note": refusal.advice})
+            return None
+        assert applied is not None
+        self.chooser.note_applied(applied)
+        return applied
+
+    def act(self, open_issues: Sequence[StabilityIssue], healthy: bool) -> list[Applied]:
+        """Judge what was done, and do what is next; once a sampled step, after :meth:`on_step`.
+
+        Args:
+            open_issues: every issue that is open now.
+            healthy: whether loss and gradients were finite in this step.
+
+        Returns:
+            What was applied just now.
+        """
+        issues, healthy = self._of_first_rank(open_issues, healthy)
+        for failed in self.chooser.judge(issues):
+            failed.undo()
+        done: list[Applied] = []
+        while (act := self.get_intervention(issues)) is not None:
+            applied = self.apply(act)
+            if applied is not None:
+                done.append(applied)
+        if self.run.states is not None:
+            self.run.states.offer(healthy and not done and not any(issue.is_alarm for issue in issues))
+        return done
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why training should stop after this step; None to go on."""
+        return self.run.stop_reason
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to hold what is held: plain values, for JSON with NaN."""
+        return {
+            "applied": [{**each.state_dict(), "active": each.active} for each in self.run.applied],
+            "chooser": self.chooser.state_dict(self.run.applied),
+            "told": [list(key) for key in self._told],
+            "states": None if self.run.states is None else self.run.states.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken: held acts are held again. After the run's history has been loaded.
+
+        An act that can no longer be held (the model has changed, its code is gone) is left out and told of.
+        """
+        for standing in list(self.run.applied):
+            standing.active = False
+            standing.effect.release()
+        self.run.applied.clear()
+        for saved in state["applied"]:
+            act = INTERVENTIONS[saved["intervention"]](**saved["settings"])
+            act = act.aimed_at([StabilityIssue.from_dict(issue) for issue in saved["issues"]], saved["why"])
+            try:
+                if not saved["active"]:
+                    raise CannotApply("it was over before")
+                act.resume(self.run, saved)
+            except CannotApply as error:
+                if saved["active"]:
+                    logger.warning("%s is not held any longer: %s", act.name, error.reason)
+                act.ended(self.run, saved)
+        self.chooser.load_state_dict(state["chooser"], self.run.applied)
+        self._told = {(key[0], key[1], key[2]) for key in state["told"]}
+        if self.run.states is not None and state["states"] is not None:
+            self.run.states.load_state_dict(state["states"])
+
+    def close(self) -> None:
+        """Take every hook out and put every attribute back; weights stay as they were trained and clipped. May be called twice."""
+        for applied in reversed(self.run.applied):
+            if applied.active:
+                applied.active = False
+                applied.effect.release()
+
+    def _of_first_rank(self, issues: Sequence[StabilityIssue], healthy: bool) -> tuple[Sequence[StabilityIssue], bool]:
+        if self.run.ranks == 1:
+            return issues, healthy
+        told: list[Any] = [[issue.to_dict() for issue in issues], healthy]
+        dist.broadcast_object_list(told)
+        return [StabilityIssue.from_dict(issue) for issue in told[0]], bool(told[1])
