@@ -110,7 +110,7 @@ class Chooser:
         busy = {key for trial in self.trials if trial.outcome == "pending" for key in trial.keys}
         run_wide = any(t.outcome == "pending" and t.applied.intervention.run_wide for t in self.trials)
         for family in ORDER:
-            waiting = {key_of(issue): issue for issue in alarms if FAMILIES[issue.issue_type] == family}
+            waiting = dict.fromkeys(key_of(issue) for issue in alarms if FAMILIES[issue.issue_type] == family)
             if any(key in busy for key in waiting) and (family == "non_finite" or run_wide):
                 return None  # wait and see
             choices = {key: self._next(key, run) for key in waiting if key not in busy}
@@ -120,8 +120,8 @@ class Chooser:
             names = [name for name, _ in choices.values() if name and not (run_wide and self.acts[name].run_wide)]
             if names:
                 name = min(names, key=self._order(family).index)
-                chosen = [waiting[key] for key, (each, _) in choices.items() if each == name]
-                issues = [issue for issue in alarms if issue in chosen]
+                chosen = {key for key, (each, _) in choices.items() if each == name}
+                issues = [issue for issue in alarms if key_of(issue) in chosen]
                 return self.acts[name].aimed_at(issues, self._why(name, issues))
             if waiting:
                 return None  # a known cause is being treated, or nothing can be done: no act on its consequences

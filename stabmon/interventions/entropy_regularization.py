@@ -29,11 +29,13 @@ class EntropyRegularization(Intervention):
     **Preventive at best:** the gradient of the entropy carries the softmax's Jacobian, which is gone (1e-6) in a row that has collapsed;
     on a collapsed toy it did nothing. Never chosen unless the configuration names it.
 
-    The term is never formed as part of the loss. Its gradient by query and key, on up to ``rows`` sampled rows of each head, is computed in
-    the forward and added to the gradient that arrives there in the backward, which gives every parameter exactly the gradient of loss +
-    term, whatever the model returns. The reported loss stays the model's own. Memory is rows times keys a head; rows are drawn from a
-    generator of its own. Not reached, and said so once: attention under reentrant activation checkpoints or under ``no_grad``, and
-    queries that are cast to another type on their way into the kernel.
+    The term is never formed as part of the loss. Its gradient by query and key, on up to ``rows`` sampled rows of each head, is
+    computed in the forward and added to the gradient that arrives there in the backward, which gives every parameter behind query and
+    key exactly the gradient of loss + term, whatever the model returns; learned position biases and sinks take no part in the
+    term. The reported loss stays the model's own. Memory is rows times keys a head; rows are drawn from a generator of its own.
+
+    Not reached, and said so once: attention under reentrant activation checkpoints or under ``no_grad``, and queries that are cast to
+    another type on their way into the kernel.
     """
 
     cost: ClassVar[float] = float("inf")

@@ -69,7 +69,10 @@ class QkClip(Intervention):
             self._check("target", 0.0, 1e30)
 
     def _start(self, run: TrainingRun) -> Effect:
-        aims = {place: self.aim(run, issue) for issue in self.issues for place in _heads(run, issue)}
+        aims: dict[Place, float] = {}
+        for issue in self.issues:
+            for place in _heads(run, issue):
+                aims[place] = min(self.aim(run, issue), aims.get(place, np.inf))
         if not aims:
             raise CannotApply("no head is named: give an issue that names its layer")
         clip = _Clip(run, aims)

@@ -1,0 +1,314 @@
+"""What is chosen for which issue, in which order, how often, and when it is given up."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from interventions.runs import all_bits, differences, first_layer, growth, run_of, scores_of, train_step
+from stabmon.interventions import Budget, CannotApply, Guard, Intervention, TrainingRun, make_interventions
+from stabmon.interventions.base import Effect
+from stabmon.interventions.choose import FAMILIES, ORDER, PREVENTIVE
+from stabmon.records import StabilityIssue
+from stabmon.rules import RULES
+
+
+def issue(kind: str, layer: str | None = None, head: int | None = None, severity: Any = "error") -> StabilityIssue:
+    return StabilityIssue(1, layer, head, kind, severity, 1.0, 1.0, "")
+
+
+@dataclass(frozen=True)
+class Fake(Intervention):
+    """Stands for an act of any name."""
+
+    called: str = ""
+    fits: bool = True
+    price: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.called
+
+    @property
+    def cost(self) -> float:  # type: ignore[override]
+        return self.price
+
+    @property
+    def run_wide(self) -> bool:  # type: ignore[override]
+        return self.called in ("rollback", "lower_learning_rate", "stop")
+
+    def _start(self, run: TrainingRun) -> Effect:
+        if not self.fits:
+            raise CannotApply("it does not fit", "change this line")
+        return Effect()
+
+
+def guard_of(*acts: Fake, **budget: Any) -> Guard:
+    records: list[dict[str, Any]] = []
+    run = TrainingRun(nn.Linear(1, 1), audit=lambda record: records.append(dict(record)))
+    run.records = records  # type: ignore[attr-defined]
+    return Guard(run, {act.called: act for act in acts}, Budget(**{"patience": 2, "hold": 3, **budget}))
+
+
+def names(applied: list[Any]) -> list[str]:
+    return [each.intervention.name for each in applied]
+
+
+ALL = [Fake(called=name) for name in ("qk_clip", "soften_logits", "lower_learning_rate", "rollback", "stop")]
+HEAD = issue("logit_growth", "a", 1)
+
+
+def test_every_rule_s_issue_has_its_place() -> None:
+    assert set(FAMILIES) == set(RULES)
+
+
+def test_every_act_in_the_orders_exists_and_skip_step_stands_from_the_start() -> None:
+    named = {name for order in ORDER.values() for name in order} | set(PREVENTIVE)
+    acts = make_interventions(dict.fromkeys([*named, "skip_step"]))
+    assert [name for name, act in acts.items() if act.standing] == ["skip_step"]
+
+
+@pytest.mark.parametrize(
+    ("issues", "expected"),
+    [
+        ([HEAD], ["qk_clip"]),
+        ([issue("entropy_collapse", "a", 1)], ["qk_clip"]),
+        ([issue("loss_spike")], ["rollback"]),
+        ([issue("gradient_explosion")], ["rollback"]),
+        ([issue("non_finite", severity="critical")], ["rollback"]),
+        ([HEAD, issue("loss_spike")], ["qk_clip"]),
+        ([HEAD, issue("non_finite", severity="critical")], ["rollback"]),
+        ([issue("logit_growth", "a", 1, "warning")], []),
+        ([issue("loss_spike", severity="warning")], []),
+        ([issue("something_of_somebody_else", "a", 1)], []),
+        ([], []),
+    ],
+)
+def test_the_first_choice(issues: list[StabilityIssue], expected: list[str]) -> None:
+    assert names(guard_of(*ALL).act(issues, True)) == expected
+
+
+def test_all_heads_that_are_ill_at_once_are_one_act() -> None:
+    guard = guard_of(*ALL)
+    ill = [issue("logit_growth", "a", head) for head in range(8)] + [issue("entropy_collapse", "a", 3)]
+    (applied,) = guard.act(ill, True)
+    assert len(applied.intervention.issues) == 9
+    assert "9 places" in applied.record["why"]
+    assert guard.act(ill, True) == [], "then wait and see"
+
+
+def test_what_failed_is_not_repeated_and_the_next_is_tried_until_none_is_left() -> None:
+    guard = guard_of(*ALL, per_place=10)
+    done = [names(guard.act([HEAD], True)) for _ in range(12)]
+    assert done[::2] == [["qk_clip"], ["soften_logits"], ["lower_learning_rate"], [], [], []]
+    assert not any(done[1::2])
+    gave_up = [record for record in guard.run.records if record["action"] == "gave_up"]
+    assert len(gave_up) == 1
+    assert (gave_up[0]["layer"], gave_up[0]["head"]) == ("a", 1)
+    assert "failed or did not fit" in gave_up[0]["why"]
+    assert "rms_norm" in gave_up[0]["why"], "the line to change is told"
+
+
+def test_what_does_not_fit_is_told_and_the_next_is_tried_at_once() -> None:
+    guard = guard_of(Fake(called="qk_clip", fits=False), Fake(called="soften_logits"))
+    assert names(guard.act([HEAD], True)) == ["soften_logits"]
+    refused = guard.run.records[0]
+    assert (refused["action"], refused["why"], refused["note"]) == ("refused", "it does not fit", "change this line")
+    assert (refused["layer"], refused["head"]) == ("a", 1)
+
+
+def test_an_act_with_a_fault_of_its_own_is_no_fault_of_training() -> None:
+    class Broken(Fake):
+        def _start(self, run: TrainingRun) -> Effect:
+            raise ZeroDivisionError("oops")
+
+    guard = guard_of(Broken(called="qk_clip"), Fake(called="soften_logits"))
+    assert names(guard.act([HEAD], True)) == ["soften_logits"]
+    assert "oops" in guard.run.records[0]["why"]
+
+
+def test_what_worked_may_be_used_again_within_the_budget() -> None:
+    guard = guard_of(*ALL, per_place=2)
+    done = []
+    for _ in range(4):
+        done += names(guard.act([HEAD], True))
+        for _ in range(3):
+            guard.act([], True)
+    assert done == ["qk_clip", "qk_clip"]
+    (gave_up,) = [record for record in guard.run.records if record["action"] == "gave_up"]
+    assert "2 acts were tried here already" in gave_up["why"]
+
+
+def test_a_failed_act_that_costs_a_healthy_run_something_is_taken_back_and_a_free_one_stays() -> None:
+    guard = guard_of(Fake(called="qk_clip"), Fake(called="lower_learning_rate", price=0.17))
+    for _ in range(7):
+        guard.act([HEAD], True)
+    assert [(each.intervention.name, each.active) for each in guard.run.applied] == [
+        ("qk_clip", True),
+        ("lower_learning_rate", False),
+    ]
+
+
+def test_what_is_held_is_let_go_when_all_has_been_well_for_a_while() -> None:
+    guard = guard_of(*ALL)
+    (applied,) = guard.act([HEAD], True)
+    active = []
+    for _ in range(6):
+        guard.act([], True)
+        active.append(applied.active)
+    assert active == [True] * 4 + [False] * 2
+    assert guard.run.records[-1]["action"] == "released"
+
+
+def test_no_more_acts_than_the_budget_in_all() -> None:
+    guard = guard_of(*ALL, acts=2)
+    for n in range(5):
+        guard.act([issue("logit_growth", "a", n)], True)
+    assert len(guard.run.applied) == 2
+    assert "all 2 acts of the budget are spent" in guard.run.records[-1]["why"]
+
+
+def test_rollbacks_are_counted_and_then_the_run_is_stopped_only_if_that_is_allowed() -> None:
+    bad = issue("non_finite", severity="critical")
+    done = []
+    guard = guard_of(*ALL, rollbacks=2, per_place=10)
+    for _ in range(3):
+        done += names(guard.act([bad], True))
+        for _ in range(3):
+            guard.act([], True)
+    assert done == ["rollback", "rollback", "stop"]
+    guard = guard_of(Fake(called="rollback"), rollbacks=1)
+    for _ in range(5):
+        guard.act([bad], True)
+    assert "first bad tensor" in guard.run.records[-1]["why"]
+
+
+def test_one_act_on_the_whole_run_at_a_time() -> None:
+    guard = guard_of(Fake(called="rollback"), Fake(called="lower_learning_rate"))
+    assert names(guard.act([issue("loss_spike")], True)) == ["rollback"]
+    assert names(guard.act([issue("loss_spike"), HEAD], True)) == []
+
+
+def test_the_rate_is_never_brought_below_the_least() -> None:
+    run = run_of("gpt2-sdpa")
+    guard = Guard(
+        run, make_interventions({"lower_learning_rate": {"factor": 0.3}}), Budget(least_rate=0.1, per_place=10, patience=1)
+    )
+    for n in range(4):
+        guard.act([issue("logit_growth", "somewhere", n)], True)
+        guard.act([], True)
+    assert run.rates.factor == pytest.approx(0.3)
+    assert len(run.applied) == 1
+
+
+def test_dropout_and_the_like_are_chosen_only_if_they_are_named_and_only_last() -> None:
+    guard = guard_of(Fake(called="increase_dropout"), Fake(called="qk_clip"))
+    done = [names(guard.act([HEAD], True)) for _ in range(4)]
+    assert [name for each in done for name in each] == ["qk_clip", "increase_dropout"]
+
+
+CONFIG = {"qk_clip": {"floor": 0.1}, "soften_logits": {}, "lower_learning_rate": {"factor": 0.1, "where": "query_key"}, "skip_step": None,
+          "rollback": {"every": 1, "confirm": 0}}  # fmt: skip
+
+
+def guarded(name: str = "gpt2-sdpa") -> Guard:
+    guard = Guard(run_of(name, steps=1), make_interventions(CONFIG), Budget())
+    guard.begin()
+    return guard
+
+
+def test_on_a_real_run_it_clips_holds_and_leaves_the_model_as_it_was_on_close() -> None:
+    guard = guarded()
+    run = guard.run
+    hooks = {n: v for n, v in all_bits(run).items() if "hooks" in n}
+    layer = first_layer(run)
+    before = float(scores_of(run)[layer][1])
+    alarm = replace(growth(layer), evidence={"times_own_past": 5.0, "max_logit": before})
+    (applied,) = guard.act([alarm], True)
+    assert applied.intervention.name == "qk_clip"
+    assert scores_of(run)[layer][1] == pytest.approx(before / 5, rel=1e-5)
+    assert guard.wants_attention
+    train_step(run)
+    guard.close()
+    guard.close()
+    assert not guard.wants_attention
+    assert differences(hooks, {n: v for n, v in all_bits(run).items() if "hooks" in n}) == []
+
+
+def test_all_goes_on_after_a_restart() -> None:
+    guard = guarded()
+    run = guard.run
+    layer = first_layer(run)
+    before = float(scores_of(run)[layer][1])
+    alarm = replace(growth(layer), evidence={"times_own_past": 5.0, "max_logit": before})
+    guard.act([alarm], True)
+    state = json.loads(json.dumps(guard.state_dict()))
+    fresh = guarded()
+    fresh.run.model.load_state_dict(run.model.state_dict())
+    fresh.load_state_dict(state)
+    assert [each.intervention.name for each in fresh.run.applied] == ["skip_step", "qk_clip"]
+    assert fresh.wants_attention
+    assert fresh.act([alarm], True) == [], "it still waits to see what the clip did"
+    assert json.loads(json.dumps(fresh.state_dict()))["applied"] == state["applied"]
+    held = fresh.run.applied[1]
+    assert not held.undo(), "the bits of before are gone with the old process"
+    assert scores_of(fresh.run)[layer][1] == pytest.approx(before, rel=1e-5)
+
+
+def test_healthy_states_are_kept_only_while_nothing_is_wrong() -> None:
+    guard = guarded()
+    run = guard.run
+    assert run.states is not None
+    guard.act([growth("elsewhere", None)], True)
+    assert run.states.newest is None
+    guard.act([], False)
+    assert run.states.newest is None
+    guard.act([], True)
+    guard.act([], True)
+    assert run.states.newest is not None
+
+
+def test_an_idle_guard_changes_no_bit_of_training() -> None:
+    plain, guard = run_of("gpt2-sdpa", steps=1), guarded()
+    for _ in range(3):
+        train_step(plain)
+        train_step(guard.run)
+        guard.act([], True)
+    assert differences(all_bits(plain), all_bits(guard.run)) == []
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"qk_klip": {}}, "did you mean 'qk_clip'"),
+        ({"qk_clip": {"tau": 3}}, "interventions.qk_clip: unknown setting 'tau'. Known: target"),
+        ({"qk_clip": 3}, "interventions.qk_clip: 3 must map settings"),
+        ({"extend_warmup": {"steps": 0}}, "extend_warmup.steps: 0"),
+    ],
+)
+def test_a_wrong_configuration_names_the_key_and_the_mend(named: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as error:
+        make_interventions(named)
+    assert words in str(error.value)
+
+
+def test_false_leaves_one_out() -> None:
+    assert list(make_interventions({"qk_clip": False, "stop": True})) == ["stop"]
+
+
+@pytest.mark.parametrize("wrong", [{"acts": -1}, {"patience": 0}, {"least_rate": 0}, {"least_rate": 2}])
+def test_a_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"budget.{next(iter(wrong))}"):
+        Budget(**wrong)
+
+
+def test_the_global_random_generator_is_left_alone() -> None:
+    guard = guarded()
+    state = torch.get_rng_state()
+    guard.act([growth(first_layer(guard.run))], True)
+    assert torch.equal(state, torch.get_rng_state())

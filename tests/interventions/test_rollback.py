@@ -1,0 +1,138 @@
+"""A rollback brings back every bit of a state that is known to be healthy, and nothing of the data's place in the run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from interventions.runs import all_bits, differences, first_layer, growth, run_of, scores_of, train_step
+from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions.qk_clip import QkClip
+from stabmon.interventions.rollback import Rollback
+from stabmon.interventions.snapshots import HealthyStates, Snapshot, snapshot_bytes
+
+
+def spoilt(states: dict[str, float] | None = None, folder: Path | None = None) -> tuple[TrainingRun, dict[str, object]]:
+    """A run that was healthy after step 2 and is NaN after step 5, and its bits of then."""
+    run = run_of("gpt2-sdpa", steps=2)
+    run.run_dir = folder
+    run.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.9)
+    run.states = HealthyStates(run, every=1, confirm=1, **(states or {}))
+    run.states.offer(True)
+    run.optimizer.zero_grad()
+    healthy = all_bits(run)
+    train_step(run)
+    run.lr_scheduler.step()
+    run.states.offer(True)
+    train_step(run)
+    run.lr_scheduler.step()
+    with torch.no_grad():
+        next(run.model.parameters()).fill_(float("nan"))
+    train_step(run)
+    run.lr_scheduler.step()
+    run.states.offer(False)
+    run.optimizer.zero_grad()
+    torch.manual_seed(99)
+    return run, healthy
+
+
+def without(bits: dict[str, object], *words: str) -> dict[str, object]:
+    return {name: value for name, value in bits.items() if not any(word in name for word in words)}
+
+
+def test_weights_and_moments_are_back_bit_for_bit_and_random_state_and_schedule_are_where_they_were() -> None:
+    run, healthy = spoilt()
+    random, rate, epoch = torch.get_rng_state(), run.optimizer.param_groups[0]["lr"], run.lr_scheduler.last_epoch
+    applied = Rollback().apply(run)
+    assert (
+        differences(without(healthy, "random", " lr", "initial_lr"), without(all_bits(run), "random", " lr", "initial_lr")) == []
+    )
+    assert torch.equal(torch.get_rng_state(), random)
+    assert (run.optimizer.param_groups[0]["lr"], run.lr_scheduler.last_epoch, run.step) == (rate, epoch, 5)
+    assert (applied.record["before"], applied.record["after"]) == ({"state_of_step": 5}, {"state_of_step": 2})
+    assert "3 steps are lost" in applied.record["note"]
+
+
+def test_the_schedule_goes_back_too_if_asked() -> None:
+    run, _ = spoilt()
+    Rollback(rewind_schedule=True).apply(run)
+    assert run.lr_scheduler.last_epoch == 0
+    assert run.optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_training_after_a_rollback_is_bit_for_bit_training_from_the_healthy_state() -> None:
+    run, _ = spoilt()
+    Rollback(rewind_schedule=True).apply(run)
+    plain = run_of("gpt2-sdpa", steps=2)
+    for each in (plain, run):
+        train_step(each)
+    assert differences(without(all_bits(plain), "random", "initial_lr"), without(all_bits(run), "random", "initial_lr")) == []
+
+
+def test_undone_the_spoilt_state_is_back_bit_for_bit() -> None:
+    run, _ = spoilt()
+    before = all_bits(run)
+    applied = Rollback().apply(run)
+    assert differences(before, all_bits(run))
+    assert applied.undo()
+    assert differences(before, all_bits(run)) == []
+
+
+def test_states_too_large_for_memory_go_to_disk_and_survive_a_restart(tmp_path: Path) -> None:
+    run, healthy = spoilt({"memory_gb": 0.0}, tmp_path)
+    assert run.states is not None
+    state = run.states.state_dict()
+    assert Path(state["healthy"]).is_file()
+    assert len(list(tmp_path.glob("*.pt"))) == 1, "older ones are deleted"
+    fresh = run_of("gpt2-sdpa", steps=4)
+    fresh.run_dir, fresh.states = tmp_path, HealthyStates(fresh, memory_gb=0.0)
+    fresh.states.load_state_dict(state)
+    fresh.optimizer.zero_grad()
+    applied = Rollback().apply(fresh)
+    assert differences(without(healthy, "random", "initial_lr"), without(all_bits(fresh), "random", "initial_lr")) == []
+    applied.release()
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+
+
+def test_without_memory_and_folder_nothing_is_kept_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    run, _ = spoilt({"memory_gb": 0.0})
+    with pytest.raises(CannotApply, match="no healthy state"):
+        Rollback().apply(run)
+    assert caplog.text.count("No state is kept") == 1
+
+
+def test_a_state_counts_only_after_more_samples_were_healthy() -> None:
+    run = run_of("gpt2-sdpa", steps=1)
+    states = HealthyStates(run, every=2, confirm=2)
+    newest = []
+    for healthy in [True, True, True, False, True, True, False, True, True, True, True]:
+        run.step += 1
+        states.offer(healthy)
+        newest.append(None if states.newest is None else states.newest.step)
+    assert newest == [None, None, 2, 2, 2, 2, 2, 2, 2, 2, 10]
+
+
+def test_a_clip_made_after_the_state_was_taken_is_forgotten_with_it_and_remembered_when_the_rollback_is_undone() -> None:
+    run, _ = spoilt()
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.nan_to_num_(0.1)
+    layer = first_layer(run)
+    applied = QkClip(target=float(scores_of(run)[layer][1]) / 3, hold=False).apply(run, growth(layer))
+    back = Rollback().apply(run)
+    healthy = all_bits(run)
+    applied.effect.undo()
+    assert differences(healthy, all_bits(run)) == []
+    back.undo()
+
+
+def test_a_snapshot_is_as_large_as_it_says() -> None:
+    run = run_of("gpt2-sdpa", steps=1)
+    snapshot = Snapshot.take(run)
+    tensors = [*snapshot.tensors.values(), *(v for entries in snapshot.optimizer for v in entries.values())]
+    assert snapshot_bytes(run) == sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def test_without_states_it_refuses() -> None:
+    with pytest.raises(CannotApply, match="from the start"):
+        Rollback().apply(run_of("gpt2-sdpa"))
