@@ -130,11 +130,14 @@ class AttentionOperator(ABC):
         return self._get("min_logit")
 
     def log_odds_of_rest(self) -> Tensor:
-        """``[B, H, Q]`` ln r = ln sum over all but the largest key of exp(logit - largest); -inf where nothing else is visible."""
+        """``[B, H, Q]`` ln r = ln sum over all but the largest key of exp(logit - largest); -inf where nothing else is visible.
+
+        In float32 -inf also where it is below about -100.
+        """
         return self._get("log_odds_of_rest")
 
     def first_key_mass(self) -> Tensor:
-        """``[B, H, Q]`` probability on the first key that its batch element can see at all (key 0 unless padded on the left)."""
+        """``[B, H, Q]`` probability on the first key that the mask lets any query of the head see (key 0 unless padded on the left)."""
         return self._get("first_key_mass")
 
     def n_visible(self) -> Tensor:
@@ -146,17 +149,35 @@ class AttentionOperator(ABC):
         """``[B, H, Q]`` bool: the row sees at least one key."""
         return self.n_visible() > 0
 
-    @abstractmethod
     def matvec(self, x: Tensor) -> Tensor:
-        """A x: ``x`` is ``[B or 1, H or H_kv or 1, K, C]``, the result ``[B, H, Q, C]``."""
+        """A x: ``x`` is ``[B or 1, H or H_kv or 1, K, C]``, the result ``[B, H, Q, C]``.
 
-    @abstractmethod
+        Raises:
+            ValueError: for values of another shape.
+        """
+        with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
+            return self._matvec(self._per_query_head(x))
+
     def rmatvec(self, y: Tensor) -> Tensor:
-        """A^T y: ``y`` is ``[B or 1, H or 1, Q, C]``, the result ``[B, H, K, C]``, one for each *query* head."""
+        """A^T y: ``y`` is ``[B or 1, H or 1, Q, C]``, the result ``[B, H, K, C]``, one for each *query* head.
+
+        Raises:
+            ValueError: for values of another shape.
+        """
+        with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
+            return self._rmatvec(self._per_query_row(y))
 
     @abstractmethod
     def rows(self, index: Tensor) -> AttentionOperator:
         """The operator of the query rows ``index`` (int64, ascending) only."""
+
+    @abstractmethod
+    def _matvec(self, x: Tensor) -> Tensor:
+        """A x for ``x`` of ``[B, H, K, C]``."""
+
+    @abstractmethod
+    def _rmatvec(self, y: Tensor) -> Tensor:
+        """A^T y for ``y`` of ``[B, H, Q, C]``."""
 
     @abstractmethod
     def _compute(self, statistics: set[str]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ _BLOCK_ELEMENTS = 1 << 18
 _GPU_BLOCKS = 64
 """Blocks of that size at a time on other devices, which want fewer and larger calls."""
 _MIN_KEYS = 2048
-_MIN_ROWS, _MAX_ROWS = 32, 128
+_MIN_ROWS, _MAX_ROWS = 32, 64
 _KEYS_A_ROW = 32
 """A block has a row for so many keys: few rows waste less above the diagonal, many multiply faster."""
 _LEAST = 2.0**-42
@@ -136,22 +136,20 @@ class BlockwiseAttention(AttentionOperator):
         value = p.gather(-1, index.clamp(0, p.shape[-1] - 1).expand(*p.shape[:-1], 1))
         return torch.where(inside, value, 0.0)[..., 0]
 
-    def matvec(self, x: Tensor) -> Tensor:
-        x = self._per_query_head(x).to(self._dtype)
+    def _matvec(self, x: Tensor) -> Tensor:
+        x = x.to(self._dtype)
         out = torch.zeros(self.batch, self.heads, self.queries, x.shape[-1], dtype=self._dtype, device=x.device)
-        with torch.no_grad():
-            for block, p in self._probabilities():
-                batch, heads, _ = block.where
-                out[block.where] += p @ x[batch, heads, block.cols]
+        for block, p in self._probabilities():
+            batch, heads, _ = block.where
+            out[block.where] += p @ x[batch, heads, block.cols]
         return out
 
-    def rmatvec(self, y: Tensor) -> Tensor:
-        y = self._per_query_row(y).to(self._dtype)
+    def _rmatvec(self, y: Tensor) -> Tensor:
+        y = y.to(self._dtype)
         out = torch.zeros(self.batch, self.heads, self.keys, y.shape[-1], dtype=self._dtype, device=y.device)
-        with torch.no_grad():
-            for block, p in self._probabilities():
-                batch, heads, _ = block.where
-                out[batch, heads, block.cols] += p.mT @ y[block.where]
+        for block, p in self._probabilities():
+            batch, heads, _ = block.where
+            out[batch, heads, block.cols] += p.mT @ y[block.where]
         return out
 
     def rows(self, index: Tensor) -> BlockwiseAttention:
@@ -174,9 +172,9 @@ class BlockwiseAttention(AttentionOperator):
         keys = self.key.to(self._dtype).mT.contiguous()
         scale = self.scale if self.softcap is not None else self.scale / LN_2
         budget = _BLOCK_ELEMENTS * (torch.get_num_threads() if self.query.device.type == "cpu" else _GPU_BLOCKS)
-        width = min(self.keys, max(_MIN_KEYS, budget // (groups * _MIN_ROWS)))
-        n_rows = min(_MAX_ROWS, max(_MIN_ROWS, self.keys // _KEYS_A_ROW)) // groups
-        n_rows = min(self.queries, max(1, n_rows, min(_MAX_ROWS, budget // (self.batch * self.heads * width))))
+        n_rows = max(1, min(_MAX_ROWS, max(_MIN_ROWS, self.keys // _KEYS_A_ROW)) // groups)
+        width = min(self.keys, max(_MIN_KEYS, budget // (groups * n_rows)))
+        n_rows = min(self.queries, max(n_rows, min(_MAX_ROWS, budget // (self.batch * self.heads * width))))
         room = torch.empty(2, max(budget, groups * n_rows * width), dtype=self._dtype, device=self.query.device).unbind()
         for start in range(0, self.queries, n_rows):
             rows = slice(start, min(start + n_rows, self.queries))

@@ -51,6 +51,11 @@ class DenseAttention(AttentionOperator):
             scores = scores + bias.double()
         return scores if hidden is None else scores.masked_fill(hidden, -math.inf)
 
+    def _lifted(self, scores: Tensor) -> Tensor:
+        """Hidden keys at +inf."""
+        hidden, _ = self._hidden_and_bias
+        return scores if hidden is None else scores.masked_fill(hidden, math.inf)
+
     def _with_sink(self, logits: Tensor) -> Tensor:
         if self.sinks is None:
             return logits
@@ -71,9 +76,9 @@ class DenseAttention(AttentionOperator):
             "mean_score": torch.where(finite, p * everything, 0.0).sum(-1),
             "entropy": -torch.where(finite, p * log_p, 0.0).sum(-1),
             "max_score": self.scores.amax(-1),
-            "min_score": self.scores.masked_fill(self.scores.isneginf(), math.inf).amin(-1),
+            "min_score": self._lifted(self.scores).amin(-1),
             "max_logit": top[..., 0],
-            "min_logit": self.logits.masked_fill(self.logits.isneginf(), math.inf).amin(-1),
+            "min_logit": self._lifted(self.logits).amin(-1),
             "log_odds_of_rest": rest.logsumexp(-1),
             "first_key_mass": self._first_key_mass(),
         }
@@ -86,11 +91,11 @@ class DenseAttention(AttentionOperator):
         index = first.expand(self.batch, self.heads)[..., None, None].expand(-1, -1, self.queries, 1)
         return self.probabilities.gather(-1, index)[..., 0]
 
-    def matvec(self, x: Tensor) -> Tensor:
-        return self.probabilities @ self._per_query_head(x).double()
+    def _matvec(self, x: Tensor) -> Tensor:
+        return self.probabilities @ x.double()
 
-    def rmatvec(self, y: Tensor) -> Tensor:
-        return self.probabilities.mT @ self._per_query_row(y).double()
+    def _rmatvec(self, y: Tensor) -> Tensor:
+        return self.probabilities.mT @ y.double()
 
     def rows(self, index: Tensor) -> DenseAttention:
         scores = None if self.given_scores is None else self.given_scores[:, :, index]

@@ -27,10 +27,6 @@ class FusedAttention(BlockwiseAttention):
 
     engine = "fused"
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float32
-
     @functools.cached_property
     def is_exact(self) -> bool:
         """Whether scores are plain, so that the kernel sees what the model's softmax sees."""
@@ -42,9 +38,14 @@ class FusedAttention(BlockwiseAttention):
         return proven_kernel(self.query.device, self.head_dim) if self.is_exact else None
 
     def _compute(self, statistics: set[str]) -> dict[str, Tensor]:
-        kernel = self._kernel
-        if kernel is None:
-            return super()._compute(statistics)
+        if self._kernel is not None:
+            out = self._from_kernel(self._kernel, statistics)
+            if not any(bool(rows.isnan().any()) for rows in out.values()):
+                return out
+            self._kernel = None  # it may have let a NaN or inf spread to rows that do not see it
+        return super()._compute(statistics)
+
+    def _from_kernel(self, kernel: Kernel, statistics: set[str]) -> dict[str, Tensor]:
         mine = statistics & set(_CALLS)
         rest = statistics - mine
         out = super()._compute(rest) if rest else {}
@@ -64,18 +65,21 @@ class FusedAttention(BlockwiseAttention):
             out["first_key_mass"] = self.matvec(indicator[..., None].float())[..., 0]
         return out
 
-    def matvec(self, x: Tensor) -> Tensor:
+    def _matvec(self, x: Tensor) -> Tensor:
         kernel = self._kernel
         if kernel is None:
-            return super().matvec(x)
-        x, columns = self._per_query_head(x).float(), x.shape[-1]
+            return super()._matvec(x)
+        x, columns = x.float(), x.shape[-1]
         parts = []
-        with torch.no_grad():
-            for start in range(0, columns, self.head_dim):
-                part = x[..., start : start + self.head_dim]
-                padded = torch.nn.functional.pad(part, (0, self.head_dim - part.shape[-1]))
-                parts.append(self._call(kernel, 1, padded)[0][..., : part.shape[-1]])
-        return torch.cat(parts, dim=-1)
+        for start in range(0, columns, self.head_dim):
+            part = x[..., start : start + self.head_dim]
+            padded = torch.nn.functional.pad(part, (0, self.head_dim - part.shape[-1]))
+            parts.append(self._call(kernel, 1, padded)[0][..., : part.shape[-1]])
+        out = torch.cat(parts, dim=-1)
+        if bool(out.isnan().any()) and not bool(x.isnan().any()):
+            self._kernel = None
+            return super()._matvec(x)
+        return out
 
     def _call(self, kernel: Kernel, power: int, values: Tensor) -> tuple[Tensor, Tensor]:
         """(A values, L(power)), ``[B, H, Q, D]`` and ``[B, H, Q]``; empty rows are 0 and -inf."""
@@ -83,8 +87,11 @@ class FusedAttention(BlockwiseAttention):
         lse = torch.full(self.query.shape[:3], -math.inf, device=self.query.device)
         key = self.key if values.shape[1] == self.key_heads else self._per_query_head(self.key)
         for rows, cols, mask, causal in self._spans():
-            q, k, v = (x.to(kernel.dtype) for x in (self.query[:, :, rows], key[:, :, cols], values[:, :, cols]))
-            part, part_lse = kernel.run(q, k, v, mask, causal, power * self.scale)
+            q, k, v = (
+                _rows_in_one_piece(x.to(kernel.dtype)) for x in (self.query[:, :, rows], key[:, :, cols], values[:, :, cols])
+            )
+            q = q if self.scale > 0 else -q  # a negative scale would turn the mask's -inf round
+            part, part_lse = kernel.run(q, k, v, mask, causal, power * abs(self.scale))
             out[:, :, rows], lse[:, :, rows] = part, part_lse
         seen = self.occupied
         return torch.where(seen[..., None], out, 0.0), torch.where(seen, lse, -math.inf)
@@ -107,6 +114,11 @@ class FusedAttention(BlockwiseAttention):
             if low < high:
                 hidden, _ = see.block(rows, slice(low, high))
                 yield rows, slice(low, high), None if hidden is None else _additive(hidden), False
+
+
+def _rows_in_one_piece(x: Tensor) -> Tensor:
+    """Kernels take the last dimension's stride for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _additive(hidden: Tensor) -> Tensor:

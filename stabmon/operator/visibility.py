@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -44,6 +44,11 @@ class MaskSummary:
     last: Tensor
     """Last visible key of a row, -1 where nothing is visible."""
 
+    def rows(self, index: Tensor) -> MaskSummary:
+        """The same of some rows only."""
+        n_visible, first, last = (x[..., index] for x in (self.n_visible, self.first, self.last))
+        return replace(self, n_visible=n_visible, first=first, last=last)
+
 
 _summaries: dict[tuple[object, ...], tuple[StorageWeakRef, MaskSummary]] = {}
 
@@ -60,6 +65,7 @@ class Visibility:
         mask: ``[B or 1, H or 1, Q or 1, K]``, bool (True is visible) or additive float (-inf or the dtype's minimum hides), or None.
         positions: ``[Q]`` position of each query row among ``offset``-aligned rows, ascending; None for 0 … Q - 1.
         offset: K - Q of the whole call, so that the last query is aligned with the last key.
+        whole: the visibility of all rows, where this one is of some of them.
     """
 
     queries: int
@@ -70,6 +76,7 @@ class Visibility:
     offset: int
     device: torch.device
     positions: Tensor | None = None
+    whole: Visibility | None = None
 
     @property
     def everything(self) -> bool:
@@ -83,7 +90,10 @@ class Visibility:
     @cached_property
     def summary(self) -> MaskSummary | None:
         """What the mask is like, or None without one; computed once for a mask that several calls share."""
-        return None if self.mask is None else _summarize(self.mask)
+        if self.whole is None or self.positions is None:
+            return None if self.mask is None else _summarize(self.mask)
+        see = self.whole.summary
+        return see if see is None or see.n_visible.shape[-1] == 1 else see.rows(self.positions)
 
     @property
     def is_bias(self) -> bool:
@@ -173,7 +183,9 @@ class Visibility:
 
     @cached_property
     def first_visible(self) -> Tensor | None:
-        """``[B or 1, H or 1]`` int64: the first key that any query sees; None where that is key 0 for all."""
+        """``[B or 1, H or 1]`` int64: the first key that the mask lets any query of the whole call see; None for key 0 without one."""
+        if self.whole is not None:
+            return self.whole.first_visible
         if self.mask is None:
             return None
         assert self.summary is not None
@@ -183,7 +195,8 @@ class Visibility:
         """The same for the query rows ``index`` (ascending) only."""
         positions = self._row_positions()[index]
         mask = self.mask if self.mask is None or self.mask.shape[2] == 1 else self.mask[:, :, index]
-        return Visibility(len(index), self.keys, self.is_causal, self.window, mask, self.offset, self.device, positions)
+        whole = self.whole or self
+        return Visibility(len(index), self.keys, self.is_causal, self.window, mask, self.offset, self.device, positions, whole)
 
     def _row_positions(self) -> Tensor:
         return torch.arange(self.queries, device=self.device) if self.positions is None else self.positions
