@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from settings import SettingsError
 
+from stabmon.sinks.records_reader import read_records
+
 ROOT = Path(__file__).parents[2]
 LAST_CHECKPOINT = {
     "plain_loop": "checkpoints/step=6.pt",
@@ -19,22 +21,26 @@ LAST_CHECKPOINT = {
     "lightning_gpt": "checkpoints/step=6.ckpt",
 }
 
+WATCHED = "stabmon={config: observe, log_every: 2}"
+
 Train = Callable[..., dict[int, float]]
 every_script = pytest.mark.parametrize("script", LAST_CHECKPOINT)
 
 
 @every_script
-def test_a_resumed_run_has_the_losses_of_one_that_was_never_interrupted(script: str, run: Train, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_as_if_never_interrupted(script: str, run: Train, tmp_path: Path) -> None:
     provoked = ("provoke=scale_qk", "scale_qk.start=2", "scale_qk.steps=4", "scale_qk.factor=3")
+    watched = (*provoked, "training.save_every=4", WATCHED)
     whole = run(script, "whole", *provoked)
-    assert run(script, "killed", *provoked, "training.save_every=4") == whole
+    assert run(script, "killed", *watched) == whole
     forget(tmp_path / "killed" / LAST_CHECKPOINT[script])
     log = tmp_path / "killed" / "losses.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:5]) + '{"step": 6, "lo')  # as a kill leaves it
-    resumed = run(script, "killed", *provoked, "training.save_every=4", "resume=true")
+    resumed = run(script, "killed", *watched, "resume=true")
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["resumed_from_step"] == 4
     assert list(resumed) == [1, 2, 3, 4, 5, 6]
     assert resumed == whole
+    assert [reading.step for reading in read_records(tmp_path / "killed").readings] == [2, 4, 6]
 
 
 @every_script
@@ -60,11 +66,11 @@ def test_a_high_learning_rate_changes_the_losses_after_the_first_update(script: 
 @every_script
 def test_watching_changes_no_loss_and_leaves_readings(script: str, run: Train, tmp_path: Path) -> None:
     provoked = ("provoke=scale_qk", "scale_qk.start=3", "scale_qk.steps=1", "scale_qk.factor=20")
-    watched = run(script, "watched", *provoked, "stabmon={config: observe, log_every: 2}")
+    watched = run(script, "watched", *provoked, WATCHED)
     assert watched == run(script, "unwatched", *provoked)
-    readings = (tmp_path / "watched" / "stabmon" / "readings.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in readings] == [2, 4, 6]
-    before, after = (max(max(layer["max_logit"]) for layer in json.loads(line)["layers"].values()) for line in readings[:2])
+    readings = read_records(tmp_path / "watched").readings
+    assert [reading.step for reading in readings] == [2, 4, 6]
+    before, after = (max(layer["max_logit"].max() for layer in reading.layers.values()) for reading in readings[:2])
     assert after > 50 * before
 
 
