@@ -81,8 +81,8 @@ class RankReducer:
 
         The rank that found it is named in ``detail``.
         """
-        store = _store()
-        if not self.active or store is None:
+        store = _store() if world_size() > 1 else None
+        if store is None:
             return found
         keys = [f"stabmon/{self._number}/{step}/{each}" for each in range(world_size())]
         store.set(keys[rank()], json.dumps(None if found is None else asdict(found)))

@@ -102,7 +102,10 @@ class NonFiniteWatch:
                 found = self._replay(find_in_backward, calls, step)
         found = found or find_in_gradients(self._model, step)
         if self._share is not None and bad_gradient:
-            found = self._share(found, step)
+            try:
+                found = self._share(found, step)
+            except Exception as error:
+                self._on_error("share", error)
         return found or NonFinite(step, "loss" if bad_loss else "gradient", None, None, *_UNTRACED[bad_loss])
 
     def _replay(

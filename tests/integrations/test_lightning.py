@@ -1,0 +1,282 @@
+"""The callback in the real Trainer of Lightning."""
+
+import csv
+import json
+import logging
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from stabmon.integrations.lightning import StabilityCallback
+from tests.small import Attention, Tokens, clean, gpt2, lines, same_bits, same_readings, weights
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Module(pl.LightningModule):
+    """GPT-2 in Lightning."""
+
+    def __init__(self, dropout=0.0, rate=1e-2):
+        super().__init__()
+        self.model, self.rate, self.seen = gpt2(dropout), rate, []
+
+    def training_step(self, batch, _):
+        loss = self.model(**batch).loss
+        self.seen.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, _):
+        self.log("validation", self.model(**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), self.rate)
+
+
+def fit(folder, module, callback=None, more=(), ckpt_path=None, rows=64, batch=4, data=None, **options):
+    """8 steps where nothing else is said; gives the trainer."""
+    given = {
+        "accelerator": "cpu", "devices": 1, "max_steps": 8, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "limit_val_batches": 0, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0, "log_every_n_steps": 2,
+    }  # fmt: skip
+    callbacks = ([callback] if callback else []) + list(more)
+    if any(isinstance(each, float | int) for each in [options.get("gradient_clip_val", 0)]) and not module.automatic_optimization:
+        given.pop("gradient_clip_val")
+    torch.manual_seed(3)
+    trainer = pl.Trainer(**(given | options), default_root_dir=folder, callbacks=callbacks)
+    trainer.fit(
+        module, data or DataLoader(Tokens(rows), batch), DataLoader(Tokens(8), 4), ckpt_path=ckpt_path, weights_only=False
+    )
+    return trainer
+
+
+def readings(callback):
+    return callback.monitor._tracker.history.readings
+
+
+def test_records_go_to_the_trainers_own_folder(tmp_path):
+    callback, module = StabilityCallback("observe", log_every=4), Module()
+    fit(tmp_path, module, callback)
+    found = lines(tmp_path / "stabmon" / "readings.jsonl")
+    assert [each["step"] for each in found] == [4, 8]
+    assert list(found[0]["layers"]) == ["model.transformer.h.0.attn", "model.transformer.h.1.attn"]
+    assert [loss for _, loss in found[0]["losses"]] == pytest.approx(module.seen[:4], rel=1e-6)
+    assert callback.issues == callback.monitor.issues == []
+    assert not callback.monitor.errors
+    assert clean(module)
+
+
+def test_the_trainers_own_loggers_get_the_scalars(tmp_path, monkeypatch):
+    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    wandb = pytest.importorskip("wandb")
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    loggers = [
+        TensorBoardLogger(tmp_path, "board", "v"),
+        CSVLogger(tmp_path, "table", "v"),
+        WandbLogger(save_dir=tmp_path, offline=True),
+    ]
+    logged = []
+    original = type(loggers[2].experiment).log
+    monkeypatch.setattr(
+        type(loggers[2].experiment),
+        "log",
+        lambda run, values, *a, **k: (logged.append(values), original(run, values, *a, **k))[1],
+    )
+    callback = StabilityCallback("observe", log_every=4)
+    trainer = fit(tmp_path, Module(), callback, logger=loggers)
+    wandb.finish()
+    assert callback.monitor.run_dir == tmp_path / "board" / "v" / "stabmon"
+    assert trainer.log_dir == str(tmp_path / "board" / "v")
+    events = event_file.EventAccumulator(trainer.log_dir)
+    events.Reload()
+    drawn = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    with open(tmp_path / "table" / "v" / "metrics.csv") as file:
+        table = {int(row["step"]): row for row in csv.DictReader(file) if row.get("attention/max_logit/max")}
+    ours = {row["stabmon/step"]: row for row in logged if "stabmon/step" in row}
+    assert table.keys() == ours.keys() == {4, 8}
+    for name in ("attention/max_logit/max", "attention/attention_entropy/mean", "stability/issues_open",
+                 "attention_layers/model.transformer.h.0.attn/max_logit"):  # fmt: skip
+        values = [drawn[name][8], float(table[8][name]), ours[8][name]]
+        assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+    assert not callback.monitor.errors
+
+
+def test_validation_and_the_sanity_check_are_not_counted(tmp_path):
+    found, ends = [], []
+    for options in ({}, {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 3}):
+        callback, module = StabilityCallback("observe", log_every=2, sinks=[]), Module()
+        fit(tmp_path, module, callback, **options)
+        found.append([each.layers for each in readings(callback)])
+        ends.append(weights(module))
+    assert len(found[0]) == 4
+    assert all(same_readings(*pair) for pair in zip(*found, strict=True))
+    assert same_bits(*ends)
+
+
+def test_accumulated_batches_make_the_reading_of_one_large_batch(tmp_path):
+    found = []
+    for rows, micro in ((8, 1), (2, 4)):
+        callback = StabilityCallback("observe", log_every=2, sinks=[])
+        fit(tmp_path, Module(rate=0.0), callback, batch=rows, accumulate_grad_batches=micro, max_steps=2)
+        found += readings(callback)
+    assert [each.step for each in found] == [2, 2]
+    assert same_readings(found[0].layers, found[1].layers, 1e-5)
+    assert [each.micro_batches for each in found] == [1, 4]
+    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-4)
+    assert found[0].gradients[""] == pytest.approx(found[1].gradients[""], rel=1e-3)
+
+
+def test_a_model_that_lightning_leaves_in_eval_mode_is_watched(tmp_path):
+    callback, module = StabilityCallback("observe", log_every=4, sinks=[]), Module()
+    module.model.eval()  # as from_pretrained gives it
+    fit(tmp_path, module, callback)
+    assert len(readings(callback)) == 2
+    assert not callback.monitor.errors
+
+
+class Loose(pl.LightningModule):
+    """A module that calls its blocks itself, and has no forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.blocks, self.head = nn.Embedding(32, 32), nn.ModuleList([Attention(), Attention()]), nn.Linear(32, 32)
+
+    def training_step(self, batch, _):
+        x = self.embed(batch["input_ids"])
+        for block in self.blocks:
+            x = x + block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), batch["labels"].flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_blocks_in_a_list_called_by_the_training_step_are_watched_and_a_nan_in_them_named(tmp_path):
+    class Plants(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if index == 4:
+                with torch.no_grad():
+                    module.blocks[1].q.weight[9, 0] = math.nan
+
+    ends = []
+    for callback in (None, StabilityCallback("observe", log_every=3, sinks=[])):
+        module = Loose()
+        fit(tmp_path, module, callback, more=[Plants()])
+        ends.append(weights(module))
+    assert same_bits(*ends)
+    assert list(readings(callback)[0].layers) == ["blocks.0", "blocks.1"]
+    assert readings(callback)[0].micro_batches == 1
+    assert [(each.step, each.layer, each.head) for each in callback.issues] == [(5, "blocks.1.q", 1)]
+    assert not callback.monitor.errors
+
+
+class TwoOptimizers(Module):
+    """Two optimizers stepped by hand in each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, index):
+        for optimizer in self.optimizers():
+            loss = self.model(**batch).loss
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        layers = self.model.transformer.h
+        return [torch.optim.SGD(layers[0].parameters(), 0.1), torch.optim.SGD(layers[1].parameters(), 0.1)]
+
+
+def test_two_optimizers_stepped_by_hand_make_one_step_a_batch(tmp_path):
+    ends = []
+    for callback in (None, StabilityCallback("observe", log_every=2, sinks=[])):
+        module = TwoOptimizers()
+        fit(tmp_path, module, callback, max_steps=12)
+        ends.append(weights(module))
+    assert same_bits(*ends)
+    assert [each.step for each in readings(callback)] == [2, 4, 6]
+    assert not callback.monitor.errors
+
+
+def strip(value):
+    """A state without wall-clock shares."""
+    if isinstance(value, dict):
+        return {name: strip(each) for name, each in value.items() if name != "overhead_fraction"}
+    return [strip(each) for each in value] if isinstance(value, list) else value
+
+
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    options = {"gradient_clip_val": None, "rows": 124}  # the cut is at the end of an epoch: Lightning goes on with the next
+    whole, module = StabilityCallback("observe", log_every=2, sinks=[]), Module(rate=1.0)
+    fit(tmp_path, module, whole, max_steps=60, **options)
+    save = ModelCheckpoint(tmp_path, "at", every_n_train_steps=31, save_top_k=-1)
+    fit(tmp_path, Module(rate=1.0), StabilityCallback("observe", log_every=2, sinks=[]), more=[save], max_steps=31,
+        enable_checkpointing=True, **options)  # fmt: skip
+    second, resumed = StabilityCallback("observe", log_every=2, sinks=[]), Module(rate=1.0)
+    fit(tmp_path, resumed, second, max_steps=60, ckpt_path=str(tmp_path / "at.ckpt"), **options)
+    assert same_bits(weights(module), weights(resumed))
+    assert whole.issues
+    assert repr(second.issues) == repr(whole.issues)
+    assert json.dumps(strip(second.monitor.state_dict())) == json.dumps(strip(whole.monitor.state_dict()))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["forward", "backward", "batch end"])
+def test_an_exception_in_training_leaves_nothing_behind(tmp_path, place, error):
+    class Fails(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            def fail(*_):
+                handle.remove()
+                raise error("planted")
+
+            if index == 3 and place != "batch end":
+                inner = module.model.transformer.h[1].mlp
+                hooked = next(inner.parameters())
+                handle = inner.register_forward_pre_hook(fail) if place == "forward" else hooked.register_hook(fail)
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if index == 3 and place == "batch end":
+                raise error("planted")
+
+    callback, module = StabilityCallback("observe", log_every=1, sinks=[]), Module()
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        fit(tmp_path, module, callback, more=[Fails()])
+    assert clean(module)
+    assert len(readings(callback)) >= 3
+
+
+def test_a_dry_run_and_a_second_fit_work(tmp_path):
+    callback, module = StabilityCallback("observe", log_every=1), Module()
+    fit(tmp_path, module, callback, fast_dev_run=True)
+    assert [each.step for each in readings(callback)] == [1]
+    fit(tmp_path, module, callback)
+    assert len(readings(callback)) == 8
+    assert not callback.monitor.errors
+    assert clean(module)
+
+
+def test_gradient_norms_are_those_before_clipping_and_mixed_precision_changes_nothing(tmp_path):
+    ends, found = [], []
+    for options in ({"gradient_clip_val": 1e-3}, {"gradient_clip_val": None}):
+        callback = StabilityCallback("observe", log_every=1, sinks=[])
+        fit(tmp_path, Module(), callback, max_steps=1, **options)
+        found.append(readings(callback)[0].gradients)
+    assert found[0] == found[1]
+    for callback in (None, StabilityCallback("observe", log_every=3, sinks=[])):
+        module = Module(dropout=0.1)
+        fit(tmp_path, module, callback, precision="bf16-mixed")
+        ends.append(weights(module))
+    assert same_bits(*ends)
+    assert readings(callback)[0].info["model.transformer.h.0.attn"].dtype == "bfloat16"
