@@ -33,6 +33,9 @@ def max_probability(attention: AttentionOperator) -> Tensor:
 
     Returns:
         ``[B, H, Q]`` in ``(0, 1]``; 0 for a row that sees nothing, NaN where the softmax is NaN.
+
+    Source:
+        The softmax at its maximum.
     """
     gap = attention.max_logit() - attention.log_partition()
     return torch.where(attention.occupied, gap, -torch.inf).exp()

@@ -1,0 +1,244 @@
+"""What watching costs: monitored against plain training steps, interleaved in one process.
+
+    python tests/bench/overhead.py [--quick] [--json]
+
+A step is forward, backward and AdamW of a GPT-2-like model with random weights. Plain and watched steps alternate; a
+figure is the median over rounds of (watched / plain), so that whatever else the machine does hits both. "every 1" is measured as it
+stands; every 10 and 50 are ((N - 1) x an unsampled step + a sampled one) / N, both kinds measured, since a real run of so many steps would
+resolve no better. The null row is plain against plain. Memory is the peak of live tensor bytes that measuring one call adds, by a dispatch
+mode that counts allocations, as a share of one H x S x S float32 tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import stabmon
+from stabmon.operator import attention_operator
+from stabmon.signals import measure
+
+SIZES = {128: (16, 256, 4), 512: (4, 512, 4), 2048: (1, 512, 4)}
+"""S -> (batch, width, layers); head dimension 64."""
+AIMS = {1: 1.10, 10: 1.01, 50: 1.002}
+MEMORY_AIM = 0.05
+
+
+class Run:
+    """One model in training; ``step`` makes one optimizer step and returns its seconds."""
+
+    def __init__(self, length: int, attention: str = "sdpa") -> None:
+        batch, width, layers = SIZES[length]
+        torch.manual_seed(0)
+        config = GPT2Config(
+            n_layer=layers, n_head=width // 64, n_embd=width, vocab_size=256, n_positions=length, bos_token_id=0, eos_token_id=0
+        )
+        self.model = GPT2LMHeadModel._from_config(config, attn_implementation=attention).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
+        self.ids = torch.randint(0, 256, (batch, length))
+        self.after: Callable[[torch.Tensor], object] = lambda loss: None
+        self.options: dict[str, Any] = {}
+
+    def step(self) -> float:
+        """Seconds of one whole step."""
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.model(self.ids, labels=self.ids, **self.options).loss
+        loss.backward()
+        self.optimizer.step()
+        self.after(loss)
+        return time.perf_counter() - began
+
+
+def ratios(plain: Run, other: Run, rounds: int) -> tuple[float, float]:
+    """Median of other / plain over interleaved rounds, and its spread (half the interquartile range)."""
+    for run in (plain, other):
+        run.step(), run.step()
+    found = []
+    for n in range(rounds):
+        first, second = (plain, other) if n % 2 else (other, plain)
+        times = {id(first): first.step()}
+        times[id(second)] = second.step()
+        found.append(times[id(other)] / times[id(plain)])
+    low, middle, high = statistics.quantiles(found, n=4)
+    return middle, (high - low) / 2
+
+
+def watched(length: int, every: int, **config: Any) -> tuple[Run, stabmon.AttentionStabilityMonitor]:
+    """A run with a monitor that samples every ``every``-th step."""
+    run = Run(length)
+    monitor = stabmon.AttentionStabilityMonitor(run.model, run.optimizer, config="observe", log_every=every, sinks=[], **config)
+    run.after = lambda loss: monitor.on_step(loss=loss)
+    return run, monitor
+
+
+def rows_of(length: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Every figure of one length."""
+    plain = Run(length)
+
+    def row(what: str, sampled: tuple[float, float], idle: tuple[float, float] | None = None) -> dict[str, Any]:
+        rest = (idle or (1.0, 0.0))[0]
+        every = {n: ((n - 1) * rest + sampled[0]) / n for n in AIMS}
+        return {"S": length, "what": what, **{f"every {n}": r for n, r in every.items()}, "spread": sampled[1], "unsampled": rest}
+
+    null = ratios(plain, Run(length), rounds)
+    yield {"S": length, "what": "null (plain / plain)", "every 1": null[0], "spread": null[1]}
+    run, monitor = watched(length, 10**9)
+    idle = ratios(plain, run, 2 * rounds)
+    monitor.close()
+    engines = ["auto", "blockwise", "fused", *(["dense"] if length == 128 else [])]
+    choices: dict[str, dict[str, Any]] = {f"stabmon, engine {name}": {"engine": name} for name in engines}
+    choices["stabmon, entropy and max logit alone"] = {"signals": ["attention_entropy", "normalized_entropy", "max_logit"]}
+    for what, config in choices.items():
+        run, monitor = watched(length, 1, **config)
+        sampled = ratios(plain, run, rounds)
+        if monitor.errors:
+            raise RuntimeError(f"{what} failed inside: {dict(monitor.errors)}")
+        monitor.close()
+        yield row(what, sampled, idle)
+    eager = Run(length, "eager")
+    eager.options = {"output_attentions": True}
+    yield row("eager, output_attentions=True", ratios(plain, eager, max(5, rounds // 2)))
+    yield from others(length, plain, rounds, row)
+
+
+def others(length: int, plain: Run, rounds: int, row: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Other tools, where they are installed."""
+    try:
+        import wandb
+    except ImportError:
+        yield {"S": length, "what": "wandb.watch (not installed)"}
+    else:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder, wandb.init(project="overhead", dir=folder, mode="offline") as wandb_run:
+            run = Run(length)
+            wandb_run.watch(run.model, log="all", log_freq=1)
+            run.after = lambda loss: wandb_run.log({"loss": float(loss)})
+            yield row("wandb.watch(log='all')", ratios(plain, run, max(5, rounds // 2)))
+            wandb_run.unwatch(run.model)
+    try:
+        from torch_module_monitor import ModuleMonitor  # type: ignore[import-not-found]
+    except ImportError:
+        yield {"S": length, "what": "torch-module-monitor (not installed)"}
+    else:
+        run = Run(length)
+        other = ModuleMonitor(monitor_step_fn=lambda step: True)
+        other.set_module(run.model)
+        other.add_activation_metric("norm", lambda x: x.norm())
+        steps = iter(range(10**9))
+
+        def around(loss: torch.Tensor) -> None:
+            other.end_step()
+            other.begin_step(next(steps))
+
+        other.begin_step(next(steps))
+        run.after = around
+        with suppress(Exception):
+            yield row("torch-module-monitor, activation norms", ratios(plain, run, max(5, rounds // 2)))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages made inside that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in given | self._known:
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        pointer, size = storage.data_ptr(), storage.nbytes()
+        self._known.add(pointer)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def gone() -> None:
+            self._known.discard(pointer)
+            self.live -= size
+
+        weakref.finalize(storage, gone)
+
+
+@contextmanager
+def counted() -> Iterator[LiveBytes]:
+    """A dispatch mode that counts, with the garbage collector out of the way."""
+    gc.collect()
+    with LiveBytes() as mode:
+        yield mode
+
+
+def memory(length: int, engine: str) -> float:
+    """Peak of what measuring one call of 8 heads adds, as a share of one H x S x S float32 tensor."""
+    query, key = torch.randn(1, 8, length, 64), torch.randn(1, 8, length, 64)
+    with counted() as mode:
+        operator = attention_operator(query, key, scale=0.125, is_causal=True, engine=engine)
+        measure(operator, list(stabmon.StabilityConfig().signals))
+    return mode.peak / (8 * length * length * 4)
+
+
+def main() -> int:
+    """Print the tables. Returns the exit status: 0, since aims are told, not enforced."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    args = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(2)
+    rounds = {128: 61, 512: 31, 2048: 21} if not args.quick else {128: 9, 512: 5, 2048: 5}
+    rows = []
+    for length in SIZES:
+        for row in rows_of(length, rounds[length]):
+            rows.append(row)
+            print(f"S {length}: {row['what']}", file=sys.stderr)
+    shares = {engine: {length: memory(length, engine) for length in (1024, 2048, 4096)} for engine in ("blockwise", "fused")}
+    if args.json:
+        print(json.dumps({"ratios": rows, "aims": AIMS, "memory_share": shares, "memory_aim": MEMORY_AIM}))
+        return 0
+    table = Table(title="step time, watched / plain", title_justify="left")
+    columns = ["S", "what", *(f"every {n}" for n in AIMS), "spread", "unsampled"]
+    for name in columns:
+        aim = next((f" (aim {AIMS[n]:g})" for n in AIMS if name == f"every {n}"), "")
+        table.add_column(name + aim, justify="left" if name == "what" else "right")
+    for row in rows:
+        table.add_row(*(f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
+    Console().print(table)
+    memory_table = Table(
+        title=f"transient memory / one H x S x S float32 tensor (aim {MEMORY_AIM:g} at 4096)", title_justify="left"
+    )
+    for name in ("engine", "1024", "2048", "4096"):
+        memory_table.add_column(name, justify="right")
+    for engine, by_length in shares.items():
+        memory_table.add_row(engine, *(f"{share:.4f}" for share in by_length.values()))
+    Console().print(memory_table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
