@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import TracebackType
 
-import torch
 from torch import nn
 
 from stabmon.capture import AttentionCapture
 from stabmon.config import load_config
-from stabmon.records import AttentionCall, Diagnosis, LayerInfo, Reading
+from stabmon.measurements import Measurements, to_host
+from stabmon.records import Diagnosis, Reading
 from stabmon.rules.history import History
 from stabmon.rules.tracker import IssueTracker
-from stabmon.signals.measure import HeadSums, measure, operator_of
 
 
 class AttentionAnalyzer:
-    """Gathers the statistics of every forward of a model from its making, or from entering it, until :meth:`diagnose` or :meth:`close`.
+    """Gathers the statistics of every forward of a model from its making until :meth:`diagnose` or :meth:`close`.
 
-    Also a context manager. Forwards in evaluation mode and without gradients count like any other.
+    As a context manager it gathers until the context is left, whatever is diagnosed in between. Forwards in evaluation mode and
+    without gradients count like any other.
 
     Args:
         model: the model to look at.
@@ -42,11 +42,12 @@ class AttentionAnalyzer:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
         self._config = load_config("observe", signals=signals, engine=engine)
-        self._capture = AttentionCapture(model, self._on_call, modules=attention_modules, thorough=True, on_error=self._note)
-        self._sums: dict[str, dict[str, HeadSums]] = {}
-        self._info: dict[str, LayerInfo] = {}
+        self._measurements = Measurements(self._config.signals, engine)
         self._error: Exception | None = None
-        self._open = True
+        self._capture = AttentionCapture(
+            model, self._measurements.add, modules=attention_modules, thorough=True, on_error=self._note
+        )
+        self._open, self._in_context = True, False
         self._capture.__enter__()
 
     def diagnose(self) -> Diagnosis:
@@ -55,15 +56,14 @@ class AttentionAnalyzer:
         Raises:
             RuntimeError: if no attention call was seen, saying what was looked for; or if measuring one failed.
         """
+        if not self._in_context:
+            self.close()
         if self._error is not None:
             raise RuntimeError(f"measuring attention failed: {self._error}") from self._error
-        if not self._sums:
+        layers = to_host(self._measurements.sums)
+        if not layers:
             raise RuntimeError(f"no attention was found; run the model first. Looked for {self._capture.looked_for()}")
-        layers = {
-            layer: {name: each.value.double().cpu().numpy() for name, each in signals.items()}
-            for layer, signals in self._sums.items()
-        }
-        reading = Reading(step=0, loss=None, layers=layers, info=dict(self._info))
+        reading = Reading(step=0, loss=None, layers=layers, info=dict(self._measurements.info))
         tracker = IssueTracker(self._config.make_rules(), history=History(2), cooldown_steps=0)
         issues = tracker.update(reading)
         return Diagnosis(0, tuple(issues), layers, (reading,), tracker.open_issues)
@@ -75,23 +75,15 @@ class AttentionAnalyzer:
             self._capture.__exit__()
 
     def __enter__(self) -> AttentionAnalyzer:
+        self._in_context = True
         if not self._open:
             self._open = True
             self._capture.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._in_context = False
         self.close()
 
     def _note(self, error: Exception) -> None:
-        self._error = self._error or error
-
-    def _on_call(self, call: AttentionCall) -> None:
-        with torch.no_grad():
-            operator = operator_of(call, self._config.engine)
-            found = measure(operator, self._config.signals)
-        known = self._sums.get(call.layer)
-        self._sums[call.layer] = {name: known[name].merge(each) for name, each in found.items()} if known else found
-        self._info[call.layer] = LayerInfo(
-            operator.heads, operator.head_dim, call.scale, str(call.dtype).removeprefix("torch."), call.fused, call.softcap
-        )
+        self._error = self._error or error.with_traceback(None)  # whose frames would keep the call's tensors

@@ -56,14 +56,19 @@ class StabilityConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}: {value!r} must be a whole number of at least {least}")
-        if self.sample_rows is not None and (not isinstance(self.sample_rows, int) or self.sample_rows < 1):
-            raise ValueError(f"sample_rows: {self.sample_rows!r} must be a whole number of at least 1, or null for all rows")
+        rows = self.sample_rows
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise ValueError(f"sample_rows: {rows!r} must be a whole number of at least 1, or null for all rows")
+        if not isinstance(self.watch_every_step, bool):
+            raise ValueError(f"watch_every_step: {self.watch_every_step!r} must be true or false")
         if self.engine != "auto" and self.engine not in ENGINES:
             raise ValueError(f"engine: unknown engine {self.engine!r}. Known: auto, {', '.join(ENGINES)}")
         for name in ("signals", "sinks", "attention_modules"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
                 raise ValueError(f"{name}: {value!r} must be a list")
+        if odd := [each for each in self.attention_modules if not isinstance(each, str)]:
+            raise ValueError(f"attention_modules: {odd[0]!r} must be a pattern of module names")
         if not self.signals:
             raise ValueError("signals: the list is empty, name at least one (`stabmon list signals`)")
         for name in self.signals:
@@ -95,6 +100,9 @@ class StabilityConfig:
             known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
             if unknown := set(levels) - set(known):
                 raise ValueError(f"rules.{name}: unknown level {sorted(unknown)[0]!r}. Known: {', '.join(known)}")
+            for level, value in levels.items():
+                if isinstance(value, str | bool) or not isinstance(value, int | float):
+                    raise ValueError(f"rules.{name}.{level}: {value!r} must be a number")
             made.append(cls(**levels))
         return made
 
