@@ -24,6 +24,8 @@ Statistic = Literal[
     "log_partition_3",
     "mean_score",
     "entropy",
+    "collision",
+    "jacobian_norm",
     "max_score",
     "min_score",
     "max_logit",
@@ -112,6 +114,14 @@ class AttentionOperator(ABC):
     def entropy(self) -> Tensor:
         """``[B, H, Q]`` -sum p ln p = L(1) - E_p[logit] in nats, formed where an engine loses the least of it to cancellation."""
         return self._get("entropy")
+
+    def collision(self) -> Tensor:
+        """``[B, H, Q]`` sum p^2 = exp(L(2) - 2 L(1)), formed where an engine loses the least of it to cancellation."""
+        return self._get("collision")
+
+    def jacobian_norm(self) -> Tensor:
+        """``[B, H, Q]`` Frobenius norm of diag(p) - p p^T, the root of sum p^2 - 2 sum p^3 + (sum p^2)^2, without its cancellation."""
+        return self._get("jacobian_norm")
 
     def max_score(self) -> Tensor:
         """``[B, H, Q]`` the largest visible score, before any softcap; exact with every engine."""

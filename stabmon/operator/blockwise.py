@@ -112,17 +112,20 @@ class BlockwiseAttention(AttentionOperator):
         total = p.sum(-1)
         if "weighted" in parts:
             sums["weighted"] = z.mul_(p).sum(-1)
-        sums["rest"] = total - 1
+        if "first" in parts:
+            sums["first"] = self._first_of(p, block).clone()
+        sums["rest"], largest = total - 1, torch.ones_like(total)
         if z.device.type != "cpu" or total.amin().item() < _SATURATED:
             saturated = (total < _SATURATED) & (total > 0.5)
             sums["rest"] = torch.where(saturated, torch.frac(p, out=z).sum(-1), sums["rest"])
-        if "first" in parts:
-            sums["first"] = self._first_of(p, block).clone()
-        if "square" in parts:
+            largest.masked_fill_(saturated, 0.0)
+            if "square_rest" in parts:
+                torch.where(saturated[..., None], z, p, out=p)
+        if "square_rest" in parts:
             p.clamp_(min=_LEAST)
-            sums["square"] = torch.mul(p, p, out=z).sum(-1)
-            if "cube" in parts:
-                sums["cube"] = z.mul_(p).sum(-1)
+            sums["square_rest"] = torch.mul(p, p, out=z).sum(-1) - largest
+            if "cube_rest" in parts:
+                sums["cube_rest"] = z.mul_(p).sum(-1) - largest
         return sums
 
     def _first_of(self, p: Tensor, block: _Block) -> Tensor:

@@ -75,6 +75,8 @@ class DenseAttention(AttentionOperator):
             "log_partition_3": (3 * everything).logsumexp(-1),
             "mean_score": torch.where(finite, p * everything, 0.0).sum(-1),
             "entropy": -torch.where(finite, p * log_p, 0.0).sum(-1),
+            "collision": p.square().sum(-1),
+            "jacobian_norm": self._jacobian_norm(p),
             "max_score": self.scores.amax(-1),
             "min_score": self._lifted(self.scores).amin(-1),
             "max_logit": top[..., 0],
@@ -83,6 +85,10 @@ class DenseAttention(AttentionOperator):
             "first_key_mass": self._first_key_mass(),
         }
         return {name: torch.where(self.occupied, row, EMPTY_ROW.get(name, 0.0)) for name, row in rows.items()}
+
+    def _jacobian_norm(self, p: Tensor) -> Tensor:
+        two, three = p.square().sum(-1), p.pow(3).sum(-1)
+        return (two - 2 * three + two.square()).clamp(min=0).sqrt()
 
     def _first_key_mass(self) -> Tensor:
         first = self.visibility.first_visible

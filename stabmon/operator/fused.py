@@ -17,7 +17,7 @@ from torch import Tensor
 from stabmon.operator.blockwise import BlockwiseAttention
 from stabmon.operator.kernels import Kernel, proven_kernel
 
-_CALLS = ("log_partition", "log_partition_2", "log_partition_3", "mean_score", "entropy", "first_key_mass")
+_CALLS = ("log_partition", "log_partition_2", "log_partition_3", "mean_score", "entropy", "collision", "first_key_mass")
 _MASKED_ROWS = 256
 """Rows a call takes when a mask must be handed over, so that the part of the mask in memory is linear in K."""
 
@@ -49,15 +49,18 @@ class FusedAttention(BlockwiseAttention):
         mine = statistics & set(_CALLS)
         rest = statistics - mine
         out = super()._compute(rest) if rest else {}
-        if mine & {"log_partition", "mean_score", "entropy"}:
+        if mine & {"log_partition", "mean_score", "entropy", "collision"}:
             means, out["log_partition"] = self._call(kernel, 1, self.key)
             out["mean_score"] = self.scale * (self.query.float() * means).sum(-1)
             out["entropy"] = torch.where(self.occupied, (out["log_partition"] - out["mean_score"]).clamp(min=0), 0.0)
         for power in (2, 3):
-            if f"log_partition_{power}" in mine:
+            if f"log_partition_{power}" in mine | ({"log_partition_2"} if "collision" in mine else set()):
                 half = self.query.dtype in (torch.float16, torch.bfloat16)
                 lse_kernel = (proven_kernel(self.query.device, self.head_dim, self.query.dtype) if half else None) or kernel
                 out[f"log_partition_{power}"] = self._call(lse_kernel, power, self.key)[1]
+        if "collision" in mine:
+            logarithm = out["log_partition_2"] - 2 * out["log_partition"]
+            out["collision"] = torch.where(self.occupied, logarithm, -math.inf).exp()
         if "first_key_mass" in mine:
             first = self.visibility.first_visible
             index = torch.zeros(1, 1, dtype=torch.int64, device=self.query.device) if first is None else first

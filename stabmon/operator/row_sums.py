@@ -16,20 +16,24 @@ RowSums = dict[str, Tensor]
 - ``top``, ``bottom``: largest and smallest logit; ``raw_top``, ``raw_bottom``: the same before a softcap.
 - ``rest``: sum of e = exp2(logit - top) over all but one largest key.
 - ``weighted``: sum of e * (logit - top).
-- ``square``, ``cube``: sums of e^2 and e^3.
+- ``square_rest``, ``cube_rest``: sums of e^2 and e^3 over the same keys.
 - ``first``: e of the first key.
 """
 _LARGEST = ("top", "raw_top")
 _SMALLEST = ("bottom", "raw_bottom")
+_RESTS = {"rest": 1, "square_rest": 2, "cube_rest": 3}
+"""Power of e that each sums; with the largest key's 1, a row that has seen no key sums to 0."""
 LOWEST = -1e4
 """Distance below the row's maximum at which exp2 is 0 in every format; keeps 0 * -inf out of the sums."""
 
 PARTS: dict[str, frozenset[str]] = {
     "log_partition": frozenset({"top", "rest"}),
-    "log_partition_2": frozenset({"top", "rest", "square"}),
-    "log_partition_3": frozenset({"top", "rest", "square", "cube"}),
+    "log_partition_2": frozenset({"top", "rest", "square_rest"}),
+    "log_partition_3": frozenset({"top", "rest", "square_rest", "cube_rest"}),
     "mean_score": frozenset({"top", "rest", "weighted"}),
     "entropy": frozenset({"top", "rest", "weighted"}),
+    "collision": frozenset({"top", "rest", "square_rest"}),
+    "jacobian_norm": frozenset({"top", "rest", "square_rest", "cube_rest"}),
     "max_score": frozenset({"raw_top"}),
     "min_score": frozenset({"raw_bottom"}),
     "max_logit": frozenset({"top"}),
@@ -42,7 +46,7 @@ PARTS: dict[str, frozenset[str]] = {
 
 def nothing(parts: list[str], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``[len(parts), *shape]``: the sums of rows that have seen no key."""
-    empty = dict.fromkeys(_LARGEST, HIDDEN) | dict.fromkeys(_SMALLEST, -HIDDEN) | {"rest": -1.0}
+    empty = dict.fromkeys(_LARGEST, HIDDEN) | dict.fromkeys(_SMALLEST, -HIDDEN) | dict.fromkeys(_RESTS, -1.0)
     values = torch.tensor([empty.get(part, 0.0) for part in parts], dtype=dtype, device=device)
     return values.view(-1, *[1] * len(shape)).repeat(1, *shape)
 
@@ -55,13 +59,15 @@ def fold(a: RowSums, b: RowSums) -> RowSums:
         return out
     shift_a, shift_b = ((x["top"] - out["top"]).clamp(min=LOWEST) for x in (a, b))
     factor_a, factor_b = shift_a.exp2(), shift_b.exp2()
-    mass_a, mass_b = factor_a * (1 + a["rest"]), factor_b * (1 + b["rest"])
-    out["rest"] = torch.where(a["top"] >= b["top"], a["rest"] + mass_b, b["rest"] + mass_a)
-    for name, power in (("first", 1), ("weighted", 1), ("square", 2), ("cube", 3)):
+    for name, power in _RESTS.items():
         if name in a:
-            out[name] = factor_a**power * a[name] + factor_b**power * b[name]
+            mass_a, mass_b = factor_a**power * (1 + a[name]), factor_b**power * (1 + b[name])
+            out[name] = torch.where(a["top"] >= b["top"], a[name] + mass_b, b[name] + mass_a)
+    for name in ("first", "weighted"):
+        if name in a:
+            out[name] = factor_a * a[name] + factor_b * b[name]
     if "weighted" in a:
-        out["weighted"] += shift_a * mass_a + shift_b * mass_b
+        out["weighted"] += shift_a * factor_a * (1 + a["rest"]) + shift_b * factor_b * (1 + b["rest"])
     return out
 
 
@@ -84,15 +90,24 @@ def finish(sums: RowSums, sinks: Tensor | None, statistics: set[str]) -> dict[st
         if "weighted" in sums:
             mean = sums["weighted"] / total * LN_2
             out |= {"mean_score": top + mean, "entropy": (log_total - mean).clamp(min=0)}
-        for name, part, power in (("log_partition_2", "square", 2), ("log_partition_3", "cube", 3)):
-            if part in sums:
-                out[name] = power * top + sums[part].log()
+        if "square_rest" in sums:
+            out["log_partition_2"] = 2 * top + sums["square_rest"].log1p()
+            out["collision"] = (1 + sums["square_rest"]) / total.square()
+        if "cube_rest" in sums:
+            out["log_partition_3"] = 3 * top + sums["cube_rest"].log1p()
+            out["jacobian_norm"] = _jacobian_norm(sums["rest"], sums["square_rest"], sums["cube_rest"])
         if "first" in sums:
             out["first_key_mass"] = sums["first"] / total
     return {name: out[name] for name in statistics}
 
 
+def _jacobian_norm(rest: Tensor, square: Tensor, cube: Tensor) -> Tensor:
+    """sum p^2 - 2 sum p^3 + (sum p^2)^2 with p = e / (1 + rest): the largest key's terms cancel on paper, the others are no difference
+    of near equals, so that a saturated row keeps its digits."""
+    squared = rest.square() * (1 + square) + 3 * square + 2 * rest * (square - cube) - 2 * cube + square.square()
+    return squared.clamp(min=0).sqrt() / (1 + rest).square()
+
+
 def _with_sinks(sums: RowSums, sinks: Tensor) -> RowSums:
-    zero, one = torch.zeros_like(sinks), torch.ones_like(sinks)
-    alone = {"top": sinks / LN_2, "rest": zero, "weighted": zero, "square": one, "cube": one, "first": zero}
+    alone = {"top": sinks / LN_2, **dict.fromkeys(("weighted", "first", *_RESTS), torch.zeros_like(sinks))}
     return fold({name: value for name, value in sums.items() if name in alone}, alone)

@@ -18,7 +18,7 @@ _SATURATED = 1e-3
 """A row whose softmax passes less than this share of a gradient is saturated."""
 
 
-@signal(unit="norm", reduction="max", needs=("log_partition", "log_partition_2", "log_partition_3"))
+@signal(unit="norm", reduction="max", needs=("jacobian_norm",))
 def softmax_jacobian_norm(attention: AttentionOperator) -> Tensor:
     r"""Frobenius norm of each row's softmax Jacobian, :math:`\|\mathrm{diag}(p) - p p^\top\|_F`.
 
@@ -27,11 +27,9 @@ def softmax_jacobian_norm(attention: AttentionOperator) -> Tensor:
         softmax is NaN. With a learned sink, the Jacobian of the softmax over keys and sink.
 
     Source:
-        ``sum p^2 - 2 sum p^3 + (sum p^2)^2`` from log-partitions.
+        ``sum p^2 - 2 sum p^3 + (sum p^2)^2``.
     """
-    two = _moment(attention, 2)
-    squared = two - 2 * _moment(attention, 3) + two.square()
-    return squared.clamp(min=0).sqrt()
+    return attention.jacobian_norm()
 
 
 @signal(unit="ln curvature", reduction="max", needs=("log_odds_of_rest",))
@@ -97,12 +95,6 @@ def _log_jacobian_eigenvalue(attention: AttentionOperator) -> Tensor:
     """Upper bound on ln lambda_max(diag(p) - p p^T) from r = (1 - m) / m; right down to ln r = -100 in float32."""
     log_r = attention.log_odds_of_rest()
     return torch.minimum(-softplus(log_r), math.log(2) + log_r - 2 * softplus(log_r))
-
-
-def _moment(attention: AttentionOperator, power: int) -> Tensor:
-    """sum_j p_j ** power of each row; 0 for a row that sees nothing."""
-    logarithm = attention.log_partition(power) - power * attention.log_partition()
-    return torch.where(attention.occupied, logarithm, -torch.inf).exp()
 
 
 def _spectral_norm_squared(key: Tensor) -> Tensor:

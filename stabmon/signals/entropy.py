@@ -35,10 +35,11 @@ def normalized_entropy(attention: AttentionOperator) -> Tensor:
         Zhai et al. 2023, arXiv:2303.06296, normalised by each row's own visible keys.
     """
     options = attention.n_visible() + (attention.sinks is not None)
-    return torch.where(options > 1, attention.entropy() / options.clamp(min=2).log(), 0.0)
+    entropy = attention.entropy()
+    return torch.where(options > 1, entropy / options.clamp(min=2).to(entropy.dtype).log(), 0.0)
 
 
-@signal(unit="probability", reduction="mean", needs=("log_partition", "log_partition_2"))
+@signal(unit="probability", reduction="mean", needs=("collision",))
 def collision_probability(attention: AttentionOperator) -> Tensor:
     r"""Chance that two draws from a row hit the same key, :math:`\sum_j p_j^2`; its inverse is the effective number of keys.
 
@@ -48,10 +49,10 @@ def collision_probability(attention: AttentionOperator) -> Tensor:
     Source:
         exp(L(2) - 2 L(1)), the Renyi-2 form of entropy.
     """
-    return _exp(attention, attention.log_partition(2) - 2 * attention.log_partition())
+    return attention.collision()
 
 
-@signal(unit="keys", reduction="mean", needs=("log_partition", "log_partition_2"))
+@signal(unit="keys", reduction="mean", needs=("collision",))
 def effective_keys(attention: AttentionOperator) -> Tensor:
     r"""How many keys a row in effect looks at, :math:`1 / \sum_j p_j^2`.
 
@@ -61,8 +62,4 @@ def effective_keys(attention: AttentionOperator) -> Tensor:
     Source:
         exp(2 L(1) - L(2)), the inverse participation ratio.
     """
-    return _exp(attention, 2 * attention.log_partition() - attention.log_partition(2))
-
-
-def _exp(attention: AttentionOperator, logarithm: Tensor) -> Tensor:
-    return torch.where(attention.occupied, logarithm, -torch.inf).exp()
+    return torch.where(attention.occupied, 1 / attention.collision(), 0.0)

@@ -104,9 +104,9 @@ def _reduce(attention: AttentionOperator, wanted: Sequence[Signal]) -> dict[str,
 
 
 def _draw(attention: AttentionOperator, count: int, generator: torch.Generator | None) -> Tensor:
-    """``count`` rows, one from each of as many equal stretches of the positions, ascending."""
+    """``count`` rows, one from each of as many equal stretches of the positions, ascending; a row on an edge may come twice."""
     edges = torch.linspace(0, attention.queries, count + 1, dtype=torch.float64)
     offsets = torch.rand(count, generator=generator or torch.Generator().manual_seed(0), dtype=torch.float64)
     index = (edges[:-1] + offsets * edges.diff()).floor().long().clamp(max=attention.queries - 1)
-    rows: Tensor = index.unique()
-    return rows.to(attention.query.device)
+    rows: Tensor = index.to(attention.query.device)
+    return rows

@@ -27,7 +27,7 @@ def max_logit(attention: AttentionOperator) -> Tensor:
     return attention.max_score()
 
 
-@signal(unit="probability", reduction="mean", needs=("log_partition", "max_logit"))
+@signal(unit="probability", reduction="mean", needs=("log_odds_of_rest",))
 def max_probability(attention: AttentionOperator) -> Tensor:
     """Probability of each row's most attended key, m = exp(S - L(1)).
 
@@ -37,8 +37,7 @@ def max_probability(attention: AttentionOperator) -> Tensor:
     Source:
         The softmax at its maximum.
     """
-    gap = attention.max_logit() - attention.log_partition()
-    return torch.where(attention.occupied, gap, -torch.inf).exp()
+    return torch.where(attention.occupied, (-attention.log_odds_of_rest()).sigmoid(), 0.0)
 
 
 @signal(unit="probability", reduction="mean", needs=("first_key_mass",))

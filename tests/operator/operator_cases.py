@@ -75,6 +75,8 @@ class Truth:
             "log_partition_3": (3 * z).logsumexp(-1),
             "mean_score": torch.where(possible, p * z, 0.0).sum(-1),
             "entropy": torch.where(possible, -p * p.log(), 0.0).sum(-1),
+            "collision": (p**2).sum(-1),
+            "jacobian_norm": ((p**2).sum(-1) - 2 * (p**3).sum(-1) + (p**2).sum(-1) ** 2).clamp(min=0).sqrt(),
             "max_score": self.scores.masked_fill(~self.visible, -math.inf).amax(-1),
             "min_score": self.scores.masked_fill(~self.visible, math.inf).amin(-1),
             "max_logit": top.amax(-1),

@@ -57,7 +57,7 @@ def test_questions_that_no_operator_answers_are_named(engine: str) -> None:
     operator = plain().operator(engine)
     with pytest.raises(ValueError, match=r"power 4 of the log-partition: use 1, 2 or 3"):
         operator.log_partition(4)
-    with pytest.raises(ValueError, match=r"unknown statistic 'entropie'. Known: entropy"):
+    with pytest.raises(ValueError, match=r"unknown statistic 'entropie'. Known: collision, entropy"):
         operator.prepare(["entropie"])
 
 

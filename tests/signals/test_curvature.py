@@ -56,7 +56,9 @@ def test_the_estimate_of_curvature_finds_a_known_one() -> None:
     _, query, key, beta = call(3, keys=2, dim=1, spread=1.0)
     point = torch.cat([query, key.reshape(-1)])
     second = torch.func.hessian(lambda x: torch.softmax(beta * x[1:].view(2, 1) @ x[:1], 0))(point)
-    directions = torch.nn.functional.normalize(torch.randn(200_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(200_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1
+    )
     searched = torch.einsum("iab,na,nb->ni", second, directions, directions).norm(dim=1).max().item() / 2
     assert curvature(query, key, beta) == pytest.approx(searched, rel=1e-3)
 

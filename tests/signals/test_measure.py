@@ -43,7 +43,8 @@ def test_a_heads_value_is_the_mean_or_maximum_over_its_counted_rows(name: str) -
     assert counted.any()
     assert not counted.all()
     wanted = [
-        rows[:, h][counted[:, h]].mean() if SIGNALS[name].reduction == "mean" else rows[:, h][counted[:, h]].max() for h in range(4)
+        rows[:, h][counted[:, h]].mean() if SIGNALS[name].reduction == "mean" else rows[:, h][counted[:, h]].max()
+        for h in range(4)
     ]
     np.testing.assert_allclose(measure(operator, [name])[name].value.numpy(), np.array(wanted), rtol=1e-6)
 
@@ -82,7 +83,12 @@ def test_a_nan_row_shows_in_its_heads_value_and_in_no_other(name: str) -> None:
     scores[1, 2, 4, 0] = math.nan
     value = measure(operator_of_scores(scores), [name])[name].value
     assert value.isnan().tolist() == [False, False, True]
-    assert measure(operator_of_scores(scores[:1]), [name])[name].merge(measure(operator_of_scores(scores[1:]), [name])[name]).value[2].isnan()
+    assert (
+        measure(operator_of_scores(scores[:1]), [name])[name]
+        .merge(measure(operator_of_scores(scores[1:]), [name])[name])
+        .value[2]
+        .isnan()
+    )
 
 
 def test_sampled_rows_leave_maxima_exact() -> None:
@@ -153,8 +159,8 @@ def test_sampled_sink_mass_looks_at_the_same_key_as_all_rows_do() -> None:
 
 def test_unknown_names_and_rows_are_refused() -> None:
     operator = causal(*call())
-    with pytest.raises(ValueError, match="unknown signal 'entropy', did you mean"):
-        measure(operator, ["entropy"])
+    with pytest.raises(ValueError, match="unknown signal 'max_logits', did you mean 'max_logit'"):
+        measure(operator, ["max_logits"])
     with pytest.raises(ValueError, match="sample_rows 0: give at least 1"):
         measure(operator, ["sink_mass"], sample_rows=0)
 
@@ -172,7 +178,7 @@ def test_a_captured_call_becomes_its_operator() -> None:
 
 
 def test_a_signal_must_name_statistics_that_operators_give() -> None:
-    with pytest.raises(ValueError, match="no operator gives 'skewness'. Known: entropy"):
+    with pytest.raises(ValueError, match="no operator gives 'skewness'. Known: collision, entropy"):
         signal(unit="1", reduction="mean", needs=("skewness",))
 
 
