@@ -152,7 +152,7 @@ def where(out: Path) -> str:
     return "\n".join(
         [
             *(f"records      {folder}" for folder in records),
-            f"             {bin_ / 'stabmon'} report {shlex.quote(str(a_run))}      a page to open in a browser",
+            f"             {bin_ / 'stabmon'} watch {shlex.quote(str(a_run))} --once      where it ended, in the terminal",
             f"TensorBoard  {bin_ / 'tensorboard'} --logdir {shlex.quote(str(out))}      then open the address that it prints",
             *(f"W&B          {folder}" for folder in offline),
             f"             offline, nothing was sent; with an account: {bin_ / 'wandb'} sync FOLDER",

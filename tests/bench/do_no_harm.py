@@ -133,9 +133,18 @@ def make_model(case: Case) -> Any:
     model: Any
     if "llama" in case.variant:
         config = LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1 if "inductor" in case.variant else 2, num_attention_heads=4,
-            num_key_value_heads=2, attention_dropout=0.1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1 if "inductor" in case.variant else 2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            attention_dropout=0.1,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
         model = LlamaForCausalLM(config)
     else:
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
@@ -230,12 +239,27 @@ def run_transformers(case: Case, watched: bool, folder: Path) -> Outcome:
     if compiled:
         torch._dynamo.reset()
     arguments = TrainingArguments(
-        str(folder), use_cpu=True, max_steps=case.steps, per_device_train_batch_size=BATCH, learning_rate=3e-3, warmup_steps=5,
-        lr_scheduler_type="cosine", max_grad_norm=1.0, report_to=[], save_strategy="no", disable_tqdm=True, logging_steps=50,
-        gradient_accumulation_steps=2 if "accumulation" in case.variant else 1, bf16="autocast" in case.variant,
-        eval_strategy="steps" if "evaluation" in case.variant else "no", eval_steps=20, torch_compile=compiled,
-        torch_compile_backend="aot_eager" if compiled else None, seed=0, full_determinism=False,
-    )  # fmt: skip
+        str(folder),
+        use_cpu=True,
+        max_steps=case.steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=3e-3,
+        warmup_steps=5,
+        lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=50,
+        gradient_accumulation_steps=2 if "accumulation" in case.variant else 1,
+        bf16="autocast" in case.variant,
+        eval_strategy="steps" if "evaluation" in case.variant else "no",
+        eval_steps=20,
+        torch_compile=compiled,
+        torch_compile_backend="aot_eager" if compiled else None,
+        seed=0,
+        full_determinism=False,
+    )
     callback = TransformersCallback("observe", log_every=case.log_every)
     corpus = Corpus(BATCH * 64, fails_at(case))
     callbacks: list[TrainerCallback] = [callback] if watched else []
@@ -280,11 +304,21 @@ def run_lightning(case: Case, watched: bool, folder: Path) -> Outcome:
     before = surroundings(module)
     callback = LightningCallback("observe", log_every=case.log_every, run_dir=folder)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_steps=case.steps, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback] if watched else [], default_root_dir=folder,
-        accumulate_grad_batches=2 if "accumulation" in case.variant else 1, precision="bf16-mixed" if "autocast" in case.variant else 32,
-        val_check_interval=10 if "evaluation" in case.variant else None, limit_val_batches=1.0 if "evaluation" in case.variant else 0,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=1,
+        max_steps=case.steps,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback] if watched else [],
+        default_root_dir=folder,
+        accumulate_grad_batches=2 if "accumulation" in case.variant else 1,
+        precision="bf16-mixed" if "autocast" in case.variant else 32,
+        val_check_interval=10 if "evaluation" in case.variant else None,
+        limit_val_batches=1.0 if "evaluation" in case.variant else 0,
+    )
     data = DataLoader(Corpus(BATCH * 64, fails_at(case)), BATCH)
     ended(outcome, lambda: trainer.fit(module, data, DataLoader(Corpus(8), BATCH)))
     outcome.state = state_of(module, trainer.optimizers[0] if trainer.optimizers else None)

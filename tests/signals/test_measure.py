@@ -16,8 +16,14 @@ from stabmon.signals.base import Signal, signal
 from stabmon.signals.measure import operator_of
 
 MEANS = {
-    "attention_entropy", "normalized_entropy", "max_probability", "collision_probability", "sink_mass", "effective_keys", "saturated_fraction"
-}  # fmt: skip
+    "attention_entropy",
+    "normalized_entropy",
+    "max_probability",
+    "collision_probability",
+    "sink_mass",
+    "effective_keys",
+    "saturated_fraction",
+}
 MAXIMA = {"max_logit", "softmax_jacobian_norm", "hnf_log_curvature", "hnf_log_curvature_bound", "precision_bits"}
 
 
@@ -178,7 +184,7 @@ def test_a_captured_call_becomes_its_operator() -> None:
 
 
 def test_a_signal_must_name_statistics_that_operators_give() -> None:
-    with pytest.raises(ValueError, match="no operator gives 'skewness'. Known: collision, entropy"):
+    with pytest.raises(ValueError, match=r"no operator gives 'skewness'\. Known: collision, entropy"):
         signal(unit="1", reduction="mean", needs=("skewness",))
 
 
