@@ -106,7 +106,7 @@ class Chooser:
 
         What is left without a choice is noted in ``gave_up``, once.
         """
-        alarms = [issue for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES]
+        alarms = alarms_now(open_issues, run)
         busy = {key for trial in self.trials if trial.outcome == "pending" for key in trial.keys}
         run_wide = any(t.outcome == "pending" and t.applied.intervention.run_wide for t in self.trials)
         for family in ORDER:
@@ -139,14 +139,14 @@ class Chooser:
             if error.advice:
                 self._advice[key] = f"{error.reason}: {error.advice}"
 
-    def judge(self, open_issues: Sequence[StabilityIssue]) -> list[Applied]:
+    def judge(self, open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[Applied]:
         """Once a sample: say of each act whether it worked.
 
         Returns:
             Acts to take back, since they failed and cost a healthy run something. What merely is to be held no longer is released here.
         """
         self.samples += 1
-        ill = {key_of(issue) for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES}
+        ill = {key_of(issue) for issue in alarms_now(open_issues, run)}
         failed = []
         for trial in self.trials:
             age = self.samples - trial.since
@@ -223,6 +223,28 @@ class Chooser:
         where = issues[0].where if len(issues) == 1 else f"{len(issues)} places, first {issues[0].where}"
         before = sorted({each for issue in issues for each in self._ruled_out.get(key_of(issue), ())})
         return f"{kinds} at {where}" + (f"; {', '.join(before)} failed or did not fit" if before else "")
+
+
+BACK_WHEN: Mapping[str, tuple[str, int]] = {"entropy_collapse": ("normalized_entropy", 1), "logit_growth": ("max_logit", -1)}
+"""Signal of an issue, and whether it is back on the healthy side of the issue's threshold above (1) or below (-1) it."""
+
+
+def alarms_now(open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[StabilityIssue]:
+    """The open alarms that something can be done about, without those whose head is back already on the healthy side of the threshold.
+
+    An issue closes only well beyond its threshold and some samples later; to act on a head that is on its way there costs, and
+    repairs nothing.
+    """
+    alarms = [issue for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES]
+    return [issue for issue in alarms if not _is_back(issue, run)]
+
+
+def _is_back(issue: StabilityIssue, run: TrainingRun) -> bool:
+    signal, side = BACK_WHEN.get(issue.issue_type, ("", 0))
+    if not signal or issue.head is None or issue.layer not in run.history.layers:
+        return False
+    now = run.history.now(signal)[run.history.of_layer(issue.layer)][issue.head]
+    return bool(side * now > side * issue.threshold)
 
 
 def key_of(issue: StabilityIssue) -> Key:

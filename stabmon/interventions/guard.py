@@ -90,14 +90,16 @@ class Guard:
     def get_intervention(self, open_issues: Sequence[StabilityIssue]) -> Intervention | None:
         """What to do next about the open alarms; None for nothing. What nothing can be done about any more is written to the audit."""
         act = self.chooser.propose(open_issues, self.run)
+        news: dict[str, list[Key]] = {}
         for key, words in self.chooser.gave_up.items():
             if key not in self._told:
                 self._told.add(key)
-                logger.warning(
-                    "No intervention is left for %s: %s", " ".join(str(part) for part in key if part is not None), words
-                )
-                record = {"intervention": None, "action": "gave_up", "step": self.run.step, "layer": key[1], "head": key[2]}
-                self.run.audit({**record, "why": words})
+                news.setdefault(words, []).append(key)
+        for words, keys in news.items():
+            layer, head = keys[0][1:] if len(keys) == 1 else (None, None)
+            logger.warning("No intervention is left for %d places: %s", len(keys), words)
+            record = {"intervention": None, "action": "gave_up", "step": self.run.step, "layer": layer, "head": head}
+            self.run.audit({**record, "places": [list(key[1:]) for key in keys], "why": words})
         return act
 
     def apply(self, intervention: Intervention) -> Applied | None:
@@ -135,7 +137,7 @@ class Guard:
             What was applied just now.
         """
         issues, healthy = self._of_first_rank(open_issues, healthy)
-        for failed in self.chooser.judge(issues):
+        for failed in self.chooser.judge(issues, self.run):
             failed.undo()
         done: list[Applied] = []
         while (act := self.get_intervention(issues)) is not None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from stabmon.gradients import is_sharded
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.masters import copies_of
 from stabmon.interventions.query_key import SEPARATE, Rows, find_query_key
@@ -89,8 +88,6 @@ class _StepScale:
             except CannotApply:
                 self.refused.append(layer)
                 continue
-            if any(is_sharded(copy) for _, copy in found.values()):
-                raise CannotApply("the parameters are sharded, and rows of a shard cannot be told apart here")
             self.layers.append(layer)
             self._places |= found
         if not self.layers:

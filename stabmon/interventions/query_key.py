@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stabmon.capture.base import HEADS
+from stabmon.gradients import is_sharded, local
 from stabmon.interventions.base import CannotApply
 from stabmon.records import LayerInfo
 
@@ -69,8 +71,20 @@ class Rows:
         return id(self.parameter), self.dim, (self.start, self.stop)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The rows of ``tensor``, which is the parameter or a copy of its shape."""
-        return tensor.narrow(self.dim, self.start, self.stop - self.start)
+        """The rows of ``tensor``, which is the parameter or a copy of its shape; of a sharded one, those that are here.
+
+        Raises:
+            CannotApply: if the shard here is no unbroken range.
+        """
+        if not is_sharded(tensor):
+            return tensor.narrow(self.dim, self.start, self.stop - self.start)
+        here = _rows_here(tensor, self.dim)
+        part = local(tensor.detach())
+        if len(here) != part.shape[self.dim] or not bool((here.diff() == 1).all()):
+            raise CannotApply("the parameter is sharded in a way in which its rows cannot be told apart")
+        first = int(here[0]) if len(here) else 0
+        start, stop = (min(max(each - first, 0), len(here)) for each in (self.start, self.stop))
+        return part.narrow(self.dim, start, stop - start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,9 +312,10 @@ def _offset(norm: nn.Module, parameter: nn.Parameter) -> float:
     name = next(name for name, each in trained.items() if each is parameter)
     if name in ("bias", "beta"):
         return 0.0
-    probe = torch.linspace(-1.0, 1.5, parameter.numel(), dtype=torch.float32, device=parameter.device).reshape(parameter.shape)
-    start = {n: each.detach().float() for n, each in trained.items()}
-    with torch.no_grad(), torch.autocast(parameter.device.type, enabled=False):
+    device = parameter.device
+    probe = torch.linspace(-1.0, 1.5, parameter.numel(), device=device).reshape(parameter.shape)
+    start = {n: torch.linspace(0.3, 0.9, each.numel(), device=device).reshape(each.shape) for n, each in trained.items()}
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         before = torch.func.functional_call(norm, start, (probe,))
         for offset in (0.0, 1.0):
             halved = {n: (each + offset) / 2 - offset if n == name else each / 2 for n, each in start.items()}
@@ -308,3 +323,15 @@ def _offset(norm: nn.Module, parameter: nn.Parameter) -> float:
             if torch.allclose(2 * after, before, rtol=1e-4, atol=1e-6):
                 return offset
     raise CannotApply(f"{type(norm).__name__}'s output is not proportional to its gain")
+
+
+def _rows_here(tensor: Tensor, dim: int) -> Tensor:
+    """Numbers of the entries along ``dim`` that this rank's shard holds; found without a word to other ranks."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    sharded: Any = tensor
+    mesh = sharded.device_mesh
+    index = DTensor.from_local(torch.arange(tensor.shape[dim]), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    wanted = [Shard(0) if each.is_shard(dim) else Replicate() for each in sharded.placements]
+    here: Tensor = index.redistribute(placements=wanted).to_local()
+    return here.cpu()

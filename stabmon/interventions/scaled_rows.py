@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stabmon.gradients import is_sharded
 from stabmon.interventions.masters import copies_of
 from stabmon.interventions.query_key import Rows
 
@@ -52,21 +51,20 @@ class ScaledRows:
         """Multiply all of them, or none.
 
         Raises:
-            CannotApply: if a copy that the optimizer keeps cannot be found.
+            CannotApply: if a copy that the optimizer keeps, or the rows of a shard, cannot be found.
         """
-        todo = [(rows, copy, factor) for rows, factor in edits for copy in copies_of(rows.parameter, self._run)]
-        for rows, tensor, factor in todo:
+        copies = [(rows, copy, factor) for rows, factor in edits for copy in copies_of(rows.parameter, self._run)]
+        todo = [(rows, copy, rows.view(copy), factor) for rows, copy, factor in copies]
+        for rows, tensor, view, factor in todo:
             entry = self._entries.get((*rows.key, id(tensor)))
             if entry is None:
-                entry = _Scaled(
-                    rows, tensor, rows.view(_local(tensor)).clone() if not is_sharded(tensor) else _local(tensor).clone()
-                )
+                entry = _Scaled(rows, tensor, view.clone())
                 self._entries[(*rows.key, id(tensor))] = entry
             elif not self._is_untouched(entry):
                 entry.original = None
             entry.factors.append(factor)
             entry.steps.append(self._run.step)
-            _multiply(rows, tensor, factor)
+            _times(view, factor, rows.offset)
 
     def moved_on(self) -> None:
         """The optimizer has stepped: forget the bits of what it moved, which could no longer be put back."""
@@ -84,9 +82,9 @@ class ScaledRows:
         exact = all(self._is_untouched(entry) for entry in self._entries.values())
         for entry in self._entries.values():
             if exact and entry.original is not None:
-                _place(entry).copy_(entry.original)
+                entry.rows.view(entry.tensor).copy_(entry.original)
                 continue
-            _multiply(entry.rows, entry.tensor, 1 / entry.product)
+            _times(entry.rows.view(entry.tensor), 1 / entry.product, entry.rows.offset)
         self._entries = {}
         return exact
 
@@ -128,47 +126,14 @@ class ScaledRows:
         if entry.original is None:
             return False
         expected = entry.original.clone()
-        if is_sharded(entry.tensor):
-            whole = entry.tensor.clone()
-            _local(whole).copy_(expected)
-            for factor in entry.factors:
-                _multiply(entry.rows, whole, factor)
-            return torch.equal(_local(whole), _local(entry.tensor))
         for factor in entry.factors:
             _times(expected, factor, entry.rows.offset)
-        return torch.equal(expected, _place(entry))
+        return torch.equal(expected, entry.rows.view(entry.tensor))
 
 
-def _place(entry: _Scaled) -> Tensor:
-    return _local(entry.tensor) if is_sharded(entry.tensor) else entry.rows.view(entry.tensor)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    part: Any = tensor.detach()
-    return part.to_local() if is_sharded(tensor) else part  # type: ignore[no-any-return]
-
-
-def _multiply(rows: Rows, tensor: Tensor, factor: float) -> None:
-    if not is_sharded(tensor):
-        _times(rows.view(tensor), factor, rows.offset)
-        return
-    from torch.distributed.tensor import DTensor, Replicate
-
-    sharded: Any = tensor
-    shape = [1] * tensor.ndim
-    shape[rows.dim] = tensor.shape[rows.dim]
-    whole = torch.ones(shape, dtype=torch.float32, device=_local(tensor).device)
-    rows.view(whole).fill_(factor)
-    mesh = sharded.device_mesh
-    spread = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    _times(tensor, spread, rows.offset)
-
-
-def _times(values: Tensor, factor: float | Tensor, offset: float) -> None:
-    """``values`` so that ``offset + value`` is multiplied, in float32 where they are in half precision."""
+def _times(values: Tensor, factor: float, offset: float) -> None:
+    """Change ``values`` so that ``offset + value`` is multiplied; in float32 where the offset would cost precision."""
     if offset:
         values.copy_((values.float() + offset) * factor - offset)
-    elif isinstance(factor, Tensor):
-        values.copy_(values.float() * factor)
     else:
         values.mul_(factor)

@@ -206,13 +206,21 @@ def test_the_rate_is_never_brought_below_the_least() -> None:
     assert len(run.applied) == 1
 
 
+def test_a_head_on_its_way_back_is_not_treated_again() -> None:
+    guard = guarded()
+    layer = first_layer(guard.run)
+    now = guard.run.max_logit(layer, 1)
+    assert guard.act([replace(growth(layer), threshold=now * 1.1)], True) == []
+    assert len(guard.act([replace(growth(layer), threshold=now * 0.9)], True)) == 1
+
+
 def test_dropout_and_the_like_are_chosen_only_if_they_are_named_and_only_last() -> None:
     guard = guard_of(Fake(called="increase_dropout"), Fake(called="qk_clip"))
     done = [names(guard.act([HEAD], True)) for _ in range(4)]
     assert [name for each in done for name in each] == ["qk_clip", "increase_dropout"]
 
 
-CONFIG = {"qk_clip": {"floor": 0.1}, "soften_logits": {}, "lower_learning_rate": {"factor": 0.1, "where": "query_key"}, "skip_step": None,
+CONFIG = {"qk_clip": {"target": 0.5}, "soften_logits": {}, "lower_learning_rate": {"factor": 0.1, "where": "query_key"}, "skip_step": None,
           "rollback": {"every": 1, "confirm": 0}}  # fmt: skip
 
 
@@ -228,10 +236,10 @@ def test_on_a_real_run_it_clips_holds_and_leaves_the_model_as_it_was_on_close() 
     hooks = {n: v for n, v in all_bits(run).items() if "hooks" in n}
     layer = first_layer(run)
     before = float(scores_of(run)[layer][1])
-    alarm = replace(growth(layer), evidence={"times_own_past": 5.0, "max_logit": before})
+    alarm = replace(growth(layer), threshold=before / 2)
     (applied,) = guard.act([alarm], True)
     assert applied.intervention.name == "qk_clip"
-    assert scores_of(run)[layer][1] == pytest.approx(before / 5, rel=1e-5)
+    assert scores_of(run)[layer][1] == pytest.approx(0.5, rel=1e-5)
     assert guard.wants_attention
     train_step(run)
     guard.close()
@@ -245,7 +253,7 @@ def test_all_goes_on_after_a_restart() -> None:
     run = guard.run
     layer = first_layer(run)
     before = float(scores_of(run)[layer][1])
-    alarm = replace(growth(layer), evidence={"times_own_past": 5.0, "max_logit": before})
+    alarm = replace(growth(layer), threshold=before / 2)
     guard.act([alarm], True)
     state = json.loads(json.dumps(guard.state_dict()))
     fresh = guarded()

@@ -9,8 +9,10 @@ from capture.zoo import HAND_WRITTEN, HEADS, WIDTH, noise
 from torch import nn
 
 from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
-from stabmon.interventions import CannotApply
+from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.qk_clip import QkClip, own_past
+from stabmon.records import Reading
+from stabmon.rules.history import History
 
 PER_HEAD = [
     *("gpt2-sdpa", "gpt2_layer_scaled-sdpa", "llama-sdpa", "mistral-sdpa", "qwen2-sdpa", "gemma2-eager", "gpt_neox-sdpa"),
@@ -168,16 +170,19 @@ def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
     layer = first_layer(run)
     attention = run.layers[layer]
     tau = float(scores_of(run)[layer][1]) / 2
-    QkClip(target=tau).apply(run, growth(layer))
+    applied = QkClip(target=tau).apply(run, growth(layer))
     for _ in range(5):
         with torch.no_grad():
             attention.q_proj.weight.mul_(1.5)
         train_step(run)
         run.optimizer.zero_grad()
         assert scores_of(run)[layer][1] <= tau * 1.6
-    again = [record for record in run.records if record["action"] == "again"]
-    assert len(again) == 5
-    assert all(record["after"]["max_logit"][f"{layer} head 1"] == pytest.approx(tau) for record in again)
+    assert run.records[1:] == [], "told once a sampled step, not at each"
+    applied.release()
+    (again, released) = run.records[1:]
+    assert (again["action"], released["action"]) == ("again", "released")
+    assert again["after"]["clips"] == {f"{layer} head 1": 5}
+    assert again["after"]["factor"][f"{layer} head 1"] == pytest.approx(1.5**-5, rel=0.3)
 
 
 @pytest.mark.parametrize("scores", [[-3.0, -2.0], [float("nan"), float("nan")], [float("inf"), float("inf")]])
@@ -251,16 +256,60 @@ def test_after_training_has_gone_on_undo_divides_the_factor_out_and_says_that_it
     torch.testing.assert_close(run.layers[layer].c_attn.weight[:, 8:16], before[:, 8:16] + 2 * step[:, 8:16])
 
 
-def test_tau_is_the_heads_own_past_and_no_lower_than_the_floor_and_no_higher_than_the_format() -> None:
+def with_scores(run: TrainingRun, layer: str, head: int, scores: list[float]) -> None:
+    """A history in which one head's largest score took this course."""
+    newest = run.history.latest
+    run.history = History()
+    for step, score in enumerate(scores, 1):
+        values = newest.layers[layer]["max_logit"].copy()
+        values[head] = score
+        run.history.add(Reading(step, 1.0, {layer: {"max_logit": values}}, newest.info))
+
+
+def test_tau_is_twice_the_heads_own_past_and_no_lower_than_the_floor_and_no_higher_than_the_format() -> None:
     run = run_of("gpt2-sdpa")
     layer = first_layer(run)
-    assert own_past(run, growth(layer, times_own_past=4.0)) == 25.0
-    assert QkClip().aim(run, growth(layer, times_own_past=4.0)) == 25.0
-    assert QkClip().aim(run, growth(layer, times_own_past=40.0)) == 10.0
-    assert QkClip(target=3.0).aim(run, growth(layer, times_own_past=4.0)) == 3.0
+    with_scores(run, layer, 1, [3, 20, 21, 22, 21, 20, 100])
+    jumped = growth(layer, times_own_past=100 / 22)
+    assert own_past(run, jumped) == 22.0
+    assert QkClip().aim(run, jumped) == 44.0
+    assert QkClip(target=3.0).aim(run, jumped) == 3.0
+    assert QkClip(times_own_past=1).aim(run, jumped) == 22.0
+    with_scores(run, layer, 1, [3, 4, 4.2, 100])
+    floored = growth(layer, times_own_past=10.0)  # rules count scores below 10 as 10
+    assert own_past(run, floored) == 4.2
+    assert QkClip().aim(run, floored) == 10.0
     info = run.history.info[layer]
     run.history.info[layer] = type(info)(info.heads, 64, 0.125, "float16")
-    assert QkClip(times_own_past=1e5).aim(run, growth(layer, times_own_past=4.0)) == 65504 / 4 * 0.125
+    assert QkClip(times_own_past=1e5).aim(run, floored) == 65504 / 4 * 0.125
+
+
+def test_where_the_issue_names_no_past_it_is_where_the_score_was_last_half_of_what_it_is() -> None:
+    run = run_of("gpt2-sdpa")
+    layer = first_layer(run)
+    with_scores(run, layer, 1, [2, 3, 30, 60, 100])
+    assert own_past(run, growth(layer)) == 30.0
+    with_scores(run, layer, 1, [80, 90, 90, 95, 100])
+    assert own_past(run, growth(layer)) == 90.0
+    assert np.isnan(own_past(run, growth("nowhere")))
+
+
+def test_several_layers_are_clipped_and_proven_each_by_itself_and_one_that_does_not_fit_is_left_out() -> None:
+    run = run_of("gpt2-sdpa")
+    first, second = run.layers
+    before = scores_of(run)
+    run.layers[second].c_attn.weight.requires_grad_(False)
+    issues = [growth(layer, head) for layer in (first, second) for head in range(4)]
+    aims = 0.3 * float(min(before[first].min(), before[second].min()))
+    applied = QkClip(target=aims, hold=False).aimed_at(issues).apply(run)
+    np.testing.assert_allclose(scores_of(run)[first], aims, rtol=1e-5)
+    assert "left out: c_attn is frozen" in applied.record["note"]
+    applied.undo()
+    run.layers[second].c_attn.weight.requires_grad_(True)
+    applied = QkClip(target=aims, hold=False).aimed_at(issues).apply(run)
+    np.testing.assert_allclose(scores_of(run)[first], aims, rtol=1e-5)
+    assert "left out" not in applied.record["note"]
+    assert len(applied.record["places"]) == 8
 
 
 def test_unknown_layers_and_nameless_heads_are_refused_in_a_sentence() -> None:
