@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from stabmon.capture import clean_name
 
@@ -20,31 +20,42 @@ def gradient_norms(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
 
     Empty without gradients, and where they are sparse or sharded. One transfer to the host.
     """
-    modules = {"": model, **{clean_name(layer): module for layer, module in layers.items()}}
-    groups = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in modules.items()}
-    if any(is_sharded(grad) or grad.is_sparse for grad in groups[""]):
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    if not gradients or any(is_sharded(grad) or grad.is_sparse for _, grad in gradients):
         return {}
     with torch.no_grad():
-        norms = {name: get_total_norm(grads).float() for name, grads in groups.items() if grads}
-        if not norms:
-            return {}
-        device = norms[""].device
-        return dict(zip(norms, torch.stack([norm.to(device) for norm in norms.values()]).tolist(), strict=True))
+        norms = torch._foreach_norm([grad for _, grad in gradients])
+        one_device = len({norm.device for norm in norms}) == 1
+        values = torch.stack(norms if one_device else [norm.to(norms[0].device) for norm in norms]).tolist()
+    squares = {id(parameter): value * value for (parameter, _), value in zip(gradients, values, strict=True)}
+    found = {"": math.sqrt(sum(squares.values()))}
+    for layer, module in layers.items():
+        own = [squares[id(parameter)] for parameter in module.parameters() if id(parameter) in squares]
+        if own:
+            found[clean_name(layer)] = math.sqrt(sum(own))
+    return found
 
 
 class Sentinels:
     """A few small parameters, the first and the last of the model: where a non-finite gradient arrives, and where it starts."""
 
     def __init__(self, model: nn.Module) -> None:
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        small = [parameter for parameter in trainable if parameter.numel() <= _SMALL]
-        self._parameters = small or sorted(trainable, key=lambda parameter: parameter.numel())[:4]
+        self._model = model
+        self._parameters = self._choose()
 
     def gradients(self) -> list[Tensor]:
         """Up to four gradients, of this rank's shards where they are sharded."""
         first = _first_two(self._parameters)
+        if not first:  # what is trained has changed
+            self._parameters = self._choose()
+            first = _first_two(self._parameters)
         last = _first_two(reversed(self._parameters))
         return [*first, *(grad for grad in last if all(grad is not other for other in first))]
+
+    def _choose(self) -> list[nn.Parameter]:
+        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        small = [parameter for parameter in trainable if parameter.numel() <= _SMALL]
+        return small or sorted(trainable, key=lambda parameter: parameter.numel())[:4]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -79,9 +90,9 @@ class AfterBackward:
         self._waiting = False
 
     def follow(self, output: Any) -> None:
-        """Wait for the backward of a forward's output; nothing where no tensor of it can be differentiated."""
+        """Wait for the backward of a forward's output; nothing where no tensor of it was computed from what is trained."""
         self._waiting = False
-        tensor = next((each for each in tensors_in(output) if each.requires_grad), None)
+        tensor = next((each for each in tensors_in(output) if each.grad_fn is not None), None)
         if tensor is not None:
             tensor.register_hook(self._begun)
 

@@ -100,7 +100,12 @@ def to_host(sums: Mapping[str, Mapping[str, HeadSums]]) -> dict[str, dict[str, n
     if not entries:
         return {}
     device = entries[0][2].total.device
-    flat = torch.cat([each.value.double().to(device) for *_, each in entries]).cpu().numpy()
+    totals = torch.cat([each.total.to(device) for *_, each in entries]).double()
+    counts = torch.cat([each.count.to(device) for *_, each in entries]).double()
+    total, count = torch.stack([totals, counts]).cpu().numpy()
+    is_max = np.repeat([each.signal.reduction == "max" for *_, each in entries], [each.total.numel() for *_, each in entries])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        flat = np.where(is_max, np.where(count > 0, total, np.nan), total / count)
     layers: dict[str, dict[str, np.ndarray]] = {}
     at = 0
     for layer, name, each in entries:

@@ -62,8 +62,7 @@ class NonFiniteWatch:
         Returns:
             Whether a misfortune began here.
         """
-        if self._sentinels is None or norm is not None:  # at sampled steps anew: what is trained may have changed
-            self._sentinels = Sentinels(self._model)
+        self._sentinels = self._sentinels or Sentinels(self._model)
         shown = self._sentinels.gradients() if gradients else []
         fine = all_finite([*losses, *shown])
         bad_loss, bad_gradient = not all(fine[: len(losses)]), not all(fine[len(losses) :])

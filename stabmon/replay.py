@@ -80,13 +80,16 @@ class KeptForwards:
     def __init__(self) -> None:
         self.calls: list[ForwardCall] = []
         self.count = 0
+        """How often what was called first has been called: once a micro-batch."""
         self.shares = False
         """Whether each forward's loss is its share of the step's loss: transformers tells by ``num_items_in_batch``."""
         self._bytes = 0
+        self._first: nn.Module | None = None
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> None:
         """Count a forward that begins, and ``keep`` it if there is room."""
-        self.count += 1
+        self._first = module if self._first is None else self._first
+        self.count += module is self._first
         self.shares = self.shares or kwargs.get("num_items_in_batch") is not None
         if not keep:
             return

@@ -78,7 +78,7 @@ def train_in_parallel(rank, folder):
         given = train(model, monitor, optimizer, data, called=ddp)
         results[watched] = weights(model)
     monitor.close()
-    return [each and each.stats for each in given], results, dict(monitor.errors)
+    return [each and each.readings[-1] for each in given], results, dict(monitor.errors)
 
 
 def test_readings_are_those_of_the_whole_batch_and_gradients_are_unchanged(on_two_ranks):
@@ -88,12 +88,13 @@ def test_readings_are_those_of_the_whole_batch_and_gradients_are_unchanged(on_tw
     monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=2)
     whole = train(model, monitor, optimizer, batches(4, rows=8))
     monitor.close()
-    for stats, results, errors in given:
+    for readings, results, errors in given:
         assert errors == {}
-        assert [bool(each) for each in stats] == [False, True, False, True]
-        assert all(same_readings(stats[i], whole[i].stats, 1e-4) for i in (1, 3))
+        assert [bool(each) for each in readings] == [False, True, False, True]
+        assert all(same_readings(readings[i].layers, whole[i].stats, 1e-4) for i in (1, 3))
+        assert readings[1].gradients[""] == pytest.approx(whole[1].readings[-1].gradients[""], rel=1e-3)
         assert all(torch.equal(results[False][name], results[True][name]) for name in results[True])
-    assert same_readings(given[0][0][1], given[1][0][1])
+    assert same_readings(given[0][0][1].layers, given[1][0][1].layers)
     assert [each["step"] for each in lines(folder / "stabmon" / "readings.jsonl")] == [2, 4]
 
 

@@ -485,6 +485,20 @@ def test_an_unsampled_step_costs_a_fraction_of_a_millisecond():
     assert spent[len(spent) // 2] < 1e-3  # a fifth of that on an idle core
 
 
+def test_the_bench_of_twins_notices_a_single_draw_and_a_single_hook_left(monkeypatch):
+    from stabmon.measurements import Measurements
+    from stabmon.observer import StepObserver
+    from tests.bench.do_no_harm import Case, pair
+
+    case, measured = Case("plain", log_every=5, steps=10), Measurements.add
+    assert pair(case)[0] == []
+    monkeypatch.setattr(Measurements, "add", lambda self, call: (torch.rand(1), measured(self, call))[1])
+    assert "torch generator" in pair(case)[0]
+    monkeypatch.undo()
+    monkeypatch.setattr(StepObserver, "let_go", lambda self: None)
+    assert any(each.startswith("left behind: ") for each in pair(case)[0])
+
+
 # -- compiled models ---------------------------------------------------------------------------------------------------
 
 
