@@ -88,9 +88,7 @@ class StabilityCallback(pl.Callback):
                 grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
             )
             self.monitor.step = trainer.global_step
-            if self._state:
-                self.monitor.load_state_dict(self._state)
-                self._state = {}  # of this resume, not of a later fit
+            self._restore(self.monitor)
         except Exception:
             logger.exception("stabmon could not start watching; training goes on without it")
             self.monitor = None
@@ -135,11 +133,24 @@ class StabilityCallback(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What Lightning stores of us in a checkpoint."""
-        return self._state if self.monitor is None else self.monitor.state_dict()
+        try:
+            return self._state if self.monitor is None else self.monitor.state_dict()
+        except Exception:
+            logger.exception("stabmon's state is not stored in this checkpoint")
+            return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what Lightning has stored of us until training starts."""
         self._state = state_dict
+
+    def _restore(self, monitor: AttentionStabilityMonitor) -> None:
+        """Go on with what a checkpoint held; once, not in a later fit as well."""
+        state, self._state = self._state, {}
+        if state:
+            try:
+                monitor.load_state_dict(state)
+            except ValueError as error:
+                logger.warning("stabmon starts with an empty history: %s", error)
 
 
 def _sink_of(one: Any) -> Sink:

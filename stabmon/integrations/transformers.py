@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,9 +15,8 @@ from torch import Tensor
 from stabmon.config import StabilityConfig, load_config
 from stabmon.integrations.ranks import settle
 from stabmon.monitor import AttentionStabilityMonitor
-from stabmon.records import Diagnosis, StabilityIssue
+from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks import SINKS, Sink
-from stabmon.sinks.scalars import dashboard_scalars
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -84,7 +84,7 @@ class StabilityCallback(TrainerCallback):
                 kwargs.get("optimizer"),
                 kwargs.get("lr_scheduler"),
                 self.config,
-                sinks=sinks,
+                sinks=[*sinks, LogHistory(state)],
                 run_dir=self._run_dir or args.output_dir or ".",
                 reduce_ranks=True,
                 is_writer=state.is_world_process_zero,
@@ -116,9 +116,7 @@ class StabilityCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Judge the step."""
         if self.monitor is not None:
-            diagnosis = self.monitor.on_step()
-            if diagnosis is not None and state.is_world_process_zero:
-                state.log_history.append(_log_entry(self.monitor, diagnosis, state))
+            self.monitor.on_step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Store the monitor's state beside the Trainer's, in the checkpoint just written."""
@@ -127,7 +125,7 @@ class StabilityCallback(TrainerCallback):
             try:
                 if folder.is_dir():
                     (folder / _STATE).write_text(json.dumps(self.monitor.state_dict()))
-            except (OSError, TypeError) as error:
+            except Exception as error:
                 logger.warning("stabmon's state was not stored in %s: %s", folder, error)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -202,9 +200,12 @@ def _reporters(callbacks: list[Any], present: list[str | Sink]) -> list[str | Si
     return found
 
 
-def _log_entry(monitor: AttentionStabilityMonitor, diagnosis: Diagnosis, state: TrainerState) -> dict[str, float]:
-    """The model-wide scalars as an entry of ``log_history``; written there, since a callback cannot reach ``Trainer.log``."""
-    alarms = sum(issue.is_alarm for issue in monitor.issues)
-    scalars = dashboard_scalars(diagnosis.readings[-1], diagnosis.open_issues, alarms=alarms) if diagnosis.readings else {}
-    entry = {name: value for name, value in scalars.items() if not name.startswith("attention_layers/")}
-    return entry | {"epoch": state.epoch or 0.0, "step": state.global_step}
+class LogHistory(Sink):
+    """The model-wide scalars as entries of ``log_history``; written there, since a callback cannot reach ``Trainer.log``."""
+
+    def __init__(self, state: TrainerState) -> None:
+        self._state = state
+
+    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+        wide = {name: value for name, value in scalars.items() if not name.startswith("attention_layers/")}
+        self._state.log_history.append(wide | {"epoch": self._state.epoch or 0.0, "step": reading.step})

@@ -75,6 +75,7 @@ def test_the_trainers_own_loggers_get_the_scalars(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
+    monkeypatch.chdir(tmp_path)  # where W&B writes to
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     loggers = [
