@@ -208,12 +208,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads; 1 where other work shares the machine")
+    parser.add_argument("--length", type=int, action="append", choices=SIZES, help="one length instead of all; may be repeated")
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     rounds = {128: 61, 512: 31, 2048: 21} if not args.quick else {128: 9, 512: 5, 2048: 5}
     rows = []
-    for length in SIZES:
+    for length in args.length or SIZES:
         for row in rows_of(length, rounds[length]):
             rows.append(row)
             print(f"S {length}: {row['what']}", file=sys.stderr)
