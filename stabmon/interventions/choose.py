@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from stabmon.interventions.base import Applied, CannotApply, Intervention
-from stabmon.interventions.query_key import RMS_NORM
+from stabmon.interventions.query_key_norm import RMS_NORM
 from stabmon.records import StabilityIssue
 
 if TYPE_CHECKING:
@@ -225,12 +225,16 @@ class Chooser:
         return f"{kinds} at {where}" + (f"; {', '.join(before)} failed or did not fit" if before else "")
 
 
-BACK_WHEN: Mapping[str, tuple[str, int]] = {"entropy_collapse": ("normalized_entropy", 1), "logit_growth": ("max_logit", -1)}
-"""Signal of an issue, and whether it is back on the healthy side of the issue's threshold above (1) or below (-1) it."""
+BACK_WHEN: Mapping[str, tuple[str, int, float]] = {
+    "entropy_collapse": ("normalized_entropy", 1, 0.5),
+    "logit_growth": ("max_logit", -1, 1.0),
+}
+"""Signal of an issue, whether it is well above (1) or below (-1), and of what share of the issue's threshold. A clipped head sits at twice
+its old scores, so at less than its old entropy; half of the threshold is far from saturated, and training takes it from there."""
 
 
 def alarms_now(open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[StabilityIssue]:
-    """The open alarms that something can be done about, without those whose head is back already on the healthy side of the threshold.
+    """The open alarms that something can be done about, without those whose head is on its way back (see :data:`BACK_WHEN`).
 
     An issue closes only well beyond its threshold and some samples later; to act on a head that is on its way there costs, and
     repairs nothing.
@@ -240,11 +244,11 @@ def alarms_now(open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[
 
 
 def _is_back(issue: StabilityIssue, run: TrainingRun) -> bool:
-    signal, side = BACK_WHEN.get(issue.issue_type, ("", 0))
-    if not signal or issue.head is None or issue.layer not in run.history.layers:
+    if issue.issue_type not in BACK_WHEN or issue.head is None or issue.layer not in run.history.layers:
         return False
+    signal, side, share = BACK_WHEN[issue.issue_type]
     now = run.history.now(signal)[run.history.of_layer(issue.layer)][issue.head]
-    return bool(side * now > side * issue.threshold)
+    return bool(side * now > side * share * issue.threshold)
 
 
 def key_of(issue: StabilityIssue) -> Key:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.masters import copies_of
-from stabmon.interventions.query_key import SEPARATE, Rows, find_query_key
+from stabmon.interventions.query_key import SEPARATE, find_query_key
 from stabmon.interventions.rates import step_hook
+from stabmon.interventions.rows import Rows
 from stabmon.interventions.run import TrainingRun
 
 Where = Literal["all", "query_key"]

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from stabmon.interventions.base import CannotApply, Effect, Intervention, Place, intervention
-from stabmon.interventions.query_key import RMS_NORM, QueryKey, find_query_key
-from stabmon.interventions.replayed import largest_scores, replayed_scores
+from stabmon.interventions.held_clip import HeldClip
+from stabmon.interventions.own_scores import FORMATS, own_past
 from stabmon.interventions.run import TrainingRun
-from stabmon.interventions.scaled_rows import ScaledRows
-from stabmon.records import AttentionCall, StabilityIssue
-from stabmon.rules.own_past import PAST_READINGS
-
-logger = logging.getLogger("stabmon")
-
-FORMATS = {"float16": 65504.0 / 4, "bfloat16": 3.0e38, "float32": 3.0e38}
-"""q·k, before the scale, that a head may reach in a format: a quarter of where float16 overflows."""
+from stabmon.records import StabilityIssue
 
 
 @intervention
@@ -78,7 +67,7 @@ class QkClip(Intervention):
                 aims[place] = min(self.aim(run, issue), aims.get(place, np.inf))
         if not aims:
             raise CannotApply("no head is named: give an issue that names its layer")
-        clip = _Clip(run, aims)
+        clip = HeldClip(run, aims)
         try:
             clip.first()
         except BaseException:
@@ -88,7 +77,7 @@ class QkClip(Intervention):
         return clip
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        clip = _Clip(run, {(layer, int(head)): float(aim) for layer, head, aim in state["aims"]})
+        clip = HeldClip(run, {(layer, int(head)): float(aim) for layer, head, aim in state["aims"]})
         clip.proven = dict(state["proven"])
         clip.rows.load(state["rows"])
         clip.watch(hold=self.hold)
@@ -104,25 +93,6 @@ class QkClip(Intervention):
         return aim if info is None else min(aim, FORMATS.get(info.dtype, 3.0e38) * info.scale)
 
 
-def own_past(run: TrainingRun, issue: StabilityIssue) -> float:
-    """A head's largest score before it grew; NaN where that is not known.
-
-    Before it grew is where the head's score was last at or below the level that the issue was measured against (or below half of
-    what it is now, where the issue names none); of the readings up to there the newest five count.
-    """
-    if issue.layer is None or issue.head is None or issue.layer not in run.history.layers:
-        return float("nan")
-    scores = run.history.signal("max_logit")[:, run.history.of_layer(issue.layer)][:, issue.head]
-    times = issue.evidence.get("times_own_past", issue.evidence.get("score_times_own_past"))
-    now = issue.evidence.get("max_logit", issue.value if issue.issue_type == "logit_growth" else scores[-1])
-    known = isinstance(times, (int, float)) and np.isfinite(times) and times > 1
-    level = 1.001 * now / times if known else now / 2
-    before = np.flatnonzero(scores <= level)
-    if len(before):
-        return float(np.nanmax(scores[: before[-1] + 1][-PAST_READINGS:]))
-    return float(run.history.baseline("max_logit")[run.history.of_layer(issue.layer)][issue.head])
-
-
 def _heads(run: TrainingRun, issue: StabilityIssue) -> list[Place]:
     if issue.layer is None:
         return []
@@ -130,225 +100,3 @@ def _heads(run: TrainingRun, issue: StabilityIssue) -> list[Place]:
         return [(issue.layer, issue.head)]
     info = run.history.info.get(issue.layer)
     return [] if info is None else [(issue.layer, head) for head in range(info.heads)]
-
-
-class _Clip(Effect):
-    """Heads held at or below their aims. A module that attends several times in a forward (``name#1`` …) is one module here."""
-
-    def __init__(self, run: TrainingRun, aims: dict[Place, float]) -> None:
-        super().__init__(places=list(aims), touches=frozenset(f"scores of {_module(layer)}" for layer, _ in aims))
-        self.run, self.aims = run, aims
-        self.proven: dict[str, str] = {}
-        """The proposal that holds in each module, by its words."""
-        self.rows = ScaledRows(run)
-        self._seen: dict[str, Tensor] = {}
-        self._unproven: dict[str, dict[int, float]] = {}
-        """Heads clipped without a proof, with the score that they had, until the next forward shows whether it was right."""
-        self._again: dict[tuple[str, int], list[float]] = {}
-        """Factors of the clips that have not been told of yet."""
-        self._told_at: int | None = None
-        self._remove: list[Callable[[], None]] = []
-
-    def first(self) -> None:
-        """Clip each head that is above its aim, prove it where that can be, and describe it. What does not fit is left out.
-
-        The deepest module comes first: its clip does not change what the others see, so that one measurement serves all.
-        """
-        measured = replayed_scores(self.run)
-        scores = {layer: measured[layer] if layer in measured else self._last_read(layer) for layer in self._layers()}
-        todo = self._factors(scores)
-        if not todo:
-            raise CannotApply(
-                "every head named is at or below its aim already, or its score is not finite: there is nothing to clip"
-            )
-        refused: list[CannotApply] = []
-        notes = []
-        for name in sorted(todo, key=list(measured).index if measured else None, reverse=True):
-            try:
-                found = self._apply(name, todo[name], measured)
-            except CannotApply as error:
-                refused.append(error)
-                del todo[name]
-                continue
-            notes.append(f"{name}: {found.how}" + (", all heads scaled alike" if found.shared else ""))
-            if name not in measured:
-                self._unproven[name] = {head: float(scores[name][head]) for head in todo[name]}
-        if not todo:
-            raise refused[0]
-        self.aims = {(layer, head): aim for (layer, head), aim in self.aims.items() if _module(layer) in todo}
-        self.places = [(name, head) for name, factors in todo.items() for head in factors]
-        self.before, self.after = self._describe(todo, scores)
-        proof = "proven on the step's batch" if measured else "not proven, no batch to run again"
-        self.note = "; ".join([*reversed(notes), proof, *(f"left out: {error.reason}" for error in refused)])
-
-    def watch(self, hold: bool) -> None:
-        """Look at every training forward from now on, as long as there is something to prove or to hold."""
-        self._hold = hold
-        self._told_at = self.run.history.latest.step if len(self.run.history) else None
-        self._remove = [self.run.marks.add("on_step", self._on_step)]
-        if hold or self._unproven:
-            self._remove.append(self.run.marks.add("attention", self._look))
-
-    def undo(self) -> bool:
-        self.release()
-        return self.rows.undo()
-
-    def rolled_back(self, step: int) -> Callable[[], None]:
-        return self.rows.rolled_back(step)
-
-    def release(self) -> None:
-        self._tell_again()
-        while self._remove:
-            self._remove.pop()()
-
-    def state_dict(self) -> dict[str, Any]:
-        names = {id(p): name for name, p in self.run.model.named_parameters()}
-        aims = [[layer, head, aim] for (layer, head), aim in self.aims.items()]
-        return {"aims": aims, "proven": dict(self.proven), "rows": self.rows.state(names)}
-
-    def _layers(self) -> list[str]:
-        return list(dict.fromkeys(str(layer) for layer, _ in self.aims))
-
-    def _last_read(self, layer: str) -> np.ndarray:
-        history = self.run.history
-        if not len(history) or layer not in history.layers:
-            raise CannotApply(f"the scores of {layer} are not known")
-        values: np.ndarray = history.now("max_logit")[history.of_layer(layer)]
-        return values
-
-    def _factors(self, scores: Mapping[str, np.ndarray]) -> dict[str, dict[int, float]]:
-        """For each module, the factor of each head that is above its aim; the smallest over a module's calls."""
-        found: dict[str, dict[int, float]] = {}
-        for (layer, head), aim in self.aims.items():
-            values = scores.get(str(layer))
-            if values is None or head is None or head >= len(values) or not aim < values[head] < np.inf:
-                continue
-            factors = found.setdefault(_module(layer), {})
-            factors[head] = min(factors.get(head, 1.0), aim / float(values[head]))
-        return found
-
-    def _apply(self, name: str, factors: dict[int, float], measured: Mapping[str, np.ndarray]) -> QueryKey:
-        """Scale by the first proposal that proves right; every other one is taken back."""
-        proposals = find_query_key(self.run.module(name), self.run.history.info.get(name))
-        known = [each for each in proposals if each.how == self.proven.get(name)]
-        if known or name not in measured:
-            chosen = (known or proposals)[0]
-            self.rows.scale(chosen.edits(factors))
-            self.proven[name] = chosen.how
-            return chosen
-        failures = []
-        for proposal in proposals:
-            trial = ScaledRows(self.run)
-            trial.scale(proposal.edits(factors))
-            try:
-                after = replayed_scores(self.run)[name]
-            finally:
-                trial.undo()
-            wrong = _difference(factors, measured[name], after, self._tolerance(name), proposal.shared)
-            if not wrong:
-                self.rows.scale(proposal.edits(factors))
-                self.proven[name] = proposal.how
-                return proposal
-            failures.append(f"{proposal.how}: {wrong}")
-        raise CannotApply(f"scaling weights does not scale the scores of {name} ({'; '.join(failures)})", RMS_NORM)
-
-    def _tolerance(self, name: str) -> float:
-        weight = next(iter(self.run.module(name).parameters()), None)
-        return 0.01 if weight is None or weight.dtype in (torch.float32, torch.float64) else 0.03
-
-    def _look(self, call: AttentionCall) -> None:
-        if _module(call.layer) in self.proven:
-            scores = largest_scores(call)
-            known = self._seen.get(call.layer)
-            self._seen[call.layer] = scores if known is None else torch.maximum(known, scores)
-
-    def _on_step(self) -> None:
-        """After the optimizer's step: clip again what was above its aim in this step's forwards."""
-        self.rows.moved_on()
-        if not self.run.marks.wants("attention"):
-            return
-        scores = self._over_ranks()
-        self._check_effect(scores)
-        if self.given_up or not self._hold:
-            return
-        for name, factors in self._factors(scores).items():
-            self._apply(name, factors, {})
-            for head, factor in factors.items():
-                self._again.setdefault((name, head), []).append(factor)
-        latest = self.run.history.latest.step if len(self.run.history) else None
-        if latest != self._told_at:
-            self._told_at = latest
-            self._tell_again()
-
-    def _tell_again(self) -> None:
-        """Put the clips since the last sampled step into one audit record."""
-        if not self._again:
-            return
-        self.run.audit(
-            {
-                "intervention": "qk_clip",
-                "action": "again",
-                "step": self.run.step,
-                "layer": None,
-                "head": None,
-                "places": [list(place) for place in self._again],
-                "before": {},
-                "after": {"clips": {f"{n} head {h}": len(factors) for (n, h), factors in self._again.items()}}
-                | {"factor": {f"{n} head {h}": math.prod(factors) for (n, h), factors in self._again.items()}},
-                "why": "scores rose above their aim again",
-            }
-        )
-        self._again = {}
-
-    def _over_ranks(self) -> dict[str, np.ndarray]:
-        """This step's largest scores by layer, over micro-batches and ranks, in one transfer."""
-        seen, self._seen = self._seen, {}
-        layers = sorted(self._layers())
-        heads = [1 + max(head or 0 for layer, head in self.aims if layer == name) for name in layers]
-        device = next((each.device for each in seen.values()), torch.device("cpu"))
-        unseen = torch.full((max(heads),), -torch.inf, device=device)
-        flat = [seen[name][:n].float() if name in seen else unseen[:n] for name, n in zip(layers, heads, strict=True)]
-        together = self.run.largest_over_ranks(torch.cat(flat)).double().cpu()
-        return {name: part.numpy() for name, part in zip(layers, together.split(heads), strict=True)}
-
-    def _check_effect(self, scores: Mapping[str, np.ndarray]) -> None:
-        """Give up a clip that nothing proved and that shows no effect in the first forward after it."""
-        for name, heads in list(self._unproven.items()):
-            now = {h: float(scores[name][h]) for h in heads if name in scores and np.isfinite(scores[name][h])}
-            if not now:
-                continue
-            del self._unproven[name]
-            if all(now[h] > 0.5 * (heads[h] + self.aims.get((name, h), 0.0)) for h in now):
-                self.given_up = f"clipping {name} showed no effect, so the rows were not those of the head"
-                exact = self.undo()
-                logger.warning("%s: taken back", self.given_up)
-                record = {"intervention": "qk_clip", "action": "undone", "step": self.run.step, "layer": name, "head": None}
-                self.run.audit({**record, "why": self.given_up, "exact": exact})
-                return
-
-    def _describe(
-        self, todo: Mapping[str, Mapping[int, float]], scores: Mapping[str, np.ndarray]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Scores before and after, by place."""
-        places = [(layer, head) for layer, head in self.aims if head in todo.get(_module(layer), {})]
-        before = {f"{layer} head {head}": float(scores[str(layer)][head or 0]) for layer, head in places}
-        after = {
-            f"{layer} head {head}": before[f"{layer} head {head}"] * todo[_module(layer)][head or 0] for layer, head in places
-        }
-        return {"max_logit": before}, {"max_logit": after}
-
-
-def _module(layer: str | None) -> str:
-    """The name of the module behind a layer's name, which counts the module's calls."""
-    return str(layer).partition("#")[0]
-
-
-def _difference(factors: Mapping[int, float], before: np.ndarray, after: np.ndarray, tolerance: float, shared: bool) -> str:
-    """How a module's scores ``[H]`` differ from what the factors promise; empty where they do not."""
-    factor = np.array([min(factors.values()) if shared else factors.get(head, 1.0) for head in range(len(before))])
-    counts = np.isfinite(before)
-    error = np.where(counts, np.abs(after - factor * before) / np.maximum(np.abs(factor * before), 1e-6), 0.0)
-    worst = int(np.argmax(np.where(np.isfinite(error), error, np.inf)))
-    if error[worst] <= tolerance:
-        return ""
-    return f"head {worst} came to {after[worst]:.4g} instead of {(factor * before)[worst]:.4g}"

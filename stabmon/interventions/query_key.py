@@ -6,17 +6,15 @@ again. Where not even a proposal can be made, the reason is told.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from stabmon.capture.base import HEADS
-from stabmon.gradients import is_sharded, local
 from stabmon.interventions.base import CannotApply
+from stabmon.interventions.query_key_norm import KEY_NORM, QUERY_NORM, behind_norm, gain_and_bias
+from stabmon.interventions.rows import QueryKey, Rows
 from stabmon.records import LayerInfo
 
 QUERY = (
@@ -34,94 +32,9 @@ FUSED = (
 """What models call one projection for queries, keys and values."""
 INTERLEAVED = ("query_key_value", "linear_qkv", "wqkv")
 """Those of them that usually hold a group's queries, its key and its value side by side (GPT-NeoX, Bloom, Falcon, Megatron, InternLM)."""
-QUERY_NORM = (
-    "q_norm",
-    "query_norm",
-    "q_layernorm",
-    "query_layernorm",
-    "norm_q",
-    "ln_q",
-    "q_ln",
-    "query_layer_norm",
-    "q_layer_norm",
-)
-KEY_NORM = ("k_norm", "key_norm", "k_layernorm", "key_layernorm", "norm_k", "ln_k", "k_ln", "key_layer_norm", "k_layer_norm")
 WIDTHS = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_kv")
 """What models call D."""
-RMS_NORM = (
-    "q, k = F.rms_norm(q, q.shape[-1:], q_gain), F.rms_norm(k, k.shape[-1:], k_gain)  # in the attention's forward, before scores"
-)
 SEPARATE = "give the attention module projections named q_proj and k_proj, or one named qkv in the order q, k, v"
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Some entries of a parameter along one dimension: ``[start, stop)`` of ``dim``."""
-
-    parameter: nn.Parameter
-    dim: int
-    start: int
-    stop: int
-    offset: float = 0.0
-    """The model uses ``offset + value``, as a norm does whose gain is stored as its distance from one."""
-
-    @property
-    def key(self) -> tuple[int, int, tuple[int, ...]]:
-        """Equal for the same rows of the same parameter."""
-        return id(self.parameter), self.dim, (self.start, self.stop)
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The rows of ``tensor``, which is the parameter or a copy of its shape; of a sharded one, those that are here.
-
-        Raises:
-            CannotApply: if the shard here is no unbroken range.
-        """
-        if not is_sharded(tensor):
-            return tensor.narrow(self.dim, self.start, self.stop - self.start)
-        here = _rows_here(tensor, self.dim)
-        part = local(tensor.detach())
-        if len(here) != part.shape[self.dim] or not bool((here.diff() == 1).all()):
-            raise CannotApply("the parameter is sharded in a way in which its rows cannot be told apart")
-        first = int(here[0]) if len(here) else 0
-        start, stop = (min(max(each - first, 0), len(here)) for each in (self.start, self.stop))
-        return part.narrow(self.dim, start, stop - start)
-
-
-@dataclass(frozen=True, eq=False)
-class QueryKey:
-    """A proposal."""
-
-    how: str
-    """In words, for the record."""
-    query: Sequence[Sequence[Rows]]
-    """For each query head: all of its scores are proportional to these rows."""
-    key: Sequence[Sequence[Rows]] | None = None
-    """The same on the key side, where each query head has a key head to itself; None where scaling queries alone is exact."""
-    shared: bool = False
-    """The query rows are those of all heads of the layer at once: a norm's gain that they share."""
-    others: Sequence[Rows] = ()
-    """What else makes queries and keys."""
-
-    def edits(self, factors: Mapping[int, float]) -> list[tuple[Rows, float]]:
-        """The rows to multiply, and by what, so that the scores of each head in ``factors`` are multiplied by its factor.
-
-        Queries and keys take the square root each where both belong to the head alone. Under a gain shared by all heads the smallest
-        factor is applied to all.
-        """
-        if self.shared:
-            return [(rows, min(factors.values())) for rows in self.query[0]]
-        edits: dict[tuple[int, int, tuple[int, ...]], tuple[Rows, float]] = {}
-        for head, factor in factors.items():
-            sides = [*self.query[head], *(self.key[head] if self.key is not None else ())]
-            each = factor if self.key is None else factor**0.5
-            edits.update({rows.key: (rows, each) for rows in sides})  # one entry where queries and keys share a projection
-        return list(edits.values())
-
-    def all_rows(self) -> list[Rows]:
-        """Everything that makes queries and keys, each entry once."""
-        key = self.key if self.key is not None else ()
-        rows = [each for side in (self.query, key) for head in side for each in head]
-        return list({each.key: each for each in [*rows, *self.others]}.values())
 
 
 def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[QueryKey]:
@@ -150,8 +63,8 @@ def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[Que
     if norm is None or isinstance(norm, nn.Identity):
         return found
     _, key_norm = _child(module, KEY_NORM)
-    others = [*found[0].all_rows(), *([] if key_norm is None else _whole(key_norm))]
-    return [_norm(name, norm, heads, width or _width(found[0]), others)]
+    others = [*found[0].all_rows(), *([] if key_norm is None else gain_and_bias(key_norm))]
+    return [behind_norm(name, norm, heads, width or _width(found[0]), others)]
 
 
 def _heads(module: nn.Module, info: LayerInfo | None) -> tuple[int, int | None]:
@@ -264,74 +177,3 @@ def _torch_multihead(module: nn.MultiheadAttention) -> QueryKey:
 
 def _width(found: QueryKey) -> int:
     return found.query[0][0].stop - found.query[0][0].start
-
-
-def _norm(name: str, norm: nn.Module, heads: int, width: int, others: Sequence[Rows]) -> QueryKey:
-    """Behind a norm the weights no longer matter: its gain (and bias) is what scores are proportional to."""
-    parts = [norm]
-    stacked = getattr(norm, "norms", None)
-    if isinstance(stacked, nn.ModuleList) and len(stacked) == heads:
-        parts = list(stacked)
-    rows: list[list[Rows]] = []
-    for part in parts:
-        whole = _whole(part)
-        if not whole:
-            raise CannotApply(f"{name} ({type(norm).__name__}) has no gain that could be lowered", RMS_NORM)
-        if any(not each.parameter.requires_grad for each in whole):
-            raise CannotApply(f"{name} is frozen: it is not what grew")
-        rows.append([Rows(each.parameter, 0, each.start, each.stop, _offset(part, each.parameter)) for each in whole])
-    gain = rows[0][0].parameter
-    if len(parts) == heads:
-        return QueryKey(f"gain of {name}, one norm a head", rows, others=others)
-    if tuple(gain.shape) == (heads, width):
-        per_head = [[Rows(each.parameter, 0, h, h + 1, each.offset) for each in rows[0]] for h in range(heads)]
-    elif gain.numel() == heads * width and gain.ndim == 1:
-        per_head = [[Rows(each.parameter, 0, h * width, (h + 1) * width, each.offset) for each in rows[0]] for h in range(heads)]
-    elif gain.numel() == width:
-        return QueryKey(f"gain of {name}, which all heads of the layer share", [rows[0]] * heads, shared=True, others=others)
-    else:
-        raise CannotApply(
-            f"{name} has a gain of shape {tuple(gain.shape)}, which fits neither {heads} heads nor {width} features"
-        )
-    return QueryKey(f"gain of {name}", per_head, others=others)
-
-
-def _whole(norm: nn.Module) -> list[Rows]:
-    """Gain and bias of a norm."""
-    found = [getattr(norm, name, None) for name in ("weight", "gain", "gamma", "bias", "beta")]
-    return [Rows(each, 0, 0, each.shape[0]) for each in found if isinstance(each, nn.Parameter) and each.ndim > 0]
-
-
-def _offset(norm: nn.Module, parameter: nn.Parameter) -> float:
-    """0 where a norm multiplies by its gain, 1 where by one plus its gain: found by running it on a fixed input.
-
-    Raises:
-        CannotApply: if its output is proportional to neither.
-    """
-    trained = dict(norm.named_parameters(recurse=False))
-    name = next(name for name, each in trained.items() if each is parameter)
-    if name in ("bias", "beta"):
-        return 0.0
-    device = parameter.device
-    probe = torch.linspace(-1.0, 1.5, parameter.numel(), device=device).reshape(parameter.shape)
-    start = {n: torch.linspace(0.3, 0.9, each.numel(), device=device).reshape(each.shape) for n, each in trained.items()}
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        before = torch.func.functional_call(norm, start, (probe,))
-        for offset in (0.0, 1.0):
-            halved = {n: (each + offset) / 2 - offset if n == name else each / 2 for n, each in start.items()}
-            after = torch.func.functional_call(norm, halved, (probe,))
-            if torch.allclose(2 * after, before, rtol=1e-4, atol=1e-6):
-                return offset
-    raise CannotApply(f"{type(norm).__name__}'s output is not proportional to its gain")
-
-
-def _rows_here(tensor: Tensor, dim: int) -> Tensor:
-    """Numbers of the entries along ``dim`` that this rank's shard holds; found without a word to other ranks."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    sharded: Any = tensor
-    mesh = sharded.device_mesh
-    index = DTensor.from_local(torch.arange(tensor.shape[dim]), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    wanted = [Shard(0) if each.is_shard(dim) else Replicate() for each in sharded.placements]
-    here: Tensor = index.redistribute(placements=wanted).to_local()
-    return here.cpu()

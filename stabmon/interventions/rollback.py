@@ -27,9 +27,9 @@ class Rollback(Intervention):
 
     run_wide: ClassVar[bool] = True
 
-    every: int = 10
+    every: int = 4
     """Samples between the states that are kept."""
-    confirm: int = 3
+    confirm: int = 2
     """Healthy samples after which a state counts as healthy."""
     memory_gb: float = 8.0
     rewind_schedule: bool = False

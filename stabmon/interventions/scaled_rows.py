@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon.interventions.masters import copies_of
-from stabmon.interventions.query_key import Rows
+from stabmon.interventions.rows import Rows
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun

@@ -103,7 +103,7 @@ class HealthyStates:
         memory_gb: host memory that both copies may take together; above it they go to ``run.run_dir``, or nowhere.
     """
 
-    def __init__(self, run: TrainingRun, *, every: int = 10, confirm: int = 3, memory_gb: float = 8.0) -> None:
+    def __init__(self, run: TrainingRun, *, every: int = 4, confirm: int = 2, memory_gb: float = 8.0) -> None:
         self.run = run
         self.every, self.confirm, self.memory_gb = every, confirm, memory_gb
         self._healthy: Snapshot | Path | None = None

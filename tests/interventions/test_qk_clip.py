@@ -10,7 +10,8 @@ from torch import nn
 
 from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
-from stabmon.interventions.qk_clip import QkClip, own_past
+from stabmon.interventions.own_scores import own_past
+from stabmon.interventions.qk_clip import QkClip
 from stabmon.records import Reading
 from stabmon.rules.history import History
 

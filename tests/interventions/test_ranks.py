@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,28 @@ from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.skip_step import SkipStep
 
 
-def start(rank: int, port: int, work: Callable[[int, Path], Any], folder: Path) -> None:
+def start(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        torch.save(work(rank, folder), folder / f"{rank}.pt")
+        torch.save({work.__name__: work(rank) for work in WORKS}, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def on_two_ranks(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes returned from every function in ``WORKS``; started once, as starting takes longest."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.start_processes(start, args=(port, work, folder), nprocs=2, start_method="spawn")
+    mp.start_processes(start, args=(port, folder), nprocs=2, start_method="spawn")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def clip_sharded(rank: int, folder: Path) -> dict[str, Any]:
+def clip_sharded(rank: int) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     out: dict[str, Any] = {}
@@ -61,9 +63,9 @@ def clip_sharded(rank: int, folder: Path) -> dict[str, Any]:
     return out
 
 
-def test_shards_are_clipped_as_whole_weights_are_and_undone_to_the_bit(tmp_path: Path) -> None:
-    for found in on_two_ranks(clip_sharded, tmp_path):
-        for name, (before, after, exact, same, note) in found.items():
+def test_shards_are_clipped_as_whole_weights_are_and_undone_to_the_bit(found: list[dict[str, Any]]) -> None:
+    for rank in found:
+        for name, (before, after, exact, same, note) in rank["clip_sharded"].items():
             shared = name.startswith("gemma3")
             expected = [b / 4 if shared or head == 1 else b for head, b in enumerate(before)]
             assert after == pytest.approx(expected, rel=1e-5), name
@@ -72,7 +74,7 @@ def test_shards_are_clipped_as_whole_weights_are_and_undone_to_the_bit(tmp_path:
             assert "not proven" in note
 
 
-def skip_together(rank: int, folder: Path) -> list[bool]:
+def skip_together(rank: int) -> list[bool]:
     model = nn.Linear(2, 2)
     run = make_linear(model)
     SkipStep().apply(run)
@@ -90,11 +92,11 @@ def make_linear(model: nn.Module) -> Any:
     return TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def test_a_step_is_skipped_on_all_ranks_if_on_any(tmp_path: Path) -> None:
-    assert on_two_ranks(skip_together, tmp_path) == [[True, False, False]] * 2
+def test_a_step_is_skipped_on_all_ranks_if_on_any(found: list[dict[str, Any]]) -> None:
+    assert [rank["skip_together"] for rank in found] == [[True, False, False]] * 2
 
 
-def decide_together(rank: int, folder: Path) -> dict[str, Any]:
+def decide_together(rank: int) -> dict[str, Any]:
     model, inputs = zoo()["llama-sdpa"]()
     run = make_run(model, inputs)
     layer = first_layer(run)
@@ -111,8 +113,8 @@ def decide_together(rank: int, folder: Path) -> dict[str, Any]:
     return {"first": first, "second": second, "same": same, "weights": weights}
 
 
-def test_rank_0_decides_and_what_does_not_fit_on_one_rank_is_done_on_none(tmp_path: Path) -> None:
-    one, other = on_two_ranks(decide_together, tmp_path)
+def test_rank_0_decides_and_what_does_not_fit_on_one_rank_is_done_on_none(found: list[dict[str, Any]]) -> None:
+    one, other = (rank["decide_together"] for rank in found)
     assert one["first"] == other["first"] == ["qk_clip"]
     assert all(torch.equal(a, b) for a, b in zip(one["weights"], other["weights"], strict=True))
     assert one["second"] == other["second"] == []
@@ -120,7 +122,7 @@ def test_rank_0_decides_and_what_does_not_fit_on_one_rank_is_done_on_none(tmp_pa
     assert other["same"]
 
 
-def hold_together(rank: int, folder: Path) -> list[float]:
+def hold_together(rank: int) -> list[float]:
     """Each rank sees other data; the clip is by the largest score of any."""
     model, inputs = zoo()["llama-sdpa"]()
     run = make_run(model, inputs)
@@ -138,8 +140,11 @@ def hold_together(rank: int, folder: Path) -> list[float]:
     return [run.max_logit(layer, 1), *run.layers[layer].q_proj.weight.flatten().tolist()]
 
 
-def test_a_held_clip_is_the_same_on_all_ranks_and_goes_by_the_largest_score_of_any(tmp_path: Path) -> None:
-    one, other = on_two_ranks(hold_together, tmp_path)
+WORKS = (clip_sharded, skip_together, decide_together, hold_together)
+
+
+def test_a_held_clip_is_the_same_on_all_ranks_and_goes_by_the_largest_score_of_any(found: list[dict[str, Any]]) -> None:
+    one, other = (rank["hold_together"] for rank in found)
     assert one[1:] == other[1:]
     assert max(one[0], other[0]) == pytest.approx(0.5, rel=1e-5)
     assert one[0] != other[0]
