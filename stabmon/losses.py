@@ -49,9 +49,8 @@ class Losses:
             return None
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss has shape {list(loss.shape)}: give on_step a single number, such as loss.mean()")
-        value = loss.detach().reshape(()) if isinstance(loss, Tensor) else float(loss)
-        if isinstance(value, Tensor) and value.device.type == "cpu":
-            value = value.item()
+        on_device = isinstance(loss, Tensor) and loss.device.type != "cpu"
+        value = loss.detach().reshape(()) if isinstance(loss, Tensor) and on_device else _number(loss)
         self._pending.append((step, value))
         return value
 
@@ -74,6 +73,10 @@ class Losses:
         """Go on where :meth:`state_dict` was taken."""
         self._pending.clear()
         self._pending.extend((int(step), float(value)) for step, value in state)
+
+
+def _number(loss: Tensor | float) -> float:
+    return loss.item() if isinstance(loss, Tensor) else float(loss)
 
 
 def loss_in(output: Any) -> Tensor | None:

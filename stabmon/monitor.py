@@ -132,7 +132,7 @@ class AttentionStabilityMonitor:
             seen.measure_gradients()
         if self.config.watch_every_step:
             norm = seen.gradients.get("") if sampled else None
-            scaled = self._scale() is not None or getattr(self._inner_optimizer(), "found_inf", None) is not None
+            scaled = self._scales() or getattr(self._inner_optimizer(), "found_inf", None) is not None
             seen.paused = True
             try:
                 calls, losses = seen.forwards.calls, seen.losses.parts
@@ -327,10 +327,14 @@ class AttentionStabilityMonitor:
             optimizer = optimizer.optimizer
         return optimizer
 
-    def _scale(self) -> float | None:
-        """What the gradient scaler in use multiplies gradients by; None without one."""
+    def _scales(self) -> bool:
         scaler = self._grad_scaler
-        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
+        return scaler is not None and bool(scaler.is_enabled())
+
+    def _scale(self) -> float | None:
+        """What the gradient scaler in use multiplies gradients by; None without one. Waits for the device."""
+        scaler: Any = self._grad_scaler
+        return float(scaler.get_scale()) if self._scales() else None
 
     def _learning_rate(self) -> float | None:
         groups = getattr(self.optimizer, "param_groups", None)

@@ -125,9 +125,11 @@ _UNTRACED = {
 
 def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
     """Whether each tensor is finite throughout; one transfer to the host."""
+    if any(not tensor.numel() for tensor in tensors):  # shards can be empty, and have no largest value
+        tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
     if not tensors:
         return []
-    device = tensors[0].device
     with torch.no_grad():
-        flags: list[bool] = torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).tolist()
-    return flags
+        largest = torch._foreach_norm(list(tensors), math.inf)
+        device = largest[0].device
+        return [math.isfinite(value) for value in torch.stack([each.to(device) for each in largest]).tolist()]
