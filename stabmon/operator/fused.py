@@ -49,9 +49,9 @@ class FusedAttention(BlockwiseAttention):
         mine = statistics & set(_CALLS)
         rest = statistics - mine
         out = super()._compute(rest) if rest else {}
-        if mine & {"log_partition", "mean_score", "entropy", "collision"}:
+        if mine & {"log_partition", "mean_score", "entropy", "collision", "first_key_mass"}:
             means, out["log_partition"] = self._call(kernel, 1, self.key)
-            out["mean_score"] = self.scale * (self.query.float() * means).sum(-1)
+            out["mean_score"] = self.scale * means.mul_(self.query).sum(-1)
             out["entropy"] = torch.where(self.occupied, (out["log_partition"] - out["mean_score"]).clamp(min=0), 0.0)
         for power in (2, 3):
             if f"log_partition_{power}" in mine | ({"log_partition_2"} if "collision" in mine else set()):
@@ -62,11 +62,17 @@ class FusedAttention(BlockwiseAttention):
             logarithm = out["log_partition_2"] - 2 * out["log_partition"]
             out["collision"] = torch.where(self.occupied, logarithm, -math.inf).exp()
         if "first_key_mass" in mine:
-            first = self.visibility.first_visible
-            index = torch.zeros(1, 1, dtype=torch.int64, device=self.query.device) if first is None else first
-            indicator = torch.arange(self.keys, device=self.query.device) == index[..., None]
-            out["first_key_mass"] = self.matvec(indicator[..., None].float())[..., 0]
+            logarithm = self._first_scores() - out["log_partition"]
+            out["first_key_mass"] = torch.where(self.occupied & self.visibility.sees_first, logarithm, -math.inf).exp()
         return out
+
+    def _first_scores(self) -> Tensor:
+        """``[B, H, Q]``: score of each row's first key, whether it sees it or not."""
+        device, first = self.query.device, self.visibility.first_visible
+        batch, heads = torch.arange(self.batch, device=device)[:, None], torch.arange(self.heads, device=device)
+        key = self.key[batch, heads // (self.heads // self.key_heads), 0 if first is None else first]
+        scores: Tensor = self.scale * (self.query.float() @ key.float()[..., None])[..., 0]
+        return scores
 
     def _matvec(self, x: Tensor) -> Tensor:
         kernel = self._kernel
@@ -86,8 +92,7 @@ class FusedAttention(BlockwiseAttention):
 
     def _call(self, kernel: Kernel, power: int, values: Tensor) -> tuple[Tensor, Tensor]:
         """(A values, L(power)), ``[B, H, Q, D]`` and ``[B, H, Q]``; empty rows are 0 and -inf."""
-        out = torch.zeros(*self.query.shape[:3], values.shape[-1], device=self.query.device)
-        lse = torch.full(self.query.shape[:3], -math.inf, device=self.query.device)
+        rooms: tuple[Tensor, Tensor] | None = None
         key = self.key if values.shape[1] == self.key_heads else self._per_query_head(self.key)
         for rows, cols, mask, causal in self._spans():
             q, k, v = (
@@ -95,9 +100,19 @@ class FusedAttention(BlockwiseAttention):
             )
             q = q if self.scale > 0 else -q  # a negative scale would turn the mask's -inf round
             part, part_lse = kernel.run(q, k, v, mask, causal, power * abs(self.scale))
-            out[:, :, rows], lse[:, :, rows] = part, part_lse
-        seen = self.occupied
-        return torch.where(seen[..., None], out, 0.0), torch.where(seen, lse, -math.inf)
+            if part.shape[2] == self.queries:
+                rooms = part, part_lse
+                break
+            rooms = rooms or self._rooms(values.shape[-1])
+            rooms[0][:, :, rows], rooms[1][:, :, rows] = part, part_lse
+        out, lse = rooms or self._rooms(values.shape[-1])
+        empty = ~self.occupied
+        return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, -math.inf)
+
+    def _rooms(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Room for the results of several calls, as they are where nothing is visible."""
+        shape, device = self.query.shape[:3], self.query.device
+        return torch.zeros(*shape, columns, device=device), torch.full(shape, -math.inf, device=device)
 
     def _spans(self) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
         """Calls to make, as (rows, keys, additive mask, causal): one where the kernel's own causality will do."""

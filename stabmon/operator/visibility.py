@@ -191,6 +191,16 @@ class Visibility:
         assert self.summary is not None
         return self.summary.first.amin(-1).clamp(max=self.keys - 1)
 
+    @cached_property
+    def sees_first(self) -> Tensor:
+        """``[B or 1, H or 1, Q]`` bool: the row sees the key of :attr:`first_visible`."""
+        position, first = self._row_positions() + self.offset, self.first_visible
+        key = torch.zeros(1, 1, 1, dtype=torch.int64, device=self.device) if first is None else first[..., None]
+        seen = key <= position if self.is_causal else torch.ones_like(key <= position)
+        if self.window is not None:
+            seen = seen & (key > position - self.window) & (self.is_causal | (key < position + self.window))
+        return seen if self.summary is None else seen & (self.summary.first == key)
+
     def select(self, index: Tensor) -> Visibility:
         """The same for the query rows ``index`` (ascending) only."""
         positions = self._row_positions()[index]

@@ -1,12 +1,16 @@
 """What watching costs: monitored against plain training steps, interleaved in one process.
 
-    python tests/bench/overhead.py [--quick] [--json]
+    python tests/bench/overhead.py               the tables, in about six minutes on two free cores
+    python tests/bench/overhead.py --quick       a look, in about two
+    python tests/bench/overhead.py --json        one JSON object instead
+    python tests/bench/overhead.py --threads 1 --clock cpu        on a machine that others use too
 
 A step is forward, backward and AdamW of a GPT-2-like model with random weights. Plain and watched steps alternate; a
 figure is the median over rounds of (watched / plain), so that whatever else the machine does hits both. "every 1" is measured as it
-stands; every 10 and 50 are ((N - 1) x an unsampled step + a sampled one) / N, both kinds measured, since a real run of so many steps would
-resolve no better. The null row is plain against plain. Memory is the peak of live tensor bytes that measuring one call adds, by a dispatch
-mode that counts allocations, as a share of one H x S x S float32 tensor.
+stands, and so is "every 10" in the rows that say so, over runs of ten steps. Elsewhere every 10 and 50 are derived:
+((N - 1) x an unsampled step + a sampled one) / N, both kinds measured, since real runs of so many steps would resolve no better. The null
+row is plain against plain: what differs from 1 there is noise. Memory is the peak of live tensor bytes that measuring one call
+adds, by a dispatch mode that counts allocations, as a share of one H x S x S float32 tensor.
 """
 
 from __future__ import annotations
@@ -37,14 +41,17 @@ import stabmon
 from stabmon.operator import attention_operator
 from stabmon.signals import measure
 
-SIZES = {128: (16, 256, 4), 512: (4, 512, 4), 2048: (1, 512, 4)}
-"""S -> (batch, width, layers); head dimension 64."""
+SIZES = {128: (8, 256, 4), 512: (2, 384, 3), 2048: (1, 384, 2)}
+"""S -> (batch, width, layers); head dimension 64, a vocabulary of 256: nearly all of a step is spent in its layers."""
 AIMS = {1: 1.10, 10: 1.01, 50: 1.002}
 MEMORY_AIM = 0.05
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Run:
-    """One model in training; ``step`` makes one optimizer step and returns its seconds."""
+    """One model in training; ``seconds_of`` makes optimizer steps and returns how long they took."""
+
+    clock: Callable[[], float] = staticmethod(time.perf_counter)
 
     def __init__(self, length: int, attention: str = "sdpa") -> None:
         batch, width, layers = SIZES[length]
@@ -58,26 +65,28 @@ class Run:
         self.after: Callable[[torch.Tensor], object] = lambda loss: None
         self.options: dict[str, Any] = {}
 
-    def step(self) -> float:
-        """Seconds of one whole step."""
-        began = time.perf_counter()
-        self.optimizer.zero_grad()
-        loss = self.model(self.ids, labels=self.ids, **self.options).loss
-        loss.backward()
-        self.optimizer.step()
-        self.after(loss)
-        return time.perf_counter() - began
+    def seconds_of(self, steps: int) -> float:
+        """Seconds of so many whole steps."""
+        began = self.clock()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            loss = self.model(self.ids, labels=self.ids, **self.options).loss
+            loss.backward()
+            self.optimizer.step()
+            self.after(loss)
+        return self.clock() - began
 
 
-def ratios(plain: Run, other: Run, rounds: int) -> tuple[float, float]:
-    """Median of other / plain over interleaved rounds, and its spread (half the interquartile range)."""
-    for run in (plain, other):
-        run.step(), run.step()
-    found = []
-    for n in range(rounds):
-        first, second = (plain, other) if n % 2 else (other, plain)
-        times = {id(first): first.step()}
-        times[id(second)] = second.step()
+def ratios(plain: Run, other: Run, seconds: float, steps: int = 1) -> tuple[float, float]:
+    """Median of other / plain over interleaved rounds of ``steps`` each, and its spread (half the interquartile range)."""
+    plain.seconds_of(2)
+    other.seconds_of(max(2, steps))  # a run that samples every so many steps stays in time with its rounds
+    found: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(found) < 3 or time.perf_counter() < until:
+        first, second = (plain, other) if len(found) % 2 else (other, plain)
+        times = {id(first): first.seconds_of(steps)}
+        times[id(second)] = second.seconds_of(steps)
         found.append(times[id(other)] / times[id(plain)])
     low, middle, high = statistics.quantiles(found, n=4)
     return middle, (high - low) / 2
@@ -91,7 +100,7 @@ def watched(length: int, every: int, **config: Any) -> tuple[Run, stabmon.Attent
     return run, monitor
 
 
-def rows_of(length: int, rounds: int) -> Iterator[dict[str, Any]]:
+def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Every figure of one length."""
     plain = Run(length)
 
@@ -100,28 +109,33 @@ def rows_of(length: int, rounds: int) -> Iterator[dict[str, Any]]:
         every = {n: ((n - 1) * rest + sampled[0]) / n for n in AIMS}
         return {"S": length, "what": what, **{f"every {n}": r for n, r in every.items()}, "spread": sampled[1], "unsampled": rest}
 
-    null = ratios(plain, Run(length), rounds)
+    null = ratios(plain, Run(length), seconds)
     yield {"S": length, "what": "null (plain / plain)", "every 1": null[0], "spread": null[1]}
     run, monitor = watched(length, 10**9)
-    idle = ratios(plain, run, 2 * rounds)
+    idle = ratios(plain, run, 2 * seconds)
     monitor.close()
     engines = ["auto", "blockwise", "fused", *(["dense"] if length == 128 else [])]
     choices: dict[str, dict[str, Any]] = {f"stabmon, engine {name}": {"engine": name} for name in engines}
     choices["stabmon, entropy and max logit alone"] = {"signals": ["attention_entropy", "normalized_entropy", "max_logit"]}
     for what, config in choices.items():
         run, monitor = watched(length, 1, **config)
-        sampled = ratios(plain, run, rounds)
+        sampled = ratios(plain, run, seconds)
         if monitor.errors:
             raise RuntimeError(f"{what} failed inside: {dict(monitor.errors)}")
         monitor.close()
         yield row(what, sampled, idle)
+    if length == min(SIZES):
+        run, monitor = watched(length, 10)
+        real = ratios(plain, run, 4 * seconds, steps=10)
+        monitor.close()
+        yield {"S": length, "what": "stabmon, engine auto, in runs of ten steps", "every 10": real[0], "spread": real[1]}
     eager = Run(length, "eager")
     eager.options = {"output_attentions": True}
-    yield row("eager, output_attentions=True", ratios(plain, eager, max(5, rounds // 2)))
-    yield from others(length, plain, rounds, row)
+    yield row("eager, output_attentions=True", ratios(plain, eager, seconds / 2))
+    yield from others(length, plain, seconds / 2, row)
 
 
-def others(length: int, plain: Run, rounds: int, row: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def others(length: int, plain: Run, seconds: float, row: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Other tools, where they are installed."""
     try:
         import wandb
@@ -134,7 +148,7 @@ def others(length: int, plain: Run, rounds: int, row: Callable[..., dict[str, An
             run = Run(length)
             wandb_run.watch(run.model, log="all", log_freq=1)
             run.after = lambda loss: wandb_run.log({"loss": float(loss)})
-            yield row("wandb.watch(log='all')", ratios(plain, run, max(5, rounds // 2)))
+            yield row("wandb.watch(log='all')", ratios(plain, run, seconds))
             wandb_run.unwatch(run.model)
     try:
         from torch_module_monitor import ModuleMonitor  # type: ignore[import-not-found]
@@ -154,7 +168,7 @@ def others(length: int, plain: Run, rounds: int, row: Callable[..., dict[str, An
         other.begin_step(next(steps))
         run.after = around
         with suppress(Exception):
-            yield row("torch-module-monitor, activation norms", ratios(plain, run, max(5, rounds // 2)))
+            yield row("torch-module-monitor, activation norms", ratios(plain, run, seconds))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -209,14 +223,16 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--threads", type=int, default=2, help="torch threads; 1 where other work shares the machine")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu counts this process's own time only")
     parser.add_argument("--length", type=int, action="append", choices=SIZES, help="one length instead of all; may be repeated")
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
-    rounds = {128: 61, 512: 31, 2048: 21} if not args.quick else {128: 9, 512: 5, 2048: 5}
+    Run.clock = staticmethod(CLOCKS[args.clock])
+    seconds = 3.0 if args.quick else 11.0
     rows = []
     for length in args.length or SIZES:
-        for row in rows_of(length, rounds[length]):
+        for row in rows_of(length, seconds):
             rows.append(row)
             print(f"S {length}: {row['what']}", file=sys.stderr)
     shares = {engine: {length: memory(length, engine) for length in (1024, 2048, 4096)} for engine in ("blockwise", "fused")}
