@@ -28,6 +28,8 @@ _MIN_KEYS = 2048
 _MIN_ROWS, _MAX_ROWS = 32, 64
 _KEYS_A_ROW = 32
 """A block has a row for so many keys: few rows waste less above the diagonal, many multiply faster."""
+_ROWS_FOR_COPY = 4
+"""Query rows for each head dimension from which products are faster enough with the keys' transpose copied to pay for the copy."""
 _LEAST = 2.0**-42
 """Probability, relative to the row's largest, below which squares and cubes are lost in the sums; denormal ones would be slow."""
 _SATURATED = 1.01
@@ -172,7 +174,9 @@ class BlockwiseAttention(AttentionOperator):
         """Every block of logits that holds a visible key; rows that see nothing get none. A block lives until the next is asked for."""
         groups = self.heads // self.key_heads
         query = self.query.unflatten(1, (self.key_heads, groups))
-        keys = self.key.to(self._dtype).mT.contiguous()
+        keys = self.key.to(self._dtype).contiguous().mT
+        if self.queries > _ROWS_FOR_COPY * self.head_dim:
+            keys = keys.contiguous()
         scale = self.scale if self.softcap is not None else self.scale / LN_2
         budget = _BLOCK_ELEMENTS * (torch.get_num_threads() if self.query.device.type == "cpu" else _GPU_BLOCKS)
         n_rows = max(1, min(_MAX_ROWS, max(_MIN_ROWS, self.keys // _KEYS_A_ROW)) // groups)
