@@ -5,12 +5,13 @@
     python tests/bench/overhead.py --json        one JSON object instead
     python tests/bench/overhead.py --threads 1 --clock cpu        on a machine that others use too
 
-A step is forward, backward and AdamW of a GPT-2-like model with random weights. Plain and watched steps alternate; a
-figure is the median over rounds of (watched / plain), so that whatever else the machine does hits both. "every 1" is measured as it
-stands, and so is "every 10" in the rows that say so, over runs of ten steps. Elsewhere every 10 and 50 are derived:
-((N - 1) x an unsampled step + a sampled one) / N, both kinds measured, since real runs of so many steps would resolve no better. The null
-row is plain against plain: what differs from 1 there is noise. Memory is the peak of live tensor bytes that measuring one call
-adds, by a dispatch mode that counts allocations, as a share of one H x S x S float32 tensor.
+A step is forward, backward and AdamW of a GPT-2-like model with random weights and no dropout (with it, torch's CPU kernel is slow and
+watching looks cheaper than it is). Plain and watched steps alternate; a figure is the median over rounds of (watched / plain),
+so that whatever else the machine does hits both. The null row is plain against plain: what differs from 1 there is noise. "every 1" is
+measured as it stands, and so is "every 10" in the row that says so, over runs of ten steps. Elsewhere every 10 and 50 are derived:
+((N - 1) x an unsampled step + a sampled one) / N. What an unsampled step adds is too little to show in a ratio: it is the median
+difference in seconds for the same model on eight tokens, over the seconds of a plain step. Memory is the peak of live tensor
+bytes that measuring one call adds, by a dispatch mode that counts allocations, as a share of one H x S x S float32 tensor.
 """
 
 from __future__ import annotations
@@ -53,15 +54,16 @@ class Run:
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
 
-    def __init__(self, length: int, attention: str = "sdpa") -> None:
+    def __init__(self, length: int, attention: str = "sdpa", tokens: int | None = None) -> None:
         batch, width, layers = SIZES[length]
         torch.manual_seed(0)
-        config = GPT2Config(
-            n_layer=layers, n_head=width // 64, n_embd=width, vocab_size=256, n_positions=length, bos_token_id=0, eos_token_id=0
-        )
+        shape = {"n_layer": layers, "n_head": width // 64, "n_embd": width, "vocab_size": 256, "n_positions": length}
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        config = GPT2Config(**shape, **dropout, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss")
         self.model = GPT2LMHeadModel._from_config(config, attn_implementation=attention).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
-        self.ids = torch.randint(0, 256, (batch, length))
+        self.ids = torch.randint(0, 256, (batch, length) if tokens is None else (1, tokens))
+        self.look: Callable[[Any], object] = lambda output: None
         self.after: Callable[[torch.Tensor], object] = lambda loss: None
         self.options: dict[str, Any] = {}
 
@@ -70,31 +72,36 @@ class Run:
         began = self.clock()
         for _ in range(steps):
             self.optimizer.zero_grad()
-            loss = self.model(self.ids, labels=self.ids, **self.options).loss
-            loss.backward()
+            output = self.model(self.ids, labels=self.ids, **self.options)
+            self.look(output)
+            output.loss.backward()
             self.optimizer.step()
-            self.after(loss)
+            self.after(output.loss)
         return self.clock() - began
 
 
-def ratios(plain: Run, other: Run, seconds: float, steps: int = 1) -> tuple[float, float]:
-    """Median of other / plain over interleaved rounds of ``steps`` each, and its spread (half the interquartile range)."""
+def rounds(plain: Run, other: Run, seconds: float, steps: int = 1) -> list[tuple[float, float]]:
+    """(plain, other) seconds of rounds of ``steps`` each, by turns first."""
     plain.seconds_of(2)
     other.seconds_of(max(2, steps))  # a run that samples every so many steps stays in time with its rounds
-    found: list[float] = []
+    found: list[tuple[float, float]] = []
     until = time.perf_counter() + seconds
-    while len(found) < 3 or time.perf_counter() < until:
+    while len(found) < 5 or time.perf_counter() < until:
         first, second = (plain, other) if len(found) % 2 else (other, plain)
-        times = {id(first): first.seconds_of(steps)}
-        times[id(second)] = second.seconds_of(steps)
-        found.append(times[id(other)] / times[id(plain)])
-    low, middle, high = statistics.quantiles(found, n=4)
+        times = {first: first.seconds_of(steps), second: second.seconds_of(steps)}
+        found.append((times[plain], times[other]))
+    return found
+
+
+def ratios(plain: Run, other: Run, seconds: float, steps: int = 1) -> tuple[float, float]:
+    """Median of other / plain, and its spread (half the interquartile range)."""
+    low, middle, high = statistics.quantiles((b / a for a, b in rounds(plain, other, seconds, steps)), n=4)
     return middle, (high - low) / 2
 
 
-def watched(length: int, every: int, **config: Any) -> tuple[Run, stabmon.AttentionStabilityMonitor]:
+def watched(length: int, every: int, tokens: int | None = None, **config: Any) -> tuple[Run, stabmon.AttentionStabilityMonitor]:
     """A run with a monitor that samples every ``every``-th step."""
-    run = Run(length)
+    run = Run(length, tokens=tokens)
     monitor = stabmon.AttentionStabilityMonitor(run.model, run.optimizer, config="observe", log_every=every, sinks=[], **config)
     run.after = lambda loss: monitor.on_step(loss=loss)
     return run, monitor
@@ -104,16 +111,18 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Every figure of one length."""
     plain = Run(length)
 
-    def row(what: str, sampled: tuple[float, float], idle: tuple[float, float] | None = None) -> dict[str, Any]:
-        rest = (idle or (1.0, 0.0))[0]
-        every = {n: ((n - 1) * rest + sampled[0]) / n for n in AIMS}
-        return {"S": length, "what": what, **{f"every {n}": r for n, r in every.items()}, "spread": sampled[1], "unsampled": rest}
-
-    null = ratios(plain, Run(length), seconds)
-    yield {"S": length, "what": "null (plain / plain)", "every 1": null[0], "spread": null[1]}
-    run, monitor = watched(length, 10**9)
-    idle = ratios(plain, run, 2 * seconds)
+    null = rounds(plain, Run(length), seconds)
+    low, middle, high = statistics.quantiles((b / a for a, b in null), n=4)
+    yield {"S": length, "what": "null (plain / plain)", "every 1": middle, "spread": (high - low) / 2}
+    run, monitor = watched(length, 10**9, tokens=8)
+    added = statistics.median(b - a for a, b in rounds(Run(length, tokens=8), run, seconds))
     monitor.close()
+    unsampled = 1 + added / statistics.median(a for a, _ in null)
+
+    def row(what: str, sampled: tuple[float, float], rest: float = 1.0) -> dict[str, Any]:
+        every = {f"every {n}": ((n - 1) * rest + sampled[0]) / n for n in AIMS}
+        return {"S": length, "what": what, **every, "spread": sampled[1], "unsampled": rest}
+
     engines = ["auto", "blockwise", "fused", *(["dense"] if length == 128 else [])]
     choices: dict[str, dict[str, Any]] = {f"stabmon, engine {name}": {"engine": name} for name in engines}
     choices["stabmon, entropy and max logit alone"] = {"signals": ["attention_entropy", "normalized_entropy", "max_logit"]}
@@ -123,7 +132,7 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
         if monitor.errors:
             raise RuntimeError(f"{what} failed inside: {dict(monitor.errors)}")
         monitor.close()
-        yield row(what, sampled, idle)
+        yield row(what, sampled, unsampled)
     if length == min(SIZES):
         run, monitor = watched(length, 10)
         real = ratios(plain, run, 4 * seconds, steps=10)
@@ -132,7 +141,17 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
     eager = Run(length, "eager")
     eager.options = {"output_attentions": True}
     yield row("eager, output_attentions=True", ratios(plain, eager, seconds / 2))
+    eager.look = entropy_and_maximum
+    yield row("the same, and their entropy and maximum", ratios(plain, eager, seconds / 2))
     yield from others(length, plain, seconds / 2, row)
+
+
+@torch.no_grad()
+def entropy_and_maximum(output: Any) -> list[tuple[list[float], list[float]]]:
+    """What one would compute from returned weights: two statistics a head."""
+    return [
+        (torch.special.entr(p).sum(-1).mean(dim=(0, 2)).tolist(), p.amax(-1).mean(dim=(0, 2)).tolist()) for p in output.attentions
+    ]
 
 
 def others(length: int, plain: Run, seconds: float, row: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -229,7 +248,7 @@ def main() -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
     Run.clock = staticmethod(CLOCKS[args.clock])
-    seconds = 3.0 if args.quick else 11.0
+    seconds = 2.0 if args.quick else 8.0
     rows = []
     for length in args.length or SIZES:
         for row in rows_of(length, seconds):
