@@ -177,6 +177,23 @@ class AttentionOperator(ABC):
         with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
             return self._rmatvec(self._per_query_row(y))
 
+    @cached_property
+    def query_squared(self) -> Tensor:
+        """``[B, H, Q]`` squared norm of each query."""
+        query = self.query.to(self._dtype)
+        return (query * query).sum(-1)
+
+    @cached_property
+    def key_gram(self) -> Tensor:
+        """``[B, H_kv, D, D]`` K^T K of each key head, over all keys."""
+        key = self.key.to(self._dtype)
+        return key.mT @ key
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What this engine computes in."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
     @abstractmethod
     def rows(self, index: Tensor) -> AttentionOperator:
         """The operator of the query rows ``index`` (int64, ascending) only."""

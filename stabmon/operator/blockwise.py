@@ -8,7 +8,6 @@ long where it underflows, ``exp2`` does not.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,10 +45,8 @@ class _Block:
     logits: Tensor
     spare: Tensor
     """Room of the same shape."""
-    pieces: list[Piece]
-    """The parts of it in which something is hidden."""
-    raw: RowSums
-    """``raw_top`` and ``raw_bottom`` of each row, before a softcap; only where there is one, and where they were asked for."""
+    extremes: RowSums
+    """``bottom`` of each row, and where there is a softcap ``raw_top`` and ``raw_bottom``, as far as they were asked for."""
     is_last: bool
     """No further keys come for these rows."""
 
@@ -58,10 +55,6 @@ class BlockwiseAttention(AttentionOperator):
     """Row blocks by key blocks, online rescale, float32 (float64 for float64 inputs)."""
 
     engine = "blockwise"
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
     @cached_property
     def _with_care(self) -> bool:
@@ -102,9 +95,7 @@ class BlockwiseAttention(AttentionOperator):
         """Sums of one block; destroys its logits."""
         z, p = block.logits, block.spare
         top = z.amax(-1)
-        sums = {"top": top, **block.raw}
-        if "bottom" in parts:
-            sums["bottom"] = _bottom(z, p, block.pieces)
+        sums = {"top": top, **block.extremes}
         if "rest" not in parts:
             return sums
         z.sub_(top.clamp(min=HIDDEN / 10)[..., None])
@@ -202,8 +193,8 @@ class BlockwiseAttention(AttentionOperator):
                         z.copy_(self.given_scores[batch, heads, rows, cols].unflatten(1, (h, groups)))
                         z.mul_(scale)
                     pieces = [self._five(piece, batch, heads, left) for piece in self.visibility.pieces(rows, cols)]
-                    raw = self._to_logits(z, spare, pieces, parts)
-                    yield _Block((batch, heads, rows), cols, z, spare, pieces, raw, cols.stop == high)
+                    extremes = self._to_logits(z, spare, pieces, parts)
+                    yield _Block((batch, heads, rows), cols, z, spare, extremes, cols.stop == high)
 
     def _tiles(self, pairs: int) -> Iterator[tuple[slice, slice]]:
         """(batch elements, key heads) by about ``pairs`` of them at a time."""
@@ -226,38 +217,41 @@ class BlockwiseAttention(AttentionOperator):
         return Piece(cols, part(piece.ceiling), part(piece.floor), None if piece.bias is None else part(piece.bias))
 
     def _to_logits(self, z: Tensor, spare: Tensor, pieces: list[Piece], parts: set[str]) -> RowSums:
-        """Turn scores (with a softcap, in nats) into logits in place; returns each row's raw extremes where these are another thing."""
-        raw: RowSums = {}
+        """Turn scores (with a softcap, in nats) into logits in place; returns each row's extremes but for the largest logit."""
+        found: RowSums = {}
         if self.softcap is not None:
             if parts & {"raw_top", "raw_bottom"}:
-                self._mask(torch.div(z, LN_2, out=spare), pieces)
-            if "raw_top" in parts:
-                raw["raw_top"] = spare.amax(-1)
-            if "raw_bottom" in parts:
-                raw["raw_bottom"] = _bottom(spare, spare, pieces)
+                raw = torch.div(z, LN_2, out=spare)
+                self._add_bias(raw, pieces)
+                found["raw_bottom"] = self._smallest(raw, pieces)
+                self._hide(raw, pieces)
+                found["raw_top"] = raw.amax(-1)
             z.div_(self.softcap).tanh_().mul_(self.softcap / LN_2)
-        self._mask(z, pieces)
-        return raw
+        self._add_bias(z, pieces)
+        if "bottom" in parts:
+            found["bottom"] = self._smallest(z, pieces)
+        self._hide(z, pieces)
+        return found
 
-    def _mask(self, z: Tensor, pieces: list[Piece]) -> None:
-        """Add the bias and set what is hidden to ``HIDDEN``, in place."""
+    def _add_bias(self, z: Tensor, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            if piece.bias is not None:
+                z[..., piece.cols] += piece.bias / LN_2
+
+    def _smallest(self, z: Tensor, pieces: list[Piece]) -> Tensor:
+        """Smallest visible logit of each row; lifts what is hidden above all others."""
         for piece in pieces:
             part = z[..., piece.cols]
-            if piece.bias is not None:
-                part += piece.bias / LN_2
+            if self._with_care:
+                part.masked_fill_(piece.ceiling < 0, -HIDDEN)
+            else:
+                torch.maximum(part, piece.floor, out=part)
+        return z.amin(-1)
+
+    def _hide(self, z: Tensor, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            part = z[..., piece.cols]
             if self._with_care:
                 part.masked_fill_(piece.ceiling < 0, HIDDEN)
             else:
                 torch.minimum(part, piece.ceiling, out=part)
-
-
-def _bottom(z: Tensor, spare: Tensor, pieces: list[Piece]) -> Tensor:
-    """Smallest visible logit of each row; writes what is hidden in ``z`` to ``spare``, lifted out of the way."""
-    found, seen_to = [], 0
-    for piece in pieces:
-        found.append(z[..., seen_to : piece.cols.start])
-        lifted = spare[..., piece.cols]
-        found.append(torch.maximum(z[..., piece.cols], piece.floor, out=lifted))
-        seen_to = piece.cols.stop
-    found.append(z[..., seen_to:])
-    return functools.reduce(torch.minimum, [part.amin(-1) for part in found if part.shape[-1]])

@@ -15,6 +15,7 @@ class DenseAttention(AttentionOperator):
     """All Q x K logits of all heads in float64."""
 
     engine = "dense"
+    _dtype = torch.float64
 
     @cached_property
     def _hidden_and_bias(self) -> tuple[Tensor | None, Tensor | None]:

@@ -50,9 +50,8 @@ def hnf_log_curvature(attention: AttentionOperator) -> Tensor:
     if attention.given_scores is not None:
         return torch.full_like(attention.log_odds_of_rest(), math.nan)
     beta = abs(attention.scale)
-    q_squared = attention.query.to(attention.log_odds_of_rest().dtype).square().sum(-1)
-    k_squared = _spectral_norm_squared(attention.key).repeat_interleave(attention.heads // attention.key_heads, dim=1)
-    size = beta**2 * (q_squared + k_squared[..., None]) / math.sqrt(2) + beta / 2
+    k_squared = _largest_eigenvalue(attention.key_gram).repeat_interleave(attention.heads // attention.key_heads, dim=1)
+    size = beta**2 * (attention.query_squared + k_squared[..., None]) / math.sqrt(2) + beta / 2
     return _log_jacobian_eigenvalue(attention) + size.log()
 
 
@@ -71,10 +70,9 @@ def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
     largest = _largest_magnitude(attention)
     if attention.given_scores is not None:
         return torch.full_like(largest, math.nan)
-    query_squared = attention.query.to(largest.dtype).square().sum(dim=(-2, -1))
-    key_squared = attention.key.to(largest.dtype).square().sum(dim=(-2, -1))
+    key_squared = attention.key_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     key_squared = key_squared.repeat_interleave(attention.heads // attention.key_heads, dim=1)
-    log_norms = (query_squared.log() + key_squared.log()) / 2 - math.log(attention.head_dim)
+    log_norms = (attention.query_squared.sum(-1).log() + key_squared.log()) / 2 - math.log(attention.head_dim)
     return log_norms[..., None] + 2 * largest
 
 
@@ -97,15 +95,13 @@ def _log_jacobian_eigenvalue(attention: AttentionOperator) -> Tensor:
     return torch.minimum(-softplus(log_r), math.log(2) + log_r - 2 * softplus(log_r))
 
 
-def _spectral_norm_squared(key: Tensor) -> Tensor:
-    """``[B, H_kv]`` upper bound on the squared spectral norm of each head's keys ``[K, D]``: (tr G^p)^(1/p) of G = K^T K with p = 16."""
-    key = key if key.dtype == torch.float64 else key.float()
-    gram = key.mT @ key
+def _largest_eigenvalue(gram: Tensor) -> Tensor:
+    """Upper bound on the largest eigenvalue of each Gram matrix ``[..., D, D]``: (tr G^p)^(1/p) with p = 16."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
     unit = trace / math.sqrt(gram.shape[-1])  # the largest eigenvalue is within sqrt D of it, so that no power overflows
     power = gram / unit[..., None, None]
     for _ in range(_SQUARINGS - 1):
         power = power @ power
-    trace_of_power = power.square().sum(dim=(-2, -1))
-    spectral: Tensor = unit * trace_of_power ** (1 / 2**_SQUARINGS)
-    return spectral
+    trace_of_power = (power * power).sum(dim=(-2, -1))
+    largest: Tensor = unit * trace_of_power ** (1 / 2**_SQUARINGS)
+    return largest

@@ -87,20 +87,21 @@ def measure(
 
 def _reduce(attention: AttentionOperator, wanted: Sequence[Signal]) -> dict[str, HeadSums]:
     attention.prepare({need for each in wanted for need in each.needs})
-    found = {}
-    counts: dict[int, tuple[Tensor, Tensor]] = {}
-    for each in wanted:
-        if each.least_visible not in counts:
-            counted = attention.n_visible() >= each.least_visible
-            counts[each.least_visible] = counted, counted.sum(dim=(0, 2))
-        counted, count = counts[each.least_visible]
-        rows = each.function(attention)
-        if each.reduction == "max":
-            total = rows.masked_fill(~counted, -torch.inf).amax(dim=(0, 2))
-        else:
-            total = rows.masked_fill(~counted, 0.0).sum(dim=(0, 2), dtype=torch.float64 if rows.device.type == "cpu" else None)
-        found[each.name] = HeadSums(each, total, count)
-    return found
+    found: dict[str, HeadSums] = {}
+    for least in {each.least_visible for each in wanted}:
+        counted = attention.n_visible() >= least
+        count = counted.sum(dim=(0, 2))
+        for reduction, left_out in (("mean", 0.0), ("max", -torch.inf)):
+            alike = [each for each in wanted if (each.reduction, each.least_visible) == (reduction, least)]
+            if not alike:
+                continue
+            rows = torch.stack([each.function(attention) for each in alike]).masked_fill_(~counted, left_out)
+            if reduction == "max":
+                totals = rows.amax(dim=(1, 3))
+            else:
+                totals = rows.sum(dim=(1, 3), dtype=torch.float64 if rows.device.type == "cpu" else None)
+            found |= {each.name: HeadSums(each, total, count) for each, total in zip(alike, totals, strict=True)}
+    return {each.name: found[each.name] for each in wanted}
 
 
 def _draw(attention: AttentionOperator, count: int, generator: torch.Generator | None) -> Tensor:

@@ -250,7 +250,7 @@ def test_rounding_scores_to_precision_bits_moves_the_softmax_by_no_more_than_a_t
 ) -> None:
     z = np.array(scores)
     needed = precision_bits(operator_of_rows(scores, dtype=torch.float64)).item()
-    error = 2.0**-needed * np.abs(z).max() if math.isfinite(needed) else 0.0
+    error = 2.0 ** (math.log2(np.abs(z).max()) - needed) if math.isfinite(needed) else 0.0
     direction = np.array([share if signs >> i & 1 else -share for i, share in enumerate(shares)])[: len(z)]
     moved = scipy.special.softmax(z + error * direction)
     assert 0.5 * np.abs(moved - scipy.special.softmax(z)).sum() <= 0.1 + 1e-9
