@@ -28,9 +28,10 @@ def stabmon() -> None:
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="signals, rules or sinks; all if left out")] = None, as_json: Json = False
+    kind: Annotated[str | None, typer.Argument(help="signals, rules, interventions or sinks; all if left out.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """What there is to measure, to judge by and to write to."""
+    """What there is to measure, to judge by, to act with and to write to."""
     registries = _registries()
     if kind is not None and kind not in registries:
         raise ValueError(f"unknown kind {kind!r}. Known: {', '.join(registries)}")
@@ -98,11 +99,12 @@ def _leave(message: str) -> None:
 
 
 def _registries() -> dict[str, Registry[Any]]:
+    from stabmon.interventions import INTERVENTIONS
     from stabmon.rules import RULES
     from stabmon.signals import SIGNALS
     from stabmon.sinks import SINKS
 
-    return {"signals": SIGNALS, "rules": RULES, "sinks": SINKS}
+    return {"signals": SIGNALS, "rules": RULES, "interventions": INTERVENTIONS, "sinks": SINKS}
 
 
 def _entries(registry: Registry[Any]) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from stabmon.interventions import Budget, Intervention, make_interventions
 from stabmon.operator import ENGINES
 from stabmon.rules import RULES, Rule
 from stabmon.signals import SIGNALS
@@ -50,6 +51,8 @@ class StabilityConfig:
     history: int = 256
     clear_after: int = 2
     cooldown: int = 10
+    interventions: Mapping[str, Mapping[str, Any] | bool | None] = field(default_factory=dict)
+    budget: Mapping[str, int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("log_every", 1), ("history", 2), ("clear_after", 1), ("cooldown", 0)):
@@ -79,6 +82,30 @@ class StabilityConfig:
         if not isinstance(self.rules, Mapping):
             raise ValueError(f"rules: {self.rules!r} must map rule names to levels, or to false")
         self.make_rules()
+        for name in ("interventions", "budget"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}: {getattr(self, name)!r} must map names to values")
+        self.make_interventions()
+        self.make_budget()
+
+    def make_interventions(self) -> dict[str, Intervention]:
+        """What may be done to the run, by name.
+
+        Raises:
+            ValueError: for an unknown intervention or setting, or a value that cannot be.
+        """
+        return make_interventions(self.interventions)
+
+    def make_budget(self) -> Budget:
+        """How much may be done to the run.
+
+        Raises:
+            ValueError: for an unknown limit, or a value that cannot be.
+        """
+        known = [f.name for f in fields(Budget)]
+        if unknown := sorted(set(self.budget) - set(known)):
+            raise ValueError(f"budget: unknown limit {unknown[0]!r}. Known: {', '.join(known)}")
+        return Budget(**self.budget)  # type: ignore[arg-type]
 
     def make_rules(self) -> list[Rule]:
         """Every registered rule with the levels given here, without those set to false.
@@ -114,7 +141,9 @@ class StabilityConfig:
         """Plain values, one entry a field."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["sinks"] = [each if isinstance(each, str) else type(each).__name__ for each in self.sinks]
-        values["rules"] = {name: dict(v) if isinstance(v, Mapping) else v for name, v in self.rules.items()}
+        for each in ("rules", "interventions"):
+            values[each] = {name: dict(v) if isinstance(v, Mapping) else v for name, v in values[each].items()}
+        values["budget"] = dict(self.budget)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
@@ -139,7 +168,7 @@ def load_config(config: str | Path | StabilityConfig | None = "observe", **overr
     10
     >>> load_config("obsrve")
     Traceback (most recent call last):
-    ValueError: config 'obsrve' is neither a preset (observe) nor a YAML file: give one of these
+    ValueError: config 'obsrve' is neither a preset (guard, observe) nor a YAML file: give one of these
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if isinstance(config, StabilityConfig):

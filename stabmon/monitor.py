@@ -8,15 +8,19 @@ One optimizer step, with what a monitor does at each mark::
       …                         more micro-batches
     before_optimizer_step()  <- replay the forwards, if something is not finite
       optimizer.step()
-    on_step(loss)            <- if sampled: one reading -> rules -> issues -> sinks -> Diagnosis
+    on_step(loss)            <- if sampled: one reading -> rules -> issues -> sinks -> interventions -> Diagnosis
+
+Interventions that are held are told of every mark.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,21 +29,24 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.config import StabilityConfig, load_config
-from stabmon.distributed import RankReducer, rank
-from stabmon.guard import Guard, safely
+from stabmon.distributed import RankReducer, rank, world_size
+from stabmon.interventions import Applied, Guard, Intervention, TrainingRun
 from stabmon.measurements import to_host
 from stabmon.non_finite import NonFiniteWatch
 from stabmon.observer import StepObserver
-from stabmon.records import Diagnosis, Reading, StabilityIssue
+from stabmon.recorder import Recorder
+from stabmon.records import AttentionCall, Diagnosis, Reading, StabilityIssue
 from stabmon.rules.history import History
 from stabmon.rules.tracker import IssueTracker
 from stabmon.run_meta import run_meta
-from stabmon.sinks import Sink, SinkGroup
-from stabmon.sinks.scalars import dashboard_scalars
+from stabmon.safety import Safety, safely
+from stabmon.sinks import Sink
+
+logger = logging.getLogger("stabmon")
 
 
 class AttentionStabilityMonitor:
-    """Watches the attention of a model in training, and changes nothing about it.
+    """Watches the attention of a model in training, and changes nothing about it unless the configuration names interventions.
 
     Call :meth:`on_step` once after each optimizer step and :meth:`close` (or leave the context) at the end. Nothing here raises into
     the training loop but bad arguments to the constructor.
@@ -47,12 +54,13 @@ class AttentionStabilityMonitor:
     Args:
         model: the model as it is called in training: plain, compiled, wrapped by DDP or FSDP.
         optimizer: just before its step is when failing batches are replayed; without one none is.
-        lr_scheduler: accepted for symmetry with the callbacks; its rates are read from the optimizer.
+        lr_scheduler: what a rollback with ``rewind_schedule`` sets back; its rates are read from the optimizer.
         config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.StabilityConfig`.
         log_every: sample every N-th optimizer step; the first is step 1, so N = 50 samples 50, 100, …
         sinks: names or :class:`~stabmon.sinks.Sink` objects, instead of the configuration's.
         run_dir: records go to ``<run_dir>/stabmon``; None keeps them in memory only.
-        reduce_ranks: under torch.distributed, reduce sampled steps over all ranks. Every rank must then have a monitor.
+        reduce_ranks: under torch.distributed, reduce sampled steps over all ranks. Every rank must then have a monitor; interventions
+            need it, since all ranks must do the same.
         is_writer: whether this process writes to the sinks; None for rank 0 only.
         manual_steps: :meth:`begin_step` and :meth:`before_optimizer_step` are called from outside, as the integrations do.
         grad_scaler: the gradient scaler in use, whose overflows are not reported and whose scale is taken out of gradient norms;
@@ -88,20 +96,19 @@ class AttentionStabilityMonitor:
         self.lr_scheduler = lr_scheduler
         self.step = 0
         """Optimizer steps seen, those before a resume included."""
-        self.issues: list[StabilityIssue] = []
-        """Every issue emitted so far, in order."""
         self.run_dir = None if run_dir is None else Path(run_dir) / "stabmon"
-        self.guard = Guard()
-        self._writes = rank() == 0 if is_writer is None else is_writer
-        self._sinks = SinkGroup(self.config.make_sinks() if self._writes else [])
+        self.safety = Safety()
+        writes = rank() == 0 if is_writer is None else is_writer
+        self._recorder = Recorder(self.config.make_sinks() if writes else [], self.run_dir, self.safety)
         self._tracker = self._make_tracker()
         self._ranks = RankReducer(model) if reduce_ranks else None
-        self._observer = StepObserver(model, self.config, self.guard, self._scale)
-        self._misfortune = NonFiniteWatch(model, self.guard.failed, self._ranks.share if self._ranks else None)
         self._grad_scaler = grad_scaler if grad_scaler is not None else getattr(optimizer, "scaler", None)
+        self._guard = self._make_guard()
+        self._observer = StepObserver(model, self.config, self.safety, self._scale, self._listener)
+        self._misfortune = NonFiniteWatch(model, self.safety.failed, self._ranks.share if self._ranks else None)
         self._manual = manual_steps
         self._optimizer_hook: Any = None
-        self._alarms = self._last_reading = 0
+        self._last_reading = 0
         self._opened = self._closed = self._looked = self._is_news = False
         if not manual_steps:
             self.begin_step()
@@ -114,19 +121,21 @@ class AttentionStabilityMonitor:
         self._looked = self._is_news = False
         if self._closed:
             return
-        if not self._opened:
-            self._open_sinks()
+        self._open()
         if not self._manual and self._optimizer_hook is None:
             self._hook_optimizer()
-        sampled = self.is_sampled(self.step + 1)
-        self._observer.start(self.step + 1, sampled=sampled, watched=sampled or self.config.watch_every_step)
+        self._start_observing()
 
-    @safely
     def before_optimizer_step(self) -> None:
         """Look at gradients while they and the parameters that made them are still there."""
         if self._closed or self._looked:
             return
         self._looked = True
+        self._look_at_gradients()
+        self._guard.before_optimizer_step()
+
+    @safely
+    def _look_at_gradients(self) -> None:
         seen, sampled = self._observer, self.is_sampled(self.step + 1)
         if sampled and not seen.gradients:
             seen.measure_gradients()
@@ -155,7 +164,10 @@ class AttentionStabilityMonitor:
         self._observer.stop_capture()
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
         self._end_loss(loss)
+        self._tell_guard(micro_batches)
         diagnosis = self._finish_step(micro_batches)
+        if self.is_sampled(self.step) or (diagnosis is not None and world_size() == 1):
+            self._act(diagnosis)
         self._observer.forget()
         if not self._manual:
             self.begin_step()
@@ -165,14 +177,50 @@ class AttentionStabilityMonitor:
         """Whether optimizer step ``step``, counted from 1, is sampled."""
         return step % self.config.log_every == 0
 
-    def get_intervention(self, diagnosis: Diagnosis) -> None:
-        """What to do about a diagnosis: None, since an observing monitor changes nothing; see each issue's suggestion."""
-        return None
+    @safely
+    def get_intervention(self, diagnosis: Diagnosis) -> Intervention | None:
+        """What to do next about the alarms that are open; None where there is nothing to do, or nothing left that was not tried.
+
+        Proposes what the configuration allows, or, where it names no interventions, what the preset ``guard`` allows.
+        """
+        with self._paused():
+            return self._guard.get_intervention(diagnosis.open_issues)
+
+    @safely
+    def apply(self, intervention: Intervention) -> Applied | None:
+        """Apply an intervention, after the optimizer's step; its ``undo()`` takes it back.
+
+        Under torch.distributed, every rank must apply the same.
+
+        Returns:
+            None where it does not fit this run; the audit record in ``interventions.jsonl`` says why.
+        """
+        self._guard.run.step = self.step
+        with self._paused():
+            applied = self._guard.apply(intervention)
+        if not self._manual:
+            self._start_observing()
+        return applied
+
+    @property
+    def issues(self) -> list[StabilityIssue]:
+        """Every issue emitted so far, in order."""
+        return self._recorder.issues
+
+    @property
+    def applied(self) -> tuple[Applied, ...]:
+        """Every intervention applied so far, in order."""
+        return tuple(self._guard.run.applied)
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why training should stop now, where an intervention says so; None to go on."""
+        return self._guard.stop_reason
 
     @property
     def errors(self) -> Counter[str]:
         """What failed inside, by place; each is logged the first time."""
-        return self.guard.errors
+        return self.safety.errors
 
     @property
     def open_issues(self) -> tuple[StabilityIssue, ...]:
@@ -184,11 +232,12 @@ class AttentionStabilityMonitor:
         if self._closed:
             return
         self._closed = True
+        self._guard.close()
         self._observer.let_go()
         if self._optimizer_hook is not None:
             self._optimizer_hook.remove()
             self._optimizer_hook = None
-        self._sinks.close()
+        self._recorder.close()
 
     def __enter__(self) -> AttentionStabilityMonitor:
         return self
@@ -205,6 +254,7 @@ class AttentionStabilityMonitor:
             "tracker": self._tracker.state_dict(),
             "losses": self._observer.losses.state_dict(),
             "non_finite": self._misfortune.state_dict(),
+            "guard": self._guard.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -220,10 +270,14 @@ class AttentionStabilityMonitor:
             step, last_reading = int(state["step"]), int(state["last_reading"])
             self._observer.losses.load_state_dict(state["losses"])
             self._misfortune.load_state_dict(state["non_finite"])
+            self._open()
+            self._guard.run.step, self._guard.run.history = step, tracker.history
+            self._guard.load_state_dict(state["guard"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"no monitor's state ({type(error).__name__}: {error}): give what state_dict() returned") from error
-        self.step, self._last_reading, self.issues, self._tracker = step, last_reading, issues, tracker
-        self._alarms = sum(issue.is_alarm for issue in issues)
+        self.step, self._last_reading, self._tracker = step, last_reading, tracker
+        self._recorder.issues, self._recorder.alarms = [], 0
+        self._recorder.keep(issues)
         if not self._manual:
             self.begin_step()
 
@@ -236,7 +290,7 @@ class AttentionStabilityMonitor:
 
     def leave_ranks(self) -> None:
         """Report this rank's readings alone, since not every rank has a monitor. To be called before the first step."""
-        self._ranks, self._misfortune = None, NonFiniteWatch(self.model, self.guard.failed)
+        self._ranks, self._misfortune = None, NonFiniteWatch(self.model, self.safety.failed)
 
     # -- inside a step ------------------------------------------------------------------------------------------------
 
@@ -258,7 +312,7 @@ class AttentionStabilityMonitor:
             return None
         layers = to_host(sums) if sampled else {}
         if sampled and not layers and (why := seen.why_nothing()):
-            self.guard.failed("sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False)
+            self.safety.failed("sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False)
         losses = seen.losses.take()
         reading = Reading(
             step=self.step,
@@ -270,22 +324,56 @@ class AttentionStabilityMonitor:
             losses=losses,
             micro_batches=max(1, micro_batches),
             non_finite=self._misfortune.found_since(self._last_reading),
-            overhead_fraction=self.guard.overhead_fraction(),
+            overhead_fraction=self.safety.overhead_fraction(),
         )
         self._last_reading = self.step
         return self._judge(reading, sampled)
 
     def _judge(self, reading: Reading, sampled: bool) -> Diagnosis:
         issues = self._tracker.update(reading)
-        self.issues += issues
-        self._alarms += sum(issue.is_alarm for issue in issues)
+        self._recorder.keep(issues)
         open_issues = self._tracker.open_issues
         if sampled:
-            self._sinks.write_reading(reading, dashboard_scalars(reading, open_issues, alarms=self._alarms))
-        for issue in issues:
-            self._sinks.write_issue(issue)
-        self._count_failed_sinks()
+            factor = self._guard.run.rate_factor
+            more = {"learning_rate_factor": factor} if self._guard.automatic or factor != 1 else {}
+            self._recorder.write_reading(reading, open_issues, **more)
+        self._recorder.write_issues(issues)
         return Diagnosis(reading.step, tuple(issues), reading.layers, tuple(self._tracker.history.readings), open_issues)
+
+    # -- interventions ------------------------------------------------------------------------------------------------
+
+    @safely
+    def _tell_guard(self, micro_batches: int) -> None:
+        """At every step: what is held may act."""
+        self._guard.run.accumulation = max(1, micro_batches)
+        self._guard.run.forwards = ()
+        with self._paused():
+            self._guard.on_step(self.step)
+
+    @safely
+    def _act(self, diagnosis: Diagnosis | None) -> None:
+        """Judge what was done and do what is next. On all ranks alike, also where this one has no diagnosis."""
+        run, seen = self._guard.run, self._observer
+        run.layers = {**run.layers, **seen.measurements.modules}
+        open_issues = self._tracker.open_issues
+        if any(issue.is_alarm for issue in open_issues):
+            run.forwards = seen.forwards.calls
+        newest = self._tracker.history.latest if len(self._tracker.history) else None
+        fine = newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
+        with self._paused():
+            self._guard.act(open_issues, healthy=fine and diagnosis is not None)
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Forwards in here are none of training's."""
+        was, self._observer.paused = self._observer.paused, True
+        try:
+            yield
+        finally:
+            self._observer.paused = was
+
+    def _listener(self) -> Callable[[AttentionCall], None] | None:
+        return self._guard.attention if self._guard.wants_attention else None
 
     # -- set-up and small things --------------------------------------------------------------------------------------
 
@@ -295,24 +383,39 @@ class AttentionStabilityMonitor:
             history=History(self.config.history),
             clear_after=self.config.clear_after,
             cooldown_steps=self.config.cooldown * self.config.log_every,
-            on_error=functools.partial(self.guard.failed, "rule"),
+            on_error=functools.partial(self.safety.failed, "rule"),
         )
 
-    def _open_sinks(self) -> None:
+    def _make_guard(self) -> Guard:
+        run = TrainingRun(
+            self.model,
+            self.optimizer,
+            self.lr_scheduler,
+            self._grad_scaler,
+            history=self._tracker.history,
+            run_dir=self.run_dir,
+            audit=self._recorder.write_intervention,
+        )
+        named = self.config if self.config.interventions else load_config("guard")
+        return Guard(run, named.make_interventions(), named.make_budget(), automatic=bool(self.config.interventions))
+
+    def _open(self) -> None:
+        """Once, before the first step: open the sinks, and put in place what has to be there before anything is wrong."""
+        if self._opened:
+            return
         self._opened = True
-        run_dir = self._make_run_dir() if self._writes else None
-        self._sinks.open(run_dir, run_meta(self.model, self.config))
-        self._count_failed_sinks()
+        self._recorder.open(run_meta(self.model, self.config))
+        if self._guard.automatic and world_size() > 1 and self._ranks is None:
+            logger.warning(
+                "Interventions are off: all ranks must do the same, so give every rank a monitor with reduce_ranks=True"
+            )
+            self._guard.automatic = False
+        self._guard.begin()
 
-    @safely
-    def _make_run_dir(self) -> Path | None:
-        if self.run_dir is not None:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        return self.run_dir
-
-    def _count_failed_sinks(self) -> None:
-        if self._sinks.failed:
-            self.errors["sink"] = len(self._sinks.failed)
+    def _start_observing(self) -> None:
+        sampled = self.is_sampled(self.step + 1)
+        watched = sampled or self.config.watch_every_step or self._guard.wants_attention
+        self._observer.start(self.step + 1, sampled=sampled, watched=watched)
 
     @safely
     def _hook_optimizer(self) -> None:

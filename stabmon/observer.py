@@ -15,11 +15,11 @@ from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.config import StabilityConfig
 from stabmon.forward_watch import ForwardWatch
 from stabmon.gradients import AfterBackward, gradient_norms
-from stabmon.guard import Guard, safely
 from stabmon.losses import Losses
 from stabmon.measurements import Measurements
 from stabmon.records import AttentionCall
 from stabmon.replay import KeptForwards
+from stabmon.safety import Safety, safely
 
 _LOOKS = 3
 """Steps without a forward after which it is no longer looked whether the model has been compiled in the meantime."""
@@ -29,23 +29,31 @@ class StepObserver:
     """What the present step has shown so far.
 
     Hooks are on the model from :meth:`start` of a step that is watched to that of one that is not, or to :meth:`let_go`. The
-    capture is open in training forwards of sampled steps only.
+    capture is open in training forwards of sampled steps only, and of others where somebody ``listens``.
 
     Args:
         model: the model that trains.
         config: what to measure, and whether to keep forwards for a replay.
-        guard: told what fails.
+        safety: told what fails.
         scale: what a gradient scaler multiplies gradients by; None where there is none.
+        listens: who is told of every attention call of a training forward, sampled or not; None for nobody at this time.
     """
 
-    def __init__(self, model: nn.Module, config: StabilityConfig, guard: Guard, scale: Callable[[], float | None]) -> None:
-        self.guard = guard
+    def __init__(
+        self,
+        model: nn.Module,
+        config: StabilityConfig,
+        safety: Safety,
+        scale: Callable[[], float | None],
+        listens: Callable[[], Callable[[AttentionCall], None] | None] = lambda: None,
+    ) -> None:
+        self.safety = safety
         self.forwards = KeptForwards()
         self.losses = Losses(keep=20 * config.history)
         self.gradients: dict[str, float] = {}
         """L2 norms, see :func:`~stabmon.gradients.gradient_norms`; before clipping where backward has been seen."""
         self.measurements = Measurements(
-            config.signals, config.engine, config.sample_rows, functools.partial(guard.failed, "signal")
+            config.signals, config.engine, config.sample_rows, functools.partial(safety.failed, "signal")
         )
         self.interrupted = False
         """Whether a forward of this step raised."""
@@ -54,10 +62,12 @@ class StepObserver:
         self._model = model
         self._keeps = config.watch_every_step
         self._scale = scale
+        self._listens = listens
+        self._listener: Callable[[AttentionCall], None] | None = None
         self._sampled = self._capturing = False
         self._current: nn.Module | None = None
         self._capture = AttentionCapture(
-            model, self._on_call, modules=config.attention_modules, on_error=functools.partial(guard.failed, "capture")
+            model, self._on_call, modules=config.attention_modules, on_error=functools.partial(safety.failed, "capture")
         )
         self._after_backward = AfterBackward(self.measure_gradients)
         self._watch: ForwardWatch | None = None
@@ -119,7 +129,7 @@ class StepObserver:
 
     def why_nothing(self) -> str | None:
         """Why a sampled step had no attention call, in one line; None where that has been told already."""
-        if self.interrupted or self.guard.errors["capture"]:
+        if self.interrupted or self.safety.errors["capture"]:
             return None
         if not self.forwards.count:
             return (
@@ -141,7 +151,8 @@ class StepObserver:
             return
         self.forwards.add(module, args, kwargs, keep=self._keeps)
         self._current = module
-        if self._sampled:
+        self._listener = self._listens()
+        if self._sampled or self._listener is not None:
             self._capture.__enter__()
             self._capturing = True
 
@@ -158,8 +169,11 @@ class StepObserver:
             self.interrupted = True
 
     def _on_call(self, call: AttentionCall) -> None:
-        with self.guard.timed():
-            self.measurements.add(call)
+        with self.safety.timed():
+            if self._sampled:
+                self.measurements.add(call)
+            if self._listener is not None:
+                self._listener(call)
 
     def _unwatch(self) -> None:
         if self._watch is not None:

@@ -43,6 +43,7 @@ def add(run_dir: Path, one: StabilityIssue) -> None:
 
 
 def test_list_names_everything_registered() -> None:
+    from stabmon.interventions import INTERVENTIONS
     from stabmon.rules import RULES
     from stabmon.signals import SIGNALS
     from stabmon.sinks import SINKS
@@ -51,6 +52,7 @@ def test_list_names_everything_registered() -> None:
     assert {kind: set(entries) for kind, entries in listed.items()} == {
         "signals": set(SIGNALS),
         "rules": set(RULES),
+        "interventions": set(INTERVENTIONS),
         "sinks": set(SINKS),
     }
     assert all(line for entries in listed.values() for line in entries.values())

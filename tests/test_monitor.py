@@ -288,7 +288,7 @@ def test_a_run_folder_that_cannot_be_made_does_not_stop_training(tmp_path, caplo
     given = train(model, monitor, optimizer, batches(2))
     monitor.close()
     assert all(each.stats for each in given)
-    assert monitor.errors["make_run_dir"] == 1
+    assert monitor.errors["make_folder"] == 1
     assert "training goes on" in caplog.text
 
 
@@ -479,7 +479,7 @@ def test_an_unsampled_step_costs_a_fraction_of_a_millisecond():
     seconds = []
     for tokens in batches(30):
         train(model, monitor, optimizer, [tokens])
-        seconds.append(monitor.guard.seconds)
+        seconds.append(monitor.safety.seconds)
     monitor.close()
     spent = sorted(later - earlier for earlier, later in itertools.pairwise(seconds))
     assert spent[len(spent) // 2] < 1e-3  # a fifth of that on an idle core

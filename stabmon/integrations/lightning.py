@@ -78,7 +78,7 @@ class StabilityCallback(pl.Callback):
             self.monitor = AttentionStabilityMonitor(
                 pl_module,
                 trainer.optimizers[0] if trainer.optimizers else None,
-                None,
+                trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None,
                 self.config,
                 sinks=sinks,
                 run_dir=run_dir,
@@ -114,10 +114,12 @@ class StabilityCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judge the step, if the batch ended one."""
+        """Judge the step, if the batch ended one; end training where an intervention says so."""
         if self.monitor is not None and trainer.global_step != self._global_step:
             self._global_step, self._in_step = trainer.global_step, False
             self.monitor.on_step()
+            if self.monitor.stop_reason is not None:
+                trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop watching."""

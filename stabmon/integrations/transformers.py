@@ -114,9 +114,11 @@ class StabilityCallback(TrainerCallback):
             self.monitor.before_optimizer_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Judge the step."""
+        """Judge the step; end training where an intervention says so."""
         if self.monitor is not None:
             self.monitor.on_step()
+            if self.monitor.stop_reason is not None:
+                control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Store the monitor's state beside the Trainer's, in the checkpoint just written."""

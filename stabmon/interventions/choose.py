@@ -139,11 +139,12 @@ class Chooser:
             if error.advice:
                 self._advice[key] = f"{error.reason}: {error.advice}"
 
-    def judge(self, open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[Applied]:
+    def judge(self, open_issues: Sequence[StabilityIssue], run: TrainingRun, *, let_go: bool = True) -> list[Applied]:
         """Once a sample: say of each act whether it worked.
 
         Returns:
-            Acts to take back, since they failed and cost a healthy run something. What merely is to be held no longer is released here.
+            Acts to take back, since they failed and cost a healthy run something. What need be held no longer is released here,
+            if ``let_go``.
         """
         self.samples += 1
         ill = {key_of(issue) for issue in alarms_now(open_issues, run)}
@@ -161,7 +162,7 @@ class Chooser:
                 trial.since = self.samples
             elif trial.outcome != "pending" and ill & set(trial.keys):
                 trial.since = self.samples
-            elif trial.outcome != "pending" and trial.applied.active and age >= self.budget.hold:
+            elif let_go and trial.outcome != "pending" and trial.applied.active and age >= self.budget.hold:
                 trial.applied.release()
         return failed
 

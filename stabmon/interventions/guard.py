@@ -51,15 +51,22 @@ class Guard:
         run: what may be touched.
         acts: what may be done, as :func:`make_interventions` gives it.
         budget: how much.
+        automatic: whether it acts by itself. If not, a person applies what :meth:`get_intervention` proposes; nothing is put in place
+            from the start, and nothing taken back unasked.
     """
 
-    def __init__(self, run: TrainingRun, acts: Mapping[str, Intervention], budget: Budget | None = None) -> None:
+    def __init__(
+        self, run: TrainingRun, acts: Mapping[str, Intervention], budget: Budget | None = None, *, automatic: bool = True
+    ) -> None:
         self.run = run
+        self.automatic = automatic
         self.chooser = Chooser(acts, budget or Budget())
         self._told: set[Key] = set()
 
     def begin(self) -> None:
         """Put in place what only helps if it is there before anything is wrong; before the first step, and before ``load_state_dict``."""
+        if not self.automatic:
+            return
         for act in self.chooser.acts.values():
             if isinstance(act, Rollback):
                 self.run.states = HealthyStates(self.run, every=act.every, confirm=act.confirm, memory_gb=act.memory_gb)
@@ -136,6 +143,9 @@ class Guard:
         Returns:
             What was applied just now.
         """
+        if not self.automatic:
+            self.chooser.judge(open_issues, self.run, let_go=False)
+            return []
         issues, healthy = self._of_first_rank(open_issues, healthy)
         for failed in self.chooser.judge(issues, self.run):
             failed.undo()

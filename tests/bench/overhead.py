@@ -1,17 +1,20 @@
 """What watching costs: monitored against plain training steps, interleaved in one process.
 
-    python tests/bench/overhead.py               the tables, in about six minutes on two free cores
-    python tests/bench/overhead.py --quick       a look, in about two
+    python tests/bench/overhead.py               the tables, in about twelve minutes on two free cores
+    python tests/bench/overhead.py --quick       a look, in about four
+    python tests/bench/overhead.py --worst       a narrow model with hardly a vocabulary: attention takes more of a step than anywhere
     python tests/bench/overhead.py --json        one JSON object instead
     python tests/bench/overhead.py --threads 1 --clock cpu        on a machine that others use too
 
-A step is forward, backward and AdamW of a GPT-2-like model with random weights and no dropout (with it, torch's CPU kernel is slow and
-watching looks cheaper than it is). Plain and watched steps alternate; a figure is the median over rounds of (watched / plain),
-so that whatever else the machine does hits both. The null row is plain against plain: what differs from 1 there is noise. "every 1" is
-measured as it stands, and so is "every 10" in the row that says so, over runs of ten steps. Elsewhere every 10 and 50 are derived:
-((N - 1) x an unsampled step + a sampled one) / N. What an unsampled step adds is too little to show in a ratio: it is the median
-difference in seconds for the same model on eight tokens, over the seconds of a plain step. Memory is the peak of live tensor
-bytes that measuring one call adds, by a dispatch mode that counts allocations, as a share of one H x S x S float32 tensor.
+A step is forward, backward and AdamW of GPT-2's smallest model cut down in proportion: its width, heads and MLP, a sixth of its
+layers and of its vocabulary, so that attention and everything else take the shares of a step that they take in the whole model.
+Weights are random and there is no dropout (with it, torch's CPU kernel is slow and watching looks cheaper than it is). Plain
+and watched steps alternate; a figure is the median over rounds of (watched / plain), so that whatever else the machine does
+hits both. The null row is plain against plain: what differs from 1 there is noise. "every 1" is measured as it stands, and so
+is "every 10" in the row that says so, over runs of ten steps. Elsewhere every 10 and 50 are derived: ((N - 1) x an unsampled
+step + a sampled one) / N. What an unsampled step adds is too little to show in a ratio: it is the median difference in seconds
+for the same model on eight tokens, over the seconds of a plain step. Memory is the peak of live tensor bytes that measuring one
+call adds, by a dispatch mode that counts allocations, as a share of one H x S x S float32 tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -42,8 +45,10 @@ import stabmon
 from stabmon.operator import attention_operator
 from stabmon.signals import measure
 
-SIZES = {128: (8, 256, 4), 512: (2, 384, 3), 2048: (1, 384, 2)}
-"""S -> (batch, width, layers); head dimension 64, a vocabulary of 256: nearly all of a step is spent in its layers."""
+BATCHES = {128: 8, 512: 2, 2048: 1}
+"""S -> batch."""
+SHAPES = {"gpt2": (768, 2, 50257 // 6), "worst": (384, 2, 256)}
+"""(width, layers, vocabulary); head dimension 64."""
 AIMS = {1: 1.10, 10: 1.01, 50: 1.002}
 MEMORY_AIM = 0.05
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -53,16 +58,17 @@ class Run:
     """One model in training; ``seconds_of`` makes optimizer steps and returns how long they took."""
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
+    shape = SHAPES["gpt2"]
 
     def __init__(self, length: int, attention: str = "sdpa", tokens: int | None = None) -> None:
-        batch, width, layers = SIZES[length]
+        batch, (width, layers, vocabulary) = BATCHES[length], self.shape
         torch.manual_seed(0)
-        shape = {"n_layer": layers, "n_head": width // 64, "n_embd": width, "vocab_size": 256, "n_positions": length}
+        shape = {"n_layer": layers, "n_head": width // 64, "n_embd": width, "vocab_size": vocabulary, "n_positions": length}
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         config = GPT2Config(**shape, **dropout, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss")
         self.model = GPT2LMHeadModel._from_config(config, attn_implementation=attention).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
-        self.ids = torch.randint(0, 256, (batch, length) if tokens is None else (1, tokens))
+        self.ids = torch.randint(0, vocabulary, (batch, length) if tokens is None else (1, tokens))
         self.look: Callable[[Any], object] = lambda output: None
         self.after: Callable[[torch.Tensor], object] = lambda loss: None
         self.options: dict[str, Any] = {}
@@ -133,9 +139,9 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
             raise RuntimeError(f"{what} failed inside: {dict(monitor.errors)}")
         monitor.close()
         yield row(what, sampled, unsampled)
-    if length == min(SIZES):
+    if length == min(BATCHES):
         run, monitor = watched(length, 10)
-        real = ratios(plain, run, 4 * seconds, steps=10)
+        real = ratios(plain, run, 2 * seconds, steps=10)
         monitor.close()
         yield {"S": length, "what": "stabmon, engine auto, in runs of ten steps", "every 10": real[0], "spread": real[1]}
     eager = Run(length, "eager")
@@ -166,7 +172,7 @@ def others(length: int, plain: Run, seconds: float, row: Callable[..., dict[str,
         with tempfile.TemporaryDirectory() as folder, wandb.init(project="overhead", dir=folder, mode="offline") as wandb_run:
             run = Run(length)
             wandb_run.watch(run.model, log="all", log_freq=1)
-            run.after = lambda loss: wandb_run.log({"loss": float(loss)})
+            run.after = lambda loss: wandb_run.log({"loss": loss.item()})
             yield row("wandb.watch(log='all')", ratios(plain, run, seconds))
             wandb_run.unwatch(run.model)
     try:
@@ -177,7 +183,7 @@ def others(length: int, plain: Run, seconds: float, row: Callable[..., dict[str,
         run = Run(length)
         other = ModuleMonitor(monitor_step_fn=lambda step: True)
         other.set_module(run.model)
-        other.add_activation_metric("norm", lambda x: x.norm())
+        other.add_activation_metric("norm", lambda x: x.norm(dim=-1))
         steps = iter(range(10**9))
 
         def around(loss: torch.Tensor) -> None:
@@ -186,8 +192,7 @@ def others(length: int, plain: Run, seconds: float, row: Callable[..., dict[str,
 
         other.begin_step(next(steps))
         run.after = around
-        with suppress(Exception):
-            yield row("torch-module-monitor, activation norms", ratios(plain, run, seconds))
+        yield row("torch-module-monitor, norms of activations", ratios(plain, run, seconds))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -240,17 +245,19 @@ def main() -> int:
     """Print the tables. Returns the exit status: 0, since aims are told, not enforced."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    parser.add_argument("--worst", action="store_true", help="a narrow model with hardly a vocabulary")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--threads", type=int, default=2, help="torch threads; 1 where other work shares the machine")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu counts this process's own time only")
-    parser.add_argument("--length", type=int, action="append", choices=SIZES, help="one length instead of all; may be repeated")
+    parser.add_argument("--length", type=int, action="append", choices=BATCHES, help="one length instead of all; may be repeated")
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
     Run.clock = staticmethod(CLOCKS[args.clock])
-    seconds = 2.0 if args.quick else 8.0
+    Run.shape = SHAPES["worst" if args.worst else "gpt2"]
+    seconds = 4.0 if args.quick else 20.0
     rows = []
-    for length in args.length or SIZES:
+    for length in args.length or BATCHES:
         for row in rows_of(length, seconds):
             rows.append(row)
             print(f"S {length}: {row['what']}", file=sys.stderr)
@@ -265,7 +272,7 @@ def main() -> int:
         table.add_column(name + aim, justify="left" if name == "what" else "right")
     for row in rows:
         table.add_row(*(f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
-    Console().print(table)
+    Console(width=max(120, Console().width)).print(table)
     memory_table = Table(
         title=f"transient memory / one H x S x S float32 tensor (aim {MEMORY_AIM:g} at 4096)", title_justify="left"
     )

@@ -15,7 +15,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Guard:
+class Safety:
     """One monitor's errors and seconds."""
 
     def __init__(self) -> None:
@@ -54,18 +54,18 @@ class Guard:
 
 
 def safely(method: Callable[P, R]) -> Callable[P, R | None]:
-    """A method of something that has a ``guard``: what fails in it is logged once, counted and skipped."""
+    """A method of something that has a ``safety``: what fails in it is logged once, counted and skipped."""
     where = method.__name__.strip("_")
 
     @functools.wraps(method)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
         this: Any = args[0]
-        guard: Guard = this.guard
-        with guard.timed():
+        safety: Safety = this.safety
+        with safety.timed():
             try:
                 return method(*args, **kwargs)
             except Exception as error:
-                guard.failed(where, error)
+                safety.failed(where, error)
                 return None
 
     return guarded
