@@ -34,8 +34,9 @@ from stabmon.interventions import Applied, Guard, Intervention, TrainingRun
 from stabmon.measurements import to_host
 from stabmon.non_finite import NonFiniteWatch
 from stabmon.observer import StepObserver
+from stabmon.query_key_steps import QueryKeySteps
 from stabmon.recorder import Recorder
-from stabmon.records import AttentionCall, Diagnosis, Reading, StabilityIssue
+from stabmon.records import AttentionCall, Diagnosis, QueryKeyStep, Reading, StabilityIssue
 from stabmon.rules.history import History
 from stabmon.rules.tracker import IssueTracker
 from stabmon.run_meta import run_meta
@@ -105,6 +106,7 @@ class AttentionStabilityMonitor:
         self._grad_scaler = grad_scaler if grad_scaler is not None else getattr(optimizer, "scaler", None)
         self._guard = self._make_guard()
         self._observer = StepObserver(model, self.config, self.safety, self._scale, self._listener)
+        self._query_key = QueryKeySteps()
         self._misfortune = NonFiniteWatch(model, self.safety.failed, self._ranks.share if self._ranks else None)
         self._manual = manual_steps
         self._optimizer_hook: Any = None
@@ -139,6 +141,8 @@ class AttentionStabilityMonitor:
         seen, sampled = self._observer, self.is_sampled(self.step + 1)
         if sampled and not seen.gradients:
             seen.measure_gradients()
+        if sampled:
+            self._query_key.before(seen.measurements.modules, seen.measurements.info)
         if self.config.watch_every_step:
             norm = seen.gradients.get("") if sampled else None
             scaled = self._scales() or getattr(self._inner_optimizer(), "found_inf", None) is not None
@@ -164,8 +168,9 @@ class AttentionStabilityMonitor:
         self._observer.stop_capture()
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
         self._end_loss(loss)
+        moved = self._look_at_update() or {}
         self._tell_guard(micro_batches)
-        diagnosis = self._finish_step(micro_batches)
+        diagnosis = self._finish_step(micro_batches, moved)
         if self.is_sampled(self.step) or (diagnosis is not None and world_size() == 1):
             self._act(diagnosis)
         self._observer.forget()
@@ -301,7 +306,11 @@ class AttentionStabilityMonitor:
             self._is_news |= self._misfortune.note_loss(self.step, value)
 
     @safely
-    def _finish_step(self, micro_batches: int) -> Diagnosis | None:
+    def _look_at_update(self) -> dict[str, QueryKeyStep]:
+        return self._query_key.after(scaled=self._scales()) if self.is_sampled(self.step) else {}
+
+    @safely
+    def _finish_step(self, micro_batches: int, moved: Mapping[str, QueryKeyStep]) -> Diagnosis | None:
         seen, sampled = self._observer, self.is_sampled(self.step)
         sums = seen.measurements.sums
         if sampled and self._ranks is not None:  # before all that may fail, since other ranks wait for it
@@ -321,6 +330,7 @@ class AttentionStabilityMonitor:
             info=dict(seen.measurements.info),
             learning_rate=self._learning_rate(),
             gradients=seen.gradients,
+            query_key=moved,
             losses=losses,
             micro_batches=max(1, micro_batches),
             non_finite=self._misfortune.found_since(self._last_reading),

@@ -93,6 +93,8 @@ class Reading:
     """The largest rate over the optimizer's parameter groups at this step."""
     gradients: Mapping[str, float] = field(default_factory=dict)
     """L2 norm of the gradient of each attention module's own parameters, by layer, and of all parameters under ``""``."""
+    query_key: Mapping[str, QueryKeyStep] = field(default_factory=dict)
+    """How W_q and W_k moved, by layer, where they can be told apart."""
     losses: tuple[tuple[int, float], ...] = ()
     """(step, loss) of every step since the last reading, this one included, where the losses are known."""
     micro_batches: int = 1
@@ -101,6 +103,18 @@ class Reading:
     """Where a NaN or inf first came up, if one did since the last reading."""
     overhead_fraction: float | None = None
     """Share of wall time spent inside stabmon since the last reading."""
+
+
+@dataclass(frozen=True)
+class QueryKeyStep:
+    """L2 norms over everything that makes the queries and keys of a layer, at one optimizer step."""
+
+    gradient: float
+    """As the optimizer met it; NaN under a gradient scaler."""
+    weight: float
+    """Before the step."""
+    update: float
+    """Of what the step changed."""
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""stabmon at work: a healthy run and its provoked twin, first under the Hugging Face Trainer, then under Lightning.
+"""stabmon at work: a healthy run, its provoked twin and the same under guard; first under the Hugging Face Trainer, then under Lightning.
 
     make demo
     python train/demo.py --only lightning --out runs/demo-lightning training.steps=300
 
-Twins share seed, weights and batches. In one of them W_q and W_k go wrong in mid-training (``scale_qk`` in the recipe): a real
-state of the weights, from which scores, entropy and, later, the loss go wrong by themselves. Both are watched alike, on one
-thread each. Nothing leaves the machine: W&B runs offline.
+All share seed, weights and batches. In two of them W_q and W_k go wrong in mid-training (``scale_qk`` in the recipe): a real state of
+the weights, from which scores, entropy and, later, the loss go wrong by themselves. One of these is only watched, as the healthy run
+is; in the other stabmon may act (``guard``), while the weights go on being spoilt at every step. One thread each. Nothing leaves the
+machine: W&B runs offline.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +35,11 @@ from stabmon.sinks.records_reader import read_records
 
 ROOT = Path(__file__).parents[1]
 FRAMEWORKS = {"hf": ("Hugging Face Trainer", "hf_gpt"), "lightning": ("Lightning", "lightning_gpt")}
-TWINS = {"healthy": "none", "provoked": "scale_qk"}
+RUNS = {
+    "healthy": ["provoke=none"],
+    "provoked": ["provoke=scale_qk"],
+    "guarded": ["provoke=scale_qk", "stabmon.config=guard"],
+}
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -59,9 +65,9 @@ def main() -> int:
     began = time.monotonic()
     for name in [args.only] if args.only else FRAMEWORKS:
         framework, script = FRAMEWORKS[name]
-        print(f"\n=== {framework}: a healthy run and its provoked twin, side by side (train/{script}.py)", flush=True)
+        print(f"\n=== {framework}: a healthy run, its provoked twin, and the same under guard (train/{script}.py)", flush=True)
         try:
-            run_twins(out / name, script, args.overrides)
+            run_all(out / name, script, args.overrides)
         except ChildProcessError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -71,17 +77,17 @@ def main() -> int:
     return 0
 
 
-def run_twins(out: Path, script: str, overrides: Sequence[str]) -> None:
-    """Train both twins at once, with a bar each, and print what stabmon finds as it finds it.
+def run_all(out: Path, script: str, overrides: Sequence[str]) -> None:
+    """Train all runs at once, with a bar each, and print what stabmon finds, and does, as it happens.
 
     Raises:
         ChildProcessError: if a run fails, with the end of what it printed.
     """
     runs, bars = [], []
     try:
-        for position, (name, provoke) in enumerate(TWINS.items()):
+        for position, (name, settings) in enumerate(RUNS.items()):
             command = [sys.executable, str(ROOT / "train" / f"{script}.py"), str(ROOT / "configs" / f"train_{script}.yaml")]
-            own = [f"run_dir={(out / name).absolute()}", f"provoke={provoke}", "loggers=[tensorboard, wandb]"]
+            own = [f"run_dir={(out / name).absolute()}", *settings, "loggers=[tensorboard, wandb]"]
             fast = ["training.threads=1", "training.validate_every=null"]
             runs.append(LiveRun(name, out / name, [*command, *own, *fast, *overrides], os.environ | OFFLINE))
             bars.append(tqdm(desc=f"{name:<9}", position=position, unit="step", leave=False, disable=None))
@@ -108,8 +114,8 @@ def run_twins(out: Path, script: str, overrides: Sequence[str]) -> None:
 
 
 def compare(out: Path) -> str:
-    """The comparison of the twins in ``out``, in words."""
-    healthy, provoked = (out / name for name in TWINS)
+    """The comparison of the runs in ``out``, in words."""
+    healthy, provoked, guarded = (out / name for name in RUNS)
     settings = settings_of(provoked)
     scale, every = settings["scale_qk"], settings["stabmon"]["log_every"]
     gone = departure(*(read_losses(run / "losses.jsonl") for run in (healthy, provoked)))
@@ -133,12 +139,25 @@ def compare(out: Path) -> str:
         f"[1] from here on the gap to the twin, averaged over {WINDOW} steps, stays above {gone.first_sign_limit:.3f} nats, "
         "3 x its own noise;\n    a run without a twin on the same batches cannot show it",
         f"[2] from here on the same gap stays above {gone.limit:.3f} nats, 3 x the noise of such an average of the healthy loss",
+        f"under guard    {what_was_done(guarded)}",
         f"{'final loss':<14} {'train':>7} {'validation':>11}",
     ]
-    for run in (healthy, provoked):
+    for run in (healthy, provoked, guarded):
         outcome = exact_json.loads((run / "outcome.json").read_text())
         lines.append(f"  {run.name:<12} {outcome['train_loss']:7.3f} {outcome['validation_loss']:11.3f}")
     return "\n".join(lines)
+
+
+def what_was_done(run: Path) -> str:
+    """The acts of a guarded run, in a line."""
+    records = [record for record in read_records(run).interventions if record["intervention"] != "skip_step"]
+    applied = [record for record in records if record["action"] == "applied"]
+    if not applied:
+        return "nothing was done"
+    acts = Counter(record["intervention"] for record in applied)
+    words = ", ".join(f"{name} {'once' if count == 1 else f'{count} times'}" for name, count in acts.items())
+    heads = {tuple(place) for record in applied for place in record["places"]}
+    return f"{words}, first at step {applied[0]['step']}, on {len(heads)} heads in all (interventions.jsonl)"
 
 
 def where(out: Path) -> str:

@@ -1,4 +1,4 @@
-"""A training run in a process of its own, followed through what it writes: losses, and issues as they open."""
+"""A training run in a process of its own, followed through what it writes: losses, issues as they open, and what is done about them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class LiveRun:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(env))
         self._losses = follow(folder / "losses.jsonl")
         self._issues = follow(folder / "stabmon" / "issues.jsonl")
+        self._acts = follow(folder / "stabmon" / "interventions.jsonl")
         self._severity: dict[tuple[str, str | None, int | None], int] = defaultdict(lambda: -1)
         self._told_how = False
 
@@ -38,7 +39,7 @@ class LiveRun:
         return [record["loss"] for record in self._losses()]
 
     def news(self) -> Iterator[str]:
-        """A line for each kind of issue that opened, turned more severe or closed since the last call, told of its worst head."""
+        """A line for each kind of issue that opened, turned more severe or closed since the last call, and for each act."""
         groups: dict[tuple[int, str, str], list[StabilityIssue]] = defaultdict(list)
         for record in self._issues():
             issue = StabilityIssue.from_dict(record)
@@ -56,6 +57,10 @@ class LiveRun:
             if first.is_alarm and not self._told_how:
                 self._told_how = True
                 yield f"{'':<9} what to do: {first.suggestion}"
+
+        for record in self._acts():
+            if record["action"] in ("applied", "undone", "released") and record["intervention"] != "skip_step":
+                yield f"{self.name:<9} step {record['step']:<4} {record['action']:<8} {record['intervention']:<17} {record['why']}"
 
     def stop(self) -> None:
         """End the process, if it is still going."""

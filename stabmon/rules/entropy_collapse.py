@@ -9,6 +9,7 @@ import numpy as np
 
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
+from stabmon.rules.circumstances import circumstances
 from stabmon.rules.history import History
 from stabmon.rules.own_past import Change, changes, jump_needed
 
@@ -88,5 +89,6 @@ class EntropyCollapse:
                 "score_times_own_past": ratio,
                 "max_logit": float(history.now("max_logit")[n]),
                 "saturated_fraction": float(history.now("saturated_fraction")[n]),
-            },
+            }
+            | circumstances(history, layer),
         )

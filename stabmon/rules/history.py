@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stabmon.records import LayerInfo, NonFinite, Reading, StabilityIssue
+from stabmon.records import LayerInfo, NonFinite, QueryKeyStep, Reading, StabilityIssue
 from stabmon.rules.table import Table
 
 
@@ -223,6 +223,7 @@ class History:
             **{name: saved[name] for name in _SCALARS},
             layers=layers,
             info={layer: self.info[layer] for layer in saved["info"]},
+            query_key={layer: QueryKeyStep(**moved) for layer, moved in saved["query_key"].items()},
             losses=tuple((int(step), float(loss)) for step, loss in saved["losses"]),
             non_finite=None if found is None else NonFinite(**found),
         )
@@ -237,6 +238,7 @@ def _plain(reading: Reading) -> dict[str, Any]:
         "gradients": dict(reading.gradients),
         "layers": {layer: list(values) for layer, values in reading.layers.items()},
         "info": list(reading.info),
+        "query_key": {layer: asdict(moved) for layer, moved in reading.query_key.items()},
         "losses": [list(pair) for pair in reading.losses],
         "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
     }

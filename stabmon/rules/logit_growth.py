@@ -9,6 +9,7 @@ import numpy as np
 
 from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import rule
+from stabmon.rules.circumstances import circumstances
 from stabmon.rules.forecast import Forecast, forecast_score
 from stabmon.rules.history import History
 from stabmon.rules.own_past import PAST_READINGS, SCORE_FLOOR, Change, changes, jump_needed, loss_fell
@@ -97,9 +98,10 @@ class LogitGrowth:
             "times_own_past": float(found.ratio[n]),
             "spread_kept": float(found.kept[n]),
             "normalized_entropy": float(history.now("normalized_entropy")[n]),
+            "saturated_fraction": float(history.now("saturated_fraction")[n]),
             "log_slope_per_step": float(forecast.slope[n]),
             "eta_interval": [float(forecast.low[n]), float(forecast.high[n])],
-        }
+        } | circumstances(history, layer, float(forecast.slope[n]))
         eta = float(forecast.eta[n])
         return StabilityIssue(
             step=history.latest.step,

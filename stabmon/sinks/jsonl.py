@@ -26,7 +26,7 @@ class JsonlSink(Sink):
     """Write ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json`` into the run's ``stabmon`` folder.
 
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step, loss, layers,
-    learning_rate, gradients, losses, micro_batches, non_finite, overhead_fraction`` and, where it changed, ``info``) and
+    learning_rate, gradients, query_key, losses, micro_batches, non_finite, overhead_fraction`` and, where it changed, ``info``) and
     ``start``. Values are not rounded. A NaN or an infinity is null, and the line's ``nonfinite`` field says which and where:
     see :data:`stabmon.sinks.exact_json.ENCODING`, repeated in meta.json.
 
@@ -68,6 +68,7 @@ class JsonlSink(Sink):
             "layers": reading.layers,
             "learning_rate": reading.learning_rate,
             "gradients": reading.gradients,
+            "query_key": {layer: asdict(moved) for layer, moved in reading.query_key.items()},
             "losses": reading.losses,
             "micro_batches": reading.micro_batches,
             "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stabmon.records import LayerInfo, NonFinite, Reading, StabilityIssue
+from stabmon.records import LayerInfo, NonFinite, QueryKeyStep, Reading, StabilityIssue
 from stabmon.sinks import exact_json
 from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
 
@@ -118,6 +118,7 @@ def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
         info={layer: known[layer] for layer in values["layers"] if layer in known},
         learning_rate=values.get("learning_rate"),
         gradients=values.get("gradients", {}),
+        query_key={layer: QueryKeyStep(**moved) for layer, moved in values.get("query_key", {}).items()},
         losses=tuple((step, loss) for step, loss in values.get("losses", ())),
         micro_batches=values.get("micro_batches", 1),
         non_finite=None if bad is None else NonFinite(**bad),

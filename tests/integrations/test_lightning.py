@@ -281,3 +281,79 @@ def test_gradient_norms_are_those_before_clipping_and_mixed_precision_changes_no
         ends.append(weights(module))
     assert same_bits(*ends)
     assert readings(callback)[0].info["model.transformer.h.0.attn"].dtype == "bfloat16"
+
+
+class Long(Tokens):
+    """Rows long enough for entropies to be judged."""
+
+    def __init__(self, rows=256, length=48):
+        self.tokens = torch.randint(3, 32, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+class Guarded(Module):
+    """Multiplies W_q and W_k of the first layer after step 8; trained by SGD under a schedule, and notes the rates that it moved by."""
+
+    def __init__(self):
+        super().__init__()
+        self.scheduled, self.moved = [], []
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        bias = self.model.transformer.ln_f.bias
+        before = bias.detach().clone()
+        self.scheduled.append(optimizer.param_groups[0]["lr"])
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        self.moved.append(((before - bias).norm() / bias.grad.norm()).item())
+        if self.trainer.global_step == 8:
+            with torch.no_grad():
+                self.model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(12.0)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 14)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_guard_clips_under_lightning_and_leaves_the_model_clean(tmp_path):
+    callback, module = StabilityCallback("guard", log_every=1), Guarded()
+    fit(tmp_path, module, callback, data=DataLoader(Long(), 4), max_steps=14)
+    assert not callback.monitor.errors
+    audit = lines(tmp_path / "stabmon" / "interventions.jsonl")
+    assert ("qk_clip", "applied", 9) in [(each["intervention"], each["action"], each["step"]) for each in audit]
+    assert clean(module)
+
+
+def test_a_lowered_rate_holds_under_lightning_and_through_a_checkpoint_and_resume(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def run(folder, guarded, ckpt_path=None):
+        options = {"interventions": {"lower_learning_rate": {"factor": 0.25}}, "budget": {"patience": 100}} if guarded else {}
+        callback, module = StabilityCallback("observe", log_every=1, sinks=[], **options), Guarded()
+        keeps = ModelCheckpoint(folder, every_n_train_steps=11, save_top_k=-1, filename="{step}")
+        more = {"max_steps": 14, "enable_checkpointing": True, "gradient_clip_val": None}
+        fit(folder, module, callback, more=[keeps], ckpt_path=ckpt_path, data=DataLoader(Long(), 4), **more)
+        assert not callback.monitor.errors
+        return callback.monitor.applied, module.scheduled, module.moved
+
+    _, plain, _ = run(tmp_path / "plain", guarded=False)
+    applied, scheduled, moved = run(tmp_path / "one", guarded=True)
+    assert [(each.intervention.name, each.step) for each in applied] == [("lower_learning_rate", 9)]
+    assert scheduled == plain, "the scheduler sees its own rates"
+    used = [rate * (0.25 if step > 9 else 1.0) for step, rate in enumerate(plain, start=1)]
+    assert moved == pytest.approx(used, rel=0.02, abs=1e-9)
+    again, scheduled, moved = run(tmp_path / "one", guarded=True, ckpt_path=tmp_path / "one" / "step=11.ckpt")
+    assert [each.intervention.name for each in again] == ["lower_learning_rate"]
+    assert scheduled == plain[11:]
+    assert moved == pytest.approx(used[11:], rel=0.02, abs=1e-9)
+
+
+def test_a_stop_ends_lightning(tmp_path):
+    class Poisons(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 3:
+                with torch.no_grad():
+                    pl_module.model.transformer.wte.weight[0, 0] = math.nan
+
+    callback, module = StabilityCallback("observe", log_every=1, sinks=[], interventions={"stop": {}}), Module()
+    trainer = fit(tmp_path, module, callback, more=[Poisons()], max_steps=12)
+    assert trainer.global_step < 8
+    assert "non_finite" in callback.monitor.stop_reason

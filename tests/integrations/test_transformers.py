@@ -331,3 +331,84 @@ def test_a_configuration_that_cannot_be_is_refused_before_training():
         StabilityCallback("observe", log_evry=3)
     assert logging.getLogger("stabmon").level == logging.NOTSET
     assert "WANDB_PROJECT" not in os.environ
+
+
+class Long(Tokens):
+    """Rows long enough for entropies to be judged."""
+
+    def __init__(self, rows=256, length=48):
+        self.tokens = torch.randint(3, 32, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+class Spoils(TrainerCallback):
+    """Multiplies W_q and W_k of the first layer after one step."""
+
+    def __init__(self, step=8):
+        self.step = step
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(12.0)
+
+
+def test_guard_clips_under_the_trainer_and_leaves_the_model_clean(tmp_path):
+    callback = StabilityCallback("guard", log_every=1)
+    trainer = trainer_of(tmp_path, callback, more=[Spoils()], data=Long(), max_steps=14, learning_rate=1e-3)
+    trainer.train()
+    assert not callback.monitor.errors
+    audit = lines(tmp_path / "stabmon" / "interventions.jsonl")
+    assert ("qk_clip", "applied", 9) in [(each["intervention"], each["action"], each["step"]) for each in audit]
+    assert clean(trainer.model)
+    assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
+def test_a_lowered_rate_holds_in_the_trainer_and_through_a_checkpoint_and_resume(tmp_path, schedule):
+    def run(folder, guarded, **more):
+        options = {"interventions": {"lower_learning_rate": {"factor": 0.25}}, "budget": {"patience": 100}} if guarded else {}
+        callback = StabilityCallback("observe", log_every=1, sinks=[], **options)
+        given = {"max_steps": 14, "lr_scheduler_type": schedule, "warmup_steps": 2, "save_strategy": "steps", "save_steps": 11}
+        trainer = trainer_of(folder, callback, more=[Spoils()], data=Long(), learning_rate=1e-3, optim="sgd", **given)
+        scheduled, moved = [], []
+
+        class Notes(TrainerCallback):
+            """The rate that the scheduler set, and the one that the bias of the last norm moved by: SGD's step is rate x gradient."""
+
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                self.before = model.transformer.ln_f.bias.detach().clone()
+
+            def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+                bias = model.transformer.ln_f.bias
+                scheduled.append(optimizer.param_groups[0]["lr"])
+                moved.append(((self.before - bias).norm() / bias.grad.norm()).item())
+
+        trainer.add_callback(Notes())
+        trainer.train(**more)
+        assert not callback.monitor.errors
+        return callback.monitor.applied, scheduled, moved
+
+    _, plain, _ = run(tmp_path / "plain", guarded=False)
+    applied, scheduled, moved = run(tmp_path / "one", guarded=True)
+    assert [(each.intervention.name, each.step) for each in applied] == [("lower_learning_rate", 9)]
+    assert scheduled == plain, "the scheduler sees its own rates"
+    used = [rate * (0.25 if step > 9 else 1.0) for step, rate in enumerate(plain, start=1)]
+    assert moved == pytest.approx(used, rel=0.02, abs=1e-9)
+    again, scheduled, moved = run(tmp_path / "one", guarded=True, resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-11"))
+    assert [each.intervention.name for each in again] == ["lower_learning_rate"]
+    assert scheduled == plain[11:]
+    assert moved == pytest.approx(used[11:], rel=0.02, abs=1e-9)
+
+
+def test_a_stop_ends_the_trainer(tmp_path):
+    class Poisons(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                with torch.no_grad():
+                    model.transformer.wte.weight[0, 0] = math.nan
+
+    callback = StabilityCallback("observe", log_every=1, sinks=[], interventions={"stop": {}})
+    trainer = trainer_of(tmp_path, callback, more=[Poisons()], max_steps=12)
+    trainer.train()
+    assert trainer.state.global_step < 8
+    assert "non_finite" in callback.monitor.stop_reason

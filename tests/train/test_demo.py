@@ -66,11 +66,13 @@ def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, text: Path) -> None:
         "first alarm    step ",
         "0 in the provoked one before the provocation",
         "records      out/lightning/provoked/stabmon",
+        "under guard    ",
+        "  guarded ",
         "TensorBoard ",
         "offline, nothing was sent",
     ):
         assert expected in done.stdout
-    for name in ("healthy", "provoked"):
+    for name in ("healthy", "provoked", "guarded"):
         run = tmp_path / "out" / "lightning" / name
         assert list(run.glob("wandb/offline-run-*/*.wandb")), "no offline W&B run"
         assert list(run.glob("tensorboard/**/events.out.tfevents.*")), "no TensorBoard events"

@@ -1,0 +1,187 @@
+"""Does stabmon see failures coming? Alarms on real small runs, against what became of them.
+
+    python tests/bench/foresight.py                 two runs of each kind, about 40 minutes on two cores
+    python tests/bench/foresight.py --each 4        four of each
+    python tests/bench/foresight.py --half tuned    the half of the runs that levels may be tuned on
+
+Every run is trained watched at each step, and so is its healthy twin; alarms are then raised again from the readings of every
+``--every``-th step, by the rules and the configuration as they are shipped (the same code that runs in training). A run has failed if its
+final validation loss is not finite or lies 0.10 nats above its twin's; attention was the cause if the same run with attention's growth
+taken away does not fail. The onset of a failure is where the gap to the twin first stays open. Levels of rules were set on one half of
+the runs (and on others before); what is printed is the other half. Runs are kept in ``--out`` and not trained twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+from rich.console import Console
+from rich.table import Table
+from testbed.alarms import BASELINES, Alarm, alarms_of
+from testbed.cases import Case, cases, healthy_twins
+from testbed.recipes import recipes
+
+ATTENTION = ("entropy_collapse", "logit_growth", "overflow_risk", "precision_insufficient", "attention_spike", "high_curvature")
+Judge = Callable[[Case, int], list[Alarm]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run and its first alarm."""
+
+    run: str
+    kind: str
+    shape: str
+    failed: bool
+    cause: str
+    gap: float
+    onset: int | None
+    provoked: int
+    alarm: int | None
+    """Step of the first alarm that is not before anything was done."""
+    early: int | None
+    """Step of an alarm before anything was done: a false one."""
+    lead: int | None
+    type: str | None
+    where: str | None
+    layer_right: bool | None
+    """Whether the blamed layer is one of those that were provoked; None where all were."""
+    type_right: bool | None
+    """For attention: a type of attention's. Otherwise: no head is blamed by any alarm up to the first."""
+
+
+def row(case: Case, judge: Judge, every: int) -> Row:
+    recipe, alarms = case.recipe, judge(case, every)
+    early = next((a for a in alarms if a.step < case.start), None)
+    first = next((a for a in alarms if a.step >= case.start), None)
+    layers = recipe.settings.get("layers")
+    onset = case.outcome.onset
+    return Row(
+        run=recipe.name,
+        kind=recipe.kind,
+        shape=f"{recipe.shape.family} L{recipe.shape.layers} H{recipe.shape.heads} d{recipe.shape.width} S{recipe.shape.length}",
+        failed=case.outcome.failed,
+        cause=case.cause,
+        gap=round(case.outcome.gap, 3),
+        onset=onset,
+        provoked=case.start,
+        alarm=None if first is None else first.step,
+        early=None if early is None else early.step,
+        lead=None if first is None or onset is None else onset - first.step,
+        type=None if first is None else first.type,
+        where=None if first is None else first.where,
+        layer_right=None if first is None or layers is None or first.layer is None else first.layer in layers,
+        type_right=None if first is None else (first.type in ATTENTION if case.cause == "attention" else first.head is None),
+    )
+
+
+def share(hits: int, of: int) -> str:
+    """A share with its exact 95% interval."""
+    if not of:
+        return "none to judge"
+    low, high = scipy.stats.binomtest(hits, of).proportion_ci(method="exact")
+    return f"{hits}/{of} = {hits / of:.2f} ({low:.2f} to {high:.2f})"
+
+
+def summary(rows: Sequence[Row]) -> dict[str, str]:
+    """The figures of one judge."""
+    ill = [r for r in rows if r.cause == "attention"]
+    mid, start = [r for r in ill if r.provoked > 1], [r for r in ill if r.provoked <= 1]
+    other, healthy = [r for r in rows if r.cause == "other"], [r for r in rows if not r.failed]
+    leads = [r for r in mid if r.lead is not None]
+    text = {
+        "attention failures alarmed": share(sum(r.alarm is not None for r in ill), len(ill)),
+        "  in mid-run": share(sum(r.alarm is not None for r in mid), len(mid)),
+        "  in mid-run, before the onset": share(sum((r.lead or 0) > 0 for r in mid), len(mid)),
+        "  at initialisation": share(sum(r.alarm is not None for r in start), len(start)),
+        "other failures alarmed": share(sum(r.alarm is not None for r in other), len(other)),
+        "healthy runs alarmed": share(sum(r.alarm is not None or r.early is not None for r in healthy), len(healthy)),
+        "failing runs alarmed before anything was done": share(sum(r.early is not None for r in ill + other), len(ill + other)),
+    }
+    if leads:
+        steps = [r.lead or 0 for r in leads]
+        shares = [(r.lead or 0) / max(1, (r.onset or 1) - r.provoked) for r in leads]
+        whole = [(r.lead or 0) / max(1, r.onset or 1) for r in leads]
+        text["lead in mid-run, steps"] = f"median {np.median(steps):.0f}, worst {min(steps)}"
+        text["  of the steps before the onset"] = f"median {np.median(whole):.2f}"
+        text["  of the steps between cause and onset"] = f"median {np.median(shares):.2f}"
+    named = [r for r in ill if r.type_right is not None]
+    text["attention blamed where it was the cause"] = share(sum(bool(r.type_right) for r in named), len(named))
+    placed = [r for r in ill if r.layer_right is not None]
+    text["blamed layer is one that was provoked"] = share(sum(bool(r.layer_right) for r in placed), len(placed))
+    spared = [r for r in other if r.type_right is not None]
+    text["no head blamed where attention was not the cause"] = share(sum(bool(r.type_right) for r in spared), len(spared))
+    return text
+
+
+def main() -> int:
+    """Print the tables and write the per-run ones. Returns the exit status: 0, since aims are told, not enforced."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", type=int, default=2, help="runs of each kind")
+    parser.add_argument("--every", type=int, default=5, help="steps between readings")
+    parser.add_argument("--half", choices=["held-back", "tuned", "both"], default="held-back", help="which runs to report on")
+    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/testbed"), help="where runs and tables are kept")
+    args = parser.parse_args()
+    chosen = [r for r in recipes(args.each) if args.half == "both" or r.held_back == (args.half == "held-back")]
+    found = cases(chosen, args.out, args.jobs)
+    found += healthy_twins(found)
+    judges: dict[str, Judge] = {"stabmon": alarms_of, **BASELINES}
+    rows = {name: [row(case, judge, args.every) for case in found] for name, judge in judges.items()}
+    _print_runs(rows["stabmon"])
+    figures = {name: summary(each) for name, each in rows.items()}
+    table = Table(title=f"{args.half} runs, one step in {args.every} looked at", title_justify="left")
+    table.add_column("95% intervals in brackets")
+    for name in figures:
+        table.add_column(name)
+    for line in figures["stabmon"]:
+        table.add_row(line, *(figures[name].get(line, "") for name in figures))
+    console = Console(width=max(150, Console().width))
+    console.print(table)
+    confusion = Table(title="confusion (stabmon)", title_justify="left")
+    for name in ("what became of it", "runs", "alarm", "no alarm"):
+        confusion.add_column(name, justify="left" if name.startswith("what") else "right")
+    for cause, words in (("attention", "failed by attention"), ("other", "failed otherwise"), ("none", "healthy")):
+        of = [r for r in rows["stabmon"] if r.cause == cause]
+        hit = sum(r.alarm is not None or (cause == "none" and r.early is not None) for r in of)
+        confusion.add_row(words, str(len(of)), str(hit), str(len(of) - hit))
+    console.print(confusion)
+    rest = Table(title="the same at other intervals (stabmon)", title_justify="left")
+    lines = list(figures["stabmon"])[:6]
+    for name in ("every", *lines):
+        rest.add_column(name.strip())
+    for every in (1, 5, 10, 20, 50):
+        figure = summary([row(case, alarms_of, every) for case in found])
+        rest.add_row(str(every), *(figure[line] for line in lines))
+    console.print(rest)
+    path = args.out / f"foresight-{args.half}-every{args.every}"
+    path.with_suffix(".json").write_text(json.dumps(figures, indent=1))
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["judge", *asdict(rows["stabmon"][0])])
+        writer.writeheader()
+        writer.writerows({"judge": name, **asdict(r)} for name, each in rows.items() for r in each)
+    print(f"every run: {path}.csv")
+    return 0
+
+
+def _print_runs(rows: Sequence[Row]) -> None:
+    table = Table(title="runs (stabmon)", title_justify="left")
+    shown = ("run", "shape", "cause", "gap", "provoked", "onset", "alarm", "lead", "type", "where", "early")
+    for name in shown:
+        table.add_column(name, overflow="fold")
+    for r in rows:
+        if r.cause != "none" or r.alarm is not None or r.early is not None or not r.run:
+            table.add_row(*("" if (value := getattr(r, name)) is None else str(value) for name in shown))
+    Console(width=max(150, Console().width)).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

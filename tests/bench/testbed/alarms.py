@@ -1,0 +1,105 @@
+"""When an alarm would have been raised: by stabmon's rules, and by plainer ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from stabmon.config import load_config
+from stabmon.records import Reading
+from stabmon.rules.history import History
+from stabmon.rules.tracker import IssueTracker
+from testbed.cases import Case
+from testbed.models import attention_modules, build
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """An issue of severity error or above."""
+
+    step: int
+    type: str
+    layer: int | None = None
+    """Number of the attention layer; None where the run, or something else, is blamed."""
+    head: int | None = None
+    where: str = ""
+
+
+def thinned(readings: list[Reading], every: int) -> Iterator[Reading]:
+    """What a monitor would have read that looks at one step in ``every``: those, and those where something first was not finite."""
+    losses: list[tuple[int, float]] = []
+    was_bad = False
+    for reading in readings:
+        losses += reading.losses
+        bad = reading.non_finite is not None
+        if reading.step % every == 0:
+            yield replace(reading, losses=tuple(losses))
+            losses = []
+        elif bad and not was_bad:
+            yield replace(reading, losses=tuple(losses), layers={}, info={}, gradients={})
+            losses = []
+        was_bad = bad
+
+
+def alarms_of(case: Case, every: int) -> list[Alarm]:
+    """Every alarm that stabmon raises, in order."""
+    config = load_config("observe", log_every=every)
+    tracker = IssueTracker(
+        config.make_rules(),
+        history=History(config.history),
+        clear_after=config.clear_after,
+        cooldown_steps=config.cooldown * every,
+    )
+    names = [name for name, _ in attention_modules(build(case.recipe.shape)[0])]
+    found = []
+    for reading in thinned(case.run.readings, every):
+        for issue in tracker.update(reading):
+            if issue.is_alarm:
+                layer = names.index(issue.layer) if issue.layer in names else None
+                found.append(Alarm(issue.step, issue.issue_type, layer, issue.head, issue.where))
+    return found
+
+
+def _first(case: Case, every: int, ill: Callable[[Reading, str], np.ndarray], name: str) -> list[Alarm]:
+    """The first reading, and the first again after something was done, at which a head of a layer is ill."""
+    found = []
+    for reading in thinned(case.run.readings, every):
+        for at, layer in enumerate(reading.layers):
+            heads = np.flatnonzero(ill(reading, layer))
+            if len(heads):
+                found.append(Alarm(reading.step, name, at, int(heads[0])))
+                break
+    return found
+
+
+def plain_rules(case: Case, every: int) -> list[Alarm]:
+    """Entropy below 0.5 nats, exp(2 x the largest score) above 1e6, or a largest probability above 0.95, in any head."""
+
+    def ill(reading: Reading, layer: str) -> np.ndarray:
+        values = reading.layers[layer]
+        wild = 2 * values["max_logit"] > math.log(1e6)
+        found: np.ndarray = (values["attention_entropy"] < 0.5) | wild | (values["max_probability"] > 0.95)
+        return found
+
+    return _first(case, every, ill, "entropy_collapse")
+
+
+def score_above_100(case: Case, every: int) -> list[Alarm]:
+    """A largest score above 100 in any head."""
+    return _first(case, every, lambda reading, layer: reading.layers[layer]["max_logit"] > 100, "logit_growth")
+
+
+def loss_spikes(case: Case, every: int) -> list[Alarm]:
+    """A loss that is not finite, or four standard deviations above the mean of the fifty before it."""
+    losses, found = case.run.losses, []
+    for at in range(20, len(losses)):
+        past = losses[max(0, at - 50) : at]
+        if not np.isfinite(losses[at]) or losses[at] > past.mean() + 4 * past.std():
+            found.append(Alarm(at + 1, "loss_spike"))
+    return found
+
+
+BASELINES = {"plain rules": plain_rules, "score > 100": score_above_100, "loss spike": loss_spikes}

@@ -1,0 +1,44 @@
+"""Train recipes and their variants side by side, and keep what became of them: a study goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import pickle
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from testbed.recipes import Recipe
+from testbed.trainer import Run, train
+
+Job = tuple[Recipe, str | None, int]
+"""Recipe, the monitor's configuration (None for no monitor) and its interval."""
+
+
+def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
+    """Train what is not in ``folder`` yet, one thread each; one run a job, in their order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / _name(*job) for job in jobs]
+    missing = {path: job for path, job in zip(paths, jobs, strict=True) if not path.exists()}
+    if missing:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            waiting = [pool.submit(_train_and_keep, job, path) for path, job in missing.items()]
+            for done in tqdm(as_completed(waiting), total=len(waiting), desc="training", unit="run", disable=None):
+                done.result()
+    return [pickle.loads(path.read_bytes()) for path in paths]
+
+
+def _train_and_keep(job: Job, path: Path) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(pickle.dumps(train(*job)))
+    part.rename(path)
+
+
+def _name(recipe: Recipe, config: str | None, every: int) -> str:
+    told = json.dumps([asdict(recipe) | {"kind": ""}, config, every], sort_keys=True)
+    return f"{recipe.name}-{config or 'plain'}-{every}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.pickle"

@@ -1,0 +1,168 @@
+"""The models of the testbed: a byte-level GPT as people write it by hand, and Llama and GPT-2 of the transformers library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from testbed.recipes import Shape
+
+VOCABULARY = 256
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Attention(nn.Module):
+    """Causal self-attention ``[B, S, width] -> [B, S, width]``; fused, or by hand with scores in a low precision."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.head_dim = shape.width // shape.heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(shape.width, shape.width, bias=shape.bias)
+        self.k_proj = nn.Linear(shape.width, shape.kv_heads * self.head_dim, bias=shape.bias)
+        self.v_proj = nn.Linear(shape.width, shape.kv_heads * self.head_dim, bias=shape.bias)
+        self.o_proj = nn.Linear(shape.width, shape.width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim) if shape.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim) if shape.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = self.q_norm(query), self.k_norm(key)
+        if self.shape.position == "rotary":
+            query, key = rotate(query), rotate(key)
+        groups = self.shape.heads // self.shape.kv_heads
+        mask = None if self.shape.window is None else window_mask(x.shape[1], self.shape.window, x.device)
+        if self.shape.scores == "fused":
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=groups > 1
+            )
+        else:
+            low = PRECISIONS.get(self.shape.scores, torch.float32)
+            mask = window_mask(x.shape[1], x.shape[1], x.device) if mask is None else mask
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            scores = query.to(low) @ key.to(low).transpose(-2, -1) * self.scaling
+            weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+            mixed = weights.to(value.dtype) @ value
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(-2))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(shape.width)
+        self.attention = Attention(shape)
+        self.mlp_norm = nn.RMSNorm(shape.width)
+        self.mlp = nn.Sequential(nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
+
+
+class GPT(nn.Module):
+    """Bytes ``[B, S]`` -> logits of the next byte ``[B, S, 256]``; the embedding is also the last layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, shape.width)
+        self.positions = nn.Embedding(shape.length, shape.width) if shape.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width)
+        for parameter in self.parameters():
+            if parameter.ndim >= 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+def build(shape: Shape) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The model, and its logits ``[B, S, 256]`` as a function of bytes ``[B, S]``."""
+    if shape.family == "own":
+        own = GPT(shape)
+        return own, own
+    model = _of_transformers(shape)
+    if shape.qk_norm:
+        model.set_attn_implementation(_normalised_sdpa())
+    return model, lambda tokens: model(tokens).logits
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of each attention layer, in order."""
+    for name, module in model.named_modules():
+        if hasattr(module, "q_proj") or hasattr(module, "c_attn"):
+            yield name, module
+
+
+def query_key(module: nn.Module) -> list[Tensor]:
+    """Views of all that makes queries and keys, but for the gains of a norm: a projection each, or the front of a fused one."""
+    if hasattr(module, "c_attn"):
+        return [p[..., : p.shape[-1] // 3 * 2] for p in module.c_attn.parameters()]
+    return [p for name in ("q_proj", "k_proj") for p in getattr(module, name).parameters()]
+
+
+def rotate(x: Tensor) -> Tensor:
+    """Rotary positions on ``[B, H, S, D]``."""
+    length, size = x.shape[-2:]
+    frequencies = 10000.0 ** (-torch.arange(0, size, 2, device=x.device) / size)
+    angle = torch.arange(length, device=x.device)[:, None] * frequencies
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()), dim=-1)
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """``[S, S]`` bool: which keys each query sees."""
+    back = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (back >= 0) & (back < window)
+
+
+def _of_transformers(shape: Shape) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    ends: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
+    if shape.family == "gpt2":
+        drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        size = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width, "n_positions": shape.length}
+        return GPT2LMHeadModel(GPT2Config(**size, **drop, **ends))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=shape.width,
+            intermediate_size=3 * shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=shape.length,
+            tie_word_embeddings=True,
+            pad_token_id=None,
+            **ends,
+        )
+    )
+
+
+def _normalised_sdpa() -> str:
+    """Name of an attention implementation that normalises queries and keys first: scores cannot grow with the weights."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def normalised(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        size = query.shape[-1:]
+        return sdpa_attention_forward(module, F.rms_norm(query, size), F.rms_norm(key, size), value, *args, **kwargs)
+
+    AttentionInterface.register("normalised_sdpa", normalised)
+    AttentionMaskInterface.register("normalised_sdpa", sdpa_mask)
+    return "normalised_sdpa"

@@ -1,0 +1,152 @@
+"""Train one recipe: plain, watched or guarded."""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import stabmon
+from stabmon.records import Reading
+from stabmon.sinks import Sink
+from testbed.models import build
+from testbed.provoke import PROVOCATIONS
+from testbed.recipes import Recipe
+
+GIVEN_UP = 40
+"""Steps in a row without a finite loss after which a run is over."""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What became of a recipe."""
+
+    recipe: Recipe
+    losses: np.ndarray
+    """``[steps]`` training losses; NaN from where it was given up."""
+    validation: float
+    """Loss on text that was kept back, the same for all variants of a recipe."""
+    readings: list[Reading] = field(default_factory=list)
+    """One a step, where it was watched."""
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """The audit of interventions, where it was guarded."""
+    errors: Mapping[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Keep(Sink):
+    """Keeps what a monitor writes."""
+
+    def __init__(self) -> None:
+        self.readings: list[Reading] = []
+        self.records: list[dict[str, Any]] = []
+
+    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+        self.readings.append(reading)
+
+    def write_intervention(self, record: Mapping[str, Any]) -> None:
+        self.records.append(dict(record))
+
+
+def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
+    """Train ``recipe`` on one thread; ``config`` and ``log_every`` are the monitor's, None for no monitor."""
+    began = time.perf_counter()
+    torch.set_num_threads(1)
+    torch.manual_seed(recipe.seed)
+    model, logits = build(recipe.shape)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    provocation = PROVOCATIONS[recipe.provoke](model, optimizer, **recipe.settings)
+    provocation.after_step(0)
+    keep, losses = Keep(), np.full(recipe.steps, np.nan)
+    monitor = None
+    if config is not None:
+        monitor = stabmon.AttentionStabilityMonitor(model, optimizer, config=config, log_every=log_every, sinks=[keep])
+    data, noise = torch.Generator().manual_seed(recipe.seed), torch.Generator().manual_seed(recipe.seed + 1)
+    for step in range(1, recipe.steps + 1):
+        tokens, other = (_batch(recipe, text, data) for text in (recipe.text, _other(recipe.text)))
+        tokens = provocation.batch(step, tokens, other, noise)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate * _schedule(recipe, step) * provocation.rate_factor(step)
+        optimizer.zero_grad()
+        loss = _loss(logits(tokens), tokens)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        provocation.before_step(step)
+        optimizer.step()
+        provocation.after_step(step)
+        losses[step - 1] = loss.item()
+        if monitor is not None:
+            monitor.on_step(loss=loss)
+            if monitor.stop_reason is not None:
+                break
+        if step > GIVEN_UP and not np.isfinite(losses[step - GIVEN_UP : step]).any():
+            break
+    validation = _validation(recipe, model, logits)
+    errors = {} if monitor is None else dict(monitor.errors)
+    if monitor is not None:
+        monitor.close()
+    return Run(recipe, losses, validation, keep.readings, keep.records, errors, time.perf_counter() - began)
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@torch.no_grad()
+def _validation(recipe: Recipe, model: nn.Module, logits: Any) -> float:
+    """Mean loss on eight batches that training never sees."""
+    model.eval()
+    generator = torch.Generator().manual_seed(0)
+    batches = [_batch(recipe, recipe.text, generator, kept_back=True) for _ in range(8)]
+    losses = [_loss(logits(tokens), tokens).item() for tokens in batches]
+    return float(np.mean(losses))
+
+
+def _schedule(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then down to a tenth, or constant."""
+    if step <= recipe.warmup:
+        return step / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    if recipe.schedule == "cosine":
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
+    return 1 - 0.9 * done if recipe.schedule == "linear" else 1.0
+
+
+def _batch(recipe: Recipe, text: str, generator: torch.Generator, kept_back: bool = False) -> Tensor:
+    """``[batch, S]`` bytes; ``kept_back`` ones are from the last tenth of the text."""
+    size, length = recipe.batch, recipe.shape.length
+    if text == "copy":
+        half = torch.randint(0, 64, (size, length // 2), generator=generator)
+        return torch.cat([half, half], dim=1)
+    bytes_ = _bytes(text)
+    border = int(0.9 * len(bytes_))
+    low, high = (border, len(bytes_)) if kept_back else (0, border)
+    starts = torch.randint(low, high - length, (size, 1), generator=generator)
+    return bytes_[starts + torch.arange(length)].long()
+
+
+def _other(text: str) -> str:
+    return "topics" if text == "library" else "library"
+
+
+@cache
+def _bytes(text: str) -> Tensor:
+    """The whole text, one byte a number."""
+    if text == "topics":
+        from pydoc_data.topics import topics
+
+        raw = "\n\n".join(topics[name] for name in sorted(topics)).encode()
+    else:
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        raw = b"\n\n".join(path.read_bytes() for path in files)[:2_000_000]
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
