@@ -24,8 +24,12 @@ PARAMETERS = ("module", "query", "key", "value", "attention_mask", "scaling", "d
 def reader(kernel: Kernel, default: Kernel) -> Reader | None:
     """How to read a call of ``kernel``; None where its meaning is not known, so that torch functions have to be watched.
 
-    ``default`` is the model's own eager function.
+    ``default`` is the model's own eager function. A kernel that changes attention before it runs says itself what it makes of a
+    call, by a method ``read_call``.
     """
+    own: Reader | None = getattr(kernel, "read_call", None)
+    if own is not None:
+        return own
     if not getattr(kernel, "__module__", "").startswith("transformers.") or not hasattr(kernel, "__code__"):
         return None
     if kernel is default:

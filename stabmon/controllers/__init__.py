@@ -1,0 +1,22 @@
+"""Learned and linear attention in unmodified models: each controller one file, its formulas and nothing else.
+
+>>> from stabmon.controllers import CONTROLLERS
+>>> list(CONTROLLERS)
+['info_density', 'linear_ramp', 'linearization']
+"""
+
+from stabmon.controllers.attach import Controllers, attach_controllers, detach_controllers
+from stabmon.controllers.base import CONTROLLERS, Controller, Site, controller
+from stabmon.controllers.store import load_controllers, save_controllers
+
+__all__ = [
+    "CONTROLLERS",
+    "Controller",
+    "Controllers",
+    "Site",
+    "attach_controllers",
+    "controller",
+    "detach_controllers",
+    "load_controllers",
+    "save_controllers",
+]

@@ -1,0 +1,160 @@
+"""Put controllers into a model's attention modules, and take them out again without trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from stabmon.capture.base import head_count
+from stabmon.capture.names import clean_name
+from stabmon.controllers.base import CONTROLLERS, Controller, Site
+from stabmon.controllers.kernel import CHILD, ControlledConfig, after, before, looks_up, unregister
+
+CROSS = ("cross", "encoder_attn", "encdecattention", "enc_attn")
+"""Parts of names of attention over another sequence's keys."""
+Layers = str | int | Sequence[str | int] | None
+
+
+class Controllers(nn.ModuleDict):
+    """The controllers of a model by module name, with ``/`` for the dots; they are submodules of their attention modules too.
+
+    Attributes:
+        kind: the registered name of the controller.
+        options: what it was made with.
+    """
+
+    def __init__(self, kind: str, options: dict[str, Any], members: dict[str, Controller]) -> None:
+        super().__init__({name.replace(".", "/"): member for name, member in members.items()})
+        self.kind, self.options = kind, options
+
+    def by_layer(self) -> dict[str, Controller]:
+        """Controllers by the qualified name of their attention module."""
+        return {name.replace("/", "."): member for name, member in self.items()}  # type: ignore[misc]
+
+
+def attach_controllers(model: nn.Module, kind: str = "info_density", *, layers: Layers = None, **options: Any) -> Controllers:
+    """Put a controller into every self-attention module of a transformers model.
+
+    Their parameters are the model's from then on, under ``<attention module>.stabmon_controller.``: give them to the optimizer,
+    and wrap the model for distributed training after this. Weights, config and classes of the model stay as they are.
+
+    Args:
+        model: any model whose attention modules look their function up in transformers' attention interface; wrapped or plain.
+        kind: a name of ``stabmon list controllers``.
+        layers: which modules: patterns of their names, or their places counted from 0 (-1 is the last); None for all.
+        options: what the controller takes, such as ``form="key_bias"`` of ``info_density``.
+
+    Returns:
+        The controllers, an ``nn.ModuleDict``.
+
+    Raises:
+        ValueError: if the model has none such module, has controllers already, or a name or an option is wrong.
+    """
+    cls = CONTROLLERS[kind]
+    if find_controllers(model):
+        raise ValueError("the model has controllers already: take them out with detach_controllers(model) first")
+    sites = chosen(find_sites(model), layers)
+    members = {}
+    for site, _ in sites:
+        try:
+            members[site.name] = cls(site, **options)
+        except TypeError as error:
+            raise ValueError(f"{kind}: {str(error).split('.')[-1].removeprefix('__init__() ')}") from error
+    for site, module in sites:
+        put(module, members[site.name])
+    return Controllers(kind, options, members)
+
+
+def detach_controllers(model: nn.Module) -> None:
+    """Take all controllers out of a model and leave it as it was before; one without controllers stays as it is."""
+    interfaces = set()
+    for module in model.modules():
+        member = module._modules.get(CHILD)
+        if isinstance(member, Controller):
+            for handle in member.handles:
+                handle.remove()
+            config, interface = module.config.__dict__["_stabmon_of"]
+            module.config = config
+            interfaces.add(interface)
+            delattr(module, CHILD)
+    for interface in interfaces:
+        unregister(interface)
+
+
+def find_controllers(model: nn.Module) -> dict[str, Controller]:
+    """The controllers in a model, by the qualified name of their attention module."""
+    found = {clean_name(name): module._modules.get(CHILD) for name, module in model.named_modules()}
+    return {name: member for name, member in found.items() if isinstance(member, Controller)}
+
+
+def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
+    """Every self-attention module that a controller can be put into, in the model's order.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    modules = [(clean_name(name) or type(module).__name__, module) for name, module in model.named_modules()]
+    found = [(name, module) for name, module in modules if looks_up(module) is not None and not is_cross(name, module)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention that looks its function up in transformers' attention interface: "
+            "controllers need a model of transformers 5, such as GPT-2, Llama, Qwen, Gemma, BERT or ViT"
+        )
+    sites = []
+    for index, (name, module) in enumerate(found):
+        config: Any = module.config
+        heads = head_count(module) or getattr(config, "num_attention_heads", None)
+        width = getattr(config, "hidden_size", None)
+        if not isinstance(heads, int) or not isinstance(width, int):
+            raise ValueError(
+                f"{name}: its config does not tell num_attention_heads and hidden_size: leave it out with layers=[...]"
+            )
+        sites.append((Site(name, heads, width, index, len(found)), module))
+    return sites
+
+
+def is_cross(name: str, module: nn.Module) -> bool:
+    """Whether a module attends over the keys of another sequence."""
+    words = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    return bool(getattr(module, "is_cross_attention", False)) or any(word in words for word in CROSS)
+
+
+def chosen(sites: list[tuple[Site, nn.Module]], layers: Layers) -> list[tuple[Site, nn.Module]]:
+    """Those of the sites that are asked for.
+
+    Raises:
+        ValueError: for a pattern or a place that names none.
+    """
+    if layers is None:
+        return sites
+    wanted = [layers] if isinstance(layers, str | int) else list(layers)
+    keep = set()
+    for each in wanted:
+        if isinstance(each, int):
+            hits = {range(len(sites))[each]} if -len(sites) <= each < len(sites) else set()
+        else:
+            hits = {place for place, (site, _) in enumerate(sites) if fnmatchcase(site.name, each)}
+        if not hits:
+            raise ValueError(f"layers: {each!r} names none of {sites[0][0].name} ... {sites[-1][0].name} ({len(sites)} modules)")
+        keep |= hits
+    return [sites[place] for place in sorted(keep)]
+
+
+def put(module: nn.Module, member: Controller) -> None:
+    """Make ``module`` a controlled one."""
+    names = looks_up(module)
+    assert names is not None
+    near = next(module.parameters(), None)
+    if near is not None:
+        member.to(near.device, torch.float64 if near.dtype == torch.float64 else torch.float32)
+    member.train(module.training)
+    module.config = ControlledConfig(module.config, type(names["ALL_ATTENTION_FUNCTIONS"]))  # type: ignore[assignment]
+    setattr(module, CHILD, member)
+    member.handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, always_call=True),
+    ]

@@ -1,0 +1,68 @@
+"""A learned number a head and token, by which attention is drawn to some tokens or sharpened at others."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stabmon.controllers.base import Controller, Site, controller
+
+Form = Literal["key_bias", "query_gain", "both"]
+
+
+@controller
+class InfoDensity(Controller):
+    """Learns how much each token is worth attending to (key_bias), or how sharply it attends (query_gain).
+
+    With x the hidden states that the attention module is called with, and h = tanh(W LayerNorm(x) + b) in (-1, 1):
+
+    - ``key_bias``: the score of query i and key j becomes z_ij + bias_max * h_j;
+    - ``query_gain``: it becomes gain_max ** h_i * z_ij;
+    - ``both``: gain_max ** h_i * z_ij + bias_max * h'_j, with two h of their own.
+
+    W and b start at 0, where neither form changes anything, and their gradients do not vanish there. LayerNorm has no gain and
+    shift of its own: W and b would absorb them. The number of a *query* added to its scores would cancel in the softmax.
+
+    Args:
+        site: where it sits.
+        form: ``key_bias``, ``query_gain`` or ``both``.
+        bias_max: the largest bias, in nats: positive.
+        gain_max: the largest gain; the smallest is its inverse: above 1.
+
+    Raises:
+        ValueError: naming the value and the mend.
+    """
+
+    def __init__(self, site: Site, form: Form = "key_bias", bias_max: float = 1.0, gain_max: float = 4.0) -> None:
+        super().__init__(site)
+        if form not in get_args(Form):
+            raise ValueError(f"form {form!r} of info_density: use {', '.join(get_args(Form))}")
+        if not bias_max > 0 or not math.isfinite(bias_max):
+            raise ValueError(f"bias_max {bias_max!r}: give a positive number of nats, such as 1.0")
+        if not gain_max > 1 or not math.isfinite(gain_max):
+            raise ValueError(f"gain_max {gain_max!r}: give a number above 1, such as 4.0")
+        self.form, self.bias_max, self.gain_max = form, bias_max, gain_max
+        self.parts = ("key_bias", "query_gain") if form == "both" else (form,)
+        for part in self.parts:
+            self.register_parameter(f"{part}_weight", nn.Parameter(torch.zeros(site.heads, site.width)))
+            self.register_parameter(f"{part}_bias", nn.Parameter(torch.zeros(site.heads)))
+
+    def key_bias(self, hidden: Tensor) -> Tensor | None:
+        """``bias_max * h``, ``[B, H, S]`` in nats."""
+        return self.bias_max * self.density("key_bias", hidden) if "key_bias" in self.parts else None
+
+    def query_gain(self, hidden: Tensor) -> Tensor | None:
+        """``gain_max ** h``, ``[B, H, S]`` in (1 / gain_max, gain_max)."""
+        if "query_gain" not in self.parts:
+            return None
+        return torch.exp(math.log(self.gain_max) * self.density("query_gain", hidden))
+
+    def density(self, part: str, hidden: Tensor) -> Tensor:
+        """h, ``[B, H, S]`` in (-1, 1)."""
+        weight, bias = getattr(self, f"{part}_weight"), getattr(self, f"{part}_bias")
+        normed = F.layer_norm(hidden.to(weight.dtype), (self.site.width,))
+        return torch.tanh(F.linear(normed, weight, bias)).transpose(1, 2)

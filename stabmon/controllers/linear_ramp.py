@@ -1,0 +1,39 @@
+"""Linear attention in the first layers, softmax in the last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stabmon.controllers.base import Controller, Site, controller
+
+_EDGE = 0.01
+"""A learned share starts at least this far from 0 and 1, where its gradient would vanish."""
+
+
+@controller
+class LinearRamp(Controller):
+    """Mixes linear and softmax attention: alpha * linear + (1 - alpha) * softmax, alpha = (L - l) / L in layer l = 0 ... L - 1.
+
+    Args:
+        site: where it sits; l and L are its place among the model's self-attention modules.
+        learned: learn alpha, one a head, as the sigmoid of a parameter.
+        start: where a learned alpha starts, in every layer; None for the ramp.
+
+    Raises:
+        ValueError: naming the value and the mend.
+    """
+
+    def __init__(self, site: Site, learned: bool = False, start: float | None = None) -> None:
+        super().__init__(site)
+        if start is not None and (not learned or not 0 < start < 1):
+            raise ValueError(f"start {start!r} of linear_ramp: give a number between 0 and 1, with learned=True")
+        self.alpha = (site.count - site.index) / site.count if start is None else start
+        self.share = None
+        if learned:
+            bounded = torch.full((site.heads,), self.alpha).clamp(_EDGE, 1 - _EDGE)
+            self.share = nn.Parameter(torch.logit(bounded))
+
+    def linear_share(self) -> Tensor | float:
+        """alpha, ``[H]`` where it is learned."""
+        return self.alpha if self.share is None else torch.sigmoid(self.share)

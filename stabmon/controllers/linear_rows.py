@@ -1,0 +1,75 @@
+"""Linear attention of a call that was read from a model: its output, and its weights for whoever measures them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from stabmon.controllers.linear_attention import linear_attention, linear_weights, row_blocks
+from stabmon.operator.visibility import Visibility
+from stabmon.records import AttentionCall
+
+
+def visibility_of(call: AttentionCall) -> Visibility:
+    """Which keys each query of a call sees."""
+    assert call.query is not None
+    assert call.key is not None
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    mask = call.mask
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.ndim)]
+        mask = mask.expand(-1, -1, -1, keys) if mask.shape[-1] == 1 else mask
+    return Visibility(queries, keys, call.is_causal, call.window, mask, keys - queries, call.query.device)
+
+
+def attend_linearly(call: AttentionCall, value: Tensor) -> Tensor:
+    """``[B, H, Q, E]`` in float32, or float64 where ``value`` ``[B, H_kv, K, E]`` is: scores are sums, and lose by cancellation.
+
+    Raises:
+        ValueError: for a call with a softcap or learned sinks, of which linear attention knows nothing.
+    """
+    if call.softcap is not None or call.sinks is not None:
+        raise ValueError(
+            f"{call.layer} has a softcap or learned sinks, which linear attention does not: leave it out with layers=[...]"
+        )
+    assert call.query is not None
+    assert call.key is not None
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    keys = call.key.shape[2]
+    with torch.autocast(value.device.type, enabled=False):
+        query, key = call.query.to(dtype), call.key.to(dtype)
+        value = value[:, :, :keys].to(dtype).expand(len(key), -1, -1, -1)
+        return linear_attention(query, key, value, call.scale, visibility_of(call))
+
+
+def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Blocks of rows of a call: which rows, their logits ``[B, H, rows, K]`` in float32, and which of them are hidden."""
+    if call.scores is not None:
+        for rows in row_blocks(call.scores, call.scores.mT):
+            scores = call.scores[:, :, rows].float()
+            yield rows, scores, scores.isneginf()
+        return
+    assert call.query is not None
+    assert call.key is not None
+    visibility = visibility_of(call)
+    key = call.key.float().repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1).mT
+    for rows in row_blocks(call.query, call.key):
+        logits = call.scale * (call.query[:, :, rows].float() @ key)
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        hidden, bias = visibility.block(rows, slice(0, visibility.keys))
+        logits = logits if bias is None else logits + bias
+        yield rows, logits if hidden is None else logits.masked_fill(hidden, -torch.inf), hidden
+
+
+def log_weights(call: AttentionCall, share: Tensor | float) -> Tensor:
+    """``[B, H, Q, K]`` logarithms of share * linear + (1 - share) * softmax; written out, so for sampled steps alone."""
+    share = share[None, :, None, None] if isinstance(share, Tensor) else share
+    blocks = []
+    for _, logits, hidden in logits_of(call):
+        linear = linear_weights(logits.masked_fill(logits.isneginf(), 0.0), hidden)
+        softmax = torch.softmax(logits, dim=-1).nan_to_num(0.0)
+        blocks.append((share * linear + (1 - share) * softmax).log())
+    return torch.cat(blocks, dim=2)
