@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,18 +21,11 @@ class ControlledCall:
 
     def __init__(self, controller: Controller, hidden: Tensor) -> None:
         self.controller = controller
-        self.hidden = hidden
-        self._remembered: tuple[Tensor, Tensor] | None = None
-
-    @cached_property
-    def new_bias(self) -> Tensor | None:
+        self.new_bias: Tensor | None = controller.key_bias(hidden)
         """``[B, H, S]`` of the tokens of this call."""
-        return self.controller.key_bias(self.hidden)
-
-    @cached_property
-    def gain(self) -> Tensor | None:
+        self.gain: Tensor | None = controller.query_gain(hidden)
         """``[B, H, S]`` of the queries."""
-        return self.controller.query_gain(self.hidden)
+        self._remembered: tuple[Tensor, Tensor] | None = None
 
     def bias(self, key: Tensor) -> Tensor | None:
         """``[B, H, K]`` of every key, those of earlier calls included; None for nothing.

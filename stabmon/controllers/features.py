@@ -6,9 +6,12 @@ picks its own. B batch, H query heads, H_kv key heads, G = H / H_kv, Q queries, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ALIGNMENT = {"cpu": 1}
 """Extra features come in multiples of this; on every other kind of device of 8, which fused kernels ask for."""
@@ -26,9 +29,40 @@ def biases(features: Tensor, heads: int) -> Tensor:
     return features[..., : heads // key_heads].transpose(-1, -2).flatten(1, 2)
 
 
-def with_query_features(query: Tensor, scale: float, key_heads: int, width: int) -> Tensor:
-    """``[B, H, Q, D + F]`` for F ``width``: each query picks the bias of its own head."""
+def query_features(query: Tensor, scale: float, key_heads: int, width: int) -> Tensor:
+    """``[B, H, Q, F]`` for F ``width``: by its features each query picks the bias of its own head."""
     heads = query.shape[1]
-    group = heads // key_heads
-    picks = F.one_hot(torch.arange(heads, device=query.device) % group, width).to(query.dtype) / scale
-    return torch.cat((query, picks[None, :, None].expand(len(query), -1, query.shape[2], -1)), dim=-1)
+    picks = F.one_hot(torch.arange(heads, device=query.device) % (heads // key_heads), width).to(query.dtype) / scale
+    return picks[None, :, None].expand(len(query), -1, query.shape[2], -1)
+
+
+class GainedQuery(torch.autograd.Function):
+    """``[gain * query, features]``, which keeps for backward nothing but its own output: that the attention kernel keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, gain: Tensor, features: Tensor | None) -> Tensor:
+        """``query`` ``[B, H, Q, D]``, ``gain`` ``[B, H, Q]`` nowhere 0, ``features`` ``[B, H, Q, F]`` -> ``[B, H, Q, D + F]``."""
+        size = query.shape[-1]
+        output = query.new_empty(*query.shape[:-1], size + (0 if features is None else features.shape[-1]))
+        torch.mul(query, gain[..., None], out=output[..., :size])
+        if features is not None:
+            output[..., size:] = features
+        ctx.save_for_backward(output, gain)
+        ctx.size = size
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The query itself is ``output / gain``."""
+        output, gain = ctx.saved_tensors
+        gradient, gained = gradient[..., : ctx.size], output[..., : ctx.size]
+        return gradient * gain[..., None], (gradient * gained).sum(-1) / gain, None
+
+
+def changed_query(query: Tensor, gain: Tensor | None, features: Tensor | None) -> Tensor:
+    """``[B, H, Q, D + F]`` the query with its gain and its features, where there are any."""
+    if gain is not None:
+        output: Tensor = GainedQuery.apply(query, gain.to(query.dtype), features)  # type: ignore[no-untyped-call]
+        return output
+    return query if features is None else torch.cat((query, features), dim=-1)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from stabmon.controllers.base import Controller, Site, controller
 
 Form = Literal["key_bias", "query_gain", "both"]
+_EPS = 1e-5
+"""What LayerNorm adds to the variance of the hidden states; torch's default."""
 
 
 @controller
@@ -64,5 +66,8 @@ class InfoDensity(Controller):
     def density(self, part: str, hidden: Tensor) -> Tensor:
         """h, ``[B, H, S]`` in (-1, 1)."""
         weight, bias = getattr(self, f"{part}_weight"), getattr(self, f"{part}_bias")
-        normed = F.layer_norm(hidden.to(weight.dtype), (self.site.width,))
-        return torch.tanh(F.linear(normed, weight, bias)).transpose(1, 2)
+        hidden = hidden.to(weight.dtype)
+        variance = hidden.var(-1, correction=0, keepdim=True)
+        centred = weight - weight.mean(-1, keepdim=True)  # then W (x - mean) = centred x, and nothing as wide as x is kept
+        normed = F.linear(hidden, centred) * torch.rsqrt(variance + _EPS)
+        return torch.tanh(normed + bias).transpose(1, 2)

@@ -20,7 +20,7 @@ from stabmon.capture.base import bind, isolated
 from stabmon.capture.transformers_kernels import PARAMETERS, Kernel, Reader, biased, reader
 from stabmon.controllers.cache import RememberingCache, is_cache
 from stabmon.controllers.call import ControlledCall
-from stabmon.controllers.features import key_features, with_query_features
+from stabmon.controllers.features import changed_query, key_features, query_features
 from stabmon.controllers.linear_rows import attend_linearly, log_weights
 from stabmon.records import AttentionCall
 
@@ -127,14 +127,13 @@ class ControlledAttention:
             with isolated():
                 self._tell(controller, given)
         share = controller.linear_share()
-        changed = self._gained(controller, given)
         if isinstance(share, float | int) and share == 1:
-            return self._linear(controller, changed), None
-        output, weights = self._softmax(module, controller, changed)
+            return self._linear(controller, given), None
+        output, weights = self._softmax(module, controller, given)
         if share is None:
             return output, weights
         share = share.to(output.dtype)[None, None, :, None] if isinstance(share, Tensor) else share
-        return output + share * (self._linear(controller, changed) - output), None
+        return output + share * (self._linear(controller, given) - output), None
 
     def read_call(self, layer: str, given: Mapping[str, Any], dtype: torch.dtype) -> AttentionCall:
         """The modified attention of a call, for whoever measures it: without gradients, and before the call is made.
@@ -142,7 +141,7 @@ class ControlledAttention:
         A key bias is shown as a mask that is added; attention that is in part linear as scores, the logarithms of its weights.
         """
         controller = getattr(given["module"], CHILD)
-        call = self._biased(controller, given["key"], self._read(given["module"])(layer, self._gained(controller, given), dtype))
+        call = self._modified(controller, layer, given, dtype)
         share = controller.linear_share()
         if share is None:
             return call
@@ -173,48 +172,43 @@ class ControlledAttention:
             )
         return read
 
-    def _gained(self, controller: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments with the gain on the queries, and with the scale spelt out."""
-        query, scaling = given["query"], given.get("scaling")
-        gain = controller.call.gain
-        return {
-            **given,
-            "query": query if gain is None else query * gain[..., None].to(query.dtype),
-            "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        }
-
-    def _biased(self, controller: Any, given_key: Tensor, call: AttentionCall) -> AttentionCall:
-        """A call that was read, with the biases of its keys: as a mask that is added, or within a softcap as they are computed."""
-        bias = controller.call.bias(given_key)
+    def _modified(self, controller: Any, layer: str, given: Mapping[str, Any], dtype: torch.dtype) -> AttentionCall:
+        """A call as it is after gain and bias: the bias as a mask that is added, or where there is a softcap, within it as features."""
+        gain, query = controller.call.gain, given["query"]
+        if gain is not None:
+            query = query * gain[..., None].to(query.dtype)
+        call = self._read(given["module"])(layer, {**given, "query": query}, dtype)
+        bias = controller.call.bias(given["key"])
         if bias is None or call.query is None or call.key is None:
             return call
         bias = bias[..., : call.key.shape[2]]
         if call.softcap is None:
             bias = bias.to(torch.promote_types(bias.dtype, torch.float32))[:, :, None]
             return replace(call, mask=bias if call.mask is None else biased(call.mask, bias))
-        features = key_features(bias, call.key.shape[1], call.key.dtype)
-        query = with_query_features(call.query, call.scale, call.key.shape[1], features.shape[-1])
-        return replace(call, query=query, key=torch.cat((call.key, features), dim=-1))
+        key = torch.cat((call.key, key_features(bias, call.key.shape[1], call.key.dtype)), dim=-1)
+        features = query_features(call.query, call.scale, key.shape[1], key.shape[-1] - call.key.shape[-1])
+        return replace(call, query=changed_query(call.query, None, features), key=key)
 
     def _softmax(self, module: nn.Module, controller: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         kernel, _ = self._functions(module)
-        plain, value = given["key"], given["value"]
+        query, plain, value = given["query"], given["key"], given["value"]
+        scale = query.shape[-1] ** -0.5 if given.get("scaling") is None else given["scaling"]
         key = controller.call.with_features(plain)
         if key is None:
-            return run(kernel, given)
+            query = changed_query(query, controller.call.gain, None)
+            return run(kernel, {**given, "query": query, "scaling": scale})
         extra = key.shape[-1] - plain.shape[-1]
-        query = with_query_features(given["query"], given["scaling"], key.shape[1], extra)
-        alike = self.implementation != "eager" and value.shape[-1] == plain.shape[-1]
-        if alike:  # fused kernels are there for values of as many features as keys have
-            value = F.pad(value, (0, extra))
-        output, weights = run(kernel, {**given, "query": query, "key": key, "value": value})
-        return output[..., : given["value"].shape[-1]], weights
+        query = changed_query(query, controller.call.gain, query_features(query, scale, key.shape[1], extra))
+        size = value.shape[-1]
+        if self.implementation != "eager" and size == plain.shape[-1]:
+            value = F.pad(value, (0, extra))  # fused kernels are there for values of as many features as keys have
+        output, weights = run(kernel, {**given, "query": query, "key": key, "value": value, "scaling": scale})
+        return output[..., :size], weights
 
     def _linear(self, controller: Any, given: dict[str, Any]) -> Tensor:
         """``[B, Q, H, E]``."""
         query = given["query"]
-        call = self._read(given["module"])(controller.site.name, given, query.dtype)
-        call = self._biased(controller, given["key"], call)
+        call = self._modified(controller, controller.site.name, given, query.dtype)
         return attend_linearly(call, given["value"]).transpose(1, 2).to(query.dtype)
 
 

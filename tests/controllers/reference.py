@@ -43,8 +43,11 @@ def output_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return tensor
 
 
-def dense_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """What a controlled model's output must be: an uncontrolled copy of it with the formulas written out in every layer."""
+def dense_output(model: nn.Module, inputs: dict[str, Any], seen: list[Tensor] | None = None) -> Tensor:
+    """What a controlled model's output must be: an uncontrolled copy of it with the formulas written out in every layer.
+
+    ``seen`` gets the weights ``[B, H, Q, K]`` of each layer.
+    """
     members = {
         name: copy.deepcopy(module.stabmon_controller)
         for name, module in model.named_modules()
@@ -63,7 +66,11 @@ def dense_output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
             module.register_forward_pre_hook(keep, with_kwargs=True)
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-        return dense_attention(modules.get(id(module)), hidden.get(id(module)), query, key, value, attention_mask, kwargs)
+        of = modules.get(id(module)), hidden.get(id(module))
+        output, weights = dense_attention(*of, query, key, value, attention_mask, kwargs)
+        if seen is not None:
+            seen.append(weights)
+        return output, weights
 
     with registered(attention):
         for module in plain.modules():

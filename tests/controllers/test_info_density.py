@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stabmon.controllers import attach_controllers, controller
 from stabmon.controllers.base import CONTROLLERS, Controller
-from stabmon.controllers.features import biases, key_features, with_query_features
+from stabmon.controllers.features import biases, changed_query, key_features, query_features
 from stabmon.controllers.info_density import InfoDensity
 from tests.capture.zoo import tokens, zoo
 from tests.controllers.reference import built, output_of, scatter
@@ -91,17 +91,19 @@ def test_gradients_where_query_heads_share_a_key_head() -> None:
         torch.randn(2, h, 6, *d, dtype=torch.float64) for h, d in ((4, (3,)), (2, (3,)), (2, (3,)), (4, ()))
     )
 
-    def attend(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+    gain = torch.rand(2, 4, 6, dtype=torch.float64) + 0.5
+
+    def attend(query: Tensor, key: Tensor, bias: Tensor, gain: Tensor) -> Tensor:
         features = key_features(bias, 2, torch.float64)
-        asking = with_query_features(query, 0.5, 2, features.shape[-1])
+        asking = changed_query(query, gain, query_features(query, 0.5, 2, features.shape[-1]))
         given = torch.nn.functional.pad(value, (0, features.shape[-1]))
         keys = torch.cat((key, features), -1)
         return torch.nn.functional.scaled_dot_product_attention(asking, keys, given, scale=0.5, is_causal=True, enable_gqa=True)
 
-    scores = 0.5 * query @ key.repeat_interleave(2, 1).mT + bias[:, :, None, :]
+    scores = 0.5 * (gain[..., None] * query) @ key.repeat_interleave(2, 1).mT + bias[:, :, None, :]
     weights = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-    torch.testing.assert_close(attend(query, key, bias)[..., :3], weights @ value.repeat_interleave(2, 1))
-    assert torch.autograd.gradcheck(attend, [each.requires_grad_() for each in (query, key, bias)], fast_mode=True)
+    torch.testing.assert_close(attend(query, key, bias, gain)[..., :3], weights @ value.repeat_interleave(2, 1))
+    assert torch.autograd.gradcheck(attend, [each.requires_grad_() for each in (query, key, bias, gain)], fast_mode=True)
     torch.testing.assert_close(biases(key_features(bias, 2, torch.float64), 4), bias)
 
 
