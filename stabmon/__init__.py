@@ -6,6 +6,7 @@
 """
 
 from stabmon.analyzer import AttentionAnalyzer
+from stabmon.check import check_attention_stability
 from stabmon.config import StabilityConfig, load_config
 from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.records import AttentionCall, Diagnosis, NonFinite, Reading, StabilityIssue
@@ -20,5 +21,6 @@ __all__ = [
     "Reading",
     "StabilityConfig",
     "StabilityIssue",
+    "check_attention_stability",
     "load_config",
 ]

@@ -47,6 +47,32 @@ def list_(
 
 
 @app.command()
+def check(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a config.json, a hub name, or package.module:callable giving an nn.Module.")
+    ],
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Length to train at, in tokens; the config's own if left out.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Precision to train in: fp16, bf16 or fp32.")] = "fp32",
+    attn: Annotated[str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")] = None,
+    text: Annotated[str | None, typer.Option(help="A file to take the sample from; random tokens if left out.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences in the sample.")] = 1,
+    markdown: Annotated[str | None, typer.Option(help="Also write the report into this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
+    fail_on: FailOn = "error",
+    as_json: Json = False,
+) -> None:
+    """Whether a model's attention is going to be stable, before it is trained, and what to change if not."""
+    from stabmon.check.command import Asked, run
+
+    _check_severity(fail_on)
+    asked = Asked(model, seq_len, dtype, attn, text, batch, seed, as_json, markdown, fail_on)
+    if run(asked):
+        raise typer.Exit(1)
+
+
+@app.command()
 def watch(
     run_dir: Annotated[str, typer.Argument(help="The run's output folder, or the stabmon folder in it.")],
     once: Annotated[bool, typer.Option("--once", help="Show the present state and leave.")] = False,

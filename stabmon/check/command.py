@@ -1,0 +1,89 @@
+"""The body of ``stabmon check``: from the command's options to a report that is printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from stabmon.check.attention_stability import check_attention_stability
+from stabmon.check.inputs import make_sample, sample_length, trained_length
+from stabmon.check.pretrained import quiet
+from stabmon.check.report import StabilityReport
+from stabmon.check.settings import ATTENTION, CheckConfig
+from stabmon.check.source import Target, load_target
+from stabmon.sinks.exact_json import dumps
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command's options."""
+
+    model: str
+    seq_len: int | None = None
+    dtype: str = "fp32"
+    attn: str | None = None
+    text: str | None = None
+    batch: int = 1
+    seed: int = 0
+    as_json: bool = False
+    markdown: str | None = None
+    fail_on: str = "error"
+
+
+def run(asked: Asked) -> int:
+    """Check, print, and give the exit status: 0 or 1.
+
+    Raises:
+        ValueError: for options or input that are wrong, in one line.
+    """
+    report = check(asked)
+    if asked.markdown is not None:
+        try:
+            Path(asked.markdown).write_text(report.to_markdown())
+        except OSError as error:
+            raise ValueError(f"--markdown {asked.markdown}: {error.strerror or error}; name a file that can be written") from None
+    if asked.as_json:
+        print(dumps(report.to_dict()))
+    else:
+        from stabmon.check.terminal import view
+
+        Console().print(view(report))
+    return int(report.finds(asked.fail_on))
+
+
+def check(asked: Asked) -> StabilityReport:
+    """The report on what was asked for."""
+    _check(asked)
+    attention = None if asked.attn is None else ATTENTION[asked.attn]
+    settings = CheckConfig(dtype=asked.dtype, seq_len=asked.seq_len, seed=asked.seed)
+    target = load_target(asked.model, attention, asked.seed)
+    return _checked(target, asked, settings)
+
+
+def _checked(target: Target, asked: Asked, settings: CheckConfig) -> StabilityReport:
+    length = trained_length(target, asked.seq_len)
+    tokens = sample_length(target, length, asked.batch)
+    sample, notes = make_sample(target, tokens, asked.batch, asked.text, asked.seed)
+    if target.sample is None and getattr(target.model, "main_input_name", "input_ids") == "input_ids":
+        settings = replace(settings, seq_len=length)
+        if tokens < length:
+            notes.append(f"the sample has {tokens} tokens; for {length} its scores were carried over")
+    try:
+        with quiet():
+            report = check_attention_stability(target.model, sample, settings, subject=target.subject, analytic=target.analytic)
+    except (RuntimeError, IndexError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{asked.model}: the model failed on a sample of {tokens} tokens ({type(error).__name__}: {reason}); "
+            "give a --seq-len that it takes, or use stabmon.check_attention_stability(model, sample)"
+        ) from None
+    return replace(report, notes=(*target.notes, *notes, *report.notes))
+
+
+def _check(asked: Asked) -> None:
+    if asked.attn is not None and asked.attn not in ATTENTION:
+        raise ValueError(f"--attn {asked.attn!r}: use {', '.join(ATTENTION)}")
+    if asked.batch < 1:
+        raise ValueError(f"--batch {asked.batch}: give at least 1")

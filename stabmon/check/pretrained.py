@@ -1,0 +1,188 @@
+"""Models of transformers: from a config alone, or with their weights; whole, or one layer of each kind at full width."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+NARROW = {
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 256
+    ),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64),
+    "vocab_size": 1024,
+}
+"""What has no part in attention, and what it is made where one layer has to do for all; only ever made smaller."""
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+def read_config(source: str) -> Any:
+    """The config in a folder or a config.json, or that of a name on the hub.
+
+    Raises:
+        ValueError: saying what is wrong with it, in one line.
+        ImportError: if transformers is not installed.
+    """
+    transformers = _transformers()
+    try:
+        with quiet():
+            return transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        local = Path(source).exists()
+        mend = (
+            "give a config.json with a model_type that transformers knows"
+            if local
+            else "give a local folder, a config.json or a hub name"
+        )
+        raise ValueError(f"{source}: not a model's config that can be read ({reason}); {mend}") from None
+
+
+def model_class(config: Any) -> Any:
+    """The class that the config names, else the one with a loss that its type has, else the bare model."""
+    transformers = _transformers()
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel"):
+        known = getattr(transformers, auto)._model_mapping
+        if type(config) in known:
+            found = known[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(f"{type(config).__name__}: transformers has no model of this type; give package.module:callable instead")
+
+
+def from_config(config: Any, attention: str | None, seed: int) -> nn.Module:
+    """A model with the weights that its own initialisation gives, in float32 and evaluation mode; the global generators are not touched.
+
+    Raises:
+        ValueError: if the model cannot be made, or not with this attention.
+    """
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with quiet(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model: nn.Module = model_class(config)._from_config(copy.deepcopy(config), dtype=torch.float32, **options)
+    except (ValueError, TypeError, AttributeError, ImportError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"cannot make a {type(config).__name__[:-6]} of this config: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return model.eval()
+
+
+def from_weights(source: str, config: Any, attention: str | None) -> nn.Module:
+    """The model with its stored weights, in float32 and evaluation mode.
+
+    Raises:
+        ValueError: if they cannot be loaded.
+    """
+    options = {} if attention is None else {"attn_implementation": attention}
+    try:
+        with quiet(), torch.random.fork_rng():
+            model: nn.Module = model_class(config).from_pretrained(source, config=config, dtype=torch.float32, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ValueError(f"cannot load the weights of {source}: {' '.join(str(error).split())[:300]}") from None
+    return model.eval()
+
+
+def count_parameters(config: Any) -> int:
+    """How many parameters the model has, found without making them (meta device)."""
+    with torch.device("meta"):
+        model = from_config(config, None, 0)
+    return sum(each.numel() for each in model.parameters())
+
+
+def one_of_each_layer(config: Any) -> tuple[Any, int, int]:
+    """The config with one layer of each kind at full width, and all that has no part in attention made small.
+
+    Returns:
+        The new config, how many layers it has and how many the old one had.
+    """
+    small = copy.deepcopy(config)
+    text = small.get_text_config() if hasattr(small, "get_text_config") else small
+    kinds = list(getattr(text, "layer_types", None) or [])
+    chosen = list(dict.fromkeys(kinds)) or [None]
+    depth = max((getattr(text, name, 0) or 0 for name in LAYERS), default=0)
+    for part in {id(small): small, id(text): text}.values():
+        for name in LAYERS:
+            if isinstance(getattr(part, name, None), int):
+                setattr(part, name, min(getattr(part, name), len(chosen)))
+        if kinds and getattr(part, "layer_types", None):
+            part.layer_types = chosen
+        for name, most in NARROW.items():
+            value = getattr(part, name, None)
+            if isinstance(value, int) and value > most:
+                setattr(part, name, most)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+            value = getattr(part, name, None)
+            if (isinstance(value, int) and value >= NARROW["vocab_size"]) or isinstance(value, list):
+                setattr(part, name, 0)
+    return small, len(chosen), max(depth, len(chosen))
+
+
+def has_weights(folder: str) -> bool:
+    """Whether a local folder holds weights in a form that transformers loads."""
+    return any(next(Path(folder).glob(pattern), None) is not None for pattern in WEIGHTS)
+
+
+def available_memory() -> float:
+    """Bytes of memory that are free on this machine; inf where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024.0
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (OSError, ValueError, AttributeError):
+        return float("inf")
+
+
+def tokenizer_of(source: str) -> Any:
+    """The tokenizer beside a model, or None where there is none that loads."""
+    try:
+        with quiet():
+            return _transformers().AutoTokenizer.from_pretrained(source)
+    except (
+        Exception
+    ):  # whatever a tokenizer's files and dependencies come up with; bytes are read instead, and the report says so
+        return None
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            'transformers is not installed: pip install "stabmon[transformers]", or give module:callable'
+        ) from error
+    return transformers
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' warnings and progress bars are held back, where it is in use: standard error is for one line of ours."""
+    if "transformers" not in sys.modules:
+        yield
+        return
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    theirs: Any = _transformers().utils.logging
+
+    bars = theirs.is_progress_bar_enabled()
+    logger.setLevel(logging.CRITICAL)
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()
