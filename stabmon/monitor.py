@@ -111,6 +111,7 @@ class AttentionStabilityMonitor:
         self._manual = manual_steps
         self._optimizer_hook: Any = None
         self._last_reading = 0
+        self._stop_reason: str | None = None
         self._opened = self._closed = self._looked = self._is_news = False
         if not manual_steps:
             self.begin_step()
@@ -220,7 +221,7 @@ class AttentionStabilityMonitor:
     @property
     def stop_reason(self) -> str | None:
         """Why training should stop now, where an intervention says so; None to go on."""
-        return self._guard.stop_reason
+        return self._stop_reason or self._guard.stop_reason
 
     @property
     def errors(self) -> Counter[str]:
@@ -236,7 +237,7 @@ class AttentionStabilityMonitor:
         """Leave the model as it was found and close the sinks; may be called twice."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._stop_reason = True, self._guard.stop_reason
         self._guard.close()
         self._observer.let_go()
         if self._optimizer_hook is not None:

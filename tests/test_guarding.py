@@ -1,5 +1,6 @@
 """Interventions through the front doors: by a person in a loop of their own, and by themselves under guard."""
 
+import copy
 import json
 
 import pytest
@@ -17,7 +18,7 @@ def tokens(step, rows=4):
     return torch.randint(0, 32, (rows, LENGTH), generator=torch.Generator().manual_seed(step))
 
 
-def spoil(model, factor=12.0):
+def spoil(model, factor=60.0):
     """W_q and W_k of the first layer, all heads."""
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(factor)
@@ -139,7 +140,7 @@ def test_a_resumed_monitor_holds_what_was_held(tmp_path):
     go(model, monitor, optimizer, ILL_AT + 3)
     assert monitor._guard.run.rate_factor == 0.25
     state = json.loads(json.dumps(monitor.state_dict()))
-    kept_model, kept_optimizer = weights(model), optimizer.state_dict()
+    kept_model, kept_optimizer = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     rest = go(model, monitor, optimizer, 4, start=ILL_AT + 3)
     monitor.close()
 

@@ -303,9 +303,9 @@ class Guarded(Module):
         self.scheduled.append(optimizer.param_groups[0]["lr"])
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self.moved.append(((before - bias).norm() / bias.grad.norm()).item())
-        if self.trainer.global_step == 8:
+        if len(self.moved) == 8 and self.trainer.current_epoch == 0 and self.trainer.global_step < 9:
             with torch.no_grad():
-                self.model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(12.0)
+                self.model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(60.0)
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), 1e-3)

@@ -349,7 +349,7 @@ class Spoils(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 == self.step:
             with torch.no_grad():
-                model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(12.0)
+                model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(60.0)
 
 
 def test_guard_clips_under_the_trainer_and_leaves_the_model_clean(tmp_path):

@@ -29,19 +29,13 @@ class Alarm:
 
 
 def thinned(readings: list[Reading], every: int) -> Iterator[Reading]:
-    """What a monitor would have read that looks at one step in ``every``: those, and those where something first was not finite."""
+    """What a monitor would have read that looks at one step in ``every``: a multiple of the interval of ``readings``."""
     losses: list[tuple[int, float]] = []
-    was_bad = False
     for reading in readings:
         losses += reading.losses
-        bad = reading.non_finite is not None
         if reading.step % every == 0:
             yield replace(reading, losses=tuple(losses))
             losses = []
-        elif bad and not was_bad:
-            yield replace(reading, losses=tuple(losses), layers={}, info={}, gradients={})
-            losses = []
-        was_bad = bad
 
 
 def alarms_of(case: Case, every: int) -> list[Alarm]:

@@ -14,6 +14,8 @@ from testbed.recipes import Recipe
 from testbed.trainer import Run
 
 Cause = Literal["attention", "other", "none"]
+EVERY = 5
+"""Steps between readings as they are kept; alarms can be raised again from every reading, or from fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class Case:
 
 def cases(recipes: Sequence[Recipe], folder: Path, processes: int) -> list[Case]:
     """Train every recipe watched, its twin watched too, and the failing ones' counterfactuals."""
-    everything = [(recipe, "observe", 1) for recipe in recipes] + [(recipe.healthy(), "observe", 1) for recipe in recipes]
+    everything = [(each, "observe", EVERY) for each in (*recipes, *(recipe.healthy() for recipe in recipes))]
     done = run_all(everything, folder, processes)
     runs, twins = done[: len(recipes)], done[len(recipes) :]
     outcomes = [outcome(run, twin) for run, twin in zip(runs, twins, strict=True)]

@@ -87,26 +87,25 @@ def _draw(kind: str, number: int) -> Recipe:
     rng = random.Random(f"{kind}-{number}")
     family = rng.choice(["own", "own", "llama", "gpt2"])
     heads = rng.choice([1, 2, 4, 8, 16] if family == "own" else [2, 4, 8])
-    width = rng.choice([64, 96] if heads != 16 else [128])
-    width = max(width, 8 * heads)
+    width = max(rng.choice([48, 64]), 8 * heads) if heads != 8 else 64
     shape = Shape(
         family=family,
         layers=rng.choice([2, 3, 4]),
         heads=heads,
         kv_heads=heads if family == "gpt2" or heads < 4 else rng.choice([heads, heads // 2]),
         width=width,
-        length=rng.choice([64, 96, 128, 160]),
+        length=rng.choice([48, 64, 96, 128]),
         position=rng.choice(["rotary", "learned"]),
         bias=rng.random() < 0.5,
     )
-    tokens = rng.choice([1024, 1536])
+    tokens = rng.choice([384, 512])
     recipe = Recipe(
         name=f"{kind}-{number}",
         kind=kind,
         shape=shape,
         text=rng.choice(["topics", "topics", "library"]),
         batch=max(2, tokens // shape.length),
-        steps=rng.choice([300, 400, 500]),
+        steps=rng.choice([240, 300, 360]),
         rate=_log_uniform(rng, 6e-4, 2.5e-3),
         warmup=rng.choice([10, 20, 50]),
         schedule=rng.choice(["cosine", "linear", "constant"]),
@@ -214,7 +213,7 @@ def _no_warmup(recipe: Recipe, rng: random.Random) -> Recipe:
 
 def _short(recipe: Recipe, rng: random.Random) -> Recipe:
     length = rng.choice([8, 16, 24])
-    return replace(recipe, shape=replace(recipe.shape, length=length), batch=768 // length)
+    return replace(recipe, shape=replace(recipe.shape, length=length), batch=384 // length)
 
 
 def _windowed(recipe: Recipe, rng: random.Random) -> Recipe:
@@ -223,7 +222,7 @@ def _windowed(recipe: Recipe, rng: random.Random) -> Recipe:
 
 def _copy(recipe: Recipe, rng: random.Random) -> Recipe:
     """Random bytes said twice: heads that find the first time are one-hot, and right."""
-    recipe = replace(recipe, text="copy", steps=600, rate=3e-3, schedule="constant", weight_decay=0.0)
+    recipe = replace(recipe, text="copy", steps=500, rate=3e-3, schedule="constant", weight_decay=0.0)
     return replace(
         recipe, shape=replace(recipe.shape, layers=2, length=rng.choice([48, 64]), family=rng.choice(["own", "llama"]))
     )

@@ -37,7 +37,7 @@ class Run:
     validation: float
     """Loss on text that was kept back, the same for all variants of a recipe."""
     readings: list[Reading] = field(default_factory=list)
-    """One a step, where it was watched."""
+    """One a sampled step, where it was watched."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """The audit of interventions, where it was guarded."""
     errors: Mapping[str, int] = field(default_factory=dict)
