@@ -28,7 +28,9 @@ def stabmon() -> None:
 
 @app.command("list")
 def list_(
-    kind: Annotated[str | None, typer.Argument(help="signals, rules, interventions or sinks; all if left out.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help="signals, rules, interventions, controllers or sinks; all if left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """What there is to measure, to judge by, to act with and to write to."""
@@ -70,6 +72,19 @@ def check(
     asked = Asked(model, seq_len, dtype, attn, text, batch, seed, as_json, markdown, fail_on)
     if run(asked):
         raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file, such as those in configs/controllers.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to lay over it.")] = None,
+    text: Annotated[str | None, typer.Option(help="Learn this file in place of the default corpus.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train attention controllers on a corpus, on a frozen base and with it, and compare them with controls of the same size."""
+    from stabmon.training.command import train as run
+
+    run(config, overrides or [], text=text, as_json=as_json)
 
 
 @app.command()
@@ -125,12 +140,13 @@ def _leave(message: str) -> None:
 
 
 def _registries() -> dict[str, Registry[Any]]:
+    from stabmon.controllers import CONTROLLERS
     from stabmon.interventions import INTERVENTIONS
     from stabmon.rules import RULES
     from stabmon.signals import SIGNALS
     from stabmon.sinks import SINKS
 
-    return {"signals": SIGNALS, "rules": RULES, "interventions": INTERVENTIONS, "sinks": SINKS}
+    return {"signals": SIGNALS, "rules": RULES, "interventions": INTERVENTIONS, "controllers": CONTROLLERS, "sinks": SINKS}
 
 
 def _entries(registry: Registry[Any]) -> Iterator[tuple[str, str]]:

@@ -20,12 +20,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from losses import LossLog
-from optimizer import make_optimizer, make_schedule
 from provoke import ScaleQk
 from run import Outcome, Run, finish, main, start
 from settings import RunSettings, SettingsError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from stabmon.training.optimizer import make_optimizer, make_schedule
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from gpt import GPT, GPTShape
-from optimizer import make_optimizer, make_schedule
 from run import Outcome, Run, finish, main, start
 from settings import RunSettings
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 import stabmon
 from stabmon.config import load_config
+from stabmon.training.optimizer import make_optimizer, make_schedule
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from settings import TrainingSettings
 from torch import nn
+
+from stabmon.training.settings import TrainingSettings
 
 MIN_RATE = 0.1
 """The cosine's end, as a share of the peak rate."""

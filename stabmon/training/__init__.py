@@ -1,0 +1,1 @@
+"""Training on a corpus from the command line: controllers on small models."""
