@@ -60,6 +60,13 @@ def check(
     attn: Annotated[str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")] = None,
     text: Annotated[str | None, typer.Option(help="A file to take the sample from; random tokens if left out.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences in the sample.")] = 1,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate to judge; --sweep tries rates around it.")] = None,
+    schedule: Annotated[str, typer.Option(help="constant, linear or cosine, and warm-up steps: cosine:20.")] = "constant",
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Train a few dozen steps at several rates, and say which blows up.")
+    ] = False,
+    region: Annotated[bool, typer.Option("--region", help="Which temperatures, head sizes and lengths are stable.")] = False,
+    plot: Annotated[str | None, typer.Option(help="Draw the stability region into this file.")] = None,
     markdown: Annotated[str | None, typer.Option(help="Also write the report into this file.")] = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     fail_on: FailOn = "error",
@@ -69,7 +76,7 @@ def check(
     from stabmon.check.command import Asked, run
 
     _check_severity(fail_on)
-    asked = Asked(model, seq_len, dtype, attn, text, batch, seed, as_json, markdown, fail_on)
+    asked = Asked(model, seq_len, dtype, attn, text, batch, seed, lr, schedule, sweep, region, plot, as_json, markdown, fail_on)
     if run(asked):
         raise typer.Exit(1)
 

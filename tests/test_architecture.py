@@ -18,7 +18,7 @@ BELOW = {
     "sinks": {"records", "registry", "signals", "plots"},
     "interventions": {"capture", "gradients", "operator", "records", "registry", "replay", "rules", "signals"},
     "plots": {"records", "signals", "sinks"},
-    "controllers": {"capture", "operator", "plots", "records", "registry", "rules", "signals", "sinks"},
+    "controllers": {"capture", "measurements", "operator", "plots", "records", "registry", "rules", "signals", "sinks"},
     "training": {"controllers"},
 }
 """Part -> what it may import besides itself; whoever is not named here (the engine and its front doors) may import anything."""

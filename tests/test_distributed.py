@@ -243,7 +243,53 @@ def test_where_one_rank_cannot_start_watching_the_others_report_alone(on_two_ran
     assert [each["step"] for each in lines(folder / "out" / "stabmon" / "readings.jsonl")] == [2, 4]
 
 
-SCENARIOS = (train_in_parallel, train_with_faults, train_into_a_nan, share_alone, train_fully_sharded, start_callbacks)
+def train_under_guard(rank, folder):
+    """Both ranks spoil the first layer after step 4, each on its own half of each batch; the second time without telling each other."""
+    outcomes = []
+    for together in (True, False):
+        model = gpt2()
+        ddp = parallel(model)
+        optimizer = optimizer_of(model, 1e-3)
+        monitor = stabmon.AttentionStabilityMonitor(
+            ddp, optimizer, config="guard", sinks=["jsonl"], log_every=1, reduce_ranks=together, run_dir=f"{folder}/{together}"
+        )
+        for step in range(1, 9):
+            tokens = torch.randint(3, 32, (8, 48), generator=torch.Generator().manual_seed(step))[rank::2]
+            optimizer.zero_grad()
+            loss = ddp(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            if step == 4:
+                with torch.no_grad():
+                    model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(60.0)
+            monitor.on_step(loss=loss)
+        monitor.close()
+        acts = [(each.intervention.name, each.step) for each in monitor.applied]
+        outcomes.append((acts, weights(model), dict(monitor.errors)))
+    return outcomes
+
+
+def test_under_guard_all_ranks_do_the_same_and_none_acts_alone(on_two_ranks):
+    (first, second), folder = on_two_ranks(train_under_guard)
+    for (acts, bits, errors), (acts_there, bits_there, errors_there) in zip(first, second, strict=True):
+        assert errors == errors_there == {}
+        assert acts == acts_there
+        assert all(torch.equal(bits[name], bits_there[name]) for name in bits)
+    assert ("qk_clip", 5) in first[0][0]
+    assert first[1][0] == []
+    audit = lines(folder / "True" / "stabmon" / "interventions.jsonl")
+    assert [each["step"] for each in audit if each["intervention"] == "qk_clip" and each["action"] == "applied"] == [5]
+
+
+SCENARIOS = (
+    train_in_parallel,
+    train_with_faults,
+    train_into_a_nan,
+    share_alone,
+    train_fully_sharded,
+    train_under_guard,
+    start_callbacks,
+)
 
 
 def test_one_process_alone_is_rank_0_of_1_and_hears_nobody():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from stabmon.capture import clean_name
 from stabmon.check.advice import finite_weights
-from stabmon.check.expect import layer_views
+from stabmon.check.expect import LayerView, layer_views
 from stabmon.check.findings import Basis, Finding, ranked
 from stabmon.check.judge import judge
 from stabmon.check.observe import finite_in, observe
 from stabmon.check.precision import precision_table
+from stabmon.check.region import Origin, region_data, stability_region
 from stabmon.check.report import StabilityReport
 from stabmon.check.settings import CheckConfig, check_config
 from stabmon.trace import count_bad, find_in_forward
@@ -90,6 +91,7 @@ def check_attention_stability(
         loss=seen.loss,
         gradients=seen.gradients,
         notes=(*seen.notes, *_unknown(views)),
+        extra={"region": _region(views, settings)} if settings.region else {},
     )
 
 
@@ -111,6 +113,11 @@ def _bad_weights(bad: Mapping[str, str]) -> Finding:
     return Finding("non_finite", "critical", "analytic", len(bad), 0, text, layer, None, finite_weights(", ".join(bad)[:200]))
 
 
+def _region(views: Sequence[LayerView], settings: CheckConfig) -> dict[str, Any]:
+    origin = Origin.of(views)
+    return region_data(origin, stability_region(origin, settings))
+
+
 def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(sample, Mapping):
         return (), {str(name): value for name, value in sample.items()}
@@ -121,6 +128,6 @@ def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ValueError(f"sample_input is a {type(sample).__name__}: give a mapping of keyword arguments, a tuple, or a tensor")
 
 
-def _unknown(views: Any) -> list[str]:
+def _unknown(views: Sequence[LayerView]) -> list[str]:
     reasons = dict.fromkeys(view.unknown for view in views if view.unknown)
     return [f"weights are not told apart by head, so nothing is expected of them: {reason}" for reason in reasons]

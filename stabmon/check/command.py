@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from stabmon.check.attention_stability import check_attention_stability
+from stabmon.check.findings import ranked
 from stabmon.check.inputs import make_sample, sample_length, trained_length
+from stabmon.check.judge_rate import judge_rate
 from stabmon.check.pretrained import quiet
+from stabmon.check.proxy import Proxy, make_proxy
+from stabmon.check.recipe import Recipe
+from stabmon.check.region import Origin
+from stabmon.check.region_view import region_plot
 from stabmon.check.report import StabilityReport
 from stabmon.check.settings import ATTENTION, CheckConfig
+from stabmon.check.short_run import ShortRun
 from stabmon.check.source import Target, load_target
+from stabmon.check.sweep import sweep_rates
 from stabmon.sinks.exact_json import dumps
 
 
@@ -27,6 +36,11 @@ class Asked:
     text: str | None = None
     batch: int = 1
     seed: int = 0
+    lr: float | None = None
+    schedule: str = "constant"
+    sweep: bool = False
+    region: bool = False
+    plot: str | None = None
     as_json: bool = False
     markdown: str | None = None
     fail_on: str = "error"
@@ -57,9 +71,54 @@ def check(asked: Asked) -> StabilityReport:
     """The report on what was asked for."""
     _check(asked)
     attention = None if asked.attn is None else ATTENTION[asked.attn]
-    settings = CheckConfig(dtype=asked.dtype, seq_len=asked.seq_len, seed=asked.seed)
+    settings = CheckConfig(
+        dtype=asked.dtype, seq_len=asked.seq_len, seed=asked.seed, region=asked.region or asked.plot is not None
+    )
+    recipe = Recipe.parse(asked.schedule)
     target = load_target(asked.model, attention, asked.seed)
-    return _checked(target, asked, settings)
+    proxy = make_proxy(target, attention, asked.text, trained_length(target, asked.seq_len)) if asked.sweep else None
+    report = _checked(target, asked, settings)
+    if asked.plot is not None and report.views:
+        _draw(report, asked.plot)
+    if proxy is not None and report.views:
+        return _swept(report, proxy, recipe, asked)
+    if asked.lr is not None:
+        return replace(report, notes=(*report.notes, f"the rate {asked.lr:g} is not judged by a forward alone: add --sweep"))
+    return report
+
+
+def _swept(report: StabilityReport, proxy: Proxy, recipe: Recipe, asked: Asked) -> StabilityReport:
+    """The report with a sweep over learning rates."""
+
+    def told(run: ShortRun) -> None:
+        if sys.stderr.isatty():
+            print(f"rate {run.rate:.3g}: largest score {run.scores[-1].max():.3g}, loss {run.losses[-1]:.3f}", file=sys.stderr)
+
+    with quiet():
+        found = sweep_rates(
+            proxy.make,
+            proxy.batches,
+            recipe,
+            asked.dtype,
+            proxy.length,
+            around=1e-3 if asked.lr is None else asked.lr * proxy.full_width / proxy.width,
+            widths=(proxy.width, proxy.full_width),
+            told=told,
+        )
+    judged = judge_rate(found, asked.lr)
+    return replace(
+        report,
+        findings=ranked([*report.findings, *([judged] if judged else [])]),
+        notes=(*report.notes, proxy.note),
+        extra={**report.extra, "sweep": found.to_dict()},
+    )
+
+
+def _draw(report: StabilityReport, path: str) -> None:
+    try:
+        region_plot(Origin.of(report.views), report.config, path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--plot {path}: {error}; name a file that can be written, such as region.png") from None
 
 
 def _checked(target: Target, asked: Asked, settings: CheckConfig) -> StabilityReport:
@@ -83,6 +142,8 @@ def _checked(target: Target, asked: Asked, settings: CheckConfig) -> StabilityRe
 
 
 def _check(asked: Asked) -> None:
+    if asked.lr is not None and not 0 < asked.lr < 100:
+        raise ValueError(f"--lr {asked.lr}: give a positive rate, such as 1e-3")
     if asked.attn is not None and asked.attn not in ATTENTION:
         raise ValueError(f"--attn {asked.attn!r}: use {', '.join(ATTENTION)}")
     if asked.batch < 1:

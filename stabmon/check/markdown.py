@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from stabmon.check.report import StabilityReport
+from stabmon.check.sweep_view import sweep_words
 from stabmon.plots import short_names
 
 MOST_HEADS = 12
@@ -38,6 +39,14 @@ def to_markdown(report: StabilityReport) -> str:
             ),
             f"## Heads, the worst {min(MOST_HEADS, len(report.heads()))} of {len(report.heads())}",
             _table(head_columns(report), head_rows(report, MOST_HEADS)),
+        ]
+    if "sweep" in report.extra:
+        sweep = report.extra["sweep"]
+        rows = [tuple(f"{value:.3g}" for value in run.values()) for run in sweep["runs"]]
+        parts += [
+            "## Learning rates",
+            f"{sweep_words(sweep)}.",
+            _table(("rate", "largest score", "saturated rows", "loss"), rows),
         ]
     if report.notes:
         parts += ["## Notes", "\n".join(f"- {note}" for note in report.notes)]

@@ -38,6 +38,8 @@ class CheckConfig:
     """Largest float16 product of query and key that is no warning, a quarter of the range; twice that is an error."""
     least_head_dim: int = 16
     """Head dimension below which a head is worth a warning."""
+    region: bool = False
+    """Also work out the stability region about the model."""
     damaged: float = 10.0
     """Times its siblings' median that a head's weights must be to stand out."""
 

@@ -30,14 +30,16 @@ class Target:
     """Its weights were made for the check."""
     config: Any = None
     """Its config, where it is one of transformers."""
+    whole: Any = None
+    """The config of the whole model, where ``config`` is that of one layer of each kind."""
     tokens_from: str | None = None
     """Where to look for its tokenizer."""
     parameters: int = 0
     """How many the whole model has, made or not."""
     sample: Any = None
     """What to run it on, where it came with one."""
-    remake: Callable[[], nn.Module] | None = None
-    """Makes the model anew, as initialised."""
+    make: Callable[[int], nn.Module] | None = None
+    """Seed -> the model anew, as a callable makes it."""
     notes: tuple[str, ...] = ()
 
 
@@ -69,18 +71,19 @@ def load_target(source: str, attention: str | None, seed: int) -> Target:
     tokens_from = str(path.parent) if path.is_file() else source
     if stored and count * 8 <= room:
         model = pretrained.from_weights(source, config, attention)
-        return Target(model, f"{kind} of {source} with its weights ({count:,} parameters)", False, config, tokens_from, count)
+        return Target(
+            model, f"{kind} of {source} with its weights ({count:,} parameters)", False, config, None, tokens_from, count
+        )
     notes = ("the weights are too large for this machine's memory and were not read: this is the config alone",) if stored else ()
     if count <= LARGE and count * 8 <= room:
         model = pretrained.from_config(config, attention, seed)
         subject = f"{kind} of {source} as its config initialises it ({count:,} parameters)"
-        remake = lambda: pretrained.from_config(config, attention, seed)  # noqa: E731
-        return Target(model, subject, True, config, tokens_from, count, remake=remake, notes=notes)
+        return Target(model, subject, True, config, None, tokens_from, count, notes=notes)
     small, made, layers = pretrained.one_of_each_layer(config)
     model = pretrained.from_config(small, attention, seed)
     subject = f"{kind} of {source} from its config alone ({count:,} parameters)"
     said = f"{made} of {layers} layers made, one of each kind, full width, small vocabulary and feed-forward"
-    return Target(model, subject, True, small, tokens_from, count, notes=(*notes, said))
+    return Target(model, subject, True, small, config, tokens_from, count, notes=(*notes, said))
 
 
 def _from_callable(source: str, attention: str | None, seed: int) -> Target:
@@ -94,13 +97,13 @@ def _from_callable(source: str, attention: str | None, seed: int) -> Target:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{source}: {error}; give package.module:callable that can be imported from here") from None
 
-    def remake() -> Any:
+    def remake(seed: int) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return make()
 
     try:
-        made = remake()
+        made = remake(seed)
     except TypeError as error:
         raise ValueError(f"{source}: cannot be called without arguments ({error})") from None
     model, sample = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -109,9 +112,11 @@ def _from_callable(source: str, attention: str | None, seed: int) -> Target:
     count = sum(each.numel() for each in model.parameters())
     config = getattr(model, "config", None) if hasattr(model, "main_input_name") else None
 
-    def again() -> nn.Module:
-        found = remake()
+    def again(seed: int) -> nn.Module:
+        found = remake(seed)
         new: nn.Module = found[0] if isinstance(found, tuple) else found
         return new
 
-    return Target(model, f"{type(model).__name__} of {source} ({count:,} parameters)", False, config, None, count, sample, again)
+    return Target(
+        model, f"{type(model).__name__} of {source} ({count:,} parameters)", False, config, None, None, count, sample, again
+    )

@@ -11,7 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from stabmon.check.markdown import head_columns, head_rows, number
+from stabmon.check.region import Origin, stability_region
+from stabmon.check.region_view import region_table
 from stabmon.check.report import StabilityReport
+from stabmon.check.sweep_view import sweep_table
 
 COLOURS = {
     "pass": "green",
@@ -46,6 +49,13 @@ def _parts(report: StabilityReport) -> Iterator[Any]:
         yield _formats(report)
         yield Text("")
         yield _heads(report)
+    if "region" in report.extra:
+        origin = Origin.of(report.views)
+        yield Text("")
+        yield region_table(origin, stability_region(origin, report.config), report.config.dtype)
+    if "sweep" in report.extra:
+        yield Text("")
+        yield sweep_table(report.extra["sweep"])
     for note in report.notes:
         yield Text(f"note: {note}", style="dim")
 

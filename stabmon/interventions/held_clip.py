@@ -46,7 +46,9 @@ class HeldClip(Effect):
         The deepest module comes first: its clip does not change what the others see, so that one measurement serves all.
         """
         measured = replayed_scores(self.run)
-        scores = {layer: measured[layer] if layer in measured else self._last_read(layer) for layer in self._layers()}
+        scores = self._largest(
+            {layer: measured[layer] if layer in measured else self._last_read(layer) for layer in self._layers()}
+        )
         todo = self._factors(scores)
         if not todo:
             raise CannotApply(
@@ -191,8 +193,16 @@ class HeldClip(Effect):
         )
         self._again = {}
 
+    def _largest(self, own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Each rank replays its own batch; all must scale by the same."""
+        if self.run.ranks == 1:
+            return dict(own)
+        device = next(self.run.model.parameters()).device
+        self._seen = {layer: torch.tensor(scores, dtype=torch.float32, device=device) for layer, scores in own.items()}
+        return self._over_ranks()
+
     def _over_ranks(self) -> dict[str, np.ndarray]:
-        """This step's largest scores by layer, over micro-batches and ranks, in one transfer."""
+        """The largest scores seen by layer, over micro-batches and ranks, in one transfer."""
         seen, self._seen = self._seen, {}
         layers = sorted(self._layers())
         heads = [1 + max(head or 0 for layer, head in self.aims if layer == name) for name in layers]

@@ -110,3 +110,8 @@ def narrow() -> Any:
 def with_sample() -> tuple[HandWritten, Tensor]:
     """What a callable on the command line may give."""
     return hand_written(), noise(48)
+
+
+def tiny() -> Any:
+    """For a sweep in seconds."""
+    return gpt2(n_embd=32, n_head=1, n_layer=1, n_positions=16, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)

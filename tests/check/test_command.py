@@ -134,6 +134,10 @@ def test_every_implementation_can_be_asked_for(run: Any, config: Path, attention
         (["{config}", "--text", "{tmp}/none.txt"], "name a readable file"),
         (["{config}", "--fail-on", "panic"], "use warning or error"),
         (["{config}", "--batch", "0"], "--batch 0: give at least 1"),
+        (["{config}", "--lr", "-1"], "--lr -1.0: give a positive rate"),
+        (["{config}", "--schedule", "fast"], "--schedule 'fast': use constant, linear, cosine"),
+        (["{config}", "--plot", "{tmp}/none/region.png"], "name a file that can be written"),
+        (["tests.check.models:with_sample", "--sweep"], "--sweep: "),
         (["{config}", "--markdown", "{tmp}/none/report.md"], "name a file that can be written"),
         (["no.such.module:make"], "give package.module:callable that can be imported"),
         (["tests.check.models:WIDTH"], "not callable"),
@@ -153,3 +157,27 @@ def test_a_wrong_call_is_one_line_that_names_the_mend(run: Any, config: Path, tm
     assert says in err
     assert len(err.strip().splitlines()) == 1
     assert out == ""
+
+
+def test_the_region_is_printed_and_drawn(run: Any, config: Path, tmp_path: Path) -> None:
+    status, out, err = run(config, "--region", "--plot", tmp_path / "region.png", "--dtype", "bf16")
+    assert (status, err) == (0, "")
+    assert "stability region in bf16" in out
+    assert "[·]" in out
+    assert (tmp_path / "region.png").stat().st_size > 10_000
+
+
+def test_a_rate_is_judged_by_a_sweep_alone(run: Any, config: Path) -> None:
+    status, out, _ = run(config, "--lr", "1e-3", "--json")
+    assert status == 0
+    assert any("add --sweep" in note for note in json.loads(out)["notes"])
+
+
+def test_a_sweep_says_where_the_recipe_blows_up(run: Any) -> None:
+    status, out, err = run("tests.check.models:tiny", "--sweep", "--lr", "3.0", "--schedule", "cosine:4:100", "--json")
+    report = json.loads(out)
+    assert (status, err) == (1, "")
+    assert 0 < report["sweep"]["limit"] < 3.0
+    (found,) = report["findings"]
+    assert (found["name"], found["severity"]) == ("learning_rate_too_high", "error")
+    assert "lower the peak rate" in report["recommendations"][0]

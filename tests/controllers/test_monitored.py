@@ -14,7 +14,7 @@ from tests.small import batches, clean, gpt2, llama, optimizer_of, same_bits, tr
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", ["gpt2-sdpa", "llama-sdpa", "llama-eager", "mistral-sdpa"])
+@pytest.mark.parametrize("family", ["llama-sdpa", "mistral-sdpa"])
 @torch.no_grad()
 def test_signals_are_those_of_the_modified_attention(family: str, case: str) -> None:
     kind, options = CASES[case]
@@ -51,8 +51,7 @@ def test_a_softcapped_model_is_seen_with_its_bias_within_the_cap() -> None:
         np.testing.assert_allclose(layer["attention_entropy"], torch.special.entr(p).sum(-1).mean(dim=(0, 2)), atol=1e-4)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(("make", "case"), [(gpt2, "both"), (gpt2, "linearization"), (llama, "both"), (llama, "learned_ramp")])
 def test_watching_changes_not_a_bit_of_training(make: Any, case: str) -> None:
     kind, options = CASES[case]
     found = []

@@ -1,0 +1,60 @@
+"""The optimizer recipe to judge: AdamW and a schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """AdamW, linear warm-up, then constant, or down to a tenth by a line or a cosine."""
+
+    schedule: str = "constant"
+    warmup: int = 10
+    """Steps."""
+    total: int = 400
+    """Steps of the whole run, over which the schedule falls."""
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    """Largest global norm of the gradient."""
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """``constant``, ``linear`` or ``cosine``, with warm-up steps and the run's steps: ``cosine:20`` or ``cosine:20:400``.
+
+        Raises:
+            ValueError: for anything else.
+
+        >>> Recipe.parse("cosine:20").warmup
+        20
+        """
+        name, *numbers = text.split(":")
+        if name not in SCHEDULES or len(numbers) > 2 or not all(each.isdigit() for each in numbers):
+            raise ValueError(f"--schedule {text!r}: use {', '.join(SCHEDULES)}, with warm-up and total steps as in cosine:20:400")
+        warmup, total = [*map(int, numbers), *(cls.warmup, cls.total)[len(numbers) :]]
+        return cls(name, warmup, total)
+
+    def optimizer(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
+        """AdamW that decays matrices and leaves vectors alone."""
+        trained = [each for each in model.parameters() if each.requires_grad]
+        matrices, vectors = [each for each in trained if each.ndim >= 2], [each for each in trained if each.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=self.betas)
+
+    def rate_at(self, step: int, peak: float) -> float:
+        """The rate of a step, counted from 0."""
+        if step < self.warmup:
+            return peak * (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        if self.schedule == "linear":
+            return peak * (1 - 0.9 * progress)
+        if self.schedule == "cosine":
+            return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+        return peak

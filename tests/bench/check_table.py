@@ -1,0 +1,297 @@
+"""Does what `stabmon check` says before training come true in training? Healthy and broken configs, each in a precision.
+
+    python tests/bench/check_table.py [--seconds 40] [--only NAME ...]
+
+Each config is checked at its length and precision, then trained for real in that precision (autocast, float32 weights, a gradient scaler
+for float16, AdamW) for a number of steps that fits the time. Its *gap* is its final training loss minus that of its twin: the same
+family as it should be, in float32, on the same data. "Trains" is a finite loss and a gap below 0.15 nats; the healthy twin's own
+spread over seeds is printed beside it. Nothing here is fed back into the check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from albert import REACTIONS, load_albert
+from torch import Tensor, nn
+
+import stabmon
+
+TRAIN = Path(__file__).parents[2] / "train"
+"""Where the training scripts lie, with their text."""
+WIDTH, LAYERS, HEADS, VOCABULARY = 128, 2, 2, 256
+GAP = 0.15
+"""Nats by which the final loss may exceed the twin's before a run counts as harmed."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Batch = dict[str, Tensor]
+
+
+class HandWritten(nn.Module):
+    """A causal transformer by hand with torch's own initialisation of linear maps: what people write who forget something."""
+
+    def __init__(self, *, scaled: bool = True, norm: bool = True, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.scaled, self.norm, self.qk_norm, self.num_heads = scaled, norm, qk_norm, HEADS
+        self.embedding, self.position = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(512, WIDTH)
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH, bias=False) for _ in range(LAYERS))
+        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(LAYERS)
+        )
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(input_ids) + self.position(torch.arange(input_ids.shape[1], device=input_ids.device))
+        for qkv, out, mlp in zip(self.qkv, self.out, self.mlp, strict=True):
+            h = F.layer_norm(x, (WIDTH,)) if self.norm else x * 3
+            q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in qkv(h).chunk(3, dim=-1))
+            if self.qk_norm:
+                q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            scale = q.shape[-1] ** -0.5 if self.scaled else 1.0
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+            x = x + out(mixed.transpose(1, 2).flatten(-2))
+            x = x + mlp(F.layer_norm(x, (WIDTH,)))
+        logits = self.head(F.layer_norm(x, (WIDTH,)))
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    name: str
+    make: Callable[[], Any]
+    dtype: str
+    expect: str | None
+    """The finding that must be named; None for a healthy config."""
+    twin: Callable[[], Any]
+    length: int = 128
+    rate: float = 1e-3
+    batch: int = 8
+
+
+def gpt2(attention: str = "sdpa", **changes: Any) -> Callable[[], Any]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {
+        "n_embd": WIDTH,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_positions": 1024,
+        "vocab_size": VOCABULARY,
+        "use_cache": False,
+    }
+    drops = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "loss_type": "ForCausalLM"}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    config = GPT2Config(**(sizes | drops | tokens | changes))
+    return lambda: GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+
+
+def of_llama_kind(name: str, attention: str = "sdpa", **changes: Any) -> Callable[[], Any]:
+    import transformers
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    more = {
+        "num_key_value_heads": 1,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 131_072,
+        "use_cache": False,
+        "head_dim": 64,
+    }
+    config = getattr(transformers, f"{name}Config")(**(sizes | more | changes))
+    return lambda: getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation=attention)
+
+
+def bloom() -> Any:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    sizes = {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCABULARY, "use_cache": False}
+    return BloomForCausalLM(BloomConfig(hidden_dropout=0.0, attention_dropout=0.0, **sizes))
+
+
+def bert() -> Any:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, **sizes, **drops))
+
+
+def vit() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    return ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, num_labels=4, **sizes))
+
+
+def albert(factor: float = 1.0) -> Any:
+    model, _ = load_albert()
+    attention = model.albert.encoder.albert_layer_groups[0].albert_layers[0].attention  # type: ignore[union-attr,index]
+    rows = slice(3 * 32, 4 * 32)
+    with torch.no_grad():
+        attention.query.weight[rows] *= factor
+        attention.query.bias[rows] *= factor
+    return model
+
+
+def cases() -> list[Case]:
+    found = []
+    healthy: dict[str, tuple[Callable[[], Any], int]] = {
+        "gpt2": (gpt2(), 128),
+        "gpt2, eager": (gpt2("eager"), 128),
+        "llama, grouped heads": (of_llama_kind("Llama"), 128),
+        "qwen3, qk-norm": (of_llama_kind("Qwen3"), 128),
+        "bert": (bert, 128),
+        "vit": (vit, 65),
+        "by hand": (HandWritten, 128),
+    }
+    for name, (make, length) in healthy.items():
+        found += [Case(name, make, dtype, None, make, length) for dtype in DTYPES]
+    found += [Case("albert, trained", albert, dtype, None, albert, 95, rate=1e-4) for dtype in DTYPES]
+    long = of_llama_kind("Llama")
+    found += [
+        Case("llama, long rows", long, "bf16", None, long, 2048, batch=1),
+        Case("init std x 10", gpt2(initializer_range=0.2), "fp32", "saturated_softmax", gpt2()),
+        Case("init std x 10, qk-norm", of_llama_kind("Qwen3", initializer_range=0.2), "fp32", None, of_llama_kind("Qwen3")),
+        Case("no scale", lambda: HandWritten(scaled=False), "fp32", "scale_missing", HandWritten),
+        Case("no norm before", lambda: HandWritten(norm=False), "fp32", "inputs_not_normalised", HandWritten),
+        Case("head dim 2", gpt2(n_head=64), "fp32", "head_dim_too_small", gpt2()),
+        Case("init std x 300, eager", gpt2("eager", initializer_range=6.0), "fp16", "overflow_risk", gpt2("eager")),
+        Case("init std x 300, eager", gpt2("eager", initializer_range=6.0), "bf16", "saturated_softmax", gpt2("eager")),
+        Case("bloom, absolute ALiBi, long", bloom, "bf16", "precision_insufficient", bloom, 1024, batch=1),
+        Case("bloom, absolute ALiBi, long", bloom, "fp32", None, bloom, 1024, batch=1),
+        Case("albert, one head's W_q x 50", lambda: albert(50.0), "fp32", "damaged_head", albert, 95, rate=1e-4),
+    ]
+    return found
+
+
+def batches(case: Case, model: Any, count: int, seed: int) -> list[Batch]:
+    """The same data for a case and its twin."""
+    generator = torch.Generator().manual_seed(seed)
+    name = type(model).__name__
+    if name.startswith("ViT"):
+        prototypes = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(99))
+        made = []
+        for _ in range(count):
+            labels = torch.randint(0, 4, (case.batch,), generator=generator)
+            noise = torch.randn(case.batch, 3, 32, 32, generator=generator)
+            made.append({"pixel_values": prototypes[labels] * 0.2 + noise, "labels": labels})
+        return made
+    if name.startswith("Albert"):
+        _, encode = load_albert()
+        whole = encode(REACTIONS)
+        return [_masked(whole["input_ids"], whole["attention_mask"], generator, 4) for _ in range(count)]
+    from corpus import load_corpus
+
+    corpus = load_corpus(block=case.length)
+    picked = corpus.stream(count, case.batch, seed)
+    rows = [corpus.train[index] for index in picked]
+    if name.startswith("Bert"):
+        return [_masked(ids, torch.ones_like(ids), generator, 1) for ids in rows]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+def _masked(ids: Tensor, visible: Tensor, generator: torch.Generator, mask: int) -> Batch:
+    """A sixth of the visible tokens hidden and asked for."""
+    hidden = (torch.rand(ids.shape, generator=generator) < 0.15) & visible.bool()
+    hidden[:, 1] = True
+    labels = torch.where(hidden, ids, -100)
+    return {"input_ids": torch.where(hidden, mask, ids), "attention_mask": visible, "labels": labels}
+
+
+def train(case: Case, make: Callable[[], Any], dtype: str, seed: int, seconds: float, most: int) -> tuple[list[float], int]:
+    """Losses step by step, and how many gradients were skipped as not finite."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make().train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    data = batches(case, model, most, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=case.rate, betas=(0.9, 0.95), weight_decay=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=dtype == "fp16")
+    losses, skipped, started = [], 0, time.monotonic()
+    for step, batch in enumerate(data):
+        for group in optimizer.param_groups:
+            group["lr"] = case.rate * min(1.0, (step + 1) / 20)
+        half = contextlib.nullcontext() if dtype == "fp32" else torch.autocast("cpu", dtype=DTYPES[dtype])
+        with half:
+            out = model(**batch)
+        loss = out if isinstance(out, Tensor) else out.loss
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        skipped += not bool(norm.isfinite())
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]) or time.monotonic() - started > seconds:
+            break
+    return losses, skipped
+
+
+def final(losses: list[float], steps: int) -> float:
+    """Mean of the last tenth of the first ``steps`` losses."""
+    tail = losses[:steps][-max(1, steps // 10) :]
+    return statistics.fmean(tail) if all(map(math.isfinite, tail)) else math.nan
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=40, help="for each training run")
+    parser.add_argument("--steps", type=int, default=300, help="at most, for each training run")
+    parser.add_argument("--only", nargs="*", help="words that a row's name must hold")
+    asked = parser.parse_args()
+    sys.path.append(str(TRAIN))
+    twins: dict[tuple[str, int], list[list[float]]] = {}
+    wrong = 0
+    print(
+        "| config | precision | verdict | finding named | trained | steps | loss | gap to twin (twin's own spread) | borne out |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for case in cases():
+        if asked.only and not any(word in case.name for word in asked.only):
+            continue
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = case.make().eval()
+        report = stabmon.check_attention_stability(model, batches(case, model, 1, 0)[0], {"dtype": case.dtype})
+        named = [f"{each.name} ({each.severity})" for each in report.findings if each.severity != "info"]
+        healthy = next((other.name for other in cases() if other.make is case.twin or other.twin is case.twin), case.name)
+        key = (healthy, case.length)
+        if key not in twins:
+            twins[key] = [train(case, case.twin, "fp32", seed, asked.seconds, asked.steps)[0] for seed in (0, 1)]
+        losses, skipped = train(case, case.make, case.dtype, 0, asked.seconds, asked.steps)
+        steps = min(len(losses), *(len(each) for each in twins[key])) if all(map(math.isfinite, losses)) else len(losses)
+        ends = [final(each, min(steps, len(each))) for each in twins[key]]
+        gap = final(losses, steps) - ends[0]
+        trains = math.isfinite(gap) and gap < GAP
+        borne = (case.expect is None) == trains
+        named_right = (case.expect is None and report.verdict == "pass") or any(
+            each.name == case.expect for each in report.findings
+        )
+        wrong += not named_right
+        print(
+            f"| {case.name} | {case.dtype} | {report.verdict} | {', '.join(named) or '–'} | {'yes' if trains else 'NO'} | {len(losses)}"
+            f"{f' ({skipped} skipped)' if skipped else ''} | {final(losses, steps):.3f} | {gap:+.3f} ({abs(ends[1] - ends[0]):.3f}) | "
+            f"{'yes' if borne else 'no'} |",
+            flush=True,
+        )
+    print(f"\n{wrong} rows in which the finding that belongs to the config was not named, or a healthy one did not pass")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
