@@ -6,9 +6,11 @@ about ``n exp(-sigma^2)`` keys until sigma reaches ``sqrt(2 ln n)``, where it co
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
+from torch import Tensor
 from torch.special import ndtri
 
 TOTAL_VARIATION = 0.1
@@ -48,8 +50,7 @@ def expected_entropy(sigma: float, keys: int, softcap: float | None = None) -> f
     """
     if keys < 2:
         return 0.0
-    places = (torch.arange(keys, dtype=torch.float64) + 0.5) / keys
-    scores = sigma * ndtri(places)
+    scores = sigma * _quantiles(keys)
     log_p = torch.log_softmax(scores if softcap is None else softcap * torch.tanh(scores / softcap), dim=0)
     return float(-(log_p.exp() * log_p).sum())
 
@@ -95,7 +96,13 @@ def expected_curvature(sigma: float, keys: int, head_dim: int, scale: float) -> 
     """
     size = sigma / (abs(scale) * math.sqrt(head_dim))
     query, keys_spectral = head_dim * size, size * (math.sqrt(keys) + math.sqrt(head_dim)) ** 2
-    places = (torch.arange(keys, dtype=torch.float64) + 0.5) / keys
-    m = float(torch.softmax(sigma * ndtri(places), dim=0)[-1])
+    m = float(torch.softmax(sigma * _quantiles(keys), dim=0)[-1])
     bound = min(m, 2 * m * (1 - m)) * (scale**2 * (query + keys_spectral) / math.sqrt(2) + abs(scale) / 2)
     return bound, query + keys_spectral
+
+
+@functools.lru_cache(maxsize=32)
+def _quantiles(keys: int) -> Tensor:
+    """``[n]`` normal quantiles at ``(j - 1/2) / n``, ascending, float64."""
+    found: Tensor = ndtri((torch.arange(keys, dtype=torch.float64) + 0.5) / keys)
+    return found

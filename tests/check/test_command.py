@@ -174,10 +174,10 @@ def test_a_rate_is_judged_by_a_sweep_alone(run: Any, config: Path) -> None:
 
 
 def test_a_sweep_says_where_the_recipe_blows_up(run: Any) -> None:
-    status, out, err = run("tests.check.models:tiny", "--sweep", "--lr", "3.0", "--schedule", "cosine:4:100", "--json")
+    status, out, err = run("tests.check.models:tiny", "--sweep", "--lr", "1.0", "--schedule", "cosine:4:100", "--json")
     report = json.loads(out)
     assert (status, err) == (1, "")
-    assert 0 < report["sweep"]["limit"] < 3.0
+    assert 0 < report["sweep"]["limit"] < 1.0
     (found,) = report["findings"]
     assert (found["name"], found["severity"]) == ("learning_rate_too_high", "error")
     assert "lower the peak rate" in report["recommendations"][0]

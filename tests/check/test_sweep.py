@@ -18,7 +18,7 @@ from tests.small import clean
 
 def batches(steps: int, seed: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(0, 32, (steps, 4, 32), generator=generator)
+    rows = torch.randint(0, 32, (steps, 4, 16), generator=generator)
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
@@ -56,7 +56,7 @@ def test_at_the_score_limit_a_normal_row_passes_a_thousandth() -> None:
 
 def test_a_sweep_brackets_the_limit_in_a_real_model() -> None:
     heard = []
-    found = sweep_rates(lambda seed: models.gpt2(n_layer=1), batches, Recipe(), "fp32", 32, around=1e-2, told=heard.append)
+    found = sweep_rates(lambda seed: models.tiny(), batches, Recipe(), "fp32", 16, around=2e-2, told=heard.append)
     assert len(heard) == len(found.rates)
     assert found.limit is not None
     assert min(found.rates) < found.limit < max(found.rates)
