@@ -18,6 +18,10 @@ BELOW = {
     "sinks": {"records", "registry", "signals", "plots"},
     "interventions": {"capture", "gradients", "operator", "records", "registry", "replay", "rules", "signals"},
     "plots": {"records", "signals", "sinks"},
+    "check": {
+        *("capture", "gradients", "interventions", "losses", "measurements", "operator", "plots", "records", "replay", "signals"),
+        *("sinks", "trace"),
+    },
     "controllers": {"capture", "measurements", "operator", "plots", "records", "registry", "rules", "signals", "sinks"},
     "training": {"controllers"},
 }
@@ -85,6 +89,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("signals/entropy.py", "def f():\n    import stabmon.rules"),
         ("rules/loss_spike.py", "import lightning"),
         ("check/source.py", "import transformers"),
+        ("check/report.py", "from stabmon.monitor import AttentionStabilityMonitor"),
         ("sinks/wandb.py", "import wandb"),
         ("monitor.py", "try:\n    import mlflow\nexcept ImportError:\n    pass"),
     ],

@@ -1,0 +1,165 @@
+"""What controllers do, as time series: in training, in evaluation, and token by token while a model generates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabmon.controllers.attach import find_controllers
+from stabmon.controllers.base import Controller
+from stabmon.controllers.divergence import row_means
+from stabmon.controllers.plots import grid, series
+from stabmon.measurements import Measurements, to_host
+from stabmon.records import AttentionCall, Reading, StabilityIssue
+from stabmon.rules.base import RULES
+from stabmon.rules.history import History
+from stabmon.rules.tracker import IssueTracker
+from stabmon.sinks.base import SINKS, Sink, SinkGroup
+from stabmon.sinks.scalars import dashboard_scalars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+logger = logging.getLogger("stabmon")
+SIGNALS = ("attention_entropy", "normalized_entropy", "max_logit", "max_probability", "sink_mass")
+"""Signals of the modified attention that are measured besides."""
+
+
+class ControllerWatch:
+    """Measures every so many forwards of a controlled model, from entering the context to leaving it, and changes nothing.
+
+    A reading holds for each layer and head: ``controller_kl`` and ``attention_variance`` (see
+    :func:`stabmon.controllers.divergence.row_means`), ``mean_adjustment`` (mean absolute bias of the keys, in nats),
+    ``query_gain`` (mean gain of the queries), ``linear_share``, and signals of the modified attention. A reading's step is the
+    number of the forward: in training a micro-batch, in ``generate`` a token.
+
+    Args:
+        model: the controlled model; the one whose forward is called.
+        every: measure each so-many-th forward, the first included.
+        run_dir: ``<run_dir>/stabmon`` is where sinks write; None for nowhere.
+        sinks: names of sinks, or sinks.
+        signals: names of signals of the modified attention.
+
+    Attributes:
+        readings: all readings, oldest first.
+        issues: what the rules found in them.
+        errors: what went wrong in here, which never reaches the model.
+
+    Raises:
+        ValueError: if the model has no controllers, or a name or number is wrong.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int = 1,
+        run_dir: str | Path | None = None,
+        sinks: Sequence[str | Sink] = ("jsonl",),
+        signals: Sequence[str] = SIGNALS,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every {every!r}: give at least 1")
+        self._members = find_controllers(model)
+        if not self._members:
+            raise ValueError("the model has no controllers: put some into it with attach_controllers(model, ...) first")
+        self.readings: list[Reading] = []
+        self.issues: list[StabilityIssue] = []
+        self.errors: list[str] = []
+        self._model, self._every = model, every
+        self._folder = None if run_dir is None else Path(run_dir) / "stabmon"
+        self._given_sinks = [SINKS[each]() if isinstance(each, str) else each for each in sinks]
+        self._sinks = SinkGroup([])
+        self._tracker = IssueTracker([rule() for _, rule in RULES.items()], history=History(256), cooldown_steps=0)
+        self._measured = Measurements(signals)
+        self._own: dict[str, list[dict[str, Tensor]]] = {}
+        self._handles: list[Any] = []
+        self._forwards = 0
+
+    def __enter__(self) -> ControllerWatch:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._sinks = SinkGroup(self._given_sinks)
+        self._sinks.open(self._folder, {"what": "controllers", "every": self._every, "layers": list(self._members)})
+        self._handles = [
+            self._model.register_forward_pre_hook(self._begin),
+            self._model.register_forward_hook(self._end),
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._listen(None)
+        self._sinks.close()
+
+    def plot_grid(self, signal: str = "controller_kl", path: str | Path | None = None) -> Figure:
+        """One quantity of every head over the forwards, layers downwards and heads across; saved where ``path`` is given."""
+        return grid(self.readings, signal, path)
+
+    def plot_series(self, path: str | Path | None = None) -> Figure:
+        """Every quantity over the forwards, a line a layer; saved where ``path`` is given."""
+        return series(self.readings, path)
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._forwards += 1
+        sampled = (self._forwards - 1) % self._every == 0
+        self._own = {}
+        self._measured.start(self._forwards)
+        self._listen(self._look if sampled else None)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._listen(None)
+        if not self._own:
+            return
+        try:
+            self._conclude(output)
+        except Exception as error:
+            self._failed(error)
+
+    def _listen(self, listener: Any) -> None:
+        for member in self._members.values():
+            member.listener = listener
+
+    def _look(self, controller: Controller, original: AttentionCall, modified: AttentionCall) -> None:
+        try:
+            self._measured.add(modified)
+            call, heads = controller.call, controller.site.heads
+            share = controller.linear_share()
+            ones = torch.ones(heads)
+            own = row_means(original, modified)
+            own["mean_adjustment"] = 0 * ones if call.new_bias is None else call.new_bias.abs().mean(dim=(0, 2))
+            own["query_gain"] = ones if call.gain is None else call.gain.mean(dim=(0, 2))
+            own["linear_share"] = share if isinstance(share, Tensor) else ones * (share or 0.0)
+            self._own.setdefault(controller.site.name, []).append(own)
+        except Exception as error:
+            self._failed(error)
+
+    def _conclude(self, output: Any) -> None:
+        layers: dict[str, dict[str, np.ndarray]] = {name: dict(found) for name, found in to_host(self._measured.sums).items()}
+        for name, calls in self._own.items():
+            for quantity in calls[0]:
+                mean = torch.stack([call[quantity].double().cpu() for call in calls]).mean(0)
+                layers.setdefault(name, {})[quantity] = mean.numpy()
+        loss = getattr(output, "loss", None)
+        value = float(loss.detach()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        reading = Reading(step=self._forwards, loss=value, layers=layers, info=dict(self._measured.info))
+        self.readings.append(reading)
+        issues = self._tracker.update(reading)
+        self.issues += issues
+        alarms = sum(issue.is_alarm and issue.state != "closed" for issue in self.issues)
+        self._sinks.write_reading(reading, dashboard_scalars(reading, self._tracker.open_issues, alarms=alarms))
+        for issue in issues:
+            self._sinks.write_issue(issue)
+
+    def _failed(self, error: Exception) -> None:
+        if not self.errors:
+            logger.warning("watching controllers failed, and the model goes on without it: %s", error, exc_info=error)
+        self.errors.append(f"{type(error).__name__}: {error}")
