@@ -13,7 +13,7 @@ from stabmon.check.advice import finite_weights
 from stabmon.check.expect import LayerView, layer_views
 from stabmon.check.findings import Basis, Finding, ranked
 from stabmon.check.judge import judge
-from stabmon.check.observe import finite_in, observe
+from stabmon.check.observe import not_finite_in, observe
 from stabmon.check.precision import precision_table
 from stabmon.check.region import Origin, region_data, stability_region
 from stabmon.check.report import StabilityReport
@@ -64,7 +64,7 @@ def check_attention_stability(
     views = tuple(layer_views(seen, settings.seq_len))
     basis: Basis = "analytic" if analytic else "measured"
     findings = judge(views, settings, basis)
-    trouble = None if settings.dtype == "fp32" else finite_in(model, args, kwargs, settings.torch_dtype, settings.seed)
+    trouble = not_finite_in(model, args, kwargs, settings)
     if trouble is not None:
         found = find_in_forward(model, [trouble], 0)
         where = "the output" if found is None else f"{found.tensor} ({found.detail})"

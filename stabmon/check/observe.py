@@ -131,15 +131,14 @@ def _observe(model: nn.Module, call: ForwardCall, config: CheckConfig, backward:
     )
 
 
-def finite_in(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype, seed: int
-) -> ForwardCall | None:
-    """None if a forward autocast to ``dtype`` ends in finite values; else the call that does not, for a look at where it begins."""
+def not_finite_in(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: CheckConfig) -> ForwardCall | None:
+    """The forward in the precision to train in, for a look at where it breaks down, if it gives anything but finite values."""
     device = next((each.device.type for each in model.parameters()), "cpu")
     call = ForwardCall.of(model, args, kwargs)
-    call = replace(call, autocast={**call.autocast, device: (True, dtype)})
+    half = config.torch_dtype != torch.float32
+    call = replace(call, autocast={**call.autocast, device: (half, config.torch_dtype if half else torch.bfloat16)})
     with call.again(model) as forward:
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         output = forward()
     loss = loss_in(output)
     tensors = [loss] if loss is not None else [each for each in tensors_in(output) if each.is_floating_point()]

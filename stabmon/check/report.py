@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from stabmon.check.arithmetic import expected_entropy
 from stabmon.check.expect import LayerView
 from stabmon.check.findings import Finding
 from stabmon.check.precision import Fit
 from stabmon.check.settings import CheckConfig
 from stabmon.records import SEVERITIES
 
+LENGTHS = (128, 512, 2048, 8192, 32_768, 131_072)
 COLUMNS = ("score_spread", "max_logit", "normalized_entropy", "saturated_fraction", "precision_bits", "hnf_log_curvature")
 """What the table of heads tells of each, besides what was expected and what rounding moves."""
 
@@ -111,6 +113,7 @@ class StabilityReport(Mapping[str, Any]):
             "expected_score_std": self._over(lambda view: float(np.nanmax(view.expected_spread, initial=-math.inf))),
             "measured_score_std": self._largest("score_spread"),
             "expected_entropy_share": min((view.expected_share for view in self.views), default=math.nan),
+            "expected_entropy_share_by_length": {n: self._entropy_share(n) for n in LENGTHS} if self.views else {},
             "curvature_bound": math.exp(min(700.0, self._largest("hnf_log_curvature"))),
             "precision_bits_needed": max((fit.bits_needed for fit in self.precision if fit.used), default=math.nan),
             "float16_safe": self.safe("fp16"),
@@ -125,6 +128,11 @@ class StabilityReport(Mapping[str, Any]):
             "notes": list(self.notes),
             **self.extra,
         }
+
+    def _entropy_share(self, keys: int) -> float:
+        """Entropy to expect of rows of so many keys at the widest layer's spread, as a share of ln n."""
+        view = max(self.views, key=lambda each: float(np.nan_to_num(each.spread[each.widest])))
+        return expected_entropy(float(view.spread[view.widest]), keys, view.info.softcap) / math.log(keys)
 
     def _largest(self, name: str) -> float:
         return self._over(lambda view: float(np.nanmax(view.measured[name], initial=-math.inf)))

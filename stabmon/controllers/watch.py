@@ -43,6 +43,7 @@ class ControllerWatch:
     Args:
         model: the controlled model; the one whose forward is called.
         every: measure each so-many-th forward, the first included.
+        training_only: leave forwards of a model in evaluation mode alone, and do not count them.
         run_dir: ``<run_dir>/stabmon`` is where sinks write; None for nowhere.
         sinks: names of sinks, or sinks.
         signals: names of signals of the modified attention.
@@ -61,6 +62,7 @@ class ControllerWatch:
         model: nn.Module,
         *,
         every: int = 1,
+        training_only: bool = False,
         run_dir: str | Path | None = None,
         sinks: Sequence[str | Sink] = ("jsonl",),
         signals: Sequence[str] = SIGNALS,
@@ -73,7 +75,7 @@ class ControllerWatch:
         self.readings: list[Reading] = []
         self.issues: list[StabilityIssue] = []
         self.errors: list[str] = []
-        self._model, self._every = model, every
+        self._model, self._every, self._training_only = model, every, training_only
         self._folder = None if run_dir is None else Path(run_dir) / "stabmon"
         self._given_sinks = [SINKS[each]() if isinstance(each, str) else each for each in sinks]
         self._sinks = SinkGroup([])
@@ -109,9 +111,11 @@ class ControllerWatch:
         return series(self.readings, path)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
+        self._own = {}
+        if self._training_only and not module.training:
+            return
         self._forwards += 1
         sampled = (self._forwards - 1) % self._every == 0
-        self._own = {}
         self._measured.start(self._forwards)
         self._listen(self._look if sampled else None)
 

@@ -13,17 +13,19 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from stabmon.controllers import save_controllers
+from stabmon.controllers import ControllerWatch, save_controllers
 from stabmon.controllers.attach import Controllers, find_controllers
 from stabmon.training.corpus import load_corpus
 from stabmon.training.fit import Phase, fit
 from stabmon.training.models import Shape, make_model
+from stabmon.training.pictures import draw, draw_generation
 from stabmon.training.settings import CorpusSettings, SettingsError
 from stabmon.training.variants import BASE, VARIANTS, put_variant
 
@@ -50,6 +52,8 @@ class StudySettings:
     """Training from scratch, of the base and in the joint comparison."""
     controllers: Phase = field(default_factory=lambda: Phase(learning_rate=1e-2, weight_decay=0.0))
     """Training of what a variant adds to the frozen base."""
+    watch_every: int | None = 10
+    """Training steps between looks at what the first seed's controllers do; None for none."""
     frozen: list[str] = field(default_factory=list)
     """Variants that are trained on the frozen base."""
     joint: list[str] = field(default_factory=list)
@@ -99,6 +103,11 @@ def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda 
         done += 1
         elapsed = time.monotonic() - began
         progress(f"[{done}/{len(everything)}, {elapsed:.0f} s] {task.name}: held-out loss {result['held_out']:.4f}")
+    shown = [name for name in settings.frozen if VARIANTS[name].controller]
+    if shown:
+        learned = [name for name in shown if VARIANTS[name].controller == "info_density"] or shown
+        seed = settings.seeds[0]
+        draw_generation(settings.model, settings.corpus, folder, Task("frozen", learned[-1], seed).name, seed)
     return folder
 
 
@@ -150,7 +159,7 @@ def prepare(settings: StudySettings) -> Path:
 
 def what_matters(about: dict[str, Any]) -> dict[str, Any]:
     """The part of a study's description that its single results depend on."""
-    left_out = {"run_dir", "resume", "workers", "seeds", "frozen", "joint"}
+    left_out = {"run_dir", "resume", "workers", "seeds", "watch_every", "frozen", "joint"}
     return {**about, "settings": {name: value for name, value in about["settings"].items() if name not in left_out}}
 
 
@@ -167,7 +176,8 @@ def perform(settings: StudySettings, task: Task) -> dict[str, Any]:
     added = put_variant(model, task.variant, limits)
     parameters = added if task.kind == "frozen" else list(model.parameters())
     phase = settings.controllers if task.kind == "frozen" else settings.base
-    fitted = fit(model, parameters, corpus, phase, task.seed)
+    with watched(model, folder / "series" / task.name, settings, task):
+        fitted = fit(model, parameters, corpus, phase, task.seed)
     if task.variant == BASE:
         base_file.parent.mkdir(exist_ok=True)
         torch.save(model.state_dict(), base_file.with_suffix(".tmp"))
@@ -178,6 +188,17 @@ def perform(settings: StudySettings, task: Task) -> dict[str, Any]:
     path.with_suffix(".tmp").write_text(json.dumps(result) + "\n")
     path.with_suffix(".tmp").replace(path)
     return result
+
+
+@contextmanager
+def watched(model: torch.nn.Module, folder: Path, settings: StudySettings, task: Task) -> Iterator[None]:
+    """Time series of the controllers in training, and their pictures, for the first seed."""
+    if settings.watch_every is None or task.seed != settings.seeds[0] or not find_controllers(model):
+        yield
+        return
+    with ControllerWatch(model, every=settings.watch_every, training_only=True, run_dir=folder) as watch:
+        yield
+    draw(watch, folder)
 
 
 def keep_controllers(model: torch.nn.Module, folder: Path, task: Task, limits: dict[str, float]) -> None:

@@ -2,10 +2,13 @@
 
     python tests/bench/check_sweep.py [--steps 200] [--seeds 2] [--only NAME ...]
 
-For three small architectures without query/key normalisation, the sweep of `stabmon check --sweep` predicts a limit. Then real runs
-are trained for longer over rates a factor 2 apart and several seeds. A run has *failed* where its final loss is nearer to the text's
-unigram entropy (all that can be learnt without attention) than to the best loss that any rate reached with that seed; the rate at which
-runs begin to fail is interpolated between neighbours. A run with query/key normalisation is shown beside them: no limit is to be found.
+For four small architectures without query/key normalisation, the sweep of `stabmon check --sweep` predicts a limit. Then real runs are
+trained for longer over rates a factor 2 apart and several seeds. A run has *failed* where its final loss is 0.15 nats above the best
+that any rate reached with that seed (the gap from which check_table.py calls a run harmed); the rate at which runs begin to fail is
+interpolated between neighbours. Beside it stands the rate at which the loss is half-way to the text's unigram entropy, which is all
+that can be learnt without attention: a stricter word for failure, and a noisier one. The sweep's share of a gradient (a tenth) was
+settled on the first two architectures; the others were not looked at for it. A model with query/key normalisation is shown
+for comparison: scores stay bounded until its gains grow, and what fails below that is not attention.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from stabmon.check.sweep import Sweep, sweep_rates
 TRAIN = Path(__file__).parents[2] / "train"
 """Where the training scripts lie, with their text and their GPT."""
 WIDTH, LAYERS, HEADS, LENGTH, BATCH = 64, 2, 2, 64, 8
+GAP = 0.15
+"""Nats above the best loss from which a run counts as failed."""
 RATES = tuple(2e-3 * 2**power for power in range(7))
 
 
@@ -61,10 +66,19 @@ def llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes, **more))
 
 
+def neox() -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    more = {"vocab_size": 256, "max_position_embeddings": LENGTH, "use_cache": False}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, **more))
+
+
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "own gpt": Own,
     "gpt2": gpt2,
     "llama, grouped heads": llama,
+    "neox, parallel blocks": neox,
     "own gpt, qk-norm": lambda: Own(qk_norm=True),
 }
 
@@ -110,27 +124,30 @@ def main() -> int:
                 )
                 tail = run.losses[-asked.steps // 10 :]
                 finals.append(float(np.mean(tail)) if run.finite else math.inf)
-            fails = failing_rate(finals, unigram)
+            fails = failing_rate(finals, min(finals) + GAP)
+            ruined = failing_rate(finals, (min(finals) + unigram) / 2)
             ratio = found.limit / fails if found.limit is not None and fails is not None else math.nan
-            good = 0.5 <= ratio <= 2 or (found.limit is None and fails is None)
-            missed += not good
+            if "qk-norm" not in name:
+                missed += not 0.5 <= ratio <= 2
             losses = ", ".join(f"{rate:.2g}: {loss:.2f}" for rate, loss in zip(RATES, finals, strict=True))
-            begins = "at no rate tried" if fails is None else f"from {fails:.3g} on"
-            print(f"  seed {seed}: fails {begins}, predicted / real {ratio:.2f}; {losses}", flush=True)
+            words = f"fails {_from(fails)}, predicted / real {ratio:.2f}; half-way to unigram {_from(ruined)}"
+            print(f"  seed {seed}: {words}; final losses {losses}", flush=True)
     print(f"\n{missed} seeds in which prediction and reality differ by more than a factor of 2")
     return int(missed > 0)
 
 
-def failing_rate(finals: Sequence[float], unigram: float) -> float | None:
-    """The rate at which the final loss passes half-way from the best to the unigram entropy; None where it does at none."""
-    best = int(np.argmin(finals))
-    level = (finals[best] + unigram) / 2
-    for place in range(best + 1, len(finals)):
+def failing_rate(finals: Sequence[float], level: float) -> float | None:
+    """The rate at which the final loss rises past ``level`` beyond the best rate; None where it does at none."""
+    for place in range(int(np.argmin(finals)) + 1, len(finals)):
         before, after = finals[place - 1], finals[place]
         if after >= level:
             share = (level - before) / (after - before) if math.isfinite(after) else 0.5
             return RATES[place - 1] * (RATES[place] / RATES[place - 1]) ** share
     return None
+
+
+def _from(rate: float | None) -> str:
+    return "at no rate tried" if rate is None else f"from {rate:.2g} on"
 
 
 def _interval(found: Sweep) -> str:

@@ -90,6 +90,17 @@ def test_a_forward_that_is_not_finite_in_the_format_is_traced() -> None:
     assert found.layer is not None
 
 
+def test_finite_weights_that_give_nan_are_found_in_float32_too() -> None:
+    model = models.llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.fill_(1e30)
+        model.model.layers[1].self_attn.k_proj.weight.fill_(1e30)
+    report = stabmon.check_attention_stability(model, models.tokens())
+    (found,) = [each for each in report.findings if each.name == "non_finite"]
+    assert found.layer == "model.layers.1.self_attn"
+    assert report["verdict"] == "fail"
+
+
 def test_nan_weights_are_a_finding_that_names_the_tensors() -> None:
     model = models.llama()
     with torch.no_grad():
@@ -118,6 +129,9 @@ def test_the_report_is_a_mapping_with_the_promised_keys() -> None:
     assert dict(report) == report.to_dict()
     assert 0 < report["expected_logit_max"] < 2
     assert report["precision_bits_needed"] < 8
+    shares = list(report["expected_entropy_share_by_length"].values())
+    assert shares == sorted(shares)
+    assert 0.9 < shares[0] < shares[-1] < 1
 
 
 def test_a_longer_length_expects_larger_scores_and_stays_a_fact_of_arithmetic() -> None:

@@ -46,12 +46,12 @@ def test_a_run_that_broke_down_counts_as_beyond_the_limit() -> None:
     assert (limit, low, high) == (1e-1, None, 1e-1)
 
 
-def test_at_the_score_limit_a_normal_row_passes_a_thousandth() -> None:
+def test_at_the_score_limit_a_typical_normal_row_passes_a_tenth() -> None:
     rows = np.random.default_rng(0).normal(size=(4000, 64))
-    rows *= score_limit(64) / math.sqrt(2 * math.log(64)) / 1.0
+    rows *= score_limit(64) / math.sqrt(2 * math.log(64))
     top = np.sort(rows, axis=1)[:, -2:]
     passed = 2 * np.exp(-(top[:, 1] - top[:, 0]))
-    assert 0.3 < float((passed < 1e-3).mean()) < 0.8
+    assert 0.3 < float((passed < 0.1).mean()) < 0.8
 
 
 def test_a_sweep_brackets_the_limit_in_a_real_model() -> None:
