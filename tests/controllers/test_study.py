@@ -1,0 +1,162 @@
+"""``stabmon train``: what it compares, leaves, resumes and refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stabmon.training.corpus import load_corpus
+from stabmon.training.fit import Phase, fit, split
+from stabmon.training.models import Shape, make_model
+from stabmon.training.report import markdown, summary
+from stabmon.training.settings import SettingsError, read_settings
+from stabmon.training.statistics import mean_and_interval
+from stabmon.training.study import StudySettings, Task, perform, prepare, run_study, tasks
+from stabmon.training.variants import VARIANTS, put_variant
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "controllers").glob("*.yaml"))
+TINY = [
+    *("model.layers=2", "model.heads=2", "model.width=16", "corpus.block=16", "seeds=[0, 1]", "workers=1", "watch_every=2"),
+    *("base.steps=6", "base.batch=4", "base.validate_every=3", "base.warmup=2"),
+    *("controllers.steps=4", "controllers.batch=4", "controllers.validate_every=2", "controllers.warmup=1"),
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> StudySettings:
+    """A study of seconds."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"attention is all you need, or is it? " * 60)
+    more = [
+        f"run_dir={tmp_path / 'run'}",
+        f"corpus.text={text}",
+        "frozen=[both, linear_ramp, matched_control]",
+        "joint=[key_bias]",
+    ]
+    return read_settings(StudySettings, CONFIGS[0], [*TINY, *more])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_can_be_read_and_names_known_variants(path: Path) -> None:
+    found = read_settings(StudySettings, path)
+    assert {*found.frozen, *found.joint} <= set(VARIANTS)
+    assert len(found.seeds) >= 3
+    assert len(tasks(found)) == len(found.seeds) * (1 + len(found.frozen) + len(found.joint))
+
+
+def test_a_study_leaves_a_table_series_and_pictures_and_goes_on_where_it_was(settings: StudySettings) -> None:
+    folder = prepare(settings)
+    for task in tasks(settings):
+        perform(settings, task)
+    found = summary(settings, folder)
+    assert [row["variant"] for row in found["frozen"]] == ["base", "both", "linear_ramp", "matched_control"]
+    assert [row["variant"] for row in found["joint"]] == ["base", "key_bias"]
+    base = found["frozen"][0]["losses"]
+    for row in found["frozen"]:
+        assert row["minus_base"] == pytest.approx(sum(a - b for a, b in zip(row["losses"], base, strict=True)) / 2)
+    assert found["frozen"][2]["parameters"] == 0
+    assert "| both |" in markdown(found, 2)
+    assert (folder / "series" / "frozen-both-0" / "stabmon" / "readings.jsonl").read_text().count("\n") == 2
+    assert not (folder / "series" / "frozen-both-1").exists()
+
+    kept = folder / "results" / "frozen-both-0.json"
+    stamp = kept.stat().st_mtime_ns
+    with pytest.raises(SettingsError, match="resume=true"):
+        run_study(settings)
+    resumed = read_settings_again(settings, resume=True)
+    run_study(resumed)
+    assert kept.stat().st_mtime_ns == stamp
+    assert {"grid.png", "series.png", "text.txt"} <= {path.name for path in (folder / "generate").iterdir()}
+    with pytest.raises(SettingsError, match="other settings"):
+        run_study(read_settings_again(resumed, gain_max=3.0))
+
+
+def read_settings_again(settings: StudySettings, **changes: Any) -> StudySettings:
+    import dataclasses
+
+    return dataclasses.replace(settings, **changes)
+
+
+def test_a_task_is_the_same_whenever_it_is_run(settings: StudySettings) -> None:
+    prepare(settings)
+    first = [perform(settings, Task("joint", name, 1))["held_out"] for name in ("base", "key_bias")]
+    again = [perform(settings, Task("joint", name, 1))["held_out"] for name in ("base", "key_bias")]
+    assert first == again
+
+
+def test_a_frozen_base_is_frozen_and_the_best_parameters_are_kept(settings: StudySettings) -> None:
+    corpus = load_corpus(settings.corpus.text, block=16)
+    torch.manual_seed(0)
+    model = make_model(Shape(layers=2, heads=2, width=16), 16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    added = put_variant(model, "both", {"bias_max": 1.0, "gain_max": 4.0})
+    fitted = fit(model, added, corpus, Phase(steps=8, batch=4, learning_rate=0.5, validate_every=1, warmup=1, patience=2), 0)
+    assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
+    assert fitted.parameters == sum(each.numel() for each in added)
+    assert fitted.best_step <= fitted.steps <= 8
+    assert not fitted.best_step or fitted.validation < float("inf")
+
+
+def test_what_chooses_and_what_is_reported_are_apart() -> None:
+    corpus = load_corpus(block=64)
+    validation, held_out = split(corpus)
+    rows = [{tuple(row) for row in part.tolist()} for part in (validation, held_out)]
+    assert len(validation) + len(held_out) == len(corpus.validation)
+    assert not rows[0] & rows[1]
+
+
+@pytest.mark.parametrize("heads", [4])
+def test_a_matched_control_starts_as_the_identity_and_has_about_as_many_parameters(heads: int) -> None:
+    counts = {}
+    for name in ("key_bias", "query_gain", "matched_control", "both", "matched_control_of_both"):
+        torch.manual_seed(0)
+        model = make_model(Shape(layers=2, heads=heads, width=64), 16).eval()
+        tokens = torch.arange(32).view(2, 16)
+        with torch.no_grad():
+            before = model(input_ids=tokens).logits
+            counts[name] = sum(each.numel() for each in put_variant(model, name, {}))
+            torch.testing.assert_close(model(input_ids=tokens).logits, before, atol=1e-5, rtol=1e-5)
+    assert counts["key_bias"] == counts["query_gain"] == pytest.approx(counts["matched_control"], rel=0.02)
+    assert counts["both"] == pytest.approx(counts["matched_control_of_both"], rel=0.02)
+
+
+def test_intervals_are_those_of_students_t() -> None:
+    from scipy import stats
+
+    values = [1.61, 1.68, 1.55, 1.70]
+    low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
+    mean, half = mean_and_interval(values)
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "word"),
+    [
+        (["nonesuch.yaml"], 2, "cannot read nonesuch.yaml"),
+        ([str(CONFIGS[0]), "base.stpes=3"], 2, "did you mean 'steps'"),
+        ([str(CONFIGS[0]), "frozen=[key_bais]"], 2, "unknown 'key_bais'"),
+        ([str(CONFIGS[0]), "--text", "nonesuch.txt"], 2, "cannot read the text"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_two(arguments: list[str], status: int, word: str, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from stabmon import cli
+
+    with pytest.raises((ValueError, OSError), match=word):
+        CliRunner().invoke(
+            cli.app, ["train", *arguments, f"run_dir={tmp_path / 'run'}"], catch_exceptions=False, standalone_mode=False
+        )
+
+
+def test_the_command_prints_one_json_object(settings: StudySettings, tmp_path: Path) -> None:
+    given = [f"corpus.text={settings.corpus.text}", f"run_dir={tmp_path / 'cli'}", "seeds=[0]", "frozen=[query_gain]", "joint=[]"]
+    command = [sys.executable, "-m", "stabmon.cli", "train", str(CONFIGS[0]), *TINY, *given, "--json"]
+    code = "import sys; from stabmon.cli import main; sys.argv = sys.argv[:1] + sys.argv[1:]; main()"
+    done = subprocess.run([sys.executable, "-c", code, *command[3:]], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert [row["variant"] for row in json.loads(done.stdout)["tables"]["frozen"]] == ["base", "query_gain"]
