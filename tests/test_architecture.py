@@ -23,7 +23,7 @@ BELOW = {
         *("sinks", "trace"),
     },
     "controllers": {"capture", "measurements", "operator", "plots", "records", "registry", "rules", "signals", "sinks"},
-    "training": {"controllers"},
+    "training": {"config", "controllers", "monitor"},
 }
 """Part -> what it may import besides itself; whoever is not named here (the engine and its front doors) may import anything."""
 FRAMEWORKS = {"transformers", "lightning", "pytorch_lightning", "accelerate"}

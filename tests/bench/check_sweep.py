@@ -7,7 +7,7 @@ trained for longer over rates a factor 2 apart and several seeds. A run has *fai
 that any rate reached with that seed (the gap from which check_table.py calls a run harmed); the rate at which runs begin to fail is
 interpolated between neighbours. Beside it stands the rate at which the loss is half-way to the text's unigram entropy, which is all
 that can be learnt without attention: a stricter word for failure, and a noisier one. The sweep's share of a gradient (a tenth) was
-settled on the first two architectures; the others were not looked at for it. A model with query/key normalisation is shown
+settled on the first three architectures; the fourth was not looked at for it. A model with query/key normalisation is shown
 for comparison: scores stay bounded until its gains grow, and what fails below that is not attention.
 """
 
