@@ -7,17 +7,9 @@ from typing import Literal
 
 from provoke import HighLr, ScaleQk
 
-from stabmon.training.settings import CorpusSettings, SettingsError, TrainingSettings, read_settings
+from stabmon.training.settings import CorpusSettings, SettingsError, TrainingSettings, WatchSettings, read_settings
 
 __all__ = ["CorpusSettings", "RunSettings", "SettingsError", "TrainingSettings", "WatchSettings", "read_settings"]
-
-
-@dataclass(frozen=True)
-class WatchSettings:
-    """What the script hands to stabmon; anything else of its configuration goes into a file named by ``config``."""
-
-    config: str = "observe"
-    log_every: int = 10
 
 
 @dataclass(frozen=True)

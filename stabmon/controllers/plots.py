@@ -87,9 +87,10 @@ def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figur
     """
     from matplotlib import colormaps
 
-    shown = [name for name in LABELS if any(name in found for reading in readings for found in reading.layers.values())]
-    if not shown:
+    known = [name for name in LABELS if any(name in found for reading in readings for found in reading.layers.values())]
+    if not known:
         raise ValueError("no readings to draw: run the model within the watch")
+    shown = [name for name in known if np.nanmax(values := values_of(readings, name)[2]) > np.nanmin(values)] or known
     figure = _figure(width=8.5, height=1.0 + 1.7 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, shown, strict=True):

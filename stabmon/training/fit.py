@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.training.corpus import Corpus
 from stabmon.training.optimizer import make_optimizer, make_schedule
 from stabmon.training.settings import TrainingSettings
@@ -36,7 +38,13 @@ class Fitted:
     """How many numbers were trained."""
 
 
-def fit(model: Any, parameters: list[nn.Parameter], corpus: Corpus, phase: Phase, seed: int) -> Fitted:
+Watch = Callable[[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler], AttentionStabilityMonitor]
+"""Makes the monitor of a training from its optimizer and schedule."""
+
+
+def fit(
+    model: Any, parameters: list[nn.Parameter], corpus: Corpus, phase: Phase, seed: int, watch: Watch | None = None
+) -> Fitted:
     """Train ``parameters`` of ``model``, all others being left alone, and leave it with those that did best.
 
     Batches depend on ``seed`` and the phase alone, so that variants see the same data in the same order.
@@ -50,13 +58,17 @@ def fit(model: Any, parameters: list[nn.Parameter], corpus: Corpus, phase: Phase
     if parameters and phase.steps:
         optimizer = make_optimizer(model, phase)
         schedule = make_schedule(optimizer, phase)
+        monitor = watch(optimizer, schedule) if watch else None
         every = phase.validate_every or phase.steps
         for step, index in enumerate(corpus.stream(phase.steps, phase.batch, seed), start=1):
             tokens = corpus.train[index]
-            model(input_ids=tokens, labels=tokens).loss.backward()
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters, phase.clip)
             optimizer.step()
             schedule.step()
+            if monitor is not None:
+                monitor.on_step(loss=loss)
             optimizer.zero_grad()
             if step % every and step != phase.steps:
                 continue
@@ -68,6 +80,8 @@ def fit(model: Any, parameters: list[nn.Parameter], corpus: Corpus, phase: Phase
                 worse += 1
                 if worse >= phase.patience:
                     break
+        if monitor is not None:
+            monitor.close()
         with torch.no_grad():
             for each, value in zip(parameters, kept, strict=True):
                 each.copy_(value)

@@ -34,7 +34,7 @@ def summary(settings: StudySettings, folder: Path) -> dict[str, list[dict[str, A
     for kind, names in (("frozen", settings.frozen), ("joint", settings.joint)):
         rows = [row_of(BASE, bases, bases, settings)]
         rows += [row_of(name, results[(kind, name)], bases, settings) for name in names if name != BASE]
-        found[kind] = rows if names else []
+        found[kind] = rows if names or (kind == "joint" and not settings.frozen) else []
     return found
 
 

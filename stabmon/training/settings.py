@@ -51,6 +51,14 @@ class TrainingSettings:
     """CPU threads; None for PyTorch's choice. Losses are compared bit for bit only at the same number."""
 
 
+@dataclass(frozen=True)
+class WatchSettings:
+    """What is handed to stabmon; anything else of its configuration goes into a file named by ``config``."""
+
+    config: str = "observe"
+    log_every: int = 10
+
+
 def read_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     """The settings in ``path`` with ``overrides`` such as ``training.steps=50`` laid over them.
 

@@ -20,13 +20,15 @@ from typing import Any, Literal
 
 import torch
 
+from stabmon.config import load_config
 from stabmon.controllers import ControllerWatch, save_controllers
 from stabmon.controllers.attach import Controllers, find_controllers
+from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.training.corpus import load_corpus
-from stabmon.training.fit import Phase, fit
+from stabmon.training.fit import Phase, Watch, fit
 from stabmon.training.models import Shape, make_model
 from stabmon.training.pictures import draw, draw_generation
-from stabmon.training.settings import CorpusSettings, SettingsError
+from stabmon.training.settings import CorpusSettings, SettingsError, WatchSettings
 from stabmon.training.variants import BASE, VARIANTS, put_variant
 
 Kind = Literal["frozen", "joint"]
@@ -40,7 +42,7 @@ class StudySettings:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     """Each is a base of its own: weights, and order of the data."""
     workers: int = 2
-    """Processes at a time, each of one thread."""
+    """Processes at a time, each of one thread; 0 to do everything in this one."""
     resume: bool = False
     """Skip the tasks that ``run_dir`` holds results of."""
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
@@ -52,6 +54,8 @@ class StudySettings:
     """Training from scratch, of the base and in the joint comparison."""
     controllers: Phase = field(default_factory=lambda: Phase(learning_rate=1e-2, weight_decay=0.0))
     """Training of what a variant adds to the frozen base."""
+    stabmon: WatchSettings | None = None
+    """Train the first seed from scratch under watch, records in ``<run_dir>/watched/<task>``; None to train unwatched."""
     watch_every: int | None = 10
     """Training steps between looks at what the first seed's controllers do; None for none."""
     frozen: list[str] = field(default_factory=list)
@@ -113,6 +117,9 @@ def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda 
 
 def finished(settings: StudySettings, waiting: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
     """Run tasks, and give each as it ends; those on a frozen base wait for their base."""
+    if settings.workers == 0:
+        yield from ((task, perform(settings, task)) for task in waiting)
+        return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         bases = {task for task in waiting if task.variant == BASE}
@@ -138,8 +145,13 @@ def prepare(settings: StudySettings) -> Path:
     for name in (*settings.frozen, *settings.joint):
         if name not in VARIANTS:
             raise SettingsError(f"variants: unknown {name!r}. Known: {', '.join(VARIANTS)}")
-    if not settings.seeds or settings.workers < 1:
-        raise SettingsError("seeds and workers: give at least one seed and one worker")
+    if not settings.seeds or settings.workers < 0:
+        raise SettingsError("seeds and workers: give at least one seed, and no negative number of workers")
+    if settings.stabmon is not None:
+        try:
+            load_config(**dataclasses.asdict(settings.stabmon))
+        except ValueError as error:
+            raise SettingsError(f"stabmon: {error}") from error
     corpus = load_corpus(**dataclasses.asdict(settings.corpus))
     if len(corpus.validation) < 2:
         raise SettingsError(f"corpus: {corpus.source} leaves {len(corpus.validation)} held-out blocks: use a longer text")
@@ -159,7 +171,7 @@ def prepare(settings: StudySettings) -> Path:
 
 def what_matters(about: dict[str, Any]) -> dict[str, Any]:
     """The part of a study's description that its single results depend on."""
-    left_out = {"run_dir", "resume", "workers", "seeds", "watch_every", "frozen", "joint"}
+    left_out = {"run_dir", "resume", "workers", "seeds", "watch_every", "stabmon", "frozen", "joint"}
     return {**about, "settings": {name: value for name, value in about["settings"].items() if name not in left_out}}
 
 
@@ -176,8 +188,9 @@ def perform(settings: StudySettings, task: Task) -> dict[str, Any]:
     added = put_variant(model, task.variant, limits)
     parameters = added if task.kind == "frozen" else list(model.parameters())
     phase = settings.controllers if task.kind == "frozen" else settings.base
-    with watched(model, folder / "series" / task.name, settings, task):
-        fitted = fit(model, parameters, corpus, phase, task.seed)
+    first = bool(parameters) and task.seed == settings.seeds[0]
+    with watched(model, folder / "series" / task.name, settings.watch_every if first else None):
+        fitted = fit(model, parameters, corpus, phase, task.seed, make_watch(settings, task, model))
     if task.variant == BASE:
         base_file.parent.mkdir(exist_ok=True)
         torch.save(model.state_dict(), base_file.with_suffix(".tmp"))
@@ -190,13 +203,24 @@ def perform(settings: StudySettings, task: Task) -> dict[str, Any]:
     return result
 
 
+def make_watch(settings: StudySettings, task: Task, model: torch.nn.Module) -> Watch | None:
+    """How to watch the training of a task; None for not at all."""
+    watch = settings.stabmon
+    if watch is None or task.kind != "joint" or task.seed != settings.seeds[0]:
+        return None
+    folder = Path(settings.run_dir) / "watched" / task.name
+    return lambda optimizer, schedule: AttentionStabilityMonitor(
+        model, optimizer, schedule, config=watch.config, log_every=watch.log_every, sinks=["jsonl"], run_dir=folder
+    )
+
+
 @contextmanager
-def watched(model: torch.nn.Module, folder: Path, settings: StudySettings, task: Task) -> Iterator[None]:
-    """Time series of the controllers in training, and their pictures, for the first seed."""
-    if settings.watch_every is None or task.seed != settings.seeds[0] or not find_controllers(model):
+def watched(model: torch.nn.Module, folder: Path, every: int | None) -> Iterator[None]:
+    """Time series of a model's controllers in training, and their pictures; nothing where ``every`` is None or there are none."""
+    if every is None or not find_controllers(model):
         yield
         return
-    with ControllerWatch(model, every=settings.watch_every, training_only=True, run_dir=folder) as watch:
+    with ControllerWatch(model, every=every, training_only=True, run_dir=folder) as watch:
         yield
     draw(watch, folder)
 

@@ -2,6 +2,7 @@
 
     python tests/bench/controllers_speed.py               the tables, in about seven minutes
     python tests/bench/controllers_speed.py --quick       a look, in about two
+    python tests/bench/controllers_speed.py --worst       a narrow model with hardly a vocabulary: attention takes more of a step than anywhere
     python tests/bench/controllers_speed.py --json        one JSON object instead
     python tests/bench/controllers_speed.py --threads 1 --clock cpu        on a machine that others use too
 
@@ -24,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from overhead import BATCHES, CLOCKS, LiveBytes, Run, counted, ratios, rounds  # sets the environment first
+from overhead import BATCHES, CLOCKS, SHAPES, LiveBytes, Run, counted, ratios, rounds  # sets the environment first
 from rich.console import Console
 from rich.table import Table
 
@@ -88,13 +89,13 @@ def largest_of(what: str, length: int) -> float:
     return largest / (heads * length * length * 4)
 
 
-def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
+def rows_of(length: int, seconds: float, kinds: list[str]) -> Iterator[dict[str, Any]]:
     """Every figure of one length."""
     plain = Run(length)
     low, middle, high = statistics.quantiles((b / a for a, b in rounds(plain, Run(length), seconds)), n=4)
     yield {"S": length, "what": "null (plain / plain)", "time": middle, "spread": (high - low) / 2}
     whole = memory_of(plain)
-    for what in KINDS:
+    for what in kinds:
         run = controlled(length, what)
         time, spread = ratios(plain, run, seconds)
         yield {
@@ -111,6 +112,8 @@ def main() -> int:
     """Print the table. Returns the exit status: 0, since aims are told, not enforced."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
+    parser.add_argument("--worst", action="store_true", help="a narrow model with hardly a vocabulary")
+    parser.add_argument("--what", action="append", choices=list(KINDS), help="one controller alone; may be repeated")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--threads", type=int, default=2, help="torch threads; 1 where other work shares the machine")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu counts this process's own time only")
@@ -119,9 +122,10 @@ def main() -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
     Run.clock = staticmethod(CLOCKS[args.clock])
+    Run.shape = SHAPES["worst" if args.worst else "gpt2"]
     rows = []
     for length in args.length or LENGTHS:
-        for row in rows_of(length, 8.0 if args.quick else 30.0):
+        for row in rows_of(length, 8.0 if args.quick else 30.0, args.what or list(KINDS)):
             rows.append(row)
             print(f"S {length}: {row['what']} {row['time']:.3f}", file=sys.stderr)
     if args.json:

@@ -1,8 +1,9 @@
 """``stabmon train``: what it compares, leaves, resumes and refuses."""
 
+import dataclasses
 import json
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from stabmon.training.models import Shape, make_model
 from stabmon.training.report import markdown, summary
 from stabmon.training.settings import SettingsError, read_settings
 from stabmon.training.statistics import mean_and_interval
-from stabmon.training.study import StudySettings, Task, perform, prepare, run_study, tasks
+from stabmon.training.study import StudySettings, Task, finished, perform, prepare, run_study, tasks
 from stabmon.training.variants import VARIANTS, put_variant
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "controllers").glob("*.yaml"))
 TINY = [
-    *("model.layers=2", "model.heads=2", "model.width=16", "corpus.block=16", "seeds=[0, 1]", "workers=1", "watch_every=2"),
+    *("model.layers=2", "model.heads=2", "model.width=16", "corpus.block=16", "seeds=[0, 1]", "workers=0", "watch_every=2"),
     *("base.steps=6", "base.batch=4", "base.validate_every=3", "base.warmup=2"),
     *("controllers.steps=4", "controllers.batch=4", "controllers.validate_every=2", "controllers.warmup=1"),
 ]
@@ -76,8 +77,6 @@ def test_a_study_leaves_a_table_series_and_pictures_and_goes_on_where_it_was(set
 
 
 def read_settings_again(settings: StudySettings, **changes: Any) -> StudySettings:
-    import dataclasses
-
     return dataclasses.replace(settings, **changes)
 
 
@@ -153,10 +152,31 @@ def test_a_wrong_call_is_one_line_and_status_two(arguments: list[str], status: i
         )
 
 
-def test_the_command_prints_one_json_object(settings: StudySettings, tmp_path: Path) -> None:
+def test_the_command_prints_one_json_object(
+    settings: StudySettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stabmon import cli
+
     given = [f"corpus.text={settings.corpus.text}", f"run_dir={tmp_path / 'cli'}", "seeds=[0]", "frozen=[query_gain]", "joint=[]"]
-    command = [sys.executable, "-m", "stabmon.cli", "train", str(CONFIGS[0]), *TINY, *given, "--json"]
-    code = "import sys; from stabmon.cli import main; sys.argv = sys.argv[:1] + sys.argv[1:]; main()"
-    done = subprocess.run([sys.executable, "-c", code, *command[3:]], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert [row["variant"] for row in json.loads(done.stdout)["tables"]["frozen"]] == ["base", "query_gain"]
+    monkeypatch.setattr(sys, "argv", ["stabmon", "train", str(CONFIGS[0]), *TINY, *given, "--json"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0
+    assert [row["variant"] for row in json.loads(capsys.readouterr().out)["tables"]["frozen"]] == ["base", "query_gain"]
+
+
+def test_tasks_run_side_by_side_and_those_on_a_frozen_base_wait_for_it(
+    settings: StudySettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_processes(workers: int, **options: Any) -> Any:
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr("stabmon.training.study.ProcessPoolExecutor", without_processes)
+    order: list[str] = []
+    monkeypatch.setattr("stabmon.training.study.perform", lambda settings, task: order.append(task.name) or {"held_out": 1.0})
+    side_by_side = dataclasses.replace(settings, workers=2)
+    found = [task for task, _ in finished(side_by_side, tasks(settings))]
+    assert sorted(task.name for task in found) == sorted(task.name for task in tasks(settings)) == sorted(order)
+    for name in order:
+        kind, _, seed = name.split("-")
+        assert kind == "joint" or order.index(f"joint-base-{seed}") < order.index(name)
