@@ -14,8 +14,8 @@ from stabmon.check.expect import LayerView
 from stabmon.check.findings import Basis, Finding, ranked
 from stabmon.check.settings import CheckConfig
 
-EAGER_ROUNDING = {"fused": 2.0, "eager": 1.0}
-"""How much more a fused kernel's rounding may move: it is the same in forward and backward, and is averaged over the head dimension."""
+ALLOWANCE = {"fused": 2.0, "eager": 1.0}
+"""Times ``moved_warning`` that a path may move: a fused kernel's rounding is the same in forward and backward, and averages out."""
 
 
 def judge(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> list[Finding]:
@@ -169,7 +169,7 @@ def precision_insufficient(views: Sequence[LayerView], config: CheckConfig, basi
         path = "fused" if view.info.fused else "eager"
         share = view.measured[f"moved/{path}/{config.dtype}"]
         head = int(np.argmax(np.nan_to_num(share, nan=-1.0)))
-        allowed = config.moved_warning * EAGER_ROUNDING[path]
+        allowed = config.moved_warning * ALLOWANCE[path]
         if not share[head] >= allowed:
             continue
         error = share[head] >= 2 * allowed

@@ -55,7 +55,7 @@ def to_markdown(report: StabilityReport) -> str:
 
 def head_columns(report: StabilityReport) -> tuple[str, ...]:
     """What :func:`head_rows` tells."""
-    pattern = short_names([each.layer for each in report.views])[1]
+    pattern = _short(report)[1]
     dtype = report.config.dtype if report.config.dtype != "fp32" else "bf16"
     return (f"layer {pattern}".strip(), *HEAD_COLUMNS, f"{dtype} moves")
 
@@ -67,8 +67,7 @@ HEAD_COLUMNS = ("head", "spread", "expected", "max", "H/ln n", "saturated", "bit
 def head_rows(report: StabilityReport, most: int) -> list[tuple[str, ...]]:
     """The worst heads, a row each, as words; ``moved`` is for the format to train in."""
     dtype = report.config.dtype if report.config.dtype != "fp32" else "bf16"
-    layers = [each.layer for each in report.views]
-    short = dict(zip(layers, short_names(layers)[0], strict=True))
+    short = _short(report)[0]
     return [
         (
             short[row["layer"]],
@@ -80,6 +79,15 @@ def head_rows(report: StabilityReport, most: int) -> list[tuple[str, ...]]:
         )
         for row in report.heads(most)
     ]
+
+
+def _short(report: StabilityReport) -> tuple[dict[str, str], str]:
+    """What each layer is called in the table, and the pattern that it fills; a lone layer's name is the pattern itself."""
+    layers = [each.layer for each in report.views]
+    if len(layers) == 1:
+        return {layers[0]: ""}, layers[0]
+    names, pattern = short_names(layers)
+    return dict(zip(layers, names, strict=True)), pattern
 
 
 def number(value: float) -> str:

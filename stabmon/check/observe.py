@@ -71,7 +71,7 @@ class _Watch:
         if call.query is not None and call.key is not None:
             key_size = _size(call.key).repeat_interleave(call.query.shape[1] // call.key.shape[1])
             values |= {"score_spread": _spread(exact), "query_size": _size(call.query), "key_size": key_size}
-        self.found[call.layer] = {name: value.double().cpu().numpy() for name, value in values.items()}
+        self.found[call.layer] = {name: value.cpu().double().numpy() for name, value in values.items()}
         self.keys[call.layer] = exact.keys
         self.visible[call.layer] = int(exact.n_visible().max())
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from stabmon.check.arithmetic import FLOAT16_MAX, MANTISSA_BITS, bits_averaged, bits_needed
 from stabmon.check.expect import LayerView
-from stabmon.check.judge import EAGER_ROUNDING
+from stabmon.check.judge import ALLOWANCE
 from stabmon.check.rounding import PATHS
 from stabmon.check.settings import DTYPES, CheckConfig
 
@@ -46,7 +46,7 @@ def precision_table(views: Sequence[LayerView], config: CheckConfig, overflowed:
             if path == "eager" and name == "fp16":
                 product = max(float(np.nan_to_num(view.largest_product, nan=0.0).max()) for view in views)
                 headroom = FLOAT16_MAX / product if product > 0 else math.inf
-            limit = 2 * config.moved_warning * EAGER_ROUNDING[path]
+            limit = 2 * config.moved_warning * ALLOWANCE[path]
             safe = (share < limit or (name == "fp32" and need <= kept)) and headroom > 2
             if overflowed and path == used and name == config.dtype:
                 safe = False

@@ -38,7 +38,7 @@ def read_config(source: str) -> Any:
         with quiet():
             return transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:160]
         local = Path(source).exists()
         mend = (
             "give a config.json with a model_type that transformers knows"
