@@ -23,13 +23,12 @@ class Controllers(nn.ModuleDict):
     """The controllers of a model by module name, with ``/`` for the dots; they are submodules of their attention modules too.
 
     Attributes:
-        kind: the registered name of the controller.
-        options: what it was made with.
+        controlled: a tuple of the model, which so is no submodule of this.
     """
 
-    def __init__(self, kind: str, options: dict[str, Any], members: dict[str, Controller]) -> None:
+    def __init__(self, model: nn.Module, members: dict[str, Controller]) -> None:
         super().__init__({name.replace(".", "/"): member for name, member in members.items()})
-        self.kind, self.options = kind, options
+        self.controlled = (model,)
 
     def by_layer(self) -> dict[str, Controller]:
         """Controllers by the qualified name of their attention module."""
@@ -65,8 +64,9 @@ def attach_controllers(model: nn.Module, kind: str = "info_density", *, layers: 
         except TypeError as error:
             raise ValueError(f"{kind}: {str(error).split('.')[-1].removeprefix('__init__() ')}") from error
     for site, module in sites:
+        members[site.name].kind, members[site.name].options = kind, options
         put(module, members[site.name])
-    return Controllers(kind, options, members)
+    return Controllers(model, members)
 
 
 def detach_controllers(model: nn.Module) -> None:

@@ -39,6 +39,8 @@ class Controller(nn.Module):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
+        self.kind, self.options = "", dict[str, Any]()
+        """What it was attached as: its registered name, and its options."""
         self.handles: list[Any] = []
         """Hooks on the attention module, while this is attached."""
         self.call: Any = None

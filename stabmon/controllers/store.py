@@ -20,35 +20,35 @@ EDGE = 64
 """Values at either end of each base weight that make its fingerprint."""
 
 
-def save_controllers(model: nn.Module, folder: str | Path, controllers: Controllers) -> None:
-    """Write the controllers of ``model`` to ``folder``, with what the model must be like to load them.
+def save_controllers(controlled: nn.Module, folder: str | Path) -> None:
+    """Write the controllers of a model to ``folder``, with what a model must be like to load them.
 
     Args:
-        model: the controlled model; its own weights are not written.
+        controlled: the model, or what :func:`attach_controllers` gave; the model's own weights are not written.
         folder: made where it is missing; an earlier save in it is replaced.
-        controllers: what :func:`attach_controllers` gave.
 
     Raises:
-        ValueError: if the controllers are not in the model.
+        ValueError: if the model has no controllers.
     """
     from safetensors.torch import save_file
 
+    model = controlled.controlled[0] if isinstance(controlled, Controllers) else controlled
     members = find_controllers(model)
-    given = controllers.by_layer()
-    if not members or {id(each) for each in members.values()} != {id(each) for each in given.values()}:
-        raise ValueError("these controllers are not the model's: give the model that they were attached to")
+    if not members:
+        raise ValueError("the model has no controllers: put some into it with attach_controllers(model, ...) first")
+    first = next(iter(members.values()))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{layer}.{name}": value.detach().cpu().contiguous()
-        for layer, member in given.items()
+        for layer, member in members.items()
         for name, value in member.state_dict().items()
     }
     about = {
         "schema_version": SCHEMA_VERSION,
-        "controller": controllers.kind,
-        "options": controllers.options,
-        "layers": {layer: {"heads": member.site.heads, "width": member.site.width} for layer, member in given.items()},
+        "controller": first.kind,
+        "options": first.options,
+        "layers": {layer: {"heads": member.site.heads, "width": member.site.width} for layer, member in members.items()},
         "base": {"model": base_class(model), "weights": fingerprint(model)},
     }
     save_file(tensors, folder / "controllers.safetensors.tmp")

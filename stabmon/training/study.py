@@ -22,7 +22,7 @@ import torch
 
 from stabmon.config import load_config
 from stabmon.controllers import ControllerWatch, save_controllers
-from stabmon.controllers.attach import Controllers, find_controllers
+from stabmon.controllers.attach import find_controllers
 from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.training.corpus import load_corpus
 from stabmon.training.fit import Phase, Watch, fit
@@ -195,7 +195,7 @@ def perform(settings: StudySettings, task: Task) -> dict[str, Any]:
         base_file.parent.mkdir(exist_ok=True)
         torch.save(model.state_dict(), base_file.with_suffix(".tmp"))
         base_file.with_suffix(".tmp").replace(base_file)
-    keep_controllers(model, folder / "controllers" / task.name, task, limits)
+    keep_controllers(model, folder / "controllers" / task.name, task)
     result = dataclasses.asdict(task) | dataclasses.asdict(fitted) | {"added_parameters": sum(each.numel() for each in added)}
     path = folder / "results" / f"{task.name}.json"
     path.with_suffix(".tmp").write_text(json.dumps(result) + "\n")
@@ -225,12 +225,10 @@ def watched(model: torch.nn.Module, folder: Path, every: int | None) -> Iterator
     draw(watch, folder)
 
 
-def keep_controllers(model: torch.nn.Module, folder: Path, task: Task, limits: dict[str, float]) -> None:
+def keep_controllers(model: torch.nn.Module, folder: Path, task: Task) -> None:
     """Save the controllers of a variant that has some; a joint base beside them, which they are worth nothing without."""
-    variant, members = VARIANTS[task.variant], find_controllers(model)
-    if variant.controller is None or not members:
+    if not find_controllers(model):
         return
-    options = variant.options | (limits if variant.controller == "info_density" else {})
-    save_controllers(model, folder, Controllers(variant.controller, options, members))
+    save_controllers(model, folder)
     if task.kind == "joint":
         torch.save({name: value for name, value in model.state_dict().items() if "stabmon" not in name}, folder / "base.pt")

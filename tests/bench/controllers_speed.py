@@ -2,7 +2,7 @@
 
     python tests/bench/controllers_speed.py               the tables, in about seven minutes
     python tests/bench/controllers_speed.py --quick       a look, in about two
-    python tests/bench/controllers_speed.py --worst       a narrow model with hardly a vocabulary: attention takes more of a step than anywhere
+    python tests/bench/controllers_speed.py --worst       a narrow model with hardly a vocabulary, where attention takes most
     python tests/bench/controllers_speed.py --json        one JSON object instead
     python tests/bench/controllers_speed.py --threads 1 --clock cpu        on a machine that others use too
 

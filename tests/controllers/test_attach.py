@@ -186,8 +186,10 @@ def test_copies_and_pickles_are_controlled_too() -> None:
 def test_saved_and_loaded_controllers_are_the_same(kind: str, tmp_path: Any) -> None:
     model, inputs, controllers = built("llama-sdpa", kind, layers=[1])
     expected = output_of(model, inputs)
-    save_controllers(model, tmp_path, controllers)
+    save_controllers(controllers, tmp_path)
     detach_controllers(model)
+    with pytest.raises(ValueError, match="attach_controllers"):
+        save_controllers(model, tmp_path)
     loaded = load_controllers(model, tmp_path)
     assert list(loaded) == list(controllers)
     assert torch.equal(output_of(model, inputs), expected)
@@ -196,8 +198,8 @@ def test_saved_and_loaded_controllers_are_the_same(kind: str, tmp_path: Any) -> 
 
 @torch.no_grad()
 def test_loading_into_another_base_is_refused(tmp_path: Any) -> None:
-    model, _, controllers = built("llama-sdpa", form="both")
-    save_controllers(model, tmp_path, controllers)
+    model, _, _ = built("llama-sdpa", form="both")
+    save_controllers(model, tmp_path)
     for other, word in ((zoo()["qwen3-sdpa"]()[0], "Qwen3ForCausalLM"),):
         with pytest.raises(ValueError, match=word):
             load_controllers(other, tmp_path)

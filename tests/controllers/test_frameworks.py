@@ -85,7 +85,7 @@ def test_accelerate_trains_them(tmp_path: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert moved(controllers)
-    save_controllers(accelerator.unwrap_model(model), tmp_path, controllers)
+    save_controllers(controllers, tmp_path)
 
 
 @pytest.mark.parametrize("first", ["controllers", "adapter"])
@@ -110,7 +110,7 @@ def test_they_live_beside_an_adapter(first: str, tmp_path: Any) -> None:
         optimizer.zero_grad()
     assert moved(controllers)
     expected = wrapped.eval()(input_ids=batch).logits
-    save_controllers(wrapped, tmp_path, controllers)
+    save_controllers(wrapped, tmp_path)
     detach_controllers(wrapped)
     load_controllers(wrapped, tmp_path)
     assert torch.equal(wrapped(input_ids=batch).logits, expected)

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from stabmon.sinks.records_reader import read_records
 from stabmon.training.corpus import load_corpus
 from stabmon.training.fit import Phase, fit, split
 from stabmon.training.models import Shape, make_model
 from stabmon.training.report import markdown, summary
-from stabmon.training.settings import SettingsError, read_settings
+from stabmon.training.settings import SettingsError, WatchSettings, read_settings
 from stabmon.training.statistics import mean_and_interval
 from stabmon.training.study import StudySettings, Task, finished, perform, prepare, run_study, tasks
 from stabmon.training.variants import VARIANTS, put_variant
@@ -45,7 +46,7 @@ def settings(tmp_path: Path) -> StudySettings:
 def test_every_recipe_can_be_read_and_names_known_variants(path: Path) -> None:
     found = read_settings(StudySettings, path)
     assert {*found.frozen, *found.joint} <= set(VARIANTS)
-    assert len(found.seeds) >= 3
+    assert len(found.seeds) >= 3 or found.stabmon is not None
     assert len(tasks(found)) == len(found.seeds) * (1 + len(found.frozen) + len(found.joint))
 
 
@@ -85,6 +86,18 @@ def test_a_task_is_the_same_whenever_it_is_run(settings: StudySettings) -> None:
     first = [perform(settings, Task("joint", name, 1))["held_out"] for name in ("base", "key_bias")]
     again = [perform(settings, Task("joint", name, 1))["held_out"] for name in ("base", "key_bias")]
     assert first == again
+
+
+def test_a_model_trained_under_watch_is_the_same_and_leaves_records(settings: StudySettings) -> None:
+    prepare(settings)
+    task = Task("joint", "key_bias", 0)
+    unwatched = perform(settings, task)["held_out"]
+    watched = dataclasses.replace(settings, stabmon=WatchSettings("observe", log_every=2))
+    assert perform(watched, task)["held_out"] == unwatched
+    records = read_records(Path(settings.run_dir) / "watched" / task.name)
+    assert [reading.step for reading in records.readings] == [2, 4, 6]
+    with pytest.raises(SettingsError, match="stabmon: "):
+        prepare(dataclasses.replace(settings, stabmon=WatchSettings("nonesuch")))
 
 
 def test_a_frozen_base_is_frozen_and_the_best_parameters_are_kept(settings: StudySettings) -> None:
