@@ -53,6 +53,23 @@ def test_a_loss_that_comes_down_steadily_is_no_alarm():
     assert not alarms(found)
 
 
+@pytest.mark.parametrize("every", [1, 10, 50])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_loss_that_turns_up_while_it_still_falls_steeply_is_an_alarm(every, seed):
+    loss = falling_loss(300, start=5.5, scale=40, noise=0.1, seed=seed)
+    loss[110:] += 1.4
+    found = alarms(run(watched(loss, every), [LossSpike()]))
+    assert found
+    assert 134 <= found[0].step <= 134 + every
+
+
+def test_a_loss_far_up_is_an_alarm_though_it_comes_down():
+    loss = flat()
+    loss[200:] += 12.0 * np.exp(-np.arange(100) / 15)
+    (found,) = alarms(run(watched(loss), [LossSpike()]))
+    assert 224 <= found.step <= 234
+
+
 def test_a_falling_loss_is_never_a_spike():
     loss = flat()
     loss[200:] -= 1.5

@@ -98,15 +98,15 @@ def _draw(kind: str, number: int) -> Recipe:
         position=rng.choice(["rotary", "learned"]),
         bias=rng.random() < 0.5,
     )
-    tokens = rng.choice([384, 512])
+    tokens = 768
     recipe = Recipe(
         name=f"{kind}-{number}",
         kind=kind,
         shape=shape,
         text=rng.choice(["topics", "topics", "library"]),
         batch=max(2, tokens // shape.length),
-        steps=rng.choice([240, 300, 360]),
-        rate=_log_uniform(rng, 6e-4, 2.5e-3),
+        steps=rng.choice([300, 350, 400]),
+        rate=_log_uniform(rng, 2e-3, 5e-3),
         warmup=rng.choice([10, 20, 50]),
         schedule=rng.choice(["cosine", "linear", "constant"]),
         weight_decay=rng.choice([0.0, 0.1]),
@@ -122,7 +122,7 @@ def _log_uniform(rng: random.Random, low: float, high: float) -> float:
 
 def _start(recipe: Recipe, rng: random.Random) -> int:
     """A step in mid-run."""
-    return int(recipe.steps * rng.uniform(0.25, 0.6))
+    return int(recipe.steps * rng.uniform(0.2, 0.5))
 
 
 def _layers(recipe: Recipe, rng: random.Random) -> list[int] | None:
@@ -138,12 +138,12 @@ def _own(recipe: Recipe, **shape: Any) -> Recipe:
 
 
 def _qk_ramp(recipe: Recipe, rng: random.Random) -> Recipe:
-    factor = _log_uniform(rng, 1.008, 1.05)
+    factor = _log_uniform(rng, 1.012, 1.06)
     return _with(recipe, "scale_query_key", factor=factor, start=_start(recipe, rng), steps=10**6, layers=_layers(recipe, rng))
 
 
 def _qk_jump(recipe: Recipe, rng: random.Random) -> Recipe:
-    factor = _log_uniform(rng, 3, 8)
+    factor = _log_uniform(rng, 4, 10)
     return _with(recipe, "scale_query_key", factor=factor, start=_start(recipe, rng), steps=1, layers=_layers(recipe, rng))
 
 
@@ -163,27 +163,27 @@ def _rate_ramp(recipe: Recipe, rng: random.Random) -> Recipe:
 
 def _temperature(recipe: Recipe, rng: random.Random) -> Recipe:
     """The scale of the scores drifts."""
-    return _with(recipe, "temperature", factor=_log_uniform(rng, 1.015, 1.08), start=_start(recipe, rng), steps=120)
+    return _with(recipe, "temperature", factor=_log_uniform(rng, 1.03, 1.08), start=_start(recipe, rng), steps=120)
 
 
 def _init(recipe: Recipe, rng: random.Random) -> Recipe:
-    return _with(recipe, "scale_query_key", factor=_log_uniform(rng, 6, 20), start=0, steps=1, layers=None)
+    return _with(recipe, "scale_query_key", factor=_log_uniform(rng, 8, 30), start=0, steps=1, layers=None)
 
 
 def _precision(recipe: Recipe, rng: random.Random) -> Recipe:
     """Queries and keys drift along a direction that all keys share: nothing to a softmax, all to a format's range and digits."""
     recipe = _own(recipe, scores=rng.choice(["float16", "bfloat16"]), bias=True, position="learned")
-    return _with(recipe, "shared_drift", factor=_log_uniform(rng, 1.01, 1.05), start=_start(recipe, rng))
+    return _with(recipe, "shared_drift", factor=_log_uniform(rng, 1.03, 1.06), start=_start(recipe, rng))
 
 
 def _embedding(recipe: Recipe, rng: random.Random) -> Recipe:
     start, steps = _start(recipe, rng), rng.choice([1, 30])
-    return _with(recipe, "scale", part="embedding", factor=_log_uniform(rng, 4, 30) ** (1 / steps), start=start, steps=steps)
+    return _with(recipe, "scale", part="embedding", factor=_log_uniform(rng, 8, 60) ** (1 / steps), start=start, steps=steps)
 
 
 def _mlp(recipe: Recipe, rng: random.Random) -> Recipe:
     start, steps = _start(recipe, rng), rng.choice([1, 30])
-    return _with(recipe, "scale", part="mlp", factor=_log_uniform(rng, 4, 12) ** (1 / steps), start=start, steps=steps)
+    return _with(recipe, "scale", part="mlp", factor=_log_uniform(rng, 10, 100) ** (1 / steps), start=start, steps=steps)
 
 
 def _bad_data(recipe: Recipe, rng: random.Random) -> Recipe:
@@ -204,16 +204,16 @@ def _plain(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _high_rate(recipe: Recipe, rng: random.Random) -> Recipe:
-    return replace(recipe, rate=recipe.rate * rng.uniform(2, 4), warmup=50)
+    return replace(recipe, rate=recipe.rate * rng.uniform(1.5, 2.5), warmup=50)
 
 
 def _no_warmup(recipe: Recipe, rng: random.Random) -> Recipe:
-    return replace(recipe, warmup=0, rate=min(recipe.rate * 2, 4e-3))
+    return replace(recipe, warmup=0)
 
 
 def _short(recipe: Recipe, rng: random.Random) -> Recipe:
     length = rng.choice([8, 16, 24])
-    return replace(recipe, shape=replace(recipe.shape, length=length), batch=384 // length)
+    return replace(recipe, shape=replace(recipe.shape, length=length), batch=512 // length)
 
 
 def _windowed(recipe: Recipe, rng: random.Random) -> Recipe:
@@ -222,7 +222,7 @@ def _windowed(recipe: Recipe, rng: random.Random) -> Recipe:
 
 def _copy(recipe: Recipe, rng: random.Random) -> Recipe:
     """Random bytes said twice: heads that find the first time are one-hot, and right."""
-    recipe = replace(recipe, text="copy", steps=500, rate=3e-3, schedule="constant", weight_decay=0.0)
+    recipe = replace(recipe, text="copy", steps=450, rate=3e-3, schedule="constant", weight_decay=0.0)
     return replace(
         recipe, shape=replace(recipe.shape, layers=2, length=rng.choice([48, 64]), family=rng.choice(["own", "llama"]))
     )
@@ -243,7 +243,7 @@ def _little_push(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _normalised(recipe: Recipe, rng: random.Random) -> Recipe:
-    return replace(_own(recipe, qk_norm=True), rate=recipe.rate * rng.uniform(1, 4))
+    return replace(_own(recipe, qk_norm=True), rate=recipe.rate * rng.uniform(1, 2))
 
 
 def _new_data(recipe: Recipe, rng: random.Random) -> Recipe:
