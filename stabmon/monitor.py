@@ -16,11 +16,9 @@ Interventions that are held are told of every mark.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,22 +26,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon.acting import Acting, paused
 from stabmon.config import StabilityConfig, load_config
 from stabmon.distributed import RankReducer, rank, world_size
-from stabmon.interventions import Applied, Guard, Intervention, TrainingRun
+from stabmon.interventions import Applied, Intervention
 from stabmon.measurements import to_host
 from stabmon.non_finite import NonFiniteWatch
 from stabmon.observer import StepObserver
+from stabmon.optimizer_view import OptimizerView
 from stabmon.query_key_steps import QueryKeySteps
 from stabmon.recorder import Recorder
-from stabmon.records import AttentionCall, Diagnosis, QueryKeyStep, Reading, StabilityIssue
+from stabmon.records import Diagnosis, QueryKeyStep, Reading, StabilityIssue
 from stabmon.rules.history import History
 from stabmon.rules.tracker import IssueTracker
 from stabmon.run_meta import run_meta
 from stabmon.safety import Safety, safely
 from stabmon.sinks import Sink
-
-logger = logging.getLogger("stabmon")
 
 
 class AttentionStabilityMonitor:
@@ -103,15 +101,14 @@ class AttentionStabilityMonitor:
         self._recorder = Recorder(self.config.make_sinks() if writes else [], self.run_dir, self.safety)
         self._tracker = self._make_tracker()
         self._ranks = RankReducer(model) if reduce_ranks else None
-        self._grad_scaler = grad_scaler if grad_scaler is not None else getattr(optimizer, "scaler", None)
-        self._guard = self._make_guard()
-        self._observer = StepObserver(model, self.config, self.safety, self._scale, self._listener)
+        self._view = OptimizerView(optimizer, grad_scaler)
+        audit = self._recorder.write_intervention
+        self._acting = Acting(model, self._view, lr_scheduler, self.config, self.run_dir, audit)
+        self._observer = StepObserver(model, self.config, self.safety, self._view.scale, self._acting.listener)
         self._query_key = QueryKeySteps()
         self._misfortune = NonFiniteWatch(model, self.safety.failed, self._ranks.share if self._ranks else None)
         self._manual = manual_steps
-        self._optimizer_hook: Any = None
         self._last_reading = 0
-        self._stop_reason: str | None = None
         self._opened = self._closed = self._looked = self._is_news = False
         if not manual_steps:
             self.begin_step()
@@ -125,8 +122,8 @@ class AttentionStabilityMonitor:
         if self._closed:
             return
         self._open()
-        if not self._manual and self._optimizer_hook is None:
-            self._hook_optimizer()
+        if not self._manual:
+            self._view.before_step(self.before_optimizer_step)
         self._start_observing()
 
     def before_optimizer_step(self) -> None:
@@ -135,7 +132,7 @@ class AttentionStabilityMonitor:
             return
         self._looked = True
         self._look_at_gradients()
-        self._guard.before_optimizer_step()
+        self._acting.guard.before_optimizer_step()
 
     @safely
     def _look_at_gradients(self) -> None:
@@ -146,13 +143,10 @@ class AttentionStabilityMonitor:
             self._query_key.before(seen.measurements.modules, seen.measurements.info)
         if self.config.watch_every_step:
             norm = seen.gradients.get("") if sampled else None
-            scaled = self._scales() or getattr(self._inner_optimizer(), "found_inf", None) is not None
-            seen.paused = True
-            try:
+            gradients = not self._view.skips_bad_steps
+            with paused(seen):
                 calls, losses = seen.forwards.calls, seen.losses.parts
-                self._is_news |= self._misfortune.look(self.step + 1, calls, losses, gradients=not scaled, norm=norm)
-            finally:
-                seen.paused = False
+                self._is_news |= self._misfortune.look(self.step + 1, calls, losses, gradients=gradients, norm=norm)
 
     def on_step(self, loss: Tensor | float | None = None) -> Diagnosis | None:
         """Take note that an optimizer step has been made.
@@ -170,7 +164,7 @@ class AttentionStabilityMonitor:
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
         self._end_loss(loss)
         moved = self._look_at_update() or {}
-        self._tell_guard(micro_batches)
+        self._tell_held(micro_batches)
         diagnosis = self._finish_step(micro_batches, moved)
         if self.is_sampled(self.step) or (diagnosis is not None and world_size() == 1):
             self._act(diagnosis)
@@ -189,8 +183,7 @@ class AttentionStabilityMonitor:
 
         Proposes what the configuration allows, or, where it names no interventions, what the preset ``guard`` allows.
         """
-        with self._paused():
-            return self._guard.get_intervention(diagnosis.open_issues)
+        return self._acting.propose(diagnosis, self._observer)
 
     @safely
     def apply(self, intervention: Intervention) -> Applied | None:
@@ -201,9 +194,7 @@ class AttentionStabilityMonitor:
         Returns:
             None where it does not fit this run; the audit record in ``interventions.jsonl`` says why.
         """
-        self._guard.run.step = self.step
-        with self._paused():
-            applied = self._guard.apply(intervention)
+        applied = self._acting.apply(intervention, self.step, self._observer)
         if not self._manual:
             self._start_observing()
         return applied
@@ -216,12 +207,12 @@ class AttentionStabilityMonitor:
     @property
     def applied(self) -> tuple[Applied, ...]:
         """Every intervention applied so far, in order."""
-        return tuple(self._guard.run.applied)
+        return tuple(self._acting.run.applied)
 
     @property
     def stop_reason(self) -> str | None:
         """Why training should stop now, where an intervention says so; None to go on."""
-        return self._stop_reason or self._guard.stop_reason
+        return self._acting.stop_reason
 
     @property
     def errors(self) -> Counter[str]:
@@ -237,12 +228,10 @@ class AttentionStabilityMonitor:
         """Leave the model as it was found and close the sinks; may be called twice."""
         if self._closed:
             return
-        self._closed, self._stop_reason = True, self._guard.stop_reason
-        self._guard.close()
+        self._closed = True
+        self._acting.close()
         self._observer.let_go()
-        if self._optimizer_hook is not None:
-            self._optimizer_hook.remove()
-            self._optimizer_hook = None
+        self._view.let_go()
         self._recorder.close()
 
     def __enter__(self) -> AttentionStabilityMonitor:
@@ -260,7 +249,7 @@ class AttentionStabilityMonitor:
             "tracker": self._tracker.state_dict(),
             "losses": self._observer.losses.state_dict(),
             "non_finite": self._misfortune.state_dict(),
-            "guard": self._guard.state_dict(),
+            "guard": self._acting.guard.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -277,8 +266,8 @@ class AttentionStabilityMonitor:
             self._observer.losses.load_state_dict(state["losses"])
             self._misfortune.load_state_dict(state["non_finite"])
             self._open()
-            self._guard.run.step, self._guard.run.history = step, tracker.history
-            self._guard.load_state_dict(state["guard"])
+            self._acting.run.step, self._acting.run.history = step, tracker.history
+            self._acting.guard.load_state_dict(state["guard"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"no monitor's state ({type(error).__name__}: {error}): give what state_dict() returned") from error
         self.step, self._last_reading, self._tracker = step, last_reading, tracker
@@ -308,7 +297,7 @@ class AttentionStabilityMonitor:
 
     @safely
     def _look_at_update(self) -> dict[str, QueryKeyStep]:
-        return self._query_key.after(scaled=self._scales()) if self.is_sampled(self.step) else {}
+        return self._query_key.after(scaled=self._view.scales) if self.is_sampled(self.step) else {}
 
     @safely
     def _finish_step(self, micro_batches: int, moved: Mapping[str, QueryKeyStep]) -> Diagnosis | None:
@@ -329,7 +318,7 @@ class AttentionStabilityMonitor:
             loss=losses[-1][1] if losses and losses[-1][0] == self.step else None,
             layers=layers,
             info=dict(seen.measurements.info),
-            learning_rate=self._learning_rate(),
+            learning_rate=self._view.learning_rate(),
             gradients=seen.gradients,
             query_key=moved,
             losses=losses,
@@ -345,46 +334,19 @@ class AttentionStabilityMonitor:
         self._recorder.keep(issues)
         open_issues = self._tracker.open_issues
         if sampled:
-            factor = self._guard.run.rate_factor
-            more = {"learning_rate_factor": factor} if self._guard.automatic or factor != 1 else {}
+            factor = self._acting.run.rate_factor
+            more = {"learning_rate_factor": factor} if self._acting.guard.automatic or factor != 1 else {}
             self._recorder.write_reading(reading, open_issues, **more)
         self._recorder.write_issues(issues)
         return Diagnosis(reading.step, tuple(issues), reading.layers, tuple(self._tracker.history.readings), open_issues)
 
-    # -- interventions ------------------------------------------------------------------------------------------------
-
     @safely
-    def _tell_guard(self, micro_batches: int) -> None:
-        """At every step: what is held may act."""
-        self._guard.run.accumulation = max(1, micro_batches)
-        self._guard.run.forwards = ()
-        with self._paused():
-            self._guard.on_step(self.step)
+    def _tell_held(self, micro_batches: int) -> None:
+        self._acting.on_step(self.step, micro_batches, self._observer)
 
     @safely
     def _act(self, diagnosis: Diagnosis | None) -> None:
-        """Judge what was done and do what is next. On all ranks alike, also where this one has no diagnosis."""
-        run, seen = self._guard.run, self._observer
-        run.layers = {**run.layers, **seen.measurements.modules}
-        open_issues = self._tracker.open_issues
-        if any(issue.is_alarm for issue in open_issues):
-            run.forwards = seen.forwards.calls
-        newest = self._tracker.history.latest if len(self._tracker.history) else None
-        fine = newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
-        with self._paused():
-            self._guard.act(open_issues, healthy=fine and diagnosis is not None)
-
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """Forwards in here are none of training's."""
-        was, self._observer.paused = self._observer.paused, True
-        try:
-            yield
-        finally:
-            self._observer.paused = was
-
-    def _listener(self) -> Callable[[AttentionCall], None] | None:
-        return self._guard.attention if self._guard.wants_attention else None
+        self._acting.act(diagnosis, self._tracker, self._observer)
 
     # -- set-up and small things --------------------------------------------------------------------------------------
 
@@ -397,59 +359,15 @@ class AttentionStabilityMonitor:
             on_error=functools.partial(self.safety.failed, "rule"),
         )
 
-    def _make_guard(self) -> Guard:
-        run = TrainingRun(
-            self.model,
-            self.optimizer,
-            self.lr_scheduler,
-            self._grad_scaler,
-            history=self._tracker.history,
-            run_dir=self.run_dir,
-            audit=self._recorder.write_intervention,
-        )
-        named = self.config if self.config.interventions else load_config("guard")
-        return Guard(run, named.make_interventions(), named.make_budget(), automatic=bool(self.config.interventions))
-
     def _open(self) -> None:
         """Once, before the first step: open the sinks, and put in place what has to be there before anything is wrong."""
         if self._opened:
             return
         self._opened = True
         self._recorder.open(run_meta(self.model, self.config))
-        if self._guard.automatic and world_size() > 1 and self._ranks is None:
-            logger.warning(
-                "Interventions are off: all ranks must do the same, so give every rank a monitor with reduce_ranks=True"
-            )
-            self._guard.automatic = False
-        self._guard.begin()
+        self._acting.begin(together=self._ranks is not None)
 
     def _start_observing(self) -> None:
         sampled = self.is_sampled(self.step + 1)
-        watched = sampled or self.config.watch_every_step or self._guard.wants_attention
+        watched = sampled or self.config.watch_every_step or self._acting.guard.wants_attention
         self._observer.start(self.step + 1, sampled=sampled, watched=watched)
-
-    @safely
-    def _hook_optimizer(self) -> None:
-        register = getattr(self._inner_optimizer(), "register_step_pre_hook", None)
-        if register is not None:
-            self._optimizer_hook = register(lambda *_: self.before_optimizer_step())
-
-    def _inner_optimizer(self) -> Any:
-        """The optimizer inside accelerate's wrapper."""
-        optimizer: Any = self.optimizer
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer
-        return optimizer
-
-    def _scales(self) -> bool:
-        scaler = self._grad_scaler
-        return scaler is not None and bool(scaler.is_enabled())
-
-    def _scale(self) -> float | None:
-        """What the gradient scaler in use multiplies gradients by; None without one. Waits for the device."""
-        scaler: Any = self._grad_scaler
-        return float(scaler.get_scale()) if self._scales() else None
-
-    def _learning_rate(self) -> float | None:
-        groups = getattr(self.optimizer, "param_groups", None)
-        return max(float(group["lr"]) for group in groups) if groups else None
