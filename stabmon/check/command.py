@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,7 +96,7 @@ def _swept(report: StabilityReport, proxy: Proxy, recipe: Recipe, asked: Asked) 
         if sys.stderr.isatty():
             print(f"rate {run.rate:.3g}: largest score {run.scores[-1].max():.3g}, loss {run.losses[-1]:.3f}", file=sys.stderr)
 
-    with quiet():
+    with told_in_one_line(f"--sweep: training on {proxy.length} tokens a row failed"):
         found = sweep_rates(
             proxy.make,
             proxy.batches,
@@ -114,6 +116,22 @@ def _swept(report: StabilityReport, proxy: Proxy, recipe: Recipe, asked: Asked) 
     )
 
 
+@contextmanager
+def told_in_one_line(what: str) -> Iterator[None]:
+    """What a model raises becomes a ValueError of one line; transformers keeps quiet meanwhile."""
+    try:
+        with quiet():
+            yield
+    except ValueError:
+        raise
+    except (RuntimeError, IndexError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{what} ({type(error).__name__}: {reason}); give a --seq-len that it takes, or use "
+            "stabmon.check_attention_stability(model, sample)"
+        ) from None
+
+
 def _draw(report: StabilityReport, path: str) -> None:
     try:
         region_plot(Origin.of(report.views), report.config, path)
@@ -129,15 +147,8 @@ def _checked(target: Target, asked: Asked, settings: CheckConfig) -> StabilityRe
         settings = replace(settings, seq_len=length)
         if tokens < length:
             notes.append(f"the sample has {tokens} tokens; for {length} its scores were carried over")
-    try:
-        with quiet():
-            report = check_attention_stability(target.model, sample, settings, subject=target.subject, analytic=target.analytic)
-    except (RuntimeError, IndexError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{asked.model}: the model failed on a sample of {tokens} tokens ({type(error).__name__}: {reason}); "
-            "give a --seq-len that it takes, or use stabmon.check_attention_stability(model, sample)"
-        ) from None
+    with told_in_one_line(f"{asked.model}: the model failed on a sample of {tokens} tokens"):
+        report = check_attention_stability(target.model, sample, settings, subject=target.subject, analytic=target.analytic)
     return replace(report, notes=(*target.notes, *notes, *report.notes))
 
 

@@ -18,6 +18,8 @@ from stabmon.check.source import Target
 
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 4, 4, 256
 LENGTH, BATCH = 128, 8
+HIDDEN = 0.15
+"""Share of bytes that a masked model has to guess; a hidden one is read as 0, which no text holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,9 @@ def narrow(config: Any) -> tuple[Any, int, int]:
     """The config at ``WIDTH``, its initialisation widened so that activations and scores keep their size; both widths beside it."""
     small = copy.deepcopy(config)
     part = small.get_text_config() if hasattr(small, "get_text_config") else small
-    full = int(part.hidden_size)
+    if not isinstance(getattr(part, "hidden_size", None), int) or not isinstance(getattr(part, "num_attention_heads", None), int):
+        raise ValueError(f"--sweep: {type(config).__name__} has no one width and number of heads to narrow: give module:callable")
+    full = part.hidden_size
     width = min(full, WIDTH)
     heads = int(part.num_attention_heads)
     key_heads = int(getattr(part, "num_key_value_heads", None) or heads)
@@ -109,6 +113,7 @@ class _Batches:
             )
         self.data = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() % vocabulary
         self.length = length
+        self.masked = "MaskedLM" in type(model).__name__
         taken = inspect.signature(model.forward).parameters
         if "input_ids" not in taken or "labels" not in taken:
             raise ValueError(f"--sweep: {type(model).__name__}.forward must take input_ids and labels and give a loss")
@@ -117,7 +122,13 @@ class _Batches:
         generator = torch.Generator().manual_seed(seed)
         starts = torch.randint(0, len(self.data) - self.length, (steps, BATCH), generator=generator)
         rows = self.data[starts[..., None] + torch.arange(self.length)]
-        return [{"input_ids": ids, "labels": ids} for ids in rows]
+        if not self.masked:
+            return [{"input_ids": ids, "labels": ids} for ids in rows]
+        hidden = torch.rand(rows.shape, generator=generator) < HIDDEN
+        return [
+            {"input_ids": ids.masked_fill(gone, 0), "labels": ids.masked_fill(~gone, -100)}
+            for ids, gone in zip(rows, hidden, strict=True)
+        ]
 
 
 def _as_given(make: Callable[[int], nn.Module], model: nn.Module, text: str | None, size: int) -> Proxy:

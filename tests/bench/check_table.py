@@ -131,6 +131,20 @@ def of_llama_kind(name: str, attention: str = "sdpa", **changes: Any) -> Callabl
     return lambda: getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation=attention)
 
 
+def wider(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Queries and keys made of weights ten times as large, everything else as it should be."""
+
+    def changed() -> Any:
+        model = make()
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight *= 10
+                layer.self_attn.k_proj.weight *= 10
+        return model
+
+    return changed
+
+
 def bloom() -> Any:
     from transformers import BloomConfig, BloomForCausalLM
 
@@ -191,7 +205,8 @@ def cases() -> list[Case]:
     found += [
         Case("llama, for 128k (run at 1024)", long, "bf16", None, long, 1024, batch=1, checked_for=131_072),
         Case("init std x 10", gpt2(initializer_range=0.2), "fp32", "saturated_softmax", gpt2()),
-        Case("init std x 10, qk-norm", of_llama_kind("Qwen3", initializer_range=0.2), "fp32", None, of_llama_kind("Qwen3")),
+        Case("W_q and W_k x 10", wider(long), "fp32", "saturated_softmax", long),
+        Case("W_q and W_k x 10, qk-norm", wider(of_llama_kind("Qwen3")), "fp32", None, of_llama_kind("Qwen3")),
         Case("no scale", lambda: HandWritten(scaled=False), "fp32", "scale_missing", HandWritten),
         Case("no scale, rate x 4", lambda: HandWritten(scaled=False), "fp32", "scale_missing", HandWritten, rate=4e-3),
         Case("no norm before", lambda: HandWritten(norm=False), "fp32", "inputs_not_normalised", HandWritten),
