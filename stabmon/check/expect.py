@@ -34,6 +34,11 @@ class LayerView:
     """Root mean square of what the projections read, as keys show it; NaN where unknown."""
 
     @property
+    def biased(self) -> bool:
+        """Whether only scores were seen, into which a position bias had been added."""
+        return "query_size" not in self.measured
+
+    @property
     def untrained(self) -> bool | None:
         """Whether the weights look as drawn at random; None where they are not known."""
         return None if self.weights is None else self.weights.untrained

@@ -47,7 +47,8 @@ def precision_table(views: Sequence[LayerView], config: CheckConfig, overflowed:
                 product = max(float(np.nan_to_num(view.largest_product, nan=0.0).max()) for view in views)
                 headroom = FLOAT16_MAX / product if product > 0 else math.inf
             limit = 2 * config.moved_warning * ALLOWANCE[path]
-            safe = (share < limit or (name == "fp32" and need <= kept)) and headroom > 2
+            judged = 0.0 if name == "fp32" else _worst_moved([view for view in views if not view.biased], path, name)
+            safe = judged < limit and headroom > 2
             if overflowed and path == used and name == config.dtype:
                 safe = False
             table.append(Fit(path, name, safe, path == used, need, kept, share, headroom))
@@ -59,5 +60,7 @@ def _averaged(path: str, view: LayerView) -> float:
 
 
 def _worst_moved(views: Sequence[LayerView], path: str, name: str) -> float:
+    if not views:
+        return 0.0
     shares = np.concatenate([view.measured[f"moved/{path}/{name}"] for view in views])
     return math.nan if np.isnan(shares).any() else float(shares.max())

@@ -101,6 +101,18 @@ def test_finite_weights_that_give_nan_are_found_in_float32_too() -> None:
     assert report["verdict"] == "fail"
 
 
+def test_rounding_a_position_bias_is_a_warning_at_most() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    config = BloomConfig(hidden_size=256, n_layer=1, n_head=16, vocab_size=256, use_cache=False)
+    model = models.seeded(lambda: BloomForCausalLM(config))
+    report = stabmon.check_attention_stability(model, models.tokens(512, 1), "bf16")
+    (found,) = report.findings
+    assert (found.name, found.severity) == ("precision_insufficient", "warning")
+    assert found.value >= 0.1
+    assert report["bfloat16_safe"]
+
+
 def test_nan_weights_are_a_finding_that_names_the_tensors() -> None:
     model = models.llama()
     with torch.no_grad():
