@@ -35,8 +35,8 @@ class LayerView:
 
     @property
     def biased(self) -> bool:
-        """Whether only scores were seen, into which a position bias had been added."""
-        return "query_size" not in self.measured
+        """Whether a position bias is added to scores, or may have been where nothing but scores was seen."""
+        return bool(self.measured["biased"].any())
 
     @property
     def untrained(self) -> bool | None:

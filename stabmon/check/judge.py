@@ -164,7 +164,7 @@ def overflow_risk(views: Sequence[LayerView], config: CheckConfig, basis: Basis)
 def precision_insufficient(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> Iterable[Finding]:
     """Rounding to the format in which to train moves attention.
 
-    Where scores came with a position bias already in them (absolute ALiBi), it is the bias that is rounded, alike in every row and step,
+    Where a position bias is added to scores (absolute ALiBi), it is mostly the bias that is rounded, alike in every row and step,
     and models are known to train so: a warning at most.
     """
     if config.dtype == "fp32":

@@ -36,6 +36,7 @@ class Observation:
 
     - ``score_spread``, the mean over rows of the standard deviation of a row's visible scores, any bias apart; NaN where unknown;
     - ``query_size`` and ``key_size``, the root mean square of an entry;
+    - ``biased``, 1 where a position bias is added to scores, or may have been;
     - ``moved/<path>/<dtype>``, the mean over rows of the probability that rounding moves; NaN where a rounded score is inf.
     """
     info: Mapping[str, LayerInfo]
@@ -63,7 +64,8 @@ class _Watch:
     def add(self, call: AttentionCall) -> None:
         self.measurements.add(call)
         exact = rows_of(call, self.config.rows)
-        values = {"score_spread": torch.full((exact.heads,), math.nan)}
+        has_bias = call.query is None or exact._hidden_and_bias[1] is not None
+        values = {"score_spread": torch.full((exact.heads,), math.nan), "biased": torch.full((exact.heads,), float(has_bias))}
         for path in PATHS:
             for name, dtype in DTYPES.items():
                 if dtype != torch.float32:
