@@ -43,6 +43,7 @@ def add(run_dir: Path, one: StabilityIssue) -> None:
 
 
 def test_list_names_everything_registered() -> None:
+    from stabmon.controllers import CONTROLLERS
     from stabmon.interventions import INTERVENTIONS
     from stabmon.rules import RULES
     from stabmon.signals import SIGNALS
@@ -53,6 +54,7 @@ def test_list_names_everything_registered() -> None:
         "signals": set(SIGNALS),
         "rules": set(RULES),
         "interventions": set(INTERVENTIONS),
+        "controllers": set(CONTROLLERS),
         "sinks": set(SINKS),
     }
     assert all(line for entries in listed.values() for line in entries.values())

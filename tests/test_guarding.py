@@ -190,6 +190,7 @@ def test_configurations_of_interventions_are_checked_and_kept():
         "qk_clip",
         "soften_logits",
         "lower_learning_rate",
+        "cap_learning_rate",
         "skip_step",
         "rollback",
     }

@@ -57,6 +57,10 @@ class Effect:
     def release(self) -> None:
         """Stop: take out hooks, put back attributes; what has been written into weights stays. May be called twice."""
 
+    def at_work(self) -> bool:
+        """Whether it had something to do since it was last asked: then it is held further."""
+        return False
+
     def rolled_back(self, step: int) -> Callable[[], None]:
         """Take note that the weights are again those of after ``step``; returns what takes that note back."""
         return lambda: None

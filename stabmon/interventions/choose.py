@@ -13,12 +13,13 @@ from stabmon.records import StabilityIssue
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
 
-Family = Literal["non_finite", "scores", "loss"]
+Family = Literal["non_finite", "rate", "scores", "loss"]
 Key = tuple[Family, str | None, int | None]
 Outcome = Literal["pending", "worked", "failed"]
 
 FAMILIES: Mapping[str, Family] = {
     "non_finite": "non_finite",
+    "update_spike": "rate",
     "logit_growth": "scores",
     "entropy_collapse": "scores",
     "overflow_risk": "scores",
@@ -34,6 +35,7 @@ is known by its head, then what is seen in the loss alone."""
 
 ORDER: Mapping[Family, tuple[str, ...]] = {
     "non_finite": ("rollback", "stop"),
+    "rate": ("cap_learning_rate", "lower_learning_rate"),
     "scores": ("qk_clip", "soften_logits", "logit_softcap", "lower_learning_rate"),
     "loss": ("rollback", "lower_learning_rate"),
 }
@@ -45,6 +47,7 @@ PREVENTIVE = ("extend_warmup", "entropy_regularization", "increase_dropout")
 """No cures: last in every family, and only where the configuration names them."""
 
 ADVICE: Mapping[Family, str] = {
+    "rate": "look at the schedule and the parameter groups around the step, and start from a checkpoint before it",
     "scores": f"change the architecture so that scores cannot grow: {RMS_NORM}",
     "non_finite": "find the first bad tensor in issues.jsonl (evidence.first_bad), mend it, and start from a checkpoint before it",
     "loss": "look at the batches around the spike, and start from a checkpoint before it with a lower rate or tighter clipping",
@@ -65,7 +68,7 @@ class Budget:
     patience: int = 4
     """Samples after which an act is judged: whether the alarm that it was for is still open."""
     hold: int = 20
-    """Samples without an alarm after which what is held is let go."""
+    """Samples without an alarm after which what is held is let go, if it had nothing to do in them."""
 
     def __post_init__(self) -> None:
         for name, least in (("acts", 0), ("per_place", 0), ("rollbacks", 0), ("patience", 1), ("hold", 1)):
@@ -163,7 +166,10 @@ class Chooser:
             elif trial.outcome != "pending" and ill & set(trial.keys):
                 trial.since = self.samples
             elif let_go and trial.outcome != "pending" and trial.applied.active and age >= self.budget.hold:
-                trial.applied.release()
+                if trial.applied.effect.at_work():
+                    trial.since = self.samples
+                else:
+                    trial.applied.release()
         return failed
 
     def state_dict(self, applied: Sequence[Applied]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class HeldClip(Effect):
         self._again: dict[tuple[str, int], list[float]] = {}
         """Factors of the clips that have not been told of yet."""
         self._told_at: int | None = None
+        self._clipped = False
         self._remove: list[Callable[[], None]] = []
 
     def first(self) -> None:
@@ -85,6 +86,10 @@ class HeldClip(Effect):
     def undo(self) -> bool:
         self.release()
         return self.rows.undo()
+
+    def at_work(self) -> bool:
+        clipped, self._clipped = self._clipped, False
+        return clipped
 
     def rolled_back(self, step: int) -> Callable[[], None]:
         return self.rows.rolled_back(step)
@@ -168,6 +173,7 @@ class HeldClip(Effect):
             self._apply(name, factors, {})
             for head, factor in factors.items():
                 self._again.setdefault((name, head), []).append(factor)
+                self._clipped = True
         latest = self.run.history.latest.step if len(self.run.history) else None
         if latest != self._told_at:
             self._told_at = latest

@@ -51,9 +51,9 @@ class LowerLearningRate(Intervention):
         if self.where == "all":
             before = run.rates.factor
             undo = run.rates.hold(lambda: self.factor)
-            return _Held(undo_=undo, before={"lr": rates, "factor": before}, after={"factor": before * self.factor})
+            return Held(undo_=undo, before={"lr": rates, "factor": before}, after={"factor": before * self.factor})
         rows = _StepScale(run, self.factor)
-        return _Held(
+        return Held(
             places=[(layer, None) for layer in rows.layers],
             undo_=rows.remove,
             before={"lr": rates, "query_key_factor": 1.0},
@@ -66,11 +66,22 @@ class LowerLearningRate(Intervention):
 
 
 @dataclass
-class _Held(Effect):
+class Held(Effect):
+    """Something that is held until ``undo_`` is called."""
+
     undo_: Callable[[], None] = field(default=lambda: None)
+    works: Callable[[], bool] = field(default=lambda: False)
+    saved: Mapping[str, Any] = field(default_factory=dict)
+    """What it takes to hold it again after a restart."""
 
     def release(self) -> None:
         self.undo_()
+
+    def at_work(self) -> bool:
+        return self.works()
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.saved)
 
 
 class _StepScale:

@@ -1,0 +1,54 @@
+"""Hold the learning rate at or below what the run has been trained with before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.lower_learning_rate import Held
+from stabmon.interventions.run import TrainingRun
+
+
+@intervention
+@dataclass(frozen=True)
+class CapLearningRate(Intervention):
+    """While it is held, no parameter group's rate is used above ``times`` the largest that was scheduled before it jumped.
+
+    What a schedule or a parameter group does by mistake is taken out, and nothing else: where the scheduled rates are lower they are used
+    as they are, so that a healthy run pays nothing. Schedulers, checkpoints and loggers see the rates that they set.
+    """
+
+    run_wide: ClassVar[bool] = True
+
+    times: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._check("times", 0.0, 1e6)
+
+    def _start(self, run: TrainingRun) -> Effect:
+        before = [issue.evidence.get("highest_rate_before") for issue in self.issues if issue.issue_type == "update_spike"]
+        highest = [float(rate) for rate in before if isinstance(rate, (int, float)) and rate > 0]
+        if not highest:
+            raise CannotApply("it is not known which rate was too high: give an issue of type update_spike")
+        return self._hold(run, self.times * min(highest))
+
+    def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        return self._hold(run, float(state["cap"]))
+
+    def _hold(self, run: TrainingRun, cap: float) -> Effect:
+        groups = run.torch_optimizer.param_groups
+
+        def factor() -> float:
+            highest = max((float(group["lr"]) for group in groups), default=0.0)
+            return min(1.0, cap / highest) if highest > 0 else 1.0
+
+        rates = [float(group["lr"]) for group in groups]
+        return Held(
+            undo_=run.rates.hold(factor),
+            works=lambda: factor() < 1,
+            before={"lr": rates},
+            after={"lr": [rate * factor() for rate in rates]},
+            saved={"cap": cap},
+        )

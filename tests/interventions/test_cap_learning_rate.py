@@ -1,0 +1,70 @@
+"""A jumped rate is used at what the run had seen before, and nobody but the optimizer's step knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions.cap_learning_rate import CapLearningRate
+from stabmon.records import StabilityIssue
+
+
+def issue(highest: float | None = 0.1) -> StabilityIssue:
+    evidence = {} if highest is None else {"highest_rate_before": highest}
+    return StabilityIssue(5, None, None, "update_spike", "error", 2.0, 0.4, "", evidence=evidence)
+
+
+def moved(run: TrainingRun) -> list[float]:
+    """The rates that one step of SGD uses, by what it changes."""
+    before = [p.detach().clone() for p in run.model.parameters()]
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run.optimizer.step()
+    return [float((was - now.detach()).flatten()[0]) for was, now in zip(before, run.model.parameters(), strict=True)]
+
+
+def make(rate: float = 2.0, other: float = 1.0) -> TrainingRun:
+    model = nn.Linear(2, 2)
+    groups = [{"params": [model.weight], "lr": rate}, {"params": [model.bias], "lr": other}]
+    return TrainingRun(model, torch.optim.SGD(groups, lr=rate))
+
+
+def test_rates_are_scaled_to_the_cap_and_seen_as_they_were() -> None:
+    run = make()
+    applied = CapLearningRate().apply(run, issue())
+    assert moved(run) == pytest.approx([0.1, 0.05], abs=1e-6)
+    assert [group["lr"] for group in run.optimizer.param_groups] == [2.0, 1.0]
+    assert applied.record["before"] == {"lr": [2.0, 1.0]}
+    assert applied.record["after"]["lr"] == pytest.approx([0.1, 0.05])
+    assert applied.effect.at_work()
+    assert applied.undo()
+    assert moved(run) == pytest.approx([2.0, 1.0], abs=1e-6)
+
+
+def test_rates_below_the_cap_are_used_as_they_are() -> None:
+    run = make()
+    applied = CapLearningRate(times=2.0).apply(run, issue())
+    for group, rate in zip(run.optimizer.param_groups, (0.15, 0.01), strict=True):
+        group["lr"] = rate
+    assert moved(run) == pytest.approx([0.15, 0.01], abs=1e-6)
+    assert not applied.effect.at_work()
+
+
+def test_it_is_held_again_after_a_restart() -> None:
+    state = CapLearningRate().apply(make(), issue()).state_dict()
+    run = make()
+    CapLearningRate().resume(run, state)
+    assert moved(run) == pytest.approx([0.1, 0.05], abs=1e-6)
+
+
+@pytest.mark.parametrize("highest", [None, 0.0])
+def test_without_a_rate_before_it_does_not_fit(highest: float | None) -> None:
+    with pytest.raises(CannotApply, match="update_spike"):
+        CapLearningRate().apply(make(), issue(highest))
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="times"):
+        CapLearningRate(times=0)

@@ -1,0 +1,62 @@
+"""A rate that jumps beyond anything before, and moves the weights with it."""
+
+from dataclasses import replace
+
+import pytest
+
+from stabmon.records import QueryKeyStep, Reading
+from stabmon.rules.update_spike import UpdateSpike
+from tests.rules.trajectories import alarms, run
+
+
+def watched(rates, shares, every=10):
+    """One reading a rate; each of two layers moves by the share."""
+    return [
+        Reading(
+            step=(i + 1) * every,
+            loss=None,
+            layers={},
+            learning_rate=rate,
+            query_key={} if share is None else {layer: QueryKeyStep(1.0, 4.0, 4.0 * share) for layer in "ab"},
+        )
+        for i, (rate, share) in enumerate(zip(rates, shares, strict=True))
+    ]
+
+
+def test_a_rate_that_jumps_is_an_alarm_at_once_that_blames_no_head():
+    (found,) = alarms(run(watched([1e-3] * 8 + [2e-2] * 3, [0.01] * 8 + [0.2] * 3), [UpdateSpike()]))
+    assert (found.step, found.layer, found.head) == (90, None, None)
+    assert found.value == 2e-2
+    assert found.threshold == pytest.approx(4e-3)
+    assert found.evidence["highest_rate_before"] == 1e-3
+    assert found.evidence["query_key_update"] == pytest.approx(0.2)
+
+
+def test_it_closes_when_the_rate_is_back():
+    found = run(watched([1e-3] * 8 + [2e-2] * 2 + [1e-3] * 6, [0.01] * 8 + [0.2] * 2 + [0.01] * 6), [UpdateSpike()])
+    assert [issue.state for issue in found] == ["opened", "closed"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "shares"),
+    [
+        ([1e-4 * (i + 1) for i in range(20)], [0.1] * 20),  # a warm-up
+        ([1e-3 / (1 + i % 7) for i in range(21)], [0.1] * 21),  # warm restarts
+        ([1e-3] * 8 + [2e-2] * 4, [0.01] * 12),  # a rate that moves little
+        ([1e-3] * 12, [0.01] * 8 + [0.3] * 4),  # the weights alone: no matter of the rate
+        ([1e-3] * 8 + [2e-2] * 4, [0.1] * 8 + [0.2] * 4),  # as much as usual, about
+        ([1e-3] * 2 + [2e-2] * 4, [0.01] * 2 + [0.3] * 4),  # too early to tell
+        ([None] * 12, [0.3] * 12),
+        ([1e-3] * 8 + [2e-2] * 4, [None] * 12),
+        ([float("nan")] * 12, [float("nan")] * 12),
+    ],
+)
+def test_what_healthy_runs_do_gives_nothing(rates, shares):
+    assert not run(watched(rates, shares), [UpdateSpike()])
+
+
+def test_a_high_rate_that_goes_on_is_one_issue_as_long_as_it_moves_much():
+    rates, shares = [1e-3] * 8 + [2e-2] * 30, [0.01] * 8 + [0.2] * 10 + [0.01] * 20
+    found = run(watched(rates, shares), [UpdateSpike()])
+    assert [issue.state for issue in found] == ["opened", "closed"]
+    assert replace(found[0]).is_alarm
