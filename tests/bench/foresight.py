@@ -56,7 +56,7 @@ class Row:
     layer_right: bool | None
     """Whether the blamed layer is one of those that were provoked; None where all were."""
     type_right: bool | None
-    """For attention: a type of attention's. Otherwise: no head is blamed by any alarm up to the first."""
+    """For attention: a type of attention's. Otherwise: no head is blamed, but as the place of the first number that is not finite."""
 
 
 def row(case: Case, judge: Judge, every: int) -> Row:
@@ -80,8 +80,14 @@ def row(case: Case, judge: Judge, every: int) -> Row:
         type=None if first is None else first.type,
         where=None if first is None else first.where,
         layer_right=None if first is None or layers is None or first.layer is None else first.layer in layers,
-        type_right=None if first is None else (first.type in ATTENTION if case.cause == "attention" else first.head is None),
+        type_right=None if first is None else _type_right(case, first),
     )
+
+
+def _type_right(case: Case, alarm: Alarm) -> bool:
+    if case.cause == "attention":
+        return alarm.type in ATTENTION
+    return alarm.head is None or alarm.type == "non_finite"  # the head whose rows held the first bad number is no blame
 
 
 def share(hits: int, of: int) -> str:

@@ -34,11 +34,15 @@ def outcome(run: Run, twin: Run) -> Outcome:
 
 
 def onset(losses: np.ndarray, healthy: np.ndarray) -> int:
-    """The first step from which on the gap stays open; the last step where it only shows on validation text."""
+    """The first step from which on the gap stays open; the last step where it only shows on validation text.
+
+    Averages are centred, so that they open some steps early; but never before the runs first differ.
+    """
     gap = losses - healthy
     gap[~np.isfinite(gap)] = np.inf
+    differs = int(np.argmax(gap != 0))
     averaged = np.lib.stride_tricks.sliding_window_view(gap, WINDOW).mean(axis=-1)
     below = np.flatnonzero(~(averaged > MARGIN / 2))
     first = int(below[-1]) + 1 + WINDOW // 2 if len(below) else 0
     bad = np.flatnonzero(~np.isfinite(losses))
-    return min(first + 1, int(bad[0]) + 1 if len(bad) else len(losses), len(losses))
+    return min(max(first, differs) + 1, int(bad[0]) + 1 if len(bad) else len(losses), len(losses))

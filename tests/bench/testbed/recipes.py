@@ -87,26 +87,25 @@ def _draw(kind: str, number: int) -> Recipe:
     rng = random.Random(f"{kind}-{number}")
     family = rng.choice(["own", "own", "llama", "gpt2"])
     heads = rng.choice([1, 2, 4, 8, 16] if family == "own" else [2, 4, 8])
-    width = max(rng.choice([48, 64]), 8 * heads) if heads != 8 else 64
+    width = rng.choice([96, 128]) if heads <= 4 else 128
     shape = Shape(
         family=family,
         layers=rng.choice([2, 3, 4]),
         heads=heads,
         kv_heads=heads if family == "gpt2" or heads < 4 else rng.choice([heads, heads // 2]),
         width=width,
-        length=rng.choice([48, 64, 96, 128]),
+        length=rng.choice([64, 96, 128]),
         position=rng.choice(["rotary", "learned"]),
         bias=rng.random() < 0.5,
     )
-    tokens = 768
     recipe = Recipe(
         name=f"{kind}-{number}",
         kind=kind,
         shape=shape,
         text=rng.choice(["topics", "topics", "library"]),
-        batch=max(2, tokens // shape.length),
-        steps=rng.choice([300, 350, 400]),
-        rate=_log_uniform(rng, 2e-3, 5e-3),
+        batch=1024 // shape.length,
+        steps=rng.choice([400, 450, 500]),
+        rate=_log_uniform(rng, 1e-3, 3e-3),
         warmup=rng.choice([10, 20, 50]),
         schedule=rng.choice(["cosine", "linear", "constant"]),
         weight_decay=rng.choice([0.0, 0.1]),
@@ -173,7 +172,9 @@ def _init(recipe: Recipe, rng: random.Random) -> Recipe:
 def _precision(recipe: Recipe, rng: random.Random) -> Recipe:
     """Queries and keys drift along a direction that all keys share: nothing to a softmax, all to a format's range and digits."""
     recipe = _own(recipe, scores=rng.choice(["float16", "bfloat16"]), bias=True, position="learned")
-    return _with(recipe, "shared_drift", factor=_log_uniform(rng, 1.03, 1.06), start=_start(recipe, rng))
+    start = _start(recipe, rng)
+    product = _log_uniform(rng, 1.5e5, 1.5e6) if recipe.shape.scores == "float16" else _log_uniform(rng, 2e4, 2e5)
+    return _with(recipe, "shared_drift", factor=product ** (0.5 / (recipe.steps - start)), start=start)
 
 
 def _embedding(recipe: Recipe, rng: random.Random) -> Recipe:
