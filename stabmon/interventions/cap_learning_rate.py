@@ -23,15 +23,21 @@ class CapLearningRate(Intervention):
     run_wide: ClassVar[bool] = True
 
     times: float = 1.0
+    cap: float | None = None
+    """The rate to hold at, instead."""
 
     def __post_init__(self) -> None:
         self._check("times", 0.0, 1e6)
+        if self.cap is not None:
+            self._check("cap", 0.0, 1e6)
 
     def _start(self, run: TrainingRun) -> Effect:
+        if self.cap is not None:
+            return self._hold(run, self.cap)
         before = [issue.evidence.get("highest_rate_before") for issue in self.issues if issue.issue_type == "update_spike"]
         highest = [float(rate) for rate in before if isinstance(rate, (int, float)) and rate > 0]
         if not highest:
-            raise CannotApply("it is not known which rate was too high: give an issue of type update_spike")
+            raise CannotApply("it is not known which rate was too high: give an issue of type update_spike, or a cap")
         return self._hold(run, self.times * min(highest))
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:

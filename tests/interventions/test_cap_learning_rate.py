@@ -52,6 +52,12 @@ def test_rates_below_the_cap_are_used_as_they_are() -> None:
     assert not applied.effect.at_work()
 
 
+def test_a_cap_of_ones_own_takes_no_issue() -> None:
+    run = make()
+    CapLearningRate(cap=0.5).apply(run)
+    assert moved(run) == pytest.approx([0.5, 0.25], abs=1e-6)
+
+
 def test_it_is_held_again_after_a_restart() -> None:
     state = CapLearningRate().apply(make(), issue()).state_dict()
     run = make()
