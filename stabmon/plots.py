@@ -46,7 +46,7 @@ def signal_heatmap(
     for place, row in zip(matrix, rows.values(), strict=True):
         place[: row.size] = row
     layers, heads = matrix.shape
-    figure = _figure(width=min(12.0, max(6.0, 3.6 + 0.3 * heads)), height=min(12.0, max(2.6, 1.5 + 0.3 * layers)))
+    figure = new_figure(width=min(12.0, max(6.0, 3.6 + 0.3 * heads)), height=min(12.0, max(2.6, 1.5 + 0.3 * layers)))
     axes = figure.add_subplot()
     share = signal in SIGNALS and SIGNALS[signal].unit.startswith(("probability", "share"))
     image = axes.imshow(
@@ -61,7 +61,7 @@ def signal_heatmap(
     axes.set_xlabel("query head")
     axes.set_ylabel(f"layer\n{pattern}" if pattern else "layer")
     axes.set_title(f"{_words(signal)} of every head at step {step}")
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def signal_evolution(readings: Sequence[Reading], signal: str, path: str | Path | None = None) -> Figure:
@@ -94,7 +94,7 @@ def signal_evolution(readings: Sequence[Reading], signal: str, path: str | Path 
             counted[n, t] = finite.size
             if finite.size:
                 values[n, t] = finite.max() if largest else finite.mean()
-    figure = _figure(width=8.5, height=4.5)
+    figure = new_figure(width=8.5, height=4.5)
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot()
@@ -108,7 +108,7 @@ def signal_evolution(readings: Sequence[Reading], signal: str, path: str | Path 
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def short_names(layers: Sequence[str]) -> tuple[list[str], str]:
@@ -167,7 +167,7 @@ def _check(signal: str, layers: Iterable[Mapping[str, np.ndarray]]) -> None:
         raise ValueError(f"no layer has the signal {signal!r}. Measured: {', '.join(sorted(known))}")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """An empty figure that pyplot knows nothing of; sizes in inches."""
     try:
         from matplotlib.figure import Figure
@@ -176,7 +176,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
+def saved(figure: Figure, path: str | Path | None) -> Figure:
     """The figure, saved where a path is given."""
     if path is not None:
         figure.savefig(path, dpi=150)

@@ -20,10 +20,10 @@ BELOW = {
     "plots": {"records", "signals", "sinks"},
     "check": {
         *("capture", "gradients", "interventions", "losses", "measurements", "operator", "plots", "records", "replay", "signals"),
-        *("sinks", "trace"),
+        *("corpus", "recipe", "sinks", "trace"),
     },
     "controllers": {"capture", "measurements", "operator", "plots", "records", "registry", "rules", "signals", "sinks"},
-    "training": {"config", "controllers", "monitor"},
+    "training": {"config", "controllers", "corpus", "monitor", "recipe"},
 }
 """Part -> what it may import besides itself; whoever is not named here (the engine and its front doors) may import anything."""
 FRAMEWORKS = {"transformers", "lightning", "pytorch_lightning", "accelerate"}

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from corpus import VOCABULARY
 from torch import Tensor, nn
+
+from stabmon.corpus import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,15 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        x = self.embed(tokens)
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.embedding.weight)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first block reads, ``[B, S, width]``."""
+        embedded: Tensor = self.embedding(tokens)
+        return embedded
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of the next byte in nats, over ``tokens`` ``[B, S]``."""

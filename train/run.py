@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from corpus import Corpus, CorpusError, load_corpus
 from losses import LossLog, read_losses
 from settings import RunSettings, SettingsError, read_settings
 from torch import Tensor
 
 from stabmon.config import load_config
+from stabmon.corpus import Corpus, CorpusError, load_corpus
 from stabmon.sinks import exact_json
 
 R = TypeVar("R", bound=RunSettings)

@@ -16,7 +16,6 @@ from stabmon.check.inputs import make_sample, sample_length, trained_length
 from stabmon.check.judge_rate import judge_rate
 from stabmon.check.pretrained import quiet
 from stabmon.check.proxy import Proxy, make_proxy
-from stabmon.check.recipe import Recipe
 from stabmon.check.region import Origin
 from stabmon.check.region_view import region_plot
 from stabmon.check.report import StabilityReport
@@ -24,6 +23,7 @@ from stabmon.check.settings import ATTENTION, CheckConfig
 from stabmon.check.short_run import ShortRun
 from stabmon.check.source import Target, load_target
 from stabmon.check.sweep import sweep_rates
+from stabmon.recipe import Recipe
 from stabmon.sinks.exact_json import dumps
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from stabmon.check import pretrained
 from stabmon.check.source import Target
+from stabmon.corpus import read_text
 
 BUDGET = 3e11
 """Floating-point operations that one forward and backward on the sample may cost: some seconds of one core. A third of it for weights
@@ -142,16 +142,13 @@ def _floats(model: nn.Module, tokens: int, batch: int, generator: torch.Generato
 
 
 def _read(target: Target, text: str, tokens: int, batch: int, vocabulary: int, notes: list[str]) -> Tensor:
-    try:
-        raw = Path(text).read_bytes()
-    except OSError as error:
-        raise ValueError(f"--text {text}: {error.strerror or error}; name a readable file") from None
+    raw = read_text(text)[1]
     tokenizer = None if target.tokens_from is None else pretrained.tokenizer_of(target.tokens_from)
     if tokenizer is not None:
         ids = tokenizer(raw.decode(errors="replace"), return_tensors="pt", verbose=False)["input_ids"][0]
         unit = "tokens"
     else:
-        ids = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)[: len(raw)].long() % vocabulary
+        ids = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() % vocabulary
         unit = "bytes"
         notes.append("no tokenizer was found beside the model: the text was read byte by byte")
     if len(ids) < tokens:

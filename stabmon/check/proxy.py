@@ -7,7 +7,6 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from stabmon.check import pretrained
 from stabmon.check.source import Target
+from stabmon.corpus import default_text, read_text
 
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 4, 4, 256
 LENGTH, BATCH = 128, 8
@@ -106,7 +106,7 @@ class _Batches:
     """Rows of bytes drawn from a text by an own generator, in whatever names the model takes them."""
 
     def __init__(self, model: nn.Module, text: str | None, length: int, vocabulary: int) -> None:
-        raw = _default_text() if text is None else _file(text)
+        raw = (default_text() if text is None else read_text(text))[1]
         if len(raw) < 4 * length:
             raise ValueError(
                 f"--text {text}: {len(raw)} bytes are too few for a sweep; give at least {4 * length}, or leave it out"
@@ -138,17 +138,3 @@ def _as_given(make: Callable[[int], nn.Module], model: nn.Module, text: str | No
     width = table.embedding_dim
     note = f"sweep on the model as it is, {size} bytes of text a row, batch {BATCH}"
     return Proxy(make, _Batches(model, text, size, table.num_embeddings), width, width, size, note)
-
-
-def _default_text() -> bytes:
-    """Text that every Python brings along: the help topics of its documentation."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics)).encode()
-
-
-def _file(text: str) -> bytes:
-    try:
-        return Path(text).read_bytes()
-    except OSError as error:
-        raise ValueError(f"--text {text}: {error.strerror or error}; name a readable file") from None

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from stabmon.check.region import Origin, Place, grid, place
 from stabmon.check.settings import DTYPES, CheckConfig
+from stabmon.plots import new_figure, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,14 +53,10 @@ def region_plot(origin: Origin, config: CheckConfig, path: str | Path | None = N
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('matplotlib is not installed: pip install "stabmon[report]"') from error
     temperatures = 2.0 ** np.arange(-8, 4.01, 0.5)
     lengths = sorted({*(2**power for power in range(7, 18)), origin.seq_len})
     widths = sorted({*(2**power for power in range(1, 9)), origin.head_dim})
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = new_figure(width=11, height=6.5)
     panels = figure.subplots(2, len(DTYPES), sharey=True, sharex="row")
     for column, dtype in enumerate(DTYPES):
         for row, (name, values, own) in enumerate(
@@ -87,9 +84,7 @@ def region_plot(origin: Origin, config: CheckConfig, path: str | Path | None = N
                 axes.set_title(dtype)
     figure.suptitle("Stability region; the star is this model, the black line the edge")
     figure.colorbar(drawn, ax=list(panels.flat), label="bits to the nearest limit")
-    if path is not None:
-        figure.savefig(path, dpi=130)
-    return figure
+    return saved(figure, path)
 
 
 def short(length: int) -> str:

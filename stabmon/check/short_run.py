@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from stabmon.capture import AttentionCapture
 from stabmon.capture.shadow import random_state_kept
-from stabmon.check.recipe import Recipe
 from stabmon.check.settings import DTYPES
 from stabmon.losses import loss_in
 from stabmon.measurements import Measurements, to_host
+from stabmon.recipe import Recipe
 
 SIGNALS = ("max_logit", "normalized_entropy", "saturated_fraction")
 

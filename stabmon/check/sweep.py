@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from stabmon.check.recipe import Recipe
 from stabmon.check.short_run import ShortRun, train_briefly
+from stabmon.recipe import Recipe
 
 PASSES = 0.1
 """Share of a gradient that a typical row passes at the limit."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stabmon.plots import short_names
+from stabmon.plots import new_figure, saved, short_names
 from stabmon.records import Reading
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def grid(readings: Sequence[Reading], signal: str, path: str | Path | None = Non
     """
     layers, steps, values = values_of(readings, signal)
     rows, columns = (range(0, n, -(-n // MOST)) for n in values.shape[:2])
-    figure = _figure(width=2.2 + 1.7 * len(columns), height=1.2 + 1.15 * len(rows))
+    figure = new_figure(width=2.2 + 1.7 * len(columns), height=1.2 + 1.15 * len(rows))
     panels = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
     names, pattern = short_names(layers)
     for place, row in enumerate(rows):
@@ -75,7 +75,7 @@ def grid(readings: Sequence[Reading], signal: str, path: str | Path | None = Non
     figure.supxlabel("forward")
     figure.supylabel(f"layer of {pattern}" if pattern else "layer")
     figure.suptitle(LABELS.get(signal, signal.replace("_", " ")))
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figure:
@@ -91,7 +91,7 @@ def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figur
     if not known:
         raise ValueError("no readings to draw: run the model within the watch")
     shown = [name for name in known if np.nanmax(values := values_of(readings, name)[2]) > np.nanmin(values)] or known
-    figure = _figure(width=8.5, height=1.0 + 1.7 * len(shown))
+    figure = new_figure(width=8.5, height=1.0 + 1.7 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, shown, strict=True):
         layers, steps, values = values_of(readings, name)
@@ -104,19 +104,4 @@ def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figur
         axes.grid(alpha=0.3)
     panels[0].legend(title="layer", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, ncols=1 + len(layers) // 12)
     panels[-1].set_xlabel("forward")
-    return _saved(figure, path)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure that pyplot knows nothing of; sizes in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('matplotlib is not installed: pip install "stabmon[report]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=130)
-    return figure
+    return saved(figure, path)

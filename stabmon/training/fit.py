@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon.corpus import Corpus
 from stabmon.monitor import AttentionStabilityMonitor
-from stabmon.training.corpus import Corpus
 from stabmon.training.optimizer import make_optimizer, make_schedule
 from stabmon.training.settings import TrainingSettings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stabmon.training.corpus import VOCABULARY
+from stabmon.corpus import VOCABULARY
 from stabmon.training.settings import SettingsError
 
 

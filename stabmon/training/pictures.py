@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from stabmon.controllers import ControllerWatch, load_controllers
-from stabmon.training.corpus import load_corpus
+from stabmon.corpus import load_corpus
 from stabmon.training.models import Shape, make_model
 from stabmon.training.settings import CorpusSettings
 

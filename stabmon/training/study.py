@@ -23,8 +23,8 @@ import torch
 from stabmon.config import load_config
 from stabmon.controllers import ControllerWatch, save_controllers
 from stabmon.controllers.attach import find_controllers
+from stabmon.corpus import load_corpus
 from stabmon.monitor import AttentionStabilityMonitor
-from stabmon.training.corpus import load_corpus
 from stabmon.training.fit import Phase, Watch, fit
 from stabmon.training.models import Shape, make_model
 from stabmon.training.pictures import draw, draw_generation

@@ -10,23 +10,20 @@ runs (``--half tuned``) and on others before; what is printed is the other half.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
-from foresight import share
+from foresight import INTERVALS, share
 from rich.console import Console
 from rich.table import Table
-from testbed.bench import run_all
+from testbed.bench import chosen, options, run_all
 from testbed.cases import Case, cases, healthy_twins
 from testbed.outcome import MARGIN, outcome
-from testbed.recipes import recipes
 from testbed.trainer import Run
 
 
@@ -79,15 +76,8 @@ def row(case: Case, guarded: Run) -> Row:
 
 def main() -> int:
     """Print the tables and write the per-run one. Returns the exit status: 0, since aims are told, not enforced."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=2, help="runs of each kind")
-    parser.add_argument("--every", type=int, default=5, help="steps between readings")
-    parser.add_argument("--half", choices=["held-back", "tuned", "both"], default="held-back", help="which runs to report on")
-    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/testbed"), help="where runs and tables are kept")
-    args = parser.parse_args()
-    chosen = [r for r in recipes(args.each) if args.half == "both" or r.held_back == (args.half == "held-back")]
-    found = cases(chosen, args.out, args.jobs)
+    args = options(__doc__, INTERVALS).parse_args()
+    found = cases(chosen(args.each, args.half), args.out, args.jobs)
     found += healthy_twins(found)
     guarded = run_all([(case.recipe, "guard", args.every) for case in found], args.out, args.jobs)
     rows = [row(case, run) for case, run in zip(found, guarded, strict=True)]

@@ -13,21 +13,19 @@ the runs (and on others before); what is printed is the other half. Runs are kep
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import scipy.stats
 from rich.console import Console
 from rich.table import Table
 from testbed.alarms import BASELINES, Alarm, alarms_of
+from testbed.bench import chosen, options
 from testbed.cases import Case, cases, healthy_twins
-from testbed.recipes import recipes
 
 ATTENTION = ("entropy_collapse", "logit_growth", "overflow_risk", "precision_insufficient", "attention_spike", "high_curvature")
 INTERVALS = (5, 10, 20, 50)
@@ -131,15 +129,8 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
 
 def main() -> int:
     """Print the tables and write the per-run ones. Returns the exit status: 0, since aims are told, not enforced."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=2, help="runs of each kind")
-    parser.add_argument("--every", type=int, default=5, choices=INTERVALS, help="steps between readings")
-    parser.add_argument("--half", choices=["held-back", "tuned", "both"], default="held-back", help="which runs to report on")
-    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/testbed"), help="where runs and tables are kept")
-    args = parser.parse_args()
-    chosen = [r for r in recipes(args.each) if args.half == "both" or r.held_back == (args.half == "held-back")]
-    found = cases(chosen, args.out, args.jobs)
+    args = options(__doc__, INTERVALS).parse_args()
+    found = cases(chosen(args.each, args.half), args.out, args.jobs)
     found += healthy_twins(found)
     judges: dict[str, Judge] = {"stabmon": alarms_of, **BASELINES}
     rows = {name: [row(case, judge, args.every) for case in found] for name, judge in judges.items()}

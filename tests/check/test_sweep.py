@@ -9,9 +9,9 @@ from torch import Tensor
 
 from stabmon.check.judge_rate import judge_rate
 from stabmon.check.proxy import narrow
-from stabmon.check.recipe import Recipe
 from stabmon.check.short_run import train_briefly
 from stabmon.check.sweep import Sweep, fit_limit, score_limit, sweep_rates
+from stabmon.recipe import Recipe
 from tests.check import models
 from tests.small import clean
 

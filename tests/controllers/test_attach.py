@@ -9,6 +9,7 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from stabmon.controllers import attach_controllers, detach_controllers, load_controllers, save_controllers
+from stabmon.controllers.kernel import PREFIX
 from tests.capture.zoo import tokens, zoo
 from tests.controllers.reference import built, output_of, scatter
 from tests.small import clean
@@ -23,7 +24,7 @@ def state(model: Any) -> dict[str, Any]:
         "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
         "kwargs": [len(m._forward_pre_hooks_with_kwargs) + len(m._forward_hooks_always_called) for m in model.modules()],
-        "names": sorted(AttentionInterface._global_mapping),
+        "names": sorted(name for name in AttentionInterface._global_mapping if not name.startswith(PREFIX)),
         "classes": [type(module) for module in model.modules()],
     }
 
@@ -39,6 +40,7 @@ def test_detaching_leaves_everything_as_it_was(family: str, kind: str) -> None:
     output_of(model, inputs)
     detach_controllers(model)
     after = state(model)
+    assert not [name for name in AttentionInterface._global_mapping if name.startswith(PREFIX)], "nothing of ours stays behind"
     weights, same = before.pop("state"), after.pop("state")
     assert before == after
     assert list(weights) == list(same)

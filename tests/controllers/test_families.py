@@ -23,17 +23,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "learned_ramp": ("linear_ramp", {"learned": True}),
 }
 SOFTCAPPED = ("gemma2",)
+"""Linear attention refuses softcaps, which a test of its own shows."""
 
 
 @pytest.mark.parametrize(
     ("family", "case"),
-    [*((family, case) for family in FAMILIES for case in ("both", "learned_ramp")), *(("llama-sdpa", case) for case in CASES)],
+    [
+        *((family, "both") for family in FAMILIES),
+        *((family, "learned_ramp") for family in FAMILIES if not family.startswith(SOFTCAPPED)),
+        *(("llama-sdpa", case) for case in CASES),
+    ],
 )
 @torch.no_grad()
 def test_a_controlled_model_is_its_formulas_written_out(family: str, case: str) -> None:
     kind, options = CASES[case]
-    if "ramp" in kind and family.startswith(SOFTCAPPED):
-        pytest.skip("linear attention has no softcap")
     model, inputs, _ = built(family, kind, **options)
     found, expected = output_of(model, inputs), dense_output(model, inputs)
     if "attention_mask" in inputs and "labels" not in inputs:

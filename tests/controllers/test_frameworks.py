@@ -90,7 +90,8 @@ def test_accelerate_trains_them(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("first", ["controllers", "adapter"])
 def test_they_live_beside_an_adapter(first: str, tmp_path: Any) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = llama()
     config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     if first == "controllers":

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from stabmon.corpus import load_corpus
 from stabmon.sinks.records_reader import read_records
-from stabmon.training.corpus import load_corpus
 from stabmon.training.fit import Phase, fit, split
 from stabmon.training.models import Shape, make_model
 from stabmon.training.report import markdown, summary

@@ -71,8 +71,8 @@ def test_records_go_to_the_trainers_own_folder(tmp_path):
 
 
 def test_the_trainers_own_loggers_get_the_scalars(tmp_path, monkeypatch):
-    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    wandb = pytest.importorskip("wandb")
+    import tensorboard.backend.event_processing.event_accumulator as event_file
+    import wandb
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
     monkeypatch.chdir(tmp_path)  # where W&B writes to

@@ -73,8 +73,9 @@ def test_the_loss_of_a_reading_is_the_one_that_was_differentiated(tmp_path):
 
 
 def test_tensorboard_and_wandb_get_the_same_scalars_through_the_trainers_reporters(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    import tensorboard.backend.event_processing.event_accumulator as event_file
+    import wandb
+
     monkeypatch.chdir(tmp_path)  # where W&B writes to
     for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, str(value))

@@ -141,7 +141,8 @@ def test_a_tensor_rate_is_the_same_object_again() -> None:
 
 
 def test_it_reaches_the_optimizer_inside_accelerates() -> None:
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     model = nn.Linear(2, 2)
     inner = Recorder(model.parameters(), lr=0.1)
     run = TrainingRun(model, accelerate.Accelerator(cpu=True).prepare_optimizer(inner))

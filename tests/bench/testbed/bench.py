@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -13,11 +14,27 @@ from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from testbed.recipes import Recipe
+from testbed.recipes import Recipe, recipes
 from testbed.trainer import Run, train
 
 Job = tuple[Recipe, str | None, int]
 """Recipe, the monitor's configuration (None for no monitor) and its interval."""
+
+
+def options(description: str | None, intervals: Sequence[int]) -> argparse.ArgumentParser:
+    """The command line of a study."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", type=int, default=2, help="runs of each kind")
+    parser.add_argument("--every", type=int, default=intervals[0], choices=intervals, help="steps between readings")
+    parser.add_argument("--half", choices=["held-back", "tuned", "both"], default="held-back", help="which runs to report on")
+    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("runs/testbed"), help="where runs and tables are kept")
+    return parser
+
+
+def chosen(each: int, half: str) -> list[Recipe]:
+    """The recipes of one half, or of both."""
+    return [recipe for recipe in recipes(each) if half == "both" or recipe.held_back == (half == "held-back")]
 
 
 def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:

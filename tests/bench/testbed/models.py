@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gpt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stabmon.corpus import VOCABULARY
 from testbed.recipes import Shape
 
-VOCABULARY = 256
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -36,7 +37,7 @@ class Attention(nn.Module):
         )
         query, key = self.q_norm(query), self.k_norm(key)
         if self.shape.position == "rotary":
-            query, key = rotate(query), rotate(key)
+            query, key = gpt.rotate(query), gpt.rotate(key)
         groups = self.shape.heads // self.shape.kv_heads
         mask = None if self.shape.window is None else window_mask(x.shape[1], self.shape.window, x.device)
         if self.shape.scores == "fused":
@@ -54,40 +55,21 @@ class Attention(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(shape.width)
-        self.attention = Attention(shape)
-        self.mlp_norm = nn.RMSNorm(shape.width)
-        self.mlp = nn.Sequential(nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
-
-
-class GPT(nn.Module):
-    """Bytes ``[B, S]`` -> logits of the next byte ``[B, S, 256]``; the embedding is also the last layer."""
+class GPT(gpt.GPT):
+    """That of ``train/gpt.py`` with this attention, and learned positions on request."""
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, shape.width)
+        super().__init__(gpt.GPTShape(shape.layers, shape.heads, shape.width))
+        for block in self.blocks:
+            block.attention = Attention(shape)
         self.positions = nn.Embedding(shape.length, shape.width) if shape.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.width)
         for parameter in self.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        if self.positions is not None:
-            x = x + self.positions.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.embedding.weight)
+    def embed(self, tokens: Tensor) -> Tensor:
+        x = super().embed(tokens)
+        return x if self.positions is None else x + self.positions.weight[: tokens.shape[1]]
 
 
 def build(shape: Shape) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -106,22 +88,6 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if hasattr(module, "q_proj") or hasattr(module, "c_attn"):
             yield name, module
-
-
-def query_key(module: nn.Module) -> list[Tensor]:
-    """Views of all that makes queries and keys, but for the gains of a norm: a projection each, or the front of a fused one."""
-    if hasattr(module, "c_attn"):
-        return [p[..., : p.shape[-1] // 3 * 2] for p in module.c_attn.parameters()]
-    return [p for name in ("q_proj", "k_proj") for p in getattr(module, name).parameters()]
-
-
-def rotate(x: Tensor) -> Tensor:
-    """Rotary positions on ``[B, H, S, D]``."""
-    length, size = x.shape[-2:]
-    frequencies = 10000.0 ** (-torch.arange(0, size, 2, device=x.device) / size)
-    angle = torch.arange(length, device=x.device)[:, None] * frequencies
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()), dim=-1)
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterable
 
 import torch
+from provoke import query_key_weights
 from torch import Tensor, nn
 
-from testbed.models import attention_modules, query_key
+from testbed.models import attention_modules
 
 
 class Provocation:
@@ -78,8 +79,8 @@ class ScaleQueryKey(Scale):
         super().__init__(model, optimizer, part="", factor=factor, start=start, steps=steps)
 
     def chosen(self, part: str) -> Iterable[Tensor]:
-        modules = [module for _, module in attention_modules(self.model)]
-        return [p for at, module in enumerate(modules) if self.layers is None or at in self.layers for p in query_key(module)]
+        layers = query_key_weights(self.model)
+        return [p for at, parts in enumerate(layers) if self.layers is None or at in self.layers for p in parts]
 
 
 class QueryKeyRate(Provocation):
@@ -88,7 +89,7 @@ class QueryKeyRate(Provocation):
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: float, start: int) -> None:
         super().__init__(model, optimizer)
         self.factor, self.start = factor, start
-        self.parameters = [p for _, module in attention_modules(model) for p in query_key(module)]
+        self.parameters = [p for parts in query_key_weights(model) for p in parts]
         self.before: list[Tensor] = []
 
     def before_step(self, step: int) -> None:

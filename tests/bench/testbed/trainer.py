@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stabmon
+import stabmon.recipe as optimizing
+from stabmon.corpus import default_text, library_text
 from stabmon.records import Reading
 from stabmon.sinks import Sink
 from testbed.models import build
@@ -64,7 +63,8 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
     model, logits = build(recipe.shape)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
+    how = optimizing.Recipe(recipe.schedule, recipe.warmup, recipe.steps, recipe.weight_decay)
+    optimizer = how.optimizer(model, recipe.rate)
     provocation = PROVOCATIONS[recipe.provoke](model, optimizer, **recipe.settings)
     provocation.after_step(0)
     keep, losses = Keep(), np.full(recipe.steps, np.nan)
@@ -76,7 +76,7 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
         tokens, other = (_batch(recipe, text, data) for text in (recipe.text, _other(recipe.text)))
         tokens = provocation.batch(step, tokens, other, noise)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * _schedule(recipe, step) * provocation.rate_factor(step)
+            group["lr"] = how.rate_at(step - 1, recipe.rate) * provocation.rate_factor(step)
         optimizer.zero_grad()
         loss = _loss(logits(tokens), tokens)
         loss.backward()
@@ -112,16 +112,6 @@ def _validation(recipe: Recipe, model: nn.Module, logits: Any) -> float:
     return float(np.mean(losses))
 
 
-def _schedule(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then down to a tenth, or constant."""
-    if step <= recipe.warmup:
-        return step / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    if recipe.schedule == "cosine":
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
-    return 1 - 0.9 * done if recipe.schedule == "linear" else 1.0
-
-
 def _batch(recipe: Recipe, text: str, generator: torch.Generator, kept_back: bool = False) -> Tensor:
     """``[batch, S]`` bytes; ``kept_back`` ones are from the last tenth of the text."""
     size, length = recipe.batch, recipe.shape.length
@@ -141,12 +131,6 @@ def _other(text: str) -> str:
 
 @cache
 def _bytes(text: str) -> Tensor:
-    """The whole text, one byte a number."""
-    if text == "topics":
-        from pydoc_data.topics import topics
-
-        raw = "\n\n".join(topics[name] for name in sorted(topics)).encode()
-    else:
-        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-        raw = b"\n\n".join(path.read_bytes() for path in files)[:2_000_000]
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    """The text, one byte a number, 2 MB at most."""
+    _, raw = default_text() if text == "topics" else library_text()
+    return torch.frombuffer(bytearray(raw[:2_000_000]), dtype=torch.uint8)

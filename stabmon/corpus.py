@@ -1,4 +1,4 @@
-"""The text that the training scripts learn, byte by byte: found on every machine, the same for all runs of one Python version.
+"""The text that small models learn, byte by byte: found on every machine, the same for all runs of one Python version.
 
 By default the help topics of Python's own documentation (``pydoc_data.topics``, about 0.45 MB of English and code), joined in
 the order of their names; where a Python ships without them, the modules of its standard library. A file of yours takes their place.
@@ -60,7 +60,7 @@ def load_corpus(text: str | Path | None = None, *, block: int, validation_share:
     """
     if not 0 < validation_share < 1:
         raise CorpusError(f"validation share {validation_share}: use a number between 0 and 1, such as 0.1")
-    source, raw = _default_text() if text is None else _file(Path(text))
+    source, raw = default_text() if text is None else read_text(text)
     count = len(raw) // block
     if count < 2:
         raise CorpusError(
@@ -72,9 +72,14 @@ def load_corpus(text: str | Path | None = None, *, block: int, validation_share:
     return Corpus(source, hashlib.sha256(raw).hexdigest(), train=blocks[held_out:], validation=blocks[:held_out])
 
 
-def _file(path: Path) -> tuple[str, bytes]:
+def read_text(path: str | Path) -> tuple[str, bytes]:
+    """A file's name and bytes.
+
+    Raises:
+        CorpusError: if it cannot be read, or is empty.
+    """
     try:
-        raw = path.read_bytes()
+        raw = Path(path).read_bytes()
     except OSError as error:
         raise CorpusError(
             f"cannot read the text {path}: {error.strerror}; name a readable file, or none for the default text"
@@ -84,10 +89,16 @@ def _file(path: Path) -> tuple[str, bytes]:
     return str(path), raw
 
 
-def _default_text() -> tuple[str, bytes]:
+def default_text() -> tuple[str, bytes]:
+    """Where the text that every Python brings along is from, and its bytes."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        library = Path(sysconfig.get_path("stdlib"))
-        return f"the standard library in {library}", b"\n\n".join(path.read_bytes() for path in sorted(library.glob("*.py")))
+        return library_text()
     return "pydoc_data.topics", "\n\n".join(topics[name] for name in sorted(topics)).encode()
+
+
+def library_text() -> tuple[str, bytes]:
+    """The same of the modules of the standard library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    return f"the standard library in {library}", b"\n\n".join(path.read_bytes() for path in sorted(library.glob("*.py")))

@@ -1,4 +1,4 @@
-"""The optimizer recipe to judge: AdamW and a schedule."""
+"""How small models are trained here: AdamW and a schedule."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 SCHEDULES = ("constant", "linear", "cosine")
+MIN_RATE = 0.1
+"""The end of a line or a cosine, as a share of the peak rate."""
+BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Recipe:
     total: int = 400
     """Steps of the whole run, over which the schedule falls."""
     weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = BETAS
     clip: float = 1.0
     """Largest global norm of the gradient."""
 
@@ -54,7 +57,7 @@ class Recipe:
             return peak * (step + 1) / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
         if self.schedule == "linear":
-            return peak * (1 - 0.9 * progress)
+            return peak * (1 - (1 - MIN_RATE) * progress)
         if self.schedule == "cosine":
-            return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+            return peak * (MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
         return peak
