@@ -194,9 +194,10 @@ def load_config(config: str | Path | StabilityConfig | None = "observe", **overr
     _check_keys(values, where)
     _check_keys(overrides, "argument")
     try:
-        return StabilityConfig(**(values | overrides))
+        read = StabilityConfig(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    return replace(read, **overrides)
 
 
 def _check_keys(values: Mapping[str, Any], where: str) -> None:
