@@ -163,8 +163,8 @@ class AttentionStabilityMonitor:
         self._observer.stop_capture()
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
         self._end_loss(loss)
-        moved = self._look_at_update() or {}
         self._tell_held(micro_batches)
+        moved = self._look_at_update() or {}
         diagnosis = self._finish_step(micro_batches, moved)
         if self.is_sampled(self.step) or (diagnosis is not None and world_size() == 1):
             self._act(diagnosis)

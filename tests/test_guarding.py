@@ -191,6 +191,7 @@ def test_configurations_of_interventions_are_checked_and_kept():
         "soften_logits",
         "lower_learning_rate",
         "cap_learning_rate",
+        "cap_query_key_update",
         "skip_step",
         "rollback",
     }

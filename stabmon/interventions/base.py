@@ -84,7 +84,7 @@ class Intervention(ABC):
     cost: ClassVar[float] = 0.0
     """Nats of final loss that it was seen to cost a healthy run (small byte-level GPT); inf where that was not measured."""
     run_wide: ClassVar[bool] = False
-    """Changes the whole run, whatever head it was chosen for."""
+    """Changes the whole run, whatever head it was chosen for, so that no other such act beside it could be judged."""
     standing: ClassVar[bool] = False
     """Can only help if it is in place before anything is wrong: applied when guarding begins."""
 

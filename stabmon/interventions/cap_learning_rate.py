@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.lower_learning_rate import Held
@@ -19,8 +19,6 @@ class CapLearningRate(Intervention):
     What a schedule or a parameter group does by mistake is taken out, and nothing else: where the scheduled rates are lower they are used
     as they are, so that a healthy run pays nothing. Schedulers, checkpoints and loggers see the rates that they set.
     """
-
-    run_wide: ClassVar[bool] = True
 
     times: float = 1.0
     cap: float | None = None

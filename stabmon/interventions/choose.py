@@ -13,7 +13,7 @@ from stabmon.records import StabilityIssue
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
 
-Family = Literal["non_finite", "rate", "scores", "loss"]
+Family = Literal["non_finite", "rate", "scores", "step", "loss"]
 Key = tuple[Family, str | None, int | None]
 Outcome = Literal["pending", "worked", "failed"]
 
@@ -30,13 +30,15 @@ FAMILIES: Mapping[str, Family] = {
     "gradient_explosion": "loss",
     "loss_spike": "loss",
 }
-"""Issues that the same acts repair. Families are treated in the order of :data:`ORDER`: what is not finite first, then a cause that
-is known by its head, then what is seen in the loss alone."""
+"""Issues that the same acts repair. Families are treated in the order of :data:`ORDER`: what is not finite first, then a rate that
+jumped, then scores, of which the cause is known by its head, and beside them steps of a layer's queries and keys alone; then what is seen in the
+loss alone. Where the rate jumped all weights have moved: then the loss comes before the scores, and is gone back from."""
 
 ORDER: Mapping[Family, tuple[str, ...]] = {
     "non_finite": ("rollback", "stop"),
     "rate": ("cap_learning_rate", "lower_learning_rate"),
     "scores": ("qk_clip", "soften_logits", "logit_softcap", "lower_learning_rate"),
+    "step": ("cap_query_key_update", "lower_learning_rate"),
     "loss": ("rollback", "lower_learning_rate"),
 }
 """From what repairs most at the least cost to a healthy run. On ten small runs that failed from attention: qk_clip closed the gap in 7
@@ -48,6 +50,7 @@ PREVENTIVE = ("extend_warmup", "entropy_regularization", "increase_dropout")
 
 ADVICE: Mapping[Family, str] = {
     "rate": "look at the schedule and the parameter groups around the step, and start from a checkpoint before it",
+    "step": "look at the rate of the parameter group that queries and keys are in",
     "scores": f"change the architecture so that scores cannot grow: {RMS_NORM}",
     "non_finite": "find the first bad tensor in issues.jsonl (evidence.first_bad), mend it, and start from a checkpoint before it",
     "loss": "look at the batches around the spike, and start from a checkpoint before it with a lower rate or tighter clipping",
@@ -110,11 +113,15 @@ class Chooser:
         What is left without a choice is noted in ``gave_up``, once.
         """
         alarms = alarms_now(open_issues, run)
-        busy = {key for trial in self.trials if trial.outcome == "pending" for key in trial.keys}
-        run_wide = any(t.outcome == "pending" and t.applied.intervention.run_wide for t in self.trials)
-        for family in ORDER:
-            waiting = dict.fromkeys(key_of(issue) for issue in alarms if FAMILIES[issue.issue_type] == family)
+        pending = [trial for trial in self.trials if trial.outcome == "pending"]
+        busy = {key for trial in pending for key in trial.keys}
+        run_wide = any(trial.applied.intervention.run_wide for trial in pending)
+        families = {family_of(issue) for issue in alarms}
+        for family in _in_order(families):
+            waiting = dict.fromkeys(key_of(issue) for issue in alarms if family_of(issue) == family)
             if any(key in busy for key in waiting) and (family == "non_finite" or run_wide):
+                if family == "rate":
+                    continue
                 return None  # wait and see
             choices = {key: self._next(key, run) for key in waiting if key not in busy}
             for key, (_, why) in choices.items():
@@ -126,7 +133,7 @@ class Chooser:
                 chosen = {key for key, (each, _) in choices.items() if each == name}
                 issues = [issue for issue in alarms if key_of(issue) in chosen]
                 return self.acts[name].aimed_at(issues, self._why(name, issues))
-            if waiting:
+            if family != "rate" and not (family == "scores" and "step" in families):
                 return None  # a known cause is being treated, or nothing can be done: no act on its consequences
         return None
 
@@ -210,18 +217,19 @@ class Chooser:
         if spent >= self.budget.per_place:
             return "", f"{spent} acts were tried here already"
         allowed = [name for name in self._order(key[0]) if name in self.acts]
-        left = [name for name in allowed if name not in self._ruled_out.get(key, ()) and self._affordable(name, key[0], run)]
+        left = [name for name in allowed if name not in self._ruled_out.get(key, ()) and self._fits(name, key, run)]
         if left:
             return left[0], ""
         return "", f"{', '.join(allowed)} failed or did not fit" if allowed else "no act that is allowed repairs this"
 
-    def _affordable(self, name: str, family: Family, run: TrainingRun) -> bool:
-        act = self.acts[name]
+    def _fits(self, name: str, key: Key, run: TrainingRun) -> bool:
+        """Whether an act is one for such a place, and can be afforded."""
+        act, family = self.acts[name], key[0]
         if name == "rollback":
             return sum(trial.applied.intervention.name == name for trial in self.trials) < self.budget.rollbacks
         if name == "lower_learning_rate":
             if getattr(act, "where", None) == "query_key":
-                return family == "scores"
+                return family in ("scores", "step")
             return run.rate_factor * float(getattr(act, "factor", 1.0)) >= self.budget.least_rate
         return True
 
@@ -254,14 +262,26 @@ def _is_back(issue: StabilityIssue, run: TrainingRun) -> bool:
     if issue.issue_type not in BACK_WHEN or issue.head is None or issue.layer not in run.history.layers:
         return False
     signal, side, share = BACK_WHEN[issue.issue_type]
+    share = 1.0 if issue.evidence.get("from_the_start") else share  # there is no better past that it is on its way to
     now = run.history.now(signal)[run.history.of_layer(issue.layer)][issue.head]
     return bool(side * now > side * share * issue.threshold)
 
 
 def key_of(issue: StabilityIssue) -> Key:
-    """What an act's success is judged by: kind of issue and place; the run as a whole where it is not about scores."""
-    family = FAMILIES[issue.issue_type]
-    return (family, issue.layer, issue.head) if family == "scores" else (family, None, None)
+    """What an act's success is judged by: kind of issue and place; the run as a whole where it is not about attention."""
+    family = family_of(issue)
+    return (family, issue.layer, issue.head) if family in ("scores", "step") else (family, None, None)
+
+
+def family_of(issue: StabilityIssue) -> Family:
+    """What kind of act repairs an issue of :data:`FAMILIES`."""
+    return "step" if issue.issue_type == "update_spike" and issue.layer is not None else FAMILIES[issue.issue_type]
+
+
+def _in_order(families: Collection[Family]) -> list[Family]:
+    """Those of :data:`ORDER` in the order in which they are treated: see :data:`FAMILIES`."""
+    order: list[Family] = ["non_finite", "rate", "loss", "scores", "step"] if "rate" in families else list(ORDER)
+    return [family for family in order if family in families]
 
 
 def _key(values: Sequence[Any]) -> Key:

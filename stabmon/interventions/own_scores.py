@@ -13,12 +13,12 @@ FORMATS = {"float16": 65504.0 / 4, "bfloat16": 3.0e38, "float32": 3.0e38}
 
 
 def own_past(run: TrainingRun, issue: StabilityIssue) -> float:
-    """A head's largest score before it grew; NaN where that is not known.
+    """A head's largest score before it grew; NaN where that is not known, or was never better.
 
     Before it grew is where the head's score was last at or below the level that the issue was measured against (or below half of
     what it is now, where the issue names none); of the readings up to there the newest five count.
     """
-    if issue.layer is None or issue.head is None or issue.layer not in run.history.layers:
+    if issue.layer is None or issue.head is None or issue.layer not in run.history.layers or issue.evidence.get("from_the_start"):
         return float("nan")
     scores = run.history.signal("max_logit")[:, run.history.of_layer(issue.layer)][:, issue.head]
     times = issue.evidence.get("times_own_past", issue.evidence.get("score_times_own_past"))

@@ -123,6 +123,11 @@ class History:
         """Whether an issue of this type is open for exactly this layer and head (None, None: for the run)."""
         return (layer, head) in self._open.get(issue_type, {})
 
+    def open_level_at(self, issue_type: str, layer: str | None = None, head: int | None = None) -> float:
+        """The threshold of the open issue of this type for exactly this layer and head; NaN where none is open, or it is older than the
+        history."""
+        return self._open.get(issue_type, {}).get((layer, head), np.nan)
+
     def open_level(self, issue_type: str) -> np.ndarray:
         """``[N]`` threshold of the head's open issue of this type, NaN where none is open: what hysteresis is measured from.
 

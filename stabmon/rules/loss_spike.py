@@ -22,7 +22,8 @@ class LossSpike:
     the differences between neighbours, which a falling loss does not widen. A single high loss is a hard batch, and a loss that jumps and
     then steadily comes down is new data being learned: warnings. An alarm is a loss of which the newest ``stays`` values are all
     well above and no longer come down, as after too large a step or where data has turned to noise; or which are all that
-    ``far`` away that no new data explains it. Blames no head: a bad batch, a rate too high and broken attention look alike here.
+    ``far`` away that no new data explains it; or any spike while steps are too large (``update_spike``), which no hard batch explains.
+    Blames no head: a bad batch, a rate too high and broken attention look alike here.
     """
 
     deviations: float = 8.0
@@ -67,12 +68,14 @@ class LossSpike:
         far = newest[-self.stays :].min() > middle + self.far * abs(middle)
         stays_level = middle + self.stays_deviations / self.deviations * (level - middle)
         staying = bool((newest[-self.stays :] > stays_level).all() and (far or not coming_down))
+        torn = newest[highest] > level and history.is_open_at("update_spike")
         evidence = {
             "spike_step": int(steps[-tail:][highest]),
             "recent_median": middle,
             "recent_spread": spread,
             "deviations": float((newest[highest] - middle) / max(spread, 1e-12)),
             "stays": staying,
+            "update_spike": bool(torn),
         }
         return [
             StabilityIssue(
@@ -80,10 +83,10 @@ class LossSpike:
                 layer=None,
                 head=None,
                 issue_type="loss_spike",
-                severity="error" if staying else "warning",
+                severity="error" if staying or torn else "warning",
                 value=float(newest[highest]),
                 threshold=float(level),
-                suggestion=STAYS if staying else PASSING,
+                suggestion=STAYS if staying or torn else PASSING,
                 evidence=evidence,
             )
         ]

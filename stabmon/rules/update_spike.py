@@ -1,4 +1,4 @@
-"""The learning rate, and with it what one step changes of the weights, jumped far beyond anything before."""
+"""What one step changes of the weights jumped far beyond anything before: with the learning rate, or in one layer's queries and keys."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stabmon.records import Reading, StabilityIssue
+from stabmon.records import QueryKeyStep, Reading, StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.history import History
+
+PAST = 22
+"""Newest readings that are looked at: the median of all but two is what a step used to change."""
 
 
 @rule
 @dataclass(frozen=True)
 class UpdateSpike:
-    """The rate rose manifold over the largest that the run had seen, and W_q and W_k move by a large share of themselves in one step.
+    """W_q and W_k move by a large share of themselves in one step, far beyond what they did before.
 
-    A slip in a schedule or a parameter group shows here at the first sampled step, before scores and loss tell of it. A warm-up rises by
-    little from reading to reading, and a warm restart comes back to a rate that was there before: both give nothing. Blames no
-    head: every weight is moved too far.
+    - The rate rose manifold over the largest that the run had seen: a slip in a schedule shows here at the first sampled step, before scores
+      and loss tell of it. A warm-up rises by little from reading to reading, and a warm restart comes back to a rate that was there before:
+      both give nothing. Blames no layer: every weight is moved too far.
+    - The rate did not, and yet a layer's queries and keys are moved ``layer_jump`` times as far as before in two readings one after the
+      other, as where the rate of a parameter group is wrong. Blames the layer. One gradient that bursts moves Adam's step by less
+      (0.1 / sqrt(1 - beta2) of its usual size, 3.2 times at 0.999), and neither it nor a single jump of the weights comes twice.
     """
 
     rate_jump: float = 4.0
@@ -28,13 +34,48 @@ class UpdateSpike:
     """Share of W_q and W_k that one step must change; healthy runs were seen to change up to 0.05 once they are warm."""
     update_jump: float = 3.0
     """Times the median of that share over the newest readings before."""
+    layer_jump: float = 6.0
+    """Times the layer's own past that its share must be where the rate did not jump."""
     least_past: int = 4
     """Readings that must be known before any is judged."""
     still_ill: float = 0.6
     """Share of the opening levels above which an open issue stays open."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """At most one issue, for the run; ``value`` is the rate, ``threshold`` the rate at which it is called too high."""
+        """One issue for the run, of which ``value`` and ``threshold`` are the rate and the rate at which it is too high; else one a layer,
+        of which they are the share of W_q and W_k that the step changed and the share at which it is too large."""
+        found = self._of_rate(history)
+        return found or [issue for layer in history.latest.query_key for issue in self._of_layer(history, layer)]
+
+    def _of_layer(self, history: History, layer: str) -> list[StabilityIssue]:
+        readings = [reading for reading in history.readings[-PAST:] if layer in reading.query_key]
+        shares = np.array([_share(reading.query_key[layer]) for reading in readings])
+        if len(shares) < self.least_past + 2 or not np.isfinite(shares[-1]):
+            return []
+        usual, level = float(np.nanmedian(shares[:-2])), history.open_level_at("update_spike", layer)
+        is_open = np.isfinite(level)
+        if not is_open:
+            level = max(self.update, self.layer_jump * usual)
+        if not (shares[-1] >= self.still_ill * level if is_open else (shares[-2:] >= level).all()):
+            return []
+        return [
+            StabilityIssue(
+                step=history.latest.step,
+                layer=layer,
+                head=None,
+                issue_type="update_spike",
+                severity="error",
+                value=float(shares[-1]),
+                threshold=float(level),
+                suggestion=(
+                    f"Look at the rate of the parameter group of this layer's queries and keys: a step changes {shares[-1]:.0%} of them, "
+                    f"and the rate did not jump. Cap what a step changes of them (cap_query_key_update)."
+                ),
+                evidence={"query_key_update": float(shares[-1]), "usual_query_key_update": usual},
+            )
+        ]
+
+    def _of_rate(self, history: History) -> list[StabilityIssue]:
         highest = self._highest_before(history.readings)
         now, moved = history.latest.learning_rate, _share_moved(history.latest)
         if highest is None or now is None:
@@ -78,7 +119,12 @@ class UpdateSpike:
         return highest if jumped else None
 
 
+def _share(moved: QueryKeyStep) -> float:
+    """What a step changed of W_q and W_k, over their norm; NaN where they are zero."""
+    return moved.update / moved.weight if moved.weight > 0 else float("nan")
+
+
 def _share_moved(reading: Reading) -> float:
-    """What the step changed of W_q and W_k, over their norm: the median over layers, NaN where unknown."""
-    shares = [moved.update / moved.weight for moved in reading.query_key.values() if moved.weight > 0]
+    """The median over layers, NaN where unknown."""
+    shares = [share for share in map(_share, reading.query_key.values()) if np.isfinite(share)]
     return float(np.median(shares)) if shares else float("nan")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stabmon.rules.entropy_collapse import EntropyCollapse
-from tests.rules.trajectories import LAYERS, alarms, falling_loss, readings, run, shape, signals
+from tests.rules.trajectories import HEADS, LAYERS, alarms, falling_loss, readings, run, shape, signals
 
 
 def fallen(after: float, *, times: float, saturated: float, every: int = 10, before: float = 0.6, signal: str = "max_logit"):
@@ -61,3 +61,32 @@ def test_an_open_issue_stays_until_the_spread_is_well_back():
 @pytest.mark.parametrize("value", [np.nan, 0.0])
 def test_nan_and_zero_from_the_start_give_nothing(value):
     assert not run(readings(signals(shape(np.full(12, 12.0)), np.full((12, 2, 4), value))), [EntropyCollapse()])
+
+
+def from_the_start(*, score=100.0, apart=0.1, entropy=0.06, sink=0.02, start=5.5, end=2.0, scale=80.0, every=5):
+    """Forty readings of heads that are as they were at the first."""
+    heads = signals(shape(np.full(40, score), apart, 3), shape(np.full(40, entropy), 0.05))
+    heads["sink_mass"] = shape(np.full(40, sink), 0.01)
+    return readings(heads, losses=falling_loss(40 * every, start=start, end=end, scale=scale, noise=0.01), every=every)
+
+
+@pytest.mark.parametrize("every", [1, 5, 50])
+def test_a_fresh_model_that_starts_saturated_is_an_alarm_at_every_head(every):
+    found = alarms(run(from_the_start(every=every), [EntropyCollapse()]))
+    assert {(issue.layer, issue.head) for issue in found} == {(layer, head) for layer in LAYERS for head in range(HEADS)}
+    assert all(issue.evidence["from_the_start"] for issue in found)
+    assert max(issue.step for issue in found) <= max(25, every)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"start": 2.1},  # trained before: nothing left to lose
+        {"score": 8.0},
+        {"entropy": 0.5},
+        {"sink": 0.8},
+        {"apart": 0.8},  # heads that have learned differ
+    ],
+)
+def test_what_has_been_learned_or_is_small_is_no_alarm(other):
+    assert not alarms(run(from_the_start(**other), [EntropyCollapse()]))

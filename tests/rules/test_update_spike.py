@@ -43,7 +43,10 @@ def test_it_closes_when_the_rate_is_back():
         ([1e-4 * (i + 1) for i in range(20)], [0.1] * 20),  # a warm-up
         ([1e-3 / (1 + i % 7) for i in range(21)], [0.1] * 21),  # warm restarts
         ([1e-3] * 8 + [2e-2] * 4, [0.01] * 12),  # a rate that moves little
-        ([1e-3] * 12, [0.01] * 8 + [0.3] * 4),  # the weights alone: no matter of the rate
+        ([1e-3] * 12, [0.02] * 8 + [0.3, 0.02, 0.02, 0.02]),  # one burst
+        ([1e-3] * 12, [0.01] * 8 + [0.05] * 4),  # five times as much, which is little still
+        ([1e-3] * 12, [0.1] * 8 + [0.4] * 4),
+        ([1e-3 * (i + 1) for i in range(12)], [0.01 * (i + 1) for i in range(12)]),  # a warm-up from nothing
         ([1e-3] * 8 + [2e-2] * 4, [0.1] * 8 + [0.2] * 4),  # as much as usual, about
         ([1e-3] * 2 + [2e-2] * 4, [0.01] * 2 + [0.3] * 4),  # too early to tell
         ([None] * 12, [0.3] * 12),
@@ -60,3 +63,18 @@ def test_a_high_rate_that_goes_on_is_one_issue_as_long_as_it_moves_much():
     found = run(watched(rates, shares), [UpdateSpike()])
     assert [issue.state for issue in found] == ["opened", "closed"]
     assert replace(found[0]).is_alarm
+
+
+@pytest.mark.parametrize("share", [0.15, 5.0])
+def test_queries_and_keys_that_alone_move_too_far_twice_blame_their_layer(share):
+    course = watched([1e-3] * 14, [0.02] * 8 + [share] * 6)
+    course = [replace(r, query_key={"a": r.query_key["a"], "b": QueryKeyStep(1.0, 4.0, 0.08)}) for r in course]
+    found = run(course, [UpdateSpike()])
+    assert [(issue.step, issue.layer, issue.head, issue.state) for issue in found] == [(100, "a", None, "opened")]
+    assert found[0].is_alarm
+    assert found[0].evidence["usual_query_key_update"] == pytest.approx(0.02)
+
+
+def test_a_layer_closes_when_its_steps_are_small_again():
+    found = run(watched([1e-3] * 20, [0.02] * 8 + [0.5] * 4 + [0.02] * 8), [UpdateSpike()])
+    assert [issue.state for issue in found] == ["opened", "opened", "closed", "closed"]

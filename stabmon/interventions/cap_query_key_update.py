@@ -1,0 +1,139 @@
+"""Hold what one step changes of W_q and W_k at or below what a step used to change of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabmon.gradients import is_sharded
+from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.masters import copies_of
+from stabmon.interventions.query_key import SEPARATE, find_query_key
+from stabmon.interventions.rows import Rows
+from stabmon.interventions.run import TrainingRun
+
+PAST = 20
+"""Newest readings whose median is what a step used to change."""
+
+
+@intervention
+@dataclass(frozen=True)
+class CapQueryKeyUpdate(Intervention):
+    r"""While it is held, each step's change of a layer's queries and keys is scaled by :math:`\min(1, c\,\|W\| / \|\Delta W\|)`.
+
+    W is everything that makes the layer's queries and keys, :math:`\Delta W` what a step changed of it, and c is ``times`` the share
+    :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the readings before). It takes out what a rate that is wrong
+    for queries and keys alone does, whatever caused it and however large it is, and nothing else: a healthy run's steps stay below it.
+    Scores that have grown already it leaves as they are (clip them). Copies W_q and W_k from before each step to after it.
+
+    Source:
+        Rates for queries and keys in proportion to 1 / ||W||: Anson & Aitchison, arXiv:2511.21377; clipping of updates: Adafactor,
+        arXiv:1804.04235.
+    """
+
+    times: float = 2.0
+    """Times its own past that a step's share may be: healthy runs' readings vary by less."""
+    share: float | None = None
+    """c itself, instead."""
+
+    def __post_init__(self) -> None:
+        self._check("times", 0.0, 1e6)
+        if self.share is not None:
+            self._check("share", 0.0, 1e6)
+
+    def _start(self, run: TrainingRun) -> Effect:
+        named = [issue.layer for issue in self.issues if issue.layer is not None]
+        usual = {issue.layer: issue.evidence.get("usual_query_key_update") for issue in self.issues}
+        caps: dict[str, float] = {}
+        for layer in dict.fromkeys(named or run.known_layers()):
+            past = usual.get(layer)
+            known = past if isinstance(past, (int, float)) else _usual(run, layer)
+            cap = self.share if self.share is not None else self.times * known
+            if np.isfinite(cap) and cap > 0:
+                caps[layer] = cap
+        if not caps:
+            raise CannotApply("it is not known what a step used to change of queries and keys: give a share")
+        return _Capped(run, caps)
+
+    def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        return _Capped(run, {str(layer): float(cap) for layer, cap in state["caps"].items()})
+
+
+class _Capped(Effect):
+    def __init__(self, run: TrainingRun, caps: Mapping[str, float]) -> None:
+        self._parts: dict[str, list[tuple[Rows, list[Tensor]]]] = {}
+        refused = []
+        for layer in caps:
+            try:
+                rows = find_query_key(run.module(layer), run.history.info.get(layer))[0].all_rows()
+                if any(is_sharded(each.parameter) for each in rows):
+                    raise CannotApply("its parameters are sharded")
+                self._parts[layer] = [(each, copies_of(each.parameter, run)) for each in rows]
+            except CannotApply:
+                refused.append(layer)
+        if not self._parts:
+            raise CannotApply("queries and keys could not be told apart in any layer, or are sharded", SEPARATE)
+        self.caps = {layer: caps[layer] for layer in self._parts}
+        super().__init__(
+            places=[(layer, None) for layer in self._parts],
+            after={"share": dict(self.caps)},
+            note=f"not in {', '.join(refused)}" if refused else "",
+        )
+        self._before: dict[str, list[list[Tensor]]] = {}
+        self._bound: Tensor | None = None
+        self._remove: list[Callable[[], None]] = [
+            run.marks.add("before_optimizer_step", self._remember),
+            run.marks.add("on_step", self._scale, first=True),  # a clip that is held comes after the step that it clips
+        ]
+
+    def release(self) -> None:
+        while self._remove:
+            self._remove.pop()()
+        self._before = {}
+
+    def at_work(self) -> bool:
+        bound, self._bound = self._bound, None
+        return bound is not None and bool(bound)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"caps": dict(self.caps)}
+
+    @torch.no_grad()
+    def _remember(self) -> None:
+        self._before = {
+            layer: [[rows.view(copy).detach().clone() for copy in copies] for rows, copies in parts]
+            for layer, parts in self._parts.items()
+        }
+
+    @torch.no_grad()
+    def _scale(self) -> None:
+        for layer, before in self._before.items():
+            parts = self._parts[layer]
+            was = [each[0] for each in before]
+            now = [rows.view(copies[0]) for rows, copies in parts]
+            weight = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each.float()) for each in was]))
+            change = torch.linalg.vector_norm(
+                torch.stack([torch.linalg.vector_norm(b.float() - a.float()) for a, b in zip(was, now, strict=True)])
+            )
+            factor = (self.caps[layer] * weight / change.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
+            bound = factor < 1
+            self._bound = bound if self._bound is None else self._bound | bound.to(self._bound.device)
+            finite = torch.isfinite(change)  # what is not finite is for others to mend
+            for (rows, copies), olds in zip(parts, before, strict=True):
+                for copy, old in zip(copies, olds, strict=True):
+                    view = rows.view(copy)
+                    scaled = torch.lerp(old, view, factor.to(device=view.device, dtype=view.dtype))
+                    view.copy_(torch.where(finite & bound, scaled, view))
+        self._before = {}
+
+
+def _usual(run: TrainingRun, layer: str) -> float:
+    """What a step used to change of the layer's queries and keys, over their norm; NaN where that was not seen."""
+    moved = [reading.query_key[layer] for reading in run.history.readings[:-1] if layer in reading.query_key]
+    shares = [each.update / each.weight for each in moved[-PAST:] if each.weight > 0]
+    return float(np.median(shares)) if shares else float("nan")
