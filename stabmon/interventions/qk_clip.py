@@ -24,7 +24,8 @@ class QkClip(Intervention):
     twin in seven, and cost a healthy run nothing.
 
     :math:`\tau` is twice the head's own largest score before it grew (``times_own_past``), at least ``floor``, and never beyond a
-    quarter of what the number format holds; ``target`` sets it for all heads instead.
+    quarter of what the number format holds; where scores outgrew a format's digits it is the score that needs a bit less than there are;
+    ``target`` sets it for all heads instead.
 
     W_q and W_k, and their biases, take :math:`\sqrt\gamma` each; where several query heads share a key head, W_q alone takes
     :math:`\gamma`, which leaves the siblings as they are. Under a norm of queries and keys the weights have no say, and its gain takes
@@ -87,6 +88,9 @@ class QkClip(Intervention):
         """The score to clip to for the head that ``issue`` names."""
         if self.target is not None:
             return self.target
+        if issue.issue_type == "precision_insufficient" and issue.layer in run.history.layers and issue.head is not None:
+            now = float(run.history.now("max_logit")[run.history.of_layer(issue.layer)][issue.head])
+            return max(self.floor, now * 2.0 ** (issue.threshold - issue.value - 1))  # a bit is a factor of two
         past = own_past(run, issue)
         aim = max(self.floor, self.times_own_past * past if np.isfinite(past) else 0.0)
         info = run.history.info.get(issue.layer or "")

@@ -11,7 +11,7 @@ from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.circumstances import circumstances
 from stabmon.rules.history import History
-from stabmon.rules.own_past import Change, changes, jump_needed
+from stabmon.rules.own_past import SCORE_FLOOR, Change, changes, jump_needed
 from stabmon.rules.spread import robust_spread
 
 START_READINGS = 32
@@ -31,8 +31,8 @@ class EntropyCollapse:
 
     Low entropy is no disease: local heads, sinks, copying and retrieval heads are nearly one-hot and right, and they get there while
     the loss falls, over tens of steps. The head's own past is the measure, and a fall counts as collapse only when it is faster than
-    learning: within two readings the head keeps less than ``kept`` of its spread, and its scores jumped at the same time, or
-    nearly all of its rows saturated at once. The same fall without either witness, or a slow fall to ``floor``, is a warning.
+    learning: within two readings the head keeps less than ``kept`` of its spread, and its scores jumped at the same time, or, where its
+    scores are all small or negative and so tell nothing, nearly all of its rows saturated at once. The same fall without either witness, or a slow fall to ``floor``, is a warning.
     Heads that start without spread (below ``least_past``) have none to lose and are not judged so. But where nearly all heads of a
     model are saturated from the first reading on, with scores all of one size and no sinks, and the loss falls as fast as it does in a
     fresh model only, nothing has been learned that could call for it: the initialisation is too large, and that is an alarm.
@@ -88,9 +88,10 @@ class EntropyCollapse:
         ]
 
     def _witnessed(self, history: History, change: Change) -> np.ndarray:
-        """``[N]`` bool: scores jumped, or nearly all rows saturated at once."""
+        """``[N]`` bool: scores jumped; or nearly all rows saturated at once though no score is large, as where all others fell."""
         jumped = change.ratio >= jump_needed(history, change.steps, self.jump)
-        saturated = (change.saturated_rise >= self.saturates) & (change.steps <= self.sudden_steps)
+        silent = history.now("max_logit") < SCORE_FLOOR
+        saturated = silent & (change.saturated_rise >= self.saturates) & (change.steps <= self.sudden_steps)
         witnessed: np.ndarray = jumped | saturated
         return witnessed
 

@@ -83,9 +83,12 @@ def row(case: Case, judge: Judge, every: int) -> Row:
 
 
 def _type_right(case: Case, alarm: Alarm) -> bool:
+    of_queries_and_keys = alarm.type == "update_spike" and alarm.layer is not None
     if case.cause == "attention":
-        return alarm.type in ATTENTION
-    return alarm.head is None or alarm.type == "non_finite"  # the head whose rows held the first bad number is no blame
+        return alarm.type in ATTENTION or of_queries_and_keys
+    if alarm.type == "non_finite":
+        return True  # the head whose rows held the first bad number is no blame
+    return alarm.head is None and not of_queries_and_keys
 
 
 def share(hits: int, of: int) -> str:
