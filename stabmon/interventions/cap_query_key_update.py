@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ class CapQueryKeyUpdate(Intervention):
     r"""While it is held, each step's change of a layer's queries and keys is scaled by :math:`\min(1, c\,\|W\| / \|\Delta W\|)`.
 
     W is everything that makes the layer's queries and keys, :math:`\Delta W` what a step changed of it, and c is ``times`` the share
-    :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the readings before). It takes out what a rate that is wrong
-    for queries and keys alone does, whatever caused it and however large it is, and nothing else: a healthy run's steps stay below it.
+    :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the readings before). It takes out what a rate does that
+    is wrong for queries and keys alone, whatever caused it and however large it is, and nothing else: a healthy run's steps stay below.
     Scores that have grown already it leaves as they are (clip them). Copies W_q and W_k from before each step to after it.
 
     Source:

@@ -31,8 +31,8 @@ FAMILIES: Mapping[str, Family] = {
     "loss_spike": "loss",
 }
 """Issues that the same acts repair. Families are treated in the order of :data:`ORDER`: what is not finite first, then a rate that
-jumped, then scores, of which the cause is known by its head, and beside them steps of a layer's queries and keys alone; then what is seen in the
-loss alone. Where the rate jumped all weights have moved: then the loss comes before the scores, and is gone back from."""
+jumped, then scores, of which the cause is known by its head, and beside them steps of a layer's queries and keys alone; then what is
+seen in the loss alone. Where the rate jumped all weights have moved: then the loss comes before the scores, and is gone back from."""
 
 ORDER: Mapping[Family, tuple[str, ...]] = {
     "non_finite": ("rollback", "stop"),

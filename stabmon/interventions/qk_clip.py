@@ -90,7 +90,8 @@ class QkClip(Intervention):
             return self.target
         if issue.issue_type == "precision_insufficient" and issue.layer in run.history.layers and issue.head is not None:
             now = float(run.history.now("max_logit")[run.history.of_layer(issue.layer)][issue.head])
-            return max(self.floor, now * 2.0 ** (issue.threshold - issue.value - 1))  # a bit is a factor of two
+            fitting: float = 2.0 ** (issue.threshold - issue.value - 1)  # a bit is a factor of two
+            return max(self.floor, now * fitting)
         past = own_past(run, issue)
         aim = max(self.floor, self.times_own_past * past if np.isfinite(past) else 0.0)
         info = run.history.info.get(issue.layer or "")

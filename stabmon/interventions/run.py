@@ -41,7 +41,7 @@ class Marks:
         self._callbacks: dict[Mark, list[Callable[..., None]]] = {"attention": [], "before_optimizer_step": [], "on_step": []}
 
     def add(self, mark: Mark, callback: Callable[..., None], *, first: bool = False) -> Callable[[], None]:
-        """Call ``callback`` at ``mark`` from now on, after the others or ``first``; returns what takes it out, which may be called twice."""
+        """Call ``callback`` at ``mark`` from now on, ``first`` or last; returns what takes it out again, which may be called twice."""
         self._callbacks[mark].insert(0 if first else len(self._callbacks[mark]), callback)
 
         def remove() -> None:

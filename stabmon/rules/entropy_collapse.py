@@ -32,10 +32,12 @@ class EntropyCollapse:
     Low entropy is no disease: local heads, sinks, copying and retrieval heads are nearly one-hot and right, and they get there while
     the loss falls, over tens of steps. The head's own past is the measure, and a fall counts as collapse only when it is faster than
     learning: within two readings the head keeps less than ``kept`` of its spread, and its scores jumped at the same time, or, where its
-    scores are all small or negative and so tell nothing, nearly all of its rows saturated at once. The same fall without either witness, or a slow fall to ``floor``, is a warning.
+    scores are all small or negative and so tell nothing, nearly all of its rows saturated at once. The same fall without either
+    witness, or a slow fall to ``floor``, is a warning.
+
     Heads that start without spread (below ``least_past``) have none to lose and are not judged so. But where nearly all heads of a
-    model are saturated from the first reading on, with scores all of one size and no sinks, and the loss falls as fast as it does in a
-    fresh model only, nothing has been learned that could call for it: the initialisation is too large, and that is an alarm.
+    model have little spread from the first reading on, with large scores all of one size and no sinks, and the loss falls as fast as
+    it does in a fresh model only, nothing has been learned that could call for it: the initialisation is too large, and that is an alarm.
     """
 
     kept: float = 0.4
@@ -50,9 +52,9 @@ class EntropyCollapse:
     """Normalised entropy, in [0, 1], below which even a slow fall is worth a look."""
     least_past: float = 0.1
     """Normalised entropy that a head must have had to be judged."""
-    start: float = 0.15
-    """Normalised entropy below which a head is saturated in the first readings, where its largest score is also above ``start_score``."""
-    start_score: float = 30.0
+    start: float = 0.4
+    """Normalised entropy below which a head lacks spread in the first readings, where its largest score is also above ``start_score``."""
+    start_score: float = 15.0
     """Scores of a fresh model are a few at most."""
     start_heads: float = 0.9
     """Share of all heads that must be so."""

@@ -20,9 +20,9 @@ PAST = 22
 class UpdateSpike:
     """W_q and W_k move by a large share of themselves in one step, far beyond what they did before.
 
-    - The rate rose manifold over the largest that the run had seen: a slip in a schedule shows here at the first sampled step, before scores
-      and loss tell of it. A warm-up rises by little from reading to reading, and a warm restart comes back to a rate that was there before:
-      both give nothing. Blames no layer: every weight is moved too far.
+    - The rate rose manifold over the largest that the run had seen: a slip in a schedule shows here at the first sampled step, before
+      scores and loss tell of it. A warm-up rises by little from reading to reading, and a warm restart comes back to a rate that was there
+      before: both give nothing. Blames no layer: every weight is moved too far.
     - The rate did not, and yet a layer's queries and keys are moved ``layer_jump`` times as far as before in two readings one after the
       other, as where the rate of a parameter group is wrong. Blames the layer. One gradient that bursts moves Adam's step by less
       (0.1 / sqrt(1 - beta2) of its usual size, 3.2 times at 0.999), and neither it nor a single jump of the weights comes twice.
