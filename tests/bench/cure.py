@@ -5,9 +5,10 @@
     python tests/bench/cure.py --all           train under guard also what gave no alarm
 
 A run is repaired if its final validation loss is within 0.10 nats of the twin's. What is done to a run goes on being done: weights that
-are scaled at each step are scaled at each step under guard too. What gave no alarm is not acted on, and a run under guard that is not acted on is bit for
-bit the run without it (tests/test_guarding.py), so it counts as it was, unless ``--all`` says to see for oneself. The order and the
-targets of the acts were set on the tuned half of the runs (``--half tuned``) and on others before; what is printed is the other half.
+are scaled at each step are scaled at each step under guard too. What gave no alarm is not acted on, and a run under guard that is not
+acted on is bit for bit the run without it (tests/test_guarding.py), so it counts as it was, unless ``--all`` says to see for oneself. The
+order and the targets of the acts were set on the tuned half of the runs (``--half tuned``) and on others before; what is printed is the
+other half.
 """
 
 from __future__ import annotations
