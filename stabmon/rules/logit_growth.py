@@ -35,16 +35,16 @@ class LogitGrowth:
       newest readings still rises so that it meets ``harm`` no later than it took to come here; or
     - harm: a score above ``harm`` that still doubles, or that is ``runaway`` times the head's first readings, without spread.
 
-    A loss that clearly falls over the same span speaks for learning: a jump must then be a quarter more, a run-away 1.6 times as much.
-    Growth without lost spread, or a line that meets ``harm`` within ``horizon`` readings, is a warning with a forecast.
+    A loss that clearly falls over the same span speaks for learning: growth must then be a quarter more. Growth
+    without lost spread, or a line that meets ``harm`` within ``horizon`` readings, is a warning with a forecast.
     """
 
     jump: float = 4.0
     """Times its own past within one step; plus ``jump`` again for each 100 steps in between, up to three times ``jump``."""
-    runaway: float = 5.0
+    runaway: float = 8.0
     """Times its own past that a score must grow within few steps; twice as much over ``runaway_steps``."""
     runaway_steps: int = 300
-    """Steps beyond which growth is slow sharpening: then a score that grew tenfold doubled in no less than 90."""
+    """Steps beyond which growth is slow sharpening: then a score that grew 16-fold doubled in no less than 75."""
     harm: float = 1_000.0
     """Score from which training suffers in published runs (Wortsman et al. 2023, Kimi K2); all above 1e4 diverged."""
     horizon: int = 20
@@ -74,7 +74,7 @@ class LogitGrowth:
             lost = (change.kept <= 0.5) | (change.saturated_rise >= 0.25)
             grown, how = change.ratio >= needed, "jump"
         else:
-            patience = 1.6 if loss_fell(history, change.steps) else 1.0
+            patience = 1.25 if loss_fell(history, change.steps) else 1.0
             needed = patience * self.runaway * (1 + change.steps / self.runaway_steps)
             lost = (change.kept <= 0.35) & ~(change.saturated_rise < 0.1)
             rises = (forecast.eta <= change.steps) | (score >= self.harm)
