@@ -1,4 +1,4 @@
-"""What every registered signal, rule and sink must keep to."""
+"""What every registered signal, rule, intervention, controller and sink must keep to."""
 
 import inspect
 from dataclasses import is_dataclass
@@ -7,13 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stabmon.controllers import CONTROLLERS
+from stabmon.controllers.base import Controller, Site
+from stabmon.interventions import INTERVENTIONS, Intervention
+from stabmon.interventions.choose import FAMILIES, ORDER, PREVENTIVE
 from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.registry import Registry
 from stabmon.rules import RULES, History
 from stabmon.signals import SIGNALS
 from stabmon.sinks import SINKS, Sink
 
-REGISTRIES: dict[str, Registry[Any]] = {"signal": SIGNALS, "rule": RULES, "sink": SINKS}
+REGISTRIES: dict[str, Registry[Any]] = {
+    "signal": SIGNALS,
+    "rule": RULES,
+    "intervention": INTERVENTIONS,
+    "controller": CONTROLLERS,
+    "sink": SINKS,
+}
 
 
 def history(values: np.ndarray) -> History:
@@ -86,6 +96,33 @@ def test_a_rule_bears_any_history(name: str, values: np.ndarray) -> None:
 @pytest.mark.parametrize("name", list(RULES))
 def test_a_rule_is_silent_on_a_steady_head(name: str) -> None:
     assert list(RULES[name]().check(history(np.full(40, 0.9)))) == []
+
+
+@pytest.mark.parametrize("name", list(INTERVENTIONS))
+def test_an_intervention_is_a_frozen_dataclass_with_plain_settings(name: str) -> None:
+    made = INTERVENTIONS[name]()
+    assert isinstance(made, Intervention)
+    assert made.name == name
+    assert inspect.getdoc(INTERVENTIONS[name])
+    assert all(isinstance(value, (bool, int, float, str, type(None))) for value in made.settings.values())
+    with pytest.raises((AttributeError, TypeError)):
+        made.anything = 1  # type: ignore[attr-defined]
+
+
+def test_every_act_that_is_chosen_by_itself_is_registered_and_every_other_is_not_chosen_by_itself() -> None:
+    chosen = {name for names in (*ORDER.values(), PREVENTIVE) for name in names}
+    standing = {name for name in INTERVENTIONS if INTERVENTIONS[name].standing}
+    assert chosen | standing == set(INTERVENTIONS)
+    assert set(FAMILIES) == set(RULES)
+
+
+@pytest.mark.parametrize("name", list(CONTROLLERS))
+def test_a_controller_is_documented_and_its_parameters_are_its_own(name: str) -> None:
+    site = Site("layers.0.attention", heads=2, width=8, index=0, count=2)
+    made = CONTROLLERS[name](site)
+    assert isinstance(made, Controller)
+    assert inspect.getdoc(CONTROLLERS[name])
+    assert all(np.isfinite(each.detach().numpy()).all() for each in made.parameters())
 
 
 @pytest.mark.parametrize("name", list(SINKS))

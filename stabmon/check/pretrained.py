@@ -169,20 +169,21 @@ def _transformers() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' warnings and progress bars are held back, where it is in use: standard error is for one line of ours."""
+    """Warnings and progress bars of transformers and its hub are held back, where in use: standard error is for one line of ours."""
     if "transformers" not in sys.modules:
         yield
         return
-    logger = logging.getLogger("transformers")
-    level = logger.level
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("transformers", "huggingface_hub"))}
     theirs: Any = _transformers().utils.logging
 
     bars = theirs.is_progress_bar_enabled()
-    logger.setLevel(logging.CRITICAL)
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     theirs.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
         if bars:
             theirs.enable_progress_bar()

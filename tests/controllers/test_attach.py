@@ -217,3 +217,21 @@ def test_loading_into_another_base_is_refused(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match=r"self_attn was .*heads"):
         load_controllers(wider, tmp_path)
     assert tokens()
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "options"),
+    [("gpt2-sdpa", "info_density", {"form": "both"}), ("llama-sdpa", "linear_ramp", {"learned": True})],
+)
+def test_a_compiled_model_gives_and_learns_the_same(family: str, kind: str, options: dict[str, Any]) -> None:
+    model, inputs, controllers = built(family, kind, **options)
+    loss = output_of(model, inputs).square().mean()
+    loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in controllers.named_parameters()}
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = output_of(torch.compile(model, backend="aot_eager"), inputs).square().mean()
+    compiled.backward()
+    torch.testing.assert_close(compiled, loss, atol=1e-6, rtol=1e-5)
+    for name, parameter in controllers.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-6, rtol=1e-4)
