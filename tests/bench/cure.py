@@ -83,7 +83,7 @@ def main() -> int:
     parser = options(__doc__, INTERVALS)
     parser.add_argument("--all", action="store_true", help="train under guard also what gave no alarm")
     args = parser.parse_args()
-    found = cases(chosen(args.each, args.half), args.out, args.jobs)
+    found = cases(chosen(args), args.out, args.jobs)
     found += healthy_twins(found)
     ill = [args.all or case.outcome.failed or bool(alarms_of(case, args.every)) for case in found]
     trained = iter(

@@ -2,6 +2,7 @@
 
     python tests/bench/foresight.py                 two runs of each kind, about 40 minutes on two cores
     python tests/bench/foresight.py --each 4        four of each
+    python tests/bench/foresight.py --only init     some kinds
     python tests/bench/foresight.py --half tuned    the half of the runs that levels may be tuned on
 
 Every run is trained watched at each fifth step, and so is its healthy twin; alarms are then raised again from the readings of every
@@ -133,7 +134,7 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
 def main() -> int:
     """Print the tables and write the per-run ones. Returns the exit status: 0, since aims are told, not enforced."""
     args = options(__doc__, INTERVALS).parse_args()
-    found = cases(chosen(args.each, args.half), args.out, args.jobs)
+    found = cases(chosen(args), args.out, args.jobs)
     found += healthy_twins(found)
     judges: dict[str, Judge] = {"stabmon": alarms_of, **BASELINES}
     rows = {name: [row(case, judge, args.every) for case in found] for name, judge in judges.items()}

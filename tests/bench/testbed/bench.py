@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from testbed.recipes import Recipe, recipes
+from testbed.recipes import KINDS, Recipe, recipes
 from testbed.trainer import Run, train
 
 Job = tuple[Recipe, str | None, int]
@@ -25,6 +25,7 @@ def options(description: str | None, intervals: Sequence[int]) -> argparse.Argum
     """The command line of a study."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=2, help="runs of each kind")
+    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND", help="kinds of run")
     parser.add_argument("--every", type=int, default=intervals[0], choices=intervals, help="steps between readings")
     parser.add_argument("--half", choices=["held-back", "tuned", "both"], default="held-back", help="which runs to report on")
     parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, one thread each")
@@ -32,9 +33,10 @@ def options(description: str | None, intervals: Sequence[int]) -> argparse.Argum
     return parser
 
 
-def chosen(each: int, half: str) -> list[Recipe]:
-    """The recipes of one half, or of both."""
-    return [recipe for recipe in recipes(each) if half == "both" or recipe.held_back == (half == "held-back")]
+def chosen(args: argparse.Namespace) -> list[Recipe]:
+    """The recipes of some kinds, of one half or of both."""
+    found = [recipe for recipe in recipes(args.each) if recipe.kind in args.only]
+    return [recipe for recipe in found if args.half == "both" or recipe.held_back == (args.half == "held-back")]
 
 
 def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
