@@ -10,7 +10,7 @@ import pytest
 from stabmon.controllers import CONTROLLERS
 from stabmon.controllers.base import Controller, Site
 from stabmon.interventions import INTERVENTIONS, Intervention
-from stabmon.interventions.choose import FAMILIES, ORDER, PREVENTIVE
+from stabmon.interventions.choose import ORDER, PREVENTIVE
 from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.registry import Registry
 from stabmon.rules import RULES, History
@@ -113,7 +113,6 @@ def test_every_act_that_is_chosen_by_itself_is_registered_and_every_other_is_not
     chosen = {name for names in (*ORDER.values(), PREVENTIVE) for name in names}
     standing = {name for name in INTERVENTIONS if INTERVENTIONS[name].standing}
     assert chosen | standing == set(INTERVENTIONS)
-    assert set(FAMILIES) == set(RULES)
 
 
 @pytest.mark.parametrize("name", list(CONTROLLERS))

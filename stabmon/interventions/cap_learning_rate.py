@@ -14,7 +14,8 @@ from stabmon.interventions.run import TrainingRun
 @intervention
 @dataclass(frozen=True)
 class CapLearningRate(Intervention):
-    """While it is held, no parameter group's rate is used above ``times`` the largest that was scheduled before it jumped.
+    """While it is held, no parameter group's rate is used above ``times`` the largest that was scheduled before it jumped; where it was too
+    high from the start, above ``times`` the rate that fits by what a step changed of the weights.
 
     What a schedule or a parameter group does by mistake is taken out, and nothing else: where the scheduled rates are lower they are used
     as they are, so that a healthy run pays nothing. Schedulers, checkpoints and loggers see the rates that they set.
@@ -32,7 +33,8 @@ class CapLearningRate(Intervention):
     def _start(self, run: TrainingRun) -> Effect:
         if self.cap is not None:
             return self._hold(run, self.cap)
-        before = [issue.evidence.get("highest_rate_before") for issue in self.issues if issue.issue_type == "update_spike"]
+        evidence = [issue.evidence for issue in self.issues if issue.issue_type == "update_spike"]
+        before = [each.get("highest_rate_before", each.get("fitting_rate")) for each in evidence]
         highest = [float(rate) for rate in before if isinstance(rate, (int, float)) and rate > 0]
         if not highest:
             raise CannotApply("it is not known which rate was too high: give an issue of type update_spike, or a cap")

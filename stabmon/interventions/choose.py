@@ -116,6 +116,8 @@ class Chooser:
         pending = [trial for trial in self.trials if trial.outcome == "pending"]
         busy = {key for trial in pending for key in trial.keys}
         run_wide = any(trial.applied.intervention.run_wide for trial in pending)
+        if again := self._begin_again(alarms):
+            return self.acts["rollback"].aimed_at(again, self._why("rollback", again))
         families = {family_of(issue) for issue in alarms}
         for family in _in_order(families):
             waiting = dict.fromkeys(key_of(issue) for issue in alarms if family_of(issue) == family)
@@ -133,9 +135,24 @@ class Chooser:
                 chosen = {key for key, (each, _) in choices.items() if each == name}
                 issues = [issue for issue in alarms if key_of(issue) in chosen]
                 return self.acts[name].aimed_at(issues, self._why(name, issues))
-            if family != "rate" and not (family == "scores" and "step" in families):
+            waits = any(key in busy for key in waiting)
+            if not (family == "rate" or (family == "loss" and not waits) or (family == "scores" and "step" in families)):
                 return None  # a known cause is being treated, or nothing can be done: no act on its consequences
         return None
+
+    def _begin_again(self, alarms: Sequence[StabilityIssue]) -> list[StabilityIssue]:
+        """Alarms of a rate that was too high from the start, once it is capped: what was trained with it is not worth keeping."""
+        tried = {(t.applied.intervention.name, key) for t in self.trials for key in t.keys}
+        return [
+            issue
+            for issue in alarms
+            if issue.evidence.get("fitting_rate") is not None
+            and "rollback" in self.acts
+            and ("cap_learning_rate", key_of(issue)) in tried
+            and ("rollback", key_of(issue)) not in tried
+            and "rollback" not in self._ruled_out.get(key_of(issue), ())
+            and len(self.trials) < self.budget.acts
+        ]
 
     def note_applied(self, applied: Applied) -> None:
         """An act that :meth:`propose` gave, or a person's own, was applied."""

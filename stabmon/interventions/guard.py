@@ -70,6 +70,7 @@ class Guard:
         for act in self.chooser.acts.values():
             if isinstance(act, Rollback):
                 self.run.states = HealthyStates(self.run, every=act.every, confirm=act.confirm, memory_gb=act.memory_gb)
+                self.run.states.begin()
             if act.standing:
                 try:
                     act.aimed_at((), "in place from the start").apply(self.run)
@@ -154,6 +155,8 @@ class Guard:
             applied = self.apply(act)
             if applied is not None:
                 done.append(applied)
+                if isinstance(act, Rollback):
+                    break  # what is ill was so in a state that is left behind
         if self.run.states is not None:
             self.run.states.offer(healthy and not done and not any(issue.is_alarm for issue in issues))
         return done

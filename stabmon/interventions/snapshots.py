@@ -108,8 +108,14 @@ class HealthyStates:
         self.every, self.confirm, self.memory_gb = every, confirm, memory_gb
         self._healthy: Snapshot | Path | None = None
         self._candidate: Snapshot | Path | None = None
+        self._left = 0
+        """Samples for which the state in which training began is still kept; 0 where it is not."""
         self._age = 0
         self._said = False
+
+    def begin(self, samples: int = 16) -> None:
+        """Keep the state in which training begins, to begin again from; without a healthy one after so many samples it is too far away."""
+        self._healthy, self._left = self._keep(), samples
 
     @property
     def newest(self) -> Snapshot | None:
@@ -120,6 +126,11 @@ class HealthyStates:
 
     def offer(self, healthy: bool) -> None:
         """Say after each sampled step whether the run is healthy: loss and gradients finite, no alarm open."""
+        if self._left:
+            self._left -= 1
+            if not self._left:
+                self._drop(self._healthy)
+                self._healthy = None
         if not healthy:
             self._drop(self._candidate)
             self._candidate = None
@@ -127,7 +138,7 @@ class HealthyStates:
         self._age += 1
         if self._candidate is not None and self._age >= self.confirm:
             self._drop(self._healthy)
-            self._healthy, self._candidate = self._candidate, None
+            self._healthy, self._candidate, self._left = self._candidate, None, 0
         if self._candidate is None and (self._healthy is None or self._age >= self.every):
             self._candidate, self._age = self._keep(), 0
 
@@ -152,7 +163,7 @@ class HealthyStates:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Find the healthy state on disk again."""
-        self._healthy = Path(state["healthy"]) if state["healthy"] else None
+        self._healthy, self._left = Path(state["healthy"]) if state["healthy"] else None, 0
 
     def _keep(self) -> Snapshot | Path | None:
         if 2 * snapshot_bytes(self.run) > self.memory_gb * 1e9 and self.run.run_dir is None:

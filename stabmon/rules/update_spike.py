@@ -14,6 +14,9 @@ from stabmon.rules.history import History
 PAST = 22
 """Newest readings that are looked at: the median of all but two is what a step used to change."""
 
+FIRST = 8
+"""Readings that show whether the rate was too high from the start."""
+
 
 @rule
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class UpdateSpike:
     - The rate did not, and yet a layer's queries and keys are moved ``layer_jump`` times as far as before in two readings one after the
       other, as where the rate of a parameter group is wrong. Blames the layer. One gradient that bursts moves Adam's step by less
       (0.1 / sqrt(1 - beta2) of its usual size, 3.2 times at 0.999), and neither it nor a single jump of the weights comes twice.
+    - From the first readings on two in a row moved them by more than any healthy run's, and heads have broken since: the rate was too high
+      from the start. The rate that fits is told, at which a step would have changed ``fitting`` of them. Blames no layer.
     """
 
     rate_jump: float = 4.0
@@ -36,6 +41,8 @@ class UpdateSpike:
     """Times the median of that share over the newest readings before."""
     layer_jump: float = 6.0
     """Times the layer's own past that its share must be where the rate did not jump."""
+    fitting: float = 0.025
+    """Share that the first readings of healthy runs come to."""
     least_past: int = 4
     """Readings that must be known before any is judged."""
     still_ill: float = 0.6
@@ -44,8 +51,38 @@ class UpdateSpike:
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue for the run, of which ``value`` and ``threshold`` are the rate and the rate at which it is too high; else one a layer,
         of which they are the share of W_q and W_k that the step changed and the share at which it is too large."""
-        found = self._of_rate(history)
+        found = self._of_rate(history) or self._from_the_start(history)
         return found or [issue for layer in history.latest.query_key for issue in self._of_layer(history, layer)]
+
+    def _from_the_start(self, history: History) -> list[StabilityIssue]:
+        first = history.readings[:FIRST]
+        shares = np.array([_share_moved(reading) for reading in first])
+        rates = [reading.learning_rate for reading in first]
+        twice = np.fmin(shares[1:], shares[:-1])
+        broken = any(history.is_open(kind).any() for kind in ("logit_growth", "entropy_collapse"))
+        moved, now = _share_moved(history.latest), history.latest.learning_rate
+        if not broken or len(history) >= history.length or not (twice >= self.update).any() or now is None:
+            return []
+        worst = int(np.nanargmax(shares))
+        fitting = float((rates[worst] or now) * self.fitting / shares[worst])
+        if not (moved >= self.still_ill * self.update and now > fitting):
+            return []
+        return [
+            StabilityIssue(
+                step=history.latest.step,
+                layer=None,
+                head=None,
+                issue_type="update_spike",
+                severity="error",
+                value=now,
+                threshold=fitting,
+                suggestion=(
+                    f"The rate is too high from the start: a step changed {shares[worst]:.0%} of W_q and W_k. Start again with a peak rate "
+                    f"of {fitting:.2g} or a longer warm-up, or cap it there now (cap_learning_rate)."
+                ),
+                evidence={"fitting_rate": fitting, "query_key_update": moved, "largest_query_key_update": float(shares[worst])},
+            )
+        ]
 
     def _of_layer(self, history: History, layer: str) -> list[StabilityIssue]:
         readings = [reading for reading in history.readings[-PAST:] if layer in reading.query_key]

@@ -58,6 +58,13 @@ def test_a_cap_of_ones_own_takes_no_issue() -> None:
     assert moved(run) == pytest.approx([0.5, 0.25], abs=1e-6)
 
 
+def test_a_rate_too_high_from_the_start_is_held_at_the_one_that_fits() -> None:
+    run = make()
+    too_high = StabilityIssue(5, None, None, "update_spike", "error", 2.0, 0.2, "", evidence={"fitting_rate": 0.2})
+    CapLearningRate().apply(run, too_high)
+    assert moved(run) == pytest.approx([0.2, 0.1], abs=1e-6)
+
+
 def test_it_is_held_again_after_a_restart() -> None:
     state = CapLearningRate().apply(make(), issue()).state_dict()
     run = make()

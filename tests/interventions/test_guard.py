@@ -93,6 +93,44 @@ def test_the_first_choice(issues: list[StabilityIssue], expected: list[str]) -> 
     assert names(guard_of(*ALL).act(issues, True)) == expected
 
 
+CAPS = [Fake(called=name) for name in ("cap_learning_rate", "cap_query_key_update")]
+TOO_HIGH = replace(issue("update_spike"), evidence={"fitting_rate": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("issues", "expected"),
+    [
+        ([issue("update_spike")], ["cap_learning_rate"]),
+        ([issue("update_spike"), HEAD], ["cap_learning_rate", "qk_clip"]),
+        ([issue("update_spike"), HEAD, issue("loss_spike")], ["cap_learning_rate", "rollback"]),
+        ([issue("update_spike", "a"), HEAD], ["qk_clip", "cap_query_key_update"]),
+        ([issue("update_spike", "a"), issue("loss_spike")], ["cap_query_key_update"]),
+        ([TOO_HIGH], ["cap_learning_rate", "rollback"]),
+        ([TOO_HIGH, HEAD], ["cap_learning_rate", "rollback"]),
+    ],
+)
+def test_steps_that_are_too_large_are_bounded_beside_what_they_did(issues: list[StabilityIssue], expected: list[str]) -> None:
+    guard = guard_of(*ALL, *CAPS)
+    assert names(guard.act(issues, True))[: len(expected)] == expected
+    assert "rollback" not in names(guard.act(issues, True)), "once"
+
+
+def test_after_a_rollback_nothing_else_is_done_about_what_was_ill_before() -> None:
+    run = run_of("gpt2-sdpa", steps=1)
+    guard = Guard(run, make_interventions({"qk_clip": {}, "cap_learning_rate": {}, "rollback": {}}))
+    guard.begin()
+    train_step(run)
+    ill = growth(first_layer(run))
+    assert names(guard.act([TOO_HIGH, ill], True)) == ["cap_learning_rate", "rollback"]
+    assert guard.run.applied[-1].record["after"] == {"state_of_step": 1}
+
+
+def test_where_nothing_healthy_is_there_to_go_back_to_heads_are_treated_all_the_same() -> None:
+    acts = [each for each in ALL if each.called not in ("rollback", "lower_learning_rate")] + CAPS
+    done = guard_of(*acts, Fake(called="rollback", fits=False)).act([TOO_HIGH, HEAD, issue("loss_spike")], True)
+    assert "qk_clip" in names(done)
+
+
 def test_all_heads_that_are_ill_at_once_are_one_act() -> None:
     guard = guard_of(*ALL)
     ill = [issue("logit_growth", "a", head) for head in range(8)] + [issue("entropy_collapse", "a", 3)]
@@ -272,13 +310,15 @@ def test_healthy_states_are_kept_only_while_nothing_is_wrong() -> None:
     guard = guarded()
     run = guard.run
     assert run.states is not None
+    began = run.states.newest
+    assert began is not None, "that in which training begins"
     guard.act([growth("elsewhere", None)], True)
-    assert run.states.newest is None
     guard.act([], False)
-    assert run.states.newest is None
+    assert run.states.newest is began
     guard.act([], True)
     guard.act([], True)
-    assert run.states.newest is not None
+    guard.act([], True)
+    assert run.states.newest not in (began, None)
 
 
 def test_an_idle_guard_changes_no_bit_of_training() -> None:

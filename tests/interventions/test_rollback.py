@@ -136,3 +136,26 @@ def test_a_snapshot_is_as_large_as_it_says() -> None:
 def test_without_states_it_refuses() -> None:
     with pytest.raises(CannotApply, match="from the start"):
         Rollback().apply(run_of("gpt2-sdpa"))
+
+
+def test_the_beginning_is_kept_until_something_healthy_or_too_many_samples_have_come() -> None:
+    run = run_of("gpt2-sdpa")
+    run.optimizer.zero_grad()
+    before = all_bits(run)
+    states = run.states = HealthyStates(run, every=1, confirm=1)
+    states.begin(samples=3)
+    train_step(run)
+    states.offer(False)
+    Rollback().apply(run)
+    run.optimizer.zero_grad()
+    assert differences(without(before, "random"), without(all_bits(run), "random")) == [], "moments were not there yet"
+    states.offer(False)
+    assert states.newest is not None
+    states.offer(False)
+    assert states.newest is None
+    states.begin(samples=3)
+    for _ in range(4):
+        train_step(run)
+        states.offer(True)
+    assert states.newest is not None
+    assert states.newest.step > 0

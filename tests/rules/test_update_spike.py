@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from stabmon.records import QueryKeyStep, Reading
+from stabmon.rules.logit_growth import LogitGrowth
 from stabmon.rules.update_spike import UpdateSpike
-from tests.rules.trajectories import alarms, run
+from tests.rules.trajectories import alarms, readings, run, shape, signals
 
 
 def watched(rates, shares, every=10):
@@ -73,6 +75,28 @@ def test_queries_and_keys_that_alone_move_too_far_twice_blame_their_layer(share)
     assert [(issue.step, issue.layer, issue.head, issue.state) for issue in found] == [(100, "a", None, "opened")]
     assert found[0].is_alarm
     assert found[0].evidence["usual_query_key_update"] == pytest.approx(0.02)
+
+
+def broken(found):
+    """A head that broke at the fourth reading, beside the weights' steps."""
+    score, entropy = shape(np.full(len(found), 5.0)).copy(), shape(np.full(len(found), 0.9)).copy()
+    score[3:], entropy[3:] = 400.0, 0.01
+    layers = readings(signals(score, entropy))
+    return [replace(r, layers=s.layers, info=s.info) for r, s in zip(found, layers, strict=True)]
+
+
+def test_a_rate_that_is_too_high_from_the_start_is_told_with_the_one_that_fits_once_heads_broke():
+    course = watched([2e-2] * 12, [0.1, 0.2, 0.15] + [0.07] * 9)
+    assert not alarms(run(course, [UpdateSpike(), LogitGrowth()])), "no head broke"
+    found = [issue for issue in alarms(run(broken(course), [UpdateSpike(), LogitGrowth()])) if issue.issue_type == "update_spike"]
+    assert [(issue.step, issue.layer, issue.head) for issue in found] == [(50, None, None)]
+    assert found[0].evidence["fitting_rate"] == pytest.approx(2e-2 * 0.025 / 0.2)
+
+
+@pytest.mark.parametrize("shares", [[0.07] * 12, [0.2] + [0.06] * 11, [0.01] * 3 + [0.07] * 9, [float("nan")] * 12])
+def test_steps_as_healthy_runs_make_them_are_not_blamed_for_broken_heads(shares):
+    found = alarms(run(broken(watched([2e-3] * 12, shares)), [UpdateSpike(), LogitGrowth()]))
+    assert {issue.issue_type for issue in found} == {"logit_growth"}
 
 
 def test_a_layer_closes_when_its_steps_are_small_again():
