@@ -116,6 +116,11 @@ class QueryKeyStep:
     update: float
     """Of what the step changed."""
 
+    @property
+    def share(self) -> float:
+        """What the step changed, over what was there; NaN where that was zero."""
+        return self.update / self.weight if self.weight > 0 else float("nan")
+
 
 @dataclass(frozen=True)
 class NonFinite:

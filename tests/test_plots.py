@@ -11,7 +11,6 @@ import pytest
 from stabmon.plots import short_names, signal_evolution, signal_heatmap
 from stabmon.records import Diagnosis, Reading
 
-pytest.importorskip("matplotlib")
 NAN, INF = float("nan"), float("inf")
 NAMES = ("model.layers.0.self_attn", "model.layers.1.self_attn")
 

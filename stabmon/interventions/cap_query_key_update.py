@@ -134,6 +134,6 @@ class _Capped(Effect):
 
 def _usual(run: TrainingRun, layer: str) -> float:
     """What a step used to change of the layer's queries and keys, over their norm; NaN where that was not seen."""
-    moved = [reading.query_key[layer] for reading in run.history.readings[:-1] if layer in reading.query_key]
-    shares = [each.update / each.weight for each in moved[-PAST:] if each.weight > 0]
+    shares = [reading.query_key[layer].share for reading in run.history.readings[:-1] if layer in reading.query_key]
+    shares = [share for share in shares[-PAST:] if np.isfinite(share)]
     return float(np.median(shares)) if shares else float("nan")

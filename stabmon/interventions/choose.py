@@ -7,54 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from stabmon.interventions.base import Applied, CannotApply, Intervention
-from stabmon.interventions.query_key_norm import RMS_NORM
+from stabmon.interventions.families import ADVICE, FAMILIES, ORDER, PREVENTIVE, Family, Key, family_of, in_order, key_of
 from stabmon.records import StabilityIssue
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
 
-Family = Literal["non_finite", "rate", "scores", "step", "loss"]
-Key = tuple[Family, str | None, int | None]
 Outcome = Literal["pending", "worked", "failed"]
-
-FAMILIES: Mapping[str, Family] = {
-    "non_finite": "non_finite",
-    "update_spike": "rate",
-    "logit_growth": "scores",
-    "entropy_collapse": "scores",
-    "overflow_risk": "scores",
-    "precision_insufficient": "scores",
-    "high_curvature": "scores",
-    "attention_spike": "scores",
-    "gradient_vanishing": "scores",
-    "gradient_explosion": "loss",
-    "loss_spike": "loss",
-}
-"""Issues that the same acts repair. Families are treated in the order of :data:`ORDER`: what is not finite first, then a rate that
-jumped, then scores, of which the cause is known by its head, and beside them steps of a layer's queries and keys alone; then what is
-seen in the loss alone. Where the rate jumped all weights have moved: then the loss comes before the scores, and is gone back from."""
-
-ORDER: Mapping[Family, tuple[str, ...]] = {
-    "non_finite": ("rollback", "stop"),
-    "rate": ("cap_learning_rate", "lower_learning_rate"),
-    "scores": ("qk_clip", "soften_logits", "logit_softcap", "lower_learning_rate"),
-    "step": ("cap_query_key_update", "lower_learning_rate"),
-    "loss": ("rollback", "lower_learning_rate"),
-}
-"""From what repairs most at the least cost to a healthy run. On ten small runs that failed from attention: qk_clip closed the gap in 7
-and cost nothing, temperature in 6 at 0.01 nats, softcap in 1; a tenth of the rate for queries and keys helped where the rate itself
-was the cause, at 0.08."""
-
-PREVENTIVE = ("extend_warmup", "entropy_regularization", "increase_dropout")
-"""No cures: last in every family, and only where the configuration names them."""
-
-ADVICE: Mapping[Family, str] = {
-    "rate": "look at the schedule and the parameter groups around the step, and start from a checkpoint before it",
-    "step": "look at the rate of the parameter group that queries and keys are in",
-    "scores": f"change the architecture so that scores cannot grow: {RMS_NORM}",
-    "non_finite": "find the first bad tensor in issues.jsonl (evidence.first_bad), mend it, and start from a checkpoint before it",
-    "loss": "look at the batches around the spike, and start from a checkpoint before it with a lower rate or tighter clipping",
-}
 
 
 @dataclass(frozen=True)
@@ -116,10 +75,10 @@ class Chooser:
         pending = [trial for trial in self.trials if trial.outcome == "pending"]
         busy = {key for trial in pending for key in trial.keys}
         run_wide = any(trial.applied.intervention.run_wide for trial in pending)
-        if again := self._begin_again(alarms):
+        if again := self._begin_again(alarms, run):
             return self.acts["rollback"].aimed_at(again, self._why("rollback", again))
         families = {family_of(issue) for issue in alarms}
-        for family in _in_order(families):
+        for family in in_order(families):
             waiting = dict.fromkeys(key_of(issue) for issue in alarms if family_of(issue) == family)
             if any(key in busy for key in waiting) and (family == "non_finite" or run_wide):
                 if family == "rate":
@@ -140,18 +99,16 @@ class Chooser:
                 return None  # a known cause is being treated, or nothing can be done: no act on its consequences
         return None
 
-    def _begin_again(self, alarms: Sequence[StabilityIssue]) -> list[StabilityIssue]:
+    def _begin_again(self, alarms: Sequence[StabilityIssue], run: TrainingRun) -> list[StabilityIssue]:
         """Alarms of a rate that was too high from the start, once it is capped: what was trained with it is not worth keeping."""
         tried = {(t.applied.intervention.name, key) for t in self.trials for key in t.keys}
         return [
             issue
             for issue in alarms
             if issue.evidence.get("fitting_rate") is not None
-            and "rollback" in self.acts
             and ("cap_learning_rate", key_of(issue)) in tried
             and ("rollback", key_of(issue)) not in tried
-            and "rollback" not in self._ruled_out.get(key_of(issue), ())
-            and len(self.trials) < self.budget.acts
+            and self._may_be_tried("rollback", key_of(issue), run)
         ]
 
     def note_applied(self, applied: Applied) -> None:
@@ -234,10 +191,15 @@ class Chooser:
         if spent >= self.budget.per_place:
             return "", f"{spent} acts were tried here already"
         allowed = [name for name in self._order(key[0]) if name in self.acts]
-        left = [name for name in allowed if name not in self._ruled_out.get(key, ()) and self._fits(name, key, run)]
+        left = [name for name in allowed if self._may_be_tried(name, key, run)]
         if left:
             return left[0], ""
         return "", f"{', '.join(allowed)} failed or did not fit" if allowed else "no act that is allowed repairs this"
+
+    def _may_be_tried(self, name: str, key: Key, run: TrainingRun) -> bool:
+        """Whether an act is allowed, has not failed here, fits and can be afforded."""
+        within = len(self.trials) < self.budget.acts and sum(key in t.keys for t in self.trials) < self.budget.per_place
+        return within and name in self.acts and name not in self._ruled_out.get(key, ()) and self._fits(name, key, run)
 
     def _fits(self, name: str, key: Key, run: TrainingRun) -> bool:
         """Whether an act is one for such a place, and can be afforded."""
@@ -282,23 +244,6 @@ def _is_back(issue: StabilityIssue, run: TrainingRun) -> bool:
     share = 1.0 if issue.evidence.get("from_the_start") else share  # there is no better past that it is on its way to
     now = run.history.now(signal)[run.history.of_layer(issue.layer)][issue.head]
     return bool(side * now > side * share * issue.threshold)
-
-
-def key_of(issue: StabilityIssue) -> Key:
-    """What an act's success is judged by: kind of issue and place; the run as a whole where it is not about attention."""
-    family = family_of(issue)
-    return (family, issue.layer, issue.head) if family in ("scores", "step") else (family, None, None)
-
-
-def family_of(issue: StabilityIssue) -> Family:
-    """What kind of act repairs an issue of :data:`FAMILIES`."""
-    return "step" if issue.issue_type == "update_spike" and issue.layer is not None else FAMILIES[issue.issue_type]
-
-
-def _in_order(families: Collection[Family]) -> list[Family]:
-    """Those of :data:`ORDER` in the order in which they are treated: see :data:`FAMILIES`."""
-    order: list[Family] = ["non_finite", "rate", "loss", "scores", "step"] if "rate" in families else list(ORDER)
-    return [family for family in order if family in families]
 
 
 def _key(values: Sequence[Any]) -> Key:

@@ -10,7 +10,8 @@ from typing import Any
 import torch.distributed as dist
 
 from stabmon.interventions.base import INTERVENTIONS, Applied, CannotApply, Intervention
-from stabmon.interventions.choose import Budget, Chooser, Key
+from stabmon.interventions.choose import Budget, Chooser
+from stabmon.interventions.families import Key
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.run import TrainingRun
 from stabmon.interventions.snapshots import HealthyStates

@@ -25,7 +25,7 @@ def circumstances(history: History, layer: str | None, log_slope: float = math.n
     return {
         "learning_rate": math.nan if rate is None else rate,
         "log_slope_per_rate": log_slope / rate if rate else math.nan,
-        "query_key_update": math.nan if step is None or not step.weight else step.update / step.weight,
+        "query_key_update": math.nan if step is None else step.share,
         "query_key_gradient": math.nan if step is None or not step.weight else step.gradient / step.weight,
         "loss_change": float(np.median(newer) - np.median(older)) if len(known) >= 8 else math.nan,
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stabmon.records import QueryKeyStep, Reading, StabilityIssue
+from stabmon.records import Reading, StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.history import History
 
@@ -68,14 +68,11 @@ class UpdateSpike:
         if not (moved >= self.still_ill * self.update and now > fitting):
             return []
         return [
-            StabilityIssue(
-                step=history.latest.step,
-                layer=None,
-                head=None,
-                issue_type="update_spike",
-                severity="error",
-                value=now,
-                threshold=fitting,
+            _issue(
+                history,
+                None,
+                now,
+                fitting,
                 suggestion=(
                     f"The rate is too high from the start: a step changed {shares[worst]:.0%} of W_q and W_k. Start again with a peak rate "
                     f"of {fitting:.2g} or a longer warm-up, or cap it there now (cap_learning_rate)."
@@ -86,7 +83,7 @@ class UpdateSpike:
 
     def _of_layer(self, history: History, layer: str) -> list[StabilityIssue]:
         readings = [reading for reading in history.readings[-PAST:] if layer in reading.query_key]
-        shares = np.array([_share(reading.query_key[layer]) for reading in readings])
+        shares = np.array([reading.query_key[layer].share for reading in readings])
         if len(shares) < self.least_past + 2 or not np.isfinite(shares[-1]):
             return []
         usual, level = float(np.nanmedian(shares[:-2])), history.open_level_at("update_spike", layer)
@@ -96,14 +93,11 @@ class UpdateSpike:
         if not (shares[-1] >= self.still_ill * level if is_open else (shares[-2:] >= level).all()):
             return []
         return [
-            StabilityIssue(
-                step=history.latest.step,
-                layer=layer,
-                head=None,
-                issue_type="update_spike",
-                severity="error",
-                value=float(shares[-1]),
-                threshold=float(level),
+            _issue(
+                history,
+                layer,
+                float(shares[-1]),
+                float(level),
                 suggestion=(
                     f"Look at the rate of the parameter group of this layer's queries and keys: a step changes {shares[-1]:.0%} of them, "
                     f"and the rate did not jump. Cap what a step changes of them (cap_query_key_update)."
@@ -125,14 +119,11 @@ class UpdateSpike:
             return []
         evidence = {"highest_rate_before": highest, "query_key_update": moved, "usual_query_key_update": usual}
         return [
-            StabilityIssue(
-                step=history.latest.step,
-                layer=None,
-                head=None,
-                issue_type="update_spike",
-                severity="error",
-                value=now,
-                threshold=self.rate_jump * highest,
+            _issue(
+                history,
+                None,
+                now,
+                self.rate_jump * highest,
                 suggestion=(
                     f"Look at the schedule and the parameter groups: the rate is {now:.2g}, {now / highest:.0f} times the highest before. "
                     "Cap it, and go back to a checkpoint before this step."
@@ -156,12 +147,15 @@ class UpdateSpike:
         return highest if jumped else None
 
 
-def _share(moved: QueryKeyStep) -> float:
-    """What a step changed of W_q and W_k, over their norm; NaN where they are zero."""
-    return moved.update / moved.weight if moved.weight > 0 else float("nan")
+def _issue(
+    history: History, layer: str | None, value: float, threshold: float, *, suggestion: str, evidence: dict[str, float]
+) -> StabilityIssue:
+    return StabilityIssue(
+        history.latest.step, layer, None, "update_spike", "error", value, threshold, suggestion=suggestion, evidence=evidence
+    )
 
 
 def _share_moved(reading: Reading) -> float:
     """The median over layers, NaN where unknown."""
-    shares = [share for share in map(_share, reading.query_key.values()) if np.isfinite(share)]
+    shares = [moved.share for moved in reading.query_key.values() if np.isfinite(moved.share)]
     return float(np.median(shares)) if shares else float("nan")

@@ -13,7 +13,7 @@ from torch import nn
 from interventions.runs import all_bits, differences, first_layer, growth, run_of, scores_of, train_step
 from stabmon.interventions import Budget, CannotApply, Guard, Intervention, TrainingRun, make_interventions
 from stabmon.interventions.base import Effect
-from stabmon.interventions.choose import FAMILIES, ORDER, PREVENTIVE
+from stabmon.interventions.families import FAMILIES, ORDER, PREVENTIVE
 from stabmon.records import StabilityIssue
 from stabmon.rules import RULES
 
@@ -113,6 +113,11 @@ def test_steps_that_are_too_large_are_bounded_beside_what_they_did(issues: list[
     guard = guard_of(*ALL, *CAPS)
     assert names(guard.act(issues, True))[: len(expected)] == expected
     assert "rollback" not in names(guard.act(issues, True)), "once"
+
+
+@pytest.mark.parametrize("budget", [{"rollbacks": 0}, {"acts": 1}, {"per_place": 1}])
+def test_to_begin_again_is_within_the_budget(budget: dict[str, int]) -> None:
+    assert names(guard_of(*ALL, *CAPS, **budget).act([TOO_HIGH], True)) == ["cap_learning_rate"]
 
 
 def test_after_a_rollback_nothing_else_is_done_about_what_was_ill_before() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from stabmon.sinks import SINKS, SinkGroup
@@ -12,8 +13,6 @@ from stabmon.sinks.mlflow import MlflowSink
 from stabmon.sinks.scalars import dashboard_scalars
 
 from .samples import META, issue, reading
-
-mlflow = pytest.importorskip("mlflow")
 
 
 @pytest.fixture(autouse=True)

@@ -4,14 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.tensorboard import TensorboardSink
 
 from .samples import LAYERS, META, issue, reading
-
-event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
 
 def read(folder: Path):  # type: ignore[no-untyped-def]

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.wandb import WandbSink
 
 from .samples import LAYERS, META, issue, reading
-
-wandb: Any = pytest.importorskip("wandb")
 
 
 @pytest.fixture(autouse=True)
