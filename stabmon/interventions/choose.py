@@ -79,9 +79,11 @@ class Chooser:
             return self.acts["rollback"].aimed_at(again, self._why("rollback", again))
         families = {family_of(issue) for issue in alarms}
         for family in in_order(families):
+            if family == "loss" and "rate" not in families and any(key[0] == "drive" for key in busy):
+                return None  # a known cause is being treated
             waiting = dict.fromkeys(key_of(issue) for issue in alarms if family_of(issue) == family)
             if any(key in busy for key in waiting) and (family == "non_finite" or run_wide):
-                if family == "rate":
+                if family in ("rate", "drive"):
                     continue
                 return None  # wait and see
             choices = {key: self._next(key, run) for key in waiting if key not in busy}
@@ -95,18 +97,21 @@ class Chooser:
                 issues = [issue for issue in alarms if key_of(issue) in chosen]
                 return self.acts[name].aimed_at(issues, self._why(name, issues))
             waits = any(key in busy for key in waiting)
-            if not (family == "rate" or (family == "loss" and not waits) or (family == "scores" and "step" in families)):
+            if not (
+                family in ("rate", "drive") or (family == "loss" and not waits) or (family == "scores" and "step" in families)
+            ):
                 return None  # a known cause is being treated, or nothing can be done: no act on its consequences
         return None
 
     def _begin_again(self, alarms: Sequence[StabilityIssue], run: TrainingRun) -> list[StabilityIssue]:
-        """Alarms of a rate that was too high from the start, once it is capped: what was trained with it is not worth keeping."""
+        """Alarms of a rate that was too high from the start, or of a layer that is moved too far, once that is capped: what was trained
+        so is not worth keeping."""
         tried = {(t.applied.intervention.name, key) for t in self.trials for key in t.keys}
         return [
             issue
             for issue in alarms
-            if issue.evidence.get("fitting_rate") is not None
-            and ("cap_learning_rate", key_of(issue)) in tried
+            if (family_of(issue) == "step" or issue.evidence.get("fitting_rate") is not None)
+            and {("cap_learning_rate", key_of(issue)), ("cap_query_key_update", key_of(issue))} & tried
             and ("rollback", key_of(issue)) not in tried
             and self._may_be_tried("rollback", key_of(issue), run)
         ]
@@ -208,7 +213,7 @@ class Chooser:
             return sum(trial.applied.intervention.name == name for trial in self.trials) < self.budget.rollbacks
         if name == "lower_learning_rate":
             if getattr(act, "where", None) == "query_key":
-                return family in ("scores", "step")
+                return family in ("drive", "scores", "step")
             return run.rate_factor * float(getattr(act, "factor", 1.0)) >= self.budget.least_rate
         return True
 

@@ -8,7 +8,7 @@ from typing import Literal
 from stabmon.interventions.query_key_norm import RMS_NORM
 from stabmon.records import StabilityIssue
 
-Family = Literal["non_finite", "rate", "scores", "step", "loss"]
+Family = Literal["non_finite", "rate", "drive", "scores", "step", "loss"]
 Key = tuple[Family, str | None, int | None]
 
 FAMILIES: Mapping[str, Family] = {
@@ -25,12 +25,14 @@ FAMILIES: Mapping[str, Family] = {
     "loss_spike": "loss",
 }
 """Issues that the same acts repair. Families are treated in the order of :data:`ORDER`: what is not finite first, then a rate that
-jumped, then scores, of which the cause is known by its head, and beside them steps of a layer's queries and keys alone; then what is
-seen in the loss alone. Where the rate jumped all weights have moved: then the loss comes before the scores, and is gone back from."""
+jumped; then what drives a layer, then scores, of which the cause is known by its head, and beside them steps of a layer's queries and
+keys alone; then what is seen in the loss alone. Where the rate jumped all weights have moved: then the loss comes before the scores,
+and is gone back from."""
 
 ORDER: Mapping[Family, tuple[str, ...]] = {
     "non_finite": ("rollback", "stop"),
     "rate": ("cap_learning_rate", "lower_learning_rate"),
+    "drive": ("cap_query_key_norm", "qk_clip", "soften_logits", "lower_learning_rate"),
     "scores": ("qk_clip", "soften_logits", "logit_softcap", "lower_learning_rate"),
     "step": ("cap_query_key_update", "lower_learning_rate"),
     "loss": ("rollback", "lower_learning_rate"),
@@ -45,6 +47,7 @@ PREVENTIVE = ("extend_warmup", "entropy_regularization", "increase_dropout")
 ADVICE: Mapping[Family, str] = {
     "rate": "look at the schedule and the parameter groups around the step, and start from a checkpoint before it",
     "step": "look at the rate of the parameter group that queries and keys are in",
+    "drive": "look for what multiplies the layer's W_q and W_k, or the scale of its scores",
     "scores": f"change the architecture so that scores cannot grow: {RMS_NORM}",
     "non_finite": "find the first bad tensor in issues.jsonl (evidence.first_bad), mend it, and start from a checkpoint before it",
     "loss": "look at the batches around the spike, and start from a checkpoint before it with a lower rate or tighter clipping",
@@ -54,15 +57,17 @@ ADVICE: Mapping[Family, str] = {
 def key_of(issue: StabilityIssue) -> Key:
     """What an act's success is judged by: kind of issue and place; the run as a whole where it is not about attention."""
     family = family_of(issue)
-    return (family, issue.layer, issue.head) if family in ("scores", "step") else (family, None, None)
+    return (family, issue.layer, issue.head) if family in ("drive", "scores", "step") else (family, None, None)
 
 
 def family_of(issue: StabilityIssue) -> Family:
     """What kind of act repairs an issue of :data:`FAMILIES`."""
+    if issue.issue_type == "logit_growth" and issue.head is None:
+        return "drive"
     return "step" if issue.issue_type == "update_spike" and issue.layer is not None else FAMILIES[issue.issue_type]
 
 
 def in_order(families: Collection[Family]) -> list[Family]:
     """Those of :data:`ORDER` in the order in which they are treated: see :data:`FAMILIES`."""
-    order: list[Family] = ["non_finite", "rate", "loss", "scores", "step"] if "rate" in families else list(ORDER)
+    order: list[Family] = ["non_finite", "rate", "loss", "drive", "scores", "step"] if "rate" in families else list(ORDER)
     return [family for family in order if family in families]

@@ -65,7 +65,7 @@ class QkClip(Intervention):
         aims: dict[Place, float] = {}
         for issue in self.issues:
             for place in _heads(run, issue):
-                aims[place] = min(self.aim(run, issue), aims.get(place, np.inf))
+                aims[place] = min(self.aim(run, issue, place[1]), aims.get(place, np.inf))
         if not aims:
             raise CannotApply("no head is named: give an issue that names its layer")
         clip = HeldClip(run, aims)
@@ -84,15 +84,15 @@ class QkClip(Intervention):
         clip.watch(hold=self.hold)
         return clip
 
-    def aim(self, run: TrainingRun, issue: StabilityIssue) -> float:
-        """The score to clip to for the head that ``issue`` names."""
+    def aim(self, run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:
+        """The score to clip to for the head that ``issue`` names, or for ``head`` where it names its layer alone."""
         if self.target is not None:
             return self.target
         if issue.issue_type == "precision_insufficient" and issue.layer in run.history.layers and issue.head is not None:
             now = float(run.history.now("max_logit")[run.history.of_layer(issue.layer)][issue.head])
             fitting: float = 2.0 ** (issue.threshold - issue.value - 1)  # a bit is a factor of two
             return max(self.floor, now * fitting)
-        past = own_past(run, issue)
+        past = own_past(run, issue, head)
         aim = max(self.floor, self.times_own_past * past if np.isfinite(past) else 0.0)
         info = run.history.info.get(issue.layer or "")
         return aim if info is None else min(aim, FORMATS.get(info.dtype, 3.0e38) * info.scale)

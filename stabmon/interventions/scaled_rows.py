@@ -43,7 +43,7 @@ class ScaledRows:
     """
 
     def __init__(self, run: TrainingRun) -> None:
-        self._run = run
+        self.run = run
         self._entries: dict[tuple[Any, ...], _Scaled] = {}
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class ScaledRows:
         Raises:
             CannotApply: if a copy that the optimizer keeps, or the rows of a shard, cannot be found.
         """
-        copies = [(rows, copy, factor) for rows, factor in edits for copy in copies_of(rows.parameter, self._run)]
+        copies = [(rows, copy, factor) for rows, factor in edits for copy in copies_of(rows.parameter, self.run)]
         todo = [(rows, copy, rows.view(copy), factor) for rows, copy, factor in copies]
         for rows, tensor, view, factor in todo:
             entry = self._entries.get((*rows.key, id(tensor)))
@@ -63,7 +63,7 @@ class ScaledRows:
             elif not self._is_untouched(entry):
                 entry.original = None
             entry.factors.append(factor)
-            entry.steps.append(self._run.step)
+            entry.steps.append(self.run.step)
             _times(view, factor, rows.offset)
 
     def moved_on(self) -> None:
@@ -114,12 +114,12 @@ class ScaledRows:
 
     def load(self, state: Sequence[Sequence[Any]]) -> None:
         """Take up what :meth:`state` told of; parameters that are no longer there are left out."""
-        parameters = dict(self._run.model.named_parameters())
+        parameters = dict(self.run.model.named_parameters())
         for name, dim, start, stop, offset, product in state:
             if name in parameters:
                 rows = Rows(parameters[name], int(dim), int(start), int(stop), float(offset))
-                for tensor in copies_of(rows.parameter, self._run):
-                    self._entries[(*rows.key, id(tensor))] = _Scaled(rows, tensor, None, [float(product)], [self._run.step])
+                for tensor in copies_of(rows.parameter, self.run):
+                    self._entries[(*rows.key, id(tensor))] = _Scaled(rows, tensor, None, [float(product)], [self.run.step])
 
     def _is_untouched(self, entry: _Scaled) -> bool:
         """Whether the rows hold what the factors made of the original, bit for bit."""

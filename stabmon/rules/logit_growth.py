@@ -10,6 +10,7 @@ import numpy as np
 from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.circumstances import circumstances
+from stabmon.rules.driven import drive
 from stabmon.rules.forecast import Forecast, forecast_score
 from stabmon.rules.history import History
 from stabmon.rules.own_past import PAST_READINGS, SCORE_FLOOR, Change, changes, jump_needed, loss_fell
@@ -17,6 +18,9 @@ from stabmon.rules.spread import largest
 
 LEAST_SCORE = 2 * SCORE_FLOOR
 """Score from which growth is worth a forecast."""
+WITH_WEIGHTS, WITH_SCALE = 1.5, 2.5
+"""Times its own past that a score must have grown with what drives it. A scale cannot be held itself: the clip that holds the scores
+instead lets them come to twice their past, must find something to clip, and ends the alarm."""
 
 
 @rule
@@ -33,7 +37,9 @@ class LogitGrowth:
       the rows lost half their spread, or a quarter of them saturated; or
     - a run-away: ``runaway`` times within ``runaway_steps``, most spread lost, a tenth of the rows saturated, and the line through the
       newest readings still rises so that it meets ``harm`` no later than it took to come here; or
-    - harm: a score above ``harm`` that still doubles, or that is ``runaway`` times the head's first readings, without spread.
+    - harm: a score above ``harm`` that still doubles, or that is ``runaway`` times the head's first readings, without spread; or
+    - a drive, long before any of these: the layer's W_q and W_k grow along themselves, or its scale grows, steadily and by more than
+      learning makes them grow (:func:`~stabmon.rules.driven.drive`), and a head's score has grown with them. Blames the layer, no head.
 
     A loss that clearly falls over the same span speaks for learning: growth must then be a quarter more. Growth
     without lost spread, or a line that meets ``harm`` within ``horizon`` readings, is a warning with a forecast.
@@ -49,11 +55,16 @@ class LogitGrowth:
     """Score from which training suffers in published runs (Wortsman et al. 2023, Kimi K2); all above 1e4 diverged."""
     horizon: int = 20
     """Readings ahead within which a forecast is worth a warning."""
+    driven: float = 1.5
+    """Times its own past that the gain of a layer's scores (scale times squared norm of W_q and W_k) must have grown for a drive."""
+    coherence: float = 0.75
+    """Share of what its weights moved that must have gone into their norm, in [0, 1]."""
     still_ill: float = 0.6
     """Share of the opening level above which an open issue stays open."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a head; ``value`` is its largest score, ``threshold`` the score at which it is called ill by its own past."""
+        """One issue a head, and one a layer that is driven; ``value`` is the largest score, ``threshold`` the score at which it is called
+        ill by its own past."""
         score, heads = history.now("max_logit"), len(history.heads)
         if heads == 0 or len(history) < 2:
             return []
@@ -65,7 +76,8 @@ class LogitGrowth:
         found.add(forecast.warns(self.horizon * _interval(history)), 0, self.harm, np.nan, np.nan, "forecast")
         level = history.open_level("logit_growth")
         found.add(score >= self.still_ill * level, 0, level, np.nan, np.nan, "still")
-        return [self._issue(history, n, found, forecast) for n in np.flatnonzero(found.rank >= 0).tolist()]
+        layers = [issue for layer in history.layers if (issue := self._of_layer(history, layer, forecast)) is not None]
+        return layers + [self._issue(history, n, found, forecast) for n in np.flatnonzero(found.rank >= 0).tolist()]
 
     def _judge(self, history: History, change: Change, forecast: Forecast, score: np.ndarray, found: _Found) -> None:
         """Find jumps at one or two readings back, run-aways at more."""
@@ -89,6 +101,48 @@ class LogitGrowth:
         came = (score >= 2 * past) | (score >= self.runaway * start)  # it still doubles, or it was not like this at first
         spent = history.now("normalized_entropy") < 0.1
         found.add((score >= self.harm) & spent & came, 1, self.harm, score / np.fmin(past, start), np.nan, "harm")
+
+    def _of_layer(self, history: History, layer: str, forecast: Forecast) -> StabilityIssue | None:
+        """A layer whose scores are driven."""
+        found = drive(history, layer, grown=self.driven, coherence=self.coherence)
+        if found is None:
+            return None
+        heads, before = history.of_layer(layer), int(np.flatnonzero(history.steps <= found.since)[-1])
+        past = largest(history.signal("max_logit")[max(0, before - PAST_READINGS + 1) : before + 1, heads])
+        score = history.now("max_logit")[heads]
+        level = (WITH_SCALE if found.of_scale else WITH_WEIGHTS) * np.maximum(past, SCORE_FLOOR / 2)
+        grown = (score >= level) & (score >= SCORE_FLOOR)
+        if not grown.any():
+            return None
+        head = int(np.nanargmax(np.where(grown, score, np.nan)))
+        eta, slope = float(forecast.eta[heads][head]), float(forecast.slope[heads][head])
+        what = "the scale of its scores grows" if found.of_scale else "its W_q and W_k grow along themselves"
+        return StabilityIssue(
+            step=history.latest.step,
+            layer=layer,
+            head=None,
+            issue_type="logit_growth",
+            severity="error",
+            value=float(score[head]),
+            threshold=float(level[head]),
+            suggestion=(
+                f"Something other than learning drives this layer: {what}. Look for what multiplies them (weight decay of the wrong sign, "
+                "a rate or a penalty of one parameter group, a scale that is written to); until then hold the norm of W_q and W_k "
+                "(cap_query_key_norm), or clip its heads (qk_clip)."
+            ),
+            evidence={
+                "how": "driven",
+                "by": "scale" if found.of_scale else "weights",
+                "since_step": found.since,
+                "gain_times": found.times,
+                "coherence": found.coherence,
+                "heads_grown": np.flatnonzero(grown).tolist(),
+                "log_slope_per_step": slope,
+                "eta_interval": [float(forecast.low[heads][head]), float(forecast.high[heads][head])],
+            }
+            | circumstances(history, layer, slope),
+            eta_steps=eta if np.isfinite(eta) else None,
+        )
 
     def _issue(self, history: History, n: int, found: _Found, forecast: Forecast) -> StabilityIssue:
         layer, head = history.heads[n]

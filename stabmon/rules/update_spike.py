@@ -27,7 +27,8 @@ class UpdateSpike:
       scores and loss tell of it. A warm-up rises by little from reading to reading, and a warm restart comes back to a rate that was there
       before: both give nothing. Blames no layer: every weight is moved too far.
     - The rate did not, and yet a layer's queries and keys are moved ``layer_jump`` times as far as before in two readings one after the
-      other, as where the rate of a parameter group is wrong. Blames the layer. One gradient that bursts moves Adam's step by less
+      other, as where the rate of a parameter group is wrong. Weights that became smaller, and are moved as ever, are no sign of it.
+      Blames the layer. One gradient that bursts moves Adam's step by less
       (0.1 / sqrt(1 - beta2) of its usual size, 3.2 times at 0.999), and neither it nor a single jump of the weights comes twice.
     - From the first readings on two in a row moved them by more than any healthy run's, and heads have broken since: the rate was too high
       from the start. The rate that fits is told, at which a step would have changed ``fitting`` of them. Blames no layer.
@@ -84,13 +85,15 @@ class UpdateSpike:
     def _of_layer(self, history: History, layer: str) -> list[StabilityIssue]:
         readings = [reading for reading in history.readings[-PAST:] if layer in reading.query_key]
         shares = np.array([reading.query_key[layer].share for reading in readings])
+        updates = np.array([reading.query_key[layer].update for reading in readings])
         if len(shares) < self.least_past + 2 or not np.isfinite(shares[-1]):
             return []
         usual, level = float(np.nanmedian(shares[:-2])), history.open_level_at("update_spike", layer)
+        shares = shares[-2:] * (updates[-2:] >= 0.5 * self.layer_jump * np.nanmedian(updates[:-2]))
         is_open = np.isfinite(level)
         if not is_open:
             level = max(self.update, self.layer_jump * usual)
-        if not (shares[-1] >= self.still_ill * level if is_open else (shares[-2:] >= level).all()):
+        if not (shares[-1] >= self.still_ill * level if is_open else (shares >= level).all()):
             return []
         return [
             _issue(

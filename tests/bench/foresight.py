@@ -55,7 +55,7 @@ class Row:
     layer_right: bool | None
     """Whether the blamed layer is one of those that were provoked; None where all were."""
     type_right: bool | None
-    """For attention: a type of attention's. Otherwise: no head is blamed, but as the place of the first number that is not finite."""
+    """For attention: a type of attention's. Otherwise: none of these."""
 
 
 def row(case: Case, judge: Judge, every: int) -> Row:
@@ -85,11 +85,8 @@ def row(case: Case, judge: Judge, every: int) -> Row:
 
 def _type_right(case: Case, alarm: Alarm) -> bool:
     of_queries_and_keys = alarm.type == "update_spike" and alarm.layer is not None
-    if case.cause == "attention":
-        return alarm.type in ATTENTION or of_queries_and_keys
-    if alarm.type == "non_finite":
-        return True  # the head whose rows held the first bad number is no blame
-    return alarm.head is None and not of_queries_and_keys
+    blames_attention = alarm.type in ATTENTION or of_queries_and_keys
+    return blames_attention if case.cause == "attention" else not blames_attention
 
 
 def share(hits: int, of: int) -> str:
@@ -127,7 +124,7 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     placed = [r for r in ill if r.layer_right is not None]
     text["blamed layer is one that was provoked"] = share(sum(bool(r.layer_right) for r in placed), len(placed))
     spared = [r for r in other if r.type_right is not None]
-    text["no head blamed where attention was not the cause"] = share(sum(bool(r.type_right) for r in spared), len(spared))
+    text["no attention blamed where it was not the cause"] = share(sum(bool(r.type_right) for r in spared), len(spared))
     return text
 
 

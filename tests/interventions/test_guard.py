@@ -94,6 +94,32 @@ def test_the_first_choice(issues: list[StabilityIssue], expected: list[str]) -> 
 
 
 CAPS = [Fake(called=name) for name in ("cap_learning_rate", "cap_query_key_update")]
+NORM, LAYER = Fake(called="cap_query_key_norm"), issue("logit_growth", "a")
+
+
+@pytest.mark.parametrize(
+    ("issues", "expected"),
+    [
+        ([LAYER], ["cap_query_key_norm"]),
+        ([LAYER, HEAD], ["cap_query_key_norm", "qk_clip"]),
+        ([HEAD, LAYER, issue("logit_growth", "b")], ["cap_query_key_norm", "qk_clip"]),
+        ([LAYER, issue("loss_spike")], ["cap_query_key_norm"]),
+        ([LAYER, issue("update_spike")], ["cap_learning_rate", "cap_query_key_norm"]),
+        ([LAYER, issue("non_finite", severity="critical")], ["rollback"]),
+    ],
+)
+def test_what_drives_a_layer_is_held_beside_what_it_did(issues: list[StabilityIssue], expected: list[str]) -> None:
+    guard = guard_of(*ALL, *CAPS, NORM)
+    assert names(guard.act(issues, True)) == expected
+    assert names(guard.act(issues, True)) == []
+
+
+def test_a_drive_that_goes_on_is_met_by_what_is_next() -> None:
+    guard = guard_of(*ALL, NORM, patience=2)
+    did = [name for _ in range(8) for name in names(guard.act([LAYER], True))]
+    assert did == ["cap_query_key_norm", "qk_clip", "soften_logits"]
+
+
 TOO_HIGH = replace(issue("update_spike"), evidence={"fitting_rate": 1e-3})
 
 
@@ -103,8 +129,9 @@ TOO_HIGH = replace(issue("update_spike"), evidence={"fitting_rate": 1e-3})
         ([issue("update_spike")], ["cap_learning_rate"]),
         ([issue("update_spike"), HEAD], ["cap_learning_rate", "qk_clip"]),
         ([issue("update_spike"), HEAD, issue("loss_spike")], ["cap_learning_rate", "rollback"]),
-        ([issue("update_spike", "a"), HEAD], ["qk_clip", "cap_query_key_update"]),
-        ([issue("update_spike", "a"), issue("loss_spike")], ["cap_query_key_update"]),
+        ([issue("update_spike", "a"), HEAD], ["qk_clip", "cap_query_key_update", "rollback"]),
+        ([issue("update_spike", "a"), issue("update_spike", "b")], ["cap_query_key_update", "rollback"]),
+        ([issue("update_spike", "a"), issue("loss_spike")], ["cap_query_key_update", "rollback"]),
         ([TOO_HIGH], ["cap_learning_rate", "rollback"]),
         ([TOO_HIGH, HEAD], ["cap_learning_rate", "rollback"]),
     ],

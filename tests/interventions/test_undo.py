@@ -12,6 +12,7 @@ from torch import nn
 from interventions.runs import all_bits, differences, first_layer, growth, run_of, train_step
 from stabmon.interventions import INTERVENTIONS, CannotApply, Intervention, TrainingRun
 from stabmon.interventions.cap_learning_rate import CapLearningRate
+from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
 from stabmon.interventions.entropy_regularization import EntropyRegularization
 from stabmon.interventions.extend_warmup import ExtendWarmup
@@ -31,6 +32,9 @@ ACTS: dict[str, tuple[str, Callable[[], Intervention]]] = {
     "cap_learning_rate": ("gpt2-sdpa", lambda: CapLearningRate(cap=1e-3)),
     "cap_query_key_update": ("gpt2-sdpa", lambda: CapQueryKeyUpdate(share=1e-4)),
     "cap_query_key_update norm": ("gemma3-sdpa", lambda: CapQueryKeyUpdate(share=1e-4)),
+    "cap_query_key_norm": ("gpt2-sdpa", lambda: CapQueryKeyNorm(times=0.5)),
+    "cap_query_key_norm grouped": ("llama-sdpa", lambda: CapQueryKeyNorm(times=0.5)),
+    "cap_query_key_norm norm": ("gemma3-sdpa", lambda: CapQueryKeyNorm(times=0.5)),
     "extend_warmup": ("gpt2-sdpa", ExtendWarmup),
     "increase_dropout float": ("llama-sdpa", IncreaseDropout),
     "increase_dropout module": ("bert-sdpa", IncreaseDropout),

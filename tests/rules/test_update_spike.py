@@ -102,3 +102,9 @@ def test_steps_as_healthy_runs_make_them_are_not_blamed_for_broken_heads(shares)
 def test_a_layer_closes_when_its_steps_are_small_again():
     found = run(watched([1e-3] * 20, [0.02] * 8 + [0.5] * 4 + [0.02] * 8), [UpdateSpike()])
     assert [issue.state for issue in found] == ["opened", "opened", "closed", "closed"]
+
+
+def test_weights_that_were_made_smaller_and_are_moved_as_ever_are_no_sign_of_a_rate():
+    course = [replace(r, query_key={"a": QueryKeyStep(1.0, 4.0, 0.08)}) for r in watched([1e-3] * 14, [0.02] * 14)]
+    course[8:] = [replace(r, query_key={"a": QueryKeyStep(1.0, 0.2, 0.08)}) for r in course[8:]]
+    assert not run(course, [UpdateSpike()])

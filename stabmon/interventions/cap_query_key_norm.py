@@ -1,0 +1,163 @@
+"""Hold the norm of what makes a layer's queries and keys at or below what it was before it grew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabmon.gradients import is_sharded
+from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.query_key import SEPARATE, find_query_key
+from stabmon.interventions.rows import Rows
+from stabmon.interventions.run import TrainingRun
+from stabmon.interventions.scaled_rows import ScaledRows
+from stabmon.rules.driven import drive
+
+
+@intervention
+@dataclass(frozen=True)
+class CapQueryKeyNorm(Intervention):
+    """While it is held, each head's rows of W_q and W_k, and of their biases, are scaled back to a norm that they may not exceed.
+
+    For weights that are driven to grow (``logit_growth`` of a layer): it takes out the growth and nothing else, piece by piece, so that
+    a bias that is driven does not drag the weights down with it, and each head turns its weights as it likes. A piece may come to
+    ``times`` what it was when the growth began: its share of the newest healthy state, where one is kept (``rollback``), and of the
+    layer's norm at that time. Without such a state each piece is held at what it is now, or at ``times`` that if below. Layers that are
+    driven alike are held with those that are named. Changes nothing else of a step, nor the optimizer's moments: see ``qk_clip``.
+
+    Source:
+        Weights held at a norm: Franke et al. 2023, arXiv:2310.11316 (constrained parameter regularization).
+    """
+
+    times: float = 1.4
+    """Times a piece's own past: then scores may come to about twice theirs, which cost repaired runs nothing under ``qk_clip``."""
+    least: float = 0.1
+    """Share of a mean piece's norm that any piece may have, so that a bias that was zero may learn."""
+
+    def __post_init__(self) -> None:
+        self._check("times", 0.0, 1e6)
+        self._check("least", 0.0, 1.0, including_low=True)
+
+    def _start(self, run: TrainingRun) -> Effect:
+        if all(issue.evidence.get("by") == "scale" for issue in self.issues) and self.issues:
+            raise CannotApply("it is the scale of the scores that grows, not their weights")
+        named = [issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None]
+        alike = [layer for layer in run.known_layers() if drive(run.history, layer, grown=1.2, coherence=0.5) is not None]
+        since = min((int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence), default=run.step)
+        caps: dict[str, list[float]] = {}
+        refused: list[CannotApply] = []
+        for layer in dict.fromkeys([*named, *alike] if named else run.known_layers()):
+            try:
+                caps[layer] = self._caps(run, layer, since)
+            except CannotApply as error:
+                refused.append(error)
+        if not caps:
+            raise refused[0] if refused else CannotApply("no attention layer is known")
+        held = _Held(run, caps)
+        held.note = "; ".join(f"left out: {error.reason}" for error in refused)
+        return held
+
+    def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        held = _Held(run, {str(layer): [float(cap) for cap in caps] for layer, caps in state["caps"].items()}, now=False)
+        held.rows.load(state["rows"])
+        return held
+
+    def _caps(self, run: TrainingRun, layer: str, since: int) -> list[float]:
+        """What each piece of a layer may come to."""
+        pieces = _pieces(run, layer)
+        state = None if run.states is None else run.states.newest
+        norms = {r.step: r.query_key[layer].weight for r in run.history.readings if layer in r.query_key}
+        names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+        then = norms.get(since, math.nan)
+        if state is None or not math.isfinite(then) or any(names.get(id(p.parameter)) not in state.tensors for p in pieces):
+            return [max(min(self.times, 1.0) * norm, 1e-12) for norm in _norms(pieces)]
+        saved = [state.tensors[names[id(p.parameter)]] for p in pieces]
+        grown = then / max(
+            math.hypot(*(p.view(tensor).float().norm().item() for p, tensor in zip(pieces, saved, strict=True))), 1e-12
+        )
+        past = _norms(pieces, saved)
+        least = self.least * math.hypot(*past) / len(past) ** 0.5
+        return [self.times * max(norm, least) * grown for norm in past]
+
+
+class _Held(Effect):
+    def __init__(self, run: TrainingRun, caps: Mapping[str, Sequence[float]], *, now: bool = True) -> None:
+        self.caps = caps
+        self._pieces = [(piece, cap) for layer, own in caps.items() for piece, cap in zip(_pieces(run, layer), own, strict=True)]
+        self.rows = ScaledRows(run)
+        before = {layer: _whole(run, layer) for layer in caps}
+        self._bound = False
+        if now:
+            try:
+                self._scale()
+            except BaseException:
+                self.rows.undo()
+                raise
+        super().__init__(
+            places=[(layer, None) for layer in caps],
+            before={"query_key_norm": before},
+            after={"query_key_norm": {layer: _whole(run, layer) for layer in caps}},
+            touches=frozenset(f"scores of {layer}" for layer in caps),
+        )
+        # before a clip that is held, which is for what scores remain
+        self._remove: list[Callable[[], None]] = [run.marks.add("on_step", self._on_step, first=True)]
+
+    def undo(self) -> bool:
+        self.release()
+        return self.rows.undo()
+
+    def release(self) -> None:
+        while self._remove:
+            self._remove.pop()()
+
+    def at_work(self) -> bool:
+        bound, self._bound = self._bound, False
+        return bound
+
+    def rolled_back(self, step: int) -> Callable[[], None]:
+        return self.rows.rolled_back(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        names = {id(p): name for name, p in self.rows.run.model.named_parameters()}
+        return {"caps": {layer: list(own) for layer, own in self.caps.items()}, "rows": self.rows.state(names)}
+
+    def _on_step(self) -> None:
+        self.rows.moved_on()
+        self._scale()
+
+    def _scale(self) -> None:
+        norms = _norms([piece for piece, _ in self._pieces])
+        edits = [
+            (piece, cap / norm) for (piece, cap), norm in zip(self._pieces, norms, strict=True) if cap < norm < math.inf
+        ]  # what is not finite is for others to mend
+        self.rows.scale(edits)
+        self._bound |= bool(edits)
+
+
+def _pieces(run: TrainingRun, layer: str) -> list[Rows]:
+    """Each head's rows of each parameter that makes the layer's queries and keys."""
+    pieces = find_query_key(run.module(layer), run.history.info.get(layer))[0].all_rows()
+    if not pieces:
+        raise CannotApply(f"the queries and keys of {layer} could not be told apart", SEPARATE)
+    if any(is_sharded(piece.parameter) for piece in pieces):
+        raise CannotApply(f"the parameters of {layer} are sharded")
+    return pieces
+
+
+@torch.no_grad()
+def _norms(pieces: Sequence[Rows], tensors: Sequence[Tensor] | None = None) -> list[float]:
+    """L2 norms of what the model uses of each piece, or of its rows of ``tensors``; in one transfer for each device."""
+    views = [piece.view(t) for piece, t in zip(pieces, tensors or [each.parameter for each in pieces], strict=True)]
+    norms = torch._foreach_norm([view.detach().float() + piece.offset for piece, view in zip(pieces, views, strict=True)])
+    devices = dict.fromkeys(norm.device for norm in norms)
+    found = {device: iter(torch.stack([norm for norm in norms if norm.device == device]).tolist()) for device in devices}
+    return [next(found[norm.device]) for norm in norms]
+
+
+def _whole(run: TrainingRun, layer: str) -> float:
+    return math.hypot(*_norms(_pieces(run, layer)))
