@@ -31,7 +31,7 @@ class CapQueryKeyNorm(Intervention):
     driven alike are held with those that are named. Changes nothing else of a step, nor the optimizer's moments: see ``qk_clip``.
 
     Source:
-        Weights held at a norm: Franke et al. 2023, arXiv:2310.11316 (constrained parameter regularization).
+        Weights held at a norm: Franke et al. 2023, arXiv:2311.09058 (a bound on the norm of each weight matrix).
     """
 
     times: float = 1.4

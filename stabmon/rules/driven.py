@@ -33,6 +33,37 @@ class Drive:
     """The scale grew, not the weights."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Course:
+    """A layer's newest readings: what the gain's logarithm grew from each to the next."""
+
+    steps: np.ndarray
+    passed: np.ndarray
+    of_scale: np.ndarray
+    of_weight: np.ndarray
+    way_of_weight: np.ndarray
+    """How far the weights moved, on the scale of ``of_weight``."""
+
+    @classmethod
+    def of(cls, history: History, layer: str, intervals: int) -> _Course:
+        readings = [r for r in history.readings[-intervals - 1 :] if layer in r.info]
+        steps = np.array([r.step for r in readings], dtype=np.float64)
+        scale = np.array([abs(r.info[layer].scale) for r in readings])
+        moved = [r.query_key.get(layer) for r in readings]
+        weight = np.array([math.nan if each is None else each.weight for each in moved])
+        share = np.array([math.nan if each is None else each.share for each in moved])
+        passed = np.diff(steps)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            of_scale, of_weight = np.diff(np.log(scale)), 2 * np.diff(np.log(weight))
+        return cls(steps, passed, of_scale, of_weight, (share[1:] + share[:-1]) * passed)
+
+
+def _may_be(newest: _Course, grown: float) -> bool:
+    """Whether the newest readings allow for a drive, which they seldom do: each interval must keep up its share of the slowest pace."""
+    least = STEADY * math.log(grown) / MOST_STEPS * newest.passed
+    return len(least) >= SPANS[-1] and bool((newest.of_scale >= least).all() or (newest.of_weight >= least).all())
+
+
 def drive(history: History, layer: str, *, grown: float = 1.5, coherence: float = 0.75) -> Drive | None:
     r"""The longest span over which a layer's gain grew steadily, ``grown`` times at least; None where it did not.
 
@@ -42,28 +73,22 @@ def drive(history: History, layer: str, *, grown: float = 1.5, coherence: float 
     readings are taken to be like those at them. Over 15 steps and more, healthy runs came to 0.6 at most (heads that learn to copy),
     and to 0.4 otherwise. A scale is a constant in all but a few models, and moves by less than this in those.
     """
-    readings = [r for r in history.readings[-SPANS[0] - 1 :] if layer in r.info]
-    steps = np.array([r.step for r in readings], dtype=np.float64)
-    scale = np.array([abs(r.info[layer].scale) for r in readings])
-    moved = [r.query_key.get(layer) for r in readings]
-    weight = np.array([math.nan if each is None else each.weight for each in moved])
-    share = np.array([math.nan if each is None else each.share for each in moved])
-    passed = np.diff(steps)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        of_scale, of_weight = np.diff(np.log(scale)), 2 * np.diff(np.log(weight))
-    for growth, way in ((of_scale, np.abs(of_scale)), (of_weight, (share[1:] + share[:-1]) * passed)):
+    if not _may_be(_Course.of(history, layer, SPANS[-1]), grown):
+        return None
+    course = _Course.of(history, layer, SPANS[0])
+    for growth, way in ((course.of_scale, np.abs(course.of_scale)), (course.of_weight, course.way_of_weight)):
         for span in SPANS:
-            if span > len(growth) or not LEAST_STEPS <= passed[-span:].sum() <= MOST_STEPS:
+            total, newest = float(growth[-span:].sum()), course.passed[-span:]
+            if span > len(growth) or not LEAST_STEPS <= newest.sum() <= MOST_STEPS:
                 continue
-            total, newest = float(growth[-span:].sum()), passed[-span:]
             if not (total >= math.log(grown) and total >= coherence * way[-span:].sum()):
                 continue  # NaN is no growth
             if (growth[-span:] / newest).min() >= STEADY * total / newest.sum():
                 return Drive(
-                    since=int(steps[-span - 1]),
+                    since=int(course.steps[-span - 1]),
                     steps=int(newest.sum()),
                     times=math.exp(min(total, 700.0)),
                     coherence=total / float(way[-span:].sum()),
-                    of_scale=growth is of_scale,
+                    of_scale=growth is course.of_scale,
                 )
     return None
