@@ -188,6 +188,7 @@ def test_stop_is_told():
 def test_configurations_of_interventions_are_checked_and_kept():
     assert set(load_config("guard").make_interventions()) == {
         "cap_query_key_norm",
+        "cap_scale",
         "qk_clip",
         "soften_logits",
         "lower_learning_rate",

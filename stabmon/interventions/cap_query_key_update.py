@@ -27,19 +27,19 @@ class CapQueryKeyUpdate(Intervention):
     r"""While it is held, each step's change of a layer's queries and keys is scaled by :math:`\min(1, c\,\|W\| / \|\Delta W\|)`.
 
     W is everything that makes the layer's queries and keys, :math:`\Delta W` what a step changed of it, and c is ``times`` the share
-    :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the readings before). It takes out what a rate does that
-    is wrong for queries and keys alone, whatever caused it and however large it is, and nothing else: a healthy run's steps stay below.
-    Scores that have grown already it leaves as they are (clip them). Copies W_q and W_k from before each step to after it.
+    :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the readings before), and follows the scheduled rate
+    from there. It takes out what a rate does that is wrong for queries and keys alone, whatever caused it and however large it is, and
+    nothing else. Scores that have grown already it leaves as they are (clip them). Copies W_q and W_k from before each step to after it.
 
     Source:
         Rates for queries and keys in proportion to 1 / ||W||: Anson & Aitchison, arXiv:2511.21377; clipping of updates: Adafactor,
         arXiv:1804.04235.
     """
 
-    times: float = 2.0
-    """Times its own past that a step's share may be: healthy runs' readings vary by less."""
+    times: float = 1.25
+    """Times its own past that a step's share may be. Where the rate is wrong every step is this large, so that it must be near its past."""
     share: float | None = None
-    """c itself, instead."""
+    """c itself, instead, at any rate."""
 
     def __post_init__(self) -> None:
         self._check("times", 0.0, 1e6)
@@ -58,14 +58,15 @@ class CapQueryKeyUpdate(Intervention):
                 caps[layer] = cap
         if not caps:
             raise CannotApply("it is not known what a step used to change of queries and keys: give a share")
-        return _Capped(run, caps)
+        return _Capped(run, caps, None if self.share is not None else _usual_rate(run))
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return _Capped(run, {str(layer): float(cap) for layer, cap in state["caps"].items()})
+        return _Capped(run, {str(layer): float(cap) for layer, cap in state["caps"].items()}, state["rate"])
 
 
 class _Capped(Effect):
-    def __init__(self, run: TrainingRun, caps: Mapping[str, float]) -> None:
+    def __init__(self, run: TrainingRun, caps: Mapping[str, float], rate: float | None) -> None:
+        self.run, self._rate = run, rate
         self._parts: dict[str, list[tuple[Rows, list[Tensor]]]] = {}
         refused = []
         for layer in caps:
@@ -101,7 +102,7 @@ class _Capped(Effect):
         return bound is not None and bool(bound)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"caps": dict(self.caps)}
+        return {"caps": dict(self.caps), "rate": self._rate}
 
     @torch.no_grad()
     def _remember(self) -> None:
@@ -112,6 +113,8 @@ class _Capped(Effect):
 
     @torch.no_grad()
     def _scale(self) -> None:
+        rate = _rate_now(self.run)
+        of_schedule = rate / self._rate if rate is not None and self._rate else 1.0
         for layer, before in self._before.items():
             parts = self._parts[layer]
             was = [each[0] for each in before]
@@ -120,7 +123,7 @@ class _Capped(Effect):
             change = torch.linalg.vector_norm(
                 torch.stack([torch.linalg.vector_norm(b.float() - a.float()) for a, b in zip(was, now, strict=True)])
             )
-            factor = (self.caps[layer] * weight / change.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
+            factor = (of_schedule * self.caps[layer] * weight / change.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
             bound = factor < 1
             self._bound = bound if self._bound is None else self._bound | bound.to(self._bound.device)
             finite = torch.isfinite(change)  # what is not finite is for others to mend
@@ -137,3 +140,14 @@ def _usual(run: TrainingRun, layer: str) -> float:
     shares = [reading.query_key[layer].share for reading in run.history.readings[:-1] if layer in reading.query_key]
     shares = [share for share in shares[-PAST:] if np.isfinite(share)]
     return float(np.median(shares)) if shares else float("nan")
+
+
+def _usual_rate(run: TrainingRun) -> float | None:
+    """The scheduled rate at those readings; None where it is not known."""
+    rates = [reading.learning_rate for reading in run.history.readings[:-1][-PAST:] if reading.learning_rate]
+    return float(np.median(rates)) if rates else None
+
+
+def _rate_now(run: TrainingRun) -> float | None:
+    groups = getattr(run.optimizer, "param_groups", [])
+    return max((float(group["lr"]) for group in groups), default=None)

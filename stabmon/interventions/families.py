@@ -32,7 +32,7 @@ and is gone back from."""
 ORDER: Mapping[Family, tuple[str, ...]] = {
     "non_finite": ("rollback", "stop"),
     "rate": ("cap_learning_rate", "lower_learning_rate"),
-    "drive": ("cap_query_key_norm", "qk_clip", "soften_logits", "lower_learning_rate"),
+    "drive": ("cap_query_key_norm", "cap_scale", "qk_clip", "soften_logits", "lower_learning_rate"),
     "scores": ("qk_clip", "soften_logits", "logit_softcap", "lower_learning_rate"),
     "step": ("cap_query_key_update", "lower_learning_rate"),
     "loss": ("rollback", "lower_learning_rate"),

@@ -44,7 +44,7 @@ class SoftenLogits(Intervention):
             raise CannotApply("no layer is named: give an issue that names its layer")
         if not can_replay(run):
             raise CannotApply("there is no batch to run again that could show whether the module's scale is read")
-        found = {layer: _scale_of(run.module(layer), layer) for layer in layers}
+        found = {layer: scale_of(run.module(layer), layer) for layer in layers}
         before = replayed_scores(run)
         effect = self._set(run, {layer: (name, getattr(run.module(layer), name)) for layer, name in found.items()})
         after = replayed_scores(run)
@@ -79,7 +79,12 @@ class _Softened(AttributesChanged):
         return {"scales": self._state}
 
 
-def _scale_of(module: nn.Module, layer: str) -> str:
+def scale_of(module: nn.Module, layer: str) -> str:
+    """The attribute that holds what a module multiplies its scores by.
+
+    Raises:
+        CannotApply: if it holds none that is known by its name.
+    """
     for name in NAMES:
         if isinstance(getattr(module, name, None), float):
             return name

@@ -99,3 +99,19 @@ def test_without_a_past_it_does_not_fit() -> None:
 def test_settings_are_checked(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         CapQueryKeyUpdate(**bad)
+
+
+def test_it_follows_the_schedule_from_where_the_past_was_read() -> None:
+    run = run_of("gpt2-sdpa", steps=2)
+    layer = first_layer(run)
+    run.history.readings[-1:] = [replace(run.history.latest, learning_rate=1e-2)] * 2
+    issue = replace(growth(layer), issue_type="update_spike", head=None, evidence={"usual_query_key_update": 1e-4})
+    applied = CapQueryKeyUpdate(times=2.0).apply(run, issue)
+    assert step(run)[0] == pytest.approx(2e-4, rel=1e-2)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 2e-3
+    assert step(run)[0] == pytest.approx(4e-5, rel=1e-2)
+    again = CapQueryKeyUpdate().resume(run, applied.state_dict())
+    applied.release()
+    assert step(run)[0] == pytest.approx(4e-5, rel=1e-2)
+    again.release()

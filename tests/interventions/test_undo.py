@@ -14,6 +14,7 @@ from stabmon.interventions import INTERVENTIONS, CannotApply, Intervention, Trai
 from stabmon.interventions.cap_learning_rate import CapLearningRate
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
+from stabmon.interventions.cap_scale import CapScale
 from stabmon.interventions.entropy_regularization import EntropyRegularization
 from stabmon.interventions.extend_warmup import ExtendWarmup
 from stabmon.interventions.increase_dropout import IncreaseDropout
@@ -35,6 +36,7 @@ ACTS: dict[str, tuple[str, Callable[[], Intervention]]] = {
     "cap_query_key_norm": ("gpt2-sdpa", lambda: CapQueryKeyNorm(times=0.5)),
     "cap_query_key_norm grouped": ("llama-sdpa", lambda: CapQueryKeyNorm(times=0.5)),
     "cap_query_key_norm norm": ("gemma3-sdpa", lambda: CapQueryKeyNorm(times=0.5)),
+    "cap_scale": ("llama-sdpa", lambda: CapScale(cap=0.01)),
     "extend_warmup": ("gpt2-sdpa", ExtendWarmup),
     "increase_dropout float": ("llama-sdpa", IncreaseDropout),
     "increase_dropout module": ("bert-sdpa", IncreaseDropout),
@@ -104,7 +106,7 @@ def test_the_record_and_the_state_are_plain_values_that_say_what_where_before_af
     json.dumps(record)
 
 
-@pytest.mark.parametrize("name", [each for each in ACTS if each not in ("rollback", "stop")])
+@pytest.mark.parametrize("name", [each for each in ACTS if each not in ("rollback", "stop", "cap_scale")])
 def test_a_held_act_is_held_again_after_a_resume_and_let_go_of_without_a_trace(name: str) -> None:
     model, make = ACTS[name]
     run, fresh = ready(model), ready(model)
