@@ -152,8 +152,8 @@ def _pieces(run: TrainingRun, layer: str) -> list[Rows]:
 @torch.no_grad()
 def _norms(pieces: Sequence[Rows], tensors: Sequence[Tensor] | None = None) -> list[float]:
     """L2 norms of what the model uses of each piece, or of its rows of ``tensors``; in one transfer for each device."""
-    views = [piece.view(t) for piece, t in zip(pieces, tensors or [each.parameter for each in pieces], strict=True)]
-    norms = torch._foreach_norm([view.detach().float() + piece.offset for piece, view in zip(pieces, views, strict=True)])
+    views = [piece.view(t).detach().float() for piece, t in zip(pieces, tensors or [p.parameter for p in pieces], strict=True)]
+    norms = torch._foreach_norm([view + p.offset if p.offset else view for p, view in zip(pieces, views, strict=True)])
     devices = dict.fromkeys(norm.device for norm in norms)
     found = {device: iter(torch.stack([norm for norm in norms if norm.device == device]).tolist()) for device in devices}
     return [next(found[norm.device]) for norm in norms]

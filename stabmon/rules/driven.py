@@ -9,10 +9,12 @@ import numpy as np
 
 from stabmon.rules.history import History
 
-SPANS = (64, 32, 16, 12, 8, 6, 4, 3)
+SPANS = (64, 32, 16, 12, 8, 6, 4, 3, 2)
 """Intervals between readings to look back over, the longest first."""
-LEAST_STEPS, MOST_STEPS = 10, 300
+LEAST_STEPS, MOST_STEPS = 15, 300
 """Optimizer steps that they must cover: over fewer the steps of one momentum look like a drive, over more it is no run-away."""
+LEAST_OF_TWO = 40
+"""The same for two intervals, which are few to tell what is steady."""
 STEADY = 0.4
 """Share of the mean pace that the growth must keep up in every interval: one jump is no drive."""
 
@@ -70,8 +72,8 @@ def drive(history: History, layer: str, *, grown: float = 1.5, coherence: float 
     What a learner's steps change of W_q and W_k lies for the most part across W: weights turn, and their norm grows by a fraction of
     the way that they move. Weights that are multiplied, decayed the wrong way or pushed along one direction grow by all of it. With
     :math:`u = \|\Delta W\| / \|W\|` of a step, coherence is :math:`\Delta\ln\|W\|` over :math:`\sum u`, where the steps between two
-    readings are taken to be like those at them. Over 15 steps and more, healthy runs came to 0.6 at most (heads that learn to copy),
-    and to 0.4 otherwise. A scale is a constant in all but a few models, and moves by less than this in those.
+    readings are taken to be like those at them. Over 15 steps and more, healthy runs came to 0.64 at most (heads that learn to copy),
+    and to 0.45 otherwise. A scale is a constant in all but a few models, and moves by less than this in those.
     """
     if not _may_be(_Course.of(history, layer, SPANS[-1]), grown):
         return None
@@ -79,7 +81,8 @@ def drive(history: History, layer: str, *, grown: float = 1.5, coherence: float 
     for growth, way in ((course.of_scale, np.abs(course.of_scale)), (course.of_weight, course.way_of_weight)):
         for span in SPANS:
             total, newest = float(growth[-span:].sum()), course.passed[-span:]
-            if span > len(growth) or not LEAST_STEPS <= newest.sum() <= MOST_STEPS:
+            least = LEAST_STEPS if span > 2 else LEAST_OF_TWO
+            if span > len(growth) or not least <= newest.sum() <= MOST_STEPS:
                 continue
             if not (total >= math.log(grown) and total >= coherence * way[-span:].sum()):
                 continue  # NaN is no growth
