@@ -50,13 +50,14 @@ def multiplied(factor: float, *, start: int = 20, count: int = 60, every: int = 
 def test_weights_that_are_multiplied_are_told_by_their_layer_before_the_scores_are_large(factor: float, every: int) -> None:
     weight, score = multiplied(factor, every=every, count=80)
     found = alarms(run(watched(weight, np.where(weight > 4, factor - 1, 0.01), score, every=every), [LogitGrowth()]))
-    assert (found[0].layer, found[0].head, found[0].evidence["how"]) == (LAYERS[0], None, "driven")
-    assert found[0].evidence["by"] == "weights"
-    assert found[0].evidence["coherence"] == pytest.approx(1.0, abs=0.15)
-    assert found[0].evidence["heads_grown"] == [2]
-    grown = (found[0].step / every - 21) * every
-    assert factor**grown <= max(2.2, factor ** (4 * every)), "within a few readings"
-    assert found[0].evidence["since_step"] <= found[0].step - 10
+    driven = next(issue for issue in found if issue.evidence["how"] == "driven")
+    assert (driven.layer, driven.head, driven.evidence["by"]) == (LAYERS[0], None, "weights")
+    assert driven.evidence["coherence"] == pytest.approx(1.0, abs=0.25)
+    assert driven.evidence["heads_grown"] == [2]
+    assert driven.evidence["since_step"] <= driven.step - 15
+    steps = driven.step - 21 * every
+    assert steps <= max(3 * every, 16) or factor**steps <= 1.6, "within three readings, or once the score has grown with it"
+    assert found[0] is driven or found[0].evidence["how"] == "jump"
 
 
 def test_a_scale_that_grows_is_told_without_a_word_about_weights() -> None:
