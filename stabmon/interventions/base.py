@@ -61,6 +61,10 @@ class Effect:
         """Whether it had something to do since it was last asked: then it is held further."""
         return False
 
+    def relax(self) -> Mapping[str, Any]:
+        """It was held for long without an alarm, and at work: hold less tightly. What changed, for the record; empty if nothing."""
+        return {}
+
     def rolled_back(self, step: int) -> Callable[[], None]:
         """Take note that the weights are again those of after ``step``; returns what takes that note back."""
         return lambda: None
@@ -209,6 +213,11 @@ class Applied:
             self.active = False
             self.effect.release()
             self.noted("released")
+
+    def relax(self) -> None:
+        """Hold less tightly what has been held for long without an alarm."""
+        if changed := self.effect.relax():
+            self.noted("relaxed", before={}, after=dict(changed), why="no alarm for long, and it was still at work")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to hold it further: plain values, for JSON."""

@@ -30,7 +30,7 @@ class Budget:
     patience: int = 4
     """Samples after which an act is judged: whether the alarm that it was for is still open."""
     hold: int = 20
-    """Samples without an alarm after which what is held is let go, if it had nothing to do in them."""
+    """Samples without an alarm after which what is held is let go, if it had nothing to do in them, and held less tightly if it had."""
 
     def __post_init__(self) -> None:
         for name, least in (("acts", 0), ("per_place", 0), ("rollbacks", 0), ("patience", 1), ("hold", 1)):
@@ -154,6 +154,7 @@ class Chooser:
             elif let_go and trial.outcome != "pending" and trial.applied.active and age >= self.budget.hold:
                 if trial.applied.effect.at_work():
                     trial.since = self.samples
+                    trial.applied.relax()
                 else:
                     trial.applied.release()
         return failed

@@ -26,9 +26,9 @@ logger = logging.getLogger("stabmon")
 class HeldClip(Effect):
     """Heads held at or below their aims. A module that attends several times in a forward (``name#1`` …) is one module here."""
 
-    def __init__(self, run: TrainingRun, aims: dict[Place, float]) -> None:
+    def __init__(self, run: TrainingRun, aims: dict[Place, float], limits: Mapping[Place, float] | None = None) -> None:
         super().__init__(places=list(aims), touches=frozenset(f"scores of {_module(layer)}" for layer, _ in aims))
-        self.run, self.aims = run, aims
+        self.run, self.aims, self.limits = run, aims, dict(limits or {})
         self.proven: dict[str, str] = {}
         """The proposal that holds in each module, by its words."""
         self.rows = ScaledRows(run)
@@ -91,6 +91,12 @@ class HeldClip(Effect):
         clipped, self._clipped = self._clipped, False
         return clipped
 
+    def relax(self) -> Mapping[str, Any]:
+        known = {place: min(2 * aim, self.limits.get(place, aim)) for place, aim in self.aims.items()}
+        wider = {place: aim for place, aim in known.items() if aim > self.aims[place]}
+        self.aims |= wider
+        return {"max_logit": {f"{layer} head {head}": aim for (layer, head), aim in wider.items()}} if wider else {}
+
     def rolled_back(self, step: int) -> Callable[[], None]:
         return self.rows.rolled_back(step)
 
@@ -102,7 +108,8 @@ class HeldClip(Effect):
     def state_dict(self) -> dict[str, Any]:
         names = {id(p): name for name, p in self.run.model.named_parameters()}
         aims = [[layer, head, aim] for (layer, head), aim in self.aims.items()]
-        return {"aims": aims, "proven": dict(self.proven), "rows": self.rows.state(names)}
+        limits = [[layer, head, limit] for (layer, head), limit in self.limits.items()]
+        return {"aims": aims, "limits": limits, "proven": dict(self.proven), "rows": self.rows.state(names)}
 
     def _layers(self) -> list[str]:
         return list(dict.fromkeys(str(layer) for layer, _ in self.aims))

@@ -235,6 +235,29 @@ def test_what_is_held_is_let_go_when_all_has_been_well_for_a_while() -> None:
     assert guard.run.records[-1]["action"] == "released"
 
 
+def test_what_is_held_and_still_at_work_is_held_less_tightly_when_all_has_been_well_for_a_while() -> None:
+    class Busy(Effect):
+        relaxed = 0
+
+        def at_work(self) -> bool:
+            return True
+
+        def relax(self) -> dict[str, Any]:
+            self.relaxed += 1
+            return {"score": self.relaxed} if self.relaxed < 3 else {}
+
+    guard = guard_of(*ALL)
+    (applied,) = guard.act([HEAD], True)
+    applied.effect = Busy()
+    for _ in range(16):
+        guard.act([], True)
+    assert applied.active
+    assert [(r["action"], r["after"]) for r in guard.run.records[1:]] == [("relaxed", {"score": 1}), ("relaxed", {"score": 2})]
+    for _ in range(16):
+        guard.act([HEAD], True)
+    assert applied.effect.relaxed == 4, "not while an alarm is open"
+
+
 def test_no_more_acts_than_the_budget_in_all() -> None:
     guard = guard_of(*ALL, acts=2)
     for n in range(5):

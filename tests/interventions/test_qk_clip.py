@@ -1,6 +1,7 @@
 """After a clip the head's largest score is tau, and nobody else's moved: on every layout of weights that models are written in."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions.held_clip import HeldClip
 from stabmon.interventions.own_scores import own_past
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.records import Reading
@@ -184,6 +186,35 @@ def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
     assert (again["action"], released["action"]) == ("again", "released")
     assert again["after"]["clips"] == {f"{layer} head 1": 5}
     assert again["after"]["factor"][f"{layer} head 1"] == pytest.approx(1.5**-5, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "aims"),
+    [
+        ({"floor": 0.01, "widest": 0.05}, "logit_growth", [0.01, 0.02, 0.04, 0.05, 0.05]),
+        ({"floor": 0.01, "widest": 0.0}, "logit_growth", [0.01, 0.01]),
+        ({"target": 0.01, "widest": 0.05}, "logit_growth", [0.01, 0.01]),
+        ({"floor": 0.01, "widest": 0.05}, "precision_insufficient", [0.01, 0.01]),
+    ],
+)
+def test_what_is_held_without_an_alarm_is_held_less_tightly_unless_a_limit_says_otherwise(
+    settings: dict[str, float], kind: str, aims: list[float]
+) -> None:
+    run = run_of("llama-sdpa")
+    layer = first_layer(run)
+    alarm = replace(growth(layer, from_the_start=True), issue_type=kind, value=50.0, threshold=1.0)
+    applied = QkClip(**settings).apply(run, alarm)
+    held = applied.effect
+    assert isinstance(held, HeldClip)
+    found = []
+    for _ in aims:
+        found.append(held.aims[layer, 1])
+        applied.relax()
+    assert found == pytest.approx(aims)
+    told = [record for record in run.records if record["action"] == "relaxed"]
+    assert len(told) == len(set(aims)) - 1
+    assert HeldClip(run, {}).relax() == {}
+    assert QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["aims"] == held.state_dict()["aims"]
 
 
 @pytest.mark.parametrize("scores", [[-3.0, -2.0], [float("nan"), float("nan")], [float("inf"), float("inf")]])
