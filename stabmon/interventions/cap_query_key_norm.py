@@ -16,6 +16,7 @@ from stabmon.interventions.query_key import SEPARATE, find_query_key
 from stabmon.interventions.rows import Rows
 from stabmon.interventions.run import TrainingRun
 from stabmon.interventions.scaled_rows import ScaledRows
+from stabmon.interventions.snapshots import Snapshot
 from stabmon.rules.driven import drive
 
 
@@ -49,11 +50,12 @@ class CapQueryKeyNorm(Intervention):
         named = [issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None]
         alike = [layer for layer in run.known_layers() if drive(run.history, layer, grown=1.2, coherence=0.5) is not None]
         since = min((int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence), default=run.step)
+        healthy = None if run.states is None else run.states.newest
         caps: dict[str, list[float]] = {}
         refused: list[CannotApply] = []
         for layer in dict.fromkeys([*named, *alike] if named else run.known_layers()):
             try:
-                caps[layer] = self._caps(run, layer, since)
+                caps[layer] = self._caps(run, layer, since, healthy)
             except CannotApply as error:
                 refused.append(error)
         if not caps:
@@ -67,16 +69,15 @@ class CapQueryKeyNorm(Intervention):
         held.rows.load(state["rows"])
         return held
 
-    def _caps(self, run: TrainingRun, layer: str, since: int) -> list[float]:
+    def _caps(self, run: TrainingRun, layer: str, since: int, healthy: Snapshot | None) -> list[float]:
         """What each piece of a layer may come to."""
         pieces = _pieces(run, layer)
-        state = None if run.states is None else run.states.newest
         norms = {r.step: r.query_key[layer].weight for r in run.history.readings if layer in r.query_key}
         names = {id(parameter): name for name, parameter in run.model.named_parameters()}
         then = norms.get(since, math.nan)
-        if state is None or not math.isfinite(then) or any(names.get(id(p.parameter)) not in state.tensors for p in pieces):
+        if healthy is None or not math.isfinite(then) or any(names.get(id(p.parameter)) not in healthy.tensors for p in pieces):
             return [max(min(self.times, 1.0) * norm, 1e-12) for norm in _norms(pieces)]
-        saved = [state.tensors[names[id(p.parameter)]] for p in pieces]
+        saved = [healthy.tensors[names[id(p.parameter)]] for p in pieces]
         grown = then / max(
             math.hypot(*(p.view(tensor).float().norm().item() for p, tensor in zip(pieces, saved, strict=True))), 1e-12
         )
