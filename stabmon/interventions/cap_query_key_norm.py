@@ -48,7 +48,11 @@ class CapQueryKeyNorm(Intervention):
         if all(issue.evidence.get("by") == "scale" for issue in self.issues) and self.issues:
             raise CannotApply("it is the scale of the scores that grows, not their weights")
         named = [issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None]
-        alike = [layer for layer in run.known_layers() if drive(run.history, layer, grown=1.2, coherence=0.5) is not None]
+        alike = [
+            layer.partition("#")[0]
+            for layer in run.known_layers()
+            if drive(run.history, layer, grown=1.2, coherence=0.5) is not None
+        ]
         since = min((int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence), default=run.step)
         healthy = None if run.states is None else run.states.newest
         caps: dict[str, list[float]] = {}
