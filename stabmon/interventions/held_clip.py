@@ -41,16 +41,17 @@ class HeldClip(Effect):
         self._clipped = False
         self._remove: list[Callable[[], None]] = []
 
-    def first(self) -> None:
+    def first(self, fresh: Mapping[Place, float] | None = None) -> None:
         """Clip each head that is above its aim, prove it where that can be, and describe it. What does not fit is left out.
 
-        The deepest module comes first: its clip does not change what the others see, so that one measurement serves all.
+        Heads in ``fresh`` are brought to what it gives, now and not again. The deepest module comes first: its clip does not change
+        what the others see, so that one measurement serves all.
         """
         measured = replayed_scores(self.run)
         scores = self._largest(
             {layer: measured[layer] if layer in measured else self._last_read(layer) for layer in self._layers()}
         )
-        todo = self._factors(scores)
+        todo = self._factors(scores, {**self.aims, **(fresh or {})})
         if not todo:
             raise CannotApply(
                 "every head named is at or below its aim already, or its score is not finite: there is nothing to clip"
@@ -121,10 +122,10 @@ class HeldClip(Effect):
         values: np.ndarray = history.now("max_logit")[history.of_layer(layer)]
         return values
 
-    def _factors(self, scores: Mapping[str, np.ndarray]) -> dict[str, dict[int, float]]:
+    def _factors(self, scores: Mapping[str, np.ndarray], aims: Mapping[Place, float]) -> dict[str, dict[int, float]]:
         """For each module, the factor of each head that is above its aim; the smallest over a module's calls."""
         found: dict[str, dict[int, float]] = {}
-        for (layer, head), aim in self.aims.items():
+        for (layer, head), aim in aims.items():
             values = scores.get(str(layer))
             if values is None or head is None or head >= len(values) or not aim < values[head] < np.inf:
                 continue
@@ -176,7 +177,7 @@ class HeldClip(Effect):
         self._check_effect(scores)
         if self.given_up or not self._hold:
             return
-        for name, factors in self._factors(scores).items():
+        for name, factors in self._factors(scores, self.aims).items():
             self._apply(name, factors, {})
             for head, factor in factors.items():
                 self._again.setdefault((name, head), []).append(factor)

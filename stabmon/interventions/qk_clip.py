@@ -57,11 +57,14 @@ class QkClip(Intervention):
     widest: float = 100.0
     """Score up to which what is held is doubled, each time it was at work for long without an alarm: heads of a healthy run go on
     growing, and one held at 10 to the end came out 0.09 nats behind. 100 held training stable at scale (Kimi K2)."""
+    fresh: float = 1.0
+    """Score to which a head is brought that was saturated from the start, and knows no better past; from there it may grow to ``floor``."""
     hold: bool = True
 
     def __post_init__(self) -> None:
         self._check("times_own_past", 0.0, 1e6)
         self._check("floor", 0.0, 1e6)
+        self._check("fresh", 0.0, 1e6)
         self._check("widest", 0.0, 1e30, including_low=True)
         if self.target is not None:
             self._check("target", 0.0, 1e30)
@@ -78,8 +81,9 @@ class QkClip(Intervention):
         if not aims:
             raise CannotApply("no head is named: give an issue that names its layer")
         clip = HeldClip(run, aims, limits)
+        new = {place: self.fresh for issue in self.issues if issue.evidence.get("from_the_start") for place in _heads(run, issue)}
         try:
-            clip.first()
+            clip.first(new if self.target is None else None)
         except BaseException:
             clip.rows.undo()
             raise

@@ -168,6 +168,19 @@ def test_several_calls_of_one_module_are_clipped_by_the_one_that_needs_it_most()
     assert scores_of(run)[first][1] == pytest.approx(before[first][1] * before[second][1] / 4 / worst, rel=1e-5)
 
 
+def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_there() -> None:
+    run = run_of("llama-sdpa")
+    layer = first_layer(run)
+    before = scores_of(run)[layer]
+    applied = QkClip(fresh=before[1] / 100, floor=before[1] / 2).apply(run, growth(layer, from_the_start=True))
+    assert scores_of(run)[layer][1] == pytest.approx(before[1] / 100, rel=0.01)
+    assert isinstance(applied.effect, HeldClip)
+    assert applied.effect.aims == {(layer, 1): before[1] / 2}
+    bits = all_bits(run)
+    run.marks.fire("on_step")
+    assert differences(bits, all_bits(run)) == [], "it is below what it may come to"
+
+
 def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
     run = run_of("llama-sdpa")
     layer = first_layer(run)
