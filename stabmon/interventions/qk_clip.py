@@ -58,7 +58,7 @@ class QkClip(Intervention):
     """Score up to which what is held is doubled, each time it was at work for long without an alarm: heads of a healthy run go on
     growing, and one held at 10 to the end came out 0.09 nats behind. 100 held training stable at scale (Kimi K2)."""
     fresh: float = 1.0
-    """Score to which a head is brought that was saturated from the start, and knows no better past; from there it may grow to ``floor``."""
+    """Score to which a head is brought that was saturated from the start, and has no better past; from there it may grow to ``widest``."""
     hold: bool = True
 
     def __post_init__(self) -> None:
@@ -105,6 +105,8 @@ class QkClip(Intervention):
             now = float(run.history.now("max_logit")[run.history.of_layer(issue.layer)][issue.head])
             fitting: float = 2.0 ** (issue.threshold - issue.value - 1)  # a bit is a factor of two
             return max(self.floor, now * fitting)
+        if issue.evidence.get("from_the_start"):
+            return max(self.floor, self.widest)  # nothing drives it, and it must learn
         past = own_past(run, issue, head)
         aim = max(self.floor, self.times_own_past * past if np.isfinite(past) else 0.0)
         info = run.history.info.get(issue.layer or "")

@@ -172,7 +172,9 @@ def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_
     run = run_of("llama-sdpa")
     layer = first_layer(run)
     before = scores_of(run)[layer]
-    applied = QkClip(fresh=before[1] / 100, floor=before[1] / 2).apply(run, growth(layer, from_the_start=True))
+    applied = QkClip(fresh=before[1] / 100, floor=before[1] / 4, widest=before[1] / 2).apply(
+        run, growth(layer, from_the_start=True)
+    )
     assert scores_of(run)[layer][1] == pytest.approx(before[1] / 100, rel=0.01)
     assert isinstance(applied.effect, HeldClip)
     assert applied.effect.aims == {(layer, 1): before[1] / 2}
@@ -215,7 +217,7 @@ def test_what_is_held_without_an_alarm_is_held_less_tightly_unless_a_limit_says_
 ) -> None:
     run = run_of("llama-sdpa")
     layer = first_layer(run)
-    alarm = replace(growth(layer, from_the_start=True), issue_type=kind, value=50.0, threshold=1.0)
+    alarm = replace(growth(layer, times_own_past=1e6), issue_type=kind, value=50.0, threshold=1.0)
     applied = QkClip(**settings).apply(run, alarm)
     held = applied.effect
     assert isinstance(held, HeldClip)
