@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stabmon.interventions.base import CannotApply, Effect, Place
+from stabmon.interventions.moments import FreshMoments
 from stabmon.interventions.query_key import find_query_key
 from stabmon.interventions.query_key_norm import RMS_NORM
 from stabmon.interventions.replayed import largest_scores, replayed_scores
@@ -39,6 +40,7 @@ class HeldClip(Effect):
         """Factors of the clips that have not been told of yet."""
         self._told_at: int | None = None
         self._clipped = False
+        self._moments: FreshMoments | None = None
         self._remove: list[Callable[[], None]] = []
 
     def first(self, fresh: Mapping[Place, float] | None = None) -> None:
@@ -76,6 +78,11 @@ class HeldClip(Effect):
         proof = "proven on the step's batch" if measured else "not proven, no batch to run again"
         self.note = "; ".join([*reversed(notes), proof, *(f"left out: {error.reason}" for error in refused)])
 
+    def begin_anew(self) -> None:
+        """Let the optimizer forget the gradients of before."""
+        self._moments = FreshMoments(self.run)
+        self.note += "; the optimizer's moments begin anew"
+
     def watch(self, hold: bool) -> None:
         """Look at every training forward from now on, as long as there is something to prove or to hold."""
         self._hold = hold
@@ -86,6 +93,8 @@ class HeldClip(Effect):
 
     def undo(self) -> bool:
         self.release()
+        if self._moments is not None:
+            self._moments.undo()
         return self.rows.undo()
 
     def at_work(self) -> bool:
@@ -171,6 +180,8 @@ class HeldClip(Effect):
     def _on_step(self) -> None:
         """After the optimizer's step: clip again what was above its aim in this step's forwards."""
         self.rows.moved_on()
+        if self._moments is not None:
+            self._moments.moved_on()
         if not self.run.marks.wants("attention"):
             return
         scores = self._over_ranks()

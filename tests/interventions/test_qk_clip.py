@@ -12,6 +12,7 @@ from torch import nn
 from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.held_clip import HeldClip
+from stabmon.interventions.moments import MOMENTS
 from stabmon.interventions.own_scores import own_past
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.records import Reading
@@ -181,6 +182,23 @@ def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_
     bits = all_bits(run)
     run.marks.fire("on_step")
     assert differences(bits, all_bits(run)) == [], "it is below what it may come to"
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam])
+def test_with_heads_that_begin_anew_the_optimizer_does_and_undone_to_every_bit(optimizer: type[torch.optim.Optimizer]) -> None:
+    run = run_of("llama-sdpa", optimizer, steps=3)
+    layer = first_layer(run)
+    before, scores = all_bits(run), scores_of(run)[layer]
+    applied = QkClip(fresh=scores[1] / 100).apply(run, growth(layer, from_the_start=True))
+    moments = [entries[name] for entries in run.optimizer.state.values() for name in MOMENTS if name in entries]
+    assert all(float(torch.as_tensor(each).abs().max()) in (0.0, 1.0) for each in moments)
+    assert applied.undo() is True
+    assert differences(before, all_bits(run)) == []
+    QkClip(fresh=scores[1] / 100).apply(run, growth(layer, from_the_start=True))
+    train_step(run)
+    assert [float(entries["step"]) for entries in run.optimizer.state.values() if "step" in entries] == [1.0] * sum(
+        "step" in entries for entries in run.optimizer.state.values()
+    )
 
 
 def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
