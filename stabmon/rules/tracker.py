@@ -78,7 +78,7 @@ class IssueTracker:
 
     @property
     def open_issues(self) -> tuple[StabilityIssue, ...]:
-        """Every open issue as it was last emitted, most severe first."""
+        """Every open issue as it was last emitted, most severe and causes first."""
         return tuple(_in_order(entry.issue for entry in self._open.values()))
 
     def update(self, reading: Reading) -> list[StabilityIssue]:
@@ -174,5 +174,13 @@ def _rank(issue: StabilityIssue) -> int:
     return SEVERITIES.index(issue.severity)
 
 
+CAUSES = ("update_spike",)
+"""Types of issue that explain others of the same step."""
+
+
 def _in_order(issues: Any) -> list[StabilityIssue]:
-    return sorted(issues, key=lambda i: (-_rank(i), i.issue_type, i.layer or "", -1 if i.head is None else i.head))
+    """The most severe first, of these the causes, and a layer before its heads."""
+    return sorted(
+        issues,
+        key=lambda i: (-_rank(i), i.issue_type not in CAUSES, i.issue_type, i.layer or "", -1 if i.head is None else i.head),
+    )

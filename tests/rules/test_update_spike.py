@@ -77,10 +77,10 @@ def test_queries_and_keys_that_alone_move_too_far_twice_blame_their_layer(share)
     assert found[0].evidence["usual_query_key_update"] == pytest.approx(0.02)
 
 
-def broken(found):
-    """A head that broke at the fourth reading, beside the weights' steps."""
+def broken(found, at=3):
+    """A head that broke at the fourth reading, or at another, beside the weights' steps."""
     score, entropy = shape(np.full(len(found), 5.0)).copy(), shape(np.full(len(found), 0.9)).copy()
-    score[3:], entropy[3:] = 400.0, 0.01
+    score[at:], entropy[at:] = 400.0, 0.01
     layers = readings(signals(score, entropy))
     return [replace(r, layers=s.layers, info=s.info) for r, s in zip(found, layers, strict=True)]
 
@@ -108,3 +108,9 @@ def test_weights_that_were_made_smaller_and_are_moved_as_ever_are_no_sign_of_a_r
     course = [replace(r, query_key={"a": QueryKeyStep(1.0, 4.0, 0.08)}) for r in watched([1e-3] * 14, [0.02] * 14)]
     course[8:] = [replace(r, query_key={"a": QueryKeyStep(1.0, 0.2, 0.08)}) for r in course[8:]]
     assert not run(course, [UpdateSpike()])
+
+
+def test_a_rate_that_jumps_is_told_before_what_it_broke_at_the_same_step():
+    course = broken(watched([1e-3] * 5 + [2e-2] * 4, [0.01] * 5 + [0.2] * 4), at=5)
+    found = alarms(run(course, [LogitGrowth(), UpdateSpike()]))
+    assert [issue.issue_type for issue in found if issue.step == 60][:2] == ["update_spike", "logit_growth"]
