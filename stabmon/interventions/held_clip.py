@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabmon.interventions.anew import Anew
 from stabmon.interventions.base import CannotApply, Effect, Place
-from stabmon.interventions.moments import FreshMoments
 from stabmon.interventions.query_key import find_query_key
 from stabmon.interventions.query_key_norm import RMS_NORM
 from stabmon.interventions.replayed import largest_scores, replayed_scores
@@ -40,7 +40,7 @@ class HeldClip(Effect):
         """Factors of the clips that have not been told of yet."""
         self._told_at: int | None = None
         self._clipped = False
-        self._moments: FreshMoments | None = None
+        self._anew: Anew | None = None
         self._remove: list[Callable[[], None]] = []
 
     def first(self, fresh: Mapping[Place, float] | None = None) -> None:
@@ -78,10 +78,10 @@ class HeldClip(Effect):
         proof = "proven on the step's batch" if measured else "not proven, no batch to run again"
         self.note = "; ".join([*reversed(notes), proof, *(f"left out: {error.reason}" for error in refused)])
 
-    def begin_anew(self) -> None:
-        """Let the optimizer forget the gradients of before."""
-        self._moments = FreshMoments(self.run)
-        self.note += "; the optimizer's moments begin anew"
+    def begin_anew(self, first: int | None = None) -> None:
+        """Let the optimizer begin anew with these heads; ``first`` is the step at which it did, after a restart."""
+        self._anew = Anew(self.run, first)
+        self.note += f"; the optimizer begins anew, with a warm-up of {self._anew.first} steps"
 
     def watch(self, hold: bool) -> None:
         """Look at every training forward from now on, as long as there is something to prove or to hold."""
@@ -93,8 +93,8 @@ class HeldClip(Effect):
 
     def undo(self) -> bool:
         self.release()
-        if self._moments is not None:
-            self._moments.undo()
+        if self._anew is not None:
+            self._anew.undo()
         return self.rows.undo()
 
     def at_work(self) -> bool:
@@ -112,6 +112,8 @@ class HeldClip(Effect):
 
     def release(self) -> None:
         self._tell_again()
+        if self._anew is not None:
+            self._anew.release()
         while self._remove:
             self._remove.pop()()
 
@@ -119,7 +121,8 @@ class HeldClip(Effect):
         names = {id(p): name for name, p in self.run.model.named_parameters()}
         aims = [[layer, head, aim] for (layer, head), aim in self.aims.items()]
         limits = [[layer, head, limit] for (layer, head), limit in self.limits.items()]
-        return {"aims": aims, "limits": limits, "proven": dict(self.proven), "rows": self.rows.state(names)}
+        anew = None if self._anew is None else self._anew.first
+        return {"aims": aims, "limits": limits, "anew": anew, "proven": dict(self.proven), "rows": self.rows.state(names)}
 
     def _layers(self) -> list[str]:
         return list(dict.fromkeys(str(layer) for layer, _ in self.aims))
@@ -180,8 +183,8 @@ class HeldClip(Effect):
     def _on_step(self) -> None:
         """After the optimizer's step: clip again what was above its aim in this step's forwards."""
         self.rows.moved_on()
-        if self._moments is not None:
-            self._moments.moved_on()
+        if self._anew is not None:
+            self._anew.moved_on()
         if not self.run.marks.wants("attention"):
             return
         scores = self._over_ranks()

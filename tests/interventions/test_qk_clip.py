@@ -11,8 +11,8 @@ from torch import nn
 
 from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions.anew import MOMENTS
 from stabmon.interventions.held_clip import HeldClip
-from stabmon.interventions.moments import MOMENTS
 from stabmon.interventions.own_scores import own_past
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.records import Reading
@@ -194,9 +194,22 @@ def test_with_heads_that_begin_anew_the_optimizer_does_and_undone_to_every_bit(o
     assert all(float(torch.as_tensor(each).abs().max()) in (0.0, 1.0) for each in moments)
     assert applied.undo() is True
     assert differences(before, all_bits(run)) == []
-    QkClip(fresh=scores[1] / 100).apply(run, growth(layer, from_the_start=True))
-    train_step(run)
-    assert [float(entries["step"]) for entries in run.optimizer.state.values() if "step" in entries] == [1.0] * sum(
+    run.step = 4
+    applied = QkClip(fresh=scores[1] / 100).apply(run, growth(layer, from_the_start=True))
+    rates = []
+    for _ in range(2):
+        rates.append(run.rate_factor)
+        train_step(run)
+    applied.release()
+    assert rates == [0.25, 0.5], "a warm-up of as many steps as were made"
+    assert run.rate_factor == 1.0
+    resumed = QkClip(fresh=scores[1] / 100).resume(run, applied.state_dict())
+    assert run.rate_factor == 0.75
+    for _ in range(2):
+        train_step(run)
+    assert run.rate_factor == 1.0
+    resumed.release()
+    assert [float(entries["step"]) for entries in run.optimizer.state.values() if "step" in entries] == [4.0] * sum(
         "step" in entries for entries in run.optimizer.state.values()
     )
 
