@@ -31,25 +31,33 @@ MOMENTS = (
 
 
 class Anew:
-    """Every moment of the optimizer set to where training begins, and the rate warmed up over as many steps as have been made.
+    r"""Every moment of the optimizer set to where training begins, and the rate warmed up.
 
+    The warm-up takes :math:`2 / (1 - \beta_2)` steps, which is what averages of squares need to fill, but no more than have been made.
     The tensors of before are kept until training has moved on. A run without a torch optimizer has nothing to forget.
 
     Args:
         run: the run.
         first: the step at which it began, where it is taken up again after a restart: then only what is left of the warm-up is held.
+
+    Source:
+        Ma & Yarats 2019, arXiv:1910.04209 (untuned linear warm-up of Adam).
     """
 
     def __init__(self, run: TrainingRun, first: int | None = None) -> None:
         self.run, self.first = run, run.step if first is None else first
+        self.steps = max(1, self.first)
         self._saved: list[tuple[MutableMapping[str, Any], str, Any]] = []
         self._end: Callable[[], None] = lambda: None
         try:
-            state = run.torch_optimizer.state
+            optimizer = run.torch_optimizer
         except CannotApply:
             return
+        squares = [group["betas"][1] for group in optimizer.param_groups if "betas" in group]
+        if squares:
+            self.steps = max(1, min(self.steps, round(2 / (1 - min(float(max(squares)), 0.99999)))))
         if first is None:
-            self._forget([entries for entries in state.values() if entries])
+            self._forget([entries for entries in optimizer.state.values() if entries])
         if self._factor() < 1:
             self._end = run.rates.hold(self._factor)
 
@@ -71,7 +79,7 @@ class Anew:
         self._end()
 
     def _factor(self) -> float:
-        return min(1.0, (self.run.step - self.first + 1) / max(1, self.first))
+        return min(1.0, (self.run.step - self.first + 1) / self.steps)
 
     def _forget(self, states: list[MutableMapping[str, Any]]) -> None:
         for entries in states:

@@ -81,7 +81,7 @@ class HeldClip(Effect):
     def begin_anew(self, first: int | None = None) -> None:
         """Let the optimizer begin anew with these heads; ``first`` is the step at which it did, after a restart."""
         self._anew = Anew(self.run, first)
-        self.note += f"; the optimizer begins anew, with a warm-up of {self._anew.first} steps"
+        self.note += f"; the optimizer begins anew, with a warm-up of {self._anew.steps} steps"
 
     def watch(self, hold: bool) -> None:
         """Look at every training forward from now on, as long as there is something to prove or to hold."""

@@ -33,8 +33,8 @@ class QkClip(Intervention):
     :math:`\gamma` (the record says so). Position biases are not scaled. Master copies are edited with the weights. The optimizer's
     moments are left alone: an adaptive step does not depend on the gradient's scale, and the momentum that still points to growth is met
     by clipping again. But where heads were saturated from the start, the optimizer begins anew with them, since it knows the gradients
-    of a model that is no longer there: moments of nothing, and a warm-up over as many steps as were made (of two runs that stayed 0.23
-    and 0.25 nats behind their twins otherwise, nothing and 0.04 were left).
+    of a model that is no longer there: moments of nothing, and a warm-up (of two runs that stayed 0.23 and 0.25 nats behind
+    their twins otherwise, nothing and 0.05 were left).
 
     Which rows belong to a head is a guess from names and shapes until the step's batch has been run again: each guess is tried, and
     kept only if the head's score came to :math:`\tau` and no other head of the layer moved. Without a batch to run again the likeliest

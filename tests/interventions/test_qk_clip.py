@@ -11,7 +11,7 @@ from torch import nn
 
 from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
-from stabmon.interventions.anew import MOMENTS
+from stabmon.interventions.anew import MOMENTS, Anew
 from stabmon.interventions.held_clip import HeldClip
 from stabmon.interventions.own_scores import own_past
 from stabmon.interventions.qk_clip import QkClip
@@ -212,6 +212,20 @@ def test_with_heads_that_begin_anew_the_optimizer_does_and_undone_to_every_bit(o
     assert [float(entries["step"]) for entries in run.optimizer.state.values() if "step" in entries] == [4.0] * sum(
         "step" in entries for entries in run.optimizer.state.values()
     )
+
+
+@pytest.mark.parametrize(("beta", "made", "steps"), [(0.95, 400, 40), (0.95, 7, 7), (0.999, 5000, 2000), (1.0, 9, 9)])
+def test_the_warm_up_of_an_optimizer_that_begins_anew_is_what_its_averages_need(beta: float, made: int, steps: int) -> None:
+    run = run_of("gpt2-sdpa")
+    for group in run.optimizer.param_groups:
+        group["betas"] = (0.9, beta)
+    run.step = made
+    anew = Anew(run)
+    assert anew.steps == steps
+    assert run.rate_factor == pytest.approx(1 / steps)
+    run.step += steps
+    anew.moved_on()
+    assert run.rate_factor == 1.0
 
 
 def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
