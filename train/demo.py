@@ -156,8 +156,10 @@ def what_was_done(run: Path) -> str:
         return "nothing was done"
     acts = Counter(record["intervention"] for record in applied)
     words = ", ".join(f"{name} {'once' if count == 1 else f'{count} times'}" for name, count in acts.items())
-    heads = {tuple(place) for record in applied for place in record["places"]}
-    return f"{words}, first at step {applied[0]['step']}, on {len(heads)} heads in all (interventions.jsonl)"
+    places = {tuple(place) for record in applied for place in record["places"]}
+    kinds = {"heads": [p for p in places if p[1] is not None], "layers": [p for p in places if p[0] and p[1] is None]}
+    where = " and ".join(f"{len(found)} {kind}" for kind, found in kinds.items() if found) or "the run"
+    return f"{words}, first at step {applied[0]['step']}, on {where} in all (interventions.jsonl)"
 
 
 def where(out: Path) -> str:
