@@ -14,18 +14,8 @@ if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
 
 MOMENTS = (
-    *(
-        "exp_avg",
-        "exp_avg_sq",
-        "max_exp_avg_sq",
-        "exp_inf",
-        "mu_product",
-        "momentum_buffer",
-        "square_avg",
-        "grad_avg",
-        "acc_delta",
-    ),
-    *("exp_avg_sq_row", "exp_avg_sq_col", "step"),
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mu_product", "momentum_buffer", "step"),
+    *("square_avg", "grad_avg", "acc_delta", "exp_avg_sq_row", "exp_avg_sq_col"),
 )
 """What optimizers call running averages of gradients, and the count of steps that corrects their bias."""
 

@@ -74,6 +74,24 @@ class Effect:
         return {}
 
 
+class HeldEffect(Effect):
+    """An effect that is called at marks of each step until it is released, and is held further where it had something to do."""
+
+    _remove: Sequence[Callable[[], None]] = ()
+    """What takes each callback out."""
+    _bound: Any = False
+    """Whether it had something to do since it was last asked: a bool, or a tensor of one that need not come to the host at each step."""
+
+    def release(self) -> None:
+        for remove in self._remove:
+            remove()
+        self._remove = ()
+
+    def at_work(self) -> bool:
+        bound, self._bound = self._bound, False
+        return bool(bound)
+
+
 Self = TypeVar("Self", bound="Intervention")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon.gradients import is_sharded
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
 from stabmon.interventions.query_key import SEPARATE, find_query_key
 from stabmon.interventions.rows import Rows
 from stabmon.interventions.run import TrainingRun
@@ -90,13 +90,12 @@ class CapQueryKeyNorm(Intervention):
         return [self.times * max(norm, least) * grown for norm in past]
 
 
-class _Held(Effect):
+class _Held(HeldEffect):
     def __init__(self, run: TrainingRun, caps: Mapping[str, Sequence[float]], *, now: bool = True) -> None:
         self.caps = caps
         self._pieces = [(piece, cap) for layer, own in caps.items() for piece, cap in zip(_pieces(run, layer), own, strict=True)]
         self.rows = ScaledRows(run)
         before = {layer: _whole(run, layer) for layer in caps}
-        self._bound = False
         if now:
             try:
                 self._scale()
@@ -110,19 +109,11 @@ class _Held(Effect):
             touches=frozenset(f"scores of {layer}" for layer in caps),
         )
         # before a clip that is held, which is for what scores remain
-        self._remove: list[Callable[[], None]] = [run.marks.add("on_step", self._on_step, first=True)]
+        self._remove = [run.marks.add("on_step", self._on_step, first=True)]
 
     def undo(self) -> bool:
         self.release()
         return self.rows.undo()
-
-    def release(self) -> None:
-        while self._remove:
-            self._remove.pop()()
-
-    def at_work(self) -> bool:
-        bound, self._bound = self._bound, False
-        return bound
 
     def rolled_back(self, step: int) -> Callable[[], None]:
         return self.rows.rolled_back(step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon.gradients import is_sharded
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
 from stabmon.interventions.masters import copies_of
 from stabmon.interventions.query_key import SEPARATE, find_query_key
 from stabmon.interventions.rows import Rows
@@ -64,7 +64,7 @@ class CapQueryKeyUpdate(Intervention):
         return _Capped(run, {str(layer): float(cap) for layer, cap in state["caps"].items()}, state["rate"])
 
 
-class _Capped(Effect):
+class _Capped(HeldEffect):
     def __init__(self, run: TrainingRun, caps: Mapping[str, float], rate: float | None) -> None:
         self.run, self._rate = run, rate
         self._parts: dict[str, list[tuple[Rows, list[Tensor]]]] = {}
@@ -86,20 +86,14 @@ class _Capped(Effect):
             note=f"not in {', '.join(refused)}" if refused else "",
         )
         self._before: dict[str, list[list[Tensor]]] = {}
-        self._bound: Tensor | None = None
-        self._remove: list[Callable[[], None]] = [
+        self._remove = [
             run.marks.add("before_optimizer_step", self._remember),
             run.marks.add("on_step", self._scale, first=True),  # a clip that is held comes after the step that it clips
         ]
 
     def release(self) -> None:
-        while self._remove:
-            self._remove.pop()()
+        super().release()
         self._before = {}
-
-    def at_work(self) -> bool:
-        bound, self._bound = self._bound, None
-        return bound is not None and bool(bound)
 
     def state_dict(self) -> dict[str, Any]:
         return {"caps": dict(self.caps), "rate": self._rate}
@@ -125,7 +119,7 @@ class _Capped(Effect):
             )
             factor = (of_schedule * self.caps[layer] * weight / change.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
             bound = factor < 1
-            self._bound = bound if self._bound is None else self._bound | bound.to(self._bound.device)
+            self._bound = bound if self._bound is False else self._bound | bound.to(self._bound.device)
             finite = torch.isfinite(change)  # what is not finite is for others to mend
             for (rows, copies), olds in zip(parts, before, strict=True):
                 for copy, old in zip(copies, olds, strict=True):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
 from stabmon.interventions.run import TrainingRun
 from stabmon.interventions.soften_logits import scale_of
 from stabmon.rules.driven import drive
@@ -51,7 +51,9 @@ class CapScale(Intervention):
                 refused.append(error)
         if not held:
             raise refused[0] if refused else CannotApply("no layer is named: give an issue that names its layer")
-        return _Held(run, held)
+        effect = _Held(run, held)
+        effect.note = "; ".join(f"left out: {error.reason}" for error in refused)
+        return effect
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return _Held(run, {layer: (name, float(cap)) for layer, name, cap in state["caps"]})
@@ -62,18 +64,17 @@ class CapScale(Intervention):
             return self.cap
         read = {reading.step: reading.info[layer].scale for reading in run.history.readings if layer in reading.info}
         newest = run.history.info.get(layer)
-        if newest is None or since not in read or not 0.5 < now / newest.scale < 2.0:
+        if newest is None or since not in read or not 0.5 * newest.scale < now < 2.0 * newest.scale:
             raise CannotApply(f"what {layer} multiplies its scores by is not what was seen of it")
         return read[since]
 
 
-class _Held(Effect):
+class _Held(HeldEffect):
     def __init__(self, run: TrainingRun, caps: Mapping[str, tuple[str, float]]) -> None:
         self.caps = caps
         self._modules: dict[str, nn.Module] = {layer: run.module(layer) for layer in caps}
         before = self._scales()
         self._before = {layer: getattr(self._modules[layer], name) for layer, (name, _) in caps.items()}
-        self._bound = False
         self._set()
         super().__init__(
             places=[(layer, None) for layer in caps],
@@ -81,7 +82,7 @@ class _Held(Effect):
             after=self._scales(),
             touches=frozenset(f"scores of {layer}" for layer in caps),
         )
-        self._remove: list[Callable[[], None]] = [run.marks.add("on_step", self._set, first=True)]
+        self._remove = [run.marks.add("on_step", self._set, first=True)]
 
     def undo(self) -> bool:
         self.release()
@@ -91,14 +92,6 @@ class _Held(Effect):
             exact &= now in (cap, self._before[layer])
             setattr(self._modules[layer], name, self._before[layer])
         return exact
-
-    def release(self) -> None:
-        while self._remove:
-            self._remove.pop()()
-
-    def at_work(self) -> bool:
-        bound, self._bound = self._bound, False
-        return bound
 
     def state_dict(self) -> dict[str, Any]:
         return {"caps": [[layer, name, cap] for layer, (name, cap) in self.caps.items()]}

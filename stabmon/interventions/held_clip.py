@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stabmon.interventions.anew import Anew
-from stabmon.interventions.base import CannotApply, Effect, Place
+from stabmon.interventions.base import CannotApply, HeldEffect, Place
 from stabmon.interventions.query_key import find_query_key
 from stabmon.interventions.query_key_norm import RMS_NORM
 from stabmon.interventions.replayed import largest_scores, replayed_scores
@@ -24,7 +24,7 @@ from stabmon.records import AttentionCall
 logger = logging.getLogger("stabmon")
 
 
-class HeldClip(Effect):
+class HeldClip(HeldEffect):
     """Heads held at or below their aims. A module that attends several times in a forward (``name#1`` …) is one module here."""
 
     def __init__(self, run: TrainingRun, aims: dict[Place, float], limits: Mapping[Place, float] | None = None) -> None:
@@ -39,9 +39,7 @@ class HeldClip(Effect):
         self._again: dict[tuple[str, int], list[float]] = {}
         """Factors of the clips that have not been told of yet."""
         self._told_at: int | None = None
-        self._clipped = False
         self._anew: Anew | None = None
-        self._remove: list[Callable[[], None]] = []
 
     def first(self, fresh: Mapping[Place, float] | None = None) -> None:
         """Clip each head that is above its aim, prove it where that can be, and describe it. What does not fit is left out.
@@ -87,19 +85,14 @@ class HeldClip(Effect):
         """Look at every training forward from now on, as long as there is something to prove or to hold."""
         self._hold = hold
         self._told_at = self.run.history.latest.step if len(self.run.history) else None
-        self._remove = [self.run.marks.add("on_step", self._on_step)]
-        if hold or self._unproven:
-            self._remove.append(self.run.marks.add("attention", self._look))
+        looking = [self.run.marks.add("attention", self._look)] if hold or self._unproven else []
+        self._remove = [self.run.marks.add("on_step", self._on_step), *looking]
 
     def undo(self) -> bool:
         self.release()
         if self._anew is not None:
             self._anew.undo()
         return self.rows.undo()
-
-    def at_work(self) -> bool:
-        clipped, self._clipped = self._clipped, False
-        return clipped
 
     def relax(self) -> Mapping[str, Any]:
         known = {place: min(2 * aim, self.limits.get(place, aim)) for place, aim in self.aims.items()}
@@ -114,8 +107,7 @@ class HeldClip(Effect):
         self._tell_again()
         if self._anew is not None:
             self._anew.release()
-        while self._remove:
-            self._remove.pop()()
+        super().release()
 
     def state_dict(self) -> dict[str, Any]:
         names = {id(p): name for name, p in self.run.model.named_parameters()}
@@ -195,7 +187,7 @@ class HeldClip(Effect):
             self._apply(name, factors, {})
             for head, factor in factors.items():
                 self._again.setdefault((name, head), []).append(factor)
-                self._clipped = True
+                self._bound = True
         latest = self.run.history.latest.step if len(self.run.history) else None
         if latest != self._told_at:
             self._told_at = latest

@@ -19,8 +19,8 @@ from stabmon.rules.spread import largest
 LEAST_SCORE = 2 * SCORE_FLOOR
 """Score from which growth is worth a forecast."""
 WITH_WEIGHTS, WITH_SCALE = 1.5, 2.5
-"""Times its own past that a score must have grown with what drives it. A scale cannot be held itself: the clip that holds the scores
-instead lets them come to twice their past, must find something to clip, and ends the alarm."""
+"""Times its own past that a score must have grown with what drives it. Where a scale cannot be held itself, the clip that holds the
+scores lets them come to twice their past: more is asked, so that it has something to clip, and then ends the alarm."""
 
 
 @rule
@@ -127,8 +127,8 @@ class LogitGrowth:
             threshold=float(level[head]),
             suggestion=(
                 f"Something other than learning drives this layer: {what}. Look for what multiplies them (weight decay of the wrong sign, "
-                "a rate or a penalty of one parameter group, a scale that is written to); until then hold the norm of W_q and W_k "
-                "(cap_query_key_norm), or clip its heads (qk_clip)."
+                "a rate or a penalty of one parameter group, a scale that is written to); until then hold "
+                f"{'the scale (cap_scale)' if found.of_scale else 'their norm (cap_query_key_norm)'}, or clip its heads (qk_clip)."
             ),
             evidence={
                 "how": "driven",

@@ -11,7 +11,6 @@ from torch import nn
 
 from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
-from stabmon.interventions.anew import MOMENTS, Anew
 from stabmon.interventions.held_clip import HeldClip
 from stabmon.interventions.own_scores import own_past
 from stabmon.interventions.qk_clip import QkClip
@@ -182,50 +181,6 @@ def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_
     bits = all_bits(run)
     run.marks.fire("on_step")
     assert differences(bits, all_bits(run)) == [], "it is below what it may come to"
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam])
-def test_with_heads_that_begin_anew_the_optimizer_does_and_undone_to_every_bit(optimizer: type[torch.optim.Optimizer]) -> None:
-    run = run_of("llama-sdpa", optimizer, steps=3)
-    layer = first_layer(run)
-    before, scores = all_bits(run), scores_of(run)[layer]
-    applied = QkClip(fresh=scores[1] / 100).apply(run, growth(layer, from_the_start=True))
-    moments = [entries[name] for entries in run.optimizer.state.values() for name in MOMENTS if name in entries]
-    assert all(float(torch.as_tensor(each).abs().max()) in (0.0, 1.0) for each in moments)
-    assert applied.undo() is True
-    assert differences(before, all_bits(run)) == []
-    run.step = 4
-    applied = QkClip(fresh=scores[1] / 100).apply(run, growth(layer, from_the_start=True))
-    rates = []
-    for _ in range(2):
-        rates.append(run.rate_factor)
-        train_step(run)
-    applied.release()
-    assert rates == [0.25, 0.5], "a warm-up of as many steps as were made"
-    assert run.rate_factor == 1.0
-    resumed = QkClip(fresh=scores[1] / 100).resume(run, applied.state_dict())
-    assert run.rate_factor == 0.75
-    for _ in range(2):
-        train_step(run)
-    assert run.rate_factor == 1.0
-    resumed.release()
-    assert [float(entries["step"]) for entries in run.optimizer.state.values() if "step" in entries] == [4.0] * sum(
-        "step" in entries for entries in run.optimizer.state.values()
-    )
-
-
-@pytest.mark.parametrize(("beta", "made", "steps"), [(0.95, 400, 40), (0.95, 7, 7), (0.999, 5000, 2000), (1.0, 9, 9)])
-def test_the_warm_up_of_an_optimizer_that_begins_anew_is_what_its_averages_need(beta: float, made: int, steps: int) -> None:
-    run = run_of("gpt2-sdpa")
-    for group in run.optimizer.param_groups:
-        group["betas"] = (0.9, beta)
-    run.step = made
-    anew = Anew(run)
-    assert anew.steps == steps
-    assert run.rate_factor == pytest.approx(1 / steps)
-    run.step += steps
-    anew.moved_on()
-    assert run.rate_factor == 1.0
 
 
 def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:

@@ -65,6 +65,7 @@ def test_a_scale_that_grows_is_told_without_a_word_about_weights() -> None:
     found = alarms(run(watched(np.full(40, 4.0), 0.02, 6.0 * grown, scale=grown), [LogitGrowth()]))
     assert (found[0].layer, found[0].head, found[0].evidence["by"]) == (LAYERS[0], None, "scale")
     assert found[0].value < 30
+    assert "cap_scale" in found[0].suggestion
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import pickle
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
@@ -24,19 +25,32 @@ Job = tuple[Recipe, str | None, int]
 def options(description: str | None, intervals: Sequence[int]) -> argparse.ArgumentParser:
     """The command line of a study."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--each", type=int, default=2, help="runs of each kind")
+    parser.add_argument("--each", type=_count, default=2, help="runs of each kind")
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND", help="kinds of run")
     parser.add_argument("--every", type=int, default=intervals[0], choices=intervals, help="steps between readings")
     parser.add_argument("--half", choices=["held-back", "tuned", "both"], default="held-back", help="which runs to report on")
-    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time, one thread each")
+    parser.add_argument("--jobs", type=_count, default=2, help="runs trained at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/testbed"), help="where runs and tables are kept")
     return parser
 
 
+def _count(text: str) -> int:
+    """A number of runs, as it is typed."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
 def chosen(args: argparse.Namespace) -> list[Recipe]:
-    """The recipes of some kinds, of one half or of both."""
+    """The recipes of some kinds, of one half or of both; ends the program where there are none."""
     found = [recipe for recipe in recipes(args.each) if recipe.kind in args.only]
-    return [recipe for recipe in found if args.half == "both" or recipe.held_back == (args.half == "held-back")]
+    found = [recipe for recipe in found if args.half == "both" or recipe.held_back == (args.half == "held-back")]
+    if not found:
+        print(
+            f"error: --each {args.each}: there is no {args.half} run, since every other one is: use at least 2", file=sys.stderr
+        )
+        sys.exit(2)
+    return found
 
 
 def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
