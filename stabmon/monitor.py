@@ -23,12 +23,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from stabmon.acting import Acting, paused
 from stabmon.config import StabilityConfig, load_config
 from stabmon.distributed import RankReducer, rank, world_size
+from stabmon.group_updates import GroupUpdates
 from stabmon.interventions import Applied, Intervention
 from stabmon.measurements import to_host
 from stabmon.non_finite import NonFiniteWatch
@@ -52,8 +52,9 @@ class AttentionStabilityMonitor:
 
     Args:
         model: the model as it is called in training: plain, compiled, wrapped by DDP or FSDP.
-        optimizer: just before its step is when failing batches are replayed; without one none is.
-        lr_scheduler: what a rollback with ``rewind_schedule`` sets back; its rates are read from the optimizer.
+        optimizer: the torch optimizer, a wrapper around one, or a list of all where there are several. Just before its step is when
+            failing batches are replayed; without one none is. Of what an optimizer steps that is not given, rates are unknown.
+        lr_scheduler: what a rollback with ``rewind_schedule`` sets back, or a list; its rates are read from the optimizer.
         config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.StabilityConfig`.
         log_every: sample every N-th optimizer step; the first is step 1, so N = 50 samples 50, 100, …
         sinks: names or :class:`~stabmon.sinks.Sink` objects, instead of the configuration's.
@@ -74,7 +75,7 @@ class AttentionStabilityMonitor:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Any = None,
         lr_scheduler: Any = None,
         config: str | Path | StabilityConfig | None = "observe",
         *,
@@ -105,11 +106,13 @@ class AttentionStabilityMonitor:
         audit = self._recorder.write_intervention
         self._acting = Acting(model, self._view, lr_scheduler, self.config, self.run_dir, audit)
         self._observer = StepObserver(model, self.config, self.safety, self._view.scale, self._acting.listener)
-        self._query_key = QueryKeySteps()
+        self._query_key, self._group_updates = QueryKeySteps(), GroupUpdates()
         self._misfortune = NonFiniteWatch(model, self.safety.failed, self._ranks.share if self._ranks else None)
         self._manual = manual_steps
         self._last_reading = 0
-        self._opened = self._closed = self._looked = self._is_news = False
+        self._opened = self._closed = self._is_news = False
+        self._looked: set[int] = set()
+        """Optimizers that are about to step or have, by id, in this step."""
         if not manual_steps:
             self.begin_step()
 
@@ -118,7 +121,9 @@ class AttentionStabilityMonitor:
     @safely
     def begin_step(self) -> None:
         """Get ready for the next optimizer step. Only integrations call this: ``on_step`` does it in a loop of one's own."""
-        self._looked = self._is_news = False
+        self._is_news = False
+        self._looked.clear()
+        self._view.start_step()
         if self._closed:
             return
         self._open()
@@ -126,21 +131,36 @@ class AttentionStabilityMonitor:
             self._view.before_step(self.before_optimizer_step)
         self._start_observing()
 
-    def before_optimizer_step(self) -> None:
-        """Look at gradients while they and the parameters that made them are still there."""
-        if self._closed or self._looked:
+    def before_optimizer_step(self, optimizer: Any = None) -> None:
+        """Look at gradients while they and the parameters that made them are still there.
+
+        Args:
+            optimizer: the one that is about to step, where there are several: each is looked at once in a step of the run.
+        """
+        if self._closed or id(optimizer) in self._looked:
             return
-        self._looked = True
-        self._look_at_gradients()
+        is_first = not self._looked
+        self._looked.add(id(optimizer))
+        self._look_at_weights(optimizer, is_first)
+        if is_first:
+            self._look_at_gradients()
         self._acting.guard.before_optimizer_step()
+
+    @safely
+    def _look_at_weights(self, optimizer: Any, is_first: bool) -> None:
+        if not self.is_sampled(self.step + 1):
+            return
+        seen = self._observer.measurements
+        self._view.note_rates(optimizer, self._acting.run.scheduled_rate)
+        if is_first:
+            self._group_updates.before(self._view.groups())
+        self._query_key.before(seen.modules, seen.info, again=not is_first)
 
     @safely
     def _look_at_gradients(self) -> None:
         seen, sampled = self._observer, self.is_sampled(self.step + 1)
         if sampled and not seen.gradients:
             seen.measure_gradients()
-        if sampled:
-            self._query_key.before(seen.measurements.modules, seen.measurements.info)
         if self.config.watch_every_step:
             norm = seen.gradients.get("") if sampled else None
             gradients = not self._view.skips_bad_steps
@@ -164,8 +184,8 @@ class AttentionStabilityMonitor:
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
         self._end_loss(loss)
         self._tell_held(micro_batches)
-        moved = self._look_at_update() or {}
-        diagnosis = self._finish_step(micro_batches, moved)
+        moved, updates = self._look_at_update() or ({}, {})
+        diagnosis = self._finish_step(micro_batches, moved, updates)
         if self.is_sampled(self.step) or (diagnosis is not None and world_size() == 1):
             self._act(diagnosis)
         self._observer.forget()
@@ -296,11 +316,15 @@ class AttentionStabilityMonitor:
             self._is_news |= self._misfortune.note_loss(self.step, value)
 
     @safely
-    def _look_at_update(self) -> dict[str, QueryKeyStep]:
-        return self._query_key.after(scaled=self._view.scales) if self.is_sampled(self.step) else {}
+    def _look_at_update(self) -> tuple[dict[str, QueryKeyStep], dict[str, float]]:
+        if not self.is_sampled(self.step):
+            return {}, {}
+        return self._query_key.after(scaled=self._view.scales), self._group_updates.after()
 
     @safely
-    def _finish_step(self, micro_batches: int, moved: Mapping[str, QueryKeyStep]) -> Diagnosis | None:
+    def _finish_step(
+        self, micro_batches: int, moved: Mapping[str, QueryKeyStep], updates: Mapping[str, float]
+    ) -> Diagnosis | None:
         seen, sampled = self._observer, self.is_sampled(self.step)
         sums = seen.measurements.sums
         if sampled and self._ranks is not None:  # before all that may fail, since other ranks wait for it
@@ -312,19 +336,22 @@ class AttentionStabilityMonitor:
         layers = to_host(sums) if sampled else {}
         if sampled and not layers and (why := seen.why_nothing()):
             self.safety.failed("sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False)
-        losses = seen.losses.take()
+        losses, rates = seen.losses.take(), self._view.learning_rates()
         reading = Reading(
             step=self.step,
             loss=losses[-1][1] if losses and losses[-1][0] == self.step else None,
             layers=layers,
             info=dict(seen.measurements.info),
-            learning_rate=self._view.learning_rate(),
+            learning_rate=max(rates.values(), default=None),
             gradients=seen.gradients,
             query_key=moved,
             losses=losses,
             micro_batches=max(1, micro_batches),
             non_finite=self._misfortune.found_since(self._last_reading),
             overhead_fraction=self.safety.overhead_fraction(),
+            learning_rates=rates,
+            rate_factors=self._acting.run.rate_factors,
+            updates=updates,
         )
         self._last_reading = self.step
         return self._judge(reading, sampled)

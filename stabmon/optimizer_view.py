@@ -1,25 +1,139 @@
-"""What a monitor reads of an optimizer, whatever wraps it, and of a gradient scaler."""
+"""Read a run's optimizers, however many there are and whatever wraps them, and its gradient scaler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+SEVERAL = ("optimizers", "chained_optimizers", "_optimizers")
+"""What containers call the optimizers that they step together (torchtitan, Megatron, fairseq)."""
+WRAPPED = ("optimizer", "base_optimizer", "_optimizer")
+"""What wrappers call the optimizer inside (accelerate, Lightning, DeepSpeed, SAM)."""
+
+
+def innermost(given: Any) -> list[Any]:
+    """Find the optimizers that step parameters themselves, in the order in which they were given, each once.
+
+    Args:
+        given: an optimizer, a wrapper around one, something that holds several, or a list, tuple or mapping of these; None for none.
+    """
+    found: dict[int, Any] = {}
+    _search(given, found, set())
+    return list(found.values())
+
+
+def _search(given: Any, found: dict[int, Any], seen: set[int]) -> None:
+    if given is None or id(given) in seen:
+        return
+    seen.add(id(given))
+    inside = list(_inside(given))
+    for each in inside:
+        _search(each, found, seen)
+    if not inside and (hasattr(given, "param_groups") or hasattr(given, "step")):
+        found[id(given)] = given
+
+
+def _inside(given: Any) -> Iterator[Any]:
+    if isinstance(given, Mapping):
+        yield from given.values()
+        return
+    if isinstance(given, list | tuple):
+        yield from given
+        return
+    for name in SEVERAL:
+        held = _attribute(given, name)
+        held = list(held.values()) if isinstance(held, Mapping) else held
+        if isinstance(held, list | tuple) and held and all(_is_optimizer(each) for each in held):
+            yield from held
+            return
+    for name in WRAPPED:
+        held = _attribute(given, name)
+        if held is not None and held is not given and _is_optimizer(held):
+            yield held
+            return
+
+
+def _attribute(given: Any, name: str) -> Any:
+    with contextlib.suppress(Exception):  # a property of somebody's wrapper may raise whatever it likes
+        return getattr(given, name, None)
+    return None
+
+
+def _is_optimizer(given: Any) -> bool:
+    return isinstance(given, torch.optim.Optimizer) or (hasattr(given, "param_groups") and hasattr(given, "step"))
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterGroup:
+    """One parameter group of one of the run's optimizers."""
+
+    key: str
+    """``<optimizer>.<group>``, both counted from 0 in the order in which they were given; the same over restarts."""
+    optimizer: Any
+    settings: MutableMapping[str, Any]
+    """The optimizer's own entry in ``param_groups``."""
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate as it stands now; None where the optimizer makes its own, as Adafactor with relative steps does."""
+        return as_rate(self.settings.get("lr"))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the group steps."""
+        return list(self.settings.get("params", ()))
+
+
+def as_rate(value: Any) -> float | None:
+    """A rate as a number, whether it is stored as one or as a tensor; None for what is neither."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def parameter_groups(optimizers: list[Any]) -> list[ParameterGroup]:
+    """List the parameter groups of innermost optimizers."""
+    return [
+        ParameterGroup(f"{number}.{at}", optimizer, group)
+        for number, optimizer in enumerate(optimizers)
+        for at, group in enumerate(getattr(optimizer, "param_groups", None) or ())
+    ]
+
+
+def takes_hooks(optimizer: Any) -> bool:
+    """Whether hooks can be put around an optimizer's step, as torch's own optimizers and their subclasses let one do."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")  # made by Optimizer.__init__, which some wrappers never call
+
+
+def state_of(optimizer: Any) -> Any:
+    """What an optimizer keeps of each parameter; empty where it keeps nothing that can be seen."""
+    local = _attribute(
+        optimizer, "optim"
+    )  # where torch's ZeroRedundancyOptimizer has the state of the parameters that this rank steps
+    return getattr(local if _is_optimizer(local) else optimizer, "state", {})
 
 
 class OptimizerView:
     """Reads, and changes nothing.
 
     Args:
-        optimizer: a torch optimizer, accelerate's wrapper around one, or None.
+        optimizer: what :func:`innermost` takes.
         grad_scaler: the gradient scaler in use; None for ``optimizer.scaler`` if there is one.
     """
 
     def __init__(self, optimizer: Any, grad_scaler: Any = None) -> None:
         self.optimizer = optimizer
-        self.grad_scaler: Any = grad_scaler if grad_scaler is not None else getattr(optimizer, "scaler", None)
-        self._hook: Any = None
+        given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+        scalers = (_attribute(each, "scaler") for each in given)
+        self.grad_scaler: Any = grad_scaler if grad_scaler is not None else next((s for s in scalers if s is not None), None)
+        self._rates: dict[str, float] = {}
+        self._hooks: list[Any] = []
 
     @property
     def scales(self) -> bool:
@@ -29,31 +143,49 @@ class OptimizerView:
     @property
     def skips_bad_steps(self) -> bool:
         """Whether steps with bad gradients are skipped without our doing: by a scaler, or by what has told a fused optimizer of them."""
-        return self.scales or getattr(self._inner(), "found_inf", None) is not None
+        return self.scales or any(getattr(each, "found_inf", None) is not None for each in innermost(self.optimizer))
 
     def scale(self) -> float | None:
         """What the gradient scaler multiplies gradients by; None without one. Waits for the device."""
         return float(self.grad_scaler.get_scale()) if self.scales else None
 
-    def learning_rate(self) -> float | None:
-        """The largest over the parameter groups, as scheduled."""
-        groups = getattr(self.optimizer, "param_groups", None)
-        return max(float(group["lr"]) for group in groups) if groups else None
+    def groups(self) -> list[ParameterGroup]:
+        """Every parameter group of every optimizer."""
+        return parameter_groups(innermost(self.optimizer))
 
-    def before_step(self, tell: Callable[[], None]) -> None:
-        """Call ``tell`` before each step from now on; once is enough."""
-        register = getattr(self._inner(), "register_step_pre_hook", None)
-        if register is not None and self._hook is None:
-            self._hook = register(lambda *_: tell())
+    def start_step(self) -> None:
+        """Forget the rates of the last step."""
+        self._rates = {}
+
+    def note_rates(self, optimizer: Any, scheduled: Callable[[ParameterGroup], float | None]) -> None:
+        """Keep the rates with which a step is about to be made: schedulers move on before the step is looked at.
+
+        Args:
+            optimizer: the one that is about to step; None for all.
+            scheduled: the rate that a group's scheduler has set.
+        """
+        stepping = innermost(optimizer)
+        for group in self.groups():
+            if not stepping or any(group.optimizer is each for each in stepping):
+                rate = scheduled(group)
+                if rate is not None:
+                    self._rates[group.key] = rate
+
+    def learning_rates(self) -> dict[str, float]:
+        """The scheduled rate of each parameter group: that of this step where it was noted, else as it stands now."""
+        rates = {group.key: self._rates.get(group.key, group.rate) for group in self.groups()}
+        return {key: rate for key, rate in rates.items() if rate is not None}
+
+    def before_step(self, tell: Callable[[Any], None]) -> None:
+        """Call ``tell(optimizer)`` before each step of each optimizer from now on; once is enough."""
+        if not self._hooks:
+            self._hooks = [
+                each.register_step_pre_hook(lambda stepping, *_: tell(stepping))
+                for each in innermost(self.optimizer)
+                if takes_hooks(each)
+            ]
 
     def let_go(self) -> None:
-        """Take the hook out again."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _inner(self) -> Any:
-        optimizer = self.optimizer
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer
-        return optimizer
+        """Take the hooks out again."""
+        while self._hooks:
+            self._hooks.pop().remove()

@@ -27,10 +27,13 @@ class QueryKeySteps:
         self._norms: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def before(self, layers: Mapping[str, nn.Module], info: Mapping[str, LayerInfo]) -> None:
-        """Gradients are ready, the optimizer has not stepped."""
-        self._before, self._norms = {}, {}
+    def before(self, layers: Mapping[str, nn.Module], info: Mapping[str, LayerInfo], again: bool = False) -> None:
+        """Gradients are ready, the optimizer has not stepped; ``again``, before another optimizer's step, for layers that had none."""
+        if not again:
+            self._before, self._norms = {}, {}
         for layer, module in layers.items():
+            if layer in self._before:
+                continue
             if layer not in self._parts:
                 self._parts[layer] = _parts_of(module, info.get(layer))
             parts = [(parameter, at) for parameter, dim, rows in self._parts[layer] for at in [(slice(None),) * dim + (rows,)]]

@@ -77,6 +77,8 @@ class LayerInfo:
     fused: bool = True
     """See :class:`AttentionCall`."""
     softcap: float | None = None
+    adapted: bool = False
+    """Adapters (LoRA, DoRA …) around frozen weights make the queries or keys: what is trained is not W_q and W_k themselves."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +92,7 @@ class Reading:
     """``layers[layer][signal]`` is float64 ``[H]``, one value a query head; NaN where no row counted."""
     info: Mapping[str, LayerInfo] = field(default_factory=dict)
     learning_rate: float | None = None
-    """The largest rate over the optimizer's parameter groups at this step."""
+    """The largest rate over the parameter groups of all optimizers at this step, as scheduled."""
     gradients: Mapping[str, float] = field(default_factory=dict)
     """L2 norm of the gradient of each attention module's own parameters, by layer, and of all parameters under ``""``."""
     query_key: Mapping[str, QueryKeyStep] = field(default_factory=dict)
@@ -103,6 +105,17 @@ class Reading:
     """Where a NaN or inf first came up, if one did since the last reading."""
     overhead_fraction: float | None = None
     """Share of wall time spent inside stabmon since the last reading."""
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    """The scheduled rate of each parameter group at this step, by ``<optimizer>.<group>`` (both counted from 0)."""
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    """The share of its scheduled rate that a group used, where interventions changed it; 1 for groups that are not here."""
+    updates: Mapping[str, float] = field(default_factory=dict)
+    """The share of itself by which the step moved each group's parameters, ``||dp|| / ||p||``; measured on a sample of large groups."""
+
+    @property
+    def used_rates(self) -> dict[str, float]:
+        """The rate that each parameter group was stepped with: the scheduled one times what interventions made of it."""
+        return {key: rate * self.rate_factors.get(key, 1.0) for key, rate in self.learning_rates.items()}
 
 
 @dataclass(frozen=True)

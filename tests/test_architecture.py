@@ -16,7 +16,10 @@ BELOW = {
     "signals": {"operator", "records", "registry"},
     "rules": {"records", "registry", "signals"},
     "sinks": {"records", "registry", "signals", "plots"},
-    "interventions": {"capture", "gradients", "operator", "records", "registry", "replay", "rules", "signals"},
+    "interventions": {
+        *("capture", "gradients", "operator", "optimizer_view", "records", "registry", "replay", "rules", "signals"),
+    },
+    "optimizer_view": set(),
     "plots": {"records", "signals", "sinks"},
     "check": {
         *("capture", "gradients", "interventions", "losses", "measurements", "operator", "plots", "records", "replay", "signals"),

@@ -77,8 +77,8 @@ class StabilityCallback(pl.Callback):
                 sinks += [_sink_of(each) for each in trainer.loggers]
             self.monitor = AttentionStabilityMonitor(
                 pl_module,
-                trainer.optimizers[0] if trainer.optimizers else None,
-                trainer.lr_scheduler_configs[0].scheduler if trainer.lr_scheduler_configs else None,
+                trainer.optimizers or None,
+                [each.scheduler for each in trainer.lr_scheduler_configs],
                 self.config,
                 sinks=sinks,
                 run_dir=run_dir,
@@ -87,7 +87,7 @@ class StabilityCallback(pl.Callback):
                 manual_steps=True,
                 grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
             )
-            self.monitor.step = trainer.global_step
+            self.monitor.step = _steps_made(trainer)
             self._restore(self.monitor)
         except Exception:
             logger.exception("stabmon could not start watching; training goes on without it")
@@ -109,12 +109,12 @@ class StabilityCallback(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Look at the gradients, before they are clipped."""
         if self.monitor is not None:
-            self.monitor.before_optimizer_step()
+            self.monitor.before_optimizer_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Judge the step, if the batch ended one; end training where an intervention says so."""
+        """Judge the step, if any optimizer stepped in the batch; end training where an intervention says so."""
         if self.monitor is not None and trainer.global_step != self._global_step:
             self._global_step, self._in_step = trainer.global_step, False
             self.monitor.on_step()
@@ -153,6 +153,13 @@ class StabilityCallback(pl.Callback):
                 monitor.load_state_dict(state)
             except ValueError as error:
                 logger.warning("stabmon starts with an empty history: %s", error)
+
+
+def _steps_made(trainer: pl.Trainer) -> int:
+    """Batches in which an optimizer stepped: ``global_step`` counts each optimizer's steps under manual optimisation."""
+    # What Lightning's own loggers count by; private in 2.6, and where it is gone only the steps of several optimizers are counted apart.
+    batches = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+    return min(trainer.global_step, int(batches))
 
 
 def _sink_of(one: Any) -> Sink:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stabmon.interventions.base import CannotApply
+from stabmon.optimizer_view import state_of
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
@@ -21,7 +22,7 @@ MOMENTS = (
 
 
 class Anew:
-    r"""Every moment of the optimizer set to where training begins, and the rate warmed up.
+    r"""Every moment of the optimizers set to where training begins, and the rate warmed up.
 
     The warm-up takes :math:`2 / (1 - \beta_2)` steps, which is what averages of squares need to fill, but no more than have been made.
     The tensors of before are kept until training has moved on. A run without a torch optimizer has nothing to forget.
@@ -40,16 +41,16 @@ class Anew:
         self._saved: list[tuple[MutableMapping[str, Any], str, Any]] = []
         self._end: Callable[[], None] = lambda: None
         try:
-            optimizer = run.torch_optimizer
+            _ = run.torch_optimizers
         except CannotApply:
             return
-        squares = [group["betas"][1] for group in optimizer.param_groups if "betas" in group]
+        squares = [group.settings["betas"][1] for group in run.groups if "betas" in group.settings]
         if squares:
             self.steps = max(1, min(self.steps, round(2 / (1 - min(float(max(squares)), 0.99999)))))
         if first is None:
-            self._forget([entries for entries in optimizer.state.values() if entries])
+            self._forget([entries for each in run.optimizers for entries in state_of(each).values() if entries])
         if self._factor() < 1:
-            self._end = run.rates.hold(self._factor)
+            self._end = run.rates.hold(self._factor, ramp=True)
 
     def undo(self) -> None:
         """Put back the very tensors of before."""

@@ -44,13 +44,14 @@ class CapLearningRate(Intervention):
         return self._hold(run, float(state["cap"]))
 
     def _hold(self, run: TrainingRun, cap: float) -> Effect:
-        groups = run.torch_optimizer.param_groups
+        def scheduled() -> list[float]:
+            return [rate for group in run.groups if (rate := run.scheduled_rate(group)) is not None]
 
         def factor() -> float:
-            highest = max((float(group["lr"]) for group in groups), default=0.0)
+            highest = max(scheduled(), default=0.0)
             return min(1.0, cap / highest) if highest > 0 else 1.0
 
-        rates = [float(group["lr"]) for group in groups]
+        rates = scheduled()
         return Held(
             undo_=run.rates.hold(factor),
             works=lambda: factor() < 1,

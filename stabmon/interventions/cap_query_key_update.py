@@ -100,6 +100,8 @@ class _Capped(HeldEffect):
 
     @torch.no_grad()
     def _remember(self) -> None:
+        if self._before:  # another optimizer of the same step: some may have been moved already
+            return
         self._before = {
             layer: [[rows.view(copy).detach().clone() for copy in copies] for rows, copies in parts]
             for layer, parts in self._parts.items()
@@ -143,5 +145,5 @@ def _usual_rate(run: TrainingRun) -> float | None:
 
 
 def _rate_now(run: TrainingRun) -> float | None:
-    groups = getattr(run.optimizer, "param_groups", [])
-    return max((float(group["lr"]) for group in groups), default=None)
+    rates = [rate for group in run.groups if (rate := run.scheduled_rate(group)) is not None]
+    return max(rates, default=None)

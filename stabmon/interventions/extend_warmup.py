@@ -47,7 +47,7 @@ class _Ramp(Effect):
         before = run.rates.factor
         super().__init__(before={"factor": before}, after={"factor": before * act.factor(run.step - first)})
         self.first = first
-        self._release = run.rates.hold(lambda: act.factor(run.step - first))
+        self._release = run.rates.hold(lambda: act.factor(run.step - first), ramp=True)
 
     def release(self) -> None:
         self._release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.masters import copies_of
-from stabmon.interventions.query_key import SEPARATE, find_query_key
+from stabmon.interventions.query_key import find_query_key
 from stabmon.interventions.rates import step_hook
 from stabmon.interventions.rows import Rows
 from stabmon.interventions.run import TrainingRun
+from stabmon.optimizer_view import takes_hooks
 
+GIVE_ALL = "give every optimizer to the monitor: optimizer=[one, other]"
 Where = Literal["all", "query_key"]
 
 
@@ -47,7 +50,8 @@ class LowerLearningRate(Intervention):
             raise ValueError(f"{self.name}.where: {self.where!r} must be one of {', '.join(get_args(Where))}")
 
     def _start(self, run: TrainingRun) -> Effect:
-        rates = [float(group["lr"]) for group in run.torch_optimizer.param_groups]
+        _ = run.torch_optimizers
+        rates = [group.rate for group in run.groups if group.rate is not None]
         if self.where == "all":
             before = run.rates.factor
             undo = run.rates.hold(lambda: self.factor)
@@ -91,38 +95,50 @@ class _StepScale:
         self.factor = factor
         self.layers: list[str] = []
         self.refused: list[str] = []
-        self._places: dict[tuple[Any, ...], tuple[Rows, Tensor]] = {}
-        self._before: list[Tensor] = []
+        why: CannotApply | None = None
+        self._places: dict[int, dict[tuple[Any, ...], tuple[Rows, Tensor]]] = {}
+        """What each optimizer steps."""
+        self._before: dict[int, list[Tensor]] = {}
+        optimizers = run.torch_optimizers
+        steps = {id(each): group.optimizer for group in run.groups for each in group.parameters}
         for layer in run.known_layers():
             try:
                 rows = find_query_key(run.module(layer), run.history.info.get(layer))[0].all_rows()
-                found = {(*each.key, id(copy)): (each, copy) for each in rows for copy in copies_of(each.parameter, run)}
-            except CannotApply:
+                copies = [(each, copies_of(each.parameter, run)) for each in rows]
+                by = [next((steps[id(copy)] for copy in own if id(copy) in steps), None) for _, own in copies]
+                if any(not takes_hooks(each) for each in by):
+                    raise CannotApply("its queries and keys are stepped by an optimizer that was not given", GIVE_ALL)
+            except CannotApply as error:
                 self.refused.append(layer)
+                why = error
                 continue
             self.layers.append(layer)
-            self._places |= found
+            for stepping, (each, own) in zip(by, copies, strict=True):
+                places = self._places.setdefault(id(stepping), {})
+                places |= {(*each.key, id(copy)): (each, copy) for copy in own}
         if not self.layers:
-            raise CannotApply("queries and keys could not be told apart in any layer", SEPARATE)
-        optimizer = run.torch_optimizer
-        self._hooks = [
-            optimizer.register_step_pre_hook(step_hook(self._remember)),
-            optimizer.register_step_post_hook(step_hook(self._scale)),
-        ]
+            raise why or CannotApply("no attention layer is known")
+        self._hooks = []
+        for optimizer in optimizers:
+            if id(optimizer) in self._places:
+                self._hooks += [
+                    optimizer.register_step_pre_hook(step_hook(functools.partial(self._remember, id(optimizer)))),
+                    optimizer.register_step_post_hook(step_hook(functools.partial(self._scale, id(optimizer)))),
+                ]
 
     def remove(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        self._before = []
+        self._before = {}
 
-    def _remember(self) -> None:
-        self._before = [rows.view(copy).detach().clone() for rows, copy in self._places.values()]
+    def _remember(self, optimizer: int) -> None:
+        self._before[optimizer] = [rows.view(copy).detach().clone() for rows, copy in self._places[optimizer].values()]
 
     @torch.no_grad()
-    def _scale(self) -> None:
-        if not self._before:  # an optimizer whose step calls its parent's is told of both
+    def _scale(self, optimizer: int) -> None:
+        before = self._before.pop(optimizer, None)
+        if before is None:  # an optimizer whose step calls its parent's is told of both
             return
-        for (rows, copy), before in zip(self._places.values(), self._before, strict=True):
+        for (rows, copy), old in zip(self._places[optimizer].values(), before, strict=True):
             view = rows.view(copy)
-            view.copy_(torch.lerp(before, view, self.factor))
-        self._before = []
+            view.copy_(torch.lerp(old, view, self.factor))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
+from stabmon.optimizer_view import ParameterGroup, as_rate, parameter_groups, takes_hooks
 
 logger = logging.getLogger("stabmon")
 
@@ -28,60 +30,144 @@ def step_hook(act: Callable[[], None]) -> Callable[..., None]:
     return hook
 
 
-class LearningRates:
-    """Multiplies the rates of all parameter groups right before the optimizer steps and puts the same objects back right after.
+Factors = Mapping[str, Callable[[], float]] | Callable[[ParameterGroup], float | None]
+Ceilings = Mapping[str, float | Callable[[], float]] | Callable[[ParameterGroup], float | None]
 
-    Schedulers, checkpoints and loggers therefore see the rates that they themselves set. The step hooks are in the optimizer only
-    while somebody holds a factor; they come in a pair also where a gradient scaler skips steps (then neither is called) and
+
+class LearningRates:
+    """Changes the rates of parameter groups right before their optimizer steps and puts the same objects back right after.
+
+    The rate used of a group is ``min(scheduled * factors, ceilings) * ramps``: factors and ramps multiply, ceilings do not add up, and
+    a warm-up (a ramp) takes its whole length also under a ceiling.
+
+    Schedulers, checkpoints and loggers see the rates that they themselves set. The step hooks are in the optimizers only
+    while somebody holds something; they come in a pair also where a gradient scaler skips steps (then neither is called) and
     where the step takes a closure (rates are read after it). A step that raises is mended before the next one.
 
     Args:
-        optimizer: a torch optimizer.
+        optimizers: all of the run, as :func:`~stabmon.optimizer_view.innermost` lists them; those that take no hooks keep their rates.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._factors: list[Callable[[], float]] = []
+    def __init__(self, optimizers: Sequence[Any]) -> None:
+        self._optimizers = list(optimizers)
+        self._factors: list[_ByGroup] = []
+        self._ceilings: list[_ByGroup] = []
+        self._ramps: list[_ByGroup] = []
         self._hooks: list[Any] = []
-        self._saved: list[tuple[dict[str, Any], Any, Any]] = []
+        self._saved: dict[int, list[tuple[ParameterGroup, Any, Any]]] = {}
+        self._in_use: dict[str, float] = {}
 
     @property
     def factor(self) -> float:
-        """The product of all factors at the next step: the rate used is the scheduler's times this."""
-        product = 1.0
-        for factor in self._factors:
-            product *= factor()
-        return product
+        """The smallest share of its scheduled rate that any group uses at the next step."""
+        return min((self._share(group) for group in self.groups()), default=1.0)
 
-    def hold(self, factor: Callable[[], float]) -> Callable[[], None]:
-        """Multiply by ``factor()`` at each step from now on; returns what ends it, which may be called twice."""
-        self._factors.append(factor)
+    @property
+    def in_use(self) -> dict[str, float]:
+        """The share of its scheduled rate that each group used in its newest step, by key; groups at 1 are left out."""
+        return {key: share for key, share in self._in_use.items() if share != 1}
+
+    def groups(self) -> list[ParameterGroup]:
+        """Every parameter group whose rate can be changed."""
+        return [group for group in parameter_groups(self._optimizers) if takes_hooks(group.optimizer)]
+
+    def scheduled(self, group: ParameterGroup) -> float | None:
+        """The rate that the scheduler has set, also in the middle of a step."""
+        for own, scheduled, used in self._saved.get(id(group.optimizer), ()):
+            if own.settings is group.settings and group.settings.get("lr") is used:
+                return as_rate(scheduled)
+        return group.rate
+
+    def hold(self, factor: Callable[[], float], *, ramp: bool = False) -> Callable[[], None]:
+        """Multiply all groups' rates by ``factor()`` at each step from now on.
+
+        Args:
+            factor: asked at each step.
+            ramp: it is a warm-up, which goes from zero to whatever the ceilings leave.
+
+        Returns:
+            What ends it, which may be called twice.
+        """
+        return self._add(self._ramps if ramp else self._factors, lambda _: factor())
+
+    def hold_groups(self, factors: Factors, *, ramp: bool = False) -> Callable[[], None]:
+        """Multiply the rates of some groups, each by its own factor: by key, or by a function that gives None for the others.
+
+        Groups named by key are known by their parameters from then on, also where the optimizer's groups are made anew.
+        """
+        return self._add(self._ramps if ramp else self._factors, self._by_parameter(factors))
+
+    def cap(self, ceilings: Ceilings) -> Callable[[], None]:
+        """Use no rate above the ceiling of its group: by key, or by a function that gives None for groups that have none."""
+        return self._add(self._ceilings, self._by_parameter(ceilings))
+
+    def again(self) -> None:
+        """In the middle of a step: change rates that were set since it began, as by the closure that the step calls."""
+        for at, saved in self._saved.items():
+            if any(group.settings.get("lr") is not used for group, _, used in saved):
+                self._change(at)
+
+    def _add(self, held: list[_ByGroup], each: _ByGroup) -> Callable[[], None]:
+        held.append(each)
         if not self._hooks:
-            self._hooks = [
-                self._optimizer.register_step_pre_hook(step_hook(self._multiply)),
-                self._optimizer.register_step_post_hook(step_hook(self._restore)),
-            ]
+            for optimizer in filter(takes_hooks, self._optimizers):
+                at = id(optimizer)
+                self._hooks += [
+                    optimizer.register_step_pre_hook(step_hook(functools.partial(self._change, at))),
+                    optimizer.register_step_post_hook(step_hook(functools.partial(self._restore, at))),
+                ]
 
         def release() -> None:
-            if factor in self._factors:
-                self._factors.remove(factor)
-            if not self._factors:
-                self._restore()
+            if each in held:
+                held.remove(each)
+            if not (self._factors or self._ceilings or self._ramps):
+                for at in list(self._saved):
+                    self._restore(at)
                 while self._hooks:
                     self._hooks.pop().remove()
+                self._in_use = {}
 
         return release
 
-    def _multiply(self) -> None:
-        self._restore()
-        factor = self.factor
-        for group in self._optimizer.param_groups:
-            scheduled, used = group["lr"], group["lr"] * factor
-            self._saved.append((group, scheduled, used))
-            group["lr"] = used
+    def _share(self, group: ParameterGroup) -> float:
+        share = _product(self._factors, group)
+        ceilings = [most for ceiling in self._ceilings if (most := ceiling(group)) is not None]
+        if ceilings and (rate := self.scheduled(group)) is not None and rate * share > min(ceilings):
+            share = min(ceilings) / rate
+        return share * _product(self._ramps, group)
 
-    def _restore(self) -> None:
-        while self._saved:
-            group, scheduled, used = self._saved.pop()
-            if group["lr"] is used:
-                group["lr"] = scheduled
+    def _change(self, at: int) -> None:
+        self._restore(at)
+        groups = [group for group in self.groups() if id(group.optimizer) == at and group.settings.get("lr") is not None]
+        shares = [self._share(group) for group in groups]  # of all before any is changed
+        for group, share in zip(groups, shares, strict=True):
+            scheduled = group.settings["lr"]
+            self._in_use[group.key] = share
+            self._saved.setdefault(at, []).append((group, scheduled, scheduled * share))
+            group.settings["lr"] = self._saved[at][-1][2]
+
+    def _restore(self, at: int) -> None:
+        for group, scheduled, used in self._saved.pop(at, ()):
+            if group.settings.get("lr") is used:
+                group.settings["lr"] = scheduled
+
+    def _by_parameter(self, given: Factors | Ceilings) -> _ByGroup:
+        if callable(given):
+            return given
+        members = [(each, given[group.key]) for group in self.groups() if group.key in given for each in group.parameters]
+        values = {
+            id(each): (each, value) for each, value in members
+        }  # held with the parameter: a number is used again once it is gone
+
+        def of_group(group: ParameterGroup) -> float | None:
+            own = {id(entry[1]): entry[1] for each in group.parameters if (entry := values.get(id(each))) is not None}
+            return min((float(value() if callable(value) else value) for value in own.values()), default=None)
+
+        return of_group
+
+
+_ByGroup = Callable[[ParameterGroup], float | None]
+
+
+def _product(held: Sequence[_ByGroup], group: ParameterGroup) -> float:
+    return math.prod(factor for each in held if (factor := each(group)) is not None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stabmon.capture import clean_name
 from stabmon.interventions.base import Applied, CannotApply
 from stabmon.interventions.rates import LearningRates
+from stabmon.optimizer_view import ParameterGroup, innermost, parameter_groups, takes_hooks
 from stabmon.rules.history import History
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Marks:
     """Callbacks of held interventions at the marks of a step.
 
     - ``attention``, with the :class:`~stabmon.records.AttentionCall`: in each training forward, once for every attention call.
-    - ``before_optimizer_step``: gradients are ready, parameters not yet stepped.
+    - ``before_optimizer_step``: gradients are ready, parameters not yet stepped; once for each optimizer that steps.
     - ``on_step``: the optimizer has stepped, the next forward has not begun.
 
     A callback that raises is told of and taken out; the others go on.
@@ -73,8 +74,9 @@ class TrainingRun:
 
     model: nn.Module
     optimizer: Any = None
-    """A torch optimizer, or a wrapper that holds one as ``.optimizer``."""
+    """A torch optimizer, a wrapper around one, something that holds several, or a list of these."""
     lr_scheduler: Any = None
+    """What sets its rates; a list where there are several."""
     grad_scaler: Any = None
     step: int = 0
     """Optimizer steps made."""
@@ -96,34 +98,69 @@ class TrainingRun:
     stop_reason: str | None = None
     """Why training should stop now; None to go on."""
 
+    @property
+    def optimizers(self) -> list[Any]:
+        """Every optimizer that was given, without what wraps it."""
+        return innermost(self.optimizer)
+
+    @property
+    def groups(self) -> list[ParameterGroup]:
+        """Every parameter group of every optimizer."""
+        return parameter_groups(self.optimizers)
+
+    @property
+    def schedulers(self) -> list[Any]:
+        """Every scheduler whose state can be stored."""
+        given = self.lr_scheduler if isinstance(self.lr_scheduler, list | tuple) else [self.lr_scheduler]
+        return [each for each in given if hasattr(each, "state_dict")]
+
     @cached_property
     def rates(self) -> LearningRates:
-        """The factors that held interventions put on the learning rates.
+        """The factors and ceilings that held interventions put on the learning rates.
 
         Raises:
             CannotApply: if there is no torch optimizer to be found.
         """
-        return LearningRates(self.torch_optimizer)
+        _ = self.torch_optimizers
+        rates = LearningRates(self.optimizers)
+        self.marks.add("before_optimizer_step", rates.again)
+        return rates
 
     @property
     def rate_factor(self) -> float:
-        """What the scheduled learning rates are multiplied by at present; 1 where nothing lowers them."""
+        """The smallest share of its scheduled rate that any parameter group uses at the next step; 1 where nothing lowers them."""
         return self.rates.factor if "rates" in vars(self) else 1.0
 
     @property
-    def torch_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer without what wraps it.
+    def rate_factors(self) -> dict[str, float]:
+        """The share of its scheduled rate that each parameter group used in the newest step, by key; groups at 1 are left out."""
+        return self.rates.in_use if "rates" in vars(self) else {}
+
+    def scheduled_rate(self, group: ParameterGroup) -> float | None:
+        """The rate of a group as its scheduler has set it."""
+        return self.rates.scheduled(group) if "rates" in vars(self) else group.rate
+
+    @property
+    def torch_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers around whose steps hooks can be put.
 
         Raises:
-            CannotApply: if there is none, or none that takes step hooks.
+            CannotApply: if there is none.
         """
-        found = self.optimizer
-        while found is not None and not hasattr(found, "_optimizer_step_pre_hooks") and hasattr(found, "optimizer"):
-            found = found.optimizer
-        if not hasattr(found, "_optimizer_step_pre_hooks"):
+        found = [each for each in self.optimizers if takes_hooks(each)]
+        if not found:
             kind = "no optimizer" if self.optimizer is None else f"a {type(self.optimizer).__name__} without step hooks"
             raise CannotApply(f"the run has {kind}", "give the torch optimizer to the monitor: optimizer=optimizer")
-        return found  # type: ignore[no-any-return]
+        return found
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The first of them.
+
+        Raises:
+            CannotApply: if there is none.
+        """
+        return self.torch_optimizers[0]
 
     def known_layers(self) -> list[str]:
         """Names of all attention layers seen so far, those of before a resume included."""

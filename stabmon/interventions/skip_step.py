@@ -50,6 +50,8 @@ class _Skipping(Effect):
         super().__init__(note="looks at every step's gradients")
         self.run, self.most = run, most
         self.skipped = self.in_a_row = 0
+        self._at = -1
+        """After which step it skipped last: with several optimizers it is called for each."""
         self._remove = run.marks.add("before_optimizer_step", self._look)
 
     def release(self) -> None:
@@ -65,10 +67,15 @@ class _Skipping(Effect):
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
         finite = not grads or bool(torch.stack([_finite(grad).to(grads[0].device) for grad in grads]).all())
         if not self.run.any_rank(not finite):
-            self.in_a_row = 0
+            self.in_a_row *= (
+                self._at == self.run.step
+            )  # another optimizer of the same step, whose gradients are gone or were fine
             return
         for parameter in owners:
             parameter.grad = None
+        if self._at == self.run.step:
+            return
+        self._at = self.run.step
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row in (1, self.most):
@@ -77,11 +84,9 @@ class _Skipping(Effect):
             record = {"intervention": "skip_step", "action": "skipped", "step": self.run.step + 1, "layer": None, "head": None}
             self.run.audit({**record, "before": {}, "after": {"skipped": self.skipped}, "why": why, "note": more})
 
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        groups = getattr(self.run.optimizer, "param_groups", None)
-        if groups is None:
-            return list(self.run.model.parameters())
-        return [parameter for group in groups for parameter in group["params"]]
+    def _parameters(self) -> list[torch.Tensor]:
+        stepped = [parameter for group in self.run.groups for parameter in group.parameters]
+        return stepped or list(self.run.model.parameters())
 
 
 def _finite(grad: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stabmon.gradients import local
+from stabmon.optimizer_view import state_of
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
@@ -26,24 +27,23 @@ class Snapshot:
     step: int
     tensors: Mapping[str, Tensor]
     optimizer: list[dict[str, Any]]
-    """The state of each parameter, in the order of the groups."""
+    """The state of each parameter, in the order of the groups of all optimizers."""
     groups: list[dict[str, Any]]
     """Each group's settings, without its parameters."""
-    scheduler: dict[str, Any] | None
+    scheduler: list[dict[str, Any]]
+    """The state of each scheduler."""
     scaler: dict[str, Any] | None
 
     @classmethod
     @torch.no_grad()
     def take(cls, run: TrainingRun) -> Snapshot:
         """Copy the state to the host."""
-        groups = getattr(run.optimizer, "param_groups", [])
-        state = _state(run)
         return cls(
             step=run.step,
             tensors={name: _copied(tensor) for name, tensor in _named(run)},
-            optimizer=[{k: _copied(v) for k, v in state.get(p, {}).items()} for group in groups for p in group["params"]],
-            groups=[{k: _copied(v) for k, v in group.items() if k != "params"} for group in groups],
-            scheduler=_copied(run.lr_scheduler.state_dict()) if hasattr(run.lr_scheduler, "state_dict") else None,
+            optimizer=[{k: _copied(v) for k, v in state.get(p, {}).items()} for p, state in _stepped(run)],
+            groups=[{k: _copied(v) for k, v in group.settings.items() if k != "params"} for group in run.groups],
+            scheduler=[_copied(each.state_dict()) for each in run.schedulers],
             scaler=_copied(run.grad_scaler.state_dict()) if run.grad_scaler is not None else None,
         )
 
@@ -58,17 +58,15 @@ class Snapshot:
         for name, tensor in _named(run):
             if name in self.tensors:
                 local(tensor.detach()).copy_(self.tensors[name])
-        groups = getattr(run.optimizer, "param_groups", [])
-        state = _state(run)
-        for parameter, saved in zip([p for group in groups for p in group["params"]], self.optimizer, strict=True):
+        for (parameter, state), saved in zip(_stepped(run), self.optimizer, strict=True):
             _restore_entries(state[parameter] if saved or parameter in state else {}, saved, local(parameter).device)
             if not saved:
                 state.pop(parameter, None)
         if schedule:
-            for group, settings in zip(groups, self.groups, strict=True):
-                group.update({name: _copied(value) for name, value in settings.items()})
-            if self.scheduler is not None:
-                run.lr_scheduler.load_state_dict(_copied(self.scheduler))
+            for group, settings in zip(run.groups, self.groups, strict=True):
+                group.settings.update({name: _copied(value) for name, value in settings.items()})
+            for scheduler, saved in zip(run.schedulers, self.scheduler, strict=True):
+                scheduler.load_state_dict(_copied(saved))
         if self.scaler:
             run.grad_scaler.load_state_dict(_copied(self.scaler))
 
@@ -81,12 +79,15 @@ class Snapshot:
     @classmethod
     def load(cls, path: Path) -> Snapshot:
         """Read what :meth:`save` wrote."""
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved["scheduler"], list):  # written when a run had one at most
+            saved["scheduler"] = [] if saved["scheduler"] is None else [saved["scheduler"]]
+        return cls(**saved)
 
 
 def snapshot_bytes(run: TrainingRun) -> int:
     """How large a snapshot would be now."""
-    state = [value for entries in _state(run).values() for value in entries.values() if isinstance(value, Tensor)]
+    state = [value for p, state in _stepped(run) for value in state.get(p, {}).values() if isinstance(value, Tensor)]
     return sum(local(t).numel() * t.element_size() for t in [*(tensor for _, tensor in _named(run)), *state])
 
 
@@ -187,13 +188,13 @@ def _named(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
     yield from run.model.named_parameters()
     yield from run.model.named_buffers()
     own = {id(parameter) for parameter in run.model.parameters()}
-    groups = getattr(run.optimizer, "param_groups", [])
-    others = [p for group in groups for p in group["params"] if id(p) not in own]
+    others = [parameter for parameter, _ in _stepped(run) if id(parameter) not in own]
     yield from ((f"optimizer's own {at}", parameter) for at, parameter in enumerate(others))
 
 
-def _state(run: TrainingRun) -> Any:
-    return getattr(run.optimizer, "state", {})
+def _stepped(run: TrainingRun) -> list[tuple[Tensor, Any]]:
+    """Each parameter of each optimizer, beside that optimizer's whole state, which may hold nothing of it yet."""
+    return [(each, state_of(group.optimizer)) for group in run.groups for each in group.parameters]
 
 
 def _copied(value: Any) -> Any:

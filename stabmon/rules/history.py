@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stabmon.records import LayerInfo, NonFinite, QueryKeyStep, Reading, StabilityIssue
-from stabmon.rules.table import Table
+from stabmon.rules.table import Columns, Table
 
 
 class History:
@@ -35,7 +35,7 @@ class History:
         """(step, loss) of every step whose loss is known, the newest ``20 * length`` of them."""
         self._index: dict[str, slice] = {}
         self._tables: dict[str, Table] = {}
-        self._norms, self._norm_columns = self._no_norms()
+        self._clear_columns()
         self._recent_losses: np.ndarray | None = None
         self._open: dict[str, dict[tuple[str | None, int | None], float]] = {}
 
@@ -96,10 +96,22 @@ class History:
 
     def gradients(self, layer: str) -> np.ndarray:
         """``[T]`` gradient norm of a layer's attention module (``""``: of the whole model), NaN where unknown."""
-        if layer not in self._norm_columns:
-            return np.full(len(self), np.nan)
-        column: np.ndarray = self._norms.rows[:, self._norm_columns[layer]]
-        return column
+        return self._norms.column(layer)
+
+    @property
+    def group_rates(self) -> dict[str, np.ndarray]:
+        """``[T]`` scheduled learning rate of each parameter group of each optimizer, by key; NaN where unknown. Do not write into it."""
+        return self._rates.all()
+
+    @property
+    def used_rates(self) -> dict[str, np.ndarray]:
+        """``[T]`` the rate that each group was stepped with: what is scheduled, times what interventions that are held made of it."""
+        return self._used.all()
+
+    @property
+    def group_updates(self) -> dict[str, np.ndarray]:
+        """``[T]`` share of itself by which a step moved each group's parameters, by key; NaN where unknown."""
+        return self._updates.all()
 
     @property
     def recent_losses(self) -> np.ndarray:
@@ -158,7 +170,7 @@ class History:
         self.losses += reading.losses or (((reading.step, reading.loss),) if reading.loss is not None else ())
         del self.losses[: -20 * self.length]
         self._recent_losses = None
-        self._add_norms(reading)
+        self._add_columns(reading)
 
     def set_open(self, issues: Iterable[tuple[StabilityIssue, int]]) -> None:
         """Tell which issues are open, each with the step at which it opened: what ``is_open`` and ``open_level`` answer from."""
@@ -191,9 +203,9 @@ class History:
             self._tables[name].load_state_dict(saved)
         readings = state["readings"][-self.length :]
         self.readings = [self._reading(saved, row - len(readings)) for row, saved in enumerate(readings)]
-        self._norms, self._norm_columns = self._no_norms()
+        self._clear_columns()
         for reading in self.readings:
-            self._add_norms(reading)
+            self._add_columns(reading)
         self._recent_losses = None
 
     def _place(self, layer: str, heads: int) -> None:
@@ -202,13 +214,14 @@ class History:
         self._index[layer] = slice(start, start + heads)
         self.heads += [(layer, head) for head in range(heads)]
 
-    def _no_norms(self) -> tuple[Table, dict[str, int]]:
-        return Table(self.length, 1, past=0, columns=0), {}
+    def _clear_columns(self) -> None:
+        self._norms, self._rates, self._used, self._updates = (Columns(self.length) for _ in range(4))
 
-    def _add_norms(self, reading: Reading) -> None:
-        for layer in reading.gradients:
-            self._norm_columns.setdefault(layer, len(self._norm_columns))
-        self._norms.append(np.array([reading.gradients.get(layer, np.nan) for layer in self._norm_columns], dtype=np.float64))
+    def _add_columns(self, reading: Reading) -> None:
+        self._norms.append(reading.gradients)
+        self._rates.append(reading.learning_rates)
+        self._used.append(reading.used_rates)
+        self._updates.append(reading.updates)
 
     def _row(self, reading: Reading, name: str) -> np.ndarray:
         out = np.full(len(self.heads), np.nan)
@@ -226,6 +239,7 @@ class History:
         found = saved["non_finite"]
         return Reading(
             **{name: saved[name] for name in _SCALARS},
+            **{name: saved.get(name, {}) for name in _BY_GROUP},
             layers=layers,
             info={layer: self.info[layer] for layer in saved["info"]},
             query_key={layer: QueryKeyStep(**moved) for layer, moved in saved["query_key"].items()},
@@ -235,11 +249,14 @@ class History:
 
 
 _SCALARS = ("step", "loss", "learning_rate", "gradients", "micro_batches", "overhead_fraction")
+_BY_GROUP = ("learning_rates", "rate_factors", "updates")
+"""Fields that states of before they were known do not have."""
 
 
 def _plain(reading: Reading) -> dict[str, Any]:
     """A reading without its arrays, which the tables hold."""
     return {name: getattr(reading, name) for name in _SCALARS} | {
+        **{name: dict(getattr(reading, name)) for name in _BY_GROUP},
         "gradients": dict(reading.gradients),
         "layers": {layer: list(values) for layer, values in reading.layers.items()},
         "info": list(reading.info),

@@ -76,6 +76,39 @@ class Table:
             self._baseline = None
 
 
+class Columns:
+    """Named columns over the newest ``length`` rows, each of which may lack some and may bring new ones."""
+
+    def __init__(self, length: int) -> None:
+        self._table = Table(length, 1, past=0, columns=0)
+        self._at: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._table.rows)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name so far, in the order in which they came."""
+        return tuple(self._at)
+
+    def append(self, values: Mapping[str, float]) -> None:
+        """Add the newest row."""
+        for name in values:
+            self._at.setdefault(name, len(self._at))
+        self._table.append(np.array([values.get(name, np.nan) for name in self._at], dtype=np.float64))
+
+    def column(self, name: str) -> np.ndarray:
+        """``[T]``, oldest first; NaN where the row did not have it."""
+        if name not in self._at:
+            return np.full(len(self), np.nan)
+        values: np.ndarray = self._table.rows[:, self._at[name]]
+        return values
+
+    def all(self) -> dict[str, np.ndarray]:
+        """Every column by name."""
+        return {name: self.column(name) for name in self._at}
+
+
 def _widen(data: np.ndarray, columns: int) -> np.ndarray:
     return np.concatenate([data, np.full((len(data), columns), np.nan)], axis=1)
 

@@ -26,9 +26,9 @@ class JsonlSink(Sink):
     """Write ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json`` into the run's ``stabmon`` folder.
 
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step, loss, layers,
-    learning_rate, gradients, query_key, losses, micro_batches, non_finite, overhead_fraction`` and, where it changed, ``info``) and
-    ``start``. Values are not rounded. A NaN or an infinity is null, and the line's ``nonfinite`` field says which and where:
-    see :data:`stabmon.sinks.exact_json.ENCODING`, repeated in meta.json.
+    learning_rate, gradients, query_key, losses, micro_batches, non_finite, overhead_fraction, learning_rates,
+    rate_factors, updates`` and, where it changed, ``info``) and ``start``. Values are not rounded. A NaN or an infinity is null, and
+    the line's ``nonfinite`` field says which and where: see :data:`stabmon.sinks.exact_json.ENCODING`, repeated in meta.json.
 
     A line is handed to the operating system in one write, so a killed process leaves every line complete but
     perhaps the last, which the next start cuts off. A power failure may cost the lines of the last seconds.
@@ -73,6 +73,9 @@ class JsonlSink(Sink):
             "micro_batches": reading.micro_batches,
             "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
             "overhead_fraction": reading.overhead_fraction,
+            "learning_rates": reading.learning_rates,
+            "rate_factors": reading.rate_factors,
+            "updates": reading.updates,
         }
         changed = {layer: info for layer, info in reading.info.items() if self._info.get(layer) != info}
         if changed:

@@ -123,6 +123,9 @@ def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
         micro_batches=values.get("micro_batches", 1),
         non_finite=None if bad is None else NonFinite(**bad),
         overhead_fraction=values.get("overhead_fraction"),
+        learning_rates=values.get("learning_rates", {}),
+        rate_factors=values.get("rate_factors", {}),
+        updates=values.get("updates", {}),
     )
 
 
