@@ -1,13 +1,14 @@
-"""What one step changes of the weights jumped far beyond anything before: with the learning rate, or in one layer's queries and keys."""
+"""Steps are too long: for every parameter group, for one of them, or in one layer's queries and keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from stabmon.records import Reading, StabilityIssue
+from stabmon.records import Overshoot, Reading, StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.history import History
 
@@ -17,21 +18,27 @@ PAST = 22
 FIRST = 8
 """Readings that show whether the rate was too high from the start."""
 
+SLACK = 1.1
+"""Times the fitting rate above which the rate used is still too high."""
+
 
 @rule
 @dataclass(frozen=True)
 class UpdateSpike:
-    """W_q and W_k move by a large share of themselves in one step, far beyond what they did before.
+    """A step changes more of the weights than they bear.
 
-    - The rate rose manifold over the largest that the run had seen: a slip in a schedule shows here at the first sampled step, before
-      scores and loss tell of it. A warm-up rises by little from reading to reading, and a warm restart comes back to a rate that was there
-      before: both give nothing. Blames no layer: every weight is moved too far.
-    - The rate did not, and yet a layer's queries and keys are moved ``layer_jump`` times as far as before in two readings one after the
-      other, as where the rate of a parameter group is wrong. Weights that became smaller, and are moved as ever, are no sign of it.
-      Blames the layer. One gradient that bursts moves Adam's step by less
-      (0.1 / sqrt(1 - beta2) of its usual size, 3.2 times at 0.999), and neither it nor a single jump of the weights comes twice.
-    - From the first readings on two in a row moved them by more than any healthy run's, and heads have broken since: the rate was too high
-      from the start. The rate that fits is told, at which a step would have changed ``fitting`` of them. Blames no layer.
+    - Steps were seen to gain far less on their own batch than the gradient foretold, or tore the loss up
+      (:class:`~stabmon.records.Overshoot`): the rate is too high, whatever the weights are, from the first step on. The rate that fits is
+      told, and stays told until what is used comes down to it. Blames no layer.
+    - The rate of a parameter group rose manifold over the largest that the group had before, and its parameters move by a larger share
+      of themselves than they did: a slip in a schedule or a group. A warm-up rises by little from reading to reading, and a warm restart
+      comes back to a rate that was there before: both give nothing. Names the group.
+    - No rate did, and yet a layer's queries and keys are moved ``layer_jump`` times as far as before in two readings one after the
+      other. Weights that became smaller, and are moved as ever, are no sign of it. Blames the layer. One gradient that bursts
+      moves Adam's step by less (0.1 / sqrt(1 - beta2) of its usual size, 3.2 times at 0.999), and neither it nor a single jump of the
+      weights comes twice.
+    - Where steps cannot be probed: from the first readings on two in a row moved W_q and W_k by more than any healthy run's, and heads
+      have broken since. The rate that fits is told, at which a step would have changed ``fitting`` of them.
     """
 
     rate_jump: float = 4.0
@@ -39,7 +46,7 @@ class UpdateSpike:
     update: float = 0.08
     """Share of W_q and W_k that one step must change; healthy runs were seen to change up to 0.05 once they are warm."""
     update_jump: float = 3.0
-    """Times the median of that share over the newest readings before."""
+    """Times the median share by which a group moved over the newest readings before."""
     layer_jump: float = 6.0
     """Times the layer's own past that its share must be where the rate did not jump."""
     fitting: float = 0.025
@@ -52,8 +59,81 @@ class UpdateSpike:
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue for the run, of which ``value`` and ``threshold`` are the rate and the rate at which it is too high; else one a layer,
         of which they are the share of W_q and W_k that the step changed and the share at which it is too large."""
-        found = self._of_rate(history) or self._from_the_start(history)
+        found = self._overshoot(history) or self._of_groups(history) or self._from_the_start(history)
         return found or [issue for layer in history.latest.query_key for issue in self._of_layer(history, layer)]
+
+    def _overshoot(self, history: History) -> list[StabilityIssue]:
+        found = history.overshoot
+        if found is None:
+            return []
+        used = history.latest.used_rates
+        still = {key: used[key] for key, rate in found.fitting.items() if used.get(key, 0.0) > SLACK * rate}
+        if history.latest.overshoot is not None:
+            still = {key: found.rates[key] for key in found.fitting}
+        if not still:
+            return []
+        return [
+            _issue(
+                history,
+                None,
+                max(still.values()),
+                found.fitting_rate,
+                suggestion=_advice(found, history),
+                evidence={
+                    "found_at": found.step,
+                    "how": found.how,
+                    "fitting_rate": found.fitting_rate,
+                    "fitting_rates": dict(found.fitting),
+                    "rates": dict(found.rates),
+                    "gain_ratio": found.gain_ratio,
+                    "rise": found.rise,
+                },
+            )
+        ]
+
+    def _of_groups(self, history: History) -> list[StabilityIssue]:
+        used, updates = history.used_rates, history.group_updates
+        jumped: dict[str, float] = {}
+        for key, rates in used.items():
+            highest = self._highest_before(rates)
+            moves = updates.get(key)
+            if moves is None or not np.isfinite(moves).any():  # nothing is known of the group's parameters: W_q and W_k stand for them
+                moves = np.array([_share_moved(reading) for reading in history.readings])
+            if highest is not None and self._moves_far(history, moves):
+                jumped[key] = highest
+        if not jumped:
+            return []
+        now = {key: float(used[key][-1]) for key in jumped}
+        worst = max(jumped, key=lambda key: now[key] / jumped[key])
+        whole = len(jumped) == len(used)
+        which = "the rate" if whole else f"the rate of parameter group {', '.join(sorted(jumped))} (optimizer.group, from 0)"
+        return [
+            _issue(
+                history,
+                None,
+                now[worst],
+                self.rate_jump * jumped[worst],
+                suggestion=(
+                    f"Look at the schedule and the parameter groups: {which} is {now[worst]:.2g}, {now[worst] / jumped[worst]:.0f} times "
+                    f"the highest before, {jumped[worst]:.2g}. Cap it there, and go back to a checkpoint before this step."
+                ),
+                evidence={
+                    "highest_rate_before": jumped[worst],
+                    "highest_rates_before": jumped,
+                    "rates": now,
+                    "updates": {key: float(updates[key][-1]) for key in jumped if key in updates},
+                    "query_key_update": _share_moved(history.latest),
+                },
+            )
+        ]
+
+    def _moves_far(self, history: History, moves: np.ndarray) -> bool:
+        """Whether a step moves parameters by a larger share of themselves than it used to, and by more than most bear."""
+        past = moves[-PAST + 1 : -1]
+        usual = float(np.median(past[np.isfinite(past)])) if np.isfinite(past).any() else float("nan")
+        is_open = history.is_open_at("update_spike")
+        level = np.fmax(self.update_jump * usual * (self.still_ill if is_open else 1.0), 0.0)
+        return bool(moves[-1] >= level) and bool(moves[-1] > 0)
 
     def _from_the_start(self, history: History) -> list[StabilityIssue]:
         first = history.readings[:FIRST]
@@ -61,7 +141,7 @@ class UpdateSpike:
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
         broken = any(history.is_open(kind).any() for kind in ("logit_growth", "entropy_collapse"))
-        moved, now = _share_moved(history.latest), history.latest.learning_rate
+        moved, now = _share_moved(history.latest), max(history.latest.used_rates.values(), default=None)
         if not broken or len(history) >= history.length or not (twice >= self.update).any() or now is None:
             return []
         worst = int(np.nanargmax(shares))
@@ -102,56 +182,53 @@ class UpdateSpike:
                 float(shares[-1]),
                 float(level),
                 suggestion=(
-                    f"Look at the rate of the parameter group of this layer's queries and keys: a step changes {shares[-1]:.0%} of them, "
-                    f"and the rate did not jump. Cap what a step changes of them (cap_query_key_update)."
+                    f"Look at what else moves this layer's queries and keys: a step changes {shares[-1]:.0%} of them, and the rates of "
+                    f"{_known_groups(history)} did not jump. Cap what a step changes of them (cap_query_key_update)."
                 ),
                 evidence={"query_key_update": float(shares[-1]), "usual_query_key_update": usual},
             )
         ]
 
-    def _of_rate(self, history: History) -> list[StabilityIssue]:
-        highest = self._highest_before(history.readings)
-        now, moved = history.latest.learning_rate, _share_moved(history.latest)
-        if highest is None or now is None:
-            return []
-        past = [share for share in map(_share_moved, history.readings[-21:-1]) if np.isfinite(share)]
-        is_open = history.is_open_at("update_spike")
-        usual = float(np.median(past)) if past else np.nan
-        far = moved >= (self.still_ill * self.update if is_open else max(self.update, self.update_jump * usual))
-        if not far:
-            return []
-        evidence = {"highest_rate_before": highest, "query_key_update": moved, "usual_query_key_update": usual}
-        return [
-            _issue(
-                history,
-                None,
-                now,
-                self.rate_jump * highest,
-                suggestion=(
-                    f"Look at the schedule and the parameter groups: the rate is {now:.2g}, {now / highest:.0f} times the highest before. "
-                    "Cap it, and go back to a checkpoint before this step."
-                ),
-                evidence=evidence,
-            )
-        ]
-
-    def _highest_before(self, readings: list[Reading]) -> float | None:
-        """The largest rate before the jump that the newest reading is still above; None where there is none such."""
+    def _highest_before(self, rates: np.ndarray) -> float | None:
+        """The largest rate before the jump that the newest is still above; None where there is none such."""
         highest, jumped, known = 0.0, False, 0
-        for reading in readings:
-            rate = reading.learning_rate
-            if rate is None:
-                continue
+        for rate in rates[np.isfinite(rates)].tolist():
             level = self.rate_jump * highest * (self.still_ill if jumped else 1.0)
             jumped = known >= self.least_past and 0 < level <= rate
             if not jumped:
                 highest = max(highest, rate)
             known += 1
-        return highest if jumped else None
+        return highest if jumped and len(rates) and np.isfinite(rates[-1]) else None
+
+
+def _advice(found: Overshoot, history: History) -> str:
+    """What was seen, then the rate to set."""
+    several = len(history.latest.learning_rates) > len(found.fitting)
+    which = f"the rate of parameter group {', '.join(sorted(found.fitting))} (optimizer.group, from 0)" if several else "the rate"
+    seen = {
+        "first_step": f"the first step gained {_share(found.gain_ratio)} of what its gradient foretold on its own batch",
+        "steps": f"steps gain {_share(found.gain_ratio)} of what their gradients foretell on their own batches",
+        "torn": f"step {found.step} raised the loss of its own batch by {found.rise:.0%}",
+        "leap": f"the loss leapt {found.rise:.0%} above the largest before",
+    }[found.how]
+    return (
+        f"Lower {which} to {found.fitting_rate:.2g}: at {found.rate:.2g} {seen}. Start again there, or from a checkpoint before "
+        f"step {found.step}; what attention does after it follows from this."
+    )
+
+
+def _share(ratio: float) -> str:
+    return "nothing" if ratio <= 0 else f"{ratio:.0%}"
+
+
+def _known_groups(history: History) -> str:
+    """Which parameter groups' rates are known, for a claim about them."""
+    groups = len(history.latest.learning_rates)
+    return "no parameter group are known and" if not groups else f"the {groups} known parameter groups" if groups > 1 else "the known parameter group"
 
 
 def _issue(
-    history: History, layer: str | None, value: float, threshold: float, *, suggestion: str, evidence: dict[str, float]
+    history: History, layer: str | None, value: float, threshold: float, *, suggestion: str, evidence: Mapping[str, Any]
 ) -> StabilityIssue:
     return StabilityIssue(
         history.latest.step, layer, None, "update_spike", "error", value, threshold, suggestion=suggestion, evidence=evidence

@@ -1,0 +1,175 @@
+"""Notice that steps are too long, from the first one on: by what each did to its own batch, and by a loss that leaps."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from stabmon.engine.step_probe import StepQuality
+
+RISE = 1.5
+"""Times the highest rate that was probed at which it is probed again: 19 times on the way up a warm-up of 2000 steps."""
+EARLY = (1, 2, 4, 8, 16, 32)
+"""Steps since the start that are probed whatever the rate does."""
+FIRST = 0.35
+"""Gain ratio of the very first step below which the rate is too high: without momentum and noise of earlier steps one is enough."""
+LOW = 0.3
+"""Median gain ratio of ``BURST`` steps in a row below which they are too long. A quadratic's best step has 1/2; small runs that ended
+healthy stayed above 0.42 but for two at ten times the usual rate, those that a rate ruined came to 0.33 and less, mostly below 0.1."""
+FINE = 0.6
+"""Gain ratio from which on the next steps need not be probed."""
+BURST = 4
+TORN = 0.25
+"""Rise of a step's own objective, over its size, that tears a run by itself; healthy runs came to 0.07."""
+LEAP = 1.5
+"""Times the largest of the newest losses that a loss must be to show by itself that the step before tore the run."""
+LEAPS = 1.15
+"""The same where two losses in a row are that high."""
+YOUNG = 200
+"""Steps since the rate was last higher than ever within which a leap of the loss is taken for the rate's doing."""
+_KNOWN = 3
+"""Losses that must be known before one can leap."""
+_BACK = 0.25
+"""Share of the rate that tore a run that is told to fit it, where no step could be probed."""
+
+How = Literal["first_step", "steps", "torn", "leap"]
+
+
+@dataclass(frozen=True)
+class Overshoot:
+    """Steps are too long: what shows it, and what rate would fit."""
+
+    step: int
+    how: How
+    gain_ratio: float
+    """See :class:`~stabmon.engine.step_probe.StepQuality`; NaN where only the loss shows it."""
+    rise: float
+    """Share by which the objective of a step's own batch rose, or the loss over the largest before; NaN where it did not."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Rate used, by parameter group."""
+    fitting: Mapping[str, float] = field(default_factory=dict)
+    """Rate that fits, of the groups whose steps are too long."""
+
+    @property
+    def rate(self) -> float:
+        """The largest rate of the groups whose steps are too long."""
+        return max((self.rates[key] for key in self.fitting if key in self.rates), default=math.nan)
+
+    @property
+    def fitting_rate(self) -> float:
+        """The rate that fits, of the group with the largest."""
+        return max(self.fitting.values(), default=math.nan)
+
+
+class RateWatch:
+    """Decides at which steps to probe and what to conclude.
+
+    What is free is looked at in every step: the rate of each group, and the loss. Steps are probed while rates are higher than any that
+    was probed before, and in the first steps of a run; a healthy one gives a single good probe each time.
+    """
+
+    def __init__(self) -> None:
+        self._probed: dict[str, float] = {}
+        self._first: int | None = None
+        self._risen: int = 0
+        self._burst: list[StepQuality] = []
+        self._losses: deque[float] = deque(maxlen=64)
+        self._high = 0
+        self.found: Overshoot | None = None
+        """The newest finding."""
+
+    def wants(self, step: int, rates: Mapping[str, float]) -> bool:
+        """Whether to probe the step that begins, at these rates."""
+        if self._first is None:
+            self._first, self._risen = step, step
+        early = step - self._first + 1 in EARLY
+        return early or bool(self._burst) or self.rises(step, rates)
+
+    def rises(self, step: int, rates: Mapping[str, float]) -> bool:
+        """Whether some group's rate is clearly higher than any that was probed."""
+        higher = any(rate > RISE * self._probed.get(key, 0.0) for key, rate in rates.items() if rate > 0)
+        if higher:
+            self._risen = step
+        return higher
+
+    @property
+    def uneasy(self) -> bool:
+        """Whether the newest probe was not good, so that what comes of it is still open."""
+        return bool(self._burst) or self._high > 0
+
+    def judge(self, quality: StepQuality | None, rates: Mapping[str, float]) -> How | None:
+        """Take note of a probed step; in which way it is too long, or None."""
+        if quality is None or math.isnan(quality.gain_ratio):
+            self._burst = []
+            if quality is not None:
+                self._note(rates)
+            return None
+        self._note(rates)
+        self._burst.append(quality)
+        ratios = sorted(each.gain_ratio for each in self._burst[-BURST:])
+        if quality.rise >= TORN:
+            return "torn"
+        if quality.step == self._first and quality.gain_ratio < FIRST:
+            return "first_step"
+        if len(ratios) == BURST and (ratios[1] + ratios[2]) / 2 < LOW:
+            return "steps"
+        if quality.gain_ratio >= FINE or len(self._burst) >= 2 * BURST:
+            self._burst = []
+        return None
+
+    def note_loss(self, step: int, loss: float) -> float | None:
+        """Take note of a step's loss; how many times the largest before it has leapt to, where that shows that the run is torn."""
+        if not math.isfinite(loss):
+            return None
+        largest = max(self._losses, default=math.inf)
+        known, young = len(self._losses) >= _KNOWN, step - self._risen <= YOUNG
+        ratio = loss / largest if known and young and min(self._losses) > 0 else 0.0
+        self._high = self._high + 1 if ratio >= LEAPS else 0
+        if ratio >= LEAP or self._high >= 2:
+            self._high = 0
+            self._losses.append(loss)
+            return ratio
+        if not self._high:
+            self._losses.append(loss)
+        return None
+
+    def conclude(self, step: int, how: How, rates: Mapping[str, float], factors: Mapping[str, float], **more: float) -> Overshoot:
+        """Keep a finding: the rates used, and by which factor those that are too high are to be lower."""
+        self._burst = []
+        fitting = {key: rates[key] * factor for key, factor in factors.items() if key in rates}
+        values: dict[str, float] = {"gain_ratio": math.nan, "rise": math.nan} | more
+        self.found = Overshoot(step, how, values["gain_ratio"], values["rise"], dict(rates), fitting)
+        return self.found
+
+    def torn(self, step: int, ratio: float, rates: Mapping[str, float]) -> Overshoot:
+        """The same for a loss that leapt, after which no step is left to probe."""
+        return self.conclude(step, "leap", rates, dict.fromkeys(rates, _BACK), rise=ratio - 1)
+
+    def begin_again(self) -> None:
+        """The run goes on from an earlier state, at other rates: its losses and rates are not those of what was left."""
+        self._burst, self._high = [], 0
+        self._losses.clear()
+        self._probed = {}
+
+    def found_since(self, step: int) -> Overshoot | None:
+        """The newest finding, if it was made after ``step``."""
+        return self.found if self.found is not None and self.found.step > step else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as plain values."""
+        found = None if self.found is None else asdict(self.found)
+        return {"probed": dict(self._probed), "first": self._first, "risen": self._risen, "losses": list(self._losses), "found": found}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self._probed = {str(key): float(rate) for key, rate in state["probed"].items()}
+        self._first, self._risen = state["first"], int(state["risen"])
+        self._losses = deque(map(float, state["losses"]), maxlen=64)
+        self.found = None if state["found"] is None else Overshoot(**state["found"])
+
+    def _note(self, rates: Mapping[str, float]) -> None:
+        for key, rate in rates.items():
+            self._probed[key] = max(rate, self._probed.get(key, 0.0))
