@@ -137,8 +137,6 @@ class AttentionStabilityMonitor:
     @safely
     def _look_at_gradients(self) -> None:
         seen, sampled = self._observer, self.is_sampled(self.step + 1)
-        if sampled and not seen.gradients:
-            seen.measure_gradients()
         if sampled:
             self._query_key.before(seen.measurements.modules, seen.measurements.info)
         if self.config.watch_every_step:
