@@ -156,6 +156,8 @@ class StepObserver:
         training = self._model.training or any(each.training for each in module.modules())
         if not training or not torch.is_grad_enabled() or self.paused:
             return
+        if torch._C._current_graph_task_id() == -1:
+            self._after_backward.reset()  # an earlier backward may have raised
         self.forwards.add(module, args, kwargs, keep=self._keeps)
         self._current = module
         self._listener = self._listens()
