@@ -159,8 +159,6 @@ class AttentionStabilityMonitor:
     @safely
     def _look_at_gradients(self) -> None:
         seen, sampled = self._observer, self.is_sampled(self.step + 1)
-        if sampled and not seen.gradients:
-            seen.measure_gradients()
         if self.config.watch_every_step:
             norm = seen.gradients.get("") if sampled else None
             gradients = not self._view.skips_bad_steps

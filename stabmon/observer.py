@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.config import StabilityConfig
 from stabmon.forward_watch import ForwardWatch
-from stabmon.gradients import AfterBackward, gradient_norms
+from stabmon.gradients import AfterBackward, GradientNorms
 from stabmon.losses import Losses
 from stabmon.measurements import Measurements
 from stabmon.records import AttentionCall
@@ -50,8 +49,6 @@ class StepObserver:
         self.safety = safety
         self.forwards = KeptForwards()
         self.losses = Losses(keep=20 * config.history)
-        self.gradients: dict[str, float] = {}
-        """L2 norms, see :func:`~stabmon.gradients.gradient_norms`; before clipping where backward has been seen."""
         self.measurements = Measurements(
             config.signals, config.engine, config.sample_rows, functools.partial(safety.failed, "signal")
         )
@@ -69,7 +66,9 @@ class StepObserver:
         self._capture = AttentionCapture(
             model, self._on_call, modules=config.attention_modules, on_error=functools.partial(safety.failed, "capture")
         )
-        self._after_backward = AfterBackward(self.measure_gradients)
+        self._norms = GradientNorms()
+        self._gradients: dict[str, float] = {}
+        self._after_backward = AfterBackward(self._backward_ended)
         self._watch: ForwardWatch | None = None
         self._outer: list[nn.Module] | None = None
         """Compiled wrappers around the model; None where it has to be looked for them."""
@@ -88,12 +87,15 @@ class StepObserver:
             if self._outer is None:
                 self._outer = compiled_around(self._model)
             self._watch = ForwardWatch(self._model, self._outer, self._forward_begins, self._forward_ends)
+        if sampled:
+            self._after_backward.watch(self._model)
 
     def forget(self) -> None:
         """Keep nothing of the step but the losses that no reading has had."""
         self.stop_capture()
+        self._after_backward.let_go()
         self.measurements.start(0)
-        self.forwards, self.gradients = KeptForwards(), {}
+        self.forwards, self._norms, self._gradients = KeptForwards(), GradientNorms(), {}
         self.losses.start_step()
         self.interrupted, self._current = False, None
 
@@ -109,13 +111,18 @@ class StepObserver:
             self._capturing = False
             self._capture.__exit__()
 
+    @property
+    def gradients(self) -> dict[str, float]:
+        """L2 norms before clipping, see :meth:`~stabmon.gradients.GradientNorms.by_layer`; empty where they are not known."""
+        if not self._gradients:
+            self._gradients = self._norms.by_layer(self._model, self.measurements.modules)
+        return self._gradients
+
     @safely
-    def measure_gradients(self) -> None:
-        """Take the norms of the gradients as they are now."""
-        norms, scale = gradient_norms(self._model, self.measurements.modules), self._scale()
-        if scale is not None and not math.isfinite(norms.get("", 0.0)):
-            norms = {}  # the scaler will skip this step and lower its scale
-        self.gradients = {name: norm / (scale or 1.0) for name, norm in norms.items()}
+    def _backward_ended(self, added: dict[int, Tensor]) -> None:
+        if not self.paused:
+            self._gradients = {}
+            self._norms.measure(self._model, added, self._scale())
 
     def look_for_compiled(self) -> None:
         """Where no forward was seen: follow a model that has been compiled since; what is called now is the wrapper."""
@@ -149,6 +156,8 @@ class StepObserver:
         training = self._model.training or any(each.training for each in module.modules())
         if not training or not torch.is_grad_enabled() or self.paused:
             return
+        if torch._C._current_graph_task_id() == -1:
+            self._after_backward.reset()  # an earlier backward may have raised
         self.forwards.add(module, args, kwargs, keep=self._keeps)
         self._current = module
         self._listener = self._listens()
@@ -162,8 +171,6 @@ class StepObserver:
         if self._current is module:
             self._current = None
             self.losses.find(output)
-            if self._sampled:
-                self._after_backward.follow(output)
         if output is None and sys.exc_info()[0] is not None and not self.paused:
             self.let_go()  # the forward raised, and nobody may come to close us; the next step arms again
             self.interrupted = True

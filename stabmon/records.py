@@ -63,6 +63,8 @@ class AttentionCall:
     """Whether the model's kernel accumulates scores in float32 (fused), or rounds them to ``dtype`` (eager, hand-written)."""
     module: nn.Module | None = None
     """The module that attends."""
+    is_self: bool = False
+    """Query i is known to be of the same token as key i + K - Q, so that a hidden key tells of a query that is padding."""
 
 
 @dataclass(frozen=True)

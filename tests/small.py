@@ -139,9 +139,10 @@ def clean(model: nn.Module) -> bool:
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
     hooks = [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values()]
     ours = [hook for hook in hooks if type(hook).__module__.startswith("stabmon")]
+    hooked = [parameter for parameter in model.parameters() if parameter._post_accumulate_grad_hooks]
     unpatched = AttentionInterface.__dict__["get_interface"].__module__ == "transformers.modeling_utils"
     local = "<locals>" in AttentionInterface.__dict__["get_interface"].__code__.co_qualname
-    return not ours and unpatched and not local and _get_current_function_mode() is None
+    return not ours and not hooked and unpatched and not local and _get_current_function_mode() is None
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

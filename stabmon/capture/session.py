@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from stabmon.capture.base import isolated
 from stabmon.capture.compiled import CompiledCode
 from stabmon.capture.names import ModuleNames
+from stabmon.capture.same_positions import attends_itself
 from stabmon.capture.torch_functions import FunctionWatch, push, remove, taken_off
 from stabmon.capture.transformers_interface import TransformersInterface
 from stabmon.records import AttentionCall
@@ -127,7 +129,16 @@ class AttentionCapture:
         self.calls[adapter] = self.calls.get(adapter, 0) + 1
         layer = self.names.next_layer(module)
         with self.guarded(), self.inside(), isolated():
-            self._on_call(describe(layer))
+            self._on_call(self._with_positions(describe(layer), module))
+
+    def _with_positions(self, call: AttentionCall, module: nn.Module) -> AttentionCall:
+        """The call with ``is_self`` set, where it makes a difference: where some key may be hidden."""
+        if call.mask is None and call.scores is None:
+            return call
+        query, key = (call.query, call.key) if call.scores is None else (call.scores, call.scores.mT)
+        assert query is not None
+        assert key is not None
+        return replace(call, is_self=attends_itself(module, self.names, query.shape[2], key.shape[2]))
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

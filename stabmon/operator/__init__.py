@@ -29,6 +29,7 @@ def attention_operator(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    is_self: bool = False,
     engine: str = "auto",
 ) -> AttentionOperator:
     """The attention of one call as an operator that can be asked for statistics and products.
@@ -43,6 +44,8 @@ def attention_operator(
         window: with ``is_causal``, the newest keys a query sees, itself included; without, keys at a distance below ``window``.
         softcap: scores become ``softcap * tanh(score / softcap)`` before bias and mask.
         sinks: ``[H]`` learned logits that join each row's softmax but no value.
+        is_self: query i is of the same token as key i + K - Q (known by itself with ``is_causal``): a query whose key the mask
+            hides from every row is padding, and counts in no signal.
         engine: ``dense``, ``blockwise``, ``fused`` or ``auto``, the fastest that is exact here.
 
     Raises:
@@ -52,13 +55,19 @@ def attention_operator(
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask.expand(-1, -1, -1, key.shape[2]) if mask.shape[-1] == 1 else mask
-    visibility = Visibility(query.shape[2], key.shape[2], is_causal, window, mask, key.shape[2] - query.shape[2], query.device)
+    queries, keys = query.shape[2], key.shape[2]
+    visibility = Visibility(queries, keys, is_causal, window, mask, keys - queries, query.device, is_self=is_self)
     sinks = None if sinks is None else sinks.detach()
     return _engine(engine, query)(query.detach(), key.detach(), scale, visibility, softcap, sinks)
 
 
 def operator_of_scores(
-    scores: Tensor, *, softcap: float | None = None, sinks: Tensor | None = None, engine: str = "auto"
+    scores: Tensor,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    is_self: bool = False,
+    engine: str = "auto",
 ) -> AttentionOperator:
     """The operator of scores ``[B, H, Q, K]`` that a model has formed itself, hidden keys at -inf.
 
@@ -69,7 +78,8 @@ def operator_of_scores(
         raise ValueError(f"scores of shape {tuple(scores.shape)} and {scores.dtype}: give a floating-point [B, H, Q, K]")
     batch, heads, queries, keys = scores.shape
     query, key = scores.new_zeros(batch, heads, queries, 1), scores.new_zeros(batch, heads, keys, 1)
-    visibility = Visibility(queries, keys, False, None, scores.detach().isneginf().logical_not(), keys - queries, scores.device)
+    mask = scores.detach().isneginf().logical_not()
+    visibility = Visibility(queries, keys, False, None, mask, keys - queries, scores.device, is_self=is_self)
     return _engine(engine, query)(query, key, 1.0, visibility, softcap, sinks, scores.detach())
 
 

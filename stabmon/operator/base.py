@@ -159,6 +159,12 @@ class AttentionOperator(ABC):
         """``[B, H, Q]`` bool: the row sees at least one key."""
         return self.n_visible() > 0
 
+    @cached_property
+    def is_counted(self) -> Tensor:
+        """``[B, H, Q]`` bool: the row sees a key and is not known to be padding."""
+        padding = self.visibility.is_padding
+        return self.occupied if padding is None else self.occupied & ~padding
+
     def matvec(self, x: Tensor) -> Tensor:
         """A x: ``x`` is ``[B or 1, H or H_kv or 1, K, C]``, the result ``[B, H, Q, C]``.
 
@@ -185,8 +191,11 @@ class AttentionOperator(ABC):
 
     @cached_property
     def key_gram(self) -> Tensor:
-        """``[B, H_kv, D, D]`` K^T K of each key head, over all keys."""
-        key = self.key.to(self._dtype)
+        """``[B, H_kv, D, D]`` K^T K of each key head, over the keys that some query sees."""
+        key, seen = self.key.to(self._dtype), self.visibility.seen_keys
+        if seen is not None:
+            by_head = seen if seen.shape[1] == 1 else seen.unflatten(1, (self.key_heads, -1)).any(2)
+            key = key.masked_fill(~by_head[..., None], 0.0)
         return key.mT @ key
 
     @property

@@ -43,6 +43,8 @@ class MaskSummary:
     """First visible key of a row; K where nothing is visible."""
     last: Tensor
     """Last visible key of a row, -1 where nothing is visible."""
+    seen: Tensor | None
+    """``[B or 1, H or 1, K]``: the keys that some row sees; None where that is all."""
 
     def rows(self, index: Tensor) -> MaskSummary:
         """The same of some rows only."""
@@ -66,6 +68,7 @@ class Visibility:
         positions: ``[Q]`` position of each query row among ``offset``-aligned rows, ascending; None for 0 … Q - 1.
         offset: K - Q of the whole call, so that the last query is aligned with the last key.
         whole: the visibility of all rows, where this one is of some of them.
+        is_self: query i is of the same token as key i + offset.
     """
 
     queries: int
@@ -77,6 +80,7 @@ class Visibility:
     device: torch.device
     positions: Tensor | None = None
     whole: Visibility | None = None
+    is_self: bool = False
 
     @property
     def everything(self) -> bool:
@@ -201,6 +205,34 @@ class Visibility:
             seen = seen & (key > position - self.window) & (self.is_causal | (key < position + self.window))
         return seen if self.summary is None else seen & (self.summary.first == key)
 
+    @property
+    def seen_keys(self) -> Tensor | None:
+        """``[B or 1, H or 1, K]`` bool: the keys that the mask lets any query of the whole call see; None where that is all."""
+        if self.whole is not None:
+            return self.whole.seen_keys
+        return None if self.summary is None else self.summary.seen
+
+    @cached_property
+    def is_padding(self) -> Tensor | None:
+        """``[B or 1, H or 1, Q]`` bool: the query's own key is hidden from every row; None where no query is known to be padding.
+
+        That a query has a key of its own is known under causality and by ``is_self``.
+        """
+        if self.whole is not None:
+            padding = self.whole.is_padding
+            return padding if padding is None else padding[..., self._row_positions()]
+        seen = self.seen_keys
+        if seen is None or self.offset < 0 or not (self.is_self or self.is_causal):
+            return None
+        padding = ~seen[..., self.offset :]
+        if self.offset == 0 or self.is_causal or self.mask is None or self.mask.shape[2] == 1:
+            return padding
+        own = self.mask.diagonal(self.offset, -2, -1)
+        assert self.summary is not None
+        sees_own = own if own.dtype == torch.bool else own > self.summary.floor
+        aligned = bool((sees_own | padding).all())  # else keys stand elsewhere, as in a cache with room to spare
+        return padding if aligned else None
+
     def select(self, index: Tensor) -> Visibility:
         """The same for the query rows ``index`` (ascending) only."""
         positions = self._row_positions()[index]
@@ -296,7 +328,7 @@ def _make_summary(mask: Tensor) -> MaskSummary:
             floor = low
     keys = mask.shape[-1]
     index = torch.arange(keys, device=mask.device)
-    counts, firsts, lasts = [], [], []
+    counts, firsts, lasts, seen = [], [], [], torch.zeros((), dtype=torch.bool, device=mask.device)
     for part in mask.split(_SUMMARY_ROWS, dim=2):
         visible = part if part.dtype == torch.bool else part > floor
         if part.dtype != torch.bool and not is_bias:
@@ -304,4 +336,6 @@ def _make_summary(mask: Tensor) -> MaskSummary:
         counts.append(visible.sum(-1))
         firsts.append(torch.where(visible, index, keys).amin(-1))
         lasts.append(torch.where(visible, index, -1).amax(-1))
-    return MaskSummary(floor, is_bias, torch.cat(counts, -1), torch.cat(firsts, -1), torch.cat(lasts, -1))
+        seen = seen | visible.any(-2)
+    hidden = None if bool(seen.all()) else seen
+    return MaskSummary(floor, is_bias, torch.cat(counts, -1), torch.cat(firsts, -1), torch.cat(lasts, -1), hidden)

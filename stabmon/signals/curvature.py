@@ -59,7 +59,8 @@ def hnf_log_curvature(attention: AttentionOperator) -> Tensor:
 def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
     """The classic, loose curvature bound in log form, ln|Q| + ln|K| - ln D + 2 max|z|: it orders heads by max|z| and cannot overflow.
 
-    Norms are Frobenius norms over the head's queries and keys of the batch element. Never compare its exponential with a constant.
+    Norms are Frobenius norms over the head's queries and keys of the batch element, padding left out.
+    Never compare its exponential with a constant.
 
     Returns:
         ``[B, H, Q]``, with the row's own max|z|; NaN for scores that came without query and key.
@@ -72,7 +73,8 @@ def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
         return torch.full_like(largest, math.nan)
     key_squared = attention.key_gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     key_squared = key_squared.repeat_interleave(attention.heads // attention.key_heads, dim=1)
-    log_norms = (attention.query_squared.sum(-1).log() + key_squared.log()) / 2 - math.log(attention.head_dim)
+    query_squared = attention.query_squared.masked_fill(~attention.is_counted, 0.0).sum(-1)
+    log_norms = (query_squared.log() + key_squared.log()) / 2 - math.log(attention.head_dim)
     return log_norms[..., None] + 2 * largest
 
 

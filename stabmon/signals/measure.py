@@ -40,7 +40,7 @@ def operator_of(call: AttentionCall, engine: str = "auto") -> AttentionOperator:
     if call.query is None or call.key is None:
         if call.scores is None:
             raise ValueError(f"the call of {call.layer} holds neither query and key nor scores")
-        return operator_of_scores(call.scores, softcap=call.softcap, sinks=call.sinks, engine=engine)
+        return operator_of_scores(call.scores, softcap=call.softcap, sinks=call.sinks, is_self=call.is_self, engine=engine)
     return attention_operator(
         call.query,
         call.key,
@@ -50,6 +50,7 @@ def operator_of(call: AttentionCall, engine: str = "auto") -> AttentionOperator:
         window=call.window,
         softcap=call.softcap,
         sinks=call.sinks,
+        is_self=call.is_self,
         engine=engine,
     )
 
@@ -89,7 +90,7 @@ def _reduce(attention: AttentionOperator, wanted: Sequence[Signal]) -> dict[str,
     attention.prepare({need for each in wanted for need in each.needs})
     found: dict[str, HeadSums] = {}
     for least in {each.least_visible for each in wanted}:
-        counted = attention.n_visible() >= least
+        counted = attention.is_counted & (attention.n_visible() >= least)
         count = counted.sum(dim=(0, 2))
         for reduction, left_out in (("mean", 0.0), ("max", -torch.inf)):
             alike = [each for each in wanted if (each.reduction, each.least_visible) == (reduction, least)]

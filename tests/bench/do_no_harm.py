@@ -382,6 +382,7 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
             things[f"{name}.config"] = repr(module.config)
     for name, parameter in model.named_parameters():
         things[f"{name} hooks"] = len(parameter._backward_hooks or ())
+        things[f"{name} gradient hooks"] = len(parameter._post_accumulate_grad_hooks or ())
     return things
 
 

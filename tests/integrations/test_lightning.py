@@ -209,6 +209,32 @@ def test_two_optimizers_stepped_by_hand_make_one_step_a_batch(tmp_path):
     assert not callback.monitor.errors
 
 
+class ClipsByHand(TwoOptimizers):
+    """Manual optimisation with a loss of its own, clipped before each of two optimizers; notes the norm right before."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = []
+
+    def training_step(self, batch, _):
+        norms = []
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.model(**batch).logits.square().mean(), inputs=optimizer.param_groups[0]["params"])
+            gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+            norms.append(torch.cat([each.flatten() for each in gradients]).norm().item())
+            self.clip_gradients(optimizer, gradient_clip_val=1e-3, gradient_clip_algorithm="norm")
+            optimizer.step()
+        self.before.append(math.hypot(*norms))
+
+
+def test_gradient_norms_are_those_before_the_user_clips_by_hand(tmp_path):
+    callback, module = StabilityCallback("observe", log_every=1, sinks=[]), ClipsByHand()
+    fit(tmp_path, module, callback, max_steps=4)
+    assert [each.gradients[""] for each in readings(callback)] == pytest.approx(module.before, rel=1e-5)
+    assert not callback.monitor.errors
+
+
 def strip(value):
     """A state without wall-clock shares."""
     if isinstance(value, dict):

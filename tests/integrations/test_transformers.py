@@ -413,3 +413,24 @@ def test_a_stop_ends_the_trainer(tmp_path):
     trainer.train()
     assert trainer.state.global_step < 8
     assert "non_finite" in callback.monitor.stop_reason
+
+
+class OwnLoss(Trainer):
+    """Takes its loss from the logits or hidden states, as TRL's trainers do, of a model that is called with labels."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        output = model(**inputs, output_hidden_states=True)
+        hidden = self.args.run_name == "hidden"
+        loss = output.hidden_states[-1].square().mean() if hidden else -output.logits.log_softmax(-1)[..., 3].mean()
+        return (loss, output) if return_outputs else loss
+
+
+@pytest.mark.parametrize("loss", ["logits", "hidden"])
+def test_gradient_norms_are_those_before_clipping_also_of_a_loss_of_the_trainers_own(tmp_path, loss):
+    callback = StabilityCallback("observe", log_every=1, sinks=[])
+    options = {"max_grad_norm": 1e-3, "logging_strategy": "steps", "logging_steps": 1, "max_steps": 2, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(tmp_path, callback, cls=OwnLoss, run_name=loss, **options)
+    trainer.train()
+    reported = [each["grad_norm"] for each in trainer.state.log_history if "grad_norm" in each]
+    assert [each.gradients[""] for each in readings(callback)] == pytest.approx(reported, rel=1e-5)
+    assert not callback.monitor.errors
