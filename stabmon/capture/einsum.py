@@ -1,48 +1,63 @@
-"""Which einsum is a product of queries and keys."""
+"""What an einsum does to its two operands."""
 
 from __future__ import annotations
 
-from string import ascii_uppercase
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from torch import Tensor
 
+from stabmon.capture.axes import Axes
 
-def einsum_operands(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
-    """Query ``[*batch, Q, D]`` and key ``[*batch, K, D]`` of an einsum that gives ``[*batch, Q, K]``.
 
-    Any letters in any order will do (``bhid,bhjd->bhij``, ``...qhd,...khd->...hqk``), as long as the operands share a batch
-    letter and one more, which is summed over. A batch letter that one of them lacks (grouped heads) has size 1 there. None for
-    every other einsum.
+@dataclass(frozen=True)
+class Einsum:
+    """An einsum of two operands, a letter for each dimension."""
+
+    letters: tuple[str, str]
+    output: str
+    tensors: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Left ``[*batch, rows, D]`` and right ``[*batch, columns, D]`` of a product, and where the two lie in the result."""
+
+    left: Tensor
+    right: Tensor
+    axes: Axes
+
+
+def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
+    """The einsum of two tensors with an explicit output, in either format; None for another.
 
     >>> import torch
-    >>> q, k = torch.ones(2, 5, 3, 4), torch.ones(2, 7, 3, 4)
-    >>> [tuple(x.shape) for x in einsum_operands(("b q h d, b k h d -> b h q k", q, k))]
-    [(2, 3, 5, 4), (2, 3, 7, 4)]
-    >>> [tuple(x.shape) for x in einsum_operands(("...qhd,...khd->...hqk", q, k))]
-    [(2, 3, 5, 4), (2, 3, 7, 4)]
-    >>> [tuple(x.shape) for x in einsum_operands(("bghid,bgjd->bghij", torch.ones(2, 3, 6, 5, 4), torch.ones(2, 3, 7, 4)))]
-    [(2, 3, 6, 5, 4), (2, 3, 1, 7, 4)]
-    >>> einsum_operands(("bsd,vd->bsv", torch.ones(2, 5, 4), torch.ones(9, 4))) is None
-    True
+    >>> q = torch.ones(2, 5, 3, 4)
+    >>> read_einsum((q, [0, 1, 2, 3], q, [0, 4, 2, 3], [0, 2, 1, 4])).output
+    'acbe'
+    >>> read_einsum(("...qHd, ...kHd -> ...Hqk", q, q)).letters
+    ('ZqHd', 'ZkHd')
     """
+    if len(args) == 5 and isinstance(args[0], Tensor):
+        names = [spelled(part) for part in (args[1], args[3], args[4])]
+        args = (f"{names[0]},{names[1]}->{names[2]}", args[0], args[2])
     if len(args) == 2 and isinstance(args[1], list | tuple):
         args = (args[0], *args[1])
     if len(args) != 3 or not isinstance(args[0], str) or args[0].count("->") != 1 or args[0].count(",") != 1:
         return None
+    if not isinstance(args[1], Tensor) or not isinstance(args[2], Tensor):
+        return None
     (left, right), output = spelled_out(args[0], args[1:])
-    if len(output) < 3:
+    if len(set(left)) < len(left) or len(set(right)) < len(right):
         return None
-    batch, row, column = output[:-2], output[-2], output[-1]
-    query, key = args[1], args[2]
-    if row in right and row not in left:
-        left, right, query, key = right, left, key, query
-    summed = (set(left) & set(right)) - set(output)
-    own, other = set(left) - summed - {row}, set(right) - summed - {column}
-    if len(summed) != 1 or row in right or column in left or own | other != set(batch) or not own & other:
-        return None
-    inner = summed.pop()
-    return arranged(query, left, batch + row + inner), arranged(key, right, batch + column + inner)
+    return Einsum((left, right), output, (args[1], args[2]))
+
+
+def spelled(numbers: Sequence[Any]) -> str:
+    """The letters of a list of numbers."""
+    return "".join("..." if number is Ellipsis else (ascii_lowercase + ascii_uppercase)[number] for number in numbers)
 
 
 def spelled_out(equation: str, tensors: tuple[Tensor, ...]) -> tuple[list[str], str]:
@@ -55,6 +70,41 @@ def spelled_out(equation: str, tensors: tuple[Tensor, ...]) -> tuple[list[str], 
         letters.append(part.replace("...", hidden))
         longest = max(longest, hidden, key=len)
     return letters, output.replace("...", longest)
+
+
+def factors_of(einsum: Einsum) -> Factors | None:
+    """The factors of an einsum that is a product of batched rows and columns, in whatever order it gives their dimensions.
+
+    The operands share a batch letter and one more, which is summed over. A batch letter that one of them lacks (grouped heads)
+    has size 1 there. None for every other einsum.
+
+    >>> import torch
+    >>> q, k = torch.ones(2, 5, 3, 4), torch.ones(2, 7, 3, 4)
+    >>> def shapes(equation, q, k):
+    ...     found = factors_of(read_einsum((equation, q, k)))
+    ...     return found and (tuple(found.left.shape), tuple(found.right.shape), *map(sorted, (found.axes.rows, found.axes.columns)))
+    >>> shapes("b q h d, b k h d -> b h q k", q, k)
+    ((2, 3, 5, 4), (2, 3, 7, 4), [2], [3])
+    >>> shapes("...qhd,...khd->...qhk", q, k)
+    ((2, 3, 5, 4), (2, 3, 7, 4), [1], [3])
+    >>> shapes("bghid,bgjd->bghij", torch.ones(2, 3, 6, 5, 4), torch.ones(2, 3, 7, 4))
+    ((2, 3, 6, 5, 4), (2, 3, 1, 7, 4), [3], [4])
+    >>> shapes("bsd,vd->bsv", torch.ones(2, 5, 4), torch.ones(9, 4)) is None
+    True
+    """
+    (left, right), output, (query, key) = einsum.letters, einsum.output, einsum.tensors
+    own = [letter for letter in output if letter in left and letter not in right]
+    other = [letter for letter in output if letter in right and letter not in left]
+    shared = [letter for letter in output if letter in left and letter in right]
+    summed = (set(left) | set(right)) - set(output)
+    if len(summed) != 1 or not summed <= set(left) & set(right) or not own or not other or not shared:
+        return None
+    row, column = own[-1], other[-1]
+    if column != output[-1] and row == output[-1]:  # the operand named second comes first in the result
+        left, right, query, key, row, column = right, left, key, query, column, row
+    batch, inner = "".join(letter for letter in output if letter not in row + column), summed.pop()
+    axes = Axes(frozenset({output.index(row)}), frozenset({output.index(column)}))
+    return Factors(arranged(query, left, batch + row + inner), arranged(key, right, batch + column + inner), axes)
 
 
 def arranged(tensor: Tensor, letters: str, wanted: str) -> Tensor:

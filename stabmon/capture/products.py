@@ -1,4 +1,4 @@
-"""Products of queries and keys, followed from operation to operation until a softmax is taken of them."""
+"""Scores: what is known of a tensor that came of a product of queries and keys."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from stabmon.capture.base import bind, kernel_dtype
-from stabmon.capture.einsum import einsum_operands
+from stabmon.capture.axes import RESHAPES, VIEWS, Axes, Carried
+from stabmon.capture.base import isolated, kernel_dtype
+from stabmon.capture.masking import Cells, chosen, either, lowered, nothing
+from stabmon.capture.multiply import factors
 
 FILL = -1e4
 """A constant at or below this, filled in or added, hides a key: its probability is exactly 0 in every format."""
@@ -26,108 +27,121 @@ class Product:
     key: Tensor | None
     """``[..., K, D]``."""
     dtype: torch.dtype
+    axes: Axes
+    """Where queries and keys lie."""
     scale: float = 1.0
     cap: float | None = None
     """What the capped score was multiplied by since; ``scale`` is the factor inside the tanh."""
     masked: bool = False
     """Whether something was added or filled in."""
+    gated: bool = False
+    """Whether some scores were multiplied by 0."""
     fills: tuple[float, ...] = ()
     shift: Tensor | None = None
     """What was taken off every score of a row, ``[..., Q, 1]``: the softmax does not see it, the largest score does."""
+    cells: Cells = nothing
+    """Where the model has masked scores, with whatever value."""
+    pieces: tuple[int, ...] = ()
+    """How many keys each of the tensors gave that were joined along the keys last; empty where none were."""
 
     def opaque(self) -> Product:
         """The same where only the scores can be told from now on."""
         return replace(self, query=None, key=None)
 
 
-class Products:
-    """Which of a forward's living tensors came of a product of queries and keys."""
-
-    def __init__(self) -> None:
-        self._known: Any = WeakIdKeyDictionary()
-
-    def get(self, tensor: object) -> Product | None:
-        """What is known of ``tensor``."""
-        product: Product | None = self._known.get(tensor) if isinstance(tensor, Tensor) else None
-        return product
-
-    def follow(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
-        """Learn from one operation that the model has made."""
-        if name == "__setitem__":
-            result = args[0]
-        if not isinstance(result, Tensor) or result.ndim < 3 or not result.is_floating_point():
-            return
-        product = multiply(name, args, kwargs) or self._next(name, args, kwargs, result)
-        if product is not None:
-            self._known[result] = product
-
-    def _next(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Product | None:
-        if not len(self._known):
-            return None
-        operands = (*args, *kwargs.values())
-        parents = [(operand, product) for operand in operands if (product := self.get(operand)) is not None]
-        if not parents or parents[0][0].shape[-2:] != result.shape[-2:] or parents[0][0].numel() != result.numel():
-            return None
-        tensor, product = parents[0]
-        if len({id(p) for _, p in parents}) > 1:
-            return product.opaque()
-        others = [operand for operand in operands if operand is not tensor]
-        return step(name.strip("_"), product, others)
-
-
-def multiply(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product | None:
+def product_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Product | None:
     """The product of queries and keys that an operation forms, if it does."""
-    if name == "einsum":
-        operands = einsum_operands(args)
-        if operands is None:
-            return None
-        left, right = operands
-        return Product(left, right, kernel_dtype(left))
-    if name in ("matmul", "__matmul__", "bmm"):
-        left, right, factor, masked = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values())), 1.0, False
-    elif name == "baddbmm":
-        given = bind(("input", "batch1", "batch2"), args, kwargs)
-        left, right, factor, masked = given["batch1"], given["batch2"], given.get("alpha", 1.0), given.get("beta", 1) != 0
-    else:
+    found = factors(name, args, kwargs, result)
+    if found is None:
         return None
-    if not isinstance(left, Tensor) or not isinstance(right, Tensor) or left.ndim < 3 or right.ndim < 3:
-        return None
-    return Product(left, right.transpose(-1, -2), kernel_dtype(left), scale=float(factor), masked=masked)
+    made, scale, masked = found
+    return Product(made.left, made.right, kernel_dtype(made.left), made.axes, scale=scale, masked=masked)
 
 
-KEEPS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone"} | {
-    *("view", "view_as", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze")
-}
+KEEPS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach", "cuda", "cpu", "alias"}
 ADDS = {"add", "radd", "iadd", "sub", "isub", "where", "masked_fill", "setitem", "nan_to_num"} | {
     *("clamp", "clamp_min", "max", "maximum")
 }
 SCALES = {"mul": 1, "rmul": 1, "imul": 1, "multiply": 1, "div": -1, "truediv": -1, "itruediv": -1, "true_divide": -1}
+TIMES = {"mul", "rmul", "imul", "multiply"}
 
 
-def step(name: str, product: Product, others: list[Any]) -> Product:
-    """What a product becomes by one operation, named without underscores, with its ``others`` operands."""
+def moved(name: str, product: Product, carried: Carried, cells: Cells) -> Product:
+    """What a product becomes by a view, or by another choice and order of its elements."""
+    kept = product if carried.in_order and name in VIEWS else product.opaque()
+    pieces = () if name in VIEWS - RESHAPES else product.pieces
+    return replace(kept, axes=carried.axes, cells=cells, pieces=pieces)
+
+
+def step(name: str, product: Product, others: list[Any], position: int = 0) -> Product | None:
+    """What a product becomes by one operation; None where nothing can be told of it any more.
+
+    Args:
+        name: of the operation, without underscores.
+        product: what the tensor was.
+        others: the other arguments, as given.
+        position: the place of the tensor among the arguments.
+    """
+    other = others[0] if len(others) == 1 else None
     if name in KEEPS:
         return product
-    if name in ("sub", "isub") and product.shift is None and len(others) == 1 and is_column(others[0]):
-        return replace(product, shift=others[0])
+    if name in ("sub", "isub") and position == 0 and product.shift is None and is_shift(other):
+        return replace(product, shift=other)
     if name in ADDS:
-        fills = tuple(float(other) for other in others if is_number(other) and float(other) <= FILL)
-        return replace(product, masked=True, fills=product.fills + fills)
-    if name in SCALES and len(others) == 1 and is_number(others[0]) and product.shift is None:
-        factor = float(others[0]) ** SCALES[name]
-        if product.cap is None:
-            return replace(product, scale=product.scale * factor)
-        return replace(product, cap=product.cap * factor)
-    if name in ("mul", "rmul", "imul") and len(others) == 1 and is_column(others[0]) and can_take(product, others[0]):
-        return replace(product, query=product.query * others[0].detach())
+        fills = tuple(float(o) for o in others if is_number(o) and float(o) <= FILL)
+        marked = either(product.cells, masks(name, others, position))
+        return replace(product, masked=True, fills=product.fills + fills, cells=marked)
+    if name == "neg" or (name in SCALES and is_number(other) and (position == 0 or name in TIMES)):
+        return scaled(product, -1.0 if name == "neg" else float(other) ** SCALES[name])
+    if name in TIMES and is_column(other) and can_take(product, other):
+        return replace(product, query=product.query * other.detach())
+    if name in TIMES and is_gate(other):
+        return replace(product, masked=True, gated=True)
     if name == "tanh" and product.cap is None and not product.masked:
         return replace(product, cap=1.0)
-    return product.opaque()
+    return product.opaque() if product.shift is None else None
+
+
+def scaled(product: Product, factor: float) -> Product:
+    """The product times a number."""
+    if product.shift is not None:
+        with isolated():
+            product = replace(product, shift=product.shift * factor)
+    if product.cap is None:
+        return replace(product, scale=product.scale * factor)
+    return replace(product, cap=product.cap * factor)
+
+
+def masks(name: str, others: list[Any], position: int) -> Cells:
+    """The cells that one operation masks."""
+    if name in ("add", "radd", "iadd", "sub", "isub"):
+        sign = -1.0 if name in ("sub", "isub") else 1.0
+        return lowered(others[0], sign) if others and isinstance(others[0], Tensor) else nothing
+    if name == "masked_fill":
+        return chosen(others[0] if others else None, where=True)
+    if name == "where":  # where(condition, scores, other), scores.where(condition, other), where(condition, other, scores)
+        return chosen(others[0], where=position == 2)
+    return nothing
+
+
+def is_shift(value: object) -> bool:
+    """Whether ``value`` is one number a row, or one for all rows."""
+    return is_column(value) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def can_take(product: Product, gain: Tensor) -> bool:
     """Whether a gain a head or a query, ``[..., H, Q or 1, 1]``, can be multiplied into the query instead of the scores."""
     return product.cap is None and not product.masked and product.query is not None and gain.ndim <= product.query.ndim
+
+
+def is_gate(value: object) -> bool:
+    """Whether ``value`` holds ones and zeros only."""
+    if not isinstance(value, Tensor) or value.requires_grad or value.ndim < 2:
+        return False
+    if value.dtype == torch.bool:
+        return True
+    with isolated():
+        return bool(((value == 0) | (value == 1)).all().item())
 
 
 def is_column(value: object) -> bool:

@@ -37,7 +37,7 @@ def read_sdpa(layer: str, module: nn.Module, given: Mapping[str, Any], dtype: to
     query, key, mask = given["query"], given["key"], given.get("attn_mask")
     if query.is_nested:
         raise ValueError(f"{layer} attends over nested tensors, which cannot be read: give it padded tensors and a mask")
-    lay_out = layout(query.shape, module)
+    lay_out = layout(query.shape, module, operand=query)
     if mask is not None and mask.ndim > 2 and query.ndim != 4:
         mask = lay_out(mask.expand(*query.shape[:-2], *mask.shape[-2:]))
     query, key = lay_out(query), lay_out(key)

@@ -40,6 +40,7 @@ class AttentionCapture:
         modules: ``fnmatch`` patterns of module names whose softmax is attention, whatever it was computed from.
         on_error: receives what goes wrong in ``on_call`` or in here; logged once a capture where None.
         thorough: always watch torch functions, also where transformers' attention interface has shown everything so far.
+        at_once: show a softmax over a product when it is taken, whether or not anything uses it as weights.
 
     Attributes:
         calls: adapter name -> calls seen since it was last entered.
@@ -56,6 +57,7 @@ class AttentionCapture:
         modules: Sequence[str] = (),
         on_error: Callable[[Exception], None] | None = None,
         thorough: bool = False,
+        at_once: bool = False,
     ) -> None:
         self.model = model
         self.modules = tuple(modules)
@@ -65,6 +67,7 @@ class AttentionCapture:
         self.mode: FunctionWatch | None = None
         self._on_call = on_call
         self._on_error = on_error
+        self.at_once = at_once
         self._thorough = thorough
         self._quiet = 0
         self._boundary = ExitStack()

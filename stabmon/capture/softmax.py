@@ -1,9 +1,10 @@
-"""Hand-written attention: a softmax over what a product of queries and keys became.
+"""Hand-written attention: a softmax over what a product of queries and keys became, used as weights.
 
-The product is followed from operation to operation until it reaches a softmax. Between the two a model scales, caps,
-masks, casts and reshapes; scale and cap are followed, and what the scores then differ by is the mask. So query and key
-come out together with a mask for which the scores are exactly those of the model. Where that fails, the scores themselves
-are handed over: the model has formed them anyway.
+The product is followed from operation to operation until it reaches a softmax, and the softmax to where something is summed
+with its result: only then is it attention. Between product and softmax a model scales, caps, masks, casts, joins and reshapes;
+scale and cap are followed, and what the scores then differ by is the mask. So query and key come out together with a mask for
+which the scores are exactly those of the model. Where that fails, the scores themselves are handed over: the model has formed
+them anyway.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from stabmon.capture.axes import Axes
 from stabmon.capture.base import bind, kernel_dtype, layout, nearest_module
 from stabmon.capture.explain import explain, hide
-from stabmon.capture.products import Product, Products
+from stabmon.capture.masking import conceal
+from stabmon.capture.products import Product
+from stabmon.capture.provenance import Provenance
+from stabmon.capture.weights import Softmax, Weights
 from stabmon.records import AttentionCall
 
 if TYPE_CHECKING:
@@ -26,49 +31,129 @@ if TYPE_CHECKING:
 
 def handle_softmax(
     capture: AttentionCapture,
-    products: Products,
+    provenance: Provenance,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Record a softmax if it is attention, then take it."""
+    """Take a softmax, and record it: at once where its module was named, else when its weights are used."""
+    given, found = bind(("input", "dim"), args, kwargs), None
     with capture.guarded():
-        look_at_softmax(capture, products, bind(("input", "dim"), args, kwargs))
-    return function(*args, **kwargs)
+        found = product_under(capture, provenance, given)
+    if found is None:
+        return function(*args, **kwargs)
+    logits, axis, product = found
+    if isinstance(kwargs.get("out"), Tensor):
+        logits = logits.detach().clone()
+    result = function(*args, **kwargs)
+    with capture.guarded():
+        provenance.soften(logits, product, axis, result)
+        weights = provenance.get(result)
+        if capture.at_once and isinstance(weights, Weights):
+            record_softmax(capture, weights.softmax, weights)
+    return result
 
 
-def look_at_softmax(capture: AttentionCapture, products: Products, given: Mapping[str, Any]) -> None:
-    """Record a softmax if it is taken over the keys of a product, or in a module that was named."""
+def product_under(capture: AttentionCapture, provenance: Provenance, given: Mapping[str, Any]) -> tuple[Tensor, int, Product] | None:
+    """The scores, the axis and the product of a softmax that may be attention, and is not recorded yet."""
     logits, axis = given.get("input"), given.get("dim")
-    if not isinstance(logits, Tensor) or logits.ndim < 3 or not isinstance(axis, int):
-        return
-    product = products.get(logits) if axis in (-1, logits.ndim - 1) else None
-    module = nearest_module(capture.names)
-    if module is not None and (product is not None or capture.names.matches(module, capture.modules)):
-        shown = logits.movedim(axis, -1)
-        found = product or Product(None, None, kernel_dtype(logits))
-        capture.record("softmax", module, lambda layer: read_softmax(layer, module, shown, found))
+    if not isinstance(logits, Tensor) or not isinstance(axis, int):
+        return None
+    axis %= max(1, logits.ndim)
+    product = provenance.get(logits)
+    known = isinstance(product, Product) and axis in product.axes.all
+    if capture.modules and logits.ndim > 2:
+        module = nearest_module(capture.names)
+        if module is not None and capture.names.matches(module, capture.modules):
+            unknown = Product(None, None, kernel_dtype(logits), Axes(frozenset({logits.ndim - 2 if axis == logits.ndim - 1 else logits.ndim - 1}), frozenset({axis})))
+            record_softmax(capture, Softmax(logits, product if known else unknown, axis, module), None)
+            return None
+    return (logits, axis, product) if known else None
 
 
-def read_softmax(layer: str, module: nn.Module, logits: Tensor, product: Product) -> AttentionCall:
+def record_softmax(capture: AttentionCapture, softmax: Softmax, weights: Weights | None) -> None:
+    """Record a softmax, once."""
+    axis, module = softmax.axis, softmax.module
+    taken = softmax.take()
+    if taken is not None:
+        logits, product = taken
+        sink = sink_of(product, logits, axis, weights)
+        capture.record("softmax", module, lambda layer: read_softmax(layer, module, logits, product, axis, sink))
+
+
+def sink_of(product: Product, logits: Tensor, axis: int, weights: Weights | None) -> int | None:
+    """Which column is a sink: one that was joined to the scores alone, and whose weight was left out again."""
+    keys = logits.shape[axis]
+    if weights is None or weights.kept is None or sum(product.pieces) != keys:
+        return None
+    for column, piece, kept in ((0, product.pieces[0], (1, keys)), (keys - 1, product.pieces[-1], (0, keys - 1))):
+        if piece == 1 and weights.kept == kept:
+            return column
+    return None
+
+
+def read_softmax(layer: str, module: nn.Module, logits: Tensor, product: Product, axis: int, sink: int | None = None) -> AttentionCall:
     """The call with query and key where they can be told, else with the scores."""
-    if product.shift is not None:
+    if product.shift is not None and product.shift.ndim <= logits.ndim:
         logits = logits + product.shift.to(logits.dtype)
-    grouped = product.key is not None and logits.ndim == 5 and product.key.shape[-3] == 1 != logits.shape[-3]
-    lay_out = layout(logits.shape, module, grouped=grouped)
-    scores = lay_out(logits)
+    swapped = axis not in product.axes.columns
+    product = replace(product, query=product.key, key=product.query) if swapped else product
+    rows = sorted((product.axes.all if axis in product.axes.columns & product.axes.rows else opposite(product, axis)) - {axis})
+    leading = [d for d in range(logits.ndim) if d not in (*rows, axis)]
+    arranged = logits.permute(*leading, *rows, axis)
+    shown = arranged.reshape(*(logits.shape[d] for d in leading), -1, logits.shape[axis])
+    cells = product.cells()
+    if cells is not None:
+        cells = cells.expand(logits.shape).permute(*leading, *rows, axis).reshape(shown.shape)
+    grouped = product.key is not None and shown.ndim == 5 and product.key.shape[-3] == 1 != shown.shape[-3]
+    lay_out = layout(shown.shape, module, grouped=grouped, operand=product.key if product.query is None else product.query)
+    scores = lay_out(shown)
     call = AttentionCall(layer, None, None, scale=product.scale, dtype=product.dtype, fused=False, module=module)
-    if product.query is not None and product.key is not None:
-        leading = logits.shape[:-2]
+    if product.query is not None and product.key is not None and sink is None and not rows_differ(product, shown):
         try:
-            query = lay_out(spread(product.query, leading))
-            key = product.key[..., 0, :, :] if grouped else lay_out(spread(product.key, leading))
+            query = lay_out(spread(product.query, shown.shape[:-2]))
+            key = product.key[..., 0, :, :] if grouped else lay_out(spread(product.key, shown.shape[:-2]))
         except RuntimeError:  # no queries and keys of these scores
-            return replace(call, scale=1.0, scores=hide(scores, product.fills))
-        full = explain(call, scores, product, query.to(product.dtype), key.to(product.dtype))
-        if full is not None:
+            return of_scores(call, scores, product, lay_out, cells)
+        query, key = query.to(product.dtype), key.to(product.dtype)
+        full = explain(call, scores, product, query, key)
+        if cells is not None and (full is None or (full.mask is not None and full.mask.is_floating_point())):
+            full = explain(call, conceal(scores, lay_out(cells)), product, query, key)
+        if full is not None and not (product.gated and full.mask is not None and full.mask.is_floating_point()):
             return full
-    return replace(call, scale=1.0, scores=hide(scores, product.fills))
+    return of_scores(call, scores, product, lay_out, cells, sink)
+
+
+def opposite(product: Product, axis: int) -> frozenset[int]:
+    """The axes of the rows, where ``axis`` is one of the columns', and the other way round."""
+    return product.axes.rows if axis in product.axes.columns else product.axes.columns
+
+
+def rows_differ(product: Product, shown: Tensor) -> bool:
+    """Whether query and key cannot be those of the scores ``[..., Q, K]``, since their numbers differ."""
+    assert product.query is not None
+    assert product.key is not None
+    return (product.query.shape[-2], product.key.shape[-2]) != tuple(shown.shape[-2:])
+
+
+def of_scores(
+    call: AttentionCall,
+    scores: Tensor,
+    product: Product,
+    lay_out: Callable[[Tensor], Tensor],
+    cells: Tensor | None,
+    sink: int | None = None,
+) -> AttentionCall:
+    """The call by its scores alone ``[B, H, Q, K]``, keys that are hidden at -inf."""
+    shown = hide(scores, product.fills)
+    if cells is not None:
+        shown = conceal(shown, lay_out(cells))
+    if sink is None:
+        return replace(call, scale=1.0, scores=shown)
+    logits = scores[..., sink].float()
+    same = bool((logits == logits[:1, :, :1]).all().item())
+    keys = torch.cat([shown[..., :sink], shown[..., sink + 1 :]], dim=-1)
+    return replace(call, scale=1.0, scores=keys, sinks=logits[0, :, 0] if same else logits)
 
 
 def spread(operand: Tensor, leading: torch.Size) -> Tensor:

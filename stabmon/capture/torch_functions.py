@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
-from stabmon.capture.base import Handler
+from stabmon.capture.base import Handler, nearest_module
 from stabmon.capture.flex import flex_operator, handle_flex
 from stabmon.capture.multihead import handle_multihead
-from stabmon.capture.products import Products
+from stabmon.capture.provenance import Call, Provenance, operation
 from stabmon.capture.sdpa import handle_sdpa
-from stabmon.capture.softmax import handle_softmax
+from stabmon.capture.softmax import handle_softmax, record_softmax
 
 if TYPE_CHECKING:
     from stabmon.capture.session import AttentionCapture
@@ -31,13 +31,15 @@ class FunctionWatch(TorchFunctionMode):
 
     looks_for = (
         "torch's scaled_dot_product_attention, multi_head_attention_forward and flex_attention; "
-        "a softmax over a product of batched queries and keys"
+        "a softmax over a product of queries and keys, whose result is used as weights"
     )
 
     def __init__(self, capture: AttentionCapture) -> None:
         super().__init__()
         self.capture = capture
-        self.products = Products()
+        self.provenance = Provenance(
+            lambda softmax, weights: record_softmax(capture, softmax, weights), lambda: nearest_module(capture.names)
+        )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -45,17 +47,17 @@ class FunctionWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.capture.listening():
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name == "softmax":
-            return handle_softmax(self.capture, self.products, func, args, kwargs)
+        call = Call(operation(func), func, args, kwargs)
+        if call.name == "softmax":
+            return handle_softmax(self.capture, self.provenance, func, args, kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(self.capture, func, args, kwargs)
+        with self.capture.guarded():
+            self.provenance.before(call)
         result = func(*args, **kwargs)
-        try:
-            self.products.follow(name, args, kwargs, result)
-        except Exception as error:
-            self.capture.failed(error)
+        with self.capture.guarded():
+            self.provenance.after(call, result)
         return result
 
 

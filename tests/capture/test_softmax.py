@@ -33,6 +33,12 @@ def calls_of(module: nn.Module, *tensors: Tensor, **options) -> list[AttentionCa
     return calls
 
 
+def used(weights: Tensor) -> Tensor:
+    """The weights, after something was summed with them."""
+    weights @ weights.new_ones(weights.shape[-1], 2)
+    return weights
+
+
 HIDDEN, WEIGHT = noise(2, 5, 8), noise(9, 8)
 
 
@@ -80,7 +86,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_whatever_happens_between_product_and_softmax_the_probabilities_come_out(form: str) -> None:
     own: list[Tensor] = []
-    (call,) = calls_of(Module(lambda q, k: own.append(FORMS[form](q, k))), Q, K)
+    (call,) = calls_of(Module(lambda q, k: own.append(used(FORMS[form](q, k)))), Q, K)
     torch.testing.assert_close(probabilities(call), own[0].double(), atol=1e-6, rtol=1e-5)
     assert call.layer == "a"
     assert not call.fused
@@ -98,7 +104,7 @@ GROUPINGS = {
 @pytest.mark.parametrize("how", GROUPINGS)
 def test_heads_that_share_a_key_are_laid_out_in_order(how: str) -> None:
     own: list[Tensor] = []
-    (call,) = calls_of(Module(lambda q, k: own.append(GROUPINGS[how](q, k))), GROUPED, SHARED)
+    (call,) = calls_of(Module(lambda q, k: own.append(used(GROUPINGS[how](q, k)))), GROUPED, SHARED)
     assert torch.equal(call.query, GROUPED.flatten(1, 2))
     assert torch.equal(call.key, SHARED)
     torch.testing.assert_close(probabilities(call), own[0].flatten(1, 2).double(), atol=1e-6, rtol=1e-5)
@@ -108,7 +114,7 @@ def test_heads_that_share_a_key_are_laid_out_in_order(how: str) -> None:
 def test_windows_are_batch_and_heads_are_heads(heads: int | None, shape: tuple[int, ...]) -> None:
     key = noise(2, 3, 2, 7, 8, seed=5)
     attributes = {} if heads is None else {"num_heads": heads}
-    (call,) = calls_of(Module(lambda q, k: (q @ k.mT).softmax(-1), **attributes), GROUPED, key)
+    (call,) = calls_of(Module(lambda q, k: used((q @ k.mT).softmax(-1)), **attributes), GROUPED, key)
     assert probabilities(call).shape == shape
     torch.testing.assert_close(call.query @ call.key.mT, (GROUPED @ key.mT).reshape(shape))
 
@@ -119,28 +125,28 @@ def test_large_scores_are_explained_in_blocks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(explain, "BLOCK", 40)
     for form in ("bias and mask", "where", "baddbmm", "capped"):
         own: list[Tensor] = []
-        (call,) = calls_of(Module(lambda q, k, own=own, form=form: own.append(FORMS[form](q, k))), Q, K)
+        (call,) = calls_of(Module(lambda q, k, own=own, form=form: own.append(used(FORMS[form](q, k)))), Q, K)
         torch.testing.assert_close(probabilities(call), own[0].double(), atol=1e-6, rtol=1e-5)
 
 
 def test_keys_hidden_from_one_head_only_are_told() -> None:
     hidden = torch.zeros(3, 5, 7, dtype=torch.bool)
     hidden[1, 2, 3] = True
-    (call,) = calls_of(Module(lambda q, k: (q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1)), Q, K)
+    (call,) = calls_of(Module(lambda q, k: used((q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1))), Q, K)
     assert torch.equal(call.mask, ~hidden.expand(2, 3, 5, 7))
 
 
 def test_a_constant_that_hides_keys_is_told_from_scores() -> None:
     for form in ("where", "added constant"):
-        (call,) = calls_of(Module(FORMS[form]), Q, K)
+        (call,) = calls_of(Module(lambda q, k, form=form: used(FORMS[form](q, k))), Q, K)
         assert call.scale == pytest.approx(0.5)
         assert torch.equal(call.mask, (noise(5, 7) <= 1).expand(2, 1, 5, 7))
-    (call,) = calls_of(Module(FORMS["bias and mask"]), Q, K)
+    (call,) = calls_of(Module(lambda q, k: used(FORMS["bias and mask"](q, k))), Q, K)
     assert torch.equal(call.mask == -torch.inf, (noise(5, 7) > 1).expand(2, 3, 5, 7))
 
 
 def test_scores_that_are_large_are_not_taken_for_hidden_keys() -> None:
-    (call,) = calls_of(Module(lambda q, k: (q @ k.mT).softmax(-1)), Q * 1e4, K)
+    (call,) = calls_of(Module(lambda q, k: used((q @ k.mT).softmax(-1))), Q * 1e4, K)
     assert call.mask is None
     assert call.query is not None
 
@@ -148,7 +154,7 @@ def test_scores_that_are_large_are_not_taken_for_hidden_keys() -> None:
 @pytest.mark.parametrize(("attributes", "heads"), [({"num_heads": 3}, 3), ({}, 1)])
 def test_folded_heads_are_told_by_the_module(attributes: dict[str, int], heads: int) -> None:
     def attend(q: Tensor, k: Tensor) -> Tensor:
-        return torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1)
+        return used(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1))
 
     (call,) = calls_of(Module(attend, **attributes), Q, K)
     assert call.query.shape == (6 // heads, heads, 5, 8)
@@ -186,7 +192,7 @@ def test_a_named_module_s_softmax_is_attention_whatever_it_is_taken_of() -> None
 
 
 def test_half_precision_scores_are_told_by_query_and_key() -> None:
-    (call,) = calls_of(Module(lambda q, k: (q @ k.mT * 8**-0.5).softmax(-1)), Q.bfloat16(), K.bfloat16())
+    (call,) = calls_of(Module(lambda q, k: used((q @ k.mT * 8**-0.5).softmax(-1))), Q.bfloat16(), K.bfloat16())
     assert call.dtype == torch.bfloat16
     assert call.mask is None
     assert call.scale == pytest.approx(8**-0.5)
