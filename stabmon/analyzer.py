@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from types import TracebackType
 
 from torch import nn
 
 from stabmon.capture import AttentionCapture
+from stabmon.capture.witness import listed
 from stabmon.config import load_config
 from stabmon.measurements import Measurements, to_host
 from stabmon.records import Diagnosis, Reading
 from stabmon.rules.history import History
 from stabmon.rules.tracker import IssueTracker
+
+logger = logging.getLogger("stabmon")
 
 
 class AttentionAnalyzer:
@@ -44,6 +48,7 @@ class AttentionAnalyzer:
         self._config = load_config("observe", signals=signals, engine=engine)
         self._measurements = Measurements(self._config.signals, engine)
         self._error: Exception | None = None
+        self._told: str | None = None
         self._capture = AttentionCapture(
             model, self._measurements.add, modules=attention_modules, thorough=True, on_error=self._note
         )
@@ -55,6 +60,8 @@ class AttentionAnalyzer:
 
         Raises:
             RuntimeError: if no attention call was seen, saying what was looked for; or if measuring one failed.
+
+        Where some of the model's attention is not seen, ``unseen`` of the diagnosis names it, and a warning says so once.
         """
         if not self._in_context:
             self.close()
@@ -62,11 +69,16 @@ class AttentionAnalyzer:
             raise RuntimeError(f"measuring attention failed: {self._error}") from self._error
         layers = to_host(self._measurements.sums)
         if not layers:
-            raise RuntimeError(f"no attention was found; run the model first. Looked for {self._capture.looked_for()}")
+            unseen = f", and {listed(self._capture.witness.unseen)} is none of these" if self._capture.witness.unseen else ""
+            raise RuntimeError(f"no attention was found; run the model first. Looked for {self._capture.looked_for()}{unseen}")
+        told = self._capture.witness.describe()
+        if told is not None and told != self._told:
+            self._told = told
+            logger.warning("%s", told)
         reading = Reading(step=0, loss=None, layers=layers, info=dict(self._measurements.info))
         tracker = IssueTracker(self._config.make_rules(), history=History(2), cooldown_steps=0)
         issues = tracker.update(reading)
-        return Diagnosis(0, tuple(issues), layers, (reading,), tracker.open_issues)
+        return Diagnosis(0, tuple(issues), layers, (reading,), tracker.open_issues, dict(self._capture.witness.unseen))
 
     def close(self) -> None:
         """Leave the model as it was found; may be called twice."""

@@ -16,6 +16,7 @@ Interventions that are held are told of every mark.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,8 @@ from stabmon.rules.tracker import IssueTracker
 from stabmon.run_meta import run_meta
 from stabmon.safety import Safety, safely
 from stabmon.sinks import Sink
+
+logger = logging.getLogger("stabmon")
 
 
 class AttentionStabilityMonitor:
@@ -109,7 +112,7 @@ class AttentionStabilityMonitor:
         self._query_key, self._group_updates = QueryKeySteps(), GroupUpdates()
         self._misfortune = NonFiniteWatch(model, self.safety.failed, self._ranks.share if self._ranks else None)
         self._manual = manual_steps
-        self._last_reading = 0
+        self._last_reading = self._unseen_told = 0
         self._opened = self._closed = self._is_news = False
         self._looked: set[int] = set()
         """Optimizers that are about to step or have, by id, in this step."""
@@ -238,6 +241,11 @@ class AttentionStabilityMonitor:
         return self.safety.errors
 
     @property
+    def unseen(self) -> Mapping[str, str]:
+        """Modules of whose attention some is not seen, and what of it: name -> words. Known from the first sampled step on."""
+        return dict(self._observer.unseen)
+
+    @property
     def open_issues(self) -> tuple[StabilityIssue, ...]:
         """Every issue open now, as last emitted."""
         return self._tracker.open_issues
@@ -332,6 +340,7 @@ class AttentionStabilityMonitor:
         if not sampled and not self._is_news:
             return None
         layers = to_host(sums) if sampled else {}
+        self._tell_unseen()
         if sampled and not layers and (why := seen.why_nothing()):
             self.safety.failed("sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False)
         losses, rates = seen.losses.take(), self._view.learning_rates()
@@ -363,7 +372,18 @@ class AttentionStabilityMonitor:
             more = {"learning_rate_factor": factor} if self._acting.guard.automatic or factor != 1 else {}
             self._recorder.write_reading(reading, open_issues, **more)
         self._recorder.write_issues(issues)
-        return Diagnosis(reading.step, tuple(issues), reading.layers, tuple(self._tracker.history.readings), open_issues)
+        readings = tuple(self._tracker.history.readings)
+        return Diagnosis(reading.step, tuple(issues), reading.layers, readings, open_issues, dict(self._observer.unseen))
+
+    def _tell_unseen(self) -> None:
+        """Warn of attention that is not seen, and write it to the run's metadata, where more of it is known than at the last step."""
+        unseen, told = self._observer.unseen, self._observer.describe_unseen()
+        if told is None or len(unseen) == self._unseen_told:
+            return
+        self._unseen_told = len(unseen)
+        if rank() == 0:
+            logger.warning("%s", told)
+        self._recorder.amend({"unseen_attention": dict(unseen)})
 
     @safely
     def _tell_held(self, micro_batches: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stabmon.capture import AttentionCapture, compiled_modules
+from stabmon.capture.witness import listed
 from stabmon.config import StabilityConfig
 from stabmon.forward_watch import ForwardWatch
 from stabmon.gradients import AfterBackward, GradientNorms
@@ -147,8 +148,18 @@ class StepObserver:
             return (
                 "attention ran inside a compiled function, where nothing is seen: compile the model, not the function around it"
             )
-        looked_for = f"no attention was found in {type(self._model).__name__}; looked for {self._capture.looked_for()}"
+        unseen = f", and {listed(self.unseen)} is none of these" if self.unseen else ""
+        looked_for = f"no attention was found in {type(self._model).__name__}; looked for {self._capture.looked_for()}{unseen}"
         return f"{looked_for}; name hand-written attention in attention_modules=[...]"
+
+    @property
+    def unseen(self) -> Mapping[str, str]:
+        """Modules of whose attention some is not seen, and what, as far as the witnessed steps show it."""
+        return self._capture.witness.unseen
+
+    def describe_unseen(self) -> str | None:
+        """The same in one line beside what is seen; None where all is seen, or nothing."""
+        return self._capture.witness.describe() if self._capture.witness.seen else None
 
     @safely
     def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,6 +178,8 @@ class StepObserver:
 
     @safely
     def _forward_ends(self, module: nn.Module, output: Any) -> None:
+        if self._capturing:
+            self._capture.witness.end(output)
         self.stop_capture()
         if self._current is module:
             self._current = None

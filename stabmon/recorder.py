@@ -34,6 +34,11 @@ class Recorder:
         self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta)
         self._count_failed()
 
+    def amend(self, meta: Mapping[str, Any]) -> None:
+        """Tell the sinks what has become known of the run since they were opened."""
+        self._sinks.amend(meta)
+        self._count_failed()
+
     def keep(self, issues: Sequence[StabilityIssue]) -> None:
         """Add to the issues of the run, without writing them."""
         self.issues += issues

@@ -212,6 +212,7 @@ class Diagnosis:
         stats: ``stats[layer][signal]`` is float64 ``[H]``, one value a query head.
         readings: the readings so far, oldest first, for plots over time.
         open_issues: every issue open after this step.
+        unseen: modules of whose attention some is not seen, and what of it: no statistic and no issue covers it.
     """
 
     step: int
@@ -219,6 +220,7 @@ class Diagnosis:
     stats: Mapping[str, Mapping[str, np.ndarray]]
     readings: tuple[Reading, ...] = ()
     open_issues: tuple[StabilityIssue, ...] = ()
+    unseen: Mapping[str, str] = field(default_factory=dict)
 
     def has_issues(self) -> bool:
         """Whether any issue opened or worsened at this step."""

@@ -14,9 +14,11 @@ from torch import nn
 from stabmon.capture.base import isolated
 from stabmon.capture.compiled import CompiledCode
 from stabmon.capture.names import ModuleNames
+from stabmon.capture.op_trace import sequence_number
 from stabmon.capture.same_positions import attends_itself
 from stabmon.capture.torch_functions import FunctionWatch, push, remove, taken_off
 from stabmon.capture.transformers_interface import TransformersInterface
+from stabmon.capture.witness import Witness, WitnessedWatch, is_due
 from stabmon.records import AttentionCall
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class AttentionCapture:
         unseen: calls of compiled code since it was last entered that were not looked into: a compiled function that is no
             module's forward, or a compiled module run without gradients. Where ``calls`` stays empty besides, the whole
             training step is compiled.
+        witness: tells which attention of the model was seen and which was not, as far as some openings show it.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class AttentionCapture:
         self.names = ModuleNames(model)
         self.unseen = 0
         self.mode: FunctionWatch | None = None
+        self.witness = Witness(self)
         self._on_call = on_call
         self._on_error = on_error
         self.at_once = at_once
@@ -73,15 +77,17 @@ class AttentionCapture:
         self._boundary = ExitStack()
         self._patches = ExitStack()
         self._paused_mode = False
-        self._thread: int | None = None
+        self.thread: int | None = None
+        self._openings = 0
         self._inside = 0
         self._logged = False
 
     def __enter__(self) -> AttentionCapture:
-        if self._thread is not None:
+        if self.thread is not None:
             raise RuntimeError("this AttentionCapture is open already: leave it before entering it again, or make a second one")
         self.names = ModuleNames(self.model)
         self.calls, self.unseen, self._inside = {}, 0, 0
+        self._openings += 1
         self._install(threading.get_ident())
         return self
 
@@ -95,7 +101,7 @@ class AttentionCapture:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Everything taken out for a while, then put back."""
-        thread = self._thread
+        thread = self.thread
         self._uninstall()
         try:
             yield
@@ -109,17 +115,19 @@ class AttentionCapture:
 
     def listening(self) -> bool:
         """Whether a call made right now by this thread is one of the model's own forward, not seen further out already."""
-        return not self._inside and self._thread == threading.get_ident() and torch._C._current_graph_task_id() == -1
+        return not self._inside and self.thread == threading.get_ident() and torch._C._current_graph_task_id() == -1
 
     @contextmanager
     def inside(self) -> Iterator[None]:
         """While a call that has been recorded runs: what it does inside is not looked at."""
         self._inside += 1
+        start = sequence_number()
         try:
             with taken_off(self.mode):
                 yield
         finally:
             self._inside -= 1
+            self.witness.covers(start)
 
     def record(self, adapter: str, module: nn.Module, describe: Callable[[str], AttentionCall]) -> None:
         """Count one call of ``module`` and show it to ``on_call``; never raises.
@@ -130,6 +138,7 @@ class AttentionCapture:
             describe: makes the record from the layer's name; run with gradients, autocast and modes off.
         """
         self.calls[adapter] = self.calls.get(adapter, 0) + 1
+        self.witness.recorded(self.names.name_of(module) or "")
         layer = self.names.next_layer(module)
         with self.guarded(), self.inside(), isolated():
             self._on_call(self._with_positions(describe(layer), module))
@@ -181,22 +190,36 @@ class AttentionCapture:
     def _patch(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(INTERFACE.installed(self))
-            handle = self.model.register_forward_pre_hook(lambda *_: self.names.new_forward(), prepend=True)
-            stack.callback(handle.remove)
+            for handle in (
+                self.model.register_forward_pre_hook(lambda *_: self._begins(), prepend=True),
+                self.model.register_forward_hook(lambda _, __, output: self._ends(output)),
+            ):
+                stack.callback(handle.remove)
             self._patches = stack.pop_all()
 
+    def _begins(self) -> None:
+        with self.guarded():
+            self.names.new_forward()
+            self.witness.begin()
+
+    def _ends(self, output: object) -> None:
+        with self.guarded():
+            self.witness.end(output)
+
     def _install(self, thread: int) -> None:
+        due = is_due(self._openings)
         with ExitStack() as stack:
+            stack.enter_context(self.witness.installed(due))
             stack.enter_context(COMPILED.installed(self))
             self._patch()
             self._boundary = stack.pop_all()
-        if self._thorough or self._quiet < QUIET:
-            self.mode = FunctionWatch(self)
+        if self._thorough or due or self._quiet < QUIET:
+            self.mode = WitnessedWatch(self) if due else FunctionWatch(self)
             push(self.mode)
-        self._thread = thread
+        self.thread = thread
 
     def _uninstall(self) -> None:
-        self._thread = None
+        self.thread = None
         remove(self.mode)
         self.mode = None
         self._patches.close()

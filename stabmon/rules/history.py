@@ -16,7 +16,7 @@ class History:
     """Bounded record of readings.
 
     T readings (oldest first), N heads over all layers in a fixed order (``heads[n]`` is ``(layer, head)``). A layer that
-    comes late, or misses a reading, is NaN where it is missing.
+    comes late, misses a reading, or has another number of heads in it than at first, is NaN where it is missing.
 
     Args:
         length: readings kept; older ones are dropped, but a head's ``baseline`` is kept.
@@ -226,8 +226,9 @@ class History:
     def _row(self, reading: Reading, name: str) -> np.ndarray:
         out = np.full(len(self.heads), np.nan)
         for layer, values in reading.layers.items():
-            if name in values:
-                out[self._index[layer]] = values[name]
+            where = self._index[layer]
+            if name in values and len(values[name]) == where.stop - where.start:
+                out[where] = values[name]
         return out
 
     def _reading(self, saved: Mapping[str, Any], row: int) -> Reading:

@@ -45,6 +45,7 @@ class Table:
         if missing > 0:
             self._data = _widen(self._data, missing)
             self._first = _widen(self._first, missing)
+            self._baseline = None
         if self._end == len(self._data):
             self._data[: self._length] = self._data[-self._length :]
             self._end = self._length

@@ -24,6 +24,9 @@ class Sink:
         Called again after a resume with the same ``run_dir``: append, do not start afresh.
         """
 
+    def amend(self, meta: Mapping[str, Any]) -> None:
+        """Take entries of ``meta`` that have become known, or have changed, since :meth:`open`."""
+
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         """Take one sampled step; ``scalars`` are the dashboard's, named as in :mod:`stabmon.sinks.scalars`."""
 
@@ -61,6 +64,9 @@ class SinkGroup(Sink):
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
         self._each(lambda s: s.open(run_dir, meta))
+
+    def amend(self, meta: Mapping[str, Any]) -> None:
+        self._each(lambda s: s.amend(meta))
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         self._each(lambda s: s.write_reading(reading, scalars))

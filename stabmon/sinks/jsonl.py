@@ -47,6 +47,7 @@ class JsonlSink(Sink):
         self._dir: Path | None = None
         self._start = 1
         self._info: dict[str, LayerInfo] = {}
+        self._meta: dict[str, Any] = {}
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
         self.close()
@@ -59,7 +60,13 @@ class JsonlSink(Sink):
             _cut_torn_line(run_dir / name)
             self._files[name] = os.open(run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         own = {"schema_version": SCHEMA_VERSION, "start": self._start, "nonfinite_encoding": exact_json.ENCODING}
-        _replace(run_dir / META, exact_json.dumps({**own, **meta}))
+        self._meta = {**own, **meta}
+        _replace(run_dir / META, exact_json.dumps(self._meta))
+
+    def amend(self, meta: Mapping[str, Any]) -> None:
+        if self._dir is not None:
+            self._meta |= meta
+            _replace(self._dir / META, exact_json.dumps(self._meta))
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         record: dict[str, Any] = {
