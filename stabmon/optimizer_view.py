@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from stabmon.grad_scaler import ScalerWatch
 
 
 class OptimizerView:
@@ -13,13 +16,18 @@ class OptimizerView:
 
     Args:
         optimizer: a torch optimizer, accelerate's wrapper around one, or None.
-        grad_scaler: the gradient scaler in use; None for ``optimizer.scaler`` if there is one.
+        grad_scaler: the gradient scaler in use; None to find it, if there is one.
     """
 
     def __init__(self, optimizer: Any, grad_scaler: Any = None) -> None:
         self.optimizer = optimizer
-        self.grad_scaler: Any = grad_scaler if grad_scaler is not None else getattr(optimizer, "scaler", None)
+        self.scalers = ScalerWatch(optimizer, grad_scaler)
         self._hook: Any = None
+
+    @property
+    def grad_scaler(self) -> Any:
+        """The gradient scaler in use, given or found; None where none is known."""
+        return self.scalers.scaler
 
     @property
     def scales(self) -> bool:
@@ -35,6 +43,10 @@ class OptimizerView:
         """What the gradient scaler multiplies gradients by; None without one. Waits for the device."""
         return float(self.grad_scaler.get_scale()) if self.scales else None
 
+    def left_out(self) -> bool | Tensor:
+        """Whether the step that ends here was left out, see :meth:`ScalerWatch.end_step`; to be asked once a step."""
+        return self.scalers.end_step()
+
     def learning_rate(self) -> float | None:
         """The largest over the parameter groups, as scheduled."""
         groups = getattr(self.optimizer, "param_groups", None)
@@ -47,7 +59,8 @@ class OptimizerView:
             self._hook = register(lambda *_: tell())
 
     def let_go(self) -> None:
-        """Take the hook out again."""
+        """Take the hooks out again."""
+        self.scalers.let_go()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
