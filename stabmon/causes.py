@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +21,9 @@ _LABELS = re.compile(r"label|target|^y$|^tgt", re.IGNORECASE)
 _MASK = re.compile(r"mask|bias", re.IGNORECASE)
 
 
-def of_input(name: str) -> Cause:
+def of_input(call: ForwardCall, name: str) -> Cause:
     """The cause where an input of the model is not finite, by the argument's name."""
+    name = _in_signature(call, name)
     return "labels" if _LABELS.search(name) else "mask" if _MASK.search(name) else "data"
 
 
@@ -49,12 +51,25 @@ def unused_labels(call: ForwardCall) -> str:
     """
     for name, tensor in call.inputs():
         whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-        if not whole or not tensor.numel() or not (_LABELS.search(name) or name.startswith("argument")):
+        name = _in_signature(call, name)
+        if not whole or not tensor.numel() or not _LABELS.search(name):
             continue
         counted = tensor[..., 1:] if tensor.dim() > 1 and tensor.shape[-1] > 1 else tensor
         if bool((counted < 0).all()):
             return f"all {counted.numel()} {name} are below 0, which ignores them"
     return ""
+
+
+def _in_signature(call: ForwardCall, name: str) -> str:
+    """What the forward calls an argument that was given by its position, as in ``argument 2``."""
+    position = name.removeprefix("argument ")
+    if position == name or not position.isdigit():
+        return name
+    try:
+        names = list(inspect.signature(call.module.forward).parameters)
+    except (TypeError, ValueError):  # a forward of C++ tells no names
+        return name
+    return names[int(position)] if int(position) < len(names) else name
 
 
 @dataclass(frozen=True)

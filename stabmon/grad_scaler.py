@@ -39,7 +39,7 @@ class ScalerWatch:
         self._given = given if given is not None else scaler_of(optimizer)
         self._found: weakref.ref[Any] | None = None
         self._hooks: list[Any] = []
-        self._made, self._found_inf, self._ever = False, None, False
+        self._made, self._found_inf = False, None
         self._searches, self._scales = _SEARCHES, weakref.WeakKeyDictionary[Any, float]()
 
     @property
@@ -71,7 +71,7 @@ class ScalerWatch:
         self._made, self._found_inf = False, None
         if not made and found_inf is None:
             self._search()
-            return self._ever or self.scaler is not None  # else the optimizer may be one that tells nobody of its steps
+            return True
         return False if made or found_inf is None else found_inf
 
     def search_length(self) -> int:
@@ -84,7 +84,6 @@ class ScalerWatch:
 
     def _stepping(self, optimizer: Any, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler on optimizers that skip by themselves
-        self._ever = True
         self._made |= found_inf is None
         self._found_inf = found_inf
         if self.scaler is None and (found := _calling()) is not None:
@@ -95,7 +94,7 @@ class ScalerWatch:
         if self.scaler is not None or not self._searches:
             return
         self._searches -= 1
-        for scaler in [each for each in gc.get_objects() if isinstance(each, torch.amp.GradScaler)]:
+        for scaler in [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]:
             if scaler.is_enabled() and getattr(scaler, "_scale", None) is not None:
                 scale = float(scaler.get_scale())
                 if scale < self._scales.get(scaler, -math.inf):

@@ -14,7 +14,7 @@ from stabmon.capture import clean_name
 from stabmon.causes import of_values, of_weights
 from stabmon.gradients import Sentinels, local
 from stabmon.optimizer_view import OptimizerView
-from stabmon.records import NonFinite
+from stabmon.records import Cause, NonFinite
 from stabmon.replay import ForwardCall, is_split
 from stabmon.skipped_steps import SkippedSteps
 from stabmon.trace import find_in_backward, find_in_forward, find_in_gradients, find_in_weights
@@ -113,6 +113,8 @@ class NonFiniteWatch:
             # what was left out has moved no weights, so that it can be replayed still
             trace = (lambda: self._trace(step, calls, True, False, False)) if left_out is True else (lambda: self._told(step, loss))
             news = self._take(step, _LOSS, trace)
+        if bad_gradient and (self._found is None or self._found.touched != "weights"):
+            left_out = True  # whoever steps, it was with other gradients than these
         if self._skipped.note(left_out, bad=self._last_bad == step):
             self._stuck(step, calls)
             news = True
@@ -164,7 +166,8 @@ class NonFiniteWatch:
         """More steps in a row were left out than a search takes: nothing is trained."""
         going_on = self._found is not None and self._found.touched != "nothing" and step - self._last_bad <= _PATIENCE
         if self._found is None or not going_on:
-            self._found, self._began = self._trace(step, calls, False, True, False), True
+            self._no_gradient = False
+            self._found, self._began = self._trace(step, calls, False, True, False, _STUCK), True
         self._last_bad, self._reached = step, _GRADIENTS
         at = {"skipped": self._skipped.in_a_row, "search": self._skipped.search, "scale": self._view.scale()}
         self._found = replace(self._found, **at)  # type: ignore[arg-type]
@@ -176,7 +179,7 @@ class NonFiniteWatch:
             return NonFinite(step, "loss", None, None, "loss", f"loss is {loss}, and every gradient is 0", "labels")
         return NonFinite(step, "loss", None, None, "loss", f"loss is {loss}", "objective")
 
-    def _trace(self, step: int, calls: Sequence[ForwardCall], bad_loss: bool, bad_gradient: bool, blamed: bool) -> NonFinite:
+    def _trace(self, step: int, calls: Sequence[ForwardCall], bad_loss: bool, bad_gradient: bool, blamed: bool, untraced: tuple[str, str] | None = None) -> NonFinite:
         found, replayed = None, bool(calls) and not is_split(self._model)
         if replayed:
             found = self._replay(find_in_forward, calls, step)
@@ -186,7 +189,7 @@ class NonFiniteWatch:
             found = find_in_weights(self._model, step)
         if found is not None and found.kind == "parameter":
             found = self._who_made(found, blamed)
-        found = found or self._outside(step, replayed, bad_loss)
+        found = found or self._outside(step, replayed, bad_loss, untraced or _UNTRACED[bad_loss])
         if self._share is not None and bad_gradient:
             try:
                 found = self._share(found, step) or found
@@ -194,16 +197,17 @@ class NonFiniteWatch:
                 self._on_error("share", error)
         return found
 
-    def _outside(self, step: int, replayed: bool, bad_loss: bool) -> NonFinite:
+    def _outside(self, step: int, replayed: bool, bad_loss: bool, untraced: tuple[str, str]) -> NonFinite:
         """What is bad though the model's own forward and backward are finite, or could not be made again."""
         found = find_in_gradients(self._model, step)
         if found is not None:
             formats = [of_values(p.grad) for p in self._model.parameters() if p.grad is not None and p.grad.dtype == torch.float16]
             return replace(found, cause="overflow" if "overflow" in formats else "objective" if replayed else "")
-        kind, (tensor, detail) = ("loss" if bad_loss else "gradient"), _UNTRACED[bad_loss]
+        tensor, detail = untraced
         if bad_loss and self._no_gradient:
             return NonFinite(step, "loss", None, None, tensor, "every gradient is 0", "labels")
-        return NonFinite(step, kind, None, None, tensor, detail, "objective" if replayed else "")
+        cause: Cause = "objective" if replayed else ""
+        return NonFinite(step, "loss" if bad_loss else "gradient", None, None, tensor, detail, cause)
 
     def _who_made(self, found: NonFinite, blamed: bool) -> NonFinite:
         """Whether a parameter became what it is in the optimizer's step on finite gradients."""
@@ -250,6 +254,7 @@ class NonFiniteWatch:
 
 
 _FURTHER = ("", "nothing", "gradients", "weights")
+_STUCK = "gradients", "not finite at any scale, though those of the model alone were finite when its forwards were replayed"
 _UNTRACED = {
     True: ("loss", "all was finite when the forwards were replayed"),
     False: ("gradient norm", "every gradient is finite, but not their norm"),

@@ -34,7 +34,7 @@ def find_in_forward(model: nn.Module, calls: Sequence[ForwardCall], step: int) -
         for call in calls:
             for name, tensor in call.inputs():
                 if bad := count_odd(tensor):
-                    trace.note("input", None, name, detail=bad, cause=of_input(name))
+                    trace.note("input", None, name, detail=bad, cause=of_input(call, name))
             with call.again(model) as forward:
                 loss = loss_in(forward())
             if loss is not None and (bad := count_bad(loss)):

@@ -73,7 +73,7 @@ class _Skipping(Effect):
         self.in_a_row += 1
         if self.in_a_row in (1, self.most):
             why = "a gradient is not finite"
-            more = "" if self.in_a_row == 1 else f"{self.most} steps in a row: skipping does not help, the weights may be spoilt"
+            more = "" if self.in_a_row == 1 else f"{self.most} steps in a row: skipping does not help, mend what makes them"
             record = {"intervention": "skip_step", "action": "skipped", "step": self.run.step + 1, "layer": None, "head": None}
             self.run.audit({**record, "before": {}, "after": {"skipped": self.skipped}, "why": why, "note": more})
 

@@ -120,9 +120,8 @@ class NonFinite:
         if found.touched == "weights":
             return ROLL_BACK
         if found.skipped:
-            scale = f" and its scale is down to {found.scale:.3g}" if found.scale is not None else ""
-            by = "the gradient scaler" if found.scale is not None else "the training loop"
-            return f"For {found.skipped} steps in a row {by} has left out the step{scale}: nothing is trained until that is mended"
+            by = "" if found.scale is None else f" by the gradient scaler, whose scale is down to {found.scale:.3g}"
+            return f"{found.skipped} steps in a row were left out{by}: nothing is trained until that is mended"
         words = {"nothing": UNHARMED, "gradients": LEFT_OUT}
         return words.get(found.touched, ROLL_BACK if severity == "critical" else "The weights are spoilt unless the step is left out")
 
