@@ -48,6 +48,7 @@ class Acting:
         run = TrainingRun(model, optimizer.optimizer, lr_scheduler, optimizer.grad_scaler, run_dir=run_dir, audit=audit)
         named = config if config.interventions else load_config("guard")
         self.guard = Guard(run, named.make_interventions(), named.make_budget(), automatic=bool(config.interventions))
+        self._view = optimizer
         self._stop_reason: str | None = None
 
     @property
@@ -75,6 +76,7 @@ class Acting:
 
     def on_step(self, step: int, micro_batches: int, observer: StepObserver) -> None:
         """At every step, after the optimizer's: what is held may act."""
+        self.run.grad_scaler = self._view.grad_scaler  # it may have been found in the meantime
         self.run.accumulation, self.run.forwards = max(1, micro_batches), ()
         with paused(observer):
             self.guard.on_step(step)

@@ -89,6 +89,11 @@ class Sentinels:
         last = _first_two(reversed(self._parameters))
         return [*first, *(grad for grad in last if all(grad is not other for other in first))]
 
+    def weights(self) -> list[Tensor]:
+        """Up to four parameters as they are now, of this rank's shards where they are sharded."""
+        chosen = {id(each): each for each in (*self._parameters[:2], *self._parameters[-2:])}
+        return [local(parameter.detach()) for parameter in chosen.values()]
+
     def _choose(self) -> list[nn.Parameter]:
         trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         small = [parameter for parameter in trainable if parameter.numel() <= _SMALL]

@@ -38,6 +38,7 @@ from stabmon.optimizer_view import OptimizerView
 from stabmon.query_key_steps import QueryKeySteps
 from stabmon.recorder import Recorder
 from stabmon.records import Diagnosis, QueryKeyStep, Reading, StabilityIssue
+from stabmon.replay import ForwardCall
 from stabmon.rules.history import History
 from stabmon.rules.tracker import IssueTracker
 from stabmon.run_meta import run_meta
@@ -66,8 +67,8 @@ class AttentionStabilityMonitor:
             need it, since all ranks must do the same.
         is_writer: whether this process writes to the sinks; None for rank 0 only.
         manual_steps: :meth:`begin_step` and :meth:`before_optimizer_step` are called from outside, as the integrations do.
-        grad_scaler: the gradient scaler in use, whose overflows are not reported and whose scale is taken out of gradient norms;
-            None for ``optimizer.scaler`` if there is one.
+        grad_scaler: the gradient scaler in use, whose single overflows are not reported and whose scale is taken out of gradient
+            norms; None to find it, if there is one.
         **overrides: other fields of the configuration.
 
     Raises:
@@ -110,7 +111,9 @@ class AttentionStabilityMonitor:
         self._acting = Acting(model, self._view, lr_scheduler, self.config, self.run_dir, audit)
         self._observer = StepObserver(model, self.config, self.safety, self._view.scale, self._acting.listener)
         self._query_key, self._group_updates = QueryKeySteps(), GroupUpdates()
-        self._misfortune = NonFiniteWatch(model, self.safety.failed, self._ranks.share if self._ranks else None)
+        share = self._ranks.share if self._ranks else None
+        self._misfortune = NonFiniteWatch(model, self.safety.failed, share, self._view)
+        self._scaled = self._view.scales
         self._manual = manual_steps
         self._last_reading = self._unseen_told = 0
         self._opened = self._closed = self._is_news = False
@@ -130,6 +133,7 @@ class AttentionStabilityMonitor:
         if self._closed:
             return
         self._open()
+        self._view.scalers.watch()
         if not self._manual:
             self._view.before_step(self.before_optimizer_step)
         self._start_observing()
@@ -183,7 +187,8 @@ class AttentionStabilityMonitor:
         self.step += 1
         self._observer.stop_capture()
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
-        self._end_loss(loss)
+        calls = self._observer.forwards.calls
+        self._look_at_end(self._end_loss(loss), calls)
         self._tell_held(micro_batches)
         moved, updates = self._look_at_update() or ({}, {})
         diagnosis = self._finish_step(micro_batches, moved, updates)
@@ -311,15 +316,24 @@ class AttentionStabilityMonitor:
 
     def leave_ranks(self) -> None:
         """Report this rank's readings alone, since not every rank has a monitor. To be called before the first step."""
-        self._ranks, self._misfortune = None, NonFiniteWatch(self.model, self.safety.failed)
+        self._ranks, self._misfortune = None, NonFiniteWatch(self.model, self.safety.failed, optimizer=self._view)
 
     # -- inside a step ------------------------------------------------------------------------------------------------
 
     @safely
-    def _end_loss(self, loss: Tensor | float | None) -> None:
-        value = self._observer.losses.end_step(self.step, loss, shares=self._observer.forwards.shares)
-        if isinstance(value, float) and not math.isfinite(value) and not self._looked:
-            self._is_news |= self._misfortune.note_loss(self.step, value)
+    def _end_loss(self, loss: Tensor | float | None) -> float | Tensor | None:
+        return self._observer.losses.end_step(self.step, loss, shares=self._observer.forwards.shares)
+
+    @safely
+    def _look_at_end(self, loss: float | Tensor | None, calls: Sequence[ForwardCall]) -> None:
+        seen, left_out = self._observer, self._view.left_out()
+        scaled, self._scaled = self._scaled, self._view.scales
+        if scaled != self._scaled or (left_out is True and not math.isfinite(seen.gradients.get("", 0.0))):
+            seen.forget_gradients()  # a scale that was not known is in them, or they have changed nothing
+        if self.config.watch_every_step:
+            with paused(seen):
+                told = loss if isinstance(loss, float) else None  # one on another device is known when a reading needs it
+                self._is_news |= self._misfortune.end_step(self.step, told, calls, left_out)
 
     @safely
     def _look_at_update(self) -> tuple[dict[str, QueryKeyStep], dict[str, float]]:
@@ -344,6 +358,9 @@ class AttentionStabilityMonitor:
         if sampled and not layers and (why := seen.why_nothing()):
             self.safety.failed("sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False)
         losses, rates = seen.losses.take(), self._view.learning_rates()
+        for step, loss in losses if self.config.watch_every_step else ():
+            if not math.isfinite(loss):
+                self._misfortune.note_loss(step, loss)
         reading = Reading(
             step=self.step,
             loss=losses[-1][1] if losses and losses[-1][0] == self.step else None,

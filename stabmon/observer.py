@@ -119,6 +119,10 @@ class StepObserver:
             self._gradients = self._norms.by_layer(self._model, self.measurements.modules)
         return self._gradients
 
+    def forget_gradients(self) -> None:
+        """Leave this step's gradient norms unknown."""
+        self._norms, self._gradients = GradientNorms(), {}
+
     @safely
     def _backward_ended(self, added: dict[int, Tensor]) -> None:
         if not self.paused:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabmon.grad_scaler import ScalerWatch
+
 SEVERAL = ("optimizers", "chained_optimizers", "_optimizers")
 """What containers call the optimizers that they step together (torchtitan, Megatron, fairseq)."""
 WRAPPED = ("optimizer", "base_optimizer", "_optimizer")
@@ -124,16 +126,19 @@ class OptimizerView:
 
     Args:
         optimizer: what :func:`innermost` takes.
-        grad_scaler: the gradient scaler in use; None for ``optimizer.scaler`` if there is one.
+        grad_scaler: the gradient scaler in use; None to find it, if there is one.
     """
 
     def __init__(self, optimizer: Any, grad_scaler: Any = None) -> None:
         self.optimizer = optimizer
-        given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-        scalers = (_attribute(each, "scaler") for each in given)
-        self.grad_scaler: Any = grad_scaler if grad_scaler is not None else next((s for s in scalers if s is not None), None)
+        self.scalers = ScalerWatch(optimizer, grad_scaler, innermost(optimizer))
         self._rates: dict[str, float] = {}
         self._hooks: list[Any] = []
+
+    @property
+    def grad_scaler(self) -> Any:
+        """The gradient scaler in use, given or found; None where none is known."""
+        return self.scalers.scaler
 
     @property
     def scales(self) -> bool:
@@ -148,6 +153,10 @@ class OptimizerView:
     def scale(self) -> float | None:
         """What the gradient scaler multiplies gradients by; None without one. Waits for the device."""
         return float(self.grad_scaler.get_scale()) if self.scales else None
+
+    def left_out(self) -> bool | Tensor:
+        """Whether the step that ends here was left out, see :meth:`ScalerWatch.end_step`; to be asked once a step."""
+        return self.scalers.end_step()
 
     def groups(self) -> list[ParameterGroup]:
         """Every parameter group of every optimizer."""
@@ -187,5 +196,6 @@ class OptimizerView:
 
     def let_go(self) -> None:
         """Take the hooks out again."""
+        self.scalers.let_go()
         while self._hooks:
             self._hooks.pop().remove()

@@ -137,6 +137,11 @@ class QueryKeyStep:
         return self.update / self.weight if self.weight > 0 else float("nan")
 
 
+Cause = Literal["", "mask", "overflow", "labels", "objective", "data", "weights", "optimizer", "arithmetic"]
+"""What made a NaN or an inf: a row that sees no key; a value beyond its number format; no target that counts; the loss function; the
+batch; a parameter; the optimizer's step on finite gradients; a module that makes it of finite values. Empty where unknown."""
+
+
 @dataclass(frozen=True)
 class NonFinite:
     """The first tensor of a step that held a NaN or an inf, found by replaying the step's batch."""
@@ -149,6 +154,15 @@ class NonFinite:
     tensor: str
     """What is bad in it, as ``q_proj.weight``, ``output``, ``query``, ``score``."""
     detail: str = ""
+    cause: Cause = ""
+    touched: Literal["", "nothing", "gradients", "weights"] = ""
+    """How far it has come: ``nothing`` but the loss, ``gradients`` of a step that was left out, ``weights``; empty where unknown."""
+    skipped: int = 0
+    """Steps in a row that were left out because of it, where they are more than a gradient scaler's search takes."""
+    search: int = 0
+    """Steps in a row that a search may take."""
+    scale: float | None = None
+    """What a gradient scaler multiplies the loss by at present; None without one."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.capture import AttentionCapture, clean_name
+from stabmon.causes import HiddenRows, of_input, of_values, unused_labels
 from stabmon.gradients import local, tensors_in
 from stabmon.losses import loss_in
-from stabmon.records import AttentionCall, NonFinite
+from stabmon.records import AttentionCall, Cause, NonFinite
 from stabmon.replay import ForwardCall
 from stabmon.signals.measure import operator_of
 
@@ -33,11 +34,12 @@ def find_in_forward(model: nn.Module, calls: Sequence[ForwardCall], step: int) -
         for call in calls:
             for name, tensor in call.inputs():
                 if bad := count_odd(tensor):
-                    trace.note("input", None, name, detail=bad)
+                    trace.note("input", None, name, detail=bad, cause=of_input(call, name))
             with call.again(model) as forward:
                 loss = loss_in(forward())
             if loss is not None and (bad := count_bad(loss)):
-                trace.note("loss", None, "loss", detail=bad)
+                unused = unused_labels(call)
+                trace.note("loss", None, "loss", detail=unused or bad, cause="labels" if unused else "objective")
             if trace.found is not None:
                 break
     return trace.found
@@ -66,6 +68,15 @@ def find_in_backward(model: nn.Module, calls: Sequence[ForwardCall], step: int) 
             trace.check_parameters(dict(zip(parameters, gradients, strict=True)), model)
         if trace.found is not None:
             return trace.found
+    return None
+
+
+def find_in_weights(model: nn.Module, step: int) -> NonFinite | None:
+    """Name the first parameter, in the model's order, that is not finite; None where all are."""
+    for name, parameter in model.named_parameters():
+        if bad := count_bad(parameter):
+            layer, _, tensor = name.rpartition(".")
+            return NonFinite(step, "parameter", clean_name(layer) or type(model).__name__, None, tensor, bad, "weights")
     return None
 
 
@@ -98,38 +109,50 @@ class _ForwardTrace:
     """A score too large for the format in which the model's kernel forms it; blamed if something bad comes next."""
     attention: tuple[str, int] = ("", 1)
     """The layer that attended last, and its heads."""
+    hidden: HiddenRows = HiddenRows()
+    """Rows of that layer which see no key."""
 
-    def note(self, kind: Any, layer: str | None, tensor: str, head: int | None = None, detail: str = "") -> None:
+    def note(
+        self, kind: Any, layer: str | None, tensor: str, head: int | None = None, detail: str = "", cause: Cause = ""
+    ) -> None:
         if self.found is None:
             near = self.suspect is not None and layer is not None and _within(layer, self.suspect.layer)
-            self.found = self.suspect if near else NonFinite(self.step, kind, layer, head, tensor, detail)
+            self.found = self.suspect if near else NonFinite(self.step, kind, layer, head, tensor, detail, cause)
+
+    def note_activation(self, module: nn.Module, name: str, tensor: Tensor, side: str, bad: str) -> None:
+        """A tensor that goes into or out of a module, where all before it was finite."""
+        if self.found is not None:
+            return
+        hidden = self.hidden.explain(tensor) if _within(name, self.hidden.layer) or side == "input" else ""
+        cause: Cause = "mask" if hidden else of_values(tensor, [module])
+        self.note("activation", name, side, detail=f"{bad}; {hidden}" if hidden else bad, cause=cause)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         name = self.names.get(module, type(module).__name__)
         for tensor in tensors_in((args, kwargs)):
             if bad := count_odd(tensor):
-                self.note("activation", name, "input", detail=bad)
+                self.note_activation(module, name, tensor, "input", bad)
                 self._tell_head(name, tensor)
         if self.found is None:
             for parameter_name, parameter in module.named_parameters(recurse=False):
                 if bad := count_bad(parameter):
-                    self.note("parameter", name, parameter_name, detail=bad)
+                    self.note("parameter", name, parameter_name, detail=bad, cause="weights")
 
     def leave(self, module: nn.Module, output: Any) -> None:
         if self.found is None:
             for tensor in tensors_in(output):
                 if tensor.dim() and (bad := count_odd(tensor)):
-                    self.note("activation", self.names.get(module, type(module).__name__), "output", detail=bad)
+                    self.note_activation(module, self.names.get(module, type(module).__name__), tensor, "output", bad)
 
     def attend(self, call: AttentionCall) -> None:
         layer, self.suspect = call.layer.partition("#")[0], None
         operator = operator_of(call)
-        self.attention = layer, operator.heads
+        self.attention, self.hidden = (layer, operator.heads), HiddenRows.of(layer, operator)
         for name, tensor in (("query", call.query), ("key", call.key)):
             heads = [] if tensor is None else bad_heads(tensor)
             if tensor is not None and heads:
                 only = heads[0] * operator.heads // tensor.shape[1] if len(heads) < tensor.shape[1] else None
-                self.note("activation", layer, name, only, count_bad(tensor))
+                self.note("activation", layer, name, only, count_bad(tensor), of_values(tensor))
                 self._set_head(layer, only)
                 return
         if self.found is not None:
@@ -138,13 +161,15 @@ class _ForwardTrace:
         largest, occupied = operator.max_score(), operator.occupied
         bad = (largest.isnan() | largest.isposinf() | operator.log_partition().isnan()) & occupied
         if heads := bad.any(dim=(0, 2)).nonzero().flatten().tolist():
-            self.note("score", layer, "score", heads[0], f"{int(bad.sum())} rows in {len(heads)} heads")
+            broken = call.mask is not None and call.mask.is_floating_point() and count_odd(call.mask)
+            detail = f"{int(bad.sum())} rows in {len(heads)} heads" + (f"; the mask holds {broken}" if broken else "")
+            self.note("score", layer, "score", heads[0], detail, "mask" if broken else "overflow")
         elif not call.fused:
             limit = torch.finfo(call.dtype).max
             unscaled = (largest / min(1.0, call.scale)).masked_fill(~occupied, 0).amax(dim=(0, 2))
             if float(unscaled.max()) > limit:
                 detail = f"{float(unscaled.max()):.4g} before scaling, {call.dtype} ends at {limit:.4g}".replace("torch.", "")
-                self.suspect = NonFinite(self.step, "score", layer, int(unscaled.argmax()), "score", detail)
+                self.suspect = NonFinite(self.step, "score", layer, int(unscaled.argmax()), "score", detail, "overflow")
 
     def _tell_head(self, name: str, tensor: Tensor) -> None:
         """What a module of the layer gets after it has attended, as its output projection does, holds the heads side by side."""
@@ -179,6 +204,8 @@ class _BackwardTrace:
     found: NonFinite | None = None
     passed: dict[int, _Passed] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)
+    hidden: dict[str, HiddenRows] = field(default_factory=dict)
+    """By layer, rows which see no key: a softmax over none of them is NaN in backward, whatever stands in its place in forward."""
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for tensor in tensors_in((args, kwargs)):
@@ -191,8 +218,10 @@ class _BackwardTrace:
                 passed.producer = passed.producer or module
 
     def attend(self, call: AttentionCall) -> None:
+        layer = call.layer.partition("#")[0]
         if call.query is not None:
-            self.heads[call.layer.partition("#")[0]] = call.query.shape[1]
+            self.heads[layer] = call.query.shape[1]
+        self.hidden[layer] = HiddenRows.of(layer, operator_of(call))
 
     def check_parameters(self, gradients: Mapping[nn.Parameter, Tensor | None], model: nn.Module) -> None:
         """Look at the gradients of parameters, where those of activations were all finite."""
@@ -200,8 +229,14 @@ class _BackwardTrace:
             gradient = gradients.get(parameter)
             if gradient is not None and (bad := count_bad(gradient)):
                 layer, _, tensor = name.rpartition(".")
-                self.found = NonFinite(self.step, "gradient", clean_name(layer), None, f"{tensor}.grad", bad)
+                self.found = self._named(clean_name(layer), None, f"{tensor}.grad", gradient, bad)
                 return
+
+    def _named(self, layer: str, head: int | None, tensor: str, gradient: Tensor, bad: str) -> NonFinite:
+        near = [each.explain(gradient) for each in self.hidden.values() if _within(layer, each.layer)]
+        hidden = next(filter(None, near), "")
+        cause: Cause = "mask" if hidden else of_values(gradient)
+        return NonFinite(self.step, "gradient", layer or None, head, tensor, f"{bad}; {hidden}" if hidden else bad, cause)
 
     def _follow(self, tensor: Tensor) -> _Passed | None:
         if tensor.grad_fn is None or torch._C._current_graph_task_id() != -1:  # an activation checkpoint's second forward
@@ -219,7 +254,7 @@ class _BackwardTrace:
         else:
             layer, _, tensor = self._name(passed.producer).rpartition(".")
             tensor = f"{tensor}.output.grad"
-        self.found = NonFinite(self.step, "gradient", layer or None, self._head(layer, gradient), tensor, bad)
+        self.found = self._named(layer, self._head(layer, gradient), tensor, gradient, bad)
 
     def _name(self, module: nn.Module | None) -> str:
         return "" if module is None else self.names.get(module, type(module).__name__)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stabmon.interventions.base import Applied, CannotApply, Intervention
 from stabmon.interventions.families import ADVICE, FAMILIES, ORDER, PREVENTIVE, Family, Key, family_of, in_order, key_of
-from stabmon.records import StabilityIssue
+from stabmon.records import NonFinite, StabilityIssue
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
@@ -89,7 +89,7 @@ class Chooser:
             choices = {key: self._next(key, run) for key in waiting if key not in busy}
             for key, (_, why) in choices.items():
                 if not choices[key][0] and key not in self.gave_up:
-                    self.gave_up[key] = f"{why}; {self._advice.get(key) or ADVICE[family]}"
+                    self.gave_up[key] = f"{why}; {self._advice.get(key) or _mend(alarms, key) or ADVICE[family]}"
             names = [name for name, _ in choices.values() if name and not (run_wide and self.acts[name].run_wide)]
             if names:
                 name = min(names, key=self._order(family).index)
@@ -197,6 +197,10 @@ class Chooser:
         if spent >= self.budget.per_place:
             return "", f"{spent} acts were tried here already"
         allowed = [name for name in self._order(key[0]) if name in self.acts]
+        if key[0] == "non_finite" and (found := _weights_finite(run)) is not None:
+            if found.skipped > 2 * found.search and self._may_be_tried("stop", key, run):
+                return "stop", ""
+            return "", "the weights are finite, so that going back mends nothing"
         left = [name for name in allowed if self._may_be_tried(name, key, run)]
         if left:
             return left[0], ""
@@ -241,6 +245,18 @@ def alarms_now(open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[
     """
     alarms = [issue for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES]
     return [issue for issue in alarms if not _is_back(issue, run)]
+
+
+def _weights_finite(run: TrainingRun) -> NonFinite | None:
+    """The newest finding of what is not finite, where it has not reached the weights; else None."""
+    found = next((each.non_finite for each in reversed(run.history.readings) if each.non_finite is not None), None)
+    return found if found is not None and found.touched in ("nothing", "gradients") else None
+
+
+def _mend(alarms: Sequence[StabilityIssue], key: Key) -> str:
+    """What an alarm of something that is not finite says of its cause."""
+    said = [issue.suggestion for issue in alarms if key_of(issue) == key and key[0] == "non_finite" and issue.evidence.get("cause")]
+    return said[0] if said else ""
 
 
 def _is_back(issue: StabilityIssue, run: TrainingRun) -> bool:

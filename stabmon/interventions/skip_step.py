@@ -21,7 +21,7 @@ class SkipStep(Intervention):
     Optimizers leave a parameter without a gradient alone: values, moments and decay. It must be in place before the first bad gradient,
     as after one step the NaN is in the weights and in every later gradient; it costs a look at all gradients and one transfer to the
     host at each step. After ``most`` skipped steps in a row it says once that skipping does not help, and goes on. A gradient scaler
-    does the same by itself, so that with one this is refused.
+    does the same by itself, so that with one this is refused, or does nothing once one is found at work.
     """
 
     standing: ClassVar[bool] = True
@@ -34,7 +34,7 @@ class SkipStep(Intervention):
             raise ValueError(f"{self.name}.most: {self.most!r} must be a whole number of at least 1")
 
     def _start(self, run: TrainingRun) -> Effect:
-        if run.grad_scaler is not None and run.grad_scaler.is_enabled():
+        if _scales(run):
             raise CannotApply("the gradient scaler skips such steps by itself")
         return _Skipping(run, self.most)
 
@@ -66,7 +66,7 @@ class _Skipping(Effect):
         grads = [local(p.grad) for p in owners if p.grad is not None]
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
         finite = not grads or bool(torch.stack([_finite(grad).to(grads[0].device) for grad in grads]).all())
-        if not self.run.any_rank(not finite):
+        if not self.run.any_rank(not finite and not _scales(self.run)):
             self.in_a_row *= (
                 self._at == self.run.step
             )  # another optimizer of the same step, whose gradients are gone or were fine
@@ -80,13 +80,18 @@ class _Skipping(Effect):
         self.in_a_row += 1
         if self.in_a_row in (1, self.most):
             why = "a gradient is not finite"
-            more = "" if self.in_a_row == 1 else f"{self.most} steps in a row: skipping does not help, the weights may be spoilt"
+            more = "" if self.in_a_row == 1 else f"{self.most} steps in a row: skipping does not help, mend what makes them"
             record = {"intervention": "skip_step", "action": "skipped", "step": self.run.step + 1, "layer": None, "head": None}
             self.run.audit({**record, "before": {}, "after": {"skipped": self.skipped}, "why": why, "note": more})
 
     def _parameters(self) -> list[torch.Tensor]:
         stepped = [parameter for group in self.run.groups for parameter in group.parameters]
         return stepped or list(self.run.model.parameters())
+
+
+def _scales(run: TrainingRun) -> bool:
+    """Whether a gradient scaler is at work."""
+    return run.grad_scaler is not None and bool(run.grad_scaler.is_enabled())
 
 
 def _finite(grad: torch.Tensor) -> torch.Tensor:

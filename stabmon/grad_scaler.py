@@ -1,0 +1,135 @@
+"""Find the gradient scaler of a run, given or not, and tell which optimizer steps were left out."""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SEARCHES = 8
+"""Searches among the objects of the process, some 50 ms each; only after steps that the optimizer did not make."""
+_FRAMES = 12
+"""Callers of an optimizer's step that are looked at."""
+_SHORTEST_SEARCH = 10
+"""Halvings that a search may take whatever the scale that it begins with."""
+DEFAULT_SEARCH = 16
+"""Halvings from torch's first scale, 65536, to 1; below 1 a scale makes gradients smaller than they are without it."""
+
+
+class ScalerWatch:
+    """The gradient scaler at work on an optimizer, and whether a step was made.
+
+    A scaler that was not given is found where it calls the optimizer's step; where it never does, by its scale that falls at steps that
+    the optimizer did not make. It is held weakly.
+
+    Args:
+        optimizer: a torch optimizer, a wrapper around one, several of them, or None.
+        given: the scaler in use, where it is known.
+        innermost: the torch optimizers inside.
+    """
+
+    def __init__(self, optimizer: Any, given: Any = None, innermost: Sequence[Any] = ()) -> None:
+        self._optimizers = list(innermost)
+        self._given = given if given is not None else scaler_of(optimizer)
+        self._found: weakref.ref[Any] | None = None
+        self._hooks: list[Any] = []
+        self._made, self._found_inf = False, None
+        self._searches, self._scales = _SEARCHES, weakref.WeakKeyDictionary[Any, float]()
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler; None where none is known."""
+        return self._given if self._given is not None else self._found() if self._found is not None else None
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The torch optimizers."""
+        return self._optimizers
+
+    def watch(self) -> None:
+        """Be told of each step from now on; once is enough."""
+        if not self._hooks:
+            able = [each for each in self._optimizers if hasattr(each, "register_step_pre_hook")]
+            self._hooks = [each.register_step_pre_hook(self._stepping) for each in able]
+
+    def let_go(self) -> None:
+        """Take the hooks out again."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def end_step(self) -> bool | Tensor:
+        """Whether the step that ends here was left out; of a fused optimizer, a number on its device that is above 0 if it was."""
+        if not self._hooks:
+            return False
+        made, found_inf = self._made, self._found_inf
+        self._made, self._found_inf = False, None
+        if not made and found_inf is None:
+            self._search()
+            return True
+        return False if made or found_inf is None else found_inf
+
+    def search_length(self) -> int:
+        """Steps in a row that a search for a scale may leave out: from where it begins to 1, and no fewer than a few."""
+        start = float(getattr(self.scaler, "_init_scale", 2.0**DEFAULT_SEARCH))  # private, and torch has no other word for it
+        backoff = float(self.scaler.get_backoff_factor()) if hasattr(self.scaler, "get_backoff_factor") else 0.5
+        if not 0 < backoff < 1 or not math.isfinite(start) or start <= 1:
+            return _SHORTEST_SEARCH
+        return max(_SHORTEST_SEARCH, math.ceil(math.log(start) / -math.log(backoff)))
+
+    def _stepping(self, optimizer: Any, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler on optimizers that skip by themselves
+        self._made |= found_inf is None
+        self._found_inf = found_inf
+        if self.scaler is None and (found := _calling()) is not None:
+            self._found = weakref.ref(found)
+
+    def _search(self) -> None:
+        """A scaler whose scale is lower than at an earlier step that was left out as well."""
+        if self.scaler is not None or not self._searches:
+            return
+        self._searches -= 1
+        for scaler in [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]:
+            if scaler.is_enabled() and getattr(scaler, "_scale", None) is not None:
+                scale = float(scaler.get_scale())
+                if scale < self._scales.get(scaler, -math.inf):
+                    self._found = weakref.ref(scaler)
+                self._scales[scaler] = scale
+
+
+def scaler_of(optimizer: Any) -> Any:
+    """The scaler that an optimizer's wrapper holds, as accelerate's does; None where there is none."""
+    for each in _unwrapped(optimizer):
+        for name in ("scaler", "grad_scaler"):
+            scaler = getattr(each, name, None)
+            if hasattr(scaler, "get_scale") and hasattr(scaler, "is_enabled"):
+                return scaler
+    return None
+
+
+def _unwrapped(optimizer: Any) -> Iterator[Any]:
+    """An optimizer, what it wraps, what that wraps…"""
+    for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
+        yield each
+        while isinstance(getattr(each, "optimizer", None), torch.optim.Optimizer):
+            each = each.optimizer
+            yield each
+
+
+def _calling() -> Any:
+    """The scaler that is calling an optimizer's step; None where none is."""
+    codes = (torch.amp.GradScaler.step.__code__, torch.amp.GradScaler._maybe_opt_step.__code__)
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if frame is None:
+            break
+        if frame.f_code in codes:
+            return frame.f_locals.get("self")
+        frame = frame.f_back
+    return None
