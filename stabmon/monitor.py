@@ -109,7 +109,7 @@ class AttentionStabilityMonitor:
         self._misfortune = NonFiniteWatch(model, self.safety.failed, self._ranks.share if self._ranks else None)
         self._manual = manual_steps
         self._last_reading = 0
-        self._opened = self._closed = self._looked = self._is_news = False
+        self._opened = self._closed = self._looked = self._is_news = self._resumed = False
         if not manual_steps:
             self.begin_step()
 
@@ -160,6 +160,7 @@ class AttentionStabilityMonitor:
         if self._closed:
             return None
         self.step += 1
+        self._begin_records()
         self._observer.stop_capture()
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
         self._end_loss(loss)
@@ -265,6 +266,7 @@ class AttentionStabilityMonitor:
             step, last_reading = int(state["step"]), int(state["last_reading"])
             self._observer.losses.load_state_dict(state["losses"])
             self._misfortune.load_state_dict(state["non_finite"])
+            self._resumed = True
             self._open()
             self._acting.run.step, self._acting.run.history = step, tracker.history
             self._acting.guard.load_state_dict(state["guard"])
@@ -288,6 +290,10 @@ class AttentionStabilityMonitor:
         self._ranks, self._misfortune = None, NonFiniteWatch(self.model, self.safety.failed)
 
     # -- inside a step ------------------------------------------------------------------------------------------------
+
+    @safely
+    def _begin_records(self) -> None:
+        self._recorder.begin()
 
     @safely
     def _end_loss(self, loss: Tensor | float | None) -> None:
@@ -364,7 +370,7 @@ class AttentionStabilityMonitor:
         if self._opened:
             return
         self._opened = True
-        self._recorder.open(run_meta(self.model, self.config))
+        self._recorder.open(lambda: {**run_meta(self.model, self.config), "continues": self._resumed or self.step > 1})
         self._acting.begin(together=self._ranks is not None)
 
     def _start_observing(self) -> None:
