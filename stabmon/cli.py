@@ -196,6 +196,7 @@ def _view(records: Any) -> Table:
 
 
 def _open_lines(records: Any) -> list[str]:
-    latest = {issue.key: issue for issue in records.issues}
+    newest = records.runs[-1] if records.runs else records
+    latest = {issue.key: issue for issue in newest.issues}
     open_ = [issue for issue in latest.values() if issue.state != "closed"]
     return [f"{i.severity}: {i.issue_type}, {i.where}, since step {i.step}, value {i.value:.4g}" for i in open_]

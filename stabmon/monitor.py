@@ -116,7 +116,7 @@ class AttentionStabilityMonitor:
         self._scaled = self._view.scales
         self._manual = manual_steps
         self._last_reading = self._unseen_told = 0
-        self._opened = self._closed = self._is_news = False
+        self._opened = self._closed = self._is_news = self._resumed = False
         self._looked: set[int] = set()
         """Optimizers that are about to step or have, by id, in this step."""
         if not manual_steps:
@@ -185,6 +185,7 @@ class AttentionStabilityMonitor:
         if self._closed:
             return None
         self.step += 1
+        self._begin_records()
         self._observer.stop_capture()
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
         calls = self._observer.forwards.calls
@@ -296,6 +297,7 @@ class AttentionStabilityMonitor:
             step, last_reading = int(state["step"]), int(state["last_reading"])
             self._observer.losses.load_state_dict(state["losses"])
             self._misfortune.load_state_dict(state["non_finite"])
+            self._resumed = True
             self._open()
             self._acting.run.step, self._acting.run.history = step, tracker.history
             self._acting.guard.load_state_dict(state["guard"])
@@ -319,6 +321,10 @@ class AttentionStabilityMonitor:
         self._ranks, self._misfortune = None, NonFiniteWatch(self.model, self.safety.failed, optimizer=self._view)
 
     # -- inside a step ------------------------------------------------------------------------------------------------
+
+    @safely
+    def _begin_records(self) -> None:
+        self._recorder.begin()
 
     @safely
     def _end_loss(self, loss: Tensor | float | None) -> float | Tensor | None:
@@ -426,7 +432,7 @@ class AttentionStabilityMonitor:
         if self._opened:
             return
         self._opened = True
-        self._recorder.open(run_meta(self.model, self.config))
+        self._recorder.open(lambda: {**run_meta(self.model, self.config), "continues": self._resumed or self.step > 1})
         self._acting.begin(together=self._ranks is not None)
 
     def _start_observing(self) -> None:

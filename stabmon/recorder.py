@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ class Recorder:
 
     Args:
         sinks: where to write to; none on ranks that do not write.
-        folder: ``<run_dir>/stabmon``, made when the sinks are opened; None where nothing goes to disk.
+        folder: ``<run_dir>/stabmon``, made with the first record or step; None where nothing goes to disk.
         safety: told what fails.
     """
 
@@ -28,11 +28,18 @@ class Recorder:
         """How many issues were of severity error or above."""
         self._sinks = SinkGroup(sinks)
         self._folder = folder
+        self._meta: Callable[[], Mapping[str, Any]] | None = None
 
-    def open(self, meta: Mapping[str, Any]) -> None:
-        """Open the sinks."""
-        self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta)
-        self._count_failed()
+    def open(self, meta: Callable[[], Mapping[str, Any]]) -> None:
+        """Say what meta.json is to hold; the sinks are opened by :meth:`begin`, so that a run without a step leaves nothing."""
+        self._meta = meta
+
+    def begin(self) -> None:
+        """Open the sinks, unless they are: at the first record, or the end of the first step."""
+        meta, self._meta = self._meta, None
+        if meta is not None:
+            self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta())
+            self._count_failed()
 
     def amend(self, meta: Mapping[str, Any]) -> None:
         """Tell the sinks what has become known of the run since they were opened."""
@@ -46,24 +53,28 @@ class Recorder:
 
     def write_reading(self, reading: Reading, open_issues: Sequence[StabilityIssue], **more: float) -> None:
         """Write a sampled step; ``more`` goes beside its scalars as ``stability/<name>``."""
+        self.begin()
         scalars = dashboard_scalars(reading, open_issues, alarms=self.alarms)
         self._sinks.write_reading(reading, scalars | {f"stability/{name}": value for name, value in more.items()})
         self._count_failed()
 
     def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
         """Write issues as they open, worsen or close."""
-        for issue in issues:
-            self._sinks.write_issue(issue)
+        self.begin()
+        self._sinks.write_issues(issues)
         self._count_failed()
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
         """Write the audit record of something that was done to the run."""
+        self.begin()
         self._sinks.write_intervention(record)
         self._count_failed()
 
     def close(self) -> None:
         """Close the sinks."""
+        self._meta = None
         self._sinks.close()
+        self._count_failed()
 
     @safely
     def _make_folder(self) -> Path | None:
@@ -72,5 +83,5 @@ class Recorder:
         return self._folder
 
     def _count_failed(self) -> None:
-        if self._sinks.failed:
-            self.safety.errors["sink"] = len(self._sinks.failed)
+        if self._sinks.troubled:
+            self.safety.errors["sink"] = len(self._sinks.troubled)

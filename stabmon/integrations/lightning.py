@@ -168,8 +168,7 @@ def _sink_of(one: Any) -> Sink:
     if kind == "TensorBoardLogger":
         return SINKS["tensorboard"](writer=one.experiment)  # type: ignore[call-arg]
     if kind == "WandbLogger":
-        _ = one.experiment  # makes the run active, which the sink then uses
-        return SINKS["wandb"]()
+        return SINKS["wandb"](run=one.experiment)  # type: ignore[call-arg]
     return _LoggerSink(one)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,11 @@ class Sink:
     def write_issue(self, issue: StabilityIssue) -> None:
         """Take an issue that opened, worsened or closed."""
 
+    def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
+        """Take all issues of one step; one by one, unless a sink shows them together."""
+        for issue in issues:
+            self.write_issue(issue)
+
     def write_intervention(self, record: Mapping[str, Any]) -> None:
         """Take the audit record of an intervention that was applied or undone."""
 
@@ -42,6 +48,10 @@ class Sink:
 
 SINKS: Registry[type[Sink]] = Registry("sink", package="stabmon.sinks")
 S = TypeVar("S", bound=type[Sink])
+PATIENCE = 5
+"""Failures of a sink, one after the other, until it is left out."""
+_KEPT = 1000
+"""Records that wait for a sink that fails; the oldest go first."""
 
 
 def sink(cls: S) -> S:
@@ -51,51 +61,131 @@ def sink(cls: S) -> S:
 
 
 class SinkGroup(Sink):
-    """Write to several sinks; one that fails is reported once, then left out, and the others go on.
+    """Write to several sinks; the failure of one is said once and hinders neither the others nor training.
+
+    A sink that fails is tried again with the next record. Records that met an ``OSError`` (a full disk, a lost connection) are
+    kept, up to 1000, and written then; others are counted as lost. After :data:`PATIENCE` failures with no success in between,
+    or where it cannot be opened for want of a package or a setting, a sink is left out.
 
     Args:
         sinks: the sinks, in the order in which they are written.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self.sinks = list(sinks)
+        self._lines = [_Line(each) for each in sinks]
         self.failed: dict[str, str] = {}
-        """Class name -> first error of the sinks that were left out."""
+        """Class name -> last error of the sinks that were left out."""
+        self.troubled: set[str] = set()
+        """Class names of the sinks that have failed at all."""
+
+    @property
+    def sinks(self) -> list[Sink]:
+        """The sinks that are still written to."""
+        return [line.sink for line in self._lines]
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
-        self._each(lambda s: s.open(run_dir, meta))
+        self._each("open", run_dir, meta)
 
     def amend(self, meta: Mapping[str, Any]) -> None:
         self._each(lambda s: s.amend(meta))
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        self._each(lambda s: s.write_reading(reading, scalars))
+        self._each("write_reading", reading, scalars)
 
     def write_issue(self, issue: StabilityIssue) -> None:
-        self._each(lambda s: s.write_issue(issue))
+        self.write_issues([issue])
+
+    def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
+        if issues:
+            self._each("write_issues", issues)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
-        self._each(lambda s: s.write_intervention(record))
+        self._each("write_intervention", record)
 
     def close(self) -> None:
-        self._each(lambda s: s.close())
-        self.sinks.clear()
+        for line in self._lines:
+            broken = False
+            for finish in (line.write_waiting, line.sink.close):
+                try:
+                    finish()
+                except Exception as error:
+                    broken = True
+                    line.last_error = _words(error)
+            if broken:
+                self.troubled.add(line.name)
+                self.failed[line.name] = line.last_error
+            if broken or line.loss():
+                reason = "" if line.said else f" {line.last_error}."
+                logger.warning("%s did not write everything.%s%s", line.name, reason, line.loss())
+        self._lines.clear()
 
-    def _each(self, act: Callable[[Sink], None]) -> None:
-        for one in list(self.sinks):
+    def _each(self, method: str, *arguments: Any) -> None:
+        for line in list(self._lines):
             try:
-                act(one)
+                line.write(method, arguments)
             except Exception as error:
-                self.sinks.remove(one)
-                name = type(one).__name__
-                self.failed[name] = f"{type(error).__name__}: {error}"
-                logger.warning("%s stopped and is left out: %s. Training and the other sinks go on.", name, self.failed[name])
-                self._let_go(one)
+                self.troubled.add(line.name)
+                line.last_error = _words(error)
+                if line.times >= PATIENCE or (method == "open" and not isinstance(error, OSError)):
+                    self._leave_out(line)
+                elif not line.said:
+                    line.said = True
+                    logger.warning("%s failed and is tried again: %s. Training goes on.", line.name, line.last_error)
 
-    @staticmethod
-    def _let_go(broken: Sink) -> None:
-        """Close what has failed, so that it holds no file or run open; that this may fail as well is no news."""
-        try:
-            broken.close()
+    def _leave_out(self, line: _Line) -> None:
+        self._lines.remove(line)
+        self.failed[line.name] = line.last_error
+        logger.warning(
+            "%s stopped and is left out: %s.%s Training and the other sinks go on.", line.name, line.last_error, line.loss()
+        )
+        try:  # so that it holds no file or run open
+            line.sink.close()
         except Exception as error:
-            logger.debug("%s could not be closed either: %s: %s", type(broken).__name__, type(error).__name__, error)
+            logger.debug("%s could not be closed either: %s", line.name, _words(error))
+
+
+class _Line:
+    """One sink of a group, and the calls that wait until it works again."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self.name = sink, type(sink).__name__
+        self.said = False
+        self.last_error = ""
+        self.lost = 0
+        self.times = 0
+        """How often the call that failed last has failed since that method succeeded."""
+        self._waiting: deque[tuple[str, tuple[Any, ...]]] = deque()
+        self._failures: Counter[str] = Counter()
+
+    def write(self, method: str, arguments: tuple[Any, ...]) -> None:
+        """Make the calls that wait, oldest first, then this one."""
+        self._waiting.append((method, arguments))
+        if len(self._waiting) > _KEPT:
+            self._waiting.popleft()
+            self.lost += 1
+        self.write_waiting()
+
+    def write_waiting(self) -> None:
+        """Make the calls that wait; one that meets an OSError waits on, another error loses it."""
+        while self._waiting:
+            method, arguments = self._waiting[0]
+            try:
+                getattr(self.sink, method)(*arguments)
+            except Exception as error:
+                self._failures[method] += 1
+                self.times = self._failures[method]
+                if not isinstance(error, OSError):
+                    self._waiting.popleft()
+                    self.lost += method != "open"
+                raise
+            self._waiting.popleft()
+            self._failures.pop(method, None)
+
+    def loss(self) -> str:
+        """How many records are lost with this sink, in words; empty for none."""
+        lost = self.lost + sum(method != "open" for method, _ in self._waiting)
+        return f" {lost} records are lost." if lost else ""
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

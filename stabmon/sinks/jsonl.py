@@ -27,14 +27,15 @@ class JsonlSink(Sink):
 
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step, loss, layers,
     learning_rate, gradients, query_key, losses, micro_batches, non_finite, overhead_fraction, learning_rates,
-    rate_factors, updates`` and, where it changed, ``info``) and ``start``. Values are not rounded. A NaN or an infinity is null, and
+    rate_factors, updates`` and, where it changed, ``info``) and ``run`` and ``start``. Values are not rounded. A NaN or an infinity is null, and
     the line's ``nonfinite`` field says which and where: see :data:`stabmon.sinks.exact_json.ENCODING`, repeated in meta.json.
 
     A line is handed to the operating system in one write, so a killed process leaves every line complete but
     perhaps the last, which the next start cuts off. A power failure may cost the lines of the last seconds.
 
     Files are only ever appended to. ``start`` counts the times the folder was opened: a resumed run may write some steps a
-    second time, and the later start wins from its first reading on. meta.json is the newest start's.
+    second time, and the later start wins from its first reading on. ``run`` counts the runs that began at step 1 in this folder,
+    as a second ``train()`` does: each has its own steps. meta.json is the newest start's, and lists them all in ``starts``.
 
     Nothing is written where ``run_dir`` is None.
 
@@ -45,7 +46,8 @@ class JsonlSink(Sink):
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
         self._dir: Path | None = None
-        self._start = 1
+        self._start = self._run = 1
+        self._torn: set[str] = set()
         self._info: dict[str, LayerInfo] = {}
         self._meta: dict[str, Any] = {}
 
@@ -54,12 +56,20 @@ class JsonlSink(Sink):
         if run_dir is None:
             return
         self._dir = run_dir
-        self._start = _last_start(run_dir / META) + 1
-        self._info = {}
+        before = _meta_before(run_dir / META)
+        self._start = before["start"] + 1
+        self._run = before["run"] + (meta.get("continues") is False or not before["run"])
+        self._torn, self._info = set(), {}
         for name in (READINGS, ISSUES, INTERVENTIONS):
             _cut_torn_line(run_dir / name)
             self._files[name] = os.open(run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-        own = {"schema_version": SCHEMA_VERSION, "start": self._start, "nonfinite_encoding": exact_json.ENCODING}
+        own = {
+            "schema_version": SCHEMA_VERSION,
+            "run": self._run,
+            "start": self._start,
+            "starts": [*before["starts"], {"start": self._start, "run": self._run}],
+            "nonfinite_encoding": exact_json.ENCODING,
+        }
         self._meta = {**own, **meta}
         _replace(run_dir / META, exact_json.dumps(self._meta))
 
@@ -103,24 +113,32 @@ class JsonlSink(Sink):
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line, in one write where the system takes it whole."""
         file = self._files.get(name)
-        if file is None:
+        if file is None or self._dir is None:
             return
         if os.fstat(file).st_nlink == 0:
             raise FileNotFoundError(f"{name} in {self._dir} was deleted while the run was writing to it")
-        line = exact_json.dumps({"schema_version": SCHEMA_VERSION, **record, "start": self._start}).encode() + b"\n"
+        marks = {"run": self._run, "start": self._start}
+        line = exact_json.dumps({"schema_version": SCHEMA_VERSION, **record, **marks}).encode() + b"\n"
+        if name in self._torn:
+            _cut_torn_line(self._dir / name)
+        self._torn.add(name)
         while line:
             line = line[os.write(file, line) :]
+        self._torn.remove(name)
 
 
-def _last_start(meta: Path) -> int:
-    """``start`` of the newest start before this one, 0 for a new folder."""
+def _meta_before(meta: Path) -> dict[str, Any]:
+    """``start``, ``run`` and ``starts`` of the newest start before this one; 0, 0 and none for a new folder."""
     try:
-        return int(json.loads(meta.read_bytes())["start"])
+        found = json.loads(meta.read_bytes())
+        start, run = int(found["start"]), int(found.get("run", 1))
+        starts = list(found.get("starts", [{"start": each, "run": 1} for each in range(1, start + 1)]))
+        return {"start": start, "run": run, "starts": starts}
     except FileNotFoundError:
-        return 0
-    except (ValueError, KeyError, TypeError) as error:
+        pass
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is unreadable (%s) and is written anew; a resumed run may count as the run before it", meta, error)
-        return 0
+    return {"start": 0, "run": 0, "starts": []}
 
 
 def _cut_torn_line(path: Path) -> None:

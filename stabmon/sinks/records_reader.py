@@ -21,12 +21,12 @@ logger = logging.getLogger("stabmon")
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """All that a run left on disk."""
+    """All that one or several runs left in a folder, the runs in their order: a second ``train()`` is a run of its own."""
 
     readings: tuple[Reading, ...]
-    """In the order of steps, one a step."""
+    """In the order of steps within a run, one a step."""
     issues: tuple[StabilityIssue, ...]
-    """Every opening, worsening and closing, in the order of steps."""
+    """Every opening, worsening and closing, in the order of steps within a run."""
     interventions: tuple[Mapping[str, Any], ...]
     meta: Mapping[str, Any]
     """meta.json of the newest start; empty where it is missing."""
@@ -34,13 +34,16 @@ class Records:
     """File, line and reason of every line that could not be read."""
     folder: Path = Path()
     """The folder that holds the files."""
+    runs: tuple[Records, ...] = ()
+    """Each run alone, oldest first; empty in one of these."""
 
 
 def read_records(run_dir: str | Path) -> Records:
     """Read the records of a run.
 
     A resumed run writes some steps twice. Of readings, issues and interventions alike, what an earlier start wrote from
-    the step of a later start's first reading on is left out; within a start, the last line for a step wins.
+    the step of a later start's first reading on is left out; within a start, the last line for a step wins. Runs that began
+    anew in the same folder stand beside each other.
 
     A line that cannot be read is skipped, listed in ``skipped`` and warned about; only an unfinished last line, the usual
     trace of a kill or of a run that is writing right now, goes without a warning.
@@ -61,16 +64,36 @@ def read_records(run_dir: str | Path) -> Records:
         interventions = list(_lines(folder / INTERVENTIONS, skipped, dict[str, Any]))
     except OSError as error:
         raise ValueError(f"the stabmon records in {folder} cannot be read: {error}") from error
-    ends = _ends(readings)
-    by_step = {reading.step: reading for start, reading in readings if reading.step < ends.get(start, math.inf)}
+    numbers = sorted({run for lines in (readings, issues, interventions) for run, _, _ in lines})  # type: ignore[attr-defined]
+    runs = tuple(
+        Records(*(tuple(kept) for kept in _of_run(run, readings, issues, interventions)), meta, (), folder) for run in numbers
+    )
     return Records(
-        readings=tuple(by_step[step] for step in sorted(by_step)),
-        issues=tuple(sorted((i for start, i in issues if i.step < ends.get(start, math.inf)), key=lambda issue: issue.step)),
-        interventions=tuple(record for start, record in interventions if record.get("step", 0) < ends.get(start, math.inf)),
+        readings=tuple(each for run in runs for each in run.readings),
+        issues=tuple(each for run in runs for each in run.issues),
+        interventions=tuple(each for run in runs for each in run.interventions),
         meta=meta,
         skipped=tuple(skipped),
         folder=folder,
+        runs=runs,
     )
+
+
+def _of_run(
+    run: int,
+    readings: list[tuple[int, int, Reading]],
+    issues: list[tuple[int, int, StabilityIssue]],
+    interventions: list[tuple[int, int, dict[str, Any]]],
+) -> tuple[list[Reading], list[StabilityIssue], list[Mapping[str, Any]]]:
+    """What is left of one run once a later start has won from its first reading on."""
+    own = [(start, reading) for number, start, reading in readings if number == run]
+    ends = _ends(own)
+    by_step = {reading.step: reading for start, reading in own if reading.step < ends.get(start, math.inf)}
+    told = [issue for number, start, issue in issues if number == run and issue.step < ends.get(start, math.inf)]
+    done = [
+        record for number, start, record in interventions if number == run and record.get("step", 0) < ends.get(start, math.inf)
+    ]
+    return [by_step[step] for step in sorted(by_step)], sorted(told, key=lambda issue: issue.step), done
 
 
 def _folder(path: Path) -> Path:
@@ -81,8 +104,8 @@ def _folder(path: Path) -> Path:
     raise ValueError(f"no stabmon records in {path}: give the run folder that holds stabmon/{READINGS}")
 
 
-def _lines(path: Path, skipped: list[str], parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, T]]:
-    """(start, record) of every readable line; the others are added to ``skipped``."""
+def _lines(path: Path, skipped: list[str], parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, int, T]]:
+    """(run, start, record) of every readable line; the others are added to ``skipped``."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -94,14 +117,14 @@ def _lines(path: Path, skipped: list[str], parse: Callable[[dict[str, Any]], T])
                 version = values.pop("schema_version")
                 if version != SCHEMA_VERSION:
                     raise ValueError(f"schema_version is {version!r}, this stabmon reads {SCHEMA_VERSION}")
-                start = int(values.pop("start", 1))
+                run, start = int(values.pop("run", 1)), int(values.pop("start", 1))
                 record = parse(values)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 skipped.append(f"{path.name} line {number}: {type(error).__name__}: {error}")
                 if line.endswith(b"\n"):
                     logger.warning("%s line %d cannot be read and is skipped: %s: %s", path, number, type(error).__name__, error)
             else:
-                yield start, record
+                yield run, start, record
 
 
 def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
@@ -146,4 +169,7 @@ def _ends(readings: Iterable[tuple[int, Reading]]) -> dict[int, int]:
     first: dict[int, int] = {}
     for start, reading in readings:
         first[start] = min(reading.step, first.get(start, reading.step))
-    return {start: min(step for later, step in first.items() if later > start) for start in range(1, max(first, default=1))}
+    return {
+        start: min(step for later, step in first.items() if later > start)
+        for start in range(min(first, default=1), max(first, default=1))
+    }

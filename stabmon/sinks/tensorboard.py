@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stabmon.records import Reading, StabilityIssue
+from stabmon.records import SEVERITIES, Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
 from stabmon.sinks.heads import colour_range, head_image, head_matrix, signal_names
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @sink
 class TensorboardSink(Sink):
-    """Write the dashboard's scalars at their optimizer step, and every issue as a text under ``stability/issues/<issue_type>``.
+    """Write the dashboard's scalars at their optimizer step, and a text of all issues of a step, worst first, under ``stability/issues``.
 
     Events go to ``<run_dir>/stabmon/tensorboard``. A run resumed from an earlier step hides what it had written beyond it.
 
@@ -38,6 +38,7 @@ class TensorboardSink(Sink):
         self._image_every = image_every
         self._readings = 0
         self._log_dir: Path | None = None
+        self._told: tuple[int, list[StabilityIssue]] = (-1, [])
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
         self.close()
@@ -63,13 +64,21 @@ class TensorboardSink(Sink):
         self._readings += 1
 
     def write_issue(self, issue: StabilityIssue) -> None:
-        writer = self._at(issue.step)
+        self.write_issues([issue])
+
+    def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
+        for step in sorted({issue.step for issue in issues}):
+            self._write_text(step, [issue for issue in issues if issue.step == step])
+
+    def _write_text(self, step: int, issues: Sequence[StabilityIssue]) -> None:
+        """One text for all issues of a step, those told earlier of the same step included: TensorBoard shows the last of a step."""
+        writer = self._at(step)
         if writer is None:
             return
-        eta = "" if issue.eta_steps is None else f", harm in about {issue.eta_steps:.0f} steps"
-        text = f"**{issue.severity}**, {issue.state}: {issue.where}, value {issue.value:.4g} (limit {issue.threshold:.4g}{eta})"
-        writer.add_text(f"stability/issues/{issue.issue_type}", f"{text}\n\n{issue.suggestion}", issue.step)
-        if issue.is_alarm:
+        self._told = (step, [*(self._told[1] if self._told[0] == step else []), *issues])
+        worst_first = sorted(self._told[1], key=lambda issue: -SEVERITIES.index(issue.severity))
+        writer.add_text("stability/issues", "\n\n".join(_text(issue) for issue in worst_first), step)
+        if any(issue.is_alarm for issue in issues):
             writer.flush()
 
     def close(self) -> None:
@@ -97,3 +106,10 @@ class TensorboardSink(Sink):
         if self._readings % self._image_every == 0 and matrix.size:
             image = head_image(matrix, *colour_range(signal, matrix))
             writer.add_image(f"attention_heatmap/{signal}", image, reading.step, dataformats="HWC")
+
+
+def _text(issue: StabilityIssue) -> str:
+    """One issue in Markdown."""
+    eta = "" if issue.eta_steps is None else f", harm in about {issue.eta_steps:.0f} steps"
+    value = f"value {issue.value:.4g} (limit {issue.threshold:.4g}{eta})"
+    return f"**{issue.severity}**, {issue.state}: {issue.issue_type}, {issue.where}, {value}. {issue.suggestion}"

@@ -12,6 +12,7 @@ from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
 from stabmon.sinks.heads import colour_range, head_image, head_matrix, signal_names
 from stabmon.sinks.recent_issues import COLUMNS, RecentIssues
+from stabmon.sinks.wandb_guest import GuestRows
 
 STEP = "stabmon/step"
 _LEVELS = {"info": "INFO", "warning": "WARN", "error": "ERROR", "critical": "ERROR"}
@@ -19,16 +20,18 @@ _LEVELS = {"info": "INFO", "warning": "WARN", "error": "ERROR", "critical": "ERR
 
 @sink
 class WandbSink(Sink):
-    """Log to the active W&B run, or to one of our own where none is active (only that one is finished on closing).
+    """Log to the active W&B run, or to one of our own where none is active at the first record.
 
     Everything of ours has the step metric ``stabmon/step`` and never sets W&B's own step, so nothing is dropped as out of order.
-    In a run that is not ours, values ride on the row that the training loop commits next, so that its own ``log(step=...)``
-    calls keep their rows; a row is committed for it only when two readings come with no log between them.
+    A run that is not ours is never finished and no row of it committed while it goes on: a reading rides on the row that its
+    owner commits next, and those that found none are added as the run ends (:class:`~stabmon.sinks.wandb_guest.GuestRows`).
+    A run of our own does not become ``wandb.run``, and is finished on closing.
 
     Issues go into the table ``stability/issues``, and each alarm raises a W&B alert; W&B lets one a minute through for an issue
     type. Modes and folders are W&B's own (``WANDB_MODE``, ``WANDB_DIR`` …).
 
     Args:
+        run: a ``wandb.Run`` to write to instead, which is treated as somebody else's.
         project: project of a run of our own.
         per_head: also log the values of all heads, a histogram a signal at each sampled step (``attention_heads/<signal>``) and
             a layers × heads heatmap (``attention_heatmap/<signal>``).
@@ -40,16 +43,23 @@ class WandbSink(Sink):
     """
 
     def __init__(
-        self, *, project: str = "stabmon", per_head: bool = False, image_every: int = 10, table_seconds: float = 300.0
+        self,
+        *,
+        run: Any = None,
+        project: str = "stabmon",
+        per_head: bool = False,
+        image_every: int = 10,
+        table_seconds: float = 300.0,
     ) -> None:
+        self._given = run
         self._project = project
         self._per_head = per_head
         self._image_every = image_every
         self._issues = RecentIssues(table_seconds)
         self._wandb: Any = None
         self._run: Any = None
-        self._own = False
-        self._row: int | None = None
+        self._guest: GuestRows | None = None
+        self._meta: Mapping[str, Any] = {}
         self._readings = 0
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
@@ -60,28 +70,26 @@ class WandbSink(Sink):
             wandb.init  # noqa: B018  (a folder of offline runs called "wandb" imports as an empty package)
         except (ImportError, AttributeError) as error:
             raise ImportError('wandb is not installed: pip install "stabmon[wandb]"') from error
-        self._wandb = wandb
-        self._own = wandb.run is None
-        self._run = wandb.init(project=self._project, config={"stabmon": dict(meta)}) if self._own else wandb.run
-        self._row = None
-        self._run.define_metric(STEP, hidden=True)
-        for names in ("attention/*", "attention_layers/*", "attention_heads/*", "attention_heatmap/*", "stability/*"):
-            self._run.define_metric(names, step_metric=STEP)
+        self._wandb, self._meta = wandb, meta
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        if self._run is None:
+        if not self._join():
             return
         values: dict[str, Any] = {STEP: reading.step, **scalars}
+        media: dict[str, Any] = {}
         if self._per_head:
             for signal in signal_names(reading):
-                values |= self._heads(reading, signal)
-        if self._issues.due():
-            values |= self._table()
+                media |= self._heads(reading, signal)
         self._readings += 1
-        self._log(values)
+        if self._guest is None:
+            self._run.log(values | media | (self._table() if self._issues.due() else {}), commit=True)
+            return
+        self._guest.put(values, media)
+        if self._issues.due():
+            self._run.summary.update(self._table())
 
     def write_issue(self, issue: StabilityIssue) -> None:
-        if self._run is None:
+        if not self._join():
             return
         self._issues.add(issue)
         if issue.is_alarm:
@@ -90,23 +98,48 @@ class WandbSink(Sink):
             self._run.alert(title=f"stabmon: {issue.issue_type}", text=text, level=level)
 
     def close(self) -> None:
-        run, self._run = self._run, None
-        if run is None:
-            return
-        if self._issues.due(last_call=True):
-            run.log(self._table(), commit=False)
-        if self._own:
-            run.finish()
+        try:
+            self._publish_last()
+            if self._run is not None and self._guest is None:
+                self._run.finish()
+        finally:
+            if self._guest is not None:
+                self._guest.leave(self._publish_last)
+            self._wandb = self._run = self._guest = None
 
-    def _log(self, values: Mapping[str, Any]) -> None:
-        """Add a row to a run of our own; in another's, join the row it is filling."""
-        if self._own:
-            self._run.log(values, commit=True)
+    def _join(self) -> bool:
+        """Find the run to write to, at the first record: until then the training loop may have made its own. False when closed."""
+        if self._run is None and self._wandb is not None:
+            theirs = self._given or self._wandb.run
+            self._run = self._make() if theirs is None else theirs
+            if theirs is not None:
+                self._guest = GuestRows.of(theirs, self._wandb.Table)
+                self._guest.join(self._publish_last)
+            self._run.define_metric(STEP, hidden=True)
+            for names in ("attention/*", "attention_layers/*", "attention_heads/*", "attention_heatmap/*", "stability/*"):
+                self._run.define_metric(names, step_metric=STEP)
+        if getattr(self._run, "_is_finished", False):  # W&B 0.31 waits 30 s for an answer before it says so itself
+            raise RuntimeError("the W&B run was finished while training went on")
+        return self._run is not None
+
+    def _make(self) -> Any:
+        """A run of our own, which leaves W&B to the training loop: its ``wandb.init`` may be still to come."""
+        run = self._wandb.init(project=self._project, config={"stabmon": dict(self._meta)}, reinit="create_new")
+        library = getattr(run, "_wl", None)
+        if hasattr(library, "remove_active_run"):
+            # "create_new" does not touch `wandb.run`, but a later `wandb.init` would return the newest active run, which is ours,
+            # and log into what we finish. There is no public way out (0.31); without this the run would be shared.
+            library.remove_active_run(run)
+        return run
+
+    def _publish_last(self) -> None:
+        """Upload the table, if there is an issue that it lacks; not as a row in a run of somebody else's."""
+        if self._run is None or not self._issues.due(last_call=True) or getattr(self._run, "_is_finished", False):
             return
-        if self._row is not None and self._row == self._run.step:
-            self._run.log({}, commit=True)
-        self._run.log(values, commit=False)
-        self._row = self._run.step
+        if self._guest is None:
+            self._run.log(self._table(), commit=False)
+        else:
+            self._run.summary.update(self._table())
 
     def _table(self) -> dict[str, Any]:
         """The newest issues."""

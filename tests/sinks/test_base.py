@@ -47,23 +47,61 @@ class Counting(Sink):
         self.records.append(record)
 
 
-def test_a_failing_sink_is_reported_once_let_go_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_keeps_failing_is_let_go_after_some_tries_and_says_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
     broken, healthy = Broken(), Counting()
     group = SinkGroup([broken, healthy])
     group.open(None, META)
-    for step in (1, 2, 3):
+    for step in range(1, 8):
         group.write_reading(reading(step), {})
     group.write_issue(issue(3))
     group.write_intervention({"step": 3})
     group.close()
     group.close()
-    assert healthy.readings == 3
+    assert healthy.readings == 7
     assert len(healthy.records) == 2
     assert broken.closed == 1
     assert group.failed == {"Broken": "ConnectionError: no route to host"}
     assert [record.getMessage() for record in caplog.records] == [
-        "Broken stopped and is left out: ConnectionError: no route to host. Training and the other sinks go on."
+        "Broken failed and is tried again: ConnectionError: no route to host. Training goes on.",
+        "Broken stopped and is left out: ConnectionError: no route to host. 5 records are lost. Training and the other sinks go on.",
     ]
+
+
+class Moody(Counting):
+    """Fails with a given error while it is in a mood."""
+
+    error: Exception | None = None
+
+    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+        if self.error is not None:
+            raise self.error
+        self.records.append(reading.step)
+
+
+def test_a_sink_that_fails_for_a_while_gets_what_it_missed_in_order(caplog: pytest.LogCaptureFixture) -> None:
+    sink = Moody()
+    group = SinkGroup([sink])
+    group.open(None, META)
+    for step, error in enumerate([None, OSError("disk full"), OSError("disk full"), None, OSError("disk full"), None], start=1):
+        sink.error = error
+        group.write_reading(reading(step), {})
+    group.close()
+    assert sink.records == [1, 2, 3, 4, 5, 6]
+    assert group.failed == {}
+    assert group.troubled == {"Moody"}
+    assert caplog.text.count("disk full") == len(caplog.records) == 1
+
+
+def test_a_record_that_cannot_be_written_is_counted_and_does_not_keep_back_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    sink = Moody()
+    group = SinkGroup([sink])
+    group.open(None, META)
+    for step, error in enumerate([None, TypeError("odd"), None], start=1):
+        sink.error = error
+        group.write_reading(reading(step), {})
+    group.close()
+    assert sink.records == [1, 3]
+    assert caplog.messages[-1] == "Moody did not write everything. 1 records are lost."
 
 
 def test_an_interrupt_is_not_swallowed() -> None:

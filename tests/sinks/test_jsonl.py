@@ -265,7 +265,7 @@ def test_without_a_run_folder_nothing_is_written(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a device that is always full")
-def test_a_full_disk_stops_the_sink_once_and_nothing_else(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_said_once_with_what_it_cost_and_hinders_nothing_else(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "readings.jsonl").symlink_to("/dev/full")
     group = SinkGroup([JsonlSink()])
     with caplog.at_level(logging.WARNING, "stabmon"):
@@ -274,7 +274,53 @@ def test_a_full_disk_stops_the_sink_once_and_nothing_else(folder: Path, caplog: 
             group.write_reading(reading(step), {})
         group.close()
     assert "No space left on device" in group.failed["JsonlSink"]
-    assert len(caplog.records) == 1
+    assert caplog.text.count("No space left on device") == 1
+    assert caplog.messages[-1] == "JsonlSink did not write everything. 3 records are lost."
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_a_disk_that_was_full_for_a_while_costs_no_record_and_leaves_no_torn_line(folder: Path) -> None:
+    import resource
+
+    group = SinkGroup([JsonlSink()])
+    group.open(folder, META)
+    group.write_reading(reading(1), {})
+    size = (folder / "readings.jsonl").stat().st_size
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limits[1]))  # the next line fits in part
+        group.write_reading(reading(2), {})
+        group.write_reading(reading(3), {})
+        assert size < (folder / "readings.jsonl").stat().st_size <= size + 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    group.write_reading(reading(4), {})
+    group.close()
+    assert group.failed == {}
+    records = read_records(folder)
+    assert [each.step for each in records.readings] == [1, 2, 3, 4]
+    assert records.skipped == ()
+
+
+def test_a_run_that_begins_anew_in_the_same_folder_stands_beside_the_first(folder: Path) -> None:
+    for run, steps in ((1, (10, 20, 30)), (2, (10, 20))):
+        sink = SINKS["jsonl"]()
+        sink.open(folder, META | {"continues": False})
+        for step in steps:
+            sink.write_reading(reading(step, loss=float(run)), {})
+        sink.write_issue(issue(20, head=run))
+        sink.close()
+    resumed = SINKS["jsonl"]()
+    resumed.open(folder, META | {"continues": True})
+    resumed.write_reading(reading(20, loss=3.0), {})
+    resumed.close()
+    records = read_records(folder)
+    assert [(each.step, each.loss) for each in records.readings] == [(10, 1.0), (20, 1.0), (30, 1.0), (10, 2.0), (20, 3.0)]
+    assert [each.head for each in records.issues] == [1]
+    assert [[each.step for each in run.readings] for run in records.runs] == [[10, 20, 30], [10, 20]]
+    assert records.meta["run"] == 2
+    assert [(each["start"], each["run"]) for each in records.meta["starts"]] == [(1, 1), (2, 2), (3, 2)]
 
 
 def test_a_deleted_folder_is_noticed(folder: Path) -> None:
@@ -285,6 +331,7 @@ def test_a_deleted_folder_is_noticed(folder: Path) -> None:
         file.unlink()
     folder.rmdir()
     group.write_reading(reading(2), {})
+    group.close()
     assert "was deleted while the run was writing" in group.failed["JsonlSink"]
 
 
@@ -294,5 +341,6 @@ def test_a_record_that_fails_leaves_no_file_open(folder: Path) -> None:
     group.open(folder, META)
     group.write_reading(reading(1, layers=None), {})
     group.write_issue(None)  # type: ignore[arg-type]
-    assert "JsonlSink" in group.failed
+    group.close()
+    assert "JsonlSink" in group.troubled
     assert len(os.listdir("/proc/self/fd")) == before

@@ -45,12 +45,33 @@ def test_an_issue_is_a_text(tmp_path: Path) -> None:
     sink.open(tmp_path, META)
     sink.write_issue(issue(20, eta_steps=30.0))
     events = read(tmp_path / "tensorboard")  # before closing: an alarm is flushed at once
-    found = events.Tensors("stability/issues/entropy_collapse/text_summary")
+    found = events.Tensors("stability/issues/text_summary")
     sink.close()
     assert [event.step for event in found] == [20]
     text = found[0].tensor_proto.string_val[0].decode()
-    for part in ("error", LAYERS[1], "head 2", "0.034", "lower the learning rate", "30 steps"):
+    for part in ("error", "entropy_collapse", LAYERS[1], "head 2", "0.034", "lower the learning rate", "30 steps"):
         assert part in text
+
+
+def test_every_issue_of_a_step_is_in_the_one_text_that_is_shown_of_it_errors_first(tmp_path: Path) -> None:
+    group = SinkGroup([TensorboardSink()])
+    group.open(tmp_path, META)
+    shown = {}
+    for step in (10, 20):
+        ill = [issue(step, head=head, severity="error" if head == 17 else "warning") for head in range(30)]
+        group.write_issues(ill[:20])
+        group.write_issues(ill[20:])
+    group.write_issue(issue(30, issue_type="loss_spike", layer=None, head=None))
+    group.close()
+    for event in read(tmp_path / "tensorboard").Tensors("stability/issues/text_summary"):
+        shown[event.step] = event.tensor_proto.string_val[0].decode()  # the last of a step, as TensorBoard's page
+    assert shown.keys() == {10, 20, 30}
+    for step in (10, 20):
+        lines = shown[step].split("\n\n")
+        assert sum(f"head {head}," in line for line in lines for head in range(30)) == len(lines) == 30
+        assert lines[0].startswith("**error**")
+        assert "head 17," in lines[0]
+    assert "loss_spike, run" in shown[30]
 
 
 def test_heads_come_as_histogram_and_heatmap_on_request(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Offline W&B runs, read back from their own files."""
 
 import json
+import math
 import struct
 import time
 from collections.abc import Iterator
@@ -70,19 +71,32 @@ def write(sink: Any, step: int, **changes: Any) -> None:
     sink.write_reading(reading(step, **changes), dashboard_scalars(reading(step, **changes), [], alarms=step))
 
 
-def test_a_run_of_our_own_has_every_scalar_under_its_own_step() -> None:
+def own(sink: Any) -> Any:
+    """The run of its own that a sink has made, once there was a record."""
+    assert wandb.run is None
+    return sink._run
+
+
+def test_a_run_of_our_own_has_every_scalar_under_its_own_step_and_is_not_the_active_one() -> None:
     sink = SINKS["wandb"]()
     sink.open(None, META)
-    path = wandb.run.settings.sync_file
-    assert wandb.run.project == "stabmon"
-    for step in (10, 30, 20):
+    write(sink, 10)
+    path = own(sink).settings.sync_file
+    assert own(sink).project == "stabmon"
+    for step in (30, 20):
         write(sink, step)
+    theirs = wandb.init(project="theirs")  # made late, it is a run of its own
+    write(sink, 40)
+    theirs.log({"loss": 1.0}, step=0)
     sink.close()
     sink.close()
-    assert wandb.run is None
+    assert wandb.run is theirs
+    theirs.log({"loss": 2.0}, step=1)
+    theirs.finish()
+    assert [row["loss"] for row in rows(theirs.settings.sync_file)] == [1.0, 2.0]
     history = rows(path)
-    assert [row["stabmon/step"] for row in history] == [10, 30, 20]
-    for row, step in zip(history, (10, 30, 20), strict=True):
+    assert [row["stabmon/step"] for row in history] == [10, 30, 20, 40]
+    for row, step in zip(history, (10, 30, 20), strict=False):
         for name, value in dashboard_scalars(reading(step), [], alarms=step).items():
             assert row[name] == pytest.approx(value)
     metrics = [record.metric for record in records(path) if record.WhichOneof("record_type") == "metric"]
@@ -92,10 +106,10 @@ def test_a_run_of_our_own_has_every_scalar_under_its_own_step() -> None:
     assert not {"attention_heads/max_logit/_type", "attention_heatmap/max_logit/_type"} & set(history[0])
 
 
-def test_an_active_run_is_joined_and_left_open() -> None:
-    theirs = wandb.init(project="theirs")
+def test_a_run_made_before_the_first_record_is_joined_and_left_open() -> None:
     sink = WandbSink()
     sink.open(None, META)
+    theirs = wandb.init(project="theirs")
     write(sink, 10)
     theirs.log({"loss": 1.0})
     write(sink, 20)
@@ -107,46 +121,104 @@ def test_an_active_run_is_joined_and_left_open() -> None:
     assert [(row["stabmon/step"], row["loss"]) for row in rows(path)] == [(10, 1.0), (20, 2.0)]
 
 
-@pytest.mark.parametrize("ours_first", [True, False])
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_loop_that_counts_its_own_steps_loses_no_row_and_neither_do_we(ours_first: bool, first: int) -> None:
+LOGS = {
+    "no step": lambda run, count, step: run.log({"loss": float(step)}),
+    "its own count": lambda run, count, step: run.log({"loss": float(step)}, step=count),
+    "its own count, committed": lambda run, count, step: run.log({"loss": float(step)}, step=count, commit=True),
+    "the optimizer's step": lambda run, count, step: run.log({"loss": float(step)}, step=step),
+    "in two parts": lambda run, count, step: (run.log({"half": 1}, step=count), run.log({"loss": float(step)}, step=count)),
+    "without commit": lambda run, count, step: (run.log({"loss": float(step)}, commit=False), run.log({"half": 1})),
+}
+
+
+@pytest.mark.parametrize("log", LOGS.values(), ids=LOGS)
+def test_whatever_steps_a_run_gives_its_rows_are_as_without_us_and_every_reading_arrives(log: Any) -> None:
+    def run(watched: bool) -> tuple[list[Any], list[Any]]:
+        theirs = wandb.init(project="theirs")
+        sink = WandbSink()
+        sink.open(None, META)
+        for step in range(1, 13):
+            if watched:
+                write(sink, step)
+            if step % 4 == 0:
+                log(theirs, step // 4, step)
+        sink.close()
+        log(theirs, 4, 13)
+        theirs.finish()
+        history = rows(theirs.settings.sync_file)
+        told = [row["stabmon/step"] for row in history if "stabmon/step" in row]
+        return [{name: row.get(name) for name in ("_step", "loss", "half")} for row in history if "loss" in row], told
+
+    alone, none = run(watched=False)
+    beside, told = run(watched=True)
+    assert len(alone) == 4
+    assert none == []
+    assert beside == alone
+    assert sorted(told) == list(range(1, 13))
+    assert [step for step in told if step % 4 == 0] == [4, 8, 12]
+
+
+def test_a_row_holds_no_value_of_a_reading_that_it_replaces() -> None:
     theirs = wandb.init(project="theirs")
     sink = WandbSink()
     sink.open(None, META)
-    for step in range(first, first + 6):
-        if ours_first:
-            write(sink, step)
-        theirs.log({"loss": float(step)}, step=step)
-        if not ours_first:
-            write(sink, step)
-    sink.close()
-    path = theirs.settings.sync_file
+    sink.write_reading(reading(1), {"attention/a": 1.0, "attention/b": 1.0})
+    sink.write_reading(reading(2), {"attention/a": 2.0})
+    theirs.log({"loss": 1.0})
     theirs.finish()
-    history = rows(path)
-    assert [row["loss"] for row in history if "loss" in row] == [float(step) for step in range(first, first + 6)]
-    assert [row["stabmon/step"] for row in history if "stabmon/step" in row] == list(range(first, first + 6))
+    first, last = rows(theirs.settings.sync_file)
+    assert (first["stabmon/step"], first["attention/a"], first["loss"]) == (2, 2.0, 1.0)
+    assert math.isnan(first["attention/b"])
+    assert (last["stabmon/step"], last["attention/a"], last["attention/b"]) == (1, 1.0, 1.0)
 
 
-def test_readings_with_no_log_between_them_do_not_overwrite_each_other() -> None:
+def test_two_monitors_in_one_run_keep_each_others_readings() -> None:
     theirs = wandb.init(project="theirs")
-    sink = WandbSink()
-    sink.open(None, META)
-    for step in (10, 20, 30):
+    for step in (1, 2):
+        sink = WandbSink()
+        sink.open(None, META)
         write(sink, step)
-    theirs.log({"loss": 1.0}, step=100)
-    path = theirs.settings.sync_file
-    sink.close()
+        sink.close()
     theirs.finish()
-    history = rows(path)
-    assert [row["stabmon/step"] for row in history if "stabmon/step" in row] == [10, 20, 30]
-    assert history[-1]["loss"] == 1.0
+    assert sorted(row["stabmon/step"] for row in rows(theirs.settings.sync_file)) == [1, 2]
+
+
+def test_in_a_run_that_goes_on_later_the_readings_without_a_row_are_a_table() -> None:
+    """Rows at its end would move on the step that the resumed run begins at."""
+    theirs = wandb.init(project="theirs", id="goes-on", resume="allow")
+    sink = WandbSink()
+    sink.open(None, META)
+    for step in (1, 2, 3):
+        write(sink, step)
+    theirs.log({"loss": 1.0}, step=0)
+    sink.close()
+    folder = Path(theirs.dir)
+    theirs.finish()
+    (row,) = rows(theirs.settings.sync_file)
+    assert (row["stabmon/step"], row["_step"], row["loss"]) == (3, 0, 1.0)
+    (file,) = (folder / "media" / "table" / "stability").glob("readings*.json")
+    table = json.loads(file.read_text())
+    assert [line[table["columns"].index("stabmon/step")] for line in table["data"]] == [1, 2]
+
+
+def test_issues_in_a_run_of_somebody_elses_are_a_table_in_its_summary_and_no_row() -> None:
+    theirs = wandb.init(project="theirs")
+    sink = WandbSink()
+    sink.open(None, META)
+    sink.write_issue(issue(10))
+    folder = Path(theirs.dir)
+    theirs.finish()  # before we are closed
+    sink.close()
+    assert rows(theirs.settings.sync_file) == []
+    (file,) = (folder / "media" / "table" / "stability").glob("issues*.json")
+    assert json.loads(file.read_text())["data"][0][0] == 10
 
 
 def test_issues_become_a_table_and_alarms_an_alert() -> None:
     sink = WandbSink()
     sink.open(None, META)
-    path, files = wandb.run.settings.sync_file, Path(wandb.run.dir)
     write(sink, 10)
+    path, files = own(sink).settings.sync_file, Path(own(sink).dir)
     sink.write_issue(issue(10, severity="warning", value=float("nan")))
     sink.write_issue(issue(10, severity="critical", head=3, eta_steps=20.0))
     write(sink, 20)
@@ -170,8 +242,9 @@ def test_issues_become_a_table_and_alarms_an_alert() -> None:
 def test_heads_come_as_histogram_and_heatmap_on_request() -> None:
     sink = WandbSink(per_head=True, image_every=2)
     sink.open(None, META)
-    path = wandb.run.settings.sync_file
-    for step in (1, 2, 3):
+    write(sink, 1)
+    path = own(sink).settings.sync_file
+    for step in (2, 3):
         write(sink, step)
     sink.close()
     history = rows(path)
@@ -185,9 +258,10 @@ def test_a_run_that_was_finished_under_us_stops_this_sink_alone(caplog: pytest.L
     wandb.init(project="theirs")
     group = SinkGroup([WandbSink()])
     group.open(None, META)
-    wandb.finish()
     write(group, 10)
-    write(group, 20)
+    wandb.finish()
+    for step in range(20, 80, 10):
+        write(group, step)
     group.close()
-    assert "WandbSink" in group.failed
-    assert len([record for record in caplog.records if record.name == "stabmon"]) == 1
+    assert "was finished while training went on" in group.failed["WandbSink"]
+    assert len([record for record in caplog.records if record.name == "stabmon"]) == 2
