@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from stabmon.acting import Acting, paused
 from stabmon.config import StabilityConfig, load_config
 from stabmon.distributed import RankReducer, rank, world_size
+from stabmon.engine.step_length import StepLength
 from stabmon.group_updates import GroupUpdates
 from stabmon.interventions import Applied, Intervention
 from stabmon.measurements import to_host
@@ -109,7 +110,13 @@ class AttentionStabilityMonitor:
         self._view = OptimizerView(optimizer, grad_scaler)
         audit = self._recorder.write_intervention
         self._acting = Acting(model, self._view, lr_scheduler, self.config, self.run_dir, audit)
-        self._observer = StepObserver(model, self.config, self.safety, self._view.scale, self._acting.listener)
+        run = self._acting.run
+        self._step_length = StepLength(model, self._view, run.scheduled_rate, lambda: run.rate_factors, self.safety)
+        run.shorten_step = self._step_length.shorten if world_size() == 1 else None
+        run.on_rollback.append(lambda step: self._step_length.rates.begin_again())
+        self._observer = StepObserver(
+            model, self.config, self.safety, self._view.scale, self._acting.listener, self._step_length.follow
+        )
         self._query_key, self._group_updates = QueryKeySteps(), GroupUpdates()
         share = self._ranks.share if self._ranks else None
         self._misfortune = NonFiniteWatch(model, self.safety.failed, share, self._view)
@@ -189,7 +196,9 @@ class AttentionStabilityMonitor:
         self._observer.stop_capture()
         micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
         calls = self._observer.forwards.calls
-        self._look_at_end(self._end_loss(loss), calls)
+        ended = self._end_loss(loss)
+        self._look_at_end(ended, calls)
+        self._look_at_length(ended)
         self._tell_held(micro_batches)
         moved, updates = self._look_at_update() or ({}, {})
         diagnosis = self._finish_step(micro_batches, moved, updates)
@@ -263,6 +272,7 @@ class AttentionStabilityMonitor:
         self._closed = True
         self._acting.close()
         self._observer.let_go()
+        self._step_length.let_go()
         self._view.let_go()
         self._recorder.close()
 
@@ -281,6 +291,7 @@ class AttentionStabilityMonitor:
             "tracker": self._tracker.state_dict(),
             "losses": self._observer.losses.state_dict(),
             "non_finite": self._misfortune.state_dict(),
+            "step_length": self._step_length.rates.state_dict(),
             "guard": self._acting.guard.state_dict(),
         }
 
@@ -301,6 +312,8 @@ class AttentionStabilityMonitor:
             self._open()
             self._acting.run.step, self._acting.run.history = step, tracker.history
             self._acting.guard.load_state_dict(state["guard"])
+            if "step_length" in state:  # unknown to states of before it was watched
+                self._step_length.rates.load_state_dict(state["step_length"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"no monitor's state ({type(error).__name__}: {error}): give what state_dict() returned") from error
         self.step, self._last_reading, self._tracker = step, last_reading, tracker
@@ -342,6 +355,13 @@ class AttentionStabilityMonitor:
                 self._is_news |= self._misfortune.end_step(self.step, told, calls, left_out)
 
     @safely
+    def _look_at_length(self, loss: float | Tensor | None) -> None:
+        if self.config.watch_every_step:
+            with paused(self._observer):
+                self._is_news |= self._step_length.finish(self.step, loss) is not None
+            self._acting.run.uneasy = self._step_length.rates.uneasy
+
+    @safely
     def _look_at_update(self) -> tuple[dict[str, QueryKeyStep], dict[str, float]]:
         if not self.is_sampled(self.step):
             return {}, {}
@@ -378,6 +398,7 @@ class AttentionStabilityMonitor:
             losses=losses,
             micro_batches=max(1, micro_batches),
             non_finite=self._misfortune.found_since(self._last_reading),
+            overshoot=self._step_length.rates.found_since(self._last_reading),
             overhead_fraction=self.safety.overhead_fraction(),
             learning_rates=rates,
             rate_factors=self._acting.run.rate_factors,
@@ -439,3 +460,5 @@ class AttentionStabilityMonitor:
         sampled = self.is_sampled(self.step + 1)
         watched = sampled or self.config.watch_every_step or self._acting.guard.wants_attention
         self._observer.start(self.step + 1, sampled=sampled, watched=watched)
+        if self.config.watch_every_step:
+            self._step_length.begin(self.step + 1, probe=not self._observer.paused)

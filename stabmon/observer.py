@@ -18,7 +18,7 @@ from stabmon.gradients import AfterBackward, GradientNorms
 from stabmon.losses import Losses
 from stabmon.measurements import Measurements
 from stabmon.records import AttentionCall
-from stabmon.replay import KeptForwards
+from stabmon.replay import ForwardCall, KeptForwards
 from stabmon.safety import Safety, safely
 
 _LOOKS = 3
@@ -37,6 +37,7 @@ class StepObserver:
         safety: told what fails.
         scale: what a gradient scaler multiplies gradients by; None where there is none.
         listens: who is told of every attention call of a training forward, sampled or not; None for nobody at this time.
+        returned: told of each training forward that has returned: what makes it again, where it was kept, and its output.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class StepObserver:
         safety: Safety,
         scale: Callable[[], float | None],
         listens: Callable[[], Callable[[AttentionCall], None] | None] = lambda: None,
+        returned: Callable[[ForwardCall | None, Any], None] = lambda call, output: None,
     ) -> None:
         self.safety = safety
         self.forwards = KeptForwards()
@@ -60,10 +62,11 @@ class StepObserver:
         self._model = model
         self._keeps = config.watch_every_step
         self._scale = scale
-        self._listens = listens
+        self._listens, self._returned = listens, returned
         self._listener: Callable[[AttentionCall], None] | None = None
         self._sampled = self._capturing = False
         self._current: nn.Module | None = None
+        self._call: ForwardCall | None = None
         self._capture = AttentionCapture(
             model, self._on_call, modules=config.attention_modules, on_error=functools.partial(safety.failed, "capture")
         )
@@ -98,7 +101,7 @@ class StepObserver:
         self.measurements.start(0)
         self.forwards, self._norms, self._gradients = KeptForwards(), GradientNorms(), {}
         self.losses.start_step()
-        self.interrupted, self._current = False, None
+        self.interrupted, self._current, self._call = False, None, None
 
     def let_go(self) -> None:
         """Take everything out of the model."""
@@ -173,7 +176,7 @@ class StepObserver:
             return
         if torch._C._current_graph_task_id() == -1:
             self._after_backward.reset()  # an earlier backward may have raised
-        self.forwards.add(module, args, kwargs, keep=self._keeps)
+        self._call = self.forwards.add(module, args, kwargs, keep=self._keeps)
         self._current = module
         self._listener = self._listens()
         if self._sampled or self._listener is not None:
@@ -188,6 +191,7 @@ class StepObserver:
         if self._current is module:
             self._current = None
             self.losses.find(output)
+            self._returned(self._call, output)
         if output is None and sys.exc_info()[0] is not None and not self.paused:
             self.let_go()  # the forward raised, and nobody may come to close us; the next step arms again
             self.interrupted = True

@@ -111,6 +111,8 @@ class Reading:
     """The scheduled rate of each parameter group at this step, by ``<optimizer>.<group>`` (both counted from 0)."""
     rate_factors: Mapping[str, float] = field(default_factory=dict)
     """The share of its scheduled rate that a group used, where interventions changed it; 1 for groups that are not here."""
+    overshoot: Overshoot | None = None
+    """What showed that steps are too long, if something did since the last reading."""
     updates: Mapping[str, float] = field(default_factory=dict)
     """The share of itself by which the step moved each group's parameters, ``||dp|| / ||p||``; measured on a sample of large groups."""
 
@@ -140,6 +142,35 @@ class QueryKeyStep:
 Cause = Literal["", "mask", "overflow", "labels", "objective", "data", "weights", "optimizer", "arithmetic"]
 """What made a NaN or an inf: a row that sees no key; a value beyond its number format; no target that counts; the loss function; the
 batch; a parameter; the optimizer's step on finite gradients; a module that makes it of finite values. Empty where unknown."""
+
+
+@dataclass(frozen=True)
+class Overshoot:
+    """Steps are too long: what shows it, and which rate would fit."""
+
+    step: int
+    how: Literal["first_step", "steps", "torn", "leap"]
+    """The first step, or the median of several in a row, gained too little on its own batch; a step tore the loss of its own batch up; or
+    the loss leapt at a step that was not probed."""
+    gain_ratio: float
+    """Actual over predicted decrease of the batch's own objective: 1 for a small step, 1/2 at the minimum of a quadratic along the step, 0
+    where nothing was gained, below where it rose. NaN where only the loss shows it."""
+    rise: float
+    """Share by which the objective of the step's own batch rose, or the loss above the largest before."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """The rate used, by parameter group."""
+    fitting: Mapping[str, float] = field(default_factory=dict)
+    """The rate that fits, of the groups whose steps are too long."""
+
+    @property
+    def rate(self) -> float:
+        """The largest rate of the groups whose steps are too long."""
+        return max((self.rates[key] for key in self.fitting if key in self.rates), default=float("nan"))
+
+    @property
+    def fitting_rate(self) -> float:
+        """The largest rate that fits one of them."""
+        return max(self.fitting.values(), default=float("nan"))
 
 
 @dataclass(frozen=True)

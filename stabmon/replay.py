@@ -86,18 +86,19 @@ class KeptForwards:
         self._bytes = 0
         self._first: nn.Module | None = None
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> None:
-        """Count a forward that begins, and ``keep`` it if there is room."""
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> ForwardCall | None:
+        """Count a forward that begins, and ``keep`` it if there is room; what was kept."""
         self._first = module if self._first is None else self._first
         self.count += module is self._first
         self.shares = self.shares or kwargs.get("num_items_in_batch") is not None
         if not keep:
-            return
+            return None
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in((args, kwargs)))
         if self.calls and self._bytes + size > _KEEP_BYTES:
-            return
+            return None
         self._bytes += size
         self.calls.append(ForwardCall.of(module, args, kwargs))
+        return self.calls[-1]
 
 
 def without_graph(value: Any) -> Any:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, Literal
 
 from stabmon.engine.step_probe import StepQuality
+from stabmon.records import Overshoot
 
 RISE = 1.5
 """Times the highest rate that was probed at which it is probed again: 19 times on the way up a warm-up of 2000 steps."""
 EARLY = (1, 2, 4, 8, 16, 32)
 """Steps since the start that are probed whatever the rate does."""
-FIRST = 0.35
-"""Gain ratio of the very first step below which the rate is too high: without momentum and noise of earlier steps one is enough."""
+FIRST = 0.15
+"""Gain ratio of the very first step below which the rate is too high. Without a warm-up Adam's first step moves every weight by the rate,
+and brisk runs that ended well came to 0.25; those that a rate ruined to 0.13 and less, trained weights below 0."""
 LOW = 0.3
 """Median gain ratio of ``BURST`` steps in a row below which they are too long. A quadratic's best step has 1/2; small runs that ended
 healthy stayed above 0.42 but for two at ten times the usual rate, those that a rate ruined came to 0.33 and less, mostly below 0.1."""
@@ -30,39 +32,12 @@ LEAPS = 1.15
 """The same where two losses in a row are that high."""
 YOUNG = 200
 """Steps since the rate was last higher than ever within which a leap of the loss is taken for the rate's doing."""
+How = Literal["first_step", "steps", "torn", "leap"]
+"""See :class:`~stabmon.records.Overshoot`."""
 _KNOWN = 3
 """Losses that must be known before one can leap."""
 _BACK = 0.25
 """Share of the rate that tore a run that is told to fit it, where no step could be probed."""
-
-How = Literal["first_step", "steps", "torn", "leap"]
-
-
-@dataclass(frozen=True)
-class Overshoot:
-    """Steps are too long: what shows it, and what rate would fit."""
-
-    step: int
-    how: How
-    gain_ratio: float
-    """See :class:`~stabmon.engine.step_probe.StepQuality`; NaN where only the loss shows it."""
-    rise: float
-    """Share by which the objective of a step's own batch rose, or the loss over the largest before; NaN where it did not."""
-    rates: Mapping[str, float] = field(default_factory=dict)
-    """Rate used, by parameter group."""
-    fitting: Mapping[str, float] = field(default_factory=dict)
-    """Rate that fits, of the groups whose steps are too long."""
-
-    @property
-    def rate(self) -> float:
-        """The largest rate of the groups whose steps are too long."""
-        return max((self.rates[key] for key in self.fitting if key in self.rates), default=math.nan)
-
-    @property
-    def fitting_rate(self) -> float:
-        """The rate that fits, of the group with the largest."""
-        return max(self.fitting.values(), default=math.nan)
-
 
 class RateWatch:
     """Decides at which steps to probe and what to conclude.
@@ -73,6 +48,7 @@ class RateWatch:
 
     def __init__(self) -> None:
         self._probed: dict[str, float] = {}
+        self._fine: dict[str, float] = {}
         self._first: int | None = None
         self._risen: int = 0
         self._burst: list[StepQuality] = []
@@ -116,6 +92,8 @@ class RateWatch:
             return "first_step"
         if len(ratios) == BURST and (ratios[1] + ratios[2]) / 2 < LOW:
             return "steps"
+        if quality.gain_ratio >= FINE:
+            self._fine = {key: max(rate, self._fine.get(key, 0.0)) for key, rate in rates.items()}
         if quality.gain_ratio >= FINE or len(self._burst) >= 2 * BURST:
             self._burst = []
         return None
@@ -139,20 +117,21 @@ class RateWatch:
     def conclude(self, step: int, how: How, rates: Mapping[str, float], factors: Mapping[str, float], **more: float) -> Overshoot:
         """Keep a finding: the rates used, and by which factor those that are too high are to be lower."""
         self._burst = []
-        fitting = {key: rates[key] * factor for key, factor in factors.items() if key in rates}
+        fitting = {key: min(rates[key] * factor, self._fine.get(key, math.inf)) for key, factor in factors.items() if key in rates}
         values: dict[str, float] = {"gain_ratio": math.nan, "rise": math.nan} | more
         self.found = Overshoot(step, how, values["gain_ratio"], values["rise"], dict(rates), fitting)
         return self.found
 
     def torn(self, step: int, ratio: float, rates: Mapping[str, float]) -> Overshoot:
-        """The same for a loss that leapt, after which no step is left to probe."""
+        """The same for a loss that leapt, after which no step is left to probe: rates that were fine before may have torn it."""
+        self._fine = {key: rate for key, rate in self._fine.items() if rate < 0.9 * rates.get(key, 0.0)}
         return self.conclude(step, "leap", rates, dict.fromkeys(rates, _BACK), rise=ratio - 1)
 
     def begin_again(self) -> None:
         """The run goes on from an earlier state, at other rates: its losses and rates are not those of what was left."""
         self._burst, self._high = [], 0
         self._losses.clear()
-        self._probed = {}
+        self._probed, self._first = {}, None
 
     def found_since(self, step: int) -> Overshoot | None:
         """The newest finding, if it was made after ``step``."""
@@ -160,15 +139,38 @@ class RateWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as plain values."""
-        found = None if self.found is None else asdict(self.found)
-        return {"probed": dict(self._probed), "first": self._first, "risen": self._risen, "losses": list(self._losses), "found": found}
+        return {
+            "probed": dict(self._probed),
+            "fine": dict(self._fine),
+            "first": self._first,
+            "risen": self._risen,
+            "burst": [asdict(each) for each in self._burst],
+            "losses": list(self._losses),
+            "high": self._high,
+            "found": None if self.found is None else asdict(self.found),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
-        self._probed = {str(key): float(rate) for key, rate in state["probed"].items()}
-        self._first, self._risen = state["first"], int(state["risen"])
-        self._losses = deque(map(float, state["losses"]), maxlen=64)
-        self.found = None if state["found"] is None else Overshoot(**state["found"])
+        fresh = RateWatch.from_state(state)
+        vars(self).update(vars(fresh))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> RateWatch:
+        """The watch that :meth:`state_dict` described.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is no such state.
+        """
+        watch = cls()
+        watch._probed = {str(key): float(rate) for key, rate in state["probed"].items()}
+        watch._fine = {str(key): float(rate) for key, rate in state["fine"].items()}
+        watch._first = None if state["first"] is None else int(state["first"])
+        watch._risen, watch._high = int(state["risen"]), int(state["high"])
+        watch._burst = [StepQuality(**each) for each in state["burst"]]
+        watch._losses.extend(float(loss) for loss in state["losses"])
+        watch.found = None if state["found"] is None else Overshoot(**state["found"])
+        return watch
 
     def _note(self, rates: Mapping[str, float]) -> None:
         for key, rate in rates.items():

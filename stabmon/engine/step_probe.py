@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,7 +41,7 @@ class _Held:
     """The parameters of one group around a step."""
 
     key: str
-    parameters: list[nn.Parameter]
+    parameters: list[Tensor]
     before: list[Tensor]
     predicted: Tensor | None = None
 
@@ -112,7 +112,7 @@ class StepProbe:
             self._norms = [_norm(each.grad) for each in self._trained()]
 
     @torch.no_grad()
-    def before(self, groups: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    def before(self, groups: Mapping[str, Sequence[Tensor]]) -> None:
         """An optimizer is about to step these parameters, by the name of their group."""
         known = {each.key for each in self._groups}
         if self.active:
@@ -168,13 +168,23 @@ class StepProbe:
         return dict.fromkeys(alone or keys, self._search(alone or keys, aim, most))
 
     @torch.no_grad()
-    def shorten(self, factors: Mapping[str, float]) -> bool:
-        """Shorten the step that was just made, by a factor a group; whether it could be."""
-        groups = [each for each in self._groups if each.key in factors]
-        for group in groups:
-            for parameter, before in zip(group.parameters, group.before, strict=True):
-                parameter.copy_(torch.lerp(before, parameter.detach(), factors[group.key]))
-        return bool(groups)
+    def shorten(self, factors: Mapping[str, float]) -> Callable[[], None] | None:
+        """Shorten the step that was just made, by a factor a group; returns what puts it back, None where nothing was held."""
+        moved = []
+        for group in self._groups:
+            if group.key in factors:
+                for parameter, before in zip(group.parameters, group.before, strict=True):
+                    moved.append((parameter, parameter.detach().clone()))
+                    parameter.copy_(torch.lerp(before, parameter.detach(), factors[group.key]))
+        if not moved:
+            return None
+
+        @torch.no_grad()
+        def put_back() -> None:
+            for parameter, bits in moved:
+                parameter.copy_(bits)
+
+        return put_back
 
     def _ahead(self) -> list[str]:
         """The group of matrices that moves by the largest share of itself, if that is ``AHEAD`` times as much as the others do."""

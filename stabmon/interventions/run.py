@@ -97,6 +97,12 @@ class TrainingRun:
     """The healthy states that are kept to roll back to; None where nobody asked for them."""
     stop_reason: str | None = None
     """Why training should stop now; None to go on."""
+    uneasy: bool = False
+    """Whether something may be wrong with the newest steps that is not known yet: then no state counts as healthy."""
+    shorten_step: Callable[[Mapping[str, float]], Callable[[], None] | None] | None = None
+    """Shortens the step that was just made, by a factor a parameter group, and returns what puts it back; None where it cannot be had."""
+    on_rollback: list[Callable[[int], None]] = field(default_factory=list)
+    """Told the step whose state the run was put back to."""
 
     @property
     def optimizers(self) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stabmon.records import LayerInfo, NonFinite, QueryKeyStep, Reading, StabilityIssue
+from stabmon.records import LayerInfo, NonFinite, Overshoot, QueryKeyStep, Reading, StabilityIssue
 from stabmon.rules.table import Columns, Table
 
 
@@ -125,6 +125,11 @@ class History:
     def non_finite(self) -> NonFinite | None:
         """Where a NaN or inf first came up, if one did since the last reading."""
         return self.latest.non_finite
+
+    @property
+    def overshoot(self) -> Overshoot | None:
+        """The newest finding that steps are too long, as far back as readings are kept."""
+        return next((each.overshoot for each in reversed(self.readings) if each.overshoot is not None), None)
 
     def is_open(self, issue_type: str) -> np.ndarray:
         """``[N]`` bool: the head has an open issue of this type."""
@@ -246,6 +251,7 @@ class History:
             query_key={layer: QueryKeyStep(**moved) for layer, moved in saved["query_key"].items()},
             losses=tuple((int(step), float(loss)) for step, loss in saved["losses"]),
             non_finite=None if found is None else NonFinite(**found),
+            overshoot=None if saved.get("overshoot") is None else Overshoot(**saved["overshoot"]),
         )
 
 
@@ -264,4 +270,5 @@ def _plain(reading: Reading) -> dict[str, Any]:
         "query_key": {layer: asdict(moved) for layer, moved in reading.query_key.items()},
         "losses": [list(pair) for pair in reading.losses],
         "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
+        "overshoot": None if reading.overshoot is None else asdict(reading.overshoot),
     }

@@ -27,7 +27,7 @@ class JsonlSink(Sink):
 
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step, loss, layers,
     learning_rate, gradients, query_key, losses, micro_batches, non_finite, overhead_fraction, learning_rates,
-    rate_factors, updates`` and, where it changed, ``info``) and ``run`` and ``start``. Values are not rounded. A NaN or an infinity is null, and
+    rate_factors, overshoot, updates`` and, where it changed, ``info``) and ``run`` and ``start``. Values are not rounded. A NaN or an infinity is null, and
     the line's ``nonfinite`` field says which and where: see :data:`stabmon.sinks.exact_json.ENCODING`, repeated in meta.json.
 
     A line is handed to the operating system in one write, so a killed process leaves every line complete but
@@ -92,6 +92,7 @@ class JsonlSink(Sink):
             "overhead_fraction": reading.overhead_fraction,
             "learning_rates": reading.learning_rates,
             "rate_factors": reading.rate_factors,
+            "overshoot": None if reading.overshoot is None else asdict(reading.overshoot),
             "updates": reading.updates,
         }
         changed = {layer: info for layer, info in reading.info.items() if self._info.get(layer) != info}
