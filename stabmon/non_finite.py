@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from stabmon.gradients import Sentinels
 from stabmon.records import NonFinite
 from stabmon.replay import ForwardCall, is_split
+from stabmon.stored import Stored, stored_non_finite
 from stabmon.trace import find_in_backward, find_in_forward, find_in_gradients
 
 _PATIENCE = 10
@@ -81,10 +82,20 @@ class NonFiniteWatch:
             return {}
         return {"found": asdict(self._found), "last_bad": self._last_bad}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self._found = NonFinite(**state["found"]) if state else None
-        self._last_bad = state["last_bad"] if state else -math.inf
+    def parse_state(self, state: Mapping[str, Any] | Stored) -> Callable[[], None]:
+        """Read a state whole, and return what takes it up.
+
+        Raises:
+            ValueError: if it is no state of a watch.
+        """
+        saved = Stored.of(state)
+        found = stored_non_finite(saved["found"]) if saved.mapping() else None
+        last_bad = saved["last_bad"].integer() if saved.mapping() else -math.inf
+
+        def take_up() -> None:
+            self._found, self._last_bad = found, last_bad
+
+        return take_up
 
     def _take(self, step: int, trace: Callable[[], NonFinite]) -> bool:
         begins = step - self._last_bad > _PATIENCE

@@ -18,7 +18,7 @@ from stabmon.gradients import AfterBackward, gradient_norms
 from stabmon.losses import Losses
 from stabmon.measurements import Measurements
 from stabmon.records import AttentionCall
-from stabmon.replay import KeptForwards
+from stabmon.replay import ForwardCall, KeptForwards
 from stabmon.safety import Safety, safely
 
 _LOOKS = 3
@@ -49,6 +49,8 @@ class StepObserver:
     ) -> None:
         self.safety = safety
         self.forwards = KeptForwards()
+        self.last_forward: list[ForwardCall] = []
+        """The first forward of the newest step that has been made, until the next one begins; empty where it cannot be replayed."""
         self.losses = Losses(keep=20 * config.history)
         self.gradients: dict[str, float] = {}
         """L2 norms, see :func:`~stabmon.gradients.gradient_norms`; before clipping where backward has been seen."""
@@ -93,6 +95,7 @@ class StepObserver:
         """Keep nothing of the step but the losses that no reading has had."""
         self.stop_capture()
         self.measurements.start(0)
+        self.last_forward = self.forwards.calls[:1] or self.last_forward
         self.forwards, self.gradients = KeptForwards(), {}
         self.losses.start_step()
         self.interrupted, self._current = False, None
@@ -101,6 +104,7 @@ class StepObserver:
         """Take everything out of the model."""
         self._unwatch()
         self.forget()
+        self.last_forward = []
 
     @safely
     def stop_capture(self) -> None:
@@ -149,6 +153,7 @@ class StepObserver:
         training = self._model.training or any(each.training for each in module.modules())
         if not training or not torch.is_grad_enabled() or self.paused:
             return
+        self.last_forward = []
         self.forwards.add(module, args, kwargs, keep=self._keeps)
         self._current = module
         self._listener = self._listens()

@@ -14,9 +14,10 @@ BELOW = {
     "operator": set(),
     "capture": {"records"},
     "signals": {"operator", "records", "registry"},
-    "rules": {"records", "registry", "signals"},
+    "stored": {"records"},
+    "rules": {"records", "registry", "signals", "stored"},
     "sinks": {"records", "registry", "signals", "plots"},
-    "interventions": {"capture", "gradients", "operator", "records", "registry", "replay", "rules", "signals"},
+    "interventions": {"capture", "gradients", "operator", "records", "registry", "replay", "rules", "signals", "stored"},
     "plots": {"records", "signals", "sinks"},
     "check": {
         *("capture", "gradients", "interventions", "losses", "measurements", "operator", "plots", "records", "replay", "signals"),

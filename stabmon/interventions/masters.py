@@ -20,7 +20,7 @@ def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
     """The parameter itself, then every master copy of it; an edit must reach them all, or the next step undoes it.
 
     A master is found in the optimizer's state for the parameter, or among the optimizer's own parameters: in the same order as the
-    model's, or as the only one that rounds to the parameter bit for bit.
+    model's, or as the only one that rounds to the parameter bit for bit. What an optimizer that was not given steps has no copy here.
 
     Raises:
         CannotApply: if the optimizer steps something else in which the parameter is not to be found (flattened or sharded copies).
@@ -36,6 +36,8 @@ def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
     trained = [each for each in run.model.parameters() if each.requires_grad]
     own = {id(each) for each in trained}
     others = [each for each in stepped if id(each) not in own]
+    if not others:  # it steps the model's own parameters: another optimizer beside it steps this one
+        return [parameter]
     if [each.shape for each in others] == [each.shape for each in trained]:
         others = [other for other, each in zip(others, trained, strict=True) if each is parameter]
     with torch.no_grad():
