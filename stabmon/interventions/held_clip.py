@@ -258,7 +258,9 @@ class HeldClip(HeldEffect):
         if verdict == "fell":
             del self._unproven[name]
         if verdict == "in vain":
-            self.given_up = f"the rows scaled in {name} are not those of its heads: they have shrunk and the scores have not fallen"
+            self.given_up = (
+                f"the rows scaled in {name} are not those of its heads: they have shrunk and the scores have not fallen"
+            )
         return verdict in ("in vain", "doubtful")
 
     def _of_module(self, name: str, scores: Mapping[str, np.ndarray]) -> dict[int, float]:

@@ -53,7 +53,9 @@ class LogitSoftcap(Intervention):
         if found:
             shown = self._shown(run, found)
             wrong = "the attention kernel of {} applies no softcap"
-            refused += [CannotApply(wrong.format(each), "attn_implementation='eager' does") for each in found if each not in shown]
+            refused += [
+                CannotApply(wrong.format(each), "attn_implementation='eager' does") for each in found if each not in shown
+            ]
             found = {layer: place for layer, place in found.items() if layer in shown}
         if not found:
             raise refused[0]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stabmon.atomic import replace_whole
 from stabmon.gradients import local
 from stabmon.stored import Stored
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
 
 logger = logging.getLogger("stabmon")
+
+
+SNAPSHOT_VERSION = 1
+"""Of a snapshot's file; one without is of before there were any, and the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +81,25 @@ class Snapshot:
 
     def save(self, path: Path) -> None:
         """Write it to a file, that is there as a whole or not at all."""
-        fresh = path.with_suffix(".tmp")
-        torch.save({name: getattr(self, name) for name in self.__dataclass_fields__}, fresh)
-        fresh.replace(path)
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        replace_whole(path, lambda fresh: torch.save({"version": SNAPSHOT_VERSION, **values}, fresh))
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
-        """Read what :meth:`save` wrote."""
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged or of a later version.
+        """
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+            version = values.pop("version", SNAPSHOT_VERSION)
+            if version == SNAPSHOT_VERSION:
+                return cls(**values)
+        except Exception as error:  # what torch raises for a damaged file is of many kinds
+            words = str(error).partition("\n")[0]
+            raise ValueError(f"{path} holds no state to go back to ({type(error).__name__}: {words})") from error
+        raise ValueError(f"{path} is of version {version}, but this stabmon reads {SNAPSHOT_VERSION}: update stabmon")
 
 
 def snapshot_bytes(run: TrainingRun) -> int:
@@ -123,7 +139,11 @@ class HealthyStates:
     def newest(self) -> Snapshot | None:
         """The newest healthy state, read from disk if it is there; None where there is none yet."""
         if isinstance(self._healthy, Path):
-            return Snapshot.load(self._healthy) if self._healthy.is_file() else None
+            try:
+                return Snapshot.load(self._healthy) if self._healthy.is_file() else None
+            except ValueError as error:
+                logger.warning("No rollback to it: %s", error)
+                self._healthy = None
         return self._healthy
 
     def offer(self, healthy: bool) -> None:

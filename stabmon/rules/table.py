@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -99,9 +98,10 @@ def _pack(array: np.ndarray) -> dict[str, Any]:
 def _unpack(packed: Stored) -> np.ndarray:
     """``[T, N]`` that :func:`_pack` wrote."""
     shape = [side.integer() for side in packed["shape"].parts(2)]
+    text = packed["float64"].text()
     try:
-        raw = base64.b64decode(packed["float64"].text(), validate=True)
-    except (binascii.Error, ValueError):
+        raw = base64.b64decode(text, validate=True)
+    except ValueError:
         raise ValueError(f"{packed.where} holds no base64") from None
     if len(raw) != 8 * math.prod(shape):
         raise ValueError(f"{packed.where} holds {len(raw)} bytes, not the {8 * math.prod(shape)} of shape {shape}: it is cut off")

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stabmon.atomic import write_text
 from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.sinks import exact_json
 from stabmon.sinks.base import Sink, sink
@@ -59,7 +60,7 @@ class JsonlSink(Sink):
             _cut_torn_line(run_dir / name)
             self._files[name] = os.open(run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         own = {"schema_version": SCHEMA_VERSION, "start": self._start, "nonfinite_encoding": exact_json.ENCODING}
-        _replace(run_dir / META, exact_json.dumps({**own, **meta}))
+        write_text(run_dir / META, exact_json.dumps({**own, **meta}) + "\n")
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         record: dict[str, Any] = {
@@ -133,10 +134,3 @@ def _cut_torn_line(path: Path) -> None:
         else:
             file.seek(end)
             file.write(b"\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that it is there as a whole or not at all."""
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(text + "\n")
-    fresh.replace(path)
