@@ -97,11 +97,15 @@ class Acting:
         with paused(observer):
             return self.guard.get_intervention(diagnosis.open_issues)
 
-    def apply(self, intervention: Intervention, step: int, observer: StepObserver) -> Applied | None:
-        """Apply one; None where it does not fit."""
+    def apply(self, intervention: Intervention, step: int, observer: StepObserver, hold: bool | None) -> Applied | None:
+        """Apply one at a person's word; None where it does not fit."""
         self.run.step = step
-        with paused(observer):
-            return self.guard.apply(intervention)
+        self.run.forwards = observer.forwards.calls or observer.last_forward
+        try:
+            with paused(observer):
+                return self.guard.apply(intervention, by_hand=True, hold=hold)
+        finally:
+            self.run.forwards = ()
 
     def close(self) -> None:
         """Take every hook out and put every attribute back."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stabmon.stored import Stored
 
 
 class Losses:
@@ -69,10 +71,19 @@ class Losses:
         """The losses that no reading has had yet."""
         return [[step, float(value)] for step, value in self._pending]
 
-    def load_state_dict(self, state: list[list[float]]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self._pending.clear()
-        self._pending.extend((int(step), float(value)) for step, value in state)
+    def parse_state(self, state: list[list[float]] | Stored) -> Callable[[], None]:
+        """Read a state whole, and return what takes it up.
+
+        Raises:
+            ValueError: if it is no state of losses.
+        """
+        pairs = [each.parts(2) for each in Stored.of(state).parts()]
+        pending = deque(((step.integer(), loss.number()) for step, loss in pairs), maxlen=self._pending.maxlen)
+
+        def take_up() -> None:
+            self._pending = deque(pending, maxlen=pending.maxlen)
+
+        return take_up
 
 
 def _number(loss: Tensor | float) -> float:

@@ -19,7 +19,7 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,7 +44,10 @@ from stabmon.rules.history import History
 from stabmon.rules.tracker import IssueTracker
 from stabmon.run_meta import run_meta
 from stabmon.safety import Safety, safely
+from stabmon.signals import SIGNALS
 from stabmon.sinks import Sink
+from stabmon.state import STATE_VERSION, attention_of, check_model, check_version, known_issues
+from stabmon.stored import Stored
 
 logger = logging.getLogger("stabmon")
 
@@ -222,15 +225,24 @@ class AttentionStabilityMonitor:
         return self._acting.propose(diagnosis, self._observer)
 
     @safely
-    def apply(self, intervention: Intervention) -> Applied | None:
+    def apply(self, intervention: Intervention, *, hold: bool | None = None) -> Applied | None:
         """Apply an intervention, after the optimizer's step; its ``undo()`` takes it back.
 
-        Under torch.distributed, every rank must apply the same.
+        What is applied here stays until its ``undo()`` or ``release()``: nothing of stabmon judges it by later batches, takes it back,
+        loosens it or lets it go, under any configuration. Its effect is proven on the step's own batch, run again before and after;
+        where that batch is not to be had it is not judged, and ``record["note"]`` says so. Under torch.distributed, every rank must
+        apply the same.
+
+        Args:
+            intervention: what to do.
+            hold: True to hold it from step to step until it is undone or released. False to do it once and let it go: a change of
+                weights is made once, and what is in force only while it is held (a rate, a temperature, a cap) is in force for one
+                optimizer step. None for the intervention's own way, which for most is to hold.
 
         Returns:
-            None where it does not fit this run; the audit record in ``interventions.jsonl`` says why.
+            None where it does not fit this run; the log and the audit record in ``interventions.jsonl`` say why.
         """
-        applied = self._acting.apply(intervention, self.step, self._observer)
+        applied = self._acting.apply(intervention, self.step, self._observer, hold)
         if not self._manual:
             self._start_observing()
         return applied
@@ -285,6 +297,8 @@ class AttentionStabilityMonitor:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed monitor needs to go on where this one is: plain values, for JSON with NaN or ``torch.save``."""
         return {
+            "version": STATE_VERSION,
+            "model": attention_of(self.model, self._tracker.history.layers),
             "step": self.step,
             "last_reading": self._last_reading,
             "issues": [issue.to_dict() for issue in self.issues],
@@ -298,27 +312,48 @@ class AttentionStabilityMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
 
+        The state is read whole before anything is changed. Interventions, settings, signals and rules that are no longer known are
+        left out, which is told of, and the rest is taken.
+
         Raises:
-            ValueError: if ``state`` is no monitor's state.
+            ValueError: if ``state`` is no monitor's state, one of another model, or of a later version of stabmon; nothing has changed
+                then.
         """
-        tracker = self._make_tracker()
+        self._take_up(self._parse_state(state))
+
+    def _parse_state(self, state: Mapping[str, Any]) -> list[Callable[[], None]]:
+        """What takes up each part of a state, in order; changes nothing."""
+        saved, tracker = Stored(state), self._make_tracker()
+        check_version(saved)
         try:
-            issues = [StabilityIssue.from_dict(issue) for issue in state["issues"]]
-            tracker.load_state_dict(state["tracker"])
-            step, last_reading = int(state["step"]), int(state["last_reading"])
-            self._observer.losses.load_state_dict(state["losses"])
-            self._misfortune.load_state_dict(state["non_finite"])
+            tracker.load_state_dict(saved["tracker"], SIGNALS)
+            issues = known_issues(saved["issues"], tracker)
+            step, last_reading = saved["step"].integer(), saved["last_reading"].integer()
+            losses = self._observer.losses.parse_state(saved["losses"])
+            misfortune = self._misfortune.parse_state(saved["non_finite"])
+            lengths = self._step_length.rates.parse_state(saved.get("step_length", None))
+            guard = self._acting.guard.parse_state(saved["guard"])
+            told = {name: each.mapping() for name, each in saved["model"].items()} if "model" in saved else None
+        except Exception as error:
+            words = " ".join(f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}".split())
+            raise ValueError(f"no monitor's state ({words}): give what state_dict() returned") from error
+        check_model(self.model, tracker.history.layers, told)
+
+        def take_up() -> None:
+            self.step, self._last_reading, self._tracker = step, last_reading, tracker
+            self._recorder.issues, self._recorder.alarms = [], 0
+            self._recorder.keep(issues)
             self._resumed = True
-            self._open()
             self._acting.run.step, self._acting.run.history = step, tracker.history
-            self._acting.guard.load_state_dict(state["guard"])
-            if "step_length" in state:  # unknown to states of before it was watched
-                self._step_length.rates.load_state_dict(state["step_length"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"no monitor's state ({type(error).__name__}: {error}): give what state_dict() returned") from error
-        self.step, self._last_reading, self._tracker = step, last_reading, tracker
-        self._recorder.issues, self._recorder.alarms = [], 0
-        self._recorder.keep(issues)
+            if saved.left_out:
+                logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
+
+        return [self._open, take_up, losses, misfortune, lengths, guard]
+
+    @safely
+    def _take_up(self, parts: Sequence[Callable[[], None]]) -> None:
+        for take_up in parts:
+            take_up()
         if not self._manual:
             self.begin_step()
 

@@ -17,6 +17,7 @@ from stabmon.optimizer_view import OptimizerView
 from stabmon.records import Cause, NonFinite
 from stabmon.replay import ForwardCall, is_split
 from stabmon.skipped_steps import SkippedSteps
+from stabmon.stored import Stored, stored_non_finite
 from stabmon.trace import find_in_backward, find_in_forward, find_in_gradients, find_in_weights
 
 _PATIENCE = 10
@@ -141,11 +142,21 @@ class NonFiniteWatch:
             return {}
         return {"found": asdict(self._found), "last_bad": self._last_bad, "reached": self._reached}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self._found = NonFinite(**state["found"]) if state else None
-        self._last_bad = state["last_bad"] if state else -math.inf
-        self._reached = state.get("reached", _GRADIENTS) if state else 0
+    def parse_state(self, state: Mapping[str, Any] | Stored) -> Callable[[], None]:
+        """Read a state whole, and return what takes it up.
+
+        Raises:
+            ValueError: if it is no state of a watch.
+        """
+        saved = Stored.of(state)
+        found = stored_non_finite(saved["found"]) if saved.mapping() else None
+        last_bad = saved["last_bad"].integer() if saved.mapping() else -math.inf
+        reached = saved.get("reached", _GRADIENTS).integer() if saved.mapping() else 0
+
+        def take_up() -> None:
+            self._found, self._last_bad, self._reached = found, last_bad, reached
+
+        return take_up
 
     def _take(self, step: int, reached: int, trace: Callable[[], NonFinite]) -> bool:
         over = step - self._last_bad > _PATIENCE

@@ -51,6 +51,8 @@ class StepObserver:
     ) -> None:
         self.safety = safety
         self.forwards = KeptForwards()
+        self.last_forward: list[ForwardCall] = []
+        """The first forward of the newest step that has been made, until the next one begins; empty where it cannot be replayed."""
         self.losses = Losses(keep=20 * config.history)
         self.measurements = Measurements(
             config.signals, config.engine, config.sample_rows, functools.partial(safety.failed, "signal")
@@ -99,6 +101,7 @@ class StepObserver:
         self.stop_capture()
         self._after_backward.let_go()
         self.measurements.start(0)
+        self.last_forward = self.forwards.calls[:1] or self.last_forward
         self.forwards, self._norms, self._gradients = KeptForwards(), GradientNorms(), {}
         self.losses.start_step()
         self.interrupted, self._current, self._call = False, None, None
@@ -107,6 +110,7 @@ class StepObserver:
         """Take everything out of the model."""
         self._unwatch()
         self.forget()
+        self.last_forward = []
 
     @safely
     def stop_capture(self) -> None:
@@ -176,6 +180,7 @@ class StepObserver:
             return
         if torch._C._current_graph_task_id() == -1:
             self._after_backward.reset()  # an earlier backward may have raised
+        self.last_forward = []
         self._call = self.forwards.add(module, args, kwargs, keep=self._keeps)
         self._current = module
         self._listener = self._listens()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from stabmon.atomic import replace_whole, write_text
 from stabmon.capture.names import clean_name
 from stabmon.controllers.attach import Controllers, attach_controllers, detach_controllers, find_controllers, find_sites
 from stabmon.controllers.base import CONTROLLERS
@@ -51,10 +53,10 @@ def save_controllers(controlled: nn.Module, folder: str | Path) -> None:
         "layers": {layer: {"heads": member.site.heads, "width": member.site.width} for layer, member in members.items()},
         "base": {"model": base_class(model), "weights": fingerprint(model)},
     }
-    save_file(tensors, folder / "controllers.safetensors.tmp")
-    (folder / "controllers.json.tmp").write_text(json.dumps(about, indent=2) + "\n")
-    for name in ("controllers.safetensors", "controllers.json"):
-        (folder / f"{name}.tmp").replace(folder / name)
+    about["save"] = uuid.uuid4().hex
+    own = {"about": json.dumps(about)}
+    replace_whole(folder / "controllers.safetensors", lambda fresh: save_file(tensors, fresh, metadata=own))
+    write_text(folder / "controllers.json", json.dumps(about, indent=2) + "\n")
 
 
 def load_controllers(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Controllers:
@@ -72,7 +74,7 @@ def load_controllers(model: nn.Module, folder: str | Path, *, strict: bool = Tru
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    about = json.loads((folder / "controllers.json").read_text())
+    about = _about(folder)
     tensors = load_file(folder / "controllers.safetensors")
     if about.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
@@ -90,6 +92,17 @@ def load_controllers(model: nn.Module, folder: str | Path, *, strict: bool = Tru
     for layer, member in controllers.by_layer().items():
         member.load_state_dict({name: tensors[f"{layer}.{name}"] for name in member.state_dict()})
     return controllers
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    """What controllers.json says; what the tensors' own file says where it is of another save, that was cut off between the two."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "controllers.safetensors", "pt") as file:
+        own: dict[str, Any] = json.loads((file.metadata() or {}).get("about", "{}"))
+    path = folder / "controllers.json"
+    about: dict[str, Any] = json.loads(path.read_text()) if path.is_file() or not own else own
+    return own if own and about.get("save") != own["save"] else about
 
 
 def check_base(model: nn.Module, about: dict[str, Any], folder: Path, strict: bool) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
 from stabmon.engine.step_probe import StepQuality
 from stabmon.records import Overshoot
+from stabmon.stored import Stored, stored_numbers, stored_overshoot
 
 RISE = 1.5
 """Times the highest rate that was probed at which it is probed again: 19 times on the way up a warm-up of 2000 steps."""
@@ -150,27 +151,24 @@ class RateWatch:
             "found": None if self.found is None else asdict(self.found),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        fresh = RateWatch.from_state(state)
-        vars(self).update(vars(fresh))
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> RateWatch:
-        """The watch that :meth:`state_dict` described.
+    def parse_state(self, state: Mapping[str, Any] | Stored | None) -> Callable[[], None]:
+        """Read a state whole, and return what takes it up; None and a stored None leave everything as it is.
 
         Raises:
-            KeyError, TypeError, ValueError: if it is no such state.
+            ValueError: if it is no state of this.
         """
-        watch = cls()
-        watch._probed = {str(key): float(rate) for key, rate in state["probed"].items()}
-        watch._fine = {str(key): float(rate) for key, rate in state["fine"].items()}
-        watch._first = None if state["first"] is None else int(state["first"])
-        watch._risen, watch._high = int(state["risen"]), int(state["high"])
-        watch._burst = [StepQuality(**each) for each in state["burst"]]
-        watch._losses.extend(float(loss) for loss in state["losses"])
-        watch.found = None if state["found"] is None else Overshoot(**state["found"])
-        return watch
+        saved, fresh = Stored.of(state), RateWatch()
+        if saved.value is None:
+            return lambda: None
+        fresh._probed, fresh._fine = stored_numbers(saved["probed"]), stored_numbers(saved["fine"])
+        fresh._first = saved["first"].maybe(Stored.integer)
+        fresh._risen, fresh._high = saved["risen"].integer(), saved["high"].integer()
+        fresh._burst = [
+            StepQuality(each["step"].integer(), each["gain_ratio"].number(), each["rise"].number()) for each in saved["burst"].parts()
+        ]
+        fresh._losses.extend(each.number() for each in saved["losses"].parts())
+        fresh.found = saved["found"].maybe(stored_overshoot)
+        return lambda: vars(self).update(vars(fresh))
 
     def _note(self, rates: Mapping[str, float]) -> None:
         for key, rate in rates.items():

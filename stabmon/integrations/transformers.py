@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stabmon.atomic import write_text
 from stabmon.config import StabilityConfig, load_config
 from stabmon.integrations.ranks import settle
 from stabmon.monitor import AttentionStabilityMonitor
@@ -126,7 +127,7 @@ class StabilityCallback(TrainerCallback):
             folder = _checkpoint(args, state)
             try:
                 if folder.is_dir():
-                    (folder / _STATE).write_text(json.dumps(self.monitor.state_dict()))
+                    write_text(folder / _STATE, json.dumps(self.monitor.state_dict()))
             except Exception as error:
                 logger.warning("stabmon's state was not stored in %s: %s", folder, error)
 
@@ -149,7 +150,7 @@ class StabilityCallback(TrainerCallback):
             if path.is_file():
                 try:
                     self.monitor.load_state_dict(json.loads(path.read_text()))
-                except (OSError, ValueError, KeyError, TypeError) as error:
+                except (OSError, ValueError, RecursionError) as error:
                     logger.warning("stabmon starts with an empty history: %s could not be read (%s)", path, error)
                 self.monitor.step = state.global_step
                 return

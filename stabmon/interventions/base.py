@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from stabmon.records import StabilityIssue
 from stabmon.registry import Registry
+from stabmon.stored import Stored
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
+
+logger = logging.getLogger("stabmon")
 
 Place = tuple[str | None, int | None]
 """(layer, head); None for the whole run, and for the whole layer."""
@@ -47,7 +51,7 @@ class Effect:
     touches: frozenset[str] = frozenset()
     """Names of what was changed; effects with a name in common are undone last in, first out."""
     given_up: str = ""
-    """Why it took itself back; empty while it has not."""
+    """Why it is at an end by itself, and is to be taken back; empty while it is not."""
 
     def undo(self) -> bool:
         """Put back what was there before, and stop. Whether every bit is as it was: training since may make that impossible."""
@@ -109,6 +113,8 @@ class Intervention(ABC):
     """Changes the whole run, whatever head it was chosen for, so that no other such act beside it could be judged."""
     standing: ClassVar[bool] = False
     """Can only help if it is in place before anything is wrong: applied when guarding begins."""
+    once: ClassVar[bool] = False
+    """Done at once and over: there is nothing that could be held from step to step."""
 
     issues: tuple[StabilityIssue, ...] = field(default=(), kw_only=True, compare=False, repr=False)
     """What it is to repair."""
@@ -158,6 +164,10 @@ class Intervention(ABC):
         over.active = False
         return over
 
+    def check_saved(self, effect: Stored) -> None:
+        """Raise a ValueError, naming the place, where ``effect`` is not what its effect's ``state_dict`` gives."""
+        effect.mapping()
+
     @abstractmethod
     def _start(self, run: TrainingRun) -> Effect:
         """Change the run, or raise :class:`CannotApply` and leave it as it was."""
@@ -182,6 +192,8 @@ class Applied:
         step: the optimizer step after which it was applied.
         record: what, where, before, after and why, as plain values; also handed to ``run.audit``.
         active: whether it is still in force, that is neither undone nor released.
+        by_hand: whether a person applied it, so that only a person ends it.
+        for_one_step: whether it is released after the next optimizer step.
     """
 
     def __init__(
@@ -197,6 +209,7 @@ class Applied:
         self.step = step
         self.effect = effect
         self.active = True
+        self.by_hand = self.for_one_step = False
         self._run = run
         self.record: dict[str, Any] = dict(record) if record is not None else _record(intervention, effect, step)
         run.applied.append(self)
@@ -206,11 +219,14 @@ class Applied:
         self._run.audit({**self.record, "action": action, "step": self._run.step, **more})
         return self
 
-    def undo(self) -> bool:
+    def undo(self, why: str = "") -> bool:
         """Restore what was there before, and later acts on the same things first. The second call does nothing.
 
         Right after :meth:`Intervention.apply` the run is bit for bit what it was. Later, what training has changed since is
         kept: a factor is divided out again.
+
+        Args:
+            why: the reason, for the record and the log, where nobody asked for it.
 
         Returns:
             Whether every bit that it changed is as it was.
@@ -219,18 +235,36 @@ class Applied:
             return True
         for later in reversed(self._run.applied[self._run.applied.index(self) + 1 :]):
             if later.active and later.effect.touches & self.effect.touches:
-                later.undo()
+                later.undo(why and f"{self.intervention.name}, which it came after, is taken back: {why}")
         self.active = False
         exact = self.effect.undo()
-        self.noted("undone", exact=exact)
+        self.noted("undone", exact=exact, **({"why": why} if why else {}))
+        if why:
+            logger.warning("%s of step %d is taken back: %s", self.intervention.name, self.step, why)
         return exact
 
-    def release(self) -> None:
-        """End what is held from step to step; what is in the weights stays."""
+    def release(self, why: str = "") -> None:
+        """End what is held from step to step; what is in the weights stays.
+
+        Args:
+            why: the reason, for the record and the log, where nobody asked for it.
+        """
         if self.active:
             self.active = False
             self.effect.release()
-            self.noted("released")
+            self.noted("released", **({"why": why} if why else {}))
+            if why:
+                logger.info("%s of step %d is held no longer: %s", self.intervention.name, self.step, why)
+
+    def hold_for_one_step(self) -> None:
+        """Release it after the next optimizer step."""
+        self.for_one_step = True
+
+        def end() -> None:
+            remove()
+            self.release("it was to be held for one step (hold=False)")
+
+        remove = self._run.marks.add("on_step", end)
 
     def relax(self) -> None:
         """Hold less tightly what has been held for long without an alarm."""
@@ -247,6 +281,9 @@ class Applied:
             "step": self.step,
             "record": self.record,
             "effect": self.effect.state_dict(),
+            "active": self.active,
+            "by_hand": self.by_hand,
+            "for_one_step": self.for_one_step,
         }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.lower_learning_rate import Held
 from stabmon.interventions.run import TrainingRun
+from stabmon.stored import Stored
 
 
 @intervention
@@ -39,6 +40,9 @@ class CapLearningRate(Intervention):
         if not highest:
             raise CannotApply("it is not known which rate was too high: give an issue of type update_spike, or a cap")
         return self._hold(run, self.times * min(highest))
+
+    def check_saved(self, effect: Stored) -> None:
+        effect["cap"].number()
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return self._hold(run, float(state["cap"]))

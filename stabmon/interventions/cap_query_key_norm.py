@@ -15,9 +15,10 @@ from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Interven
 from stabmon.interventions.query_key import SEPARATE, find_query_key
 from stabmon.interventions.rows import Rows
 from stabmon.interventions.run import TrainingRun
-from stabmon.interventions.scaled_rows import ScaledRows
+from stabmon.interventions.scaled_rows import ScaledRows, check_saved_rows
 from stabmon.interventions.snapshots import Snapshot
 from stabmon.rules.driven import drive
+from stabmon.stored import Stored
 
 
 @intervention
@@ -67,6 +68,10 @@ class CapQueryKeyNorm(Intervention):
         held = _Held(run, caps)
         held.note = "; ".join(f"left out: {error.reason}" for error in refused)
         return held
+
+    def check_saved(self, effect: Stored) -> None:
+        _ = [cap.number() for _, caps in effect["caps"].items() for cap in caps.parts()]
+        check_saved_rows(effect["rows"])
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         held = _Held(run, {str(layer): [float(cap) for cap in caps] for layer, caps in state["caps"].items()}, now=False)

@@ -16,6 +16,7 @@ from stabmon.interventions.masters import copies_of
 from stabmon.interventions.query_key import SEPARATE, find_query_key
 from stabmon.interventions.rows import Rows
 from stabmon.interventions.run import TrainingRun
+from stabmon.stored import Stored
 
 PAST = 20
 """Newest readings whose median is what a step used to change."""
@@ -59,6 +60,9 @@ class CapQueryKeyUpdate(Intervention):
         if not caps:
             raise CannotApply("it is not known what a step used to change of queries and keys: give a share")
         return _Capped(run, caps, None if self.share is not None else _usual_rate(run))
+
+    def check_saved(self, effect: Stored) -> None:
+        _ = [cap.number() for _, cap in effect["caps"].items()], effect["rate"].maybe(Stored.number)
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return _Capped(run, {str(layer): float(cap) for layer, cap in state["caps"].items()}, state["rate"])

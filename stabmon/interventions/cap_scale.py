@@ -10,8 +10,9 @@ from torch import nn
 
 from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
 from stabmon.interventions.run import TrainingRun
-from stabmon.interventions.soften_logits import scale_of
+from stabmon.interventions.soften_logits import NAMES, scale_of
 from stabmon.rules.driven import drive
+from stabmon.stored import Stored
 
 
 @intervention
@@ -55,8 +56,13 @@ class CapScale(Intervention):
         effect.note = "; ".join(f"left out: {error.reason}" for error in refused)
         return effect
 
+    def check_saved(self, effect: Stored) -> None:
+        for each in effect["caps"].parts():
+            layer, name, value = each.parts(3)
+            _ = layer.text(), name.one_of(NAMES), value.number()
+
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return _Held(run, {layer: (name, float(cap)) for layer, name, cap in state["caps"]})
+        return _Held(run, {layer: (scale_of(run.module(layer), layer), float(cap)) for layer, _, cap in state["caps"]})
 
     def _then(self, run: TrainingRun, layer: str, since: int, now: float) -> float:
         """What the layer's scale may be at most."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from stabmon.interventions.base import Applied, CannotApply, Intervention
 from stabmon.interventions.families import ADVICE, FAMILIES, ORDER, PREVENTIVE, Family, Key, family_of, in_order, key_of
 from stabmon.records import NonFinite, StabilityIssue
+from stabmon.stored import Stored
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
+
+logger = logging.getLogger("stabmon")
 
 Outcome = Literal["pending", "worked", "failed"]
 
@@ -50,6 +54,8 @@ class Trial:
     since: int
     """The sample at which it was applied, or the last at which an alarm of its keys was open."""
     outcome: Outcome = "pending"
+    reason: str = ""
+    """Why it is taken back, where it is."""
 
 
 @dataclass(eq=False)
@@ -122,41 +128,48 @@ class Chooser:
         self.trials.append(Trial(applied, keys, self.samples))
 
     def note_refused(self, act: Intervention, error: CannotApply) -> None:
-        """An act did not fit; for these places it is not proposed again."""
+        """An act did not fit; for these places it is not proposed again. A person's own with other settings says nothing of ours."""
+        if act.name in self.acts and act != self.acts[act.name]:
+            return
         for key in map(key_of, act.issues):
             self._ruled_out.setdefault(key, set()).add(act.name)
             if error.advice:
                 self._advice[key] = f"{error.reason}: {error.advice}"
 
-    def judge(self, open_issues: Sequence[StabilityIssue], run: TrainingRun, *, let_go: bool = True) -> list[Applied]:
-        """Once a sample: say of each act whether it worked.
+    def judge(self, open_issues: Sequence[StabilityIssue], run: TrainingRun, *, let_go: bool = True) -> list[Trial]:
+        """Once a sample: say of each act whether it worked. What a person applied is neither taken back nor released.
 
         Returns:
-            Acts to take back, since they failed and cost a healthy run something. What need be held no longer is released here,
-            if ``let_go``.
+            Trials whose act is to be taken back for their ``reason``: it is at an end by itself, or failed and costs a healthy run
+            something. What need be held no longer is released here, if ``let_go``.
         """
         self.samples += 1
         ill = {key_of(issue) for issue in alarms_now(open_issues, run)}
         failed = []
         for trial in self.trials:
             age = self.samples - trial.since
-            if trial.applied.active and trial.applied.effect.given_up:
-                trial.applied.active = False
+            ours = not trial.applied.by_hand
+            if trial.applied.active and trial.applied.effect.given_up and not trial.reason:
                 self._rule_out(trial, trial.keys)
-                trial.outcome = "failed"
+                trial.outcome, trial.reason = "failed", trial.applied.effect.given_up
+                if ours:
+                    failed.append(trial)
+                else:
+                    logger.warning("%s does nothing any more: %s; undo it", trial.applied.intervention.name, trial.reason)
             if trial.outcome == "pending" and age >= self.budget.patience:
                 trial.outcome = self._outcome(trial, ill)
-                if trial.outcome == "failed" and trial.applied.active and trial.applied.intervention.cost > 0:
-                    failed.append(trial.applied)
+                if trial.outcome == "failed" and ours and trial.applied.active and trial.applied.intervention.cost > 0:
+                    trial.reason = f"what it was for is still open after {age} samples, and a healthy run pays for it"
+                    failed.append(trial)
                 trial.since = self.samples
             elif trial.outcome != "pending" and ill & set(trial.keys):
                 trial.since = self.samples
-            elif let_go and trial.outcome != "pending" and trial.applied.active and age >= self.budget.hold:
+            elif let_go and ours and trial.outcome != "pending" and trial.applied.active and age >= self.budget.hold:
                 if trial.applied.effect.at_work():
                     trial.since = self.samples
                     trial.applied.relax()
                 else:
-                    trial.applied.release()
+                    trial.applied.release(f"no alarm for {age} samples, in which it had nothing to do")
         return failed
 
     def state_dict(self, applied: Sequence[Applied]) -> dict[str, Any]:
@@ -168,14 +181,36 @@ class Chooser:
             "gave_up": [[list(key), words] for key, words in self.gave_up.items()],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], applied: Sequence[Applied]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self.samples = int(state["samples"])
-        self.trials = [
-            Trial(applied[at], tuple(_key(k) for k in keys), since, outcome) for at, keys, since, outcome in state["trials"]
-        ]
-        self._ruled_out = {_key(key): set(names) for key, names in state["ruled_out"]}
-        self.gave_up = {_key(key): words for key, words in state["gave_up"]}
+    def parse_state(self, state: Mapping[str, Any] | Stored, kept: Sequence[bool]) -> Callable[[Sequence[Applied]], None]:
+        """Read a state whole, and return what takes it up, given the acts that are kept.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            kept: for each act of the state whether it is known today; trials of the others are left out with them.
+
+        Raises:
+            ValueError: if it is no chooser's state.
+        """
+        saved = Stored.of(state)
+        number = {at: sum(kept[:at]) for at, known in enumerate(kept) if known}
+        samples = saved["samples"].integer()
+        trials: list[tuple[int, tuple[Key, ...], int, Outcome]] = []
+        for each in saved["trials"].parts():
+            at, keys, since, outcome = each.parts(4)
+            if at.integer() >= len(kept):
+                raise ValueError(f"{at.where} is {at.value}, but there are {len(kept)} acts")
+            result = cast(Outcome, outcome.one_of(get_args(Outcome)))
+            trial = (number.get(at.integer(), -1), tuple(map(stored_key, keys.parts())), since.integer(), result)
+            if kept[at.integer()]:
+                trials.append(trial)
+        ruled_out = {stored_key(key): set(map(Stored.text, names.parts())) for key, names in _pairs(saved["ruled_out"])}
+        gave_up = {stored_key(key): words.text() for key, words in _pairs(saved["gave_up"])}
+
+        def take_up(applied: Sequence[Applied]) -> None:
+            self.samples, self._ruled_out, self.gave_up = samples, ruled_out, gave_up
+            self.trials = [Trial(applied[at], keys, since, outcome) for at, keys, since, outcome in trials]
+
+        return take_up
 
     def _outcome(self, trial: Trial, ill: Collection[Key]) -> Outcome:
         still = [key for key in trial.keys if key in ill]
@@ -268,6 +303,16 @@ def _is_back(issue: StabilityIssue, run: TrainingRun) -> bool:
     return bool(side * now > side * share * issue.threshold)
 
 
-def _key(values: Sequence[Any]) -> Key:
-    family, layer, head = values
-    return family, layer, head
+def stored_key(saved: Stored) -> Key:
+    """A key as it is stored.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    family, layer, head = saved.parts(3)
+    return cast(Family, family.text()), layer.maybe(Stored.text), head.maybe(Stored.integer)
+
+
+def _pairs(saved: Stored) -> list[tuple[Stored, Stored]]:
+    pairs = [each.parts(2) for each in saved.parts()]
+    return [(first, second) for first, second in pairs]

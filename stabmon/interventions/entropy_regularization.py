@@ -15,6 +15,7 @@ from stabmon.interventions.run import TrainingRun
 from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall
 from stabmon.signals.measure import operator_of
+from stabmon.stored import Stored
 
 logger = logging.getLogger("stabmon")
 LEAST_VISIBLE = 16
@@ -57,6 +58,11 @@ class EntropyRegularization(Intervention):
         if not places:
             raise CannotApply("no head is named: give an issue that names its layer")
         return _Regularized(self, run, places)
+
+    def check_saved(self, effect: Stored) -> None:
+        for place in effect["places"].parts():
+            layer, head = place.parts(2)
+            _ = layer.text(), head.maybe(Stored.integer)
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return _Regularized(self, run, [(layer, head) for layer, head in state["places"]])

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from stabmon.interventions.base import Effect, Intervention, intervention
 from stabmon.interventions.run import TrainingRun
+from stabmon.stored import Stored
 
 
 @intervention
@@ -37,6 +38,9 @@ class ExtendWarmup(Intervention):
 
     def _start(self, run: TrainingRun) -> Effect:
         return _Ramp(self, run, first=run.step)
+
+    def check_saved(self, effect: Stored) -> None:
+        effect["first"].integer()
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return _Ramp(self, run, first=int(state["first"]))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from stabmon.interventions.base import INTERVENTIONS, Applied, CannotApply, Intervention
-from stabmon.interventions.choose import Budget, Chooser
+from stabmon.interventions.choose import Budget, Chooser, stored_key
 from stabmon.interventions.families import Key
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.run import TrainingRun
+from stabmon.interventions.saved import SavedAct
 from stabmon.interventions.snapshots import HealthyStates
 from stabmon.records import AttentionCall, StabilityIssue
+from stabmon.stored import Stored
 
 logger = logging.getLogger("stabmon")
 
@@ -72,7 +74,13 @@ class Guard:
             if isinstance(act, Rollback):
                 self.run.states = HealthyStates(self.run, every=act.every, confirm=act.confirm, memory_gb=act.memory_gb)
                 self.run.states.begin()
-            if act.standing:
+        self._put_in_place()
+
+    def _put_in_place(self) -> None:
+        """Apply each standing act that was not applied yet."""
+        there = {each.intervention.name for each in self.run.applied}
+        for act in self.chooser.acts.values():
+            if act.standing and act.name not in there and self.automatic:
                 try:
                     act.aimed_at((), "in place from the start").apply(self.run)
                 except CannotApply as error:
@@ -111,19 +119,35 @@ class Guard:
             self.run.audit({**record, "places": [list(key[1:]) for key in keys], "why": words})
         return act
 
-    def apply(self, intervention: Intervention) -> Applied | None:
-        """Apply an intervention on all ranks; None where it does not fit on one of them, which is then told and remembered."""
+    def apply(self, intervention: Intervention, *, by_hand: bool = False, hold: bool | None = None) -> Applied | None:
+        """Apply an intervention on all ranks; None where it does not fit on one of them, which is then told and remembered.
+
+        Args:
+            intervention: what to do.
+            by_hand: a person does it: only a person ends it.
+            hold: see :meth:`~stabmon.monitor.AttentionStabilityMonitor.apply`.
+        """
         applied, refusal = None, CannotApply("it does not fit on another rank")
+        own = "hold" in intervention.settings
         try:
+            if hold and intervention.once:
+                raise CannotApply(f"{intervention.name} is done at once and cannot be held", "leave hold out")
+            if own and hold is not None:
+                intervention = replace(intervention, hold=hold)
+            self.run.by_hand = by_hand
             applied = intervention.apply(self.run)
         except CannotApply as error:
             refusal = error
         except Exception as error:
             logger.error("%s failed and is not tried again here, training goes on: %s", intervention.name, error, exc_info=error)
             refusal = CannotApply(f"it failed: {type(error).__name__}: {error}")
+        finally:
+            self.run.by_hand = False
         if self.run.any_rank(applied is None):
             if applied is not None:
-                applied.undo()
+                applied.undo(refusal.reason)
+            if by_hand:
+                logger.warning("%s is not applied: %s", intervention.name, refusal.reason)
             self.chooser.note_refused(intervention, refusal)
             record = {"intervention": intervention.name, "action": "refused", "step": self.run.step, "layer": None, "head": None}
             first = intervention.issues[0] if intervention.issues else None
@@ -132,6 +156,9 @@ class Guard:
             self.run.audit({**record, "why": refusal.reason, "note": refusal.advice})
             return None
         assert applied is not None
+        applied.by_hand = by_hand
+        if hold is False and not own and not intervention.once:
+            applied.hold_for_one_step()
         self.chooser.note_applied(applied)
         return applied
 
@@ -150,7 +177,7 @@ class Guard:
             return []
         issues, healthy = self._of_first_rank(open_issues, healthy)
         for failed in self.chooser.judge(issues, self.run):
-            failed.undo()
+            failed.applied.undo(failed.reason)
         done: list[Applied] = []
         while (act := self.get_intervention(issues)) is not None:
             applied = self.apply(act)
@@ -170,43 +197,63 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to hold what is held: plain values, for JSON with NaN."""
         return {
-            "applied": [{**each.state_dict(), "active": each.active} for each in self.run.applied],
+            "applied": [each.state_dict() for each in self.run.applied],
             "chooser": self.chooser.state_dict(self.run.applied),
             "told": [list(key) for key in self._told],
             "states": None if self.run.states is None else self.run.states.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken: held acts are held again. After the run's history has been loaded.
+    def parse_state(self, state: Mapping[str, Any] | Stored) -> Callable[[], None]:
+        """Read a state whole and change nothing; return what takes it up, which does not raise.
 
-        An act that can no longer be held (the model has changed, its code is gone) is left out and told of.
+        Taken up, held acts are held again, and standing acts that the state does not know are put in place. An act that can no longer
+        be held (the model has changed, its code is gone) is left out and told of. After the run's history has been loaded.
+
+        Raises:
+            ValueError: if it is no guard's state, naming the place.
         """
-        for standing in list(self.run.applied):
-            standing.active = False
-            standing.effect.release()
-        self.run.applied.clear()
-        for saved in state["applied"]:
-            act = INTERVENTIONS[saved["intervention"]](**saved["settings"])
-            act = act.aimed_at([StabilityIssue.from_dict(issue) for issue in saved["issues"]], saved["why"])
-            try:
-                if not saved["active"]:
-                    raise CannotApply("it was over before")
-                act.resume(self.run, saved)
-            except CannotApply as error:
-                if saved["active"]:
-                    logger.warning("%s is not held any longer: %s", act.name, error.reason)
-                act.ended(self.run, saved)
-        self.chooser.load_state_dict(state["chooser"], self.run.applied)
-        self._told = {(key[0], key[1], key[2]) for key in state["told"]}
-        if self.run.states is not None and state["states"] is not None:
-            self.run.states.load_state_dict(state["states"])
+        saved = Stored.of(state)
+        found = [SavedAct.parse(each) for each in saved["applied"].parts()]
+        acts = [each for each in found if each is not None]
+        chooser = self.chooser.parse_state(saved["chooser"], [each is not None for each in found])
+        told = {stored_key(key) for key in saved["told"].parts()}
+        states = None
+        if saved["states"].value is not None:
+            states = HealthyStates.parse_state(saved["states"], self.run.run_dir)
+
+        def take_up() -> None:
+            self.close()
+            self.run.applied.clear()
+            for each in acts:
+                each.take_up(self.run)
+            chooser(self.run.applied)
+            self._told = told
+            if self.run.states is not None and states is not None:
+                self.run.states.take_up(states)
+            self._put_in_place()
+
+        return take_up
+
+    def load_state_dict(self, state: Mapping[str, Any] | Stored) -> None:
+        """Go on where :meth:`state_dict` was taken: see :meth:`parse_state`.
+
+        Raises:
+            ValueError: if it is no guard's state; the guard is then as it was.
+        """
+        saved = Stored.of(state)
+        self.parse_state(saved)()
+        if saved.left_out and saved is not state:
+            logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
 
     def close(self) -> None:
         """Take every hook out and put every attribute back; weights stay as they were trained and clipped. May be called twice."""
         for applied in reversed(self.run.applied):
             if applied.active:
                 applied.active = False
-                applied.effect.release()
+                try:
+                    applied.effect.release()
+                except Exception as error:
+                    logger.error("%s could not be let go: %s", applied.intervention.name, error, exc_info=error)
 
     def _of_first_rank(self, issues: Sequence[StabilityIssue], healthy: bool) -> tuple[Sequence[StabilityIssue], bool]:
         if self.run.ranks == 1:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,12 @@ from stabmon.interventions.anew import Anew
 from stabmon.interventions.base import CannotApply, HeldEffect, Place
 from stabmon.interventions.query_key import find_query_key
 from stabmon.interventions.query_key_norm import RMS_NORM
-from stabmon.interventions.replayed import largest_scores, replayed_scores
+from stabmon.interventions.replayed import deepest_first, largest_scores, replayed_scores
 from stabmon.interventions.rows import QueryKey
 from stabmon.interventions.run import TrainingRun
 from stabmon.interventions.scaled_rows import ScaledRows
+from stabmon.interventions.unproven import Unproven
 from stabmon.records import AttentionCall
-
-logger = logging.getLogger("stabmon")
 
 
 class HeldClip(HeldEffect):
@@ -34,46 +32,48 @@ class HeldClip(HeldEffect):
         """The proposal that holds in each module, by its words."""
         self.rows = ScaledRows(run)
         self._seen: dict[str, Tensor] = {}
-        self._unproven: dict[str, dict[int, float]] = {}
-        """Heads clipped without a proof, with the score that they had, until the next forward shows whether it was right."""
+        self._unproven: dict[str, Unproven] = {}
+        """Modules clipped without a proof, until their scores have fallen."""
         self._again: dict[tuple[str, int], list[float]] = {}
         """Factors of the clips that have not been told of yet."""
         self._told_at: int | None = None
         self._anew: Anew | None = None
 
-    def first(self, fresh: Mapping[Place, float] | None = None) -> None:
+    def first(self, fresh: Mapping[Place, float] | None = None, *, wait: bool = False) -> None:
         """Clip each head that is above its aim, prove it where that can be, and describe it. What does not fit is left out.
 
         Heads in ``fresh`` are brought to what it gives, now and not again. The deepest module comes first: its clip does not change
-        what the others see, so that one measurement serves all.
+        what the others see, so that one measurement serves all. Heads below their aims are kept to be held later where one is clipped
+        in their module, and everywhere if ``wait``.
         """
         measured = replayed_scores(self.run)
         scores = self._largest(
             {layer: measured[layer] if layer in measured else self._last_read(layer) for layer in self._layers()}
         )
         todo = self._factors(scores, {**self.aims, **(fresh or {})})
-        if not todo:
+        waiting = [_module(layer) for layer in self._layers() if _module(layer) not in todo] if wait else []
+        if not todo and not waiting:
             raise CannotApply(
                 "every head named is at or below its aim already, or its score is not finite: there is nothing to clip"
             )
         refused: list[CannotApply] = []
         notes = []
-        for name in sorted(todo, key=list(measured).index if measured else None, reverse=True):
+        for name in deepest_first([*todo, *dict.fromkeys(waiting)], list(measured)):
             try:
-                found = self._apply(name, todo[name], measured)
+                found = self._apply(name, todo[name], measured, scores) if name in todo else self._ready(name, measured)
             except CannotApply as error:
                 refused.append(error)
-                del todo[name]
+                todo.pop(name, None)
+                waiting = [each for each in waiting if each != name]
                 continue
             notes.append(f"{name}: {found.how}" + (", all heads scaled alike" if found.shared else ""))
-            if name not in measured:
-                self._unproven[name] = {head: float(scores[name][head]) for head in todo[name]}
-        if not todo:
+        if not todo and not waiting:
             raise refused[0]
-        self.aims = {(layer, head): aim for (layer, head), aim in self.aims.items() if _module(layer) in todo}
+        self.aims = {(layer, head): aim for (layer, head), aim in self.aims.items() if _module(layer) in (*todo, *waiting)}
         self.places = [(name, head) for name, factors in todo.items() for head in factors]
+        self.places += [(layer, head) for layer, head in self.aims if _module(layer) in waiting]
         self.before, self.after = self._describe(todo, scores)
-        proof = "proven on the step's batch" if measured else "not proven, no batch to run again"
+        proof = "proven on the step's batch" if measured else "not proven and not judged: there is no batch to run again"
         self.note = "; ".join([*reversed(notes), proof, *(f"left out: {error.reason}" for error in refused)])
 
     def begin_anew(self, first: int | None = None) -> None:
@@ -83,9 +83,8 @@ class HeldClip(HeldEffect):
 
     def watch(self, hold: bool) -> None:
         """Look at every training forward from now on, as long as there is something to prove or to hold."""
-        self._hold = hold
         self._told_at = self.run.history.latest.step if len(self.run.history) else None
-        looking = [self.run.marks.add("attention", self._look)] if hold or self._unproven else []
+        looking = [self.run.marks.add("attention", self._look)] if hold else []
         self._remove = [self.run.marks.add("on_step", self._on_step), *looking]
 
     def undo(self) -> bool:
@@ -137,15 +136,34 @@ class HeldClip(HeldEffect):
             factors[head] = min(factors.get(head, 1.0), aim / float(values[head]))
         return found
 
-    def _apply(self, name: str, factors: dict[int, float], measured: Mapping[str, np.ndarray]) -> QueryKey:
-        """Scale by the first proposal that proves right; every other one is taken back."""
+    def _apply(
+        self, name: str, factors: dict[int, float], measured: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray]
+    ) -> QueryKey:
+        """Scale by the first proposal that proves right on what was ``measured``; every other one is taken back."""
         proposals = find_query_key(self.run.module(name), self.run.history.info.get(name))
         known = [each for each in proposals if each.how == self.proven.get(name)]
         if known or name not in measured:
             chosen = (known or proposals)[0]
+            if not known:
+                rows = [rows for rows, _ in chosen.edits(factors)]
+                self._unproven[name] = Unproven(self.run, rows, self._of_module(name, scores))
             self.rows.scale(chosen.edits(factors))
             self.proven[name] = chosen.how
             return chosen
+        proposal = self._prove(name, proposals, factors, measured[name])
+        self.rows.scale(proposal.edits(factors))
+        return proposal
+
+    def _ready(self, name: str, measured: Mapping[str, np.ndarray]) -> QueryKey:
+        """Find the proposal that is right for a module with nothing to clip yet; nothing is changed."""
+        proposals = find_query_key(self.run.module(name), self.run.history.info.get(name))
+        if name not in measured:
+            return proposals[0]
+        heads = [head for layer, head in self.aims if _module(layer) == name and head is not None]
+        return self._prove(name, proposals, dict.fromkeys(heads, 0.5), measured[name])
+
+    def _prove(self, name: str, proposals: Sequence[QueryKey], factors: dict[int, float], before: np.ndarray) -> QueryKey:
+        """The first proposal that does to the scores what it promises; all is as it was after the trial."""
         failures = []
         for proposal in proposals:
             trial = ScaledRows(self.run)
@@ -154,9 +172,8 @@ class HeldClip(HeldEffect):
                 after = replayed_scores(self.run)[name]
             finally:
                 trial.undo()
-            wrong = _difference(factors, measured[name], after, self._tolerance(name), proposal.shared)
+            wrong = _difference(factors, before, after, self._tolerance(name), proposal.shared)
             if not wrong:
-                self.rows.scale(proposal.edits(factors))
                 self.proven[name] = proposal.how
                 return proposal
             failures.append(f"{proposal.how}: {wrong}")
@@ -167,7 +184,7 @@ class HeldClip(HeldEffect):
         return 0.01 if weight is None or weight.dtype in (torch.float32, torch.float64) else 0.03
 
     def _look(self, call: AttentionCall) -> None:
-        if _module(call.layer) in self.proven:
+        if any(call.layer == layer for layer, _ in self.aims):
             scores = largest_scores(call)
             known = self._seen.get(call.layer)
             self._seen[call.layer] = scores if known is None else torch.maximum(known, scores)
@@ -180,11 +197,11 @@ class HeldClip(HeldEffect):
         if not self.run.marks.wants("attention"):
             return
         scores = self._over_ranks()
-        self._check_effect(scores)
-        if self.given_up or not self._hold:
-            return
+        vain = {name for name, each in list(self._unproven.items()) if self._is_in_vain(name, each, scores)}
         for name, factors in self._factors(scores, self.aims).items():
-            self._apply(name, factors, {})
+            if name in vain or self.given_up:
+                continue
+            self._apply(name, factors, {}, scores)
             for head, factor in factors.items():
                 self._again.setdefault((name, head), []).append(factor)
                 self._bound = True
@@ -232,20 +249,28 @@ class HeldClip(HeldEffect):
         together = self.run.largest_over_ranks(torch.cat(flat)).double().cpu()
         return {name: part.numpy() for name, part in zip(layers, together.split(heads), strict=True)}
 
-    def _check_effect(self, scores: Mapping[str, np.ndarray]) -> None:
-        """Give up a clip that nothing proved and that shows no effect in the first forward after it."""
-        for name, heads in list(self._unproven.items()):
-            now = {h: float(scores[name][h]) for h in heads if name in scores and np.isfinite(scores[name][h])}
-            if not now:
-                continue
+    def _is_in_vain(self, name: str, clipped: Unproven, scores: Mapping[str, np.ndarray]) -> bool:
+        """Whether rows that nothing proved have shrunk far and the scores of their heads have not fallen.
+
+        They are not clipped further then; if they still have not some forwards later, the clip is given up.
+        """
+        verdict = clipped.judge(self._of_module(name, scores))
+        if verdict == "fell":
             del self._unproven[name]
-            if all(now[h] > 0.5 * (heads[h] + self.aims.get((name, h), 0.0)) for h in now):
-                self.given_up = f"clipping {name} showed no effect, so the rows were not those of the head"
-                exact = self.undo()
-                logger.warning("%s: taken back", self.given_up)
-                record = {"intervention": "qk_clip", "action": "undone", "step": self.run.step, "layer": name, "head": None}
-                self.run.audit({**record, "why": self.given_up, "exact": exact})
-                return
+        if verdict == "in vain":
+            self.given_up = (
+                f"the rows scaled in {name} are not those of its heads: they have shrunk and the scores have not fallen"
+            )
+        return verdict in ("in vain", "doubtful")
+
+    def _of_module(self, name: str, scores: Mapping[str, np.ndarray]) -> dict[int, float]:
+        """The largest finite score of each head of a module that is held, over the module's calls."""
+        found: dict[int, float] = {}
+        for layer, head in self.aims:
+            values = scores.get(str(layer), np.array([]))
+            if _module(layer) == name and head is not None and head < len(values) and np.isfinite(values[head]):
+                found[head] = max(found.get(head, -np.inf), float(values[head]))
+        return found
 
     def _describe(
         self, todo: Mapping[str, Mapping[int, float]], scores: Mapping[str, np.ndarray]

@@ -13,6 +13,7 @@ from stabmon.interventions.attributes import AttributesChanged, described
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.replayed import can_replay
 from stabmon.interventions.run import TrainingRun
+from stabmon.stored import Stored
 
 NAMES = ("attention_dropout", "attn_dropout", "attn_dropout_p", "attention_dropout_prob", "attn_drop", "dropout_p", "dropout")
 """What attention modules call their dropout: a number read at each forward, or an ``nn.Dropout``."""
@@ -55,6 +56,11 @@ class IncreaseDropout(Intervention):
             raise CannotApply(f"dropout is at {self.most} or above already in {', '.join(layers) or 'no layer'}")
         return self._change(run, found)
 
+    def check_saved(self, effect: Stored) -> None:
+        for each in effect["changes"].parts():
+            layer, before, after = each.parts(3)
+            _ = layer.text(), before.number(), after.number()
+
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         found = []
         for layer, before, after in state["changes"]:
@@ -63,13 +69,21 @@ class IncreaseDropout(Intervention):
         return _Dropout(found)
 
     def _change(self, run: TrainingRun, found: Sequence[tuple[str, nn.Module, str, float, float]]) -> Effect:
-        modules = [run.module(layer) for layer, *_ in found]
-        before = _outputs(run, modules)
+        unread: list[str] = []
+        before = _outputs(run, [run.module(layer) for layer, *_ in found])
+        for each, was in list(zip(found, before, strict=False)):  # each by itself, since it changes what comes after it
+            trial = _Dropout([each])
+            try:
+                after = _outputs(run, [run.module(each[0])])
+            finally:
+                trial.undo()
+            if after and torch.equal(after[0], was):
+                unread.append(f"the attention of {each[0]} does not read {each[2]} on its present path")
+                found = [other for other in found if other is not each]
+        if not found:
+            raise CannotApply(unread[0])
         effect = _Dropout(found)
-        after = _outputs(run, modules)
-        if before and after and any(torch.equal(x, y) for x, y in zip(before, after, strict=True)):
-            effect.undo()
-            raise CannotApply(f"the attention of {found[0][0]} does not read {found[0][2]} on its present path")
+        effect.note = "; ".join(f"left out: {words}" for words in unread)
         return effect
 
 

@@ -12,7 +12,7 @@ from stabmon.interventions.attributes import AttributesChanged, described
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.replayed import can_replay, replay
 from stabmon.interventions.run import TrainingRun
-from stabmon.records import AttentionCall
+from stabmon.stored import Stored
 
 NAMES = ("attn_logit_softcapping", "attn_logit_softcap", "logit_softcap", "softcap", "attn_softcap")
 """What models with a softcap call it on their attention modules."""
@@ -42,26 +42,53 @@ class LogitSoftcap(Intervention):
         if not layers:
             raise CannotApply("no layer is named: give an issue that names its layer", advice)
         found: dict[str, tuple[str, Any]] = {}
+        refused: list[CannotApply] = []
         for layer in layers:
-            module = run.module(layer)
-            name = next((n for n in NAMES if n in vars(module)), None)
-            if name is None:
-                raise CannotApply(
-                    f"{layer} ({type(module).__name__}) has no softcap to set: it is a change of architecture", advice
-                )
-            before = getattr(module, name)
-            if before is not None and before <= self.cap:
-                raise CannotApply(f"{layer} caps its scores at {before:g} already")
-            found[layer] = (name, before)
-        if not can_replay(run):
+            try:
+                found[layer] = self._place(run, layer)
+            except CannotApply as error:
+                refused.append(error)
+        if found and not can_replay(run):
             raise CannotApply("there is no batch to run again that could show whether the kernel applies a softcap", advice)
+        if found:
+            shown = self._shown(run, found)
+            wrong = "the attention kernel of {} applies no softcap"
+            refused += [
+                CannotApply(wrong.format(each), "attn_implementation='eager' does") for each in found if each not in shown
+            ]
+            found = {layer: place for layer, place in found.items() if layer in shown}
+        if not found:
+            raise refused[0]
         effect = _Capped(run, found, self.cap)
-        seen: dict[str, AttentionCall] = {}
-        replay(run, lambda call: seen.__setitem__(call.layer, call))
-        if any(layer not in seen or seen[layer].softcap != self.cap for layer in layers):
-            effect.undo()
-            raise CannotApply(f"the attention kernel of {layers[0]} applies no softcap", "attn_implementation='eager' does")
+        effect.note = "; ".join([effect.note, *(f"left out: {error.reason}" for error in refused)])
         return effect
+
+    def _place(self, run: TrainingRun, layer: str) -> tuple[str, Any]:
+        """The attribute that holds a layer's softcap, and what is there."""
+        module = run.module(layer)
+        name = next((n for n in NAMES if n in vars(module)), None)
+        if name is None:
+            advice = CODE.format(cap=self.cap)
+            raise CannotApply(f"{layer} ({type(module).__name__}) has no softcap to set: it is a change of architecture", advice)
+        before = getattr(module, name)
+        if before is not None and before <= self.cap:
+            raise CannotApply(f"{layer} caps its scores at {before:g} already")
+        return name, before
+
+    def _shown(self, run: TrainingRun, found: Mapping[str, tuple[str, Any]]) -> set[str]:
+        """Those layers whose kernel is given the cap on the step's batch, all of them set; everything is put back."""
+        trial = _Capped(run, found, self.cap)
+        seen: set[str] = set()
+        try:
+            replay(run, lambda call: seen.add(call.layer) if call.softcap == self.cap else None)
+        finally:
+            trial.undo()
+        return seen
+
+    def check_saved(self, effect: Stored) -> None:
+        for each in effect["caps"].parts():
+            layer, name, before = each.parts(3)
+            _ = layer.text(), name.one_of(NAMES), before.maybe(Stored.number)
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return _Capped(run, {layer: (name, before) for layer, name, before in state["caps"]}, self.cap)

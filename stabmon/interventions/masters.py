@@ -21,7 +21,7 @@ def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
     """The parameter itself, then every master copy of it; an edit must reach them all, or the next step undoes it.
 
     A master is found in an optimizer's state for the parameter, or among the optimizers' own parameters: in the same order as the
-    model's, or as the only one that rounds to the parameter bit for bit.
+    model's, or as the only one that rounds to the parameter bit for bit. What an optimizer that was not given steps has no copy here.
 
     Raises:
         CannotApply: if the optimizers step something else in which the parameter is not to be found (flattened or sharded copies).

@@ -12,7 +12,9 @@ from stabmon.interventions.base import CannotApply, Effect, Intervention, Place,
 from stabmon.interventions.held_clip import HeldClip
 from stabmon.interventions.own_scores import FORMATS, own_past
 from stabmon.interventions.run import TrainingRun
+from stabmon.interventions.scaled_rows import check_saved_rows
 from stabmon.records import StabilityIssue
+from stabmon.stored import Stored
 
 
 @intervention
@@ -38,10 +40,12 @@ class QkClip(Intervention):
 
     Which rows belong to a head is a guess from names and shapes until the step's batch has been run again: each guess is tried, and
     kept only if the head's score came to :math:`\tau` and no other head of the layer moved. Without a batch to run again the likeliest
-    guess is taken, and given up if the head's next reading shows no effect.
+    guess is taken, which the record says; no single batch of later judges it. Should its rows come to an eighth of their norm while no
+    score has fallen, it is given up.
 
     While ``hold`` is on, every training forward's largest scores of these layers are watched, and a head above its :math:`\tau` is
-    clipped again after the optimizer's step, until the act is released. Where it goes on clipping though no alarm is open, :math:`\tau`
+    clipped again after the optimizer's step, until the act is released. A person's own is held also where no head is above its
+    :math:`\tau` yet. Where it goes on clipping though no alarm is open, :math:`\tau`
     is doubled from time to time, up to ``widest``.
 
     Source:
@@ -85,7 +89,7 @@ class QkClip(Intervention):
         clip = HeldClip(run, aims, limits)
         new = {place: self.fresh for issue in self.issues if issue.evidence.get("from_the_start") for place in _heads(run, issue)}
         try:
-            clip.first(new if self.target is None else None)
+            clip.first(new if self.target is None else None, wait=self.hold and run.by_hand)
         except BaseException:
             clip.rows.undo()
             raise
@@ -93,6 +97,14 @@ class QkClip(Intervention):
             clip.begin_anew()
         clip.watch(hold=self.hold)
         return clip
+
+    def check_saved(self, effect: Stored) -> None:
+        for name in ("aims", "limits"):
+            for place in effect[name].parts():
+                layer, head, score = place.parts(3)
+                _ = layer.text(), head.integer(), score.number()
+        _ = [how.text() for _, how in effect["proven"].items()], effect["anew"].maybe(Stored.integer)
+        check_saved_rows(effect["rows"])
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         clip = HeldClip(run, _by_place(state["aims"]), _by_place(state["limits"]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,16 @@ def replay(run: TrainingRun, on_call: Callable[[AttentionCall], None]) -> None:
     """Show ``on_call`` every attention call of the newest step's first forward, on the parameters as they are now."""
     with run.forwards[0].again(run.model) as forward, AttentionCapture(run.model, on_call, thorough=True):
         forward()
+
+
+def deepest_first(layers: Sequence[str], seen: Sequence[str]) -> list[str]:
+    """The layers in the order in which each can be changed and judged without those still to come seeing anything of it.
+
+    Args:
+        layers: some layers.
+        seen: all layers in the order in which they attend; a layer that is not among them comes first.
+    """
+    return sorted(layers, key=lambda layer: -seen.index(layer) if layer in seen else -len(seen))
 
 
 def replayed_scores(run: TrainingRun) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ class Rollback(Intervention):
     """
 
     run_wide: ClassVar[bool] = True
+    once: ClassVar[bool] = True
 
     every: int = 4
     """Samples between the states that are kept."""

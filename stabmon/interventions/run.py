@@ -95,6 +95,8 @@ class TrainingRun:
     marks: Marks = field(default_factory=Marks)
     states: HealthyStates | None = None
     """The healthy states that are kept to roll back to; None where nobody asked for them."""
+    by_hand: bool = False
+    """Whether what is being applied was asked for by a person: then what has nothing to do yet is held, and not refused."""
     stop_reason: str | None = None
     """Why training should stop now; None to go on."""
     uneasy: bool = False

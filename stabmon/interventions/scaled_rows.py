@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stabmon.interventions.masters import copies_of
 from stabmon.interventions.rows import Rows
+from stabmon.stored import Stored
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
@@ -113,10 +114,11 @@ class ScaledRows:
         return out
 
     def load(self, state: Sequence[Sequence[Any]]) -> None:
-        """Take up what :meth:`state` told of; parameters that are no longer there are left out."""
+        """Take up what :meth:`state` told of; rows that are no longer there are left out."""
         parameters = dict(self.run.model.named_parameters())
         for name, dim, start, stop, offset, product in state:
-            if name in parameters:
+            shape = parameters[name].shape if name in parameters else ()
+            if dim < len(shape) and start < stop <= shape[dim]:
                 rows = Rows(parameters[name], int(dim), int(start), int(stop), float(offset))
                 for tensor in copies_of(rows.parameter, self.run):
                     self._entries[(*rows.key, id(tensor))] = _Scaled(rows, tensor, None, [float(product)], [self.run.step])
@@ -129,6 +131,15 @@ class ScaledRows:
         for factor in entry.factors:
             _times(expected, factor, entry.rows.offset)
         return torch.equal(expected, entry.rows.view(entry.tensor))
+
+
+def check_saved_rows(saved: Stored) -> None:
+    """Raise a ValueError where it is not what :meth:`ScaledRows.state` gives."""
+    for each in saved.parts():
+        name, dim, start, stop, offset, product = each.parts(6)
+        _ = name.text(), dim.integer(), start.integer(), stop.integer(), offset.number()
+        if not product.number() > 0:
+            raise ValueError(f"{product.where} is {product.value}, not a factor above 0")
 
 
 def _times(values: Tensor, factor: float, offset: float) -> None:

@@ -11,6 +11,7 @@ import torch
 from stabmon.gradients import local
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.run import TrainingRun
+from stabmon.stored import Stored
 
 
 @intervention
@@ -37,6 +38,9 @@ class SkipStep(Intervention):
         if _scales(run):
             raise CannotApply("the gradient scaler skips such steps by itself")
         return _Skipping(run, self.most)
+
+    def check_saved(self, effect: Stored) -> None:
+        _ = effect["skipped"].integer(), effect["in_a_row"].integer()
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         effect = self._start(run)

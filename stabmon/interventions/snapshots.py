@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stabmon.atomic import replace_whole
 from stabmon.gradients import local
 from stabmon.optimizer_view import state_of
+from stabmon.stored import Stored
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
 
 logger = logging.getLogger("stabmon")
+
+
+SNAPSHOT_VERSION = 1
+"""Of a snapshot's file; one without is of before there were any, and the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,17 +79,27 @@ class Snapshot:
 
     def save(self, path: Path) -> None:
         """Write it to a file, that is there as a whole or not at all."""
-        fresh = path.with_suffix(".tmp")
-        torch.save({name: getattr(self, name) for name in self.__dataclass_fields__}, fresh)
-        fresh.replace(path)
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        replace_whole(path, lambda fresh: torch.save({"version": SNAPSHOT_VERSION, **values}, fresh))
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
-        """Read what :meth:`save` wrote."""
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved["scheduler"], list):  # written when a run had one at most
-            saved["scheduler"] = [] if saved["scheduler"] is None else [saved["scheduler"]]
-        return cls(**saved)
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged or of a later version.
+        """
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+            version = values.pop("version", SNAPSHOT_VERSION)
+            if not isinstance(values["scheduler"], list):  # written when a run had one at most
+                values["scheduler"] = [] if values["scheduler"] is None else [values["scheduler"]]
+            if version == SNAPSHOT_VERSION:
+                return cls(**values)
+        except Exception as error:  # what torch raises for a damaged file is of many kinds
+            words = str(error).partition("\n")[0]
+            raise ValueError(f"{path} holds no state to go back to ({type(error).__name__}: {words})") from error
+        raise ValueError(f"{path} is of version {version}, but this stabmon reads {SNAPSHOT_VERSION}: update stabmon")
 
 
 def snapshot_bytes(run: TrainingRun) -> int:
@@ -122,7 +139,11 @@ class HealthyStates:
     def newest(self) -> Snapshot | None:
         """The newest healthy state, read from disk if it is there; None where there is none yet."""
         if isinstance(self._healthy, Path):
-            return Snapshot.load(self._healthy) if self._healthy.is_file() else None
+            try:
+                return Snapshot.load(self._healthy) if self._healthy.is_file() else None
+            except ValueError as error:
+                logger.warning("No rollback to it: %s", error)
+                self._healthy = None
         return self._healthy
 
     def offer(self, healthy: bool) -> None:
@@ -159,12 +180,39 @@ class HealthyStates:
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the healthy state is on disk: plain values. One in memory does not outlive the process."""
-        return {"healthy": str(self._healthy) if isinstance(self._healthy, Path) else None}
+        """Name of the healthy state's file in the run's folder: plain values. One in memory does not outlive the process."""
+        return {"healthy": self._healthy.name if isinstance(self._healthy, Path) else None}
+
+    @staticmethod
+    def parse_state(state: Mapping[str, Any] | Stored, run_dir: Path | None) -> Path | None:
+        """Find the file of a healthy state: one of ours that lies in the run's own folder. What a state names elsewhere is left out.
+
+        Raises:
+            ValueError: if it is no state of this.
+        """
+        healthy = Stored.of(state)["healthy"]
+        named = healthy.maybe(Stored.text)
+        if named is None:
+            return None
+        path = None if run_dir is None else _inside(run_dir, named)
+        if path is None:
+            healthy.leave_out(f"{named!r} is no file of a healthy state in the run's own folder {run_dir}, and is not looked at")
+        return path
+
+    def take_up(self, healthy: Path | None) -> None:
+        """Go on with what :meth:`parse_state` has found."""
+        self._healthy, self._left = healthy, 0
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Find the healthy state on disk again."""
-        self._healthy, self._left = Path(state["healthy"]) if state["healthy"] else None, 0
+        """Find the healthy state on disk again.
+
+        Raises:
+            ValueError: if it is no state of this; nothing is changed then.
+        """
+        saved = Stored(state)
+        self.take_up(self.parse_state(saved, self.run.run_dir))
+        if saved.left_out:
+            logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
 
     def _keep(self) -> Snapshot | Path | None:
         if 2 * snapshot_bytes(self.run) > self.memory_gb * 1e9 and self.run.run_dir is None:
@@ -181,6 +229,19 @@ class HealthyStates:
     def _drop(kept: Snapshot | Path | None) -> None:
         if isinstance(kept, Path):
             kept.unlink(missing_ok=True)
+
+
+def _inside(run_dir: Path, named: str) -> Path | None:
+    """The file of that name in ``run_dir``; None where it is none of ours, lies or leads elsewhere, or is not there."""
+    given = Path(named)
+    try:
+        if len(given.parts) > 1 and given.parent.resolve() != run_dir.resolve():  # states of before version 1 hold the whole path
+            return None
+        path = run_dir / given.name
+        ours = re.fullmatch(r"[a-z-]+-\d+-rank\d+\.pt", given.name) is not None
+        return path if ours and path.is_file() and not path.is_symlink() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
+        return None
 
 
 def _named(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:

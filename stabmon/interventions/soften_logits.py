@@ -11,8 +11,9 @@ from torch import nn
 
 from stabmon.interventions.attributes import AttributesChanged, described
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
-from stabmon.interventions.replayed import can_replay, replayed_scores
+from stabmon.interventions.replayed import can_replay, deepest_first, replayed_scores
 from stabmon.interventions.run import TrainingRun
+from stabmon.stored import Stored
 
 NAMES = ("scaling", "scale", "softmax_scale", "norm_factor", "inv_norm_factor")
 """What attention modules call the number that scores are multiplied by."""
@@ -27,7 +28,7 @@ class SoftenLogits(Intervention):
     as it is held: the number is no weight and is in no checkpoint, so the model trained so must keep it (the record says how). A
     temperature held so that scores stayed below 10 repaired six of ten failing runs and cost a healthy one 0.01 nats.
 
-    Kept only if the step's batch, run again, shows every head's scores divided; without a batch to run again it is refused.
+    Kept in those layers where the step's batch, run again, shows every head's scores divided; without a batch to run again it is refused.
     """
 
     cost: ClassVar[float] = 0.01
@@ -44,18 +45,49 @@ class SoftenLogits(Intervention):
             raise CannotApply("no layer is named: give an issue that names its layer")
         if not can_replay(run):
             raise CannotApply("there is no batch to run again that could show whether the module's scale is read")
-        found = {layer: scale_of(run.module(layer), layer) for layer in layers}
         before = replayed_scores(run)
-        effect = self._set(run, {layer: (name, getattr(run.module(layer), name)) for layer, name in found.items()})
-        after = replayed_scores(run)
-        for layer in layers:
-            if layer not in before or not np.allclose(after[layer] * self.temperature, before[layer], rtol=0.02, equal_nan=True):
-                effect.undo()
-                raise CannotApply(f"{layer} does not multiply its scores by its {found[layer]}")
+        proven: dict[str, Effect] = {}
+        refused: list[CannotApply] = []
+        try:
+            for layer in deepest_first(layers, list(before)):  # what is judged later does not see what was changed before
+                try:
+                    proven[layer] = self._proven(run, layer, before.get(layer))
+                except CannotApply as error:
+                    refused.append(error)
+        finally:
+            for each in proven.values():
+                each.undo()
+        if not proven:
+            raise refused[0]
+        scales = {layer: scale_of(run.module(layer), layer) for layer in layers if layer in proven}
+        effect = self._set(run, {layer: (name, getattr(run.module(layer), name)) for layer, name in scales.items()})
+        effect.note = "; ".join([effect.note, *(f"left out: {error.reason}" for error in refused)])
         return effect
 
+    def _proven(self, run: TrainingRun, layer: str, before: np.ndarray | None) -> Effect:
+        """Soften one layer, or raise :class:`CannotApply` where its scores do not show it on the step's batch."""
+        module = run.module(layer)
+        name = scale_of(module, layer)
+        if before is None:
+            raise CannotApply(f"{layer} does not attend on the step's batch")
+        effect = self._set(run, {layer: (name, getattr(module, name))})
+        try:
+            after = replayed_scores(run).get(layer)
+        except BaseException:
+            effect.undo()
+            raise
+        if after is None or not np.allclose(after * self.temperature, before, rtol=0.02, equal_nan=True):
+            effect.undo()
+            raise CannotApply(f"{layer} does not multiply its scores by its {name}")
+        return effect
+
+    def check_saved(self, effect: Stored) -> None:
+        for each in effect["scales"].parts():
+            layer, name, value = each.parts(3)
+            _ = layer.text(), name.one_of(NAMES), value.number()
+
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return self._set(run, {layer: (name, value) for layer, name, value in state["scales"]})
+        return self._set(run, {layer: (scale_of(run.module(layer), layer), value) for layer, _, value in state["scales"]})
 
     def _set(self, run: TrainingRun, scales: Mapping[str, tuple[str, float]]) -> Effect:
         return _Softened(run, scales, self.temperature)

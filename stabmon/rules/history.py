@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from stabmon.records import LayerInfo, NonFinite, Overshoot, QueryKeyStep, Reading, StabilityIssue
 from stabmon.rules.table import Columns, Table
+from stabmon.stored import Stored, stored_non_finite, stored_overshoot
 
 
 class History:
@@ -195,23 +196,39 @@ class History:
             "signals": {name: table.state_dict() for name, table in self._tables.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken; what was here before is dropped."""
-        self._index, self.heads = {}, []
-        for layer, heads in state["heads"].items():
-            self._place(layer, heads)
-        self.info = {layer: LayerInfo(**info) for layer, info in state["info"].items()}
-        self.losses = [(int(step), float(loss)) for step, loss in state["losses"]]
-        self._tables = {}
-        for name, saved in state["signals"].items():
-            self._tables[name] = Table(self.length, self.baseline_length, past=0, columns=len(self.heads))
-            self._tables[name].load_state_dict(saved)
-        readings = state["readings"][-self.length :]
-        self.readings = [self._reading(saved, row - len(readings)) for row, saved in enumerate(readings)]
-        self._clear_columns()
-        for reading in self.readings:
-            self._add_columns(reading)
-        self._recent_losses = None
+    def load_state_dict(self, state: Mapping[str, Any] | Stored, known: Container[str] | None = None) -> None:
+        """Go on where :meth:`state_dict` was taken; what was here before is dropped.
+
+        Args:
+            state: what it gave.
+            known: signals that there are today, others are left out; None to take all.
+
+        Raises:
+            ValueError: if it is no history's state; the history is then as it was.
+        """
+        saved, fresh = Stored.of(state), History(self.length, self.baseline_length)
+        for layer, heads in saved["heads"].items():
+            fresh._place(layer, heads.integer())
+        fresh.info = {layer: _info(info) for layer, info in saved["info"].items()}
+        fresh.losses = [_step_and_loss(pair) for pair in saved["losses"].parts()][-20 * self.length :]
+        readings = saved["readings"].parts()
+        for name, table in saved["signals"].items():
+            if known is not None and name not in known:
+                table.leave_out("no signal of that name is known any more")
+                continue
+            fresh._tables[name] = Table(self.length, self.baseline_length, past=0, columns=len(fresh.heads))
+            fresh._tables[name].load_state_dict(table)
+            if fresh._tables[name].rows.shape != (min(self.length, len(readings)), len(fresh.heads)):
+                rows, columns = fresh._tables[name].rows.shape
+                raise ValueError(
+                    f"{table.where} has {rows} rows of {columns} values, for {len(readings)} readings of {len(fresh.heads)} heads"
+                )
+        readings = readings[-self.length :]
+        dropped = saved["signals"].mapping().keys() - fresh._tables.keys()
+        fresh.readings = [fresh._reading(each, row - len(readings), dropped) for row, each in enumerate(readings)]
+        for reading in fresh.readings:
+            fresh._add_columns(reading)
+        vars(self).update(vars(fresh))
 
     def _place(self, layer: str, heads: int) -> None:
         """Give a new layer its columns."""
@@ -236,23 +253,55 @@ class History:
                 out[where] = values[name]
         return out
 
-    def _reading(self, saved: Mapping[str, Any], row: int) -> Reading:
-        """The reading of one row (counted from the end, -1 is the newest) that :func:`_plain` wrote."""
-        layers = {
-            layer: {name: self._tables[name].rows[row, self._index[layer]].copy() for name in names}
-            for layer, names in saved["layers"].items()
-        }
-        found = saved["non_finite"]
+    def _reading(self, saved: Stored, row: int, dropped: Container[str]) -> Reading:
+        """The reading of one row (counted from the end, -1 is the newest) that :func:`_plain` wrote, without signals that are dropped."""
+        layers: dict[str, dict[str, np.ndarray]] = {}
+        for layer, names in saved["layers"].items():
+            if layer not in self._index:
+                raise ValueError(f"{names.where} is no layer of the history")
+            kept = [name for name in map(Stored.text, names.parts()) if name not in dropped]
+            if odd := [name for name in kept if name not in self._tables]:
+                raise ValueError(f"{names.where} names the signal {odd[0]!r}, of which there are no values")
+            layers[layer] = {name: self._tables[name].rows[row, self._index[layer]].copy() for name in kept}
+        info = [layer.text() for layer in saved["info"].parts()]
+        if odd := [layer for layer in info if layer not in self.info]:
+            raise ValueError(f"{saved.where}.info names {odd[0]!r}, of which nothing is known")
         return Reading(
-            **{name: saved[name] for name in _SCALARS},
-            **{name: saved.get(name, {}) for name in _BY_GROUP},
+            step=saved["step"].integer(),
+            loss=saved["loss"].maybe(Stored.number),
             layers=layers,
-            info={layer: self.info[layer] for layer in saved["info"]},
-            query_key={layer: QueryKeyStep(**moved) for layer, moved in saved["query_key"].items()},
-            losses=tuple((int(step), float(loss)) for step, loss in saved["losses"]),
-            non_finite=None if found is None else NonFinite(**found),
-            overshoot=None if saved.get("overshoot") is None else Overshoot(**saved["overshoot"]),
+            info={layer: self.info[layer] for layer in info},
+            learning_rate=saved["learning_rate"].maybe(Stored.number),
+            gradients={name: norm.number() for name, norm in saved["gradients"].items()},
+            query_key={layer: _moved(each) for layer, each in saved["query_key"].items()},
+            losses=tuple(_step_and_loss(pair) for pair in saved["losses"].parts()),
+            micro_batches=saved["micro_batches"].integer(),
+            non_finite=saved["non_finite"].maybe(stored_non_finite),
+            overhead_fraction=saved["overhead_fraction"].maybe(Stored.number),
+            overshoot=saved.get("overshoot", None).maybe(stored_overshoot),
+            **{name: {key: each.number() for key, each in saved.get(name, {}).items()} for name in _BY_GROUP},
         )
+
+
+def _step_and_loss(pair: Stored) -> tuple[int, float]:
+    step, loss = pair.parts(2)
+    return step.integer(), loss.number()
+
+
+def _moved(saved: Stored) -> QueryKeyStep:
+    return QueryKeyStep(*(saved[name].number() for name in ("gradient", "weight", "update")))
+
+
+def _info(saved: Stored) -> LayerInfo:
+    return LayerInfo(
+        heads=saved["heads"].integer(),
+        head_dim=saved["head_dim"].integer(),
+        scale=saved["scale"].number(),
+        dtype=saved["dtype"].text(),
+        fused=saved.get("fused", True).flag(),
+        softcap=saved.get("softcap", None).maybe(Stored.number),
+        adapted=saved.get("adapted", False).flag(),
+    )
 
 
 _SCALARS = ("step", "loss", "learning_rate", "gradients", "micro_batches", "overhead_fraction")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from stabmon.stored import Stored
 
 
 class Table:
@@ -57,13 +60,21 @@ class Table:
         """Rows and first values, bit for bit, as text."""
         return {"rows": _pack(self.rows), "first": _pack(self._first)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        rows, first = _unpack(state["rows"])[-self._length :], _unpack(state["first"])
+    def load_state_dict(self, state: Mapping[str, Any] | Stored) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: if it is no table's state; the table is then as it was.
+        """
+        saved = Stored.of(state)
+        rows, first = _unpack(saved["rows"]), _unpack(saved["first"])
         if first.shape[0] != self._first.shape[0]:
             raise ValueError(
                 f"saved with a baseline of {first.shape[0]} readings, now {self._first.shape[0]}: use the same baseline_length"
             )
+        if first.shape[1] != rows.shape[1]:
+            raise ValueError(f"{saved.where} has {rows.shape[1]} columns and the first values of {first.shape[1]}")
+        rows = rows[-self._length :]
         self._data = np.full((2 * self._length, rows.shape[1]), np.nan)
         self._data[: len(rows)] = rows
         self._end, self._first, self._baseline = len(rows), first, None
@@ -118,6 +129,14 @@ def _pack(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "float64": base64.b64encode(np.ascontiguousarray(array, dtype="<f8").tobytes()).decode()}
 
 
-def _unpack(packed: Mapping[str, Any]) -> np.ndarray:
-    flat = np.frombuffer(base64.b64decode(packed["float64"]), dtype="<f8")
-    return flat.reshape(packed["shape"]).astype(np.float64)
+def _unpack(packed: Stored) -> np.ndarray:
+    """``[T, N]`` that :func:`_pack` wrote."""
+    shape = [side.integer() for side in packed["shape"].parts(2)]
+    text = packed["float64"].text()
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ValueError(f"{packed.where} holds no base64") from None
+    if len(raw) != 8 * math.prod(shape):
+        raise ValueError(f"{packed.where} holds {len(raw)} bytes, not the {8 * math.prod(shape)} of shape {shape}: it is cut off")
+    return np.frombuffer(raw, dtype="<f8").reshape(shape).astype(np.float64)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
-from stabmon.rules.base import Rule, rule_name, worsened
+from stabmon.rules.base import RULES, Rule, rule_name, worsened
 from stabmon.rules.history import History
+from stabmon.stored import Stored, stored_issue
 
 Key = tuple[str, str | None, int | None]
 
@@ -101,14 +102,34 @@ class IssueTracker:
             "closed": [_plain(entry) for entry in self._closed.values()],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly where :meth:`state_dict` was taken."""
-        self.history.load_state_dict(state["history"])
-        opened = [_Open(**{**entry, "issue": StabilityIssue.from_dict(entry["issue"])}) for entry in state["open"]]
-        closed = [_Closed(**{**entry, "issue": StabilityIssue.from_dict(entry["issue"])}) for entry in state["closed"]]
+    def load_state_dict(self, state: Mapping[str, Any] | Stored, signals: Container[str] | None = None) -> None:
+        """Go on exactly where :meth:`state_dict` was taken, without the open issues of rules that are not known any more.
+
+        Args:
+            state: what it gave.
+            signals: those that there are today, others are left out; None to take all.
+
+        Raises:
+            ValueError: if it is no tracker's state; the tracker is then as it was.
+        """
+        saved = Stored.of(state)
+        opened = [
+            _Open(stored_issue(each["issue"]), each["rule"].text(), each["since"].integer(), each["absent"].integer())
+            for each in saved["open"].parts()
+            if self._is_known(each["rule"])
+        ]
+        closed = [_Closed(stored_issue(each["issue"]), each["step"].integer()) for each in saved["closed"].parts()]
+        self.history.load_state_dict(saved["history"], signals)
         self._open = {entry.issue.key: entry for entry in opened}
         self._closed = {entry.issue.key: entry for entry in closed}
         self._tell_history()
+
+    def _is_known(self, rule: Stored) -> bool:
+        """Whether there is a rule of this name; leaves out what it found where there is none."""
+        known = rule.text() in self._names or rule.text() in RULES
+        if not known:
+            rule.leave_out(f"no rule {rule.value!r} is known any more, nor is its open issue")
+        return known
 
     def _tell_history(self) -> None:
         self.history.set_open((entry.issue, entry.since) for entry in self._open.values())

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stabmon.atomic import write_text
 from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.sinks import exact_json
 from stabmon.sinks.base import Sink, sink
@@ -71,12 +72,12 @@ class JsonlSink(Sink):
             "nonfinite_encoding": exact_json.ENCODING,
         }
         self._meta = {**own, **meta}
-        _replace(run_dir / META, exact_json.dumps(self._meta))
+        write_text(run_dir / META, exact_json.dumps(self._meta) + "\n")
 
     def amend(self, meta: Mapping[str, Any]) -> None:
         if self._dir is not None:
             self._meta |= meta
-            _replace(self._dir / META, exact_json.dumps(self._meta))
+            write_text(self._dir / META, exact_json.dumps(self._meta) + "\n")
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         record: dict[str, Any] = {
@@ -162,10 +163,3 @@ def _cut_torn_line(path: Path) -> None:
         else:
             file.seek(end)
             file.write(b"\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that it is there as a whole or not at all."""
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(text + "\n")
-    fresh.replace(path)

@@ -1,0 +1,38 @@
+"""Write files that are there as a whole or not at all, whenever the process or the machine stops."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a fresh file beside ``path``, and put it in its place; until then the old one stays.
+
+    Args:
+        path: the file to be.
+        write: writes to the path that it is given.
+
+    Raises:
+        OSError: if it cannot be written; the old file is whole then, and the fresh one is gone.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(fresh)
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole.
+
+    Raises:
+        OSError: if it cannot be written; the old file is whole then.
+    """
+    replace_whole(path, lambda fresh: fresh.write_text(text) and None)
