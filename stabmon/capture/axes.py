@@ -24,6 +24,9 @@ RESIZES = {"cat", "concat", "concatenate", "pad", "getitem", "index_select", "ga
 }
 """Operations that change the size of a dimension and keep its place."""
 
+MAKES = {f"{what}_like" for what in ("full", "zeros", "ones", "empty", "rand", "randn", "randint")}
+"""Operations that take no more than the shape of a tensor."""
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -57,6 +60,8 @@ def carry(
     name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes, results: list[Any]
 ) -> list[Carried | None]:
     """Follow the axes of ``tensor`` into each result of an operation; None where they are lost."""
+    if name in MAKES:
+        return [None]
     if name in VIEWS and not (name == "getitem" and is_advanced(args[1])):
         return through_view(function, args, kwargs, tensor, axes)
     return [in_place(name, args, kwargs, tensor, axes, result) for result in results]

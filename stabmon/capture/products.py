@@ -120,7 +120,8 @@ def masks(name: str, others: list[Any], position: int) -> Cells:
     if name == "masked_fill":
         return chosen(others[0] if others else None, where=True)
     if name == "where":  # where(condition, scores, other), scores.where(condition, other), where(condition, other, scores)
-        return chosen(others[0], where=position == 2)
+        condition = next((o for o in others if isinstance(o, Tensor) and o.dtype == torch.bool), None)
+        return chosen(condition, where=position == 2)
     return nothing
 
 

@@ -157,7 +157,7 @@ class Provenance:
                 with modes_off(), torch.no_grad():
                     wide = product.shift.detach().expand(tensor.shape)
                     product = replace(product, shift=call.function(wide, *call.args[1:], **call.kwargs))
-            return moved(call.name, product, carried, cells)
+            return replace(moved(call.name, product, carried, cells), **piece_of_padding(call, tensor, carried))
         others = [value for value in flat(call.args, call.kwargs) if value is not tensor]
         after = step(call.name, product, others, position)
         return None if after is None else replace(after, axes=carried.axes)
@@ -172,7 +172,10 @@ class Provenance:
         widths = tuple(each.shape[dim] for each in tensors) if call.name != "stack" and carried.axes.columns == {dim} else ()
         cells = joined(call.function, pieces, call.args, call.kwargs)
         fills = tuple(fill for record in records if record is not None for fill in record.fills)
-        return replace(tracked[0][2].opaque(), axes=carried.axes, cells=cells, masked=True, fills=fills, pieces=widths)
+        wide = [record for record, width in zip(records, widths, strict=False) if width > 1]
+        alone = len(wide) == 1 and isinstance(wide[0], Product)  # the others are a column each, as a sink is
+        first = wide[0] if alone else tracked[0][2].opaque()
+        return replace(first, axes=carried.axes, cells=cells, masked=True, fills=fills, pieces=widths)
 
     def _multiplied(self, call: Call, tracked: list[tuple[int, Tensor, Any]], result: Tensor) -> Record | None:
         """What a product with a tracked tensor is: a new one, or the old one with its heads mixed."""
@@ -267,6 +270,15 @@ class Provenance:
         cells = written(base.shape, base.device, own.cells if isinstance(own, Product) else None, put, record.cells)
         same = own if isinstance(own, Product) and filled else (own or record).opaque()
         self._known[base] = replace(same, axes=axes, cells=cells, masked=True, fills=same.fills + record.fills)
+
+
+def piece_of_padding(call: Call, tensor: Tensor, carried: Carried) -> dict[str, tuple[int, ...]]:
+    """The pieces of scores that were padded by one column of zeros, which softmax-off-by-one does."""
+    if call.name != "pad" or carried.axes.columns != {tensor.ndim - 1}:
+        return {}
+    given = tuple(call.kwargs.get("pad", call.args[1] if len(call.args) > 1 else ()))
+    keys = tensor.shape[-1]
+    return {"pieces": {(1, 0): (1, keys), (0, 1): (keys, 1)}.get(given, ())}
 
 
 def changes_first(call: Call) -> bool:

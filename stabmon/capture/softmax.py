@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from stabmon.capture.axes import Axes
@@ -107,21 +106,35 @@ def read_softmax(layer: str, module: nn.Module, logits: Tensor, product: Product
         cells = cells.expand(logits.shape).permute(*leading, *rows, axis).reshape(shown.shape)
     grouped = product.key is not None and shown.ndim == 5 and product.key.shape[-3] == 1 != shown.shape[-3]
     lay_out = layout(shown.shape, module, grouped=grouped, operand=product.key if product.query is None else product.query)
-    scores = lay_out(shown)
+    scores, cells = lay_out(shown), None if cells is None else lay_out(cells)
     call = AttentionCall(layer, None, None, scale=product.scale, dtype=product.dtype, fused=False, module=module)
-    if product.query is not None and product.key is not None and sink is None and not rows_differ(product, shown):
+    if sink is not None:
+        call = replace(call, sinks=sinks_of(scores[..., sink]))
+        scores, cells = without(scores, sink), None if cells is None else without(cells, sink)
+    if product.query is not None and product.key is not None and fits(product, scores):
         try:
             query = lay_out(spread(product.query, shown.shape[:-2]))
             key = product.key[..., 0, :, :] if grouped else lay_out(spread(product.key, shown.shape[:-2]))
         except RuntimeError:  # no queries and keys of these scores
-            return of_scores(call, scores, product, lay_out, cells)
-        query, key = query.to(product.dtype), key.to(product.dtype)
-        full = explain(call, scores, product, query, key)
-        if cells is not None and (full is None or (full.mask is not None and full.mask.is_floating_point())):
-            full = explain(call, conceal(scores, lay_out(cells)), product, query, key)
-        if full is not None and not (product.gated and full.mask is not None and full.mask.is_floating_point()):
+            return of_scores(call, scores, product, cells)
+        full = explained(call, scores, product, query.to(product.dtype), key.to(product.dtype), cells)
+        if full is not None:
             return full
-    return of_scores(call, scores, product, lay_out, cells, sink)
+    return of_scores(call, scores, product, cells)
+
+
+def explained(
+    call: AttentionCall, scores: Tensor, product: Product, query: Tensor, key: Tensor, cells: Tensor | None
+) -> AttentionCall | None:
+    """The call with query, key and mask, hidden keys told by their values or by what the model did; None where that fails."""
+
+    def is_additive(full: AttentionCall) -> bool:
+        return full.mask is not None and full.mask.is_floating_point()
+
+    full = explain(call, scores, product, query, key)
+    if cells is not None and (full is None or is_additive(full)):
+        full = explain(call, conceal(scores, cells), product, query, key)
+    return None if full is None or (product.gated and is_additive(full)) else full
 
 
 def opposite(product: Product, axis: int) -> frozenset[int]:
@@ -129,31 +142,28 @@ def opposite(product: Product, axis: int) -> frozenset[int]:
     return product.axes.rows if axis in product.axes.columns else product.axes.columns
 
 
-def rows_differ(product: Product, shown: Tensor) -> bool:
-    """Whether query and key cannot be those of the scores ``[..., Q, K]``, since their numbers differ."""
+def fits(product: Product, scores: Tensor) -> bool:
+    """Whether query and key are as many as the scores ``[..., Q, K]`` have rows and columns."""
     assert product.query is not None
     assert product.key is not None
-    return (product.query.shape[-2], product.key.shape[-2]) != tuple(shown.shape[-2:])
+    return (product.query.shape[-2], product.key.shape[-2]) == tuple(scores.shape[-2:])
 
 
-def of_scores(
-    call: AttentionCall,
-    scores: Tensor,
-    product: Product,
-    lay_out: Callable[[Tensor], Tensor],
-    cells: Tensor | None,
-    sink: int | None = None,
-) -> AttentionCall:
+def of_scores(call: AttentionCall, scores: Tensor, product: Product, cells: Tensor | None) -> AttentionCall:
     """The call by its scores alone ``[B, H, Q, K]``, keys that are hidden at -inf."""
     shown = hide(scores, product.fills)
-    if cells is not None:
-        shown = conceal(shown, lay_out(cells))
-    if sink is None:
-        return replace(call, scale=1.0, scores=shown)
-    logits = scores[..., sink].float()
-    same = bool((logits == logits[:1, :, :1]).all().item())
-    keys = torch.cat([shown[..., :sink], shown[..., sink + 1 :]], dim=-1)
-    return replace(call, scale=1.0, scores=keys, sinks=logits[0, :, 0] if same else logits)
+    return replace(call, scale=1.0, scores=shown if cells is None else conceal(shown, cells))
+
+
+def sinks_of(logits: Tensor) -> Tensor:
+    """The logits ``[B, H, Q]`` of a sink; ``[H]`` where they are learned, and the same for every row."""
+    logits = logits.float()
+    return logits[0, :, 0] if bool((logits == logits[:1, :, :1]).all().item()) else logits
+
+
+def without(tensor: Tensor, column: int) -> Tensor:
+    """``tensor`` without one column, the first or the last."""
+    return tensor[..., 1:] if column == 0 else tensor[..., :column]
 
 
 def spread(operand: Tensor, leading: torch.Size) -> Tensor:

@@ -42,7 +42,7 @@ def attention_operator(
             and below hides and anything else is a bias.
         window: with ``is_causal``, the newest keys a query sees, itself included; without, keys at a distance below ``window``.
         softcap: scores become ``softcap * tanh(score / softcap)`` before bias and mask.
-        sinks: ``[H]`` learned logits that join each row's softmax but no value.
+        sinks: ``[H]`` learned logits that join each row's softmax but no value, or ``[B, H, Q]`` where each row has its own.
         engine: ``dense``, ``blockwise``, ``fused`` or ``auto``, the fastest that is exact here.
 
     Raises:
