@@ -57,7 +57,13 @@ class Carried:
 
 
 def carry(
-    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes, results: list[Any]
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+    axes: Axes,
+    results: list[Any],
 ) -> list[Carried | None]:
     """Follow the axes of ``tensor`` into each result of an operation; None where they are lost."""
     if name in MAKES:
@@ -70,10 +76,14 @@ def carry(
 def is_advanced(index: Any) -> bool:
     """Whether an index copies instead of giving a view."""
     parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, list) or (isinstance(part, Tensor) and (part.ndim > 0 or part.dtype == torch.bool)) for part in parts)
+    return any(
+        isinstance(part, list) or (isinstance(part, Tensor) and (part.ndim > 0 or part.dtype == torch.bool)) for part in parts
+    )
 
 
-def in_place(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes, result: Any) -> Carried | None:
+def in_place(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes, result: Any
+) -> Carried | None:
     """Axes of a result whose dimensions stand where they stood, new ones left of them."""
     if not isinstance(result, Tensor):
         return None
@@ -95,7 +105,9 @@ def through_view(
     """Axes of a view, told by the strides of the same view of a tensor without data."""
     with modes_off():
         probe = torch.empty(tensor.shape, device="meta")
-        seen = function(*(probe if a is tensor else a for a in args), **{k: probe if v is tensor else v for k, v in kwargs.items()})
+        seen = function(
+            *(probe if a is tensor else a for a in args), **{k: probe if v is tensor else v for k, v in kwargs.items()}
+        )
     return [seen_through(probe, part, axes) for part in (seen if isinstance(seen, list | tuple) else [seen])]
 
 
@@ -120,7 +132,11 @@ def covers(whole: Tensor, stride: int, size: int) -> set[int]:
     if size == 1:
         return {d for d in range(whole.ndim) if whole.shape[d] == 1 and whole.stride(d) == stride}
     span = stride * (size - 1)
-    return {d for d in range(whole.ndim) if whole.shape[d] > 1 and whole.stride(d) <= span and stride < whole.stride(d) * whole.shape[d]}
+    return {
+        d
+        for d in range(whole.ndim)
+        if whole.shape[d] > 1 and whole.stride(d) <= span and stride < whole.stride(d) * whole.shape[d]
+    }
 
 
 @contextmanager

@@ -76,7 +76,12 @@ def chosen(mask: object, *, where: bool) -> Cells:
 
 
 def replayed(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, cells: Cells, part: int | None = None
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+    cells: Cells,
+    part: int | None = None,
 ) -> Cells:
     """The cells after ``tensor`` went through a view or another choice of its elements."""
     shape = tensor.shape
@@ -87,15 +92,20 @@ def replayed(
         before = cells()
         if before is None:
             return None
-        before = before.expand(shape)
-        result = function(*(before if a is None else a for a in given), **{k: before if v is None else v for k, v in named.items()})
+        before = before.expand(shape).contiguous()  # any view can be taken of it
+        result = function(
+            *(before if a is None else a for a in given), **{k: before if v is None else v for k, v in named.items()}
+        )
         return result if part is None else result[part]
 
     return moved if cells is not nothing else nothing
 
 
 def joined(
-    function: Callable[..., Any], pieces: list[tuple[torch.Size, torch.device, Cells | None]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    function: Callable[..., Any],
+    pieces: list[tuple[torch.Size, torch.device, Cells | None]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Cells:
     """The cells of tensors joined by ``cat`` or ``stack``; a piece that is no product is masked as a whole, if its values say so."""
     rest, named = args[1:], {k: v for k, v in kwargs.items() if k != "tensors"}
@@ -127,7 +137,9 @@ def padded(args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, cel
     return around
 
 
-def written(shape: torch.Size, device: torch.device, before: Cells | None, put: Callable[[Tensor, Tensor], None], cells: Cells) -> Cells:
+def written(
+    shape: torch.Size, device: torch.device, before: Cells | None, put: Callable[[Tensor, Tensor], None], cells: Cells
+) -> Cells:
     """The cells of a buffer after one part of it was written; ``before`` is None where none of it was a score: then all else is masked."""
 
     def after() -> Tensor:

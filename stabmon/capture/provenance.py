@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +16,19 @@ from stabmon.capture.masking import either, joined, nothing, padded, replayed, w
 from stabmon.capture.multiply import PRODUCTS, sums
 from stabmon.capture.outer import Outer, outer_of, summed_outer
 from stabmon.capture.products import KEEPS, TIMES, Product, is_number, moved, product_of, step
-from stabmon.capture.weights import Attend, Exponential, LogTotal, LogWeights, Softmax, Total, Weights
-from stabmon.capture.weights import dimensions, is_use, next_total, next_weights
+from stabmon.capture.weights import (
+    Attend,
+    Exponential,
+    LogTotal,
+    LogWeights,
+    Softmax,
+    Total,
+    Weights,
+    dimensions,
+    is_use,
+    next_total,
+    next_weights,
+)
 
 Record = Product | Weights | Exponential | Total | LogTotal | LogWeights | Outer
 JOINS = {"cat", "concat", "concatenate", "stack"}
@@ -96,7 +107,12 @@ class Provenance:
         if not results or not isinstance(results[0], Tensor) or not results[0].is_floating_point():
             return
         tracked = self.tracked(call)
-        records = self._next(call, tracked, results) if tracked else [product_of(call.name, call.args, call.kwargs, results[0]) if call.name in PRODUCTS else outer_of(call.name, call.args, results[0])]
+        if tracked:
+            records = self._next(call, tracked, results, many=isinstance(result, list | tuple))
+        elif call.name in PRODUCTS:
+            records = [product_of(call.name, call.args, call.kwargs, results[0])]
+        else:
+            records = [outer_of(call.name, call.args, results[0])]
         for tensor, record in zip(results, records, strict=False):
             if record is not None:
                 self._known[tensor] = record
@@ -115,8 +131,8 @@ class Provenance:
         self._known[result] = Weights(softmax, axes, strict=axis != logits.ndim - 1)
         self._unused.add(softmax)
 
-    def _next(self, call: Call, tracked: list[tuple[int, Tensor, Any]], results: list[Any]) -> list[Any]:
-        position, tensor, record = tracked[0]
+    def _next(self, call: Call, tracked: list[tuple[int, Tensor, Any]], results: list[Any], *, many: bool) -> list[Any]:
+        _, tensor, record = tracked[0]
         result = results[0]
         name = call.name
         if name in PRODUCTS:
@@ -127,7 +143,8 @@ class Provenance:
         if isinstance(record, Outer):
             return [summed_outer(name, record, dimensions(call.args, call.kwargs, tensor), result, call.kwargs)]
         if isinstance(record, Total):
-            return [record if name in KEEPS | VIEWS else next_total(record, name, [v for v in flat(call.args, call.kwargs) if v is not tensor])]
+            others = [value for value in flat(call.args, call.kwargs) if value is not tensor]
+            return [record if name in KEEPS | VIEWS else next_total(record, name, others)]
         if isinstance(record, Exponential | LogTotal | LogWeights):
             return [record if name in KEEPS | {"unsqueeze"} else None]
         carried = carry(name, call.function, call.args, call.kwargs, tensor, record.axes, results)
@@ -135,7 +152,8 @@ class Provenance:
             return [None if c is None else next_weights(record, c, tensor, r) for c, r in zip(carried, results, strict=False)]
         if name in JOINS:
             return [self._joined(call, tracked, carried[0])]
-        return [None if c is None else self._product(call, tracked, c, part if len(results) > 1 else None) for part, c in enumerate(carried)]
+        parts: Sequence[int | None] = range(len(results)) if many else [None]
+        return [None if c is None else self._product(call, tracked, c, p) for p, c in zip(parts, carried, strict=False)]
 
     def _product(self, call: Call, tracked: list[tuple[int, Tensor, Any]], carried: Carried, part: int | None) -> Product | None:
         position, tensor, product = tracked[0]
@@ -165,9 +183,12 @@ class Provenance:
     def _joined(self, call: Call, tracked: list[tuple[int, Tensor, Any]], carried: Carried | None) -> Product | None:
         tensors = call.args[0] if call.args else call.kwargs["tensors"]
         records = [self.get(each) for each in tensors]
-        if carried is None or not all(record is None or (isinstance(record, Product) and record.shift is None) for record in records):
+        if carried is None or not all(
+            record is None or (isinstance(record, Product) and record.shift is None) for record in records
+        ):
             return None
-        pieces = [(each.shape, each.device, None if record is None else record.cells) for each, record in zip(tensors, records, strict=True)]
+        known = zip(tensors, records, strict=True)
+        pieces = [(each.shape, each.device, None if record is None else record.cells) for each, record in known]
         dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0) % max(1, tracked[0][1].ndim)
         widths = tuple(each.shape[dim] for each in tensors) if call.name != "stack" and carried.axes.columns == {dim} else ()
         cells = joined(call.function, pieces, call.args, call.kwargs)
@@ -210,7 +231,13 @@ class Provenance:
             return self._made(record.logits, record.product, record.axis, result)
         others = [self.get(value) for value in flat(args, kwargs) if value is not tensor]
         total = others[0] if len(others) >= 1 else None
-        if isinstance(record, Product) and name == "sub" and isinstance(total, LogTotal) and total.of is tensor and args[0] is tensor:
+        if (
+            isinstance(record, Product)
+            and name == "sub"
+            and isinstance(total, LogTotal)
+            and total.of is tensor
+            and args[0] is tensor
+        ):
             return LogWeights(tensor, record, total.axis, record.axes)
         if isinstance(record, Exponential) and isinstance(total, Total) and total.of is record:
             divided = name in ("div", "truediv", "itruediv", "divide", "true_divide") and args[0] is tensor and not total.inverse
@@ -260,7 +287,11 @@ class Provenance:
         if base is None or not base.is_contiguous() or not base.is_floating_point():
             return
         own = self.get(base)
-        if (own is not None and not isinstance(own, Product)) or record.shift is not None or getattr(own, "shift", None) is not None:
+        if (
+            (own is not None and not isinstance(own, Product))
+            or record.shift is not None
+            or getattr(own, "shift", None) is not None
+        ):
             return
         geometry = view.shape, view.stride(), view.storage_offset() - base.storage_offset()
         place = [covers(base, view.stride(d), view.shape[d]) for d in range(view.ndim)]

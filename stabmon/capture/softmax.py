@@ -10,9 +10,11 @@ them anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from stabmon.capture.axes import Axes
@@ -53,7 +55,9 @@ def handle_softmax(
     return result
 
 
-def product_under(capture: AttentionCapture, provenance: Provenance, given: Mapping[str, Any]) -> tuple[Tensor, int, Product] | None:
+def product_under(
+    capture: AttentionCapture, provenance: Provenance, given: Mapping[str, Any]
+) -> tuple[Tensor, int, Product] | None:
     """The scores, the axis and the product of a softmax that may be attention, and is not recorded yet."""
     logits, axis = given.get("input"), given.get("dim")
     if not isinstance(logits, Tensor) or not isinstance(axis, int):
@@ -64,7 +68,8 @@ def product_under(capture: AttentionCapture, provenance: Provenance, given: Mapp
     if capture.modules and logits.ndim > 2:
         module = nearest_module(capture.names)
         if module is not None and capture.names.matches(module, capture.modules):
-            unknown = Product(None, None, kernel_dtype(logits), Axes(frozenset({logits.ndim - 2 if axis == logits.ndim - 1 else logits.ndim - 1}), frozenset({axis})))
+            row = logits.ndim - 2 if axis == logits.ndim - 1 else logits.ndim - 1
+            unknown = Product(None, None, kernel_dtype(logits), Axes(frozenset({row}), frozenset({axis})))
             record_softmax(capture, Softmax(logits, product if known else unknown, axis, module), None)
             return None
     return (logits, axis, product) if known else None
@@ -91,7 +96,9 @@ def sink_of(product: Product, logits: Tensor, axis: int, weights: Weights | None
     return None
 
 
-def read_softmax(layer: str, module: nn.Module, logits: Tensor, product: Product, axis: int, sink: int | None = None) -> AttentionCall:
+def read_softmax(
+    layer: str, module: nn.Module, logits: Tensor, product: Product, axis: int, sink: int | None = None
+) -> AttentionCall:
     """The call with query and key where they can be told, else with the scores."""
     if product.shift is not None and product.shift.ndim <= logits.ndim:
         logits = logits + product.shift.to(logits.dtype)
@@ -101,7 +108,9 @@ def read_softmax(layer: str, module: nn.Module, logits: Tensor, product: Product
     leading = [d for d in range(logits.ndim) if d not in (*rows, axis)]
     arranged = logits.permute(*leading, *rows, axis)
     shown = arranged.reshape(*(logits.shape[d] for d in leading), -1, logits.shape[axis])
-    cells = product.cells()
+    cells = None
+    with suppress(RuntimeError, IndexError, TypeError):  # what the model did cannot be done to a mask: only values tell then
+        cells = product.cells()
     if cells is not None:
         cells = cells.expand(logits.shape).permute(*leading, *rows, axis).reshape(shown.shape)
     grouped = product.key is not None and shown.ndim == 5 and product.key.shape[-3] == 1 != shown.shape[-3]

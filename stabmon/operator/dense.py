@@ -107,4 +107,6 @@ class DenseAttention(AttentionOperator):
     def rows(self, index: Tensor) -> DenseAttention:
         scores = None if self.given_scores is None else self.given_scores[:, :, index]
         visibility = self.visibility.select(index)
-        return DenseAttention(self.query[:, :, index], self.key, self.scale, visibility, self.softcap, self.sinks_at(index), scores)
+        return DenseAttention(
+            self.query[:, :, index], self.key, self.scale, visibility, self.softcap, self.sinks_at(index), scores
+        )
