@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 
 from stabmon.capture.base import bind
+from stabmon.capture.unreachable import NEGLIGIBLE, far_below
 
 Cells = Callable[[], Tensor | None]
 """Gives, when asked, the cells of a tensor that have been masked, of its shape; None for none."""
-
-NEGLIGIBLE = 16.0
-"""A masked key this many nats, and ln of the number of keys, below the largest visible score of its row has no influence: together
-they hold less than 2e-7 of the probability."""
-
-CLEAR = 10.0
-"""Values fall into visible and masked ones where the gap between the two is this many times as wide as the visible ones are spread."""
 
 
 def nothing() -> None:
@@ -43,21 +37,14 @@ def either(cells: Cells, other: Cells) -> Cells:
 
 
 def lowered(values: Tensor, sign: float = 1.0) -> Cells:
-    """Cells that adding ``values`` masks: those far below all others, which differ little among themselves (0 and -1e4)."""
+    """Cells that adding ``values`` masks."""
     if values.ndim == 0 or not values.is_floating_point():
         return nothing
     get = held(values)
 
     def cells() -> Tensor | None:
         given = get()
-        if given is None:
-            return None
-        given = sign * given
-        high, low = given.amax(), given.amin().clamp(min=-1e30)
-        upper = given > high - (high - low) / 4
-        least = given.masked_fill(~upper, torch.inf).amin()
-        most = given.masked_fill(upper, -torch.inf).amax()
-        return ~upper if bool((least - most > CLEAR * (high - least)).item()) else None
+        return None if given is None else far_below(sign * given)
 
     return cells
 

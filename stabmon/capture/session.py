@@ -15,6 +15,7 @@ from stabmon.capture.compiled import CompiledCode
 from stabmon.capture.names import ModuleNames
 from stabmon.capture.torch_functions import FunctionWatch, push, remove, taken_off
 from stabmon.capture.transformers_interface import TransformersInterface
+from stabmon.capture.unreachable import hide_unreachable
 from stabmon.records import AttentionCall
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class AttentionCapture:
         self.calls[adapter] = self.calls.get(adapter, 0) + 1
         layer = self.names.next_layer(module)
         with self.guarded(), self.inside(), isolated():
-            self._on_call(describe(layer))
+            self._on_call(hide_unreachable(describe(layer)))
 
     @contextmanager
     def guarded(self) -> Iterator[None]:

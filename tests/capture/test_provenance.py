@@ -288,6 +288,21 @@ def test_a_hidden_key_counts_nowhere_whatever_it_holds(how: str, value: float) -
     agree(call, SCORES, HIDDEN)
 
 
+@pytest.mark.parametrize("value", [-1e9, -1e4, -100.0])
+@pytest.mark.parametrize("bias", [0.0, 1e-6])
+def test_a_hidden_key_of_a_fused_call_counts_nowhere_whatever_it_holds(value: float, bias: float) -> None:
+    mask = (bias * BIAS).masked_fill(HIDDEN, value)
+    call = only(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), Q, K, V)
+    agree(call, SCORES, HIDDEN)
+    assert (call.mask.dtype == torch.bool) == (bias == 0)
+
+
+def test_a_fused_call_s_mask_that_scores_can_reach_or_that_falls_with_distance_hides_nothing() -> None:
+    for scale, mask in ((40, -100.0 * HIDDEN), (1, -9.0 * HIDDEN), (1, -4.0 * torch.arange(24.0).expand(6, 24))):
+        call = only(lambda q, k, v, mask=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), Q * scale, K, V)
+        assert torch.equal(call.mask.float().reshape(6, 24), mask)
+
+
 def test_keys_padded_to_a_block_are_hidden_and_keys_padded_with_zeros_are_seen() -> None:
     for value in (-torch.inf, -1e4, -100.0):
         call = only(lambda q, k, v, value=value: F.pad(q @ k.mT / 2, (0, 2), value=value).softmax(-1)[..., :24] @ v, Q, K, V)
