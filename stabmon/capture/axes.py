@@ -40,6 +40,9 @@ class Axes:
         """Both."""
         return self.rows | self.columns
 
+    def __or__(self, other: Axes) -> Axes:
+        return Axes(self.rows | other.rows, self.columns | other.columns)
+
     def at(self, place: Callable[[int], int]) -> Axes:
         """The axes with each dimension moved to its ``place``."""
         return Axes(frozenset(map(place, self.rows)), frozenset(map(place, self.columns)))

@@ -72,18 +72,19 @@ def replayed(
 ) -> Cells:
     """The cells after ``tensor`` went through a view or another choice of its elements."""
     shape = tensor.shape
-    given = [None if a is tensor else a for a in args]
-    named = {k: None if v is tensor else v for k, v in kwargs.items()}
+    places = [i for i, value in enumerate(args) if value is tensor], [k for k, value in kwargs.items() if value is tensor]
+    given = [None if value is tensor else value for value in args]  # the tensor itself is not to be kept alive
+    named = {k: None if value is tensor else value for k, value in kwargs.items()}
 
     def moved() -> Tensor | None:
         before = cells()
         if before is None:
             return None
         before = before.expand(shape).contiguous()  # any view can be taken of it
-        result = function(
-            *(before if a is None else a for a in given), **{k: before if v is None else v for k, v in named.items()}
-        )
-        return result if part is None else result[part]
+        own = [before if i in places[0] else value for i, value in enumerate(given)]
+        result: Any = function(*own, **{k: before if k in places[1] else value for k, value in named.items()})
+        picked: Tensor = result if part is None else result[part]
+        return picked
 
     return moved if cells is not nothing else nothing
 

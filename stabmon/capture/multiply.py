@@ -81,8 +81,9 @@ def unbatched(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) 
 
 def sums(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, result: Tensor | None = None) -> list[Sum]:
     """How a product sums over ``tensor``, once for each operand that it is."""
+    sides = range(len(args)) if name == "einsum" else (0, 1)
     return [
-        found for side in (0, 1) if is_operand(name, args, kwargs, tensor, side) and (found := summed(name, args, kwargs, side))
+        found for side in sides if is_operand(name, args, kwargs, tensor, side) and (found := summed(name, args, kwargs, side))
     ]
 
 
@@ -90,7 +91,7 @@ def is_operand(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tens
     """Whether ``tensor`` is the left (0) or right (1) operand."""
     if name == "einsum":
         einsum = read_einsum(args)
-        return einsum is not None and einsum.tensors[side] is tensor
+        return einsum is not None and side < len(einsum.tensors) and einsum.tensors[side] is tensor
     if name in ("linear", "tensordot"):
         given = [*args, *kwargs.values()]
         return len(given) > side and given[side] is tensor
@@ -113,13 +114,13 @@ def summed(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], side: in
     if name == "tensordot":
         return of_tensordot(given[0], given[1], given[2] if len(given) > 2 else 2, side)
     left, right = factor(name, args, kwargs, 0), factor(name, args, kwargs, 1)
-    own, total = (left, right)[side].ndim, max(left.ndim, right.ndim)
-    more = total - own
-    over = own - 1 if side == 0 else max(0, own - 2)
-    places = {d: d + more - (right.ndim == 1 and side == 1) for d in range(own) if d != over}
+    own = (left, right)[side].ndim
+    more = max(left.ndim, right.ndim) - own
+    inner = own - 1 if side == 0 else max(0, own - 2)
+    places = {d: d + more - (right.ndim == 1 and side == 1) for d in range(own) if d != inner}
     if name == "addbmm":
-        return Sum(frozenset({0, over}), {d: d - 1 for d in places if d})
-    return Sum(frozenset({over}), places)
+        return Sum(frozenset({0, inner}), {d: d - 1 for d in places if d})
+    return Sum(frozenset({inner}), places)
 
 
 def of_tensordot(left: Tensor, right: Tensor, dims: Any, side: int) -> Sum:

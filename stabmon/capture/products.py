@@ -82,8 +82,8 @@ def step(name: str, product: Product, others: list[Any], position: int = 0) -> P
         others: the other arguments, as given.
         position: the place of the tensor among the arguments.
     """
-    other = others[0] if len(others) == 1 else None
-    if name in KEEPS:
+    other: Any = others[0] if len(others) == 1 else None
+    if name in KEEPS or (name == "copy" and position == 1):
         return product
     if name in ("sub", "isub") and position == 0 and product.shift is None and is_shift(other):
         return replace(product, shift=other)

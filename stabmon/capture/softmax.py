@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stabmon.capture.axes import Axes
 from stabmon.capture.base import bind, kernel_dtype, layout, nearest_module
 from stabmon.capture.explain import explain, hide
+from stabmon.capture.hand_made import Made
 from stabmon.capture.masking import conceal
 from stabmon.capture.products import Product
 from stabmon.capture.provenance import Provenance
@@ -48,10 +49,10 @@ def handle_softmax(
         logits = logits.detach().clone()
     result = function(*args, **kwargs)
     with capture.guarded():
-        provenance.soften(logits, product, axis, result)
+        provenance.soften(Made(logits, product, axis), result)
         weights = provenance.get(result)
         if capture.at_once and isinstance(weights, Weights):
-            record_softmax(capture, weights.softmax, weights)
+            record_softmax(capture, weights.softmaxes[0], weights)
     return result
 
 

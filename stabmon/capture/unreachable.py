@@ -71,7 +71,7 @@ def reach(call: AttentionCall, mask: Tensor) -> Tensor:
     assert call.query is not None
     assert call.key is not None
     longest = call.key.float().norm(dim=-1).amax(-1).repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
-    bound = abs(call.scale) * call.query.float().norm(dim=-1) * longest[..., None]
+    bound: Tensor = abs(call.scale) * call.query.float().norm(dim=-1) * longest[..., None]
     if call.softcap is not None:
         bound = bound.clamp(max=call.softcap)
     for d in range(3):

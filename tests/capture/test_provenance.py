@@ -216,6 +216,13 @@ def test_a_product_is_one_however_it_is_made(how: str) -> None:
     agree(call, SCORES)
 
 
+def written(p: Tensor) -> Tensor:
+    buffer = torch.zeros(2, H, 6, 24)
+    for head in range(H):
+        buffer[:, head] = p[:, head]
+    return buffer
+
+
 USES = {
     "sum of products": lambda p, v: (p.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2),
     "einsum": lambda p, v: torch.einsum("bhij,bhjd->bihd", p, v),
@@ -225,6 +232,12 @@ USES = {
     "mixed by a convolution": lambda p, v: torch.einsum("bhij,hg->bgij", p, noise(H, H)) @ v,
     "a slice at a time": lambda p, v: p[..., :5] @ v[..., :5, :] + p[..., 5:] @ v[..., 5:, :],
     "renormalised": lambda p, v: (p / (p.sum(-1, keepdim=True) + 1e-6)).reshape(6, 6, 24).bmm(v.flatten(0, 1)),
+    "three operands": lambda p, v: torch.einsum("bhij,bhjd,hde->bie", p, v, noise(H, 4, 5)),
+    "no output named": lambda p, v: torch.einsum("ij,jd", p[0, 0], v[0, 0]),
+    "inner": lambda p, v: torch.inner(p, v[0, 0].mT),
+    "heads joined": lambda p, v: torch.stack([p[:, h] for h in range(H)], 1) @ v,
+    "copied": lambda p, v: torch.empty_like(p).copy_(p) @ v,
+    "written": lambda p, v: written(p) @ v,
     "tensordot": lambda p, v: torch.tensordot(p[0, 0], v[0, 0], dims=1),
     "baddbmm": lambda p, v: torch.baddbmm(torch.zeros(6, 6, 4), p.flatten(0, 1), v.flatten(0, 1)),
 }
@@ -233,6 +246,20 @@ USES = {
 @pytest.mark.parametrize("how", USES)
 def test_weights_that_something_is_summed_with_are_attention(how: str) -> None:
     agree(only(lambda q, k, v: USES[how]((q @ k.mT / 2).softmax(-1), v), Q, K, V), SCORES)
+
+
+def test_several_softmaxes_used_together_are_all_seen() -> None:
+    ways = (
+        lambda p, q, v: (p - 0.3 * q) @ v,
+        lambda p, q, v: torch.cat([p, q], 2) @ v,
+        lambda p, q, v: torch.stack([p, q]) @ v,
+        lambda p, q, v: torch.where(HIDDEN, p, q) @ v,
+    )
+    for way in ways:
+        calls = calls_of(lambda q, k, v, way=way: way((q @ k.mT / 2).softmax(-1), (q @ k.mT / 4).softmax(-1), v), Q, K, V)
+        assert [call.layer for call in calls] == ["a", "a#1"]
+        agree(calls[0], SCORES)
+        agree(calls[1], SCORES / 2)
 
 
 DEAD = {
