@@ -54,7 +54,7 @@ class AttentionCall:
     softcap: float | None = None
     """Scores become ``softcap * tanh(score / softcap)`` before mask and bias are added."""
     sinks: Tensor | None = None
-    """``[H]`` learned sink logits that join each row's softmax but no value (GPT-OSS)."""
+    """``[H]`` learned sink logits that join each row's softmax but no value (GPT-OSS); ``[B, H, Q]`` where they depend on the query."""
     scores: Tensor | None = None
     """``[B, H, Q, K]`` scores that the model itself formed, hidden keys at -inf: only where it hands over no query and key."""
     dtype: torch.dtype = torch.float32

@@ -24,6 +24,9 @@ RESIZES = {"cat", "concat", "concatenate", "pad", "getitem", "index_select", "ga
 }
 """Operations that change the size of a dimension and keep its place."""
 
+MAKES = {f"{what}_like" for what in ("full", "zeros", "ones", "empty", "rand", "randn", "randint")}
+"""Operations that take no more than the shape of a tensor."""
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -36,6 +39,9 @@ class Axes:
     def all(self) -> frozenset[int]:
         """Both."""
         return self.rows | self.columns
+
+    def __or__(self, other: Axes) -> Axes:
+        return Axes(self.rows | other.rows, self.columns | other.columns)
 
     def at(self, place: Callable[[int], int]) -> Axes:
         """The axes with each dimension moved to its ``place``."""
@@ -54,9 +60,17 @@ class Carried:
 
 
 def carry(
-    name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes, results: list[Any]
+    name: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+    axes: Axes,
+    results: list[Any],
 ) -> list[Carried | None]:
     """Follow the axes of ``tensor`` into each result of an operation; None where they are lost."""
+    if name in MAKES:
+        return [None]
     if name in VIEWS and not (name == "getitem" and is_advanced(args[1])):
         return through_view(function, args, kwargs, tensor, axes)
     return [in_place(name, args, kwargs, tensor, axes, result) for result in results]
@@ -65,10 +79,14 @@ def carry(
 def is_advanced(index: Any) -> bool:
     """Whether an index copies instead of giving a view."""
     parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, list) or (isinstance(part, Tensor) and (part.ndim > 0 or part.dtype == torch.bool)) for part in parts)
+    return any(
+        isinstance(part, list) or (isinstance(part, Tensor) and (part.ndim > 0 or part.dtype == torch.bool)) for part in parts
+    )
 
 
-def in_place(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes, result: Any) -> Carried | None:
+def in_place(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes, result: Any
+) -> Carried | None:
     """Axes of a result whose dimensions stand where they stood, new ones left of them."""
     if not isinstance(result, Tensor):
         return None
@@ -90,7 +108,9 @@ def through_view(
     """Axes of a view, told by the strides of the same view of a tensor without data."""
     with modes_off():
         probe = torch.empty(tensor.shape, device="meta")
-        seen = function(*(probe if a is tensor else a for a in args), **{k: probe if v is tensor else v for k, v in kwargs.items()})
+        seen = function(
+            *(probe if a is tensor else a for a in args), **{k: probe if v is tensor else v for k, v in kwargs.items()}
+        )
     return [seen_through(probe, part, axes) for part in (seen if isinstance(seen, list | tuple) else [seen])]
 
 
@@ -115,7 +135,11 @@ def covers(whole: Tensor, stride: int, size: int) -> set[int]:
     if size == 1:
         return {d for d in range(whole.ndim) if whole.shape[d] == 1 and whole.stride(d) == stride}
     span = stride * (size - 1)
-    return {d for d in range(whole.ndim) if whole.shape[d] > 1 and whole.stride(d) <= span and stride < whole.stride(d) * whole.shape[d]}
+    return {
+        d
+        for d in range(whole.ndim)
+        if whole.shape[d] > 1 and whole.stride(d) <= span and stride < whole.stride(d) * whole.shape[d]
+    }
 
 
 @contextmanager

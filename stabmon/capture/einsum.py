@@ -14,11 +14,11 @@ from stabmon.capture.axes import Axes
 
 @dataclass(frozen=True)
 class Einsum:
-    """An einsum of two operands, a letter for each dimension."""
+    """An einsum, a letter for each dimension."""
 
-    letters: tuple[str, str]
+    letters: tuple[str, ...]
     output: str
-    tensors: tuple[Tensor, Tensor]
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Factors:
 
 
 def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
-    """The einsum of two tensors with an explicit output, in either format; None for another.
+    """The letters and operands of an einsum, in any format; None where a letter comes twice in an operand.
 
     >>> import torch
     >>> q = torch.ones(2, 5, 3, 4)
@@ -39,20 +39,21 @@ def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
     'acbe'
     >>> read_einsum(("...qHd, ...kHd -> ...Hqk", q, q)).letters
     ('ZqHd', 'ZkHd')
+    >>> read_einsum(("ab,cb", q[0, 0], q[0, 0])).output
+    'ac'
     """
-    if len(args) == 5 and isinstance(args[0], Tensor):
-        names = [spelled(part) for part in (args[1], args[3], args[4])]
-        args = (f"{names[0]},{names[1]}->{names[2]}", args[0], args[2])
+    if args and isinstance(args[0], Tensor):
+        count = len(args) // 2
+        inputs = ",".join(spelled(part) for part in args[1 : 2 * count : 2])
+        args = (inputs + (f"->{spelled(args[-1])}" if len(args) % 2 else ""), *args[: 2 * count : 2])
     if len(args) == 2 and isinstance(args[1], list | tuple):
         args = (args[0], *args[1])
-    if len(args) != 3 or not isinstance(args[0], str) or args[0].count("->") != 1 or args[0].count(",") != 1:
+    if not args or not isinstance(args[0], str) or not all(isinstance(each, Tensor) for each in args[1:]):
         return None
-    if not isinstance(args[1], Tensor) or not isinstance(args[2], Tensor):
+    letters, output = spelled_out(args[0], args[1:])
+    if any(len(set(each)) < len(each) for each in letters):
         return None
-    (left, right), output = spelled_out(args[0], args[1:])
-    if len(set(left)) < len(left) or len(set(right)) < len(right):
-        return None
-    return Einsum((left, right), output, (args[1], args[2]))
+    return Einsum(tuple(letters), output, args[1:])
 
 
 def spelled(numbers: Sequence[Any]) -> str:
@@ -62,7 +63,10 @@ def spelled(numbers: Sequence[Any]) -> str:
 
 def spelled_out(equation: str, tensors: tuple[Tensor, ...]) -> tuple[list[str], str]:
     """The letters of each operand and of the result, with unused capital letters for an ellipsis."""
-    inputs, output = equation.replace(" ", "").split("->")
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    if not arrow:
+        once = sorted(letter for letter in set(inputs) - {",", "."} if inputs.count(letter) == 1)
+        output = ("..." if "..." in inputs else "") + "".join(once)
     free = [letter for letter in reversed(ascii_uppercase) if letter not in equation]
     letters, longest = [], ""
     for part, tensor in zip(inputs.split(","), tensors, strict=True):
@@ -92,6 +96,8 @@ def factors_of(einsum: Einsum) -> Factors | None:
     >>> shapes("bsd,vd->bsv", torch.ones(2, 5, 4), torch.ones(9, 4)) is None
     True
     """
+    if len(einsum.tensors) != 2:
+        return None
     (left, right), output, (query, key) = einsum.letters, einsum.output, einsum.tensors
     own = [letter for letter in output if letter in left and letter not in right]
     other = [letter for letter in output if letter in right and letter not in left]

@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 
 from stabmon.capture.base import bind
+from stabmon.capture.unreachable import NEGLIGIBLE, far_below
 
 Cells = Callable[[], Tensor | None]
 """Gives, when asked, the cells of a tensor that have been masked, of its shape; None for none."""
-
-NEGLIGIBLE = 16.0
-"""A masked key this many nats, and ln of the number of keys, below the largest visible score of its row has no influence: together
-they hold less than 2e-7 of the probability."""
-
-CLEAR = 10.0
-"""Values fall into visible and masked ones where the gap between the two is this many times as wide as the visible ones are spread."""
 
 
 def nothing() -> None:
@@ -43,21 +37,14 @@ def either(cells: Cells, other: Cells) -> Cells:
 
 
 def lowered(values: Tensor, sign: float = 1.0) -> Cells:
-    """Cells that adding ``values`` masks: those far below all others, which differ little among themselves (0 and -1e4)."""
+    """Cells that adding ``values`` masks."""
     if values.ndim == 0 or not values.is_floating_point():
         return nothing
     get = held(values)
 
     def cells() -> Tensor | None:
         given = get()
-        if given is None:
-            return None
-        given = sign * given
-        high, low = given.amax(), given.amin().clamp(min=-1e30)
-        upper = given > high - (high - low) / 4
-        least = given.masked_fill(~upper, torch.inf).amin()
-        most = given.masked_fill(upper, -torch.inf).amax()
-        return ~upper if bool((least - most > CLEAR * (high - least)).item()) else None
+        return None if given is None else far_below(sign * given)
 
     return cells
 
@@ -76,26 +63,37 @@ def chosen(mask: object, *, where: bool) -> Cells:
 
 
 def replayed(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, cells: Cells, part: int | None = None
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+    cells: Cells,
+    part: int | None = None,
 ) -> Cells:
     """The cells after ``tensor`` went through a view or another choice of its elements."""
     shape = tensor.shape
-    given = [None if a is tensor else a for a in args]
-    named = {k: None if v is tensor else v for k, v in kwargs.items()}
+    places = [i for i, value in enumerate(args) if value is tensor], [k for k, value in kwargs.items() if value is tensor]
+    given = [None if value is tensor else value for value in args]  # the tensor itself is not to be kept alive
+    named = {k: None if value is tensor else value for k, value in kwargs.items()}
 
     def moved() -> Tensor | None:
         before = cells()
         if before is None:
             return None
-        before = before.expand(shape)
-        result = function(*(before if a is None else a for a in given), **{k: before if v is None else v for k, v in named.items()})
-        return result if part is None else result[part]
+        before = before.expand(shape).contiguous()  # any view can be taken of it
+        own = [before if i in places[0] else value for i, value in enumerate(given)]
+        result: Any = function(*own, **{k: before if k in places[1] else value for k, value in named.items()})
+        picked: Tensor = result if part is None else result[part]
+        return picked
 
     return moved if cells is not nothing else nothing
 
 
 def joined(
-    function: Callable[..., Any], pieces: list[tuple[torch.Size, torch.device, Cells | None]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    function: Callable[..., Any],
+    pieces: list[tuple[torch.Size, torch.device, Cells | None]],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Cells:
     """The cells of tensors joined by ``cat`` or ``stack``; a piece that is no product is masked as a whole, if its values say so."""
     rest, named = args[1:], {k: v for k, v in kwargs.items() if k != "tensors"}
@@ -127,7 +125,9 @@ def padded(args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, cel
     return around
 
 
-def written(shape: torch.Size, device: torch.device, before: Cells | None, put: Callable[[Tensor, Tensor], None], cells: Cells) -> Cells:
+def written(
+    shape: torch.Size, device: torch.device, before: Cells | None, put: Callable[[Tensor, Tensor], None], cells: Cells
+) -> Cells:
     """The cells of a buffer after one part of it was written; ``before`` is None where none of it was a score: then all else is masked."""
 
     def after() -> Tensor:

@@ -13,7 +13,15 @@ from stabmon.capture.base import bind
 from stabmon.capture.einsum import Factors, factors_of, read_einsum
 
 PRODUCTS = {"matmul", "rmatmul", "bmm", "mm", "baddbmm", "addbmm", "addmm", "einsum", "tensordot", "linear"}
-MATRICES = {"matmul": (0, 1), "rmatmul": (1, 0), "bmm": (0, 1), "mm": (0, 1), "baddbmm": (1, 2), "addbmm": (1, 2), "addmm": (1, 2)}
+MATRICES = {
+    "matmul": (0, 1),
+    "rmatmul": (1, 0),
+    "bmm": (0, 1),
+    "mm": (0, 1),
+    "baddbmm": (1, 2),
+    "addbmm": (1, 2),
+    "addmm": (1, 2),
+}
 """Where the arguments of a product of matrices hold its left and right factor."""
 NAMES = {"bmm": ("input", "mat2"), "mm": ("input", "mat2"), "matmul": ("input", "other"), "tensordot": ("a", "b", "dims")} | {
     name: ("input", "batch1", "batch2") if "b" in name else ("input", "mat1", "mat2") for name in ("baddbmm", "addbmm", "addmm")
@@ -73,14 +81,17 @@ def unbatched(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) 
 
 def sums(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, result: Tensor | None = None) -> list[Sum]:
     """How a product sums over ``tensor``, once for each operand that it is."""
-    return [found for side in (0, 1) if is_operand(name, args, kwargs, tensor, side) and (found := summed(name, args, kwargs, side))]
+    sides = range(len(args)) if name == "einsum" else (0, 1)
+    return [
+        found for side in sides if is_operand(name, args, kwargs, tensor, side) and (found := summed(name, args, kwargs, side))
+    ]
 
 
 def is_operand(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, side: int) -> bool:
     """Whether ``tensor`` is the left (0) or right (1) operand."""
     if name == "einsum":
         einsum = read_einsum(args)
-        return einsum is not None and einsum.tensors[side] is tensor
+        return einsum is not None and side < len(einsum.tensors) and einsum.tensors[side] is tensor
     if name in ("linear", "tensordot"):
         given = [*args, *kwargs.values()]
         return len(given) > side and given[side] is tensor
@@ -103,20 +114,23 @@ def summed(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], side: in
     if name == "tensordot":
         return of_tensordot(given[0], given[1], given[2] if len(given) > 2 else 2, side)
     left, right = factor(name, args, kwargs, 0), factor(name, args, kwargs, 1)
-    own, total = (left, right)[side].ndim, max(left.ndim, right.ndim)
-    more = total - own
-    over = own - 1 if side == 0 else max(0, own - 2)
-    places = {d: d + more - (right.ndim == 1 and side == 1) for d in range(own) if d != over}
+    own = (left, right)[side].ndim
+    more = max(left.ndim, right.ndim) - own
+    inner = own - 1 if side == 0 else max(0, own - 2)
+    places = {d: d + more - (right.ndim == 1 and side == 1) for d in range(own) if d != inner}
     if name == "addbmm":
-        return Sum(frozenset({0, over}), {d: d - 1 for d in places if d})
-    return Sum(frozenset({over}), places)
+        return Sum(frozenset({0, inner}), {d: d - 1 for d in places if d})
+    return Sum(frozenset({inner}), places)
 
 
 def of_tensordot(left: Tensor, right: Tensor, dims: Any, side: int) -> Sum:
     """Which dimensions a tensordot sums over."""
     if isinstance(dims, int):
         dims = (range(left.ndim - dims, left.ndim), range(dims))
-    over = [frozenset(d % t.ndim for d in (given if not isinstance(given, int) else [given])) for t, given in zip((left, right), dims, strict=True)]
+    over = [
+        frozenset(d % t.ndim for d in (given if not isinstance(given, int) else [given]))
+        for t, given in zip((left, right), dims, strict=True)
+    ]
     first = left.ndim - len(over[0]) if side else 0
     rest = [d for d in range((left, right)[side].ndim) if d not in over[side]]
     return Sum(over[side], {d: first + place for place, d in enumerate(rest)})

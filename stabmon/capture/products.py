@@ -82,8 +82,8 @@ def step(name: str, product: Product, others: list[Any], position: int = 0) -> P
         others: the other arguments, as given.
         position: the place of the tensor among the arguments.
     """
-    other = others[0] if len(others) == 1 else None
-    if name in KEEPS:
+    other: Any = others[0] if len(others) == 1 else None
+    if name in KEEPS or (name == "copy" and position == 1):
         return product
     if name in ("sub", "isub") and position == 0 and product.shift is None and is_shift(other):
         return replace(product, shift=other)
@@ -120,7 +120,8 @@ def masks(name: str, others: list[Any], position: int) -> Cells:
     if name == "masked_fill":
         return chosen(others[0] if others else None, where=True)
     if name == "where":  # where(condition, scores, other), scores.where(condition, other), where(condition, other, scores)
-        return chosen(others[0], where=position == 2)
+        condition = next((o for o in others if isinstance(o, Tensor) and o.dtype == torch.bool), None)
+        return chosen(condition, where=position == 2)
     return nothing
 
 

@@ -3,55 +3,37 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from stabmon.capture.axes import RESIZES, VIEWS, Axes, Carried, carry, covers, is_advanced, modes_off
-from stabmon.capture.masking import either, joined, nothing, padded, replayed, written
+from stabmon.capture.axes import RESIZES, VIEWS, Axes, Carried, carry, modes_off
+from stabmon.capture.buffers import after_set_item, base_after_write, onto
+from stabmon.capture.hand_made import Exponential, HandMade, LogTotal, Made, Total, next_by_hand, scores_overwritten
+from stabmon.capture.masking import Cells, either, joined, nothing, padded, replayed
 from stabmon.capture.multiply import PRODUCTS, sums
+from stabmon.capture.operations import Operation
 from stabmon.capture.outer import Outer, outer_of, summed_outer
-from stabmon.capture.products import KEEPS, TIMES, Product, is_number, moved, product_of, step
-from stabmon.capture.weights import Attend, Exponential, LogTotal, LogWeights, Softmax, Total, Weights
-from stabmon.capture.weights import dimensions, is_use, next_total, next_weights
+from stabmon.capture.products import Product, moved, product_of, step
+from stabmon.capture.weights import READS, Attend, Softmax, Weights, dimensions, is_use, next_weights, united
 
-Record = Product | Weights | Exponential | Total | LogTotal | LogWeights | Outer
+Record = Product | Weights | HandMade | Outer
+Tracked = list[tuple[int, Tensor, Any]]
+"""Operands of which something is known: place among all of them, tensor, record."""
 JOINS = {"cat", "concat", "concatenate", "stack"}
-IN_PLACE = {"setitem", "iadd", "isub", "imul", "itruediv"}
-
-
-def operation(function: Callable[..., Any]) -> str:
-    """The name of a torch function, without underscores; of a property, the property's."""
-    name: str = getattr(function, "__name__", "")
-    if name == "__get__":
-        name = getattr(getattr(function, "__self__", None), "__name__", "")
-    return name.removeprefix("special_").strip("_")
-
-
-def flat(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The arguments of a call in order, those in a list as if they stood alone."""
-    found: list[Any] = []
-    for value in (*args, *kwargs.values()):
-        found.extend(value) if isinstance(value, list | tuple) else found.append(value)
-    return found
-
-
-@dataclass
-class Call:
-    """One operation that the model makes."""
-
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 class Provenance:
-    """Which of a forward's living tensors came of a product of queries and keys."""
+    """Which of a forward's living tensors came of a product of queries and keys.
+
+    Args:
+        attend: receives each softmax when something is summed with its weights.
+        owner: gives the module whose code is running; None where it is none of the model's.
+    """
 
     def __init__(self, attend: Attend, owner: Callable[[], nn.Module | None]) -> None:
         self._known: Any = WeakIdKeyDictionary()
@@ -64,227 +46,179 @@ class Provenance:
         """What is known of ``tensor``."""
         return self._known.get(tensor) if isinstance(tensor, Tensor) else None
 
-    def tracked(self, call: Call) -> list[tuple[int, Tensor, Any]]:
-        """The arguments of which something is known, with their places."""
-        if not len(self._known):
-            return []
-        values = enumerate(flat(call.args, call.kwargs))
-        return [(place, value, record) for place, value in values if (record := self.get(value)) is not None]
-
-    def before(self, call: Call) -> None:
+    def before(self, operation: Operation) -> None:
         """Look at an operation that is about to be made: whether it uses weights, and what it overwrites."""
         self._copy = None
         if not len(self._known):
             return
-        if call.name in PRODUCTS or call.name in ("sum", "nansum", "mean"):
-            for _, tensor, record in self.tracked(call):
-                if isinstance(record, Weights) and is_use(call.name, call.args, call.kwargs, tensor, record):
-                    self._attend(record.softmax, record)
-        changed = call.kwargs.get("out", call.args[0] if call.args and changes_first(call) else None)
-        if isinstance(changed, Tensor):
+        if operation.name in PRODUCTS or operation.name in ("sum", "nansum", "mean"):
+            for _, tensor, record in self._tracked(operation):
+                if isinstance(record, Weights) and is_use(operation.name, operation.args, operation.kwargs, tensor, record):
+                    self._used(record)
+        changed = operation.changed
+        if changed is not None:
             for softmax in list(self._unused):
                 softmax.keep_from(changed)
-            if call.name == "exp" and isinstance(self.get(changed), Product):
-                self._copy = changed.detach().clone()
+            self._copy = scores_overwritten(operation, self.get(changed))
 
-    def after(self, call: Call, result: Any) -> None:
+    def after(self, operation: Operation, result: Any) -> None:
         """Learn from an operation that the model has made."""
-        if call.name == "setitem":
-            self._set_item(call)
+        if operation.name == "setitem":
+            target, index, value = operation.args
+            self._learn(target, after_set_item(target, index, value, self.get(target), self.get(value)))
+            self._tell_base(operation, target)
             return
         results = list(result) if isinstance(result, list | tuple) else [result]
         if not results or not isinstance(results[0], Tensor) or not results[0].is_floating_point():
             return
-        tracked = self.tracked(call)
-        records = self._next(call, tracked, results) if tracked else [product_of(call.name, call.args, call.kwargs, results[0]) if call.name in PRODUCTS else outer_of(call.name, call.args, results[0])]
+        tracked = self._tracked(operation)
+        if tracked:
+            records = self._next(operation, tracked, results, many=isinstance(result, list | tuple))
+        elif operation.name in PRODUCTS:
+            records = [product_of(operation.name, operation.args, operation.kwargs, results[0])]
+        else:
+            records = [outer_of(operation.name, operation.args, results[0])]
         for tensor, record in zip(results, records, strict=False):
-            if record is not None:
-                self._known[tensor] = record
-                if isinstance(record, Product) and (changes_first(call) or "out" in call.kwargs):
-                    self._tell_base(tensor, record, filled=call.name != "copy" and "out" not in call.kwargs)
-            elif tracked and isinstance(tensor, Tensor) and tensor in self._known and changes_first(call):
-                del self._known[tensor]
+            self._learn(tensor, record)
+        if operation.changed is not None:
+            self._tell_base(operation, results[0])
 
-    def soften(self, logits: Tensor, product: Product, axis: int, result: Tensor) -> None:
-        """Learn that ``result`` is the softmax of ``logits`` along ``axis``."""
+    def soften(self, made: Made, result: Tensor) -> None:
+        """Learn that ``result`` is a softmax."""
         module = self._owner()
         if module is None:
             return
-        softmax = Softmax(logits, product, axis, module)
-        axes = Axes(product.axes.all - {axis}, frozenset({axis}))
-        self._known[result] = Weights(softmax, axes, strict=axis != logits.ndim - 1)
+        softmax = Softmax(made.logits, made.product, made.axis, module)
+        axes = Axes(made.product.axes.all - {made.axis}, frozenset({made.axis}))
+        self._known[result] = Weights((softmax,), axes, strict=made.axis != made.logits.ndim - 1)
         self._unused.add(softmax)
 
-    def _next(self, call: Call, tracked: list[tuple[int, Tensor, Any]], results: list[Any]) -> list[Any]:
-        position, tensor, record = tracked[0]
-        result = results[0]
-        name = call.name
+    def _tracked(self, operation: Operation) -> Tracked:
+        if not len(self._known):
+            return []
+        found = ((place, value, self.get(value)) for place, value in enumerate(operation.operands))
+        return [each for each in found if each[2] is not None]
+
+    def _used(self, weights: Weights) -> None:
+        for softmax in weights.softmaxes:
+            self._attend(softmax, weights)
+
+    def _learn(self, tensor: Any, record: Record | None) -> None:
+        if record is not None:
+            self._known[tensor] = record
+        elif isinstance(tensor, Tensor):
+            self._known.pop(tensor, None)
+
+    def _tell_base(self, operation: Operation, view: Tensor) -> None:
+        """Tell of a write into a view to the tensor that it is a view of."""
+        base, record = view._base, self.get(view)
+        if base is None or record is None:
+            return
+        filled = operation.name != "copy" and "out" not in operation.kwargs
+        if isinstance(record, Product):
+            own = self.get(base)
+            filled = filled and not (operation.name == "setitem" and isinstance(operation.args[2], Tensor))
+            told: Record | None = base_after_write(view, record, base, own, filled=filled)
+            self._learn(base, told or own)
+        elif isinstance(record, Weights) and not filled and base.is_contiguous():
+            own = self.get(base)
+            axes = onto(base, view, record.axes)
+            self._known[base] = united([record, own], axes | own.axes if isinstance(own, Weights) else axes)
+
+    def _next(self, operation: Operation, tracked: Tracked, results: list[Any], *, many: bool) -> Sequence[Record | None]:
+        _, tensor, record = tracked[0]
+        name, args, kwargs = operation.name, operation.args, operation.kwargs
         if name in PRODUCTS:
-            return [self._multiplied(call, tracked, result)]
-        made = self._normalised(call, tensor, record, result)
-        if made is not None:
+            return [self._multiplied(operation, tracked, results[0])]
+        made = next_by_hand(operation, tensor, record, self.get, self._copy)
+        if isinstance(made, tuple):
+            self.soften(made[0], results[0])
+            return [self.get(results[0])]
+        if made is not None or isinstance(record, Exponential | Total | LogTotal | Made):
             return [made]
         if isinstance(record, Outer):
-            return [summed_outer(name, record, dimensions(call.args, call.kwargs, tensor), result, call.kwargs)]
-        if isinstance(record, Total):
-            return [record if name in KEEPS | VIEWS else next_total(record, name, [v for v in flat(call.args, call.kwargs) if v is not tensor])]
-        if isinstance(record, Exponential | LogTotal | LogWeights):
-            return [record if name in KEEPS | {"unsqueeze"} else None]
-        carried = carry(name, call.function, call.args, call.kwargs, tensor, record.axes, results)
-        if isinstance(record, Weights):
+            return [summed_outer(name, record, dimensions(args, kwargs, tensor), results[0], kwargs)]
+        weights = [(each, known) for _, each, known in tracked if isinstance(known, Weights)]
+        if weights:
+            tensor, record = weights[0]
+        carried = carry(name, operation.function, args, kwargs, tensor, record.axes, results)
+        if weights:
+            if carried[0] is None and name not in READS:
+                self._used(
+                    united((known for _, known in weights), record.axes)
+                )  # a function that is not known: hardly for nothing
+            if len({id(known) for _, known in weights}) > 1:
+                return [None if c is None else united((known for _, known in weights), c.axes) for c in carried]
             return [None if c is None else next_weights(record, c, tensor, r) for c, r in zip(carried, results, strict=False)]
         if name in JOINS:
-            return [self._joined(call, tracked, carried[0])]
-        return [None if c is None else self._product(call, tracked, c, part if len(results) > 1 else None) for part, c in enumerate(carried)]
+            return [self._joined(operation, tensor, record, carried[0])]
+        parts: Sequence[int | None] = range(len(results)) if many else [None]
+        return [None if c is None else self._moved(operation, tracked, c, p) for p, c in zip(parts, carried, strict=False)]
 
-    def _product(self, call: Call, tracked: list[tuple[int, Tensor, Any]], carried: Carried, part: int | None) -> Product | None:
-        position, tensor, product = tracked[0]
+    def _moved(self, operation: Operation, tracked: Tracked, carried: Carried, part: int | None) -> Product | None:
+        """What scores become by a view, by arithmetic, or by a choice of their elements."""
+        position, tensor = tracked[0][:2]
+        product: Product = tracked[0][2]
+        name, args, kwargs = operation.name, operation.args, operation.kwargs
         if len({id(record) for _, _, record in tracked}) > 1:
             if not all(isinstance(record, Product) and record.shift is None for _, _, record in tracked):
                 return None
-            cells = nothing
+            together: Cells = nothing
             for _, _, record in tracked:
-                cells = either(cells, record.cells)
-            return replace(product.opaque(), axes=carried.axes, cells=cells, masked=True)
-        if call.name in VIEWS | RESIZES:
-            if call.name == "pad":
-                cells = padded(call.args, call.kwargs, tensor, product.cells)
-            else:
-                cells = replayed(call.function, call.args, call.kwargs, tensor, product.cells, part)
-            if product.shift is not None:
-                if call.name not in VIEWS or part is not None:
-                    return None
-                with modes_off(), torch.no_grad():
-                    wide = product.shift.detach().expand(tensor.shape)
-                    product = replace(product, shift=call.function(wide, *call.args[1:], **call.kwargs))
-            return moved(call.name, product, carried, cells)
-        others = [value for value in flat(call.args, call.kwargs) if value is not tensor]
-        after = step(call.name, product, others, position)
-        return None if after is None else replace(after, axes=carried.axes)
+                together = either(together, record.cells)
+            return replace(product.opaque(), axes=carried.axes, cells=together, masked=True)
+        if name not in VIEWS | RESIZES:
+            after = step(name, product, operation.others(tensor), position)
+            return None if after is None else replace(after, axes=carried.axes)
+        if product.shift is not None:
+            if name not in VIEWS or part is not None:
+                return None
+            with modes_off(), torch.no_grad():
+                wide = product.shift.detach().expand(tensor.shape)
+                product = replace(product, shift=operation.function(wide, *args[1:], **kwargs))
+        if name == "pad":
+            padding = moved(name, product, carried, padded(args, kwargs, tensor, product.cells))
+            return replace(padding, pieces=pieces_of_padding(operation, tensor, carried))
+        return moved(name, product, carried, replayed(operation.function, args, kwargs, tensor, product.cells, part))
 
-    def _joined(self, call: Call, tracked: list[tuple[int, Tensor, Any]], carried: Carried | None) -> Product | None:
-        tensors = call.args[0] if call.args else call.kwargs["tensors"]
+    def _joined(self, operation: Operation, tensor: Tensor, product: Product, carried: Carried | None) -> Product | None:
+        """What tensors of scores, and others, become when they are joined."""
+        args, kwargs = operation.args, operation.kwargs
+        tensors = args[0] if args else kwargs["tensors"]
         records = [self.get(each) for each in tensors]
-        if carried is None or not all(record is None or (isinstance(record, Product) and record.shift is None) for record in records):
+        if carried is None or not all(r is None or (isinstance(r, Product) and r.shift is None) for r in records):
             return None
-        pieces = [(each.shape, each.device, None if record is None else record.cells) for each, record in zip(tensors, records, strict=True)]
-        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0) % max(1, tracked[0][1].ndim)
-        widths = tuple(each.shape[dim] for each in tensors) if call.name != "stack" and carried.axes.columns == {dim} else ()
-        cells = joined(call.function, pieces, call.args, call.kwargs)
-        fills = tuple(fill for record in records if record is not None for fill in record.fills)
-        return replace(tracked[0][2].opaque(), axes=carried.axes, cells=cells, masked=True, fills=fills, pieces=widths)
+        pieces = [(t.shape, t.device, None if r is None else r.cells) for t, r in zip(tensors, records, strict=True)]
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % max(1, tensor.ndim)
+        widths = tuple(t.shape[dim] for t in tensors) if operation.name != "stack" and carried.axes.columns == {dim} else ()
+        fills = tuple(fill for r in records if r is not None for fill in r.fills)
+        wide = [r for r, width in zip(records, widths, strict=False) if width > 1]
+        alone = len(wide) == 1 and isinstance(wide[0], Product)  # the others are a column each, as a sink is
+        first = wide[0] if alone else product.opaque()
+        cells = joined(operation.function, pieces, args, kwargs)
+        return replace(first, axes=carried.axes, cells=cells, masked=True, fills=fills, pieces=widths)
 
-    def _multiplied(self, call: Call, tracked: list[tuple[int, Tensor, Any]], result: Tensor) -> Record | None:
-        """What a product with a tracked tensor is: a new one, or the old one with its heads mixed."""
+    def _multiplied(self, operation: Operation, tracked: Tracked, result: Tensor) -> Product | Weights | None:
+        """What a product with something known is: a new one, or the old one with its heads mixed."""
+        name, args, kwargs = operation.name, operation.args, operation.kwargs
         for _, tensor, record in tracked:
             if not isinstance(record, Product | Weights):
                 continue
-            for each in sums(call.name, call.args, call.kwargs, tensor):
+            for each in sums(name, args, kwargs, tensor):
                 if not each.over & record.axes.all and record.axes.all <= each.places.keys():
                     axes = record.axes.at(each.places.__getitem__)
                     if isinstance(record, Weights):
                         return replace(record, axes=axes, kept=None)
-                    return replace(record.opaque(), axes=axes, cells=nothing, shift=None) if record.shift is None else None
+                    return replace(record.opaque(), axes=axes, cells=nothing) if record.shift is None else None
         if any(isinstance(record, Weights) for _, _, record in tracked):
             return None
-        return product_of(call.name, call.args, call.kwargs, result)
-
-    def _normalised(self, call: Call, tensor: Tensor, record: Any, result: Tensor) -> Record | None:
-        """Follow a softmax that is made by hand."""
-        name, args, kwargs = call.name, call.args, call.kwargs
-        if isinstance(record, Product) and name in ("exp", "logsumexp", "log_softmax"):
-            if name == "exp":
-                return Exponential(tensor if self._copy is None else self._copy, record, record.axes)
-            over = dimensions(args, kwargs, tensor)
-            if len(over) != 1 or not over <= record.axes.all:
-                return None
-            (axis,) = over
-            return LogTotal(tensor, axis) if name == "logsumexp" else LogWeights(tensor, record, axis, record.axes)
-        if isinstance(record, Exponential) and name == "sum":
-            over = dimensions(args, kwargs, tensor)
-            return Total(record, next(iter(over))) if len(over) == 1 and over <= record.axes.all else None
-        if isinstance(record, LogWeights) and name == "exp":
-            return self._made(record.logits, record.product, record.axis, result)
-        others = [self.get(value) for value in flat(args, kwargs) if value is not tensor]
-        total = others[0] if len(others) >= 1 else None
-        if isinstance(record, Product) and name == "sub" and isinstance(total, LogTotal) and total.of is tensor and args[0] is tensor:
-            return LogWeights(tensor, record, total.axis, record.axes)
-        if isinstance(record, Exponential) and isinstance(total, Total) and total.of is record:
-            divided = name in ("div", "truediv", "itruediv", "divide", "true_divide") and args[0] is tensor and not total.inverse
-            if divided or (name in TIMES and total.inverse):
-                return self._made(record.logits, record.product, total.axis, result)
-        if isinstance(record, Exponential) and name == "normalize":
-            given = {**dict(zip(("input", "p", "dim"), args, strict=False)), **kwargs}
-            if given.get("p", 2.0) == 1:
-                return self._made(record.logits, record.product, given.get("dim", 1) % tensor.ndim, result)
-        return None
-
-    def _made(self, logits: Tensor, product: Product, axis: int, result: Tensor) -> Record | None:
-        self.soften(logits, product, axis, result)
-        return self.get(result)
-
-    def _set_item(self, call: Call) -> None:
-        target, index, value = call.args
-        if not isinstance(target, Tensor) or not target.is_floating_point():
-            return
-        own, given = self.get(target), self.get(value)
-        if not isinstance(own, Product) and not isinstance(given, Product):
-            return
-        if isinstance(own, Product) and not isinstance(given, Product):
-            after = step("setitem", own, [value]) if is_number(value) else own.opaque()
-            assert after is not None
-            everywhere = lambda: torch.ones((), dtype=torch.bool, device=target.device)  # noqa: E731
-            cells = written(target.shape, target.device, own.cells, lambda whole, new: whole.__setitem__(index, new), everywhere)
-            self._known[target] = replace(after, cells=cells, masked=True)
-            self._tell_base(target, self._known[target], filled=is_number(value))
-            return
-        if given.shift is not None or (isinstance(own, Product) and own.shift is not None):
-            self._known.pop(target, None)
-            return
-        axes = axes_written(target, index, value, given.axes)
-        if isinstance(own, Product):
-            axes = own.axes if axes is None else Axes(axes.rows | own.axes.rows, axes.columns | own.axes.columns)
-        if axes is None:
-            return
-        before = own.cells if isinstance(own, Product) else None
-        cells = written(target.shape, target.device, before, lambda whole, new: whole.__setitem__(index, new), given.cells)
-        self._known[target] = replace(given.opaque(), axes=axes, cells=cells, masked=True, pieces=())
-        self._tell_base(target, self._known[target], filled=False)
-
-    def _tell_base(self, view: Tensor, record: Product, *, filled: bool) -> None:
-        """Tell of a write into a view to the tensor that it is a view of; ``filled`` where it was a mask and no other scores."""
-        base = view._base
-        if base is None or not base.is_contiguous() or not base.is_floating_point():
-            return
-        own = self.get(base)
-        if (own is not None and not isinstance(own, Product)) or record.shift is not None or getattr(own, "shift", None) is not None:
-            return
-        geometry = view.shape, view.stride(), view.storage_offset() - base.storage_offset()
-        place = [covers(base, view.stride(d), view.shape[d]) for d in range(view.ndim)]
-        rows, columns = (frozenset(d for v in some for d in place[v]) for some in (record.axes.rows, record.axes.columns))
-        axes = Axes(rows | own.axes.rows, columns | own.axes.columns) if isinstance(own, Product) else Axes(rows, columns)
-        put = lambda whole, new: whole.as_strided(*geometry).copy_(new)  # noqa: E731
-        cells = written(base.shape, base.device, own.cells if isinstance(own, Product) else None, put, record.cells)
-        same = own if isinstance(own, Product) and filled else (own or record).opaque()
-        self._known[base] = replace(same, axes=axes, cells=cells, masked=True, fills=same.fills + record.fills)
+        return product_of(name, args, kwargs, result)
 
 
-def changes_first(call: Call) -> bool:
-    """Whether an operation changes its first argument."""
-    name: str = getattr(call.function, "__name__", "")
-    return (name.endswith("_") and not name.endswith("__")) or call.name in IN_PLACE
-
-
-def axes_written(target: Tensor, index: Any, value: Tensor, axes: Axes) -> Axes | None:
-    """The axes of ``target`` after ``target[index] = value``."""
-    if is_advanced(index):
-        return axes if value.ndim == target.ndim else None
-    with modes_off():
-        probe = torch.empty(target.shape, device="meta")
-        part = probe[index]
-    more = part.ndim - value.ndim
-    if more < 0:
-        return None
-    place = [covers(probe, part.stride(d), part.shape[d]) for d in range(part.ndim)]
-    rows, columns = (frozenset(d for v in some for d in place[v + more]) for some in (axes.rows, axes.columns))
-    return Axes(rows, columns)
+def pieces_of_padding(operation: Operation, tensor: Tensor, carried: Carried) -> tuple[int, ...]:
+    """The pieces of scores that were padded by one column, as softmax-off-by-one does."""
+    if carried.axes.columns != {tensor.ndim - 1}:
+        return ()
+    given = tuple(operation.kwargs.get("pad", operation.args[1] if len(operation.args) > 1 else ()))
+    keys = tensor.shape[-1]
+    return {(1, 0): (1, keys), (0, 1): (keys, 1)}.get(given, ())

@@ -18,6 +18,7 @@ from stabmon.capture.op_trace import sequence_number
 from stabmon.capture.same_positions import attends_itself
 from stabmon.capture.torch_functions import FunctionWatch, push, remove, taken_off
 from stabmon.capture.transformers_interface import TransformersInterface
+from stabmon.capture.unreachable import hide_unreachable
 from stabmon.capture.witness import Witness, WitnessedWatch, is_due
 from stabmon.records import AttentionCall
 
@@ -141,7 +142,7 @@ class AttentionCapture:
         self.witness.recorded(self.names.name_of(module) or "")
         layer = self.names.next_layer(module)
         with self.guarded(), self.inside(), isolated():
-            self._on_call(self._with_positions(describe(layer), module))
+            self._on_call(self._with_positions(hide_unreachable(describe(layer)), module))
 
     def _with_positions(self, call: AttentionCall, module: nn.Module) -> AttentionCall:
         """The call with ``is_self`` set, where it makes a difference: where some key may be hidden."""

@@ -10,6 +10,7 @@ them anyway.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from stabmon.capture.axes import Axes
 from stabmon.capture.base import bind, kernel_dtype, layout, nearest_module
 from stabmon.capture.explain import explain, hide
+from stabmon.capture.hand_made import Made
 from stabmon.capture.masking import conceal
 from stabmon.capture.products import Product
 from stabmon.capture.provenance import Provenance
@@ -47,14 +49,16 @@ def handle_softmax(
         logits = logits.detach().clone()
     result = function(*args, **kwargs)
     with capture.guarded():
-        provenance.soften(logits, product, axis, result)
+        provenance.soften(Made(logits, product, axis), result)
         weights = provenance.get(result)
         if capture.at_once and isinstance(weights, Weights):
-            record_softmax(capture, weights.softmax, weights)
+            record_softmax(capture, weights.softmaxes[0], weights)
     return result
 
 
-def product_under(capture: AttentionCapture, provenance: Provenance, given: Mapping[str, Any]) -> tuple[Tensor, int, Product] | None:
+def product_under(
+    capture: AttentionCapture, provenance: Provenance, given: Mapping[str, Any]
+) -> tuple[Tensor, int, Product] | None:
     """The scores, the axis and the product of a softmax that may be attention, and is not recorded yet."""
     logits, axis = given.get("input"), given.get("dim")
     if not isinstance(logits, Tensor) or not isinstance(axis, int):
@@ -65,7 +69,8 @@ def product_under(capture: AttentionCapture, provenance: Provenance, given: Mapp
     if capture.modules and logits.ndim > 2:
         module = nearest_module(capture.names)
         if module is not None and capture.names.matches(module, capture.modules):
-            unknown = Product(None, None, kernel_dtype(logits), Axes(frozenset({logits.ndim - 2 if axis == logits.ndim - 1 else logits.ndim - 1}), frozenset({axis})))
+            row = logits.ndim - 2 if axis == logits.ndim - 1 else logits.ndim - 1
+            unknown = Product(None, None, kernel_dtype(logits), Axes(frozenset({row}), frozenset({axis})))
             record_softmax(capture, Softmax(logits, product if known else unknown, axis, module), None)
             return None
     return (logits, axis, product) if known else None
@@ -92,7 +97,9 @@ def sink_of(product: Product, logits: Tensor, axis: int, weights: Weights | None
     return None
 
 
-def read_softmax(layer: str, module: nn.Module, logits: Tensor, product: Product, axis: int, sink: int | None = None) -> AttentionCall:
+def read_softmax(
+    layer: str, module: nn.Module, logits: Tensor, product: Product, axis: int, sink: int | None = None
+) -> AttentionCall:
     """The call with query and key where they can be told, else with the scores."""
     if product.shift is not None and product.shift.ndim <= logits.ndim:
         logits = logits + product.shift.to(logits.dtype)
@@ -102,26 +109,42 @@ def read_softmax(layer: str, module: nn.Module, logits: Tensor, product: Product
     leading = [d for d in range(logits.ndim) if d not in (*rows, axis)]
     arranged = logits.permute(*leading, *rows, axis)
     shown = arranged.reshape(*(logits.shape[d] for d in leading), -1, logits.shape[axis])
-    cells = product.cells()
+    cells = None
+    with suppress(RuntimeError, IndexError, TypeError):  # what the model did cannot be done to a mask: only values tell then
+        cells = product.cells()
     if cells is not None:
         cells = cells.expand(logits.shape).permute(*leading, *rows, axis).reshape(shown.shape)
     grouped = product.key is not None and shown.ndim == 5 and product.key.shape[-3] == 1 != shown.shape[-3]
     lay_out = layout(shown.shape, module, grouped=grouped, operand=product.key if product.query is None else product.query)
-    scores = lay_out(shown)
+    scores, cells = lay_out(shown), None if cells is None else lay_out(cells)
     call = AttentionCall(layer, None, None, scale=product.scale, dtype=product.dtype, fused=False, module=module)
-    if product.query is not None and product.key is not None and sink is None and not rows_differ(product, shown):
+    if sink is not None:
+        call = replace(call, sinks=sinks_of(scores[..., sink]))
+        scores, cells = without(scores, sink), None if cells is None else without(cells, sink)
+    if product.query is not None and product.key is not None and fits(product, scores):
         try:
             query = lay_out(spread(product.query, shown.shape[:-2]))
             key = product.key[..., 0, :, :] if grouped else lay_out(spread(product.key, shown.shape[:-2]))
         except RuntimeError:  # no queries and keys of these scores
-            return of_scores(call, scores, product, lay_out, cells)
-        query, key = query.to(product.dtype), key.to(product.dtype)
-        full = explain(call, scores, product, query, key)
-        if cells is not None and (full is None or (full.mask is not None and full.mask.is_floating_point())):
-            full = explain(call, conceal(scores, lay_out(cells)), product, query, key)
-        if full is not None and not (product.gated and full.mask is not None and full.mask.is_floating_point()):
+            return of_scores(call, scores, product, cells)
+        full = explained(call, scores, product, query.to(product.dtype), key.to(product.dtype), cells)
+        if full is not None:
             return full
-    return of_scores(call, scores, product, lay_out, cells, sink)
+    return of_scores(call, scores, product, cells)
+
+
+def explained(
+    call: AttentionCall, scores: Tensor, product: Product, query: Tensor, key: Tensor, cells: Tensor | None
+) -> AttentionCall | None:
+    """The call with query, key and mask, hidden keys told by their values or by what the model did; None where that fails."""
+
+    def is_additive(full: AttentionCall) -> bool:
+        return full.mask is not None and full.mask.is_floating_point()
+
+    full = explain(call, scores, product, query, key)
+    if cells is not None and (full is None or is_additive(full)):
+        full = explain(call, conceal(scores, cells), product, query, key)
+    return None if full is None or (product.gated and is_additive(full)) else full
 
 
 def opposite(product: Product, axis: int) -> frozenset[int]:
@@ -129,31 +152,28 @@ def opposite(product: Product, axis: int) -> frozenset[int]:
     return product.axes.rows if axis in product.axes.columns else product.axes.columns
 
 
-def rows_differ(product: Product, shown: Tensor) -> bool:
-    """Whether query and key cannot be those of the scores ``[..., Q, K]``, since their numbers differ."""
+def fits(product: Product, scores: Tensor) -> bool:
+    """Whether query and key are as many as the scores ``[..., Q, K]`` have rows and columns."""
     assert product.query is not None
     assert product.key is not None
-    return (product.query.shape[-2], product.key.shape[-2]) != tuple(shown.shape[-2:])
+    return (product.query.shape[-2], product.key.shape[-2]) == tuple(scores.shape[-2:])
 
 
-def of_scores(
-    call: AttentionCall,
-    scores: Tensor,
-    product: Product,
-    lay_out: Callable[[Tensor], Tensor],
-    cells: Tensor | None,
-    sink: int | None = None,
-) -> AttentionCall:
+def of_scores(call: AttentionCall, scores: Tensor, product: Product, cells: Tensor | None) -> AttentionCall:
     """The call by its scores alone ``[B, H, Q, K]``, keys that are hidden at -inf."""
     shown = hide(scores, product.fills)
-    if cells is not None:
-        shown = conceal(shown, lay_out(cells))
-    if sink is None:
-        return replace(call, scale=1.0, scores=shown)
-    logits = scores[..., sink].float()
-    same = bool((logits == logits[:1, :, :1]).all().item())
-    keys = torch.cat([shown[..., :sink], shown[..., sink + 1 :]], dim=-1)
-    return replace(call, scale=1.0, scores=keys, sinks=logits[0, :, 0] if same else logits)
+    return replace(call, scale=1.0, scores=shown if cells is None else conceal(shown, cells))
+
+
+def sinks_of(logits: Tensor) -> Tensor:
+    """The logits ``[B, H, Q]`` of a sink; ``[H]`` where they are learned, and the same for every row."""
+    logits = logits.float()
+    return logits[0, :, 0] if bool((logits == logits[:1, :, :1]).all().item()) else logits
+
+
+def without(tensor: Tensor, column: int) -> Tensor:
+    """``tensor`` without one column, the first or the last."""
+    return tensor[..., 1:] if column == 0 else tensor[..., :column]
 
 
 def spread(operand: Tensor, leading: torch.Size) -> Tensor:

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_
 from stabmon.capture.base import Handler, nearest_module
 from stabmon.capture.flex import flex_operator, handle_flex
 from stabmon.capture.multihead import handle_multihead
-from stabmon.capture.provenance import Call, Provenance, operation
+from stabmon.capture.operations import operation
+from stabmon.capture.provenance import Provenance
 from stabmon.capture.sdpa import handle_sdpa
 from stabmon.capture.softmax import handle_softmax, record_softmax
 
@@ -47,17 +48,17 @@ class FunctionWatch(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.capture.listening():
             return func(*args, **kwargs)
-        call = Call(operation(func), func, args, kwargs)
-        if call.name == "softmax":
+        made = operation(func, args, kwargs)
+        if made.name == "softmax":
             return handle_softmax(self.capture, self.provenance, func, args, kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(self.capture, func, args, kwargs)
         with self.capture.guarded():
-            self.provenance.before(call)
+            self.provenance.before(made)
         result = func(*args, **kwargs)
         with self.capture.guarded():
-            self.provenance.after(call, result)
+            self.provenance.after(made, result)
         return result
 
 

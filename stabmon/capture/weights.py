@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,15 @@ from stabmon.capture.axes import Axes, Carried
 from stabmon.capture.multiply import PRODUCTS, sums
 from stabmon.capture.products import Product
 
-SMALL = 1e-6
-"""What is added to a sum of exponentials against division by zero is at most this."""
+READS = {
+    *("sum", "nansum", "mean", "std", "var", "std_mean", "var_mean", "max", "min", "amax", "amin", "aminmax", "argmax", "argmin"),
+    *("norm", "vector_norm", "median", "quantile", "kthvalue", "mode", "prod", "logsumexp", "topk", "sort", "getitem", "select"),
+    *("masked_select", "multinomial", "histc", "trace", "kl_div", "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "cdist"),
+    *("smooth_l1_loss", "binary_cross_entropy", "cosine_similarity", "item", "data", "grad", "setitem", "det", "diff", "cov"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "full_like", "zeros_like", "ones_like", "empty_like"),
+    *("rand_like", "randn_like", "randint_like", "cumsum", "nuclear_norm", "matrix_norm", "svdvals", "diagonal", "diag"),
+}
+"""Operations that look at weights, and sum nothing with them."""
 
 
 class Softmax:
@@ -42,7 +49,8 @@ class Softmax:
 class Weights:
     """Probabilities, or what became of them."""
 
-    softmax: Softmax
+    softmaxes: tuple[Softmax, ...]
+    """Whose they are: of several where weights were joined, or taken off one another."""
     axes: Axes
     grown: bool = False
     """Whether they have been multiplied with something that has more dimensions."""
@@ -52,40 +60,12 @@ class Weights:
     """Whether only a sum over the keys is a use."""
 
 
-@dataclass(frozen=True, eq=False)
-class Exponential:
-    """exp of scores."""
-
-    logits: Tensor
-    product: Product
-    axes: Axes
-
-
-@dataclass(frozen=True, eq=False)
-class Total:
-    """The sum of exponentials along one dimension, or one over it."""
-
-    of: Exponential
-    axis: int
-    inverse: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class LogTotal:
-    """The logarithm of the sum of exponentials of scores along one dimension."""
-
-    of: Tensor
-    axis: int
-
-
-@dataclass(frozen=True, eq=False)
-class LogWeights:
-    """The logarithm of probabilities."""
-
-    logits: Tensor
-    product: Product
-    axis: int
-    axes: Axes
+def united(records: Iterable[Any], axes: Axes) -> Weights:
+    """Weights of several tensors in one."""
+    several = [record for record in records if isinstance(record, Weights)]
+    softmaxes = tuple({id(softmax): softmax for record in several for softmax in record.softmaxes}.values())
+    strict, grown = any(record.strict for record in several), any(record.grown for record in several)
+    return Weights(softmaxes, axes, strict=strict, grown=grown)
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
@@ -120,16 +100,6 @@ def next_weights(weights: Weights, carried: Carried, tensor: Tensor, result: Ten
             kept = (start + carried.start, start + carried.start + result.shape[new])
     grown = weights.grown or result.numel() > tensor.numel()
     return replace(weights, axes=carried.axes, grown=grown, kept=kept)
-
-
-def next_total(total: Total, name: str, others: list[Any]) -> Total | None:
-    """What a sum of exponentials becomes by one operation."""
-    if name in ("add", "iadd", "radd", "clamp", "clamp_min", "maximum"):
-        small = all(isinstance(o, int | float) and 0 <= o <= SMALL for o in others)
-        return total if small else None
-    if name == "reciprocal" or (name in ("rdiv", "rtruediv", "div", "truediv") and others in ([1], [1.0])):
-        return replace(total, inverse=True)
-    return None
 
 
 Attend = Callable[[Softmax, Weights], None]

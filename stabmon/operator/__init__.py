@@ -43,7 +43,7 @@ def attention_operator(
             and below hides and anything else is a bias.
         window: with ``is_causal``, the newest keys a query sees, itself included; without, keys at a distance below ``window``.
         softcap: scores become ``softcap * tanh(score / softcap)`` before bias and mask.
-        sinks: ``[H]`` learned logits that join each row's softmax but no value.
+        sinks: ``[H]`` learned logits that join each row's softmax but no value, or ``[B, H, Q]`` where each row has its own.
         is_self: query i is of the same token as key i + K - Q (known by itself with ``is_causal``): a query whose key the mask
             hides from every row is padding, and counts in no signal.
         engine: ``dense``, ``blockwise``, ``fused`` or ``auto``, the fastest that is exact here.

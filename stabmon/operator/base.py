@@ -203,6 +203,16 @@ class AttentionOperator(ABC):
         """What this engine computes in."""
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
+    def sinks_of_rows(self) -> Tensor:
+        """``[B, H, Q]`` the sinks of each row."""
+        assert self.sinks is not None
+        sinks = self.sinks if self.sinks.dim() > 1 else self.sinks.view(1, -1, 1)
+        return sinks.expand(self.batch, self.heads, self.queries)
+
+    def sinks_at(self, index: Tensor) -> Tensor | None:
+        """The sinks of the query rows ``index``, as they are given."""
+        return self.sinks if self.sinks is None or self.sinks.dim() == 1 else self.sinks[:, :, index]
+
     @abstractmethod
     def rows(self, index: Tensor) -> AttentionOperator:
         """The operator of the query rows ``index`` (int64, ascending) only."""
@@ -271,8 +281,10 @@ def check_inputs(
         raise ValueError(f"window {window!r}: give at least 1, or None for no window")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap {softcap!r}: give a positive number, or None for none")
-    if sinks is not None and sinks.shape != (query.shape[1],):
-        raise ValueError(f"sinks of shape {tuple(sinks.shape)}: give one logit a query head, [{query.shape[1]}]")
+    if sinks is not None and sinks.shape not in ((query.shape[1],), query.shape[:3]):
+        raise ValueError(
+            f"sinks of shape {tuple(sinks.shape)}: give one logit a query head, [{query.shape[1]}], or a row, {list(query.shape[:3])}"
+        )
     if mask is not None:
         wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         if mask.dtype != torch.bool and not mask.is_floating_point():

@@ -69,7 +69,7 @@ class BlockwiseAttention(AttentionOperator):
         if not self._with_care and any(bool(sums[part].isnan().any()) for part in parts & {"top", "weighted"}):
             self._with_care = True
             sums = self._pass(parts)
-        sinks = None if self.sinks is None else self.sinks.to(self._dtype).view(1, -1, 1).expand(self.query.shape[:3])
+        sinks = None if self.sinks is None else self.sinks_of_rows().to(self._dtype)
         rows = finish(sums, sinks, statistics)
         return {name: torch.where(self.occupied, row, EMPTY_ROW.get(name, 0.0)) for name, row in rows.items()}
 
@@ -151,7 +151,7 @@ class BlockwiseAttention(AttentionOperator):
     def rows(self, index: Tensor) -> BlockwiseAttention:
         scores = None if self.given_scores is None else self.given_scores[:, :, index]
         visibility = self.visibility.select(index)
-        return type(self)(self.query[:, :, index], self.key, self.scale, visibility, self.softcap, self.sinks, scores)
+        return type(self)(self.query[:, :, index], self.key, self.scale, visibility, self.softcap, self.sinks_at(index), scores)
 
     def _probabilities(self) -> Iterator[tuple[_Block, Tensor]]:
         """Each block with its probabilities, ``[b, heads, rows, cols]``."""

@@ -60,7 +60,7 @@ class DenseAttention(AttentionOperator):
     def _with_sink(self, logits: Tensor) -> Tensor:
         if self.sinks is None:
             return logits
-        sink = self.sinks.double()[None, :, None, None].expand(self.batch, self.heads, self.queries, 1)
+        sink = self.sinks_of_rows().double()[..., None]
         return torch.cat([logits, sink], dim=-1)
 
     def _compute(self, statistics: set[str]) -> dict[str, Tensor]:
@@ -107,4 +107,6 @@ class DenseAttention(AttentionOperator):
     def rows(self, index: Tensor) -> DenseAttention:
         scores = None if self.given_scores is None else self.given_scores[:, :, index]
         visibility = self.visibility.select(index)
-        return DenseAttention(self.query[:, :, index], self.key, self.scale, visibility, self.softcap, self.sinks, scores)
+        return DenseAttention(
+            self.query[:, :, index], self.key, self.scale, visibility, self.softcap, self.sinks_at(index), scores
+        )

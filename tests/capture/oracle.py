@@ -37,7 +37,8 @@ def probabilities(call: AttentionCall) -> Tensor:
     if call.window is not None:
         scores = scores.masked_fill(age >= call.window, -torch.inf)
     if call.sinks is not None:
-        extra = call.sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        extra = call.sinks.double() if call.sinks.ndim > 1 else call.sinks.double().view(1, -1, 1)
+        extra = extra.expand(scores.shape[:-1])[..., None]
         return torch.cat([scores, extra], dim=-1).softmax(-1)[..., :-1]
     return scores.softmax(-1)
 
