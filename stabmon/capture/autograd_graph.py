@@ -27,6 +27,9 @@ KINDS: dict[str, Kind] = {
 FLAT = ("Mm", "Addmm", "Mv", "Linear")
 """Products of which an operand without gradient is taken for a frozen weight, unless the other one is a weight."""
 
+ANEW = 4
+"""Nodes that autograd makes anew at most for the views that one operation takes."""
+
 
 def kind_of(name: str) -> Kind:
     """What a node did in the forward, by its name without ``Backward0``."""
@@ -146,5 +149,8 @@ def _number(node: Any) -> int:
 
 
 def is_from_another_thread(op: Op) -> bool:
-    """Whether a node's number is below that of one it was computed from, as it can be only where another thread made one of them."""
-    return any(each.kind != "parameter" and each.span[0] > op.span[0] for each in op.inputs)
+    """Whether a node's number is clearly below that of one it was computed from: each thread counts its nodes by itself.
+
+    A view of what was written to in place gets its node anew while that of its user is being made, so right after it.
+    """
+    return any(each.kind != "parameter" and each.span[0] > op.span[0] + ANEW for each in op.inputs)

@@ -134,8 +134,9 @@ class Witness:
             times = f"{count} calls of a {words}" if count > 1 else f"a {words}"
             self.unseen.setdefault(name, times if name not in self.seen else f"{times}; other calls of it are seen")
         for name, words in (*scripted_attention(self._capture.model).items(), *self._elsewhere.items()):
-            if not self._is_seen(name):
-                self.unseen.setdefault(name, words)
+            inside = any(f"{known}.".startswith(f"{name}.") for known in (*self.seen, *self.unseen))
+            if not inside and not any(name.startswith(f"{outer}.") for outer in self.unseen):
+                self.unseen[name] = words
 
     def _missed_calls(self, trace: OpTrace) -> Counter[tuple[str, str]]:
         """Attention that Python called and no adapter recorded: (module, words) -> times."""

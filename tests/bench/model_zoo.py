@@ -1,6 +1,6 @@
 """Every model class of transformers that builds small, trained with and without stabmon: what is seen, what is said, what is changed.
 
-    python tests/bench/model_zoo.py [--only NAME...] [--sample N] [--jobs N] [--json FILE]
+    python tests/bench/model_zoo.py [--only NAME...] [--sample N] [--bare] [--jobs N] [--json FILE]
 
 One class at a time makes two training steps plain and two watched, which must agree bit for bit. Then its attention is compared with
 what the dispatcher shows of one more forward: every softmax of what came of a product, whose result is multiplied with another
@@ -43,7 +43,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 from capture.oracle import probabilities
 from small_models import NotSmallError, batch_for, build, class_names
 
-SECONDS, BYTES, CLASSES = 60, 5 << 30, 12
+SECONDS, BYTES, CLASSES = 60, 5 << 30, 40
 """Time and memory that a class may take, and classes that one process tries."""
 MUST_BE_NONE = ("SILENT", "WRONG", "HARM", "FALSE")
 NEAR = 1e-3
@@ -90,9 +90,9 @@ class Dispatched(TorchDispatchMode):
             self._kept += made  # so that their ids are not used again
             self._parameters.update(map(id, made))
         products = name in ("bmm", "baddbmm", "mm", "_cdist_forward") and not any(id(t) in self._parameters for t in given[-2:])
-        if products or (name not in self.MAKE_NEW and any(id(t) in self._scores for t in given)):
-            self._scores |= {id(t): t for t in made}
-        if name in ("_softmax", "_safe_softmax") and id(args[0]) in self._scores:
+        if products or (name not in self.MAKE_NEW and any(storage(t) in self._scores for t in given)):
+            self._scores |= {storage(t): t for t in made}
+        if name in ("_softmax", "_safe_softmax") and storage(args[0]) in self._scores:
             self._softmax[id(result)] = result.movedim(args[1], -1).clone()
             self._of[id(result)] = (result, frozenset({id(result)}))
             return result
@@ -109,6 +109,11 @@ class Dispatched(TorchDispatchMode):
                 ):
                     self.weights |= {key: self._softmax[key] for key in self._of[id(a)][1]}
         return result
+
+
+def storage(tensor: Tensor) -> int:
+    """What tells the memory of a tensor, which its views share, from any other that lives."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def rows_of(p: Tensor, keys: int, direction: Tensor) -> Tensor:
@@ -225,7 +230,7 @@ def examine(name: str, model_type: str) -> tuple[str, str]:
 
 def work(names: list[str]) -> None:
     """Examine classes one after the other, a line each on standard output."""
-    known = class_names()
+    known = class_names("MODEL")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     warnings.simplefilter("ignore")
@@ -289,6 +294,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes")
     parser.add_argument("--sample", type=int, metavar="N", help="N classes drawn with --seed")
+    parser.add_argument("--bare", action="store_true", help="the bare models of every kind as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
@@ -297,7 +303,7 @@ def main() -> int:
     if arguments.work:
         work(arguments.work)
         return 0
-    names = arguments.only or list(class_names())
+    names = arguments.only or list(class_names(*(["MODEL"] if arguments.bare else [])))
     if arguments.sample is not None:
         names = sorted(random.Random(arguments.seed).sample(names, min(arguments.sample, len(names))))
     began, rows = time.perf_counter(), []

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 TASKS = (
     *("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_IMAGE_CLASSIFICATION"),
     *("MODEL_FOR_MASKED_IMAGE_MODELING", "MODEL_FOR_OBJECT_DETECTION", "MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION"),
-    *("MODEL_FOR_SEMANTIC_SEGMENTATION", "MODEL_FOR_INSTANCE_SEGMENTATION", "MODEL_FOR_UNIVERSAL_SEGMENTATION", "MODEL"),
+    *("MODEL_FOR_SEMANTIC_SEGMENTATION", "MODEL_FOR_INSTANCE_SEGMENTATION", "MODEL_FOR_UNIVERSAL_SEGMENTATION"),
 )
-"""The auto classes whose models are tried; the last one has the bare models of every kind."""
+"""The auto classes whose models are tried; ``MODEL`` has the bare models of every kind besides."""
 BATCH, LENGTH, WIDTH, HEADS, VOCABULARY, IMAGE = 2, 12, 32, 4, 99, 64
 LARGEST = 40_000_000
 """Parameters above which a model is not small."""
@@ -48,12 +48,12 @@ class NotSmallError(Exception):
     """Why a class cannot be made small."""
 
 
-def class_names() -> dict[str, str]:
-    """Class name -> model type, of every model of the tasks."""
+def class_names(*more: str) -> dict[str, str]:
+    """Class name -> model type, of every model of the tasks and of ``more`` auto classes."""
     from transformers.models.auto import modeling_auto
 
     names: dict[str, str] = {}
-    for task in TASKS:
+    for task in (*TASKS, *more):
         for model_type, found in getattr(modeling_auto, f"{task}_MAPPING_NAMES").items():
             for name in (found,) if isinstance(found, str) else found:
                 names.setdefault(name, model_type)
@@ -76,7 +76,11 @@ def shrink(config: Any, *, thoroughly: bool, depth: int = 0) -> None:
             continue
         if isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
             _set(config, name, value | {"mrope_section": [2, 1, 1]})
-        if name == "backbone_config" and thoroughly and getattr(value, "model_type", "") in ("timm_backbone", "hgnet_v2", "resnet"):
+        if (
+            name == "backbone_config"
+            and thoroughly
+            and getattr(value, "model_type", "") in ("timm_backbone", "hgnet_v2", "resnet")
+        ):
             _set(config, name, _small_backbone(value))
             continue
         small = next((size for pattern, size in rows if re.fullmatch(pattern, name)), None)
@@ -165,7 +169,7 @@ def batch_for(model: Any, *, images: bool = False) -> dict[str, Any]:
         batch["decoder_input_ids"] = ids(8)
     main = getattr(model, "main_input_name", "input_ids")
     if "pixel_values" in names and (
-        "input_ids" not in names or main == "pixel_values" or not _is_optional(names, "pixel_values")
+        images or "input_ids" not in names or main == "pixel_values" or not _is_optional(names, "pixel_values")
     ):
         size = find("image_size", IMAGE)
         height, width = (size[-2], size[-1]) if isinstance(size, list | tuple) else (size, size)
