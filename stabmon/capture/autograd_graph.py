@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from stabmon.capture.op_graph import Kind, Op
 from stabmon.capture.op_trace import tensors_in
@@ -25,7 +25,10 @@ KINDS: dict[str, Kind] = {
     "Sum": "sum",
 }
 FLAT = ("Mm", "Addmm", "Mv", "Linear")
-"""Products of which an operand without gradient is taken for a frozen weight."""
+"""Products of which an operand without gradient is taken for a frozen weight, unless the other one is a weight."""
+
+ANEW = 4
+"""Nodes that autograd makes anew at most for the views that one operation takes."""
 
 
 def kind_of(name: str) -> Kind:
@@ -40,13 +43,12 @@ def kind_of(name: str) -> Kind:
     return "other"
 
 
-def graph_of(output: Any, parameters: Mapping[int, str], start: int) -> tuple[list[Op], dict[Op, list[str]]]:
+def graph_of(output: Any, parameters: Mapping[int, str]) -> tuple[list[Op], dict[Op, list[str]]]:
     """What led to ``output``.
 
     Args:
         output: what the forward returned.
         parameters: ``id`` of each of the model's parameters -> its name.
-        start: autograd's sequence number when the forward began: older nodes belong to what came before.
 
     Returns:
         The operations; and for each that could be attention the names of the parameters nearest above it.
@@ -59,19 +61,19 @@ def graph_of(output: Any, parameters: Mapping[int, str], start: int) -> tuple[li
         node = waiting.pop()
         if node in edges:
             continue
-        following = [] if _is_older(node, start) else [each for each, _ in node.next_functions]
+        following = [each for each, _ in node.next_functions]
         edges[node] = following
         order.append(node)
         waiting += [each for each in following if each is not None]
     for node in sorted(order, key=_number):  # what a node's inputs were made by has a lower number, leaves have the highest
-        _make(node, edges, nodes, parameters, start)
+        _make(node, edges, nodes, parameters)
     named = {
         op: _nearest(node, edges, parameters) for node, op in nodes.items() if op.kind in ("softmax", "exponential", "fused")
     }
     return list(nodes.values()), named
 
 
-def _make(node: Any, edges: Mapping[Any, list[Any]], nodes: dict[Any, Op], parameters: Mapping[int, str], start: int) -> Op:
+def _make(node: Any, edges: Mapping[Any, list[Any]], nodes: dict[Any, Op], parameters: Mapping[int, str]) -> Op:
     """The operation of a node, those of its inputs first; not by recursion, which deep graphs would exhaust."""
     waiting = [node]
     while waiting:
@@ -80,20 +82,21 @@ def _make(node: Any, edges: Mapping[Any, list[Any]], nodes: dict[Any, Op], param
         if this in nodes or not missing:
             waiting.pop()
             if this not in nodes:
-                nodes[this] = _operation(this, edges[this], nodes, parameters, start)
+                nodes[this] = _operation(this, edges[this], nodes, parameters)
         else:
             waiting += missing
     return nodes[node]
 
 
-def _operation(node: Any, inputs: list[Any], nodes: Mapping[Any, Op], parameters: Mapping[int, str], start: int) -> Op:
+def _operation(node: Any, inputs: list[Any], nodes: Mapping[Any, Op], parameters: Mapping[int, str]) -> Op:
     variable = getattr(node, "variable", None)
     if isinstance(variable, Tensor):
-        return Op("parameter" if id(variable) in parameters else "tensor")
+        return Op("parameter" if id(variable) in parameters or isinstance(variable, nn.Parameter) else "tensor")
     name = re.sub(r"Backward\d*$", "", node.name())
-    kind = "tensor" if _is_older(node, start) else kind_of(name)
-    frozen: Kind = "parameter" if name in FLAT else "tensor"
+    kind = kind_of(name)
     factors = inputs[-2:] if kind == "product" else [each for each in inputs if each is not None]
+    weighs = any(each is not None and not nodes[each].fixed for each in factors)
+    frozen: Kind = "parameter" if name in FLAT and weighs else "tensor"
     made = tuple(nodes[each] if each is not None else Op(frozen) for each in factors)
     shape = tuple(node._input_metadata[0].shape) if getattr(node, "_input_metadata", None) else ()
     numel = 1
@@ -145,5 +148,9 @@ def _number(node: Any) -> int:
     return int(number()) if callable(number) else 0
 
 
-def _is_older(node: Any, start: int) -> bool:
-    return not isinstance(getattr(node, "variable", None), Tensor) and _number(node) < start
+def is_from_another_thread(op: Op) -> bool:
+    """Whether a node's number is clearly below that of one it was computed from: each thread counts its nodes by itself.
+
+    A view of what was written to in place gets its node anew while that of its user is being made, so right after it.
+    """
+    return any(each.kind != "parameter" and each.span[0] > op.span[0] + ANEW for each in op.inputs)

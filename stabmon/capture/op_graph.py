@@ -42,11 +42,11 @@ class Op:
     span: tuple[int, int] = (0, 0)
     module: object = None
     fixed: bool = field(init=False)
-    """Whether it is computed from parameters alone; an embedding is not, which depends on what it looks up."""
+    """Whether it is a parameter, cut or changed elementwise. What is looked up or multiplied is none: learned queries attend."""
 
     def __post_init__(self) -> None:
         of_parameters = bool(self.inputs) and all(each.fixed for each in self.inputs)
-        self.fixed = self.kind == "parameter" or (of_parameters and self.kind != "parametric")
+        self.fixed = self.kind == "parameter" or (of_parameters and self.kind not in ("parametric", "product"))
 
     @property
     def multiplies(self) -> bool:
@@ -55,6 +55,13 @@ class Op:
             return sum(not each.fixed for each in self.inputs) > 1
         factors = self.inputs[0] if self.kind == "sum" and self.inputs else None
         return factors is not None and factors.kind == "mul" and sum(not each.fixed for each in factors.inputs) == 2
+
+    @property
+    def words(self) -> str:
+        """What attention it is, in words."""
+        if self.kind == "fused":
+            return f"kernel {self.name}"
+        return "hand-written softmax of a product" if self.kind == "exponential" else "softmax of a product"
 
     @property
     def is_passed(self) -> bool:

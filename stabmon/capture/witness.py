@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
-from stabmon.capture.autograd_graph import common_module, graph_of
+from stabmon.capture.autograd_graph import common_module, graph_of, is_from_another_thread
 from stabmon.capture.base import nearest_module
 from stabmon.capture.names import clean_name
 from stabmon.capture.op_graph import Op, find_attention
@@ -29,6 +28,8 @@ from stabmon.capture.torch_functions import FunctionWatch
 if TYPE_CHECKING:
     from stabmon.capture.session import AttentionCapture
 
+SOUGHT = ("softmax", "exponential", "fused")
+SCRIPTED, SCRIPTED_PRODUCTS = ("softmax", "scaled_dot_product_attention"), ("matmul", "bmm", "einsum", "baddbmm")
 FIRST, EVERY = 2, 16
 """The first openings of a capture that are witnessed, and how many times later the next one is: 1, 2, 16, 256 …"""
 ELSEWHERE = "ran in another thread, where torch functions are not watched"
@@ -70,17 +71,17 @@ class Witness:
             yield
             return
         self._start_trace()
-        handle = register_module_forward_pre_hook(self._note_thread)
         try:
             yield
         finally:
-            handle.remove()
             self.settle()
             self._due = False
 
     def begin(self) -> None:
         """A forward of the model begins."""
-        if self._due and self._is_own_thread():
+        if self._due and not self._is_own_thread():
+            self._elsewhere[type(self._capture.model).__name__] = ELSEWHERE
+        elif self._due:
             self.settle()
             self._forwards += 1
             if is_due(self._forwards):
@@ -127,59 +128,44 @@ class Witness:
     def _is_own_thread(self) -> bool:
         return self._capture.thread in (None, threading.get_ident())
 
-    def _note_thread(self, module: nn.Module, _: Any) -> None:
-        if self._is_own_thread() or torch._C._current_graph_task_id() != -1:
-            return
-        names, model = self._capture.names, self._capture.model
-        if module in names or (getattr(module, "_is_replica", False) and type(module) is type(model)):  # nn.DataParallel's
-            self._elsewhere[names.name_of(module) or type(model).__name__] = ELSEWHERE
-
     def _find(self, trace: OpTrace, output: Any) -> None:
-        names = self._capture.names
-        missed: Counter[tuple[str, str]] = Counter()
-        found = list(find_attention(trace.ops))
-        for site in found:
-            if not site.seen and isinstance(site.op.module, nn.Module) and site.op.module in names:
-                missed[names.name_of(site.op.module) or "", _words(site.op)] += 1
-        called = [op for op in trace.ops if op.kind in ("softmax", "exponential", "fused")]
-        spans = [*self._spans, *(op.span for op in trace.ops if op.seen)]
-        told = [site.op.span for site in found]
-        parameters = {id(p): clean_name(name) for name, p in self._capture.model.named_parameters()}
-        ops, nearest = graph_of(output, parameters, self._start)
-        for op in ops:
-            number = op.span[0]
-            op.seen = any(low <= number < high for low, high in spans) or number + 1 in self._inner
-        for site in find_attention(ops):
-            number = site.op.span[0]
-            if site.seen or any(low <= number < high for low, high in told):
-                continue
-            caller = next((op for op in called if op.span[0] <= number < op.span[1]), None)
-            module = caller.module if caller is not None else None
-            if caller is not None and not (isinstance(module, nn.Module) and module in names):
-                continue
-            name = names.name_of(module) if isinstance(module, nn.Module) else common_module(nearest[site.op])
-            if name is not None:
-                missed[name or type(self._capture.model).__name__, _words(site.op)] += 1
+        missed = self._missed_calls(trace) + self._missed_nodes(trace, output)
         for (name, words), count in missed.items():
             times = f"{count} calls of a {words}" if count > 1 else f"a {words}"
             self.unseen.setdefault(name, times if name not in self.seen else f"{times}; other calls of it are seen")
-        for name, words in (*self._scripted().items(), *self._elsewhere.items()):
-            if not any(known == name or known.startswith(f"{name}.") for known in (*self.seen, *self.unseen)):
+        for name, words in (*scripted_attention(self._capture.model).items(), *self._elsewhere.items()):
+            inside = any(f"{known}.".startswith(f"{name}.") for known in (*self.seen, *self.unseen))
+            if not inside and not any(name.startswith(f"{outer}.") for outer in self.unseen):
                 self.unseen[name] = words
 
-    def _scripted(self) -> dict[str, str]:
-        """Scripted modules that attend by themselves, which neither Python nor, once optimised, autograd shows."""
-        found: dict[str, str] = {}
-        for name, module in self._capture.model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) and not any(name.startswith(f"{outer}.") for outer in found):
-                kinds = Counter(node.kind() for node in module.inlined_graph.findAllNodes("aten::softmax"))
-                products = sum(
-                    len(module.inlined_graph.findAllNodes(kind)) for kind in ("aten::matmul", "aten::bmm", "aten::einsum")
-                )
-                fused = len(module.inlined_graph.findAllNodes("aten::scaled_dot_product_attention"))
-                if fused or (kinds and products > 1):
-                    found[clean_name(name) or type(module).__name__] = "a softmax inside a scripted module"
-        return found
+    def _missed_calls(self, trace: OpTrace) -> Counter[tuple[str, str]]:
+        """Attention that Python called and no adapter recorded: (module, words) -> times."""
+        names = self._capture.names
+        sites = [site for site in find_attention(trace.ops) if not site.seen]
+        owners = [names.name_of(site.op.module) if isinstance(site.op.module, nn.Module) else None for site in sites]
+        return Counter((owner, site.op.words) for owner, site in zip(owners, sites, strict=True) if owner is not None)
+
+    def _missed_nodes(self, trace: OpTrace, output: Any) -> Counter[tuple[str, str]]:
+        """Attention that autograd kept and that Python did not call: in C++ code, custom functions and other threads."""
+        model = self._capture.model
+        ops, above = graph_of(output, {id(p): clean_name(name) for name, p in model.named_parameters()})
+        recorded, called = _numbers(trace.ops, lambda op: op.seen), _numbers(trace.ops, lambda op: op.kind in SOUGHT)
+        recorded.update(number for start, end in self._spans for number in range(start, end))
+        for op in ops:
+            op.seen = op.span[0] in recorded or op.span[1] in self._inner
+        threads = any(is_from_another_thread(op) for op in ops)  # each counts by itself: numbers tell nothing then
+        missed: Counter[tuple[str, str]] = Counter()
+        for site in find_attention(ops):
+            name = common_module(above[site.op])
+            old = site.op.span[0] < self._start
+            known = site.seen or site.op.span[0] in called
+            if name is not None and not (self._is_seen(name) if threads or old else known):
+                missed[name or type(model).__name__, site.op.words] += 1
+        return missed
+
+    def _is_seen(self, name: str) -> bool:
+        """Whether attention was recorded in this module, in one that it holds, or in the one that holds it."""
+        return any(known == name or known.startswith(f"{name}.") or name.startswith(f"{known}.") for known in self.seen)
 
 
 class WitnessedWatch(FunctionWatch):
@@ -209,6 +195,20 @@ def listed(unseen: Mapping[str, str], most: int = 6) -> str:
     return some + (f" and {len(unseen) - most} more" if len(unseen) > most else "")
 
 
-def _words(op: Op) -> str:
-    name = {"exponential": "hand-written softmax", "softmax": "softmax"}.get(op.kind, op.name)
-    return f"{name} of a product" if op.kind != "fused" else f"kernel {name}"
+def scripted_attention(model: nn.Module) -> dict[str, str]:
+    """Scripted modules that attend by themselves, which neither Python nor, once optimised, autograd shows."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        graph = module.inlined_graph  # owns its nodes
+        count = {kind: len(graph.findAllNodes(f"aten::{kind}")) for kind in (*SCRIPTED, *SCRIPTED_PRODUCTS)}
+        products = sum(count[kind] for kind in SCRIPTED_PRODUCTS)
+        if count["scaled_dot_product_attention"] or (count["softmax"] and products > 1):
+            found[clean_name(name) or type(module).__name__] = "attention inside a scripted module"
+    return found
+
+
+def _numbers(ops: Iterable[Op], which: Callable[[Op], bool]) -> set[int]:
+    """The sequence numbers of the autograd nodes that these operations made."""
+    return {number for op in ops if which(op) for number in range(*op.span)}

@@ -1,10 +1,10 @@
 """Every model class of transformers that builds small, trained with and without stabmon: what is seen, what is said, what is changed.
 
-    python tests/bench/model_zoo.py [--only NAME...] [--sample N] [--jobs N] [--json FILE]
+    python tests/bench/model_zoo.py [--only NAME...] [--sample N] [--bare] [--jobs N] [--json FILE]
 
 One class at a time makes two training steps plain and two watched, which must agree bit for bit. Then its attention is compared with
-what the dispatcher shows of one more forward: every softmax whose result, cast, masked or cut at most, is multiplied with another
-tensor is attention, and every call that stabmon captured must give the same probabilities in float64. Each class ends as one of
+what the dispatcher shows of one more forward: every softmax of what came of a product, whose result is multiplied with another
+tensor, is attention, and every call that stabmon captured must give the same probabilities in float64. Each class ends as one of
 
 - exact: all attention is captured, to 1e-3 of a probability at most;
 - partly, said / none, said: some is missing, and the monitor names it;
@@ -43,14 +43,14 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 from capture.oracle import probabilities
 from small_models import NotSmallError, batch_for, build, class_names
 
-SECONDS, BYTES, CLASSES = 60, 5 << 30, 12
+SECONDS, BYTES, CLASSES = 60, 5 << 30, 40
 """Time and memory that a class may take, and classes that one process tries."""
 MUST_BE_NONE = ("SILENT", "WRONG", "HARM", "FALSE")
 NEAR = 1e-3
 
 
 class Dispatched(TorchDispatchMode):
-    """Every softmax whose result weighs another tensor, as the dispatcher shows it."""
+    """Every softmax of a product of two tensors whose result weighs another one, as the dispatcher shows it."""
 
     KEEP = ("_to_copy", "clone", "mul", "where", "masked_fill", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "slice")
     KEEP += (
@@ -69,17 +69,30 @@ class Dispatched(TorchDispatchMode):
     )
     KEEP += ("nan_to_num", "copy", "reshape", "div_", "mul_", "masked_fill_", "chunk", "split_with_sizes", "cat", "add")
 
+    MAKE_NEW = ("bmm", "mm", "addmm", "baddbmm", "convolution", "native_layer_norm", "embedding", "_softmax", "native_group_norm")
+    """What comes out of these is no score any more."""
+
     def __init__(self, parameters: set[int]) -> None:
         super().__init__()
         self.weights: dict[int, Tensor] = {}
         self._of: dict[int, tuple[Tensor, frozenset[int]]] = {}
+        self._scores: dict[int, Tensor] = {}
         self._softmax: dict[int, Tensor] = {}
         self._parameters = parameters
+        self._kept: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        if name in ("_softmax", "_safe_softmax"):
+        given = [a for part in (args, *(a for a in args if isinstance(a, list | tuple))) for a in part if isinstance(a, Tensor)]
+        made = [t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor)]
+        if given and name in self.KEEP and all(id(t) in self._parameters for t in given):
+            self._kept += made  # so that their ids are not used again
+            self._parameters.update(map(id, made))
+        products = name in ("bmm", "baddbmm", "mm", "_cdist_forward") and not any(id(t) in self._parameters for t in given[-2:])
+        if products or (name not in self.MAKE_NEW and any(storage(t) in self._scores for t in given)):
+            self._scores |= {storage(t): t for t in made}
+        if name in ("_softmax", "_safe_softmax") and storage(args[0]) in self._scores:
             self._softmax[id(result)] = result.movedim(args[1], -1).clone()
             self._of[id(result)] = (result, frozenset({id(result)}))
             return result
@@ -98,10 +111,16 @@ class Dispatched(TorchDispatchMode):
         return result
 
 
+def storage(tensor: Tensor) -> int:
+    """What tells the memory of a tensor, which its views share, from any other that lives."""
+    return int(tensor.untyped_storage()._cdata)
+
+
 def rows_of(p: Tensor, keys: int, direction: Tensor) -> Tensor:
     """One number a row of probabilities, sorted, so that it does not matter how batch and heads are laid out."""
     rows = p.reshape(-1, p.shape[-1]).double()
-    return (rows @ direction[: p.shape[-1]])[rows.sum(-1).isfinite()].sort().values
+    rows = torch.where(rows.sum(-1, keepdim=True).isfinite(), rows, 1 / keys)  # no key visible: eager attention is uniform there
+    return (rows @ direction[: p.shape[-1]]).sort().values
 
 
 def unmatched(found: list[Tensor], captured: list[Tensor]) -> tuple[int, int]:
@@ -158,10 +177,10 @@ def examine(name: str, model_type: str) -> tuple[str, str]:
     """What became of one class, and why."""
     made: tuple[Any, ...] = ()
     reasons = []
-    for thoroughly in (True, False):
+    for thoroughly, images in ((True, False), (True, True), (False, False)):
         try:
             model = build(name, model_type, thoroughly=thoroughly)
-            batch = batch_for(model)
+            batch = batch_for(model, images=images)
             plain = train(model, batch)
             made = (thoroughly, batch)
             break
@@ -170,7 +189,7 @@ def examine(name: str, model_type: str) -> tuple[str, str]:
         except Exception as error:
             reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:110])
     if not made:
-        return "not small", reasons[0]
+        return "not small", reasons[0] if "pixel" not in reasons[0] and "NoneType" not in reasons[0] else reasons[1]
     import stabmon
     from stabmon.capture import AttentionCapture
 
@@ -211,7 +230,7 @@ def examine(name: str, model_type: str) -> tuple[str, str]:
 
 def work(names: list[str]) -> None:
     """Examine classes one after the other, a line each on standard output."""
-    known = class_names()
+    known = class_names("MODEL")
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
     warnings.simplefilter("ignore")
@@ -275,6 +294,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes")
     parser.add_argument("--sample", type=int, metavar="N", help="N classes drawn with --seed")
+    parser.add_argument("--bare", action="store_true", help="the bare models of every kind as well")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
@@ -283,7 +303,7 @@ def main() -> int:
     if arguments.work:
         work(arguments.work)
         return 0
-    names = arguments.only or list(class_names())
+    names = arguments.only or list(class_names(*(["MODEL"] if arguments.bare else [])))
     if arguments.sample is not None:
         names = sorted(random.Random(arguments.seed).sample(names, min(arguments.sample, len(names))))
     began, rows = time.perf_counter(), []

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 TASKS = (
     *("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_IMAGE_CLASSIFICATION"),
     *("MODEL_FOR_MASKED_IMAGE_MODELING", "MODEL_FOR_OBJECT_DETECTION", "MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION"),
-    *("MODEL_FOR_SEMANTIC_SEGMENTATION", "MODEL_FOR_INSTANCE_SEGMENTATION", "MODEL_FOR_UNIVERSAL_SEGMENTATION", "MODEL"),
+    *("MODEL_FOR_SEMANTIC_SEGMENTATION", "MODEL_FOR_INSTANCE_SEGMENTATION", "MODEL_FOR_UNIVERSAL_SEGMENTATION"),
 )
-"""The auto classes whose models are tried; the last one has the bare models of every kind."""
+"""The auto classes whose models are tried; ``MODEL`` has the bare models of every kind besides."""
 BATCH, LENGTH, WIDTH, HEADS, VOCABULARY, IMAGE = 2, 12, 32, 4, 99, 64
 LARGEST = 40_000_000
 """Parameters above which a model is not small."""
@@ -29,6 +29,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(num_.*layers|_layers|n_layer|n_layers|num_blocks|depth)|num_hidden_layers", 2),
     (r"(.*_)?(num_attention_heads|num_heads|n_head|n_heads|attention_heads|num_query_heads)", HEADS),
     (r"(.*_)?num_key_value_heads|num_kv_heads|multi_query_group_num", 2),
+    (r"qk_head_dim|mamba_d_head|mamba_head_dim|linear_(key|value)_head_dim", 16),
     (r"(.*_)?head_dim|d_kv|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|attention_head_size|rotary_dim", 8),
     (r"kv_lora_rank|q_lora_rank|lora_rank|o_lora_rank|.*low_rank.*", 16),
     (r"vocab_size|(.*_)?vocab_size(_per_layer_input)?|entity_vocab_size|n_vocab", VOCABULARY),
@@ -47,12 +48,12 @@ class NotSmallError(Exception):
     """Why a class cannot be made small."""
 
 
-def class_names() -> dict[str, str]:
-    """Class name -> model type, of every model of the tasks."""
+def class_names(*more: str) -> dict[str, str]:
+    """Class name -> model type, of every model of the tasks and of ``more`` auto classes."""
     from transformers.models.auto import modeling_auto
 
     names: dict[str, str] = {}
-    for task in TASKS:
+    for task in (*TASKS, *more):
         for model_type, found in getattr(modeling_auto, f"{task}_MAPPING_NAMES").items():
             for name in (found,) if isinstance(found, str) else found:
                 names.setdefault(name, model_type)
@@ -62,17 +63,29 @@ def class_names() -> dict[str, str]:
 def shrink(config: Any, *, thoroughly: bool, depth: int = 0) -> None:
     """Make every size that is recognised small; only the number of layers, words and positions where not ``thoroughly``."""
     rows = SIZES if thoroughly else [row for row in SIZES if "layer" in row[0] or "vocab" in row[0]]
+    heads = next((getattr(config, n) for n in ("num_attention_heads", "num_heads", "n_heads") if hasattr(config, n)), None)
     for name, value in list(vars(config).items()):
         if name.startswith("_") or isinstance(value, bool):
             continue
-        if hasattr(value, "to_dict") and hasattr(value, "model_type") and depth < 3:
+        if hasattr(value, "to_dict") and hasattr(value, "model_type") and depth < 3 and name != "backbone_config":
             shrink(value, thoroughly=thoroughly, depth=depth + 1)
             continue
         if re.fullmatch(KEPT, name):
             if isinstance(value, int) and name.endswith(("_token_id", "_token_index")) and value >= VOCABULARY:
                 _set(config, name, VOCABULARY - 1 - sum(map(ord, name)) % 20)
             continue
+        if isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
+            _set(config, name, value | {"mrope_section": [2, 1, 1]})
+        if (
+            name == "backbone_config"
+            and thoroughly
+            and getattr(value, "model_type", "") in ("timm_backbone", "hgnet_v2", "resnet")
+        ):
+            _set(config, name, _small_backbone(value))
+            continue
         small = next((size for pattern, size in rows if re.fullmatch(pattern, name)), None)
+        if re.fullmatch(r"(.*_)?num_key_value_heads", name) and value == heads:
+            small = HEADS  # no grouped heads before, none after
         if isinstance(value, int) and small is not None and value > small:
             _set(config, name, small)
         elif name == "depths" and isinstance(value, list | tuple):
@@ -92,6 +105,16 @@ def shrink(config: Any, *, thoroughly: bool, depth: int = 0) -> None:
             kinds = list(dict.fromkeys(map(str, value)))
             picked = [next(v for v in value if str(v) == kind) for kind in kinds][:layers]
             _set(config, name, (picked + value)[:layers])
+
+
+def _small_backbone(config: Any) -> Any:
+    """A small ResNet in the place of one that needs a package or weights that are not there."""
+    from transformers import ResNetConfig
+
+    wanted = getattr(config, "out_indices", None) or [4]
+    features = [f"stage{i}" for i in range(5 - min(len(wanted), 4), 5)]
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, WIDTH], "depths": [1, 1, 1, 1]}
+    return ResNetConfig(**sizes, layer_type="basic", out_features=features)
 
 
 def _set(config: Any, name: str, value: Any) -> None:
@@ -120,8 +143,8 @@ def build(name: str, model_type: str, *, attention: str | None = None, thoroughl
     return model.train()
 
 
-def batch_for(model: Any) -> dict[str, Any]:
-    """Inputs by the names of the forward's parameters."""
+def batch_for(model: Any, *, images: bool = False) -> dict[str, Any]:
+    """Inputs by the names of the forward's parameters; ``images`` beside text as well."""
     config, names = model.config, inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(1)
 
@@ -146,7 +169,7 @@ def batch_for(model: Any) -> dict[str, Any]:
         batch["decoder_input_ids"] = ids(8)
     main = getattr(model, "main_input_name", "input_ids")
     if "pixel_values" in names and (
-        "input_ids" not in names or main == "pixel_values" or not _is_optional(names, "pixel_values")
+        images or "input_ids" not in names or main == "pixel_values" or not _is_optional(names, "pixel_values")
     ):
         size = find("image_size", IMAGE)
         height, width = (size[-2], size[-1]) if isinstance(size, list | tuple) else (size, size)
