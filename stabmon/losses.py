@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stabmon.gradients import tensors_in
 from stabmon.stored import Stored
 
 
@@ -91,12 +92,43 @@ def _number(loss: Tensor | float) -> float:
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """The scalar loss in a forward's output, where there is one: ``.loss``, ``["loss"]``, a scalar, or a tuple's first."""
-    found = getattr(output, "loss", None)
-    if found is None and isinstance(output, Mapping):
-        found = output.get("loss")
-    if found is None and isinstance(output, tuple) and output:
-        found = output[0]
-    if found is None and isinstance(output, Tensor):
-        found = output
-    return found if isinstance(found, Tensor) and found.dim() == 0 and found.is_floating_point() else None
+    """Find the loss in a forward's output: a single number, told by its name or by being the only one that gradients reach.
+
+    Returns:
+        The number called ``loss``, else the one whose name holds ``total`` and ``loss``, else the only one whose name holds
+        ``loss``, else the only one that gradients reach (the only one without a name, where they reach nothing); each time only
+        among those that gradients reach, if there are such. None where several would do: a wrong loss is worse than none.
+    """
+    numbers = list(_numbers_in(output))
+    reached = [(name, number) for name, number in numbers if number.requires_grad]
+    among = reached or numbers
+    lower = [name.lower() for name, _ in among]
+    differs = any(tensor.requires_grad for tensor in tensors_in(output))
+    for fits in (
+        [name == "loss" for name in lower],
+        ["loss" in name and "total" in name for name in lower],
+        ["loss" in name for name in lower],
+        [bool(reached) or not (name or differs) for name in lower],  # else it may be a metric
+    ):
+        if any(fits):
+            return among[fits.index(True)][1] if sum(fits) == 1 else None
+    return None
+
+
+def _numbers_in(output: Any, name: str = "", depth: int = 2) -> Iterator[tuple[str, Tensor]]:
+    """Every single floating-point number of an output and the name it has there, ``""`` for none."""
+    if isinstance(output, Tensor):
+        if output.dim() == 0 and output.is_floating_point():
+            yield name, output
+    elif depth and isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _numbers_in(value, str(key), depth - 1)
+    elif depth and isinstance(output, tuple | list):
+        names = getattr(output, "_fields", ("",) * len(output))
+        for key, value in zip(names, output, strict=True):
+            yield from _numbers_in(value, key or name, depth - 1)
+    elif depth and hasattr(output, "__dict__"):
+        for key, value in vars(output).items():
+            yield from _numbers_in(value, key, depth - 1)
+        if "loss" not in vars(output):  # a property
+            yield from _numbers_in(getattr(output, "loss", None), "loss", depth - 1)

@@ -14,8 +14,8 @@ from stabmon.records import AttentionCall
 BLOCK = 2**24
 """Scores are compared in blocks of about this many at a time, so that a few blocks are all the memory it takes."""
 
-Block = tuple[int, slice, Tensor, Tensor, Tensor]
-"""Batch entry, heads, and ``[heads, Q, K]`` each: scores by query and key alone, what the model's are above them, hidden keys."""
+Block = tuple[slice, slice, Tensor, Tensor, Tensor]
+"""Batch entries, heads, and ``[b, h, Q, K]`` each: scores by query and key alone, what the model's are above them, hidden keys."""
 
 
 def explain(call: AttentionCall, scores: Tensor, product: Product, query: Tensor, key: Tensor) -> AttentionCall | None:
@@ -35,22 +35,32 @@ def explain(call: AttentionCall, scores: Tensor, product: Product, query: Tensor
     call = replace(call, query=query, key=key, scale=scale, softcap=product.cap)
     rounding = 4 * max(torch.finfo(product.dtype).eps, torch.finfo(scores.dtype).eps)
     exact, alike, shown = [], [], []
-    for _, heads, plain, rest, hidden in blocks(call, scores, product):
+
+    def has_no_bias(block: Block) -> Tensor:
+        _, _, plain, rest, hidden = block
         size = plain.abs()
-        noise = rounding * size + 32 * torch.finfo(torch.float32).eps * size.amax()
-        exact.append(((rest.abs() <= noise) | hidden).all())
+        noise = rounding * size + 32 * torch.finfo(torch.float32).eps * size.amax(dim=(1, 2, 3), keepdim=True)
+        return ((rest.abs() <= noise) | hidden).all()
+
+    if scores.shape[0] > 1:  # one entry is enough to tell most biases, and spares the others
+        one = replace(call, query=query[:1], key=key[:1])
+        if not all(bool(has_no_bias(block)) for block in blocks(one, scores[:1], product)):
+            return replace(call, mask=difference(call, scores, product)) if product.masked else None
+    for block in blocks(call, scores, product):
+        _, heads, _, _, hidden = block
+        exact.append(has_no_bias(block))
         if heads.start == 0:
-            shown.append(~hidden[:1])
+            shown.append(~hidden[:, :1])
         alike.append((hidden == ~shown[-1]).all())
     if not exact:
         return call
     if not all(torch.stack(exact).tolist()):
         return replace(call, mask=difference(call, scores, product)) if product.masked else None
-    visible = torch.stack(shown)
+    visible = torch.cat(shown)
     if not all(torch.stack(alike).tolist()):
         visible = torch.empty_like(scores, dtype=torch.bool)
-        for entry, heads, _, _, hidden in blocks(call, scores, product):
-            visible[entry, heads] = ~hidden
+        for entries, heads, _, _, hidden in blocks(call, scores, product):
+            visible[entries, heads] = ~hidden
     if bool(visible.all().item()):
         return call
     queries, keys = scores.shape[-2:]
@@ -61,30 +71,33 @@ def explain(call: AttentionCall, scores: Tensor, product: Product, query: Tensor
 def difference(call: AttentionCall, scores: Tensor, product: Product) -> Tensor:
     """All that the model has added, ``[B, H, Q, K]``, hidden keys at -inf."""
     mask = torch.empty_like(scores, dtype=torch.promote_types(torch.float32, scores.dtype))
-    for entry, heads, _, rest, hidden in blocks(call, scores, product):
-        mask[entry, heads] = rest.masked_fill(hidden, -torch.inf)
+    for entries, heads, _, rest, hidden in blocks(call, scores, product):
+        mask[entries, heads] = rest.masked_fill(hidden, -torch.inf)
     return mask
 
 
 def blocks(call: AttentionCall, scores: Tensor, product: Product) -> Iterator[Block]:
-    """The scores a few heads at a time, beside those that query and key give."""
+    """The scores a few heads, or all heads of a few batch entries, at a time, beside those that query and key give."""
     assert call.query is not None
     assert call.key is not None
     batch, heads, queries, keys = scores.shape
     wide = torch.promote_types(torch.float32, scores.dtype)
     groups = heads // call.key.shape[1]
-    step = max(1, BLOCK // max(1, queries * keys))
-    for entry in range(batch if scores.numel() else 0):
-        for start in range(0, heads, step):
-            some = slice(start, min(start + step, heads))
+    pairs = max(1, BLOCK // max(1, queries * keys))
+    head_step, batch_step = min(pairs, heads), max(1, pairs // max(1, heads))
+    for first in range(0, batch if scores.numel() else 0, batch_step):
+        entries = slice(first, min(first + batch_step, batch))
+        for start in range(0, heads, head_step):
+            some = slice(start, min(start + head_step, heads))
             own = torch.arange(some.start, some.stop, device=scores.device) // groups
-            plain = call.scale * (call.query[entry, some].to(wide) @ call.key[entry, own].to(wide).transpose(-1, -2))
+            key = call.key[entries, some] if groups == 1 else call.key[entries, own]
+            plain = (call.query[entries, some].to(wide) @ key.to(wide).transpose(-1, -2)).mul_(call.scale)
             if call.softcap is not None:
                 plain = call.softcap * torch.tanh(plain / call.softcap)
-            part = scores[entry, some]
+            part = scores[entries, some]
             rest = part.to(wide) - plain
             hidden = is_hidden(part, product.fills)
-            yield entry, some, plain, rest, hidden | (rest <= 0.9 * FILL) if product.masked else hidden
+            yield entries, some, plain, rest, hidden | (rest <= 0.9 * FILL) if product.masked else hidden
 
 
 def is_hidden(scores: Tensor, fills: tuple[float, ...] = ()) -> Tensor:

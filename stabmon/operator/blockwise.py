@@ -178,6 +178,7 @@ class BlockwiseAttention(AttentionOperator):
             rows = slice(start, min(start + n_rows, self.queries))
             m = rows.stop - start
             low, high = self.visibility.key_range(start, rows.stop)
+            shared: dict[int, list[Piece]] = {}
             for batch, key_heads in self._tiles(max(1, budget // (groups * n_rows * max(1, min(high - low, width))))):
                 b, h = batch.stop - batch.start, key_heads.stop - key_heads.start
                 heads = slice(key_heads.start * groups, key_heads.stop * groups)
@@ -192,7 +193,13 @@ class BlockwiseAttention(AttentionOperator):
                     else:
                         z.copy_(self.given_scores[batch, heads, rows, cols].unflatten(1, (h, groups)))
                         z.mul_(scale)
-                    pieces = [self._five(piece, batch, heads, left) for piece in self.visibility.pieces(rows, cols)]
+                    if not self.visibility.is_shared:
+                        found = self.visibility.pieces(rows, cols, batch, heads)
+                    elif left not in shared:
+                        found = shared[left] = self.visibility.pieces(rows, cols)
+                    else:
+                        found = shared[left]
+                    pieces = [self._five(piece, left) for piece in found]
                     extremes = self._to_logits(z, spare, pieces, parts)
                     yield _Block((batch, heads, rows), cols, z, spare, extremes, cols.stop == high)
 
@@ -203,18 +210,17 @@ class BlockwiseAttention(AttentionOperator):
             for h in range(0, self.key_heads, head_step):
                 yield slice(b, min(b + batch_step, self.batch)), slice(h, min(h + head_step, self.key_heads))
 
-    def _five(self, piece: Piece, batch: slice, heads: slice, left: int) -> Piece:
-        """A piece of mask, ``[B or 1, H or 1, rows, cols]`` or ``[rows, cols]``, as ``[b, h, G, rows, cols]`` of a block from ``left``."""
+    def _five(self, piece: Piece, left: int) -> Piece:
+        """A piece of mask, ``[b or 1, h * G or 1, rows, cols]`` or ``[rows, cols]``, as ``[b, h, G, rows, cols]`` of a block from ``left``."""
         groups = self.heads // self.key_heads
 
-        def part(x: Tensor) -> Tensor:
-            if x.dim() == 2:
+        def part(x: Tensor | None) -> Tensor | None:
+            if x is None or x.dim() == 2:
                 return x
-            x = x[batch] if x.shape[0] > 1 else x
-            return x[:, heads].unflatten(1, (-1, groups)) if x.shape[1] > 1 else x[:, :, None]
+            return x.unflatten(1, (-1, groups)) if x.shape[1] > 1 else x[:, :, None]
 
         cols = slice(piece.cols.start - left, piece.cols.stop - left)
-        return Piece(cols, part(piece.ceiling), part(piece.floor), None if piece.bias is None else part(piece.bias))
+        return Piece(cols, part(piece.ceiling), part(piece.floor), part(piece.bias))
 
     def _to_logits(self, z: Tensor, spare: Tensor, pieces: list[Piece], parts: set[str]) -> RowSums:
         """Turn scores (with a softcap, in nats) into logits in place; returns each row's extremes but for the largest logit."""
@@ -242,6 +248,8 @@ class BlockwiseAttention(AttentionOperator):
         """Smallest visible logit of each row; lifts what is hidden above all others."""
         for piece in pieces:
             part = z[..., piece.cols]
+            if piece.ceiling is None or piece.floor is None:
+                continue
             if self._with_care:
                 part.masked_fill_(piece.ceiling < 0, -HIDDEN)
             else:
@@ -251,6 +259,8 @@ class BlockwiseAttention(AttentionOperator):
     def _hide(self, z: Tensor, pieces: list[Piece]) -> None:
         for piece in pieces:
             part = z[..., piece.cols]
+            if piece.ceiling is None:
+                continue
             if self._with_care:
                 part.masked_fill_(piece.ceiling < 0, HIDDEN)
             else:

@@ -23,9 +23,9 @@ class Piece:
     """The part of a block of logits in which something is hidden or biased; the tensors broadcast to ``[B, H, rows, cols]``."""
 
     cols: slice
-    ceiling: Tensor
-    """``HIDDEN`` where hidden and +inf where visible: logits are hidden by their minimum with it."""
-    floor: Tensor
+    ceiling: Tensor | None
+    """``HIDDEN`` where hidden and +inf where visible: logits are hidden by their minimum with it. None where nothing is hidden."""
+    floor: Tensor | None
     """Its negative: what is hidden is lifted above all logits by their maximum with it."""
     bias: Tensor | None
 
@@ -45,6 +45,8 @@ class MaskSummary:
     """Last visible key of a row, -1 where nothing is visible."""
     seen: Tensor | None
     """``[B or 1, H or 1, K]``: the keys that some row sees; None where that is all."""
+    hides: bool = True
+    """Some key may be hidden from some row."""
 
     def rows(self, index: Tensor) -> MaskSummary:
         """The same of some rows only."""
@@ -124,14 +126,34 @@ class Visibility:
         bias = part if self.summary.is_bias else None
         return (masked if hidden is None else masked | hidden), bias
 
-    def pieces(self, rows: slice, cols: slice) -> list[Piece]:
-        """The parts of a block that need masking or bias, from left to right; columns in none of them are plain."""
+    def pieces(self, rows: slice, cols: slice, batch: slice = slice(None), heads: slice = slice(None)) -> list[Piece]:
+        """The parts of a block that need masking or bias, from left to right; columns in none of them are plain.
+
+        Args:
+            rows, cols: the block.
+            batch, heads: the batch elements and query heads that are asked about.
+        """
         if self.everything:
             return []
         seen_from, seen_to = self._plain_range(rows)
         seen_from, seen_to = max(seen_from, cols.start), min(seen_to, cols.stop)
         sides = [cols] if seen_from >= seen_to else [slice(cols.start, seen_from), slice(seen_to, cols.stop)]
-        return [self._piece(rows, side) for side in sides if side.start < side.stop]
+        some = self._of(batch, heads)
+        return [some._piece(rows, side) for side in sides if side.start < side.stop]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all heads of all batch elements see alike."""
+        return self.mask is None or self.mask.shape[:2] == (1, 1)
+
+    def _of(self, batch: slice, heads: slice) -> Visibility:
+        """The same for some batch elements and heads, for asking what :meth:`_piece` needs."""
+        if self.mask is None or self.is_shared:
+            return self
+        part = self.mask[batch if self.mask.shape[0] > 1 else slice(None)]
+        some = replace(self, mask=part[:, heads] if part.shape[1] > 1 else part)
+        some.__dict__["summary"] = self.summary  # a pass over a part of the mask would learn nothing new
+        return some
 
     def _plain_range(self, rows: slice) -> tuple[int, int]:
         """Keys that all these rows of all heads see without bias, as (first, past the last); not all such keys under a mask with holes."""
@@ -150,6 +172,9 @@ class Visibility:
     def _piece(self, rows: slice, cols: slice) -> Piece:
         if self.mask is None:
             return Piece(cols, *self._structural_limits(rows, cols), None)
+        assert self.summary is not None
+        if not self.summary.hides and self._structural_block(rows, cols) is None:
+            return Piece(cols, None, None, self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(0, 1), cols])
         hidden, bias = self.block(rows, cols)
         assert hidden is not None
         return Piece(cols, *_limits(hidden), bias)
@@ -326,6 +351,8 @@ def _make_summary(mask: Tensor) -> MaskSummary:
         rows = mask.split(_SUMMARY_ROWS, dim=2)
         if floor < low <= _CLASSIC_MASK and all(bool(((part == 0) | (part == low)).all()) for part in rows):
             floor = low
+        if low > floor:
+            return _nothing_hidden(mask, floor)
     keys = mask.shape[-1]
     index = torch.arange(keys, device=mask.device)
     counts, firsts, lasts, seen = [], [], [], torch.zeros((), dtype=torch.bool, device=mask.device)
@@ -339,3 +366,9 @@ def _make_summary(mask: Tensor) -> MaskSummary:
         seen = seen | visible.any(-2)
     hidden = None if bool(seen.all()) else seen
     return MaskSummary(floor, is_bias, torch.cat(counts, -1), torch.cat(firsts, -1), torch.cat(lasts, -1), hidden)
+
+
+def _nothing_hidden(mask: Tensor, floor: float) -> MaskSummary:
+    rows = torch.zeros(mask.shape[:-1], dtype=torch.int64, device=mask.device)
+    keys, is_bias = mask.shape[-1], bool((mask != 0).any())
+    return MaskSummary(floor, is_bias, rows + keys, rows, rows + keys - 1, None, hides=False)
