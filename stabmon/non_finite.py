@@ -111,7 +111,9 @@ class NonFiniteWatch:
         news = False
         if loss is not None and not math.isfinite(loss) and self._last_bad != step:
             # what was left out has moved no weights, so that it can be replayed still
-            trace = (lambda: self._trace(step, calls, True, False, False)) if left_out is True else (lambda: self._told(step, loss))
+            trace = (
+                (lambda: self._trace(step, calls, True, False, False)) if left_out is True else (lambda: self._told(step, loss))
+            )
             news = self._take(step, _LOSS, trace)
         if bad_gradient and (self._found is None or self._found.touched != "weights"):
             left_out = True  # whoever steps, it was with other gradients than these
@@ -179,7 +181,15 @@ class NonFiniteWatch:
             return NonFinite(step, "loss", None, None, "loss", f"loss is {loss}, and every gradient is 0", "labels")
         return NonFinite(step, "loss", None, None, "loss", f"loss is {loss}", "objective")
 
-    def _trace(self, step: int, calls: Sequence[ForwardCall], bad_loss: bool, bad_gradient: bool, blamed: bool, untraced: tuple[str, str] | None = None) -> NonFinite:
+    def _trace(
+        self,
+        step: int,
+        calls: Sequence[ForwardCall],
+        bad_loss: bool,
+        bad_gradient: bool,
+        blamed: bool,
+        untraced: tuple[str, str] | None = None,
+    ) -> NonFinite:
         found, replayed = None, bool(calls) and not is_split(self._model)
         if replayed:
             found = self._replay(find_in_forward, calls, step)
@@ -201,7 +211,9 @@ class NonFiniteWatch:
         """What is bad though the model's own forward and backward are finite, or could not be made again."""
         found = find_in_gradients(self._model, step)
         if found is not None:
-            formats = [of_values(p.grad) for p in self._model.parameters() if p.grad is not None and p.grad.dtype == torch.float16]
+            formats = [
+                of_values(p.grad) for p in self._model.parameters() if p.grad is not None and p.grad.dtype == torch.float16
+            ]
             return replace(found, cause="overflow" if "overflow" in formats else "objective" if replayed else "")
         tensor, detail = untraced
         if bad_loss and self._no_gradient:
@@ -234,8 +246,8 @@ class NonFiniteWatch:
 
     def _spoilt(self) -> bool:
         """Whether any parameter, or running statistic, holds what is not finite; -inf in a buffer may hide keys."""
-        weights = [local(parameter.detach()) for parameter in self._model.parameters()]
-        statistics = [each for each in map(local, self._model.buffers()) if each.is_floating_point()]
+        weights = [local(each.detach()) for each in self._model.parameters() if _may_be_bad(each)]
+        statistics = [local(each) for each in self._model.buffers() if _may_be_bad(each)]
         largest = largest_of([*weights, *statistics])
         return not all(map(math.isfinite, largest[: len(weights)])) or any(map(math.isnan, largest[len(weights) :]))
 
@@ -251,6 +263,11 @@ class NonFiniteWatch:
             return []
         weights = [weight for weight in self._sentinels.weights() if weight.numel()]
         return list(torch._foreach_norm(weights, math.inf)) if weights else []
+
+
+def _may_be_bad(tensor: Tensor) -> bool:
+    """Whether a tensor is of a format that holds inf; quantised weights are of none."""
+    return tensor.is_floating_point() and tensor.element_size() > 1
 
 
 _FURTHER = ("", "nothing", "gradients", "weights")
@@ -270,5 +287,5 @@ def largest_of(tensors: Sequence[Tensor], largest: Sequence[Tensor] = ()) -> lis
     if not found:
         return []
     device = found[0].device
-    values: list[float] = torch.stack([each.to(device, torch.float32) for each in found]).tolist()
+    values: list[float] = torch.stack([each.to(device) for each in found]).tolist()
     return values

@@ -50,7 +50,7 @@ class SkippedSteps:
         self._bad += bad
         scale = self._view.scale() if self._first is None else None
         self._first = self._first if scale is None else scale
-        self.search = self.search if self.in_a_row > 1 and self.search else self._view.scalers.search_length()
+        self.search = self._view.scalers.search_length()
         due = min(2, self.in_a_row // (self.search + 1))
         if due <= self._told or not self._is_meant():
             return False
