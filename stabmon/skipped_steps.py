@@ -14,8 +14,8 @@ _WAIT = 8
 class SkippedSteps:
     """Steps in a row that were left out, by a gradient scaler or by the training loop.
 
-    A scaler halves its scale at each. From where its search began to a scale of 1 it takes :meth:`~stabmon.grad_scaler.ScalerWatch.search_length`
-    of them; one more, and what overflows is not its scale.
+    A scaler halves its scale at each. A search takes as many as bring its first scale to 1 (see
+    :meth:`~stabmon.grad_scaler.ScalerWatch.search_length`); one more, and what overflows is not its scale.
     """
 
     def __init__(self, view: OptimizerView) -> None:

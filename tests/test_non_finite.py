@@ -94,8 +94,8 @@ def test_a_nan_outside_of_attention_has_no_head():
 
 def test_a_misfortune_is_traced_once_while_it_lasts(monkeypatch):
     traced = []
-    original = stabmon.non_finite.find_in_forward
-    monkeypatch.setattr("stabmon.non_finite.find_in_forward", lambda *args: traced.append(args[-1]) or original(*args))
+    original = stabmon.tracer.find_in_forward
+    monkeypatch.setattr("stabmon.tracer.find_in_forward", lambda *args: traced.append(args[-1]) or original(*args))
 
     def plant(model):
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan

@@ -51,8 +51,13 @@ def test_a_bad_loss_is_critical_where_nothing_says_that_the_weights_are_finite(g
 
 @pytest.mark.parametrize(
     ("touched", "skipped", "severity"),
-    [("nothing", 0, "warning"), ("gradients", 0, "warning"), ("gradients", 17, "error"), ("gradients", 34, "critical")]
-    + [("weights", 0, "critical")],
+    [
+        ("nothing", 0, "warning"),
+        ("gradients", 0, "warning"),
+        ("gradients", 17, "error"),
+        ("gradients", 34, "critical"),
+        ("weights", 0, "critical"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["activation", "gradient", "loss"])
 def test_what_was_touched_decides_how_severe_it_is(kind, touched, skipped, severity):
