@@ -25,15 +25,16 @@ def root_at_zero(out, bad):
     return out.square().mean() + (away if bad else 0)
 
 
-def go(bad, *, steps=40, given=False, optimizer=optimizer_of, scaler=None, watched=True, config="observe", **options):
-    """Train under a scaler; ``bad`` says of a step whether its gradients are. Gives the monitor, the weights and the scaler."""
+def go(bad, *, steps=40, given=False, optimizer=optimizer_of, scaler=None, watched=True, seen=True, **options):
+    """Train under a scaler; ``bad`` says of a step whether its gradients are, ``seen`` whether the monitor is given the optimizer.
+    Gives the monitor, the weights and the scaler."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     scaler = scaler or scaler_of()
     inner = optimizer(model)
     settings = {"sinks": [], "log_every": 50} | options
     more = {"grad_scaler": scaler} if given else {}
-    monitor = stabmon.AttentionStabilityMonitor(model, inner, config=config, **settings, **more) if watched else None
+    monitor = stabmon.AttentionStabilityMonitor(model, inner if seen else None, **settings, **more) if watched else None
     for step in range(1, steps + 1):
         loss = root_at_zero(model(torch.randn(2, 8)), bad(step))
         scaler.scale(loss).backward()
@@ -71,6 +72,11 @@ def test_a_scaler_that_skips_for_ever_is_an_alarm_after_as_many_steps_as_its_sea
     assert (first.evidence["skipped"], first.evidence["scale"]) == (17, 2.0**16 / 2**17)
     assert (second.evidence["skipped"], second.evidence["scale"]) == (34, 2.0**16 / 2**34)
     assert "17 steps in a row were left out by the gradient scaler, whose scale is down to 0.5" in first.suggestion
+
+
+def test_without_an_optimizer_a_scale_that_falls_tells_of_skipped_steps():
+    monitor, _, _ = go(lambda step: step >= 4, given=True, seen=False)
+    assert told(monitor) == [(20, "error"), (37, "critical")]
 
 
 def test_a_scaler_that_begins_higher_may_search_longer():

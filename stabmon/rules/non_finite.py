@@ -101,7 +101,7 @@ class NonFinite:
 
     def _traced(self, history: History, found: Finding) -> StabilityIssue:
         where = f"{found.tensor} of {found.layer or 'the run'}"
-        more = {
+        more: dict[str, Any] = {
             "kind": found.kind,
             "cause": found.cause,
             "touched": found.touched,
