@@ -41,6 +41,7 @@ class ScalerWatch:
         self._found: weakref.ref[Any] | None = None
         self._hooks: list[Any] = []
         self._made, self._found_inf = False, None
+        self._scale: Tensor | None = None
         self._searches, self._scales = _SEARCHES, weakref.WeakKeyDictionary[Any, float]()
 
     @property
@@ -67,7 +68,7 @@ class ScalerWatch:
     def end_step(self) -> bool | Tensor:
         """Whether the step that ends here was left out; of a fused optimizer, a number on its device that is above 0 if it was."""
         if not self._hooks:
-            return False
+            return self._fell()
         made, found_inf = self._made, self._found_inf
         self._made, self._found_inf = False, None
         if not made and found_inf is None:
@@ -89,6 +90,15 @@ class ScalerWatch:
         self._found_inf = found_inf
         if self.scaler is None and (found := _calling()) is not None:
             self._found = weakref.ref(found)
+
+    def _fell(self) -> bool | Tensor:
+        """Whether the scale is lower than after the last step, where there is no optimizer to hear from."""
+        now = getattr(self.scaler, "_scale", None)  # private: the public word for it waits for the device
+        if now is None:
+            return False
+        before, self._scale = self._scale, now.clone()
+        lower: Tensor = now < (self.scaler._init_scale if before is None else before)
+        return lower.float()
 
     def _search(self) -> None:
         """A scaler whose scale is lower than at an earlier step that was left out as well."""

@@ -14,8 +14,8 @@ _WAIT = 8
 class SkippedSteps:
     """Steps in a row that were left out, by a gradient scaler or by the training loop.
 
-    A scaler halves its scale at each. From where its search began to a scale of 1 it takes :meth:`~stabmon.grad_scaler.ScalerWatch.search_length`
-    of them; one more, and what overflows is not its scale.
+    A scaler halves its scale at each. A search takes as many as bring its first scale to 1 (see
+    :meth:`~stabmon.grad_scaler.ScalerWatch.search_length`); one more, and what overflows is not its scale.
     """
 
     def __init__(self, view: OptimizerView) -> None:
@@ -50,7 +50,7 @@ class SkippedSteps:
         self._bad += bad
         scale = self._view.scale() if self._first is None else None
         self._first = self._first if scale is None else scale
-        self.search = self.search if self.in_a_row > 1 and self.search else self._view.scalers.search_length()
+        self.search = self._view.scalers.search_length()
         due = min(2, self.in_a_row // (self.search + 1))
         if due <= self._told or not self._is_meant():
             return False

@@ -109,7 +109,7 @@ class _ForwardTrace:
     """A score too large for the format in which the model's kernel forms it; blamed if something bad comes next."""
     attention: tuple[str, int] = ("", 1)
     """The layer that attended last, and its heads."""
-    hidden: HiddenRows = HiddenRows()
+    hidden: HiddenRows = field(default_factory=HiddenRows)
     """Rows of that layer which see no key."""
 
     def note(

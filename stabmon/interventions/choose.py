@@ -290,7 +290,9 @@ def _weights_finite(run: TrainingRun) -> NonFinite | None:
 
 def _mend(alarms: Sequence[StabilityIssue], key: Key) -> str:
     """What an alarm of something that is not finite says of its cause."""
-    said = [issue.suggestion for issue in alarms if key_of(issue) == key and key[0] == "non_finite" and issue.evidence.get("cause")]
+    said = [
+        issue.suggestion for issue in alarms if key_of(issue) == key and key[0] == "non_finite" and issue.evidence.get("cause")
+    ]
     return said[0] if said else ""
 
 

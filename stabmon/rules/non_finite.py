@@ -93,13 +93,21 @@ class NonFinite:
         gradient = reading.gradients.get("", 0.0)
         if not math.isfinite(gradient):
             severity = self._gradient_severity(history)
-            words = f"{CAUSES['']}. {ROLL_BACK if severity == 'critical' else 'The weights are spoilt unless the step is left out'}"
+            words = (
+                f"{CAUSES['']}. {ROLL_BACK if severity == 'critical' else 'The weights are spoilt unless the step is left out'}"
+            )
             return [self._issue(reading.step, None, None, gradient, severity, words, {"kind": "gradient"})]
         return []
 
     def _traced(self, history: History, found: Finding) -> StabilityIssue:
         where = f"{found.tensor} of {found.layer or 'the run'}"
-        more = {"kind": found.kind, "cause": found.cause, "touched": found.touched, "tensor": found.tensor, "detail": found.detail}
+        more: dict[str, Any] = {
+            "kind": found.kind,
+            "cause": found.cause,
+            "touched": found.touched,
+            "tensor": found.tensor,
+            "detail": found.detail,
+        }
         more |= {"first_step": found.step, "first_bad": where}
         if found.skipped:
             more |= {"skipped": found.skipped} | ({"scale": found.scale} if found.scale is not None else {})
@@ -123,7 +131,9 @@ class NonFinite:
             by = "" if found.scale is None else f" by the gradient scaler, whose scale is down to {found.scale:.3g}"
             return f"{found.skipped} steps in a row were left out{by}: nothing is trained until that is mended"
         words = {"nothing": UNHARMED, "gradients": LEFT_OUT}
-        return words.get(found.touched, ROLL_BACK if severity == "critical" else "The weights are spoilt unless the step is left out")
+        return words.get(
+            found.touched, ROLL_BACK if severity == "critical" else "The weights are spoilt unless the step is left out"
+        )
 
     def _went_on(self, history: History, step: int) -> bool:
         """Whether the weights are known to be finite after a bad loss: a later loss, or the gradients at the loss itself, are."""

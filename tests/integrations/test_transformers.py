@@ -434,3 +434,27 @@ def test_gradient_norms_are_those_before_clipping_also_of_a_loss_of_the_trainers
     reported = [each["grad_norm"] for each in trainer.state.log_history if "grad_norm" in each]
     assert [each.gradients[""] for each in readings(callback)] == pytest.approx(reported, rel=1e-5)
     assert not callback.monitor.errors
+
+
+def test_a_gradient_of_the_trainer_s_own_loss_is_critical_at_once_and_the_loss_is_blamed(tmp_path):
+    class Ratio(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ids = inputs["input_ids"]
+            logp = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            old, keep = logp.detach().clone(), torch.ones_like(logp)
+            keep[0, -2:] = 0
+            old[0, -2:] -= 200.0 if self.state.global_step >= 2 else 0.0
+            ratio = torch.exp(logp - old)
+            return (-torch.min(ratio, ratio.clamp(0.8, 1.2)) * keep).sum() / keep.sum()
+
+    callback = StabilityCallback("observe", log_every=50, sinks=[])
+    trainer_of(tmp_path, callback, cls=Ratio, max_steps=4).train()
+    (issue,) = callback.issues
+    assert (issue.step, issue.severity, issue.evidence["cause"], issue.evidence["touched"]) == (
+        3,
+        "critical",
+        "objective",
+        "weights",
+    )
+    assert "loss function" in issue.suggestion
+    assert "scale" not in issue.suggestion

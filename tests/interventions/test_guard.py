@@ -14,7 +14,7 @@ from interventions.runs import all_bits, differences, first_layer, growth, run_o
 from stabmon.interventions import Budget, CannotApply, Guard, Intervention, TrainingRun, make_interventions
 from stabmon.interventions.base import Effect
 from stabmon.interventions.families import FAMILIES, ORDER, PREVENTIVE
-from stabmon.records import StabilityIssue
+from stabmon.records import NonFinite, Reading, StabilityIssue
 from stabmon.rules import RULES
 
 
@@ -279,6 +279,20 @@ def test_rollbacks_are_counted_and_then_the_run_is_stopped_only_if_that_is_allow
     for _ in range(5):
         guard.act([bad], True)
     assert "first bad tensor" in guard.run.records[-1]["why"]
+
+
+@pytest.mark.parametrize(
+    ("touched", "skipped", "expected"),
+    [("nothing", 0, []), ("gradients", 17, []), ("gradients", 34, ["stop"]), ("weights", 0, ["rollback"]), ("", 0, ["rollback"])],
+)
+def test_nothing_is_gone_back_from_while_weights_are_finite(touched: Any, skipped: int, expected: list[str]) -> None:
+    guard = guard_of(*ALL)
+    found = NonFinite(1, "gradient", None, None, "all gradients", "", "objective", touched, skipped, 16 * (skipped > 0))
+    guard.run.history.add(Reading(1, 1.0, {}, non_finite=found))
+    bad = replace(issue("non_finite"), suggestion="Clamp the ratio.", evidence={"cause": "objective"})
+    assert names(guard.act([bad], False)) == expected
+    said = [record["why"] for record in guard.run.records if record["action"] == "gave_up"]  # type: ignore[attr-defined]
+    assert said == ([] if expected else ["the weights are finite, so that going back mends nothing; Clamp the ratio."])
 
 
 def test_one_act_on_the_whole_run_at_a_time() -> None:

@@ -1,10 +1,12 @@
 """NaN and inf are named where they started, and a gradient scaler's search is not mistaken for them."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from stabmon.records import Cause
 from stabmon.rules.non_finite import NonFinite
 from tests.rules.trajectories import LAYERS, bad, falling_loss, readings, run, shape, signals
 
@@ -35,9 +37,45 @@ def test_an_infinite_score_names_its_head():
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_bad_loss_is_critical_for_the_run_at_its_own_step(loss):
+def test_a_bad_loss_is_told_for_the_run_at_its_own_step_and_is_no_alarm_where_training_went_on(loss):
     (issue,) = run(with_last(losses=((75, 2.0), (76, loss), (80, 2.0))), [NonFinite()])
-    assert (issue.severity, issue.layer, issue.step) == ("critical", None, 76)
+    assert (issue.severity, issue.layer, issue.step) == ("warning", None, 76)
+    assert "go back" not in issue.suggestion.lower()
+
+
+@pytest.mark.parametrize("gradients", [{}, {"": float("nan")}])
+def test_a_bad_loss_is_critical_where_nothing_says_that_the_weights_are_finite(gradients):
+    (issue,) = run(with_last(losses=((79, 2.0), (80, float("nan"))), gradients=gradients), [NonFinite()])
+    assert (issue.severity, issue.step) == ("critical", 80)
+
+
+@pytest.mark.parametrize(
+    ("touched", "skipped", "severity"),
+    [
+        ("nothing", 0, "warning"),
+        ("gradients", 0, "warning"),
+        ("gradients", 17, "error"),
+        ("gradients", 34, "critical"),
+        ("weights", 0, "critical"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["activation", "gradient", "loss"])
+def test_what_was_touched_decides_how_severe_it_is(kind, touched, skipped, severity):
+    found = replace(bad(80, kind), touched=touched, skipped=skipped, search=16 * (skipped > 0), cause="objective")
+    (issue,) = run(with_last(non_finite=found), [NonFinite()])
+    assert (issue.severity, issue.evidence["touched"]) == (severity, touched)
+    assert ("Go back" in issue.suggestion) == (touched == "weights")
+    assert ("in a row" in issue.suggestion) == (skipped > 0)
+
+
+def test_each_cause_has_advice_of_its_own_and_only_a_scaler_s_finding_names_a_scaler():
+    causes = get_args(Cause)
+    said = {cause: run(with_last(non_finite=replace(bad(80), cause=cause)), [NonFinite()])[0].suggestion for cause in causes}
+    assert len(set(said.values())) == len(causes)
+    assert not [cause for cause, words in said.items() if "scaler" in words]
+    stuck = replace(bad(80), cause="arithmetic", touched="gradients", skipped=17, search=16, scale=0.5)
+    (issue,) = run(with_last(non_finite=stuck), [NonFinite()])
+    assert "scale is down to 0.5" in issue.suggestion
 
 
 def test_nan_scores_alone_mean_nothing_was_measured():
