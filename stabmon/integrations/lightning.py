@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from stabmon.config import StabilityConfig, load_config
+from stabmon.integrations.earlier import without_restored
 from stabmon.integrations.ranks import settle
 from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.records import Reading, StabilityIssue
@@ -26,7 +27,7 @@ logger = logging.getLogger("stabmon")
 class StabilityCallback(pl.Callback):
     """Add it to ``L.Trainer(callbacks=[...])``; nothing else changes.
 
-    Records go to ``<trainer.log_dir>/stabmon``. Scalars also reach every logger of the Trainer. The state is stored in each checkpoint and
+    Records go to ``<trainer.log_dir>/stabmon``, with ``fast_dev_run`` and ``barebones`` nowhere. Scalars also reach every logger of the Trainer. The state is stored in each checkpoint and
     taken up again on resume.
 
     Args:
@@ -51,6 +52,7 @@ class StabilityCallback(pl.Callback):
     ) -> None:
         self.config = load_config(config, log_every=log_every, sinks=sinks, **overrides)
         self.monitor: AttentionStabilityMonitor | None = None
+        self._earlier: list[StabilityIssue] = []
         self._own_sinks = sinks is not None
         self._run_dir = run_dir
         self._state: dict[str, Any] = {}
@@ -59,8 +61,8 @@ class StabilityCallback(pl.Callback):
 
     @property
     def issues(self) -> list[StabilityIssue]:
-        """Every issue emitted so far; empty before training."""
-        return [] if self.monitor is None else self.monitor.issues
+        """Every issue emitted so far, in all calls of ``fit()`` with this callback; empty before training."""
+        return [*self._earlier, *([] if self.monitor is None else self.monitor.issues)]
 
     def close(self) -> None:
         """Leave the model as it was found. The Trainer's end and its exceptions do this."""
@@ -70,10 +72,12 @@ class StabilityCallback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start watching; on a resume, go on where the checkpoint was."""
         self.close()
-        run_dir = self._run_dir or trainer.log_dir or trainer.default_root_dir
+        self._earlier, self.monitor = self.issues, None
+        dry = bool(trainer.fast_dev_run or trainer.barebones)  # modes in which Lightning leaves no file either
+        run_dir = None if dry else self._run_dir or trainer.log_dir or trainer.default_root_dir
         try:
-            sinks: list[str | Sink] = list(self.config.sinks)
-            if not self._own_sinks:
+            sinks: list[str | Sink] = [each for each in self.config.sinks if not dry or _leaves_nothing(each)]
+            if not self._own_sinks and not dry:
                 sinks += [_sink_of(each) for each in trainer.loggers]
             self.monitor = AttentionStabilityMonitor(
                 pl_module,
@@ -89,6 +93,7 @@ class StabilityCallback(pl.Callback):
             )
             self.monitor.step = _steps_made(trainer)
             self._restore(self.monitor)
+            self._earlier = without_restored(self._earlier, self.monitor.issues)
         except Exception:
             logger.exception("stabmon could not start watching; training goes on without it")
             self.monitor = None
@@ -160,6 +165,12 @@ def _steps_made(trainer: pl.Trainer) -> int:
     # What Lightning's own loggers count by; private in 2.6, and where it is gone only the steps of several optimizers are counted apart.
     batches = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
     return min(trainer.global_step, int(batches))
+
+
+def _leaves_nothing(one: str | Sink) -> bool:
+    """Whether a sink writes to no file or server that we know of."""
+    ours = one if isinstance(one, str) else next((name for name, cls in SINKS.items() if type(one) is cls), None)
+    return ours in ("console", None)
 
 
 def _sink_of(one: Any) -> Sink:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stabmon.atomic import write_text
 from stabmon.config import StabilityConfig, load_config
+from stabmon.integrations.earlier import without_restored
 from stabmon.integrations.ranks import settle
 from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.records import Reading, StabilityIssue
@@ -58,13 +59,14 @@ class StabilityCallback(TrainerCallback):
     ) -> None:
         self.config = load_config(config, log_every=log_every, sinks=sinks, **overrides)
         self.monitor: AttentionStabilityMonitor | None = None
+        self._earlier: list[StabilityIssue] = []
         self._own_sinks = sinks is not None
         self._run_dir = run_dir
 
     @property
     def issues(self) -> list[StabilityIssue]:
-        """Every issue emitted so far; empty before training."""
-        return [] if self.monitor is None else self.monitor.issues
+        """Every issue emitted so far, in all calls of ``train()`` with this callback; empty before training."""
+        return [*self._earlier, *([] if self.monitor is None else self.monitor.issues)]
 
     def close(self) -> None:
         """Leave the model as it was found. Training's end does this; after an exception outside a forward, nobody else does."""
@@ -76,6 +78,7 @@ class StabilityCallback(TrainerCallback):
     ) -> None:
         """Start watching; on a resume, go on where the checkpoint was."""
         self.close()
+        self._earlier, self.monitor = self.issues, None
         try:
             sinks: list[str | Sink] = list(self.config.sinks)
             if not self._own_sinks:
@@ -86,13 +89,14 @@ class StabilityCallback(TrainerCallback):
                 kwargs.get("lr_scheduler"),
                 self.config,
                 sinks=[*sinks, LogHistory(state)],
-                run_dir=self._run_dir or args.output_dir or ".",
+                run_dir=self._run_dir or args.output_dir,
                 reduce_ranks=True,
                 is_writer=state.is_world_process_zero,
                 manual_steps=True,
             )
             self.monitor.step = state.global_step
             self._restore(args, state)
+            self._earlier = without_restored(self._earlier, self.monitor.issues)
         except Exception:
             logger.exception("stabmon could not start watching; training goes on without it")
             self.monitor = None
@@ -196,9 +200,9 @@ def _reporters(callbacks: list[Any], present: list[str | Sink]) -> list[str | Si
         kind = type(callback).__name__
         if kind == "TensorBoardCallback" and "tensorboard" not in names and callback.tb_writer is not None:
             found.append(SINKS["tensorboard"](writer=callback.tb_writer))  # type: ignore[call-arg]
-        elif kind == "WandbCallback" and "wandb" not in names:
+        elif kind == "WandbCallback" and "wandb" not in names and getattr(callback, "_wandb", True) is not None:
             found.append(SINKS["wandb"]())
-        elif kind == "MLflowCallback" and "mlflow" not in names:
+        elif kind == "MLflowCallback" and "mlflow" not in names and getattr(callback, "_ml_flow", True) is not None:
             found.append(SINKS["mlflow"]())
     return found
 
