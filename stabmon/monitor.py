@@ -34,7 +34,7 @@ from stabmon.measurements import to_host
 from stabmon.non_finite import NonFiniteWatch
 from stabmon.observer import StepObserver
 from stabmon.optimizer_view import OptimizerView
-from stabmon.query_key_steps import QueryKeySteps
+from stabmon.query_key_steps import QueryKeySteps, with_adapters
 from stabmon.recorder import Recorder
 from stabmon.records import Diagnosis, QueryKeyStep, Reading, StabilityIssue
 from stabmon.rules.history import History
@@ -341,7 +341,7 @@ class AttentionStabilityMonitor:
             step=self.step,
             loss=losses[-1][1] if losses and losses[-1][0] == self.step else None,
             layers=layers,
-            info=dict(seen.measurements.info),
+            info=with_adapters(seen.measurements.info, seen.measurements.modules),
             learning_rate=max(rates.values(), default=None),
             gradients=seen.gradients,
             query_key=moved,
