@@ -36,7 +36,7 @@ from stabmon.measurements import to_host
 from stabmon.non_finite import NonFiniteWatch
 from stabmon.observer import StepObserver
 from stabmon.optimizer_view import OptimizerView
-from stabmon.query_key_steps import QueryKeySteps
+from stabmon.query_key_steps import QueryKeySteps, with_adapters
 from stabmon.recorder import Recorder
 from stabmon.records import Diagnosis, QueryKeyStep, Reading, StabilityIssue
 from stabmon.replay import ForwardCall
@@ -129,6 +129,8 @@ class AttentionStabilityMonitor:
         self._opened = self._closed = self._is_news = self._resumed = False
         self._looked: set[int] = set()
         """Optimizers that are about to step or have, by id, in this step."""
+        self._made = (0, 0)
+        """Forwards and losses of this step when they were looked at last."""
         if not manual_steps:
             self.begin_step()
 
@@ -152,14 +154,17 @@ class AttentionStabilityMonitor:
         """Look at gradients while they and the parameters that made them are still there.
 
         Args:
-            optimizer: the one that is about to step, where there are several: each is looked at once in a step of the run.
+            optimizer: the one that is about to step, where there are several. What comes again without a forward in between is one step,
+                as where an optimizer's step calls its parent's.
         """
-        if self._closed or id(optimizer) in self._looked:
+        made = (self._observer.forwards.count, len(self._observer.losses.parts))
+        is_first, is_new = not self._looked, made != self._made
+        if self._closed or (id(optimizer) in self._looked and not is_new):
             return
-        is_first = not self._looked
         self._looked.add(id(optimizer))
+        self._made = made
         self._look_at_weights(optimizer, is_first)
-        if is_first:
+        if is_first or is_new:  # with several optimizers, gradients may be made anew between their steps
             self._look_at_gradients()
         self._acting.guard.before_optimizer_step()
 
@@ -426,7 +431,7 @@ class AttentionStabilityMonitor:
             step=self.step,
             loss=losses[-1][1] if losses and losses[-1][0] == self.step else None,
             layers=layers,
-            info=dict(seen.measurements.info),
+            info=with_adapters(seen.measurements.info, seen.measurements.modules),
             learning_rate=max(rates.values(), default=None),
             gradients=seen.gradients,
             query_key=moved,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,40 +24,24 @@ def innermost(given: Any) -> list[Any]:
     Args:
         given: an optimizer, a wrapper around one, something that holds several, or a list, tuple or mapping of these; None for none.
     """
-    found: dict[int, Any] = {}
-    _search(given, found, set())
-    return list(found.values())
+    return list({id(each): each for each in _search(given, set())}.values())
 
 
-def _search(given: Any, found: dict[int, Any], seen: set[int]) -> None:
+def _search(given: Any, seen: set[int]) -> list[Any]:
     if given is None or id(given) in seen:
-        return
-    seen.add(id(given))
-    inside = list(_inside(given))
-    for each in inside:
-        _search(each, found, seen)
-    if not inside and (hasattr(given, "param_groups") or hasattr(given, "step")):
-        found[id(given)] = given
-
-
-def _inside(given: Any) -> Iterator[Any]:
+        return []
     if isinstance(given, Mapping):
-        yield from given.values()
-        return
+        given = list(given.values())
     if isinstance(given, list | tuple):
-        yield from given
-        return
-    for name in SEVERAL:
+        return [found for each in given for found in _search(each, seen)]
+    seen = seen | {id(given)}
+    for name in (*SEVERAL, *WRAPPED):
         held = _attribute(given, name)
-        held = list(held.values()) if isinstance(held, Mapping) else held
-        if isinstance(held, list | tuple) and held and all(_is_optimizer(each) for each in held):
-            yield from held
-            return
-    for name in WRAPPED:
-        held = _attribute(given, name)
-        if held is not None and held is not given and _is_optimizer(held):
-            yield held
-            return
+        if isinstance(held, Mapping | list | tuple) or hasattr(held, "__dict__"):
+            inside = _search(held, seen)
+            if inside:
+                return inside
+    return [given] if hasattr(given, "param_groups") or hasattr(given, "step") else []
 
 
 def _attribute(given: Any, name: str) -> Any:

@@ -80,7 +80,7 @@ class LayerInfo:
     """See :class:`AttentionCall`."""
     softcap: float | None = None
     adapted: bool = False
-    """Adapters (LoRA, DoRA …) around frozen weights make the queries or keys: what is trained is not W_q and W_k themselves."""
+    """W_q or W_k is frozen, as under adapters (LoRA, DoRA …) and prompts: what is trained is around them, and no clip reaches them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -573,3 +573,33 @@ def test_time_spent_inside_is_reported_as_a_share():
     share = train(model, monitor, optimizer, batches(10))[-1].readings[-1].overhead_fraction
     monitor.close()
     assert 0.0 < share < 0.6
+
+
+def test_gradients_that_are_made_between_the_steps_of_two_optimizers_are_looked_at():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = Floats(), Floats()
+
+        def forward(self, part, x):
+            return getattr(self, part)(x).square().mean()
+
+    model = Pair()
+    optimizers = {part: torch.optim.SGD(getattr(model, part).parameters(), 0.1) for part in ("one", "other")}
+    with stabmon.AttentionStabilityMonitor(model, optimizers, config="guard", log_every=1, sinks=[]) as monitor:
+        found = []
+        for step in range(3):
+            for part, optimizer in optimizers.items():
+                optimizer.zero_grad()
+                loss = model(part, torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(step)))
+                (loss * (float("nan") if (step, part) == (1, "other") else 1.0)).backward()
+                optimizer.step()
+            found.append(monitor.on_step().stats)
+            assert all(p.isfinite().all() for p in model.parameters())
+        readings = monitor._tracker.history.readings
+        assert [None if each.non_finite is None else each.non_finite.step for each in readings] == [None, 2, None]
+        assert all(set(each.updates) == {"0.0", "1.0"} and min(each.updates.values()) >= 0 for each in readings)
+        assert readings[1].updates["1.0"] == 0
+        assert readings[0].updates["1.0"] > 0
+        assert len(readings[0].query_key) == 4
+        assert not monitor.errors

@@ -162,9 +162,9 @@ class StabilityCallback(pl.Callback):
 
 def _steps_made(trainer: pl.Trainer) -> int:
     """Batches in which an optimizer stepped: ``global_step`` counts each optimizer's steps under manual optimisation."""
-    # What Lightning's own loggers count by; private in 2.6, and where it is gone only the steps of several optimizers are counted apart.
-    batches = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
-    return min(trainer.global_step, int(batches))
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return min(trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
 def _leaves_nothing(one: str | Sink) -> bool:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from stabmon.gradients import is_sharded
+from stabmon.interventions.adapters import EffectiveUpdate
 from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
 from stabmon.interventions.masters import copies_of
-from stabmon.interventions.query_key import SEPARATE, find_query_key
+from stabmon.interventions.query_key import find_effective, trained_rows
 from stabmon.interventions.rows import Rows
 from stabmon.interventions.run import TrainingRun
 from stabmon.stored import Stored
@@ -27,10 +28,11 @@ PAST = 20
 class CapQueryKeyUpdate(Intervention):
     r"""While it is held, each step's change of a layer's queries and keys is scaled by :math:`\min(1, c\,\|W\| / \|\Delta W\|)`.
 
-    W is everything that makes the layer's queries and keys, :math:`\Delta W` what a step changed of it, and c is ``times`` the share
-    :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the readings before), and follows the scheduled rate
-    from there. It takes out what a rate does that is wrong for queries and keys alone, whatever caused it and however large it is, and
-    nothing else. Scores that have grown already it leaves as they are (clip them). Copies W_q and W_k from before each step to after it.
+    W is everything that makes the layer's queries and keys (under adapters: what they effectively make of it), :math:`\Delta W` what a
+    step changed of it, and c is ``times`` the share :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the
+    readings before), and follows the scheduled rate from there. It takes out what a rate does that is wrong for queries and keys alone,
+    whatever caused it and however large it is, and nothing else. Scores that have grown already it leaves as they are (clip them).
+    Copies W_q and W_k from before each step to after it.
 
     Source:
         Rates for queries and keys in proportion to 1 / ||W||: Anson & Aitchison, arXiv:2511.21377; clipping of updates: Adafactor,
@@ -72,17 +74,23 @@ class _Capped(HeldEffect):
     def __init__(self, run: TrainingRun, caps: Mapping[str, float], rate: float | None) -> None:
         self.run, self._rate = run, rate
         self._parts: dict[str, list[tuple[Rows, list[Tensor]]]] = {}
+        self._adapters: dict[str, EffectiveUpdate] = {}
         refused = []
+        why: CannotApply | None = None
         for layer in caps:
             try:
-                rows = find_query_key(run.module(layer), run.history.info.get(layer))[0].all_rows()
+                module, info = run.module(layer), run.history.info.get(layer)
+                rows, effective = trained_rows(module, info), find_effective(module, info)
                 if any(is_sharded(each.parameter) for each in rows):
                     raise CannotApply("its parameters are sharded")
                 self._parts[layer] = [(each, copies_of(each.parameter, run)) for each in rows]
-            except CannotApply:
+                if effective is not None:
+                    self._adapters[layer] = effective
+            except CannotApply as error:
                 refused.append(layer)
+                why = error
         if not self._parts:
-            raise CannotApply("queries and keys could not be told apart in any layer, or are sharded", SEPARATE)
+            raise why or CannotApply("no attention layer is known")
         self.caps = {layer: caps[layer] for layer in self._parts}
         super().__init__(
             places=[(layer, None) for layer in self._parts],
@@ -90,6 +98,8 @@ class _Capped(HeldEffect):
             note=f"not in {', '.join(refused)}" if refused else "",
         )
         self._before: dict[str, list[list[Tensor]]] = {}
+        self._weights: dict[str, Tensor] = {}
+        """What adapters effectively made before the step, by its norm."""
         self._remove = [
             run.marks.add("before_optimizer_step", self._remember),
             run.marks.add("on_step", self._scale, first=True),  # a clip that is held comes after the step that it clips
@@ -110,6 +120,7 @@ class _Capped(HeldEffect):
             layer: [[rows.view(copy).detach().clone() for copy in copies] for rows, copies in parts]
             for layer, parts in self._parts.items()
         }
+        self._weights = {layer: effective.before() for layer, effective in self._adapters.items()}
 
     @torch.no_grad()
     def _scale(self) -> None:
@@ -117,12 +128,15 @@ class _Capped(HeldEffect):
         of_schedule = rate / self._rate if rate is not None and self._rate else 1.0
         for layer, before in self._before.items():
             parts = self._parts[layer]
-            was = [each[0] for each in before]
-            now = [rows.view(copies[0]) for rows, copies in parts]
-            weight = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each.float()) for each in was]))
-            change = torch.linalg.vector_norm(
-                torch.stack([torch.linalg.vector_norm(b.float() - a.float()) for a, b in zip(was, now, strict=True)])
-            )
+            if layer in self._adapters:
+                weight, change = self._weights[layer].float(), self._adapters[layer].change().float()
+            else:
+                was = [each[0] for each in before]
+                now = [rows.view(copies[0]) for rows, copies in parts]
+                weight = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each.float()) for each in was]))
+                change = torch.linalg.vector_norm(
+                    torch.stack([torch.linalg.vector_norm(b.float() - a.float()) for a, b in zip(was, now, strict=True)])
+                )
             factor = (of_schedule * self.caps[layer] * weight / change.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
             bound = factor < 1
             self._bound = bound if self._bound is False else self._bound | bound.to(self._bound.device)

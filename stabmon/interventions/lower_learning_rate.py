@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.masters import copies_of
-from stabmon.interventions.query_key import find_query_key
+from stabmon.interventions.query_key import trained_rows
 from stabmon.interventions.rates import step_hook
 from stabmon.interventions.rows import Rows
 from stabmon.interventions.run import TrainingRun
@@ -103,7 +103,7 @@ class _StepScale:
         steps = {id(each): group.optimizer for group in run.groups for each in group.parameters}
         for layer in run.known_layers():
             try:
-                rows = find_query_key(run.module(layer), run.history.info.get(layer))[0].all_rows()
+                rows = trained_rows(run.module(layer), run.history.info.get(layer))
                 copies = [(each, copies_of(each.parameter, run)) for each in rows]
                 by = [next((steps[id(copy)] for copy in own if id(copy) in steps), None) for _, own in copies]
                 if any(not takes_hooks(each) for each in by):

@@ -7,11 +7,13 @@ again. Where not even a proposal can be made, the reason is told.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from stabmon.capture.base import HEADS
+from stabmon.interventions.adapters import EffectiveUpdate, EffectiveWeight, base_of, is_adapter, is_frozen, row_gain
 from stabmon.interventions.base import CannotApply
 from stabmon.interventions.query_key_norm import KEY_NORM, QUERY_NORM, behind_norm, gain_and_bias
 from stabmon.interventions.rows import QueryKey, Rows
@@ -67,6 +69,55 @@ def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[Que
     return [behind_norm(name, norm, heads, width or _width(found[0]), others)]
 
 
+def find_effective(module: nn.Module, info: LayerInfo | None = None) -> EffectiveUpdate | None:
+    """What makes queries and keys by adapters around frozen projections; None where there are no adapters.
+
+    Raises:
+        CannotApply: for adapters of a kind that is not known.
+    """
+    _, query = _child(module, QUERY)
+    _, key = _child(module, KEY)
+    name, fused = _child(module, FUSED)
+    if not any(is_adapter(each) for each in ((query, key) if query is not None else (fused,))):
+        return None
+    if query is not None:
+        return EffectiveUpdate([EffectiveWeight(each) for each in (query, key) if each is not None])
+    assert fused is not None
+    heads, width = _heads(module, info)
+    base: Any = base_of(fused)
+    out = base.weight.shape[1] if type(base).__name__ == "Conv1D" else getattr(base, "out_features", 0)
+    orders, width, _ = _orders(name, int(out), heads, width)
+    queries, keys = next(iter(orders.values()))
+    spans: list[list[int]] = []
+    for start in sorted([*queries, *keys]):
+        if spans and spans[-1][1] == start:
+            spans[-1][1] += width
+        else:
+            spans.append([start, start + width])
+    return EffectiveUpdate([EffectiveWeight(fused, slice(*span)) for span in spans])
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether what makes the queries or keys is frozen, with or without adapters around it, so that no act reaches its weights."""
+    if isinstance(module, nn.MultiheadAttention):
+        weight = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
+        return not weight.requires_grad
+    query, key, fused = (_child(module, names)[1] for names in (QUERY, KEY, FUSED))
+    return any(each is not None and is_frozen(each) for each in ((query, key) if query is not None else (fused,)))
+
+
+def trained_rows(module: nn.Module, info: LayerInfo | None = None) -> list[Rows]:
+    """What training moves of a layer's queries and keys: rows of the projections, or the adapters around them.
+
+    Raises:
+        CannotApply: naming what is missing or in the way.
+    """
+    effective = find_effective(module, info)
+    if effective is not None:
+        return [Rows(each, 0, 0, each.shape[0]) for each in effective.trained]
+    return find_query_key(module, info)[0].all_rows()
+
+
 def _heads(module: nn.Module, info: LayerInfo | None) -> tuple[int, int | None]:
     """H and, where known, D."""
     if info is not None:
@@ -91,14 +142,19 @@ def _parts(name: str, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
         CannotApply: if it is no plain linear map, or not trained.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if hasattr(module, "base_layer") or hasattr(module, "lora_A"):
+    if is_adapter(module) or hasattr(module, "lora_A"):
+        gain = row_gain(module)
+        if gain is not None:
+            return gain, None, 0
         raise CannotApply(
-            f"{name} is an adapter around a frozen weight, and clipping that would be lost when only adapters are saved"
+            f"{name} is an adapter around a frozen weight, and clipping that would be lost when only adapters are saved",
+            "lower the learning rate of the adapters",
         )
     if parametrize.is_parametrized(module) or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
         raise CannotApply(f"{name} ({type(module).__name__}) is no plain matrix of weights")
     if not weight.is_floating_point() or not weight.requires_grad:
-        raise CannotApply(f"{name} is {'quantised' if not weight.is_floating_point() else 'frozen'}: it is not what grew")
+        kind = "quantised" if not weight.is_floating_point() else "frozen"
+        raise CannotApply(f"{name} is {kind}: it is not what grew", "lower the learning rate of what is trained around it")
     return weight, bias if isinstance(bias, nn.Parameter) else None, 1 if type(module).__name__ == "Conv1D" else 0
 
 
@@ -114,24 +170,39 @@ def _separate(name: str, query: nn.Module, key: nn.Module | None, heads: int, wi
     if out != heads * width:
         raise CannotApply(f"{name} makes {out} features, which are not {heads} heads of {width}")
     sliced = _slices(name, query, range(0, out, width), width)
-    if key is None or _out(key) % width:
+    features = None if key is None else _out(key)
+    if key is None or features is None or features % width:
         return QueryKey(f"{name} alone", sliced)
-    own = _out(key) == out
-    keys = _slices("key projection", key, range(0, _out(key), width), width)
+    own = features == out
+    keys = _slices("key projection", key, range(0, features, width), width)
     if own:
         return QueryKey(f"{name} and its key projection", sliced, keys)
     return QueryKey(f"{name} alone (keys serve several heads)", sliced, others=[each for head in keys for each in head])
 
 
-def _out(module: nn.Module) -> int:
-    weight, _, dim = _parts("key projection", module)
+def _out(module: nn.Module) -> int | None:
+    """Features that a key projection makes; None where it cannot be scaled, which the queries alone can do as well."""
+    try:
+        weight, _, dim = _parts("key projection", module)
+    except CannotApply:
+        return None
     return weight.shape[dim]
 
 
 def _fused(name: str, module: nn.Module, heads: int, width: int | None) -> list[QueryKey]:
     """Both orders that a fused projection is met in, where its size allows them: q, k, v one after the other, or group by group."""
     weight, _, dim = _parts(name, module)
-    out = weight.shape[dim]
+    orders, width, own = _orders(name, weight.shape[dim], heads, width)
+    found = []
+    for order, (queries, keys) in orders.items():
+        query, key = (_slices(name, module, starts, width) for starts in (queries, keys))
+        others = [] if own else [each for head in key for each in head]
+        found.append(QueryKey(f"{name}, {order}", query, key if own else None, others=others))
+    return found
+
+
+def _orders(name: str, out: int, heads: int, width: int | None) -> tuple[dict[str, tuple[list[int], list[int]]], int, bool]:
+    """Where each head's queries and keys may begin, the likeliest order first; D; and whether each query head has its own key head."""
     width = width or out // (3 * heads)
     key_heads = (out // width - heads) // 2 if width else 0
     if key_heads < 1 or (heads + 2 * key_heads) * width != out or heads % key_heads:
@@ -145,13 +216,9 @@ def _fused(name: str, module: nn.Module, heads: int, width: int | None) -> list[
     orders = {"q, k, v in turn": one_after_the_other, "group by group": by_group}
     if name in INTERLEAVED:
         orders = dict(reversed(orders.items()))
-    found = []
-    for order, (queries, keys) in orders.items():
-        query, key = (_slices(name, module, starts, width) for starts in (queries, keys))
-        own = key_heads == heads
-        others = [] if own else [each for head in key for each in head]
-        found.append(QueryKey(f"{name}, {order}", query, key if own else None, others=others))
-    return found[:1] if by_group == one_after_the_other else found
+    if by_group == one_after_the_other:
+        orders = dict(list(orders.items())[:1])
+    return orders, width, key_heads == heads
 
 
 def _torch_multihead(module: nn.MultiheadAttention) -> QueryKey:

@@ -103,7 +103,7 @@ class LearningRates:
 
     def again(self) -> None:
         """In the middle of a step: change rates that were set since it began, as by the closure that the step calls."""
-        for at, saved in self._saved.items():
+        for at, saved in list(self._saved.items()):
             if any(group.settings.get("lr") is not used for group, _, used in saved):
                 self._change(at)
 

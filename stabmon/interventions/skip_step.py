@@ -54,8 +54,8 @@ class _Skipping(Effect):
         super().__init__(note="looks at every step's gradients")
         self.run, self.most = run, most
         self.skipped = self.in_a_row = 0
-        self._at = -1
-        """After which step it skipped last: with several optimizers it is called for each."""
+        self._at = run.step - 1
+        """After which step it skipped last: with several optimizers it is called for each of them in a step."""
         self._remove = run.marks.add("before_optimizer_step", self._look)
 
     def release(self) -> None:
@@ -71,17 +71,16 @@ class _Skipping(Effect):
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
         finite = not grads or bool(torch.stack([_finite(grad).to(grads[0].device) for grad in grads]).all())
         if not self.run.any_rank(not finite and not _scales(self.run)):
-            self.in_a_row *= (
-                self._at == self.run.step
-            )  # another optimizer of the same step, whose gradients are gone or were fine
+            if self._at < self.run.step - 1:
+                self.in_a_row = 0
             return
         for parameter in owners:
             parameter.grad = None
         if self._at == self.run.step:
             return
+        self.in_a_row = self.in_a_row + 1 if self._at == self.run.step - 1 else 1
         self._at = self.run.step
         self.skipped += 1
-        self.in_a_row += 1
         if self.in_a_row in (1, self.most):
             why = "a gradient is not finite"
             more = "" if self.in_a_row == 1 else f"{self.most} steps in a row: skipping does not help, mend what makes them"

@@ -8,6 +8,11 @@ import numpy as np
 
 from stabmon.rules.history import History
 
+FROZEN = (
+    "Lower the learning rate: W_q and W_k of this layer are frozen, and its scores grew by what is trained around them (adapters, "
+    "prompts, layers before it)."
+)
+
 
 def circumstances(history: History, layer: str | None, log_slope: float = math.nan) -> dict[str, float]:
     """Plain numbers, NaN where unknown.
@@ -29,3 +34,9 @@ def circumstances(history: History, layer: str | None, log_slope: float = math.n
         "query_key_gradient": math.nan if step is None or not step.weight else step.gradient / step.weight,
         "loss_change": float(np.median(newer) - np.median(older)) if len(known) >= 8 else math.nan,
     }
+
+
+def advice(history: History, layer: str | None, usual: str) -> str:
+    """What to do about scores that grew: ``usual`` is about the layer's W_q and W_k; where these are frozen it is the rate."""
+    info = history.info.get(layer or "")
+    return FROZEN if info is not None and info.adapted else usual

@@ -9,7 +9,7 @@ import numpy as np
 
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.circumstances import circumstances
+from stabmon.rules.circumstances import advice, circumstances
 from stabmon.rules.history import History
 from stabmon.rules.own_past import SCORE_FLOOR, Change, changes, jump_needed
 from stabmon.rules.spread import robust_spread
@@ -128,9 +128,11 @@ class EntropyCollapse:
             threshold=level,
             suggestion=FROM_THE_START
             if fresh
-            else (
+            else advice(
+                history,
+                layer,
                 "Bring the head's scores back to what they were (QK-clip on this head, to its own scores before the fall): saturated "
-                "rows pass almost no gradient, so neither a lower rate, dropout nor an entropy penalty brings the spread back."
+                "rows pass almost no gradient, so neither a lower rate, dropout nor an entropy penalty brings the spread back.",
             ),
             evidence={
                 "past_entropy": past,

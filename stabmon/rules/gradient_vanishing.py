@@ -9,6 +9,7 @@ import numpy as np
 
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
+from stabmon.rules.circumstances import advice
 from stabmon.rules.history import History
 from stabmon.rules.spread import median
 
@@ -71,8 +72,12 @@ class GradientVanishing:
             value=kept,
             threshold=self.error if alarm else self.warning,
             suggestion=(
-                "Bring the scores of the saturated heads down (QK-clip on this layer): a saturated row passes no gradient to its own "
-                "scores, so no change of rate can reopen it."
+                advice(
+                    history,
+                    layer,
+                    "Bring the scores of the saturated heads down (QK-clip on this layer): a saturated row passes no gradient to its own "
+                    "scores, so no change of rate can reopen it.",
+                )
                 if alarm
                 else "Look whether these parameters are meant to be frozen or gated; their rows are not saturated."
             ),

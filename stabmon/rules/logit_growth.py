@@ -9,7 +9,7 @@ import numpy as np
 
 from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.circumstances import circumstances
+from stabmon.rules.circumstances import advice, circumstances
 from stabmon.rules.driven import drive
 from stabmon.rules.forecast import Forecast, forecast_score
 from stabmon.rules.history import History
@@ -117,6 +117,11 @@ class LogitGrowth:
         head = int(np.nanargmax(np.where(grown, score, np.nan)))
         eta, slope = float(forecast.eta[heads][head]), float(forecast.slope[heads][head])
         what = "the scale of its scores grows" if found.of_scale else "its W_q and W_k grow along themselves"
+        usual = (
+            f"Something other than learning drives this layer: {what}. Look for what multiplies them (weight decay of the wrong sign, "
+            "a rate or a penalty of one parameter group, a scale that is written to); until then hold "
+            f"{'the scale (cap_scale)' if found.of_scale else 'their norm (cap_query_key_norm)'}, or clip its heads (qk_clip)."
+        )
         return StabilityIssue(
             step=history.latest.step,
             layer=layer,
@@ -125,11 +130,7 @@ class LogitGrowth:
             severity="error",
             value=float(score[head]),
             threshold=float(level[head]),
-            suggestion=(
-                f"Something other than learning drives this layer: {what}. Look for what multiplies them (weight decay of the wrong sign, "
-                "a rate or a penalty of one parameter group, a scale that is written to); until then hold "
-                f"{'the scale (cap_scale)' if found.of_scale else 'their norm (cap_query_key_norm)'}, or clip its heads (qk_clip)."
-            ),
+            suggestion=usual if found.of_scale else advice(history, layer, usual),
             evidence={
                 "how": "driven",
                 "by": "scale" if found.of_scale else "weights",
@@ -165,10 +166,12 @@ class LogitGrowth:
             severity=severity,
             value=float(history.now("max_logit")[n]),
             threshold=float(found.level[n]),
-            suggestion=(
+            suggestion=advice(
+                history,
+                layer,
                 "Clip this head to its own scores after warm-up (QK-clip: scale W_q and W_k of the head by sqrt(tau / max_logit) after "
                 "each step), or normalise query and key (q, k = rms_norm(q), rms_norm(k)); a lower rate slows the growth but does "
-                "not undo it, and attention dropout is no cure."
+                "not undo it, and attention dropout is no cure.",
             ),
             evidence=evidence,
             eta_steps=eta if np.isfinite(eta) else None,

@@ -383,3 +383,84 @@ def test_a_stop_ends_lightning(tmp_path):
     trainer = fit(tmp_path, module, callback, more=[Poisons()], max_steps=12)
     assert trainer.global_step < 8
     assert "non_finite" in callback.monitor.stop_reason
+
+
+class Manual(Module):
+    """Two optimizers with a schedule each, stepped by hand, every ``every``-th batch."""
+
+    def __init__(self, every=1, slips=None):
+        super().__init__()
+        self.automatic_optimization, self.every, self.slips = False, every, slips
+
+    def training_step(self, batch, index):
+        optimizers = self.optimizers()
+        self.manual_backward(self.model(**batch).loss)
+        if (index + 1) % self.every:
+            return
+        if self.slips is not None and self.trainer.global_step >= 2 * self.slips:
+            optimizers[1].param_groups[0]["lr"] = 0.5
+        for optimizer, schedule in zip(optimizers, self.lr_schedulers(), strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        inner = [p for name, p in self.named_parameters() if p.ndim == 2 and ".h." in name]
+        outer = [p for p in self.parameters() if all(p is not each for each in inner)]
+        optimizers = [torch.optim.AdamW(outer, 1e-2), torch.optim.Muon(inner, lr=2e-2)]
+        return optimizers, [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in optimizers]
+
+
+def test_of_several_optimizers_each_group_is_known_and_a_batch_is_one_step(tmp_path):
+    watched, plain = Manual(), Manual()
+    callback = StabilityCallback("observe", log_every=2, sinks=[])
+    trainer = fit(tmp_path, watched, callback, max_steps=16)
+    fit(tmp_path, plain, max_steps=16)
+    assert same_bits(weights(watched), weights(plain))
+    assert clean(watched)
+    assert not any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in trainer.optimizers)
+    assert not callback.monitor.errors
+    assert [reading.step for reading in readings(callback)] == [2, 4, 6, 8]
+    rates = [{"0.0": 1e-2 * 0.5 ** (step - 1), "1.0": 2e-2 * 0.5 ** (step - 1)} for step in (2, 4, 6, 8)]
+    assert [reading.learning_rates for reading in readings(callback)] == [pytest.approx(each) for each in rates]
+    assert all(reading.updates["0.0"] > 0 and reading.updates["1.0"] > 0 for reading in readings(callback))
+    assert all(len(reading.query_key) == 2 for reading in readings(callback))
+
+
+def test_a_step_by_hand_every_other_batch_is_one_step_of_two_micro_batches(tmp_path):
+    callback = StabilityCallback("observe", log_every=1, sinks=[])
+    fit(tmp_path, Manual(every=2), callback, max_steps=8)
+    assert [(reading.step, reading.micro_batches) for reading in readings(callback)] == [(1, 2), (2, 2), (3, 2), (4, 2)]
+
+
+def test_a_resume_without_our_state_counts_batches_as_lightning_does(tmp_path):
+    checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1)
+    fit(tmp_path, Manual(), more=[checkpoint], max_steps=8, enable_checkpointing=True)
+    callback = StabilityCallback("observe", log_every=1, sinks=[])
+    fit(tmp_path, Manual(), callback, max_steps=12, ckpt_path=checkpoint.best_model_path or checkpoint.last_model_path)
+    assert [reading.step for reading in readings(callback)] == [5, 6]
+
+
+def test_a_ceiling_holds_also_where_the_rate_is_set_in_the_training_step(tmp_path):
+    class Slips(Module):
+        def training_step(self, batch, index):
+            self.optimizers().param_groups[0]["lr"] = 1e-2 if index < 4 else 1.0
+            return super().training_step(batch, index)
+
+    class Cap(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 3:
+                callback.monitor._acting.run.rates.cap({"0.0": 1e-2})
+
+    def last(slips, *more):
+        module = slips()
+        fit(tmp_path, module, callback, more)
+        return weights(module)
+
+    callback = StabilityCallback("observe", log_every=1, sinks=[])
+    held = last(Slips, Cap())
+    assert [reading.learning_rates["0.0"] for reading in readings(callback)] == [1e-2] * 4 + [1.0] * 4
+    assert [reading.used_rates["0.0"] for reading in readings(callback)] == pytest.approx([1e-2] * 8)
+    callback = StabilityCallback("observe", log_every=1, sinks=[])
+    right = last(Module)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(held.values(), right.values(), strict=True))

@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from torch.optim import lr_scheduler as schedules
 
-from interventions.runs import first_layer, run_of, train_step
+from interventions.runs import first_layer, loss_of, run_of, train_step
 from stabmon.interventions import CannotApply, Intervention, TrainingRun
 from stabmon.interventions.extend_warmup import ExtendWarmup
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
@@ -211,3 +211,97 @@ def test_for_queries_and_keys_alone_undo_leaves_no_hook() -> None:
 def test_settings_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="lower_learning_rate"):
         LowerLearningRate(**settings)
+
+
+def two() -> tuple[TrainingRun, list[Recorder]]:
+    """A run with two optimizers, of which the first has two groups."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    first = Recorder([{"params": [model[0].weight]}, {"params": [model[0].bias], "lr": 0.3}], lr=0.1)
+    return TrainingRun(model, [first, second := Recorder(model[1].parameters(), lr=0.02)]), [first, second]
+
+
+def used(optimizers: list[Recorder]) -> list[float]:
+    """The rates that each group is stepped with now."""
+    for each in optimizers:
+        each.step()
+    return [rate for each in optimizers for rate in each.used[-1]]
+
+
+def test_ceilings_do_not_add_up_each_holds_its_own_group_and_rates_below_are_used_as_they_are() -> None:
+    run, optimizers = two()
+    release = run.rates.cap({"0.0": 0.01, "1.0": 0.5})
+    assert used(optimizers) == pytest.approx([0.01, 0.3, 0.02])
+    again = run.rates.cap({"0.0": 0.01})
+    assert used(optimizers) == pytest.approx([0.01, 0.3, 0.02])
+    assert run.rate_factors == {"0.0": pytest.approx(0.1)}
+    assert run.rate_factor == pytest.approx(0.1)
+    again()
+    release()
+    release()
+    assert used(optimizers) == [0.1, 0.3, 0.02]
+    assert (run.rate_factor, run.rate_factors) == (1.0, {})
+    assert [group.rate for group in run.groups] == [0.1, 0.3, 0.02]
+    assert not any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in optimizers)
+
+
+def test_factors_of_groups_multiply_below_a_ceiling_and_a_warm_up_takes_its_whole_length_under_it() -> None:
+    run, optimizers = two()
+    run.rates.hold(lambda: 0.5)
+    run.rates.hold_groups({"0.1": lambda: 0.5})
+    run.rates.hold_groups(lambda group: 0.1 if group.key == "1.0" else None)
+    assert used(optimizers) == pytest.approx([0.05, 0.075, 0.001])
+    run.rates.cap(lambda group: 0.06)
+    assert used(optimizers) == pytest.approx([0.05, 0.06, 0.001])
+    run.rates.hold(lambda: 0.25, ramp=True)
+    assert used(optimizers) == pytest.approx([0.0125, 0.015, 0.00025])
+
+
+def test_a_ceiling_stays_with_its_parameters_where_groups_are_made_anew() -> None:
+    run, optimizers = two()
+    run.rates.cap({"0.1": 0.01})
+    groups = optimizers[0].param_groups
+    optimizers[0].param_groups = [{**groups[1]}, {**groups[0]}]
+    assert used(optimizers) == pytest.approx([0.01, 0.1, 0.02])
+
+
+def test_a_rate_that_is_set_in_the_middle_of_a_step_is_lowered_too() -> None:
+    run, (first, _) = two()
+    run.rates.cap({"0.0": 0.01})
+    assert [run.scheduled_rate(group) for group in run.groups] == [0.1, 0.3, 0.02]
+
+    def closure() -> None:
+        first.param_groups[0]["lr"] = 5.0
+        assert [run.scheduled_rate(group) for group in run.groups] == [5.0, 0.3, 0.02]
+        run.marks.fire("before_optimizer_step")
+        assert [run.scheduled_rate(group) for group in run.groups] == [5.0, 0.3, 0.02]
+
+    first.step(closure)
+    assert first.used == [[pytest.approx(0.01), 0.3]]
+    assert [group["lr"] for group in first.param_groups] == [5.0, 0.3]
+
+
+def test_a_lower_rate_of_queries_and_keys_is_one_for_the_optimizer_that_steps_them_alone() -> None:
+    def moved(factor: float | None) -> list[torch.Tensor]:
+        run = run_of("llama-sdpa", optimizer=None)
+        inner = [p for name, p in run.model.named_parameters() if "self_attn" in name and p.ndim == 2]
+        outer = [p for p in run.model.parameters() if all(p is not each for each in inner)]
+        run.optimizer = [torch.optim.SGD(outer, 0.1), torch.optim.Muon(inner, lr=0.1, weight_decay=0.0)]
+        if factor is not None:
+            LowerLearningRate(factor=factor, where="query_key").apply(run)
+        before = [p.detach().clone() for p in inner[:4]]
+        loss_of(run.model, run.inputs).backward()
+        for each in run.optimizers:
+            each.step()
+        return [p.detach() - was for p, was in zip(inner[:4], before, strict=True)]
+
+    full, lowered = moved(None), moved(0.25)
+    for at, (whole, less) in enumerate(zip(full, lowered, strict=True)):
+        torch.testing.assert_close(less, whole * (0.25 if at < 2 else 1.0), rtol=1e-3, atol=1e-6)
+
+
+def test_queries_and_keys_of_an_optimizer_that_was_not_given_keep_their_rate_and_that_is_said() -> None:
+    run = run_of("llama-sdpa", optimizer=None)
+    run.optimizer = torch.optim.SGD([p for name, p in run.model.named_parameters() if "self_attn" not in name], 0.1)
+    with pytest.raises(CannotApply, match="an optimizer that was not given") as error:
+        LowerLearningRate(where="query_key").apply(run)
+    assert "optimizer=[" in error.value.advice

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from interventions.runs import all_bits, differences, first_layer, growth, run_of, scores_of, train_step
+from interventions.runs import all_bits, differences, first_layer, growth, loss_of, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
@@ -159,3 +159,35 @@ def test_the_beginning_is_kept_until_something_healthy_or_too_many_samples_have_
         states.offer(True)
     assert states.newest is not None
     assert states.newest.step > 0
+
+
+def test_every_optimizer_and_every_schedule_goes_back_also_from_disk(tmp_path: Path) -> None:
+    run = run_of("llama-sdpa", optimizer=None)
+    inner = [p for name, p in run.model.named_parameters() if "self_attn" in name and p.ndim == 2]
+    outer = [p for p in run.model.parameters() if all(p is not each for each in inner)]
+    muon, adamw = torch.optim.Muon(inner, lr=0.1), torch.optim.AdamW(outer, 1e-2)
+    run.optimizer, run.lr_scheduler = (muon, adamw), [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in (muon, adamw)]
+
+    def step() -> None:
+        loss_of(run.model, run.inputs).backward()
+        for each in (*run.optimizer, *run.lr_scheduler):
+            each.step()
+        muon.zero_grad()
+        adamw.zero_grad()
+
+    def bits() -> list[torch.Tensor]:
+        moments = [v for each in run.optimizer for entries in each.state.values() for v in entries.values()]
+        rates = [torch.tensor([group.rate for group in run.groups] + [each.last_epoch for each in run.lr_scheduler])]
+        return [each.detach().clone() for each in (*run.model.parameters(), *moments, *rates)]
+
+    step()
+    Snapshot.take(run).save(tmp_path / "state.pt")
+    before, following = bits(), None
+    for _ in range(2):
+        step()
+        step()
+        assert following is None or all(map(torch.equal, bits(), following))
+        following = bits()
+        Snapshot.load(tmp_path / "state.pt").restore(run, schedule=True)
+        assert len(before) == len(bits())
+        assert all(map(torch.equal, bits(), before))

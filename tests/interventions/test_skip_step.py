@@ -72,3 +72,23 @@ def test_sparse_gradients_are_looked_into() -> None:
     (model(torch.tensor([1, 1])) * float("nan")).sum().backward()
     run.marks.fire("before_optimizer_step")
     assert model.weight.grad is None
+
+
+def test_the_gradients_of_a_second_optimizer_that_come_after_the_firsts_step_are_looked_at_too() -> None:
+    model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+    optimizers = [torch.optim.AdamW(each.parameters(), 0.1) for each in model]
+    records: list[dict[str, object]] = []
+    run = TrainingRun(model, optimizers, audit=lambda record: records.append(dict(record)))
+    applied = SkipStep(most=3).apply(run)
+    before = [p.detach().clone() for p in model[1].parameters()]
+    for _ in range(3):
+        for value, part, optimizer in zip((1.0, float("nan")), model, optimizers, strict=True):
+            (part(torch.full((1, 2), value)).sum()).backward()
+            run.marks.fire("before_optimizer_step")
+            optimizer.step()
+            optimizer.zero_grad()
+        run.step += 1
+        run.marks.fire("on_step")
+    assert all(torch.equal(p, was) for p, was in zip(model[1].parameters(), before, strict=True))
+    assert applied.state_dict()["effect"] == {"skipped": 3, "in_a_row": 3}
+    assert [record["action"] for record in records] == ["applied", "skipped", "skipped"]

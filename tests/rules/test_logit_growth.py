@@ -1,10 +1,13 @@
 """A head whose scores run away is named at once; a head that learns, however sharp, is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stabmon.rules.entropy_collapse import EntropyCollapse
 from stabmon.rules.logit_growth import LogitGrowth
 from tests.rules.trajectories import LAYERS, alarms, falling_loss, readings, run, shape, signals
 
@@ -117,3 +120,16 @@ def test_one_reading_and_missing_signals_give_nothing():
 def test_a_steady_head_of_any_level_never_alarms(level, noise, entropy, every, seed):
     score, spread = shape(np.full(60, level), noise, seed), shape(np.full(60, entropy), noise, seed + 1)
     assert not alarms(run(readings(signals(score, spread), every=every), [LogitGrowth()]))
+
+
+def test_where_the_weights_are_frozen_the_advice_is_the_rate_and_no_clip():
+    frozen = [
+        replace(each, info={layer: replace(info, adapted=True) for layer, info in each.info.items()})
+        for each in jumped(20.0, 0.02)
+    ]
+    for rule in (LogitGrowth(), EntropyCollapse()):
+        (usual,), (found,) = alarms(run(jumped(20.0, 0.02), [rule])), alarms(run(frozen, [rule]))
+        assert (found.step, found.layer, found.head) == (usual.step, usual.layer, usual.head)
+        assert found.suggestion.startswith("Lower the learning rate")
+        assert "clip" not in found.suggestion.lower()
+        assert "clip" in usual.suggestion.lower()
