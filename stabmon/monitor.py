@@ -439,6 +439,7 @@ class AttentionStabilityMonitor:
             micro_batches=max(1, micro_batches),
             non_finite=self._misfortune.found_since(self._last_reading),
             overshoot=self._step_length.rates.found_since(self._last_reading),
+            sampled=sampled,
             overhead_fraction=self.safety.overhead_fraction(),
             learning_rates=rates,
             rate_factors=self._acting.run.rate_factors,

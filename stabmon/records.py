@@ -113,6 +113,8 @@ class Reading:
     """The share of its scheduled rate that a group used, where interventions changed it; 1 for groups that are not here."""
     overshoot: Overshoot | None = None
     """What showed that steps are too long, if something did since the last reading."""
+    sampled: bool = True
+    """Whether this is a sampled step; else one at which something was found between samples, of which only that is known."""
     updates: Mapping[str, float] = field(default_factory=dict)
     """The share of itself by which the step moved each group's parameters, ``||dp|| / ||p||``; measured on a sample of large groups."""
 
@@ -149,8 +151,8 @@ class Overshoot:
     """Steps are too long: what shows it, and which rate would fit."""
 
     step: int
-    how: Literal["first_step", "steps", "torn", "leap"]
-    """The first step, or the median of several in a row, gained too little on its own batch; a step tore the loss of its own batch up; or
+    how: Literal["first_step", "brisk", "steps", "torn", "leap"]
+    """The first step (``brisk``: a little too long, which is no alarm unless heads break), or the median of several in a row, gained too little on its own batch; a step tore the loss of its own batch up; or
     the loss leapt at a step that was not probed."""
     gain_ratio: float
     """Actual over predicted decrease of the batch's own objective: 1 for a small step, 1/2 at the minimum of a quadratic along the step, 0

@@ -152,7 +152,7 @@ def stored_overshoot(saved: Stored) -> Overshoot:
     """What showed that steps are too long, as ``asdict`` wrote it; entries that are no field are ignored."""
     return Overshoot(
         step=saved["step"].integer(),
-        how=saved["how"].one_of(("first_step", "steps", "torn", "leap")),  # type: ignore[arg-type]
+        how=saved["how"].one_of(("first_step", "brisk", "steps", "torn", "leap")),  # type: ignore[arg-type]
         gain_ratio=saved["gain_ratio"].number(),
         rise=saved["rise"].number(),
         rates=stored_numbers(saved["rates"]),

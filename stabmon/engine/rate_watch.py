@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
+import numpy as np
+
 from stabmon.engine.step_probe import StepQuality
 from stabmon.records import Overshoot
+from stabmon.rules.spread import robust_spread
 from stabmon.stored import Stored, stored_numbers, stored_overshoot
 
 RISE = 1.5
@@ -19,6 +22,9 @@ EARLY = (1, 2, 4, 8, 16, 32)
 FIRST = 0.15
 """Gain ratio of the very first step below which the rate is too high. Without a warm-up Adam's first step moves every weight by the rate,
 and brisk runs that ended well came to 0.25; those that a rate ruined to 0.13 and less, trained weights below 0."""
+BRISK = 0.35
+"""Gain ratio of the very first step below which the rate is too high if heads break in the first steps; at the usual rates it was 0.5 and
+more."""
 LOW = 0.3
 """Median gain ratio of ``BURST`` steps in a row below which they are too long. A quadratic's best step has 1/2; small runs that ended
 healthy stayed above 0.42 but for two at ten times the usual rate, those that a rate ruined came to 0.33 and less, mostly below 0.1."""
@@ -27,15 +33,18 @@ FINE = 0.6
 BURST = 4
 TORN = 0.25
 """Rise of a step's own objective, over its size, that tears a run by itself; healthy runs came to 0.07."""
-LEAP = 1.5
-"""Times the largest of the newest losses that a loss must be to show by itself that the step before tore the run."""
-LEAPS = 1.15
-"""The same where two losses in a row are that high."""
+LEAP = 5.0
+"""Spreads of the newest losses, as the differences between neighbours tell it, by which a loss must lie above the largest to have leapt: so a
+loss of heavy tails needs a batch that is as far out again."""
+LEAST_LEAP = 1.1
+"""Times the largest of the newest losses that it must also be."""
+OPEN = 100
+"""Steps after a brisk beginning within which heads may break of it, and no later state counts as healthy."""
 YOUNG = 200
 """Steps since the rate was last higher than ever within which a leap of the loss is taken for the rate's doing."""
-How = Literal["first_step", "steps", "torn", "leap"]
+How = Literal["first_step", "brisk", "steps", "torn", "leap"]
 """See :class:`~stabmon.records.Overshoot`."""
-_KNOWN = 3
+_KNOWN = 12
 """Losses that must be known before one can leap."""
 _BACK = 0.25
 """Share of the rate that tore a run that is told to fit it, where no step could be probed."""
@@ -51,15 +60,15 @@ class RateWatch:
         self._probed: dict[str, float] = {}
         self._fine: dict[str, float] = {}
         self._first: int | None = None
-        self._risen: int = 0
+        self._risen = self._step = 0
         self._burst: list[StepQuality] = []
         self._losses: deque[float] = deque(maxlen=64)
-        self._high = 0
         self.found: Overshoot | None = None
         """The newest finding."""
 
     def wants(self, step: int, rates: Mapping[str, float]) -> bool:
         """Whether to probe the step that begins, at these rates."""
+        self._step = step
         if self._first is None:
             self._first, self._risen = step, step
         early = step - self._first + 1 in EARLY
@@ -74,8 +83,9 @@ class RateWatch:
 
     @property
     def uneasy(self) -> bool:
-        """Whether the newest probe was not good, so that what comes of it is still open."""
-        return bool(self._burst) or self._high > 0
+        """Whether it is still open what comes of the newest steps: a probe was not good, or a run began briskly and heads may break."""
+        brisk = self.found is not None and self.found.how == "brisk" and self._step - self.found.step <= OPEN
+        return bool(self._burst) or brisk
 
     def judge(self, quality: StepQuality | None, rates: Mapping[str, float]) -> How | None:
         """Take note of a probed step; in which way it is too long, or None."""
@@ -89,8 +99,8 @@ class RateWatch:
         ratios = sorted(each.gain_ratio for each in self._burst[-BURST:])
         if quality.rise >= TORN:
             return "torn"
-        if quality.step == self._first and quality.gain_ratio < FIRST:
-            return "first_step"
+        if quality.step == self._first and quality.gain_ratio < BRISK:
+            return "first_step" if quality.gain_ratio < FIRST else "brisk"
         if len(ratios) == BURST and (ratios[1] + ratios[2]) / 2 < LOW:
             return "steps"
         if quality.gain_ratio >= FINE:
@@ -103,17 +113,12 @@ class RateWatch:
         """Take note of a step's loss; how many times the largest before it has leapt to, where that shows that the run is torn."""
         if not math.isfinite(loss):
             return None
-        largest = max(self._losses, default=math.inf)
-        known, young = len(self._losses) >= _KNOWN, step - self._risen <= YOUNG
-        ratio = loss / largest if known and young and min(self._losses) > 0 else 0.0
-        self._high = self._high + 1 if ratio >= LEAPS else 0
-        if ratio >= LEAP or self._high >= 2:
-            self._high = 0
-            self._losses.append(loss)
-            return ratio
-        if not self._high:
-            self._losses.append(loss)
-        return None
+        known, young = np.array(self._losses), step - self._risen <= YOUNG
+        self._losses.append(loss)
+        if len(known) < _KNOWN or not young or known.min() <= 0:
+            return None
+        spread, largest = float(robust_spread(np.diff(known)[:, None])[0]) / 2**0.5, float(known.max())
+        return loss / largest if loss > max(largest + LEAP * spread, LEAST_LEAP * largest) else None
 
     def conclude(self, step: int, how: How, rates: Mapping[str, float], factors: Mapping[str, float], **more: float) -> Overshoot:
         """Keep a finding: the rates used, and by which factor those that are too high are to be lower."""
@@ -130,7 +135,7 @@ class RateWatch:
 
     def begin_again(self) -> None:
         """The run goes on from an earlier state, at other rates: its losses and rates are not those of what was left."""
-        self._burst, self._high = [], 0
+        self._burst = []
         self._losses.clear()
         self._probed, self._first = {}, None
 
@@ -147,7 +152,6 @@ class RateWatch:
             "risen": self._risen,
             "burst": [asdict(each) for each in self._burst],
             "losses": list(self._losses),
-            "high": self._high,
             "found": None if self.found is None else asdict(self.found),
         }
 
@@ -162,7 +166,7 @@ class RateWatch:
             return lambda: None
         fresh._probed, fresh._fine = stored_numbers(saved["probed"]), stored_numbers(saved["fine"])
         fresh._first = saved["first"].maybe(Stored.integer)
-        fresh._risen, fresh._high = saved["risen"].integer(), saved["high"].integer()
+        fresh._risen = fresh._step = saved["risen"].integer()
         fresh._burst = [
             StepQuality(each["step"].integer(), each["gain_ratio"].number(), each["rise"].number()) for each in saved["burst"].parts()
         ]

@@ -76,7 +76,8 @@ class StepLength:
         if self._probe.active and (how := self.rates.judge(quality, self._used)) is not None and quality is not None:
             found = self._probe.fitting()
             if any(factor < 1 for factor in found.values()):
-                return self.rates.conclude(step, how, self._used, found, gain_ratio=quality.gain_ratio, rise=quality.rise)
+                news = self.rates.conclude(step, how, self._used, found, gain_ratio=quality.gain_ratio, rise=quality.rise)
+                return None if how == "brisk" else news
         leapt = self._leap(step, loss)
         return None if leapt is None or not self._used else self.rates.torn(step, leapt, self._used)
 

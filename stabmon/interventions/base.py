@@ -116,6 +116,9 @@ class Intervention(ABC):
     once: ClassVar[bool] = False
     """Done at once and over: there is nothing that could be held from step to step."""
 
+    renews: ClassVar[bool] = False
+    """May be done again for an issue that rests on something found after it was last done (``found_at`` in the evidence)."""
+
     issues: tuple[StabilityIssue, ...] = field(default=(), kw_only=True, compare=False, repr=False)
     """What it is to repair."""
     why: str = field(default="", kw_only=True, compare=False, repr=False)

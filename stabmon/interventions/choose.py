@@ -78,6 +78,7 @@ class Chooser:
         What is left without a choice is noted in ``gave_up``, once.
         """
         alarms = alarms_now(open_issues, run)
+        self._renew(alarms)
         pending = [trial for trial in self.trials if trial.outcome == "pending"]
         busy = {key for trial in pending for key in trial.keys}
         run_wide = any(trial.applied.intervention.run_wide for trial in pending)
@@ -112,15 +113,35 @@ class Chooser:
     def _begin_again(self, alarms: Sequence[StabilityIssue], run: TrainingRun) -> list[StabilityIssue]:
         """Alarms of a rate that was too high from the start, or of a layer that is moved too far, once that is capped: what was trained
         so is not worth keeping."""
-        tried = {(t.applied.intervention.name, key) for t in self.trials for key in t.keys}
         return [
             issue
             for issue in alarms
             if (family_of(issue) == "step" or issue.evidence.get("fitting_rate") is not None)
-            and {("cap_learning_rate", key_of(issue)), ("cap_query_key_update", key_of(issue))} & tried
-            and ("rollback", key_of(issue)) not in tried
+            and any(self._capped(trial) for trial in self._trials_of(issue))
+            and all(trial.applied.intervention.name != "rollback" for trial in self._trials_of(issue))
             and self._may_be_tried("rollback", key_of(issue), run)
         ]
+
+    def _capped(self, trial: Trial) -> bool:
+        """Whether an act holds what was too fast, and left the steps that were already made as they are."""
+        caps = ("cap_learning_rate", "cap_query_key_update")
+        return trial.applied.intervention.name in caps and not trial.applied.effect.after.get("shortened")
+
+    def _trials_of(self, issue: StabilityIssue) -> list[Trial]:
+        """What was tried for an issue since what it rests on was found."""
+        since = _found_at(issue)
+        return [trial for trial in self.trials if key_of(issue) in trial.keys and trial.applied.step >= since]
+
+    def _renew(self, alarms: Sequence[StabilityIssue]) -> None:
+        """Acts that may be done again for something newly found: what came of them before does not count against them."""
+        for issue in alarms:
+            since, key = _found_at(issue), key_of(issue)
+            old = [t for t in self.trials if key in t.keys and t.applied.step < since and t.applied.intervention.renews]
+            for trial in old:
+                trial.keys = tuple(each for each in trial.keys if each != key)
+                self._ruled_out.get(key, set()).discard(trial.applied.intervention.name)
+            if old:
+                self.gave_up.pop(key, None)
 
     def note_applied(self, applied: Applied) -> None:
         """An act that :meth:`propose` gave, or a person's own, was applied."""
@@ -280,6 +301,12 @@ def alarms_now(open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[
     """
     alarms = [issue for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES]
     return [issue for issue in alarms if not _is_back(issue, run)]
+
+
+def _found_at(issue: StabilityIssue) -> int:
+    """The step at which what an issue rests on was found; 0 where it does not say."""
+    found = issue.evidence.get("found_at", 0)
+    return int(found) if isinstance(found, (int, float)) else 0
 
 
 def _weights_finite(run: TrainingRun) -> NonFinite | None:

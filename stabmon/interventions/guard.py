@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from stabmon.interventions.base import INTERVENTIONS, Applied, CannotApply, Intervention
 from stabmon.interventions.choose import Budget, Chooser, stored_key
-from stabmon.interventions.families import Key
+from stabmon.interventions.families import FAMILIES, Key, family_of
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.run import TrainingRun
 from stabmon.interventions.saved import SavedAct
@@ -186,7 +186,8 @@ class Guard:
                 if isinstance(act, Rollback):
                     break  # what is ill was so in a state that is left behind
         if self.run.states is not None:
-            self.run.states.offer(healthy and not done and not any(issue.is_alarm for issue in issues))
+            calm = not self.run.uneasy and not any(_may_ruin(issue) for issue in issues)
+            self.run.states.offer(healthy and calm and not done)
         return done
 
     @property
@@ -261,3 +262,8 @@ class Guard:
         told: list[Any] = [[issue.to_dict() for issue in issues], healthy]
         dist.broadcast_object_list(told)
         return [StabilityIssue.from_dict(issue) for issue in told[0]], bool(told[1])
+
+
+def _may_ruin(issue: StabilityIssue) -> bool:
+    """Whether a run with this issue open may be on its way to ruin: an alarm, or any word of rates, losses or what is not finite."""
+    return issue.is_alarm or (issue.issue_type in FAMILIES and family_of(issue) in ("rate", "loss", "non_finite", "step"))

@@ -10,6 +10,9 @@ from stabmon.interventions.base import CannotApply, Effect, Intervention, interv
 from stabmon.interventions.run import TrainingRun
 from stabmon.interventions.snapshots import HealthyStates, Snapshot
 
+FEW = 100
+"""Steps that a run which was broken from the start may be put back by though its loss keeps to its course."""
+
 
 @intervention
 @dataclass(frozen=True)
@@ -20,12 +23,16 @@ class Rollback(Intervention):
     (arXiv:2204.02311, some 100 steps back). Nor are random generators, step counters and the schedule, which belong to the data's
     place in the run; ``rewind_schedule`` sets back the scheduler and the groups' rates too.
 
+    It goes to no state that is worse than where the run stands: not while the loss keeps to its course, unless weights are spoilt; the
+    record says what it goes back to and why.
+
     States are kept on the host, or in ``run_dir`` where they are too large for ``memory_gb``: see
     :class:`~stabmon.interventions.snapshots.HealthyStates`. Undoing it brings the spoilt state back bit for bit, and with it the loss of
     what was trained since. A parameter that was added to the run since the state was taken keeps its value.
     """
 
     run_wide: ClassVar[bool] = True
+    renews: ClassVar[bool] = True
     once: ClassVar[bool] = True
 
     every: int = 4
@@ -48,7 +55,16 @@ class Rollback(Intervention):
         snapshot = run.states.newest
         if snapshot is None:
             raise CannotApply("no healthy state has been seen yet")
+        if not self._begins_again(run, snapshot) and (why := run.states.why_not(snapshot)):
+            raise CannotApply(why)
         return _RolledBack(run, run.states, snapshot, self.rewind_schedule)
+
+
+    def _begins_again(self, run: TrainingRun, snapshot: Snapshot) -> bool:
+        """Whether the rate was too high from the start and heads broke: what they learned since is not worth the steps it took."""
+        from_start = any(issue.evidence.get("how") == "brisk" or "largest_query_key_update" in issue.evidence for issue in self.issues)
+        layer = any(issue.issue_type == "update_spike" and issue.layer is not None for issue in self.issues)
+        return layer or (from_start and run.step - snapshot.step <= FEW)
 
 
 class _RolledBack(Effect):
@@ -56,13 +72,16 @@ class _RolledBack(Effect):
         super().__init__(
             before={"state_of_step": run.step},
             after={"state_of_step": snapshot.step},
-            note=f"{run.step - snapshot.step} steps are lost; data, schedule and random generators go on" if not schedule else "",
+            note=f"{states.describe(snapshot)}" + ("" if schedule else "; data, schedule and random generators go on"),
             touches=frozenset(["everything"]),
         )
         self.run, self._schedule = run, schedule
         self._spoilt: Snapshot | Path | None = states.keep(Snapshot.take(run), "before-rollback")
         snapshot.restore(run, schedule=schedule)
         self._others = [each.effect.rolled_back(snapshot.step) for each in run.applied if each.active]
+        states.gone_back()
+        for tell in run.on_rollback:
+            tell(snapshot.step)
 
     def undo(self) -> bool:
         spoilt, self._spoilt = self._spoilt, None

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stabmon.atomic import replace_whole
 from stabmon.gradients import local
 from stabmon.optimizer_view import state_of
+from stabmon.rules.spread import robust_spread
 from stabmon.stored import Stored
 
 if TYPE_CHECKING:
     from stabmon.interventions.run import TrainingRun
 
 logger = logging.getLogger("stabmon")
+
+NEAR = 8
+"""Losses whose median is a point of the course."""
+NEWEST = 3
+"""Losses whose median tells where the run stands."""
 
 
 SNAPSHOT_VERSION = 1
@@ -109,15 +117,17 @@ def snapshot_bytes(run: TrainingRun) -> int:
 
 
 class HealthyStates:
-    """Keeps the newest state that was healthy before it was taken and for a while after.
+    """Keeps the newest state that was healthy before it was taken and for a while after, and has a loss to show for it.
 
-    A state is a candidate at first; it counts once ``confirm`` more samples were healthy, so that a rollback does not
-    end in the first steps of the same misfortune. Beside it a newer candidate waits: two copies at most.
+    A state is a candidate at first. It counts once ``confirm`` more samples were healthy and the loss has kept to its course: below that of
+    the state that is kept, and no higher than the best course so far, by more than its noise. So the state in which training began is kept
+    until the run has proven itself better, and a state that was ruined without an alarm never takes its place. Beside the one that is kept
+    a newer candidate waits: two copies at most.
 
     Args:
         run: the run.
         every: samples between candidates.
-        confirm: healthy samples after which a candidate counts.
+        confirm: healthy samples after which a candidate may count.
         memory_gb: host memory that both copies may take together; above it they go to ``run.run_dir``, or nowhere.
     """
 
@@ -126,14 +136,15 @@ class HealthyStates:
         self.every, self.confirm, self.memory_gb = every, confirm, memory_gb
         self._healthy: Snapshot | Path | None = None
         self._candidate: Snapshot | Path | None = None
-        self._left = 0
-        """Samples for which the state in which training began is still kept; 0 where it is not."""
+        self._since = self._left_behind = 0
+        """Step of the candidate; step from which on losses are those of what was gone back from."""
+        self._from = 0
         self._age = 0
         self._said = False
 
-    def begin(self, samples: int = 16) -> None:
-        """Keep the state in which training begins, to begin again from; without a healthy one after so many samples it is too far away."""
-        self._healthy, self._left = self._keep(), samples
+    def begin(self) -> None:
+        """Keep the state in which training begins, to begin again from."""
+        self._healthy, self._from = self._keep(), self.run.step
 
     @property
     def newest(self) -> Snapshot | None:
@@ -147,22 +158,71 @@ class HealthyStates:
         return self._healthy
 
     def offer(self, healthy: bool) -> None:
-        """Say after each sampled step whether the run is healthy: loss and gradients finite, no alarm open."""
-        if self._left:
-            self._left -= 1
-            if not self._left:
-                self._drop(self._healthy)
-                self._healthy = None
+        """Say after each sampled step whether the run is healthy: loss and gradients finite, and nothing under way that may ruin it."""
         if not healthy:
             self._drop(self._candidate)
             self._candidate = None
             return
         self._age += 1
-        if self._candidate is not None and self._age >= self.confirm:
+        if self._candidate is not None and self._age >= self.confirm and self._is_proven():
             self._drop(self._healthy)
-            self._healthy, self._candidate, self._left = self._candidate, None, 0
-        if self._candidate is None and (self._healthy is None or self._age >= self.every):
-            self._candidate, self._age = self._keep(), 0
+            self._healthy, self._candidate, self._from = self._candidate, None, self._since
+        if self._candidate is None or self._age >= self.every:
+            if self._healthy is None or self._age >= self.every:
+                self._drop(self._candidate)
+                self._candidate, self._since, self._age = self._keep(), self.run.step, 0
+
+    def gone_back(self) -> None:
+        """The run is in the state that is kept: what came after it is no longer its course."""
+        self._drop(self._candidate)
+        self._candidate, self._age, self._left_behind = None, 0, self.run.step
+
+    def why_not(self, snapshot: Snapshot) -> str:
+        """Why the run would be worse off in a state than where it stands; empty where it would not, or nobody can say."""
+        now, best, noise = self._course()
+        if not math.isfinite(now) or not math.isfinite(best) or now > best + noise:
+            return ""
+        if any(not bool(tensor.isfinite().all()) for _, tensor in _named(self.run) if tensor.is_floating_point()):
+            return ""
+        return (
+            f"the run stands no worse than it ever did (loss {now:.3g}, its best course {best:.3g}): the state after step "
+            f"{snapshot.step} would only cost {self.run.step - snapshot.step} steps"
+        )
+
+    def describe(self, snapshot: Snapshot) -> str:
+        """What the run is put back to and why, in words."""
+        now, best, _ = self._course()
+        which = "the state in which training began" if snapshot.step == 0 else f"the state after step {snapshot.step}"
+        stands = "where the loss is not finite" if not math.isfinite(now) else f"loss {now:.3g} after a course of {best:.3g}"
+        return f"back to {which}, {self.run.step - snapshot.step} steps ago: the run stands at {stands}"
+
+    def _is_proven(self) -> bool:
+        """Whether the loss since the candidate is below that at the state that is kept, and has kept to its best course."""
+        now, best, noise = self._course()
+        losses = self._losses()
+        if not len(losses):
+            return True  # nobody tells us the loss
+        first = losses[losses[:, 0] > self._from, 1][:NEAR]
+        lower = self._from > 0 or now < float(np.median(first))
+        return lower and now <= best + noise
+
+    def _course(self) -> tuple[float, float, float]:
+        """(median of the newest losses, lowest such median so far, their noise); NaN where no loss is known."""
+        losses = self._losses()[:, 1]
+        found = self.run.history.overshoot
+        torn_now = found is not None and found.step == self.run.step and found.how in ("torn", "leap")
+        newest = [loss for _, loss in self.run.history.losses[-1 if torn_now else -NEWEST :]]
+        if len(losses) < 2 or not newest:
+            return math.nan, math.nan, 0.0
+        now = float(np.median(newest)) if all(map(math.isfinite, newest)) else math.nan
+        windows = np.lib.stride_tricks.sliding_window_view(losses, min(NEAR, len(losses)))
+        noise = float(robust_spread(np.diff(losses)[:, None])[0]) / 2**0.5
+        return now, float(np.median(windows, axis=1).min()), noise
+
+    def _losses(self) -> np.ndarray:
+        """``[K, 2]`` (step, loss) of the present course."""
+        known = self.run.history.recent_losses
+        return known[known[:, 0] > self._left_behind]
 
     def keep(self, snapshot: Snapshot, name: str) -> Snapshot | Path:
         """Hold a snapshot where there is room for it.
@@ -201,7 +261,7 @@ class HealthyStates:
 
     def take_up(self, healthy: Path | None) -> None:
         """Go on with what :meth:`parse_state` has found."""
-        self._healthy, self._left = healthy, 0
+        self._healthy, self._from = healthy, max(1, self.run.step)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Find the healthy state on disk again.

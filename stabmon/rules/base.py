@@ -45,10 +45,12 @@ def rule_name(cls: type) -> str:
 def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:
     """Whether an issue is clearly worse than when it was last told of.
 
-    It is when its severity rose, or when at the same severity its value is ``WORSE`` times as far out: beyond its
+    It is when it rests on something newly found (``found_at`` in its evidence), when its severity rose, or when at the same severity its value is ``WORSE`` times as far out: beyond its
     threshold by that factor more (both positive), else that much further from it. A value that is infinite or NaN is as
     far out as can be.
     """
+    if now.evidence.get("found_at", 0) != before.evidence.get("found_at", 0):
+        return True
     rise = SEVERITIES.index(now.severity) - SEVERITIES.index(before.severity)
     return rise > 0 or (rise == 0 and _distance(now) >= WORSE * _distance(before))
 

@@ -38,6 +38,9 @@ class History:
         self._tables: dict[str, Table] = {}
         self._clear_columns()
         self._recent_losses: np.ndarray | None = None
+        self._overshoot: Overshoot | None = None
+        self._pushed_out: list[Reading] = []
+        """What the newest reading has pushed out."""
         self._open: dict[str, dict[tuple[str | None, int | None], float]] = {}
 
     def __len__(self) -> int:
@@ -129,8 +132,8 @@ class History:
 
     @property
     def overshoot(self) -> Overshoot | None:
-        """The newest finding that steps are too long, as far back as readings are kept."""
-        return next((each.overshoot for each in reversed(self.readings) if each.overshoot is not None), None)
+        """The newest finding that steps are too long; None where there was none."""
+        return self._overshoot
 
     def is_open(self, issue_type: str) -> np.ndarray:
         """``[N]`` bool: the head has an open issue of this type."""
@@ -157,7 +160,8 @@ class History:
         return np.array([open_.get(head, np.nan) for head in self.heads], dtype=np.float64)
 
     def add(self, reading: Reading) -> None:
-        """Append a reading; new layers extend N."""
+        """Append a reading; new layers extend N. One between samples stands only until the next comes, so that rows are evenly spaced."""
+        self._drop_notice()
         for layer, values in reading.layers.items():
             if layer not in self._index:
                 heads = reading.info[layer].heads if layer in reading.info else max((len(v) for v in values.values()), default=0)
@@ -170,13 +174,23 @@ class History:
                         self.length, self.baseline_length, past=len(self.readings), columns=len(self.heads)
                     )
         self.readings.append(reading)
+        self._pushed_out = self.readings[: -self.length]
         del self.readings[: -self.length]
+        self._overshoot = reading.overshoot or self._overshoot
         for name, table in self._tables.items():
             table.append(self._row(reading, name))
         self.losses += reading.losses or (((reading.step, reading.loss),) if reading.loss is not None else ())
         del self.losses[: -20 * self.length]
         self._recent_losses = None
         self._add_columns(reading)
+
+    def _drop_notice(self) -> None:
+        if not self.readings or self.readings[-1].sampled or self.readings[-1].non_finite is not None:
+            return
+        self.readings = [*self._pushed_out, *self.readings[:-1]]
+        self._pushed_out = []
+        for table in (*self._tables.values(), self._norms, self._rates, self._used, self._updates):
+            table.drop_newest()
 
     def set_open(self, issues: Iterable[tuple[StabilityIssue, int]]) -> None:
         """Tell which issues are open, each with the step at which it opened: what ``is_open`` and ``open_level`` answer from."""
@@ -193,6 +207,7 @@ class History:
             "info": {layer: asdict(info) for layer, info in self.info.items()},
             "losses": [list(pair) for pair in self.losses],
             "readings": [_plain(reading) for reading in self.readings],
+            "overshoot": None if self._overshoot is None else asdict(self._overshoot),
             "signals": {name: table.state_dict() for name, table in self._tables.items()},
         }
 
@@ -228,6 +243,7 @@ class History:
         fresh.readings = [fresh._reading(each, row - len(readings), dropped) for row, each in enumerate(readings)]
         for reading in fresh.readings:
             fresh._add_columns(reading)
+        fresh._overshoot = saved.get("overshoot", None).maybe(stored_overshoot)
         vars(self).update(vars(fresh))
 
     def _place(self, layer: str, heads: int) -> None:
@@ -279,6 +295,7 @@ class History:
             non_finite=saved["non_finite"].maybe(stored_non_finite),
             overhead_fraction=saved["overhead_fraction"].maybe(Stored.number),
             overshoot=saved.get("overshoot", None).maybe(stored_overshoot),
+            sampled=saved.get("sampled", True).flag(),
             **{name: {key: each.number() for key, each in saved.get(name, {}).items()} for name in _BY_GROUP},
         )
 
@@ -320,4 +337,5 @@ def _plain(reading: Reading) -> dict[str, Any]:
         "losses": [list(pair) for pair in reading.losses],
         "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
         "overshoot": None if reading.overshoot is None else asdict(reading.overshoot),
+        "sampled": reading.sampled,
     }

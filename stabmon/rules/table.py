@@ -56,6 +56,10 @@ class Table:
         self._end += 1
         self._keep_first(row)
 
+    def drop_newest(self) -> None:
+        """Take the newest row out again; what it gave to the baseline stays."""
+        self._end = max(0, self._end - 1)
+
     def state_dict(self) -> dict[str, Any]:
         """Rows and first values, bit for bit, as text."""
         return {"rows": _pack(self.rows), "first": _pack(self._first)}
@@ -108,6 +112,10 @@ class Columns:
         for name in values:
             self._at.setdefault(name, len(self._at))
         self._table.append(np.array([values.get(name, np.nan) for name in self._at], dtype=np.float64))
+
+    def drop_newest(self) -> None:
+        """Take the newest row out again."""
+        self._table.drop_newest()
 
     def column(self, name: str) -> np.ndarray:
         """``[T]``, oldest first; NaN where the row did not have it."""

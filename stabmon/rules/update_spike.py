@@ -64,11 +64,11 @@ class UpdateSpike:
 
     def _overshoot(self, history: History) -> list[StabilityIssue]:
         found = history.overshoot
-        if found is None:
+        if found is None or (found.how == "brisk" and not _heads_break(history)):
             return []
         used = history.latest.used_rates
         still = {key: used[key] for key, rate in found.fitting.items() if used.get(key, 0.0) > SLACK * rate}
-        if history.latest.overshoot is not None:
+        if history.latest.overshoot is not None and found.how != "brisk":
             still = {key: found.rates[key] for key in found.fitting}
         if not still:
             return []
@@ -140,9 +140,8 @@ class UpdateSpike:
         shares = np.array([_share_moved(reading) for reading in first])
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
-        broken = any(history.is_open(kind).any() for kind in ("logit_growth", "entropy_collapse"))
         moved, now = _share_moved(history.latest), max(history.latest.used_rates.values(), default=None)
-        if not broken or len(history) >= history.length or not (twice >= self.update).any() or now is None:
+        if not _heads_break(history) or len(history) >= history.length or not (twice >= self.update).any() or now is None:
             return []
         worst = int(np.nanargmax(shares))
         fitting = float((rates[worst] or now) * self.fitting / shares[worst])
@@ -182,8 +181,8 @@ class UpdateSpike:
                 float(shares[-1]),
                 float(level),
                 suggestion=(
-                    f"Look at what else moves this layer's queries and keys: a step changes {shares[-1]:.0%} of them, and the rates of "
-                    f"{_known_groups(history)} did not jump. Cap what a step changes of them (cap_query_key_update)."
+                    f"Look at what else moves this layer's queries and keys: a step changes {shares[-1]:.0%} of them, "
+                    f"{_known_groups(history)}. Cap what a step changes of them (cap_query_key_update)."
                 ),
                 evidence={"query_key_update": float(shares[-1]), "usual_query_key_update": usual},
             )
@@ -191,13 +190,12 @@ class UpdateSpike:
 
     def _highest_before(self, rates: np.ndarray) -> float | None:
         """The largest rate before the jump that the newest is still above; None where there is none such."""
-        highest, jumped, known = 0.0, False, 0
-        for rate in rates[np.isfinite(rates)].tolist():
+        highest, jumped = 0.0, False
+        for known, rate in enumerate(rates[np.isfinite(rates)].tolist()):
             level = self.rate_jump * highest * (self.still_ill if jumped else 1.0)
             jumped = known >= self.least_past and 0 < level <= rate
             if not jumped:
                 highest = max(highest, rate)
-            known += 1
         return highest if jumped and len(rates) and np.isfinite(rates[-1]) else None
 
 
@@ -206,6 +204,7 @@ def _advice(found: Overshoot, history: History) -> str:
     several = len(history.latest.learning_rates) > len(found.fitting)
     which = f"the rate of parameter group {', '.join(sorted(found.fitting))} (optimizer.group, from 0)" if several else "the rate"
     seen = {
+        "brisk": f"the first step gained {_share(found.gain_ratio)} of what its gradient foretold on its own batch, and heads break",
         "first_step": f"the first step gained {_share(found.gain_ratio)} of what its gradient foretold on its own batch",
         "steps": f"steps gain {_share(found.gain_ratio)} of what their gradients foretell on their own batches",
         "torn": f"step {found.step} raised the loss of its own batch by {found.rise:.0%}",
@@ -217,14 +216,19 @@ def _advice(found: Overshoot, history: History) -> str:
     )
 
 
+def _heads_break(history: History) -> bool:
+    """Whether an issue of growing scores or collapsing entropy is open at any head."""
+    return any(history.is_open(kind).any() for kind in ("logit_growth", "entropy_collapse"))
+
+
 def _share(ratio: float) -> str:
     return "nothing" if ratio <= 0 else f"{ratio:.0%}"
 
 
 def _known_groups(history: History) -> str:
-    """Which parameter groups' rates are known, for a claim about them."""
+    """What is known of the rates of parameter groups, for a layer that is moved too far."""
     groups = len(history.latest.learning_rates)
-    return "no parameter group are known and" if not groups else f"the {groups} known parameter groups" if groups > 1 else "the known parameter group"
+    return "and no optimizer's rate is known" if not groups else f"and no rate of the {groups} known parameter group(s) jumped"
 
 
 def _issue(
