@@ -46,8 +46,9 @@ class ScalerWatch:
 
     @property
     def scaler(self) -> Any:
-        """The gradient scaler; None where none is known."""
-        return self._given if self._given is not None else self._found() if self._found is not None else None
+        """The gradient scaler at work; None where none is known, or it is not enabled."""
+        known = self._given if self._given is not None else self._found() if self._found is not None else None
+        return known if known is not None and known.is_enabled() else None
 
     @property
     def optimizers(self) -> list[Any]:

@@ -115,7 +115,8 @@ class NonFiniteWatch:
             news = self._take(step, _LOSS, again, replace(seen or Seen(), loss=True), f"loss is {loss}")
         if seen is not None and seen.gradient and (self._found is None or self._found.touched != "weights"):
             left_out = True  # whoever steps, it is with other gradients than these
-        if self._skipped.note(left_out, bad=self._last_bad == step):
+        nothing = seen is not None and seen.no_gradient and self._last_bad == step
+        if self._skipped.note(nothing or left_out, bad=self._last_bad == step):
             self._stuck(step, calls)
             news = True
         elif self._skipped.stuck:
@@ -178,13 +179,12 @@ class NonFiniteWatch:
 
     def _stuck(self, step: int, calls: Sequence[ForwardCall]) -> None:
         """More steps in a row were left out than a search takes: nothing is trained."""
-        going_on = self._found is not None and self._found.touched != "nothing" and step - self._last_bad <= _PATIENCE
-        if self._found is None or not going_on:
-            self._found, self._began = self._tracer.trace(step, calls, Seen(gradient=True, at_any_scale=True)), True
-        self._last_bad, self._reached = step, _GRADIENTS
-        skipped = self._skipped
-        self._found = replace(self._found, skipped=skipped.in_a_row, search=skipped.search, scale=self._view.scale())
-        self._touch("gradients")
+        known = self._found if step - self._last_bad <= _PATIENCE else None
+        if known is None or (known.touched == "nothing" and known.cause != "labels"):
+            known, self._began = self._tracer.trace(step, calls, Seen(gradient=True, at_any_scale=True)), True
+            known, self._reached = replace(known, touched="gradients"), _GRADIENTS
+        self._last_bad, skipped = step, self._skipped
+        self._found = replace(known, skipped=skipped.in_a_row, search=skipped.search, scale=self._view.scale())
 
     def _spoilt(self) -> bool:
         """Whether any parameter, or running statistic, holds what is not finite; -inf in a buffer may hide keys."""

@@ -127,7 +127,7 @@ class OptimizerView:
     @property
     def scales(self) -> bool:
         """Whether a gradient scaler is at work."""
-        return self.grad_scaler is not None and bool(self.grad_scaler.is_enabled())
+        return self.grad_scaler is not None
 
     @property
     def skips_bad_steps(self) -> bool:

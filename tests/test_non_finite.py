@@ -285,17 +285,22 @@ def causes(given):
     return [(issue.step, issue.severity, issue.evidence["cause"], issue.evidence["touched"]) for issue in issues]
 
 
-def test_labels_that_are_all_ignored_touch_nothing_and_are_no_alarm():
+def test_labels_that_are_all_ignored_touch_nothing_and_are_an_alarm_only_where_they_always_are():
     model = Floats()
     optimizer = optimizer_of(model)
-    monitor = watch(model, optimizer)
-    loss = F.cross_entropy(model(torch.randn(2, 6, 32)), torch.full((2,), -100))
-    loss.backward()
-    optimizer.step()
-    diagnosis = monitor.on_step(loss.detach())
+    monitor = watch(model, optimizer, config="guard")
+    given = []
+    for _ in range(17):
+        loss = F.cross_entropy(model(torch.randn(2, 6, 32)), torch.full((2,), -100))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        given.append(monitor.on_step(loss.detach()))
     monitor.close()
-    assert causes([diagnosis]) == [(1, "warning", "labels", "nothing")]
-    assert "Go back" not in diagnosis.issues[0].suggestion
+    assert causes(given) == [(1, "warning", "labels", "nothing"), (17, "error", "labels", "nothing")]
+    assert not [issue for issue in monitor.issues if "Go back" in issue.suggestion]
+    assert "every gradient was 0" in monitor.issues[1].suggestion
+    assert [each.intervention.name for each in monitor.applied] == ["skip_step"]
 
 
 def test_labels_that_are_all_ignored_are_told_of_where_the_model_takes_them():

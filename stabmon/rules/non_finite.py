@@ -128,6 +128,8 @@ class NonFinite:
         if found.touched == "weights":
             return ROLL_BACK
         if found.skipped:
+            if found.touched == "nothing":
+                return f"For {found.skipped} steps in a row every gradient was 0: nothing is trained until that is mended"
             by = "" if found.scale is None else f" by the gradient scaler, whose scale is down to {found.scale:.3g}"
             return f"{found.skipped} steps in a row were left out{by}: nothing is trained until that is mended"
         words = {"nothing": UNHARMED, "gradients": LEFT_OUT}
