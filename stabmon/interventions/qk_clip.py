@@ -45,8 +45,8 @@ class QkClip(Intervention):
 
     While ``hold`` is on, every training forward's largest scores of these layers are watched, and a head above its :math:`\tau` is
     clipped again after the optimizer's step, until the act is released. Under a ``target`` the largest scores of the last eight steps
-    count, each as it would be with the weights of now, since one batch's largest is often well below another's. A person's own is held also where no head is above its
-    :math:`\tau` yet. Where it goes on clipping though no alarm is open, :math:`\tau`
+    count, each as it would be with the weights of now, since one batch's largest is often well below another's. A person's own is held
+    also where no head is above its :math:`\tau` yet. Where it goes on clipping though no alarm is open, :math:`\tau`
     is doubled from time to time, up to ``widest``.
 
     Source:

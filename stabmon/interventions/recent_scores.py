@@ -79,4 +79,5 @@ def _norms(parts: QueryKey) -> Tensor:
 
 def _norm(rows: Sequence[Rows]) -> Tensor:
     views = [(each.view(each.parameter).detach().float() + each.offset).norm() for each in rows]
-    return torch.stack(views).norm()
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(views))
+    return whole
