@@ -35,4 +35,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written; the old file is whole then.
     """
-    replace_whole(path, lambda fresh: fresh.write_text(text) and None)
+
+    def write(fresh: Path) -> None:
+        fresh.write_text(text)
+
+    replace_whole(path, write)

@@ -133,7 +133,7 @@ class Guard:
             if hold and intervention.once:
                 raise CannotApply(f"{intervention.name} is done at once and cannot be held", "leave hold out")
             if own and hold is not None:
-                intervention = replace(intervention, hold=hold)
+                intervention = replace(intervention, hold=hold)  # type: ignore[call-arg]
             self.run.by_hand = by_hand
             applied = intervention.apply(self.run)
         except CannotApply as error:

@@ -14,6 +14,7 @@ from stabmon.interventions.anew import Anew
 from stabmon.interventions.base import CannotApply, HeldEffect, Place
 from stabmon.interventions.query_key import find_query_key
 from stabmon.interventions.query_key_norm import RMS_NORM
+from stabmon.interventions.recent_scores import RecentScores
 from stabmon.interventions.replayed import deepest_first, largest_scores, replayed_scores
 from stabmon.interventions.rows import QueryKey
 from stabmon.interventions.run import TrainingRun
@@ -25,7 +26,9 @@ from stabmon.records import AttentionCall
 class HeldClip(HeldEffect):
     """Heads held at or below their aims. A module that attends several times in a forward (``name#1`` …) is one module here."""
 
-    def __init__(self, run: TrainingRun, aims: dict[Place, float], limits: Mapping[Place, float] | None = None) -> None:
+    def __init__(
+        self, run: TrainingRun, aims: dict[Place, float], limits: Mapping[Place, float] | None = None, *, ceiling: bool = False
+    ) -> None:
         super().__init__(places=list(aims), touches=frozenset(f"scores of {_module(layer)}" for layer, _ in aims))
         self.run, self.aims, self.limits = run, aims, dict(limits or {})
         self.proven: dict[str, str] = {}
@@ -34,6 +37,10 @@ class HeldClip(HeldEffect):
         self._seen: dict[str, Tensor] = {}
         self._unproven: dict[str, Unproven] = {}
         """Modules clipped without a proof, until their scores have fallen."""
+        self._recent = RecentScores() if ceiling else None
+        """Where the aims are not to be exceeded by one batch because they were met on another."""
+        self._parts: dict[str, QueryKey] = {}
+        """What was taken for a module's queries and keys."""
         self._again: dict[tuple[str, int], list[float]] = {}
         """Factors of the clips that have not been told of yet."""
         self._told_at: int | None = None
@@ -148,7 +155,7 @@ class HeldClip(HeldEffect):
                 rows = [rows for rows, _ in chosen.edits(factors)]
                 self._unproven[name] = Unproven(self.run, rows, self._of_module(name, scores))
             self.rows.scale(chosen.edits(factors))
-            self.proven[name] = chosen.how
+            self.proven[name], self._parts[name] = chosen.how, chosen
             return chosen
         proposal = self._prove(name, proposals, factors, measured[name])
         self.rows.scale(proposal.edits(factors))
@@ -174,7 +181,7 @@ class HeldClip(HeldEffect):
                 trial.undo()
             wrong = _difference(factors, before, after, self._tolerance(name), proposal.shared)
             if not wrong:
-                self.proven[name] = proposal.how
+                self.proven[name], self._parts[name] = proposal.how, proposal
                 return proposal
             failures.append(f"{proposal.how}: {wrong}")
         raise CannotApply(f"scaling weights does not scale the scores of {name} ({'; '.join(failures)})", RMS_NORM)
@@ -188,6 +195,8 @@ class HeldClip(HeldEffect):
             scores = largest_scores(call)
             known = self._seen.get(call.layer)
             self._seen[call.layer] = scores if known is None else torch.maximum(known, scores)
+            if self._recent is not None and _module(call.layer) in self._parts:
+                self._recent.look(call.layer, self._parts[_module(call.layer)])
 
     def _on_step(self) -> None:
         """After the optimizer's step: clip again what was above its aim in this step's forwards."""
@@ -198,6 +207,9 @@ class HeldClip(HeldEffect):
             return
         scores = self._over_ranks()
         vain = {name for name, each in list(self._unproven.items()) if self._is_in_vain(name, each, scores)}
+        if self._recent is not None:
+            parts = {layer: self._parts[_module(layer)] for layer in scores if _module(layer) in self._parts}
+            scores = self._recent.add(scores, parts)
         for name, factors in self._factors(scores, self.aims).items():
             if name in vain or self.given_up:
                 continue

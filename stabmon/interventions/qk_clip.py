@@ -44,8 +44,9 @@ class QkClip(Intervention):
     score has fallen, it is given up.
 
     While ``hold`` is on, every training forward's largest scores of these layers are watched, and a head above its :math:`\tau` is
-    clipped again after the optimizer's step, until the act is released. A person's own is held also where no head is above its
-    :math:`\tau` yet. Where it goes on clipping though no alarm is open, :math:`\tau`
+    clipped again after the optimizer's step, until the act is released. Under a ``target`` the largest scores of the last eight steps
+    count, each as it would be with the weights of now, since one batch's largest is often well below another's. A person's own is held
+    also where no head is above its :math:`\tau` yet. Where it goes on clipping though no alarm is open, :math:`\tau`
     is doubled from time to time, up to ``widest``.
 
     Source:
@@ -86,7 +87,7 @@ class QkClip(Intervention):
                 limits[place] = min(aim if fixed else max(aim, self.widest), limits.get(place, np.inf))
         if not aims:
             raise CannotApply("no head is named: give an issue that names its layer")
-        clip = HeldClip(run, aims, limits)
+        clip = HeldClip(run, aims, limits, ceiling=self.target is not None)
         new = {place: self.fresh for issue in self.issues if issue.evidence.get("from_the_start") for place in _heads(run, issue)}
         try:
             clip.first(new if self.target is None else None, wait=self.hold and run.by_hand)
@@ -107,7 +108,7 @@ class QkClip(Intervention):
         check_saved_rows(effect["rows"])
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        clip = HeldClip(run, _by_place(state["aims"]), _by_place(state["limits"]))
+        clip = HeldClip(run, _by_place(state["aims"]), _by_place(state["limits"]), ceiling=self.target is not None)
         clip.proven = dict(state["proven"])
         if state["anew"] is not None:
             clip.begin_anew(state["anew"])

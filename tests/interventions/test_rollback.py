@@ -82,7 +82,7 @@ def test_states_too_large_for_memory_go_to_disk_and_survive_a_restart(tmp_path: 
     run, healthy = spoilt({"memory_gb": 0.0}, tmp_path)
     assert run.states is not None
     state = run.states.state_dict()
-    assert Path(state["healthy"]).is_file()
+    assert (tmp_path / state["healthy"]).is_file()
     assert len(list(tmp_path.glob("*.pt"))) == 1, "older ones are deleted"
     fresh = run_of("gpt2-sdpa", steps=4)
     fresh.run_dir, fresh.states = tmp_path, HealthyStates(fresh, memory_gb=0.0)
