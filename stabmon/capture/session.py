@@ -31,7 +31,7 @@ class AttentionCapture:
     """Shows every attention call that an unmodified model makes while this is open, and changes nothing.
 
     A context manager that can be entered any number of times, one after the other. Only calls that the entering thread
-    makes are seen, and none that backward makes (activation checkpoints run a forward again there).
+    makes are seen, and none that a backward begun since makes (activation checkpoints run a forward again there).
 
     Args:
         model: the model as it trains; compiled, wrapped or plain.
@@ -71,6 +71,8 @@ class AttentionCapture:
         self._patches = ExitStack()
         self._paused_mode = False
         self._thread: int | None = None
+        self._graph_task = -1
+        """The backward inside which this was entered, -1 for none."""
         self._inside = 0
         self._logged = False
 
@@ -79,6 +81,7 @@ class AttentionCapture:
             raise RuntimeError("this AttentionCapture is open already: leave it before entering it again, or make a second one")
         self.names = ModuleNames(self.model)
         self.calls, self.unseen, self._inside = {}, 0, 0
+        self._graph_task = torch._C._current_graph_task_id()
         self._install(threading.get_ident())
         return self
 
@@ -106,7 +109,11 @@ class AttentionCapture:
 
     def listening(self) -> bool:
         """Whether a call made right now by this thread is one of the model's own forward, not seen further out already."""
-        return not self._inside and self._thread == threading.get_ident() and torch._C._current_graph_task_id() == -1
+        return (
+            not self._inside
+            and self._thread == threading.get_ident()
+            and torch._C._current_graph_task_id() == self._graph_task
+        )
 
     @contextmanager
     def inside(self) -> Iterator[None]:
