@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabmon.capture.recomputation import is_recomputation
+
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, Any], None]
 
@@ -19,7 +21,7 @@ class ForwardWatch:
     """Calls ``before(module, args, kwargs)`` and ``after(module, output)`` around each outermost call into ``model``.
 
     Outermost is the model itself, or a child of it where the model's own forward is not used (a LightningModule's
-    ``training_step``). Calls inside backward (activation checkpoints) and inside compiled code are not told. What ``before`` and
+    ``training_step``). Calls that backward makes again (activation checkpoints) and calls inside compiled code are not told. What ``before`` and
     ``after`` raise is theirs to handle; they must not raise. A copy of the model, or a model saved whole, takes no watch along.
 
     Args:
@@ -83,7 +85,7 @@ class ForwardWatch:
         self._undo.append(undo)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1 or _is_redirected(module):
+        if torch.compiler.is_compiling() or is_recomputation() or _is_redirected(module):
             return
         if self._stack and module is self._stack[0] and not _is_running(self._frame):
             self.reset()
@@ -95,7 +97,7 @@ class ForwardWatch:
             self._before(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1 or module not in self._stack:
+        if torch.compiler.is_compiling() or is_recomputation() or module not in self._stack:
             return
         while self._stack.pop() is not module:
             pass

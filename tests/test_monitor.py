@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import stabmon
 from stabmon.rules import RULES
@@ -141,6 +142,54 @@ def test_the_second_forward_of_activation_checkpoints_is_not_counted(reentrant):
     unwatched.gradient_checkpointing_enable({"use_reentrant": reentrant})
     run(unwatched, batches(3), monitored=False)
     assert same_bits(weights(model), weights(unwatched))
+
+
+class Halves(nn.Module):
+    """Two parts, of which one is checkpointed as a whole where told."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.first, self.second, self.reentrant = Floats(), nn.Linear(4, 4), reentrant
+
+    def forward(self, x):
+        inner = self.first(x) if self.reentrant is None else checkpoint(self.first, x, use_reentrant=self.reentrant)
+        return self.second(inner)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("place", ["hook on the loss", "hook on a leaf"])
+def test_forwards_made_inside_backward_are_seen_and_their_checkpoints_are_not_counted_twice(place, reentrant):
+    """GradCache: embeddings without gradients, then a forward with gradients in each part, in a hook of the loss's backward."""
+    x = torch.randn(8, 6, 32, generator=torch.Generator().manual_seed(0))
+    given = []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        model = Halves(reentrant)
+        with watch(model, None, log_every=1) as monitor:
+            parts = x.requires_grad_().split(4)
+            if cached:
+                with torch.no_grad():
+                    leaf = torch.cat([model(part) for part in parts])
+                leaf.requires_grad_()
+            else:
+                leaf = torch.cat([model(part) for part in parts])
+            loss = (leaf @ leaf.T).logsumexp(1).mean()
+            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+
+            def again(_, model=model, parts=parts, gradient=gradient):
+                with torch.enable_grad():
+                    for part, own in zip(parts, gradient.split(4), strict=True):
+                        (model(part) * own).sum().backward()
+
+            if cached:
+                (loss.register_hook if place == "hook on the loss" else leaf.register_post_accumulate_grad_hook)(again)
+            loss.backward()
+            given.append(monitor.on_step(loss))
+            assert not monitor.errors
+    plain, cached = (each.readings[-1] for each in given)
+    assert same_readings(plain.layers, cached.layers, 1e-5)
+    assert cached.micro_batches == plain.micro_batches == 2
+    assert cached.gradients == {name: pytest.approx(norm, rel=1e-4) for name, norm in plain.gradients.items()}
 
 
 def test_gradient_norms_are_those_before_clipping():

@@ -34,7 +34,7 @@ class AttentionCapture:
     """Shows every attention call that an unmodified model makes while this is open, and changes nothing.
 
     A context manager that can be entered any number of times, one after the other. Only calls that the entering thread
-    makes are seen, and none that backward makes (activation checkpoints run a forward again there).
+    makes are seen, and none that a backward begun since makes (activation checkpoints run a forward again there).
 
     Args:
         model: the model as it trains; compiled, wrapped or plain.
@@ -80,6 +80,8 @@ class AttentionCapture:
         self._paused_mode = False
         self.thread: int | None = None
         self._openings = 0
+        self._graph_task = -1
+        """The backward inside which this was entered, -1 for none."""
         self._inside = 0
         self._logged = False
 
@@ -89,6 +91,7 @@ class AttentionCapture:
         self.names = ModuleNames(self.model)
         self.calls, self.unseen, self._inside = {}, 0, 0
         self._openings += 1
+        self._graph_task = torch._C._current_graph_task_id()
         self._install(threading.get_ident())
         return self
 
@@ -116,7 +119,11 @@ class AttentionCapture:
 
     def listening(self) -> bool:
         """Whether a call made right now by this thread is one of the model's own forward, not seen further out already."""
-        return not self._inside and self.thread == threading.get_ident() and torch._C._current_graph_task_id() == -1
+        return (
+            not self._inside
+            and self.thread == threading.get_ident()
+            and torch._C._current_graph_task_id() == self._graph_task
+        )
 
     @contextmanager
     def inside(self) -> Iterator[None]:
