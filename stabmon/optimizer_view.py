@@ -18,6 +18,10 @@ WRAPPED = ("optimizer", "base_optimizer", "_optimizer")
 """What wrappers call the optimizer inside (accelerate, Lightning, DeepSpeed, SAM)."""
 
 
+_DEEPEST = 5
+"""Wrappers around wrappers that are opened: an object that answers to every name has no end."""
+
+
 def innermost(given: Any) -> list[Any]:
     """Find the optimizers that step parameters themselves, in the order in which they were given, each once.
 
@@ -28,7 +32,7 @@ def innermost(given: Any) -> list[Any]:
 
 
 def _search(given: Any, seen: set[int]) -> list[Any]:
-    if given is None or id(given) in seen:
+    if given is None or id(given) in seen or len(seen) > _DEEPEST:
         return []
     if isinstance(given, Mapping):
         given = list(given.values())
@@ -88,7 +92,8 @@ def parameter_groups(optimizers: list[Any]) -> list[ParameterGroup]:
     return [
         ParameterGroup(f"{number}.{at}", optimizer, group)
         for number, optimizer in enumerate(optimizers)
-        for at, group in enumerate(getattr(optimizer, "param_groups", None) or ())
+        if isinstance(groups := _attribute(optimizer, "param_groups"), list | tuple)
+        for at, group in enumerate(groups)
     ]
 
 

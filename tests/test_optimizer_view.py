@@ -53,6 +53,17 @@ def test_what_steps_the_parameters_is_found(way):
     assert view.learning_rates() == {"0.0": 0.1, "1.0": 0.2}
 
 
+class Anything:
+    """Answers to every name with another of its kind."""
+
+    def __getattr__(self, name):
+        return Anything()
+
+
+def test_an_object_that_answers_to_every_name_is_not_followed_for_ever():
+    assert OptimizerView(Anything(), grad_scaler=torch.amp.GradScaler("cpu", enabled=False)).learning_rates() == {}
+
+
 def test_no_optimizer_has_no_rates():
     assert OptimizerView(None).learning_rates() == OptimizerView([]).learning_rates() == {}
 

@@ -2,7 +2,7 @@ r"""Adapters around frozen projections, and what queries and keys effectively be
 
 LoRA, DoRA and IA3 make :math:`\mathrm{diag}(g)\,(W + B A)` of a frozen W: g is one (LoRA), a learned vector (IA3), or a learned magnitude
 over the norm of each row of W + B A (DoRA). Its norm, and that of its change, come from products with the few rows of A: no matrix of
-W's size is made.
+W's size is made. Where something else is added to W (AdaLoRA, LoHa, LoKr, VeRA) that is formed, if W is small.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from stabmon.gradients import is_sharded
 from stabmon.interventions.base import CannotApply
 
+_ADDED = ("lora_E", "hada_w1_a", "lokr_w1", "lokr_w1_a", "vera_lambda_b")
+"""What AdaLoRA, LoHa, LoKr and VeRA call a part of what they add to W."""
+_WIDEST = 1024
+"""Width up to which that is formed."""
 _ROWS = 2048
 """Rows of W that are taken to float32 at a time."""
 
@@ -126,7 +130,9 @@ class EffectiveWeight:
 
     def _state(self) -> _State:
         """The adapters as they are now, in float32 and of their own memory."""
-        downs, ups, factor, is_norm = [], [], None, False
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        factor, is_norm = None, False
         names = _active(self.module)
         for name in names:
             gains = getattr(self.module, "ia3_l", {})
@@ -134,6 +140,9 @@ class EffectiveWeight:
             if name in gains and not getattr(self.module, "is_feedforward", False):
                 own = gains[name].detach().float().flatten()[self.rows]
                 factor = own.clone() if factor is None else factor * own
+                continue
+            if any(_part(self.module, part, name) is not None for part in _ADDED):
+                downs, ups = self._formed(name, downs, ups)
                 continue
             if name in magnitudes and len(names) == 1:
                 factor, is_norm = magnitudes[name].weight.detach().float().flatten()[self.rows].clone(), True
@@ -150,6 +159,17 @@ class EffectiveWeight:
             downs, ups = [torch.zeros(0, self._width(), device=device)], [torch.zeros(self._height(), 0, device=device)]
         return _State(torch.cat(downs), torch.cat(ups, dim=1), factor, is_norm)
 
+    def _formed(self, name: str, downs: list[Tensor], ups: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The product of an adapter of which only that is known, as one of its own size with the unit matrix."""
+        if self._width() > _WIDEST or getattr(self.module, "rank_dropout", {}).get(
+            name
+        ):  # which some versions draw as they form it
+            raise CannotApply(f"an adapter whose product is not formed ({type(self.module).__name__})")
+        with torch.no_grad():
+            added = self.module.get_delta_weight(name).detach().float()
+        added = (added.T if type(self._base).__name__ == "Conv1D" else added)[self.rows]
+        return [*downs, torch.eye(added.shape[1], device=added.device)], [*ups, added]
+
     def _weight(self) -> Tensor:
         weight: Tensor = self._base.weight.detach()
         return (weight.T if type(self._base).__name__ == "Conv1D" else weight)[self.rows]
@@ -163,6 +183,8 @@ class EffectiveWeight:
 
     def _times(self, inputs: Tensor) -> Tensor:
         """W times each of ``[k, in]``: ``[rows, k]``."""
+        if not len(inputs):  # a frozen projection beside one with adapters
+            return torch.zeros(self._height(), 0, device=inputs.device)
         if self._plain:
             return torch.cat([chunk.float() @ inputs.T for chunk in self._weight().split(_ROWS)])
         bias = self._base.forward(torch.zeros_like(inputs[:1]))

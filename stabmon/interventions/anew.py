@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MOMENTS = (
     *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mu_product", "momentum_buffer", "step"),
-    *("square_avg", "grad_avg", "acc_delta", "exp_avg_sq_row", "exp_avg_sq_col"),
+    *("square_avg", "grad_avg", "acc_delta", "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance"),
 )
 """What optimizers call running averages of gradients, and the count of steps that corrects their bias."""
 

@@ -38,6 +38,10 @@ class QkClip(Intervention):
     of a model that is no longer there: moments of nothing, and a warm-up (of two runs that stayed 0.23 and 0.25 nats behind
     their twins otherwise, nothing and 0.05 were left).
 
+    Under adapters it is refused where W_q is frozen and what is trained is added to it (LoRA): the sum scales as a whole only if the frozen
+    weight is edited, which is often shared or packed and is not saved with the adapters, so that the clip would be lost. Adapters that
+    multiply each feature (the magnitude of DoRA where there is no bias, the vector of IA3) are what is scaled.
+
     Which rows belong to a head is a guess from names and shapes until the step's batch has been run again: each guess is tried, and
     kept only if the head's score came to :math:`\tau` and no other head of the layer moved. Without a batch to run again the likeliest
     guess is taken, which the record says; no single batch of later judges it. Should its rows come to an eighth of their norm while no

@@ -46,10 +46,17 @@ class LearningRates:
 
     Args:
         optimizers: all of the run, as :func:`~stabmon.optimizer_view.innermost` lists them; those that take no hooks keep their rates.
+        on_gradients: given what is to be called when gradients are ready, which may be in the middle of a step; returns what ends that.
     """
 
-    def __init__(self, optimizers: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[Any],
+        on_gradients: Callable[[Callable[[], None]], Callable[[], None]] = lambda call: lambda: None,
+    ) -> None:
         self._optimizers = list(optimizers)
+        self._on_gradients = on_gradients
+        self._end: Callable[[], None] = lambda: None
         self._factors: list[_ByGroup] = []
         self._ceilings: list[_ByGroup] = []
         self._ramps: list[_ByGroup] = []
@@ -101,15 +108,10 @@ class LearningRates:
         """Use no rate above the ceiling of its group: by key, or by a function that gives None for groups that have none."""
         return self._add(self._ceilings, self._by_parameter(ceilings))
 
-    def again(self) -> None:
-        """In the middle of a step: change rates that were set since it began, as by the closure that the step calls."""
-        for at, saved in list(self._saved.items()):
-            if any(group.settings.get("lr") is not used for group, _, used in saved):
-                self._change(at)
-
     def _add(self, held: list[_ByGroup], each: _ByGroup) -> Callable[[], None]:
         held.append(each)
         if not self._hooks:
+            self._end = self._on_gradients(self._again)
             for optimizer in filter(takes_hooks, self._optimizers):
                 at = id(optimizer)
                 self._hooks += [
@@ -125,9 +127,16 @@ class LearningRates:
                     self._restore(at)
                 while self._hooks:
                     self._hooks.pop().remove()
+                self._end()
                 self._in_use = {}
 
         return release
+
+    def _again(self) -> None:
+        """In the middle of a step: change rates that were set since it began, as by the closure that the step calls."""
+        for at, saved in list(self._saved.items()):
+            if any(group.settings.get("lr") is not used for group, _, used in saved):
+                self._change(at)
 
     def _share(self, group: ParameterGroup) -> float:
         share = _product(self._factors, group)
@@ -153,7 +162,7 @@ class LearningRates:
 
     def _by_parameter(self, given: Factors | Ceilings) -> _ByGroup:
         if callable(given):
-            return given
+            return lambda group: given(group)  # of its own, so that each hold ends by itself
         members = [(each, given[group.key]) for group in self.groups() if group.key in given for each in group.parameters]
         values = {
             id(each): (each, value) for each, value in members

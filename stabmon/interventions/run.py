@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,7 +122,7 @@ class TrainingRun:
         given = self.lr_scheduler if isinstance(self.lr_scheduler, list | tuple) else [self.lr_scheduler]
         return [each for each in given if hasattr(each, "state_dict")]
 
-    @cached_property
+    @functools.cached_property
     def rates(self) -> LearningRates:
         """The factors and ceilings that held interventions put on the learning rates.
 
@@ -130,9 +130,7 @@ class TrainingRun:
             CannotApply: if there is no torch optimizer to be found.
         """
         _ = self.torch_optimizers
-        rates = LearningRates(self.optimizers)
-        self.marks.add("before_optimizer_step", rates.again)
-        return rates
+        return LearningRates(self.optimizers, functools.partial(self.marks.add, "before_optimizer_step"))
 
     @property
     def rate_factor(self) -> float:

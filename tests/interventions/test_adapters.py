@@ -26,6 +26,10 @@ CONFIGS = {
     "rslora": lambda: peft.LoraConfig(r=4, use_rslora=True, target_modules=SEPARATE),
     "dora": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules=SEPARATE),
     "ia3": lambda: peft.IA3Config(target_modules=SEPARATE, feedforward_modules=[]),
+    "adalora": lambda: peft.AdaLoraConfig(init_r=4, total_step=10, target_modules=SEPARATE),
+    "loha": lambda: peft.LoHaConfig(r=4, target_modules=SEPARATE),
+    "lokr": lambda: peft.LoKrConfig(r=4, target_modules=SEPARATE),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "k_proj"]),
     "fused lora": lambda: peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
 }
 ATTENTION = {"fused lora": "base_model.model.transformer.h.0.attn"}
@@ -70,6 +74,13 @@ def test_norms_are_those_of_the_matrices_that_are_formed(name: str) -> None:
                 each += 1e-3 * torch.randn_like(each)
     assert float(update.change()) == pytest.approx(float((formed(module) - before).norm()), rel=1e-3)
     assert 0 < float(update.change()) < 0.02 * float(before.norm())
+
+
+def test_an_adapter_of_another_kind_is_told_by_its_name_and_its_updates_are_left_out() -> None:
+    _, module = adapted("oft", peft.OFTConfig(oft_block_size=4, target_modules=SEPARATE))
+    with pytest.raises(CannotApply, match="a kind that is not known"):
+        find_effective(module)
+    assert is_adapted(module)
 
 
 class Packed(nn.Linear):

@@ -3,18 +3,20 @@
 import pytest
 import torch
 
-from interventions.runs import all_bits, differences, first_layer, growth, run_of, scores_of, train_step
-from stabmon.interventions.anew import MOMENTS, Anew
+from interventions.runs import all_bits, differences, first_layer, growth, loss_of, run_of, scores_of, train_step
+from stabmon.interventions.anew import Anew
 from stabmon.interventions.qk_clip import QkClip
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam])
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adafactor]
+)
 def test_with_heads_that_begin_anew_the_optimizer_does_and_undone_to_every_bit(optimizer: type[torch.optim.Optimizer]) -> None:
     run = run_of("llama-sdpa", optimizer, steps=3)
     layer = first_layer(run)
     before, scores = all_bits(run), scores_of(run)[layer]
     applied = QkClip(fresh=scores[1] / 100).apply(run, growth(layer, from_the_start=True))
-    moments = [entries[name] for entries in run.optimizer.state.values() for name in MOMENTS if name in entries]
+    moments = [each for entries in run.optimizer.state.values() for each in entries.values() if each is not None]
     assert all(float(torch.as_tensor(each).abs().max()) in (0.0, 1.0) for each in moments)
     assert applied.undo() is True
     assert differences(before, all_bits(run)) == []
@@ -50,3 +52,28 @@ def test_the_warm_up_of_an_optimizer_that_begins_anew_is_what_its_averages_need(
     run.step += steps
     anew.moved_on()
     assert run.rate_factor == 1.0
+
+
+def test_every_optimizer_of_the_run_begins_anew_and_the_warm_up_takes_its_whole_length_below_a_ceiling() -> None:
+    run = run_of("llama-sdpa", optimizer=None)
+    inner = [p for name, p in run.model.named_parameters() if "self_attn" in name and p.ndim == 2]
+    outer = [p for p in run.model.parameters() if all(p is not each for each in inner)]
+    run.optimizer = [torch.optim.AdamW(outer, lr=1.0, betas=(0.9, 0.5)), torch.optim.Muon(inner, lr=0.2)]
+    loss_of(run.model, run.inputs).backward()
+    for each in run.optimizers:
+        each.step()
+    run.step = 9
+    before = [(state, dict(state)) for each in run.optimizers for state in each.state.values()]
+    run.rates.cap({"0.0": 0.1})
+    anew = Anew(run)
+    assert all(float(torch.as_tensor(value).abs().max()) == 0 for state, _ in before for value in state.values())
+    assert {id(group.optimizer) for group in run.groups} == {id(each) for each in run.optimizers}
+    assert anew.steps == 4
+    used: list[list[float]] = []
+    run.optimizer[0].register_step_pre_hook(lambda *_: used.append([group.rate for group in run.groups[:1]]))
+    for _ in range(5):
+        run.optimizer[0].step()
+        run.step += 1
+    assert [rate for (rate,) in used] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    anew.undo()
+    assert all(state[name] is value for state, saved in before for name, value in saved.items())
