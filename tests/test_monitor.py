@@ -22,6 +22,7 @@ from stabmon.sinks import Sink
 from tests.small import (
     HEADS,
     Floats,
+    HalfSeen,
     batches,
     clean,
     gpt2,
@@ -573,3 +574,30 @@ def test_time_spent_inside_is_reported_as_a_share():
     share = train(model, monitor, optimizer, batches(10))[-1].readings[-1].overhead_fraction
     monitor.close()
     assert 0.0 < share < 0.6
+
+
+# -- what is not seen --------------------------------------------------------------------------------------------------
+
+
+def test_attention_that_is_not_seen_is_said_once_kept_in_the_metadata_and_costs_no_bit(tmp_path, caplog):
+    losses = {}
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = HalfSeen()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        options = {"log_every": 1, "sinks": ["jsonl"], "run_dir": tmp_path}
+        monitor = watch(model, optimizer, **options) if watched else None
+        losses[watched] = []
+        for _ in range(4):
+            loss = model(torch.randn(2, 5, 12)).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[watched].append(loss.item())
+            diagnosis = monitor.on_step(loss) if watched else None
+    monitor.close()
+    assert losses[True] == losses[False]
+    assert monitor.unseen == dict(diagnosis.unseen) == {"second": "a softmax of a product"}
+    assert json.loads((tmp_path / "stabmon" / "meta.json").read_text())["unseen_attention"] == monitor.unseen
+    assert caplog.text.count("not seen: second (a softmax of a product)") == 1
+    assert not monitor.errors

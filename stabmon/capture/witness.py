@@ -56,7 +56,7 @@ class Witness:
         self.seen: set[str] = set()
         self.trace: OpTrace | None = None
         self._capture = capture
-        self._due = False
+        self._due = self._waits = False
         self._forwards = 0
         self._start = 0
         self._spans: list[tuple[int, int]] = []
@@ -66,7 +66,7 @@ class Witness:
     @contextmanager
     def installed(self, due: bool) -> Iterator[None]:
         """Look at the forwards made in here, where ``due``; what they showed is known when it is left."""
-        self._due = due
+        self._due = self._waits = due
         if not due:
             yield
             return
@@ -82,6 +82,8 @@ class Witness:
         if self._due and not self._is_own_thread():
             self._elsewhere[type(self._capture.model).__name__] = ELSEWHERE
         elif self._due:
+            if self._waits:  # what was noted so far is no forward
+                self.trace, self._waits = None, False
             self.settle()
             self._forwards += 1
             if is_due(self._forwards):
