@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SOUGHT = ("softmax", "exponential", "fused")
 SCRIPTED, SCRIPTED_PRODUCTS = ("softmax", "scaled_dot_product_attention"), ("matmul", "bmm", "einsum", "baddbmm")
 FIRST, EVERY = 2, 16
-"""The first openings of a capture that are witnessed, and how many times later the next one is: 1, 2, 16, 256 …"""
+"""The first openings of a capture that are witnessed, and how many times later the next ones are: 1, 2, 16, 32, 256, 512 …"""
 ELSEWHERE = "ran in another thread, where torch functions are not watched"
 
 
@@ -203,7 +203,7 @@ def scripted_attention(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule) or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        graph = module.inlined_graph  # owns its nodes
+        graph: Any = module.inlined_graph  # owns its nodes
         count = {kind: len(graph.findAllNodes(f"aten::{kind}")) for kind in (*SCRIPTED, *SCRIPTED_PRODUCTS)}
         products = sum(count[kind] for kind in SCRIPTED_PRODUCTS)
         if count["scaled_dot_product_attention"] or (count["softmax"] and products > 1):
