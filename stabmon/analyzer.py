@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from torch import nn
@@ -52,8 +52,9 @@ class AttentionAnalyzer:
         self._capture = AttentionCapture(
             model, self._measurements.add, modules=attention_modules, thorough=True, on_error=self._note
         )
-        self._open, self._in_context = True, False
-        self._capture.__enter__()
+        self._model, self._in_context = model, False
+        self._undo: Callable[[], None] | None = None
+        self._start()
 
     def diagnose(self) -> Diagnosis:
         """The statistics so far, reduced over all forwards, and the issues that a single reading can show.
@@ -82,20 +83,25 @@ class AttentionAnalyzer:
 
     def close(self) -> None:
         """Leave the model as it was found; may be called twice."""
-        if self._open:
-            self._open = False
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
             self._capture.__exit__()
 
     def __enter__(self) -> AttentionAnalyzer:
         self._in_context = True
-        if not self._open:
-            self._open = True
-            self._capture.__enter__()
+        if self._undo is None:
+            self._start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._in_context = False
         self.close()
+
+    def _start(self) -> None:
+        witness = self._capture.witness
+        self._undo = self._model.register_forward_hook(lambda _, __, output: witness.end(output)).remove
+        self._capture.__enter__()
 
     def _note(self, error: Exception) -> None:
         self._error = self._error or error.with_traceback(None)  # whose frames would keep the call's tensors

@@ -148,3 +148,28 @@ def clean(model: nn.Module) -> bool:
 def lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON lines file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class SortedAttention(nn.Module):
+    """Attention of its own kind: scores are sorted before their softmax, so that no query and key belong to them."""
+
+    def __init__(self, width: int = 12, *, sort: bool = True) -> None:
+        super().__init__()
+        self.qkv, self.sort = nn.Linear(width, 3 * width), sort
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = q @ k.mT
+        weights = scores.view(-1, scores.shape[-1]).sort(-1).values.view(scores.shape) if self.sort else scores
+        return x + weights.softmax(-1) @ v
+
+
+class HalfSeen(nn.Module):
+    """Two attention modules, of which one is seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = SortedAttention(sort=False), SortedAttention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))

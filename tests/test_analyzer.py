@@ -1,11 +1,13 @@
 """Any model's attention, outside of training."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
 
 import stabmon
-from tests.small import Floats, batches, clean, gpt2, same_readings
+from tests.small import Floats, HalfSeen, batches, clean, gpt2, same_readings
 
 
 def test_statistics_are_gathered_over_batches_and_equal_those_of_training():
@@ -87,3 +89,24 @@ def test_bad_arguments_are_refused():
         stabmon.AttentionAnalyzer("gpt2")
     with pytest.raises(ValueError, match="did you mean 'max_logit'"):
         stabmon.AttentionAnalyzer(Floats(), ["max_logits"])
+
+
+def test_a_diagnosis_names_what_is_not_seen_and_warns_once(caplog):
+    model = HalfSeen()
+    with caplog.at_level(logging.WARNING), stabmon.AttentionAnalyzer(model) as analyzer, torch.no_grad():
+        model(torch.randn(2, 5, 12))
+        diagnosis = analyzer.diagnose()
+        analyzer.diagnose()
+    assert list(diagnosis.stats) == ["first"]
+    assert dict(diagnosis.unseen) == {"second": "a softmax of a product"}
+    assert caplog.text.count("stabmon sees 1 of 2 attention modules in full; not seen: second (a softmax of a product)") == 1
+
+
+def test_where_nothing_is_seen_the_error_names_what_was_met():
+    model = HalfSeen().second
+    with stabmon.AttentionAnalyzer(model) as analyzer:
+        model(torch.randn(2, 5, 12))
+    with pytest.raises(
+        RuntimeError, match=r"no attention was found.* and SortedAttention \(a softmax of a product\) is none of these"
+    ):
+        analyzer.diagnose()

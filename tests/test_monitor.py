@@ -23,6 +23,7 @@ from stabmon.sinks import Sink
 from tests.small import (
     HEADS,
     Floats,
+    HalfSeen,
     batches,
     clean,
     gpt2,
@@ -652,3 +653,30 @@ def test_gradients_that_are_made_between_the_steps_of_two_optimizers_are_looked_
         assert readings[0].updates["1.0"] > 0
         assert len(readings[0].query_key) == 4
         assert not monitor.errors
+
+
+# -- what is not seen --------------------------------------------------------------------------------------------------
+
+
+def test_attention_that_is_not_seen_is_said_once_kept_in_the_metadata_and_costs_no_bit(tmp_path, caplog):
+    losses = {}
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = HalfSeen()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        options = {"log_every": 1, "sinks": ["jsonl"], "run_dir": tmp_path}
+        monitor = watch(model, optimizer, **options) if watched else None
+        losses[watched] = []
+        for _ in range(4):
+            loss = model(torch.randn(2, 5, 12)).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[watched].append(loss.item())
+            diagnosis = monitor.on_step(loss) if watched else None
+    monitor.close()
+    assert losses[True] == losses[False]
+    assert monitor.unseen == dict(diagnosis.unseen) == {"second": "a softmax of a product"}
+    assert json.loads((tmp_path / "stabmon" / "meta.json").read_text())["unseen_attention"] == monitor.unseen
+    assert caplog.text.count("not seen: second (a softmax of a product)") == 1
+    assert not monitor.errors

@@ -198,21 +198,14 @@ class AttentionCapture:
     def _patch(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(INTERFACE.installed(self))
-            for handle in (
-                self.model.register_forward_pre_hook(lambda *_: self._begins(), prepend=True),
-                self.model.register_forward_hook(lambda _, __, output: self._ends(output)),
-            ):
-                stack.callback(handle.remove)
+            handle = self.model.register_forward_pre_hook(lambda *_: self._begins(), prepend=True)
+            stack.callback(handle.remove)
             self._patches = stack.pop_all()
 
     def _begins(self) -> None:
         with self.guarded():
             self.names.new_forward()
             self.witness.begin()
-
-    def _ends(self, output: object) -> None:
-        with self.guarded():
-            self.witness.end(output)
 
     def _install(self, thread: int) -> None:
         due = is_due(self._openings)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SOUGHT = ("softmax", "exponential", "fused")
 SCRIPTED, SCRIPTED_PRODUCTS = ("softmax", "scaled_dot_product_attention"), ("matmul", "bmm", "einsum", "baddbmm")
 FIRST, EVERY = 2, 16
-"""The first openings of a capture that are witnessed, and how many times later the next one is: 1, 2, 16, 256 …"""
+"""The first openings of a capture that are witnessed, and how many times later the next ones are: 1, 2, 16, 32, 256, 512 …"""
 ELSEWHERE = "ran in another thread, where torch functions are not watched"
 
 
@@ -56,7 +56,7 @@ class Witness:
         self.seen: set[str] = set()
         self.trace: OpTrace | None = None
         self._capture = capture
-        self._due = False
+        self._due = self._waits = False
         self._forwards = 0
         self._start = 0
         self._spans: list[tuple[int, int]] = []
@@ -66,7 +66,7 @@ class Witness:
     @contextmanager
     def installed(self, due: bool) -> Iterator[None]:
         """Look at the forwards made in here, where ``due``; what they showed is known when it is left."""
-        self._due = due
+        self._due = self._waits = due
         if not due:
             yield
             return
@@ -82,6 +82,8 @@ class Witness:
         if self._due and not self._is_own_thread():
             self._elsewhere[type(self._capture.model).__name__] = ELSEWHERE
         elif self._due:
+            if self._waits:  # what was noted so far is no forward
+                self.trace, self._waits = None, False
             self.settle()
             self._forwards += 1
             if is_due(self._forwards):
@@ -201,7 +203,7 @@ def scripted_attention(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule) or any(name.startswith(f"{outer}.") for outer in found):
             continue
-        graph = module.inlined_graph  # owns its nodes
+        graph: Any = module.inlined_graph  # owns its nodes
         count = {kind: len(graph.findAllNodes(f"aten::{kind}")) for kind in (*SCRIPTED, *SCRIPTED_PRODUCTS)}
         products = sum(count[kind] for kind in SCRIPTED_PRODUCTS)
         if count["scaled_dot_product_attention"] or (count["softmax"] and products > 1):

@@ -40,8 +40,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from capture.oracle import probabilities
-from small_models import NotSmallError, batch_for, build, class_names
+from capture.oracle import probabilities  # noqa: E402
+from small_models import NotSmallError, batch_for, build, class_names  # noqa: E402
 
 SECONDS, BYTES, CLASSES = 60, 5 << 30, 40
 """Time and memory that a class may take, and classes that one process tries."""

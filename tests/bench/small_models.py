@@ -24,7 +24,7 @@ LARGEST = 40_000_000
 
 WIDTHS = r"hidden_size|d_model|embed_dim|n_embd|dim|hidden_dim|d_hidden|emb_dim|embedding_size|word_embed_proj_dim|out_hidden_size|width"
 SIZES: tuple[tuple[str, int], ...] = (
-    (rf"(encoder_|decoder_|text_|vision_)?({WIDTHS})|projection_dim|pooler_hidden_size|cross_attention_hidden_size|cross_hidden_size", WIDTH),
+    (rf"(encoder_|decoder_|text_|vision_)?({WIDTHS})|projection_dim|pooler_hidden_size|cross_(attention_)?hidden_size", WIDTH),
     (r".*(intermediate_size|ffn_dim|inner_dim|d_ff|ffn_hidden_size|mlp_dim|dim_feedforward|intermediate_dim)", 48),
     (r".*(num_.*layers|_layers|n_layer|n_layers|num_blocks|depth)|num_hidden_layers", 2),
     (r"(.*_)?(num_attention_heads|num_heads|n_head|n_heads|attention_heads|num_query_heads)", HEADS),

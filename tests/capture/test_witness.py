@@ -91,7 +91,7 @@ def unseen(model: nn.Module, x: Tensor | None = None, *, gradients: bool = True)
     """What the witness says of one forward."""
     capture = AttentionCapture(model, lambda call: None, on_error=pytest.fail)
     with torch.set_grad_enabled(gradients), capture:
-        model(batch() if x is None else x)
+        capture.witness.end(model(batch() if x is None else x))
     return capture.witness.unseen
 
 
