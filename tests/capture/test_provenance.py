@@ -1,5 +1,7 @@
 """Scores reach a softmax in many ways, and weights are used in many ways: what is told of each is what the model computes."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -447,3 +449,56 @@ def test_products_as_features_of_another_product_do_not_hide_it() -> None:
     call = only(attend, Q, K, V)
     own = (torch.einsum("bhid,hde->bhie", Q, noise(H, 4, 4)) @ K.mT).double().softmax(-1)
     torch.testing.assert_close(probabilities(call), own, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", [*WAYS, *(how for how in SOFTMAXES if how not in ("in place", "into itself"))])
+def test_gradients_are_the_same_to_the_bit_however_scores_are_followed(way: str) -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = WAYS[way](q, k).softmax(-1) if way in WAYS else SOFTMAXES[way](q @ k.mT / 2)
+        return (F.dropout(p, 0.1) @ v).square().sum()
+
+    found = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        leaves = [each.clone().requires_grad_() for each in (Q, K, V)]
+        seen: list[AttentionCall] = []
+        if way == "out":  # takes no gradients
+            leaves = [each.detach() for each in leaves]
+        if watched:
+            model = Attends(loss)
+            with AttentionCapture(model, seen.append):
+                value = model(*leaves)
+            assert len(seen) == 1
+        else:
+            value = loss(*leaves)
+        found.append([value, *(torch.autograd.grad(value, leaves) if value.requires_grad else ())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_scores_are_held_no_longer_than_their_weights() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def noted(scores: Tensor) -> Tensor:
+        alive.append(weakref.ref(scores))
+        return scores
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        used = noted(q @ k.mT / 2).softmax(-1)
+        out = used @ v
+        assert alive[0]() is None
+        dead = [noted(q @ k.mT).softmax(-1)]
+        assert alive[1]() is not None
+        dead.clear()
+        assert alive[1]() is None
+        return out
+
+    with torch.no_grad():
+        agree(only(attend, Q, K, V), SCORES)
+
+
+def test_scores_are_followed_in_inference_mode() -> None:
+    with torch.inference_mode():
+        for way in WAYS.keys() - {"buffer by copies", "out"}:  # a view does not say there what it is a view of
+            agree(only(lambda q, k, v, way=way: WAYS[way](q, k).softmax(-1) @ v, Q, K, V), SCORES)
+        call = only(lambda q, k, v: (q @ k.mT / 2 - 1e4 * HIDDEN).softmax(-1) @ v, Q, K, V)
+        agree(call, SCORES, HIDDEN)
