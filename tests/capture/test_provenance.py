@@ -111,6 +111,11 @@ def decomposed(q: Tensor, k: Tensor) -> Tensor:
     return scores.view(2, H, 6, 24)
 
 
+def stacked(q: Tensor, k: Tensor) -> Tensor:
+    pairs = zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)
+    return torch.stack([torch.tensordot(a, b, dims=([1], [1])) for a, b in pairs]).view(2, H, 6, 24) / 2
+
+
 WAYS = {
     "joined": lambda q, k: torch.cat([q @ k[..., :5, :].mT, q @ k[..., 5:, :].mT], -1) / 2,
     "joined both ways": lambda q, k: torch.cat(
@@ -118,7 +123,7 @@ WAYS = {
     ) / 2,
     "stacked heads": lambda q, k: torch.stack([q[:, h] @ k[:, h].mT / 2 for h in range(H)], dim=1),
     "stacked batch": lambda q, k: torch.stack([q[b] @ k[b].mT / 2 for b in range(2)]),
-    "stacked matrices": lambda q, k: torch.stack([torch.tensordot(a, b, dims=([1], [1])) for a, b in zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)]).view(2, H, 6, 24) / 2,
+    "stacked matrices": lambda q, k: stacked(q, k),
     "split keys": lambda q, k: (q @ k.mT / 2).unflatten(-1, (2, 12)).flatten(-2),
     "chunked and joined": lambda q, k: torch.cat([part / 2 for part in (q @ k.mT).chunk(4, dim=-1)], dim=-1),
     "split and stacked": lambda q, k: torch.stack((q @ k.mT / 2).unbind(2), 2),
@@ -392,6 +397,27 @@ def test_a_sink_holds_probability_and_is_no_key(how: str, first: bool) -> None:
     assert found["attention_entropy"] == pytest.approx(torch.special.entr(own).sum(-1).mean((0, 2)).tolist(), abs=1e-5)
     assert found["max_logit"] == pytest.approx(SCORES.double().amax((0, 2, 3)).tolist(), abs=1e-5)
     assert found["max_probability"] == pytest.approx(own[..., :-1].amax(-1).mean((0, 2)).tolist(), abs=1e-5)
+
+
+def test_softmax_off_by_one_has_a_sink_at_zero() -> None:
+    call = only(lambda q, k, v: F.pad(q @ k.mT / 2, (1, 0)).softmax(-1)[..., 1:] @ v, Q, K, V)
+    assert torch.equal(call.sinks, torch.zeros(H))
+    torch.testing.assert_close(probabilities(call), F.pad(SCORES, (1, 0)).double().softmax(-1)[..., 1:], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: (lambda a: (a / a.sum(-1, keepdim=True)) @ v)((q @ k.mT).softmax(-2)),
+        lambda q, k, v: (q @ k.mT).sigmoid() @ v,
+        lambda q, k, v: (q @ k.mT) @ v,
+        lambda q, k, v: (lambda e: (e / (1 + e.sum(-1, keepdim=True))) @ v)((q @ k.mT).exp()),
+        lambda q, k, v: torch.vmap(lambda a, b, c: (a @ b.mT).softmax(-1) @ c)(q, k, v),
+    ],
+    ids=["slots", "sigmoid", "linear", "one more in the sum", "vmap"],
+)
+def test_what_is_no_softmax_over_keys_or_cannot_be_told_is_not_shown(function) -> None:
+    assert calls_of(function, Q, K, V) == []
 
 
 def test_a_joined_column_that_has_a_value_is_a_key() -> None:
