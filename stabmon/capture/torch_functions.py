@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
@@ -54,6 +55,8 @@ class FunctionWatch(TorchFunctionMode):
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(self.capture, func, args, kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # private: vmap and grad wrap tensors; checked in torch 2.13
+            return func(*args, **kwargs)
         with self.capture.guarded():
             self.provenance.before(made)
         result = func(*args, **kwargs)

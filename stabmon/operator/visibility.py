@@ -332,6 +332,8 @@ def _limits(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def _summarize(mask: Tensor) -> MaskSummary:
     """The summary of ``mask``, remembered while its storage lives unchanged: a model hands one mask to every layer."""
+    if mask.is_inference():  # has no version that would tell of a change
+        return _make_summary(mask)
     stamp = (mask.data_ptr(), tuple(mask.shape), mask.stride(), mask.dtype, mask._version)
     known = _summaries.get(stamp)
     if known is not None and not known[0].expired():

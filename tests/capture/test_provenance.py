@@ -1,5 +1,7 @@
 """Scores reach a softmax in many ways, and weights are used in many ways: what is told of each is what the model computes."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,11 @@ def decomposed(q: Tensor, k: Tensor) -> Tensor:
     return scores.view(2, H, 6, 24)
 
 
+def stacked(q: Tensor, k: Tensor) -> Tensor:
+    pairs = zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)
+    return torch.stack([torch.tensordot(a, b, dims=([1], [1])) for a, b in pairs]).view(2, H, 6, 24) / 2
+
+
 WAYS = {
     "joined": lambda q, k: torch.cat([q @ k[..., :5, :].mT, q @ k[..., 5:, :].mT], -1) / 2,
     "joined both ways": lambda q, k: torch.cat(
@@ -116,7 +123,7 @@ WAYS = {
     ) / 2,
     "stacked heads": lambda q, k: torch.stack([q[:, h] @ k[:, h].mT / 2 for h in range(H)], dim=1),
     "stacked batch": lambda q, k: torch.stack([q[b] @ k[b].mT / 2 for b in range(2)]),
-    "stacked matrices": lambda q, k: torch.stack([torch.tensordot(a, b, dims=([1], [1])) for a, b in zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)]).view(2, H, 6, 24) / 2,
+    "stacked matrices": lambda q, k: stacked(q, k),
     "split keys": lambda q, k: (q @ k.mT / 2).unflatten(-1, (2, 12)).flatten(-2),
     "chunked and joined": lambda q, k: torch.cat([part / 2 for part in (q @ k.mT).chunk(4, dim=-1)], dim=-1),
     "split and stacked": lambda q, k: torch.stack((q @ k.mT / 2).unbind(2), 2),
@@ -392,6 +399,27 @@ def test_a_sink_holds_probability_and_is_no_key(how: str, first: bool) -> None:
     assert found["max_probability"] == pytest.approx(own[..., :-1].amax(-1).mean((0, 2)).tolist(), abs=1e-5)
 
 
+def test_softmax_off_by_one_has_a_sink_at_zero() -> None:
+    call = only(lambda q, k, v: F.pad(q @ k.mT / 2, (1, 0)).softmax(-1)[..., 1:] @ v, Q, K, V)
+    assert torch.equal(call.sinks, torch.zeros(H))
+    torch.testing.assert_close(probabilities(call), F.pad(SCORES, (1, 0)).double().softmax(-1)[..., 1:], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: (lambda a: (a / a.sum(-1, keepdim=True)) @ v)((q @ k.mT).softmax(-2)),
+        lambda q, k, v: (q @ k.mT).sigmoid() @ v,
+        lambda q, k, v: (q @ k.mT) @ v,
+        lambda q, k, v: (lambda e: (e / (1 + e.sum(-1, keepdim=True))) @ v)((q @ k.mT).exp()),
+        lambda q, k, v: torch.vmap(lambda a, b, c: (a @ b.mT).softmax(-1) @ c)(q, k, v),
+    ],
+    ids=["slots", "sigmoid", "linear", "one more in the sum", "vmap"],
+)
+def test_what_is_no_softmax_over_keys_or_cannot_be_told_is_not_shown(function) -> None:
+    assert calls_of(function, Q, K, V) == []
+
+
 def test_a_joined_column_that_has_a_value_is_a_key() -> None:
     null = noise(2, H, 1, 4)
 
@@ -447,3 +475,56 @@ def test_products_as_features_of_another_product_do_not_hide_it() -> None:
     call = only(attend, Q, K, V)
     own = (torch.einsum("bhid,hde->bhie", Q, noise(H, 4, 4)) @ K.mT).double().softmax(-1)
     torch.testing.assert_close(probabilities(call), own, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", [*WAYS, *(how for how in SOFTMAXES if how not in ("in place", "into itself"))])
+def test_gradients_are_the_same_to_the_bit_however_scores_are_followed(way: str) -> None:
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = WAYS[way](q, k).softmax(-1) if way in WAYS else SOFTMAXES[way](q @ k.mT / 2)
+        return (F.dropout(p, 0.1) @ v).square().sum()
+
+    found = []
+    for watched in (True, False):
+        torch.manual_seed(0)
+        leaves = [each.clone().requires_grad_() for each in (Q, K, V)]
+        seen: list[AttentionCall] = []
+        if way == "out":  # takes no gradients
+            leaves = [each.detach() for each in leaves]
+        if watched:
+            model = Attends(loss)
+            with AttentionCapture(model, seen.append):
+                value = model(*leaves)
+            assert len(seen) == 1
+        else:
+            value = loss(*leaves)
+        found.append([value, *(torch.autograd.grad(value, leaves) if value.requires_grad else ())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_scores_are_held_no_longer_than_their_weights() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
+    def noted(scores: Tensor) -> Tensor:
+        alive.append(weakref.ref(scores))
+        return scores
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        used = noted(q @ k.mT / 2).softmax(-1)
+        out = used @ v
+        assert alive[0]() is None
+        dead = [noted(q @ k.mT).softmax(-1)]
+        assert alive[1]() is not None
+        dead.clear()
+        assert alive[1]() is None
+        return out
+
+    with torch.no_grad():
+        agree(only(attend, Q, K, V), SCORES)
+
+
+def test_scores_are_followed_in_inference_mode() -> None:
+    with torch.inference_mode():
+        for way in WAYS.keys() - {"buffer by copies", "out"}:  # a view does not say there what it is a view of
+            agree(only(lambda q, k, v, way=way: WAYS[way](q, k).softmax(-1) @ v, Q, K, V), SCORES)
+        call = only(lambda q, k, v: (q @ k.mT / 2 - 1e4 * HIDDEN).softmax(-1) @ v, Q, K, V)
+        agree(call, SCORES, HIDDEN)
