@@ -49,6 +49,7 @@ _KNOWN = 12
 _BACK = 0.25
 """Share of the rate that tore a run that is told to fit it, where no step could be probed."""
 
+
 class RateWatch:
     """Decides at which steps to probe and what to conclude.
 
@@ -123,7 +124,9 @@ class RateWatch:
     def conclude(self, step: int, how: How, rates: Mapping[str, float], factors: Mapping[str, float], **more: float) -> Overshoot:
         """Keep a finding: the rates used, and by which factor those that are too high are to be lower."""
         self._burst = []
-        fitting = {key: min(rates[key] * factor, self._fine.get(key, math.inf)) for key, factor in factors.items() if key in rates}
+        fitting = {
+            key: min(rates[key] * factor, self._fine.get(key, math.inf)) for key, factor in factors.items() if key in rates
+        }
         values: dict[str, float] = {"gain_ratio": math.nan, "rise": math.nan} | more
         self.found = Overshoot(step, how, values["gain_ratio"], values["rise"], dict(rates), fitting)
         return self.found
@@ -168,7 +171,8 @@ class RateWatch:
         fresh._first = saved["first"].maybe(Stored.integer)
         fresh._risen = fresh._step = saved["risen"].integer()
         fresh._burst = [
-            StepQuality(each["step"].integer(), each["gain_ratio"].number(), each["rise"].number()) for each in saved["burst"].parts()
+            StepQuality(each["step"].integer(), each["gain_ratio"].number(), each["rise"].number())
+            for each in saved["burst"].parts()
         ]
         fresh._losses.extend(each.number() for each in saved["losses"].parts())
         fresh.found = saved["found"].maybe(stored_overshoot)

@@ -41,7 +41,9 @@ class CapLearningRate(Intervention):
         told = [caps for each in evidence if (caps := _told(each, run))]
         if not told:
             raise CannotApply("it is not known which rate was too high: give an issue of type update_spike, or a cap")
-        caps = {key: self.times * min(each[key] for each in told if key in each) for key in {key for each in told for key in each}}
+        caps = {
+            key: self.times * min(each[key] for each in told if key in each) for key in {key for each in told for key in each}
+        }
         by_probe = all(each.get("found_at") == run.step and each.get("how") != "leap" for each in evidence)
         return self._hold(run, caps, shorten=by_probe)
 
@@ -73,7 +75,9 @@ class CapLearningRate(Intervention):
             works=works,
             before={"lr": list(before.values())},
             after={"lr": list(after.values()), "caps": dict(caps), "shortened": put_back is not None},
-            note="the step that showed it was shortened to these rates, so that nothing need be gone back from" if put_back else "",
+            note="the step that showed it was shortened to these rates, so that nothing need be gone back from"
+            if put_back
+            else "",
             saved={"caps": dict(caps)},
             run=run,
             put_back=put_back,

@@ -59,10 +59,11 @@ class Rollback(Intervention):
             raise CannotApply(why)
         return _RolledBack(run, run.states, snapshot, self.rewind_schedule)
 
-
     def _begins_again(self, run: TrainingRun, snapshot: Snapshot) -> bool:
         """Whether the rate was too high from the start and heads broke: what they learned since is not worth the steps it took."""
-        from_start = any(issue.evidence.get("how") == "brisk" or "largest_query_key_update" in issue.evidence for issue in self.issues)
+        from_start = any(
+            issue.evidence.get("how") == "brisk" or "largest_query_key_update" in issue.evidence for issue in self.issues
+        )
         layer = any(issue.issue_type == "update_spike" and issue.layer is not None for issue in self.issues)
         return layer or (from_start and run.step - snapshot.step <= FEW)
 

@@ -97,7 +97,9 @@ class UpdateSpike:
         for key, rates in used.items():
             highest = self._highest_before(rates)
             moves = updates.get(key)
-            if moves is None or not np.isfinite(moves).any():  # nothing is known of the group's parameters: W_q and W_k stand for them
+            if (
+                moves is None or not np.isfinite(moves).any()
+            ):  # nothing is known of the group's parameters: W_q and W_k stand for them
                 moves = np.array([_share_moved(reading) for reading in history.readings])
             if highest is not None and self._moves_far(history, moves):
                 jumped[key] = highest

@@ -56,7 +56,9 @@ class GuestRows:
         self._settle()
         if self._placed is not None:
             self._replaced.append(self._placed)
-        stale = dict.fromkeys(set(self._placed or ()) - set(scalars), float("nan"))  # else the older reading's would stay in the row
+        stale = dict.fromkeys(
+            set(self._placed or ()) - set(scalars), float("nan")
+        )  # else the older reading's would stay in the row
         self._run.log({**stale, **scalars, **media}, commit=False)
         self._placed, self._at = dict(scalars), self._run.step
 
@@ -86,7 +88,9 @@ class GuestRows:
             for row in rows:
                 self._run.log(row, commit=True)
         except Exception as error:
-            logger.warning("stabmon's last readings did not reach W&B (%s: %s); its records have them", type(error).__name__, error)
+            logger.warning(
+                "stabmon's last readings did not reach W&B (%s: %s); its records have them", type(error).__name__, error
+            )
 
     def _settle(self) -> None:
         """Forget the waiting reading once its row has been committed, which is when W&B's own step has moved on."""

@@ -75,9 +75,7 @@ def train(job: Job) -> Outcome:
     data, losses = torch.Generator().manual_seed(100 + job.seed), []
     monitor = None
     if job.config is not None:
-        monitor = stabmon.AttentionStabilityMonitor(
-            model, optimizer, schedule, config=job.config, log_every=EVERY, sinks=[]
-        )
+        monitor = stabmon.AttentionStabilityMonitor(model, optimizer, schedule, config=job.config, log_every=EVERY, sinks=[])
     for _ in range(STEPS):
         loss = _loss(model, _batch(text, data), inside=job.kind in ("trained", "lora"))
         optimizer.zero_grad()
@@ -182,7 +180,11 @@ def main() -> int:
     tried = dict(zip(grid, _run_all(grid, args.jobs), strict=True))
     right = {kind: min((j for j in grid if j.kind == kind), key=lambda j: tried[j].loss).rate for kind in args.kinds}
     for kind in args.kinds:
-        print(f"{kind:8s} right rate {right[kind]:.2g} of", {j.rate: round(tried[j].loss, 3) for j in grid if j.kind == kind}, flush=True)
+        print(
+            f"{kind:8s} right rate {right[kind]:.2g} of",
+            {j.rate: round(tried[j].loss, 3) for j in grid if j.kind == kind},
+            flush=True,
+        )
     rows = [(kind, times) for kind in args.kinds for times in (1.0, *args.times)]
     jobs = [
         Job(kind, right[kind] * times, seed, config)
@@ -204,7 +206,10 @@ def main() -> int:
         first = guarded[0]
         told = "-" if first.told is None else f"{first.told:.2g}"
         marks = "  ".join(f"{value:8.3f}" for value in means)
-        print(f"{kind:8s} {times:5.0f} {marks}  {[g.alarm for g in guarded]} {told} {first.acts}{'  worse' if bad else ''}", flush=True)
+        print(
+            f"{kind:8s} {times:5.0f} {marks}  {[g.alarm for g in guarded]} {told} {first.acts}{'  worse' if bad else ''}",
+            flush=True,
+        )
     print(f"rows in which guard ended worse than doing nothing: {worse} of {len(rows)}")
     return int(worse > 0)
 
