@@ -215,12 +215,14 @@ class EffectiveUpdate:
     @torch.no_grad()
     def before(self) -> Tensor:
         """Norm now, which is kept to compare with."""
-        return _together([weight.before() for weight in self._weights])
+        with torch.autocast(self.trained[0].device.type, enabled=False):
+            return _together([weight.before() for weight in self._weights])
 
     @torch.no_grad()
     def change(self) -> Tensor:
         """Norm of what changed since."""
-        return _together([weight.change() for weight in self._weights])
+        with torch.autocast(self.trained[0].device.type, enabled=False):
+            return _together([weight.change() for weight in self._weights])
 
 
 def _together(squares: list[Tensor]) -> Tensor:
