@@ -124,7 +124,7 @@ def told_in_one_line(what: str) -> Iterator[None]:
             yield
     except ValueError:
         raise
-    except (RuntimeError, IndexError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{what} ({type(error).__name__}: {reason}); give a --seq-len that it takes, or use "

@@ -23,7 +23,7 @@ def to_markdown(report: StabilityReport) -> str:
         parts += [
             "## Number formats",
             _table(
-                ("path", "format", "enough", "bits needed", "bits kept", "probability moved", "head-room of q·k"),
+                ("path", "format", "enough", "bits needed", "bits kept", "probability moved", "allowed", "head-room of q·k"),
                 [
                     (
                         f"{fit.path}{' (used)' if fit.used else ''}",
@@ -32,6 +32,7 @@ def to_markdown(report: StabilityReport) -> str:
                         number(fit.bits_needed),
                         str(fit.bits_kept),
                         f"{fit.moved:.2%}",
+                        f"{fit.allowed:.2%}",
                         "" if math.isinf(fit.headroom) else f"{fit.headroom:.3g}x",
                     )
                     for fit in report.precision

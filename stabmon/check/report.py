@@ -115,7 +115,7 @@ class StabilityReport(Mapping[str, Any]):
             "expected_entropy_share": min((view.expected_share for view in self.views), default=math.nan),
             "expected_entropy_share_by_length": {n: self._entropy_share(n) for n in LENGTHS} if self.views else {},
             "curvature_bound": math.exp(min(700.0, self._largest("hnf_log_curvature"))),
-            "precision_bits_needed": max((fit.bits_needed for fit in self.precision if fit.used), default=math.nan),
+            "precision_bits_needed": self._bits_needed(),
             "float16_safe": self.safe("fp16"),
             "bfloat16_safe": self.safe("bf16"),
             "float32_safe": self.safe("fp32"),
@@ -133,6 +133,11 @@ class StabilityReport(Mapping[str, Any]):
         """Entropy to expect of rows of so many keys at the widest layer's spread, as a share of ln n."""
         view = max(self.views, key=lambda each: float(np.nan_to_num(each.spread[each.widest])))
         return expected_entropy(float(view.spread[view.widest]), keys, view.info.softcap) / math.log(keys)
+
+    def _bits_needed(self) -> float:
+        """On the path that the model takes, by the format to train in; by bfloat16 for float32, whose rounding is not tried."""
+        dtype = "bf16" if self.config.dtype == "fp32" else self.config.dtype
+        return max((fit.bits_needed for fit in self.precision if fit.used and fit.dtype == dtype), default=math.nan)
 
     def _largest(self, name: str) -> float:
         return self._over(lambda view: float(np.nanmax(view.measured[name], initial=-math.inf)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,20 +94,21 @@ def _from_callable(source: str, attention: str | None, seed: int) -> Target:
         raise ValueError(f"--attn does not apply to {source}, which chooses for itself: leave it out")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        make = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}; give package.module:callable that can be imported from here") from None
+    make: Any
+    with _one_line(source, "cannot be imported from here", "give package.module:callable that can"):
+        make = importlib.import_module(module_name)
+        for part in name.split("."):
+            make = getattr(make, part)
+    if not callable(make):
+        raise ValueError(f"{source}: is a {type(make).__name__}; give a callable that makes the model")
 
     def remake(seed: int) -> Any:
-        with torch.random.fork_rng():
+        mend = "give a callable that makes the model without arguments"
+        with _one_line(source, "fails when it is called", mend), torch.random.fork_rng():
             torch.manual_seed(seed)
             return make()
 
-    try:
-        made = remake(seed)
-    except TypeError as error:
-        raise ValueError(f"{source}: cannot be called without arguments ({error})") from None
+    made = remake(seed)
     model, sample = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{source}: gives a {type(model).__name__}; it must give an nn.Module, or one and a sample of its input")
@@ -120,3 +123,14 @@ def _from_callable(source: str, attention: str | None, seed: int) -> Target:
     return Target(
         model, f"{type(model).__name__} of {source} ({count:,} parameters)", False, config, None, None, count, sample, again
     )
+
+
+@contextmanager
+def _one_line(source: str, what: str, mend: str) -> Iterator[None]:
+    """Turn whatever somebody's code raises, its leaving the process too, into a ValueError of one line, and what it prints into stderr."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (Exception, SystemExit) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source}: {what} ({type(error).__name__}{': ' if reason else ''}{reason}); {mend}") from None

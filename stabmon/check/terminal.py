@@ -62,13 +62,14 @@ def _parts(report: StabilityReport) -> Iterator[Any]:
 
 def _formats(report: StabilityReport) -> Table:
     table = Table(title="number formats", title_justify="left", box=None, padding=(0, 1))
-    for name in ("path", "format", "enough", "bits needed", "kept", "moves", "q·k may grow"):
+    for name in ("path", "format", "enough", "bits needed", "kept", "moves", "allowed", "q·k may grow"):
         table.add_column(name, justify="left" if name in ("path", "format", "enough") else "right")
     for fit in report.precision:
         room = "" if fit.headroom == float("inf") else f"{fit.headroom:.3g}x"
         enough = Text("yes", style="green") if fit.safe else Text("no", style="red")
         path = f"{fit.path}{' *' if fit.used else ''}"
-        table.add_row(path, fit.dtype, enough, number(fit.bits_needed), str(fit.bits_kept), f"{fit.moved:.2%}", room)
+        bits = (number(fit.bits_needed), str(fit.bits_kept))
+        table.add_row(path, fit.dtype, enough, *bits, f"{fit.moved:.2%}", f"{fit.allowed:.2%}", room)
     table.caption, table.caption_justify = "* the path that the model takes", "left"
     return table
 

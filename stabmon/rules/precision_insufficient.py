@@ -64,11 +64,21 @@ class PrecisionInsufficient:
             value=need,
             threshold=have,
             suggestion=(
-                "Compute this layer's query-key product and softmax in float32 (a fused kernel does), or bring the head's scores "
-                f"down by QK-clip or query/key normalisation: {info.dtype} keeps {have:.0f} bits and its scores need {need:.1f}."
+                f"{_more_bits(info)}, or bring the head's scores down by QK-clip or query/key normalisation: "
+                f"{info.dtype} keeps {have:.0f} bits and its scores need {need:.1f}."
             ),
             evidence={"grown_bits": grown, "dtype": info.dtype, "fused": info.fused},
         )
+
+
+def _more_bits(info: LayerInfo) -> str:
+    """The way to more bits that the layer does not go yet."""
+    if info.fused:
+        return (
+            "Give this layer's kernel its queries and keys in float32, autocast off around it (its sums are in float32 already; "
+            f"what is rounded to {info.dtype} is its input)"
+        )
+    return "Form this layer's query-key product and softmax in float32, as a fused kernel does"
 
 
 def _averaging(_: str, info: LayerInfo) -> float:

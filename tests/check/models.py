@@ -115,3 +115,27 @@ def with_sample() -> tuple[HandWritten, Tensor]:
 def tiny() -> Any:
     """For a sweep in seconds."""
     return gpt2(n_embd=32, n_head=1, n_layer=1, n_positions=16, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+
+
+def fails() -> nn.Module:
+    """Raise something that is no TypeError."""
+    raise RuntimeError("no weights\nunder this name")
+
+
+def leaves() -> nn.Module:
+    """Leave the process, as a script without arguments does."""
+    print("usage: me")
+    raise SystemExit(3)
+
+
+class Broken(nn.Module):
+    """Fail in the forward."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        raise ZeroDivisionError("not today")

@@ -113,6 +113,23 @@ def test_rounding_a_position_bias_is_a_warning_at_most() -> None:
     assert report["bfloat16_safe"]
 
 
+def test_a_format_is_enough_where_it_keeps_the_bits_that_are_needed() -> None:
+    """Queries and keys with a common part, so that scores are large and close to each other: the worst case for rounding."""
+    verdicts = set()
+    for common in (0.0, 3.0, 30.0):
+        model = models.gpt2()
+        with torch.no_grad():
+            model.transformer.h[0].attn.c_attn.bias[: 2 * models.WIDTH] = common
+        report = stabmon.check_attention_stability(model, models.tokens(32, 1), "bf16")
+        for fit in report["precision"]:
+            assert (fit["moved"] < fit["allowed"]) == (fit["bits_needed"] <= fit["bits_kept"])
+            assert fit["safe"] == (fit["bits_needed"] <= fit["bits_kept"] and fit["headroom"] > 2)
+            verdicts.add((fit["path"], fit["dtype"], fit["safe"]))
+        assert report["bfloat16_safe"] == (report["precision_bits_needed"] <= 8)
+    assert {(path, "bf16", safe) for path in ("eager", "fused") for safe in (True, False)} <= verdicts
+    assert "allowed" in report.to_markdown()
+
+
 def test_nan_weights_are_a_finding_that_names_the_tensors() -> None:
     model = models.llama()
     with torch.no_grad():

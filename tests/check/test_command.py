@@ -140,7 +140,13 @@ def test_every_implementation_can_be_asked_for(run: Any, config: Path, attention
         (["tests.check.models:with_sample", "--sweep"], "--sweep: "),
         (["{config}", "--markdown", "{tmp}/none/report.md"], "name a file that can be written"),
         (["no.such.module:make"], "give package.module:callable that can be imported"),
-        (["tests.check.models:WIDTH"], "not callable"),
+        (["tests.check.models:WIDTH"], "is a int; give a callable that makes the model"),
+        (["tests.check.models:nothing"], "cannot be imported from here (AttributeError"),
+        (["tests.check.models:fails"], "fails when it is called (RuntimeError: no weights under this name); give a callable"),
+        (["tests.check.models:leaves"], "fails when it is called (SystemExit: 3)"),
+        (["tests.check.models:Broken"], "(ZeroDivisionError: not today)"),
+        (["{tmp}/torn"], "cannot load the weights of"),
+        (["{tmp}/bytes.json"], "not a model's config that can be read"),
         (["tests.check.models:tokens"], "it must give an nn.Module"),
         (["tests.check.models:gpt2", "--seq-len", "4096"], "the model has 256 learned positions; give at most 256"),
     ],
@@ -149,13 +155,17 @@ def test_a_wrong_call_is_one_line_that_names_the_mend(run: Any, config: Path, tm
     (tmp_path / "resnet.json").write_text(json.dumps({"model_type": "resnet", "depths": [1, 1], "hidden_sizes": [8, 8]}))
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "bytes.json").write_bytes(b"\x80\x81{}")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "torn" / "model.safetensors").write_bytes(b"\x08" + b"\0" * 7 + b"not json")
     filled = [arg.format(tmp=tmp_path, config=config) for arg in args]
     if args == ["{tmp}"]:
         config.unlink()
     status, out, err = run(*filled)
     assert status == 2
     assert says in err
-    assert len(err.strip().splitlines()) == 1
+    assert len(err.strip().splitlines()) == 1 + ("usage: me" in err)
     assert out == ""
 
 

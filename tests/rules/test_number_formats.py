@@ -69,3 +69,11 @@ def test_a_fused_kernel_averages_its_roundings_and_never_alarms():
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_unknown_bits_give_nothing(value):
     assert not run(bits([value] * 6, "bfloat16", False), [PrecisionInsufficient()])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_more_bits_are_advised_on_the_path_that_the_layer_does_not_go_yet(fused):
+    found = run(bits([5.0] * 5 + [14.0] * 2, "bfloat16", fused), [PrecisionInsufficient()])
+    assert found
+    assert ("as a fused kernel does" in found[0].suggestion) == (not fused)
+    assert ("queries and keys in float32" in found[0].suggestion) == fused
