@@ -104,6 +104,12 @@ class Reading:
     overhead_fraction: float | None = None
     """Share of wall time spent inside stabmon since the last reading."""
 
+    def __repr__(self) -> str:
+        loss = "unknown" if self.loss is None else f"{self.loss:.4g}"
+        heads = sum(_heads(signals) for signals in self.layers.values())
+        bad = "" if self.non_finite is None else f", non-finite {self.non_finite.kind}"
+        return f"Reading(step={self.step}, loss={loss}, {_count(len(self.layers), 'layer')}, {_count(heads, 'head')}{bad})"
+
 
 @dataclass(frozen=True)
 class QueryKeyStep:
@@ -158,6 +164,12 @@ class StabilityIssue:
     state: IssueState = "opened"
     """An issue is emitted when it opens, when it worsens and when it closes (then with severity ``info``)."""
 
+    def __repr__(self) -> str:
+        head = "" if self.head is None else f" head {self.head}"
+        state = "" if self.state == "opened" else f", {self.state}"
+        numbers = f"value {self.value:.4g}, threshold {self.threshold:.4g}"
+        return f"StabilityIssue({self.severity} {self.issue_type}, {self.layer or 'run'}{head}, step {self.step}, {numbers}{state})"
+
     @property
     def key(self) -> tuple[str, str | None, int | None]:
         """What an issue is about: (issue_type, layer, head)."""
@@ -205,6 +217,13 @@ class Diagnosis:
     readings: tuple[Reading, ...] = ()
     open_issues: tuple[StabilityIssue, ...] = ()
 
+    def __repr__(self) -> str:
+        heads = sum(_heads(signals) for signals in self.stats.values())
+        return (
+            f"Diagnosis(step={self.step}, {_count(len(self.stats), 'layer')}, {_count(heads, 'head')}, "
+            f"{_by_severity(self.issues, 'issue')}, {_by_severity(self.open_issues, 'open issue')})"
+        )
+
     def has_issues(self) -> bool:
         """Whether any issue opened or worsened at this step."""
         return any(issue.state != "closed" for issue in self.issues)
@@ -220,3 +239,19 @@ class Diagnosis:
         from stabmon.plots import signal_evolution
 
         return signal_evolution(self.readings, "hnf_log_curvature", path)
+
+
+def _heads(signals: Mapping[str, np.ndarray]) -> int:
+    """How many heads a layer's values are of."""
+    return max((np.size(values) for values in signals.values()), default=0)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _by_severity(issues: tuple[StabilityIssue, ...], noun: str) -> str:
+    """How many issues, and of which severity, the worst first: ``3 issues: 1 error, 2 warning``."""
+    counts = {severity: sum(issue.severity == severity for issue in issues) for severity in reversed(SEVERITIES)}
+    told = ", ".join(f"{count} {severity}" for severity, count in counts.items() if count)
+    return _count(len(issues), noun) + (f": {told}" if told else "")
