@@ -168,7 +168,9 @@ class StabilityIssue:
         head = "" if self.head is None else f" head {self.head}"
         state = "" if self.state == "opened" else f", {self.state}"
         numbers = f"value {self.value:.4g}, threshold {self.threshold:.4g}"
-        return f"StabilityIssue({self.severity} {self.issue_type}, {self.layer or 'run'}{head}, step {self.step}, {numbers}{state})"
+        return (
+            f"StabilityIssue({self.severity} {self.issue_type}, {self.layer or 'run'}{head}, step {self.step}, {numbers}{state})"
+        )
 
     @property
     def key(self) -> tuple[str, str | None, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -56,7 +57,9 @@ class GuestRows:
         self._settle()
         if self._placed is not None:
             self._replaced.append(self._placed)
-        stale = dict.fromkeys(set(self._placed or ()) - set(scalars), float("nan"))  # else the older reading's would stay in the row
+        stale = dict.fromkeys(
+            set(self._placed or ()) - set(scalars), float("nan")
+        )  # else the older reading's would stay in the row
         self._run.log({**stale, **scalars, **media}, commit=False)
         self._placed, self._at = dict(scalars), self._run.step
 
@@ -86,7 +89,9 @@ class GuestRows:
             for row in rows:
                 self._run.log(row, commit=True)
         except Exception as error:
-            logger.warning("stabmon's last readings did not reach W&B (%s: %s); its records have them", type(error).__name__, error)
+            logger.warning(
+                "stabmon's last readings did not reach W&B (%s: %s); its records have them", type(error).__name__, error
+            )
 
     def _settle(self) -> None:
         """Forget the waiting reading once its row has been committed, which is when W&B's own step has moved on."""
@@ -94,5 +99,11 @@ class GuestRows:
             self._placed = None
 
     def _is_resumed(self) -> bool:
-        settings = self._run.settings
-        return bool(getattr(self._run, "resumed", False) or getattr(settings, "resume", None) not in (None, False, "never"))
+        """Whether the run was resumed, or can be: ``resume`` is allowed, and not of an id that W&B made up (Lightning always allows)."""
+        resume = getattr(self._run.settings, "resume", None)
+        if getattr(self._run, "resumed", False) or resume in ("must", "auto", True):
+            return True
+        # whether `wandb.init` was given an id stands in W&B's telemetry alone (0.31)
+        feature = getattr(getattr(self._run, "_telemetry_obj", None), "feature", None)
+        named = getattr(feature, "set_init_id", True) or bool(os.environ.get("WANDB_RUN_ID"))
+        return resume == "allow" and named

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stabmon.integrations.lightning import StabilityCallback
+from stabmon.sinks.records_reader import read_records
+from tests.sinks.test_wandb import rows as wandb_rows
 from tests.small import Attention, Tokens, clean, gpt2, lines, same_bits, same_readings, weights
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -357,3 +359,57 @@ def test_a_stop_ends_lightning(tmp_path):
     trainer = fit(tmp_path, module, callback, more=[Poisons()], max_steps=12)
     assert trainer.global_step < 8
     assert "non_finite" in callback.monitor.stop_reason
+
+
+@pytest.mark.parametrize("mode", ["fast_dev_run", "barebones"])
+def test_a_dry_mode_leaves_nothing_behind(tmp_path, mode, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    callback = StabilityCallback("guard", log_every=1, run_dir=tmp_path / "runs", sinks=["jsonl", "tensorboard", "console"])
+    options = {"fast_dev_run": {"fast_dev_run": 2, "logger": True}, "barebones": {"barebones": True, "max_steps": 2}}
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, callbacks=[callback], enable_progress_bar=False, enable_model_summary=False, **options[mode]
+    )
+    trainer.fit(Module(), DataLoader(Tokens(8), 4))
+    assert len(readings(callback)) == 2
+    assert not callback.monitor.errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_issues_of_several_fits_are_all_there(tmp_path):
+    callback, module = StabilityCallback("observe", log_every=1, sinks=["jsonl"]), Module()
+    with torch.no_grad():
+        module.model.transformer.h[1].attn.c_attn.weight[0, 0] = math.nan
+    fit(tmp_path, module, callback, max_steps=2)
+    first = callback.issues
+    assert "non_finite" in {each.issue_type for each in first}
+    fit(tmp_path, module, callback, max_steps=2)
+    assert len(callback.issues) > len(first)
+    assert callback.issues[: len(first)] == first
+    records = read_records(tmp_path)
+    assert len(records.runs) == 2
+    assert [each.key for each in records.issues] == [each.key for each in callback.issues]
+
+
+def test_the_wandb_logger_keeps_the_rows_that_its_user_logs_at_steps_of_their_own(tmp_path, monkeypatch):
+    import wandb
+    from lightning.pytorch.loggers import WandbLogger
+
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "X_DISABLE_STATS": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+
+    class Logs(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if trainer.global_step % 4 == 0:
+                trainer.logger.experiment.log({"mine": trainer.global_step}, step=trainer.global_step // 4)
+
+    found = []
+    for callback in (None, StabilityCallback("observe", log_every=1)):
+        logger = WandbLogger(save_dir=tmp_path, offline=True)
+        fit(tmp_path, Module(), callback, more=[Logs()], logger=logger, log_every_n_steps=100)
+        file = logger.experiment.settings.sync_file
+        wandb.finish()
+        found.append(wandb_rows(file))
+    mine = [[(row["_step"], row["mine"]) for row in each if "mine" in row] for each in found]
+    assert mine == [[(1, 4), (2, 8)]] * 2
+    assert sorted(row["stabmon/step"] for row in found[1] if "stabmon/step" in row) == list(range(1, 9))
+    assert not callback.monitor.errors

@@ -13,6 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from stabmon.integrations.transformers import StabilityCallback
 from stabmon.sinks import Sink
+from stabmon.sinks.records_reader import read_records
+from tests.sinks.test_wandb import rows as wandb_rows
 from tests.small import Floats, Tokens, clean, gpt2, lines, llama, same_bits, same_readings, weights
 
 QUIET = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no", "seed": 0}
@@ -413,3 +415,72 @@ def test_a_stop_ends_the_trainer(tmp_path):
     trainer.train()
     assert trainer.state.global_step < 8
     assert "non_finite" in callback.monitor.stop_reason
+
+
+def poison(model):
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[0, 0] = math.nan
+
+
+def test_issues_and_records_of_several_trainings_stand_beside_each_other(tmp_path):
+    callback = StabilityCallback("observe", log_every=1, sinks=["jsonl"])
+    trainer = trainer_of(tmp_path, callback, max_steps=2)
+    poison(trainer.model)
+    trainer.train()
+    first = callback.issues
+    assert "non_finite" in {each.issue_type for each in first}
+    trainer.train()
+    assert len(callback.issues) > len(first)
+    assert callback.issues[: len(first)] == first
+    records = read_records(tmp_path)
+    assert [[each.step for each in run.readings] for run in records.runs] == [[1, 2], [1, 2]]
+    assert [each.key for each in records.issues] == [each.key for each in callback.issues]
+    assert records.meta["run"] == 2
+
+
+def test_a_resumed_training_counts_the_issues_of_its_checkpoint_once(tmp_path):
+    callback = StabilityCallback("observe", log_every=1, sinks=["jsonl"])
+    trainer = trainer_of(tmp_path, callback, max_steps=2, save_strategy="steps", save_steps=1)
+    poison(trainer.model)
+    trainer.train()
+    first = callback.issues
+    trainer.args.max_steps = 3
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    keys = [(each.step, each.key, each.state) for each in callback.issues]
+    assert len(keys) == len(set(keys))
+    assert {(each.step, each.key, each.state) for each in first} <= set(keys)
+    assert len(read_records(tmp_path).runs) == 1
+
+
+def test_a_run_of_wandb_that_the_trainer_made_keeps_the_rows_that_its_user_logs_at_steps_of_their_own(tmp_path, monkeypatch):
+    import wandb
+
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "X_DISABLE_STATS": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+
+    class Logs(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % 4 == 0:
+                wandb.log({"mine": state.global_step}, step=state.global_step // 4)
+
+    found = []
+    for callback in (None, StabilityCallback("observe", log_every=1)):
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        monkeypatch.setenv("WANDB_DIR", str(folder))
+        trainer_of(folder, callback, more=[Logs()], report_to=["wandb"]).train()
+        file = wandb.run.settings.sync_file
+        wandb.finish()
+        found.append(wandb_rows(file))
+    mine = [[(row["_step"], row["mine"]) for row in each if "mine" in row] for each in found]
+    assert mine == [[(1, 4), (2, 8)]] * 2
+    assert sorted(row["stabmon/step"] for row in found[1] if "stabmon/step" in row) == list(range(1, 9))
+    assert not callback.monitor.errors
+
+
+def test_a_trainer_that_makes_no_step_leaves_no_folder(tmp_path):
+    callback = StabilityCallback("observe", log_every=1)
+    trainer = trainer_of(tmp_path, callback, max_steps=-1, num_train_epochs=0)
+    trainer.evaluate()
+    trainer.train()
+    assert not (tmp_path / "stabmon").exists()

@@ -265,7 +265,9 @@ def test_without_a_run_folder_nothing_is_written(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a device that is always full")
-def test_a_full_disk_is_said_once_with_what_it_cost_and_hinders_nothing_else(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_said_once_with_what_it_cost_and_hinders_nothing_else(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (folder / "readings.jsonl").symlink_to("/dev/full")
     group = SinkGroup([JsonlSink()])
     with caplog.at_level(logging.WARNING, "stabmon"):
