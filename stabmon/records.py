@@ -129,6 +129,12 @@ class Reading:
         bad = "" if self.non_finite is None else f", non-finite {self.non_finite.kind}"
         return f"Reading(step={self.step}, loss={loss}, {_count(len(self.layers), 'layer')}, {_count(heads, 'head')}{bad})"
 
+    def __repr__(self) -> str:
+        loss = "unknown" if self.loss is None else f"{self.loss:.4g}"
+        heads = sum(_heads(signals) for signals in self.layers.values())
+        bad = "" if self.non_finite is None else f", non-finite {self.non_finite.kind}"
+        return f"Reading(step={self.step}, loss={loss}, {_count(len(self.layers), 'layer')}, {_count(heads, 'head')}{bad})"
+
 
 @dataclass(frozen=True)
 class QueryKeyStep:
@@ -282,6 +288,13 @@ class Diagnosis:
     readings: tuple[Reading, ...] = ()
     open_issues: tuple[StabilityIssue, ...] = ()
     unseen: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        heads = sum(_heads(signals) for signals in self.stats.values())
+        return (
+            f"Diagnosis(step={self.step}, {_count(len(self.stats), 'layer')}, {_count(heads, 'head')}, "
+            f"{_by_severity(self.issues, 'issue')}, {_by_severity(self.open_issues, 'open issue')})"
+        )
 
     def __repr__(self) -> str:
         heads = sum(_heads(signals) for signals in self.stats.values())

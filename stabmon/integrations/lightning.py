@@ -27,8 +27,8 @@ logger = logging.getLogger("stabmon")
 class StabilityCallback(pl.Callback):
     """Add it to ``L.Trainer(callbacks=[...])``; nothing else changes.
 
-    Records go to ``<trainer.log_dir>/stabmon``, with ``fast_dev_run`` and ``barebones`` nowhere. Scalars also reach every logger of the Trainer. The state is stored in each checkpoint and
-    taken up again on resume.
+    Records go to ``<trainer.log_dir>/stabmon``, with ``fast_dev_run`` and ``barebones`` nowhere. Scalars also reach every logger of
+    the Trainer. The state is stored in each checkpoint and taken up again on resume.
 
     Args:
         config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.StabilityConfig`.

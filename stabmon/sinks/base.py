@@ -184,7 +184,7 @@ class _Line:
     def loss(self) -> str:
         """How many records are lost with this sink, in words; empty for none."""
         lost = self.lost + sum(method != "open" for method, _ in self._waiting)
-        return f" {lost} records are lost." if lost else ""
+        return f" {lost} record{' is' if lost == 1 else 's are'} lost." if lost else ""
 
 
 def _words(error: Exception) -> str:

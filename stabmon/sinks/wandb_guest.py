@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -98,5 +99,11 @@ class GuestRows:
             self._placed = None
 
     def _is_resumed(self) -> bool:
-        settings = self._run.settings
-        return bool(getattr(self._run, "resumed", False) or getattr(settings, "resume", None) not in (None, False, "never"))
+        """Whether the run was resumed, or can be: ``resume`` is allowed, and not of an id that W&B made up (Lightning always allows)."""
+        resume = getattr(self._run.settings, "resume", None)
+        if getattr(self._run, "resumed", False) or resume in ("must", "auto", True):
+            return True
+        # whether `wandb.init` was given an id stands in W&B's telemetry alone (0.31)
+        feature = getattr(getattr(self._run, "_telemetry_obj", None), "feature", None)
+        named = getattr(feature, "set_init_id", True) or bool(os.environ.get("WANDB_RUN_ID"))
+        return resume == "allow" and named

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from stabmon.integrations.lightning import StabilityCallback
 from stabmon.sinks.records_reader import read_records
-from tests.sinks.test_wandb import rows
+from tests.sinks.test_wandb import rows as wandb_rows
 from tests.small import Attention, Tokens, clean, gpt2, lines, same_bits, same_readings, weights
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -515,7 +515,7 @@ def test_the_wandb_logger_keeps_the_rows_that_its_user_logs_at_steps_of_their_ow
         fit(tmp_path, Module(), callback, more=[Logs()], logger=logger, log_every_n_steps=100)
         file = logger.experiment.settings.sync_file
         wandb.finish()
-        found.append(rows(file))
+        found.append(wandb_rows(file))
     mine = [[(row["_step"], row["mine"]) for row in each if "mine" in row] for each in found]
     assert mine == [[(1, 4), (2, 8)]] * 2
     assert sorted(row["stabmon/step"] for row in found[1] if "stabmon/step" in row) == list(range(1, 9))

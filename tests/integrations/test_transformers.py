@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from stabmon.integrations.transformers import StabilityCallback
 from stabmon.sinks import Sink
 from stabmon.sinks.records_reader import read_records
-from tests.sinks.test_wandb import rows
+from tests.sinks.test_wandb import rows as wandb_rows
 from tests.small import Floats, Tokens, clean, gpt2, lines, llama, same_bits, same_readings, weights
 
 QUIET = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no", "seed": 0}
@@ -522,7 +522,7 @@ def test_a_run_of_wandb_that_the_trainer_made_keeps_the_rows_that_its_user_logs_
         trainer_of(folder, callback, more=[Logs()], report_to=["wandb"]).train()
         file = wandb.run.settings.sync_file
         wandb.finish()
-        found.append(rows(file))
+        found.append(wandb_rows(file))
     mine = [[(row["_step"], row["mine"]) for row in each if "mine" in row] for each in found]
     assert mine == [[(1, 4), (2, 8)]] * 2
     assert sorted(row["stabmon/step"] for row in found[1] if "stabmon/step" in row) == list(range(1, 9))

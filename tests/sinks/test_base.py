@@ -101,7 +101,7 @@ def test_a_record_that_cannot_be_written_is_counted_and_does_not_keep_back_the_n
         group.write_reading(reading(step), {})
     group.close()
     assert sink.records == [1, 3]
-    assert caplog.messages[-1] == "Moody did not write everything. 1 records are lost."
+    assert caplog.messages[-1] == "Moody did not write everything. 1 record is lost."
 
 
 def test_an_interrupt_is_not_swallowed() -> None:
