@@ -52,7 +52,9 @@ def _sources(frame: FrameType) -> Iterator[Tensor]:
     count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)
     variables = frame.f_locals
     given: dict[str, Any] = {name: variables.get(name) for name in code.co_varnames[1:count]}
-    if isinstance(variables, dict) and code.co_flags & 0x01:  # until Python 3.12 a copy, which would keep tensors for the frame's life
+    if (
+        isinstance(variables, dict) and code.co_flags & 0x01
+    ):  # until Python 3.12 a copy, which would keep tensors for the frame's life
         variables.clear()
     for name, value in list(given.items()):
         if isinstance(value, dict):

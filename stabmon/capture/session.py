@@ -110,9 +110,7 @@ class AttentionCapture:
     def listening(self) -> bool:
         """Whether a call made right now by this thread is one of the model's own forward, not seen further out already."""
         return (
-            not self._inside
-            and self._thread == threading.get_ident()
-            and torch._C._current_graph_task_id() == self._graph_task
+            not self._inside and self._thread == threading.get_ident() and torch._C._current_graph_task_id() == self._graph_task
         )
 
     @contextmanager

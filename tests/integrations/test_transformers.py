@@ -428,7 +428,13 @@ class OwnLoss(Trainer):
 @pytest.mark.parametrize("loss", ["logits", "hidden"])
 def test_gradient_norms_are_those_before_clipping_also_of_a_loss_of_the_trainers_own(tmp_path, loss):
     callback = StabilityCallback("observe", log_every=1, sinks=[])
-    options = {"max_grad_norm": 1e-3, "logging_strategy": "steps", "logging_steps": 1, "max_steps": 2, "gradient_accumulation_steps": 2}
+    options = {
+        "max_grad_norm": 1e-3,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+    }
     trainer = trainer_of(tmp_path, callback, cls=OwnLoss, run_name=loss, **options)
     trainer.train()
     reported = [each["grad_norm"] for each in trainer.state.log_history if "grad_norm" in each]
