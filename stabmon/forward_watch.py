@@ -21,8 +21,9 @@ class ForwardWatch:
     """Calls ``before(module, args, kwargs)`` and ``after(module, output)`` around each outermost call into ``model``.
 
     Outermost is the model itself, or a child of it where the model's own forward is not used (a LightningModule's
-    ``training_step``). Calls that backward makes again (activation checkpoints) and calls inside compiled code are not told. What ``before`` and
-    ``after`` raise is theirs to handle; they must not raise. A copy of the model, or a model saved whole, takes no watch along.
+    ``training_step``). Calls that backward makes again (activation checkpoints) and calls inside compiled code are not told. What
+    ``before`` and ``after`` raise is theirs to handle; they must not raise. A copy of the model, or a model saved whole, takes no
+    watch along.
 
     Args:
         model: the model that is called.

@@ -29,11 +29,12 @@ class Objective:
     """
 
     def __init__(self, output: Any) -> None:
-        self._loss, self._factor = loss_in(output), None
+        self._loss = loss_in(output)
+        self._factor: Tensor | None = None
         self._rows: slice = slice(None)
         self._logits: Tensor | None = None
         self._gradient: Tensor | None = None
-        self._hooks = []
+        self._hooks: list[Any] = []
         if self._loss is not None and self._loss.requires_grad:
             self._hooks.append(self._loss.register_hook(self._take_factor))
         logits = _logits_in(output)

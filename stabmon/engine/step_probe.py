@@ -264,4 +264,5 @@ class StepProbe:
 
 def _norm(gradient: Tensor | None) -> Tensor:
     assert gradient is not None
-    return torch.linalg.vector_norm(local(gradient.detach()).float())
+    norm: Tensor = torch.linalg.vector_norm(local(gradient.detach()).float())
+    return norm

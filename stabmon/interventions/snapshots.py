@@ -167,10 +167,9 @@ class HealthyStates:
         if self._candidate is not None and self._age >= self.confirm and self._is_proven():
             self._drop(self._healthy)
             self._healthy, self._candidate, self._from = self._candidate, None, self._since
-        if self._candidate is None or self._age >= self.every:
-            if self._healthy is None or self._age >= self.every:
-                self._drop(self._candidate)
-                self._candidate, self._since, self._age = self._keep(), self.run.step, 0
+        if self._age >= self.every or (self._candidate is None and self._healthy is None):
+            self._drop(self._candidate)
+            self._candidate, self._since, self._age = self._keep(), self.run.step, 0
 
     def gone_back(self) -> None:
         """The run is in the state that is kept: what came after it is no longer its course."""

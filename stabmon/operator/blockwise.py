@@ -211,7 +211,7 @@ class BlockwiseAttention(AttentionOperator):
                 yield slice(b, min(b + batch_step, self.batch)), slice(h, min(h + head_step, self.key_heads))
 
     def _five(self, piece: Piece, left: int) -> Piece:
-        """A piece of mask, ``[b or 1, h * G or 1, rows, cols]`` or ``[rows, cols]``, as ``[b, h, G, rows, cols]`` of a block from ``left``."""
+        """Lay out a piece of mask, ``[b or 1, h * G or 1, rows, cols]`` or ``[rows, cols]``, as ``[b, h, G, rows, cols]``."""
         groups = self.heads // self.key_heads
 
         def part(x: Tensor | None) -> Tensor | None:

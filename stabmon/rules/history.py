@@ -189,8 +189,10 @@ class History:
             return
         self.readings = [*self._pushed_out, *self.readings[:-1]]
         self._pushed_out = []
-        for table in (*self._tables.values(), self._norms, self._rates, self._used, self._updates):
+        for table in self._tables.values():
             table.drop_newest()
+        for columns in (self._norms, self._rates, self._used, self._updates):
+            columns.drop_newest()
 
     def set_open(self, issues: Iterable[tuple[StabilityIssue, int]]) -> None:
         """Tell which issues are open, each with the step at which it opened: what ``is_open`` and ``open_level`` answer from."""

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import logging
+import math
 import os
 import random
 import sys
@@ -33,6 +34,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode
@@ -151,6 +154,8 @@ def make_model(case: Case) -> Any:
         model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, use_cache=False, loss_type="ForCausalLM", **sizes))
     if case.accident:
         model.transformer.h[0].mlp = Mlp(model.transformer.h[0].mlp, case.accident)
+    if "LoRA" in case.variant:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.1, fan_in_fan_out=True))
     if "checkpointing" in case.variant:
         model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in case.variant.split()})
     return model
@@ -220,6 +225,39 @@ def run_plain(case: Case, watched: bool, folder: Path) -> Outcome:
     return outcome
 
 
+def run_accelerate(case: Case, watched: bool, folder: Path) -> Outcome:
+    """A loop of one's own under Accelerate, two micro-batches a step."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    plain, outcome = make_model(case).train(), Outcome()
+    before = surroundings(plain)
+    data = DataLoader(Corpus(BATCH * 2 * case.steps), BATCH)
+    model, optimizer, data = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), 3e-3), data)
+    options: dict[str, Any] = {"sinks": ["jsonl"], "run_dir": folder, "log_every": case.log_every}
+    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, config="observe", **options) if watched else None
+
+    def train() -> None:
+        for batch in data:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                accelerator.backward(loss)
+                outcome.losses.append(loss.detach())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                if monitor and accelerator.sync_gradients:
+                    diagnosis = monitor.on_step()
+                    outcome.readings += bool(diagnosis and diagnosis.stats)
+
+    ended(outcome, train)
+    outcome.state = state_of(plain, optimizer)
+    if monitor:
+        outcome.complaints = dict(monitor.errors)
+        monitor.close()
+    outcome.left = left_behind(before, surroundings(plain), optimizer)
+    return outcome
+
+
 class Recorded(Trainer):
     """Keeps the loss of every micro-batch."""
 
@@ -276,6 +314,68 @@ def run_transformers(case: Case, watched: bool, folder: Path) -> Outcome:
     return outcome
 
 
+def words() -> Any:
+    """A tokenizer of words ``w4`` … ``w63``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, VOCABULARY))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def run_trl(case: Case, watched: bool, folder: Path) -> Outcome:
+    """TRL's trainers, whose losses are their own; the norm before clipping that TRL reports must be the reading's too."""
+    import trl
+    from datasets import Dataset as Rows
+
+    model, outcome = make_model(case), Outcome()
+    before = surroundings(model)
+    texts = [" ".join(f"w{4 + (7 * row + 3 * at) % 60}" for at in range(4 + row % 5)) for row in range(34)]
+    callback = TransformersCallback("observe", log_every=case.log_every)
+    given: dict[str, Any] = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    given |= {"max_steps": case.steps, "per_device_train_batch_size": BATCH, "learning_rate": 3e-3, "max_grad_norm": 0.1}
+    given |= {"logging_steps": 1, "gradient_checkpointing": False}
+    more: dict[str, Any] = {"processing_class": words(), "callbacks": [callback] if watched else []}
+    trainer: Any
+    if "SFT" in case.variant:
+        rows = Rows.from_dict({"text": texts[:32]})
+        trainer = trl.SFTTrainer(model, trl.SFTConfig(str(folder), **given), train_dataset=rows, **more)
+    elif "DPO" in case.variant:
+        rows = Rows.from_dict({"prompt": texts[:32], "chosen": texts[1:33], "rejected": texts[2:34]})
+        more["ref_model"] = make_model(case)
+        trainer = trl.DPOTrainer(model, args=trl.DPOConfig(str(folder), **given), train_dataset=rows, **more)
+    else:
+        rows = Rows.from_dict({"prompt": texts[:32]})
+        arguments = trl.GRPOConfig(str(folder), num_generations=4, max_completion_length=6, **given)
+        more["reward_funcs"] = lambda completions, **_: [float(len(set(each.split()))) for each in completions]
+        trainer = trl.GRPOTrainer(model, args=arguments, train_dataset=rows, **more)
+    trainer.remove_callback(PrinterCallback)
+    ended(outcome, trainer.train)
+    log = [each for each in trainer.state.log_history if "grad_norm" in each]
+    outcome.losses = [torch.tensor(each["loss"]) for each in log]
+    outcome.state = state_of(model, trainer.optimizer)
+    if callback.monitor is not None:
+        outcome.complaints = dict(callback.monitor.errors)
+        norms = {each["step"]: each["grad_norm"] for each in log}
+        for reading in callback.monitor._tracker.history.readings:
+            outcome.readings += 1
+            if not math.isclose(reading.gradients.get("", math.nan), norms[reading.step], rel_tol=1e-4):
+                outcome.complaints["gradient norm"] = outcome.complaints.get("gradient norm", 0) + 1
+    callback.close()
+    outcome.left = left_behind(before, surroundings(model), trainer.optimizer)
+    return outcome
+
+
 class Module(pl.LightningModule):
     """The model in Lightning."""
 
@@ -297,17 +397,38 @@ class Module(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class ByHand(Module):
+    """The same by manual optimisation, with an optimizer for each layer, clipped by hand."""
+
+    def __init__(self, model: nn.Module, steps: int, seen: list[Tensor]) -> None:
+        super().__init__(model, steps, seen)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> None:
+        for optimizer in self.optimizers():
+            loss = self.model(**batch).loss
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+            optimizer.step()
+            self.seen.append(loss.detach().clone())
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(layer.parameters(), 3e-3) for layer in self.model.transformer.h]
+
+
 def run_lightning(case: Case, watched: bool, folder: Path) -> Outcome:
     """The Lightning Trainer."""
     model, outcome = make_model(case), Outcome()
-    module = Module(model.train(), case.steps, outcome.losses)
+    by_hand = "by hand" in case.variant
+    module = (ByHand if by_hand else Module)(model.train(), case.steps, outcome.losses)
     before = surroundings(module)
     callback = LightningCallback("observe", log_every=case.log_every, run_dir=folder)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
-        max_steps=case.steps,
-        gradient_clip_val=1.0,
+        max_steps=case.steps * (2 if by_hand else 1),  # Lightning counts the steps of every optimizer
+        gradient_clip_val=None if by_hand else 1.0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -331,6 +452,8 @@ def run_lightning(case: Case, watched: bool, folder: Path) -> Outcome:
 
 
 RUNS = {"plain": run_plain, "transformers": run_transformers, "lightning": run_lightning}
+OTHERS = {"accelerate": run_accelerate, "trl": run_trl}
+"""Loops with rows of their own."""
 
 
 def ended(outcome: Outcome, train: Callable[[], object]) -> None:
@@ -431,8 +554,9 @@ def same(left: Any, right: Any) -> bool:
 def pair(case: Case) -> tuple[list[str], Outcome]:
     """Run the twins and compare."""
     with tempfile.TemporaryDirectory() as folder:
-        plain = RUNS[case.loop](case, False, Path(folder) / "plain")
-        watched = RUNS[case.loop](case, True, Path(folder) / "watched")
+        run = (RUNS | OTHERS)[case.loop]
+        plain = run(case, False, Path(folder) / "plain")
+        watched = run(case, True, Path(folder) / "watched")
     return differences(plain, watched, case), watched
 
 
@@ -481,6 +605,12 @@ def cases(steps: int) -> Iterator[Case]:
     yield few(Case("plain", "compiled inductor, llama"))
     yield few(Case("transformers", "compiled aot_eager"))
     yield few(Case("plain", "DDP"))
+    yield few(Case("plain", "LoRA"))
+    yield few(Case("transformers", "LoRA"))
+    yield few(Case("lightning", "by hand"))
+    yield few(Case("accelerate", "accumulation"))
+    for variant in ("SFT, llama", "DPO, llama", "GRPO, llama"):
+        yield few(Case("trl", variant))
     for loop in RUNS:
         for accident in ("forward", "backward", "data loader", "KeyboardInterrupt"):
             yield Case(loop, "", 1, 20, accident)
