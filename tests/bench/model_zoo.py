@@ -98,7 +98,7 @@ class Dispatched(TorchDispatchMode):
             return result
         tensors = [a for a in (*args, *(args[0] if args and isinstance(args[0], list | tuple) else ())) if isinstance(a, Tensor)]
         origins = frozenset().union(*(self._of[id(a)][1] for a in tensors if id(a) in self._of))
-        if origins and name in self.KEEP:
+        if origins and name not in self.MAKE_NEW:
             for each in result if isinstance(result, list | tuple) else (result,):
                 if isinstance(each, Tensor):
                     self._of[id(each)] = (each, origins)
