@@ -97,6 +97,7 @@ class AttentionCapture:
 
     def __exit__(self, *_: object) -> None:
         self._uninstall()
+        self.names.new_forward()  # which keeps no module that is not the model's
         if self.calls.keys() == {TransformersInterface.name}:
             self._quiet += 1
         else:
