@@ -117,6 +117,10 @@ def through_view(
 def seen_through(whole: Tensor, part: Tensor, axes: Axes) -> Carried | None:
     """Axes of a view ``part`` of the contiguous tensor ``whole``."""
     covered = [covers(whole, part.stride(d), part.shape[d]) for d in range(part.ndim)]
+    for lost in axes.all - set().union(*covered):  # cut to one row or column: told by its stride alone
+        for d in range(part.ndim):
+            if part.shape[d] == 1 and part.stride(d) == whole.stride(lost):
+                covered[d] = covered[d] | {lost}
     rows = frozenset(d for d, source in enumerate(covered) if source & axes.rows)
     columns = frozenset(d for d, source in enumerate(covered) if source & axes.columns)
     if not columns and not rows:

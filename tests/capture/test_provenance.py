@@ -237,6 +237,7 @@ USES = {
     "after dropout, mask and cast": lambda p, v: (F.dropout(p.double(), 0.2) * (BIAS > -1)).float() @ v,
     "mixed heads": lambda p, v: F.linear(p.permute(0, 2, 3, 1), noise(H, H)).permute(0, 3, 1, 2) @ v,
     "mixed by a convolution": lambda p, v: torch.einsum("bhij,hg->bgij", p, noise(H, H)) @ v,
+    "one key": lambda p, v: p[..., :1] @ v[..., :1, :],
     "a slice at a time": lambda p, v: p[..., :5] @ v[..., :5, :] + p[..., 5:] @ v[..., 5:, :],
     "renormalised": lambda p, v: (p / (p.sum(-1, keepdim=True) + 1e-6)).reshape(6, 6, 24).bmm(v.flatten(0, 1)),
     "three operands": lambda p, v: torch.einsum("bhij,bhjd,hde->bie", p, v, noise(H, 4, 5)),
