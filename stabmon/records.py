@@ -129,12 +129,6 @@ class Reading:
         bad = "" if self.non_finite is None else f", non-finite {self.non_finite.kind}"
         return f"Reading(step={self.step}, loss={loss}, {_count(len(self.layers), 'layer')}, {_count(heads, 'head')}{bad})"
 
-    def __repr__(self) -> str:
-        loss = "unknown" if self.loss is None else f"{self.loss:.4g}"
-        heads = sum(_heads(signals) for signals in self.layers.values())
-        bad = "" if self.non_finite is None else f", non-finite {self.non_finite.kind}"
-        return f"Reading(step={self.step}, loss={loss}, {_count(len(self.layers), 'layer')}, {_count(heads, 'head')}{bad})"
-
 
 @dataclass(frozen=True)
 class QueryKeyStep:
@@ -164,8 +158,8 @@ class Overshoot:
 
     step: int
     how: Literal["first_step", "brisk", "steps", "torn", "leap"]
-    """The first step (``brisk``: a little too long, which is no alarm unless heads break), or the median of several in a row, gained too little on its own batch; a step tore the loss of its own batch up; or
-    the loss leapt at a step that was not probed."""
+    """The first step (``brisk``: a little too long, which is no alarm unless heads break), or the median of several in a row, gained too
+    little on its own batch; a step tore the loss of its own batch up; or the loss leapt at a step that was not probed."""
     gain_ratio: float
     """Actual over predicted decrease of the batch's own objective: 1 for a small step, 1/2 at the minimum of a quadratic along the step, 0
     where nothing was gained, below where it rose. NaN where only the loss shows it."""
@@ -288,13 +282,6 @@ class Diagnosis:
     readings: tuple[Reading, ...] = ()
     open_issues: tuple[StabilityIssue, ...] = ()
     unseen: Mapping[str, str] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        heads = sum(_heads(signals) for signals in self.stats.values())
-        return (
-            f"Diagnosis(step={self.step}, {_count(len(self.stats), 'layer')}, {_count(heads, 'head')}, "
-            f"{_by_severity(self.issues, 'issue')}, {_by_severity(self.open_issues, 'open issue')})"
-        )
 
     def __repr__(self) -> str:
         heads = sum(_heads(signals) for signals in self.stats.values())

@@ -34,8 +34,8 @@ BURST = 4
 TORN = 0.25
 """Rise of a step's own objective, over its size, that tears a run by itself; healthy runs came to 0.07."""
 LEAP = 5.0
-"""Spreads of the newest losses, as the differences between neighbours tell it, by which a loss must lie above the largest to have leapt: so a
-loss of heavy tails needs a batch that is as far out again."""
+"""Spreads of the newest losses, as the differences between neighbours tell it, by which a loss must lie above the largest to have leapt:
+so a loss of heavy tails needs a batch that is as far out again."""
 LEAST_LEAP = 1.1
 """Times the largest of the newest losses that it must also be."""
 OPEN = 100

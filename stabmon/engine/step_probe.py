@@ -30,7 +30,7 @@ class StepQuality:
 
     step: int
     gain_ratio: float
-    """Actual over predicted decrease: 1 for a small step, 1/2 at the minimum of a quadratic along the step, 0 where the step gained nothing,
+    """Actual over predicted decrease: 1 for a small step, 1/2 at the minimum of a quadratic along the step, 0 where nothing was gained,
     below where the objective rose. NaN where the step was too small to tell."""
     rise: float
     """Actual change of the objective over its size: above 0 where it rose."""
@@ -160,8 +160,8 @@ class StepProbe:
     def fitting(self, aim: float = 0.6, most: int = 5) -> dict[str, float]:
         """By which factor each group's step would have had to be shorter for a gain ratio of ``aim``; only groups that overshoot.
 
-        One group alone where it moves much further than the others and these fit once it is left out; else all, by the same factor. Found by
-        moving the parameters back along the step, with at most ``most`` forwards. Parameters are afterwards bit for bit where they were.
+        One group alone where it moves much further than the others and these fit once it is left out; else all, by the same factor. Found
+        by moving the parameters back along the step, with at most ``most`` forwards. Parameters are afterwards bit for bit where they were.
         """
         keys = [each.key for each in self._groups if each.predicted is not None]
         alone = [key for key in self._ahead() if self._fits_without(key, [each for each in keys if each != key], aim)]

@@ -45,9 +45,9 @@ def rule_name(cls: type) -> str:
 def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:
     """Whether an issue is clearly worse than when it was last told of.
 
-    It is when it rests on something newly found (``found_at`` in its evidence), when its severity rose, or when at the same severity its value is ``WORSE`` times as far out: beyond its
-    threshold by that factor more (both positive), else that much further from it. A value that is infinite or NaN is as
-    far out as can be.
+    It is when it rests on something newly found (``found_at`` in its evidence), when its severity rose, or when at the same severity
+    its value is ``WORSE`` times as far out: beyond its threshold by that factor more (both positive), else that much further from it. A
+    value that is infinite or NaN is as far out as can be.
     """
     if now.evidence.get("found_at", 0) != before.evidence.get("found_at", 0):
         return True

@@ -3,8 +3,8 @@
     python tests/bench/cases.py FOLDER                 scripts ``NN_*.py`` and those of its sub-folders
     python tests/bench/cases.py FOLDER --only 07 cat   some of them, by the beginning of their names
 
-A script ends in a line with PASS or FAIL, or prints values of which a person says whether they are right; those are shown whole. Each runs in a
-process of its own, with the stabmon that this interpreter imports.
+A script ends in a line with PASS or FAIL, or prints values of which a person says whether they are right; those are shown whole. Each runs
+in a process of its own, with the stabmon that this interpreter imports.
 """
 
 from __future__ import annotations
