@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stabmon.capture.shadow import has_hooks_of_others
 from stabmon.engine.objective import Objective
 from stabmon.gradients import local
 from stabmon.replay import ForwardCall, is_split
@@ -63,7 +64,8 @@ class StepProbe:
 
     The gain ratio of trust-region methods, :math:`\rho = (f(p + d) - f(p)) / (\nabla f(p)^T d)`, needs neither a scale of the weights nor a
     history: f is what backward differentiated on the step's own forwards (see :class:`~stabmon.engine.objective.Objective`), with the
-    random numbers of the first pass. Costs a copy of what is trained and one forward without gradients at the steps that are probed.
+    random numbers of the first pass. Costs a copy of what is trained and one forward without gradients at the steps that are probed. None
+    is where what is trained is larger than ``COPY_BYTES`` or lies on several ranks, and where somebody's forward hook would notice.
 
     Args:
         model: the model, as its forwards were recorded.
@@ -89,7 +91,7 @@ class StepProbe:
             trained = [each for each in self._model.parameters() if each.requires_grad]
             size = sum(each.numel() * each.element_size() for each in trained)
             self._able = 0 < size <= COPY_BYTES and not is_split(self._model)
-        self.active = wanted and bool(self._able)
+        self.active = wanted and bool(self._able) and not has_hooks_of_others(self._model)
 
     def end(self) -> None:
         """Keep nothing of the step."""

@@ -136,3 +136,10 @@ def test_nothing_is_held_after_the_step():
     probe.end()
     assert probe.quality(2) is None
     assert not probe.active
+
+
+def test_no_step_is_probed_where_somebody_s_hook_would_notice():
+    model, seen = Classifier(), []
+    model.head.register_forward_hook(lambda *_: seen.append(1))
+    probe, *_ = probed(model, (torch.zeros(2, 3, dtype=torch.long),), lambda logits: logits.logsumexp(-1).mean(), 0.1)
+    assert not probe.active
