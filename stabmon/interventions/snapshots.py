@@ -199,7 +199,7 @@ class HealthyStates:
         """Whether the loss since the candidate is below that at the state that is kept, and has kept to its best course."""
         now, best, noise = self._course()
         losses = self._losses()
-        if not len(losses):
+        if len(losses) < 2:
             return True  # nobody tells us the loss
         first = losses[losses[:, 0] > self._from, 1][:NEAR]
         lower = self._from > 0 or now < float(np.median(first))

@@ -92,7 +92,7 @@ class UpdateSpike:
         ]
 
     def _of_groups(self, history: History) -> list[StabilityIssue]:
-        used, updates = history.used_rates, history.group_updates
+        used, updates = history.used_rates or _rate_of_all(history), history.group_updates
         jumped: dict[str, float] = {}
         for key, rates in used.items():
             highest = self._highest_before(rates)
@@ -121,7 +121,7 @@ class UpdateSpike:
                 ),
                 evidence={
                     "highest_rate_before": jumped[worst],
-                    "highest_rates_before": jumped,
+                    "highest_rates_before": {key: rate for key, rate in jumped.items() if key},
                     "rates": now,
                     "updates": {key: float(updates[key][-1]) for key in jumped if key in updates},
                     "query_key_update": _share_moved(history.latest),
@@ -142,7 +142,7 @@ class UpdateSpike:
         shares = np.array([_share_moved(reading) for reading in first])
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
-        moved, now = _share_moved(history.latest), max(history.latest.used_rates.values(), default=None)
+        moved, now = _share_moved(history.latest), max(history.latest.used_rates.values(), default=history.latest.learning_rate)
         if not _heads_break(history) or len(history) >= history.length or not (twice >= self.update).any() or now is None:
             return []
         worst = int(np.nanargmax(shares))
@@ -216,6 +216,11 @@ def _advice(found: Overshoot, history: History) -> str:
         f"Lower {which} to {found.fitting_rate:.2g}: at {found.rate:.2g} {seen}. Start again there, or from a checkpoint before "
         f"step {found.step}; what attention does after it follows from this."
     )
+
+
+def _rate_of_all(history: History) -> dict[str, np.ndarray]:
+    """The largest rate over groups, where readings do not tell of each."""
+    return {"": np.array([np.nan if r.learning_rate is None else r.learning_rate for r in history.readings])}
 
 
 def _heads_break(history: History) -> bool:

@@ -55,7 +55,7 @@ def test_rates_below_the_cap_are_used_as_they_are() -> None:
 def test_a_cap_of_ones_own_takes_no_issue() -> None:
     run = make()
     CapLearningRate(cap=0.5).apply(run)
-    assert moved(run) == pytest.approx([0.5, 0.25], abs=1e-6)
+    assert moved(run) == pytest.approx([0.5, 0.5], abs=1e-6)
 
 
 def test_a_rate_too_high_from_the_start_is_held_at_the_one_that_fits() -> None:
@@ -81,3 +81,44 @@ def test_without_a_rate_before_it_does_not_fit(highest: float | None) -> None:
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="times"):
         CapLearningRate(times=0)
+
+
+def too_long(fitting: dict[str, float], step: int = 0, how: str = "first_step") -> StabilityIssue:
+    evidence = {"fitting_rates": fitting, "fitting_rate": max(fitting.values()), "found_at": step, "how": how}
+    return StabilityIssue(step, None, None, "update_spike", "error", 2.0, 0.2, "", evidence=evidence)
+
+
+def test_only_the_group_that_is_too_fast_is_held() -> None:
+    run = make()
+    CapLearningRate().apply(run, too_long({"0.0": 0.2}))
+    assert moved(run) == pytest.approx([0.2, 1.0], abs=1e-6)
+
+
+def test_two_caps_do_not_add_up() -> None:
+    run = make()
+    for cap in (0.5, 0.2, 0.4):
+        CapLearningRate().apply(run, too_long({"0.0": cap}))
+    assert moved(run) == pytest.approx([0.2, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("how", "step"), [("first_step", 0), ("leap", 0), ("first_step", 1)])
+def test_the_step_that_showed_it_is_shortened_unless_the_harm_was_done_before(how: str, step: int) -> None:
+    run, shortened = make(), []
+
+    def shorten(factors):  # type: ignore[no-untyped-def]
+        shortened.append(factors)
+        return lambda: shortened.append("back")
+
+    run.shorten_step = shorten
+    applied = CapLearningRate().apply(run, too_long({"0.0": 0.2}, step, how))
+    mended = (how, step) == ("first_step", 0)
+    assert shortened == ([{"0.0": pytest.approx(0.1)}] if mended else [])
+    assert applied.record["after"]["shortened"] == mended
+    assert applied.undo()
+    assert shortened[1:] == (["back"] if mended else [])
+
+
+def test_a_cap_stored_before_groups_were_capped_each_by_its_own_is_held_again() -> None:
+    run = make()
+    CapLearningRate().resume(run, {"effect": {"cap": 0.5}, "step": 3, "record": {}})
+    assert moved(run) == pytest.approx([0.5, 0.5], abs=1e-6)

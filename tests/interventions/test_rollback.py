@@ -10,6 +10,8 @@ from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.snapshots import HealthyStates, Snapshot, snapshot_bytes
+from stabmon.records import Reading
+from stabmon.rules.history import History
 
 
 def spoilt(states: dict[str, float] | None = None, folder: Path | None = None) -> tuple[TrainingRun, dict[str, object]]:
@@ -50,7 +52,7 @@ def test_weights_and_moments_are_back_bit_for_bit_and_random_state_and_schedule_
     assert torch.equal(torch.get_rng_state(), random)
     assert (run.optimizer.param_groups[0]["lr"], run.lr_scheduler.last_epoch, run.step) == (rate, epoch, 5)
     assert (applied.record["before"], applied.record["after"]) == ({"state_of_step": 5}, {"state_of_step": 2})
-    assert "3 steps are lost" in applied.record["note"]
+    assert "back to the state after step 2, 3 steps ago" in applied.record["note"]
 
 
 def test_the_schedule_goes_back_too_if_asked() -> None:
@@ -138,27 +140,66 @@ def test_without_states_it_refuses() -> None:
         Rollback().apply(run_of("gpt2-sdpa"))
 
 
-def test_the_beginning_is_kept_until_something_healthy_or_too_many_samples_have_come() -> None:
+def course(losses: list[float], healthy: bool = True) -> HealthyStates:
+    """States of a run that began at step 0 and had these losses since, offered at every step."""
+    run = run_of("gpt2-sdpa")
+    run.history = History()
+    states = run.states = HealthyStates(run, every=2, confirm=1)
+    states.begin()
+    for step, loss in enumerate(losses, start=1):
+        run.step = step
+        run.history.add(Reading(step, loss, {}))
+        states.offer(healthy)
+    return states
+
+
+def test_the_beginning_is_kept_until_the_loss_has_proven_the_run_better() -> None:
+    assert course([5.0] * 12 + [4.9, 5.1]).newest.step == 0, "no better than it began"
+    assert course([5.0, 4.9, 4.8, 4.6, 4.5, 4.3, 4.2, 4.0, 3.9, 3.8, 3.7, 3.6]).newest.step > 0
+    assert course([5.0, 4.0, 3.0, 2.9, 2.8], healthy=False).newest.step == 0
+
+
+def test_a_state_that_was_ruined_without_an_alarm_takes_no_healthy_one_s_place() -> None:
+    falling = [5.0 - 0.1 * step for step in range(20)]
+    before = course(falling).newest.step
+    assert before > 10
+    after = course([*falling, *[6.0 + 0.01 * step for step in range(10)]])
+    assert after.newest.step <= len(falling)
+
+
+def test_begun_again_the_first_state_is_back_bit_for_bit() -> None:
     run = run_of("gpt2-sdpa")
     run.optimizer.zero_grad()
     before = all_bits(run)
     states = run.states = HealthyStates(run, every=1, confirm=1)
-    states.begin(samples=3)
+    states.begin()
     train_step(run)
     states.offer(False)
-    Rollback().apply(run)
+    told: list[int] = []
+    run.on_rollback.append(told.append)
+    applied = Rollback().apply(run)
     run.optimizer.zero_grad()
     assert differences(without(before, "random"), without(all_bits(run), "random")) == [], "moments were not there yet"
-    states.offer(False)
-    assert states.newest is not None
-    states.offer(False)
-    assert states.newest is None
-    states.begin(samples=3)
-    for _ in range(4):
-        train_step(run)
-        states.offer(True)
-    assert states.newest is not None
-    assert states.newest.step > 0
+    assert told == [0]
+    assert "the state in which training began" in applied.record["note"]
+
+
+def test_no_rollback_goes_to_a_state_that_is_worse_than_where_the_run_stands() -> None:
+    states = course([5.0 - 0.1 * step for step in range(30)])
+    with pytest.raises(CannotApply, match="the run stands no worse than it ever did"):
+        Rollback().apply(states.run)
+    states.run.history.add(Reading(31, 9.0, {}))
+    states.run.history.add(Reading(32, 8.0, {}))
+    states.run.step = 32
+    applied = Rollback().apply(states.run)
+    assert applied.record["after"]["state_of_step"] == states.newest.step
+
+
+def test_weights_that_are_spoilt_are_gone_back_from_though_the_loss_does_not_show_it() -> None:
+    states = course([5.0 - 0.1 * step for step in range(30)])
+    with torch.no_grad():
+        next(states.run.model.parameters())[0] = float("nan")
+    assert Rollback().apply(states.run).active
 
 
 def test_every_optimizer_and_every_schedule_goes_back_also_from_disk(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stabmon.records import QueryKeyStep, Reading
+from stabmon.records import Overshoot, QueryKeyStep, Reading
 from stabmon.rules.logit_growth import LogitGrowth
 from stabmon.rules.update_spike import UpdateSpike
 from tests.rules.trajectories import alarms, readings, run, shape, signals
@@ -114,3 +114,62 @@ def test_a_rate_that_jumps_is_told_before_what_it_broke_at_the_same_step():
     course = broken(watched([1e-3] * 5 + [2e-2] * 4, [0.01] * 5 + [0.2] * 4), at=5)
     found = alarms(run(course, [LogitGrowth(), UpdateSpike()]))
     assert [issue.issue_type for issue in found if issue.step == 60][:2] == ["update_spike", "logit_growth"]
+
+
+def grouped(rates, updates, factors=None):
+    """One reading a row of (rates by group), with the share of itself by which each group moved."""
+    factors = factors or [{}] * len(rates)
+    return [
+        Reading((i + 1) * 5, None, {}, learning_rate=max(r.values()), learning_rates=r, rate_factors=f, updates=u)
+        for i, (r, u, f) in enumerate(zip(rates, updates, factors, strict=True))
+    ]
+
+
+def test_one_group_whose_rate_jumps_is_named_with_its_own_past():
+    rates = [{"0.0": 3e-2, "1.0": 3e-4}] * 8 + [{"0.0": 3e-2, "1.0": 6e-3}] * 3
+    course = grouped(rates, [{"0.0": 0.02, "1.0": 1e-4}] * 8 + [{"0.0": 0.02, "1.0": 2e-3}] * 3)
+    (found,) = alarms(run(course, [UpdateSpike()]))
+    assert (found.step, found.layer, found.value) == (45, None, 6e-3)
+    assert found.evidence["highest_rates_before"] == {"1.0": 3e-4}
+    assert "1.0" in found.suggestion
+
+
+def test_a_jump_closes_while_its_cap_is_held_though_the_schedule_stays_up():
+    rates = [{"0.0": 1e-3}] * 8 + [{"0.0": 2e-2}] * 8
+    updates = [{"0.0": 0.01}] * 8 + [{"0.0": 0.2}] * 2 + [{"0.0": 0.01}] * 6
+    factors = [{}] * 10 + [{"0.0": 0.05}] * 6
+    assert [issue.state for issue in run(grouped(rates, updates, factors), [UpdateSpike()])] == ["opened", "closed"]
+
+
+def overshoot(how="first_step", step=1, rate=1e-2, fitting=1e-3):
+    return Overshoot(step, how, 0.1, -0.1, {"0.0": rate}, {"0.0": fitting})
+
+
+def test_steps_that_gain_too_little_are_an_alarm_until_the_rate_used_fits():
+    course = grouped([{"0.0": 1e-2}] * 12, [{}] * 12, [{}] * 6 + [{"0.0": 0.1}] * 6)
+    course[0] = replace(course[0], overshoot=overshoot())
+    found = run(course, [UpdateSpike()])
+    assert [(issue.step, issue.state) for issue in found] == [(5, "opened"), (40, "closed")]
+    assert found[0].evidence["fitting_rates"] == {"0.0": 1e-3}
+    assert (found[0].value, found[0].threshold) == (1e-2, 1e-3)
+    assert found[0].suggestion.startswith("Lower the rate to 0.001: at 0.01 the first step gained 10%")
+
+
+def test_what_is_found_anew_is_told_anew_with_its_own_rate():
+    course = grouped([{"0.0": 1e-2}] * 8, [{}] * 8)
+    course[0] = replace(course[0], overshoot=overshoot())
+    course[4] = replace(course[4], overshoot=overshoot("torn", 25, fitting=5e-4))
+    found = run(course, [UpdateSpike()])
+    assert [(issue.step, issue.state, issue.evidence["fitting_rate"]) for issue in found] == [
+        (5, "opened", 1e-3),
+        (25, "worsened", 5e-4),
+    ]
+
+
+def test_a_brisk_beginning_is_blamed_only_once_heads_break():
+    course = watched([2e-2] * 12, [0.01] * 12)
+    course = [replace(each, learning_rates={"0.0": 2e-2}) for each in course]
+    course[0] = replace(course[0], overshoot=overshoot("brisk", rate=2e-2))
+    assert not run(course, [UpdateSpike(), LogitGrowth()])
+    found = [issue for issue in run(broken(course), [UpdateSpike(), LogitGrowth()]) if issue.issue_type == "update_spike"]
+    assert [issue.evidence["fitting_rate"] for issue in found] == [1e-3]
