@@ -21,8 +21,10 @@ AHEAD = 4.0
 """Times the median share of the other groups that a group must move by to be looked at alone."""
 _FORWARDS = 4
 """Forwards of a step that are replayed at most."""
-_TOO_SMALL = {torch.float32: 1e-5, torch.float64: 1e-9}
-"""Predicted change over the objective below which rounding hides what a step did, by the format of the forward; 1e-2 for others."""
+_TOO_SMALL = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Predicted change over the objective below which rounding hides what a step did, by the format of the forward."""
+_SHORT = 1e-2
+"""The same for shorter formats."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class StepProbe:
         if found is None:
             return None
         change, size = found
-        least = 1e-2 if self._rounds() else _TOO_SMALL.get(torch.get_default_dtype(), 1e-5)
+        least = self._too_small()
         ratio = change / predicted if abs(predicted) > least * size or abs(change) > 10 * least * size else math.nan
         return StepQuality(step, ratio, change / size if size else math.nan)
 
@@ -255,10 +257,11 @@ class StepProbe:
         share = self._forwards / len(self._seen)
         return (change * share, before * share) if math.isfinite(before) else None
 
-    def _rounds(self) -> bool:
-        """Whether forwards are computed in a short format."""
-        short = any(enabled for call, _ in self._seen for enabled, _ in call.autocast.values())
-        return short or any(each.dtype not in _TOO_SMALL for each in self._model.parameters())
+    def _too_small(self) -> float:
+        """Predicted change over the objective that the format of the forward hides."""
+        if any(enabled for call, _ in self._seen for enabled, _ in call.autocast.values()):
+            return _SHORT
+        return max(_TOO_SMALL.get(each.dtype, _SHORT) for each in self._model.parameters() if each.is_floating_point())
 
     def _trained(self) -> list[nn.Parameter]:
         return [each for each in self._model.parameters() if each.grad is not None]
