@@ -15,7 +15,7 @@ import functools
 import logging
 import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import fmean
@@ -163,11 +163,6 @@ def _batch(text: str, generator: torch.Generator) -> Tensor:
     return whole[starts + torch.arange(LENGTH)]
 
 
-def _run_all(jobs: Sequence[Job], processes: int) -> list[Outcome]:
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(train, jobs))
-
-
 def main() -> int:
     """Print the table. Returns 1 where guard made a row worse."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,41 +171,37 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    grid = [Job(kind, rate, 0) for kind in args.kinds for rate in GRIDS[kind]]
-    tried = dict(zip(grid, _run_all(grid, args.jobs), strict=True))
-    right = {kind: min((j for j in grid if j.kind == kind), key=lambda j: tried[j].loss).rate for kind in args.kinds}
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:  # each process trains its base once
+        return _table(args, lambda jobs: dict(zip(jobs, pool.map(train, jobs), strict=True)))
+
+
+def _table(args: argparse.Namespace, run_all: Callable[[list[Job]], dict[Job, Outcome]]) -> int:
+    """Print each row as soon as it is known."""
+    right = {}
     for kind in args.kinds:
-        print(
-            f"{kind:8s} right rate {right[kind]:.2g} of",
-            {j.rate: round(tried[j].loss, 3) for j in grid if j.kind == kind},
-            flush=True,
-        )
-    rows = [(kind, times) for kind in args.kinds for times in (1.0, *args.times)]
-    jobs = [
-        Job(kind, right[kind] * times, seed, config)
-        for kind, times in rows
-        for config in (None, "guard")
-        for seed in range(args.seeds)
-    ]
-    found = dict(zip(jobs, _run_all(jobs, args.jobs), strict=True))
-    worse = 0
-    print(f"{'kind':8s} {'times':>5s} {'without':>8s} {'guard':>8s} {'right':>8s}  alarm at, rate told, acts of seed 0")
+        tried = run_all([Job(kind, rate, 0) for rate in GRIDS[kind]])
+        best = min(tried, key=lambda job: tried[job].loss)
+        right[kind] = best.rate
+        print(f"{kind:8s} right rate {best.rate:.2g} of", {job.rate: round(tried[job].loss, 3) for job in tried}, flush=True)
+    print(
+        f"{'kind':8s} {'times':>5s} {'without':>8s} {'guard':>8s} {'right':>8s}  first alarms, told and acts of seed 0",
+        flush=True,
+    )
+    worse, rows = 0, [(kind, times) for kind in args.kinds for times in (1.0, *args.times)]
+    at_right: dict[str, list[Outcome]] = {}
     for kind, times in rows:
-        without, guarded, best = (
-            [found[Job(kind, right[kind] * factor, seed, config)] for seed in range(args.seeds)]
-            for factor, config in ((times, None), (times, "guard"), (1.0, None))
-        )
+        jobs = [Job(kind, right[kind] * times, seed, config) for config in (None, "guard") for seed in range(args.seeds)]
+        found = run_all(jobs)
+        without, guarded = ([found[job] for job in jobs if job.config == config] for config in (None, "guard"))
+        best = at_right.setdefault(kind, without)
         means = [fmean(each.loss for each in runs) for runs in (without, guarded, best)]
         bad = any(not g.loss <= w.loss + MARGIN for g, w in zip(guarded, without, strict=True))
         worse += bad
-        first = guarded[0]
-        told = "-" if first.told is None else f"{first.told:.2g}"
-        marks = "  ".join(f"{value:8.3f}" for value in means)
-        print(
-            f"{kind:8s} {times:5.0f} {marks}  {[g.alarm for g in guarded]} {told} {first.acts}{'  worse' if bad else ''}",
-            flush=True,
-        )
-    print(f"rows in which guard ended worse than doing nothing: {worse} of {len(rows)}")
+        told = "-" if guarded[0].told is None else f"{guarded[0].told:.2g}"
+        marks = " ".join(f"{value:8.3f}" for value in means)
+        alarms = [each.alarm for each in guarded]
+        print(f"{kind:8s} {times:5.0f} {marks}  {alarms} {told} {guarded[0].acts}{'  worse' if bad else ''}", flush=True)
+    print(f"rows in which guard ended worse than doing nothing in some seed: {worse} of {len(rows)}")
     return int(worse > 0)
 
 

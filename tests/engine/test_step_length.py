@@ -66,10 +66,7 @@ def run(rate, config=None, *, inside=True, fresh=False, log_every=50, groups=Fal
     for ids, labels in batches(STEPS):
         optimizer.zero_grad()
         for part, target in zip(ids.chunk(micro), labels.chunk(micro), strict=True):
-            if inside:
-                loss = model(part, target)[1]
-            else:
-                loss = nn.functional.cross_entropy(model(part).flatten(0, 1), target.flatten())
+            loss = model(part, target)[1] if inside else nn.functional.cross_entropy(model(part).flatten(0, 1), target.flatten())
             (loss / micro).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
