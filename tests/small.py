@@ -150,18 +150,18 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-class SortedAttention(nn.Module):
-    """Attention of its own kind: scores are sorted before their softmax, so that no query and key belong to them."""
+class PackedAttention(nn.Module):
+    """Attention of its own kind: scores are picked by a bool mask into one list before their softmax, which loses rows and keys."""
 
-    def __init__(self, width: int = 12, *, sort: bool = True) -> None:
+    def __init__(self, width: int = 12, *, packed: bool = True) -> None:
         super().__init__()
-        self.qkv, self.sort = nn.Linear(width, 3 * width), sort
+        self.qkv, self.packed = nn.Linear(width, 3 * width), packed
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
         scores = q @ k.mT
-        weights = scores.view(-1, scores.shape[-1]).sort(-1).values.view(scores.shape) if self.sort else scores
-        return x + weights.softmax(-1) @ v
+        picked = scores[torch.ones_like(scores, dtype=torch.bool)].view(scores.shape) if self.packed else scores
+        return x + picked.softmax(-1) @ v
 
 
 class HalfSeen(nn.Module):
@@ -169,7 +169,7 @@ class HalfSeen(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = SortedAttention(sort=False), SortedAttention()
+        self.first, self.second = PackedAttention(packed=False), PackedAttention()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.first(x))

@@ -107,6 +107,6 @@ def test_where_nothing_is_seen_the_error_names_what_was_met():
     with stabmon.AttentionAnalyzer(model) as analyzer:
         model(torch.randn(2, 5, 12))
     with pytest.raises(
-        RuntimeError, match=r"no attention was found.* and SortedAttention \(a softmax of a product\) is none of these"
+        RuntimeError, match=r"no attention was found.* and PackedAttention \(a softmax of a product\) is none of these"
     ):
         analyzer.diagnose()

@@ -354,7 +354,7 @@ def _make_summary(mask: Tensor) -> MaskSummary:
         if floor < low <= _CLASSIC_MASK and all(bool(((part == 0) | (part == low)).all()) for part in rows):
             floor = low
         if low > floor:
-            return _nothing_hidden(mask, floor)
+            return _nothing_hidden(mask, floor, low)
     keys = mask.shape[-1]
     index = torch.arange(keys, device=mask.device)
     counts, firsts, lasts, seen = [], [], [], torch.zeros((), dtype=torch.bool, device=mask.device)
@@ -370,7 +370,7 @@ def _make_summary(mask: Tensor) -> MaskSummary:
     return MaskSummary(floor, is_bias, torch.cat(counts, -1), torch.cat(firsts, -1), torch.cat(lasts, -1), hidden)
 
 
-def _nothing_hidden(mask: Tensor, floor: float) -> MaskSummary:
+def _nothing_hidden(mask: Tensor, floor: float, low: float) -> MaskSummary:
     rows = torch.zeros(mask.shape[:-1], dtype=torch.int64, device=mask.device)
-    keys, is_bias = mask.shape[-1], bool((mask != 0).any())
+    keys, is_bias = mask.shape[-1], low != 0 or mask.amax().item() != 0
     return MaskSummary(floor, is_bias, rows + keys, rows, rows + keys - 1, None, hides=False)

@@ -84,6 +84,8 @@ class Dispatched(TorchDispatchMode):
         self._softmax: dict[int, Tensor] = {}
         self._parameters = parameters
         self._kept: list[Tensor] = []
+        self._sums: dict[int, Tensor] = {}
+        self._outputs: dict[int, tuple[Tensor, frozenset[int]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -97,9 +99,12 @@ class Dispatched(TorchDispatchMode):
         if products or (name not in self.MAKE_NEW and any(storage(t) in self._scores for t in given)):
             self._scores |= {storage(t): t for t in made}
         if name in ("_softmax", "_safe_softmax") and storage(args[0]) in self._scores:
-            self._softmax[id(result)] = result.movedim(args[1], -1).clone()
+            logits = args[0].movedim(args[1], -1)
+            sees = logits.amax(-1, keepdim=True) > torch.finfo(logits.dtype).min / 2
+            self._softmax[id(result)] = result.movedim(args[1], -1).where(sees, torch.nan)
             self._of[id(result)] = (result, frozenset({id(result)}))
             return result
+        self._scale(name, given, result)
         tensors = [a for a in (*args, *(args[0] if args and isinstance(args[0], list | tuple) else ())) if isinstance(a, Tensor)]
         origins = frozenset().union(*(self._of[id(a)][1] for a in tensors if id(a) in self._of))
         if origins and name not in self.MAKE_NEW:
@@ -112,7 +117,21 @@ class Dispatched(TorchDispatchMode):
                     id(b) in self._parameters or not b.is_floating_point() for b in tensors if b is not a
                 ):
                     self.weights |= {key: self._softmax[key] for key in self._of[id(a)][1]}
+                    self._outputs[storage(result)] = (result, self._of[id(a)][1])
         return result
+
+    def _scale(self, name: str, given: list[Tensor], result: Any) -> None:
+        """A sink may come after the softmax: as a factor of what it weighs, made of the logsumexp of the scores."""
+        if not given or not isinstance(result, Tensor):
+            return
+        kept = name in (*self.KEEP, "sub", "rsub", "neg", "sigmoid", "exp") and storage(given[0]) in self._sums
+        if kept or (name == "logsumexp" and storage(given[0]) in self._scores):
+            self._sums[storage(result)] = result
+        if name in ("mul", "mul_") and len(given) == 2:
+            for output, factor in (given, given[::-1]):
+                if storage(output) in self._outputs and storage(factor) in self._sums and factor.shape[-1] == 1:
+                    for key in self._outputs[storage(output)][1]:
+                        self.weights[key] = self.weights[key] * factor
 
 
 def storage(tensor: Tensor) -> int:
@@ -123,7 +142,7 @@ def storage(tensor: Tensor) -> int:
 def rows_of(p: Tensor, keys: int, direction: Tensor) -> Tensor:
     """One number a row of probabilities, sorted, so that it does not matter how batch and heads are laid out."""
     rows = p.reshape(-1, p.shape[-1]).double()
-    rows = torch.where(rows.sum(-1, keepdim=True).isfinite(), rows, 1 / keys)  # no key visible: eager attention is uniform there
+    rows = torch.where(rows.sum(-1, keepdim=True).isfinite(), rows, 1 / keys)  # no key visible: whatever the weights are
     return (rows @ direction[: p.shape[-1]]).sort().values
 
 

@@ -36,14 +36,16 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) @ v
 
 
-def over_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (k @ q.mT).softmax(-2).mT @ v
+def over_slots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A softmax over the queries that is normalised over the keys again, as slot attention is."""
+    weights = (q @ k.mT).softmax(-2)
+    return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
-def out_of_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores that go through a lookup table of rows, which no provenance of a product survives."""
-    scores = torch.zeros(BATCH * HEADS, LENGTH, LENGTH).index_add(0, torch.arange(BATCH * HEADS), (q @ k.mT).flatten(0, 1))
-    return scores.view(BATCH, HEADS, LENGTH, LENGTH).sort(-1).values.softmax(-1) @ v
+def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores picked by a bool mask into one list and laid out again, which loses where their rows and keys lie."""
+    scores = q @ k.mT
+    return scores[torch.ones_like(scores, dtype=torch.bool)].view(scores.shape).softmax(-1) @ v
 
 
 class Opaque(torch.autograd.Function):
@@ -66,7 +68,7 @@ class FlashAttnFunc(Opaque):
 class HiddenSoftmax(Opaque):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return over_rows(q, k, v)
+        return packed(q, k, v)
 
 
 class Tower(nn.Module):
@@ -96,7 +98,7 @@ def unseen(model: nn.Module, x: Tensor | None = None, *, gradients: bool = True)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("core", [over_rows, out_of_place])
+@pytest.mark.parametrize("core", [over_slots, packed])
 def test_a_layer_that_is_not_seen_is_named_beside_one_that_is(core: Core, gradients: bool) -> None:
     assert unseen(Tower(plain, core), gradients=gradients) == {"layers.1": "a softmax of a product"}
 
@@ -180,13 +182,13 @@ def test_a_teacher_beside_the_model_and_what_came_before_it_are_not_named() -> N
     class Student(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model, self.teacher = Tower(plain), [Tower(over_rows)]
+            self.model, self.teacher = Tower(plain), [Tower(packed)]
 
         def forward(self, x: Tensor) -> Tensor:
             return self.model(x) - self.teacher[0](x)
 
     assert unseen(Student()) == {}
-    assert unseen(Tower(plain), Tower(over_rows)(batch())) == {}
+    assert unseen(Tower(plain), Tower(packed)(batch())) == {}
 
 
 def test_a_layer_made_during_the_forward_is_seen() -> None:

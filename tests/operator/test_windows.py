@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stabmon.capture.axes import Axes
 from stabmon.capture.explain import explain
 from stabmon.capture.products import Product
 from stabmon.records import AttentionCall
@@ -38,7 +39,8 @@ def of_windows(windows, kind):
         added = torch.where(added.clamp(max=1.0) > -1, 0.0, -torch.inf)
     scores = query @ key.mT + added
     call = AttentionCall("a", None, None, scale=1.0)
-    return call, scores, Product(query, key, torch.float32, masked=True), query, key
+    axes = Axes(frozenset({2}), frozenset({3}))
+    return call, scores, Product(query, key, torch.float32, axes, masked=True), query, key
 
 
 @pytest.mark.parametrize("kind", ["mask", "bias"])
