@@ -194,7 +194,8 @@ class AttentionStabilityMonitor:
             loss: the step's loss; a tensor is detached, and read only when a sampled step needs it.
 
         Returns:
-            A :class:`~stabmon.records.Diagnosis` on sampled steps, and on a step at which a NaN or inf first comes up; else None.
+            A :class:`~stabmon.records.Diagnosis` on sampled steps, and on a step at which a NaN or inf first comes up or which shows that
+            the rate is too high; else None.
         """
         if self._closed:
             return None
