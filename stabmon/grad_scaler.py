@@ -31,11 +31,11 @@ class ScalerWatch:
 
     Args:
         optimizer: a torch optimizer, a wrapper around one, several of them, or None.
+        innermost: the torch optimizers inside, whose steps are watched.
         given: the scaler in use, where it is known.
-        innermost: the torch optimizers inside.
     """
 
-    def __init__(self, optimizer: Any, given: Any = None, innermost: Sequence[Any] = ()) -> None:
+    def __init__(self, optimizer: Any, innermost: Sequence[Any], given: Any = None) -> None:
         self._optimizers = list(innermost)
         self._given = given if given is not None else scaler_of(optimizer)
         self._found: weakref.ref[Any] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -139,8 +140,15 @@ class AfterBackward:
     def watch(self, model: nn.Module) -> None:
         """Watch the parameters that are trained now, until :meth:`let_go`."""
         self.let_go()
+        this = weakref.ref(self)  # parameters keep hooks where the garbage collector does not look: a strong one is never freed
+
+        def on_gradient(parameter: Tensor) -> None:
+            watching = this()
+            if watching is not None:
+                watching._on_gradient(parameter)
+
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+            parameter.register_post_accumulate_grad_hook(on_gradient)
             for parameter in model.parameters()
             if parameter.requires_grad
         ]

@@ -102,17 +102,15 @@ def loss_in(output: Any) -> Tensor | None:
     numbers = list(_numbers_in(output))
     reached = [(name, number) for name, number in numbers if number.requires_grad]
     among = reached or numbers
-    lower = [name.lower() for name, _ in among]
-    differs = any(tensor.requires_grad for tensor in tensors_in(output))
-    for fits in (
-        [name == "loss" for name in lower],
-        ["loss" in name and "total" in name for name in lower],
-        ["loss" in name for name in lower],
-        [bool(reached) or not (name or differs) for name in lower],  # else it may be a metric
-    ):
-        if any(fits):
-            return among[fits.index(True)][1] if sum(fits) == 1 else None
-    return None
+    names = [name.lower() for name, _ in among]
+    for fits in (lambda name: name == "loss", lambda name: "loss" in name and "total" in name, lambda name: "loss" in name):
+        found = [number for name, (_, number) in zip(names, among, strict=True) if fits(name)]
+        if found:
+            return found[0] if len(found) == 1 else None
+    if not reached and any(tensor.requires_grad for tensor in tensors_in(output)):
+        return None  # what there is may be a metric
+    found = [number for name, number in among if reached or not name]
+    return found[0] if len(found) == 1 else None
 
 
 def _numbers_in(output: Any, name: str = "", depth: int = 2) -> Iterator[tuple[str, Tensor]]:

@@ -117,9 +117,8 @@ class AttentionStabilityMonitor:
         self._step_length = StepLength(model, self._view, run.scheduled_rate, lambda: run.rate_factors, self.safety)
         run.shorten_step = self._step_length.shorten if world_size() == 1 else None
         run.on_rollback.append(lambda step: self._step_length.rates.begin_again())
-        self._observer = StepObserver(
-            model, self.config, self.safety, self._view.scale, self._acting.listener, self._step_length.follow
-        )
+        follow, drop = self._step_length.follow, self._step_length.end
+        self._observer = StepObserver(model, self.config, self.safety, self._view.scale, self._acting.listener, follow, drop)
         self._query_key, self._group_updates = QueryKeySteps(), GroupUpdates()
         share = self._ranks.share if self._ranks else None
         self._misfortune = NonFiniteWatch(model, self.safety.failed, share, self._view)
@@ -195,7 +194,8 @@ class AttentionStabilityMonitor:
             loss: the step's loss; a tensor is detached, and read only when a sampled step needs it.
 
         Returns:
-            A :class:`~stabmon.records.Diagnosis` on sampled steps, and on a step at which a NaN or inf first comes up; else None.
+            A :class:`~stabmon.records.Diagnosis` on sampled steps, and on a step at which a NaN or inf first comes up or which shows that
+            the rate is too high; else None.
         """
         if self._closed:
             return None

@@ -38,6 +38,7 @@ class StepObserver:
         scale: what a gradient scaler multiplies gradients by; None where there is none.
         listens: who is told of every attention call of a training forward, sampled or not; None for nobody at this time.
         returned: told of each training forward that has returned: what makes it again, where it was kept, and its output.
+        raised: told of each forward that raised: nothing may be left in the model, since nobody may come to close us.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class StepObserver:
         scale: Callable[[], float | None],
         listens: Callable[[], Callable[[AttentionCall], None] | None] = lambda: None,
         returned: Callable[[ForwardCall | None, Any], None] = lambda call, output: None,
+        raised: Callable[[], None] = lambda: None,
     ) -> None:
         self.safety = safety
         self.forwards = KeptForwards()
@@ -64,7 +66,7 @@ class StepObserver:
         self._model = model
         self._keeps = config.watch_every_step
         self._scale = scale
-        self._listens, self._returned = listens, returned
+        self._listens, self._returned, self._raised = listens, returned, raised
         self._listener: Callable[[AttentionCall], None] | None = None
         self._sampled = self._capturing = False
         self._current: nn.Module | None = None
@@ -199,6 +201,7 @@ class StepObserver:
             self._returned(self._call, output)
         if output is None and sys.exc_info()[0] is not None and not self.paused:
             self.let_go()  # the forward raised, and nobody may come to close us; the next step arms again
+            self._raised()
             self.interrupted = True
 
     def _on_call(self, call: AttentionCall) -> None:

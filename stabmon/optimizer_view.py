@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -49,9 +48,10 @@ def _search(given: Any, seen: set[int]) -> list[Any]:
 
 
 def _attribute(given: Any, name: str) -> Any:
-    with contextlib.suppress(Exception):  # a property of somebody's wrapper may raise whatever it likes
+    try:
         return getattr(given, name, None)
-    return None
+    except Exception:  # a property of somebody's wrapper may raise whatever it likes
+        return None
 
 
 def _is_optimizer(given: Any) -> bool:
@@ -120,9 +120,17 @@ class OptimizerView:
 
     def __init__(self, optimizer: Any, grad_scaler: Any = None) -> None:
         self.optimizer = optimizer
-        self.scalers = ScalerWatch(optimizer, grad_scaler, innermost(optimizer))
+        self._innermost: list[Any] | None = innermost(optimizer)
+        self.scalers = ScalerWatch(optimizer, self._innermost, grad_scaler)
         self._rates: dict[str, float] = {}
         self._hooks: list[Any] = []
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The torch optimizers inside, looked for once a step."""
+        if self._innermost is None:
+            self._innermost = innermost(self.optimizer)
+        return self._innermost
 
     @property
     def grad_scaler(self) -> Any:
@@ -137,7 +145,7 @@ class OptimizerView:
     @property
     def skips_bad_steps(self) -> bool:
         """Whether steps with bad gradients are skipped without our doing: by a scaler, or by what has told a fused optimizer of them."""
-        return self.scales or any(getattr(each, "found_inf", None) is not None for each in innermost(self.optimizer))
+        return self.scales or any(getattr(each, "found_inf", None) is not None for each in self.optimizers)
 
     def scale(self) -> float | None:
         """What the gradient scaler multiplies gradients by; None without one. Waits for the device."""
@@ -149,11 +157,11 @@ class OptimizerView:
 
     def groups(self) -> list[ParameterGroup]:
         """Every parameter group of every optimizer."""
-        return parameter_groups(innermost(self.optimizer))
+        return parameter_groups(self.optimizers)
 
     def start_step(self) -> None:
-        """Forget the rates of the last step."""
-        self._rates = {}
+        """Forget the last step's rates, and which optimizers it had."""
+        self._rates, self._innermost = {}, None
 
     def note_rates(self, optimizer: Any, scheduled: Callable[[ParameterGroup], float | None]) -> None:
         """Keep the rates with which a step is about to be made: schedulers move on before the step is looked at.
@@ -178,9 +186,7 @@ class OptimizerView:
         """Call ``tell(optimizer)`` before each step of each optimizer from now on; once is enough."""
         if not self._hooks:
             self._hooks = [
-                each.register_step_pre_hook(lambda stepping, *_: tell(stepping))
-                for each in innermost(self.optimizer)
-                if takes_hooks(each)
+                each.register_step_pre_hook(lambda stepping, *_: tell(stepping)) for each in self.optimizers if takes_hooks(each)
             ]
 
     def let_go(self) -> None:

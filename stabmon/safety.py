@@ -6,8 +6,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 logger = logging.getLogger("stabmon")
@@ -24,7 +23,7 @@ class Safety:
         self.seconds = 0.0
         """Overhead so far."""
         self._counted, self._since = 0.0, time.perf_counter()
-        self._inside = False
+        self._depth, self._started = 0, 0.0
 
     def failed(self, where: str, error: Exception, traceback: bool = True) -> None:
         """Count an error, and log it if it is the first at its place."""
@@ -32,18 +31,19 @@ class Safety:
         if self.errors[where] == 1:
             logger.error("%s failed and is skipped, training goes on: %s", where, error, exc_info=error if traceback else None)
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
+    def timed(self) -> Safety:
         """What runs in here counts as overhead, once where it is nested."""
-        if self._inside:
-            yield
-            return
-        self._inside, started = True, time.perf_counter()
-        try:
-            yield
-        finally:
-            self._inside = False
-            self.seconds += time.perf_counter() - started
+        return self
+
+    def __enter__(self) -> None:
+        if not self._depth:
+            self._started = time.perf_counter()
+        self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.seconds += time.perf_counter() - self._started
 
     def overhead_fraction(self) -> float:
         """Share of wall time that was overhead since this was last asked."""

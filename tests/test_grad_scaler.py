@@ -12,6 +12,7 @@ from torch import nn
 
 import stabmon
 from stabmon.grad_scaler import ScalerWatch
+from stabmon.optimizer_view import innermost
 from tests.small import Floats, optimizer_of, same_bits, weights
 
 
@@ -138,7 +139,7 @@ def test_the_scaler_of_accelerate_s_wrapper_is_known_before_the_first_step():
     inner = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     wrapper = accelerator.prepare_optimizer(inner)
     AcceleratorState._reset_state(reset_partial_state=True)
-    watch = ScalerWatch(wrapper)
+    watch = ScalerWatch(wrapper, innermost(wrapper))
     assert watch.scaler is accelerator.scaler
     assert watch.optimizers == [inner]
 
@@ -148,7 +149,7 @@ def test_the_scaler_of_another_model_is_not_taken_for_this_one_s():
     others_optimizer = torch.optim.SGD(other.parameters(), 0.1)
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    watch = ScalerWatch(optimizer)
+    watch = ScalerWatch(optimizer, innermost(optimizer))
     watch.watch()
     for step in range(4):
         others_scaler.scale(other(torch.ones(1, 2)).sum()).backward()
@@ -164,7 +165,7 @@ def test_the_scaler_of_another_model_is_not_taken_for_this_one_s():
 def test_a_scaler_that_was_found_is_not_kept_alive():
     model, scaler = nn.Linear(2, 2), scaler_of()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    watch = ScalerWatch(optimizer)
+    watch = ScalerWatch(optimizer, innermost(optimizer))
     watch.watch()
     scaler.scale(model(torch.ones(1, 2)).sum()).backward()
     scaler.step(optimizer)

@@ -513,9 +513,10 @@ def test_a_copy_and_a_pickle_of_a_watched_model_take_no_watch_along():
     assert torch.equal(pickle.loads(stored)(input_ids=tokens).logits, twin(input_ids=tokens).logits)
 
 
-def test_a_monitor_does_not_outlive_its_model():
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_a_monitor_does_not_outlive_its_model(log_every):
     model = gpt2()
-    monitor = watch(model, optimizer_of(model))
+    monitor = watch(model, optimizer_of(model), log_every=log_every)
     gone = weakref.ref(monitor)
     del model, monitor
     gc.collect()

@@ -186,6 +186,21 @@ def test_a_state_of_another_model_is_refused(build, model_is_stored, stored):
     other.close()
 
 
+LATER = {"adapted": False, "overshoot": None, "learning_rates": {}, "rate_factors": {}, "updates": {}, "sampled": True}
+"""What states of before there were versions do not have, and what is read in its place."""
+
+
+def without_new(now, then):
+    """A part of a state without what the same part did not have then, which must be what is read where it is missing."""
+    if isinstance(now, list):
+        return [without_new(*each) for each in zip(now, then, strict=True)] if isinstance(then, list) else now
+    if not isinstance(now, dict):
+        return now
+    new = {key: value for key, value in now.items() if key not in then}
+    assert new == {key: LATER[key] for key in new}
+    return {key: without_new(value, then[key]) for key, value in now.items() if key in then}
+
+
 @pytest.mark.parametrize("name", ["transformers_0", "lightning_0"])
 def test_states_of_before_there_were_versions_are_taken_up(name, caplog):
     state = json.loads((STATES / f"{name}.json").read_text())
@@ -201,7 +216,7 @@ def test_states_of_before_there_were_versions_are_taken_up(name, caplog):
     assert [reading.step for reading in monitor._tracker.history.readings] == [2, 4, 6, 8]
     again = json.loads(text(monitor))
     for part in ("issues", "tracker", "losses", "non_finite"):
-        assert json.dumps(again[part]) == json.dumps(state[part])
+        assert json.dumps(without_new(again[part], state[part])) == json.dumps(state[part])
     assert again["version"] == 1
     assert skips_nan(monitor)
     assert not monitor.errors

@@ -95,7 +95,7 @@ def _from_callable(source: str, attention: str | None, seed: int) -> Target:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     make: Any
-    with _one_line(source, "cannot be imported from here", "give package.module:callable that can"):
+    with _one_line(source, "cannot be imported from here", "give package.module:callable that can be imported"):
         make = importlib.import_module(module_name)
         for part in name.split("."):
             make = getattr(make, part)

@@ -114,12 +114,15 @@ class RateWatch:
         """Take note of a step's loss; how many times the largest before it has leapt to, where that shows that the run is torn."""
         if not math.isfinite(loss):
             return None
-        known, young = np.array(self._losses), step - self._risen <= YOUNG
+        known = list(self._losses)
         self._losses.append(loss)
-        if len(known) < _KNOWN or not young or known.min() <= 0:
+        if len(known) < _KNOWN or step - self._risen > YOUNG:
             return None
-        spread, largest = float(robust_spread(np.diff(known)[:, None])[0]) / 2**0.5, float(known.max())
-        return loss / largest if loss > max(largest + LEAP * spread, LEAST_LEAP * largest) else None
+        largest = max(known)
+        if loss <= LEAST_LEAP * largest or min(known) <= 0:
+            return None
+        spread = float(robust_spread(np.diff(known)[:, None])[0]) / 2**0.5
+        return loss / largest if loss > largest + LEAP * spread else None
 
     def conclude(self, step: int, how: How, rates: Mapping[str, float], factors: Mapping[str, float], **more: float) -> Overshoot:
         """Keep a finding: the rates used, and by which factor those that are too high are to be lower."""

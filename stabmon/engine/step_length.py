@@ -71,7 +71,8 @@ class StepLength:
     @safely
     def finish(self, step: int, loss: float | Tensor | None) -> Overshoot | None:
         """The optimizers have made ``step``; what shows that it, or the one before, was too long."""
-        self._used = {key: rate * self._factors().get(key, 1.0) for key, rate in self._used.items()}
+        factors = self._factors()
+        self._used = {key: rate * factors.get(key, 1.0) for key, rate in self._used.items()}
         quality = self._probe.quality(step) if self._probe.active else None
         if self._probe.active and (how := self.rates.judge(quality, self._used)) is not None and quality is not None:
             found = self._probe.fitting()
@@ -106,19 +107,18 @@ class StepLength:
 
     @safely
     def _steps(self, optimizer: torch.optim.Optimizer) -> None:
-        groups = [group for group in self._view.groups() if group.optimizer is optimizer]
-        for group in groups:
-            rate = self._scheduled(group)
-            if rate is not None:
-                self._used[group.key] = rate
-        self._probe.before({group.key: group.parameters for group in groups})
+        if self._probe.active:
+            self._probe.before({each.key: each.parameters for each in self._view.groups() if each.optimizer is optimizer})
 
     @safely
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        for group in self._view.groups():  # rates of loops that set them in a closure, which the step calls
-            if group.optimizer is optimizer and (rate := self._scheduled(group)) is not None:
+        groups = [group for group in self._view.groups() if group.optimizer is optimizer]
+        for group in groups:  # not before the step: a loop may set rates in the closure that it calls
+            rate = self._scheduled(group)
+            if rate is not None:
                 self._used[group.key] = rate
-        self._probe.after([group.key for group in self._view.groups() if group.optimizer is optimizer])
+        if self._probe.active:
+            self._probe.after([group.key for group in groups])
 
     @safely
     def _backward_ended(self, _: dict[int, Tensor]) -> None:

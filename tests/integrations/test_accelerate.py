@@ -26,7 +26,7 @@ def run(watched):
             optimizer.step()
             optimizer.zero_grad()
             if accelerator.sync_gradients and monitor and (diagnosis := monitor.on_step()):
-                read.append(diagnosis.readings[-1].gradients[""])
+                read += [each.gradients[""] for each in diagnosis.readings[-1:] if each.sampled]  # else it is of the rate
     if monitor:
         monitor.close()
         assert not monitor.errors

@@ -123,21 +123,24 @@ def test_rank_0_decides_and_what_does_not_fit_on_one_rank_is_done_on_none(found:
 
 
 def hold_together(rank: int) -> list[float]:
-    """Each rank sees other data; the clip is by the largest score of any."""
+    """Each rank sees other data; the clip is by the largest score of any.
+
+    Rolled by five, the pair of tokens that scores highest in head 2 is torn apart; by less, both ranks see it.
+    """
     model, inputs = zoo()["llama-sdpa"]()
     run = make_run(model, inputs)
     layer = first_layer(run)
-    QkClip(target=0.5).apply(run, growth(layer))
+    QkClip(target=0.5).apply(run, growth(layer, 2))
     with torch.no_grad():
         run.layers[layer].q_proj.weight.mul_(8)
     from stabmon.capture import AttentionCapture
 
-    ids = torch.roll(inputs["input_ids"], 3 * rank, dims=1)
+    ids = torch.roll(inputs["input_ids"], 5 * rank, dims=1)
     with AttentionCapture(model, lambda call: run.marks.fire("attention", call)):
         model(input_ids=ids)
     run.marks.fire("on_step")
     look(run, {"input_ids": ids})
-    return [run.max_logit(layer, 1), *run.layers[layer].q_proj.weight.flatten().tolist()]
+    return [run.max_logit(layer, 2), *run.layers[layer].q_proj.weight.flatten().tolist()]
 
 
 WORKS = (clip_sharded, skip_together, decide_together, hold_together)
@@ -147,4 +150,4 @@ def test_a_held_clip_is_the_same_on_all_ranks_and_goes_by_the_largest_score_of_a
     one, other = (rank["hold_together"] for rank in found)
     assert one[1:] == other[1:]
     assert max(one[0], other[0]) == pytest.approx(0.5, rel=1e-5)
-    assert one[0] != other[0]
+    assert abs(one[0] - other[0]) > 0.01
