@@ -33,9 +33,9 @@ def outer_of(name: str, args: tuple[Any, ...], result: Tensor) -> Outer | None:
     return Outer(left, right, rows[0], columns[0]) if len(rows) == len(columns) == 1 else None
 
 
-def summed_outer(name: str, outer: Outer, over: frozenset[int], result: Tensor, kwargs: Mapping[str, Any]) -> Product | None:
+def summed_outer(outer: Outer, over: frozenset[int], kwargs: Mapping[str, Any]) -> Product | None:
     """The product that a sum over one more dimension gives."""
-    if name != "sum" or len(over) != 1 or over & {outer.row, outer.column} or kwargs.get("keepdim"):
+    if len(over) != 1 or over & {outer.row, outer.column} or kwargs.get("keepdim"):
         return None
     (inner,) = over
     if outer.left.shape[inner] != outer.right.shape[inner]:

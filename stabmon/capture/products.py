@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,7 +93,7 @@ def step(name: str, product: Product, others: list[Any], position: int = 0) -> P
         marked = either(product.cells, masks(name, others, position))
         return replace(product, masked=True, fills=product.fills + fills, cells=marked)
     if name == "neg" or (name in SCALES and is_number(other) and (position == 0 or name in TIMES)):
-        return scaled(product, -1.0 if name == "neg" else float(other) ** SCALES[name])
+        return scaled(product, -1.0 if name == "neg" else times(name, float(other)))
     if name in TIMES and is_column(other) and can_take(product, other):
         return replace(product, query=product.query * other.detach())
     if name in TIMES and is_gate(other):
@@ -102,8 +103,15 @@ def step(name: str, product: Product, others: list[Any], position: int = 0) -> P
     return product.opaque() if product.shift is None else None
 
 
+def times(name: str, number: float) -> float:
+    """The factor that an operation with a number is."""
+    return number if SCALES[name] > 0 else 1 / number if number else math.inf
+
+
 def scaled(product: Product, factor: float) -> Product:
     """The product times a number."""
+    if factor == 0 or not math.isfinite(factor):  # which no scale of query and key can be
+        product = product.opaque()
     if product.shift is not None:
         with isolated():
             product = replace(product, shift=product.shift * factor)
@@ -132,7 +140,11 @@ def is_shift(value: object) -> bool:
 
 def can_take(product: Product, gain: Tensor) -> bool:
     """Whether a gain a head or a query, ``[..., H, Q or 1, 1]``, can be multiplied into the query instead of the scores."""
-    return product.cap is None and not product.masked and product.query is not None and gain.ndim <= product.query.ndim
+    query = product.query
+    if query is None or product.cap is not None or product.masked or gain.ndim > query.ndim:
+        return False
+    lie_alike = product.axes == Axes(frozenset({query.ndim - 2}), frozenset({query.ndim - 1}))
+    return lie_alike and all(g in (1, q) for g, q in zip(gain.shape[::-1], query.shape[::-1], strict=False))
 
 
 def is_gate(value: object) -> bool:

@@ -137,7 +137,7 @@ class Provenance:
         if made is not None or isinstance(record, Exponential | Total | LogTotal | Made):
             return [made]
         if isinstance(record, Outer):
-            return [summed_outer(name, record, dimensions(args, kwargs, tensor), results[0], kwargs)]
+            return [summed_outer(record, dimensions(args, kwargs, tensor), kwargs) if name == "sum" else None]
         weights = [(each, known) for _, each, known in tracked if isinstance(known, Weights)]
         if weights:
             tensor, record = weights[0]

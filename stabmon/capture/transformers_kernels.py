@@ -127,15 +127,29 @@ def make_call(
     key = given["key"] if key is None else key
     batch = max(len(query), len(key))
     scaling = given.get("scaling")
-    if sinks is not None and sinks.numel() != query.shape[1]:
-        raise ValueError(f"{layer} has {sinks.numel()} sink logits for {query.shape[1]} heads: only one a head can be read")
     return AttentionCall(
         layer=layer,
         query=query.to(dtype).expand(batch, -1, -1, -1),
         key=key.to(dtype).expand(batch, -1, -1, -1),
         scale=float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        sinks=sinks.reshape(-1) if sinks is not None else None,
+        sinks=sinks_of(layer, sinks, query, batch) if sinks is not None else None,
         dtype=dtype,
         module=given["module"],
         **read,
+    )
+
+
+def sinks_of(layer: str, sinks: Tensor, query: Tensor, batch: int) -> Tensor:
+    """One sink logit a head ``[H]``, or one a row ``[B, H, Q]``.
+
+    Raises:
+        ValueError: for any other number of them.
+    """
+    rows = query.shape[:3]
+    if sinks.numel() == query.shape[1]:
+        return sinks.reshape(-1)
+    if sinks.shape in (rows, (*rows, 1)):
+        return sinks.reshape(rows).expand(batch, -1, -1)
+    raise ValueError(
+        f"{layer} has sink logits of shape {tuple(sinks.shape)}: only one a head or one a row {list(rows)} can be read"
     )

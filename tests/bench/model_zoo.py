@@ -36,6 +36,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -51,6 +53,21 @@ NEAR = 1e-3
 
 class TooSlow(BaseException):
     """A class takes too long; no ``except Exception`` on the way swallows it."""
+
+
+class Fused(TorchFunctionMode):
+    """Tells a dispatch mode while ``scaled_dot_product_attention`` runs."""
+
+    def __init__(self, told: Dispatched) -> None:
+        super().__init__()
+        self.told = told
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        before, self.told.fused = self.told.fused, self.told.fused or func is nn.functional.scaled_dot_product_attention
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.told.fused = before
 
 
 class Dispatched(TorchDispatchMode):
@@ -83,6 +100,8 @@ class Dispatched(TorchDispatchMode):
         self._scores: dict[int, Tensor] = {}
         self._softmax: dict[int, Tensor] = {}
         self._parameters = parameters
+        self.fused = False
+        """Whether torch's own attention runs, which is attention whatever it is given."""
         self._kept: list[Tensor] = []
         self._sums: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[Tensor, frozenset[int]]] = {}
@@ -95,7 +114,9 @@ class Dispatched(TorchDispatchMode):
         if given and name in self.KEEP and all(id(t) in self._parameters for t in given):
             self._kept += made  # so that their ids are not used again
             self._parameters.update(map(id, made))
-        products = name in ("bmm", "baddbmm", "mm", "_cdist_forward") and not any(id(t) in self._parameters for t in given[-2:])
+        products = name in ("bmm", "baddbmm", "mm", "_cdist_forward") and (
+            self.fused or not any(id(t) in self._parameters for t in given[-2:])
+        )
         if products or (name not in self.MAKE_NEW and any(storage(t) in self._scores for t in given)):
             self._scores |= {storage(t): t for t in made}
         if name in ("_softmax", "_safe_softmax") and storage(args[0]) in self._scores:
@@ -236,7 +257,14 @@ def examine(name: str, model_type: str) -> tuple[str, str]:
     calls: list[Tensor] = []
     torch.manual_seed(3)
     dispatched = Dispatched({id(p) for p in model.parameters()})
-    with torch.no_grad(), dispatched, AttentionCapture(model.eval(), lambda call: calls.append(probabilities(call))) as capture:
+    capture = AttentionCapture(model.eval(), lambda call: calls.append(probabilities(call)))
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        dispatched,
+        Fused(dispatched),
+        capture,
+    ):  # in parts, where nothing is eager
         model(**batch)
     missing, extra = unmatched(list(dispatched.weights.values()), calls)
     said = bool(unseen) or bool(capture.witness.unseen) or "sampling" in errors

@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 from model_zoo import examine
 
 SAMPLE = (
-    "GPT2LMHeadModel:gpt2 LlamaForCausalLM:llama MixtralForCausalLM:mixtral GptOssForCausalLM:gpt_oss "
+    "GPT2LMHeadModel:gpt2 LlamaForCausalLM:llama Inkling2ForCausalLM:inkling2_text GptOssForCausalLM:gpt_oss "
     "BloomForCausalLM:bloom MambaForCausalLM:mamba BertForMaskedLM:bert BigBirdForMaskedLM:big_bird "
     "LongformerForMaskedLM:longformer DebertaV2ForMaskedLM:deberta-v2 FNetForMaskedLM:fnet "
     "T5ForConditionalGeneration:t5 PegasusXForConditionalGeneration:pegasus_x RoFormerForCausalLM:roformer "

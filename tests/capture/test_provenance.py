@@ -213,6 +213,7 @@ PRODUCTS = {
     "multiplied and summed": lambda q, k: (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1),
     "multiplied and summed elsewhere": lambda q, k: (q.mT[..., :, None] * k.mT[..., None, :]).sum(dim=2),
     "transposed": lambda q, k: (k @ q.mT).mT,
+    "a factor a query": lambda q, k: (q / FACTORS) @ k.mT * FACTORS,
 }  # fmt: skip
 
 
@@ -221,6 +222,27 @@ def test_a_product_is_one_however_it_is_made(how: str) -> None:
     call = only(lambda q, k, v: (PRODUCTS[how](q, k) / 2).softmax(-1) @ v, Q, K, V)
     assert call.query is not None
     agree(call, SCORES)
+
+
+FACTORS = torch.linspace(1, 3, 6)[:, None]
+SCALED = {
+    "by zero": (lambda q, k: q @ k.mT * 0.0, 0 * SCORES),
+    "over zero": (lambda q, k: ((q @ k.mT) / 0.0).nan_to_num(0.0, 1.0, -1.0), SCORES.sign()),
+    "a key, heads last": (
+        lambda q, k: (torch.einsum("bhid,bhjd->bihj", q, k).mT * FACTORS.new_tensor([[0.5]] * 24)).permute(0, 3, 1, 2),
+        SCORES,
+    ),
+    "a head, of heads folded": (
+        lambda q, k: (q.flatten(0, 1) @ k.flatten(0, 1).mT).view(2, H, 6, 24) * FACTORS[:H, :, None],
+        SCORES * 2 * FACTORS[:H, :, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SCALED)
+def test_factors_that_no_query_can_take_are_in_the_scores(how: str) -> None:
+    scores, wanted = SCALED[how]
+    agree(only(lambda q, k, v: scores(q, k).softmax(-1) @ v, Q, K, V), wanted)
 
 
 def written(p: Tensor) -> Tensor:
@@ -413,9 +435,10 @@ def test_softmax_off_by_one_has_a_sink_at_zero() -> None:
         lambda q, k, v: (q @ k.mT).sigmoid() @ v,
         lambda q, k, v: (q @ k.mT) @ v,
         lambda q, k, v: (lambda e: (e / (1 + e.sum(-1, keepdim=True))) @ v)((q @ k.mT).exp()),
+        lambda q, k, v: (q.unsqueeze(-2) * k.unsqueeze(-3))[:, :, 0].sum(-1).softmax(-1),
         lambda q, k, v: torch.vmap(lambda a, b, c: (a @ b.mT).softmax(-1) @ c)(q, k, v),
     ],
-    ids=["slots", "sigmoid", "linear", "one more in the sum", "vmap"],
+    ids=["slots", "sigmoid", "linear", "one more in the sum", "one row of those multiplied out", "vmap"],
 )
 def test_what_is_no_softmax_over_keys_or_cannot_be_told_is_not_shown(function) -> None:
     assert calls_of(function, Q, K, V) == []
