@@ -87,7 +87,7 @@ class SinkGroup(Sink):
         self._each("open", run_dir, meta)
 
     def amend(self, meta: Mapping[str, Any]) -> None:
-        self._each(lambda s: s.amend(meta))
+        self._each("amend", meta)
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         self._each("write_reading", reading, scalars)
