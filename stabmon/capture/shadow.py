@@ -87,8 +87,12 @@ def _keeper(held: Any) -> Callable[[], None] | None:
 
         return refill
     if isinstance(held, torch.Generator):
-        drawn = held.get_state()
-        return lambda: held.set_state(drawn) and None
+        drawn, generator = held.get_state(), held
+
+        def draw_again() -> None:
+            generator.set_state(drawn)
+
+        return draw_again
     if isinstance(held, np.random.Generator):
         numbers = copy.deepcopy(held.bit_generator.state)
         return lambda: setattr(held.bit_generator, "state", numbers)

@@ -73,7 +73,7 @@ class StabilityCallback(pl.Callback):
         """Start watching; on a resume, go on where the checkpoint was."""
         self.close()
         self._earlier, self.monitor = self.issues, None
-        dry = bool(trainer.fast_dev_run or trainer.barebones)  # modes in which Lightning leaves no file either
+        dry = bool(getattr(trainer, "fast_dev_run", False) or trainer.barebones)  # modes in which Lightning leaves no file either
         run_dir = None if dry else self._run_dir or trainer.log_dir or trainer.default_root_dir
         try:
             sinks: list[str | Sink] = [each for each in self.config.sinks if not dry or _leaves_nothing(each)]

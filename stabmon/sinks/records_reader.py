@@ -64,10 +64,8 @@ def read_records(run_dir: str | Path) -> Records:
         interventions = list(_lines(folder / INTERVENTIONS, skipped, dict[str, Any]))
     except OSError as error:
         raise ValueError(f"the stabmon records in {folder} cannot be read: {error}") from error
-    numbers = sorted({run for lines in (readings, issues, interventions) for run, _, _ in lines})  # type: ignore[attr-defined]
-    runs = tuple(
-        Records(*(tuple(kept) for kept in _of_run(run, readings, issues, interventions)), meta, (), folder) for run in numbers
-    )
+    numbers = sorted({run for lines in (readings, issues, interventions) for run, _, _ in lines})
+    runs = tuple(Records(*_of_run(run, readings, issues, interventions), meta, (), folder) for run in numbers)
     return Records(
         readings=tuple(each for run in runs for each in run.readings),
         issues=tuple(each for run in runs for each in run.issues),
@@ -84,7 +82,7 @@ def _of_run(
     readings: list[tuple[int, int, Reading]],
     issues: list[tuple[int, int, StabilityIssue]],
     interventions: list[tuple[int, int, dict[str, Any]]],
-) -> tuple[list[Reading], list[StabilityIssue], list[Mapping[str, Any]]]:
+) -> tuple[tuple[Reading, ...], tuple[StabilityIssue, ...], tuple[Mapping[str, Any], ...]]:
     """What is left of one run once a later start has won from its first reading on."""
     own = [(start, reading) for number, start, reading in readings if number == run]
     ends = _ends(own)
@@ -93,7 +91,7 @@ def _of_run(
     done = [
         record for number, start, record in interventions if number == run and record.get("step", 0) < ends.get(start, math.inf)
     ]
-    return [by_step[step] for step in sorted(by_step)], sorted(told, key=lambda issue: issue.step), done
+    return tuple(by_step[step] for step in sorted(by_step)), tuple(sorted(told, key=lambda issue: issue.step)), tuple(done)
 
 
 def _folder(path: Path) -> Path:

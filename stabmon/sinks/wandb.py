@@ -125,7 +125,7 @@ class WandbSink(Sink):
     def _make(self) -> Any:
         """A run of our own, which leaves W&B to the training loop: its ``wandb.init`` may be still to come."""
         run = self._wandb.init(project=self._project, config={"stabmon": dict(self._meta)}, reinit="create_new")
-        library = getattr(run, "_wl", None)
+        library: Any = getattr(run, "_wl", None)
         if hasattr(library, "remove_active_run"):
             # "create_new" does not touch `wandb.run`, but a later `wandb.init` would return the newest active run, which is ours,
             # and log into what we finish. There is no public way out (0.31); without this the run would be shared.

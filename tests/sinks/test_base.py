@@ -1,5 +1,6 @@
 """The group that isolates sinks, and what all sinks have in common."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ import pytest
 from stabmon.records import Reading
 from stabmon.sinks import SINKS, Sink, SinkGroup
 from stabmon.sinks.console import ConsoleSink
+from stabmon.sinks.jsonl import JsonlSink
 from stabmon.sinks.mlflow import MlflowSink
 from stabmon.sinks.tensorboard import TensorboardSink
 from stabmon.sinks.wandb import WandbSink
@@ -144,3 +146,12 @@ def test_a_missing_package_names_its_extra(sink: type[Sink], package: str, monke
     group.open(None, META)
     assert group.failed[sink.__name__] == f'ImportError: {package} is not installed: pip install "stabmon[{package}]"'
     assert len(group.sinks) == 1
+
+
+def test_a_group_amends_the_metadata_of_its_sinks(tmp_path):
+    group = SinkGroup([JsonlSink()])
+    group.open(tmp_path, {"a": 1})
+    group.amend({"b": 2})
+    group.close()
+    assert {"a": 1, "b": 2}.items() <= json.loads((tmp_path / "meta.json").read_text()).items()
+    assert group.troubled == set()
