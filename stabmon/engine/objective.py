@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -67,11 +68,17 @@ class Objective:
         after = logits.detach().flatten(0, -2)[self._rows].float()
         return tuple((_cross_entropy(each, labels) * weights).double().sum() / self._share for each in (self._logits, after))  # type: ignore[return-value]
 
-    def _take_factor(self, gradient: Tensor) -> None:
-        self._factor = gradient.detach().double().clone()
+    def _take_factor(self, gradient: Tensor | None) -> None:
+        """A hook in backward, which must not raise. Compiled code hands over None for an output that nothing used."""
+        if gradient is not None:
+            with contextlib.suppress(Exception):
+                self._factor = gradient.detach().double().clone()
 
-    def _take_gradient(self, gradient: Tensor) -> None:
-        self._gradient = gradient.detach().flatten(0, -2)[self._rows].float().clone()
+    def _take_gradient(self, gradient: Tensor | None) -> None:
+        """The same for logits."""
+        if gradient is not None:
+            with contextlib.suppress(Exception):
+                self._gradient = gradient.detach().flatten(0, -2)[self._rows].float().clone()
 
 
 def _logits_in(output: Any) -> Tensor | None:

@@ -118,3 +118,23 @@ def test_of_two_groups_the_one_that_is_too_fast_is_held_alone():
     caps = [each.record["after"]["caps"] for each in guard.applied if each.intervention.name == "cap_learning_rate"]
     assert caps
     assert set(caps[0]) == {"0.0"}
+
+
+def test_of_a_compiled_model_with_an_output_that_nothing_uses_no_hook_raises_into_backward():
+    class Two(Model):
+        def forward(self, ids, labels=None):
+            logits, loss = super().forward(ids, labels)
+            return {"loss": loss, "logits": logits}
+
+    torch.manual_seed(0)
+    model = Two()
+    compiled = torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.AdamW(model.parameters(), GOOD)
+    with stabmon.AttentionStabilityMonitor(compiled, optimizer, log_every=2, sinks=[]) as monitor:
+        for ids, labels in batches(4):
+            optimizer.zero_grad()
+            loss = compiled(ids, labels)["loss"]
+            loss.backward()
+            optimizer.step()
+            monitor.on_step(loss=loss.detach())
+        assert not monitor.errors
