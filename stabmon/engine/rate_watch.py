@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,9 @@ more."""
 LOW = 0.3
 """Median gain ratio of ``BURST`` steps in a row below which they are too long. A quadratic's best step has 1/2; small runs that ended
 healthy stayed above 0.42 but for two at ten times the usual rate, those that a rate ruined came to 0.33 and less, mostly below 0.1."""
+LONG = 0.35
+"""The same for the mean of twice as many, each taken as -1/2 at least and 1 at most: what batches disagree on needs more of them. Healthy
+runs stayed above 0.42 but for the same two, those that a rate ruined came to 0.32 and less."""
 FINE = 0.6
 """Gain ratio from which on the next steps need not be probed."""
 BURST = 4
@@ -103,6 +107,8 @@ class RateWatch:
         if quality.step == self._first and quality.gain_ratio < BRISK:
             return "first_step" if quality.gain_ratio < FIRST else "brisk"
         if len(ratios) == BURST and (ratios[1] + ratios[2]) / 2 < LOW:
+            return "steps"
+        if len(self._burst) == 2 * BURST and fmean(min(max(each.gain_ratio, -0.5), 1.0) for each in self._burst) < LONG:
             return "steps"
         if quality.gain_ratio >= FINE:
             self._fine = {key: max(rate, self._fine.get(key, 0.0)) for key, rate in rates.items()}

@@ -39,6 +39,8 @@ def test_a_healthy_run_is_probed_in_the_first_steps_and_as_its_rate_rises():
         ([BRISK + 0.01], [None]),
         ([0.5, LOW - 0.1, LOW - 0.1, LOW - 0.1], [None, None, None, "steps"]),
         ([0.5, LOW - 0.1, LOW + 0.2, LOW + 0.2], [None] * 4),
+        ([0.45, -0.2, 0.45, 0.45, 0.45, 0.2, 0.45, 0.2], [None] * 7 + ["steps"]),
+        ([0.45] * 8, [None] * 8),
         ([math.nan], [None]),
     ],
 )
