@@ -17,6 +17,7 @@ demo: .venv/installed
 	@$(BIN)/python train/demo.py
 
 bench: .venv/installed
+	@$(PIP) install -c constraints.txt -e ".[bench]"
 	@status=0; for script in $$(grep -l '"__main__"' tests/bench/*.py); do \
 		echo "== $$script"; $(OFFLINE) $(BIN)/python $$script || status=1; \
 	done; exit $$status

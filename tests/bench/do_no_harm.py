@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib.util
 import logging
 import math
 import os
@@ -634,6 +635,9 @@ def main() -> int:
     failed, begun = 0, time.perf_counter()
     for case in cases(given.steps):
         if given.only not in case.name:
+            continue
+        if case.loop == "trl" and importlib.util.find_spec("trl") is None:
+            print(f"{case.name:<48}not run: pip install -c constraints.txt -e '.[bench]'", flush=True)
             continue
         started = time.perf_counter()
         found, watched = pair_over_ranks(case) if "DDP" in case.variant else pair(case)
