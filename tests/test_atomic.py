@@ -12,7 +12,8 @@ from interventions.runs import run_of
 import stabmon.controllers.store as store
 from stabmon.atomic import replace_whole, write_text
 from stabmon.controllers import attach_controllers, load_controllers, save_controllers
-from stabmon.interventions.snapshots import HealthyStates, Snapshot
+from stabmon.interventions.healthy_states import HealthyStates
+from stabmon.interventions.snapshots import Snapshot
 from tests.small import gpt2
 
 

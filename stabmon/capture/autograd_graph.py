@@ -32,7 +32,7 @@ ANEW = 4
 
 
 def kind_of(name: str) -> Kind:
-    """What a node did in the forward, by its name without ``Backward0``."""
+    """Name the operation of a node in the forward: its own name without ``Backward0``."""
     if name in KINDS:
         return KINDS[name]
     low = name.lower()
@@ -44,7 +44,7 @@ def kind_of(name: str) -> Kind:
 
 
 def graph_of(output: Any, parameters: Mapping[int, str]) -> tuple[list[Op], dict[Op, list[str]]]:
-    """What led to ``output``.
+    """Collect the nodes that led to ``output``.
 
     Args:
         output: what the forward returned.
@@ -149,7 +149,7 @@ def _number(node: Any) -> int:
 
 
 def is_from_another_thread(op: Op) -> bool:
-    """Whether a node's number is clearly below that of one it was computed from: each thread counts its nodes by itself.
+    """Tell a node of another thread: its number is clearly below that of one it was computed from, since each thread counts by itself.
 
     A view of what was written to in place gets its node anew while that of its user is being made, so right after it.
     """

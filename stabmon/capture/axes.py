@@ -1,4 +1,4 @@
-"""Which dimensions of a tensor of scores are queries and which are keys, through views, joins and arithmetic."""
+"""Follow the query and key dimensions of scores through views, joins and arithmetic."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Axes:
 
 @dataclass(frozen=True)
 class Carried:
-    """What became of a tensor's axes."""
+    """Where a tensor's axes lie after an operation."""
 
     axes: Axes
     in_order: bool = True
-    """Whether batch and heads are still in their order, all of them."""
+    """True while batch and heads are all there, in their order."""
     start: int = 0
     """The first of the old columns that is still there, where there was one dimension of them."""
 

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from stabmon.interventions.base import INTERVENTIONS, Applied, CannotApply, Intervention
 from stabmon.interventions.choose import Budget, Chooser, stored_key
 from stabmon.interventions.families import FAMILIES, Key, family_of
+from stabmon.interventions.healthy_states import HealthyStates
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.run import TrainingRun
 from stabmon.interventions.saved import SavedAct
-from stabmon.interventions.snapshots import HealthyStates
 from stabmon.records import AttentionCall, StabilityIssue
 from stabmon.stored import Stored
 

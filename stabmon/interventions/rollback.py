@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.healthy_states import HealthyStates
 from stabmon.interventions.run import TrainingRun
-from stabmon.interventions.snapshots import HealthyStates, Snapshot
+from stabmon.interventions.snapshots import Snapshot
 
 FEW = 100
 """Steps that a run which was broken from the start may be put back by though its loss keeps to its course."""
@@ -27,8 +28,8 @@ class Rollback(Intervention):
     record says what it goes back to and why.
 
     States are kept on the host, or in ``run_dir`` where they are too large for ``memory_gb``: see
-    :class:`~stabmon.interventions.snapshots.HealthyStates`. Undoing it brings the spoilt state back bit for bit, and with it the loss of
-    what was trained since. A parameter that was added to the run since the state was taken keeps its value.
+    :class:`~stabmon.interventions.healthy_states.HealthyStates`. Undoing it brings the spoilt state back bit for bit, and with it the loss
+    of what was trained since. A parameter that was added to the run since the state was taken keeps its value.
     """
 
     run_wide: ClassVar[bool] = True

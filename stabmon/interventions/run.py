@@ -20,7 +20,7 @@ from stabmon.optimizer_view import ParameterGroup, innermost, parameter_groups, 
 from stabmon.rules.history import History
 
 if TYPE_CHECKING:
-    from stabmon.interventions.snapshots import HealthyStates
+    from stabmon.interventions.healthy_states import HealthyStates
     from stabmon.replay import ForwardCall
 
 logger = logging.getLogger("stabmon")

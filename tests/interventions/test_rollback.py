@@ -7,9 +7,10 @@ import torch
 
 from interventions.runs import all_bits, differences, first_layer, growth, loss_of, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions.healthy_states import HealthyStates
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
-from stabmon.interventions.snapshots import HealthyStates, Snapshot, snapshot_bytes
+from stabmon.interventions.snapshots import Snapshot, snapshot_bytes
 from stabmon.records import Reading
 from stabmon.rules.history import History
 

@@ -17,13 +17,13 @@ from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
 from stabmon.interventions.cap_scale import CapScale
 from stabmon.interventions.entropy_regularization import EntropyRegularization
 from stabmon.interventions.extend_warmup import ExtendWarmup
+from stabmon.interventions.healthy_states import HealthyStates
 from stabmon.interventions.increase_dropout import IncreaseDropout
 from stabmon.interventions.logit_softcap import LogitSoftcap
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.skip_step import SkipStep
-from stabmon.interventions.snapshots import HealthyStates
 from stabmon.interventions.soften_logits import SoftenLogits
 from stabmon.interventions.stop import Stop
 
