@@ -118,10 +118,13 @@ def sample_of(call: AttentionCall, index: int) -> AttentionCall:
     def part(tensor: Tensor | None) -> Tensor | None:
         return tensor[one] if tensor is not None and tensor.dim() == 4 and len(tensor) > 1 else tensor
 
+    def copy(tensor: Tensor | None) -> Tensor | None:
+        """A fresh tensor: products round otherwise by strides and by where in memory a sample begins."""
+        return None if tensor is None else tensor[one].clone(memory_format=torch.contiguous_format)
+
     sinks = call.sinks[one] if call.sinks is not None and call.sinks.dim() > 1 else call.sinks
-    return replace(
-        call, query=part(call.query), key=part(call.key), mask=part(call.mask), scores=part(call.scores), sinks=sinks
-    )
+    query, key, scores = copy(call.query), copy(call.key), part(call.scores)
+    return replace(call, query=query, key=key, mask=part(call.mask), scores=scores, sinks=sinks)
 
 
 def maps_of(operator: AttentionOperator) -> SampleMaps:

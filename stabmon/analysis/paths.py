@@ -122,9 +122,10 @@ class UpPath(Path):
         assert state is not None
         source = self.source_state[index] if layer.part == "cross" and self.source_state is not None else None
         flags = self._triangular.setdefault(layer.part, [self._choose is None and self.source_state is None] * layer.batch)
-        flags[index] = step_up(
-            state[index], maps, self.fusion, self.residual, source=source, triangular=flags[index], look=look
-        )
+        work = state[index].clone() if len(state) > 1 else state[index]  # begins where memory is aligned, as alone
+        flags[index] = step_up(work, maps, self.fusion, self.residual, source=source, triangular=flags[index], look=look)
+        if len(state) > 1:
+            state[index] = work
 
     def _start(self, layer: Layer, index: int, valid: Tensor, state: Tensor | None) -> Tensor:
         """The state before the first layer: the identity, or columns of it, first token and ones last."""
