@@ -36,6 +36,8 @@ class SeenCall:
     batch: int
     queries: int
     keys: int
+    is_self: bool = False
+    """Each query is known to be of the same token as a key, so that hidden keys tell of padding."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class CallReader:
         prefix, tail, block = split_name(name)
         first = self._first_of_block.setdefault(block, name)
         kind = self._kind(call, tail, queries, keys, is_second=first != name and block != prefix)
-        return SeenCall(call.layer, kind, prefix, batch, queries, keys)
+        return SeenCall(call.layer, kind, prefix, batch, queries, keys, call.is_self)
 
     def _kind(self, call: AttentionCall, tail: str, queries: int, keys: int, is_second: bool) -> CallKind:
         says = getattr(call.module, "is_cross_attention", None)
