@@ -41,7 +41,7 @@ class Positions:
     def check(self, batch: int) -> None:
         """Raise ``ValueError`` where positions are given for another number of samples than ``batch``."""
         if self.grid.ndim == 2 and len(self.grid) != batch:
-            raise ValueError(f"{self._what} are given for {len(self.grid)} samples, and the batch has {batch}")
+            raise ValueError(f"{self._what}s are given for {len(self.grid)} samples, and the batch has {batch}")
 
     def of(self, index: int, valid: Tensor) -> Tensor:
         """Return the positions ``[n]`` of one sample.

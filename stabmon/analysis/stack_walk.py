@@ -141,8 +141,8 @@ class Walk:
         """
         if layer.batch not in self.batches:
             raise ValueError(
-                f"{layer.name} attends within {layer.batch} groups of {layer.queries} tokens, and the batch has "
-                f"{min(self.batches)} samples: windows have no rollout; name layers over whole samples by attention_layer_pattern"
+                f"{layer.name} attends within {layer.batch} groups of {layer.queries} tokens, which are not the "
+                "batch's samples: windows have no rollout; name layers over whole samples by attention_layer_pattern"
             )
         if layer.part == "cross":
             if self._count["self"] <= self.settings.start_layer and self.settings.start_layer:
