@@ -36,7 +36,9 @@ def objective_of(output: Any, wanted: Objective | None, targets: Positions | Non
         classes = log_p.detach().argmax(-1)
     else:
         given = torch.as_tensor(wanted, device=log_p.device)
-        classes = given.reshape(-1, 1).expand(log_p.shape[:2]) if given.numel() > 1 else given.reshape(1, 1).expand(log_p.shape[:2])
+        classes = (
+            given.reshape(-1, 1).expand(log_p.shape[:2]) if given.numel() > 1 else given.reshape(1, 1).expand(log_p.shape[:2])
+        )
         if bool((classes < 0).any()) or bool((classes >= log_p.shape[-1]).any()):
             raise ValueError(f"objective {wanted!r} is no class: there are {log_p.shape[-1]}, 0 to {log_p.shape[-1] - 1}")
     return log_p.gather(-1, classes[..., None]).sum()

@@ -12,7 +12,8 @@ from stabmon.analysis.mixing import FUSIONS, HeadFusion
 from stabmon.analysis.objectives import Objective
 from stabmon.analysis.positions import Positions, Wanted
 from stabmon.analysis.rollout_result import Rollout
-from stabmon.analysis.rollout_run import Settings, roll_given, roll_model
+from stabmon.analysis.rollout_run import roll_given, roll_model
+from stabmon.analysis.stack_walk import Settings
 
 
 def attention_rollout(

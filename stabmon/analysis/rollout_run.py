@@ -17,7 +17,17 @@ from stabmon.analysis.mixing import call_maps
 from stabmon.analysis.objectives import Objective
 from stabmon.analysis.paths import DownPath, Layer, Part
 from stabmon.analysis.rollout_result import Rollout
-from stabmon.analysis.stack_walk import Chosen, LookMaker, Settings, Walk, batch_sizes, check_start, choose, finish_path, seen_calls
+from stabmon.analysis.stack_walk import (
+    Chosen,
+    LookMaker,
+    Settings,
+    Walk,
+    batch_sizes,
+    check_start,
+    choose,
+    finish_path,
+    seen_calls,
+)
 from stabmon.analysis.stacks import SeenCall, stacks_of
 from stabmon.records import AttentionCall
 
@@ -131,7 +141,8 @@ def merge_rollouts(parts: Sequence[Rollout]) -> Rollout:
         return None if tensors[0] is None else torch.cat(tensors)
 
     names = ("matrix", "targets", "first_token_share", "valid", "source_valid", "sources")
-    return replace(first, **{name: joined(name) for name in names})
+    tensors: dict[str, Any] = {name: joined(name) for name in names}
+    return replace(first, **tensors)
 
 
 def sample_dimension(model: nn.Module) -> int:

@@ -23,8 +23,8 @@ logger = logging.getLogger("stabmon")
 
 _told: WeakSet[nn.Module] = WeakSet()
 """Models whose choice of a stack has been reported."""
-LookMaker = Callable[[str, int, Tensor], Look]
-"""For a layer, a sample and its valid rows, what looks at the weights."""
+LookMaker = Callable[[str, int, Tensor], Look | None]
+"""For a layer, a sample and its valid rows, what looks at the weights; None for nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,9 @@ def choose(calls: Sequence[SeenCall], wanted: str) -> Chosen | None:
     decoders = [each for each in stacks if role_of(each, stacks) == "decoder"]
     encoder = encoder_of(decoders[-1], stacks) if decoders else None
     if encoder is None:
-        raise ValueError(f"stack 'joined' needs an encoder and a decoder that attends to it in one forward; found {listed(stacks)}")
+        raise ValueError(
+            f"stack 'joined' needs an encoder and a decoder that attends to it in one forward; found {listed(stacks)}"
+        )
     return decoders[-1], encoder
 
 
@@ -97,9 +99,7 @@ class Walk:
         batches: numbers of samples that the batch can have.
     """
 
-    def __init__(
-        self, model: nn.Module, settings: Settings, chosen: Chosen | None, batches: frozenset[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, chosen: Chosen | None, batches: frozenset[int]) -> None:
         self.model, self.settings, self.chosen, self.batches = model, settings, chosen, batches
         self.reader = CallReader(model)
         self.path = settings.path()
@@ -227,4 +227,6 @@ def batch_sizes(batch: Any) -> frozenset[int]:
 def check_start(start_layer: int, layers: Sequence[str]) -> None:
     """Raise ``ValueError`` where there is no such layer."""
     if not 0 <= start_layer < len(layers):
-        raise ValueError(f"start_layer {start_layer!r}: there are {len(layers)} layers, 0 to {len(layers) - 1}: {', '.join(layers)}")
+        raise ValueError(
+            f"start_layer {start_layer!r}: there are {len(layers)} layers, 0 to {len(layers) - 1}: {', '.join(layers)}"
+        )

@@ -70,7 +70,12 @@ def child(options: dict[str, Any]) -> dict[str, float]:
     """Measure in a fresh process whose allocator gives large blocks back at once."""
     root = Path(__file__).parents[2]
     own = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **own, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {
+        **os.environ,
+        **own,
+        "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     command = [sys.executable, __file__, "--child", json.dumps(options)]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
