@@ -74,6 +74,7 @@ def attention_rollout(
             layers (windows), which no rollout describes.
 
     Example:
+        >>> import torch
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3)
         >>> rollout = attention_rollout(model, torch.randn(2, 5, 8))
         >>> rollout.matrix.shape, bool(torch.allclose(rollout.matrix.sum(-1), torch.ones(2, 5)))
