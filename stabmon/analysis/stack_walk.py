@@ -45,6 +45,12 @@ class Settings:
         targets, sources = (None if each is None else each.beginning(start) for each in (self.targets, self.sources))
         return replace(self, targets=targets, sources=sources)
 
+    def check(self, samples: int) -> None:
+        """Raise ``ValueError`` where positions are given for another number of samples."""
+        for each in (self.targets, self.sources):
+            if each is not None:
+                each.check(samples)
+
     def path(self) -> UpPath | DownPath:
         """Return the cheaper way through the layers."""
         if self.targets is not None and self.sources is None:
@@ -190,15 +196,15 @@ def finish_path(path: UpPath | DownPath, settings: Settings) -> Rollout:
     targets: Tensor | None = None
     if isinstance(path, DownPath):
         assert settings.targets is not None
-        settings.targets.check(len(path.valid))
+        settings.targets.check(len(path.valid), is_part=True)
         matrix, first, targets = path.finish(settings.targets)
     else:
         if settings.sources is not None:
-            settings.sources.check(len(path.valid))
+            settings.sources.check(len(path.valid), is_part=True)
         matrix, first = path.finish()
         sources = path.sources
         if settings.targets is not None:
-            settings.targets.check(len(path.valid))
+            settings.targets.check(len(path.valid), is_part=True)
             targets = torch.stack([settings.targets.of(index, row) for index, row in enumerate(path.valid)])
             matrix = matrix.gather(1, targets[..., None].expand(-1, -1, matrix.shape[2]))
             first = first.gather(1, targets)

@@ -108,7 +108,11 @@ def bart(stack: str | None = None) -> Case:
     from transformers import BartConfig, BartForConditionalGeneration
 
     torch.manual_seed(0)
-    sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 32))}
+    sides = {
+        f"{side}_{name}": size
+        for side in ("encoder", "decoder")
+        for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 32))
+    }
     config = BartConfig(vocab_size=100, d_model=32, max_position_embeddings=64, **sides, **TOKENS)
     return encoder_decoder(sharpen(BartForConditionalGeneration(config)), stack)
 
@@ -206,6 +210,6 @@ def dense_joined(encoder: list[Tensor], decoder: list[Tensor], cross: list[Tenso
             attention[:, :sources, :sources] = torch.eye(sources)
             columns = slice(sources, size) if part == "decoder" else slice(0, sources)
             attention[:, sources:, columns] = maps.mean(1)
-        rollout = (0.5 * attention + 0.5 * torch.eye(size, dtype=torch.float64)) @ rollout
+        rollout = mixed(attention) @ rollout
     owed = rollout[:, sources:, :sources]
     return owed / owed.sum(-1, keepdim=True)
