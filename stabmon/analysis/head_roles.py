@@ -18,12 +18,16 @@ SHARE = 0.5
 """Mass from which a role holds."""
 SINK_SHARE = 0.3
 """The same for ``sink`` (Gu et al. 2024), and the mass from which a second role competes."""
-EVENLY = 0.75
+EVENLY = 0.9
 """Effective keys exp(entropy) over visible keys from which a head is ``uniform``."""
 LEAST_ROWS = 4
 """Rows that can prove a role, below which nothing is said."""
 TOGETHER = 0.8
 """Mass of two offsets from which they are two roles, and no band."""
+APART = 0.2
+"""Part of a content role's mass that must lie on keys which no other role names."""
+REST_OF_BAND = 0.25
+"""Mass that a band must have beside its largest offset, or it is that offset and no band."""
 
 NOT_TESTABLE = {
     "induction": "no token comes again after one that stands apart from the other roles",
@@ -68,6 +72,8 @@ class _Head:
     together: dict[str, dict[str, float]]
     """On the rows of the first role, the mass of the second."""
     offsets: tuple[str, ...]
+    overlap: dict[str, dict[str, float]]
+    """Of a content role, the mass of each offset's key where it is one of the role's apart."""
 
     def holds(self, role: str) -> bool:
         """Whether the role's mass is large enough, whatever others there are."""
@@ -76,11 +82,25 @@ class _Head:
         mass = self.masses[role]
         if mass < 2 * self.expected[role]:
             return False
-        if role in CONTENT and self.masses[f"{role}_alone"] < mass / 2:
-            return False
+        if role in CONTENT:
+            by_offset = max(self.overlap[role].values())
+            if self.masses[f"{role}_alone"] - by_offset < APART * mass:
+                return False
         if role == "duplicate_token":  # matching the own token also finds the query itself
             return mass >= SINK_SHARE and mass + self.together[role]["self"] >= SHARE
         return mass >= (SINK_SHARE if role == "sink" else SHARE)
+
+    def is_part_of(self, offset: str, content: str) -> bool:
+        """Whether an offset's mass lies on keys of a content role, as in a text with a period."""
+        covered = self.overlap[content].get(offset, 0.0)
+        return covered > self.together[content][offset] / 2
+
+    def is_band(self) -> bool:
+        """Whether the mass of ``local`` is spread over the band, and no single offset's."""
+        on_band = self.together["local"]
+        largest = max(on_band[name] for name in self.offsets)
+        rest = on_band["local"] - largest
+        return self.holds("local") and rest >= max(REST_OF_BAND, self.expected["local"])
 
     def compete(self, one: str, other: str) -> bool:
         """Whether two roles share the rows between them."""
@@ -88,6 +108,8 @@ class _Head:
             return False
         first = self.together[one]
         masses = [first[f"{r}_alone" if r in CONTENT else r] for r in (one, other)]
+        if one in CONTENT and other in self.offsets:
+            masses = [mass - self.overlap[one][other] for mass in masses]
         if min(masses) < SINK_SHARE:
             return False
         return not {one, other} <= set(self.offsets) or sum(masses) >= TOGETHER
@@ -109,7 +131,7 @@ def head_roles(layer: str, sums: RoleMasses) -> list[HeadRole]:
         >>> from stabmon.operator import attention_operator
         >>> from stabmon.analysis.layer_scan import scan_layer
         >>> key = torch.eye(40)[None, None]
-        >>> query = 30 * key.roll(-1, dims=2)  # query i matches key i - 1
+        >>> query = 30 * key.roll(1, dims=2)  # query i matches key i - 1
         >>> attention = attention_operator(query, key, scale=1.0, is_causal=True)
         >>> found = scan_layer(attention, valid=torch.ones(1, 40, dtype=torch.bool))
         >>> [role.role for role in head_roles("h.0", found.roles)]
@@ -154,9 +176,9 @@ def _roles_of(layer: str, head: int, sums: RoleMasses) -> list[HeadRole]:
     held = [name for name in held if name not in custom]
     if "duplicate_token" in held:
         held = [name for name in held if name != "self"]
-    single_offsets = [name for name in held if name in one.offsets]
-    crowded = excluded or single_offsets or "duplicate_token" in held
-    if "local" in names and not crowded and one.holds("local"):
+    for content in set(held) & set(CONTENT):
+        held = [name for name in held if not one.is_part_of(name, content)]
+    if "local" in names and not excluded and "duplicate_token" not in held and one.is_band():
         if min(one.masses["sink"], one.together["local"]["sink"]) >= SINK_SHARE:
             between.append(("local", "sink"))
             held = [name for name in held if name != "sink"]
@@ -188,7 +210,9 @@ def _untestable(one: _Head, sums: RoleMasses, names: Sequence[str]) -> dict[str,
     for name in asked:
         if one.rows.get(name, 0) < LEAST_ROWS:
             no_ids = sums.ids is None and name in CONTENT
-            found[name] = "the batch has no token ids" if no_ids else NOT_TESTABLE.get(name, TOO_FEW)
+            found[name] = (
+                "the batch has no token ids" if no_ids else NOT_TESTABLE.get(name, TOO_FEW)
+            )
     return found
 
 
@@ -216,4 +240,14 @@ def _means(head: int, sums: RoleMasses) -> _Head:
         dict(zip(names, rows, strict=True)),
         {a: dict(zip(names, together[i], strict=True)) for i, a in enumerate(names)},
         tuple(sums.offset_names),
+        {
+            name: dict(
+                zip(
+                    sums.offset_names,
+                    (both[:, head] / sums.rows[names.index(name), head].clamp(min=1)).tolist(),
+                    strict=True,
+                )
+            )
+            for name, both in sums.overlap.items()
+        },
     )

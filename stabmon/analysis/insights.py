@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -51,15 +51,6 @@ class Insight:
     n: int = 0
 
 
-class Measured(Protocol):
-    """What insights are drawn from."""
-
-    over_queries: dict[str, dict[str, np.ndarray]]
-    queries: dict[str, np.ndarray]
-    kinds: dict[str, str]
-    similarity: LayerSimilarity | None
-
-
 @dataclass(frozen=True)
 class _Head:
     layer: str
@@ -69,19 +60,30 @@ class _Head:
     kind: str
 
 
-def find_insights(found: Measured) -> list[Insight]:
+Means = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def find_insights(
+    over_queries: Means,
+    queries: Mapping[str, np.ndarray],
+    kinds: Mapping[str, str],
+    similarity: LayerSimilarity | None = None,
+) -> list[Insight]:
     """Draw insights from means over all valid queries.
 
     Nothing is said about heads with fewer than 32 queries, or with fewer than 16 keys of context
     on average; nothing about recency and sinks in cross attention.
 
     Args:
-        found: the patterns.
+        over_queries: ``[layer][name]`` ``[B, H]``, means over the valid queries.
+        queries: layer -> ``[B]``, how many queries these are over.
+        kinds: layer -> ``causal``, ``bidirectional`` or ``cross``.
+        similarity: cosines of the layers' maps.
 
     Returns:
         Insights; an empty list where nothing stands out.
     """
-    heads = [head for head in _heads(found) if head.queries >= LEAST_QUERIES]
+    heads = [head for head in _heads(over_queries, queries, kinds) if head.queries >= LEAST_QUERIES]
     heads = [head for head in heads if head.values["context_size"] >= LEAST_CONTEXT]
     causal = [head for head in heads if head.kind == "causal"]
     insights = [
@@ -129,13 +131,15 @@ def find_insights(found: Measured) -> list[Insight]:
             "trained models have and a compressed cache must keep",
         ),
     ]
-    return [each for each in insights if each is not None] + _redundant(found, heads)
+    return [each for each in insights if each is not None] + _redundant(similarity, heads)
 
 
-def _heads(found: Measured) -> list[_Head]:
+def _heads(
+    over_queries: Means, queries: Mapping[str, np.ndarray], kinds: Mapping[str, str]
+) -> list[_Head]:
     heads = []
-    for layer, values in found.over_queries.items():
-        weight = found.queries[layer].astype(float)
+    for layer, values in over_queries.items():
+        weight = queries[layer].astype(float)
         total = int(weight.sum())
         kept = {name: _mean(value, weight) for name, value in values.items()}
         chance = 1 / np.maximum(values["context_size"], 2)
@@ -143,7 +147,7 @@ def _heads(found: Measured) -> list[_Head]:
         kept["clustering"] = above
         for head in range(values["entropy"].shape[1]):
             each = {name: float(value[head]) for name, value in kept.items()}
-            heads.append(_Head(layer, head, each, total, found.kinds[layer]))
+            heads.append(_Head(layer, head, each, total, kinds[layer]))
     return heads
 
 
@@ -185,15 +189,15 @@ def _about(
     return Insight(kind, text, layers, numbers, threshold, n)
 
 
-def _redundant(found: Measured, heads: list[_Head]) -> list[Insight]:
+def _redundant(similarity: LayerSimilarity | None, heads: list[_Head]) -> list[Insight]:
     """Pairs of layers whose maps look alike, if they differ from even attention at all."""
-    if found.similarity is None:
+    if similarity is None:
         return []
     enough = {head.layer for head in heads}
-    names = found.similarity.layers
-    some = np.isfinite(found.similarity.cosine)
+    names = similarity.layers
+    some = np.isfinite(similarity.cosine)
     count = np.maximum(some.sum(0), 1)
-    cosine = np.where(some, found.similarity.cosine, 0.0).sum(0) / count
+    cosine = np.where(some, similarity.cosine, 0.0).sum(0) / count
     pairs = [
         (names[a], names[b], float(cosine[a, b]))
         for a in range(len(names))

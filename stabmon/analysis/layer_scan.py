@@ -1,4 +1,4 @@
-"""Measure one attention call in one pass over blocks of its rows, in memory linear in its length."""
+"""Measure one attention call in one pass over blocks of its rows, in linear memory."""
 
 from __future__ import annotations
 
@@ -190,7 +190,11 @@ def _of_query(
         visible = visible_keys(a, one, everything)
         context = without_own(visible, own, everything)
         context = context[sample : sample + 1] if len(context) > 1 else context
-        p = row[sample, None, :, None].double() if row.device.type != "mps" else row[sample, None, :, None]
+        p = (
+            row[sample, None, :, None].double()
+            if row.device.type != "mps"
+            else row[sample, None, :, None]
+        )
         found = context_statistics(p, context, for_query=True)
         found["sink_mass"] = mass_at(p, first[sample : sample + 1], everything)
         found["mean_distance"] = mean_distance(p, own, everything)

@@ -3,106 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from stabmon.analysis.attention_maps import AttentionMaps, pooled_map
 from stabmon.analysis.call_facts import reads_other_sequence, token_ids
-from stabmon.analysis.compression_advice import Recommendation, compression_advice
+from stabmon.analysis.compression_advice import compression_advice
 from stabmon.analysis.forward import run_model
-from stabmon.analysis.head_roles import HeadRole, head_roles
-from stabmon.analysis.insights import Insight, find_insights
+from stabmon.analysis.head_roles import head_roles
+from stabmon.analysis.insights import find_insights
 from stabmon.analysis.layer_scan import LayerScan, is_causal_call, scan_layer
-from stabmon.analysis.pattern_record import patterns_record
-from stabmon.analysis.record import AnalysisRecord
+from stabmon.analysis.pattern_record import AttentionPatterns
 from stabmon.analysis.role_masses import RolePattern
-from stabmon.analysis.similarity import LayerSimilarity, layer_similarity
+from stabmon.analysis.similarity import layer_similarity
 from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall
 from stabmon.signals.measure import operator_of
 
-
-@dataclass(frozen=True, eq=False)
-class AttentionPatterns:
-    """Patterns of one batch; B samples, H query heads, K keys; float64 NumPy arrays by layer.
-
-    The context of a query is every key that it sees but its own: the keys before it under
-    causality, the keys on both sides in bidirectional attention, all visible keys in cross
-    attention. Probabilities are the model's own, not renormalised over the context.
-
-    Attributes:
-        statistics: ``[layer][name]`` ``[B, H]`` of the asked query: ``mean``, ``variance`` (over
-            the n keys of the context, divided by n), ``std``, ``max``, ``argmax`` (index of a
-            key, -1 without a context), ``entropy`` (-sum p ln p, nats), ``max_entropy`` (ln n),
-            ``normalized_entropy`` (entropy / ln n), ``focus`` (1 / entropy; inf where one key
-            holds everything), ``recent_distant_ratio`` (mean weight of the newest max(1, n // 4)
-            keys over that of the oldest; inf where only the oldest have none), ``context_mass``
-            (sum p), ``context_size`` (n), ``sink_mass`` (weight of the first visible key) and
-            ``mean_distance`` (sum of p_ij |i - j|, tokens; NaN in cross attention). NaN where a
-            sample has no such query, or its context has too few keys.
-        over_queries: ``[layer][name]`` ``[B, H]``, means over all valid queries with at least two
-            keys of context: ``entropy``, ``normalized_entropy``, ``recent_distant_ratio``,
-            ``sink_mass``, ``mean_distance``, ``context_mass``, ``context_size``; and pooled over
-            these queries ``pooled_recent_distant_ratio``, ``recent_share`` (newest over newest
-            and oldest quarter, 0.5 is even) and ``clustering`` (sum p_j p_{j+1} / sum p_j^2).
-        queries: layer -> ``[B]``, how many queries these means are over.
-        positions: layer -> ``[B]``, the row of the asked query, -1 where there is none.
-        rows: layer -> ``[B, H, K]`` float32, the asked query's weights, its own key included.
-        received: layer -> ``[B, H, K]``, weight that each key receives from all valid queries.
-        seen_by: layer -> ``[B, K]``, how many valid queries see each key.
-        kinds: layer -> ``causal``, ``bidirectional`` or ``cross``.
-        roles: at least one a head, see :class:`HeadRole`; none where the text is too short.
-        insights: what stands out, in words with numbers.
-        recommendations: how the KV cache may be compressed, each measured on the model's loss.
-        rejected: what was measured too and costs too much, each with its reason.
-        similarity: cosines of the layers' maps, or None.
-        maps: maps of the first sample, where asked for.
-        notes: what could not be told, in words.
-    """
-
-    statistics: dict[str, dict[str, np.ndarray]]
-    over_queries: dict[str, dict[str, np.ndarray]]
-    queries: dict[str, np.ndarray]
-    positions: dict[str, np.ndarray]
-    rows: dict[str, np.ndarray]
-    received: dict[str, np.ndarray]
-    seen_by: dict[str, np.ndarray]
-    kinds: dict[str, str]
-    roles: list[HeadRole] = field(default_factory=list)
-    insights: list[Insight] = field(default_factory=list)
-    recommendations: list[Recommendation] = field(default_factory=list)
-    rejected: list[Recommendation] = field(default_factory=list)
-    similarity: LayerSimilarity | None = None
-    maps: AttentionMaps | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers, in the order of the forward."""
-        return tuple(self.statistics)
-
-    def roles_of(self, layer: str, head: int) -> list[str]:
-        """Return the names of a head's roles, the most specific first."""
-        return [r.role for r in self.roles if r.layer == layer and r.head == head]
-
-    def over_samples(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-        """Summarise the statistics over the samples.
-
-        Returns:
-            ``[layer][name]`` -> ``mean``, ``std``, ``min``, ``q25``, ``median``, ``q75``, ``max``,
-            each ``[H]``; NaN of single samples left out.
-        """
-        return {
-            layer: {name: _distribution(values) for name, values in stats.items()}
-            for layer, stats in self.statistics.items()
-        }
-
-    def to_record(self) -> AnalysisRecord:
-        """Return a record of kind ``patterns``; see :func:`patterns_record` for its entries."""
-        return patterns_record(self)
+__all__ = ["AttentionPatterns", "attention_patterns"]
 
 
 def attention_patterns(
@@ -147,6 +67,7 @@ def attention_patterns(
             custom role is none.
 
     Example:
+        >>> import torch
         >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
         >>> found = attention_patterns(layer, torch.randn(3, 6, 8), advice=False)
         >>> found.statistics["self_attn"]["entropy"].shape, found.positions["self_attn"].tolist()
@@ -210,7 +131,9 @@ def attention_patterns(
     compared = layer_similarity(kept, valid_of) if kept else None
     kept.clear()
     found = replace(found, similarity=compared, maps=maps if map_size is not None else None)
-    found.insights.extend(find_insights(found))
+    found.insights.extend(
+        find_insights(found.over_queries, found.queries, found.kinds, found.similarity)
+    )
     if advice:
         advised = compression_advice(model, batch, loss_fn=loss_fn)
         found.recommendations.extend(advised.recommendations)
@@ -247,20 +170,3 @@ def _check_roles(custom: Mapping[str, RolePattern]) -> None:
                 f"custom role {name!r} is a {type(pattern).__name__}: give an offset such as 2, "
                 "or a function (i, j, ids) -> bool"
             )
-
-
-def _distribution(values: np.ndarray) -> dict[str, np.ndarray]:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # NaN in every sample
-        q25, median, q75 = np.nanquantile(values, [0.25, 0.5, 0.75], axis=0)
-        return {
-            "mean": np.nanmean(values, axis=0),
-            "std": np.nanstd(values, axis=0),
-            "min": np.nanmin(values, axis=0),
-            "q25": q25,
-            "median": median,
-            "q75": q75,
-            "max": np.nanmax(values, axis=0),
-        }

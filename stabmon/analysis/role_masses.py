@@ -60,6 +60,8 @@ class RoleMasses:
         together: ``[R, R, H]`` float64: on the rows of the first, the summed mass of the second.
         expected: ``[R, H]`` float64, summed mass of a head that attends evenly.
         rows: ``[R, H]`` int64, rows that can prove each role.
+        overlap: of ``induction`` and ``duplicate_token``: ``[K, H]`` float64, on its rows the
+            summed mass of each offset's key where that is one of its own apart from other roles.
         spread: ``[H]`` float64, summed exp(entropy) / visible keys over ``counted`` rows.
     """
 
@@ -98,6 +100,11 @@ class RoleMasses:
         self.expected = torch.zeros(count, heads, dtype=exact, device=device)
         self.rows = torch.zeros(count, heads, dtype=torch.int64, device=device)
         self.spread = torch.zeros(heads, dtype=exact, device=device)
+        self._apart: dict[str, Tensor] = {}
+        self.overlap = {
+            name: torch.zeros(len(self._offsets), heads, dtype=exact, device=device)
+            for name in self._content
+        }
         self.counted = self._eligible.sum(dim=(0, 2))
         if ids is not None:
             before = torch.full_like(ids, NOWHERE)
@@ -130,18 +137,20 @@ class RoleMasses:
         n = seen.to(p.dtype)
         found = self._first_key(p, rows, cols)
         found += self._by_offset(p, visible, cols, own, seen)
-        found += self._by_content(p, visible, cols, own)
+        found += self._by_content(p, visible, cols, own, seen)
         for function in self._functions.values():
             found.append(self._on(p, visible, self._mask(function, own, cols)))
         mass = torch.stack([m for m, _ in found])
         size = torch.stack([s.expand(mass.shape[1:]) for _, s in found]).to(p.dtype)
         testable = eligible & (size > 0) & (4 * size <= n)
+        exact = self.together.dtype
         for name in self._content:
             place = self.names.index(name)
             testable[place] &= size[place + 1] > 0
             testable[place + 1] = testable[place]
+            both = self._at_offsets(p, self._apart[name], cols, own)
+            self.overlap[name] += torch.einsum("bhr,bhrk->kh", testable[place].to(p.dtype), both)
         chosen = testable.to(p.dtype)
-        exact = self.together.dtype
         self.together += torch.einsum("abhr,cbhr->ach", chosen, mass).to(exact)
         self.expected += (chosen * size / n.clamp(min=1)).sum(dim=(1, 3)).to(exact)
         self.rows += testable.sum(dim=(1, 3))
@@ -151,28 +160,51 @@ class RoleMasses:
     def _first_key(self, p: Tensor, rows: slice, cols: slice) -> list[tuple[Tensor, Tensor]]:
         return [(mass_at(p, self._first, cols), self.attention.visibility.sees_first[..., rows])]
 
+    def _places(self, p: Tensor, cols: slice, own: Tensor) -> tuple[Tensor, Tensor]:
+        """Column of the key at each offset, ``[rows, K]``, and whether the block has it."""
+        offsets = torch.tensor(list(self._offsets), device=p.device)
+        place = own[:, None] - offsets - cols.start
+        inside = (place >= 0) & (place < p.shape[-1])
+        return place.clamp(0, p.shape[-1] - 1), inside
+
     def _by_offset(
         self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         """Masses of single offsets and of the band."""
         if self.is_cross:
             return []
-        offsets = torch.tensor(list(self._offsets), device=p.device)
-        place = own[:, None] - offsets - cols.start
-        inside = (place >= 0) & (place < p.shape[-1])
-        place = place.clamp(0, max(0, p.shape[-1] - 1))
+        place, inside = self._places(p, cols, own)
         mass = torch.where(inside, p.gather(-1, place.expand(*p.shape[:3], -1)), 0.0)
         size = inside & visible.gather(-1, place.expand(*visible.shape[:3], -1))
         found = list(zip(mass.unbind(-1), size.unbind(-1), strict=True))
-        width = (seen // 4).clamp(max=LOCAL_WIDTH)[..., None]
-        reach = width if self.is_causal else (width + 1) // 2
-        near = offsets.abs() < reach
+        near = self._is_near(torch.tensor(list(self._offsets), device=p.device), seen)
         return [*found, ((mass * near).sum(-1), (size & near).sum(-1))]
 
+    def _is_near(self, back: Tensor, seen: Tensor) -> Tensor:
+        """Whether keys ``back`` positions before the query are of its band, ``[…, rows, cols]``.
+
+        Args:
+            back: ``[cols]`` or ``[rows, cols]``.
+            seen: ``[…, rows]`` visible keys.
+        """
+        width = (seen // 4).clamp(max=LOCAL_WIDTH)[..., None]
+        if self.is_causal:
+            return (back >= 0) & (back < width)
+        return back.abs() < (width + 1) // 2
+
+    def _at_offsets(self, p: Tensor, mask: Tensor, cols: slice, own: Tensor) -> Tensor:
+        """Mass ``[B, H, rows, K]`` of each offset's key where ``mask`` ``[B, rows, cols]`` has it."""
+        place, inside = self._places(p, cols, own)
+        hit = inside & mask.gather(-1, place.expand(len(mask), -1, -1))
+        return p.gather(-1, place.expand(*p.shape[:3], -1)) * hit[:, None]
+
     def _by_content(
-        self, p: Tensor, visible: Tensor, cols: slice, own: Tensor
+        self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """Induction and duplicate tokens, each with all its keys, and with those of its alone."""
+        """Induction and duplicate tokens, each on all its keys, and on those of its alone.
+
+        Not alone are keys of the query's band, the first key, and keys of the other of the two.
+        """
         if not self._content or self.ids is None:
             return []
         keys = torch.arange(cols.start, cols.stop, device=p.device)
@@ -180,12 +212,16 @@ class RoleMasses:
         back = own[:, None] - keys
         duplicate = (self.ids[:, None, cols] == tokens) & (back != 0)
         induction = (self._before[:, None, cols] == tokens) & (back != -1)
-        named = (back == 0) | (back == 1) | (keys == self._first[:, :1, None])
+        named = self._is_near(back, seen.amax(1)) | (keys == self._first[:, :1, None])
+        self._apart = {
+            "induction": induction & ~named & ~duplicate,
+            "duplicate_token": duplicate & ~named & ~induction,
+        }
         masks = (
             induction,
-            induction & ~named & ~duplicate,
+            self._apart["induction"],
             duplicate,
-            duplicate & ~named & ~induction,
+            self._apart["duplicate_token"],
         )
         return [self._on(p, visible, mask) for mask in masks]
 
