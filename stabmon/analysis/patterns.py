@@ -22,6 +22,8 @@ from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall
 from stabmon.signals.measure import operator_of
 
+ADVICE_WEIGHTS = 1 << 28
+"""Attention weights of a forward, over all layers, up to which advice is given unasked."""
 __all__ = ["AttentionPatterns", "attention_patterns"]
 
 
@@ -33,7 +35,7 @@ def attention_patterns(
     attention_layer_pattern: str | None = None,
     custom_roles: Mapping[str, RolePattern] | None = None,
     similarity: bool = True,
-    advice: bool = True,
+    advice: bool | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     map_size: int | None = None,
     attention_modules: tuple[str, ...] = (),
@@ -42,7 +44,7 @@ def attention_patterns(
 
     One forward, and one pass over each layer's rows in memory linear in the length. ``similarity``
     keeps queries and keys of all layers and passes over them again; ``advice`` costs up to some
-    two dozen forwards more, and is given for causal language models.
+    two dozen forwards more.
 
     Args:
         model: any model; left as it was.
@@ -53,7 +55,9 @@ def attention_patterns(
         custom_roles: name -> an offset k (key i - k), or a function (i, j, ids) -> bool of query
             positions ``[rows, 1]``, key positions ``[1, cols]`` and token ids ``[B, K]`` or None.
         similarity: whether to compare the layers' maps.
-        advice: whether to measure how the KV cache may be compressed.
+        advice: whether to measure how the KV cache of a causal language model may be compressed;
+            None for yes unless the model forms more than 2.7e8 attention weights in a forward
+            (16 layers of 16 heads at 1024 tokens), where it would take long.
         loss_fn: (output, batch) -> loss of each token ``[B, S]`` or of each sample ``[B]`` in
             nats, for ``advice``; by default the next token's cross-entropy.
         map_size: take maps of the first sample too, pooled to at most so many pixels a side.
@@ -82,11 +86,14 @@ def attention_patterns(
     kept: dict[str, AttentionOperator] = {}
     valid_of: dict[str, Tensor] = {}
     maps = AttentionMaps({}, {}, {}, 0)
+    weights = 0
     own_ids, decoder_ids = token_ids(model, batch)
     padding: dict[tuple[int, int], Tensor] = {}
 
     def look(call: AttentionCall) -> None:
+        nonlocal weights
         attention = operator_of(call)
+        weights += attention.batch * attention.heads * attention.queries * attention.keys
         is_cross = reads_other_sequence(call)
         size = attention.batch, attention.queries
         valid = attention.is_counted.any(1)
@@ -134,7 +141,12 @@ def attention_patterns(
     found.insights.extend(
         find_insights(found.over_queries, found.queries, found.kinds, found.similarity)
     )
-    if advice:
+    if advice is None and weights > ADVICE_WEIGHTS:
+        found.notes.append(
+            f"no compression advice: {weights:.2g} attention weights a forward are many for its "
+            f"two dozen forwards (limit {ADVICE_WEIGHTS:.2g}); ask for it with advice=True"
+        )
+    elif advice is not False:
         advised = compression_advice(model, batch, loss_fn=loss_fn)
         found.recommendations.extend(advised.recommendations)
         found.rejected.extend(advised.rejected)
