@@ -37,6 +37,9 @@ BELOW = {
         *("capture", "gradients", "interventions", "losses", "measurements", "operator", "plots", "records", "replay", "signals"),
         *("corpus", "recipe", "sinks", "trace"),
     },
+    "analysis": {"atomic", "capture", "figures", "operator", "records", "registry", "signals", "sinks"},
+    "figures": set(),
+    "report": {"analysis", "figures", "sinks"},
     "controllers": {"atomic", "capture", "measurements", "operator", "plots", "records", "registry", "rules", "signals", "sinks"},
     "training": {"config", "controllers", "corpus", "monitor", "recipe"},
 }

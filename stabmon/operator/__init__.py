@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from stabmon.operator.base import STATISTICS, AttentionOperator, check_inputs
+from stabmon.operator.base import STATISTICS, AttentionOperator, RowBlock, check_inputs
 from stabmon.operator.blockwise import BlockwiseAttention
 from stabmon.operator.dense import DenseAttention
 from stabmon.operator.fused import FusedAttention
 from stabmon.operator.visibility import Visibility
 
-__all__ = ["ENGINES", "STATISTICS", "AttentionOperator", "attention_operator", "operator_of_scores"]
+__all__ = ["ENGINES", "STATISTICS", "AttentionOperator", "RowBlock", "attention_operator", "operator_of_scores"]
 
 ENGINES: dict[str, type[AttentionOperator]] = {"dense": DenseAttention, "blockwise": BlockwiseAttention, "fused": FusedAttention}
 

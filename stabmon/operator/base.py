@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -48,6 +49,16 @@ EMPTY_ROW: dict[str, float] = {
     "log_odds_of_rest": -math.inf,
 }
 """What a statistic is for a row that sees no key, where that is not 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """The attention weights of some query rows; keys outside ``cols`` have none in any of them."""
+
+    rows: slice
+    cols: slice
+    probabilities: Tensor
+    """``[B, H, rows, cols]``, in [0, 1]; a row sums to 1, to less beside a learned sink, to 0 where it sees no key."""
 
 
 class AttentionOperator(ABC):
@@ -182,6 +193,78 @@ class AttentionOperator(ABC):
         """
         with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
             return self._rmatvec(self._per_query_row(y))
+
+    def row_blocks(self, elements: int = 1 << 20, *, reverse: bool = False) -> Iterator[RowBlock]:
+        """Yield the attention weights of all query rows, a few rows at a time.
+
+        Every row lies in exactly one block. Memory is linear in the number of keys.
+
+        Args:
+            elements: weights in one block, over batch, heads, rows and keys; at least one row is taken.
+            reverse: begin with the last rows.
+
+        Example:
+            >>> from stabmon.operator import attention_operator
+            >>> query = torch.randn(1, 2, 6, 4)
+            >>> attention = attention_operator(query, query, scale=0.5, is_causal=True)
+            >>> [tuple(block.probabilities.shape) for block in attention.row_blocks(elements=24)]
+            [(1, 2, 2, 2), (1, 2, 2, 4), (1, 2, 2, 6)]
+        """
+        step = max(1, elements // max(1, self.batch * self.heads * self.keys))
+        starts = range(0, self.queries, step)
+        for start in reversed(starts) if reverse else starts:
+            rows = slice(start, min(start + step, self.queries))
+            yield RowBlock(rows, *self.probabilities_of(rows))
+
+    def probabilities_of(self, rows: slice, samples: slice = slice(None), heads: slice = slice(None)) -> tuple[slice, Tensor]:
+        """Return the keys that some query rows may see, and the attention weights of the rows over them.
+
+        Args:
+            rows: query rows, with start and stop.
+            samples: batch elements.
+            heads: query heads.
+
+        Returns:
+            The keys as a slice, which may be empty, and the weights ``[b, h, rows, keys]`` in [0, 1], float32 (float64 where the
+            inputs or the engine are). A row with a NaN or +inf logit is NaN.
+        """
+        rows, samples, heads = (
+            slice(*s.indices(n)[:2]) for s, n in ((rows, self.queries), (samples, self.batch), (heads, self.heads))
+        )
+        cols = slice(*self.visibility.key_range(rows.start, rows.stop)) if rows.start < rows.stop else slice(0, 0)
+        with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
+            logits = self._logits_of(rows, cols, samples, heads)
+            if self.sinks is not None:
+                sinks = self.sinks_of_rows()[samples, heads, rows].to(logits.dtype)
+                logits = torch.cat([logits, sinks[..., None]], dim=-1)
+            if logits.shape[-1] == 0:
+                return cols, logits
+            top = logits.amax(-1, keepdim=True)
+            weights = logits.sub_(top.masked_fill(top.isneginf(), 0.0)).exp_()
+            weights /= weights.sum(-1, keepdim=True).masked_fill_(top.isneginf(), 1.0)
+            return cols, weights if self.sinks is None else weights[..., :-1]
+
+    def _logits_of(self, rows: slice, cols: slice, samples: slice, heads: slice) -> Tensor:
+        """What the softmax of some rows sees, ``[b, h, rows, cols]``, hidden keys at -inf; a tensor of its own."""
+        if self.given_scores is not None:
+            logits = self.given_scores[samples, heads, rows, cols].to(self._dtype, copy=True)
+        else:
+            groups = self.heads // self.key_heads
+            first, last = heads.start // groups, -(-heads.stop // groups)
+            query, key = self.query[samples, heads, rows].to(self._dtype), self.key[samples, first:last, cols].to(self._dtype)
+            if groups > 1 and (heads.start % groups or heads.stop % groups):
+                of_head = torch.arange(heads.start, heads.stop, device=key.device) // groups - first
+                logits = query @ key[:, of_head].mT
+            else:
+                folded = query.unflatten(1, (last - first, -1)).flatten(2, 3)
+                logits = (folded @ key.mT).unflatten(2, (-1, rows.stop - rows.start)).flatten(1, 2)
+            logits *= self.scale
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        hidden, bias = self.visibility.of(samples, heads).block(rows, cols)
+        if bias is not None:
+            logits += bias
+        return logits if hidden is None else logits.masked_fill_(hidden, -math.inf)
 
     @cached_property
     def query_squared(self) -> Tensor:

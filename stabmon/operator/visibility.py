@@ -138,7 +138,7 @@ class Visibility:
         seen_from, seen_to = self._plain_range(rows)
         seen_from, seen_to = max(seen_from, cols.start), min(seen_to, cols.stop)
         sides = [cols] if seen_from >= seen_to else [slice(cols.start, seen_from), slice(seen_to, cols.stop)]
-        some = self._of(batch, heads)
+        some = self.of(batch, heads)
         return [some._piece(rows, side) for side in sides if side.start < side.stop]
 
     @property
@@ -146,8 +146,8 @@ class Visibility:
         """Whether all heads of all batch elements see alike."""
         return self.mask is None or self.mask.shape[:2] == (1, 1)
 
-    def _of(self, batch: slice, heads: slice) -> Visibility:
-        """The same for some batch elements and heads, for asking what :meth:`_piece` needs."""
+    def of(self, batch: slice, heads: slice) -> Visibility:
+        """Return the visibility of some batch elements and heads, for asking it for blocks."""
         if self.mask is None or self.is_shared:
             return self
         part = self.mask[batch if self.mask.shape[0] > 1 else slice(None)]

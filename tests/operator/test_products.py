@@ -107,3 +107,28 @@ def test_values_of_a_wrong_shape_are_refused_with_the_shape_that_fits(engine: st
         operator.matvec(torch.zeros(2, 3, 37, 1))
     with pytest.raises(ValueError, match=r"\(2, 6, 36, 1\).*H=6, Q=37"):
         operator.rmatvec(torch.zeros(2, 6, 36, 1))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", CASES)
+def test_row_blocks_are_the_rows_written_out_each_once(name: str, engine: str) -> None:
+    case = CASES[name]
+    p = truth(case).probabilities
+    operator = case.operator(engine)
+    for elements, reverse in ((1, False), (3 * operator.batch * operator.heads * operator.keys, True), (1 << 20, False)):
+        found, times = torch.zeros_like(p), torch.zeros(operator.queries)
+        for block in operator.row_blocks(elements, reverse=reverse):
+            found[:, :, block.rows, block.cols] = block.probabilities.double()
+            times[block.rows] += 1
+        torch.testing.assert_close(found, p, rtol=1e-5, atol=1e-4 if name == "large scores" else 3e-6)
+        assert bool((times == 1).all())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_of_some_samples_and_heads_are_cut_from_those_of_all(name: str) -> None:
+    operator = CASES[name].operator("blockwise")
+    rows = slice(operator.queries // 3, operator.queries)
+    cols, everything = operator.probabilities_of(rows)
+    some, heads = slice(operator.batch - 1, operator.batch), slice(operator.heads // 2, operator.heads)
+    assert operator.probabilities_of(rows, some, heads)[0] == cols
+    torch.testing.assert_close(operator.probabilities_of(rows, some, heads)[1], everything[some, heads], rtol=1e-6, atol=1e-7)

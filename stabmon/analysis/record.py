@@ -1,0 +1,96 @@
+"""What an analysis found, as plain values and arrays that are stored and drawn again without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stabmon.atomic import replace_whole, write_text
+from stabmon.sinks import exact_json
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class AnalysisRecord:
+    """Everything that figures and pages of one analysis are drawn from.
+
+    Attributes:
+        kind: ``rollout``, ``patterns``, ``cake`` or ``heatmap``.
+        values: numbers, strings, lists and mappings; NaN and infinities are kept.
+        arrays: name -> array; where a layer is meant the name is ``<what>/<layer>``.
+    """
+
+    kind: str
+    values: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]:
+    """Write ``<kind>.json`` and ``<kind>.safetensors``, each as a whole.
+
+    The JSON is strict: NaN and infinities follow :data:`stabmon.sinks.exact_json.ENCODING`.
+
+    Args:
+        record: the record.
+        folder: where to; made if it is missing.
+
+    Returns:
+        The two files.
+
+    Raises:
+        OSError: if they cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_record(AnalysisRecord("heatmap", {"n": 1}, {"maps/h.0": np.eye(2)}), folder)
+        ...     load_record(folder, "heatmap").arrays["maps/h.0"].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.ascontiguousarray(array) for name, array in record.arrays.items()}
+    numbers, text = folder / f"{record.kind}.safetensors", folder / f"{record.kind}.json"
+    replace_whole(numbers, lambda path: save_file(arrays, path, metadata={"kind": record.kind}))
+    head = {"schema_version": SCHEMA_VERSION, "kind": record.kind, "arrays": {name: list(a.shape) for name, a in arrays.items()}}
+    write_text(text, exact_json.dumps({**head, **record.values}) + "\n")
+    return text, numbers
+
+
+def load_record(folder: str | Path, kind: str) -> AnalysisRecord:
+    """Read what :func:`save_record` wrote.
+
+    Raises:
+        ValueError: naming the file, if one is missing, corrupt, of another kind or of a later version.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    text, numbers = Path(folder) / f"{kind}.json", Path(folder) / f"{kind}.safetensors"
+    try:
+        values = exact_json.loads(text.read_text())
+    except OSError as error:
+        raise ValueError(f"{text}: {error.strerror or error}; give a folder that stabmon analyze --kind {kind} wrote") from None
+    except ValueError as error:
+        raise ValueError(f"{text}: is no valid record ({error}); run stabmon analyze --kind {kind} again") from None
+    version = values.pop("schema_version", None)
+    if not isinstance(version, int) or version > SCHEMA_VERSION or values.pop("kind", None) != kind:
+        raise ValueError(
+            f"{text}: is no {kind} record of schema_version {SCHEMA_VERSION} or before; update stabmon or run it again"
+        )
+    shapes = values.pop("arrays", {})
+    try:
+        arrays = dict(load_file(numbers))
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"{numbers}: cannot be read ({reason}); run stabmon analyze --kind {kind} again") from None
+    if {name: list(array.shape) for name, array in arrays.items()} != shapes:
+        raise ValueError(f"{numbers}: does not belong to {text.name}; run stabmon analyze --kind {kind} again")
+    return AnalysisRecord(kind, values, arrays)

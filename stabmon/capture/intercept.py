@@ -1,0 +1,205 @@
+"""Act around the attention calls of an unmodified model: read them, change their arguments, replace their result."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from stabmon.capture.base import bind, isolated, kernel_dtype, nearest_module
+from stabmon.capture.names import ModuleNames
+from stabmon.capture.sdpa import PARAMETERS as SDPA_PARAMETERS
+from stabmon.capture.sdpa import read_sdpa
+from stabmon.capture.transformers_kernels import PARAMETERS, Kernel, Reader, reader
+from stabmon.records import AttentionCall
+
+STANDARD = {"attn_mask": "attention_mask", "dropout_p": "dropout", "scale": "scaling"}
+"""What transformers calls the arguments that torch calls otherwise."""
+TORCH = {standard: name for name, standard in STANDARD.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite:
+    """One attention call that is about to be made.
+
+    B batch, H query heads, H_kv key heads, Q queries, K keys, D and E features of a key and a value.
+    """
+
+    layer: str
+    """Qualified name of the module that attends; ``name#1`` … from its second call in a forward on."""
+    module: nn.Module
+    kind: Literal["transformers", "sdpa"]
+    """Whether transformers' attention interface is called, or torch's ``scaled_dot_product_attention`` itself."""
+    arguments: Mapping[str, Any]
+    """By transformers' names: query ``[B, H, Q, D]``, key, value ``[B, H_kv, K, E]``, attention_mask, scaling, is_causal …"""
+    kernel: Kernel
+    reader: Reader
+
+    def read(self, **changes: Any) -> AttentionCall:
+        """Return the record of the call, as it would be with some arguments changed; without gradients."""
+        given = {**self.arguments, **changes}
+        with isolated():
+            return self.reader(self.layer, given, kernel_dtype(given["query"]))
+
+    def run(self, **changes: Any) -> Any:
+        """Make the call, with some arguments changed, and return what the kernel returns."""
+        given = {**self.arguments, **changes}
+        if self.kind == "sdpa":
+            return self.kernel(**{TORCH.get(name, name): value for name, value in given.items()})
+        leading = [given.pop(name, None) for name in PARAMETERS[:5]]
+        return self.kernel(*leading, **given)
+
+    def output(self, result: Any) -> Tensor:
+        """Return the attention output ``[B, H, Q, E]`` in what the kernel returned."""
+        output: Tensor = result if self.kind == "sdpa" else result[0].transpose(1, 2)
+        return output
+
+    def result(self, output: Tensor) -> Any:
+        """Return an attention output ``[B, H, Q, E]`` in the form in which the kernel would return it."""
+        return output if self.kind == "sdpa" else (output.transpose(1, 2).contiguous(), None)
+
+
+Around = Callable[[AttentionSite], Any]
+"""Takes the place of one attention call, and returns what the call must return: ``site.run()``, for example."""
+
+
+@contextmanager
+def intercepted(model: nn.Module, around: Around) -> Iterator[None]:
+    """Let ``around`` stand in for every attention call that ``model`` makes in here.
+
+    Seen are transformers' attention interface with its own kernels (eager, sdpa, flex, flash) and torch's
+    ``scaled_dot_product_attention``, also inside ``nn.MultiheadAttention`` that returns no weights. Attention written by hand,
+    and inside compiled code, is not seen. What ``around`` raises reaches the caller of the model. Gradients flow as they would.
+
+    Args:
+        model: the model; its modules give the layers their names.
+        around: see :data:`Around`.
+
+    Example:
+        >>> from torch import nn
+        >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+        >>> shapes = []
+        >>> with intercepted(layer, lambda site: shapes.append(tuple(site.arguments["query"].shape)) or site.run()):
+        ...     _ = layer(torch.randn(1, 5, 8))
+        >>> shapes
+        [(1, 2, 5, 4)]
+    """
+    names = ModuleNames(model)
+    with ExitStack() as stack:
+        inside = _Depth()
+        stack.enter_context(_interface(names, around, inside))
+        stack.enter_context(_Functions(names, around, inside))
+        stack.callback(model.register_forward_pre_hook(lambda *_: names.new_forward(), prepend=True).remove)
+        yield
+
+
+class _Depth:
+    """How many intercepted calls the present one lies in."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
+
+
+@contextmanager
+def _interface(names: ModuleNames, around: Around, inside: _Depth) -> Iterator[None]:
+    """Wrap what transformers' ``AttentionInterface.get_interface`` returns (a class attribute; checked in 5.23)."""
+    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    original = getattr(interface, "get_interface", None)
+    if original is None:
+        yield
+        return
+
+    @functools.wraps(original)
+    def get_interface(self: Any, implementation: str, default: Kernel) -> Kernel:
+        kernel: Kernel = original(self, implementation, default)
+        read = reader(inspectable(kernel), default)
+        if read is None:
+            return kernel
+
+        @functools.wraps(kernel)
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            given = bind(PARAMETERS, args, kwargs)
+            module, query = given.get("module"), given.get("query")
+            if inside.count or module not in names or not isinstance(query, Tensor) or query.ndim != 4:
+                return kernel(*args, **kwargs)
+            assert isinstance(module, nn.Module)
+            with inside.entered():
+                return around(AttentionSite(names.next_layer(module), module, "transformers", given, kernel, read))
+
+        return attention
+
+    interface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        interface.get_interface = original
+
+
+def inspectable(kernel: Kernel) -> Kernel:
+    """Return the kernel itself, where a capture that is open has wrapped it to look at its calls."""
+    while getattr(kernel, "__module__", "").startswith("transformers.") and hasattr(kernel, "__wrapped__"):
+        if getattr(kernel, "__code__", None) is not None and kernel.__code__.co_filename.endswith("transformers_interface.py"):
+            kernel = kernel.__wrapped__
+        else:
+            break
+    return kernel
+
+
+class _Functions(TorchFunctionMode):
+    """Hands calls of torch's fused attention to ``around``."""
+
+    def __init__(self, names: ModuleNames, around: Around, inside: _Depth) -> None:
+        super().__init__()
+        self._names, self._around, self._inside = names, around, inside
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._inside.count and func is functional.scaled_dot_product_attention:
+            return self._attend(nearest_module(self._names), func, args, kwargs)
+        if not self._inside.count and func is functional.multi_head_attention_forward:
+            return self._multihead(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(self, module: nn.Module | None, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        given = bind(SDPA_PARAMETERS, args, kwargs)
+        if module is None or given["query"].is_nested:
+            return kernel(*args, **kwargs)
+        owner = module
+
+        def read(layer: str, changed: Mapping[str, Any], dtype: torch.dtype) -> AttentionCall:
+            return read_sdpa(layer, owner, {TORCH.get(name, name): value for name, value in changed.items()}, dtype)
+
+        standard = {STANDARD.get(name, name): value for name, value in given.items()}
+        with self._inside.entered():
+            return self._around(AttentionSite(self._names.next_layer(owner), owner, "sdpa", standard, kernel, read))
+
+    def _multihead(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Function modes are off inside of it (torch 2.13), so the kernel is replaced in its own namespace while it runs."""
+        module, kernel = nearest_module(self._names), functional.scaled_dot_product_attention
+
+        def attend(*args: Any, **kwargs: Any) -> Any:
+            return kernel(*args, **kwargs) if self._inside.count else self._attend(module, kernel, args, kwargs)
+
+        functional.scaled_dot_product_attention = attend
+        try:
+            return func(*args, **kwargs)
+        finally:
+            functional.scaled_dot_product_attention = kernel
