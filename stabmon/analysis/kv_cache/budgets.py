@@ -95,9 +95,9 @@ def published(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
 
     Example:
         >>> published([8.0, 1.0, 1.0], total=24, cap=10).tolist()
-        [10, 7, 7]
-        >>> published([1.0, 7.0, 8.0], total=24, cap=10).tolist()  # 3 keys over, all for the first; 1 of the 24 was lost by cutting
-        [4, 10, 10]
+        [10, 8, 6]
+        >>> published([9.0, 4.0, 1.0], total=29, cap=10).tolist()  # two keys are lost
+        [10, 10, 7]
     """
     share = _checked(claims)
     share = share / share.sum() if share.sum() > 0 else np.full(len(share), 1 / len(share))

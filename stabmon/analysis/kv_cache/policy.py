@@ -131,8 +131,8 @@ def best(scores: Tensor, count: Tensor, candidates: Tensor) -> Tensor:
     """
     ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     # two stable sorts: by score, then candidates first
-    order = ranked.argsort(-1, descending=True, stable=True)
-    first = candidates.gather(-1, order).to(torch.int8).argsort(-1, descending=True, stable=True)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    first = candidates.gather(-1, order).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     order = order.gather(-1, first)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
     return (rank < count[..., None]) & candidates

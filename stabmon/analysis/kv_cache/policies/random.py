@@ -28,11 +28,11 @@ class Random(Policy):
     seed: int = 0
 
     def scores(self, layer: PromptLayer) -> Tensor:
-        """Return random numbers in [0, 1), ``[B, H_kv, S]``."""
+        """Return random numbers in (0, 1], ``[B, H_kv, S]``."""
         attention = layer.operator
         place = sum(ord(letter) * 31**index for index, letter in enumerate(layer.name)) % 2**31
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + place)
-        draw = torch.rand(attention.batch, attention.key_heads, attention.keys, generator=generator)
+        draw = 1 - torch.rand(attention.batch, attention.key_heads, attention.keys, generator=generator)
         return draw.to(attention.query.device)
 
     def remember(self, layer: PromptLayer) -> dict[str, Tensor]:
@@ -42,10 +42,10 @@ class Random(Policy):
     def step_scores(self, step: DecodeStep) -> Tensor:
         """Return the draw, with a number for each key that is new, ``[B, H_kv, M]``."""
         draw = step.memory["draw"]
-        fresh = draw.isnan()
+        fresh = draw == 0  # what a key has that came after the prompt
         if bool(fresh.any()):
             generator = torch.Generator().manual_seed(self.seed + int(step.positions.max().item()))
-            numbers = torch.rand(draw.shape, generator=generator).to(draw)
+            numbers = 1 - torch.rand(draw.shape, generator=generator).to(draw)
             draw.copy_(torch.where(fresh, numbers, draw))
         return draw
 

@@ -1,0 +1,9 @@
+"""What a KV cache loses: eviction policies, CAKE's budgets, and real generation with a compressed cache on stock models."""
+
+from __future__ import annotations
+
+from stabmon.analysis.kv_cache.compressed import CompressedCache
+from stabmon.analysis.kv_cache.generate import CompressedGeneration, compressed_generate
+from stabmon.analysis.kv_cache.policy import POLICIES, Policy
+
+__all__ = ["POLICIES", "CompressedCache", "CompressedGeneration", "Policy", "compressed_generate"]
