@@ -5,5 +5,17 @@ from __future__ import annotations
 from stabmon.analysis.kv_cache.compressed import CompressedCache
 from stabmon.analysis.kv_cache.generate import CompressedGeneration, compressed_generate
 from stabmon.analysis.kv_cache.policy import POLICIES, Policy
+from stabmon.analysis.kv_cache.report import CakeReport, LayerCache
+from stabmon.analysis.kv_cache.simulate import simulate_cache, simulate_cake
 
-__all__ = ["POLICIES", "CompressedCache", "CompressedGeneration", "Policy", "compressed_generate"]
+__all__ = [
+    "POLICIES",
+    "CakeReport",
+    "CompressedCache",
+    "CompressedGeneration",
+    "LayerCache",
+    "Policy",
+    "compressed_generate",
+    "simulate_cache",
+    "simulate_cake",
+]

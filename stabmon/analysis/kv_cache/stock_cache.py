@@ -67,6 +67,23 @@ def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
     return cache, shrinking, left_out
 
 
+def left_out_layers(model: nn.Module) -> dict[int, str]:
+    """Return why some layers of a model keep their cache, by index; empty for models that are not of transformers.
+
+    Raises:
+        ValueError: for an encoder–decoder.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        check_decoder(model)
+    if not hasattr(config, "get_text_config"):
+        return {}
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    return {index: reason(layer) for index, layer in enumerate(layers) if type(layer) is not DynamicLayer}
+
+
 def reason(layer: Any) -> str:
     """Say in a few words why a layer of another class keeps its cache."""
     if getattr(layer, "is_sliding", False):
