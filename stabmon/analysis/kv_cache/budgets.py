@@ -20,7 +20,8 @@ def filled(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
     """Share ``total`` keys in proportion to the claims, and what capped layers leave among the rest, likewise.
 
     The budget of layer l is ``clip(c P_l, 1, cap)`` for the one c at which the sum is right, rounded down; the keys that rounding
-    leaves go to the largest remainders. The sum is ``min(total, L cap)``, always. No layer gets 0 where there is a key for each.
+    leaves go to the largest remainders. The sum is ``min(total, L cap)``, always. No layer gets 0 where there is a key for each;
+    where there is not, the largest claims get one.
     Budgets rise with P, up to the one key of rounding.
 
     Args:
@@ -43,7 +44,7 @@ def filled(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
     total, cap = min(int(total), count * int(cap)), int(cap)
     if total <= 0:
         return np.zeros(count, np.int64)
-    least = 1.0 if total >= count else 0.0
+    least = min(1.0, total / count)
     share = np.maximum(share / share.max(), 1e-12) if share.max() > 0 else np.ones(count)
     exact = _clipped(share, total, least, float(cap))
     budgets = np.floor(exact + 1e-9).astype(np.int64)
