@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stabmon.analysis.kv_cache.compressed import CompressedCache
 from stabmon.analysis.kv_cache.generate import CompressedGeneration, compressed_generate
+from stabmon.analysis.kv_cache.perplexity import PerplexityTable, perplexity_by_cache_size
 from stabmon.analysis.kv_cache.policy import POLICIES, Policy
 from stabmon.analysis.kv_cache.report import CakeReport, LayerCache
 from stabmon.analysis.kv_cache.simulate import simulate_cache, simulate_cake
@@ -14,8 +15,10 @@ __all__ = [
     "CompressedCache",
     "CompressedGeneration",
     "LayerCache",
+    "PerplexityTable",
     "Policy",
     "compressed_generate",
+    "perplexity_by_cache_size",
     "simulate_cache",
     "simulate_cake",
 ]

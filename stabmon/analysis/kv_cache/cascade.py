@@ -55,9 +55,7 @@ class Cascade:
         return budgets
 
 
-def allot(
-    preferences: NDArray[np.float64], totals: Sequence[int], caps: Sequence[int], rule: Rule
-) -> NDArray[np.int64]:
+def allot(preferences: NDArray[np.float64], totals: Sequence[int], caps: Sequence[int], rule: Rule) -> NDArray[np.int64]:
     """Share each sample's cache among all layers at once.
 
     Args:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 
-def check_number(name: str, value: float, *, above: float | None = None, least: float | None = None, most: float = math.inf) -> None:
+def check_number(
+    name: str, value: float, *, above: float | None = None, least: float | None = None, most: float = math.inf
+) -> None:
     """Refuse a number outside its range.
 
     Raises:
@@ -69,11 +71,11 @@ def check_sizes(sizes: Sequence[int], lengths: Sequence[int], window: int) -> No
     Example:
         >>> check_sizes([8], [100], 32)
         Traceback (most recent call last):
-        ValueError: cache_size of 8 tokens (sample 0, 100 tokens long) leaves no room beside window_size 32: give more than 32, or a smaller window_size
+        ValueError: cache_size of 8 tokens (sample 0) leaves no room beside window_size 32: give more than 32, or a smaller window
     """
     for sample, (size, length) in enumerate(zip(sizes, lengths, strict=True)):
         if length > size <= window:
             raise ValueError(
-                f"cache_size of {size} tokens (sample {sample}, {length} tokens long) leaves no room beside window_size {window}: "
-                f"give more than {window}, or a smaller window_size"
+                f"cache_size of {size} tokens (sample {sample}) leaves no room beside window_size {window}: "
+                f"give more than {window}, or a smaller window"
             )

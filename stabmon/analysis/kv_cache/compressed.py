@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,6 +66,7 @@ class CompressedCache:
         lengths: tokens of each sample's prompt, padding not counted.
         sizes: keys that each sample may keep in a layer, on average over layers.
         step: forwards since the prompt.
+        on_prompt: called with each layer's index and attention as its prompt goes by.
 
     Raises:
         ValueError: for a model without such a cache, or values out of range.
@@ -103,6 +104,7 @@ class CompressedCache:
         self.lengths: list[int] = []
         self.sizes: list[int] = []
         self.step = -1
+        self.on_prompt: Callable[[int, PromptLayer], None] | None = None
         self._names: dict[int, str] = {}
         self._limits: dict[int, Tensor] = {}
         self._budgets: dict[int, np.ndarray] = {}
@@ -133,6 +135,11 @@ class CompressedCache:
                 self._pending = None
                 for module, training in flags:
                     module.training = training
+
+    @property
+    def layers(self) -> dict[int, Any]:
+        """The layers that can lose keys, by index."""
+        return self._layers
 
     def kept(self) -> dict[str, Tensor]:
         """Return the positions that each layer holds, ``[B, H_kv, M]`` ascending, -1 in empty slots."""
@@ -179,7 +186,7 @@ class CompressedCache:
         _, positions = layer.handed
         if index not in self._names:
             result = site.run()
-            self._after_prompt(index, site)
+            self.take_prompt(index, PromptLayer(site.layer, operator_of(replace(site.read(), is_self=True)), self.window_size))
         else:
             gaps = {"has_gaps": layer.has_gaps}
             changes = {} if positions is None else masked_arguments(site, positions, layer.seen, **gaps)
@@ -195,17 +202,27 @@ class CompressedCache:
         for index, layer in self._layers.items():
             if layer.handed is not None and layer.handed[0] is key:
                 return index
-        index = getattr(site.module, "layer_idx", None)
-        layer = self._layers.get(index) if isinstance(index, int) else None
+        own = getattr(site.module, "layer_idx", None)
+        layer = self._layers.get(own) if isinstance(own, int) else None
         if layer is None or layer.handed is None or layer.handed[0].shape[-2] != key.shape[-2]:
             return None
-        return index
+        return own
 
-    def _after_prompt(self, index: int, site: AttentionSite) -> None:
+    def accept(self, index: int) -> None:
+        """Note that a layer's keys were used in full, as no attention call will show it."""
+        self._pending, self._layers[index].handed = None, None
+
+    def take_prompt(self, index: int, prompt: PromptLayer) -> None:
+        """Let a layer lose keys after its prompt; its keys are those of the whole prompt.
+
+        Raises:
+            ValueError: if the layer is not causal, or the cache has no room beside the window.
+        """
         layer, window = self._layers[index], self.window_size
-        prompt = PromptLayer(site.layer, operator_of(replace(site.read(), is_self=True)), window)
         prompt.check()
-        self._names[index] = site.layer
+        self._names[index] = prompt.name
+        if self.on_prompt is not None:
+            self.on_prompt(index, prompt)
         if self._sharing is None:
             self.lengths = prompt.lengths
             self.sizes = tokens_of(self.cache_size, self.lengths)
@@ -213,6 +230,8 @@ class CompressedCache:
             totals = [max(0, size - window) * len(self._layers) for size in self.sizes]
             totals = [10**9 if n <= size else total for n, size, total in zip(self.lengths, self.sizes, totals, strict=True)]
             self._sharing = Cascade(totals, [max(0, n - window) for n in self.lengths], self.policy.rule)
+        if self.policy.keeps_all:
+            return
         before = self.held_bytes()
         layer.memory = {
             "_score": self.policy.scores(prompt),
@@ -221,7 +240,7 @@ class CompressedCache:
             **self.policy.remember(prompt),
         }
         self._share(prompt)
-        self.stages.append(Stage(site.layer, before, self.held_bytes()))
+        self.stages.append(Stage(prompt.name, before, self.held_bytes()))
         if len(self._names) == len(self._layers):
             self._settle()
 
@@ -264,10 +283,12 @@ class CompressedCache:
             self._limits[index] = torch.where(whole.to(held.device)[:, None], sizes.to(held.device)[:, None], held)
 
     def _after_step(self, index: int, site: AttentionSite, changes: dict[str, Any]) -> None:
+        if not self.decode_eviction or self.policy.keeps_all:
+            return
         layer, limit = self._layers[index], self._limits[index]
         positions = layer.held_positions()
         held = positions >= 0
-        full = self.decode_eviction and bool((held.sum(-1) > limit).any())
+        full = bool((held.sum(-1) > limit).any())
         if not full and not self.policy.follows:
             return
         step = DecodeStep(operator_of(site.read(**changes)), positions, self.window_size, layer.memory)

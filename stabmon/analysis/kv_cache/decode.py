@@ -37,7 +37,7 @@ def decode(
     Returns:
         ``[B, T]`` tokens, and their log-probabilities in nats, float32; the cache has seen all but the last.
     """
-    feed = _Feed(cache.model, input_ids, attention_mask)
+    feed = Feed(cache.model, input_ids, attention_mask)
     tokens, scored = [], []
     with undisturbed(cache.model), cache.attached():
         last = feed(input_ids, cache.key_values, keep=1)
@@ -49,28 +49,42 @@ def decode(
                 last = feed(chosen, cache.key_values) if step < steps - 1 else last
         else:
             tokens.append(continuation)
-            for at in range(0, continuation.shape[1], chunk):
-                part = continuation[:, at : at + chunk]
-                is_last = at + chunk >= continuation.shape[1]
-                fed = part[:, :-1] if is_last else part
-                logits = torch.cat([last[:, -1:], feed(fed, cache.key_values)], 1) if fed.shape[1] else last[:, -1:]
-                scored.append(log_probability(logits[:, : part.shape[1]], part))
-                last = logits
+            scored.append(follow(feed, cache.key_values, last, continuation, chunk))
     nothing = input_ids[:, :0]
     return (torch.cat(tokens, 1), torch.cat(scored, 1)) if tokens else (nothing, nothing.float())
 
 
+def follow(feed: Feed, key_values: Any, last: Tensor, continuation: Tensor, chunk: int) -> Tensor:
+    """Feed a continuation, some tokens at a time, and score each.
+
+    Args:
+        feed: which has fed the prompt.
+        key_values: the cache after the prompt.
+        last: ``[B, 1 or more, V]`` logits, of which the last are the prompt's last token's.
+        continuation: ``[B, T]``.
+        chunk: tokens to feed at once.
+
+    Returns:
+        ``[B, T]`` log-probabilities in nats, float32; the last token is scored and not fed.
+    """
+    scored = []
+    for at in range(0, continuation.shape[1], chunk):
+        part = continuation[:, at : at + chunk]
+        fed = part[:, :-1] if at + chunk >= continuation.shape[1] else part
+        last = torch.cat([last[:, -1:], feed(fed, key_values)], 1) if fed.shape[1] else last[:, -1:]
+        scored.append(log_probability(last[:, : part.shape[1]], part))
+    return torch.cat(scored, 1)
+
+
 @torch.no_grad()
-def full_log_probabilities(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, continuation: Tensor
-) -> Tensor:
+def full_log_probabilities(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, continuation: Tensor) -> Tensor:
     """Return the log-probability of each token of a continuation by one ordinary forward, ``[B, T]`` in nats, float32."""
     new = continuation.shape[1]
     if not new:
         return continuation.float()
     whole = torch.cat([input_ids, continuation[:, :-1]], 1)
     with undisturbed(model):
-        logits = _Feed(model, input_ids, attention_mask)(whole, None, keep=new)
+        logits = Feed(model, input_ids, attention_mask)(whole, None, keep=new)
     return log_probability(logits[:, -new:], continuation)
 
 
@@ -84,7 +98,7 @@ def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
-class _Feed:
+class Feed:
     """Gives a model the next tokens, with the mask and positions that they have in the whole sequence."""
 
     def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> None:

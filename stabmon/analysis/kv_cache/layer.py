@@ -11,10 +11,15 @@ memory; slots and kept keys are counted apart. Layers differ in M freely.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _at_once() -> None:
+    """Nothing has to stand ready."""
 
 
 class KeptKeys:
@@ -36,7 +41,7 @@ class KeptKeys:
     def __init__(self) -> None:
         super().__init__()
         self._forget()
-        self.ready = lambda: None
+        self.ready: Callable[[], None] = _at_once
         """Called before each use; raises where nothing stands ready to gather masks."""
 
     def _forget(self) -> None:
@@ -74,7 +79,9 @@ class KeptKeys:
             ValueError: always, but for 0 tokens.
         """
         if tokens_to_remove:
-            raise ValueError("a compressed cache cannot be rolled back, as evicted keys are gone: use no assisted decoding with it")
+            raise ValueError(
+                "a compressed cache cannot be rolled back, as evicted keys are gone: use no assisted decoding with it"
+            )
 
     def reset(self) -> None:
         """Forget everything."""
@@ -83,7 +90,8 @@ class KeptKeys:
 
     def _per_sample(self, take: Any) -> None:
         """Take samples of everything that is held a sample."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         self.keys, self.values = take(self.keys), take(self.values)
         self.positions = None if self.positions is None else take(self.positions)
         self.memory = {name: take(known) for name, known in self.memory.items()}
@@ -120,7 +128,8 @@ class KeptKeys:
         Returns:
             ``[B, H_kv, M]`` the positions that were dropped, -1 elsewhere.
         """
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         positions = self.held_positions()
         kept = kept & (positions >= 0)
         dropped = positions.masked_fill(kept, -1)

@@ -97,7 +97,8 @@ def flex_mask(mask: Any, positions: Tensor, groups: int, query: Tensor) -> Any:
 
     def at_positions(batch: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         place = positions[batch, head // groups, slot]
-        return (place >= 0) & asked(batch, head, row, place.clamp(min=0))
+        visible: Tensor = asked(batch, head, row, place.clamp(min=0))
+        return visible & (place >= 0)
 
     heads = query.shape[1]
     return create_block_mask(at_positions, len(positions), heads, query.shape[2], positions.shape[2], device=str(query.device))

@@ -58,6 +58,8 @@ class Policy(ABC):
     name: ClassVar[str]
     evicts_in_decode: ClassVar[bool] = True
     """Whether the method, as it was published, goes on evicting while it decodes; else its cache grows with every token."""
+    keeps_all: ClassVar[bool] = False
+    """Whether nothing is ever evicted."""
     follows: ClassVar[bool] = False
     """Whether every decoding step has to be looked at, even one that evicts nothing."""
 

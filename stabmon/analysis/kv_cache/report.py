@@ -125,7 +125,8 @@ class CakeReport:
         """Return the record of kind ``cake``.
 
         Values: ``policy``, ``settings``, ``cache_size``, ``window_size``, ``layers`` (names, in order), ``left_out``, ``lengths``,
-        ``sizes``, ``steps`` (tokens fed after the prompt, F), ``compression_ratio``, ``eviction_frequency``, ``budget_use``, ``perplexity``,
+        ``sizes``, ``steps`` (tokens fed after the prompt, F), ``compression_ratio``, ``eviction_frequency``, ``budget_use``,
+        ``perplexity``,
         ``full_perplexity``, ``choices`` and ``measures`` (the axes of ``preserved``), ``notes``; with a table of perplexities also
         its own, see :meth:`.perplexity.PerplexityTable.entries`.
 

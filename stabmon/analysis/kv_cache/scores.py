@@ -119,7 +119,8 @@ def pooled(values: Tensor, width: int) -> Tensor:
     """
     if width == 1:
         return values
-    return torch.nn.functional.avg_pool1d(values, width, stride=1, padding=width // 2)
+    smooth: Tensor = torch.nn.functional.avg_pool1d(values, width, stride=1, padding=width // 2)
+    return smooth
 
 
 def over_groups(values: Tensor, key_heads: int) -> Tensor:

@@ -63,7 +63,9 @@ def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
             left_out[index] = reason(layer)
     if not shrinking:
         told = ", ".join(sorted(set(left_out.values())))
-        raise ValueError(f"{type(model).__name__} has no layer whose cache grows with the text ({told}): there is nothing to evict")
+        raise ValueError(
+            f"{type(model).__name__} has no layer whose cache grows with the text ({told}): there is nothing to evict"
+        )
     return cache, shrinking, left_out
 
 

@@ -75,9 +75,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def masked_forward(
-    model: Any, ids: Tensor, kept: dict[str, Tensor], prompt: int, attention_mask: Tensor | None = None
-) -> Tensor:
+def masked_forward(model: Any, ids: Tensor, kept: dict[str, Tensor], prompt: int, attention_mask: Tensor | None = None) -> Tensor:
     """Logits ``[B, S + T, V]`` of one full forward; queries from ``prompt`` on see none of the prompt's keys that are not kept."""
     batch, length = ids.shape
     valid = torch.ones_like(ids) if attention_mask is None else attention_mask
@@ -108,9 +106,7 @@ def ids_dtype(site: AttentionSite) -> torch.dtype:
 
 
 @torch.no_grad()
-def compressed(
-    model: Any, ids: Tensor, prompt: int, attention_mask: Tensor | None = None, **settings: Any
-) -> CompressedCache:
+def compressed(model: Any, ids: Tensor, prompt: int, attention_mask: Tensor | None = None, **settings: Any) -> CompressedCache:
     """A cache after the prompt."""
     cache = CompressedCache(model, **({"decode_eviction": False} | settings))
     mask = None if attention_mask is None else attention_mask[:, :prompt]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stabmon.analysis.kv_cache import POLICIES, CompressedCache, compressed_generate
-from tests.analysis.kv_cache.models import MAKERS, compressed, gemma3, gpt2, llama, masked_forward, tokens
+from tests.analysis.kv_cache.models import MAKERS, compressed, gemma3, llama, masked_forward, tokens
 
 PROMPT, NEW = 40, 12
 SMALL = {"cache_size": 16, "window_size": 6}
@@ -105,8 +105,7 @@ def test_sliding_layers_are_left_out_and_counted(attention: str) -> None:
         assert list(kept) == ["model.layers.1.self_attn", "model.layers.3.self_attn"]
         with cache.attached():
             made = [
-                model(ids[:, at : at + step], past_key_values=cache.key_values).logits
-                for at in range(PROMPT, PROMPT + NEW, step)
+                model(ids[:, at : at + step], past_key_values=cache.key_values).logits for at in range(PROMPT, PROMPT + NEW, step)
             ]
         agree(torch.cat(made, 1), masked_forward(model, ids, kept, PROMPT)[:, PROMPT:])
 

@@ -18,6 +18,7 @@ class Full(Policy):
 
     name: ClassVar[str] = "full"
     evicts_in_decode: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = True
 
     def scores(self, layer: PromptLayer) -> Tensor:
         """Return the same for every key, ``[B, H_kv, S]``."""
