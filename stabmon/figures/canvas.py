@@ -51,8 +51,13 @@ def saved(figure: Any, path: str | Path | None) -> Any:
     """
     if path is not None:
         with quiet_glyphs():
-            figure.savefig(path, dpi=150)
+            figure.savefig(path, dpi=resolution(figure))
     return figure
+
+
+def resolution(figure: Any) -> float:
+    """Dots an inch to save a figure with: 150, or what its own setting asks for beyond."""
+    return float(max(150.0, figure.dpi))
 
 
 @contextmanager
@@ -176,17 +181,24 @@ def block_max(matrix: np.ndarray, side: int) -> tuple[np.ndarray, int]:
     (array([[ 5.,  7.],
            [13., 15.]]), 2)
     """
+    factor = -(-max(matrix.shape[-2:]) // side)
+    return (matrix, 1) if factor <= 1 else (block_max_by(matrix, factor), factor)
+
+
+def block_max_by(matrix: np.ndarray, factor: int) -> np.ndarray:
+    """Pool the last two axes by the maximum of ``factor`` × ``factor`` blocks, see :func:`block_max`.
+
+    >>> block_max_by(np.arange(9.0).reshape(3, 3), 2)
+    array([[4., 5.],
+           [7., 8.]])
+    """
     rows, columns = matrix.shape[-2:]
-    factor = -(-max(rows, columns) // side)
-    if factor <= 1:
-        return matrix, 1
     wide = [(0, 0)] * (matrix.ndim - 2) + [(0, -rows % factor), (0, -columns % factor)]
-    padded = np.pad(matrix.astype(np.float64), wide, constant_values=np.nan)
+    kind = matrix.dtype if matrix.dtype.kind == "f" else np.dtype(np.float64)
+    padded = np.pad(matrix.astype(kind), wide, constant_values=np.nan)
     up, across = padded.shape[-2] // factor, padded.shape[-1] // factor
     blocks = padded.reshape(*matrix.shape[:-2], up, factor, across, factor)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # blocks that are NaN throughout stay NaN
-        return np.nanmax(blocks, axis=(-3, -1)), factor
+    return np.fmax.reduce(np.fmax.reduce(blocks, axis=-1), axis=-2)
 
 
 def pooled_note(factor: int) -> str:

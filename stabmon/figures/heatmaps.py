@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from stabmon.figures.canvas import (
     axis_labels,
+    block_max_by,
     drawable,
     image,
     new_figure,
@@ -23,6 +24,9 @@ from stabmon.figures.canvas import (
 MOST_PANELS = 16
 """Layers, and heads, of one grid; of more an even choice is drawn, and the title says so."""
 SCALES = ("shared", "own", "unit")
+MOST_PIXELS = 6500
+"""Longest side of a saved grid. A panel has a pixel for every cell, and more dots an inch if need
+be; where that does not fit into this, the grid is pooled."""
 
 
 def head_grid(
@@ -61,6 +65,7 @@ def head_grid(
     columns = ticks(widest, MOST_PANELS)
     size = 1.15 if max(len(rows), len(columns)) > 6 else 1.7
     figure = new_figure(max(4.5, 1.6 + size * len(columns)), max(2.6, 1.1 + size * len(rows)))
+    maps, pooled = _fitted(figure, maps, size, pooled)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     limits = _limits(
         [maps[row][[c for c in columns if c < maps[row].shape[0]]] for row in rows], scale
@@ -162,6 +167,7 @@ def layer_grid(
     across = min(len(chosen), 6)
     down = -(-len(chosen) // across)
     figure = new_figure(max(5.0, 1.6 + 1.9 * across), 1.2 + 1.95 * down)
+    maps, pooled = _fitted(figure, maps, 1.9, pooled)
     grid = figure.subplots(down, across, squeeze=False)
     limits = _limits([maps[at] for at in chosen], scale)
     shown = None
@@ -241,6 +247,22 @@ def table_map(
     return saved(figure, path)
 
 
+def _fitted(
+    figure: Any, maps: Sequence[np.ndarray], size: float, pooled: int
+) -> tuple[list[np.ndarray], int]:
+    """Set dots an inch so that each cell of a panel of ``size`` inches has one; pool beyond that."""
+    side = max(max(each.shape[-2:]) for each in maps)
+    inches = max(figure.get_size_inches())
+    dots = 1.3 * side / size  # axes are a little smaller than their share of the figure
+    factor = 1
+    if dots * inches > MOST_PIXELS:
+        factor = int(np.ceil(dots * inches / MOST_PIXELS))
+        dots /= factor
+    figure.set_dpi(max(100.0, dots))
+    drawn = [block_max_by(each, factor) if factor > 1 else each for each in maps]
+    return drawn, pooled * factor
+
+
 def _check(maps: Sequence[np.ndarray], layers: Sequence[str], scale: str) -> None:
     if not len(maps):
         raise ValueError("no maps to draw: give one a layer")
@@ -265,3 +287,69 @@ def _short(name: str, most: int = 22) -> str:
 
 def _layer(name: str) -> str:
     return f"layer {name}" if len(name) <= 6 else _short(name)
+
+
+def letter_map(
+    letters: Sequence[Sequence[str]],
+    rows: Sequence[str],
+    legend: Mapping[str, str],
+    *,
+    title: str,
+    row_name: str = "layer",
+    column_name: str = "query head",
+    path: str | Path | None = None,
+) -> Any:
+    """Draw a table of kinds: a letter in each cell, a tone behind it, and what letters mean.
+
+    Args:
+        letters: one list of letters a row; rows may differ in length.
+        rows: names of the rows.
+        legend: letter -> meaning, in the order of the tones.
+        title: what is shown.
+        row_name: what a row is.
+        column_name: what a column is.
+        path: file to save; None for none.
+    """
+    order = list(legend)
+    wide = max((len(row) for row in letters), default=1)
+    matrix = np.full((len(letters), wide), np.nan)
+    for place, row in zip(matrix, letters, strict=True):
+        place[: len(row)] = [
+            order.index(letter[0]) if letter[:1] in order else np.nan for letter in row
+        ]
+    figure = new_figure(
+        min(14.0, max(6.0, 4.4 + 0.34 * wide)), min(14.0, max(2.6, 1.3 + 0.3 * len(rows)))
+    )
+    axes = figure.add_subplot()
+    image(axes, matrix, limits=(-2.5, len(order) + 0.5), cmap="Greys_r")
+    axis_labels(axes, "y", len(rows), [_short(row) for row in rows])
+    axis_labels(axes, "x", wide)
+    for row, line in enumerate(letters):
+        for column, letter in enumerate(line):
+            known = letter[:1] in order
+            dark = known and order.index(letter[0]) < len(order) / 2 - 1
+            axes.text(
+                column,
+                row,
+                letter,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if dark else "black",
+                parse_math=False,
+            )
+    axes.set_ylabel(row_name)
+    axes.set_xlabel(column_name)
+    present = {letter for line in letters for cell in line for letter in cell}
+    lines = [f"{letter}  {meaning}" for letter, meaning in legend.items() if letter in present]
+    axes.text(
+        1.02,
+        1.0,
+        "\n".join(lines),
+        transform=axes.transAxes,
+        va="top",
+        fontsize=8,
+        parse_math=False,
+    )
+    titled(figure, title)
+    return saved(figure, path)
