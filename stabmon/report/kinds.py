@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stabmon.analysis.record import AnalysisRecord
+from stabmon.report.cake import cake_page
 from stabmon.report.heatmap import heatmap_page
 from stabmon.report.page import Page
 from stabmon.report.patterns import patterns_page
+from stabmon.report.rollout import rollout_page
 
 PAGES: dict[str, Callable[[AnalysisRecord], Page]] = {
-    "heatmap": heatmap_page,
+    "rollout": rollout_page,
     "patterns": patterns_page,
+    "cake": cake_page,
+    "heatmap": heatmap_page,
 }
 
 

@@ -196,14 +196,14 @@ def _roles(
     ]
     picture = partial(heatmaps.letter_map, grid, names, LETTERS, title="Role of every head")
     short = dict(zip(layers, names, strict=True))
-    order = sorted(roles, key=lambda role: -_mass(role))
+    order = sorted(roles, key=lambda role: -np.nan_to_num(_mass(role)))
     rows = [
         (
             short.get(role["layer"], role["layer"]),
             str(role["head"]),
             str(role["role"]).replace("_", " "),
             percent(_mass(role)),
-            percent(float(role["evidence"].get("expected", np.nan))),
+            percent(_mass(role, "expected")),
             number(role["evidence"].get("rows")),
         )
         for role in order[:MOST_ROWS]
@@ -227,8 +227,8 @@ def _roles(
     return Section("What each head does", said, [table], [Picture("roles", caption, picture)])
 
 
-def _mass(role: Mapping[str, Any]) -> float:
-    mass = role["evidence"].get("mass")
+def _mass(role: Mapping[str, Any], name: str = "mass") -> float:
+    mass = role["evidence"].get(name)
     return float("nan") if mass is None else float(mass)
 
 
