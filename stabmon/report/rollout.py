@@ -98,6 +98,20 @@ def rollout_page(record: AnalysisRecord) -> Page:
     )
 
 
+def terminal_overlay(record: AnalysisRecord, most: int = 600) -> Any:
+    """Write the first sample's tokens with their shares for a terminal; None of images.
+
+    Args:
+        record: as :func:`rollout_page` takes it.
+        most: tokens; of a longer text nothing is written.
+    """
+    columns = tokens_of(record)
+    position, _, weights = _row(record, 0)
+    if columns is None or len(columns) != len(weights) or len(columns) > most:
+        return None
+    return overlays.text_terminal(columns, weights, marked=position if position >= 0 else None)
+
+
 def _valid_rows(record: AnalysisRecord) -> np.ndarray:
     """Which rows mean something, ``[B, T]``."""
     valid = record.arrays["valid"].astype(bool)
