@@ -28,7 +28,6 @@ COLUMNS = 88
 """Characters a line of the picture holds."""
 MOST_TOKENS = 1200
 """Tokens of one picture; of more the heaviest stretch is drawn."""
-_LEVELS = "0123456789"
 
 
 def text_figure(
@@ -179,10 +178,11 @@ def text_html(
 
 
 def text_terminal(tokens: Sequence[str], weights: np.ndarray, *, marked: int | None = None) -> Any:
-    """Write tokens for a terminal: each with a digit, 9 the largest weight, 0 next to none.
+    """Write tokens for a terminal: each with a digit from 1 to 9, the largest weight.
 
     The terminal's own colours are used, so that light and dark ones are readable, and the digit
-    carries the weight without them; ``?`` stands for NaN, brackets for the marked position.
+    carries the weight without them: tenths of the largest, none below a tenth. ``?`` stands for
+    NaN, brackets for the marked position.
 
     Args:
         tokens: the ``S`` tokens.
@@ -193,8 +193,8 @@ def text_terminal(tokens: Sequence[str], weights: np.ndarray, *, marked: int | N
         A ``rich.text.Text``; control characters in tokens are written as ``·``.
 
     Example:
-        >>> text_terminal(["a", " cat"], np.array([0.1, 0.9])).plain
-        'a₁ cat₉'
+        >>> text_terminal(["a", " cat", "."], np.array([0.1, 0.9, 0.01])).plain
+        'a₁ cat₉.'
     """
     from rich.text import Text
 
@@ -206,7 +206,7 @@ def text_terminal(tokens: Sequence[str], weights: np.ndarray, *, marked: int | N
         word = plain_token(token, 200).replace("␣", " ")
         if position == marked:
             word = f"[{word}]"
-        digit = "?" if level is None else chr(0x2080 + level)
+        digit = "?" if level is None else chr(0x2080 + level) if level else ""
         style = (
             "red"
             if level is None
@@ -217,7 +217,7 @@ def text_terminal(tokens: Sequence[str], weights: np.ndarray, *, marked: int | N
             else ""
         )
         text.append(word, style)
-        text.append(digit, "cyan" if level else "dim")
+        text.append(digit, "cyan")
         if "\n" in token:
             text.append("\n")
     return text
@@ -269,7 +269,7 @@ def image_figure(
 def image_html(
     picture: np.ndarray, grid: np.ndarray, *, unit: str = "share", most: int = 10
 ) -> str:
-    """Write an image under the weights of its patches as HTML: numbers on hover and in a table.
+    """Write an image, dark where its patches' weights are small, as HTML: numbers on hover too.
 
     Args:
         picture: ``[height, width, 3]`` in [0, 1], or 0 to 255 as uint8.
@@ -286,7 +286,8 @@ def image_html(
     cells = []
     for (row, column), weight in np.ndenumerate(grid):
         if np.isfinite(weight):
-            look = f"background:rgba(255,120,0,{0.85 * max(0.0, weight) / high:.3f})"
+            dark = 0.88 * (1 - np.sqrt(max(0.0, weight) / high))
+            look = f"background:rgba(0,0,0,{dark:.3f})"
         else:
             look = "background:repeating-linear-gradient(45deg,#999 0 2px,transparent 2px 6px)"
         tip = html.escape(f"row {row}, column {column}: {weight:.4g} {unit}", quote=True)

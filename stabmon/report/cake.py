@@ -99,12 +99,17 @@ def _shares(record: AnalysisRecord) -> dict[str, dict[str, float]]:
     """Mean over layers and samples of what each choice preserves."""
     preserved = record.arrays["preserved"]
     return {
-        choice: {
+        _named(record, choice): {
             measure: float(mean_of(preserved[:, at, place]))
             for place, measure in enumerate(record.values["measures"])
         }
         for at, choice in enumerate(record.values["choices"])
     }
+
+
+def _named(record: AnalysisRecord, choice: str) -> str:
+    """The policy's name for its own choice, which the record calls ``kept``."""
+    return str(record.values["policy"]) if choice == "kept" else choice
 
 
 def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
@@ -232,7 +237,7 @@ def _budgets(record: AnalysisRecord, names: list[str], meaning: str) -> Section:
 
 def _preserved(record: AnalysisRecord, names: list[str]) -> Section:
     preserved = record.arrays["preserved"]
-    choices = [choice.replace("_", " ") for choice in record.values["choices"]]
+    choices = [_named(record, choice).replace("_", " ") for choice in record.values["choices"]]
     pictures = []
     for place, measure in enumerate(record.values["measures"]):
         groups = {choice: mean_of(preserved[:, at, place], 1) for at, choice in enumerate(choices)}

@@ -32,6 +32,7 @@ def packed_maps(
     pooled: int = 1,
     unit: str = "attention probability",
     layer: int | None = None,
+    title: str = "Map of any layer and head",
     budget: int = BUDGET,
 ) -> dict[str, Any]:
     """Pack one ``[H, Q, K]`` a layer for the page's interactive map.
@@ -44,6 +45,7 @@ def packed_maps(
         keys: tokens of the keys, before any pooling.
         pooled: positions a cell stands for already.
         unit: of the values.
+        title: the map's heading.
         layer: place of the layer that is shown first; the middle one if None.
         budget: bytes of base64 that may be used.
 
@@ -99,7 +101,14 @@ def packed_maps(
         "layer": len(maps) // 2 if layer is None else layer,
         "palette": _palette(),
     }
-    return {"meta": meta, "data": data.decode(), "note": _note(levels, total)}
+    single = len(maps) == 1 and maps[0].shape[0] == 1
+    return {
+        "meta": meta,
+        "data": data.decode(),
+        "note": _note(levels, total),
+        "title": title,
+        "single": single,
+    }
 
 
 def _forms(side: int) -> Iterator[tuple[int, int]]:

@@ -46,6 +46,8 @@ class Picture:
     """What it shows, in a sentence; also its text for readers who see no pictures."""
     draw: Callable[[], Any]
     """Makes the matplotlib figure."""
+    inline: bool = True
+    """Stands in the page; else it is a file alone, where the page has the same as HTML."""
 
 
 @dataclass(frozen=True)

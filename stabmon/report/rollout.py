@@ -19,7 +19,6 @@ from stabmon.report.words import (
     number,
     percent,
     plural,
-    short_layers,
     tokens_of,
 )
 
@@ -69,7 +68,13 @@ def rollout_page(record: AnalysisRecord) -> Page:
         tokens = tokens_of(record)
         same = tokens if tokens and len(tokens) == matrix.shape[2] == matrix.shape[1] else None
         packed = packed_maps(
-            [pooled[None]], ["rollout"], queries=same, keys=same, pooled=factor, unit="share owed"
+            [pooled[None]],
+            ["rollout"],
+            queries=same,
+            keys=same,
+            pooled=factor,
+            unit="share owed",
+            title="Rollout of the first sample",
         )
     return Page(
         kind="rollout",
@@ -267,7 +272,7 @@ def _texts(record: AnalysisRecord, rows: list[tuple[int, int, np.ndarray]]) -> S
             marked=marked,
         )
         caption = f"{title}: darker means more; framed is the token itself."
-        pictures.append(Picture(f"text_{sample}", caption, draw))
+        pictures.append(Picture(f"text_{sample}", caption, draw, inline=False))
     said = [
         "Darker tokens are owed more; point at one for its number. The largest are in the table below the text."
     ]
@@ -302,7 +307,7 @@ def _images(
             fragments.append(f"<h3>{title}</h3>" + overlays.image_html(picture, patches))
             draw = partial(overlays.image_figure, picture, patches, unit="share owed", title=title)
         caption = f"{title}; bright patches are owed most. The scale is the image's own."
-        pictures.append(Picture(f"image_{sample}", caption, draw))
+        pictures.append(Picture(f"image_{sample}", caption, draw, inline=images is None))
     said = [
         f"Patches: {grid['rows']} × {grid['cols']}, after {plural(grid['leading'], 'special token')}."
     ]
@@ -354,9 +359,7 @@ def _first_token(
         "Under a causal mask rollout drifts to the first token with depth, whatever the text says: each layer passes on what the "
         "layers before have gathered there. Hold the pictures against this share."
     )
-    names, meaning = short_layers(record.values["layers"])
-    del names
-    return Section("The first token's share", [said, *([meaning] if meaning else [])], [table])
+    return Section("The first token's share", [said], [table])
 
 
 def _mean(values: np.ndarray, valid: np.ndarray) -> float:

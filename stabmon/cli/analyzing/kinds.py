@@ -206,11 +206,20 @@ def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) ->
         raise ValueError(
             f"--kind cake: {type(model).__name__} generates no text and has no KV cache; use rollout, patterns or heatmap"
         )
+    window = 32 if options.window is None else options.window
+    notes = []
+    if options.cache_size is None:
+        size: int | float = max(inputs.length // 4, 2 * window)
+        notes.append(
+            f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; --cache-size sets it"
+        )
+    else:
+        size = parsed_size(options.cache_size)
     report = simulate_cake(
         model,
         inputs.batch,
-        cache_size=parsed_size(options.cache_size or "0.25"),
-        window_size=32 if options.window is None else options.window,
+        cache_size=size,
+        window_size=window,
         tau1=1.0 if options.tau1 is None else options.tau1,
         tau2=1.0 if options.tau2 is None else options.tau2,
         gamma=200.0 if options.gamma is None else options.gamma,
@@ -218,7 +227,9 @@ def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) ->
         allotment=options.allotment or "filled",
         max_new_tokens=options.max_new_tokens or 0,
     )
-    return report.to_record()
+    record = report.to_record()
+    notes += record.values.get("notes", ())
+    return AnalysisRecord(record.kind, {**record.values, "notes": notes}, record.arrays)
 
 
 def _heatmap(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> AnalysisRecord:

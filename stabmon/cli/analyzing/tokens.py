@@ -15,6 +15,7 @@ from stabmon.check import pretrained
 from stabmon.check.source import Target
 from stabmon.corpus import read_text as read_bytes
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.model", "*.tiktoken")
 UNKNOWN = 0.2
 """Share of unknown tokens from which it is said that the tokenizer does not know the text."""
 
@@ -78,7 +79,7 @@ def read_ids(source: str, wanted: bool) -> Text | None:
             f"{source}: token ids cannot be read ({reason}); give whole numbers as .json, .npy or .pt"
         ) from None
     rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
-    if not found and isinstance(found, list) or any(row == [] for row in rows):
+    if found == [] or [] in rows:
         raise ValueError(f"{source}: is empty; give at least one token")
     numbers = all(
         isinstance(row, list)
@@ -101,7 +102,7 @@ def read_text(source: str, target: Target) -> Text:
     raw = read_bytes(source)[1]
     if not raw.strip():
         raise ValueError(f"--text {source}: is empty; give a text")
-    tokenizer = None if target.tokens_from is None else pretrained.tokenizer_of(target.tokens_from)
+    tokenizer = _tokenizer(target.tokens_from)
     if tokenizer is None:
         return _bytes(raw, target)
     text = raw.decode(errors="replace")
@@ -130,6 +131,19 @@ def read_text(source: str, target: Target) -> Text:
         (after, written(tokenizer, after)),
         notes,
     )
+
+
+def _tokenizer(source: str | None) -> Any:
+    """The tokenizer beside the model; None where a local folder holds none of its files.
+
+    transformers 5.23 makes an empty tokenizer for some of these, which knows no word.
+    """
+    if source is None:
+        return None
+    folder = Path(source)
+    if folder.is_dir() and not any(next(folder.glob(name), None) for name in TOKENIZER_FILES):
+        return None
+    return pretrained.tokenizer_of(source)
 
 
 def written(tokenizer: Any, ids: Sequence[int]) -> list[str]:
