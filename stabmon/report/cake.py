@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -83,6 +83,7 @@ def cake_page(record: AnalysisRecord) -> Page:
                 for at, layer in enumerate(layers)
             },
             "preserved": _shares(record),
+            "perplexities": _costs(record),
         },
     )
 
@@ -141,10 +142,36 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
             f"Over the tokens that follow, perplexity is {number(small, 4)} with this cache and {number(full, 4)} with the full one: "
             f"{number(abs(cost), 2)} nats a token {word}."
         )
+    losses = _losses(record)
+    if losses and policy in losses[1]:
+        sizes, table, whole = losses
+        best = {
+            name: float((each - whole).mean(-1)[-1 if len(sizes) < 2 else len(sizes) // 2])
+            for name, each in table.items()
+        }
+        at = sizes[-1 if len(sizes) < 2 else len(sizes) // 2]
+        first = min(best, key=best.__getitem__)
+        said.append(
+            f"On text that really follows, at a cache of {number(at, 4)} keys, {policy} costs {number(best[policy], 2)} nats a token against the full cache; "
+            f"of {len(best)} policies {first.replace('_', ' ')} costs least ({number(best[first], 2)})."
+        )
     said.append(
         f"Keys were evicted in {percent(values['eviction_frequency'])} of all layers and steps; {percent(values['budget_use'])} of the allowed cache is used."
     )
     return said
+
+
+def _costs(record: AnalysisRecord) -> dict[str, Any] | None:
+    """Mean nats lost against the full cache, by policy and cache size."""
+    losses = _losses(record)
+    if losses is None:
+        return None
+    sizes, table, full = losses
+    return {
+        "cache_sizes": sizes,
+        "full": float(full.mean()),
+        "cost": {name: (each - full).mean(-1).tolist() for name, each in table.items()},
+    }
 
 
 def _number(value: Any) -> float:
@@ -172,29 +199,33 @@ def _findings(record: AnalysisRecord) -> list[Finding]:
                 f"({percent(recent['mass'])}): this model needs no selection at this size.",
             )
         )
-    losses = _losses(record.values)
+    losses = _losses(record)
     if losses:
-        sizes, table = losses
+        sizes, table, _ = losses
         rival = next((name for name in table if name.startswith("recen")), None)
         if policy in table and rival:
-            ours, theirs = (np.log(np.nanmedian(table[name], axis=-1)) for name in (policy, rival))
-            worse = [size for size, gap in zip(sizes, ours - theirs, strict=True) if gap > WORSE]
+            gap = (table[policy] - table[rival]).mean(-1)
+            worse = [number(size) for size, nats in zip(sizes, gap, strict=True) if nats > WORSE]
             if worse:
                 text = (
-                    f"{policy} has a higher perplexity than {rival.replace('_', ' ')} at cache sizes {', '.join(number(size) for size in worse)}, "
-                    f"by {number(float(np.max(ours - theirs)), 2)} nats a token at most: keep the newest keys instead."
+                    f"{policy} costs more than {rival.replace('_', ' ')} at a cache of {', '.join(worse)} keys, by "
+                    f"{number(float(gap.max()), 2)} nats a token at most: keep the newest keys instead."
                 )
                 found.append(Finding("warning", "loses_to_recency", text))
     return found
 
 
-def _losses(values: Mapping[str, Any]) -> tuple[list[float], dict[str, np.ndarray]] | None:
-    """Cache sizes and, by policy, perplexities ``[sizes, prompts]``, where they were measured."""
-    table = values.get("perplexities")
-    if not isinstance(table, Mapping) or not table:
+def _losses(record: AnalysisRecord) -> tuple[list[float], dict[str, np.ndarray], np.ndarray] | None:
+    """Cache sizes in keys, by policy the loss ``[sizes, prompts]`` in nats a token, and the full cache's ``[prompts]``."""
+    if "perplexity_nats" not in record.arrays:
         return None
-    sizes = [float(size) for size in values.get("perplexity_sizes", ())]
-    return sizes, {name: np.asarray(rows, dtype=np.float64) for name, rows in table.items()}
+    values, nats = record.values, record.arrays["perplexity_nats"]
+    context = float(values["perplexity_context"])
+    sizes = [
+        size if size >= 1 else size * context for size in map(float, values["perplexity_sizes"])
+    ]
+    table = dict(zip(values["perplexity_policies"], nats, strict=True))
+    return sizes, table, record.arrays["perplexity_full_nats"]
 
 
 def _budgets(record: AnalysisRecord, names: list[str], meaning: str) -> Section:
@@ -318,32 +349,41 @@ def _decode(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sect
 
 
 def _perplexities(record: AnalysisRecord) -> list[Section]:
-    found = _losses(record.values)
+    found = _losses(record)
     if not found:
         return []
-    sizes, table = found
-    full = record.values.get("full_perplexities")
-    line = float(np.nanmedian(np.asarray(full, dtype=np.float64))) if full is not None else None
-    shown = {name.replace("_", " "): rows for name, rows in table.items()}
-    draw = partial(caches.loss_against_size, sizes, shown, full=line)
+    sizes, table, full = found
+    shown = {name.replace("_", " "): np.exp(rows) for name, rows in table.items()}
+    draw = partial(caches.loss_against_size, sizes, shown, full=float(np.exp(np.median(full))))
     rows = [
         (
-            name,
+            name.replace("_", " "),
             *(
-                number(float(value), 4)
-                for value in np.nanmedian(values.reshape(len(sizes), -1), axis=1)
+                f"{np.exp(nats):.4g} ({cost:+.3f})"
+                for nats, cost in zip(each.mean(-1), (each - full).mean(-1), strict=True)
             ),
         )
-        for name, values in shown.items()
+        for name, each in table.items()
     ]
-    head = ("policy", *(f"{number(size)} keys" for size in sizes))
-    caption = (
-        "Perplexity of what follows the prompt against the size of the cache, for each policy."
+    rows.append(("full", *[f"{np.exp(full.mean()):.4g}"] * len(sizes)))
+    head = ("policy", *(f"{number(size, 4)} keys" for size in sizes))
+    values = record.values
+    said = (
+        f"Contexts of {number(values['perplexity_context'])} tokens were compressed once by each policy, and the {number(values['perplexity_continuation'])} tokens "
+        f"that really follow were scored, over {plural(len(full), 'prompt')}. Few prompts and untrained models say little."
     )
+    caption = "Perplexity of what follows against the size of the cache, for each policy: the median of the prompts and their middle half."
     return [
         Section(
             "What a smaller cache costs",
-            tables=[Table("Median perplexity over the prompts.", head, rows)],
-            pictures=[Picture("perplexity", caption, draw)],
+            [said],
+            [
+                Table(
+                    "Perplexity (mean over prompts), and nats a token lost against the full cache.",
+                    head,
+                    rows,
+                )
+            ],
+            [Picture("perplexity", caption, draw)],
         )
     ]

@@ -29,6 +29,8 @@ class Inputs:
     length: int
     """Tokens of the longest sample; 0 for images and samples of the caller's own."""
     described: str
+    positions: int | None = None
+    """Positions that the model has, where it can take no more."""
     tokens: list[list[str]] | None = None
     images: np.ndarray | None = None
     """``[B, height, width, 3]`` uint8, as the model sees them."""
@@ -162,7 +164,14 @@ def _from_images(target: Target, options: Options) -> Inputs:
         )
     pixels, seen, more = read_images(chosen, target)
     described = f"{len(chosen)} image{'s' * (len(chosen) > 1)} of {options.text}"
-    return Inputs({"pixel_values": pixels}, len(chosen), 0, described, None, seen, notes + more)
+    return Inputs(
+        {"pixel_values": pixels},
+        len(chosen),
+        0,
+        described,
+        images=seen,
+        notes=notes + more,
+    )
 
 
 def _from_tokens(target: Target, options: Options, text: Text, source: str) -> Inputs:
@@ -182,7 +191,8 @@ def _from_tokens(target: Target, options: Options, text: Text, source: str) -> I
         notes.append(f"{length} tokens are more than the {most} that the model was made for")
     batch = _batch(target, rows, notes)
     described = f"{len(rows)} × {length} {text.unit} of {source}"
-    return Inputs(batch, len(rows), length, described, words, None, notes)
+    limit = most if hard else None
+    return Inputs(batch, len(rows), length, described, limit, words, notes=notes)
 
 
 def _given_rows(

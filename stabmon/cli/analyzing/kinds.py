@@ -18,6 +18,8 @@ from stabmon.records import AttentionCall
 
 WHOLE_MATRIX = 2048
 """Tokens up to which a rollout without targets is made of all rows."""
+NEW_TOKENS = 16
+"""Tokens that a compressed cache generates where the user says nothing."""
 MAP_SIDE = 256
 """Side of the maps that patterns are drawn with; heatmaps have up to 512."""
 
@@ -206,8 +208,8 @@ def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) ->
         raise ValueError(
             f"--kind cake: {type(model).__name__} generates no text and has no KV cache; use rollout, patterns or heatmap"
         )
+    notes: list[str] = []
     window = 32 if options.window is None else options.window
-    notes = []
     if options.cache_size is None:
         size: int | float = max(inputs.length // 4, 2 * window)
         notes.append(
@@ -215,21 +217,72 @@ def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) ->
         )
     else:
         size = parsed_size(options.cache_size)
+    room = inputs.positions - inputs.length if inputs.positions is not None else NEW_TOKENS
+    if (
+        options.max_new_tokens is not None
+        and options.max_new_tokens > room
+        and inputs.positions is not None
+    ):
+        raise ValueError(
+            f"--max-new-tokens {options.max_new_tokens}: the model has {inputs.positions} positions and the prompt {inputs.length} "
+            f"tokens; give at most {room}, or a smaller --length"
+        )
+    settings: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("tau1", "tau2", "gamma", "pool", "allotment")
+        if getattr(options, name) is not None
+    }
     report = simulate_cake(
         model,
         inputs.batch,
         cache_size=size,
         window_size=window,
-        tau1=1.0 if options.tau1 is None else options.tau1,
-        tau2=1.0 if options.tau2 is None else options.tau2,
-        gamma=200.0 if options.gamma is None else options.gamma,
-        pool=5 if options.pool is None else options.pool,
-        allotment=options.allotment or "filled",
-        max_new_tokens=options.max_new_tokens or 0,
+        max_new_tokens=min(NEW_TOKENS, room)
+        if options.max_new_tokens is None
+        else options.max_new_tokens,
+        **settings,
     )
-    record = report.to_record()
+    record = report.to_record(_perplexities(model, inputs, size, window, settings, notes))
     notes += record.values.get("notes", ())
     return AnalysisRecord(record.kind, {**record.values, "notes": notes}, record.arrays)
+
+
+def _perplexities(
+    model: nn.Module,
+    inputs: Inputs,
+    size: int | float,
+    window: int,
+    settings: dict[str, Any],
+    notes: list[str],
+) -> Any:
+    """Score the last quarter of each sample after the rest of it was compressed; None where that cannot be."""
+    from stabmon.analysis.kv_cache.perplexity import perplexity_by_cache_size
+    from stabmon.analysis.kv_cache.policies.cake import Cake
+    from stabmon.analysis.kv_cache.policy import POLICIES
+
+    ids = inputs.batch["input_ids"]
+    following = min(64, inputs.length // 4)
+    context = inputs.length - following
+    keys = size if isinstance(size, int) else max(window + 1, round(size * context))
+    sizes = sorted(
+        {each for each in (max(window + 1, keys // 2), keys, 2 * keys) if window < each < context}
+    )
+    if not following or not sizes:
+        notes.append(
+            "no perplexities: the samples are too short beside the cache; give a longer --length"
+        )
+        return None
+    names = [name for name in POLICIES if name not in ("full", "cake")]
+    mask = inputs.batch.get("attention_mask")
+    return perplexity_by_cache_size(
+        model,
+        ids[:, :context],
+        ids[:, context:],
+        sizes=sizes,
+        policies=[Cake(**settings), *names],
+        window_size=window,
+        attention_mask=None if mask is None else mask[:, :context],
+    )
 
 
 def _heatmap(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> AnalysisRecord:
