@@ -137,7 +137,9 @@ def text(length: int = LENGTH, seed: int = 0) -> Tensor:
 def look(ids: Tensor, layers: Any = HEADS_BY_LAYER, **options: Any) -> AttentionPatterns:
     batch = {"input_ids": ids} | options.pop("more", {})
     roles = {"twenty": 20}
-    return attention_patterns(model(layers), batch, advice=False, similarity=False, custom_roles=roles, **options)
+    return attention_patterns(
+        model(layers), batch, advice=False, similarity=False, custom_roles=roles, **options
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
