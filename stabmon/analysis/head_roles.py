@@ -210,9 +210,7 @@ def _untestable(one: _Head, sums: RoleMasses, names: Sequence[str]) -> dict[str,
     for name in asked:
         if one.rows.get(name, 0) < LEAST_ROWS:
             no_ids = sums.ids is None and name in CONTENT
-            found[name] = (
-                "the batch has no token ids" if no_ids else NOT_TESTABLE.get(name, TOO_FEW)
-            )
+            found[name] = "the batch has no token ids" if no_ids else NOT_TESTABLE.get(name, TOO_FEW)
     return found
 
 

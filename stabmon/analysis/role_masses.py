@@ -101,10 +101,7 @@ class RoleMasses:
         self.rows = torch.zeros(count, heads, dtype=torch.int64, device=device)
         self.spread = torch.zeros(heads, dtype=exact, device=device)
         self._apart: dict[str, Tensor] = {}
-        self.overlap = {
-            name: torch.zeros(len(self._offsets), heads, dtype=exact, device=device)
-            for name in self._content
-        }
+        self.overlap = {name: torch.zeros(len(self._offsets), heads, dtype=exact, device=device) for name in self._content}
         self.counted = self._eligible.sum(dim=(0, 2))
         if ids is not None:
             before = torch.full_like(ids, NOWHERE)
@@ -119,9 +116,7 @@ class RoleMasses:
         names = {k: own.get(k, f"offset_{k}") for k in offsets}
         return names | {k: name for name, k in custom.items()}
 
-    def add(
-        self, p: Tensor, visible: Tensor, rows: slice, cols: slice, entropy: Tensor, own: Tensor
-    ) -> None:
+    def add(self, p: Tensor, visible: Tensor, rows: slice, cols: slice, entropy: Tensor, own: Tensor) -> None:
         """Add a block.
 
         Args:
@@ -167,9 +162,7 @@ class RoleMasses:
         inside = (place >= 0) & (place < p.shape[-1])
         return place.clamp(0, p.shape[-1] - 1), inside
 
-    def _by_offset(
-        self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _by_offset(self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Masses of single offsets and of the band."""
         if self.is_cross:
             return []
@@ -198,9 +191,7 @@ class RoleMasses:
         hit = inside & mask.gather(-1, place.expand(len(mask), -1, -1))
         return p.gather(-1, place.expand(*p.shape[:3], -1)) * hit[:, None]
 
-    def _by_content(
-        self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _by_content(self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Induction and duplicate tokens, each on all its keys, and on those of its alone.
 
         Not alone are keys of the query's band, the first key, and keys of the other of the two.
@@ -230,9 +221,7 @@ class RoleMasses:
         hit = visible & mask[:, None]
         return (p * hit).sum(-1), hit.sum(-1)
 
-    def _mask(
-        self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], own: Tensor, cols: slice
-    ) -> Tensor:
+    def _mask(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], own: Tensor, cols: slice) -> Tensor:
         keys = torch.arange(cols.start, cols.stop, device=own.device)
         mask = function(own[:, None], keys[None], self.ids)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3):
