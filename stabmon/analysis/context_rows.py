@@ -102,6 +102,22 @@ def context_statistics(p: Tensor, context: Tensor, *, for_query: bool) -> dict[s
     return found
 
 
+def query_statistics(p: Tensor, context: Tensor) -> dict[str, Tensor]:
+    """Compute the statistics of single queries, as :class:`AttentionPatterns` names them.
+
+    Args:
+        p: ``[B, H, rows, cols]``.
+        context: ``[B or 1, H or 1, rows, cols]`` bool.
+
+    Returns:
+        Each ``[B, H, rows]``; the first key's mass and the mean distance are not among them.
+    """
+    found = context_statistics(p, context, for_query=True)
+    found["recent_distant_ratio"] = ratio_of(found.pop("recent"), found.pop("distant"))
+    del found["neighbours"], found["squares"]
+    return found
+
+
 def ratio_of(recent: Tensor, distant: Tensor) -> Tensor:
     """Divide means of the newest by means of the oldest quarter; inf where only these are 0."""
     return recent / distant

@@ -14,6 +14,7 @@ from stabmon.analysis.context_rows import (
     mass_at,
     mean_distance,
     own_positions,
+    query_statistics,
     ratio_of,
     visible_keys,
     without_own,
@@ -195,11 +196,9 @@ def _of_query(
             if row.device.type != "mps"
             else row[sample, None, :, None]
         )
-        found = context_statistics(p, context, for_query=True)
+        found = query_statistics(p, context)
         found["sink_mass"] = mass_at(p, first[sample : sample + 1], everything)
         found["mean_distance"] = mean_distance(p, own, everything)
-        found["recent_distant_ratio"] = ratio_of(found.pop("recent"), found.pop("distant"))
-        del found["neighbours"], found["squares"]
         values = {name: value[0, :, 0] for name, value in found.items()}
         if position < 0:
             values = {n: torch.full_like(v.to(p.dtype), torch.nan) for n, v in values.items()}
