@@ -23,6 +23,7 @@ from stabmon.analysis.context_rows import (
 from stabmon.analysis.forward import compiled_pattern, undisturbed
 from stabmon.analysis.patterns import attention_patterns
 from stabmon.analysis.record import AnalysisRecord
+from stabmon.analysis.stacks import CallReader
 from stabmon.capture import AttentionCapture
 from stabmon.records import AttentionCall, Reading
 from stabmon.signals.measure import operator_of
@@ -227,13 +228,14 @@ def patterns_over_generation(
     wanted = compiled_pattern(attention_layer_pattern)
     errors: list[Exception] = []
     seen: list[str] = []
+    reader = CallReader(model)
 
     def look(call: AttentionCall) -> None:
         seen.append(call.layer)
         if wanted is None or wanted.search(call.layer):
             if call.layer in steps[-1]:
                 steps.append({})
-            steps[-1][call.layer] = _newest(call)
+            steps[-1][call.layer] = _newest(call, reads_other_sequence(call, reader))
 
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     capture = AttentionCapture(model, look, on_error=errors.append, thorough=True)
@@ -273,7 +275,7 @@ class _Step:
     row: np.ndarray
 
 
-def _newest(call: AttentionCall) -> _Step:
+def _newest(call: AttentionCall, is_cross: bool) -> _Step:
     a = operator_of(call)
     last, everything = slice(a.queries - 1, a.queries), slice(0, a.keys)
     cols, p = a.probabilities_of(last)
@@ -281,7 +283,7 @@ def _newest(call: AttentionCall) -> _Step:
     row[..., cols] = p
     visible = visible_keys(a, last, everything)
     context, own = visible, None
-    if not reads_other_sequence(call):  # the newest visible key is the query's own
+    if not is_cross:  # the newest visible key is the query's own
         places = torch.arange(a.keys, device=p.device)
         newest = torch.where(visible, places, -1).amax(-1, keepdim=True)
         context = visible & (places != newest)

@@ -57,21 +57,24 @@ class LayerScan:
 
 
 def chosen_queries(valid: Tensor, query: int) -> Tensor:
-    """Return the row of each sample's ``query``-th valid query, ``[B]`` int64; -1 for none.
+    """Return the row of each sample's query, ``[B]`` int64; -1 where the sample has none there.
 
     Args:
-        valid: ``[B, Q]`` bool.
-        query: counted as Python counts, -1 for the last.
+        valid: ``[B, Q]`` bool, rows that are no padding.
+        query: from 0 on a column of the batch, padding included; below 0 counted from the end of
+            the sample's own queries, so that -1 is the last on whichever side the padding is.
 
     Example:
         >>> valid = torch.tensor([[False, True, True, True], [True, True, False, False]])
         >>> chosen_queries(valid, -1).tolist(), chosen_queries(valid, 2).tolist()
-        ([3, 1], [3, -1])
+        ([3, 1], [2, -1])
     """
-    count = valid.sum(-1)
-    wanted = torch.where(count > 0, count + query if query < 0 else query, -1)
-    rank = valid.cumsum(-1) - 1
-    hit = valid & (rank == wanted[:, None])
+    places = torch.arange(valid.shape[1], device=valid.device)
+    if query >= 0:
+        hit = valid & (places == query)
+    else:
+        left = valid.flip(-1).cumsum(-1).flip(-1)
+        hit = valid & (left == -query)
     return torch.where(hit.any(-1), hit.int().argmax(-1), -1)
 
 
@@ -103,7 +106,7 @@ def scan_layer(
     Args:
         attention: the operator of one call.
         valid: ``[B, Q]`` bool, queries that count.
-        query: which of a sample's valid queries is asked about.
+        query: see :func:`chosen_queries`.
         is_cross: the keys are of another sequence.
         ids: ``[B, K]`` token ids of the keys.
         custom_roles: further roles to measure.

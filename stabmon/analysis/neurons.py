@@ -67,7 +67,7 @@ def score_contributions(
         model: any model.
         batch: what its forward takes.
         layer: regular expression that exactly one layer's name contains.
-        query: which of the sample's valid queries, counted as Python counts.
+        query: from 0 on a column of the batch; below 0 counted from the sample's own last token.
         key: index of the key, counted as Python counts; None for each head's strongest.
         sample: which sample of the batch.
         top: how many features to list.
