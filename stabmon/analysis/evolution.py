@@ -291,7 +291,7 @@ def _newest(call: AttentionCall, is_cross: bool) -> _Step:
     exact = row if row.device.type == "mps" else row.double()
     found = query_statistics(exact, context)
     found["sink_mass"] = mass_at(exact, first_keys(a), everything)
-    found["mean_distance"] = mean_distance(exact, own, everything)
+    found["mean_distance"] = mean_distance(exact, own, everything, is_causal=False)
     numbers = {
         name: value[..., 0].expand(a.batch, a.heads).cpu().double().numpy()
         for name, value in found.items()
