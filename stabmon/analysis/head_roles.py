@@ -112,7 +112,10 @@ class _Head:
             masses = [mass - self.overlap[one][other] for mass in masses]
         if min(masses) < SINK_SHARE:
             return False
-        return not {one, other} <= set(self.offsets) or sum(masses) >= TOGETHER
+        if not {one, other} <= set(self.offsets):
+            return True
+        in_band = any(name.startswith("offset_") for name in (one, other))
+        return not in_band and sum(masses) >= TOGETHER  # else they are parts of ``local``
 
 
 def head_roles(layer: str, sums: RoleMasses) -> list[HeadRole]:

@@ -103,6 +103,7 @@ HEADS_BY_LAYER: list[tuple[tuple[Head, set[str]], tuple[Head, set[str]]]] = [
     ((by_offset(0, 1), {"mixed"}), (by_token(BEFORE, score=2.2), {"mixed"})),
     ((shared(at_first(), by_offset(1)), {"mixed"}), (shared(at_first(), by_offset(0)), {"mixed"})),
     ((both(at_first(9), by_token(BEFORE)), {"induction"}), (decay(1.0), {"self", "local"})),
+    ((by_offset(1, 2), {"local"}), (by_offset(1, 20), {"mixed"})),
     ((without_self(by_token(TOKEN)), {"duplicate_token"}), (by_offset(20), {"twenty"})),
 ]
 
@@ -160,7 +161,7 @@ TEXTS = {
 }
 
 
-BY_TOKEN = {(1, 0), (1, 1), (7, 0), (8, 1), (10, 0), (11, 0)}
+BY_TOKEN = {(1, 0), (1, 1), (7, 0), (8, 1), (10, 0), (12, 0)}
 """Heads whose scores depend on tokens; where one token follows itself they look like others."""
 
 
