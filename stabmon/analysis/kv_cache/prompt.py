@@ -22,6 +22,8 @@ class PromptLayer:
     """Qualified name of the module that attends."""
     operator: AttentionOperator
     """Causal self-attention over the prompt, S queries by S keys."""
+    key_heads: int
+    """H_kv, the heads that the cache holds; fewer than the kernel's where keys are stored in another form (latent attention)."""
     window: int
     """The last real queries of each sample, whose attention is looked at and whose own keys are kept."""
 

@@ -22,7 +22,7 @@ from stabmon.analysis.kv_cache.policy import Policy, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.report import CakeReport
 from stabmon.analysis.kv_cache.seen import SeenLayer, stages_of
-from stabmon.analysis.kv_cache.stock_cache import left_out_layers
+from stabmon.analysis.kv_cache.stock_cache import cached_heads, left_out_layers
 from stabmon.records import AttentionCall
 from stabmon.signals.measure import operator_of
 
@@ -123,14 +123,18 @@ def simulate_cache(
     check_count("max_new_tokens", max_new_tokens, least=0)
     tokens_of(cache_size, [])
     ids, mask = prompt_of(batch)
-    outside = left_out_layers(model)
+    outside, heads = left_out_layers(model), cached_heads(model, ids)
     seen: list[SeenLayer] = []
     left_out: dict[str, str] = {}
+    shown: set[Any] = set()
 
     def look(call: AttentionCall) -> None:
-        why = outside.get(getattr(call.module, "layer_idx", None))  # type: ignore[arg-type]
+        index = getattr(call.module, "layer_idx", None)
+        shown.add(index)
+        why = outside.get(index)
         if why is None:
-            layer = PromptLayer(call.layer, operator_of(replace(call, is_self=True)), window_size)
+            attention = operator_of(replace(call, is_self=True))
+            layer = PromptLayer(call.layer, attention, heads.get(index, attention.key_heads), window_size)
             layer.check()
             why = "a sliding window" if layer.is_windowed else None
         if why is not None:
@@ -146,6 +150,7 @@ def simulate_cache(
     run_model(model, batch, look)
     if not seen:
         raise ValueError(f"{type(model).__name__} has no layer whose cache grows with the text: {left_out}")
+    left_out |= {f"layer {index}": why for index, why in outside.items() if index not in shown}
     lengths = seen[0].lengths
     sizes = tokens_of(cache_size, lengths)
     check_sizes(sizes, lengths, window_size)
