@@ -157,6 +157,15 @@ def tokenizer_of(source: str) -> Any:
         return None
 
 
+def image_processor_of(source: str) -> Any:
+    """Return the image processor beside a model, or None where there is none that loads."""
+    try:
+        with quiet():
+            return _transformers().AutoImageProcessor.from_pretrained(source)
+    except Exception:  # as above: images are resized and scaled instead, and the report says so
+        return None
+
+
 def _transformers() -> Any:
     try:
         import transformers

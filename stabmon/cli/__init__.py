@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from stabmon.cli.analyze import analyze
 from stabmon.registry import Registry
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -24,6 +25,9 @@ FailOn = Annotated[str, typer.Option(help="What counts as a finding: warning or 
 @app.callback()
 def stabmon() -> None:
     """See attention go wrong during transformer training, before the loss shows it."""
+
+
+app.command("analyze")(analyze)
 
 
 @app.command("list")

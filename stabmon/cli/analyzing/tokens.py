@@ -1,0 +1,177 @@
+"""Texts and token ids from files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stabmon.check import pretrained
+from stabmon.check.source import Target
+from stabmon.corpus import read_text as read_bytes
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.model", "*.tiktoken")
+UNKNOWN = 0.2
+"""Share of unknown tokens from which it is said that the tokenizer does not know the text."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, one list a row, and how each is written."""
+
+    rows: list[list[int]]
+    words: list[list[str]]
+    unit: str
+    before: tuple[list[int], list[str]] = field(default_factory=lambda: ([], []))
+    """Special tokens that stand before each sample: ids and how they are written."""
+    after: tuple[list[int], list[str]] = field(default_factory=lambda: ([], []))
+    notes: list[str] = field(default_factory=list)
+
+
+def read_ids(source: str, wanted: bool) -> Text | None:
+    """Read token ids from ``.json``, ``.npy``, ``.pt`` or, where they are wanted, any text file.
+
+    Args:
+        source: the file.
+        wanted: the user says that it holds ids; else a ``.json`` that is no list of whole numbers
+            is a text like any other.
+
+    Returns:
+        The ids, or None where the file holds no ids.
+
+    Raises:
+        ValueError: if the file cannot be read, or holds no row.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npy":
+            found: Any = np.load(path, allow_pickle=False).tolist()
+        elif suffix == ".pt":
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = (
+                found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
+            )
+            found = found.tolist() if isinstance(found, torch.Tensor) else found
+        elif suffix == ".json":
+            found = json.loads(path.read_text())
+            found = (
+                found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
+            )
+        elif wanted:
+            found = [
+                [int(word) for word in line.replace(",", " ").split()]
+                for line in path.read_text().splitlines()
+                if line.strip()
+            ]
+        else:
+            return None
+    except Exception as error:  # of numpy, of pickle, of json: each library has its own
+        if suffix == ".json" and not wanted:
+            return None
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"{source}: token ids cannot be read ({reason}); give whole numbers as .json, .npy or .pt"
+        ) from None
+    rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
+    if found == [] or [] in rows:
+        raise ValueError(f"{source}: is empty; give at least one token")
+    numbers = all(
+        isinstance(row, list)
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in row)
+        for row in rows
+    )
+    if not numbers:
+        if suffix == ".json" and not wanted:
+            return None
+        raise ValueError(f"{source}: holds no whole numbers; give token ids, one list a sample")
+    return Text(rows, [[str(token) for token in row] for row in rows], "tokens")
+
+
+def read_text(source: str, target: Target) -> Text:
+    """Read a text with the tokenizer beside the model, or byte by byte.
+
+    Raises:
+        ValueError: if the file cannot be read, or is empty.
+    """
+    raw = read_bytes(source)[1]
+    if not raw.strip():
+        raise ValueError(f"--text {source}: is empty; give a text")
+    tokenizer = _tokenizer(target.tokens_from)
+    if tokenizer is None:
+        return _bytes(raw, target)
+    text = raw.decode(errors="replace")
+    with pretrained.quiet():
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        around = list(tokenizer("a", verbose=False)["input_ids"])
+        inside = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    if not ids:
+        raise ValueError(
+            f"--text {source}: the model's tokenizer makes no token of it; give another text"
+        )
+    notes = []
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    share = ids.count(unknown) / len(ids) if unknown is not None else 0.0
+    if share >= UNKNOWN:
+        notes.append(
+            f"{share:.0%} of the text's tokens are unknown to the tokenizer beside the model"
+        )
+    at = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
+    before, after = (around[:at], around[at + len(inside) :]) if inside else ([], [])
+    return Text(
+        [ids],
+        [written(tokenizer, ids)],
+        "tokens",
+        (before, written(tokenizer, before)),
+        (after, written(tokenizer, after)),
+        notes,
+    )
+
+
+def _tokenizer(source: str | None) -> Any:
+    """The tokenizer beside the model; None where a local folder holds none of its files.
+
+    transformers 5.23 makes an empty tokenizer for some of these, which knows no word.
+    """
+    if source is None:
+        return None
+    folder = Path(source)
+    if folder.is_dir() and not any(next(folder.glob(name), None) for name in TOKENIZER_FILES):
+        return None
+    return pretrained.tokenizer_of(source)
+
+
+def written(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Write each token as it stands in the text, with the blank before it."""
+    if not len(ids):
+        return []
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    parts = any(str(token).startswith("##") for token in tokenizer.get_vocab())
+    words = []
+    for token, piece in zip(ids, pieces, strict=True):
+        piece = str(piece)
+        if "▁" in piece:  # SentencePiece, whose blanks decode drops
+            words.append(piece.replace("▁", " "))
+        elif parts:  # WordPiece, which marks what has no blank before it
+            words.append(piece.removeprefix("##") if piece.startswith("##") else f" {piece}")
+        else:
+            words.append(tokenizer.decode([token]) or piece)
+    return words
+
+
+def _bytes(raw: bytes, target: Target) -> Text:
+    from stabmon.cli.analyzing.inputs import vocabulary_of
+
+    notes = ["no tokenizer was found beside the model: the text was read byte by byte"]
+    vocabulary = vocabulary_of(target) or 256
+    ids = list(raw)
+    if vocabulary < 256:
+        ids = [each % vocabulary for each in ids]
+        notes.append(f"the model knows {vocabulary} ids: bytes were taken modulo that")
+    words = [chr(each) if each < 128 else f"\\x{each:02x}" for each in raw]
+    return Text([ids], [words], "bytes", notes=notes)
