@@ -13,6 +13,7 @@ best, and CAKE against each other policy prompt by prompt; draws the curves; pri
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+from long_model import texts, train
+
 from stabmon.analysis.kv_cache import CompressedCache, PerplexityTable, Policy, perplexity_by_cache_size, simulate_cake
 from stabmon.analysis.kv_cache.policies.cake import Cake
 from stabmon.analysis.kv_cache.policies.recency import Recency
 from stabmon.analysis.record import save_record
-from tests.bench.long_model import texts, train
 
 SIZES = (64, 96, 128, 192, 256, 384, 512, 768)
 POLICIES = ("cake", "snapkv", "pyramid", "ada_snapkv", "h2o", "recency", "random")
@@ -84,7 +87,7 @@ def draw(table: PerplexityTable, path: Path) -> None:
         error = table.cost[row].std(-1, ddof=1) / table.cost.shape[-1] ** 0.5
         line = axes.plot(table.sizes, np.exp(full + mean), marker="osD^v<>"[row % 7], label=name)[0]
         axes.fill_between(
-            table.sizes, np.exp(full + mean - error), np.exp(full + mean + error), color=line.get_color(), alpha=0.15
+            table.sizes, np.exp(full + mean - error), np.exp(full + mean + error), color=line.get_color(), alpha=0.1
         )
     axes.axhline(float(np.exp(full)), color="black", linestyle=":", label="full cache")
     axes.set_xscale("log", base=2)
@@ -99,9 +102,9 @@ def draw(table: PerplexityTable, path: Path) -> None:
 
 def cost(model: Any, lengths: tuple[int, ...] = (1024, 2048, 4096)) -> None:
     """Print the time of a prefill, of a simulation and of the compressed prefill, and what the cache holds at most."""
-    print(
-        "\nlength | forward s | simulate_cake s | compressed prefill s | full cache MB | peak, cascade MB | peak, at the end MB | after MB"
-    )
+    columns = ("length", "forward s", "simulate_cake s", "compressed prefill s")
+    held = ("cache's peak with the cascade, MB", "without (the full cache)", "after the prompt")
+    print("\n" + " | ".join((*columns, *held)))
     text = texts()[1]
     for length in lengths:
         ids = text[None, :length]
@@ -121,9 +124,8 @@ def cost(model: Any, lengths: tuple[int, ...] = (1024, 2048, 4096)) -> None:
             seconds = time.perf_counter() - began
             peaks.append(max(stage.bytes_before for stage in cache.stages) / 1e6)
             after = cache.held_bytes()
-        print(
-            f"{length} | {forward:.2f} | {simulated:.2f} | {seconds:.2f} | {peaks[1]:.2f} | {peaks[0]:.2f} | {peaks[1]:.2f} | {after / 1e6:.2f}"
-        )
+        times = f"{forward:.2f} | {simulated:.2f} | {seconds:.2f}"
+        print(f"{length} | {times} | {peaks[0]:.2f} | {peaks[1]:.2f} | {after / 1e6:.2f}")
 
 
 def main() -> None:
