@@ -13,8 +13,12 @@ best, and CAKE against each other policy prompt by prompt; draws the curves; pri
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from long_model import texts, train
 
-from stabmon.analysis.kv_cache import CompressedCache, PerplexityTable, Policy, perplexity_by_cache_size, simulate_cake
+from stabmon.analysis.kv_cache import (
+    CompressedCache,
+    PerplexityTable,
+    Policy,
+    compressed_generate,
+    perplexity_by_cache_size,
+    simulate_cake,
+)
 from stabmon.analysis.kv_cache.policies.cake import Cake
 from stabmon.analysis.kv_cache.policies.recency import Recency
 from stabmon.analysis.record import save_record
@@ -100,7 +111,7 @@ def draw(table: PerplexityTable, path: Path) -> None:
     pyplot.close(figure)
 
 
-def cost(model: Any, lengths: tuple[int, ...] = (1024, 2048, 4096)) -> None:
+def cost(model: Any, lengths: tuple[int, ...] = (1024, 4096, 8192)) -> None:
     """Print the time of a prefill, of a simulation and of the compressed prefill, and what the cache holds at most."""
     columns = ("length", "forward s", "simulate_cake s", "compressed prefill s")
     held = ("cache's peak with the cascade, MB", "without (the full cache)", "after the prompt")
@@ -128,6 +139,56 @@ def cost(model: Any, lengths: tuple[int, ...] = (1024, 2048, 4096)) -> None:
         print(f"{length} | {times} | {peaks[0]:.2f} | {peaks[1]:.2f} | {after / 1e6:.2f}")
 
 
+def peer(python: str, folder: Path, contexts: Tensor, continuations: Tensor, table: PerplexityTable, args: Any) -> None:
+    """Print kvpress' losses beside ours, on the same prompts and sizes."""
+    with tempfile.TemporaryDirectory() as place:
+        data, out = Path(place) / "data.npz", Path(place) / "out.json"
+        plain = {"sizes": np.array(table.sizes), "window": args.window, "batch": args.batch}
+        np.savez(data, contexts=contexts.numpy(), continuations=continuations.numpy(), **plain)
+        script = Path(__file__).with_name("kv_cache_kvpress.py")
+        environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        subprocess.run([python, str(script), str(folder), str(data), str(out)], check=True, env=environment)
+        theirs = json.loads(out.read_text())
+    print(
+        "\nnats a byte, kvpress / ours (largest difference on one prompt). Its h2o and random keep no window, and its h2o divides"
+        "\nby the queries that see a key; its pyramid falls back on equal budgets where the first would exceed the prompt:"
+    )
+    for name, rows in theirs.items():
+        ours = table.nats[table.policies.index(name)]
+        cells = [
+            f"{size}: {np.mean(row):.4f} / {mine.mean():.4f} ({np.abs(np.array(row) - mine).max():.4f})"
+            for size, row, mine in zip(table.sizes, rows, ours, strict=True)
+        ]
+        print(f"  {name}: " + ", ".join(cells))
+
+
+def speed(model: Any, length: int = 1536, new: int = 48) -> None:
+    """Print the time of a decoded token with the stock cache, and with compressed ones that evict at every step."""
+    ids = texts()[1][None, :length]
+    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+    print(f"\nms a token, {new} tokens after {length}:")
+
+    def timed(run: Callable[[int], object]) -> float:
+        seconds = []
+        for count in (1, new):
+            began = time.perf_counter()
+            run(count)
+            seconds.append(time.perf_counter() - began)
+        return 1000 * (seconds[1] - seconds[0]) / (new - 1)
+
+    def stock(count: int) -> object:
+        return model.generate(ids, **(settings | {"max_new_tokens": count, "min_new_tokens": count}))
+
+    print(f"  stock, full cache {timed(stock):.1f}")
+    for policy in ("cake", "h2o", "snapkv"):
+        given = {"policy": policy, "cache_size": 256}
+
+        def compressed(count: int, given: dict[str, Any] = given) -> object:
+            return compressed_generate(model, ids, **given, **(settings | {"max_new_tokens": count, "min_new_tokens": count}))
+
+        print(f"  {policy}, 256 keys {timed(compressed):.1f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -140,6 +201,7 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="also settings of CAKE")
     parser.add_argument("--no-cost", action="store_true", help="leave out time and memory")
     parser.add_argument("--out", type=Path, default=Path("kv_cache.png"))
+    parser.add_argument("--peer", help="Python of an environment with kvpress, see kv_cache_kvpress.py")
     parser.add_argument("--record", type=Path, help="folder for the record of kind cake")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -176,8 +238,11 @@ def main() -> None:
     if args.record:
         report = simulate_cake(model, contexts[:1], cache_size=256, window_size=args.window, continuation=continuations[:1, :32])
         print(*save_record(report.to_record(table), args.record))
+    if args.peer:
+        peer(args.peer, args.folder, contexts, continuations, table, args)
     if not args.no_cost:
         cost(model)
+        speed(model)
 
 
 if __name__ == "__main__":
