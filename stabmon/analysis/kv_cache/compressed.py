@@ -19,6 +19,7 @@ from stabmon.analysis.kv_cache.masks import masked_arguments
 from stabmon.analysis.kv_cache.policy import DecodeStep, Policy, best, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.stock_cache import make_cache
+from stabmon.capture.base import isolated
 from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.signals.measure import operator_of
 
@@ -186,14 +187,15 @@ class CompressedCache:
         _, positions, has_gaps = layer.handed
         if index not in self._names:
             result = site.run()
-            attention, heads = operator_of(replace(site.read(), is_self=True)), layer.keys.shape[1]
-            prompt = PromptLayer(site.layer, attention, heads, self.window_size)
-            self.take_prompt(index, prompt)
+            with isolated():
+                attention, heads = operator_of(replace(site.read(), is_self=True)), layer.keys.shape[1]
+                self.take_prompt(index, PromptLayer(site.layer, attention, heads, self.window_size))
         else:
             changes = {} if positions is None else masked_arguments(site, positions, layer.seen, has_gaps=has_gaps)
             result = site.run(**changes)
             if is_own:  # else a layer that shares these keys, which have been judged already
-                self._after_step(index, site, changes)
+                with isolated():
+                    self._after_step(index, site, changes)
         if not self._keys_are_shared:
             layer.handed = None  # else it would keep evicted keys alive
         return result
