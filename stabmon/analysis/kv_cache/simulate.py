@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.forward import run_model
+from stabmon.analysis.forward import run_model, takes
 from stabmon.analysis.kv_cache.budgets import tokens_of
 from stabmon.analysis.kv_cache.cascade import Cascade, allot
 from stabmon.analysis.kv_cache.checks import check_count, check_sizes
@@ -49,6 +49,7 @@ def simulate_cake(
     Args:
         model: a causal decoder. Decoding needs one of transformers.
         batch: the prompts: a mapping with ``input_ids`` ``[B, S]`` and, where samples are padded, ``attention_mask``; or a tensor.
+            Positions of a sample that is padded on the left start at its first token, as in ``generate``.
         cache_size: keys that each key head keeps, on average over layers, the window included: tokens (int), or a share of each
             sample's prompt (float in (0, 1]).
         window_size: last queries that judge the other keys, and whose own keys always stay; 2 or more, below the cache size.
@@ -123,6 +124,7 @@ def simulate_cache(
     check_count("max_new_tokens", max_new_tokens, least=0)
     tokens_of(cache_size, [])
     ids, mask = prompt_of(batch)
+    batch = with_positions(model, batch, mask)
     outside, heads = left_out_layers(model), cached_heads(model, ids)
     seen: list[SeenLayer] = []
     left_out: dict[str, str] = {}
@@ -152,7 +154,7 @@ def simulate_cache(
         raise ValueError(f"{type(model).__name__} has no layer whose cache grows with the text: {left_out}")
     left_out |= {f"layer {index}": why for index, why in outside.items() if index not in shown}
     lengths = seen[0].lengths
-    sizes = tokens_of(cache_size, lengths)
+    sizes = lengths if chosen.keeps_all else tokens_of(cache_size, lengths)
     check_sizes(sizes, lengths, window_size)
     totals = [10**9 if n <= size else (size - window_size) * len(seen) for n, size in zip(lengths, sizes, strict=True)]
     caps = [n - window_size for n in lengths]
@@ -203,3 +205,11 @@ def prompt_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     is_ids = isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point()
     return (first if is_ids else None), None
+
+
+def with_positions(model: nn.Module, batch: Any, mask: Tensor | None) -> Any:
+    """Return the batch with the position ids that ``generate`` would use, where samples are padded on the left and none are given."""
+    padded = mask is not None and mask.ndim == 2 and not bool(mask[:, 0].all())
+    if mask is None or not padded or "position_ids" in batch or not takes(model, "position_ids"):
+        return batch
+    return {**batch, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}

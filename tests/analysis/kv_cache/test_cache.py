@@ -351,3 +351,15 @@ def test_half_precision_is_scored_in_float32(dtype: torch.dtype) -> None:
     assert report.layers[0].scores.dtype == torch.float32
     assert report.log_probabilities.dtype == torch.float32
     assert not report.layers[0].scores[..., : PROMPT - 6].isnan().any()
+
+
+@torch.no_grad()
+def test_a_prompt_shorter_than_the_window_generates_as_ever() -> None:
+    model = llama()
+    for length in (1, 4):
+        ids = tokens(1, length)
+        for size in (16, 1.0):
+            made = compressed_generate(model, ids, cache_size=size, window_size=6, max_new_tokens=5, do_sample=False)
+            if size == 16:
+                assert torch.equal(made.sequences, model.generate(ids, max_new_tokens=5, do_sample=False))
+            assert made.tokens.shape == (1, 5)
