@@ -1,0 +1,138 @@
+"""Run a batch in parts that halve when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("stabmon")
+
+T = TypeVar("T")
+MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+"""Inputs whose first dimension is the batch, before others are asked."""
+SHARED = frozenset({"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position"})
+"""Inputs without a batch dimension, whatever their size."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "Cannot allocate memory")
+"""What allocators say; torch's for CPU raises a plain RuntimeError (checked in 2.13)."""
+
+
+def in_chunks(
+    batch: Any, run: Callable[[Any, int], T], merge: Callable[[Sequence[T]], T], chunk_size: int | None = None, *, dim: int = 0
+) -> T:
+    """Return what ``run`` makes of a batch, in parts where one run needs too much memory.
+
+    Args:
+        batch: a mapping of arguments, a tuple of them, or a tensor.
+        run: is given a part of the batch and the number of its first sample.
+        merge: makes one result of the parts'.
+        chunk_size: samples in a part; None for all. A part that runs out of memory is halved, and so are the later ones.
+        dim: dimension of the samples in tensors of three dimensions, 1 for ``[S, B, C]``.
+
+    Raises:
+        ValueError: for a chunk size below 1, or a batch that cannot be parted.
+        RuntimeError: the allocator's own, if one sample is too much.
+
+    Example:
+        >>> in_chunks(torch.arange(6).view(3, 2), lambda part, start: part.sum(1), torch.cat, chunk_size=2)
+        tensor([1, 5, 9])
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size!r}: give at least one sample")
+    if chunk_size is None:
+        result, error = _attempt(run, batch, 0)
+        if error is None:
+            return result  # type: ignore[return-value]
+        samples = sample_count(batch, dim)
+        if samples == 1:
+            raise error
+        size = _halved(samples, samples)
+    else:
+        samples = sample_count(batch, dim)
+        size = min(chunk_size, samples)
+    parts: list[T] = []
+    start, warned = 0, chunk_size is None
+    while start < samples:
+        whole = size >= samples
+        result, error = _attempt(run, batch if whole else part_of(batch, start, start + size, dim), start)
+        if error is None:
+            parts.append(result)  # type: ignore[arg-type]
+            start += size
+        elif size == 1:
+            raise error
+        else:
+            size = _halved(size, samples, quiet=warned)
+            warned = True
+    return merge(parts)
+
+
+def _attempt(run: Callable[[Any, int], T], part: Any, start: int) -> tuple[T | None, BaseException | None]:
+    """What ``run`` returns, or the error that memory ran out; nothing of the failed run is held."""
+    try:
+        return run(part, start), None
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        failed = error.with_traceback(None)
+        failed.__context__ = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None, failed
+
+
+def _halved(size: int, samples: int, *, quiet: bool = False) -> int:
+    half = -(-size // 2)
+    if not quiet:
+        logger.warning("memory ran out with %d samples at once: going on with %d of %d", size, half, samples)
+    return half
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in OUT_OF_MEMORY)
+
+
+def sample_count(batch: Any, dim: int = 0) -> int:
+    """Return the number of samples in a batch.
+
+    Raises:
+        ValueError: if no tensor tells it.
+    """
+    named = _named(batch)
+    for name in (*MAIN, *named):
+        value = named.get(name)
+        if isinstance(value, Tensor) and value.ndim and name not in SHARED:
+            return int(value.shape[dim if value.ndim == 3 else 0])
+    raise ValueError("the batch holds no tensor with samples: it cannot be run in parts")
+
+
+def part_of(batch: Any, start: int, stop: int, dim: int = 0) -> Any:
+    """Return samples ``start`` to ``stop`` of a batch, in its own form."""
+    samples, named = sample_count(batch, dim), _named(batch)
+
+    def part(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or name in SHARED:
+            return value
+        if dim == 1 and value.ndim == 3 and value.shape[1] == samples:
+            return value[:, start:stop]
+        return value[start:stop] if value.shape[0] == samples else value
+
+    parts = {name: part(name, value) for name, value in named.items()}
+    if isinstance(batch, Tensor):
+        return parts["0"]
+    return parts if isinstance(batch, Mapping) else type(batch)(parts.values())
+
+
+def _named(batch: Any) -> dict[str, Any]:
+    if isinstance(batch, Tensor):
+        return {"0": batch}
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return {str(index): value for index, value in enumerate(batch)}

@@ -1,0 +1,1 @@
+"""Eviction policies, one a file; importing any of them registers it."""

@@ -1,0 +1,33 @@
+"""Full: nothing is evicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from stabmon.analysis.kv_cache.policy import POLICIES, Policy
+from stabmon.analysis.kv_cache.prompt import PromptLayer
+
+
+@dataclass(frozen=True)
+class Full(Policy):
+    """Keep every key: what any eviction is measured against."""
+
+    name: ClassVar[str] = "full"
+    evicts_in_decode: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = True
+
+    def scores(self, layer: PromptLayer) -> Tensor:
+        """Return the same for every key, ``[B, H_kv, S]``."""
+        attention = layer.operator
+        return torch.ones(attention.batch, attention.key_heads, attention.keys, device=attention.query.device)
+
+    def choose(self, scores: Tensor, budget: Tensor, candidates: Tensor) -> Tensor:
+        """Return all candidates, whatever the budget."""
+        return candidates
+
+
+POLICIES.register(Full.name, Full)

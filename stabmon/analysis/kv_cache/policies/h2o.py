@@ -1,0 +1,43 @@
+"""H2O: keys stay by all the attention that they have received so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from stabmon.analysis.kv_cache.policy import POLICIES, DecodeStep, Policy
+from stabmon.analysis.kv_cache.prompt import PromptLayer
+from stabmon.analysis.kv_cache.scores import over_groups
+
+
+@dataclass(frozen=True)
+class H2O(Policy):
+    """Keep the heavy hitters: the keys with the largest attention mass summed over all queries, and the newest.
+
+    The sums over all queries of the prompt are one transposed product with the attention, linear in its length. Early keys are
+    seen by more queries than late ones, and the method does not correct for it. While decoding, sums go on growing.
+
+    References:
+        Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", 2023.
+    """
+
+    name: ClassVar[str] = "h2o"
+    follows: ClassVar[bool] = True
+
+    def scores(self, layer: PromptLayer) -> Tensor:
+        """Return the mass that each key has received, mean over the group's heads, ``[B, H_kv, S]``."""
+        return over_groups(layer.received, layer.operator.key_heads)
+
+    def remember(self, layer: PromptLayer) -> dict[str, Tensor]:
+        """Return the masses, to be gone on with."""
+        return {"received": self.scores(layer)}
+
+    def step_scores(self, step: DecodeStep) -> Tensor:
+        """Add what the new queries give, and return the sums, ``[B, H_kv, M]``."""
+        step.memory["received"] += over_groups(step.weights.sum(2), step.key_heads)
+        return step.memory["received"]
+
+
+POLICIES.register(H2O.name, H2O)

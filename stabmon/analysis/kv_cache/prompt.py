@@ -1,0 +1,103 @@
+"""Everything that is known of one layer once its prompt has gone through it: the ground on which keys are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stabmon.operator import AttentionOperator
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLayer:
+    """One layer's attention over a prompt, in float32 and per sample; padding on either side counts nowhere.
+
+    B batch, H query heads, H_kv key heads, S prompt positions, w queries of the window.
+    """
+
+    name: str
+    """Qualified name of the module that attends."""
+    operator: AttentionOperator
+    """Causal self-attention over the prompt, S queries by S keys."""
+    window: int
+    """The last real queries of each sample, whose attention is looked at and whose own keys are kept."""
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """``[B, S]`` bool: the position holds a token."""
+        return self.operator.is_counted.any(dim=1)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample, padding not counted."""
+        return [int(n) for n in self.valid.sum(1).tolist()]
+
+    @cached_property
+    def in_window(self) -> Tensor:
+        """``[B, S]`` bool: one of the last ``window`` tokens of its sample."""
+        later = self.valid.flip(1).cumsum(1).flip(1)
+        return self.valid & (later <= self.window)
+
+    @cached_property
+    def before(self) -> Tensor:
+        """``[B, S]`` bool: a token before the window."""
+        return self.valid & ~self.in_window
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """``[B, H, w, S]`` attention weights of the window's queries; rows of 0 where a sample is shorter than the window."""
+        attention = self.operator
+        last = [int(n) for n in (self.valid * torch.arange(1, attention.queries + 1, device=self.valid.device)).amax(1).tolist()]
+        shape = (attention.batch, attention.heads, min(self.window, attention.queries), attention.keys)
+        dtype = torch.float64 if attention.query.dtype == torch.float64 else torch.float32
+        weights = torch.zeros(shape, dtype=dtype, device=attention.query.device)
+        for samples, end in _runs(last):
+            rows = slice(max(0, end - shape[2]), end)
+            cols, block = attention.probabilities_of(rows, samples)
+            weights[samples, :, shape[2] - (rows.stop - rows.start) :, cols] = block.to(dtype)
+        short = self.valid.sum(1) < shape[2]
+        if bool(short.any()):  # their first rows are padding
+            starts = shape[2] - self.valid.sum(1)
+            padding = torch.arange(shape[2], device=weights.device) < starts[:, None]
+            weights.masked_fill_(padding[:, None, :, None], 0.0)
+        return weights
+
+    @cached_property
+    def received(self) -> Tensor:
+        """``[B, H, S]`` attention mass that each key receives from all queries of its sample, without any S by S."""
+        counted = self.operator.is_counted.to(self.weights.dtype)[..., None]
+        return self.operator.rmatvec(counted)[..., 0]
+
+    def check(self) -> None:
+        """Refuse what is not causal self-attention.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        attention = self.operator
+        place = torch.arange(1, attention.queries + 1, device=attention.query.device)
+        if attention.queries != attention.keys or bool((attention.n_visible() > place).any()):
+            raise ValueError(
+                f"{self.name} attends in both directions or to another sequence, as encoders do: a KV cache exists in causal "
+                "decoders only, give a decoder"
+            )
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether some sample's last query does not see all its tokens, as under a sliding window."""
+        seen = self.operator.n_visible().amax((1, 2))
+        return bool((seen < self.valid.sum(1)).any())
+
+
+def _runs(ends: list[int]) -> list[tuple[slice, int]]:
+    """Neighbouring samples with the same value, as slices."""
+    runs: list[tuple[slice, int]] = []
+    for index, end in enumerate(ends):
+        if runs and runs[-1][1] == end:
+            runs[-1] = (slice(runs[-1][0].start, index + 1), end)
+        else:
+            runs.append((slice(index, index + 1), end))
+    return runs

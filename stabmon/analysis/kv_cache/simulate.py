@@ -1,0 +1,200 @@
+"""Simulate a compressed cache on the attention of an unmodified model, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stabmon.analysis.forward import run_model
+from stabmon.analysis.kv_cache.budgets import tokens_of
+from stabmon.analysis.kv_cache.cascade import Cascade, allot
+from stabmon.analysis.kv_cache.checks import check_count, check_sizes
+from stabmon.analysis.kv_cache.compressed import CompressedCache
+from stabmon.analysis.kv_cache.decode import decode, full_log_probabilities
+from stabmon.analysis.kv_cache.generate import check_prompt
+from stabmon.analysis.kv_cache.policies.cake import Cake
+from stabmon.analysis.kv_cache.policy import Policy, policy_of
+from stabmon.analysis.kv_cache.prompt import PromptLayer
+from stabmon.analysis.kv_cache.report import CakeReport
+from stabmon.analysis.kv_cache.seen import SeenLayer, stages_of
+from stabmon.analysis.kv_cache.stock_cache import left_out_layers
+from stabmon.records import AttentionCall
+from stabmon.signals.measure import operator_of
+
+
+def simulate_cake(
+    model: nn.Module,
+    batch: Any,
+    *,
+    cache_size: int | float,
+    window_size: int = 32,
+    tau1: float = 1.0,
+    tau2: float = 1.0,
+    gamma: float = 200.0,
+    pool: int = 5,
+    allotment: str = "filled",
+    max_new_tokens: int = 0,
+    continuation: Tensor | None = None,
+) -> CakeReport:
+    """Simulate CAKE's cache on the attention of an unmodified model.
+
+    The prompt goes through the model once, with whatever attention kernel it has; queries and keys are looked at as they pass, and
+    no S by S is formed. With ``max_new_tokens`` or a continuation, tokens are then really decoded with the compressed cache.
+
+    Args:
+        model: a causal decoder. Decoding needs one of transformers.
+        batch: the prompts: a mapping with ``input_ids`` ``[B, S]`` and, where samples are padded, ``attention_mask``; or a tensor.
+        cache_size: keys that each key head keeps, on average over layers, the window included: tokens (int), or a share of each
+            sample's prompt (float in (0, 1]).
+        window_size: last queries that judge the other keys, and whose own keys always stay; 2 or more, below the cache size.
+        tau1, tau2: temperatures of dispersion and shift in the preference, above 0.
+        gamma: weight of the variance in a key's score, 0 or above.
+        pool: odd width of the average over neighbouring keys.
+        allotment: ``filled`` uses the whole cache, ``published`` shares as the paper's code does.
+        max_new_tokens: tokens to decode, the most likely ones.
+        continuation: ``[B, T]`` tokens to follow instead, for a perplexity on real text.
+
+    Returns:
+        The report. Numbers differ from the published code's where that rounds weights to float16, sums over the batch, and pools
+        over keys in the order of their scores.
+
+    Raises:
+        ValueError: for an encoder, a window as long as the shortest prompt, or values out of range.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> report = simulate_cake(LlamaForCausalLM(config), torch.arange(30)[None], cache_size=12, window_size=4)
+        >>> int(sum(layer.budget for layer in report.layers)), report.compression_ratio, report.budget_use
+        (16, 0.4, 1.0)
+
+    References:
+        Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", ICLR 2025.
+    """
+    policy = Cake(tau1=tau1, tau2=tau2, gamma=gamma, pool=pool, allotment=allotment)
+    return simulate_cache(
+        model,
+        batch,
+        policy=policy,
+        cache_size=cache_size,
+        window_size=window_size,
+        max_new_tokens=max_new_tokens,
+        continuation=continuation,
+    )
+
+
+def simulate_cache(
+    model: nn.Module,
+    batch: Any,
+    *,
+    policy: str | Policy = "cake",
+    cache_size: int | float,
+    window_size: int = 32,
+    max_new_tokens: int = 0,
+    continuation: Tensor | None = None,
+) -> CakeReport:
+    """Simulate any policy's cache on the attention of an unmodified model; see :func:`simulate_cake`.
+
+    Args:
+        model, batch, cache_size, window_size, max_new_tokens, continuation: as in :func:`simulate_cake`.
+        policy: a name, or a :class:`~stabmon.analysis.kv_cache.policy.Policy`.
+
+    Returns:
+        The report; dispersion and shift are there for every policy.
+
+    Raises:
+        ValueError: as :func:`simulate_cake`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> ids = torch.arange(30)[None]
+        >>> report = simulate_cache(LlamaForCausalLM(config), ids, policy="recency", cache_size=10, window_size=4)
+        >>> report.layers[0].kept[0, 0].tolist()
+        [0, 1, 2, 3, 24, 25, 26, 27, 28, 29]
+    """
+    chosen = policy_of(policy)
+    check_count("window_size", window_size, least=2)
+    check_count("max_new_tokens", max_new_tokens, least=0)
+    tokens_of(cache_size, [])
+    ids, mask = prompt_of(batch)
+    outside = left_out_layers(model)
+    seen: list[SeenLayer] = []
+    left_out: dict[str, str] = {}
+
+    def look(call: AttentionCall) -> None:
+        why = outside.get(getattr(call.module, "layer_idx", None))  # type: ignore[arg-type]
+        if why is None:
+            layer = PromptLayer(call.layer, operator_of(replace(call, is_self=True)), window_size)
+            layer.check()
+            why = "a sliding window" if layer.is_windowed else None
+        if why is not None:
+            left_out[call.layer] = why
+            return
+        if (shortest := min(layer.lengths)) <= window_size:
+            raise ValueError(
+                f"window_size {window_size} leaves nothing to evict of a prompt of {shortest} tokens (sample "
+                f"{layer.lengths.index(shortest)}): give a longer text, or a window_size below {shortest}"
+            )
+        seen.append(SeenLayer.of(layer, chosen))
+
+    run_model(model, batch, look)
+    if not seen:
+        raise ValueError(f"{type(model).__name__} has no layer whose cache grows with the text: {left_out}")
+    lengths = seen[0].lengths
+    sizes = tokens_of(cache_size, lengths)
+    check_sizes(sizes, lengths, window_size)
+    totals = [10**9 if n <= size else (size - window_size) * len(seen) for n, size in zip(lengths, sizes, strict=True)]
+    caps = [n - window_size for n in lengths]
+    fixed = chosen.fixed_claims(len(seen))
+    claims = np.stack([one.claim.numpy() if fixed is None else np.full(len(lengths), fixed[at]) for at, one in enumerate(seen)])
+    budgets = allot(claims, totals, caps, chosen.rule)
+    kept = [one.choose(chosen, budget) for one, budget in zip(seen, budgets, strict=True)]
+
+    new = torch.zeros(len(lengths), 0, dtype=torch.int64)
+    scored = full = torch.zeros(len(lengths), 0)
+    lost: list[Any] = []
+    if max_new_tokens or continuation is not None:
+        if ids is None:
+            raise ValueError("decoding needs input_ids: give the batch as a mapping with input_ids, or max_new_tokens=0")
+        check_prompt(ids, mask)
+        cache = CompressedCache(model, policy=chosen, cache_size=cache_size, window_size=window_size, cascade=False)
+        new, scored = decode(cache, ids, mask, steps=max_new_tokens, continuation=continuation)
+        full = full_log_probabilities(model, ids, mask, new).cpu()
+        new, scored, lost = new.cpu(), scored.cpu(), cache.evictions
+    fed = max(0, new.shape[1] - 1)
+    layers = tuple(one.report(budgets[at], kept[at], fed, lost) for at, one in enumerate(seen))
+    return CakeReport(
+        policy=chosen.name,
+        settings=chosen.settings(),
+        cache_size=cache_size,
+        window_size=window_size,
+        layers=layers,
+        left_out=left_out,
+        lengths=tuple(lengths),
+        sizes=tuple(sizes),
+        stages=stages_of(claims, Cascade(totals, caps, chosen.rule)),
+        token_ids=torch.zeros(0, 0, dtype=torch.int64) if ids is None else ids.cpu(),
+        tokens=new,
+        log_probabilities=scored,
+        full_log_probabilities=full,
+    )
+
+
+def prompt_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return token ids and attention mask of a batch, where it holds them.
+
+    Example:
+        >>> prompt_of({"input_ids": torch.ones(1, 3)})[1] is None
+        True
+    """
+    if isinstance(batch, Mapping):
+        return batch.get("input_ids"), batch.get("attention_mask")
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    is_ids = isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point()
+    return (first if is_ids else None), None

@@ -1,0 +1,74 @@
+"""Which tokens of each sample are meant: positions, counted from the end where they are negative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Wanted = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+"""One position, several for every sample, or ``[B, n]`` of them."""
+
+
+class Positions:
+    """Positions of tokens, for every sample alike or one by one.
+
+    A position from 0 on counts from the first column of the batch, padding included. A negative one counts from the end of the
+    sample's own tokens: -1 is the last token that is not padding, on whichever side the padding is.
+
+    Args:
+        wanted: see :data:`Wanted`.
+        what: what they are called in errors.
+        start: number of the first sample, where a batch is run in parts.
+
+    Raises:
+        ValueError: if they are no integers, or none.
+    """
+
+    def __init__(self, wanted: Wanted, what: str, start: int = 0) -> None:
+        self._wanted, self._what, self._start = wanted, what, start
+        self.grid = torch.as_tensor(wanted).cpu()
+        if self.grid.is_floating_point() or self.grid.dtype == torch.bool or self.grid.ndim > 2 or self.grid.numel() == 0:
+            raise ValueError(f"{what} {wanted!r}: give a position, a list of them, or a list for each sample")
+        if self.grid.ndim == 0:
+            self.grid = self.grid[None]
+
+    def beginning(self, start: int) -> Positions:
+        """Return the same for a part of the batch that begins with sample ``start``."""
+        return Positions(self._wanted, self._what, start)
+
+    def check(self, batch: int) -> None:
+        """Raise ``ValueError`` where positions are given for another number of samples than ``batch``."""
+        if self.grid.ndim == 2 and len(self.grid) != batch:
+            raise ValueError(f"{self._what} are given for {len(self.grid)} samples, and the batch has {batch}")
+
+    def of(self, index: int, valid: Tensor) -> Tensor:
+        """Return the positions ``[n]`` of one sample.
+
+        Args:
+            index: the sample.
+            valid: ``[N]`` bool, its tokens that are not padding.
+
+        Raises:
+            ValueError: naming the position, if it is out of range or padding.
+        """
+        sample = index + self._start
+        wanted: list[int] = (self.grid if self.grid.ndim == 1 else self.grid[sample]).tolist()
+        own = valid.nonzero()[:, 0].tolist()
+        found = []
+        for position in wanted:
+            if position >= len(valid) or position < -len(own):
+                raise ValueError(
+                    f"{self._what} {position} is out of range: sample {sample} has {len(own)} tokens in {len(valid)} columns"
+                )
+            place = position if position >= 0 else own[position]
+            if place not in own:
+                raise ValueError(f"{self._what} {position} of sample {sample} is padding: its tokens are {own[0]} to {own[-1]}")
+            found.append(place)
+        return torch.tensor(found, device=valid.device)
+
+
+def first_of(valid: Tensor) -> Tensor:
+    """Return the first valid token of each row of ``[..., N]`` bool; 0 where there is none."""
+    return valid.to(torch.uint8).argmax(-1)

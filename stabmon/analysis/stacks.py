@@ -1,0 +1,196 @@
+"""Tell which attention calls of a forward belong to one stack of layers over one sequence of tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from stabmon.capture.names import ModuleNames
+from stabmon.capture.same_positions import attends_itself
+from stabmon.records import AttentionCall
+
+CROSS_NAME = re.compile(r"cross|enc_?dec|encoder_?attn|encoder_?attention|src_?attn|memory_?attn", re.I)
+"""Name of a block's attention over another sequence: ``crossattention``, ``EncDecAttention``, ``encoder_attn`` …"""
+TOWER_NAME = re.compile(r"enc|dec|text|vision|visual|image|audio|language|query_tower|key_tower", re.I)
+"""Names of parts that are stacks of their own where no list of blocks says so."""
+NUMBERED = re.compile(r"^\D*\d+$")
+"""``0`` in ``layers.0``, ``block1``."""
+
+CallKind = Literal["self", "cross"]
+
+
+@dataclass(frozen=True)
+class SeenCall:
+    """One attention call of a forward, without its tensors."""
+
+    layer: str
+    """Name of the layer, as captured."""
+    kind: CallKind
+    """``self``: keys are the queries' own tokens. ``cross``: they are another sequence's."""
+    prefix: str
+    """Qualified name of the list of blocks that the layer lies in; empty for the model itself."""
+    batch: int
+    queries: int
+    keys: int
+    is_self: bool = False
+    """Each query is known to be of the same token as a key, so that hidden keys tell of padding."""
+
+
+@dataclass
+class Stack:
+    """Layers that attend over one sequence of tokens, one after the other."""
+
+    name: str
+    """What tells it from the model's other stacks: ``encoder``, ``text_model``; the blocks' own name where there is one."""
+    prefix: str
+    tokens: int
+    layers: list[str] = field(default_factory=list)
+    """Self-attention layers in the order of the forward."""
+    cross: list[str] = field(default_factory=list)
+    """Cross-attention layers of the same blocks."""
+    cross_keys: int | None = None
+
+
+class CallReader:
+    """Describe the attention calls of one forward while it runs.
+
+    Args:
+        model: the model; its modules give the layers their names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = ModuleNames(model)
+        self._first_of_block: dict[str, str] = {}
+
+    def describe(self, call: AttentionCall) -> SeenCall:
+        """Return what a call is; to be asked while the attending module's forward runs."""
+        sides = call.scores if call.scores is not None else call.query
+        assert sides is not None
+        batch, queries = sides.shape[0], sides.shape[2]
+        keys = call.scores.shape[3] if call.scores is not None else call.key.shape[2]  # type: ignore[union-attr]
+        name = call.layer.split("#")[0]
+        prefix, tail, block = split_name(name)
+        first = self._first_of_block.setdefault(block, name)
+        kind = self._kind(call, tail, queries, keys, is_second=first != name and block != prefix)
+        return SeenCall(call.layer, kind, prefix, batch, queries, keys, call.is_self)
+
+    def _kind(self, call: AttentionCall, tail: str, queries: int, keys: int, is_second: bool) -> CallKind:
+        says = getattr(call.module, "is_cross_attention", None)
+        if says is True or keys != queries:
+            return "cross"
+        if says is False:
+            return "self"
+        if CROSS_NAME.search(tail):
+            return "cross"
+        if not is_second or call.module is None or call.is_self:
+            return "self"
+        return "self" if attends_itself(call.module, self._names, queries, keys) else "cross"
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """Return the blocks' name, the name within a block, and the block's own name.
+
+    Example:
+        >>> split_name("decoder.block.3.layer.1.EncDecAttention")
+        ('decoder.block', 'layer.1.EncDecAttention', 'decoder.block.3')
+        >>> split_name("first.attention")
+        ('', 'first.attention', '')
+    """
+    parts = name.split(".")
+    for at, part in enumerate(parts):
+        if NUMBERED.match(part) and at < len(parts) - 1 + (len(parts) == 1):
+            stem = part.rstrip("0123456789")
+            prefix = ".".join(parts[:at] + ([stem] if stem else []))
+            return prefix, ".".join(parts[at + 1 :]), ".".join(parts[: at + 1])
+    for at, part in enumerate(parts[:-1]):
+        if TOWER_NAME.search(part):
+            return ".".join(parts[: at + 1]), ".".join(parts[at + 1 :]), ".".join(parts[: at + 1])
+    return "", name, ""
+
+
+def stacks_of(calls: Sequence[SeenCall]) -> list[Stack]:
+    """Return the stacks of a forward, in the order in which they first attend.
+
+    Args:
+        calls: all attention calls, in order.
+
+    Example:
+        >>> calls = [SeenCall(f"{part}.layers.{i}.attn", "self", f"{part}.layers", 1, 4, 4) for part in ("text", "image") for i in (0, 1)]
+        >>> [(stack.name, len(stack.layers)) for stack in stacks_of(calls)]
+        [('text', 2), ('image', 2)]
+    """
+    found: dict[str, Stack] = {}
+    for call in calls:
+        stack = found.setdefault(call.prefix, Stack("", call.prefix, call.queries))
+        if call.kind == "self":
+            stack.layers.append(call.layer)
+            stack.tokens = call.queries
+        else:
+            stack.cross.append(call.layer)
+            stack.cross_keys = call.keys
+    stacks = [stack for stack in found.values() if stack.layers]
+    for stack, name in zip(stacks, distinct_names([stack.prefix for stack in stacks]), strict=True):
+        stack.name = name
+    return stacks
+
+
+def distinct_names(prefixes: Sequence[str]) -> list[str]:
+    """Return for each qualified name the first part in which they differ, where that is its own; else all of it.
+
+    Example:
+        >>> distinct_names(["model.encoder.layers", "model.decoder.layers"])
+        ['encoder', 'decoder']
+        >>> distinct_names(["transformer.h"])
+        ['transformer.h']
+    """
+    split = [prefix.split(".") for prefix in prefixes]
+    shared = 0
+    while len(prefixes) > 1 and len({tuple(parts[: shared + 1]) for parts in split}) == 1:
+        shared += 1
+    own = [parts[shared] if shared < len(parts) else "" for parts in split]
+    return [
+        part if len(prefixes) > 1 and part and own.count(part) == 1 else prefix or "model"
+        for part, prefix in zip(own, prefixes, strict=True)
+    ]
+
+
+def choose_stack(stacks: Sequence[Stack], wanted: str) -> Stack:
+    """Return the stack that ``wanted`` names: its name, the blocks' qualified name, or a part of that.
+
+    ``encoder`` and ``decoder`` also name the stacks by their part: a decoder attends across to an encoder.
+
+    Raises:
+        ValueError: listing the stacks, where none or several fit.
+    """
+    for fits in (
+        [s for s in stacks if wanted in (s.name, s.prefix)],
+        [s for s in stacks if wanted in s.prefix.split(".")],
+        [s for s in stacks if wanted == role_of(s, stacks)],
+    ):
+        if len(fits) == 1:
+            return fits[0]
+    raise ValueError(f"stack {wanted!r} is none of the model's stacks of layers, or fits several: {listed(stacks)}")
+
+
+def role_of(stack: Stack, stacks: Sequence[Stack]) -> str | None:
+    """Return ``decoder`` for a stack that attends across to another, ``encoder`` for that other, else None."""
+    if stack.cross:
+        return "decoder"
+    decoders = [other for other in stacks if other.cross]
+    return "encoder" if any(encoder_of(each, stacks) == stack for each in decoders) else None
+
+
+def encoder_of(decoder: Stack, stacks: Sequence[Stack]) -> Stack | None:
+    """Return the stack that ``decoder`` attends across to: the last one before it over as many tokens as it has keys."""
+    before = [each for each in stacks[: list(stacks).index(decoder)] if not each.cross]
+    fitting = [each for each in before if each.tokens == decoder.cross_keys]
+    return fitting[-1] if fitting else None
+
+
+def listed(stacks: Sequence[Stack]) -> str:
+    """Return the stacks' names and numbers of layers as a phrase."""
+    return ", ".join(f"{s.name} ({len(s.layers)} layer{'s' * (len(s.layers) != 1)})" for s in stacks)
