@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from stabmon.analysis.context_rows import first_keys, mass_at
+from stabmon.analysis.context_rows import first_keys, masked_sums, mass_at
 from stabmon.operator import AttentionOperator
 
 RolePattern = int | Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -101,7 +101,10 @@ class RoleMasses:
         self.rows = torch.zeros(count, heads, dtype=torch.int64, device=device)
         self.spread = torch.zeros(heads, dtype=exact, device=device)
         self._apart: dict[str, Tensor] = {}
-        self.overlap = {name: torch.zeros(len(self._offsets), heads, dtype=exact, device=device) for name in self._content}
+        self.overlap = {
+            name: torch.zeros(len(self._offsets), heads, dtype=exact, device=device)
+            for name in self._content
+        }
         self.counted = self._eligible.sum(dim=(0, 2))
         if ids is not None:
             before = torch.full_like(ids, NOWHERE)
@@ -116,7 +119,9 @@ class RoleMasses:
         names = {k: own.get(k, f"offset_{k}") for k in offsets}
         return names | {k: name for name, k in custom.items()}
 
-    def add(self, p: Tensor, visible: Tensor, rows: slice, cols: slice, entropy: Tensor, own: Tensor) -> None:
+    def add(
+        self, p: Tensor, visible: Tensor, rows: slice, cols: slice, entropy: Tensor, own: Tensor
+    ) -> None:
         """Add a block.
 
         Args:
@@ -132,9 +137,10 @@ class RoleMasses:
         n = seen.to(p.dtype)
         found = self._first_key(p, rows, cols)
         found += self._by_offset(p, visible, cols, own, seen)
-        found += self._by_content(p, visible, cols, own, seen)
-        for function in self._functions.values():
-            found.append(self._on(p, visible, self._mask(function, own, cols)))
+        hits = [visible & mask[:, None] for mask in self._by_content(cols, own, seen)]
+        hits += [visible & self._mask(f, own, cols)[:, None] for f in self._functions.values()]
+        sizes = [hit.sum(-1) for hit in hits]
+        found += list(zip(masked_sums(p, hits), sizes, strict=True))
         mass = torch.stack([m for m, _ in found])
         size = torch.stack([s.expand(mass.shape[1:]) for _, s in found]).to(p.dtype)
         testable = eligible & (size > 0) & (4 * size <= n)
@@ -162,7 +168,9 @@ class RoleMasses:
         inside = (place >= 0) & (place < p.shape[-1])
         return place.clamp(0, p.shape[-1] - 1), inside
 
-    def _by_offset(self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _by_offset(
+        self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
         """Masses of single offsets and of the band."""
         if self.is_cross:
             return []
@@ -191,14 +199,14 @@ class RoleMasses:
         hit = inside & mask.gather(-1, place.expand(len(mask), -1, -1))
         return p.gather(-1, place.expand(*p.shape[:3], -1)) * hit[:, None]
 
-    def _by_content(self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Induction and duplicate tokens, each on all its keys, and on those of its alone.
+    def _by_content(self, cols: slice, own: Tensor, seen: Tensor) -> list[Tensor]:
+        """Mark keys of induction and duplicate tokens, each all and those of its alone.
 
         Not alone are keys of the query's band, the first key, and keys of the other of the two.
         """
         if not self._content or self.ids is None:
             return []
-        keys = torch.arange(cols.start, cols.stop, device=p.device)
+        keys = torch.arange(cols.start, cols.stop, device=own.device)
         tokens = self.ids[:, own][:, :, None]
         back = own[:, None] - keys
         duplicate = (self.ids[:, None, cols] == tokens) & (back != 0)
@@ -208,20 +216,16 @@ class RoleMasses:
             "induction": induction & ~named & ~duplicate,
             "duplicate_token": duplicate & ~named & ~induction,
         }
-        masks = (
+        return [
             induction,
             self._apart["induction"],
             duplicate,
             self._apart["duplicate_token"],
-        )
-        return [self._on(p, visible, mask) for mask in masks]
+        ]
 
-    def _on(self, p: Tensor, visible: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass and number of the visible keys in a mask ``[B or 1, rows, cols]``."""
-        hit = visible & mask[:, None]
-        return (p * hit).sum(-1), hit.sum(-1)
-
-    def _mask(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], own: Tensor, cols: slice) -> Tensor:
+    def _mask(
+        self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], own: Tensor, cols: slice
+    ) -> Tensor:
         keys = torch.arange(cols.start, cols.stop, device=own.device)
         mask = function(own[:, None], keys[None], self.ids)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3):
