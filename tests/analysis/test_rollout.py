@@ -269,6 +269,19 @@ def test_refuses_windows_and_merged_tokens() -> None:
     with pytest.raises(ValueError, match="windows have no rollout"):
         attention_rollout(swin, {"pixel_values": torch.randn(2, 3, 16, 16)})
 
+    from transformers import SegformerConfig, SegformerModel
+
+    sizes = {
+        "hidden_sizes": [8, 8],
+        "depths": [1, 1],
+        "num_attention_heads": [1, 2],
+        "num_encoder_blocks": 2,
+        "sr_ratios": [4, 1],
+    }
+    more = {"patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [1, 1], "decoder_hidden_size": 8}
+    with pytest.raises(ValueError, match="64 queries and 4 keys"):
+        attention_rollout(SegformerModel(SegformerConfig(**sizes, **more)), {"pixel_values": torch.randn(2, 3, 16, 16)})
+
     class Merging(nn.Module):
         def __init__(self) -> None:
             super().__init__()
