@@ -1,9 +1,10 @@
 """Print how much memory attribution takes above a plain forward, each way in a process of its own.
 
-    python tests/bench/analysis_memory.py [--part batch|length|peers] [--layers 28 --heads 16 --tokens 256 --samples 32]
+    python tests/bench/analysis_memory.py [--part batch|length|gradient] [--layers 28 --heads 16 --tokens 256 --samples 32]
 
 ``batch``: the rollout of a batch, by all maps kept (``output_attentions``, eager), by a loop over kept maps that frees each, and by
-stabmon. ``length``: one target at growing lengths, beside the queries and keys of all layers. Memory is the peak of the resident set
+stabmon. ``length``: one target at growing lengths, beside the queries and keys of all layers. ``gradient``: the same weighted by
+gradients, beside queries, keys, values and gradients (the graph of the forward comes on top). Memory is the peak of the resident set
 (VmHWM, reset before each measurement) less that of a plain forward under sdpa in the same process, in MB of 2**20 bytes.
 """
 
@@ -29,7 +30,7 @@ LENGTHS = (1024, 2048, 4096, 8192)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("batch", "length"), action="append", help="which part to run; all without")
+    parser.add_argument("--part", choices=("batch", "length", "gradient"), action="append", help="which part to run; all without")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=8)
@@ -41,7 +42,7 @@ def main() -> None:
     if given.child:
         print(json.dumps(measured(json.loads(given.child))))
         return
-    parts = given.part or ["batch", "length"]
+    parts = given.part or ["batch", "length", "gradient"]
     if "batch" in parts:
         shape = {"layers": given.layers, "heads": given.heads, "kv_heads": given.heads, "head_dim": given.head_dim}
         print(f"rollout of {given.samples} x {given.tokens} tokens, {given.layers} layers x {given.heads} heads")
@@ -53,15 +54,18 @@ def main() -> None:
                 f"{row['error']:11.1e}",
                 flush=True,
             )
-    if "length" in parts:
-        print("one target, 8 layers x 8 heads (4 key heads) of 64, one sample")
-        print(f"{'S':>8}{'MB above':>10}{'q, k MB':>10}{'MB beyond':>11}{'s':>8}{'forward s':>11}")
+    for part, way, heads in (("length", "target", 8 + 4), ("gradient", "gradient target", 8 + 4 + 4 + 8)):
+        if part not in parts:
+            continue
+        held = "q, k" if part == "length" else "q k v g"
+        print(f"one {way}, 8 layers x 8 heads (4 key heads) of 64, one sample")
+        print(f"{'S':>8}{'MB above':>10}{held + ' MB':>12}{'MB beyond':>11}{'s':>8}{'forward s':>11}")
         for tokens in given.lengths:
             shape = {"layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64, "tokens": tokens, "samples": 1}
-            row = child({"way": "target", **shape})
-            kept = 8 * tokens * (8 + 4) * 64 * 4 / MB
+            row = child({"way": way, **shape})
+            kept = 8 * tokens * heads * 64 * 4 / MB
             print(
-                f"{tokens:8}{row['above']:10.1f}{kept:10.1f}{row['above'] - kept:11.1f}{row['seconds']:8.1f}{row['forward_s']:11.1f}",
+                f"{tokens:8}{row['above']:10.1f}{kept:12.1f}{row['above'] - kept:11.1f}{row['seconds']:8.1f}{row['forward_s']:11.1f}",
                 flush=True,
             )
 
@@ -174,6 +178,12 @@ def target(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return attention_rollout(model, batch, targets=-1).matrix
 
 
+def gradient_target(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    from stabmon.analysis.rollout import attention_rollout
+
+    return attention_rollout(model, batch, targets=-1, weighting="gradient").matrix
+
+
 def reference(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         return product([each.double().mean(1) for each in model(**batch, output_attentions=True, use_cache=False).attentions])
@@ -193,6 +203,7 @@ WAYS: dict[str, Callable[[Any, dict[str, Tensor]], Any]] = {
     "stabmon": ours,
     "stabmon, eight numbers": eight_numbers,
     "target": target,
+    "gradient target": gradient_target,
 }
 
 
