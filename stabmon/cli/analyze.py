@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -159,6 +160,8 @@ def run(options: Options) -> int:
         ValueError: for options or input that are wrong, in one line.
     """
     check_options(options)
+    if options.out is not None:
+        _check_folder(Path(options.out))
     if options.stored is not None:
         records = _stored(options.stored, options.kind)
         folder = options.out or options.stored
@@ -179,6 +182,15 @@ def run(options: Options) -> int:
     return int(found)
 
 
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be written before any long work."""
+    standing = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
+    if not standing.is_dir():
+        raise ValueError(f"--out {out}: {standing.name} is a file; give a folder")
+    if not os.access(standing, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {standing} cannot be written; give another folder")
+
+
 def _stored(folder: str, kind: str | None) -> list[Any]:
     from stabmon.analysis.record import load_record
 
@@ -197,7 +209,7 @@ def _analysed(options: Options) -> Any:
     from stabmon.analysis.record import AnalysisRecord
     from stabmon.check.settings import ATTENTION
     from stabmon.cli.analyzing.inputs import make_inputs
-    from stabmon.cli.analyzing.kinds import estimated_seconds, look, run_kind
+    from stabmon.cli.analyzing.kinds import estimated_seconds, look, prepared
 
     if options.attn is not None and options.attn not in ATTENTION:
         raise ValueError(f"--attn {options.attn!r}: use {', '.join(ATTENTION)}")
@@ -207,7 +219,8 @@ def _analysed(options: Options) -> Any:
         target = _whole(options, None if options.attn is None else ATTENTION[options.attn])
     inputs = make_inputs(target, options)
     with _one_line(f"{options.model}: the model failed on {inputs.described}"):
-        layers = look(target.model, inputs)
+        layers = look(target.model, inputs, kind)
+        analysis = prepared(target.model, inputs, options, layers)
         seconds = estimated_seconds(layers, inputs, kind, options)
         if seconds >= LONG:
             print(
@@ -215,7 +228,7 @@ def _analysed(options: Options) -> Any:
                 file=sys.stderr,
             )
         with _working(f"{kind} of {inputs.described}"):
-            record = run_kind(target.model, inputs, options, layers)
+            record = analysis()
     notes = [*target.notes, *inputs.notes, *record.values.get("notes", ())]
     if target.analytic:
         notes.insert(

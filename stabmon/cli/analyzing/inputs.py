@@ -29,6 +29,8 @@ class Inputs:
     length: int
     """Tokens of the longest sample; 0 for images and samples of the caller's own."""
     described: str
+    lengths: tuple[int, ...] = ()
+    """Tokens of each sample, padding not counted."""
     positions: int | None = None
     """Positions that the model has, where it can take no more."""
     tokens: list[list[str]] | None = None
@@ -68,6 +70,8 @@ def make_inputs(target: Target, options: Options) -> Inputs:
         raise ValueError(
             f"{type(target.model).__name__}: takes no token ids; let the callable return (model, sample)"
         )
+    if not Path(source).stat().st_size:
+        raise ValueError(f"{source}: is empty; give a text, or token ids")
     text = read_ids(source, options.ids is not None)
     if text is None:
         if options.ids is not None:
@@ -192,7 +196,8 @@ def _from_tokens(target: Target, options: Options, text: Text, source: str) -> I
     batch = _batch(target, rows, notes)
     described = f"{len(rows)} × {length} {text.unit} of {source}"
     limit = most if hard else None
-    return Inputs(batch, len(rows), length, described, limit, words, notes=notes)
+    lengths = tuple(len(row) for row in rows)
+    return Inputs(batch, len(rows), length, described, lengths, limit, words, notes=notes)
 
 
 def _given_rows(
@@ -246,7 +251,8 @@ def _stretches(
     starts = np.linspace(0, len(ids) - body, count).round().astype(int)
     if len(set(starts.tolist())) < count:
         raise ValueError(
-            f"--samples {count}: {source} holds {len(ids)} {text.unit}, too few for so many different stretches of {body}; give a smaller --length"
+            f"--samples {count}: {source} holds {len(ids)} {text.unit}, too few for so many different "
+            f"stretches of {body}; give a smaller --length"
         )
     rows = [[*before[0], *ids[at : at + body], *after[0]] for at in starts]
     named = [[*before[1], *words[at : at + body], *after[1]] for at in starts]
