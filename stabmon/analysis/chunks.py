@@ -77,10 +77,12 @@ def _attempt(run: Callable[[Any, int], T], part: Any, start: int) -> tuple[T | N
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        failed = error.with_traceback(None)
-        failed.__context__ = None
-    gc.collect()
+        failed = error
+    link: BaseException | None = failed
+    while link is not None:  # frames would keep the run's tensors
+        link.__traceback__, link = None, link.__cause__ or link.__context__
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
     return None, failed
 

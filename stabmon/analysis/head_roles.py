@@ -102,6 +102,11 @@ class _Head:
         rest = on_band["local"] - largest
         return self.holds("local") and rest >= max(REST_OF_BAND, self.expected["local"])
 
+    def shares_band(self, role: str) -> bool:
+        """Whether an offset's mass is no more than one of two large parts of the band's."""
+        others = [self.masses[name] for name in self.offsets if name != role]
+        return role in self.offsets and max(others, default=0.0) >= SINK_SHARE
+
     def compete(self, one: str, other: str) -> bool:
         """Whether two roles share the rows between them."""
         if {one, other} == {"duplicate_token", "self"} or self.rows[one] < LEAST_ROWS:
@@ -112,7 +117,10 @@ class _Head:
             masses = [mass - self.overlap[one][other] for mass in masses]
         if min(masses) < SINK_SHARE:
             return False
-        return not {one, other} <= set(self.offsets) or sum(masses) >= TOGETHER
+        if not {one, other} <= set(self.offsets):
+            return True
+        in_band = any(name.startswith("offset_") for name in (one, other))
+        return not in_band and sum(masses) >= TOGETHER  # else they are parts of ``local``
 
 
 def head_roles(layer: str, sums: RoleMasses) -> list[HeadRole]:
@@ -183,7 +191,7 @@ def _roles_of(layer: str, head: int, sums: RoleMasses) -> list[HeadRole]:
             between.append(("local", "sink"))
             held = [name for name in held if name != "sink"]
         else:
-            held.append("local")
+            held = [name for name in held if not one.shares_band(name)] + ["local"]
     held.sort(key=lambda name: (name not in CONTENT, name == "sink"))
     rows = int(sums.counted[head])
     named = [made(name) for name in [*held, *custom]]

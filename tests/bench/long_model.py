@@ -1,9 +1,9 @@
 """Train a small Llama on bytes until it attends over thousands of them: the model that caches are compared on.
 
-    python tests/bench/long_model.py FOLDER [--minutes 40] [--threads 1]
+    python tests/bench/long_model.py FOLDER [--minutes 90] [--threads 1] [--start FOLDER]
 
-Grouped heads (4 query, 2 key, four layers), rotary positions, 2048 bytes of context. The text is the standard library's own source: much of it
-repeats over long distances. Short sequences first, so that heads that copy form early, then longer ones. Prints the held-out loss by
+Grouped heads (4 query, 2 key, four layers), rotary positions, 2048 bytes of context. The text is the standard library's own source:
+much of it repeats over long distances. Short sequences first, so that heads that copy form early, then longer ones. Prints the held-out loss by
 position: where it goes on falling with the position the model makes use of its context.
 """
 
@@ -67,9 +67,17 @@ def loss_by_position(model: torch.nn.Module, data: Tensor, rows: int = 8) -> Ten
     return torch.cat(losses).view(rows, -1)[:, : CONTEXT - 8].unflatten(1, (8, -1)).mean((0, 2))
 
 
-def train(folder: Path, minutes: float, seed: int = 0) -> torch.nn.Module:
-    """Train for some minutes of wall time, save into ``folder`` at each stage's end, and return the model."""
+def train(folder: Path, minutes: float, seed: int = 0, start: Path | None = None) -> torch.nn.Module:
+    """Train for some minutes of wall time, save into ``folder`` at each stage's end, and return the model.
+
+    With ``start`` the weights in that folder are trained on, with other batches.
+    """
+    from transformers import AutoModelForCausalLM
+
+    seed += start is not None
     model, (data, held_out, digest) = make_model(seed), texts()
+    if start is not None:
+        model = AutoModelForCausalLM.from_pretrained(start)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes, sha256 {digest[:16]}", flush=True)
@@ -98,11 +106,12 @@ def train(folder: Path, minutes: float, seed: int = 0) -> torch.nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="a folder whose weights are trained on")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.folder, args.minutes)
+    train(args.folder, args.minutes, start=args.start)
 
 
 if __name__ == "__main__":

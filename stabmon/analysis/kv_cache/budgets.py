@@ -63,7 +63,7 @@ def _clipped(share: NDArray[np.float64], total: int, least: float, cap: float) -
         return np.clip(factor * share, least, cap)
 
     bends = np.unique(np.concatenate([least / share, cap / share]))
-    sums = np.array([amounts(c).sum() for c in bends])
+    sums = np.clip(bends[:, None] * share, least, cap).sum(1)
     above = int(np.searchsorted(sums, total))
     if above >= len(bends):
         return amounts(float(bends[-1]))

@@ -19,6 +19,7 @@ from stabmon.analysis.kv_cache.masks import masked_arguments
 from stabmon.analysis.kv_cache.policy import DecodeStep, Policy, best, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.stock_cache import make_cache
+from stabmon.capture.base import isolated
 from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.signals.measure import operator_of
 
@@ -180,18 +181,21 @@ class CompressedCache:
         index = self._layer_of(site)
         if index is None:
             return site.run()
-        if self._pending == index:
+        layer, is_own = self._layers[index], self._pending == index
+        if is_own:
             self._pending = None
-        layer = self._layers[index]
-        _, positions = layer.handed
+        _, positions, has_gaps = layer.handed
         if index not in self._names:
             result = site.run()
-            self.take_prompt(index, PromptLayer(site.layer, operator_of(replace(site.read(), is_self=True)), self.window_size))
+            with isolated():
+                attention, heads = operator_of(replace(site.read(), is_self=True)), layer.keys.shape[1]
+                self.take_prompt(index, PromptLayer(site.layer, attention, heads, self.window_size))
         else:
-            gaps = {"has_gaps": layer.has_gaps}
-            changes = {} if positions is None else masked_arguments(site, positions, layer.seen, **gaps)
+            changes = {} if positions is None else masked_arguments(site, positions, layer.seen, has_gaps=has_gaps)
             result = site.run(**changes)
-            self._after_step(index, site, changes)
+            if is_own:  # else a layer that shares these keys, which have been judged already
+                with isolated():
+                    self._after_step(index, site, changes)
         if not self._keys_are_shared:
             layer.handed = None  # else it would keep evicted keys alive
         return result
@@ -246,7 +250,7 @@ class CompressedCache:
 
     @staticmethod
     def _per_head(flags: Tensor, prompt: PromptLayer) -> Tensor:
-        return flags[:, None].expand(-1, prompt.operator.key_heads, -1)
+        return flags[:, None].expand(-1, prompt.key_heads, -1)
 
     def _share(self, prompt: PromptLayer) -> None:
         """Give the layers so far their budgets, and shrink them to it."""

@@ -62,7 +62,7 @@ def compressed_generate(
         The sequences, and the cache with its evictions.
 
     Raises:
-        ValueError: for encoders and encoder–decoders, padding on the right, or values out of range.
+        ValueError: for encoders and encoder–decoders, padding on the right, a prompt in chunks, or values out of range.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,6 +73,8 @@ def compressed_generate(
         (torch.Size([1, 35]), True)
     """
     check_prompt(input_ids, attention_mask)
+    if options.get("prefill_chunk_size"):
+        raise ValueError("prefill_chunk_size: keys are chosen once the whole prompt has gone through, leave it out")
     cache = CompressedCache(
         model,
         policy=policy,

@@ -31,7 +31,7 @@ class KeptKeys:
         positions: ``[B, H_kv, M]`` int64 positions of the kept keys, ascending, -1 in empty slots; None while nothing is evicted.
         has_gaps: some slot is empty.
         memory: what the policy remembers of each key, ``[B, H_kv, M]``.
-        handed: the keys that the last forward was given, with their positions.
+        handed: the keys that the last forward was given, their positions, and whether some slots were empty.
     """
 
     keys: Tensor | None
@@ -49,7 +49,7 @@ class KeptKeys:
         self.positions: Tensor | None = None
         self.has_gaps = False
         self.memory: dict[str, Tensor] = {}
-        self.handed: tuple[Tensor, Tensor | None] | None = None
+        self.handed: tuple[Tensor, Tensor | None, bool] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values, and return all that are held."""
@@ -61,7 +61,7 @@ class KeptKeys:
             self.positions = torch.cat([self.positions, place.expand(*self.positions.shape[:2], -1)], dim=-1)
             self.memory = {name: torch.nn.functional.pad(known, (0, new)) for name, known in self.memory.items()}
         self.seen += new
-        self.handed = keys, self.positions
+        self.handed = keys, self.positions, self.has_gaps
         return keys, values
 
     def get_seq_length(self) -> int:

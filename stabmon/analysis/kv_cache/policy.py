@@ -140,8 +140,8 @@ def best(scores: Tensor, count: Tensor, candidates: Tensor) -> Tensor:
     return (rank < count[..., None]) & candidates
 
 
-POLICIES = Registry[type[Policy]]("cache_policy", package="stabmon.analysis.kv_cache.policies")
-"""Eviction policies by name; other packages add theirs by an entry point."""
+POLICIES = Registry[type[Policy]]("eviction", package="stabmon.analysis.kv_cache.policies")
+"""Eviction policies by name; other packages add theirs by an entry point in ``stabmon.evictions``."""
 
 
 def policy_of(policy: str | Policy) -> Policy:

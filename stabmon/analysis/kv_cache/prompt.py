@@ -22,6 +22,8 @@ class PromptLayer:
     """Qualified name of the module that attends."""
     operator: AttentionOperator
     """Causal self-attention over the prompt, S queries by S keys."""
+    key_heads: int
+    """H_kv, the heads that the cache holds; fewer than the kernel's where keys are stored in another form (latent attention)."""
     window: int
     """The last real queries of each sample, whose attention is looked at and whose own keys are kept."""
 
@@ -51,7 +53,7 @@ class PromptLayer:
         """``[B, H, w, S]`` attention weights of the window's queries; rows of 0 where a sample is shorter than the window."""
         attention = self.operator
         last = [int(n) for n in (self.valid * torch.arange(1, attention.queries + 1, device=self.valid.device)).amax(1).tolist()]
-        shape = (attention.batch, attention.heads, min(self.window, attention.queries), attention.keys)
+        shape = (attention.batch, attention.heads, self.window, attention.keys)
         dtype = torch.float64 if attention.query.dtype == torch.float64 else torch.float32
         weights = torch.zeros(shape, dtype=dtype, device=attention.query.device)
         for samples, end in _runs(last):
@@ -72,7 +74,7 @@ class PromptLayer:
         return self.operator.rmatvec(counted)[..., 0]
 
     def check(self) -> None:
-        """Refuse what is not causal self-attention.
+        """Refuse what is not causal self-attention, or cannot be ranked.
 
         Raises:
             ValueError: naming the layer.
@@ -83,6 +85,10 @@ class PromptLayer:
             raise ValueError(
                 f"{self.name} attends in both directions or to another sequence, as encoders do: a KV cache exists in causal "
                 "decoders only, give a decoder"
+            )
+        if not bool(self.weights.isfinite().all()):
+            raise ValueError(
+                f"{self.name} has attention weights that are NaN: nothing can be ranked by them, mend the model first"
             )
 
     @property

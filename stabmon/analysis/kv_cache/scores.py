@@ -137,4 +137,5 @@ def over_groups(values: Tensor, key_heads: int) -> Tensor:
         >>> over_groups(torch.tensor([[[1.0], [3.0], [5.0], [7.0]]]), 2).flatten().tolist()
         [2.0, 6.0]
     """
-    return values.unflatten(1, (key_heads, -1)).mean(dim=2)
+    mean: Tensor = values.unflatten(1, (key_heads, -1)).mean(dim=2)
+    return mean

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.forward import run_model
+from stabmon.analysis.forward import run_model, takes
 from stabmon.analysis.kv_cache.budgets import tokens_of
 from stabmon.analysis.kv_cache.cascade import Cascade, allot
 from stabmon.analysis.kv_cache.checks import check_count, check_sizes
@@ -22,7 +22,7 @@ from stabmon.analysis.kv_cache.policy import Policy, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.report import CakeReport
 from stabmon.analysis.kv_cache.seen import SeenLayer, stages_of
-from stabmon.analysis.kv_cache.stock_cache import left_out_layers
+from stabmon.analysis.kv_cache.stock_cache import cached_heads, left_out_layers
 from stabmon.records import AttentionCall
 from stabmon.signals.measure import operator_of
 
@@ -49,6 +49,7 @@ def simulate_cake(
     Args:
         model: a causal decoder. Decoding needs one of transformers.
         batch: the prompts: a mapping with ``input_ids`` ``[B, S]`` and, where samples are padded, ``attention_mask``; or a tensor.
+            Positions of a sample that is padded on the left start at its first token, as in ``generate``.
         cache_size: keys that each key head keeps, on average over layers, the window included: tokens (int), or a share of each
             sample's prompt (float in (0, 1]).
         window_size: last queries that judge the other keys, and whose own keys always stay; 2 or more, below the cache size.
@@ -123,14 +124,19 @@ def simulate_cache(
     check_count("max_new_tokens", max_new_tokens, least=0)
     tokens_of(cache_size, [])
     ids, mask = prompt_of(batch)
-    outside = left_out_layers(model)
+    batch = with_positions(model, batch, mask)
+    outside, heads = left_out_layers(model), cached_heads(model, ids)
     seen: list[SeenLayer] = []
     left_out: dict[str, str] = {}
+    shown: set[Any] = set()
 
     def look(call: AttentionCall) -> None:
-        why = outside.get(getattr(call.module, "layer_idx", None))  # type: ignore[arg-type]
+        index = getattr(call.module, "layer_idx", None)
+        shown.add(index)
+        why = outside.get(index)
         if why is None:
-            layer = PromptLayer(call.layer, operator_of(replace(call, is_self=True)), window_size)
+            attention = operator_of(replace(call, is_self=True))
+            layer = PromptLayer(call.layer, attention, heads.get(index, attention.key_heads), window_size)
             layer.check()
             why = "a sliding window" if layer.is_windowed else None
         if why is not None:
@@ -146,8 +152,9 @@ def simulate_cache(
     run_model(model, batch, look)
     if not seen:
         raise ValueError(f"{type(model).__name__} has no layer whose cache grows with the text: {left_out}")
+    left_out |= {f"layer {index}": why for index, why in outside.items() if index not in shown}
     lengths = seen[0].lengths
-    sizes = tokens_of(cache_size, lengths)
+    sizes = lengths if chosen.keeps_all else tokens_of(cache_size, lengths)
     check_sizes(sizes, lengths, window_size)
     totals = [10**9 if n <= size else (size - window_size) * len(seen) for n, size in zip(lengths, sizes, strict=True)]
     caps = [n - window_size for n in lengths]
@@ -198,3 +205,11 @@ def prompt_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     is_ids = isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point()
     return (first if is_ids else None), None
+
+
+def with_positions(model: nn.Module, batch: Any, mask: Tensor | None) -> Any:
+    """Return the batch with the position ids that ``generate`` would use, where samples are padded on the left and none are given."""
+    padded = mask is not None and mask.ndim == 2 and not bool(mask[:, 0].all())
+    if mask is None or not padded or "position_ids" in batch or not takes(model, "position_ids"):
+        return batch
+    return {**batch, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}

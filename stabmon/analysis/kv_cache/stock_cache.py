@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from stabmon.analysis.forward import undisturbed
 from stabmon.analysis.kv_cache.layer import KeptKeys
 
 
@@ -84,6 +86,20 @@ def left_out_layers(model: nn.Module) -> dict[int, str]:
 
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     return {index: reason(layer) for index, layer in enumerate(layers) if type(layer) is not DynamicLayer}
+
+
+def cached_heads(model: nn.Module, input_ids: Tensor | None) -> dict[int, int]:
+    """Return how many heads each layer's cache holds, found by a forward of one token; empty for models without such a cache."""
+    try:
+        check_decoder(model)
+    except ValueError:
+        return {}
+    if input_ids is None or 0 in input_ids.shape:
+        return {}
+    with undisturbed(model), torch.no_grad():
+        layers = model(input_ids=input_ids[:1, :1], use_cache=True).past_key_values.layers
+    held = {index: getattr(layer, "keys", None) for index, layer in enumerate(layers)}
+    return {index: keys.shape[1] for index, keys in held.items() if isinstance(keys, Tensor) and keys.ndim == 4}
 
 
 def reason(layer: Any) -> str:

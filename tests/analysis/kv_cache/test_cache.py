@@ -8,8 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from stabmon.analysis.kv_cache import POLICIES, CompressedCache, compressed_generate
-from tests.analysis.kv_cache.models import MAKERS, compressed, gemma3, llama, masked_forward, tokens
+from stabmon.analysis.kv_cache import POLICIES, CompressedCache, compressed_generate, simulate_cake
+from tests.analysis.kv_cache.models import (
+    MAKERS,
+    SIZES,
+    TOKENS,
+    VOCABULARY,
+    compressed,
+    gemma3,
+    llama,
+    masked_forward,
+    sharpened,
+    tokens,
+)
 
 PROMPT, NEW = 40, 12
 SMALL = {"cache_size": 16, "window_size": 6}
@@ -238,3 +249,117 @@ def test_wrong_use_is_refused() -> None:
         compressed_generate(model, ids, attention_mask=torch.arange(PROMPT)[None] < 30, **SMALL)
     with pytest.raises(ValueError, match="whole sequence"), cache.attached():
         model(ids[:, :2], attention_mask=torch.ones(1, 1, 2, 2), past_key_values=cache.key_values)
+
+
+def hybrid() -> Any:
+    """Attention in every second layer, a state in the others."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    torch.manual_seed(4)
+    states = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    }
+    kinds = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+    return sharpened(Qwen3NextForCausalLM(Qwen3NextConfig(**(SIZES | TOKENS | states | experts | kinds))))
+
+
+def latent() -> Any:
+    """One latent for all heads in the cache, and values of another size than keys."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(5)
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "head_dim": 4}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}
+    few = {"num_hidden_layers": 2, "num_key_value_heads": 4}
+    return sharpened(DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | TOKENS | ranks | experts | few))))
+
+
+def shared() -> Any:
+    """The last two layers read the keys of the two before them."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    torch.manual_seed(6)
+    own = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4, "laurel_rank": 4}
+    more = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [32] * 4}
+    sparse = {"activation_sparsity_pattern": [0.0] * 4}
+    return sharpened(Gemma3nForCausalLM(Gemma3nTextConfig(**(SIZES | TOKENS | own | more | kinds | sparse))))
+
+
+@pytest.mark.parametrize(
+    ("maker", "left_out"),
+    [
+        (hybrid, {0: "a state instead of keys", 2: "a state instead of keys"}),
+        (latent, {}),
+        (shared, {0: "a sliding window of 8 keys", 2: "another layer's keys", 3: "another layer's keys"}),
+    ],
+)
+@torch.no_grad()
+def test_caches_of_other_kinds(maker: Any, left_out: dict[int, str]) -> None:
+    model, ids = maker(), tokens(2, PROMPT + NEW)
+    for step in (1, NEW):
+        cache = compressed(model, ids, PROMPT, **SMALL)
+        assert cache.left_out == left_out
+        kept = cache.kept()
+        if maker is shared:
+            kept["model.layers.3.self_attn"] = kept["model.layers.1.self_attn"]
+        with cache.attached():
+            made = [
+                model(ids[:, at : at + step], past_key_values=cache.key_values).logits for at in range(PROMPT, PROMPT + NEW, step)
+            ]
+        expected = masked_forward(model, ids, kept, PROMPT)[:, PROMPT:]
+        agree(torch.cat(made, 1), expected)
+        assert (model(ids, use_cache=False).logits[:, PROMPT:] - expected).abs().max() > 100 * WITHIN
+    report = simulate_cake(model, ids, max_new_tokens=3, **SMALL)
+    assert len(report.left_out) >= len(left_out) - (maker is shared)
+    assert report.layers[0].kept.shape[1] == cache.layers[min(cache.layers)].keys.shape[1]
+
+
+@torch.no_grad()
+def test_attention_that_cannot_be_told_is_refused() -> None:
+    from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)).eval()
+    with pytest.raises(ValueError, match=r"layer 0 of BloomForCausalLM .* attn_implementation='sdpa'"):
+        compressed_generate(bloom, tokens(1, PROMPT), **SMALL)
+    mistral = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
+    with pytest.raises(ValueError, match="a sliding window of 8 keys"):
+        compressed_generate(mistral, tokens(1, PROMPT), **SMALL)
+
+
+@torch.no_grad()
+def test_beam_search_carries_positions_with_the_beams() -> None:
+    model, ids = llama(), tokens(2, PROMPT)
+    made = compressed_generate(model, ids, num_beams=3, max_new_tokens=5, do_sample=False, **SMALL)
+    full = compressed_generate(model, ids, policy="full", num_beams=3, max_new_tokens=5, do_sample=False, **SMALL)
+    stock = model.generate(ids, num_beams=3, max_new_tokens=5, do_sample=False)
+    assert torch.equal(full.sequences, stock)
+    assert made.sequences.shape == stock.shape
+    for layer in made.cache.layers.values():
+        assert layer.keys.shape[0] == layer.positions.shape[0] == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_half_precision_is_scored_in_float32(dtype: torch.dtype) -> None:
+    model, ids = llama(), tokens(1, PROMPT)
+    report = simulate_cake(model.to(dtype), ids, max_new_tokens=3, **SMALL)
+    assert report.layers[0].scores.dtype == torch.float32
+    assert report.log_probabilities.dtype == torch.float32
+    assert not report.layers[0].scores[..., : PROMPT - 6].isnan().any()
+
+
+@torch.no_grad()
+def test_a_prompt_shorter_than_the_window_generates_as_ever() -> None:
+    model = llama()
+    for length in (1, 4):
+        ids = tokens(1, length)
+        for size in (16, 1.0):
+            made = compressed_generate(model, ids, cache_size=size, window_size=6, max_new_tokens=5, do_sample=False)
+            if size == 16:
+                assert torch.equal(made.sequences, model.generate(ids, max_new_tokens=5, do_sample=False))
+            assert made.tokens.shape == (1, 5)

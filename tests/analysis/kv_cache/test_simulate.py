@@ -82,17 +82,16 @@ def test_numbers_equal_a_dense_float64_oracle(maker: str, taus: tuple[float, flo
                 assert not len(rest) or chosen.min() >= rest.max() - WITHIN * rest.max()
 
 
-def test_padding_on_either_side_changes_no_number() -> None:
-    model, ids = llama(), tokens(1, LENGTH)
+@pytest.mark.parametrize("maker", ["llama", "gpt2"])
+def test_padding_on_either_side_changes_no_number(maker: str) -> None:
+    model, ids = MAKERS[maker](), tokens(1, LENGTH)
     alone = simulate_cake(model, ids, cache_size=CACHE, window_size=WINDOW)
     for left, right in ((5, 0), (0, 5)):
         padded = functional.pad(ids, (left, right))
         mask = functional.pad(torch.ones_like(ids), (left, right))
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
         both = {
             "input_ids": torch.cat([padded, tokens(1, LENGTH + 5, seed=9)]),
             "attention_mask": torch.cat([mask, torch.ones_like(mask)]),
-            "position_ids": torch.cat([positions, torch.arange(LENGTH + 5)[None]]),
         }
         report = simulate_cake(model, both, cache_size=CACHE, window_size=WINDOW)
         assert report.lengths == (LENGTH, LENGTH + 5)
@@ -215,6 +214,21 @@ def test_refusals_name_the_value_and_the_mend() -> None:
             simulate_cake(model, ids, **({"cache_size": 10, "window_size": 4} | changes))
     with pytest.raises(ValueError, match="did you mean 'snapkv'"):
         simulate_cache(model, ids, policy="snapkw", cache_size=10, window_size=4)
+
+
+def test_a_model_that_gives_nan_is_named() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn has attention weights that are NaN"):
+        simulate_cake(model, tokens(1, LENGTH), cache_size=CACHE, window_size=WINDOW)
+
+
+def test_full_keeps_every_key_and_costs_nothing() -> None:
+    model, ids = llama(), tokens(1, LENGTH)
+    report = simulate_cache(model, ids, policy="full", cache_size=CACHE, window_size=WINDOW, max_new_tokens=4)
+    assert (report.compression_ratio, report.budget_use, report.eviction_frequency) == (1.0, 1.0, 0.0)
+    assert report.perplexity == pytest.approx(report.full_perplexity, rel=1e-5)
 
 
 def test_a_short_sample_keeps_everything() -> None:

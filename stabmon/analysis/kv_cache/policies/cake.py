@@ -64,7 +64,7 @@ class Cake(Policy):
 
     def scores(self, layer: PromptLayer) -> Tensor:
         """Return mean and variance of the window's attention, ``[B, H_kv, S]``."""
-        key_heads = layer.operator.key_heads
+        key_heads = layer.key_heads
         return scores.keep_scores(layer.weights, layer.before, key_heads, gamma=self.gamma, pool=self.pool)
 
     def step_scores(self, step: DecodeStep) -> Tensor:

@@ -28,7 +28,7 @@ class H2O(Policy):
 
     def scores(self, layer: PromptLayer) -> Tensor:
         """Return the mass that each key has received, mean over the group's heads, ``[B, H_kv, S]``."""
-        return over_groups(layer.received, layer.operator.key_heads)
+        return over_groups(layer.received, layer.key_heads)
 
     def remember(self, layer: PromptLayer) -> dict[str, Tensor]:
         """Return the masses, to be gone on with."""

@@ -32,7 +32,7 @@ class Random(Policy):
         attention = layer.operator
         place = sum(ord(letter) * 31**index for index, letter in enumerate(layer.name)) % 2**31
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + place)
-        draw = 1 - torch.rand(attention.batch, attention.key_heads, attention.keys, generator=generator)
+        draw = 1 - torch.rand(attention.batch, layer.key_heads, attention.keys, generator=generator)
         return draw.to(attention.query.device)
 
     def remember(self, layer: PromptLayer) -> dict[str, Tensor]:

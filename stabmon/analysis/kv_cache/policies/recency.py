@@ -40,7 +40,7 @@ class Recency(Policy):
         """Return each token's place in its sample, infinite for the sinks, ``[B, H_kv, S]``."""
         place = layer.valid.cumsum(1).to(torch.float32)
         place = torch.where(layer.valid & (place <= self.sinks), torch.inf, place)
-        return place[:, None].repeat(1, layer.operator.key_heads, 1)
+        return place[:, None].repeat(1, layer.key_heads, 1)
 
     def remember(self, layer: PromptLayer) -> dict[str, Tensor]:
         """Return which keys are sinks."""

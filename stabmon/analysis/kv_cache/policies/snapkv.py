@@ -37,7 +37,7 @@ class SnapKV(Policy):
 
     def scores(self, layer: PromptLayer) -> Tensor:
         """Return the window's mean attention, pooled, ``[B, H_kv, S]``."""
-        return keep_scores(layer.weights, layer.before, layer.operator.key_heads, gamma=0.0, pool=self.pool)
+        return keep_scores(layer.weights, layer.before, layer.key_heads, gamma=0.0, pool=self.pool)
 
 
 POLICIES.register(SnapKV.name, SnapKV)
