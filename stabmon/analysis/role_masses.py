@@ -158,6 +158,13 @@ class RoleMasses:
         spread = torch.where(eligible, entropy.exp() / n.clamp(min=1), 0.0)
         self.spread += spread.sum(dim=(0, 2)).to(exact)
 
+    def to_host(self) -> None:
+        """Move the sums to the CPU, once for all heads."""
+        self.together, self.expected = self.together.cpu(), self.expected.cpu()
+        self.rows, self.spread = self.rows.cpu(), self.spread.cpu()
+        self.counted = self.counted.cpu()
+        self.overlap = {name: both.cpu() for name, both in self.overlap.items()}
+
     def _first_key(self, p: Tensor, rows: slice, cols: slice) -> list[tuple[Tensor, Tensor]]:
         return [(mass_at(p, self._first, cols), self.attention.visibility.sees_first[..., rows])]
 

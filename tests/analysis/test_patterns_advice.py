@@ -220,7 +220,7 @@ def test_a_model_that_needs_recent_keys_only_is_told_so() -> None:
     assert abs(best.cost) < 1e-5
     assert best.random_cost > 0.1
     assert best.n == 6 * (LENGTH - 1 - 8)
-    assert "8 newest keys of 64" in best.text
+    assert "8 newest keys, of a context of 64" in best.text
 
 
 def test_a_model_that_needs_its_first_key_is_not_told_to_drop_it() -> None:
