@@ -287,3 +287,41 @@ def test_bidirectional_heads_look_both_ways() -> None:
     assert found.kinds[layer] == "bidirectional"
     named = [found.roles_of(layer, head) for head in range(len(heads))]
     assert named == [["previous_token"], ["offset_-1"], ["sink"], ["local"], ["uniform"]]
+
+
+class ByToken(nn.Module):
+    """Causal heads that match the query's token with the token ``shift`` before each key."""
+
+    def __init__(self, shifts: list[int], vocabulary: int, score: float = STRONG) -> None:
+        super().__init__()
+        self.shifts, self.vocabulary, self.score = shifts, vocabulary, score
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        tokens = nn.functional.one_hot(input_ids, self.vocabulary).float()
+        keys = []
+        for shift in self.shifts:
+            key = tokens.roll(shift, 1)
+            edge = slice(0, shift) if shift >= 0 else slice(shift, None)
+            key[:, edge] = 0
+            keys.append(key)
+        key = torch.stack(keys, 1)
+        query = self.score * tokens[:, None].expand_as(key)
+        return nn.functional.scaled_dot_product_attention(
+            query, key, key, scale=1.0, is_causal=True
+        )
+
+
+def test_heads_that_match_tokens_are_told_apart_on_english_text() -> None:
+    english = (pytest.__doc__ or "") + (torch.nn.functional.scaled_dot_product_attention.__doc__)
+    ids = torch.tensor([list(english.encode())[:400]])
+    shifts = {1: "induction", 0: "duplicate_token", 2: None, 3: None, -1: None}
+    found = attention_patterns(
+        ByToken(list(shifts), 256), {"input_ids": ids}, advice=False, similarity=False
+    )
+    for head, expected in enumerate(shifts.values()):
+        named = set(found.roles_of(found.layers[0], head))
+        if expected is None:
+            assert not named & {"induction", "duplicate_token", "previous_token", "self"}, head
+        else:
+            assert expected in named, head
+            assert not named & {"induction", "duplicate_token", "previous_token"} - {expected}
