@@ -262,6 +262,29 @@ def test_a_custom_role_is_a_function_of_positions_and_tokens() -> None:
         attention_patterns(model(), batch, custom_roles={"x": "two"}, advice=False)
 
 
+def test_in_a_short_block_repeated_other_rows_tell_induction_from_an_offset() -> None:
+    """Where no other row tells, the evidence names what it cannot be told from."""
+    ids = torch.arange(8).repeat(2)[None]
+    found = look(ids)
+    layer = found.layers[1]
+    assert found.roles_of(layer, 0) == ["induction"]
+    evidence = next(r.evidence for r in found.roles if (r.layer, r.head) == (layer, 0))
+    assert evidence["indistinguishable_from"] == "offset_7"
+    assert "local" not in evidence["not_testable"]
+    narrow = look(text()[:, :12]).roles[0].evidence
+    assert narrow["not_testable"]["local"].startswith("a quarter of 12 keys")
+    heads = [((by_offset(7), {"offset_7"}), (by_token(BEFORE), {"induction"}))]
+    first = [((by_offset(1), {"previous_token"}), (at_first(), {"sink"}))]
+    for period in (8, 10, 12):
+        told = look(torch.arange(LENGTH)[None] % period, first + heads)
+        layer = told.layers[1]
+        if period != 8:
+            assert told.roles_of(layer, 0) == ["offset_7"]
+        assert told.roles_of(layer, 1) == ["induction"]
+    random = look(text(), first + heads)
+    assert random.roles_of(random.layers[1], 0) == ["offset_7"]
+
+
 class Bidirectional(nn.Module):
     """Attention by given scores of positions, one head each, without a mask."""
 
