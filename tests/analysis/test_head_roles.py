@@ -216,13 +216,13 @@ def test_left_padding_hides_no_role() -> None:
 
 
 def test_evidence_equals_a_count_over_dense_maps() -> None:
-    ids = text()
+    ids = text()[:2]
     gpt2 = model()
     gpt2.set_attn_implementation("eager")
     with torch.no_grad():
         maps = gpt2(ids, output_attentions=True).attentions
     found = look(ids)
-    for layer, weights in zip(found.layers, maps, strict=True):
+    for layer, weights in zip(found.layers[:3], maps[:3], strict=True):
         for head in range(HEADS):
             evidence = next(r.evidence for r in found.roles if (r.layer, r.head) == (layer, head))
             sums: dict[str, list[float]] = {"previous_token": [], "sink": [], "induction": []}
