@@ -23,25 +23,37 @@ def analyze(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A folder, a config.json, a hub name, or package.module:callable giving an nn.Module."
+            help=(
+                "A folder, a config.json, a hub name, or package.module:callable giving an "
+                "nn.Module."
+            )
         ),
     ] = None,
     text: Annotated[
         str | None,
         typer.Option(
-            help="A text file, token ids as .json, .npy or .pt, or a folder of images for a vision model."
+            help=(
+                "A text file, token ids as .json, .npy or .pt, or a folder of images for a "
+                "vision model."
+            )
         ),
     ] = None,
     ids: Annotated[
         str | None,
         typer.Option(
-            help="A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a line."
+            help=(
+                "A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a "
+                "line."
+            )
         ),
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
-            help="rollout, patterns, cake or heatmap; rollout if left out, with --from all that are stored."
+            help=(
+                "rollout, patterns, cake or heatmap; rollout if left out, with --from all that "
+                "are stored."
+            )
         ),
     ] = None,
     out: Annotated[
@@ -63,7 +75,10 @@ def analyze(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Positions to attribute, or of the query to look at; negative ones count from the end."
+            help=(
+                "Positions to attribute, or of the query to look at; negative ones count from "
+                "the end."
+            )
         ),
     ] = None,
     samples: Annotated[
@@ -87,7 +102,10 @@ def analyze(
     cache_size: Annotated[
         str | None,
         typer.Option(
-            help="cake: keys a head keeps on average over layers (128), or a share of the prompt (0.25)."
+            help=(
+                "cake: keys a head keeps on average over layers (128), or a share of the prompt "
+                "(0.25)."
+            )
         ),
     ] = None,
     window: Annotated[
@@ -233,7 +251,8 @@ def _analysed(options: Options) -> Any:
     if target.analytic:
         notes.insert(
             0,
-            "the weights are random, as the config initialises them: what is shown is the architecture, not a trained model",
+            "the weights are random, as the config initialises them: what is shown is the "
+            "architecture, not a trained model",
         )
     values = {
         **record.values,
@@ -258,7 +277,8 @@ def _whole(options: Options, attention: str | None) -> Any:
     target = load_target(str(options.model), attention, options.seed)
     if target.whole is not None or any("weights are too large" in note for note in target.notes):
         raise ValueError(
-            f"{options.model}: the whole model ({target.parameters:,} parameters) is needed, and is too large to be made here; "
+            f"{options.model}: the whole model ({target.parameters:,} parameters) is needed, and "
+            "is too large to be made here; "
             "use a smaller one, or stabmon.analysis in your own script"
         )
     return target

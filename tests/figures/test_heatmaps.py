@@ -91,8 +91,8 @@ def test_every_cell_of_512_gets_a_pixel_in_the_saved_grid(tmp_path: Path) -> Non
 def test_what_is_too_large_for_exact_cells_is_pooled_and_says_so() -> None:
     given = list(np.zeros((1, 16, 600, 600), dtype=np.float32))
     figure = head_grid(given, ["0"])
-    assert panels(figure)[0].images[0].get_array().shape == (200, 200)
-    assert "3 × 3 pairs" in title(figure)
+    assert panels(figure)[0].images[0].get_array().shape == (300, 300)
+    assert "2 × 2 pairs" in title(figure)
 
 
 def test_one_map_has_tokens_on_its_axes_and_hostile_ones_are_drawn_as_text(tmp_path: Path) -> None:

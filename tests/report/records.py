@@ -36,8 +36,8 @@ def heatmap(side: int = 10, heads: int = 2, **more: Any) -> AnalysisRecord:
     values = {
         "sample": 0,
         "layers": LAYERS,
-        "pooling": dict.fromkeys(LAYERS, [1, 1]),
-        "sizes": dict.fromkeys(LAYERS, [side, side]),
+        "pooling": {layer: [1, 1] for layer in LAYERS},
+        "sizes": {layer: [side, side] for layer in LAYERS},
         "model": "a model",
         "tokens": [(HOSTILE * side)[:side]],
         **more,

@@ -15,10 +15,15 @@ from stabmon.report.kinds import page_of
 from stabmon.report.page import encoded, for_page, render
 from tests.report import records
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-background-networking "
-    "--disable-component-update --disable-sync --no-first-run"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 
 def text_of(record: AnalysisRecord) -> str:
@@ -268,10 +273,13 @@ def test_every_picture_of_every_page_can_be_drawn() -> None:
             assert picture.caption.rstrip().endswith((".", "itself."))
 
 
-def test_a_large_picture_stands_in_the_page_as_a_smaller_one() -> None:
+def test_a_large_picture_stands_in_the_page_as_a_smaller_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from stabmon.figures.heatmaps import single_map
 
-    figure = single_map(np.random.default_rng(0).random((300, 300)))
+    monkeypatch.setattr("stabmon.report.page.INLINE_LIMIT", 20_000)
+    figure = single_map(np.random.default_rng(0).random((40, 40)))
     kind, data = encoded(figure, "png")
     small_kind, small = for_page(figure, kind, data)
     assert (kind, small_kind) == ("image/png", "image/png")

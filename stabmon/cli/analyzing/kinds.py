@@ -60,9 +60,7 @@ def look(model: nn.Module, inputs: Inputs, kind: str) -> Layers:
 def _check_causal(call: AttentionCall) -> None:
     from stabmon.analysis.kv_cache.prompt import PromptLayer
 
-    PromptLayer(
-        call.layer, operator_of(replace(call, is_self=True)), int(call.key.shape[1]), 2
-    ).check()
+    PromptLayer(call.layer, operator_of(replace(call, is_self=True)), 2).check()
 
 
 def _shortened(batch: Any, tokens: int | None) -> Any:
@@ -165,7 +163,8 @@ def _targets(options: Options, inputs: Inputs) -> list[int] | None:
     bad = [each for each in targets if inputs.length and not -inputs.length <= each < inputs.length]
     if bad:
         raise ValueError(
-            f"--target {options.target}: no token {bad[0]}, samples have {inputs.length} (0 to {inputs.length - 1})"
+            f"--target {options.target}: no token {bad[0]}, samples have {inputs.length} (0 to "
+            f"{inputs.length - 1})"
         )
     return targets
 
@@ -182,7 +181,8 @@ def _rollout(
     if targets is None and inputs.length > WHOLE_MATRIX:
         targets = [-1]
         notes.append(
-            f"more than {WHOLE_MATRIX} tokens: the last one alone was attributed; name others with --target"
+            f"more than {WHOLE_MATRIX} tokens: the last one alone was attributed; name others "
+            "with --target"
         )
 
     def run() -> AnalysisRecord:
@@ -241,14 +241,16 @@ def _cake(
 
     if not inputs.length:
         raise ValueError(
-            f"--kind cake: {type(model).__name__} generates no text and has no KV cache; use rollout, patterns or heatmap"
+            f"--kind cake: {type(model).__name__} generates no text and has no KV cache; use "
+            "rollout, patterns or heatmap"
         )
     notes: list[str] = []
     window = 32 if options.window is None else options.window
     if options.cache_size is None:
         size: int | float = max(inputs.length // 4, 2 * window)
         notes.append(
-            f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; --cache-size sets it"
+            f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; "
+            "--cache-size sets it"
         )
     else:
         size = parsed_size(options.cache_size)
@@ -259,7 +261,8 @@ def _cake(
         and inputs.positions is not None
     ):
         raise ValueError(
-            f"--max-new-tokens {options.max_new_tokens}: the model has {inputs.positions} positions and the prompt {inputs.length} "
+            f"--max-new-tokens {options.max_new_tokens}: the model has {inputs.positions} "
+            f"positions and the prompt {inputs.length} "
             f"tokens; give at most {room}, or a smaller --length"
         )
     settings: dict[str, Any] = {
@@ -273,7 +276,8 @@ def _cake(
     shortest = min(lengths)
     if shortest <= window:
         raise ValueError(
-            f"--window {window}: leaves nothing to evict of a prompt of {shortest} tokens; give less than {shortest}, or a longer text"
+            f"--window {window}: leaves nothing to evict of a prompt of {shortest} tokens; give "
+            f"less than {shortest}, or a longer text"
         )
     check_sizes(tokens_of(size, lengths), lengths, window)
 
