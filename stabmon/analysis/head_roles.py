@@ -79,7 +79,7 @@ class _Head:
     overlap: dict[str, dict[str, float]]
     """Of a content role, the mass of each offset's key where it is one of the role's apart."""
     elsewhere: dict[str, dict[str, float]]
-    """Of a content role, the mass of each offset's key in all other rows; NaN where these are few."""
+    """Of a content role, the mass of each offset's key in all other rows; NaN if these are few."""
 
     def holds(self, role: str) -> bool:
         """Whether the role's mass is large enough, whatever others there are."""

@@ -282,3 +282,19 @@ def test_a_loss_of_ones_own_is_measured() -> None:
     assert {each.policy for each in tried} >= {"keep_recent", "top_k", "diverse", "grouping"}
     with pytest.raises(ValueError, match="loss_fn must return"):
         compression_advice(model, batch, loss_fn=lambda output, _: 1.0)
+
+
+def test_advice_that_nobody_asked_for_fails_in_words() -> None:
+    ids = torch.randint(3, 50, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def broken(output: Any, batch: Any) -> Tensor:
+        raise RuntimeError("out of\nmemory")
+
+    model, batch = llama(), {"input_ids": ids}
+    found = attention_patterns(model, batch, loss_fn=broken)
+    assert found.roles
+    assert found.notes == ["no compression advice: measuring it failed (out of memory)"]
+    with pytest.raises(RuntimeError, match="out of"):
+        attention_patterns(model, batch, loss_fn=broken, advice=True)
+    asked = attention_patterns(model, batch, advice=False)
+    assert not asked.notes
