@@ -2,10 +2,10 @@
 
     python tests/bench/kv_cache.py FOLDER [--task text|recall] [--prompts 24] [--context 1536] [--continuation 256] [--out kv_cache.png]
 
-FOLDER holds a model that tests/bench/long_model.py (text) or recall_model.py (recall) saved; where it is missing, the model is trained
-first. Each prompt is a stretch of held-out text; each policy compresses it once, and the text that follows is scored with what is left:
-what really follows, or, to recall, the rest of a passage that stood somewhere in the prompt and whose beginning ends it. The packaged ALBERT
-is an encoder: it has no KV cache, and does not apply.
+FOLDER holds a model that tests/bench/long_model.py (text) or recall_model.py (recall) saved; where it is missing, the model is
+trained first. Each prompt is a stretch of held-out text; each policy compresses it once, and the text that follows is scored with what
+is left: what really follows, or, to recall, the rest of a passage that stood somewhere in the prompt and whose beginning ends it. The
+packaged ALBERT is an encoder: it has no KV cache, and does not apply.
 
 Prints perplexity with the mean cost in nats a byte against the full cache and its spread over prompts, how often each policy is the
 best, and CAKE against each other policy prompt by prompt; draws the curves; prints time and the cache's peak at several lengths.
@@ -243,9 +243,8 @@ def main() -> None:
     )
     names = [*POLICIES, *(name for name, _ in variants() if args.variants)]
     table = PerplexityTable(tuple(names), table.sizes, table.nats, table.full, table.context, table.continuation, table.kept)
-    print(
-        f"\ntask {args.task}: {args.prompts} prompts of {args.context} held-out bytes, the next {args.continuation} scored; window {args.window}\n"
-    )
+    scored = f"{args.prompts} prompts of {args.context} held-out bytes, the next {args.continuation} scored"
+    print(f"\ntask {args.task}: {scored}; window {args.window}\n")
     print(table.to_markdown())
     compare(table)
     draw(table, args.out)

@@ -2,9 +2,9 @@
 
     python tests/bench/recall_model.py FOLDER [--minutes 15] [--threads 1]
 
-Rows are random bytes or library text in which passages come again later: whoever attends to the earlier copy knows what follows. Short
-rows first, random bytes twice, in which such heads form within minutes, then longer ones of both kinds, up to 2048 bytes. Prints the held-out loss on passages that
-came before, at several distances, beside the same passages without their earlier copy.
+Rows are random bytes or library text in which passages come again later: whoever attends to the earlier copy knows what follows.
+Short rows first, random bytes twice, in which such heads form within minutes, then longer ones of both kinds, up to 2048 bytes. Prints
+the held-out loss on passages that came before, at several distances, beside the same passages without their earlier copy.
 """
 
 from __future__ import annotations
