@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabmon.analysis.chunks import part_of
 from stabmon.analysis.mixing import Look
-from stabmon.analysis.rollout import Settings, check_fusion, check_residual, roll_model
+from stabmon.analysis.rollout import check_residual
 from stabmon.analysis.rollout_result import Rollout
+from stabmon.analysis.rollout_run import roll_model, sample_dimension
+from stabmon.analysis.stack_walk import Settings, choose, seen_calls
+from stabmon.analysis.stacks import stacks_of
 
 MEASURED = (
     "mean_attention",
@@ -84,21 +88,36 @@ def attribution_of(
         model, batch, layer_idx, chunk_size: see :func:`compute_attention_attribution`.
         settings: how the rollout is made; without targets.
     """
-    check_fusion(settings.head_fusion)
-    found: dict[str, dict[int, RowSums]] = {}
-
-    def look(layer: str, sample: int, valid: Tensor) -> Look:
-        sums = found.setdefault(layer, {})[sample] = RowSums(valid)
-        return sums.add
-
-    rollout = roll_model(model, batch, settings, chunk_size=chunk_size, look=look)
-    names = [name for name in rollout.layers if name in found]
+    names = layers_of(model, batch, settings)
     if not -len(names) <= layer_idx < len(names):
         raise ValueError(f"layer_idx {layer_idx!r}: there are {len(names)} layers, 0 to {len(names) - 1}: {', '.join(names)}")
-    sums = list(found[names[layer_idx]].values())
+    found: dict[int, RowSums] = {}
+
+    def look(layer: str, sample: int, valid: Tensor) -> Look | None:
+        if layer != names[layer_idx]:
+            return None
+        found[sample] = RowSums(valid)
+        return found[sample].add
+
+    rollout = roll_model(model, batch, settings, chunk_size=chunk_size, look=look)
     rows = rollout.matrix[rollout.valid]
-    result: dict[str, float | int] = dict(zip(MEASURED, (*merged(sums), *of_rollout(rows)), strict=True))
+    result: dict[str, float | int] = dict(zip(MEASURED, (*merged(found.values()), *of_rollout(rows)), strict=True))
     return {**result, "batch_size": len(rollout.matrix), "seq_length": rollout.matrix.shape[1]}, rollout
+
+
+def layers_of(model: nn.Module, batch: Any, settings: Settings) -> list[str]:
+    """Return the layers of the stack that is rolled out, by a forward of the first sample; of all where that cannot be had."""
+    try:
+        first = part_of(batch, 0, 1, sample_dimension(model))
+        seen = seen_calls(model, first, settings)
+    except (ValueError, RuntimeError, IndexError):
+        seen = seen_calls(model, batch, settings)
+    stacks = stacks_of(seen)
+    own = [call for call in seen if call.kind == "self"]
+    if settings.stack is None:
+        return [call.layer for call in own if call.prefix == own[-1].prefix]
+    chosen = choose(seen, settings.stack)
+    return [layer for each in stacks for layer in each.layers] if chosen is None else chosen[0].layers
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Tell what a captured call is: over another sequence, of which tokens, with which padding."""
+"""Tell what a captured call reads: which sequence, and which tokens."""
 
 from __future__ import annotations
 
@@ -8,37 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon.analysis.stacks import CROSS_NAME, CallReader
 from stabmon.records import AttentionCall
 
-CROSS = ("cross", "encoder_attn", "encdecattention", "enc_attn")
-"""Parts of names of attention over another sequence's keys."""
 
-
-def reads_other_sequence(call: AttentionCall) -> bool:
-    """Whether queries and keys of a call come of two sequences.
-
-    Known where the call is causal, or the capture has seen queries and keys made of one tensor.
-    Else the module's name decides, and lengths that differ with several queries.
+def reads_other_sequence(call: AttentionCall, reader: CallReader) -> bool:
+    """Whether queries and keys of a call come of two sequences; asked while its forward runs.
 
     Args:
-        call: a captured call.
+        call: a captured call. A single query over several keys is taken for a decoding step
+            unless its module's name says otherwise.
+        reader: of the model's calls.
     """
     if call.is_causal or call.is_self:
         return False
-    module = call.module
-    words = f"{call.layer.rpartition('.')[2]} {type(module).__name__}".lower()
-    if getattr(module, "is_cross_attention", False) or any(word in words for word in CROSS):
-        return True
-    queries, keys = lengths_of(call)
-    return queries != keys and queries != 1
-
-
-def lengths_of(call: AttentionCall) -> tuple[int, int]:
-    """Return how many queries and keys a call has."""
-    if call.query is not None and call.key is not None:
-        return call.query.shape[2], call.key.shape[2]
-    assert call.scores is not None
-    return call.scores.shape[2], call.scores.shape[3]
+    seen = reader.describe(call)
+    if seen.queries == 1 < seen.keys and not CROSS_NAME.search(call.layer):
+        return bool(getattr(call.module, "is_cross_attention", False))
+    return seen.kind == "cross"
 
 
 def token_ids(model: nn.Module, batch: Any) -> tuple[Tensor | None, Tensor | None]:

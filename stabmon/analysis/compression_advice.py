@@ -31,6 +31,7 @@ from stabmon.analysis.key_choices import (
 )
 from stabmon.analysis.layer_scan import is_causal_call
 from stabmon.analysis.restricted_attention import restricted_attention
+from stabmon.analysis.stacks import CallReader
 from stabmon.capture.base import isolated
 from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.records import AttentionCall
@@ -290,10 +291,11 @@ class _Trial:
     def _look(self) -> dict[str, Tensor]:
         """Return how many keys each query sees, by layer, ``[B, Q]``."""
         seen: dict[str, Tensor] = {}
+        reader = CallReader(self.model)
 
         def look(call: AttentionCall) -> None:
             attention = operator_of(call)
-            if reads_other_sequence(call):
+            if reads_other_sequence(call, reader):
                 raise _Refusal(f"{call.layer} attends to another sequence")
             if not is_causal_call(attention) and attention.queries > 1:
                 raise _Refusal(f"the model is not causal: in {call.layer} queries see later keys")

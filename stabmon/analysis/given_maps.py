@@ -72,7 +72,7 @@ def _layer(weights: Tensor, index: int) -> Layer:
             return seen, own[:, rows]
 
         def end(start: int, stop: int) -> int:
-            return max(last_seen[start:stop]) + 1
+            return int(max(last_seen[start:stop])) + 1
 
         return SampleMaps(tokens, tokens, heads, block, end), (own != 0).any(-1).any(0)
 

@@ -99,7 +99,12 @@ def weighed_calls(
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
             result = output if site.kind == "sdpa" else (output, *result[1:])
-        sites[site.layer] = (_detached(replace(site.read(), is_self=layers[site.layer])), _value_of(site), output, _lay_out_of(site))
+        sites[site.layer] = (
+            _detached(replace(site.read(), is_self=layers[site.layer])),
+            _value_of(site),
+            output,
+            _lay_out_of(site),
+        )
         return result
 
     arguments, keywords = call_arguments(model, batch)
@@ -138,7 +143,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _detached(call: AttentionCall) -> AttentionCall:
     tensors = {name: getattr(call, name) for name in ("query", "key", "mask", "sinks", "scores")}
-    plain = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+    plain: dict[str, Any] = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
     return replace(call, module=None, **plain)
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from stabmon.analysis.context_rows import (
-    context_statistics,
     first_keys,
     mass_at,
     mean_distance,
     own_positions,
-    ratio_of,
+    query_statistics,
+    row_sums,
     visible_keys,
     without_own,
 )
@@ -56,21 +56,24 @@ class LayerScan:
 
 
 def chosen_queries(valid: Tensor, query: int) -> Tensor:
-    """Return the row of each sample's ``query``-th valid query, ``[B]`` int64; -1 for none.
+    """Return the row of each sample's query, ``[B]`` int64; -1 where the sample has none there.
 
     Args:
-        valid: ``[B, Q]`` bool.
-        query: counted as Python counts, -1 for the last.
+        valid: ``[B, Q]`` bool, rows that are no padding.
+        query: from 0 on a column of the batch, padding included; below 0 counted from the end of
+            the sample's own queries, so that -1 is the last on whichever side the padding is.
 
     Example:
         >>> valid = torch.tensor([[False, True, True, True], [True, True, False, False]])
         >>> chosen_queries(valid, -1).tolist(), chosen_queries(valid, 2).tolist()
-        ([3, 1], [3, -1])
+        ([3, 1], [2, -1])
     """
-    count = valid.sum(-1)
-    wanted = torch.where(count > 0, count + query if query < 0 else query, -1)
-    rank = valid.cumsum(-1) - 1
-    hit = valid & (rank == wanted[:, None])
+    places = torch.arange(valid.shape[1], device=valid.device)
+    if query >= 0:
+        hit = valid & (places == query)
+    else:
+        left = valid.flip(-1).cumsum(-1).flip(-1)
+        hit = valid & (left == -query)
     return torch.where(hit.any(-1), hit.int().argmax(-1), -1)
 
 
@@ -95,14 +98,14 @@ def scan_layer(
     ids: Tensor | None = None,
     custom_roles: Mapping[str, RolePattern] | None = None,
     roles: bool = True,
-    elements: int = 1 << 20,
+    elements: int = 1 << 21,
 ) -> LayerScan:
     """Pass once over an operator's rows.
 
     Args:
         attention: the operator of one call.
         valid: ``[B, Q]`` bool, queries that count.
-        query: which of a sample's valid queries is asked about.
+        query: see :func:`chosen_queries`.
         is_cross: the keys are of another sequence.
         ids: ``[B, K]`` token ids of the keys.
         custom_roles: further roles to measure.
@@ -142,12 +145,13 @@ def scan_layer(
         own = None if is_cross else aligned
         visible = visible_keys(a, rows, cols)
         context = without_own(visible, own, cols)
-        found = context_statistics(p, context, for_query=False)
+        found = row_sums(p, context, own, cols)
         found["sink_mass"] = mass_at(p, first, cols)
-        found["mean_distance"] = mean_distance(p, own, cols)
+        found["mean_distance"] = mean_distance(p, own, cols, is_causal=is_causal)
+        spread = found.pop("spread")
         counts = valid[:, rows]
         rows_of.add(found, counts)
-        weights = p.masked_fill(~counts[:, None, :, None], 0.0)
+        weights = p if bool(counts.all()) else p.masked_fill(~counts[:, None, :, None], 0.0)
         received[:, :, cols] += weights.sum(2).to(exact)
         looked = visible & counts[:, None, :, None]
         seen_by[:, cols] += looked.sum(2).amax(1)
@@ -155,14 +159,7 @@ def scan_layer(
             if rows.start <= position < rows.stop:
                 row[sample, :, cols] = p[sample, :, position - rows.start]
         if masses is not None:
-            entropy = found["entropy"].nan_to_num(0.0)
-            if own is not None:
-                place = own[:, None].expand(a.batch, a.heads, -1, 1) - cols.start
-                inside = (place >= 0) & (place < p.shape[-1])
-                at_own = p.gather(-1, place.clamp(0, p.shape[-1] - 1))
-                at_own = torch.where(inside, at_own, 0.0)[..., 0]
-                entropy = entropy + torch.special.entr(at_own)
-            masses.add(p, visible, rows, cols, entropy, aligned)
+            masses.add(p, visible, rows, cols, spread, aligned)
     asked = _of_query(a, row, positions, first, is_cross)
     return LayerScan(
         is_cross,
@@ -195,11 +192,9 @@ def _of_query(
             if row.device.type != "mps"
             else row[sample, None, :, None]
         )
-        found = context_statistics(p, context, for_query=True)
+        found = query_statistics(p, context)
         found["sink_mass"] = mass_at(p, first[sample : sample + 1], everything)
-        found["mean_distance"] = mean_distance(p, own, everything)
-        found["recent_distant_ratio"] = ratio_of(found.pop("recent"), found.pop("distant"))
-        del found["neighbours"], found["squares"]
+        found["mean_distance"] = mean_distance(p, own, everything, is_causal=False)
         values = {name: value[0, :, 0] for name, value in found.items()}
         if position < 0:
             values = {n: torch.full_like(v.to(p.dtype), torch.nan) for n, v in values.items()}
@@ -218,7 +213,7 @@ class _Rows:
     def add(self, found: dict[str, Tensor], counts: Tensor) -> None:
         counted = counts[:, None] & (found["context_size"] >= 2)
         self.queries += counted.sum(-1)
-        found = found | {"recent_distant_ratio": ratio_of(found["recent"], found["distant"])}
+        found = found | {"recent_distant_ratio": found["recent"] / found["distant"]}
         for name, value in found.items():
             kept = torch.where(counted, value, 0.0).sum(-1, dtype=self._zero.dtype)
             self._sums[name] = self._sums.get(name, self._zero) + kept
@@ -227,7 +222,7 @@ class _Rows:
         sums = {name: self._sums.get(name, self._zero) for name in (*OVER_QUERIES, *_POOLED)}
         means = {name: sums[name] / self.queries for name in OVER_QUERIES}
         means["recent_share"] = sums["recent"] / (sums["recent"] + sums["distant"])
-        means["pooled_recent_distant_ratio"] = ratio_of(sums["recent"], sums["distant"])
+        means["pooled_recent_distant_ratio"] = sums["recent"] / sums["distant"]
         means["clustering"] = sums["neighbours"] / sums["squares"]
         means["context_size"] = sums["context_size"] / self.queries
         return means

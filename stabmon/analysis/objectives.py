@@ -35,8 +35,10 @@ def objective_of(output: Any, wanted: Objective | None, targets: Positions | Non
     if wanted is None:
         classes = log_p.detach().argmax(-1)
     else:
-        given = torch.as_tensor(wanted, device=log_p.device)
-        classes = given.reshape(-1, 1).expand(log_p.shape[:2]) if given.numel() > 1 else given.reshape(1, 1).expand(log_p.shape[:2])
+        given = torch.as_tensor(wanted, device=log_p.device).reshape(-1, 1)
+        if len(given) not in (1, len(log_p)):
+            raise ValueError(f"objective is given for {len(given)} samples, and the batch has {len(log_p)}")
+        classes = given.expand(log_p.shape[:2])
         if bool((classes < 0).any()) or bool((classes >= log_p.shape[-1]).any()):
             raise ValueError(f"objective {wanted!r} is no class: there are {log_p.shape[-1]}, 0 to {log_p.shape[-1] - 1}")
     return log_p.gather(-1, classes[..., None]).sum()

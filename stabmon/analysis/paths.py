@@ -44,7 +44,7 @@ class Path(ABC):
         self.source_valid: Tensor | None = None
         """``[B, S]``: the same of the encoder's tokens, where stacks are joined."""
 
-    def add(self, layer: Layer, look: Callable[[str, int, Tensor], Look] | None = None) -> None:
+    def add(self, layer: Layer, look: Callable[[str, int, Tensor], Look | None] | None = None) -> None:
         """Take the next layer of the forward.
 
         Args:
@@ -67,7 +67,7 @@ class Path(ABC):
             self.valid = found if self.valid is None else self.valid & found
 
     @abstractmethod
-    def _add(self, layer: Layer, look: Callable[[str, int, Tensor], Look] | None) -> None: ...
+    def _add(self, layer: Layer, look: Callable[[str, int, Tensor], Look | None] | None) -> None: ...
 
     def _check(self, layer: Layer) -> None:
         if layer.part != "cross" and layer.queries != layer.keys:
@@ -100,7 +100,7 @@ class UpPath(Path):
         self.source_state: Tensor | None = None
         self._triangular: dict[Part, list[bool]] = {}
 
-    def _add(self, layer: Layer, look: Callable[[str, int, Tensor], Look] | None) -> None:
+    def _add(self, layer: Layer, look: Callable[[str, int, Tensor], Look | None] | None) -> None:
         valid: list[Tensor] = []
         is_first = (self.source_state if layer.part == "encoder" else self.state) is None
         for index in range(layer.batch):
@@ -175,7 +175,7 @@ class DownPath(Path):
         super().__init__(fusion, residual)
         self._kept: list[Layer] = []
 
-    def _add(self, layer: Layer, look: Callable[[str, int, Tensor], Look] | None) -> None:
+    def _add(self, layer: Layer, look: Callable[[str, int, Tensor], Look | None] | None) -> None:
         self._kept.append(layer)
         self.note_valid(layer.part, [layer.maps(index)[1] for index in range(layer.batch)])
 
@@ -200,7 +200,5 @@ class DownPath(Path):
             if layer.part == "encoder":
                 owed = step_down(owed, maps, self.fusion, self.residual)
             else:
-                own = step_down(
-                    own, maps, self.fusion, self.residual, source=owed if layer.part == "cross" else None
-                )
+                own = step_down(own, maps, self.fusion, self.residual, source=owed if layer.part == "cross" else None)
         return owed / owed.sum(-1, keepdim=True) if joined else own

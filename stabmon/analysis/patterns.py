@@ -18,6 +18,7 @@ from stabmon.analysis.layer_scan import LayerScan, is_causal_call, scan_layer
 from stabmon.analysis.pattern_record import AttentionPatterns
 from stabmon.analysis.role_masses import RolePattern
 from stabmon.analysis.similarity import layer_similarity
+from stabmon.analysis.stacks import CallReader
 from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall
 from stabmon.signals.measure import operator_of
@@ -49,8 +50,8 @@ def attention_patterns(
     Args:
         model: any model; left as it was.
         batch: what its forward takes: a mapping of arguments, a tuple of them, or one tensor.
-        query: which of each sample's valid queries is asked about, counted as Python counts, so
-            that padding on either side does not matter: -1 is the last, 0 the first.
+        query: the query asked about: from 0 on a column of the batch, padding included; below 0
+            counted from the end of each sample's own tokens, whichever side the padding is on.
         attention_layer_pattern: regular expression that a layer's name must contain.
         custom_roles: name -> an offset k (key i - k), or a function (i, j, ids) -> bool of query
             positions ``[rows, 1]``, key positions ``[1, cols]`` and token ids ``[B, K]`` or None.
@@ -90,11 +91,13 @@ def attention_patterns(
     own_ids, decoder_ids = token_ids(model, batch)
     padding: dict[tuple[int, int], Tensor] = {}
 
+    reader = CallReader(model)
+
     def look(call: AttentionCall) -> None:
         nonlocal weights
         attention = operator_of(call)
         weights += attention.batch * attention.heads * attention.queries * attention.keys
-        is_cross = reads_other_sequence(call)
+        is_cross = reads_other_sequence(call, reader)
         size = attention.batch, attention.queries
         valid = attention.is_counted.any(1)
         if is_cross:  # whose padded queries show in the self-attention before it only
@@ -128,10 +131,9 @@ def attention_patterns(
         attention_modules=attention_modules,
     )
     if all((positions < 0).all() for positions in found.positions.values()):
-        longest = max(int(n.max()) for n in found.queries.values())
-        raise ValueError(f"query {query}: the longest sample has about {longest + 1} valid queries")
+        raise ValueError(f"query {query}: no sample has such a query; give -1 for the last token")
     if not found.roles:
-        found.notes.append("no head roles: every query sees fewer than 4 keys, or 4 queries do")
+        found.notes.append("no head roles: too few queries see at least 4 keys; give a longer text")
     seen_ids = own_ids is not None or decoder_ids is not None
     if not seen_ids:
         found.notes.append("the batch has no token ids: induction and duplicates not testable")

@@ -38,10 +38,19 @@ class Positions:
         """Return the same for a part of the batch that begins with sample ``start``."""
         return Positions(self._wanted, self._what, start)
 
-    def check(self, batch: int) -> None:
-        """Raise ``ValueError`` where positions are given for another number of samples than ``batch``."""
-        if self.grid.ndim == 2 and len(self.grid) != batch:
-            raise ValueError(f"{self._what} are given for {len(self.grid)} samples, and the batch has {batch}")
+    def check(self, samples: int, *, is_part: bool = False) -> None:
+        """Check the number of samples that positions are given for.
+
+        Args:
+            samples: samples in the batch, or in the part of it.
+            is_part: more may follow.
+
+        Raises:
+            ValueError: if there are others than ``samples``.
+        """
+        given = len(self.grid) - self._start
+        if self.grid.ndim == 2 and (given < samples or (given > samples and not is_part)):
+            raise ValueError(f"{self._what}s are given for {len(self.grid)} samples, and the batch has {samples + self._start}")
 
     def of(self, index: int, valid: Tensor) -> Tensor:
         """Return the positions ``[n]`` of one sample.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from stabmon.analysis.context_rows import first_keys, mass_at
+from stabmon.analysis.context_rows import first_keys, masked_sums, mass_at
 from stabmon.operator import AttentionOperator
 
 RolePattern = int | Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -137,9 +137,10 @@ class RoleMasses:
         n = seen.to(p.dtype)
         found = self._first_key(p, rows, cols)
         found += self._by_offset(p, visible, cols, own, seen)
-        found += self._by_content(p, visible, cols, own, seen)
-        for function in self._functions.values():
-            found.append(self._on(p, visible, self._mask(function, own, cols)))
+        hits = [visible & mask[:, None] for mask in self._by_content(cols, own, seen)]
+        hits += [visible & self._mask(f, own, cols)[:, None] for f in self._functions.values()]
+        sizes = [hit.sum(-1) for hit in hits]
+        found += list(zip(masked_sums(p, hits), sizes, strict=True))
         mass = torch.stack([m for m, _ in found])
         size = torch.stack([s.expand(mass.shape[1:]) for _, s in found]).to(p.dtype)
         testable = eligible & (size > 0) & (4 * size <= n)
@@ -176,7 +177,9 @@ class RoleMasses:
         place, inside = self._places(p, cols, own)
         mass = torch.where(inside, p.gather(-1, place.expand(*p.shape[:3], -1)), 0.0)
         size = inside & visible.gather(-1, place.expand(*visible.shape[:3], -1))
-        found = list(zip(mass.unbind(-1), size.unbind(-1), strict=True))
+        is_first = place + cols.start == self._first[:, :, None, None]
+        apart = size & ~is_first  # the first key proves a sink, if anything
+        found = list(zip(mass.unbind(-1), apart.unbind(-1), strict=True))
         near = self._is_near(torch.tensor(list(self._offsets), device=p.device), seen)
         return [*found, ((mass * near).sum(-1), (size & near).sum(-1))]
 
@@ -198,16 +201,14 @@ class RoleMasses:
         hit = inside & mask.gather(-1, place.expand(len(mask), -1, -1))
         return p.gather(-1, place.expand(*p.shape[:3], -1)) * hit[:, None]
 
-    def _by_content(
-        self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Induction and duplicate tokens, each on all its keys, and on those of its alone.
+    def _by_content(self, cols: slice, own: Tensor, seen: Tensor) -> list[Tensor]:
+        """Mark keys of induction and duplicate tokens, each all and those of its alone.
 
         Not alone are keys of the query's band, the first key, and keys of the other of the two.
         """
         if not self._content or self.ids is None:
             return []
-        keys = torch.arange(cols.start, cols.stop, device=p.device)
+        keys = torch.arange(cols.start, cols.stop, device=own.device)
         tokens = self.ids[:, own][:, :, None]
         back = own[:, None] - keys
         duplicate = (self.ids[:, None, cols] == tokens) & (back != 0)
@@ -217,18 +218,12 @@ class RoleMasses:
             "induction": induction & ~named & ~duplicate,
             "duplicate_token": duplicate & ~named & ~induction,
         }
-        masks = (
+        return [
             induction,
             self._apart["induction"],
             duplicate,
             self._apart["duplicate_token"],
-        )
-        return [self._on(p, visible, mask) for mask in masks]
-
-    def _on(self, p: Tensor, visible: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Mass and number of the visible keys in a mask ``[B or 1, rows, cols]``."""
-        hit = visible & mask[:, None]
-        return (p * hit).sum(-1), hit.sum(-1)
+        ]
 
     def _mask(
         self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], own: Tensor, cols: slice

@@ -12,7 +12,8 @@ from stabmon.analysis.mixing import FUSIONS, HeadFusion
 from stabmon.analysis.objectives import Objective
 from stabmon.analysis.positions import Positions, Wanted
 from stabmon.analysis.rollout_result import Rollout
-from stabmon.analysis.rollout_run import Settings, roll_given, roll_model
+from stabmon.analysis.rollout_run import roll_given, roll_model
+from stabmon.analysis.stack_walk import Settings
 
 
 def attention_rollout(
@@ -73,6 +74,7 @@ def attention_rollout(
             layers (windows), which no rollout describes.
 
     Example:
+        >>> import torch
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3)
         >>> rollout = attention_rollout(model, torch.randn(2, 5, 8))
         >>> rollout.matrix.shape, bool(torch.allclose(rollout.matrix.sum(-1), torch.ones(2, 5)))

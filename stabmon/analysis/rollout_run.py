@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.chunks import in_chunks
+from stabmon.analysis.chunks import in_chunks, reproducible, sample_count
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.given_maps import given_layers
 from stabmon.analysis.gradient_rollout import operator_dtype, weighed_calls
@@ -17,7 +17,17 @@ from stabmon.analysis.mixing import call_maps
 from stabmon.analysis.objectives import Objective
 from stabmon.analysis.paths import DownPath, Layer, Part
 from stabmon.analysis.rollout_result import Rollout
-from stabmon.analysis.stack_walk import Chosen, LookMaker, Settings, Walk, batch_sizes, check_start, choose, finish_path, seen_calls
+from stabmon.analysis.stack_walk import (
+    Chosen,
+    LookMaker,
+    Settings,
+    Walk,
+    batch_sizes,
+    check_start,
+    choose,
+    finish_path,
+    seen_calls,
+)
 from stabmon.analysis.stacks import SeenCall, stacks_of
 from stabmon.records import AttentionCall
 
@@ -40,14 +50,22 @@ def roll_model(
         look: is asked for what looks at the weights of a sample's layer: ``(layer, sample, valid rows)``.
     """
 
+    dim = sample_dimension(model)
+
     def run(part: Any, start: int) -> Rollout:
         mine = settings.part(start)
         shifted = None if look is None else lambda layer, index, valid: look(layer, index + start, valid)
         if weighting is not None:
-            return roll_gradient(model, part, mine, objective)
+            wanted = objective
+            if isinstance(wanted, Tensor) and wanted.ndim and part is not batch:
+                wanted = wanted[start : start + sample_count(part, dim)]
+            return roll_gradient(model, part, mine, wanted)
         return roll_forward(model, part, mine, shifted)
 
-    return in_chunks(batch, run, merge_rollouts, chunk_size, dim=sample_dimension(model))
+    with reproducible(model, batch):
+        rollout = in_chunks(batch, run, merge_rollouts, chunk_size, dim=dim)
+    settings.check(len(rollout.matrix))
+    return rollout
 
 
 def roll_forward(model: nn.Module, batch: Any, settings: Settings, look: LookMaker | None) -> Rollout:
@@ -103,7 +121,9 @@ def roll_given(maps: Sequence[Any], settings: Settings) -> Rollout:
     check_start(settings.start_layer, [layer.name for layer in layers])
     for layer in layers[settings.start_layer :]:
         path.add(layer)
-    return finish_path(path, settings)
+    rollout = finish_path(path, settings)
+    settings.check(len(rollout.matrix))
+    return rollout
 
 
 def layer_of(seen: SeenCall, part: Part, call: AttentionCall, *, keep: bool) -> Layer:
@@ -131,7 +151,8 @@ def merge_rollouts(parts: Sequence[Rollout]) -> Rollout:
         return None if tensors[0] is None else torch.cat(tensors)
 
     names = ("matrix", "targets", "first_token_share", "valid", "source_valid", "sources")
-    return replace(first, **{name: joined(name) for name in names})
+    tensors: dict[str, Any] = {name: joined(name) for name in names}
+    return replace(first, **tensors)
 
 
 def sample_dimension(model: nn.Module) -> int:

@@ -23,8 +23,8 @@ logger = logging.getLogger("stabmon")
 
 _told: WeakSet[nn.Module] = WeakSet()
 """Models whose choice of a stack has been reported."""
-LookMaker = Callable[[str, int, Tensor], Look]
-"""For a layer, a sample and its valid rows, what looks at the weights."""
+LookMaker = Callable[[str, int, Tensor], Look | None]
+"""For a layer, a sample and its valid rows, what looks at the weights; None for nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,12 @@ class Settings:
         """Return the settings of a part of the batch that begins with sample ``start``."""
         targets, sources = (None if each is None else each.beginning(start) for each in (self.targets, self.sources))
         return replace(self, targets=targets, sources=sources)
+
+    def check(self, samples: int) -> None:
+        """Raise ``ValueError`` where positions are given for another number of samples."""
+        for each in (self.targets, self.sources):
+            if each is not None:
+                each.check(samples)
 
     def path(self) -> UpPath | DownPath:
         """Return the cheaper way through the layers."""
@@ -83,7 +89,9 @@ def choose(calls: Sequence[SeenCall], wanted: str) -> Chosen | None:
     decoders = [each for each in stacks if role_of(each, stacks) == "decoder"]
     encoder = encoder_of(decoders[-1], stacks) if decoders else None
     if encoder is None:
-        raise ValueError(f"stack 'joined' needs an encoder and a decoder that attends to it in one forward; found {listed(stacks)}")
+        raise ValueError(
+            f"stack 'joined' needs an encoder and a decoder that attends to it in one forward; found {listed(stacks)}"
+        )
     return decoders[-1], encoder
 
 
@@ -97,9 +105,7 @@ class Walk:
         batches: numbers of samples that the batch can have.
     """
 
-    def __init__(
-        self, model: nn.Module, settings: Settings, chosen: Chosen | None, batches: frozenset[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, chosen: Chosen | None, batches: frozenset[int]) -> None:
         self.model, self.settings, self.chosen, self.batches = model, settings, chosen, batches
         self.reader = CallReader(model)
         self.path = settings.path()
@@ -141,8 +147,8 @@ class Walk:
         """
         if layer.batch not in self.batches:
             raise ValueError(
-                f"{layer.name} attends within {layer.batch} groups of {layer.queries} tokens, and the batch has "
-                f"{min(self.batches)} samples: windows have no rollout; name layers over whole samples by attention_layer_pattern"
+                f"{layer.name} attends within {layer.batch} groups of {layer.queries} tokens, which are not the "
+                "batch's samples: windows have no rollout; name layers over whole samples by attention_layer_pattern"
             )
         if layer.part == "cross":
             if self._count["self"] <= self.settings.start_layer and self.settings.start_layer:
@@ -190,15 +196,15 @@ def finish_path(path: UpPath | DownPath, settings: Settings) -> Rollout:
     targets: Tensor | None = None
     if isinstance(path, DownPath):
         assert settings.targets is not None
-        settings.targets.check(len(path.valid))
+        settings.targets.check(len(path.valid), is_part=True)
         matrix, first, targets = path.finish(settings.targets)
     else:
         if settings.sources is not None:
-            settings.sources.check(len(path.valid))
+            settings.sources.check(len(path.valid), is_part=True)
         matrix, first = path.finish()
         sources = path.sources
         if settings.targets is not None:
-            settings.targets.check(len(path.valid))
+            settings.targets.check(len(path.valid), is_part=True)
             targets = torch.stack([settings.targets.of(index, row) for index, row in enumerate(path.valid)])
             matrix = matrix.gather(1, targets[..., None].expand(-1, -1, matrix.shape[2]))
             first = first.gather(1, targets)
@@ -227,4 +233,6 @@ def batch_sizes(batch: Any) -> frozenset[int]:
 def check_start(start_layer: int, layers: Sequence[str]) -> None:
     """Raise ``ValueError`` where there is no such layer."""
     if not 0 <= start_layer < len(layers):
-        raise ValueError(f"start_layer {start_layer!r}: there are {len(layers)} layers, 0 to {len(layers) - 1}: {', '.join(layers)}")
+        raise ValueError(
+            f"start_layer {start_layer!r}: there are {len(layers)} layers, 0 to {len(layers) - 1}: {', '.join(layers)}"
+        )

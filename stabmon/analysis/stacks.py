@@ -99,10 +99,12 @@ def split_name(name: str) -> tuple[str, str, str]:
         ('decoder.block', 'layer.1.EncDecAttention', 'decoder.block.3')
         >>> split_name("first.attention")
         ('', 'first.attention', '')
+        >>> split_name("h.0")
+        ('h', '', 'h.0')
     """
     parts = name.split(".")
     for at, part in enumerate(parts):
-        if NUMBERED.match(part) and at < len(parts) - 1 + (len(parts) == 1):
+        if NUMBERED.match(part):
             stem = part.rstrip("0123456789")
             prefix = ".".join(parts[:at] + ([stem] if stem else []))
             return prefix, ".".join(parts[at + 1 :]), ".".join(parts[: at + 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -22,25 +23,37 @@ def analyze(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A folder, a config.json, a hub name, or package.module:callable giving an nn.Module."
+            help=(
+                "A folder, a config.json, a hub name, or package.module:callable giving an "
+                "nn.Module."
+            )
         ),
     ] = None,
     text: Annotated[
         str | None,
         typer.Option(
-            help="A text file, token ids as .json, .npy or .pt, or a folder of images for a vision model."
+            help=(
+                "A text file, token ids as .json, .npy or .pt, or a folder of images for a "
+                "vision model."
+            )
         ),
     ] = None,
     ids: Annotated[
         str | None,
         typer.Option(
-            help="A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a line."
+            help=(
+                "A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a "
+                "line."
+            )
         ),
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
-            help="rollout, patterns, cake or heatmap; rollout if left out, with --from all that are stored."
+            help=(
+                "rollout, patterns, cake or heatmap; rollout if left out, with --from all that "
+                "are stored."
+            )
         ),
     ] = None,
     out: Annotated[
@@ -62,7 +75,10 @@ def analyze(
     target: Annotated[
         str | None,
         typer.Option(
-            help="Positions to attribute, or of the query to look at; negative ones count from the end."
+            help=(
+                "Positions to attribute, or of the query to look at; negative ones count from "
+                "the end."
+            )
         ),
     ] = None,
     samples: Annotated[
@@ -86,7 +102,10 @@ def analyze(
     cache_size: Annotated[
         str | None,
         typer.Option(
-            help="cake: keys a head keeps on average over layers (128), or a share of the prompt (0.25)."
+            help=(
+                "cake: keys a head keeps on average over layers (128), or a share of the prompt "
+                "(0.25)."
+            )
         ),
     ] = None,
     window: Annotated[
@@ -159,6 +178,8 @@ def run(options: Options) -> int:
         ValueError: for options or input that are wrong, in one line.
     """
     check_options(options)
+    if options.out is not None:
+        _check_folder(Path(options.out))
     if options.stored is not None:
         records = _stored(options.stored, options.kind)
         folder = options.out or options.stored
@@ -179,6 +200,15 @@ def run(options: Options) -> int:
     return int(found)
 
 
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be written before any long work."""
+    standing = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
+    if not standing.is_dir():
+        raise ValueError(f"--out {out}: {standing.name} is a file; give a folder")
+    if not os.access(standing, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {standing} cannot be written; give another folder")
+
+
 def _stored(folder: str, kind: str | None) -> list[Any]:
     from stabmon.analysis.record import load_record
 
@@ -197,7 +227,7 @@ def _analysed(options: Options) -> Any:
     from stabmon.analysis.record import AnalysisRecord
     from stabmon.check.settings import ATTENTION
     from stabmon.cli.analyzing.inputs import make_inputs
-    from stabmon.cli.analyzing.kinds import estimated_seconds, look, run_kind
+    from stabmon.cli.analyzing.kinds import estimated_seconds, look, prepared
 
     if options.attn is not None and options.attn not in ATTENTION:
         raise ValueError(f"--attn {options.attn!r}: use {', '.join(ATTENTION)}")
@@ -207,7 +237,8 @@ def _analysed(options: Options) -> Any:
         target = _whole(options, None if options.attn is None else ATTENTION[options.attn])
     inputs = make_inputs(target, options)
     with _one_line(f"{options.model}: the model failed on {inputs.described}"):
-        layers = look(target.model, inputs)
+        layers = look(target.model, inputs, kind)
+        analysis = prepared(target.model, inputs, options, layers)
         seconds = estimated_seconds(layers, inputs, kind, options)
         if seconds >= LONG:
             print(
@@ -215,12 +246,13 @@ def _analysed(options: Options) -> Any:
                 file=sys.stderr,
             )
         with _working(f"{kind} of {inputs.described}"):
-            record = run_kind(target.model, inputs, options, layers)
+            record = analysis()
     notes = [*target.notes, *inputs.notes, *record.values.get("notes", ())]
     if target.analytic:
         notes.insert(
             0,
-            "the weights are random, as the config initialises them: what is shown is the architecture, not a trained model",
+            "the weights are random, as the config initialises them: what is shown is the "
+            "architecture, not a trained model",
         )
     values = {
         **record.values,
@@ -245,7 +277,8 @@ def _whole(options: Options, attention: str | None) -> Any:
     target = load_target(str(options.model), attention, options.seed)
     if target.whole is not None or any("weights are too large" in note for note in target.notes):
         raise ValueError(
-            f"{options.model}: the whole model ({target.parameters:,} parameters) is needed, and is too large to be made here; "
+            f"{options.model}: the whole model ({target.parameters:,} parameters) is needed, and "
+            "is too large to be made here; "
             "use a smaller one, or stabmon.analysis in your own script"
         )
     return target

@@ -243,5 +243,6 @@ def image(
         high = low + 1.0
     norm = Normalize(low, high) if power == 1.0 else PowerNorm(power, low, high)
     axes.set_facecolor(GREY)
+    axes.spines[:].set_visible(False)  # they would hide part of the first and last cells
     values = np.ma.masked_invalid(matrix)
     return axes.imshow(values, norm=norm, cmap=cmap, aspect=aspect, interpolation="nearest")

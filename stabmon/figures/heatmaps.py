@@ -64,9 +64,8 @@ def head_grid(
     widest = max(each.shape[0] for each in maps)
     columns = ticks(widest, MOST_PANELS)
     size = 1.15 if max(len(rows), len(columns)) > 6 else 1.7
-    figure = new_figure(max(4.5, 1.6 + size * len(columns)), max(2.6, 1.1 + size * len(rows)))
+    figure, grid, bar = _panels(len(rows), len(columns), size, scale != "own")
     maps, pooled = _fitted(figure, maps, size, pooled)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
     limits = _limits(
         [maps[row][[c for c in columns if c < maps[row].shape[0]]] for row in rows], scale
     )
@@ -83,9 +82,7 @@ def head_grid(
             axes.set_title(f"head {number}", fontsize=8, pad=2)
         panels[0].set_ylabel(drawable(_layer(layers[row])), fontsize=8)
     if shown is not None and scale != "own":
-        figure.colorbar(shown, ax=grid, label=f"{unit} (square-root scale)", shrink=0.9)
-    figure.supxlabel("key position →", fontsize=9)
-    figure.supylabel("query position ↓", fontsize=9)
+        figure.colorbar(shown, cax=bar, label=f"{unit}\n(square-root scale)")
     parts = [pooled_note(pooled)]
     if len(rows) < len(maps) or len(columns) < widest:
         parts.append(f"{len(rows)} of {len(maps)} layers, {len(columns)} of {widest} heads")
@@ -166,9 +163,8 @@ def layer_grid(
     chosen = ticks(len(maps), 24)
     across = min(len(chosen), 6)
     down = -(-len(chosen) // across)
-    figure = new_figure(max(5.0, 1.6 + 1.9 * across), 1.2 + 1.95 * down)
-    maps, pooled = _fitted(figure, maps, 1.9, pooled)
-    grid = figure.subplots(down, across, squeeze=False)
+    figure, grid, bar = _panels(down, across, 1.6, scale != "own", gap=0.42)
+    maps, pooled = _fitted(figure, maps, 1.6, pooled)
     limits = _limits([maps[at] for at in chosen], scale)
     shown = None
     for place, axes in enumerate(grid.flat):
@@ -182,9 +178,7 @@ def layer_grid(
         axis_labels(axes, "y", maps[at].shape[0], most=4, pooled=pooled)
         axes.tick_params(labelsize=7)
     if scale != "own":
-        figure.colorbar(shown, ax=grid, label=f"{unit}\n(square-root scale)", shrink=0.95)
-    figure.supxlabel("key position", fontsize=9)
-    figure.supylabel("query position", fontsize=9)
+        figure.colorbar(shown, cax=bar, label=f"{unit}\n(square-root scale)")
     parts = [pooled_note(pooled)]
     if len(chosen) < len(maps):
         parts.append(f"{len(chosen)} of {len(maps)} layers")
@@ -247,13 +241,44 @@ def table_map(
     return saved(figure, path)
 
 
+def _panels(
+    down: int, across: int, size: float, with_bar: bool, gap: float = 0.26
+) -> tuple[Any, np.ndarray, Any]:
+    """Lay out square panels of ``size`` inches by hand, which takes half the time of a layout engine.
+
+    Returns:
+        The figure, its panels ``[down, across]``, and axes for a colour bar or None.
+    """
+    left, right, top, bottom = 0.95, 1.15 if with_bar else 0.3, 0.85, 0.6
+    wide = max(5.2, left + right + across * size + (across - 1) * gap)
+    high = max(2.9, top + bottom + down * size + (down - 1) * gap)
+    figure = new_figure(wide, high)
+    figure.set_layout_engine("none")
+    left += (wide - left - right - across * size - (across - 1) * gap) / 2
+    span = across * size + (across - 1) * gap
+    grid = np.empty((down, across), dtype=object)
+    for row, column in np.ndindex(down, across):
+        x, y = left + column * (size + gap), high - top - (row + 1) * size - row * gap
+        grid[row, column] = figure.add_axes((x / wide, y / high, size / wide, size / high))
+    bar = None
+    if with_bar:
+        low = high - top - down * size - (down - 1) * gap
+        box = ((left + span + 0.2) / wide, low / high, 0.16 / wide, (high - top - low) / high)
+        bar = figure.add_axes(box, label="<colorbar>")
+    middle = (left + span / 2) / wide
+    figure.text(middle, 0.1 / high, "key position →", ha="center", va="bottom", fontsize=9)
+    height = (high - top + bottom) / 2 / high
+    figure.text(0.1 / wide, height, "query position ↓", rotation=90, va="center", fontsize=9)
+    return figure, grid, bar
+
+
 def _fitted(
     figure: Any, maps: Sequence[np.ndarray], size: float, pooled: int
 ) -> tuple[list[np.ndarray], int]:
     """Set dots an inch so that each cell of a panel of ``size`` inches has one; pool beyond that."""
     side = max(max(each.shape[-2:]) for each in maps)
     inches = max(figure.get_size_inches())
-    dots = 1.3 * side / size  # axes are a little smaller than their share of the figure
+    dots = 1.02 * side / size
     factor = 1
     if dots * inches > MOST_PIXELS:
         factor = int(np.ceil(dots * inches / MOST_PIXELS))
@@ -294,6 +319,7 @@ def letter_map(
     rows: Sequence[str],
     legend: Mapping[str, str],
     *,
+    columns: Sequence[str] | None = None,
     title: str,
     row_name: str = "layer",
     column_name: str = "query head",
@@ -305,6 +331,7 @@ def letter_map(
         letters: one list of letters a row; rows may differ in length.
         rows: names of the rows.
         legend: letter -> meaning, in the order of the tones.
+        columns: names of the columns; their numbers if None.
         title: what is shown.
         row_name: what a row is.
         column_name: what a column is.
@@ -323,7 +350,7 @@ def letter_map(
     axes = figure.add_subplot()
     image(axes, matrix, limits=(-2.5, len(order) + 0.5), cmap="Greys_r")
     axis_labels(axes, "y", len(rows), [_short(row) for row in rows])
-    axis_labels(axes, "x", wide)
+    axis_labels(axes, "x", wide, columns)
     for row, line in enumerate(letters):
         for column, letter in enumerate(line):
             known = letter[:1] in order

@@ -26,7 +26,7 @@ from stabmon.figures.canvas import (
 
 COLUMNS = 88
 """Characters a line of the picture holds."""
-MOST_TOKENS = 1200
+MOST_TOKENS = 600
 """Tokens of one picture; of more the heaviest stretch is drawn."""
 
 

@@ -120,8 +120,10 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
     low, high = int(np.argmin(budgets)), int(np.argmax(budgets))
     policy = str(values["policy"])
     said = [
-        f"{percent(values['compression_ratio'])} of the prompt's keys are kept, {number(float(np.mean(values['sizes'])), 4)} a layer on average "
-        f"of {number(float(np.mean(values['lengths'])), 4)}; budgets beside the window run from {number(float(budgets[low]), 4)} keys (layer {names[low]}) "
+        f"{percent(values['compression_ratio'])} of the prompt's keys are kept, "
+        f"{number(float(np.mean(values['sizes'])), 4)} a layer on average "
+        f"of {number(float(np.mean(values['lengths'])), 4)}; budgets beside the window run from "
+        f"{number(float(budgets[low]), 4)} keys (layer {names[low]}) "
         f"to {number(float(budgets[high]), 4)} (layer {names[high]})."
     ]
     if policy in shares and "mass" in shares[policy]:
@@ -131,7 +133,8 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
             if name != policy and "mass" in share
         ]
         said.append(
-            f"The kept keys hold {percent(shares[policy]['mass'])} of the attention of the window's queries; "
+            f"The kept keys hold {percent(shares[policy]['mass'])} of the attention of the "
+            "window's queries; "
             f"with as many keys chosen otherwise: {', '.join(others)}."
         )
     small, full = _number(values.get("perplexity")), _number(values.get("full_perplexity"))
@@ -139,7 +142,8 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
         cost = float(np.log(small / full))
         word = "more" if cost >= 0 else "less"
         said.append(
-            f"Over the tokens that follow, perplexity is {number(small, 4)} with this cache and {number(full, 4)} with the full one: "
+            f"Over the tokens that follow, perplexity is {number(small, 4)} with this cache and "
+            f"{number(full, 4)} with the full one: "
             f"{number(abs(cost), 2)} nats a token {word}."
         )
     losses = _losses(record)
@@ -152,11 +156,14 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
         at = sizes[-1 if len(sizes) < 2 else len(sizes) // 2]
         first = min(best, key=best.__getitem__)
         said.append(
-            f"On text that really follows, at a cache of {number(at, 4)} keys, {policy} costs {number(best[policy], 2)} nats a token against the full cache; "
-            f"of {len(best)} policies {first.replace('_', ' ')} costs least ({number(best[first], 2)})."
+            f"On text that really follows, at a cache of {number(at, 4)} keys, {policy} costs "
+            f"{number(best[policy], 2)} nats a token against the full cache; "
+            f"of {len(best)} policies {first.replace('_', ' ')} costs least "
+            f"({number(best[first], 2)})."
         )
     said.append(
-        f"Keys were evicted in {percent(values['eviction_frequency'])} of all layers and steps; {percent(values['budget_use'])} of the allowed cache is used."
+        f"Keys were evicted in {percent(values['eviction_frequency'])} of all layers and steps; "
+        f"{percent(values['budget_use'])} of the allowed cache is used."
     )
     return said
 
@@ -186,7 +193,10 @@ def _findings(record: AnalysisRecord) -> list[Finding]:
         if not np.isfinite(record.arrays[name]).all()
     ]
     if bad:
-        text = f"{' and '.join(bad)} not finite: the model's attention is NaN or infinite, and the budgets mean nothing."
+        text = (
+            f"{' and '.join(bad)} not finite: the model's attention is NaN or infinite, and the "
+            "budgets mean nothing."
+        )
         found.append(Finding("error", "non_finite", text))
     policy, shares = str(record.values["policy"]), _shares(record)
     recent = next((share for name, share in shares.items() if name.startswith("recen")), None)
@@ -195,7 +205,8 @@ def _findings(record: AnalysisRecord) -> list[Finding]:
             Finding(
                 "warning",
                 "less_mass_than_recency",
-                f"{policy} keeps less attention mass ({percent(shares[policy]['mass'])}) than keeping the newest keys does "
+                f"{policy} keeps less attention mass ({percent(shares[policy]['mass'])}) than "
+                "keeping the newest keys does "
                 f"({percent(recent['mass'])}): this model needs no selection at this size.",
             )
         )
@@ -208,8 +219,10 @@ def _findings(record: AnalysisRecord) -> list[Finding]:
             worse = [number(size) for size, nats in zip(sizes, gap, strict=True) if nats > WORSE]
             if worse:
                 text = (
-                    f"{policy} costs more than {rival.replace('_', ' ')} at a cache of {', '.join(worse)} keys, by "
-                    f"{number(float(gap.max()), 2)} nats a token at most: keep the newest keys instead."
+                    f"{policy} costs more than {rival.replace('_', ' ')} at a cache of "
+                    f"{', '.join(worse)} keys, by "
+                    f"{number(float(gap.max()), 2)} nats a token at most: keep the newest keys "
+                    "instead."
                 )
                 found.append(Finding("warning", "loses_to_recency", text))
     return found
@@ -248,7 +261,8 @@ def _budgets(record: AnalysisRecord, names: list[str], meaning: str) -> Section:
         for name, a, b, c, d in zip(names, dispersion, shift, preference, budget, strict=True)
     ]
     table = Table(
-        "Averaged over samples. Dispersion: entropy of the window's attention over earlier keys, in nats, summed over heads "
+        "Averaged over samples. Dispersion: entropy of the window's attention over earlier keys, "
+        "in nats, summed over heads "
         "and queries. Shift: variance of each key's weight over the window's queries, summed.",
         ("layer", "dispersion D", "shift V", "preference P", "budget beside the window"),
         rows,
@@ -279,7 +293,10 @@ def _preserved(record: AnalysisRecord, names: list[str]) -> Section:
             unit=f"share of the {measure} that is kept",
             title=f"How much of the attention's {measure} the kept keys hold",
         )
-        caption = f"Share of the window's attention {measure} on kept keys, by layer; every choice keeps as many keys."
+        caption = (
+            f"Share of the window's attention {measure} on kept keys, by layer; every choice "
+            "keeps as many keys."
+        )
         pictures.append(Picture(f"preserved_{measure}", caption, draw))
     shares = _shares(record)
     rows = [
@@ -317,7 +334,10 @@ def _kept(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sectio
     draw = partial(
         caches.kept_positions, drawn, names, window=int(record.values["window_size"]), pooled=factor
     )
-    caption = f"Positions of the first prompt ({plural(length, 'token')} at most) that stay after prefill: the share of kv heads that keep each."
+    caption = (
+        f"Positions of the first prompt ({plural(length, 'token')} at most) that stay after "
+        "prefill: the share of kv heads that keep each."
+    )
     if factor > 1:
         caption += f" A cell is the mean of {factor} positions."
     return Section("Which positions stay", pictures=[Picture("kept", caption, draw)])
@@ -342,7 +362,10 @@ def _decode(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sect
         pattern.append(rows)
     drawn, factor = _averaged(np.array(pattern, dtype=np.float64))
     draw = partial(caches.decode_pattern, drawn, names, steps=chosen, pooled=factor)
-    caption = "Keys of the first sample that each layer holds after every decoded token; step 0 is the prompt."
+    caption = (
+        "Keys of the first sample that each layer holds after every decoded token; step 0 is the "
+        "prompt."
+    )
     if factor > 1:
         caption += f" A cell is the mean of {factor} positions."
     return Section("While tokens are generated", pictures=[Picture("decode", caption, draw)])
@@ -369,10 +392,15 @@ def _perplexities(record: AnalysisRecord) -> list[Section]:
     head = ("policy", *(f"{number(size, 4)} keys" for size in sizes))
     values = record.values
     said = (
-        f"Contexts of {number(values['perplexity_context'])} tokens were compressed once by each policy, and the {number(values['perplexity_continuation'])} tokens "
-        f"that really follow were scored, over {plural(len(full), 'prompt')}. Few prompts and untrained models say little."
+        f"Contexts of {number(values['perplexity_context'])} tokens were compressed once by each "
+        f"policy, and the {number(values['perplexity_continuation'])} tokens "
+        f"that really follow were scored, over {plural(len(full), 'prompt')}. Few prompts and "
+        "untrained models say little."
     )
-    caption = "Perplexity of what follows against the size of the cache, for each policy: the median of the prompts and their middle half."
+    caption = (
+        "Perplexity of what follows against the size of the cache, for each policy: the median "
+        "of the prompts and their middle half."
+    )
     return [
         Section(
             "What a smaller cache costs",

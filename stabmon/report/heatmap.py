@@ -58,7 +58,8 @@ def heatmap_page(record: AnalysisRecord) -> Page:
     )
     grid = Picture(
         "heads",
-        f"Attention of every head, layers downwards, heads across, {queries} queries × {keys} keys. "
+        f"Attention of every head, layers downwards, heads across, {queries} queries × {keys} "
+        "keys. "
         "Bright cells are large weights; the scale is the same for all panels.",
         partial(heatmaps.head_grid, arrays, names, heads=heads, pooled=factor),
     )
@@ -131,11 +132,13 @@ def _verdict(
 ) -> list[str]:
     total = sum(each.shape[0] for each in arrays)
     said = [
-        f"{plural(total, 'head')} in {plural(len(arrays), 'layer')}, {queries:,} queries × {keys:,} keys of one sample."
+        f"{plural(total, 'head')} in {plural(len(arrays), 'layer')}, {queries:,} queries × "
+        f"{keys:,} keys of one sample."
     ]
     if factor > 1:
         said.append(
-            f"The maps are pooled: a cell is the largest weight of {factor} × {factor} pairs, so that cells do not sum to 1 along a row."
+            f"The maps are pooled: a cell is the largest weight of {factor} × {factor} pairs, so "
+            "that cells do not sum to 1 along a row."
         )
         return said
     sinks = sum(
@@ -149,13 +152,15 @@ def _verdict(
     )
     mean = np.nanmean([row[0][0] for row in rows])
     said.append(
-        f"The first key gets {percent(float(mean))} of the weight on average, and at least {percent(SINK)} in {plural(sinks, 'head')}"
+        f"The first key gets {percent(float(mean))} of the weight on average, and at least "
+        f"{percent(SINK)} in {plural(sinks, 'head')}"
         + (": an attention sink, which most trained language models have." if sinks else ".")
     )
     before = [row[0][1] for row in rows if not np.isnan(row[0][1])]
     if before:
         at = int(np.argmax([-1 if np.isnan(row[0][1]) else row[0][1] for row in rows]))
         said.append(
-            f"The key just before the query gets {percent(float(np.mean(before)))} on average, most in layer {rows[at][1][0]} ({percent(rows[at][0][1])})."
+            f"The key just before the query gets {percent(float(np.mean(before)))} on average, "
+            f"most in layer {rows[at][1][0]} ({percent(rows[at][0][1])})."
         )
     return said

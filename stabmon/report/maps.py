@@ -70,7 +70,7 @@ def packed_maps(
         middle = len(shrunk) // 2
         sizes = [each.size for each in shrunk]
         tried = len(_gzip(_quantised(shrunk[middle], levels)[0].tobytes())) * 4 / 3
-        if tried * sum(sizes) / sizes[middle] > 2 * budget:  # hopeless, by one layer
+        if max(sizes) > 512 and tried * sum(sizes) / sizes[middle] > 2 * budget:  # by one layer
             continue
         codes, tops = zip(*(_quantised(each, levels) for each in shrunk), strict=True)
         raw = b"".join(code.tobytes() for code in codes)
@@ -136,7 +136,7 @@ def _quantised(maps: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _gzip(raw: bytes) -> bytes:
     """Gzip without a time stamp, so that the same numbers give the same page."""
-    packer = zlib.compressobj(9 if len(raw) < 4_000_000 else 6, zlib.DEFLATED, 31)
+    packer = zlib.compressobj(9 if len(raw) < 2_000_000 else 5, zlib.DEFLATED, 31)
     return packer.compress(raw) + packer.flush()
 
 
@@ -152,7 +152,10 @@ def _note(levels: int, factor: int) -> str:
     if levels == 65534:
         error = "to 0.001% of the map's maximum"
     else:
-        error = f"to {100 / levels:.1g}% of the map's maximum or better, in {levels + 1} levels of a square-root scale"
+        error = (
+            f"to {100 / levels:.1g}% of the map's maximum or better, in {levels + 1} levels of a "
+            "square-root scale"
+        )
     cells = (
         "every query–key pair"
         if factor == 1

@@ -73,15 +73,17 @@ def patterns_page(record: AnalysisRecord) -> Page:
         record: of :func:`stabmon.analysis.pattern_record.patterns_record`, with what the command
             adds: ``tokens`` and ``heads``.
     """
+    record = _narrowed(record)
     values = record.values
     layers = list(values["layers"])
     names, meaning = short_layers(layers)
     roles = list(values["roles"])
+    heads = values["heads"]
     over = _named(record, "over_queries", values["over_queries_names"])
     asked = _named(record, "statistics", values["statistics_names"])
     findings = non_finite(by_layer(record, "rows"))
     sections = [
-        _roles(roles, layers, names, meaning, _heads_of(record, layers)),
+        _roles(roles, layers, names, meaning, heads),
         _statistics(over, asked, layers, names),
         _query(record, layers, names),
         _received(record, layers, names),
@@ -100,6 +102,7 @@ def patterns_page(record: AnalysisRecord) -> Page:
         packed = packed_maps(
             list(maps.values()),
             list(maps),
+            heads=[heads[layer] for layer in maps],
             queries=fitting(tokens, queries),
             keys=fitting(tokens, keys),
             pooled=factor,
@@ -108,7 +111,11 @@ def patterns_page(record: AnalysisRecord) -> Page:
         small = [block_max_by(each, -(-max(each.shape[1:]) // 128)) for each in maps.values()]
         more = -(-max(max(each.shape[1:]) for each in maps.values()) // 128)
         picture = partial(
-            heatmaps.head_grid, small, short_layers(list(maps))[0], pooled=factor * more
+            heatmaps.head_grid,
+            small,
+            short_layers(list(maps))[0],
+            heads=[heads[layer] for layer in maps],
+            pooled=factor * more,
         )
         caption = (
             "Attention of every head of the first sample; the scale is the same for all panels."
@@ -145,8 +152,22 @@ def _named(record: AnalysisRecord, what: str, names: list[str]) -> dict[str, dic
     }
 
 
-def _heads_of(record: AnalysisRecord, layers: list[str]) -> dict[str, int]:
-    return {layer: record.arrays[f"rows/{layer}"].shape[1] for layer in layers}
+def _narrowed(record: AnalysisRecord) -> AnalysisRecord:
+    """The record of the heads that were chosen alone; ``heads`` becomes layer -> their numbers."""
+    values, arrays = record.values, dict(record.arrays)
+    layers = list(values["layers"])
+    every = {layer: list(range(arrays[f"rows/{layer}"].shape[1])) for layer in layers}
+    chosen = values.get("heads")
+    if not chosen:
+        return AnalysisRecord(record.kind, {**values, "heads": every}, arrays)
+    axis_of = {"statistics": 2, "over_queries": 2, "rows": 1, "received": 1, "maps": 0}
+    for name, array in record.arrays.items():
+        axis = axis_of.get(name.partition("/")[0])
+        if axis is not None:
+            arrays[name] = np.take(array, chosen, axis=axis)
+    roles = [role for role in values["roles"] if role["head"] in chosen]
+    heads = {layer: list(chosen) for layer in layers}
+    return AnalysisRecord(record.kind, {**values, "roles": roles, "heads": heads}, arrays)
 
 
 def _counts(roles: list[Mapping[str, Any]]) -> dict[str, int]:
@@ -179,7 +200,7 @@ def _roles(
     layers: list[str],
     names: list[str],
     meaning: str,
-    heads: Mapping[str, int],
+    heads: Mapping[str, list[int]],
 ) -> Section:
     found: dict[tuple[str, int], list[str]] = {}
     for role in roles:
@@ -188,13 +209,13 @@ def _roles(
         letter = "O" if offset else _LETTER_OF.get(name, "C")
         found.setdefault((role["layer"], role["head"]), []).append(letter)
     grid = [
-        [
-            "".join(dict.fromkeys(found.get((layer, head), ["?"])))[:2]
-            for head in range(heads[layer])
-        ]
+        ["".join(dict.fromkeys(found.get((layer, head), ["?"])))[:2] for head in heads[layer]]
         for layer in layers
     ]
-    picture = partial(heatmaps.letter_map, grid, names, LETTERS, title="Role of every head")
+    columns = [str(head) for head in max(heads.values(), key=len)]
+    picture = partial(
+        heatmaps.letter_map, grid, names, LETTERS, columns=columns, title="Role of every head"
+    )
     short = dict(zip(layers, names, strict=True))
     order = sorted(roles, key=lambda role: -np.nan_to_num(_mass(role)))
     rows = [
@@ -210,7 +231,8 @@ def _roles(
     ]
     note = "" if len(order) <= MOST_ROWS else f", the {MOST_ROWS} clearest of {len(order)}"
     table = Table(
-        f"The weight that proves each role{note}. Evenly: the same of a head that attends to all keys alike.",
+        f"The weight that proves each role{note}. Evenly: the same of a head that attends to all "
+        "keys alike.",
         ("layer", "head", "role", "weight on the role's keys", "evenly", "rows tested"),
         rows,
     )
@@ -223,7 +245,10 @@ def _roles(
     )
     said = [meaning] if meaning else []
     said += [f"Not testable on this text: {'; '.join(untested)}."] if untested else []
-    caption = "The role of every head, as a letter; two letters where it has two. Darker tones: roles with a fixed place."
+    caption = (
+        "The role of every head, as a letter; two letters where it has two. Darker tones: roles "
+        "with a fixed place."
+    )
     return Section("What each head does", said, [table], [Picture("roles", caption, picture)])
 
 
@@ -253,12 +278,16 @@ def _advice(values: Mapping[str, Any]) -> Section | None:
         for each, verdict in tried
     ]
     table = Table(
-        "Cost: mean loss with the shortened context less that with all of it, in nats a token; beside it what "
+        "Cost: mean loss with the shortened context less that with all of it, in nats a token; "
+        "beside it what "
         "keeping the newest and keeping random keys costs at the same size.",
         ("policy", "keys kept", "of", "cost", "standard error", "recency", "random", "verdict"),
         rows,
     )
-    said = "Each way of shortening the KV cache was tried on the model's own loss; it is advised where it costs at most 0.01 nats."
+    said = (
+        "Each way of shortening the KV cache was tried on the model's own loss; it is advised "
+        "where it costs at most 0.01 nats."
+    )
     return Section("Can the cache be shorter?", [said], [table])
 
 
@@ -277,7 +306,10 @@ def _statistics(
         if not np.isfinite(table).any():
             continue
         picture = partial(lines.over_layers, table, names, unit=unit, title=title, limits=limits)
-        caption = f"{title}, mean over valid queries and samples: a circle a head, a line through the layers' means."
+        caption = (
+            f"{title}, mean over valid queries and samples: a circle a head, a line through the "
+            "layers' means."
+        )
         pictures.append(Picture(name, caption, picture))
     samples = first["entropy"].shape[0]
     if samples >= 4 and "normalized_entropy" in first:
@@ -312,12 +344,12 @@ def _statistics(
         (short, *(number(float(mean_of(asked[layer][name]))) for name in shown))
         for short, layer in zip(names, layers, strict=True)
     ]
-    table = Table(
+    asked_table = Table(
         "The asked query's context, averaged over samples and heads; entropy in nats.",
         ("layer", *(name.replace("_", " ") for name in shown)),
         rows,
     )
-    return Section("Statistics over layers", tables=[table], pictures=pictures)
+    return Section("Statistics over layers", tables=[asked_table], pictures=pictures)
 
 
 def _query(record: AnalysisRecord, layers: list[str], names: list[str]) -> Section:
@@ -338,7 +370,10 @@ def _query(record: AnalysisRecord, layers: list[str], names: list[str]) -> Secti
         unit="attention probability",
     )
     where = f" (token “{tokens[position]}”)" if tokens and 0 <= position < len(tokens) else ""
-    caption = f"Weights of the query at position {position}{where} of the first sample, in {plural(len(chosen), 'layer')}."
+    caption = (
+        f"Weights of the query at position {position}{where} of the first sample, in "
+        f"{plural(len(chosen), 'layer')}."
+    )
     return Section("The asked query", pictures=[Picture("query", caption, picture)])
 
 
@@ -351,8 +386,10 @@ def _received(record: AnalysisRecord, layers: list[str], names: list[str]) -> Se
     labels = [f"layer {name}" if len(layers) <= 8 else name for name in names]
     picture = partial(lines.received_attention, matrix, labels)
     caption = (
-        "Weight that each key of the first sample receives, averaged over heads and over the queries that see it; "
-        "without the last division keys at the start of a causal model would seem important for being seen often."
+        "Weight that each key of the first sample receives, averaged over heads and over the "
+        "queries that see it; "
+        "without the last division keys at the start of a causal model would seem important for "
+        "being seen often."
     )
     return Section("Received attention", pictures=[Picture("received", caption, picture)])
 
@@ -361,5 +398,8 @@ def _similarity(record: AnalysisRecord, layers: list[str]) -> Section:
     names, _ = short_layers(list(layers))
     matrix = mean_of(record.arrays["similarity"], 0)
     picture = partial(similarity_matrix, matrix, names)
-    caption = "Cosine of the layers' maps, heads averaged, over valid queries; 1 means that two layers look at the same keys."
+    caption = (
+        "Cosine of the layers' maps, heads averaged, over valid queries; 1 means that two layers "
+        "look at the same keys."
+    )
     return Section("How alike the layers are", pictures=[Picture("similarity", caption, picture)])

@@ -56,8 +56,10 @@ def rollout_page(record: AnalysisRecord) -> Page:
             Finding(
                 "warning",
                 "first_token",
-                f"{percent(own)} of what the target owes is owed to the first token. Rollout drifts there with depth whatever "
-                "the text says, so that this picture says little about the other tokens: use --weighting gradient, "
+                f"{percent(own)} of what the target owes is owed to the first token. Rollout "
+                "drifts there with depth whatever "
+                "the text says, so that this picture says little about the other tokens: use "
+                "--weighting gradient, "
                 "fewer layers (--layers), or look at single layers (--kind heatmap).",
             )
         )
@@ -175,7 +177,8 @@ def _verdict(
     values = record.values
     names = values["layers"]
     said = [
-        f"How much each token after {plural(len(names), 'layer')} owes to each token of the input: {values['method']}. "
+        f"How much each token after {plural(len(names), 'layer')} owes to each token of the "
+        f"input: {values['method']}. "
         "Shares of a row sum to 1."
     ]
     position, _, weights = rows[0]
@@ -191,8 +194,10 @@ def _verdict(
         )
         share = float(np.nansum(patches))
         said.append(
-            f"{who} of the first image owes {percent(share)} to the patches, most to the one in row {best // grid['cols']}, "
-            f"column {best % grid['cols']} ({percent(float(patches[best]))}; evenly it would be {percent(share / len(patches))})."
+            f"{who} of the first image owes {percent(share)} to the patches, most to the one in "
+            f"row {best // grid['cols']}, "
+            f"column {best % grid['cols']} ({percent(float(patches[best]))}; evenly it would be "
+            f"{percent(share / len(patches))})."
         )
         return said
     columns = _columns(record, 0)
@@ -203,7 +208,8 @@ def _verdict(
     own = columns[position] if position < len(columns) and values.get("stack") != "joined" else ""
     named = f" (“{plain_token(own, 30)}”)" if own and own != str(position) else ""
     said.append(
-        f"In the first sample the token at position {position}{named} owes most to {', '.join(parts)}."
+        f"In the first sample the token at position {position}{named} owes most to "
+        f"{', '.join(parts)}."
     )
     first = np.array([shares[sample, row[1]] for sample, row in enumerate(rows)])
     said.append(
@@ -223,12 +229,7 @@ def _baseline(record: AnalysisRecord, position: int) -> str:
     if matrix.shape[2] != record.arrays["valid"].shape[1] or values.get("sources") is not None:
         return ""
     ahead = np.arange(matrix.shape[2])[None] > places[:, None]
-    if (
-        not ahead.any()
-        and targets is None
-        or np.nan_to_num(matrix[0])[ahead].any()
-        or not len(valid)
-    ):
+    if np.nan_to_num(matrix[0])[ahead].any() or not len(valid):
         return ""
     length = position - int(np.argmax(valid)) + 1
     if length < 2 or not ahead.any():
@@ -241,7 +242,10 @@ def _baseline(record: AnalysisRecord, position: int) -> str:
             residual * row
             + (1 - residual) * np.cumsum((row / np.arange(1, length + 1))[::-1])[::-1]
         )
-    return f" Causal attention that is even over all tokens would give it {percent(float(row[0]))} by depth alone."
+    return (
+        f" Causal attention that is even over all tokens would give it {percent(float(row[0]))} "
+        "by depth alone."
+    )
 
 
 def _texts(record: AnalysisRecord, rows: list[tuple[int, int, np.ndarray]]) -> Section:
@@ -249,10 +253,8 @@ def _texts(record: AnalysisRecord, rows: list[tuple[int, int, np.ndarray]]) -> S
     for sample, (position, _, weights) in enumerate(rows[:MOST_SAMPLES]):
         columns = _columns(record, sample)
         valid = record.arrays["source_valid"][sample].astype(bool)
-        if record.values.get("sources") is None and len(valid) == len(columns):
-            kept = np.flatnonzero(valid)
-        else:
-            kept = np.arange(len(columns))
+        whole = record.values.get("sources") is None and len(valid) == len(columns)
+        kept = np.flatnonzero(valid) if whole else np.arange(len(columns))
         shown = [columns[at] for at in kept]
         found = np.flatnonzero(kept == position)
         marked = int(found[0]) if len(found) and record.values.get("stack") != "joined" else None
@@ -274,11 +276,13 @@ def _texts(record: AnalysisRecord, rows: list[tuple[int, int, np.ndarray]]) -> S
         caption = f"{title}: darker means more; framed is the token itself."
         pictures.append(Picture(f"text_{sample}", caption, draw, inline=False))
     said = [
-        "Darker tokens are owed more; point at one for its number. The largest are in the table below the text."
+        "Darker tokens are owed more; point at one for its number. The largest are in the table "
+        "below the text."
     ]
     if len(rows) > MOST_SAMPLES:
         said.append(
-            f"The first {MOST_SAMPLES} of {len(rows)} samples are drawn; the numbers of all are in the stored files."
+            f"The first {MOST_SAMPLES} of {len(rows)} samples are drawn; the numbers of all are "
+            "in the stored files."
         )
     return Section(
         "What the target owes to each token", said, fragments=fragments, pictures=pictures
@@ -309,7 +313,8 @@ def _images(
         caption = f"{title}; bright patches are owed most. The scale is the image's own."
         pictures.append(Picture(f"image_{sample}", caption, draw, inline=images is None))
     said = [
-        f"Patches: {grid['rows']} × {grid['cols']}, after {plural(grid['leading'], 'special token')}."
+        f"Patches: {grid['rows']} × {grid['cols']}, after "
+        f"{plural(grid['leading'], 'special token')}."
     ]
     return Section("What is owed to each patch", said, fragments=fragments, pictures=pictures)
 
@@ -356,7 +361,8 @@ def _first_token(
         ],
     )
     said = (
-        "Under a causal mask rollout drifts to the first token with depth, whatever the text says: each layer passes on what the "
+        "Under a causal mask rollout drifts to the first token with depth, whatever the text "
+        "says: each layer passes on what the "
         "layers before have gathered there. Hold the pictures against this share."
     )
     return Section("The first token's share", [said], [table])
@@ -371,7 +377,11 @@ def _numbers(values: Mapping[str, Any]) -> list[Section]:
     attribution = values.get("attribution")
     if attribution:
         rows = [(name.replace("_", " "), number(value, 4)) for name, value in attribution.items()]
-        said = "Of the layer's attention and of the rollout, averaged over heads, samples and valid rows; entropies in nats. The mean attention is 1 over the number of visible keys by construction."
+        said = (
+            "Of the layer's attention and of the rollout, averaged over heads, samples and valid "
+            "rows; entropies in nats. The mean attention is 1 over the number of visible keys by "
+            "construction."
+        )
         sections.append(
             Section(
                 "In eight numbers",
@@ -382,7 +392,11 @@ def _numbers(values: Mapping[str, Any]) -> list[Section]:
     faithfulness = values.get("faithfulness")
     if faithfulness:
         flat = [(str(name).replace("_", " "), _flat(value)) for name, value in faithfulness.items()]
-        said = "Tokens that the target owes most were deleted and the loss taken again, beside as many tokens at random: if the first hurts no more than the second, the attribution does not say what the model uses."
+        said = (
+            "Tokens that the target owes most were deleted and the loss taken again, beside as "
+            "many tokens at random: if the first hurts no more than the second, the attribution "
+            "does not say what the model uses."
+        )
         sections.append(
             Section(
                 "Is it faithful?",
@@ -410,7 +424,8 @@ def _faithfulness_findings(found: Mapping[str, Any] | None) -> list[Finding]:
         Finding(
             "warning",
             "not_faithful",
-            f"Deleting the tokens that are owed most raises the loss by {number(-advantage)} nats less than deleting random "
+            f"Deleting the tokens that are owed most raises the loss by {number(-advantage)} nats "
+            "less than deleting random "
             "ones: the attribution does not say what the model uses.",
         )
     ]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from stabmon.analysis.patterns import AttentionPatterns, attention_patterns
@@ -103,6 +103,7 @@ HEADS_BY_LAYER: list[tuple[tuple[Head, set[str]], tuple[Head, set[str]]]] = [
     ((by_offset(0, 1), {"mixed"}), (by_token(BEFORE, score=2.2), {"mixed"})),
     ((shared(at_first(), by_offset(1)), {"mixed"}), (shared(at_first(), by_offset(0)), {"mixed"})),
     ((both(at_first(9), by_token(BEFORE)), {"induction"}), (decay(1.0), {"self", "local"})),
+    ((by_offset(1, 2), {"local"}), (by_offset(1, 20), {"mixed"})),
     ((without_self(by_token(TOKEN)), {"duplicate_token"}), (by_offset(20), {"twenty"})),
 ]
 
@@ -160,7 +161,7 @@ TEXTS = {
 }
 
 
-BY_TOKEN = {(1, 0), (1, 1), (7, 0), (8, 1), (10, 0), (11, 0)}
+BY_TOKEN = {(1, 0), (1, 1), (7, 0), (8, 1), (10, 0), (12, 0)}
 """Heads whose scores depend on tokens; where one token follows itself they look like others."""
 
 
@@ -187,6 +188,19 @@ def test_without_repeats_induction_is_not_testable_and_said_so() -> None:
     assert evidence["least_visible"] == 8
     assert found.roles_of(found.layers[0], 0) == ["previous_token"]
     assert found.roles_of(found.layers[0], 1) == ["sink"]
+
+
+@pytest.mark.parametrize("length", [12, 16, 24])
+def test_a_short_text_still_shows_what_is_plain(length: int) -> None:
+    found = look(text(length))
+    plain = {"previous_token", "sink", "self", "uniform", "offset_2"}
+    for layer, heads in zip(found.layers[:7], HEADS_BY_LAYER, strict=False):
+        for head, (_, expected) in enumerate(heads):
+            if expected <= plain:
+                assert set(found.roles_of(layer, head)) == expected, (layer, head)
+    short = look(text(6)[:, :3])
+    assert not short.roles
+    assert any("no head roles" in note for note in short.notes)
 
 
 def test_left_padding_hides_no_role() -> None:
@@ -246,3 +260,30 @@ def test_a_custom_role_is_a_function_of_positions_and_tokens() -> None:
             attention_patterns(model(), batch, custom_roles={"x": wrong}, advice=False)
     with pytest.raises(ValueError, match="custom role 'x' is a str"):
         attention_patterns(model(), batch, custom_roles={"x": "two"}, advice=False)
+
+
+class Bidirectional(nn.Module):
+    """Attention by given scores of positions, one head each, without a mask."""
+
+    def __init__(self, scores: list[Tensor]) -> None:
+        super().__init__()
+        self.scores = torch.stack(scores)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        keys = torch.eye(LENGTH).expand(len(input_ids), len(self.scores), -1, -1)
+        query = self.scores.expand(len(input_ids), -1, -1, -1)
+        return nn.functional.scaled_dot_product_attention(query, keys, keys, scale=1.0)
+
+
+def test_bidirectional_heads_look_both_ways() -> None:
+    eye = STRONG * torch.eye(LENGTH)
+    places = torch.arange(LENGTH)
+    first = torch.zeros(LENGTH, LENGTH)
+    first[:, 0] = STRONG
+    near = -0.7 * (places[:, None] - places).abs().float()
+    heads = [eye.roll(-1, 1), eye.roll(1, 1), first, near, torch.zeros(LENGTH, LENGTH)]
+    found = attention_patterns(Bidirectional(heads), {"input_ids": text()}, advice=False)
+    layer = found.layers[0]
+    assert found.kinds[layer] == "bidirectional"
+    named = [found.roles_of(layer, head) for head in range(len(heads))]
+    assert named == [["previous_token"], ["offset_-1"], ["sink"], ["local"], ["uniform"]]

@@ -236,15 +236,26 @@ def test_padding_on_either_side_changes_nothing() -> None:
         assert [r.role for r in padded.roles] == [r.role for r in plain.roles]
 
 
-def test_any_valid_query_may_be_asked() -> None:
+def test_any_query_may_be_asked() -> None:
     model, batch = llama(), {"input_ids": IDS, "attention_mask": LEFT}
-    found = attention_patterns(model, batch, query=3, advice=False)
-    assert found.positions[found.layers[0]].tolist() == [3, 10, 34]
-    far = attention_patterns(model, batch, query=20, advice=False, similarity=False)
-    assert far.positions[far.layers[0]].tolist() == [20, 27, -1]
-    assert np.isnan(far.statistics[far.layers[0]]["entropy"][2]).all()
+    found = attention_patterns(model, batch, query=-4, advice=False)
+    assert found.positions[found.layers[0]].tolist() == [36, 36, 36]
+    early = attention_patterns(model, batch, query=20, advice=False, similarity=False)
+    assert early.positions[early.layers[0]].tolist() == [20, 20, -1]
+    assert np.isnan(early.statistics[early.layers[0]]["entropy"][2]).all()
+    right = {"input_ids": IDS, "attention_mask": RIGHT}
+    last = attention_patterns(model, right, query=-2, advice=False, similarity=False)
+    assert last.positions[last.layers[0]].tolist() == [33, 38, 18]
     with pytest.raises(ValueError, match="query 60"):
         attention_patterns(model, batch, query=60, advice=False)
+
+
+def test_a_decoder_of_torch_attends_across_whatever_the_lengths() -> None:
+    torch.manual_seed(0)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, batch_first=True), 1)
+    x, memory = torch.randn(2, 12, 16), torch.randn(2, 12, 16)
+    found = attention_patterns(decoder, (x, memory), advice=False)
+    assert list(found.kinds.values()) == ["bidirectional", "cross"]
 
 
 def test_a_vision_model_has_no_tokens_to_test_induction_on() -> None:

@@ -30,7 +30,8 @@ def image_files(source: str, kind: str) -> list[Path]:
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
             raise ValueError(
-                f"--text {source}: {kind} reads images; give a folder of them ({', '.join(SUFFIXES[:4])})"
+                f"--text {source}: {kind} reads images; give a folder of them "
+                f"({', '.join(SUFFIXES[:4])})"
             )
         return [path]
     files = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
@@ -85,7 +86,10 @@ def read_images(files: Sequence[Path], target: Target) -> tuple[Tensor, np.ndarr
     ]
     stack = np.stack([each[..., None] if each.ndim == 2 else each for each in arrays]) / 255
     pixels = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous() * 2 - 1
-    note = f"no image processor was found beside the model: images were resized to {width} × {height} and scaled to [-1, 1]"
+    note = (
+        f"no image processor was found beside the model: images were resized to {width} × "
+        f"{height} and scaled to [-1, 1]"
+    )
     return pixels, _seen(pixels, [0.5] * channels, [0.5] * channels), [note]
 
 

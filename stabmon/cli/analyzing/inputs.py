@@ -29,6 +29,8 @@ class Inputs:
     length: int
     """Tokens of the longest sample; 0 for images and samples of the caller's own."""
     described: str
+    lengths: tuple[int, ...] = ()
+    """Tokens of each sample, padding not counted."""
     positions: int | None = None
     """Positions that the model has, where it can take no more."""
     tokens: list[list[str]] | None = None
@@ -52,27 +54,34 @@ def make_inputs(target: Target, options: Options) -> Inputs:
         return _from_images(target, options)
     if main not in (None, "input_ids"):
         raise ValueError(
-            f"{type(target.model).__name__} reads {main}, which this command cannot make: use the functions of stabmon.analysis"
+            f"{type(target.model).__name__} reads {main}, which this command cannot make: use the "
+            "functions of stabmon.analysis"
         )
     if source is None:
         raise ValueError("nothing to analyse: give --text FILE, or --ids FILE with token ids")
     if not Path(source).exists():
         raise ValueError(
-            f"{'--text' if options.text else '--ids'} {source}: no such file; give a text file, or token ids as .json, .npy or .pt"
+            f"{'--text' if options.text else '--ids'} {source}: no such file; give a text file, "
+            "or token ids as .json, .npy or .pt"
         )
     if Path(source).is_dir():
         raise ValueError(
-            f"--text {source}: is a folder, and {type(target.model).__name__} reads tokens; give a text file"
+            f"--text {source}: is a folder, and {type(target.model).__name__} reads tokens; give "
+            "a text file"
         )
     if not _reads_tokens(target):
         raise ValueError(
-            f"{type(target.model).__name__}: takes no token ids; let the callable return (model, sample)"
+            f"{type(target.model).__name__}: takes no token ids; let the callable return (model, "
+            "sample)"
         )
+    if not Path(source).stat().st_size:
+        raise ValueError(f"{source}: is empty; give a text, or token ids")
     text = read_ids(source, options.ids is not None)
     if text is None:
         if options.ids is not None:
             raise ValueError(
-                f"--ids {source}: holds no token ids; give lists of whole numbers as .json, .npy, .pt or .txt"
+                f"--ids {source}: holds no token ids; give lists of whole numbers as .json, .npy, "
+                ".pt or .txt"
             )
         text = read_text(source, target)
     _check_range(text, vocabulary_of(target), source)
@@ -123,7 +132,8 @@ def _check_range(text: Text, vocabulary: int | None, source: str) -> None:
         bad = [token for token in row if not 0 <= token < vocabulary]
         if bad:
             raise ValueError(
-                f"{source}: token id {bad[0]} is out of range, the model knows 0 to {vocabulary - 1}; give ids of its own tokenizer"
+                f"{source}: token id {bad[0]} is out of range, the model knows 0 to "
+                f"{vocabulary - 1}; give ids of its own tokenizer"
             )
 
 
@@ -160,7 +170,8 @@ def _from_images(target: Target, options: Options) -> Inputs:
     )
     if options.samples and options.samples > len(files):
         raise ValueError(
-            f"--samples {options.samples}: {options.text} holds {len(files)} images; give at most that many"
+            f"--samples {options.samples}: {options.text} holds {len(files)} images; give at most "
+            "that many"
         )
     pixels, seen, more = read_images(chosen, target)
     described = f"{len(chosen)} image{'s' * (len(chosen) > 1)} of {options.text}"
@@ -186,13 +197,15 @@ def _from_tokens(target: Target, options: Options, text: Text, source: str) -> I
     if most is not None and length > most:
         if hard:
             raise ValueError(
-                f"{source}: samples of {length} tokens, and the model has {most} positions; give --length {most} or less"
+                f"{source}: samples of {length} tokens, and the model has {most} positions; give "
+                f"--length {most} or less"
             )
         notes.append(f"{length} tokens are more than the {most} that the model was made for")
     batch = _batch(target, rows, notes)
     described = f"{len(rows)} × {length} {text.unit} of {source}"
     limit = most if hard else None
-    return Inputs(batch, len(rows), length, described, limit, words, notes=notes)
+    lengths = tuple(len(row) for row in rows)
+    return Inputs(batch, len(rows), length, described, lengths, limit, words, notes=notes)
 
 
 def _given_rows(
@@ -234,19 +247,23 @@ def _stretches(
             )
         if length > len(ids) + around:
             raise ValueError(
-                f"--length {length}: {source} holds {len(ids)} {text.unit}; give at most {len(ids) + around}"
+                f"--length {length}: {source} holds {len(ids)} {text.unit}; give at most "
+                f"{len(ids) + around}"
             )
     else:
         length = min(DEFAULT_LENGTH, len(ids) // count + around, *([most] if most else []))
     body = length - around
     if body < 1:
         raise ValueError(
-            f"{source}: {len(ids)} {text.unit} are too few for {count} samples; give a longer text or fewer --samples"
+            f"{source}: {len(ids)} {text.unit} are too few for {count} samples; give a longer "
+            "text or fewer --samples"
         )
     starts = np.linspace(0, len(ids) - body, count).round().astype(int)
     if len(set(starts.tolist())) < count:
         raise ValueError(
-            f"--samples {count}: {source} holds {len(ids)} {text.unit}, too few for so many different stretches of {body}; give a smaller --length"
+            f"--samples {count}: {source} holds {len(ids)} {text.unit}, too few for so many "
+            "different "
+            f"stretches of {body}; give a smaller --length"
         )
     rows = [[*before[0], *ids[at : at + body], *after[0]] for at in starts]
     named = [[*before[1], *words[at : at + body], *after[1]] for at in starts]
@@ -262,7 +279,8 @@ def _batch(target: Target, rows: list[list[int]], notes: list[str]) -> Any:
     causal = "Causal" in type(target.model).__name__ or "LMHead" in type(target.model).__name__
     if ragged and "attention_mask" not in taken:
         raise ValueError(
-            "the rows differ in length and the model takes no attention_mask; give rows of one length, or --length"
+            "the rows differ in length and the model takes no attention_mask; give rows of one "
+            "length, or --length"
         )
     ids = torch.full((len(rows), longest), int(pad))
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -276,7 +294,8 @@ def _batch(target: Target, rows: list[list[int]], notes: list[str]) -> Any:
     if ragged:
         batch["attention_mask"] = mask
         notes.append(
-            f"rows differ in length: shorter ones are padded on the {'left' if causal else 'right'} and masked"
+            "rows differ in length: shorter ones are padded on the "
+            f"{'left' if causal else 'right'} and masked"
         )
     if getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from stabmon.analysis.record import AnalysisRecord
 from stabmon.cli.analyzing.inputs import Inputs
 from stabmon.cli.analyzing.options import Options, parsed_numbers, parsed_size
 from stabmon.records import AttentionCall
+from stabmon.signals.measure import operator_of
 
 WHOLE_MATRIX = 2048
 """Tokens up to which a rollout without targets is made of all rows."""
@@ -35,18 +36,31 @@ class Layers:
     tokens: int
 
 
-def look(model: nn.Module, inputs: Inputs) -> Layers:
-    """Run the model on a little of the first sample, and list its layers."""
+def look(model: nn.Module, inputs: Inputs, kind: str) -> Layers:
+    """Run the model twice on a little of the first sample: list its layers, and time it.
+
+    Raises:
+        ValueError: if the kind is cake and the model is no causal decoder.
+    """
     heads: dict[str, int] = {}
     tokens = min(inputs.length or 1, 64)
 
     def note(call: AttentionCall) -> None:
         heads[call.layer] = int(call.query.shape[1])
+        if kind == "cake":
+            _check_causal(call)
 
     small = _shortened(inputs.batch, tokens if inputs.length else None)
-    begin = time.perf_counter()
     run_model(model, small, note)
+    begin = time.perf_counter()
+    run_model(model, small, lambda _: None)
     return Layers(heads, time.perf_counter() - begin, tokens)
+
+
+def _check_causal(call: AttentionCall) -> None:
+    from stabmon.analysis.kv_cache.prompt import PromptLayer
+
+    PromptLayer(call.layer, operator_of(replace(call, is_self=True)), 2).check()
 
 
 def _shortened(batch: Any, tokens: int | None) -> Any:
@@ -68,11 +82,11 @@ def estimated_seconds(layers: Layers, inputs: Inputs, kind: str, options: Option
     rows = sum(layers.heads.values()) * inputs.samples * inputs.length**2 * 1e-8
     mixing = len(layers.heads) * inputs.samples * inputs.length**3 * 2e-10
     if kind == "rollout":
-        return 2 * forward + rows + mixing + 12 * forward
+        return 2 * forward + 2 * rows + mixing
     if kind == "patterns":
         return 2 * forward + 6 * rows + 20 * forward
     if kind == "cake":
-        return 12 * forward + (options.max_new_tokens or 0) * layers.seconds
+        return 6 * forward + (options.max_new_tokens or 0) * layers.seconds
     return forward + rows
 
 
@@ -125,19 +139,21 @@ def chosen_heads(text: str | None, layers: Layers, pattern: str | None) -> list[
     return heads
 
 
-def run_kind(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> AnalysisRecord:
-    """Run the analysis that the options name.
+def prepared(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
+    """Check all that can be checked without long work, and return what runs the analysis.
 
     Raises:
         ValueError: in one line, for what the kind, the model or the input cannot.
     """
-    runs: dict[str, Callable[..., AnalysisRecord]] = {
+    kinds: dict[str, Callable[..., Callable[[], AnalysisRecord]]] = {
         "rollout": _rollout,
         "patterns": _patterns,
         "cake": _cake,
         "heatmap": _heatmap,
     }
-    return runs[options.kind or "rollout"](model, inputs, options, layers)
+    return kinds[options.kind or "rollout"](model, inputs, options, layers)
 
 
 def _targets(options: Options, inputs: Inputs) -> list[int] | None:
@@ -147,12 +163,15 @@ def _targets(options: Options, inputs: Inputs) -> list[int] | None:
     bad = [each for each in targets if inputs.length and not -inputs.length <= each < inputs.length]
     if bad:
         raise ValueError(
-            f"--target {options.target}: no token {bad[0]}, samples have {inputs.length} (0 to {inputs.length - 1})"
+            f"--target {options.target}: no token {bad[0]}, samples have {inputs.length} (0 to "
+            f"{inputs.length - 1})"
         )
     return targets
 
 
-def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> AnalysisRecord:
+def _rollout(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.attribution import compute_attention_attribution
     from stabmon.analysis.rollout import attention_rollout
 
@@ -162,25 +181,32 @@ def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers)
     if targets is None and inputs.length > WHOLE_MATRIX:
         targets = [-1]
         notes.append(
-            f"more than {WHOLE_MATRIX} tokens: the last one alone was attributed; name others with --target"
+            f"more than {WHOLE_MATRIX} tokens: the last one alone was attributed; name others "
+            "with --target"
         )
-    rollout = attention_rollout(
-        model,
-        inputs.batch,
-        targets=targets,
-        head_fusion=options.head_fusion or "mean",  # type: ignore[arg-type]
-        weighting=options.weighting,
-        stack=options.stack,
-        attention_layer_pattern=pattern,
-    )
-    numbers = compute_attention_attribution(
-        model, inputs.batch, attention_layer_pattern=pattern, stack=options.stack
-    )
-    record = rollout.to_record(attribution=numbers)
-    return AnalysisRecord(record.kind, {**record.values, "notes": notes}, record.arrays)
+
+    def run() -> AnalysisRecord:
+        rollout = attention_rollout(
+            model,
+            inputs.batch,
+            targets=targets,
+            head_fusion=options.head_fusion or "mean",  # type: ignore[arg-type]
+            weighting=options.weighting,
+            stack=options.stack,
+            attention_layer_pattern=pattern,
+        )
+        numbers = compute_attention_attribution(
+            model, inputs.batch, attention_layer_pattern=pattern, stack=options.stack
+        )
+        record = rollout.to_record(attribution=numbers)
+        return AnalysisRecord(record.kind, {**record.values, "notes": notes}, record.arrays)
+
+    return run
 
 
-def _patterns(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> AnalysisRecord:
+def _patterns(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.patterns import attention_patterns
 
     targets = _targets(options, inputs)
@@ -190,30 +216,41 @@ def _patterns(model: nn.Module, inputs: Inputs, options: Options, layers: Layers
         )
     pattern = layer_pattern(options.layers, layers)
     heads = chosen_heads(options.heads, layers, pattern)
-    found = attention_patterns(
-        model,
-        inputs.batch,
-        query=-1 if targets is None else targets[0],
-        attention_layer_pattern=pattern,
-        map_size=MAP_SIDE,
-    )
-    record = found.to_record()
-    return AnalysisRecord(record.kind, {**record.values, "heads": heads}, record.arrays)
+
+    def run() -> AnalysisRecord:
+        found = attention_patterns(
+            model,
+            inputs.batch,
+            query=-1 if targets is None else targets[0],
+            attention_layer_pattern=pattern,
+            map_size=MAP_SIDE,
+        )
+        record = found.to_record()
+        return AnalysisRecord(record.kind, {**record.values, "heads": heads}, record.arrays)
+
+    return run
 
 
-def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> AnalysisRecord:
+def _cake(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
+    from stabmon.analysis.kv_cache.budgets import tokens_of
+    from stabmon.analysis.kv_cache.checks import check_count, check_sizes
+    from stabmon.analysis.kv_cache.policies.cake import Cake
     from stabmon.analysis.kv_cache.simulate import simulate_cake
 
     if not inputs.length:
         raise ValueError(
-            f"--kind cake: {type(model).__name__} generates no text and has no KV cache; use rollout, patterns or heatmap"
+            f"--kind cake: {type(model).__name__} generates no text and has no KV cache; use "
+            "rollout, patterns or heatmap"
         )
     notes: list[str] = []
     window = 32 if options.window is None else options.window
     if options.cache_size is None:
         size: int | float = max(inputs.length // 4, 2 * window)
         notes.append(
-            f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; --cache-size sets it"
+            f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; "
+            "--cache-size sets it"
         )
     else:
         size = parsed_size(options.cache_size)
@@ -224,7 +261,8 @@ def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) ->
         and inputs.positions is not None
     ):
         raise ValueError(
-            f"--max-new-tokens {options.max_new_tokens}: the model has {inputs.positions} positions and the prompt {inputs.length} "
+            f"--max-new-tokens {options.max_new_tokens}: the model has {inputs.positions} "
+            f"positions and the prompt {inputs.length} "
             f"tokens; give at most {room}, or a smaller --length"
         )
     settings: dict[str, Any] = {
@@ -232,19 +270,33 @@ def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) ->
         for name in ("tau1", "tau2", "gamma", "pool", "allotment")
         if getattr(options, name) is not None
     }
-    report = simulate_cake(
-        model,
-        inputs.batch,
-        cache_size=size,
-        window_size=window,
-        max_new_tokens=min(NEW_TOKENS, room)
-        if options.max_new_tokens is None
-        else options.max_new_tokens,
-        **settings,
-    )
-    record = report.to_record(_perplexities(model, inputs, size, window, settings, notes))
-    notes += record.values.get("notes", ())
-    return AnalysisRecord(record.kind, {**record.values, "notes": notes}, record.arrays)
+    Cake(**settings)
+    check_count("window_size", window, least=2)
+    lengths = inputs.lengths
+    shortest = min(lengths)
+    if shortest <= window:
+        raise ValueError(
+            f"--window {window}: leaves nothing to evict of a prompt of {shortest} tokens; give "
+            f"less than {shortest}, or a longer text"
+        )
+    check_sizes(tokens_of(size, lengths), lengths, window)
+
+    def run() -> AnalysisRecord:
+        report = simulate_cake(
+            model,
+            inputs.batch,
+            cache_size=size,
+            window_size=window,
+            max_new_tokens=min(NEW_TOKENS, room)
+            if options.max_new_tokens is None
+            else options.max_new_tokens,
+            **settings,
+        )
+        record = report.to_record(_perplexities(model, inputs, size, window, settings, notes))
+        told = [*notes, *record.values.get("notes", ())]
+        return AnalysisRecord(record.kind, {**record.values, "notes": told}, record.arrays)
+
+    return run
 
 
 def _perplexities(
@@ -285,14 +337,20 @@ def _perplexities(
     )
 
 
-def _heatmap(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> AnalysisRecord:
+def _heatmap(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.attention_maps import attention_maps
 
     pattern = layer_pattern(options.layers, layers)
     heads = chosen_heads(options.heads, layers, pattern)
-    found = attention_maps(model, inputs.batch, layers=pattern, heads=heads)
-    notes = [f"the first of {inputs.samples} samples is drawn"] if inputs.samples > 1 else []
-    record = found.to_record()
-    return AnalysisRecord(
-        record.kind, {**record.values, "heads": heads, "notes": notes}, record.arrays
-    )
+
+    def run() -> AnalysisRecord:
+        found = attention_maps(model, inputs.batch, layers=pattern, heads=heads)
+        notes = [f"the first of {inputs.samples} samples is drawn"] if inputs.samples > 1 else []
+        record = found.to_record()
+        return AnalysisRecord(
+            record.kind, {**record.values, "heads": heads, "notes": notes}, record.arrays
+        )
+
+    return run

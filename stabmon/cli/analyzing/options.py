@@ -78,7 +78,8 @@ def check_options(options: Options) -> None:
         return
     if options.model is None:
         raise ValueError(
-            "no MODEL: give a model's folder, a config.json, a hub name or module:callable, or --from DIR"
+            "no MODEL: give a model's folder, a config.json, a hub name or module:callable, or "
+            "--from DIR"
         )
     if options.text is not None and options.ids is not None:
         raise ValueError("--text and --ids: give one of them")

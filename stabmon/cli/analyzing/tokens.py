@@ -76,7 +76,8 @@ def read_ids(source: str, wanted: bool) -> Text | None:
             return None
         reason = " ".join(str(error).split())[:120]
         raise ValueError(
-            f"{source}: token ids cannot be read ({reason}); give whole numbers as .json, .npy or .pt"
+            f"{source}: token ids cannot be read ({reason}); give whole numbers as .json, .npy or "
+            ".pt"
         ) from None
     rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
     if found == [] or [] in rows:
