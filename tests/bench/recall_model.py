@@ -20,7 +20,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from long_model import CONTEXT, texts
 
-STAGES = ((64, 32, 0.55), (256, 8, 0.2), (CONTEXT, 1, 0.25))
+STAGES = ((64, 32, 0.15), (256, 8, 0.35), (CONTEXT, 1, 0.5))
 """Row length, batch, and share of the time."""
 RATE = 3e-3
 
