@@ -229,7 +229,7 @@ def _findings(record: AnalysisRecord) -> list[Finding]:
 
 
 def _losses(record: AnalysisRecord) -> tuple[list[float], dict[str, np.ndarray], np.ndarray] | None:
-    """Cache sizes in keys, by policy the loss ``[sizes, prompts]`` in nats a token, and the full cache's ``[prompts]``."""
+    """Cache sizes in keys; losses in nats a token, by policy ``[sizes, prompts]`` and of the full cache."""
     if "perplexity_nats" not in record.arrays:
         return None
     values, nats = record.values, record.arrays["perplexity_nats"]

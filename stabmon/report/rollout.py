@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.figures import heatmaps, overlays
+from stabmon.figures import heatmaps, lines, overlays
 from stabmon.figures.canvas import block_max, plain_token
 from stabmon.report.maps import packed_maps
 from stabmon.report.page import Finding, Page, Picture, Section, Table
@@ -389,43 +389,61 @@ def _numbers(values: Mapping[str, Any]) -> list[Section]:
                 [Table("compute_attention_attribution", ("name", "value"), rows)],
             )
         )
-    faithfulness = values.get("faithfulness")
-    if faithfulness:
-        flat = [(str(name).replace("_", " "), _flat(value)) for name, value in faithfulness.items()]
-        said = (
-            "Tokens that the target owes most were deleted and the loss taken again, beside as "
-            "many tokens at random: if the first hurts no more than the second, the attribution "
-            "does not say what the model uses."
-        )
-        sections.append(
-            Section(
-                "Is it faithful?",
-                [said],
-                [Table("Deletion check; losses in nats.", ("name", "value"), flat)],
-            )
-        )
+    checked = values.get("faithfulness")
+    if checked and checked.get("effects"):
+        sections.append(_deletions(checked))
     return sections
 
 
-def _flat(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(_flat(each) for each in value[:16]) + (" …" if len(value) > 16 else "")
-    return number(value, 4)
+def _deletions(checked: Mapping[str, Any]) -> Section:
+    effects = checked["effects"]
+    rows = [
+        (
+            number(each["k"]),
+            number(each["top_drop"]),
+            f"{number(each['random_drop'])} ± {number(each['random_std'], 2)}",
+            percent(float(each["better_than_random"])),
+        )
+        for each in effects
+    ]
+    table = Table(
+        "Drop of the log-probability of the model's own prediction, in nats; ±: over random draws.",
+        ("tokens deleted", "those owed most", "random ones", "the former hurt more"),
+        rows,
+    )
+    said = (
+        f"The tokens that the target owes most were taken away ({checked['way']}), and as many random "
+        "ones: where the first hurts no more than the second, the attribution does not say what the "
+        "model uses."
+    )
+    steps = [each["k"] for each in effects]
+    draw = partial(
+        lines.over_time,
+        steps,
+        {
+            "those owed most": np.array([each["top_drop"] for each in effects], dtype=np.float64),
+            "random ones": np.array([each["random_drop"] for each in effects], dtype=np.float64),
+        },
+        unit="drop of the log-probability, nats",
+        title="What deleting tokens does to the model's own prediction",
+        step_name="tokens deleted",
+    )
+    caption = "Deleting the tokens that are owed most should hurt more than deleting random ones."
+    return Section("Is it faithful?", [said], [table], [Picture("deletions", caption, draw)])
 
 
 def _faithfulness_findings(found: Mapping[str, Any] | None) -> list[Finding]:
-    """A warning where deleting the top tokens does not hurt more than deleting random ones."""
-    if not found or not isinstance(found.get("advantage"), int | float):
-        return []
-    advantage = float(found["advantage"])
-    if advantage > 0:
+    """A warning where deleting the top tokens hurts no more than deleting random ones, at any k."""
+    effects = (found or {}).get("effects") or []
+    better = [float(each["better_than_random"]) for each in effects]
+    if not better or max(better) > 0.5:
         return []
     return [
         Finding(
             "warning",
             "not_faithful",
-            f"Deleting the tokens that are owed most raises the loss by {number(-advantage)} nats "
-            "less than deleting random "
-            "ones: the attribution does not say what the model uses.",
+            "Deleting the tokens that are owed most hurts the model's prediction no more than deleting "
+            f"random ones (it does in {percent(max(better))} of the draws at best): the attribution does "
+            "not say what the model uses.",
         )
     ]

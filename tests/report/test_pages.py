@@ -236,6 +236,25 @@ def test_even_causal_attention_is_what_the_first_tokens_share_is_held_against() 
     assert f"{share:.0%} by depth alone" in page_of(records.rollout()).verdict[2]
 
 
+def test_deletions_that_hurt_no_more_than_random_ones_are_a_warning() -> None:
+    def effect(k: int, better: float) -> dict[str, float]:
+        drops = {"top_drop": 0.1, "top_std": 0.0, "random_drop": 0.2, "random_std": 0.05}
+        return {"k": k, "better_than_random": better, "samples": 2, "draws": 8, **drops}
+
+    def page_with(*better: float) -> Any:
+        effects = [effect(4**at, share) for at, share in enumerate(better)]
+        return page_of(records.rollout(faithfulness={"way": "hidden", "effects": effects}))
+
+    assert [each.name for each in page_with(0.3, 0.5).findings] == ["not_faithful"]
+    good = page_with(0.3, 0.9)
+    assert not good.findings
+    table = next(
+        each for section in good.sections for each in section.tables if "nats" in each.caption
+    )
+    assert list(table.rows[1]) == ["4", "0.1", "0.2 ± 0.05", "90%"]
+    assert "deletions" in [picture.name for picture in good.pictures]
+
+
 def test_an_image_is_read_from_its_class_token() -> None:
     page = page_of(records.images())
     assert "80% to the patches" in page.verdict[1]

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.record import AnalysisRecord
+from stabmon.analysis.rollout_result import Rollout
 from stabmon.cli.analyzing.inputs import Inputs
 from stabmon.cli.analyzing.options import Options, parsed_numbers, parsed_size
 from stabmon.records import AttentionCall
@@ -46,7 +48,7 @@ def look(model: nn.Module, inputs: Inputs, kind: str) -> Layers:
     tokens = min(inputs.length or 1, 64)
 
     def note(call: AttentionCall) -> None:
-        heads[call.layer] = int(call.query.shape[1])
+        heads[call.layer] = operator_of(call).heads
         if kind == "cake":
             _check_causal(call)
 
@@ -58,9 +60,14 @@ def look(model: nn.Module, inputs: Inputs, kind: str) -> Layers:
 
 
 def _check_causal(call: AttentionCall) -> None:
-    from stabmon.analysis.kv_cache.prompt import PromptLayer
-
-    PromptLayer(call.layer, operator_of(replace(call, is_self=True)), 2).check()
+    """Refuse, before any long work, what simulating a cache would refuse."""
+    attention = operator_of(replace(call, is_self=True))
+    place = torch.arange(1, attention.queries + 1, device=attention.query.device)
+    if attention.queries != attention.keys or bool((attention.n_visible() > place).any()):
+        raise ValueError(
+            f"--kind cake: {call.layer} attends in both directions or to another sequence, as encoders "
+            "do; a KV cache exists in causal decoders only: use rollout, patterns or heatmap"
+        )
 
 
 def _shortened(batch: Any, tokens: int | None) -> Any:
@@ -198,10 +205,25 @@ def _rollout(
         numbers = compute_attention_attribution(
             model, inputs.batch, attention_layer_pattern=pattern, stack=options.stack
         )
-        record = rollout.to_record(attribution=numbers)
-        return AnalysisRecord(record.kind, {**record.values, "notes": notes}, record.arrays)
+        checked, told = _deletions(model, inputs, rollout)
+        record = rollout.to_record(attribution=numbers, faithfulness=checked)
+        return AnalysisRecord(record.kind, {**record.values, "notes": notes + told}, record.arrays)
 
     return run
+
+
+def _deletions(
+    model: nn.Module, inputs: Inputs, rollout: Rollout
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Delete what the rollout ranks first; None, and why, where this model's tokens cannot be taken away."""
+    from stabmon.analysis.faithfulness import deletion_check
+
+    if rollout.stack == "joined":
+        return None, []
+    try:
+        return deletion_check(model, inputs.batch, rollout).to_values(), []
+    except ValueError as reason:
+        return None, [f"no deletion check: {reason}"]
 
 
 def _patterns(
@@ -307,7 +329,7 @@ def _perplexities(
     settings: dict[str, Any],
     notes: list[str],
 ) -> Any:
-    """Score the last quarter of each sample after the rest of it was compressed; None where that cannot be."""
+    """Score the last quarter of each sample after the rest was compressed; None where it is short."""
     from stabmon.analysis.kv_cache.perplexity import perplexity_by_cache_size
     from stabmon.analysis.kv_cache.policies.cake import Cake
     from stabmon.analysis.kv_cache.policy import POLICIES
