@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stabmon.cli.analyzing.options import KINDS, Options, check_options
+from stabmon.cli.analyzing.options import KINDS, STORED_KINDS, Options, check_options
 
 OUT = "stabmon_analysis"
 LONG = 10.0
@@ -214,7 +214,11 @@ def _stored(folder: str, kind: str | None) -> list[Any]:
 
     if not Path(folder).is_dir():
         raise ValueError(f"--from {folder}: no such folder; give one that stabmon analyze wrote")
-    kinds = [kind] if kind else [each for each in KINDS if (Path(folder) / f"{each}.json").exists()]
+    kinds = (
+        [kind]
+        if kind
+        else [each for each in STORED_KINDS if (Path(folder) / f"{each}.json").exists()]
+    )
     if not kinds:
         raise ValueError(
             f"--from {folder}: holds no record; give a folder that stabmon analyze wrote"

@@ -354,7 +354,7 @@ def letter_map(
     for row, line in enumerate(letters):
         for column, letter in enumerate(line):
             known = letter[:1] in order
-            dark = known and order.index(letter[0]) < len(order) / 2 - 1
+            dark = known and (order.index(letter[0]) + 2.5) / (len(order) + 3) < 0.45
             axes.text(
                 column,
                 row,

@@ -14,6 +14,7 @@ from stabmon.report.words import (
     by_layer,
     common_facts,
     fitting,
+    map_names,
     non_finite,
     number,
     percent,
@@ -49,7 +50,7 @@ def heatmap_page(record: AnalysisRecord) -> Page:
     first = record.values.get("layer")
     packed = packed_maps(
         arrays,
-        layers,
+        map_names(layers),
         heads=heads,
         queries=fitting(tokens, queries),
         keys=fitting(tokens, keys),

@@ -18,6 +18,7 @@ from stabmon.report.words import (
     by_layer,
     common_facts,
     fitting,
+    map_names,
     mean_of,
     non_finite,
     number,
@@ -101,7 +102,7 @@ def patterns_page(record: AnalysisRecord) -> Page:
         tokens = tokens_of(record)
         packed = packed_maps(
             list(maps.values()),
-            list(maps),
+            map_names(list(maps)),
             heads=[heads[layer] for layer in maps],
             queries=fitting(tokens, queries),
             keys=fitting(tokens, keys),

@@ -412,8 +412,10 @@ def _deletions(checked: Mapping[str, Any]) -> Section:
         rows,
     )
     said = (
-        f"The tokens that the target owes most were taken away ({checked['way']}), and as many random "
-        "ones: where the first hurts no more than the second, the attribution does not say what the "
+        f"The tokens that the target owes most were taken away ({checked['way']}), and as many "
+        "random "
+        "ones: where the first hurts no more than the second, the attribution does not say what "
+        "the "
         "model uses."
     )
     steps = [each["k"] for each in effects]
@@ -442,8 +444,10 @@ def _faithfulness_findings(found: Mapping[str, Any] | None) -> list[Finding]:
         Finding(
             "warning",
             "not_faithful",
-            "Deleting the tokens that are owed most hurts the model's prediction no more than deleting "
-            f"random ones (it does in {percent(max(better))} of the draws at best): the attribution does "
+            "Deleting the tokens that are owed most hurts the model's prediction no more than "
+            "deleting "
+            f"random ones (it does in {percent(max(better))} of the draws at best): the "
+            "attribution does "
             "not say what the model uses.",
         )
     ]

@@ -138,3 +138,19 @@ def cake(worse: float = -0.1, samples: int = 2) -> AnalysisRecord:
         "model": "a model",
     }
     return AnalysisRecord("cake", values, arrays)
+
+
+def evolution() -> AnalysisRecord:
+    """Over three steps the second layer's entropy falls from 0.9 to 0.3; a fourth key comes last."""
+    names = ["normalized_entropy", "sink_mass"]
+    arrays = {}
+    for at, layer in enumerate(LAYERS):
+        values = np.zeros((2, 3, 1, 2))
+        values[0] = np.array([0.9, 0.6, 0.3])[:, None, None] if at else 0.5
+        arrays[f"statistics/{layer}"] = values
+        rows = np.full((3, 1, 4), 0.25, dtype=np.float32)
+        rows[0, 0, 3] = np.nan
+        arrays[f"rows/{layer}"] = rows
+    values_of = {"over": "generation", "steps": [0, 1, 2], "layers": LAYERS, "names": names}
+    more = {"over_queries_names": [], "roles": [], "notes": [], "tokens": [HOSTILE[:4]]}
+    return AnalysisRecord("evolution", {**values_of, **more}, arrays)

@@ -84,7 +84,13 @@ def alone(found: Opened) -> bool:
 def test_a_page_of_each_kind_asks_for_nothing_and_complains_of_nothing(
     browser: Any, tmp_path: Path
 ) -> None:
-    for record in (records.heatmap(), records.rollout(), records.images(), records.cake()):
+    for record in (
+        records.heatmap(),
+        records.rollout(),
+        records.images(),
+        records.cake(),
+        records.evolution(),
+    ):
         found = opened(browser, text_of(record), tmp_path)
         assert alone(found), (record.kind, found.requests, found.errors)
         assert found.page.locator("#verdict p").first.inner_text()
@@ -176,7 +182,7 @@ def test_the_map_is_saved_as_png(browser: Any, tmp_path: Path) -> None:
         found.page.click("#save")
     path = tmp_path / "saved.png"
     download.value.save_as(path)
-    assert download.value.suggested_filename.startswith("attention_model.layers.1")
+    assert download.value.suggested_filename.startswith("attention_layer_1_head_0")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -270,6 +276,13 @@ def test_cake_losing_to_recency_is_a_finding_and_winning_is_none() -> None:
     assert not page_of(records.cake(worse=-0.2)).findings
 
 
+def test_what_moves_over_time_is_told_and_keys_to_come_are_no_fault() -> None:
+    page = page_of(records.evolution())
+    assert "2 layers over 3 generation steps, 0 to 2." in page.verdict
+    assert "Normalized entropy moves most in layer 1: from 90% to 30%." in page.verdict
+    assert not page.findings
+
+
 def test_attention_that_is_nan_is_an_error() -> None:
     record = records.heatmap()
     record.arrays["maps/model.layers.1.self_attn"][0, 3] = np.nan
@@ -285,7 +298,13 @@ def test_attention_that_is_nan_is_an_error() -> None:
 
 
 def test_every_picture_of_every_page_can_be_drawn() -> None:
-    for record in (records.heatmap(), records.rollout(samples=1), records.images(), records.cake()):
+    for record in (
+        records.heatmap(),
+        records.rollout(samples=1),
+        records.images(),
+        records.cake(),
+        records.evolution(),
+    ):
         for picture in page_of(record).pictures:
             figure = picture.draw()
             assert figure.get_suptitle()

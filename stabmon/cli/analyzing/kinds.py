@@ -65,7 +65,8 @@ def _check_causal(call: AttentionCall) -> None:
     place = torch.arange(1, attention.queries + 1, device=attention.query.device)
     if attention.queries != attention.keys or bool((attention.n_visible() > place).any()):
         raise ValueError(
-            f"--kind cake: {call.layer} attends in both directions or to another sequence, as encoders "
+            f"--kind cake: {call.layer} attends in both directions or to another sequence, as "
+            "encoders "
             "do; a KV cache exists in causal decoders only: use rollout, patterns or heatmap"
         )
 

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 KINDS = ("rollout", "patterns", "cake", "heatmap")
+STORED_KINDS = (*KINDS, "evolution")
+"""What ``--from`` draws: also records that ``stabmon.analysis`` made in a script."""
 FORMATS = ("png", "svg")
 
 
@@ -63,8 +65,9 @@ def check_options(options: Options) -> None:
     Raises:
         ValueError: in one line, naming the option and the mend.
     """
-    if options.kind is not None and options.kind not in KINDS:
-        raise ValueError(f"--kind {options.kind!r}: use {', '.join(KINDS)}")
+    kinds = KINDS if options.stored is None else STORED_KINDS
+    if options.kind is not None and options.kind not in kinds:
+        raise ValueError(f"--kind {options.kind!r}: use {', '.join(kinds)}")
     if options.format not in FORMATS:
         raise ValueError(f"--format {options.format!r}: use {', '.join(FORMATS)}")
     if options.fail_on not in ("warning", "error"):
@@ -84,10 +87,10 @@ def check_options(options: Options) -> None:
     if options.text is not None and options.ids is not None:
         raise ValueError("--text and --ids: give one of them")
     kind = options.kind or KINDS[0]
-    for name, kinds in BELONGS.items():
-        if getattr(options, name) is not None and kind not in kinds:
+    for name, whose in BELONGS.items():
+        if getattr(options, name) is not None and kind not in whose:
             raise ValueError(
-                f"{_flag(name)} does not apply to --kind {kind}: it is for {' and '.join(kinds)}"
+                f"{_flag(name)} does not apply to --kind {kind}: it is for {' and '.join(whose)}"
             )
     for name in ("samples", "length"):
         value = getattr(options, name)

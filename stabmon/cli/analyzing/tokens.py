@@ -165,7 +165,8 @@ def _by_vocabulary(text: str, source: str) -> Text | None:
         for name in ("[CLS]", "[SEP]")
     ]
     note = (
-        "the tokenizer beside the model does not know the text: it was split into the longest entries "
+        "the tokenizer beside the model does not know the text: it was split into the longest "
+        "entries "
         "of vocab.txt, blanks left out"
     )
     words = [entries[each] for each in ids]
