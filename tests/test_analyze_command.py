@@ -423,6 +423,28 @@ def test_a_second_run_takes_away_what_the_first_left_of_its_kind_and_nothing_els
     assert (tmp_path / "rollout_mine.png").read_text() == "mine"
 
 
+def test_surfaces_are_written_on_request(run: Run, quick: None, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    args = ("gpt2", "--text", "text.txt", "--kind", "heatmap", "--length", 8, "--surface")
+    status, out, _ = run(*args, "--out", tmp_path, "--json")
+    files = [name for name in json.loads(out)["files"] if "surface" in name]
+    assert (status, files) == (0, ["heatmap_surface_0.html", "heatmap_surface_1.html"])
+    page = (tmp_path / files[1]).read_text()
+    assert "Attention of layer 1, heads averaged" in page
+    assert 'src="http' not in page
+
+
+def test_long_work_is_told_beforehand_on_standard_error_alone(
+    run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stabmon.cli.analyze.LONG", 0.0)
+    args = ("gpt2", "--text", "text.txt", "--kind", "heatmap", "--length", 8, "--out", tmp_path)
+    status, out, err = run(*args, "--json")
+    assert status == 0
+    assert err == "stabmon: heatmap of 1 × 8 bytes of text.txt takes about 0 s\n"
+    assert json.loads(out)["kind"] == "heatmap"
+
+
 def test_findings_give_exit_status_1(run: Run, quick: None, saved: Path, tmp_path: Path) -> None:
     model = models.gpt2(n_embd=32, n_positions=64)
     with torch.no_grad():

@@ -123,6 +123,10 @@ def analyze(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="cake: tokens to generate with the compressed cache.")
     ] = None,
+    surface: Annotated[
+        bool,
+        typer.Option("--surface", help="heatmap: also a 3-D surface of each layer, by plotly."),
+    ] = False,
     form: Annotated[str, typer.Option("--format", help="Of the figures: png or svg.")] = "png",
     attn: Annotated[
         str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")
@@ -161,6 +165,7 @@ def analyze(
         pool=pool,
         allotment=allotment,
         max_new_tokens=max_new_tokens,
+        surface=surface or None,
         format=form,
         attn=attn,
         seed=seed,
@@ -186,6 +191,7 @@ def run(options: Options) -> int:
     else:
         records = [_analysed(options)]
         folder = options.out or OUT
+    from stabmon.cli.analyzing.surfaces import surfaces
     from stabmon.cli.analyzing.writing import write_analysis
     from stabmon.report.kinds import page_of
 
@@ -193,7 +199,8 @@ def run(options: Options) -> int:
     for record in records:
         page = page_of(record)
         with _working(f"drawing {len(page.pictures)} figures"):
-            files = write_analysis(record, page, folder, options.format)
+            more = surfaces(record) if options.surface and record.kind == "heatmap" else {}
+            files = write_analysis(record, page, folder, options.format, more)
         found = found or page.finds(options.fail_on)
         told.append((record, page, files))
     _print(told, folder, options.as_json)

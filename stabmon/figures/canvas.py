@@ -107,7 +107,7 @@ def plain_token(token: str, most: int = 14) -> str:
 def drawable(text: str) -> str:
     """Replace each character that matplotlib's own font cannot draw by a box.
 
-    >>> drawable("aé😀")
+    >>> drawable("aé日")
     'aé□'
     """
     known = _glyphs()
@@ -186,7 +186,7 @@ def block_max(matrix: np.ndarray, side: int) -> tuple[np.ndarray, int]:
 
 
 def block_max_by(matrix: np.ndarray, factor: int) -> np.ndarray:
-    """Pool the last two axes by the maximum of ``factor`` × ``factor`` blocks, see :func:`block_max`.
+    """Pool the last two axes by the maximum of square blocks of a side, see :func:`block_max`.
 
     >>> block_max_by(np.arange(9.0).reshape(3, 3), 2)
     array([[4., 5.],
@@ -198,7 +198,8 @@ def block_max_by(matrix: np.ndarray, factor: int) -> np.ndarray:
     padded = np.pad(matrix.astype(kind), wide, constant_values=np.nan)
     up, across = padded.shape[-2] // factor, padded.shape[-1] // factor
     blocks = padded.reshape(*matrix.shape[:-2], up, factor, across, factor)
-    return np.fmax.reduce(np.fmax.reduce(blocks, axis=-1), axis=-2)
+    pooled: np.ndarray = np.fmax.reduce(np.fmax.reduce(blocks, axis=-1), axis=-2)
+    return pooled
 
 
 def pooled_note(factor: int) -> str:

@@ -1,4 +1,4 @@
-"""Heatmaps of attention: every head, one map, one map a layer, and any table of layers and heads."""
+"""Heatmaps of attention: every head, one map, one map a layer, any table of layers and heads."""
 
 from __future__ import annotations
 
@@ -351,13 +351,13 @@ def letter_map(
     image(axes, matrix, limits=(-2.5, len(order) + 0.5), cmap="Greys_r")
     axis_labels(axes, "y", len(rows), [_short(row) for row in rows])
     axis_labels(axes, "x", wide, columns)
-    for row, line in enumerate(letters):
+    for down, line in enumerate(letters):
         for column, letter in enumerate(line):
             known = letter[:1] in order
             dark = known and (order.index(letter[0]) + 2.5) / (len(order) + 3) < 0.45
             axes.text(
                 column,
-                row,
+                down,
                 letter,
                 ha="center",
                 va="center",

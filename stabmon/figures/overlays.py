@@ -60,14 +60,15 @@ def text_figure(
     weights = _fitting(tokens, weights)
     begin, end = _stretch(weights, MOST_TOKENS)
     labels = [drawable(plain_token(token, 24)) for token in tokens[begin:end]]
-    places, line, at = [], 0, 0
+    places: list[tuple[int, float]] = []
+    line, at = 0, 0.0
     for label, token in zip(labels, tokens[begin:end], strict=True):
         if at and at + len(label) > COLUMNS:
-            line, at = line + 1, 0
+            line, at = line + 1, 0.0
         places.append((line, at))
         at += len(label) + 0.35
         if "\n" in token:
-            line, at = line + 1, 0
+            line, at = line + 1, 0.0
     high = _highest(weights)
     lines = max((row for row, _ in places), default=0) + 1
     figure = new_figure(10.0, 1.3 + 0.27 * lines)

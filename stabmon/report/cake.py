@@ -377,6 +377,20 @@ def _perplexities(record: AnalysisRecord) -> list[Section]:
         return []
     sizes, table, full = found
     shown = {name.replace("_", " "): np.exp(rows) for name, rows in table.items()}
+    lost = {name.replace("_", " "): rows - full for name, rows in table.items()}
+    cost = partial(
+        caches.loss_against_size,
+        sizes,
+        lost,
+        full=0.0,
+        unit="nats a token lost against the full cache",
+        title="What a smaller cache costs on the same prompt",
+    )
+    told = (
+        "Loss of each prompt's continuation less that with the full cache, in nats a token: "
+        "prompts "
+        "differ in how hard they are, and this spread leaves that out."
+    )
     draw = partial(caches.loss_against_size, sizes, shown, full=float(np.exp(np.median(full))))
     rows = [
         (
@@ -412,6 +426,6 @@ def _perplexities(record: AnalysisRecord) -> list[Section]:
                     rows,
                 )
             ],
-            [Picture("perplexity", caption, draw)],
+            [Picture("perplexity", caption, draw), Picture("cost", told, cost)],
         )
     ]

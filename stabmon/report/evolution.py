@@ -129,7 +129,8 @@ def _verdict(
     tables: dict[str, np.ndarray], names: list[str], steps: list[int], step_name: str
 ) -> list[str]:
     said = [
-        f"{plural(len(names), 'layer')} over {plural(len(steps), step_name)}, {steps[0]} to {steps[-1]}."
+        f"{plural(len(names), 'layer')} over {plural(len(steps), step_name)}, {steps[0]} to "
+        f"{steps[-1]}."
     ]
     for name, series in tables.items():
         change = series[:, -1] - series[:, 0]

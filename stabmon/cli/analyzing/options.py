@@ -37,6 +37,7 @@ class Options:
     pool: int | None = None
     allotment: str | None = None
     max_new_tokens: int | None = None
+    surface: bool | None = None
     format: str = "png"
     attn: str | None = None
     seed: int = 0
@@ -51,6 +52,7 @@ BELONGS = {
     "stack": ("rollout",),
     "weighting": ("rollout",),
     "head_fusion": ("rollout",),
+    "surface": ("heatmap",),
     **dict.fromkeys(
         ("cache_size", "window", "tau1", "tau2", "gamma", "pool", "allotment", "max_new_tokens"),
         ("cake",),
@@ -73,7 +75,11 @@ def check_options(options: Options) -> None:
     if options.fail_on not in ("warning", "error"):
         raise ValueError(f"--fail-on {options.fail_on!r}: use warning or error")
     if options.stored is not None:
-        given = [name for name in ("text", "ids", *BELONGS) if getattr(options, name) is not None]
+        given = [
+            name
+            for name in ("text", "ids", *BELONGS)
+            if getattr(options, name) is not None and name != "surface"
+        ]
         if given:
             raise ValueError(
                 f"{_flag(given[0])} does not go with --from, which draws stored numbers"

@@ -160,7 +160,7 @@ def _by_vocabulary(text: str, source: str) -> Text | None:
     ids = longest_matches(text, vocabulary, unknown)
     if not ids or ids.count(unknown) / len(ids) >= UNKNOWN or (unknown < 0 and -1 in ids):
         return None
-    around = [
+    around: list[tuple[list[int], list[str]]] = [
         ([vocabulary[name]], [name]) if name in vocabulary else ([], [])
         for name in ("[CLS]", "[SEP]")
     ]
