@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stabmon.analysis.role_masses import CONTENT, RoleMasses
+from stabmon.analysis.role_masses import CONTENT, LEAST_VISIBLE, RoleMasses
 
 SHARE = 0.5
 """Mass from which a role holds."""
@@ -186,12 +186,15 @@ def _roles_of(layer: str, head: int, sums: RoleMasses) -> list[HeadRole]:
         held = [name for name in held if name != "self"]
     for content in set(held) & set(CONTENT):
         held = [name for name in held if not one.is_part_of(name, content)]
+    alone = [name for name in held if not one.shares_band(name)]
     if "local" in names and not excluded and "duplicate_token" not in held and one.is_band():
         if min(one.masses["sink"], one.together["local"]["sink"]) >= SINK_SHARE:
             between.append(("local", "sink"))
             held = [name for name in held if name != "sink"]
         else:
-            held = [name for name in held if not one.shares_band(name)] + ["local"]
+            held = [*alone, "local"]
+    else:
+        held = alone
     held.sort(key=lambda name: (name not in CONTENT, name == "sink"))
     rows = int(sums.counted[head])
     named = [made(name) for name in [*held, *custom]]
@@ -230,7 +233,9 @@ def _rivals(one: _Head, names: Sequence[str]) -> list[tuple[str, str]]:
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
             content = [name for name in (first, second) if name in CONTENT]
-            asked = content or [max((first, second), key=lambda name: one.rows[name])]
+            rarer, other = sorted((first, second), key=lambda name: one.rows[name])
+            enough = 4 * one.rows[rarer] >= one.rows[other]
+            asked = content or [rarer if enough else other]
             others = [second if name == first else first for name in asked]
             if any(one.compete(a, b) for a, b in zip(asked, others, strict=True)):
                 pairs.append((first, second))

@@ -133,7 +133,7 @@ def attention_patterns(
     if all((positions < 0).all() for positions in found.positions.values()):
         raise ValueError(f"query {query}: no sample has such a query; give -1 for the last token")
     if not found.roles:
-        found.notes.append("no head roles: every query sees fewer than 4 keys, or 4 queries do")
+        found.notes.append("no head roles: too few queries see at least 4 keys; give a longer text")
     seen_ids = own_ids is not None or decoder_ids is not None
     if not seen_ids:
         found.notes.append("the batch has no token ids: induction and duplicates not testable")

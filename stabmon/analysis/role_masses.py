@@ -177,7 +177,9 @@ class RoleMasses:
         place, inside = self._places(p, cols, own)
         mass = torch.where(inside, p.gather(-1, place.expand(*p.shape[:3], -1)), 0.0)
         size = inside & visible.gather(-1, place.expand(*visible.shape[:3], -1))
-        found = list(zip(mass.unbind(-1), size.unbind(-1), strict=True))
+        is_first = place + cols.start == self._first[:, :, None, None]
+        apart = size & ~is_first  # the first key proves a sink, if anything
+        found = list(zip(mass.unbind(-1), apart.unbind(-1), strict=True))
         near = self._is_near(torch.tensor(list(self._offsets), device=p.device), seen)
         return [*found, ((mass * near).sum(-1), (size & near).sum(-1))]
 

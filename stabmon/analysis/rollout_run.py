@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.chunks import in_chunks, sample_count
+from stabmon.analysis.chunks import in_chunks, reproducible, sample_count
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.given_maps import given_layers
 from stabmon.analysis.gradient_rollout import operator_dtype, weighed_calls
@@ -62,7 +62,8 @@ def roll_model(
             return roll_gradient(model, part, mine, wanted)
         return roll_forward(model, part, mine, shifted)
 
-    rollout = in_chunks(batch, run, merge_rollouts, chunk_size, dim=dim)
+    with reproducible(model, batch):
+        rollout = in_chunks(batch, run, merge_rollouts, chunk_size, dim=dim)
     settings.check(len(rollout.matrix))
     return rollout
 

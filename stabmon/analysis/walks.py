@@ -8,6 +8,10 @@ from torch import Tensor
 from stabmon.analysis.mixing import HeadFusion, Look, SampleMaps
 
 
+LONG_BLOCK = 1 << 22
+"""Attention weights in a block of long rows, 16 MB in float32: fewer rows multiply too slowly."""
+
+
 def step_up(
     state: Tensor,
     maps: SampleMaps,
@@ -31,7 +35,7 @@ def step_up(
     Returns:
         Whether the state is lower triangular now.
     """
-    maps.widen(state.numel() // 4)
+    maps.widen(max(LONG_BLOCK, state.numel() // 4) if source is None else LONG_BLOCK)
     keys = state if source is None else source
     in_place = source is not None or maps.is_causal
     narrow = triangular and source is None and maps.is_causal
@@ -58,6 +62,7 @@ def step_down(
     Returns:
         ``[T, Q]``: what the targets owe to the queries' tokens before the layer.
     """
+    maps.widen(LONG_BLOCK)
     before = torch.zeros_like(relevance)
     attended_to = before if source is None else source
 
@@ -74,7 +79,7 @@ def step_down(
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return the matrix product in which 0 times NaN is 0: what a token does not see, it does not catch NaN from."""
     out: Tensor = left @ right
-    if not bool(out.isnan().any()) or not bool(right.isnan().any()):
+    if not bool(out.sum().isnan()) or not bool(right.isnan().any()):
         return out
     clean: Tensor = left @ right.nan_to_num(nan=0.0)
     caught = (left != 0).to(left.dtype) @ right.isnan().to(left.dtype)

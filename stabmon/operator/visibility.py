@@ -133,13 +133,17 @@ class Visibility:
             rows, cols: the block.
             batch, heads: the batch elements and query heads that are asked about.
         """
+        some = self.of(batch, heads)
+        return [some._piece(rows, side) for side in self.sides(rows, cols)]
+
+    def sides(self, rows: slice, cols: slice) -> list[slice]:
+        """Return the columns of a block outside of which every row sees every key without bias, from left to right."""
         if self.everything:
             return []
         seen_from, seen_to = self._plain_range(rows)
         seen_from, seen_to = max(seen_from, cols.start), min(seen_to, cols.stop)
         sides = [cols] if seen_from >= seen_to else [slice(cols.start, seen_from), slice(seen_to, cols.stop)]
-        some = self.of(batch, heads)
-        return [some._piece(rows, side) for side in sides if side.start < side.stop]
+        return [side for side in sides if side.start < side.stop]
 
     @property
     def is_shared(self) -> bool:

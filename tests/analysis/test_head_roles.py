@@ -190,6 +190,19 @@ def test_without_repeats_induction_is_not_testable_and_said_so() -> None:
     assert found.roles_of(found.layers[0], 1) == ["sink"]
 
 
+@pytest.mark.parametrize("length", [12, 16, 24])
+def test_a_short_text_still_shows_what_is_plain(length: int) -> None:
+    found = look(text(length))
+    plain = {"previous_token", "sink", "self", "uniform", "offset_2"}
+    for layer, heads in zip(found.layers[:7], HEADS_BY_LAYER, strict=False):
+        for head, (_, expected) in enumerate(heads):
+            if expected <= plain:
+                assert set(found.roles_of(layer, head)) == expected, (layer, head)
+    short = look(text(6)[:, :3])
+    assert not short.roles
+    assert any("no head roles" in note for note in short.notes)
+
+
 def test_left_padding_hides_no_role() -> None:
     ids, pad = text()[:, :40], torch.zeros(3, 8, dtype=torch.int64)
     mask = torch.cat([pad, torch.ones_like(ids)], 1)

@@ -104,6 +104,21 @@ def test_halves_where_memory_runs_out_with_the_same_numbers(error: Exception, ca
     assert numbers[0] == numbers[1]
 
 
+def test_same_numbers_on_several_threads() -> None:
+    """Five tokens a sample: as few rows as make threads share a product out otherwise."""
+    batch = {"input_ids": models.ids(8, 5), "attention_mask": torch.ones(8, 5, dtype=torch.int64)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for make in (models.gpt2, models.bert):
+            base = make().model
+            whole, parted = (attention_rollout(Limited(base, most, MemoryError()), batch).matrix for most in (8, 1))
+            assert torch.equal(whole, parted)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_what_is_no_lack_of_memory_is_raised() -> None:
     batch = {"input_ids": models.ids(2), "attention_mask": models.padded(11, 2)}
     with pytest.raises(RuntimeError, match="shape mismatch"):

@@ -38,7 +38,8 @@ class PerplexityTable:
     @property
     def perplexity(self) -> NDArray[np.float64]:
         """``[policies, sizes]`` exp of the mean over prompts."""
-        return np.exp(self.nats.mean(-1))
+        perplexity: NDArray[np.float64] = np.exp(self.nats.mean(-1))
+        return perplexity
 
     @property
     def cost(self) -> NDArray[np.float64]:
