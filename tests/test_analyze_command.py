@@ -1,5 +1,6 @@
 """``stabmon analyze`` as a user types it."""
 
+import importlib.util
 import io
 import json
 import sys
@@ -401,6 +402,13 @@ def test_long_work_is_told_beforehand_on_standard_error_alone(
     assert status == 0
     assert err == "stabmon: heatmap of 1 × 8 bytes of text.txt takes about 0 s\n"
     assert json.loads(out)["kind"] == "heatmap"
+
+
+def test_a_missing_library_is_named_before_any_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "jinja2" else find(name, *rest))
+    status, _, err = run("nowhere", "--text", "text.txt", "--out", tmp_path / "out")
+    assert (status, err) == (2, 'stabmon: jinja2 is not installed: pip install "stabmon[report]"\n')
 
 
 def test_findings_give_exit_status_1(run: Run, quick: None, saved: Path, tmp_path: Path) -> None:

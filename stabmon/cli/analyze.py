@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -121,6 +122,7 @@ def run(options: Options) -> int:
         ValueError: for options or input that are wrong, in one line.
     """
     check_options(options)
+    _check_libraries(options)
     if options.out is not None:
         _check_folder(Path(options.out))
     if options.stored is not None:
@@ -143,6 +145,19 @@ def run(options: Options) -> int:
         told.append((record, page, files))
     _print(told, folder, options.as_json)
     return int(found)
+
+
+def _check_libraries(options: Options) -> None:
+    """Refuse before any long work where what draws is not installed.
+
+    Raises:
+        ImportError: naming the library and the extra that brings it.
+    """
+    needed = {"matplotlib": "report", "jinja2": "report", "safetensors": "report"}
+    needed |= {"plotly": "plotly"} if options.surface else {}
+    for name, extra in needed.items():
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f'{name} is not installed: pip install "stabmon[{extra}]"')
 
 
 def _check_folder(out: Path) -> None:
