@@ -39,7 +39,7 @@ BELOW = {
     },
     "analysis": {"atomic", "capture", "figures", "operator", "records", "registry", "signals", "sinks"},
     "figures": set(),
-    "report": {"analysis", "figures", "sinks"},
+    "report": {"analysis", "figures", "plots", "sinks"},
     "controllers": {"atomic", "capture", "measurements", "operator", "plots", "records", "registry", "rules", "signals", "sinks"},
     "training": {"config", "controllers", "corpus", "monitor", "recipe"},
 }

@@ -133,7 +133,7 @@ def attention_patterns(
     if all((positions < 0).all() for positions in found.positions.values()):
         raise ValueError(f"query {query}: no sample has such a query; give -1 for the last token")
     if not found.roles:
-        found.notes.append("no head roles: every query sees fewer than 4 keys, or 4 queries do")
+        found.notes.append("no head roles: too few queries see at least 4 keys; give a longer text")
     seen_ids = own_ids is not None or decoder_ids is not None
     if not seen_ids:
         found.notes.append("the batch has no token ids: induction and duplicates not testable")
@@ -149,11 +149,25 @@ def attention_patterns(
             f"two dozen forwards (limit {ADVICE_WEIGHTS:.2g}); ask for it with advice=True"
         )
     elif advice is not False:
-        advised = compression_advice(model, batch, loss_fn=loss_fn)
-        found.recommendations.extend(advised.recommendations)
-        found.rejected.extend(advised.rejected)
-        found.notes.extend(advised.notes)
+        _add_advice(found, model, batch, loss_fn, asked=bool(advice))
     return found
+
+
+def _add_advice(
+    found: AttentionPatterns, model: nn.Module, batch: Any, loss_fn: Any, *, asked: bool
+) -> None:
+    """Add advice; where nobody asked for it and it fails, say so instead."""
+    try:
+        advised = compression_advice(model, batch, loss_fn=loss_fn)
+    except RuntimeError as error:  # of torch: a kernel that cannot be rebuilt, or no memory left
+        if asked:
+            raise
+        reason = " ".join(str(error).split())[:160]
+        found.notes.append(f"no compression advice: measuring it failed ({reason})")
+        return
+    found.recommendations.extend(advised.recommendations)
+    found.rejected.extend(advised.rejected)
+    found.notes.extend(advised.notes)
 
 
 def _note(found: AttentionPatterns, layer: str, scan: LayerScan) -> None:

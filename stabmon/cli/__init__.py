@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from stabmon.cli.analyze import analyze
+from stabmon.cli import analyze as analyze_command
 from stabmon.registry import Registry
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -27,7 +27,7 @@ def stabmon() -> None:
     """See attention go wrong during transformer training, before the loss shows it."""
 
 
-app.command("analyze")(analyze)
+app.command("analyze")(analyze_command.analyze)
 
 
 @app.command("list")

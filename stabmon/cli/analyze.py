@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stabmon.cli.analyzing.options import KINDS, Options, check_options
+from stabmon.cli.analyzing.options import KINDS, STORED_KINDS, Options, check_options
 
 OUT = "stabmon_analysis"
 LONG = 10.0
@@ -22,102 +23,62 @@ LONG = 10.0
 def analyze(
     model: Annotated[
         str | None,
-        typer.Argument(
-            help="A folder, a config.json, a hub name, or package.module:callable giving an nn.Module."
-        ),
+        typer.Argument(help=("A folder, a config.json, a hub name, or package.module:callable giving an nn.Module.")),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(
-            help="A text file, token ids as .json, .npy or .pt, or a folder of images for a vision model."
-        ),
+        typer.Option(help=("A text file, token ids as .json, .npy or .pt, or a folder of images for a vision model.")),
     ] = None,
     ids: Annotated[
         str | None,
-        typer.Option(
-            help="A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a line."
-        ),
+        typer.Option(help=("A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a line.")),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(
-            help="rollout, patterns, cake or heatmap; rollout if left out, with --from all that are stored."
-        ),
+        typer.Option(help=("rollout, patterns, cake or heatmap; rollout if left out, with --from all that are stored.")),
     ] = None,
-    out: Annotated[
-        str | None, typer.Option(help=f"Folder for what is found; {OUT} if left out.")
-    ] = None,
+    out: Annotated[str | None, typer.Option(help=f"Folder for what is found; {OUT} if left out.")] = None,
     stored: Annotated[
         str | None,
-        typer.Option(
-            "--from", help="Draw again from the numbers in this folder, without the model."
-        ),
+        typer.Option("--from", help="Draw again from the numbers in this folder, without the model."),
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Numbers and ranges (0,4-7) or a regular expression; all if left out."),
     ] = None,
-    heads: Annotated[
-        str | None, typer.Option(help="Numbers and ranges of query heads; all if left out.")
-    ] = None,
+    heads: Annotated[str | None, typer.Option(help="Numbers and ranges of query heads; all if left out.")] = None,
     target: Annotated[
         str | None,
-        typer.Option(
-            help="Positions to attribute, or of the query to look at; negative ones count from the end."
-        ),
+        typer.Option(help=("Positions to attribute, or of the query to look at; negative ones count from the end.")),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Stretches of the text, rows of ids, or images.")
-    ] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens a sample; at most 256 if left out.")
-    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Stretches of the text, rows of ids, or images.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sample; at most 256 if left out.")] = None,
     stack: Annotated[
         str | None,
-        typer.Option(
-            help="rollout: which stack of a model with several, or joined for encoder and decoder."
-        ),
+        typer.Option(help="rollout: which stack of a model with several, or joined for encoder and decoder."),
     ] = None,
-    weighting: Annotated[
-        str | None, typer.Option(help="rollout: gradient, for the class-specific form.")
-    ] = None,
-    head_fusion: Annotated[
-        str | None, typer.Option(help="rollout: mean, max or min over the heads.")
-    ] = None,
+    weighting: Annotated[str | None, typer.Option(help="rollout: gradient, for the class-specific form.")] = None,
+    head_fusion: Annotated[str | None, typer.Option(help="rollout: mean, max or min over the heads.")] = None,
     cache_size: Annotated[
         str | None,
-        typer.Option(
-            help="cake: keys a head keeps on average over layers (128), or a share of the prompt (0.25)."
-        ),
+        typer.Option(help=("cake: keys a head keeps on average over layers (128), or a share of the prompt (0.25).")),
     ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="cake: last queries that judge the keys; 32 if left out.")
-    ] = None,
+    window: Annotated[int | None, typer.Option(help="cake: last queries that judge the keys; 32 if left out.")] = None,
     tau1: Annotated[float | None, typer.Option(help="cake: temperature of the dispersion.")] = None,
     tau2: Annotated[float | None, typer.Option(help="cake: temperature of the shift.")] = None,
-    gamma: Annotated[
-        float | None, typer.Option(help="cake: weight of the variance in a key's score.")
-    ] = None,
-    pool: Annotated[
-        int | None, typer.Option(help="cake: width of the average over neighbouring keys; odd.")
-    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="cake: weight of the variance in a key's score.")] = None,
+    pool: Annotated[int | None, typer.Option(help="cake: width of the average over neighbouring keys; odd.")] = None,
     allotment: Annotated[str | None, typer.Option(help="cake: filled or published.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="cake: tokens to generate with the compressed cache.")
-    ] = None,
-    form: Annotated[str, typer.Option("--format", help="Of the figures: png or svg.")] = "png",
-    attn: Annotated[
-        str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of weights that a config.json alone does not give.")
-    ] = 0,
-    fail_on: Annotated[
-        str, typer.Option(help="What counts as a finding: warning or error.")
-    ] = "error",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    max_new_tokens: Annotated[int | None, typer.Option(help="cake: tokens to generate with the compressed cache.")] = None,
+    surface: Annotated[
+        bool,
+        typer.Option("--surface", help="heatmap: also a 3-D surface of each layer, by plotly."),
     ] = False,
+    form: Annotated[str, typer.Option("--format", help="Of the figures: png or svg.")] = "png",
+    attn: Annotated[str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights that a config.json alone does not give.")] = 0,
+    fail_on: Annotated[str, typer.Option(help="What counts as a finding: warning or error.")] = "error",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Show where attention goes, what each token owes to which, and what a KV cache loses."""
     options = Options(
@@ -143,6 +104,7 @@ def analyze(
         pool=pool,
         allotment=allotment,
         max_new_tokens=max_new_tokens,
+        surface=surface or None,
         format=form,
         attn=attn,
         seed=seed,
@@ -160,6 +122,7 @@ def run(options: Options) -> int:
         ValueError: for options or input that are wrong, in one line.
     """
     check_options(options)
+    _check_libraries(options)
     if options.out is not None:
         _check_folder(Path(options.out))
     if options.stored is not None:
@@ -168,6 +131,7 @@ def run(options: Options) -> int:
     else:
         records = [_analysed(options)]
         folder = options.out or OUT
+    from stabmon.cli.analyzing.surfaces import surfaces
     from stabmon.cli.analyzing.writing import write_analysis
     from stabmon.report.kinds import page_of
 
@@ -175,11 +139,25 @@ def run(options: Options) -> int:
     for record in records:
         page = page_of(record)
         with _working(f"drawing {len(page.pictures)} figures"):
-            files = write_analysis(record, page, folder, options.format)
+            more = surfaces(record) if options.surface and record.kind == "heatmap" else {}
+            files = write_analysis(record, page, folder, options.format, more)
         found = found or page.finds(options.fail_on)
         told.append((record, page, files))
     _print(told, folder, options.as_json)
     return int(found)
+
+
+def _check_libraries(options: Options) -> None:
+    """Refuse before any long work where what draws is not installed.
+
+    Raises:
+        ImportError: naming the library and the extra that brings it.
+    """
+    needed = {"matplotlib": "report", "jinja2": "report", "safetensors": "report"}
+    needed |= {"plotly": "plotly"} if options.surface else {}
+    for name, extra in needed.items():
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f'{name} is not installed: pip install "stabmon[{extra}]"')
 
 
 def _check_folder(out: Path) -> None:
@@ -196,11 +174,9 @@ def _stored(folder: str, kind: str | None) -> list[Any]:
 
     if not Path(folder).is_dir():
         raise ValueError(f"--from {folder}: no such folder; give one that stabmon analyze wrote")
-    kinds = [kind] if kind else [each for each in KINDS if (Path(folder) / f"{each}.json").exists()]
+    kinds = [kind] if kind else [each for each in STORED_KINDS if (Path(folder) / f"{each}.json").exists()]
     if not kinds:
-        raise ValueError(
-            f"--from {folder}: holds no record; give a folder that stabmon analyze wrote"
-        )
+        raise ValueError(f"--from {folder}: holds no record; give a folder that stabmon analyze wrote")
     return [load_record(folder, each) for each in kinds]
 
 
@@ -258,7 +234,8 @@ def _whole(options: Options, attention: str | None) -> Any:
     target = load_target(str(options.model), attention, options.seed)
     if target.whole is not None or any("weights are too large" in note for note in target.notes):
         raise ValueError(
-            f"{options.model}: the whole model ({target.parameters:,} parameters) is needed, and is too large to be made here; "
+            f"{options.model}: the whole model ({target.parameters:,} parameters) is needed, and "
+            "is too large to be made here; "
             "use a smaller one, or stabmon.analysis in your own script"
         )
     return target
@@ -297,9 +274,7 @@ def _one_line(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{what} ({type(error).__name__}: {reason}); give input that it takes, or fewer samples"
-        ) from error
+        raise ValueError(f"{what} ({type(error).__name__}: {reason}); give input that it takes, or fewer samples") from error
 
 
 @contextmanager
@@ -331,9 +306,7 @@ def _print(told: list[tuple[Any, Any, list[str]]], folder: str, as_json: bool) -
         from stabmon.sinks.exact_json import dumps
 
         objects = [_summary(record, page, files, folder) for record, page, files in told]
-        print(
-            dumps(objects[0] if len(objects) == 1 else {"schema_version": 1, "analyses": objects})
-        )
+        print(dumps(objects[0] if len(objects) == 1 else {"schema_version": 1, "analyses": objects}))
         return
     from rich.console import Console
     from rich.text import Text

@@ -107,7 +107,7 @@ def plain_token(token: str, most: int = 14) -> str:
 def drawable(text: str) -> str:
     """Replace each character that matplotlib's own font cannot draw by a box.
 
-    >>> drawable("aé😀")
+    >>> drawable("aé日")
     'aé□'
     """
     known = _glyphs()
@@ -155,9 +155,7 @@ def axis_labels(
         place, texts, named = list(range(count)), [drawable(str(label)) for label in labels], True
     setter = axes.set_xticks if which == "x" else axes.set_yticks
     longest = max(map(len, texts), default=0)
-    turned = (
-        {"rotation": 90} if which == "x" and named and longest > 2 and count * longest > 48 else {}
-    )
+    turned = {"rotation": 90} if which == "x" and named and longest > 2 and count * longest > 48 else {}
     setter(place, texts, parse_math=False, **turned)
     return named
 
@@ -186,7 +184,7 @@ def block_max(matrix: np.ndarray, side: int) -> tuple[np.ndarray, int]:
 
 
 def block_max_by(matrix: np.ndarray, factor: int) -> np.ndarray:
-    """Pool the last two axes by the maximum of ``factor`` × ``factor`` blocks, see :func:`block_max`.
+    """Pool the last two axes by the maximum of square blocks of a side, see :func:`block_max`.
 
     >>> block_max_by(np.arange(9.0).reshape(3, 3), 2)
     array([[4., 5.],
@@ -198,7 +196,8 @@ def block_max_by(matrix: np.ndarray, factor: int) -> np.ndarray:
     padded = np.pad(matrix.astype(kind), wide, constant_values=np.nan)
     up, across = padded.shape[-2] // factor, padded.shape[-1] // factor
     blocks = padded.reshape(*matrix.shape[:-2], up, factor, across, factor)
-    return np.fmax.reduce(np.fmax.reduce(blocks, axis=-1), axis=-2)
+    pooled: np.ndarray = np.fmax.reduce(np.fmax.reduce(blocks, axis=-1), axis=-2)
+    return pooled
 
 
 def pooled_note(factor: int) -> str:

@@ -1,4 +1,4 @@
-"""Heatmaps of attention: every head, one map, one map a layer, and any table of layers and heads."""
+"""Heatmaps of attention: every head, one map, one map a layer, any table of layers and heads."""
 
 from __future__ import annotations
 
@@ -64,12 +64,9 @@ def head_grid(
     widest = max(each.shape[0] for each in maps)
     columns = ticks(widest, MOST_PANELS)
     size = 1.15 if max(len(rows), len(columns)) > 6 else 1.7
-    figure = new_figure(max(4.5, 1.6 + size * len(columns)), max(2.6, 1.1 + size * len(rows)))
+    figure, grid, bar = _panels(len(rows), len(columns), size, scale != "own")
     maps, pooled = _fitted(figure, maps, size, pooled)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    limits = _limits(
-        [maps[row][[c for c in columns if c < maps[row].shape[0]]] for row in rows], scale
-    )
+    limits = _limits([maps[row][[c for c in columns if c < maps[row].shape[0]]] for row in rows], scale)
     shown = None
     for panels, row in zip(grid, rows, strict=True):
         for axes, column in zip(panels, columns, strict=True):
@@ -83,9 +80,7 @@ def head_grid(
             axes.set_title(f"head {number}", fontsize=8, pad=2)
         panels[0].set_ylabel(drawable(_layer(layers[row])), fontsize=8)
     if shown is not None and scale != "own":
-        figure.colorbar(shown, ax=grid, label=f"{unit} (square-root scale)", shrink=0.9)
-    figure.supxlabel("key position →", fontsize=9)
-    figure.supylabel("query position ↓", fontsize=9)
+        figure.colorbar(shown, cax=bar, label=f"{unit}\n(square-root scale)")
     parts = [pooled_note(pooled)]
     if len(rows) < len(maps) or len(columns) < widest:
         parts.append(f"{len(rows)} of {len(maps)} layers, {len(columns)} of {widest} heads")
@@ -124,9 +119,7 @@ def single_map(
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     side = min(11.0, max(4.6, 0.17 * max(matrix.shape)))
-    figure = new_figure(
-        side + 1.4, side * min(1.0, max(0.35, matrix.shape[0] / matrix.shape[1])) + 1.2
-    )
+    figure = new_figure(side + 1.4, side * min(1.0, max(0.35, matrix.shape[0] / matrix.shape[1])) + 1.2)
     axes = figure.add_subplot()
     shown = image(axes, matrix, limits=limits, power=power)
     scale = " (square-root scale)" if power == 0.5 else ""
@@ -166,9 +159,8 @@ def layer_grid(
     chosen = ticks(len(maps), 24)
     across = min(len(chosen), 6)
     down = -(-len(chosen) // across)
-    figure = new_figure(max(5.0, 1.6 + 1.9 * across), 1.2 + 1.95 * down)
-    maps, pooled = _fitted(figure, maps, 1.9, pooled)
-    grid = figure.subplots(down, across, squeeze=False)
+    figure, grid, bar = _panels(down, across, 1.6, scale != "own", gap=0.42)
+    maps, pooled = _fitted(figure, maps, 1.6, pooled)
     limits = _limits([maps[at] for at in chosen], scale)
     shown = None
     for place, axes in enumerate(grid.flat):
@@ -182,9 +174,7 @@ def layer_grid(
         axis_labels(axes, "y", maps[at].shape[0], most=4, pooled=pooled)
         axes.tick_params(labelsize=7)
     if scale != "own":
-        figure.colorbar(shown, ax=grid, label=f"{unit}\n(square-root scale)", shrink=0.95)
-    figure.supxlabel("key position", fontsize=9)
-    figure.supylabel("query position", fontsize=9)
+        figure.colorbar(shown, cax=bar, label=f"{unit}\n(square-root scale)")
     parts = [pooled_note(pooled)]
     if len(chosen) < len(maps):
         parts.append(f"{len(chosen)} of {len(maps)} layers")
@@ -225,9 +215,7 @@ def table_map(
     down, across = matrix.shape
     numbers = across <= 16 and down <= 24 if numbers is None else numbers
     cell = 0.55 if numbers else 0.26
-    figure = new_figure(
-        min(14.0, max(5.0, 3.2 + cell * across)), min(12.0, max(2.4, 1.5 + 0.3 * down))
-    )
+    figure = new_figure(min(14.0, max(5.0, 3.2 + cell * across)), min(12.0, max(2.4, 1.5 + 0.3 * down)))
     axes = figure.add_subplot()
     shown = image(axes, matrix, limits=limits)
     figure.colorbar(shown, ax=axes, label=unit)
@@ -240,20 +228,45 @@ def table_map(
         for (row, column), value in np.ndenumerate(matrix):
             if np.isfinite(value):
                 tone = "black" if shown.norm(value) > 0.55 else "white"
-                axes.text(
-                    column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=tone
-                )
+                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=tone)
     titled(figure, title)
     return saved(figure, path)
 
 
-def _fitted(
-    figure: Any, maps: Sequence[np.ndarray], size: float, pooled: int
-) -> tuple[list[np.ndarray], int]:
+def _panels(down: int, across: int, size: float, with_bar: bool, gap: float = 0.26) -> tuple[Any, np.ndarray, Any]:
+    """Lay out square panels of ``size`` inches by hand, which takes half the time of a layout engine.
+
+    Returns:
+        The figure, its panels ``[down, across]``, and axes for a colour bar or None.
+    """
+    left, right, top, bottom = 0.95, 1.15 if with_bar else 0.3, 0.85, 0.6
+    wide = max(5.2, left + right + across * size + (across - 1) * gap)
+    high = max(2.9, top + bottom + down * size + (down - 1) * gap)
+    figure = new_figure(wide, high)
+    figure.set_layout_engine("none")
+    left += (wide - left - right - across * size - (across - 1) * gap) / 2
+    span = across * size + (across - 1) * gap
+    grid = np.empty((down, across), dtype=object)
+    for row, column in np.ndindex(down, across):
+        x, y = left + column * (size + gap), high - top - (row + 1) * size - row * gap
+        grid[row, column] = figure.add_axes((x / wide, y / high, size / wide, size / high))
+    bar = None
+    if with_bar:
+        low = high - top - down * size - (down - 1) * gap
+        box = ((left + span + 0.2) / wide, low / high, 0.16 / wide, (high - top - low) / high)
+        bar = figure.add_axes(box, label="<colorbar>")
+    middle = (left + span / 2) / wide
+    figure.text(middle, 0.1 / high, "key position →", ha="center", va="bottom", fontsize=9)
+    height = (high - top + bottom) / 2 / high
+    figure.text(0.1 / wide, height, "query position ↓", rotation=90, va="center", fontsize=9)
+    return figure, grid, bar
+
+
+def _fitted(figure: Any, maps: Sequence[np.ndarray], size: float, pooled: int) -> tuple[list[np.ndarray], int]:
     """Set dots an inch so that each cell of a panel of ``size`` inches has one; pool beyond that."""
     side = max(max(each.shape[-2:]) for each in maps)
     inches = max(figure.get_size_inches())
-    dots = 1.3 * side / size  # axes are a little smaller than their share of the figure
+    dots = 1.02 * side / size
     factor = 1
     if dots * inches > MOST_PIXELS:
         factor = int(np.ceil(dots * inches / MOST_PIXELS))
@@ -294,6 +307,7 @@ def letter_map(
     rows: Sequence[str],
     legend: Mapping[str, str],
     *,
+    columns: Sequence[str] | None = None,
     title: str,
     row_name: str = "layer",
     column_name: str = "query head",
@@ -305,6 +319,7 @@ def letter_map(
         letters: one list of letters a row; rows may differ in length.
         rows: names of the rows.
         legend: letter -> meaning, in the order of the tones.
+        columns: names of the columns; their numbers if None.
         title: what is shown.
         row_name: what a row is.
         column_name: what a column is.
@@ -314,23 +329,19 @@ def letter_map(
     wide = max((len(row) for row in letters), default=1)
     matrix = np.full((len(letters), wide), np.nan)
     for place, row in zip(matrix, letters, strict=True):
-        place[: len(row)] = [
-            order.index(letter[0]) if letter[:1] in order else np.nan for letter in row
-        ]
-    figure = new_figure(
-        min(14.0, max(6.0, 4.4 + 0.34 * wide)), min(14.0, max(2.6, 1.3 + 0.3 * len(rows)))
-    )
+        place[: len(row)] = [order.index(letter[0]) if letter[:1] in order else np.nan for letter in row]
+    figure = new_figure(min(14.0, max(6.0, 4.4 + 0.34 * wide)), min(14.0, max(2.6, 1.3 + 0.3 * len(rows))))
     axes = figure.add_subplot()
     image(axes, matrix, limits=(-2.5, len(order) + 0.5), cmap="Greys_r")
     axis_labels(axes, "y", len(rows), [_short(row) for row in rows])
-    axis_labels(axes, "x", wide)
-    for row, line in enumerate(letters):
+    axis_labels(axes, "x", wide, columns)
+    for down, line in enumerate(letters):
         for column, letter in enumerate(line):
             known = letter[:1] in order
-            dark = known and order.index(letter[0]) < len(order) / 2 - 1
+            dark = known and (order.index(letter[0]) + 2.5) / (len(order) + 3) < 0.45
             axes.text(
                 column,
-                row,
+                down,
                 letter,
                 ha="center",
                 va="center",

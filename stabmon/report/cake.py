@@ -76,10 +76,7 @@ def cake_page(record: AnalysisRecord) -> Page:
         numbers={
             **{name: values[name] for name in shown},
             "layers": {
-                layer: {
-                    name: float(mean_of(arrays[name][at]))
-                    for name in ("dispersion", "shift", "preference", "budget")
-                }
+                layer: {name: float(mean_of(arrays[name][at])) for name in ("dispersion", "shift", "preference", "budget")}
                 for at, layer in enumerate(layers)
             },
             "preserved": _shares(record),
@@ -89,11 +86,7 @@ def cake_page(record: AnalysisRecord) -> Page:
 
 
 def _size(size: float) -> str:
-    return (
-        f"{percent(size)} of the prompt"
-        if isinstance(size, float) and 0 < size < 1
-        else f"{number(size)} keys"
-    )
+    return f"{percent(size)} of the prompt" if isinstance(size, float) and 0 < size < 1 else f"{number(size)} keys"
 
 
 def _shares(record: AnalysisRecord) -> dict[str, dict[str, float]]:
@@ -101,8 +94,7 @@ def _shares(record: AnalysisRecord) -> dict[str, dict[str, float]]:
     preserved = record.arrays["preserved"]
     return {
         _named(record, choice): {
-            measure: float(mean_of(preserved[:, at, place]))
-            for place, measure in enumerate(record.values["measures"])
+            measure: float(mean_of(preserved[:, at, place])) for place, measure in enumerate(record.values["measures"])
         }
         for at, choice in enumerate(record.values["choices"])
     }
@@ -120,8 +112,10 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
     low, high = int(np.argmin(budgets)), int(np.argmax(budgets))
     policy = str(values["policy"])
     said = [
-        f"{percent(values['compression_ratio'])} of the prompt's keys are kept, {number(float(np.mean(values['sizes'])), 4)} a layer on average "
-        f"of {number(float(np.mean(values['lengths'])), 4)}; budgets beside the window run from {number(float(budgets[low]), 4)} keys (layer {names[low]}) "
+        f"{percent(values['compression_ratio'])} of the prompt's keys are kept, "
+        f"{number(float(np.mean(values['sizes'])), 4)} a layer on average "
+        f"of {number(float(np.mean(values['lengths'])), 4)}; budgets beside the window run from "
+        f"{number(float(budgets[low]), 4)} keys (layer {names[low]}) "
         f"to {number(float(budgets[high]), 4)} (layer {names[high]})."
     ]
     if policy in shares and "mass" in shares[policy]:
@@ -131,7 +125,8 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
             if name != policy and "mass" in share
         ]
         said.append(
-            f"The kept keys hold {percent(shares[policy]['mass'])} of the attention of the window's queries; "
+            f"The kept keys hold {percent(shares[policy]['mass'])} of the attention of the "
+            "window's queries; "
             f"with as many keys chosen otherwise: {', '.join(others)}."
         )
     small, full = _number(values.get("perplexity")), _number(values.get("full_perplexity"))
@@ -139,24 +134,25 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
         cost = float(np.log(small / full))
         word = "more" if cost >= 0 else "less"
         said.append(
-            f"Over the tokens that follow, perplexity is {number(small, 4)} with this cache and {number(full, 4)} with the full one: "
+            f"Over the tokens that follow, perplexity is {number(small, 4)} with this cache and "
+            f"{number(full, 4)} with the full one: "
             f"{number(abs(cost), 2)} nats a token {word}."
         )
     losses = _losses(record)
     if losses and policy in losses[1]:
         sizes, table, whole = losses
-        best = {
-            name: float((each - whole).mean(-1)[-1 if len(sizes) < 2 else len(sizes) // 2])
-            for name, each in table.items()
-        }
+        best = {name: float((each - whole).mean(-1)[-1 if len(sizes) < 2 else len(sizes) // 2]) for name, each in table.items()}
         at = sizes[-1 if len(sizes) < 2 else len(sizes) // 2]
         first = min(best, key=best.__getitem__)
         said.append(
-            f"On text that really follows, at a cache of {number(at, 4)} keys, {policy} costs {number(best[policy], 2)} nats a token against the full cache; "
-            f"of {len(best)} policies {first.replace('_', ' ')} costs least ({number(best[first], 2)})."
+            f"On text that really follows, at a cache of {number(at, 4)} keys, {policy} costs "
+            f"{number(best[policy], 2)} nats a token against the full cache; "
+            f"of {len(best)} policies {first.replace('_', ' ')} costs least "
+            f"({number(best[first], 2)})."
         )
     said.append(
-        f"Keys were evicted in {percent(values['eviction_frequency'])} of all layers and steps; {percent(values['budget_use'])} of the allowed cache is used."
+        f"Keys were evicted in {percent(values['eviction_frequency'])} of all layers and steps; "
+        f"{percent(values['budget_use'])} of the allowed cache is used."
     )
     return said
 
@@ -180,11 +176,7 @@ def _number(value: Any) -> float:
 
 def _findings(record: AnalysisRecord) -> list[Finding]:
     found = []
-    bad = [
-        name
-        for name in ("dispersion", "shift", "preference")
-        if not np.isfinite(record.arrays[name]).all()
-    ]
+    bad = [name for name in ("dispersion", "shift", "preference") if not np.isfinite(record.arrays[name]).all()]
     if bad:
         text = f"{' and '.join(bad)} not finite: the model's attention is NaN or infinite, and the budgets mean nothing."
         found.append(Finding("error", "non_finite", text))
@@ -195,7 +187,8 @@ def _findings(record: AnalysisRecord) -> list[Finding]:
             Finding(
                 "warning",
                 "less_mass_than_recency",
-                f"{policy} keeps less attention mass ({percent(shares[policy]['mass'])}) than keeping the newest keys does "
+                f"{policy} keeps less attention mass ({percent(shares[policy]['mass'])}) than "
+                "keeping the newest keys does "
                 f"({percent(recent['mass'])}): this model needs no selection at this size.",
             )
         )
@@ -208,31 +201,29 @@ def _findings(record: AnalysisRecord) -> list[Finding]:
             worse = [number(size) for size, nats in zip(sizes, gap, strict=True) if nats > WORSE]
             if worse:
                 text = (
-                    f"{policy} costs more than {rival.replace('_', ' ')} at a cache of {', '.join(worse)} keys, by "
-                    f"{number(float(gap.max()), 2)} nats a token at most: keep the newest keys instead."
+                    f"{policy} costs more than {rival.replace('_', ' ')} at a cache of "
+                    f"{', '.join(worse)} keys, by "
+                    f"{number(float(gap.max()), 2)} nats a token at most: keep the newest keys "
+                    "instead."
                 )
                 found.append(Finding("warning", "loses_to_recency", text))
     return found
 
 
 def _losses(record: AnalysisRecord) -> tuple[list[float], dict[str, np.ndarray], np.ndarray] | None:
-    """Cache sizes in keys, by policy the loss ``[sizes, prompts]`` in nats a token, and the full cache's ``[prompts]``."""
+    """Cache sizes in keys; losses in nats a token, by policy ``[sizes, prompts]`` and of the full cache."""
     if "perplexity_nats" not in record.arrays:
         return None
     values, nats = record.values, record.arrays["perplexity_nats"]
     context = float(values["perplexity_context"])
-    sizes = [
-        size if size >= 1 else size * context for size in map(float, values["perplexity_sizes"])
-    ]
+    sizes = [size if size >= 1 else size * context for size in map(float, values["perplexity_sizes"])]
     table = dict(zip(values["perplexity_policies"], nats, strict=True))
     return sizes, table, record.arrays["perplexity_full_nats"]
 
 
 def _budgets(record: AnalysisRecord, names: list[str], meaning: str) -> Section:
     arrays = record.arrays
-    budget, dispersion, shift, preference = (
-        mean_of(arrays[name], 1) for name in ("budget", "dispersion", "shift", "preference")
-    )
+    budget, dispersion, shift, preference = (mean_of(arrays[name], 1) for name in ("budget", "dispersion", "shift", "preference"))
     window = int(record.values["window_size"])
     full = float(np.mean(record.values["lengths"]))
     bars = partial(
@@ -248,15 +239,14 @@ def _budgets(record: AnalysisRecord, names: list[str], meaning: str) -> Section:
         for name, a, b, c, d in zip(names, dispersion, shift, preference, budget, strict=True)
     ]
     table = Table(
-        "Averaged over samples. Dispersion: entropy of the window's attention over earlier keys, in nats, summed over heads "
+        "Averaged over samples. Dispersion: entropy of the window's attention over earlier keys, "
+        "in nats, summed over heads "
         "and queries. Shift: variance of each key's weight over the window's queries, summed.",
         ("layer", "dispersion D", "shift V", "preference P", "budget beside the window"),
         rows,
     )
     pictures = [
-        Picture(
-            "budgets", "Keys that each layer keeps after the prompt; dashed: the full cache.", bars
-        ),
+        Picture("budgets", "Keys that each layer keeps after the prompt; dashed: the full cache.", bars),
         Picture(
             "preferences",
             "Dispersion, shift and the preference that the budgets are shared by.",
@@ -299,9 +289,7 @@ def _averaged(share: np.ndarray) -> tuple[np.ndarray, int]:
     factor = -(-width // MOST_POSITIONS)
     if factor <= 1:
         return share, 1
-    padded = np.pad(
-        share, [(0, 0)] * (share.ndim - 1) + [(0, -width % factor)], constant_values=np.nan
-    )
+    padded = np.pad(share, [(0, 0)] * (share.ndim - 1) + [(0, -width % factor)], constant_values=np.nan)
     return mean_of(padded.reshape(*share.shape[:-1], -1, factor), -1), factor
 
 
@@ -309,15 +297,14 @@ def _kept(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sectio
     evicted = by_layer(record, "evicted_at")
     length = int(max(record.values["lengths"]))
     prompt = record.arrays[f"scores/{layers[0]}"].shape[-1]
-    share = np.stack([(evicted[layer][0, :, :prompt] != 0).mean(0) for layer in layers]).astype(
-        np.float64
-    )
+    share = np.stack([(evicted[layer][0, :, :prompt] != 0).mean(0) for layer in layers]).astype(np.float64)
     share[:, evicted[layers[0]][0, 0, :prompt] == -2] = np.nan
     drawn, factor = _averaged(share)
-    draw = partial(
-        caches.kept_positions, drawn, names, window=int(record.values["window_size"]), pooled=factor
+    draw = partial(caches.kept_positions, drawn, names, window=int(record.values["window_size"]), pooled=factor)
+    caption = (
+        f"Positions of the first prompt ({plural(length, 'token')} at most) that stay after "
+        "prefill: the share of kv heads that keep each."
     )
-    caption = f"Positions of the first prompt ({plural(length, 'token')} at most) that stay after prefill: the share of kv heads that keep each."
     if factor > 1:
         caption += f" A cell is the mean of {factor} positions."
     return Section("Which positions stay", pictures=[Picture("kept", caption, draw)])
@@ -327,10 +314,7 @@ def _decode(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sect
     evicted = by_layer(record, "evicted_at")
     prompt = record.arrays[f"scores/{layers[0]}"].shape[-1]
     steps = list(range(int(record.values["steps"]) + 1))
-    chosen = [
-        steps[at]
-        for at in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 64)).round().astype(int))
-    ]
+    chosen = [steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 64)).round().astype(int))]
     pattern = []
     for layer in layers:
         went = evicted[layer][0]
@@ -354,14 +338,25 @@ def _perplexities(record: AnalysisRecord) -> list[Section]:
         return []
     sizes, table, full = found
     shown = {name.replace("_", " "): np.exp(rows) for name, rows in table.items()}
+    lost = {name.replace("_", " "): rows - full for name, rows in table.items()}
+    cost = partial(
+        caches.loss_against_size,
+        sizes,
+        lost,
+        full=0.0,
+        unit="nats a token lost against the full cache",
+        title="What a smaller cache costs on the same prompt",
+    )
+    told = (
+        "Loss of each prompt's continuation less that with the full cache, in nats a token: "
+        "prompts "
+        "differ in how hard they are, and this spread leaves that out."
+    )
     draw = partial(caches.loss_against_size, sizes, shown, full=float(np.exp(np.median(full))))
     rows = [
         (
             name.replace("_", " "),
-            *(
-                f"{np.exp(nats):.4g} ({cost:+.3f})"
-                for nats, cost in zip(each.mean(-1), (each - full).mean(-1), strict=True)
-            ),
+            *(f"{np.exp(nats):.4g} ({cost:+.3f})" for nats, cost in zip(each.mean(-1), (each - full).mean(-1), strict=True)),
         )
         for name, each in table.items()
     ]
@@ -369,10 +364,15 @@ def _perplexities(record: AnalysisRecord) -> list[Section]:
     head = ("policy", *(f"{number(size, 4)} keys" for size in sizes))
     values = record.values
     said = (
-        f"Contexts of {number(values['perplexity_context'])} tokens were compressed once by each policy, and the {number(values['perplexity_continuation'])} tokens "
-        f"that really follow were scored, over {plural(len(full), 'prompt')}. Few prompts and untrained models say little."
+        f"Contexts of {number(values['perplexity_context'])} tokens were compressed once by each "
+        f"policy, and the {number(values['perplexity_continuation'])} tokens "
+        f"that really follow were scored, over {plural(len(full), 'prompt')}. Few prompts and "
+        "untrained models say little."
     )
-    caption = "Perplexity of what follows against the size of the cache, for each policy: the median of the prompts and their middle half."
+    caption = (
+        "Perplexity of what follows against the size of the cache, for each policy: the median "
+        "of the prompts and their middle half."
+    )
     return [
         Section(
             "What a smaller cache costs",
@@ -384,6 +384,6 @@ def _perplexities(record: AnalysisRecord) -> list[Section]:
                     rows,
                 )
             ],
-            [Picture("perplexity", caption, draw)],
+            [Picture("perplexity", caption, draw), Picture("cost", told, cost)],
         )
     ]

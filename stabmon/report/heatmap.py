@@ -14,6 +14,7 @@ from stabmon.report.words import (
     by_layer,
     common_facts,
     fitting,
+    map_names,
     non_finite,
     number,
     percent,
@@ -42,14 +43,11 @@ def heatmap_page(record: AnalysisRecord) -> Page:
     factor = max(max(pair) for pair in record.values["pooling"].values())
     queries, keys = max(record.values["sizes"].values())
     tokens = tokens_of(record, int(record.values.get("sample", 0)))
-    rows = [
-        _row(name, each, factor, heads[at])
-        for at, (name, each) in enumerate(zip(names, arrays, strict=True))
-    ]
+    rows = [_row(name, each, factor, heads[at]) for at, (name, each) in enumerate(zip(names, arrays, strict=True))]
     first = record.values.get("layer")
     packed = packed_maps(
         arrays,
-        layers,
+        map_names(layers),
         heads=heads,
         queries=fitting(tokens, queries),
         keys=fitting(tokens, keys),
@@ -58,7 +56,8 @@ def heatmap_page(record: AnalysisRecord) -> Page:
     )
     grid = Picture(
         "heads",
-        f"Attention of every head, layers downwards, heads across, {queries} queries × {keys} keys. "
+        f"Attention of every head, layers downwards, heads across, {queries} queries × {keys} "
+        "keys. "
         "Bright cells are large weights; the scale is the same for all panels.",
         partial(heatmaps.head_grid, arrays, names, heads=heads, pooled=factor),
     )
@@ -94,18 +93,14 @@ def heatmap_page(record: AnalysisRecord) -> Page:
         notes=[str(note) for note in record.values.get("notes", ())],
         numbers={
             "layers": {
-                layer: dict(
-                    zip(("first_key", "previous_key", "own_key", "largest"), row[0], strict=True)
-                )
+                layer: dict(zip(("first_key", "previous_key", "own_key", "largest"), row[0], strict=True))
                 for layer, row in zip(layers, rows, strict=True)
             }
         },
     )
 
 
-def _row(
-    name: str, maps: np.ndarray, factor: int, heads: list[int]
-) -> tuple[list[float], list[str]]:
+def _row(name: str, maps: np.ndarray, factor: int, heads: list[int]) -> tuple[list[float], list[str]]:
     """Mean weight on the first, the previous and the own key, and the largest weight."""
     seen = np.nansum(maps, axis=(0, 2)) > 0
     square = maps.shape[1] == maps.shape[2] and factor == 1
@@ -130,32 +125,27 @@ def _verdict(
     keys: int,
 ) -> list[str]:
     total = sum(each.shape[0] for each in arrays)
-    said = [
-        f"{plural(total, 'head')} in {plural(len(arrays), 'layer')}, {queries:,} queries × {keys:,} keys of one sample."
-    ]
+    said = [f"{plural(total, 'head')} in {plural(len(arrays), 'layer')}, {queries:,} queries × {keys:,} keys of one sample."]
     if factor > 1:
         said.append(
-            f"The maps are pooled: a cell is the largest weight of {factor} × {factor} pairs, so that cells do not sum to 1 along a row."
+            f"The maps are pooled: a cell is the largest weight of {factor} × {factor} pairs, so "
+            "that cells do not sum to 1 along a row."
         )
         return said
     sinks = sum(
-        int(
-            (
-                np.nan_to_num(each[:, :, 0]).sum(1) / np.maximum((each.sum(2) > 0).sum(1), 1)
-                >= SINK
-            ).sum()
-        )
-        for each in arrays
+        int((np.nan_to_num(each[:, :, 0]).sum(1) / np.maximum((each.sum(2) > 0).sum(1), 1) >= SINK).sum()) for each in arrays
     )
     mean = np.nanmean([row[0][0] for row in rows])
     said.append(
-        f"The first key gets {percent(float(mean))} of the weight on average, and at least {percent(SINK)} in {plural(sinks, 'head')}"
+        f"The first key gets {percent(float(mean))} of the weight on average, and at least "
+        f"{percent(SINK)} in {plural(sinks, 'head')}"
         + (": an attention sink, which most trained language models have." if sinks else ".")
     )
     before = [row[0][1] for row in rows if not np.isnan(row[0][1])]
     if before:
         at = int(np.argmax([-1 if np.isnan(row[0][1]) else row[0][1] for row in rows]))
         said.append(
-            f"The key just before the query gets {percent(float(np.mean(before)))} on average, most in layer {rows[at][1][0]} ({percent(rows[at][0][1])})."
+            f"The key just before the query gets {percent(float(np.mean(before)))} on average, "
+            f"most in layer {rows[at][1][0]} ({percent(rows[at][0][1])})."
         )
     return said

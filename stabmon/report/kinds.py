@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.report.cake import cake_page
+from stabmon.report.evolution import evolution_page
 from stabmon.report.heatmap import heatmap_page
 from stabmon.report.page import Page
 from stabmon.report.patterns import patterns_page
@@ -16,6 +17,7 @@ PAGES: dict[str, Callable[[AnalysisRecord], Page]] = {
     "patterns": patterns_page,
     "cake": cake_page,
     "heatmap": heatmap_page,
+    "evolution": evolution_page,
 }
 
 
@@ -31,6 +33,5 @@ def page_of(record: AnalysisRecord) -> Page:
         return PAGES[record.kind](record)
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"the {record.kind} record lacks what its page needs ({type(error).__name__}: {error}); "
-            "run the analysis again"
+            f"the {record.kind} record lacks what its page needs ({type(error).__name__}: {error}); run the analysis again"
         ) from error

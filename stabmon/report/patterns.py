@@ -18,6 +18,7 @@ from stabmon.report.words import (
     by_layer,
     common_facts,
     fitting,
+    map_names,
     mean_of,
     non_finite,
     number,
@@ -73,15 +74,17 @@ def patterns_page(record: AnalysisRecord) -> Page:
         record: of :func:`stabmon.analysis.pattern_record.patterns_record`, with what the command
             adds: ``tokens`` and ``heads``.
     """
+    record = _narrowed(record)
     values = record.values
     layers = list(values["layers"])
     names, meaning = short_layers(layers)
     roles = list(values["roles"])
+    heads = values["heads"]
     over = _named(record, "over_queries", values["over_queries_names"])
     asked = _named(record, "statistics", values["statistics_names"])
     findings = non_finite(by_layer(record, "rows"))
     sections = [
-        _roles(roles, layers, names, meaning, _heads_of(record, layers)),
+        _roles(roles, layers, names, meaning, heads),
         _statistics(over, asked, layers, names),
         _query(record, layers, names),
         _received(record, layers, names),
@@ -99,7 +102,8 @@ def patterns_page(record: AnalysisRecord) -> Page:
         tokens = tokens_of(record)
         packed = packed_maps(
             list(maps.values()),
-            list(maps),
+            map_names(list(maps)),
+            heads=[heads[layer] for layer in maps],
             queries=fitting(tokens, queries),
             keys=fitting(tokens, keys),
             pooled=factor,
@@ -108,11 +112,13 @@ def patterns_page(record: AnalysisRecord) -> Page:
         small = [block_max_by(each, -(-max(each.shape[1:]) // 128)) for each in maps.values()]
         more = -(-max(max(each.shape[1:]) for each in maps.values()) // 128)
         picture = partial(
-            heatmaps.head_grid, small, short_layers(list(maps))[0], pooled=factor * more
+            heatmaps.head_grid,
+            small,
+            short_layers(list(maps))[0],
+            heads=[heads[layer] for layer in maps],
+            pooled=factor * more,
         )
-        caption = (
-            "Attention of every head of the first sample; the scale is the same for all panels."
-        )
+        caption = "Attention of every head of the first sample; the scale is the same for all panels."
         sections.append(Section("Every head", pictures=[Picture("heads", caption, picture)]))
     return Page(
         kind="patterns",
@@ -129,24 +135,32 @@ def patterns_page(record: AnalysisRecord) -> Page:
             "insights": [insight["text"] for insight in values["insights"]],
             "recommendations": list(values["recommendations"]),
             "layers": {
-                layer: {
-                    name: mean_of(over[layer][name]).item() for name in UNITS if name in over[layer]
-                }
-                for layer in layers
+                layer: {name: mean_of(over[layer][name]).item() for name in UNITS if name in over[layer]} for layer in layers
             },
         },
     )
 
 
 def _named(record: AnalysisRecord, what: str, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    return {
-        layer: dict(zip(names, table, strict=True))
-        for layer, table in by_layer(record, what).items()
-    }
+    return {layer: dict(zip(names, table, strict=True)) for layer, table in by_layer(record, what).items()}
 
 
-def _heads_of(record: AnalysisRecord, layers: list[str]) -> dict[str, int]:
-    return {layer: record.arrays[f"rows/{layer}"].shape[1] for layer in layers}
+def _narrowed(record: AnalysisRecord) -> AnalysisRecord:
+    """The record of the heads that were chosen alone; ``heads`` becomes layer -> their numbers."""
+    values, arrays = record.values, dict(record.arrays)
+    layers = list(values["layers"])
+    every = {layer: list(range(arrays[f"rows/{layer}"].shape[1])) for layer in layers}
+    chosen = values.get("heads")
+    if not chosen:
+        return AnalysisRecord(record.kind, {**values, "heads": every}, arrays)
+    axis_of = {"statistics": 2, "over_queries": 2, "rows": 1, "received": 1, "maps": 0}
+    for name, array in record.arrays.items():
+        axis = axis_of.get(name.partition("/")[0])
+        if axis is not None:
+            arrays[name] = np.take(array, chosen, axis=axis)
+    roles = [role for role in values["roles"] if role["head"] in chosen]
+    heads = {layer: list(chosen) for layer in layers}
+    return AnalysisRecord(record.kind, {**values, "roles": roles, "heads": heads}, arrays)
 
 
 def _counts(roles: list[Mapping[str, Any]]) -> dict[str, int]:
@@ -168,9 +182,7 @@ def _verdict(values: Mapping[str, Any], roles: list[Mapping[str, Any]]) -> list[
     for each in values["recommendations"]:
         said.append(f"Compression: {each['text']}")
     if not values["recommendations"] and values["rejected"]:
-        said.append(
-            "Compression: no way of shortening the cache that was tried keeps the loss; see below."
-        )
+        said.append("Compression: no way of shortening the cache that was tried keeps the loss; see below.")
     return said
 
 
@@ -179,7 +191,7 @@ def _roles(
     layers: list[str],
     names: list[str],
     meaning: str,
-    heads: Mapping[str, int],
+    heads: Mapping[str, list[int]],
 ) -> Section:
     found: dict[tuple[str, int], list[str]] = {}
     for role in roles:
@@ -187,14 +199,9 @@ def _roles(
         offset = name.startswith("offset_")
         letter = "O" if offset else _LETTER_OF.get(name, "C")
         found.setdefault((role["layer"], role["head"]), []).append(letter)
-    grid = [
-        [
-            "".join(dict.fromkeys(found.get((layer, head), ["?"])))[:2]
-            for head in range(heads[layer])
-        ]
-        for layer in layers
-    ]
-    picture = partial(heatmaps.letter_map, grid, names, LETTERS, title="Role of every head")
+    grid = [["".join(dict.fromkeys(found.get((layer, head), ["?"])))[:2] for head in heads[layer]] for layer in layers]
+    columns = [str(head) for head in max(heads.values(), key=len)]
+    picture = partial(heatmaps.letter_map, grid, names, LETTERS, columns=columns, title="Role of every head")
     short = dict(zip(layers, names, strict=True))
     order = sorted(roles, key=lambda role: -np.nan_to_num(_mass(role)))
     rows = [
@@ -234,9 +241,7 @@ def _mass(role: Mapping[str, Any], name: str = "mass") -> float:
 
 def _advice(values: Mapping[str, Any]) -> Section | None:
     tried = [(each, "advised") for each in values["recommendations"]]
-    tried += [
-        (each, str(each.get("reason", "") or "costs too much")) for each in values["rejected"]
-    ]
+    tried += [(each, str(each.get("reason", "") or "costs too much")) for each in values["rejected"]]
     if not tried:
         return None
     rows = [
@@ -253,12 +258,15 @@ def _advice(values: Mapping[str, Any]) -> Section | None:
         for each, verdict in tried
     ]
     table = Table(
-        "Cost: mean loss with the shortened context less that with all of it, in nats a token; beside it what "
+        "Cost: mean loss with the shortened context less that with all of it, in nats a token; "
+        "beside it what "
         "keeping the newest and keeping random keys costs at the same size.",
         ("policy", "keys kept", "of", "cost", "standard error", "recency", "random", "verdict"),
         rows,
     )
-    said = "Each way of shortening the KV cache was tried on the model's own loss; it is advised where it costs at most 0.01 nats."
+    said = (
+        "Each way of shortening the KV cache was tried on the model's own loss; it is advised where it costs at most 0.01 nats."
+    )
     return Section("Can the cache be shorter?", [said], [table])
 
 
@@ -281,10 +289,7 @@ def _statistics(
         pictures.append(Picture(name, caption, picture))
     samples = first["entropy"].shape[0]
     if samples >= 4 and "normalized_entropy" in first:
-        groups = {
-            name: mean_of(over[layer]["normalized_entropy"], 1)
-            for name, layer in zip(names, layers, strict=True)
-        }
+        groups = {name: mean_of(over[layer]["normalized_entropy"], 1) for name, layer in zip(names, layers, strict=True)}
         picture = partial(
             lines.distributions,
             groups,
@@ -292,9 +297,7 @@ def _statistics(
             title="Entropy over the samples",
             limits=(0.0, 1.0),
         )
-        caption = (
-            f"How the entropy of each layer, heads averaged, differs between the {samples} samples."
-        )
+        caption = f"How the entropy of each layer, heads averaged, differs between the {samples} samples."
         pictures.append(Picture("samples", caption, picture))
     shown = [
         name
@@ -312,12 +315,12 @@ def _statistics(
         (short, *(number(float(mean_of(asked[layer][name]))) for name in shown))
         for short, layer in zip(names, layers, strict=True)
     ]
-    table = Table(
+    asked_table = Table(
         "The asked query's context, averaged over samples and heads; entropy in nats.",
         ("layer", *(name.replace("_", " ") for name in shown)),
         rows,
     )
-    return Section("Statistics over layers", tables=[table], pictures=pictures)
+    return Section("Statistics over layers", tables=[asked_table], pictures=pictures)
 
 
 def _query(record: AnalysisRecord, layers: list[str], names: list[str]) -> Section:
@@ -325,9 +328,7 @@ def _query(record: AnalysisRecord, layers: list[str], names: list[str]) -> Secti
     widths = [record.arrays[f"rows/{layer}"].shape[2] for layer in layers]
     same = [at for at, width in enumerate(widths) if width == widths[0]]
     chosen = [same[i] for i in np.unique(np.linspace(0, len(same) - 1, 6).round().astype(int))]
-    rows = {
-        f"layer {names[at]}": mean_of(record.arrays[f"rows/{layers[at]}"][0], 0) for at in chosen
-    }
+    rows = {f"layer {names[at]}": mean_of(record.arrays[f"rows/{layers[at]}"][0], 0) for at in chosen}
     position = int(record.arrays[f"positions/{layers[0]}"][0])
     title = f"Where the query at position {position} looks, heads averaged"
     picture = partial(
@@ -351,8 +352,10 @@ def _received(record: AnalysisRecord, layers: list[str], names: list[str]) -> Se
     labels = [f"layer {name}" if len(layers) <= 8 else name for name in names]
     picture = partial(lines.received_attention, matrix, labels)
     caption = (
-        "Weight that each key of the first sample receives, averaged over heads and over the queries that see it; "
-        "without the last division keys at the start of a causal model would seem important for being seen often."
+        "Weight that each key of the first sample receives, averaged over heads and over the "
+        "queries that see it; "
+        "without the last division keys at the start of a causal model would seem important for "
+        "being seen often."
     )
     return Section("Received attention", pictures=[Picture("received", caption, picture)])
 

@@ -27,6 +27,16 @@ def short_layers(layers: Sequence[str]) -> tuple[list[str], str]:
     return names, f"Layer {names[0]} stands for {layers[0]}, and so on."
 
 
+def map_names(layers: Sequence[str]) -> list[str]:
+    """Name the layers as a selector does.
+
+    >>> map_names(["h.0.attn", "h.1.attn"])
+    ['layer 0', 'layer 1']
+    """
+    names, meaning = short_layers(layers)
+    return [f"layer {name}" for name in names] if meaning else names
+
+
 def number(value: Any, digits: int = 3) -> str:
     """Write a number for readers; ``–`` for NaN and None.
 
@@ -77,11 +87,7 @@ def fitting(tokens: list[str] | None, count: int) -> list[str] | None:
 
 def by_layer(record: AnalysisRecord, what: str) -> dict[str, np.ndarray]:
     """Return the arrays ``<what>/<layer>`` by layer, in the order of ``values["layers"]``."""
-    found = {
-        name.removeprefix(f"{what}/"): array
-        for name, array in record.arrays.items()
-        if name.startswith(f"{what}/")
-    }
+    found = {name.removeprefix(f"{what}/"): array for name, array in record.arrays.items() if name.startswith(f"{what}/")}
     order = [layer for layer in record.values.get("layers", ()) if layer in found]
     return {layer: found[layer] for layer in order} | found
 

@@ -55,11 +55,12 @@ def test_the_picture_has_a_box_a_token_shaded_by_weight(tmp_path: Path) -> None:
         assert read.size[0] > 1000
 
 
-def test_a_long_text_is_drawn_where_it_weighs_most() -> None:
+def test_a_long_text_is_drawn_where_it_weighs_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stabmon.figures.overlays.MOST_TOKENS", 60)
     weights = np.zeros(1000)
     weights[900] = 1.0
     figure = text_figure(["x"] * 1000, weights)
-    assert len(figure.axes[0].patches) == 600
+    assert len(figure.axes[0].patches) == 60
     assert "of 1000" in figure.get_suptitle()
 
 
@@ -76,9 +77,7 @@ def test_html_has_every_number_on_hover_and_in_a_table_and_escapes_tokens() -> N
 
 
 def test_the_table_holds_the_largest_first() -> None:
-    rows = re.findall(
-        r"<tr><td>(\d+)</td>", text_html(["a", "b", "c"], np.array([0.1, 0.7, 0.2]), most=2)
-    )
+    rows = re.findall(r"<tr><td>(\d+)</td>", text_html(["a", "b", "c"], np.array([0.1, 0.7, 0.2]), most=2))
     assert rows == ["1", "2"]
 
 
@@ -86,16 +85,14 @@ def test_the_terminal_shows_weights_without_colour_and_no_control_characters() -
     file = io.StringIO()
     Console(file=file, width=200, no_color=True).print(text_terminal(TOKENS, WEIGHTS, marked=1))
     shown = file.getvalue()
-    assert shown.startswith("The₉ [<b>cat</b>]₅↵") or shown.startswith("The₉[ <b>cat</b>]₅↵")
+    assert shown.startswith("The₉[ <b>cat</b>]₅↵")
     assert "\x1b" not in shown
     assert shown.rstrip().endswith("·[31m?")
 
 
 def test_terminal_colours_are_the_terminals_own() -> None:
     file = io.StringIO()
-    Console(file=file, width=200, force_terminal=True, color_system="truecolor").print(
-        text_terminal(["a"], np.array([1.0]))
-    )
+    Console(file=file, width=200, force_terminal=True, color_system="truecolor").print(text_terminal(["a"], np.array([1.0])))
     assert not re.search(r"[34]8;[25];", file.getvalue())
 
 
@@ -104,9 +101,7 @@ def test_an_image_stands_beside_its_patches() -> None:
     picture[..., 0] = 255
     grid = np.array([[0.0, 1.0]])
     figure = image_figure(picture, grid)
-    plain, over, alone = (
-        axes for axes in figure.axes if axes.images and axes.get_label() != "<colorbar>"
-    )
+    plain, over, alone = (axes for axes in figure.axes if axes.images and axes.get_label() != "<colorbar>")
     assert np.array_equal(plain.images[0].get_array()[..., 0], np.ones((8, 16)))
     shown = over.images[0].get_array()[..., 0]
     assert shown[:, 8:].min() == 1.0
@@ -129,7 +124,7 @@ def test_an_images_html_holds_the_image_and_every_patch() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="2 tokens"):
         text_html(["a", "b"], np.zeros(3))
-    with pytest.raises(ValueError, match="give \\[height, width, 3\\]"):
+    with pytest.raises(ValueError, match=r"give \[height, width, 3\]"):
         image_html(np.zeros((2, 2, 5)), np.zeros((1, 1)))
 
 
@@ -142,7 +137,7 @@ def test_a_surface_is_pooled_to_128_and_says_so() -> None:
     assert height.max() == matrix.max()
     assert "3 × 3 pairs" in figure.layout.title.text
     assert list(figure.data[0].x[:2]) == [0, 3]
-    with pytest.raises(ValueError, match="saved as .html"):
+    with pytest.raises(ValueError, match=r"saved as \.html"):
         attention_surface(matrix, path="surface.png")
 
 

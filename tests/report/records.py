@@ -36,15 +36,13 @@ def heatmap(side: int = 10, heads: int = 2, **more: Any) -> AnalysisRecord:
     values = {
         "sample": 0,
         "layers": LAYERS,
-        "pooling": dict.fromkeys(LAYERS, [1, 1]),
-        "sizes": dict.fromkeys(LAYERS, [side, side]),
+        "pooling": {layer: [1, 1] for layer in LAYERS},
+        "sizes": {layer: [side, side] for layer in LAYERS},
         "model": "a model",
         "tokens": [(HOSTILE * side)[:side]],
         **more,
     }
-    return AnalysisRecord(
-        "heatmap", values, {f"maps/{layer}": each for layer, each in maps.items()}
-    )
+    return AnalysisRecord("heatmap", values, {f"maps/{layer}": each for layer, each in maps.items()})
 
 
 def rollout(share: float = 0.2, samples: int = 2, side: int = 10, **more: Any) -> AnalysisRecord:
@@ -74,35 +72,24 @@ def rollout(share: float = 0.2, samples: int = 2, side: int = 10, **more: Any) -
         **more,
     }
     ones = np.ones((samples, side), dtype=np.uint8)
-    return AnalysisRecord(
-        "rollout", values, {"matrix": matrix, "valid": ones, "source_valid": ones}
-    )
+    return AnalysisRecord("rollout", values, {"matrix": matrix, "valid": ones, "source_valid": ones})
 
 
 def images() -> AnalysisRecord:
     """One image of 2 × 2 patches behind a class token that owes to them 0.1, 0.2, 0.3 and 0.2."""
-    record = rollout(
-        samples=1, side=5, image_grid={"rows": 2, "cols": 2, "leading": 1}, tokens=None
-    )
+    record = rollout(samples=1, side=5, image_grid={"rows": 2, "cols": 2, "leading": 1}, tokens=None)
     matrix = record.arrays["matrix"].copy()
     matrix[0, 0] = [0.2, 0.1, 0.2, 0.3, 0.2]
     picture = np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3)).astype(np.uint8)
-    return AnalysisRecord(
-        "rollout", record.values, {**record.arrays, "matrix": matrix, "images": picture}
-    )
+    return AnalysisRecord("rollout", record.values, {**record.arrays, "matrix": matrix, "images": picture})
 
 
 def cake(worse: float = -0.1, samples: int = 2) -> AnalysisRecord:
     """CAKE costs ``worse`` nats more than recency at every size."""
     side, fed, heads = 40, 3, 2
-    arrays = {
-        name: np.array([[1.0] * samples, [3.0] * samples])
-        for name in ("dispersion", "shift", "preference")
-    }
+    arrays = {name: np.array([[1.0] * samples, [3.0] * samples]) for name in ("dispersion", "shift", "preference")}
     arrays["budget"] = np.array([[6] * samples, [10] * samples])
-    arrays["preserved"] = np.broadcast_to(
-        np.array([0.6, 0.4, 0.7])[None, :, None, None], (2, 3, 3, samples)
-    ).copy()
+    arrays["preserved"] = np.broadcast_to(np.array([0.6, 0.4, 0.7])[None, :, None, None], (2, 3, 3, samples)).copy()
     rng = np.random.default_rng(0)
     for layer in LAYERS:
         went = np.where(rng.random((samples, heads, side + fed)) < 0.5, 0, -1).astype(np.int32)
@@ -138,3 +125,19 @@ def cake(worse: float = -0.1, samples: int = 2) -> AnalysisRecord:
         "model": "a model",
     }
     return AnalysisRecord("cake", values, arrays)
+
+
+def evolution() -> AnalysisRecord:
+    """Over three steps the second layer's entropy falls from 0.9 to 0.3; a fourth key comes last."""
+    names = ["normalized_entropy", "sink_mass"]
+    arrays = {}
+    for at, layer in enumerate(LAYERS):
+        values = np.zeros((2, 3, 1, 2))
+        values[0] = np.array([0.9, 0.6, 0.3])[:, None, None] if at else 0.5
+        arrays[f"statistics/{layer}"] = values
+        rows = np.full((3, 1, 4), 0.25, dtype=np.float32)
+        rows[0, 0, 3] = np.nan
+        arrays[f"rows/{layer}"] = rows
+    values_of = {"over": "generation", "steps": [0, 1, 2], "layers": LAYERS, "names": names}
+    more = {"over_queries_names": [], "roles": [], "notes": [], "tokens": [HOSTILE[:4]]}
+    return AnalysisRecord("evolution", {**values_of, **more}, arrays)

@@ -15,10 +15,15 @@ from stabmon.report.kinds import page_of
 from stabmon.report.page import encoded, for_page, render
 from tests.report import records
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-background-networking "
-    "--disable-component-update --disable-sync --no-first-run"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 
 def text_of(record: AnalysisRecord) -> str:
@@ -40,11 +45,7 @@ class Opened:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    binary = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if binary is None:
         pytest.skip("no Chromium on this machine: apt install chromium")
     with playwright.sync_playwright() as started:
@@ -76,10 +77,14 @@ def alone(found: Opened) -> bool:
     return len(outside) == 1 and not found.errors
 
 
-def test_a_page_of_each_kind_asks_for_nothing_and_complains_of_nothing(
-    browser: Any, tmp_path: Path
-) -> None:
-    for record in (records.heatmap(), records.rollout(), records.images(), records.cake()):
+def test_a_page_of_each_kind_asks_for_nothing_and_complains_of_nothing(browser: Any, tmp_path: Path) -> None:
+    for record in (
+        records.heatmap(),
+        records.rollout(),
+        records.images(),
+        records.cake(),
+        records.evolution(),
+    ):
         found = opened(browser, text_of(record), tmp_path)
         assert alone(found), (record.kind, found.requests, found.errors)
         assert found.page.locator("#verdict p").first.inner_text()
@@ -101,9 +106,7 @@ def test_words_and_tables_can_be_read_with_javascript_off(browser: Any, tmp_path
     assert found.page.locator("table").count() >= 1
 
 
-def test_the_selectors_keys_and_fields_change_what_the_map_shows(
-    browser: Any, tmp_path: Path
-) -> None:
+def test_the_selectors_keys_and_fields_change_what_the_map_shows(browser: Any, tmp_path: Path) -> None:
     record = records.heatmap()
     found = opened(browser, text_of(record), tmp_path)
     page, readout = found.page, found.page.locator("#readout")
@@ -123,9 +126,7 @@ def test_the_selectors_keys_and_fields_change_what_the_map_shows(
     page.select_option("#head", "1")
     assert shown() == pytest.approx(float(value(0, 1, 9, 0)), rel=0.01)
     page.select_option("#head", "mean")
-    assert shown() == pytest.approx(
-        (float(value(0, 0, 9, 0)) + float(value(0, 1, 9, 0))) / 2, rel=0.01
-    )
+    assert shown() == pytest.approx((float(value(0, 0, 9, 0)) + float(value(0, 1, 9, 0))) / 2, rel=0.01)
     page.locator("#canvas").focus()
     page.keyboard.press("[")  # no head before the mean
     page.keyboard.press("]")
@@ -145,12 +146,8 @@ def test_the_selectors_keys_and_fields_change_what_the_map_shows(
     assert alone(found)
 
 
-def test_pointing_reads_the_pair_under_the_pointer_and_dragging_zooms(
-    browser: Any, tmp_path: Path
-) -> None:
-    found = opened(
-        browser, text_of(records.heatmap()), tmp_path, viewport={"width": 700, "height": 1400}
-    )
+def test_pointing_reads_the_pair_under_the_pointer_and_dragging_zooms(browser: Any, tmp_path: Path) -> None:
+    found = opened(browser, text_of(records.heatmap()), tmp_path, viewport={"width": 700, "height": 1400})
     page = found.page
     page.locator("#canvas").scroll_into_view_if_needed()
     box = page.locator("#canvas").bounding_box()
@@ -171,35 +168,26 @@ def test_the_map_is_saved_as_png(browser: Any, tmp_path: Path) -> None:
         found.page.click("#save")
     path = tmp_path / "saved.png"
     download.value.save_as(path)
-    assert download.value.suggested_filename.startswith("attention_model.layers.1")
+    assert download.value.suggested_filename.startswith("attention_layer_1_head_0")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_page_fits_a_phone_and_follows_the_dark_mode(browser: Any, tmp_path: Path) -> None:
     text = text_of(records.rollout())
-    found = opened(
-        browser, text, tmp_path, viewport={"width": 360, "height": 740}, color_scheme="dark"
-    )
+    found = opened(browser, text, tmp_path, viewport={"width": 360, "height": 740}, color_scheme="dark")
     assert found.page.evaluate("document.documentElement.scrollWidth") <= 360
     dark = found.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert dark == "rgb(23, 24, 26)"
     light = opened(browser, text, tmp_path)
-    assert (
-        light.page.evaluate("getComputedStyle(document.body).backgroundColor")
-        == "rgb(255, 255, 255)"
-    )
+    assert light.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
 
 
-def test_512_tokens_of_64_heads_open_in_three_seconds_within_five_megabytes(
-    browser: Any, tmp_path: Path
-) -> None:
+def test_512_tokens_of_64_heads_open_in_three_seconds_within_five_megabytes(browser: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     one = np.tril(rng.random((8, 512, 512), dtype=np.float32) ** 12)
     record = records.heatmap(side=512)
     arrays = {f"maps/{n}": one for n in range(8)}
-    large = AnalysisRecord(
-        "heatmap", {**record.values, "layers": [str(n) for n in range(8)]}, arrays
-    )
+    large = AnalysisRecord("heatmap", {**record.values, "layers": [str(n) for n in range(8)]}, arrays)
     values = dict(large.values, pooling={"0": [1, 1]}, sizes={"0": [512, 512]})
     text = text_of(AnalysisRecord("heatmap", values, arrays))
     assert len(text.encode()) < 5_000_000
@@ -231,6 +219,23 @@ def test_even_causal_attention_is_what_the_first_tokens_share_is_held_against() 
     assert f"{share:.0%} by depth alone" in page_of(records.rollout()).verdict[2]
 
 
+def test_deletions_that_hurt_no_more_than_random_ones_are_a_warning() -> None:
+    def effect(k: int, better: float) -> dict[str, float]:
+        drops = {"top_drop": 0.1, "top_std": 0.0, "random_drop": 0.2, "random_std": 0.05}
+        return {"k": k, "better_than_random": better, "samples": 2, "draws": 8, **drops}
+
+    def page_with(*better: float) -> Any:
+        effects = [effect(4**at, share) for at, share in enumerate(better)]
+        return page_of(records.rollout(faithfulness={"way": "hidden", "effects": effects}))
+
+    assert [each.name for each in page_with(0.3, 0.5).findings] == ["not_faithful"]
+    good = page_with(0.3, 0.9)
+    assert not good.findings
+    table = next(each for section in good.sections for each in section.tables if "nats" in each.caption)
+    assert list(table.rows[1]) == ["4", "0.1", "0.2 ± 0.05", "90%"]
+    assert "deletions" in [picture.name for picture in good.pictures]
+
+
 def test_an_image_is_read_from_its_class_token() -> None:
     page = page_of(records.images())
     assert "80% to the patches" in page.verdict[1]
@@ -244,6 +249,13 @@ def test_cake_losing_to_recency_is_a_finding_and_winning_is_none() -> None:
     assert "12, 20 keys" in losing.findings[0].text
     assert "0.2 nats" in losing.findings[0].text
     assert not page_of(records.cake(worse=-0.2)).findings
+
+
+def test_what_moves_over_time_is_told_and_keys_to_come_are_no_fault() -> None:
+    page = page_of(records.evolution())
+    assert "2 layers over 3 generation steps, 0 to 2." in page.verdict
+    assert "Normalized entropy moves most in layer 1: from 90% to 30%." in page.verdict
+    assert not page.findings
 
 
 def test_attention_that_is_nan_is_an_error() -> None:
@@ -261,17 +273,26 @@ def test_attention_that_is_nan_is_an_error() -> None:
 
 
 def test_every_picture_of_every_page_can_be_drawn() -> None:
-    for record in (records.heatmap(), records.rollout(samples=1), records.images(), records.cake()):
+    for record in (
+        records.heatmap(),
+        records.rollout(samples=1),
+        records.images(),
+        records.cake(),
+        records.evolution(),
+    ):
         for picture in page_of(record).pictures:
             figure = picture.draw()
             assert figure.get_suptitle()
             assert picture.caption.rstrip().endswith((".", "itself."))
 
 
-def test_a_large_picture_stands_in_the_page_as_a_smaller_one() -> None:
+def test_a_large_picture_stands_in_the_page_as_a_smaller_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from stabmon.figures.heatmaps import single_map
 
-    figure = single_map(np.random.default_rng(0).random((300, 300)))
+    monkeypatch.setattr("stabmon.report.page.INLINE_LIMIT", 20_000)
+    figure = single_map(np.random.default_rng(0).random((40, 40)))
     kind, data = encoded(figure, "png")
     small_kind, small = for_page(figure, kind, data)
     assert (kind, small_kind) == ("image/png", "image/png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,36 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.analysis.kv_cache.budgets import tokens_of
-from stabmon.analysis.kv_cache.cascade import Cascade, allot
-from stabmon.analysis.kv_cache.checks import check_count, check_sizes
+from stabmon.analysis.kv_cache.checks import check_count
 from stabmon.analysis.kv_cache.masks import masked_arguments
 from stabmon.analysis.kv_cache.policy import DecodeStep, Policy, best, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
+from stabmon.analysis.kv_cache.sharing import Sharing
 from stabmon.analysis.kv_cache.stock_cache import make_cache
+from stabmon.analysis.kv_cache.trace import Eviction, Stage
 from stabmon.capture.base import isolated
 from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.signals.measure import operator_of
-
-
-@dataclass(frozen=True, eq=False)
-class Eviction:
-    """Keys that one layer lost at one step."""
-
-    step: int
-    """0 for the prompt, then 1, 2, … for each forward after it."""
-    layer: str
-    positions: np.ndarray
-    """``[B, H_kv, r]`` int64, ascending; -1 where a head lost fewer than r."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How much the cache held around one layer's turn in the prompt, over the layers that can lose keys."""
-
-    layer: str
-    bytes_before: int
-    """With this layer's full cache, the most at this stage."""
-    bytes_after: int
 
 
 class CompressedCache:
@@ -109,7 +89,7 @@ class CompressedCache:
         self._names: dict[int, str] = {}
         self._limits: dict[int, Tensor] = {}
         self._budgets: dict[int, np.ndarray] = {}
-        self._sharing: Cascade | None = None
+        self._sharing: Sharing | None = None
         self._attached = False
         self._pending: int | None = None
         self._keys_are_shared = any("another layer" in why for why in self.left_out.values())
@@ -228,12 +208,8 @@ class CompressedCache:
         if self.on_prompt is not None:
             self.on_prompt(index, prompt)
         if self._sharing is None:
-            self.lengths = prompt.lengths
-            self.sizes = tokens_of(self.cache_size, self.lengths)
-            check_sizes(self.sizes, self.lengths, window)
-            totals = [max(0, size - window) * len(self._layers) for size in self.sizes]
-            totals = [10**9 if n <= size else total for n, size, total in zip(self.lengths, self.sizes, totals, strict=True)]
-            self._sharing = Cascade(totals, [max(0, n - window) for n in self.lengths], self.policy.rule)
+            self._sharing = Sharing(self.policy, prompt.lengths, self.cache_size, window, len(self._layers))
+            self.lengths, self.sizes = self._sharing.lengths, self._sharing.sizes
         if self.policy.keeps_all:
             return
         before = self.held_bytes()
@@ -243,7 +219,9 @@ class CompressedCache:
             "_window": self._per_head(prompt.in_window, prompt),
             **self.policy.remember(prompt),
         }
-        self._share(prompt)
+        order = list(self._names)
+        for place, budget in self._sharing.add(prompt, at_once=self.cascade).items():
+            self._shrink(order[place], budget)
         self.stages.append(Stage(prompt.name, before, self.held_bytes()))
         if len(self._names) == len(self._layers):
             self._settle()
@@ -252,26 +230,8 @@ class CompressedCache:
     def _per_head(flags: Tensor, prompt: PromptLayer) -> Tensor:
         return flags[:, None].expand(-1, prompt.key_heads, -1)
 
-    def _share(self, prompt: PromptLayer) -> None:
-        """Give the layers so far their budgets, and shrink them to it."""
-        assert self._sharing is not None
-        order, sharing = list(self._names), self._sharing
-        fixed = self.policy.fixed_claims(len(self._layers))
-        if fixed is None:
-            budgets = sharing.add(self.policy.claim(prompt))
-            shrinking = order if self.cascade else order * (len(order) == len(self._layers))
-            if not self.cascade:
-                budgets = allot(np.stack(sharing.preferences), sharing.totals, sharing.caps, sharing.rule)
-        else:
-            claims = np.repeat(np.asarray(fixed)[:, None], len(self.lengths), axis=1)
-            budgets, shrinking = allot(claims, sharing.totals, sharing.caps, sharing.rule), order[-1:]
-        for place, index in enumerate(order):
-            if index in shrinking:
-                self._budgets[index] = budgets[place]
-                self._shrink(index, budgets[place])
-
     def _shrink(self, index: int, budget: np.ndarray) -> None:
-        layer = self._layers[index]
+        layer, self._budgets[index] = self._layers[index], budget
         candidates = layer.memory["_before"] & (layer.held_positions() >= 0)
         allowed = torch.from_numpy(budget).to(candidates.device)
         chosen = self.policy.choose(layer.memory["_score"], allowed, candidates)

@@ -59,7 +59,7 @@ class KeptKeys:
         if self.positions is not None:
             place = torch.arange(self.seen, self.seen + new, device=self.positions.device)
             self.positions = torch.cat([self.positions, place.expand(*self.positions.shape[:2], -1)], dim=-1)
-            self.memory = {name: torch.nn.functional.pad(known, (0, new)) for name, known in self.memory.items()}
+        self.memory = {name: torch.nn.functional.pad(known, (0, new)) for name, known in self.memory.items()}
         self.seen += new
         self.handed = keys, self.positions, self.has_gaps
         return keys, values

@@ -38,7 +38,8 @@ class PerplexityTable:
     @property
     def perplexity(self) -> NDArray[np.float64]:
         """``[policies, sizes]`` exp of the mean over prompts."""
-        return np.exp(self.nats.mean(-1))
+        perplexity: NDArray[np.float64] = np.exp(self.nats.mean(-1))
+        return perplexity
 
     @property
     def cost(self) -> NDArray[np.float64]:
@@ -161,4 +162,4 @@ def _score(start: Prefill, cache: Any, continuation: Tensor, chunk: int) -> NDAr
     """Mean negative log-probability of each continuation, ``[B]`` in nats."""
     with undisturbed(start.model), cache.attached():
         scored = follow(start.feed(), cache.key_values, start.logits, continuation, chunk)
-    return -scored.double().mean(1).cpu().numpy()
+    return -scored.cpu().double().mean(1).numpy()

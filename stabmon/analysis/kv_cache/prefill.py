@@ -65,6 +65,7 @@ class Prefill:
                 made.layers[index].update(source.keys, source.values)
                 made.take_prompt(index, prompt)
                 made.accept(index)
+        made.step = 0
         return made
 
     def feed(self) -> Feed:

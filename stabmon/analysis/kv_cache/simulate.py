@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from stabmon.analysis.forward import run_model, takes
 from stabmon.analysis.kv_cache.budgets import tokens_of
-from stabmon.analysis.kv_cache.cascade import Cascade, allot
-from stabmon.analysis.kv_cache.checks import check_count, check_sizes
+from stabmon.analysis.kv_cache.checks import check_count
 from stabmon.analysis.kv_cache.compressed import CompressedCache
 from stabmon.analysis.kv_cache.decode import decode, full_log_probabilities
 from stabmon.analysis.kv_cache.generate import check_prompt
@@ -22,6 +21,7 @@ from stabmon.analysis.kv_cache.policy import Policy, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.report import CakeReport
 from stabmon.analysis.kv_cache.seen import SeenLayer, stages_of
+from stabmon.analysis.kv_cache.sharing import Sharing
 from stabmon.analysis.kv_cache.stock_cache import cached_heads, left_out_layers
 from stabmon.records import AttentionCall
 from stabmon.signals.measure import operator_of
@@ -128,10 +128,10 @@ def simulate_cache(
     outside, heads = left_out_layers(model), cached_heads(model, ids)
     seen: list[SeenLayer] = []
     left_out: dict[str, str] = {}
-    shown: set[Any] = set()
+    shown: set[int] = set()
 
     def look(call: AttentionCall) -> None:
-        index = getattr(call.module, "layer_idx", None)
+        index = getattr(call.module, "layer_idx", -1)
         shown.add(index)
         why = outside.get(index)
         if why is None:
@@ -153,18 +153,14 @@ def simulate_cache(
     if not seen:
         raise ValueError(f"{type(model).__name__} has no layer whose cache grows with the text: {left_out}")
     left_out |= {f"layer {index}": why for index, why in outside.items() if index not in shown}
-    lengths = seen[0].lengths
-    sizes = lengths if chosen.keeps_all else tokens_of(cache_size, lengths)
-    check_sizes(sizes, lengths, window_size)
-    totals = [10**9 if n <= size else (size - window_size) * len(seen) for n, size in zip(lengths, sizes, strict=True)]
-    caps = [n - window_size for n in lengths]
-    fixed = chosen.fixed_claims(len(seen))
-    claims = np.stack([one.claim.numpy() if fixed is None else np.full(len(lengths), fixed[at]) for at, one in enumerate(seen)])
-    budgets = allot(claims, totals, caps, chosen.rule)
+    sharing = Sharing(chosen, seen[0].lengths, cache_size, window_size, len(seen))
+    fixed = chosen.fixed_claims(len(seen)) is not None
+    claims = sharing.fixed() if fixed else np.stack([one.claim.numpy() for one in seen])
+    budgets = sharing.one_shot(claims)
     kept = [one.choose(chosen, budget) for one, budget in zip(seen, budgets, strict=True)]
 
-    new = torch.zeros(len(lengths), 0, dtype=torch.int64)
-    scored = full = torch.zeros(len(lengths), 0)
+    new = torch.zeros(len(sharing.lengths), 0, dtype=torch.int64)
+    scored = full = torch.zeros(len(sharing.lengths), 0)
     lost: list[Any] = []
     if max_new_tokens or continuation is not None:
         if ids is None:
@@ -183,9 +179,9 @@ def simulate_cache(
         window_size=window_size,
         layers=layers,
         left_out=left_out,
-        lengths=tuple(lengths),
-        sizes=tuple(sizes),
-        stages=stages_of(claims, Cascade(totals, caps, chosen.rule)),
+        lengths=tuple(sharing.lengths),
+        sizes=tuple(sharing.sizes),
+        stages=stages_of(claims, sharing.cascade),
         token_ids=torch.zeros(0, 0, dtype=torch.int64) if ids is None else ids.cpu(),
         tokens=new,
         log_probabilities=scored,

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.record import AnalysisRecord
+from stabmon.analysis.rollout_result import Rollout
 from stabmon.cli.analyzing.inputs import Inputs
 from stabmon.cli.analyzing.options import Options, parsed_numbers, parsed_size
 from stabmon.records import AttentionCall
@@ -46,7 +48,7 @@ def look(model: nn.Module, inputs: Inputs, kind: str) -> Layers:
     tokens = min(inputs.length or 1, 64)
 
     def note(call: AttentionCall) -> None:
-        heads[call.layer] = int(call.query.shape[1])
+        heads[call.layer] = operator_of(call).heads
         if kind == "cake":
             _check_causal(call)
 
@@ -58,11 +60,15 @@ def look(model: nn.Module, inputs: Inputs, kind: str) -> Layers:
 
 
 def _check_causal(call: AttentionCall) -> None:
-    from stabmon.analysis.kv_cache.prompt import PromptLayer
-
-    PromptLayer(
-        call.layer, operator_of(replace(call, is_self=True)), int(call.key.shape[1]), 2
-    ).check()
+    """Refuse, before any long work, what simulating a cache would refuse."""
+    attention = operator_of(replace(call, is_self=True))
+    place = torch.arange(1, attention.queries + 1, device=attention.query.device)
+    if attention.queries != attention.keys or bool((attention.n_visible() > place).any()):
+        raise ValueError(
+            f"--kind cake: {call.layer} attends in both directions or to another sequence, as "
+            "encoders "
+            "do; a KV cache exists in causal decoders only: use rollout, patterns or heatmap"
+        )
 
 
 def _shortened(batch: Any, tokens: int | None) -> Any:
@@ -112,9 +118,7 @@ def layer_pattern(text: str | None, layers: Layers) -> str | None:
     try:
         found = any(re.search(text, name) for name in names)
     except re.error as error:
-        raise ValueError(
-            f"--layers {text!r}: neither numbers nor a regular expression ({error})"
-        ) from None
+        raise ValueError(f"--layers {text!r}: neither numbers nor a regular expression ({error})") from None
     if not found:
         raise ValueError(f"--layers {text!r}: matches no layer, {listed}")
     return text
@@ -134,16 +138,12 @@ def chosen_heads(text: str | None, layers: Layers, pattern: str | None) -> list[
             continue
         bad = [head for head in heads if not -count <= head < count]
         if bad:
-            raise ValueError(
-                f"--heads {text}: no head {bad[0]}, {name} has {count} (0 to {count - 1})"
-            )
+            raise ValueError(f"--heads {text}: no head {bad[0]}, {name} has {count} (0 to {count - 1})")
         heads = list(dict.fromkeys(head % count for head in heads))
     return heads
 
 
-def prepared(
-    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
-) -> Callable[[], AnalysisRecord]:
+def prepared(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
     """Check all that can be checked without long work, and return what runs the analysis.
 
     Raises:
@@ -164,15 +164,11 @@ def _targets(options: Options, inputs: Inputs) -> list[int] | None:
     targets = parsed_numbers(options.target, "--target")
     bad = [each for each in targets if inputs.length and not -inputs.length <= each < inputs.length]
     if bad:
-        raise ValueError(
-            f"--target {options.target}: no token {bad[0]}, samples have {inputs.length} (0 to {inputs.length - 1})"
-        )
+        raise ValueError(f"--target {options.target}: no token {bad[0]}, samples have {inputs.length} (0 to {inputs.length - 1})")
     return targets
 
 
-def _rollout(
-    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
-) -> Callable[[], AnalysisRecord]:
+def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.attribution import compute_attention_attribution
     from stabmon.analysis.rollout import attention_rollout
 
@@ -181,9 +177,7 @@ def _rollout(
     notes = []
     if targets is None and inputs.length > WHOLE_MATRIX:
         targets = [-1]
-        notes.append(
-            f"more than {WHOLE_MATRIX} tokens: the last one alone was attributed; name others with --target"
-        )
+        notes.append(f"more than {WHOLE_MATRIX} tokens: the last one alone was attributed; name others with --target")
 
     def run() -> AnalysisRecord:
         rollout = attention_rollout(
@@ -195,25 +189,32 @@ def _rollout(
             stack=options.stack,
             attention_layer_pattern=pattern,
         )
-        numbers = compute_attention_attribution(
-            model, inputs.batch, attention_layer_pattern=pattern, stack=options.stack
-        )
-        record = rollout.to_record(attribution=numbers)
-        return AnalysisRecord(record.kind, {**record.values, "notes": notes}, record.arrays)
+        numbers = compute_attention_attribution(model, inputs.batch, attention_layer_pattern=pattern, stack=options.stack)
+        checked, told = _deletions(model, inputs, rollout)
+        record = rollout.to_record(attribution=numbers, faithfulness=checked)
+        return AnalysisRecord(record.kind, {**record.values, "notes": notes + told}, record.arrays)
 
     return run
 
 
-def _patterns(
-    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
-) -> Callable[[], AnalysisRecord]:
+def _deletions(model: nn.Module, inputs: Inputs, rollout: Rollout) -> tuple[dict[str, Any] | None, list[str]]:
+    """Delete what the rollout ranks first; None, and why, where this model's tokens cannot be taken away."""
+    from stabmon.analysis.faithfulness import deletion_check
+
+    if rollout.stack == "joined":
+        return None, []
+    try:
+        return deletion_check(model, inputs.batch, rollout).to_values(), []
+    except ValueError as reason:
+        return None, [f"no deletion check: {reason}"]
+
+
+def _patterns(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.patterns import attention_patterns
 
     targets = _targets(options, inputs)
     if targets is not None and len(targets) > 1:
-        raise ValueError(
-            f"--target {options.target}: patterns are told of one query; give one number"
-        )
+        raise ValueError(f"--target {options.target}: patterns are told of one query; give one number")
     pattern = layer_pattern(options.layers, layers)
     heads = chosen_heads(options.heads, layers, pattern)
 
@@ -231,9 +232,7 @@ def _patterns(
     return run
 
 
-def _cake(
-    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
-) -> Callable[[], AnalysisRecord]:
+def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.kv_cache.budgets import tokens_of
     from stabmon.analysis.kv_cache.checks import check_count, check_sizes
     from stabmon.analysis.kv_cache.policies.cake import Cake
@@ -247,19 +246,14 @@ def _cake(
     window = 32 if options.window is None else options.window
     if options.cache_size is None:
         size: int | float = max(inputs.length // 4, 2 * window)
-        notes.append(
-            f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; --cache-size sets it"
-        )
+        notes.append(f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; --cache-size sets it")
     else:
         size = parsed_size(options.cache_size)
     room = inputs.positions - inputs.length if inputs.positions is not None else NEW_TOKENS
-    if (
-        options.max_new_tokens is not None
-        and options.max_new_tokens > room
-        and inputs.positions is not None
-    ):
+    if options.max_new_tokens is not None and options.max_new_tokens > room and inputs.positions is not None:
         raise ValueError(
-            f"--max-new-tokens {options.max_new_tokens}: the model has {inputs.positions} positions and the prompt {inputs.length} "
+            f"--max-new-tokens {options.max_new_tokens}: the model has {inputs.positions} "
+            f"positions and the prompt {inputs.length} "
             f"tokens; give at most {room}, or a smaller --length"
         )
     settings: dict[str, Any] = {
@@ -273,7 +267,8 @@ def _cake(
     shortest = min(lengths)
     if shortest <= window:
         raise ValueError(
-            f"--window {window}: leaves nothing to evict of a prompt of {shortest} tokens; give less than {shortest}, or a longer text"
+            f"--window {window}: leaves nothing to evict of a prompt of {shortest} tokens; give "
+            f"less than {shortest}, or a longer text"
         )
     check_sizes(tokens_of(size, lengths), lengths, window)
 
@@ -283,9 +278,7 @@ def _cake(
             inputs.batch,
             cache_size=size,
             window_size=window,
-            max_new_tokens=min(NEW_TOKENS, room)
-            if options.max_new_tokens is None
-            else options.max_new_tokens,
+            max_new_tokens=min(NEW_TOKENS, room) if options.max_new_tokens is None else options.max_new_tokens,
             **settings,
         )
         record = report.to_record(_perplexities(model, inputs, size, window, settings, notes))
@@ -303,7 +296,7 @@ def _perplexities(
     settings: dict[str, Any],
     notes: list[str],
 ) -> Any:
-    """Score the last quarter of each sample after the rest of it was compressed; None where that cannot be."""
+    """Score the last quarter of each sample after the rest was compressed; None where it is short."""
     from stabmon.analysis.kv_cache.perplexity import perplexity_by_cache_size
     from stabmon.analysis.kv_cache.policies.cake import Cake
     from stabmon.analysis.kv_cache.policy import POLICIES
@@ -312,13 +305,9 @@ def _perplexities(
     following = min(64, inputs.length // 4)
     context = inputs.length - following
     keys = size if isinstance(size, int) else max(window + 1, round(size * context))
-    sizes = sorted(
-        {each for each in (max(window + 1, keys // 2), keys, 2 * keys) if window < each < context}
-    )
+    sizes = sorted({each for each in (max(window + 1, keys // 2), keys, 2 * keys) if window < each < context})
     if not following or not sizes:
-        notes.append(
-            "no perplexities: the samples are too short beside the cache; give a longer --length"
-        )
+        notes.append("no perplexities: the samples are too short beside the cache; give a longer --length")
         return None
     names = [name for name in POLICIES if name not in ("full", "cake")]
     mask = inputs.batch.get("attention_mask")
@@ -333,9 +322,7 @@ def _perplexities(
     )
 
 
-def _heatmap(
-    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
-) -> Callable[[], AnalysisRecord]:
+def _heatmap(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.attention_maps import attention_maps
 
     pattern = layer_pattern(options.layers, layers)
@@ -345,8 +332,6 @@ def _heatmap(
         found = attention_maps(model, inputs.batch, layers=pattern, heads=heads)
         notes = [f"the first of {inputs.samples} samples is drawn"] if inputs.samples > 1 else []
         record = found.to_record()
-        return AnalysisRecord(
-            record.kind, {**record.values, "heads": heads, "notes": notes}, record.arrays
-        )
+        return AnalysisRecord(record.kind, {**record.values, "heads": heads, "notes": notes}, record.arrays)
 
     return run

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 
 KINDS = ("rollout", "patterns", "cake", "heatmap")
+STORED_KINDS = (*KINDS, "evolution")
+"""What ``--from`` draws: also records that ``stabmon.analysis`` made in a script."""
 FORMATS = ("png", "svg")
 
 
@@ -35,6 +37,7 @@ class Options:
     pool: int | None = None
     allotment: str | None = None
     max_new_tokens: int | None = None
+    surface: bool | None = None
     format: str = "png"
     attn: str | None = None
     seed: int = 0
@@ -49,6 +52,7 @@ BELONGS = {
     "stack": ("rollout",),
     "weighting": ("rollout",),
     "head_fusion": ("rollout",),
+    "surface": ("heatmap",),
     **dict.fromkeys(
         ("cache_size", "window", "tau1", "tau2", "gamma", "pool", "allotment", "max_new_tokens"),
         ("cake",),
@@ -63,31 +67,26 @@ def check_options(options: Options) -> None:
     Raises:
         ValueError: in one line, naming the option and the mend.
     """
-    if options.kind is not None and options.kind not in KINDS:
-        raise ValueError(f"--kind {options.kind!r}: use {', '.join(KINDS)}")
+    kinds = KINDS if options.stored is None else STORED_KINDS
+    if options.kind is not None and options.kind not in kinds:
+        raise ValueError(f"--kind {options.kind!r}: use {', '.join(kinds)}")
     if options.format not in FORMATS:
         raise ValueError(f"--format {options.format!r}: use {', '.join(FORMATS)}")
     if options.fail_on not in ("warning", "error"):
         raise ValueError(f"--fail-on {options.fail_on!r}: use warning or error")
     if options.stored is not None:
-        given = [name for name in ("text", "ids", *BELONGS) if getattr(options, name) is not None]
+        given = [name for name in ("text", "ids", *BELONGS) if getattr(options, name) is not None and name != "surface"]
         if given:
-            raise ValueError(
-                f"{_flag(given[0])} does not go with --from, which draws stored numbers"
-            )
+            raise ValueError(f"{_flag(given[0])} does not go with --from, which draws stored numbers")
         return
     if options.model is None:
-        raise ValueError(
-            "no MODEL: give a model's folder, a config.json, a hub name or module:callable, or --from DIR"
-        )
+        raise ValueError("no MODEL: give a model's folder, a config.json, a hub name or module:callable, or --from DIR")
     if options.text is not None and options.ids is not None:
         raise ValueError("--text and --ids: give one of them")
     kind = options.kind or KINDS[0]
-    for name, kinds in BELONGS.items():
-        if getattr(options, name) is not None and kind not in kinds:
-            raise ValueError(
-                f"{_flag(name)} does not apply to --kind {kind}: it is for {' and '.join(kinds)}"
-            )
+    for name, whose in BELONGS.items():
+        if getattr(options, name) is not None and kind not in whose:
+            raise ValueError(f"{_flag(name)} does not apply to --kind {kind}: it is for {' and '.join(whose)}")
     for name in ("samples", "length"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -133,13 +132,9 @@ def parsed_size(text: str) -> int | float:
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise ValueError(
-            f"--cache-size {text!r}: give keys, such as 128, or a share of the prompt, such as 0.25"
-        ) from None
+        raise ValueError(f"--cache-size {text!r}: give keys, such as 128, or a share of the prompt, such as 0.25") from None
     if 0 < value < 1:
         return value
     if value >= 1 and value == int(value) and not text.endswith("%"):
         return int(value)
-    raise ValueError(
-        f"--cache-size {text!r}: give a whole number of keys, or a share between 0 and 1"
-    )
+    raise ValueError(f"--cache-size {text!r}: give a whole number of keys, or a share between 0 and 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,20 +54,14 @@ def read_ids(source: str, wanted: bool) -> Text | None:
             found: Any = np.load(path, allow_pickle=False).tolist()
         elif suffix == ".pt":
             found = torch.load(path, map_location="cpu", weights_only=True)
-            found = (
-                found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
-            )
+            found = found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
             found = found.tolist() if isinstance(found, torch.Tensor) else found
         elif suffix == ".json":
             found = json.loads(path.read_text())
-            found = (
-                found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
-            )
+            found = found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
         elif wanted:
             found = [
-                [int(word) for word in line.replace(",", " ").split()]
-                for line in path.read_text().splitlines()
-                if line.strip()
+                [int(word) for word in line.replace(",", " ").split()] for line in path.read_text().splitlines() if line.strip()
             ]
         else:
             return None
@@ -75,16 +69,12 @@ def read_ids(source: str, wanted: bool) -> Text | None:
         if suffix == ".json" and not wanted:
             return None
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(
-            f"{source}: token ids cannot be read ({reason}); give whole numbers as .json, .npy or .pt"
-        ) from None
+        raise ValueError(f"{source}: token ids cannot be read ({reason}); give whole numbers as .json, .npy or .pt") from None
     rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
     if found == [] or [] in rows:
         raise ValueError(f"{source}: is empty; give at least one token")
     numbers = all(
-        isinstance(row, list)
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in row)
-        for row in rows
+        isinstance(row, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in row) for row in rows
     )
     if not numbers:
         if suffix == ".json" and not wanted:
@@ -111,16 +101,14 @@ def read_text(source: str, target: Target) -> Text:
         around = list(tokenizer("a", verbose=False)["input_ids"])
         inside = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     if not ids:
-        raise ValueError(
-            f"--text {source}: the model's tokenizer makes no token of it; give another text"
-        )
+        raise ValueError(f"--text {source}: the model's tokenizer makes no token of it; give another text")
     notes = []
     unknown = getattr(tokenizer, "unk_token_id", None)
     share = ids.count(unknown) / len(ids) if unknown is not None else 0.0
+    if share >= UNKNOWN and (matched := _by_vocabulary(text, str(target.tokens_from))) is not None:
+        return matched
     if share >= UNKNOWN:
-        notes.append(
-            f"{share:.0%} of the text's tokens are unknown to the tokenizer beside the model"
-        )
+        notes.append(f"{share:.0%} of the text's tokens are unknown to the tokenizer beside the model")
     at = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
     before, after = (around[:at], around[at + len(inside) :]) if inside else ([], [])
     return Text(
@@ -144,6 +132,50 @@ def _tokenizer(source: str | None) -> Any:
     if folder.is_dir() and not any(next(folder.glob(name), None) for name in TOKENIZER_FILES):
         return None
     return pretrained.tokenizer_of(source)
+
+
+def _by_vocabulary(text: str, source: str) -> Text | None:
+    """The text by the entries of the vocab.txt beside the model; None where that knows too little."""
+    path = Path(source) / "vocab.txt"
+    if not path.is_file():
+        return None
+    entries = path.read_text(encoding="utf-8").splitlines()
+    vocabulary = {entry: at for at, entry in enumerate(entries) if entry}
+    unknown = vocabulary.get("[UNK]", -1)
+    ids = longest_matches(text, vocabulary, unknown)
+    if not ids or ids.count(unknown) / len(ids) >= UNKNOWN or (unknown < 0 and -1 in ids):
+        return None
+    around: list[tuple[list[int], list[str]]] = [
+        ([vocabulary[name]], [name]) if name in vocabulary else ([], []) for name in ("[CLS]", "[SEP]")
+    ]
+    note = (
+        "the tokenizer beside the model does not know the text: it was split into the longest "
+        "entries "
+        "of vocab.txt, blanks left out"
+    )
+    words = [entries[each] for each in ids]
+    return Text([ids], [words], "tokens", around[0], around[1], [note])
+
+
+def longest_matches(text: str, vocabulary: Mapping[str, int], unknown: int) -> list[int]:
+    """Split a text into the longest entries of a vocabulary, from left to right, without blanks.
+
+    This reads vocabularies whose own splitting rule lies in code beside the model, such as atoms.
+
+    >>> longest_matches("CCl [Na+]", {"C": 1, "l": 2, "Cl": 3, "[Na+]": 4}, unknown=0)
+    [1, 3, 4]
+    """
+    longest = max(map(len, vocabulary), default=1)
+    ids, at = [], 0
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        sizes = range(min(longest, len(text) - at), 0, -1)
+        found = next((size for size in sizes if text[at : at + size] in vocabulary), 0)
+        ids.append(vocabulary[text[at : at + found]] if found else unknown)
+        at += found or 1
+    return ids
 
 
 def written(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -356,10 +357,11 @@ def test_half_precision_is_scored_in_float32(dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_a_prompt_shorter_than_the_window_generates_as_ever() -> None:
     model = llama()
-    for length in (1, 4):
+    for length, policy in itertools.product((1, 4), sorted(POLICIES)):
         ids = tokens(1, length)
         for size in (16, 1.0):
-            made = compressed_generate(model, ids, cache_size=size, window_size=6, max_new_tokens=5, do_sample=False)
+            given = {"policy": policy, "cache_size": size, "window_size": 6}
+            made = compressed_generate(model, ids, max_new_tokens=5, do_sample=False, **given)
             if size == 16:
                 assert torch.equal(made.sequences, model.generate(ids, max_new_tokens=5, do_sample=False))
             assert made.tokens.shape == (1, 5)
