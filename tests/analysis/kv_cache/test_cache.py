@@ -359,7 +359,7 @@ def test_a_prompt_shorter_than_the_window_generates_as_ever() -> None:
     model = llama()
     for length, policy in itertools.product((1, 4), sorted(POLICIES)):
         ids = tokens(1, length)
-        for size in (16, 1.0):
+        for size in (16, 1.0) if policy == "cake" else (16,):
             given = {"policy": policy, "cache_size": size, "window_size": 6}
             made = compressed_generate(model, ids, max_new_tokens=5, do_sample=False, **given)
             if size == 16:
