@@ -197,9 +197,10 @@ def _tried(trial: _Trial, policy: str, keep: int, tolerance: float) -> Recommend
         f"{len(cost.by_sample)} sample{'s' * (len(cost.by_sample) != 1)} (newest keys "
         f"{recent.rise:+.4f}, random keys {chance.rise:+.4f})"
     )
-    text = f"{words[0].upper()}{words[1:]} of {trial.context}: {measured}."
+    words = f"{words}, of a context of {trial.context}"
+    text = f"{words[0].upper()}{words[1:]}: {measured}."
     if reason:
-        text = f"Do not {words} of {trial.context}: {reason}; measured {measured}."
+        text = f"Do not {words}: {reason}; measured {measured}."
     elif chance.rise <= tolerance:
         text += " Random keys do as well: this text hardly needs its context."
     return Recommendation(

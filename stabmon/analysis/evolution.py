@@ -1,4 +1,4 @@
-"""Follow attention patterns over checkpoints of a training run, and over the steps of generation."""
+"""Follow attention patterns over checkpoints of a run, and over the steps of generation."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from stabmon.analysis.role_masses import CONTENT, LEAST_VISIBLE, RoleMasses
 
 SHARE = 0.5
@@ -53,7 +55,9 @@ class HeadRole:
             could prove it; ``share``, the mass asked for; ``least_visible``, keys that these
             rows see at least; ``masses``, ``all_rows`` and ``all_expected``: every role's;
             ``effective_share``: effective keys over visible keys; ``not_testable``: role ->
-            reason; of ``mixed`` ``between``: the two roles that compete, if two do.
+            reason; of ``mixed`` ``between``: the two roles that compete, if two do; of
+            ``induction`` and ``duplicate_token`` in a text with a short period
+            ``indistinguishable_from``: the offset that would explain it as well.
     """
 
     layer: str
@@ -74,6 +78,8 @@ class _Head:
     offsets: tuple[str, ...]
     overlap: dict[str, dict[str, float]]
     """Of a content role, the mass of each offset's key where it is one of the role's apart."""
+    elsewhere: dict[str, dict[str, float]]
+    """Of a content role, the mass of each offset's key in all other rows; NaN if these are few."""
 
     def holds(self, role: str) -> bool:
         """Whether the role's mass is large enough, whatever others there are."""
@@ -83,12 +89,25 @@ class _Head:
         if mass < 2 * self.expected[role]:
             return False
         if role in CONTENT:
-            by_offset = max(self.overlap[role].values())
-            if self.masses[f"{role}_alone"] - by_offset < APART * mass:
+            if self.masses[f"{role}_alone"] < APART * mass:
+                return False
+            offset = self.lookalike(role)
+            if offset is not None and self.elsewhere[role][offset] >= SHARE:
                 return False
         if role == "duplicate_token":  # matching the own token also finds the query itself
             return mass >= SINK_SHARE and mass + self.together[role]["self"] >= SHARE
         return mass >= (SINK_SHARE if role == "sink" else SHARE)
+
+    def lookalike(self, role: str) -> str | None:
+        """Return the offset that explains a content role as well on its rows, if one does.
+
+        So in a text with a period. Then other rows decide which of the two it is; where there are
+        none, the content role is named, and the offset in its evidence.
+        """
+        by_offset = self.overlap[role]
+        offset = max(by_offset, key=lambda name: by_offset[name])
+        rest = self.masses[f"{role}_alone"] - by_offset[offset]
+        return offset if rest < APART * self.masses[role] else None
 
     def is_part_of(self, offset: str, content: str) -> bool:
         """Whether an offset's mass lies on keys of a content role, as in a text with a period."""
@@ -169,12 +188,14 @@ def _roles_of(layer: str, head: int, sums: RoleMasses) -> list[HeadRole]:
 
     def made(role: str, **evidence: Any) -> HeadRole:
         share = SINK_SHARE if role == "sink" else SHARE
-        known = {
+        known: dict[str, Any] = {
             "mass": one.masses.get(role),
             "expected": one.expected.get(role),
             "rows": one.rows.get(role),
             "share": share,
         }
+        if role in CONTENT and (offset := one.lookalike(role)) is not None:
+            known["indistinguishable_from"] = offset
         return HeadRole(layer, head, role, {**known, **evidence, **shared})
 
     between = _rivals(one, [name for name in singles if name not in sums.function_names])
@@ -224,6 +245,8 @@ def _untestable(one: _Head, sums: RoleMasses, names: Sequence[str]) -> dict[str,
             found[name] = (
                 "the batch has no token ids" if no_ids else NOT_TESTABLE.get(name, TOO_FEW)
             )
+    if "local" in asked and sums.longest < LEAST_VISIBLE:
+        found["local"] = f"a quarter of {sums.longest} keys is too narrow a band to tell"
     return found
 
 
@@ -246,6 +269,7 @@ def _means(head: int, sums: RoleMasses) -> _Head:
     names = sums.names
     rows = [int(n) for n in sums.rows[:, head]]
     together = (sums.together[:, :, head] / sums.rows[:, head, None].clamp(min=1)).tolist()
+    content = list(sums.overlap)
     expected = (sums.expected[:, head] / sums.rows[:, head].clamp(min=1)).tolist()
     return _Head(
         {name: together[i][i] for i, name in enumerate(names)},
@@ -253,14 +277,17 @@ def _means(head: int, sums: RoleMasses) -> _Head:
         dict(zip(names, rows, strict=True)),
         {a: dict(zip(names, together[i], strict=True)) for i, a in enumerate(names)},
         tuple(sums.offset_names),
-        {
-            name: dict(
-                zip(
-                    sums.offset_names,
-                    (both[:, head] / sums.rows[names.index(name), head].clamp(min=1)).tolist(),
-                    strict=True,
-                )
-            )
-            for name, both in sums.overlap.items()
-        },
+        {n: dict(zip(sums.offset_names, _ratio(sums, n, head)[0], strict=True)) for n in content},
+        {n: dict(zip(sums.offset_names, _ratio(sums, n, head)[1], strict=True)) for n in content},
     )
+
+
+def _ratio(sums: RoleMasses, role: str, head: int) -> tuple[list[float], list[float]]:
+    """Mean mass of each offset's key on a content role's rows, and on all other rows."""
+    places = [sums.names.index(name) for name in sums.offset_names]
+    both, count = sums.overlap[role][:, head], sums.coincide[role][:, head]
+    rows = sums.rows[places, head] - count
+    rest = sums.together[places, places, head] - both
+    other = torch.where(rows >= LEAST_ROWS, rest / rows.clamp(min=1), torch.nan)
+    mean = both / sums.rows[sums.names.index(role), head].clamp(min=1)
+    return mean.tolist(), other.tolist()

@@ -30,6 +30,8 @@ def image_grid(model: nn.Module, batch: Any, tokens: int, stack: str | None = No
         >>> image_grid(model, torch.randn(1, 3, 16, 32), 33)
         {'rows': 4, 'cols': 8, 'leading': 1}
     """
+    behind = getattr(getattr(model, "config", None), "num_detection_tokens", 0) or 0  # YOLOS: detection tokens stand last
+    tokens -= int(behind)
     values = [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
     images = [each for each in values if isinstance(each, Tensor) and each.ndim == 4 and each.is_floating_point()]
     for name, module in model.named_modules():

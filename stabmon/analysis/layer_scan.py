@@ -136,7 +136,6 @@ def scan_layer(
     received = torch.zeros(a.batch, a.heads, a.keys, dtype=exact, device=device)
     seen_by = torch.zeros(a.batch, a.keys, dtype=torch.int64, device=device)
     rows_of = _Rows(a.batch, a.heads, exact, device)
-    asked: dict[str, Tensor] = {}
     for block in a.row_blocks(elements):
         rows, cols, p = block.rows, block.cols, block.probabilities
         if cols.stop <= cols.start:
@@ -160,6 +159,8 @@ def scan_layer(
                 row[sample, :, cols] = p[sample, :, position - rows.start]
         if masses is not None:
             masses.add(p, visible, rows, cols, spread, aligned)
+    if masses is not None:
+        masses.to_host()
     asked = _of_query(a, row, positions, first, is_cross)
     return LayerScan(
         is_cross,

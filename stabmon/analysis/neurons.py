@@ -82,7 +82,7 @@ def score_contributions(
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
         >>> found = score_contributions(layer, torch.randn(1, 5, 8), layer="self_attn", key=0)
-        >>> found.contributions.shape, bool(abs(found.contributions.sum(1) - found.scores).max() < 1e-9)
+        >>> found.contributions.shape, bool((found.contributions.sum(1) == found.scores).all())
         ((2, 4), True)
     """
     found: list[ScoreContributions] = []

@@ -72,8 +72,8 @@ class Path(ABC):
     def _check(self, layer: Layer) -> None:
         if layer.part != "cross" and layer.queries != layer.keys:
             raise ValueError(
-                f"{layer.name} has {layer.queries} queries and {layer.keys} keys: rollout needs all tokens in one forward, "
-                "without a cache or a prefix"
+                f"{layer.name} has {layer.queries} queries and {layer.keys} keys: rollout needs all tokens as both, without a "
+                "cache, a prefix or merged keys; name other layers by attention_layer_pattern"
             )
         known = self.source_valid if layer.part == "encoder" else self.valid
         if known is not None and known.shape != (layer.batch, layer.queries):

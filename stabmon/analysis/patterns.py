@@ -149,11 +149,25 @@ def attention_patterns(
             f"two dozen forwards (limit {ADVICE_WEIGHTS:.2g}); ask for it with advice=True"
         )
     elif advice is not False:
-        advised = compression_advice(model, batch, loss_fn=loss_fn)
-        found.recommendations.extend(advised.recommendations)
-        found.rejected.extend(advised.rejected)
-        found.notes.extend(advised.notes)
+        _add_advice(found, model, batch, loss_fn, asked=bool(advice))
     return found
+
+
+def _add_advice(
+    found: AttentionPatterns, model: nn.Module, batch: Any, loss_fn: Any, *, asked: bool
+) -> None:
+    """Add advice; where nobody asked for it and it fails, say so instead."""
+    try:
+        advised = compression_advice(model, batch, loss_fn=loss_fn)
+    except RuntimeError as error:  # of torch: a kernel that cannot be rebuilt, or no memory left
+        if asked:
+            raise
+        reason = " ".join(str(error).split())[:160]
+        found.notes.append(f"no compression advice: measuring it failed ({reason})")
+        return
+    found.recommendations.extend(advised.recommendations)
+    found.rejected.extend(advised.rejected)
+    found.notes.extend(advised.notes)
 
 
 def _note(found: AttentionPatterns, layer: str, scan: LayerScan) -> None:

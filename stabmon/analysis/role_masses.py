@@ -62,6 +62,7 @@ class RoleMasses:
         rows: ``[R, H]`` int64, rows that can prove each role.
         overlap: of ``induction`` and ``duplicate_token``: ``[K, H]`` float64, on its rows the
             summed mass of each offset's key where that is one of its own apart from other roles.
+        coincide: ``[K, H]`` int64, in how many rows that is so.
         spread: ``[H]`` float64, summed exp(entropy) / visible keys over ``counted`` rows.
     """
 
@@ -105,6 +106,7 @@ class RoleMasses:
             name: torch.zeros(len(self._offsets), heads, dtype=exact, device=device)
             for name in self._content
         }
+        self.coincide = {name: torch.zeros_like(x).long() for name, x in self.overlap.items()}
         self.counted = self._eligible.sum(dim=(0, 2))
         if ids is not None:
             before = torch.full_like(ids, NOWHERE)
@@ -149,14 +151,25 @@ class RoleMasses:
             place = self.names.index(name)
             testable[place] &= size[place + 1] > 0
             testable[place + 1] = testable[place]
-            both = self._at_offsets(p, self._apart[name], cols, own)
-            self.overlap[name] += torch.einsum("bhr,bhrk->kh", testable[place].to(p.dtype), both)
+            both, hit = self._at_offsets(p, self._apart[name], cols, own)
+            proving = testable[place].to(p.dtype)
+            self.overlap[name] += torch.einsum("bhr,bhrk->kh", proving, both).to(exact)
+            coincide = torch.einsum("bhr,brk->kh", proving, hit.to(p.dtype))
+            self.coincide[name] += coincide.long()
         chosen = testable.to(p.dtype)
         self.together += torch.einsum("abhr,cbhr->ach", chosen, mass).to(exact)
         self.expected += (chosen * size / n.clamp(min=1)).sum(dim=(1, 3)).to(exact)
         self.rows += testable.sum(dim=(1, 3))
         spread = torch.where(eligible, entropy.exp() / n.clamp(min=1), 0.0)
         self.spread += spread.sum(dim=(0, 2)).to(exact)
+
+    def to_host(self) -> None:
+        """Move the sums to the CPU, once for all heads."""
+        self.together, self.expected = self.together.cpu(), self.expected.cpu()
+        self.rows, self.spread = self.rows.cpu(), self.spread.cpu()
+        self.counted = self.counted.cpu()
+        self.overlap = {name: both.cpu() for name, both in self.overlap.items()}
+        self.coincide = {name: count.cpu() for name, count in self.coincide.items()}
 
     def _first_key(self, p: Tensor, rows: slice, cols: slice) -> list[tuple[Tensor, Tensor]]:
         return [(mass_at(p, self._first, cols), self.attention.visibility.sees_first[..., rows])]
@@ -195,11 +208,17 @@ class RoleMasses:
             return (back >= 0) & (back < width)
         return back.abs() < (width + 1) // 2
 
-    def _at_offsets(self, p: Tensor, mask: Tensor, cols: slice, own: Tensor) -> Tensor:
-        """Mass ``[B, H, rows, K]`` of each offset's key where ``mask`` ``[B, rows, cols]`` has it."""
+    def _at_offsets(
+        self, p: Tensor, mask: Tensor, cols: slice, own: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Where ``mask`` ``[B, rows, cols]`` has each offset's key: mass, and whether it has.
+
+        Returns:
+            ``[B, H, rows, K]`` and ``[B, rows, K]``.
+        """
         place, inside = self._places(p, cols, own)
         hit = inside & mask.gather(-1, place.expand(len(mask), -1, -1))
-        return p.gather(-1, place.expand(*p.shape[:3], -1)) * hit[:, None]
+        return p.gather(-1, place.expand(*p.shape[:3], -1)) * hit[:, None], hit
 
     def _by_content(self, cols: slice, own: Tensor, seen: Tensor) -> list[Tensor]:
         """Mark keys of induction and duplicate tokens, each all and those of its alone.

@@ -75,18 +75,18 @@ class CallReader:
         name = call.layer.split("#")[0]
         prefix, tail, block = split_name(name)
         first = self._first_of_block.setdefault(block, name)
-        kind = self._kind(call, tail, queries, keys, is_second=first != name and block != prefix)
+        is_second = first != name and block != prefix
+        kind = self._kind(call, tail, queries, keys, is_second=is_second, is_numbered=block != prefix)
         return SeenCall(call.layer, kind, prefix, batch, queries, keys, call.is_self)
 
-    def _kind(self, call: AttentionCall, tail: str, queries: int, keys: int, is_second: bool) -> CallKind:
+    def _kind(self, call: AttentionCall, tail: str, queries: int, keys: int, *, is_second: bool, is_numbered: bool) -> CallKind:
+        """Other keys than queries are another sequence's, but for a block's first attention: there they are merged or cached."""
         says = getattr(call.module, "is_cross_attention", None)
-        if says is True or keys != queries:
+        if says is True or CROSS_NAME.search(tail):
             return "cross"
-        if says is False:
-            return "self"
-        if CROSS_NAME.search(tail):
-            return "cross"
-        if not is_second or call.module is None or call.is_self:
+        if keys != queries:
+            return "cross" if is_second or not is_numbered else "self"
+        if says is False or not is_second or call.module is None or call.is_self:
             return "self"
         return "self" if attends_itself(call.module, self._names, queries, keys) else "cross"
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from stabmon.analysis.mixing import HeadFusion, Look, SampleMaps
 
-
 LONG_BLOCK = 1 << 22
 """Attention weights in a block of long rows, 16 MB in float32: fewer rows multiply too slowly."""
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon.analysis.forward import takes
+
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -169,7 +171,7 @@ def eager(case: Case) -> tuple[Any, Any]:
     model: Any = copy.deepcopy(case.model)
     model.set_attn_implementation("eager")
     batch = {name: value.double() if value.is_floating_point() else value for name, value in case.batch.items()}
-    options = {} if "pixel_values" in batch else {"use_cache": False}
+    options = {"use_cache": False} if takes(model, "use_cache") else {}
     return model.double().eval()(**batch, **options, output_attentions=True), model
 
 

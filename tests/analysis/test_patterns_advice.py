@@ -220,7 +220,7 @@ def test_a_model_that_needs_recent_keys_only_is_told_so() -> None:
     assert abs(best.cost) < 1e-5
     assert best.random_cost > 0.1
     assert best.n == 6 * (LENGTH - 1 - 8)
-    assert "8 newest keys of 64" in best.text
+    assert "8 newest keys, of a context of 64" in best.text
 
 
 def test_a_model_that_needs_its_first_key_is_not_told_to_drop_it() -> None:
@@ -282,3 +282,19 @@ def test_a_loss_of_ones_own_is_measured() -> None:
     assert {each.policy for each in tried} >= {"keep_recent", "top_k", "diverse", "grouping"}
     with pytest.raises(ValueError, match="loss_fn must return"):
         compression_advice(model, batch, loss_fn=lambda output, _: 1.0)
+
+
+def test_advice_that_nobody_asked_for_fails_in_words() -> None:
+    ids = torch.randint(3, 50, (1, 40), generator=torch.Generator().manual_seed(0))
+
+    def broken(output: Any, batch: Any) -> Tensor:
+        raise RuntimeError("out of\nmemory")
+
+    model, batch = llama(), {"input_ids": ids}
+    found = attention_patterns(model, batch, loss_fn=broken)
+    assert found.roles
+    assert found.notes == ["no compression advice: measuring it failed (out of memory)"]
+    with pytest.raises(RuntimeError, match="out of"):
+        attention_patterns(model, batch, loss_fn=broken, advice=True)
+    asked = attention_patterns(model, batch, advice=False)
+    assert not asked.notes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -269,6 +271,19 @@ def test_refuses_windows_and_merged_tokens() -> None:
     with pytest.raises(ValueError, match="windows have no rollout"):
         attention_rollout(swin, {"pixel_values": torch.randn(2, 3, 16, 16)})
 
+    from transformers import SegformerConfig, SegformerModel
+
+    sizes = {
+        "hidden_sizes": [8, 8],
+        "depths": [1, 1],
+        "num_attention_heads": [1, 2],
+        "num_encoder_blocks": 2,
+        "sr_ratios": [4, 1],
+    }
+    more = {"patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [1, 1], "decoder_hidden_size": 8}
+    with pytest.raises(ValueError, match="64 queries and 4 keys"):
+        attention_rollout(SegformerModel(SegformerConfig(**sizes, **more)), {"pixel_values": torch.randn(2, 3, 16, 16)})
+
     class Merging(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -279,3 +294,60 @@ def test_refuses_windows_and_merged_tokens() -> None:
 
     with pytest.raises(ValueError, match="tokens that are merged or regrouped have no rollout"):
         attention_rollout(Merging(), torch.randn(2, 6, 8))
+
+
+def test_says_which_of_several_stacks_it_takes(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {**models.SMALL, "num_hidden_layers": 1}
+    text, vision = {**sizes, "vocab_size": 100, **models.TOKENS}, {**sizes, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    batch = {"input_ids": models.ids(2, 7), "pixel_values": torch.randn(3, 3, 16, 16)}
+    caplog.set_level(logging.WARNING, "stabmon")
+    for _ in range(2):
+        assert attention_rollout(model, batch).matrix.shape == (2, 7, 7)
+    told = [record.message for record in caplog.records if record.name == "stabmon"]
+    assert told == [
+        "CLIPModel has the stacks vision_model (1 layer), text_model (1 layer): the rollout is of text_model, which attends last; "
+        "choose another by stack="
+    ]
+    vision_rollout = attention_rollout(model, batch, stack="vision_model")
+    assert (vision_rollout.matrix.shape, vision_rollout.stacks) == ((3, 5, 5), ("vision_model", "text_model"))
+    assert vision_rollout.image_grid == {"rows": 2, "cols": 2, "leading": 1}
+    assert attention_rollout(model, batch, stack="text_model").image_grid is None
+
+
+def test_shared_modules_are_layers_in_order() -> None:
+    from transformers import AlbertConfig, AlbertModel
+
+    torch.manual_seed(0)
+    model = models.sharpen(AlbertModel(AlbertConfig(vocab_size=100, embedding_size=16, **models.SMALL)))
+    case = models.Case(model, {"input_ids": models.ids()}, torch.ones(3, 11, dtype=torch.bool))
+    rollout = attention_rollout(model, case.batch)
+    assert [name.split("#")[1:] for name in rollout.layers] == [[], ["1"], ["2"]]
+    output, _ = models.eager(case)
+    dense = models.dense_rollout(list(output.attentions))
+    assert float((rollout.matrix - dense).abs().max()) <= 1e-5
+
+
+def test_sinks_leave_rows_that_sum_to_one() -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=100,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        **models.SMALL,
+        **models.TOKENS,
+    )
+    case = models.Case(GptOssForCausalLM(config).eval(), {"input_ids": models.ids()}, torch.ones(3, 11, dtype=torch.bool))
+    eager = copy.deepcopy(case.model)
+    eager.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.no_grad():
+        maps = list(eager(**case.batch, output_attentions=True, use_cache=False).attentions)
+    assert float(maps[0].sum(-1).amax()) < 0.99
+    rollout = attention_rollout(case.model, case.batch)
+    assert float((rollout.matrix - models.dense_rollout(maps)).abs().max()) <= 1e-5

@@ -1,10 +1,12 @@
 """Perplexity against cache size for every eviction policy, on a model that was trained to use its context.
 
-    python tests/bench/kv_cache.py FOLDER [--prompts 24] [--context 1536] [--continuation 256] [--out kv_cache.png]
+    python tests/bench/kv_cache.py FOLDER [--task text|recall] [--prompts 24] [--context 1536] [--continuation 256] [--out kv_cache.png]
 
 FOLDER holds a model that tests/bench/long_model.py saved; where it is missing, the model is trained first (40 minutes). Each prompt is
-a stretch of held-out text; each policy compresses it once, and the text that really follows is scored with what is left. The packaged
-ALBERT is an encoder: it has no KV cache, and does not apply.
+a stretch of held-out text; each policy compresses it once, and the text that follows is scored with what is left: what really follows,
+or, to recall, the rest of a passage that stood somewhere in the prompt and whose beginning ends it. Where a model does not copy, recall
+says nothing; the loss of the same passage without its earlier copy is printed beside. The packaged ALBERT is an encoder: it has no KV
+cache, and does not apply.
 
 Prints perplexity with the mean cost in nats a byte against the full cache and its spread over prompts, how often each policy is the
 best, and CAKE against each other policy prompt by prompt; draws the curves; prints time and the cache's peak at several lengths.
@@ -37,6 +39,7 @@ from stabmon.analysis.kv_cache import (
     perplexity_by_cache_size,
     simulate_cake,
 )
+from stabmon.analysis.kv_cache.decode import full_log_probabilities
 from stabmon.analysis.kv_cache.policies.cake import Cake
 from stabmon.analysis.kv_cache.policies.recency import Recency
 from stabmon.analysis.record import save_record
@@ -45,12 +48,34 @@ SIZES = (64, 96, 128, 192, 256, 384, 512, 768)
 POLICIES = ("cake", "snapkv", "pyramid", "ada_snapkv", "h2o", "recency", "random")
 
 
-def prompts(count: int, context: int, continuation: int) -> tuple[Tensor, Tensor]:
-    """Return contexts and what follows them, from held-out text, without overlap where there is enough of it."""
-    held_out = texts()[1]
+CUE = 48
+"""Bytes of a passage that are given again before the rest of it is asked for."""
+
+
+def prompts(count: int, context: int, continuation: int, task: str = "text") -> tuple[Tensor, Tensor]:
+    """Return contexts and what follows them, from held-out text, without overlap where there is enough of it.
+
+    In the task ``recall`` the context ends with the first bytes of a passage that stood somewhere in it before, and what follows is
+    the rest of that passage, so that it pays to have kept it.
+    """
+    held_out, random = texts()[1], np.random.default_rng(0)
     starts = np.linspace(0, len(held_out) - context - continuation, count).astype(int)
     rows = torch.stack([held_out[at : at + context + continuation] for at in starts])
+    if task == "recall":
+        for row in rows:
+            at = int(random.integers(0, context - 2 * CUE - continuation))
+            row[context - CUE :] = row[at : at + CUE + continuation].clone()
     return rows[:, :context], rows[:, context:]
+
+
+def without_copy(model: Any, contexts: Tensor, continuations: Tensor) -> float:
+    """Return the mean loss of the continuations where another prompt goes before their cue, in nats a byte."""
+    others = torch.cat([contexts.roll(1, 0)[:, :-CUE], contexts[:, -CUE:]], 1)
+    scored = [
+        full_log_probabilities(model, context[None], None, continuation[None]).mean()
+        for context, continuation in zip(others, continuations, strict=True)
+    ]
+    return -float(torch.stack(scored).mean())
 
 
 def variants() -> list[tuple[str, Policy]]:
@@ -192,6 +217,7 @@ def speed(model: Any, length: int = 1536, new: int = 48) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--task", choices=("text", "recall"), default="text", help="what follows a prompt")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--context", type=int, default=1536)
     parser.add_argument("--continuation", type=int, default=256)
@@ -213,7 +239,7 @@ def main() -> None:
     else:
         model = train(args.folder, minutes=40)
     model.eval()
-    contexts, continuations = prompts(args.prompts, args.context, args.continuation)
+    contexts, continuations = prompts(args.prompts, args.context, args.continuation, args.task)
     chosen: list[str | Policy] = [*POLICIES, *(policy for _, policy in variants() if args.variants)]
     began = time.perf_counter()
     table = perplexity_by_cache_size(
@@ -228,10 +254,11 @@ def main() -> None:
     )
     names = [*POLICIES, *(name for name, _ in variants() if args.variants)]
     table = PerplexityTable(tuple(names), table.sizes, table.nats, table.full, table.context, table.continuation, table.kept)
-    print(
-        f"\n{args.prompts} prompts of {args.context} held-out bytes, the next {args.continuation} scored; window {args.window}\n"
-    )
+    scored = f"{args.prompts} prompts of {args.context} held-out bytes, the next {args.continuation} scored"
+    print(f"\ntask {args.task}: {scored}; window {args.window}\n")
     print(table.to_markdown())
+    if args.task == "recall":
+        print(f"without the earlier copy {np.exp(without_copy(model, contexts, continuations)):.3f}")
     compare(table)
     draw(table, args.out)
     print(f"\n{args.out}")

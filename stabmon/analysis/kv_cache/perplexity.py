@@ -162,4 +162,4 @@ def _score(start: Prefill, cache: Any, continuation: Tensor, chunk: int) -> NDAr
     """Mean negative log-probability of each continuation, ``[B]`` in nats."""
     with undisturbed(start.model), cache.attached():
         scored = follow(start.feed(), cache.key_values, start.logits, continuation, chunk)
-    return -scored.double().mean(1).cpu().numpy()
+    return -scored.cpu().double().mean(1).numpy()

@@ -32,7 +32,7 @@ def dispersion(weights: Tensor, before: Tensor) -> Tensor:
         0.6931
     """
     terms = -torch.xlogy(weights, weights)
-    return terms.masked_fill_(~before[:, None, None], 0.0).sum((1, 2, 3), dtype=torch.float64)
+    return terms.masked_fill_(~before[:, None, None], 0.0).sum((1, 2, 3), dtype=_widest(weights))
 
 
 def shift(weights: Tensor, before: Tensor) -> Tensor:
@@ -54,7 +54,12 @@ def shift(weights: Tensor, before: Tensor) -> Tensor:
         0.08
     """
     variance = weights.var(dim=2, correction=1)
-    return variance.masked_fill_(~before[:, None], 0.0).sum((1, 2), dtype=torch.float64)
+    return variance.masked_fill_(~before[:, None], 0.0).sum((1, 2), dtype=_widest(weights))
+
+
+def _widest(values: Tensor) -> torch.dtype:
+    """What sums are taken in: float64, but for devices that have none."""
+    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def preference(spread: Tensor, change: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
-from stabmon.analysis.kv_cache import simulate_cache, simulate_cake
+from stabmon.analysis.kv_cache import compressed_generate, simulate_cache, simulate_cake
 from stabmon.analysis.kv_cache.budgets import filled
 from stabmon.analysis.record import load_record, save_record
 from tests.analysis.kv_cache.models import MAKERS, gemma3, llama, tokens
@@ -214,6 +214,24 @@ def test_refusals_name_the_value_and_the_mend() -> None:
             simulate_cake(model, ids, **({"cache_size": 10, "window_size": 4} | changes))
     with pytest.raises(ValueError, match="did you mean 'snapkv'"):
         simulate_cache(model, ids, policy="snapkw", cache_size=10, window_size=4)
+
+
+@pytest.mark.parametrize("policy", ["cake", "h2o", "recency", "random"])
+def test_decoding_is_what_generate_does_with_the_same_cache(policy: str) -> None:
+    model, ids = llama(), tokens(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    batch, sizes = {"input_ids": ids, "attention_mask": mask}, {"cache_size": CACHE, "window_size": WINDOW}
+    report = simulate_cache(model, batch, policy=policy, max_new_tokens=6, **sizes)
+    given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cascade": False}
+    made = compressed_generate(model, ids, attention_mask=mask, policy=policy, **sizes, **given)
+    assert torch.equal(report.tokens, made.tokens)
+    held = made.cache.kept()
+    for layer in report.layers:  # what the record says went, went
+        for at, heads in enumerate(layer.kept_at(5)):
+            for head, row in enumerate(heads):
+                left = [j for j in held[layer.layer][at, head].tolist() if j >= 0]
+                assert row.nonzero().flatten().tolist() == left
 
 
 def test_a_model_that_gives_nan_is_named() -> None:
