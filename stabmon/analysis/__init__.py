@@ -6,26 +6,36 @@
 0.1875
 """
 
-from stabmon.analysis.attention_maps import AttentionMaps, attention_maps
-from stabmon.analysis.attribution import AttributionSummary, aggregate_attribution, compute_attention_attribution
-from stabmon.analysis.compression_advice import CompressionAdvice, Recommendation, compression_advice
-from stabmon.analysis.head_roles import HeadRole
-from stabmon.analysis.insights import Insight
+from stabmon.analysis.attribution.faithfulness import Faithfulness, deletion_check
+from stabmon.analysis.attribution.generation import GenerationAttribution, generation_attribution
+from stabmon.analysis.attribution.summary import AttributionSummary, aggregate_attribution, compute_attention_attribution
+from stabmon.analysis.compression.advice import CompressionAdvice, Recommendation, compression_advice
 from stabmon.analysis.kv_cache import (
     CakeReport,
     CompressedCache,
     LayerCache,
+    PerplexityTable,
     compressed_generate,
     perplexity_by_cache_size,
     simulate_cache,
     simulate_cake,
 )
-from stabmon.analysis.pattern_record import AttentionPatterns
-from stabmon.analysis.patterns import attention_patterns
+from stabmon.analysis.patterns.api import attention_patterns
+from stabmon.analysis.patterns.evolution import (
+    PatternEvolution,
+    patterns_over_checkpoints,
+    patterns_over_generation,
+    patterns_over_training,
+)
+from stabmon.analysis.patterns.head_roles import HeadRole
+from stabmon.analysis.patterns.insights import Insight
+from stabmon.analysis.patterns.maps import AttentionMaps, attention_maps
+from stabmon.analysis.patterns.neurons import ScoreContributions, score_contributions
+from stabmon.analysis.patterns.result import AttentionPatterns
+from stabmon.analysis.patterns.similarity import LayerSimilarity, layer_similarity
 from stabmon.analysis.record import AnalysisRecord, load_record, save_record
-from stabmon.analysis.rollout import attention_rollout
-from stabmon.analysis.rollout_result import Rollout
-from stabmon.analysis.similarity import LayerSimilarity, layer_similarity
+from stabmon.analysis.rollout.api import attention_rollout
+from stabmon.analysis.rollout.result import Rollout
 
 __all__ = [
     "AnalysisRecord",
@@ -35,12 +45,17 @@ __all__ = [
     "CakeReport",
     "CompressedCache",
     "CompressionAdvice",
+    "Faithfulness",
+    "GenerationAttribution",
     "HeadRole",
     "Insight",
     "LayerCache",
     "LayerSimilarity",
+    "PatternEvolution",
+    "PerplexityTable",
     "Recommendation",
     "Rollout",
+    "ScoreContributions",
     "aggregate_attribution",
     "attention_maps",
     "attention_patterns",
@@ -48,10 +63,16 @@ __all__ = [
     "compressed_generate",
     "compression_advice",
     "compute_attention_attribution",
+    "deletion_check",
+    "generation_attribution",
     "layer_similarity",
     "load_record",
+    "patterns_over_checkpoints",
+    "patterns_over_generation",
+    "patterns_over_training",
     "perplexity_by_cache_size",
     "save_record",
+    "score_contributions",
     "simulate_cache",
     "simulate_cake",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.stacks import CROSS_NAME, CallReader
+from stabmon.analysis.rollout.stacks import CROSS_NAME, CallReader
 from stabmon.records import AttentionCall
 
 

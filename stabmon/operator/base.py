@@ -242,7 +242,9 @@ class AttentionOperator(ABC):
                 return cols, logits
             top = logits.amax(-1, keepdim=True)
             shifted = logits.sub_(top.masked_fill(top.isneginf(), 0.0))
-            weights = shifted.mul_(1 / LN_2).exp2_()  # on a CPU exp takes 10 to 20 times as long where it underflows, exp2 does not
+            weights = shifted.mul_(
+                1 / LN_2
+            ).exp2_()  # on a CPU exp takes 10 to 20 times as long where it underflows, exp2 does not
             weights /= weights.sum(-1, keepdim=True).masked_fill_(top.isneginf(), 1.0)
             return cols, weights if self.sinks is None else weights[..., :-1]
 

@@ -40,7 +40,7 @@ def evolution_page(record: AnalysisRecord) -> Page:
     """Draw up the page of an ``evolution`` record.
 
     Args:
-        record: of :meth:`stabmon.analysis.evolution.PatternEvolution.to_record`.
+        record: of :meth:`stabmon.analysis.patterns.evolution.PatternEvolution.to_record`.
     """
     values = record.values
     layers, steps = list(values["layers"]), list(values["steps"])

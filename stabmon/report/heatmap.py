@@ -31,7 +31,7 @@ def heatmap_page(record: AnalysisRecord) -> Page:
     """Draw up the page of a ``heatmap`` record.
 
     Args:
-        record: of :meth:`stabmon.analysis.attention_maps.AttentionMaps.to_record`, with what the
+        record: of :meth:`stabmon.analysis.patterns.maps.AttentionMaps.to_record`, with what the
             command adds: ``tokens``, ``heads`` and ``layer`` (shown first).
     """
     maps = by_layer(record, "maps")

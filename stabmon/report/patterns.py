@@ -71,7 +71,7 @@ def patterns_page(record: AnalysisRecord) -> Page:
     """Draw up the page of a ``patterns`` record.
 
     Args:
-        record: of :func:`stabmon.analysis.pattern_record.patterns_record`, with what the command
+        record: of :func:`stabmon.analysis.patterns.result.patterns_record`, with what the command
             adds: ``tokens`` and ``heads``.
     """
     record = _narrowed(record)

@@ -33,7 +33,7 @@ def rollout_page(record: AnalysisRecord) -> Page:
     """Draw up the page of a ``rollout`` record.
 
     Args:
-        record: of :meth:`stabmon.analysis.rollout_result.Rollout.to_record`, with what the command
+        record: of :meth:`stabmon.analysis.rollout.result.Rollout.to_record`, with what the command
             adds: ``tokens`` and, of vision models, the array ``images`` ``[B, height, width, 3]``.
     """
     values, matrix = record.values, record.arrays["matrix"]

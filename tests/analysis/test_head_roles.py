@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from stabmon.analysis.patterns import AttentionPatterns, attention_patterns
+from stabmon.analysis.patterns.api import AttentionPatterns, attention_patterns
 
 TOKENS, LENGTH, HEADS, WIDTH, HEAD = 16, 48, 2, 96, 48
 """A token's vector: 16 places for its identity, 16 for that of the token before, 48 for where."""
@@ -138,9 +138,7 @@ def text(length: int = LENGTH, seed: int = 0) -> Tensor:
 def look(ids: Tensor, layers: Any = HEADS_BY_LAYER, **options: Any) -> AttentionPatterns:
     batch = {"input_ids": ids} | options.pop("more", {})
     roles = {"twenty": 20}
-    return attention_patterns(
-        model(layers), batch, advice=False, similarity=False, custom_roles=roles, **options
-    )
+    return attention_patterns(model(layers), batch, advice=False, similarity=False, custom_roles=roles, **options)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -329,18 +327,14 @@ class ByToken(nn.Module):
             keys.append(key)
         key = torch.stack(keys, 1)
         query = self.score * tokens[:, None].expand_as(key)
-        return nn.functional.scaled_dot_product_attention(
-            query, key, key, scale=1.0, is_causal=True
-        )
+        return nn.functional.scaled_dot_product_attention(query, key, key, scale=1.0, is_causal=True)
 
 
 def test_heads_that_match_tokens_are_told_apart_on_english_text() -> None:
     english = (pytest.__doc__ or "") + (torch.nn.functional.scaled_dot_product_attention.__doc__)
     ids = torch.tensor([list(english.encode())[:400]])
     shifts = {1: "induction", 0: "duplicate_token", 2: None, 3: None, -1: None}
-    found = attention_patterns(
-        ByToken(list(shifts), 256), {"input_ids": ids}, advice=False, similarity=False
-    )
+    found = attention_patterns(ByToken(list(shifts), 256), {"input_ids": ids}, advice=False, similarity=False)
     for head, expected in enumerate(shifts.values()):
         named = set(found.roles_of(found.layers[0], head))
         if expected is None:

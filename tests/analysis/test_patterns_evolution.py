@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from stabmon.analysis.evolution import (
+from stabmon.analysis.patterns.api import attention_patterns
+from stabmon.analysis.patterns.evolution import (
     patterns_over_checkpoints,
     patterns_over_generation,
     patterns_over_training,
 )
-from stabmon.analysis.neurons import score_contributions
-from stabmon.analysis.patterns import attention_patterns
+from stabmon.analysis.patterns.neurons import score_contributions
 from stabmon.records import Reading
 
 IDS = torch.randint(3, 50, (2, 20), generator=torch.Generator().manual_seed(0))

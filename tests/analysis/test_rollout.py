@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.analysis.record import load_record, save_record
-from stabmon.analysis.rollout import attention_rollout
+from stabmon.analysis.rollout.api import attention_rollout
 from tests.analysis import rollout_models as models
 
 CASES: dict[str, Callable[[], models.Case]] = {

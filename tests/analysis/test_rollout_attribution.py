@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.attribution import MEASURED, aggregate_attribution, compute_attention_attribution
+from stabmon.analysis.attribution.summary import MEASURED, aggregate_attribution, compute_attention_attribution
 from stabmon.analysis.chunks import in_chunks, part_of
-from stabmon.analysis.rollout import attention_rollout
+from stabmon.analysis.rollout.api import attention_rollout
 from tests.analysis import rollout_models as models
 
 

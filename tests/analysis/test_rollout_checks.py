@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.faithfulness import deletion_check
-from stabmon.analysis.generation import generation_attribution
-from stabmon.analysis.rollout import attention_rollout
+from stabmon.analysis.attribution.faithfulness import deletion_check
+from stabmon.analysis.attribution.generation import generation_attribution
+from stabmon.analysis.rollout.api import attention_rollout
 from tests.analysis import rollout_models as models
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.rollout import attention_rollout
+from stabmon.analysis.rollout.api import attention_rollout
 from tests.analysis import rollout_models as models
 
 

@@ -161,25 +161,25 @@ def loop(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def ours(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    from stabmon.analysis.rollout import attention_rollout
+    from stabmon.analysis.rollout.api import attention_rollout
 
     return attention_rollout(model, batch).matrix
 
 
 def eight_numbers(model: Any, batch: dict[str, Tensor]) -> None:
-    from stabmon.analysis.attribution import compute_attention_attribution
+    from stabmon.analysis.attribution.summary import compute_attention_attribution
 
     compute_attention_attribution(model, batch)
 
 
 def target(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    from stabmon.analysis.rollout import attention_rollout
+    from stabmon.analysis.rollout.api import attention_rollout
 
     return attention_rollout(model, batch, targets=-1).matrix
 
 
 def gradient_target(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    from stabmon.analysis.rollout import attention_rollout
+    from stabmon.analysis.rollout.api import attention_rollout
 
     return attention_rollout(model, batch, targets=-1, weighting="gradient").matrix
 

@@ -39,7 +39,7 @@ from stabmon.analysis.kv_cache import (
     perplexity_by_cache_size,
     simulate_cake,
 )
-from stabmon.analysis.kv_cache.decode import full_log_probabilities
+from stabmon.analysis.kv_cache.cache.decode import full_log_probabilities
 from stabmon.analysis.kv_cache.policies.cake import Cake
 from stabmon.analysis.kv_cache.policies.recency import Recency
 from stabmon.analysis.record import save_record

@@ -3,8 +3,8 @@
     python tests/bench/long_model.py FOLDER [--minutes 90] [--threads 1] [--start FOLDER]
 
 Grouped heads (4 query, 2 key, four layers), rotary positions, 2048 bytes of context. The text is the standard library's own source:
-much of it repeats over long distances. Short sequences first, so that heads that copy form early, then longer ones. Prints the held-out loss by
-position: where it goes on falling with the position the model makes use of its context.
+much of it repeats over long distances. Short sequences first, so that heads that copy form early, then longer ones. Prints the
+held-out loss by position: where it goes on falling with the position the model makes use of its context.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def measure(kind: str, length: int) -> dict[str, float]:
     import torch
     from analysis_peers import model_and_batch
 
-    from stabmon.analysis.attention_maps import attention_maps
-    from stabmon.analysis.patterns import attention_patterns
+    from stabmon.analysis.patterns.api import attention_patterns
+    from stabmon.analysis.patterns.maps import attention_maps
 
     torch.set_num_threads(1)
     model, ids = model_and_batch(length, 1, "eager" if kind == "eager maps" else "sdpa")
@@ -72,9 +72,7 @@ def main() -> None:
                 continue
             command = [sys.executable, __file__, "--one", kind, str(length)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            run = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=True
-            )
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             found = json.loads(run.stdout.splitlines()[-1])
             cells.append(f"{found['seconds']:9.1f} s{found['megabytes']:5.0f} MB")
         print(f"{kind:24}" + "".join(cells), flush=True)

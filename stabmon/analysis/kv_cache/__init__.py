@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stabmon.analysis.kv_cache.compressed import CompressedCache
+from stabmon.analysis.kv_cache.cache.compressed import CompressedCache
 from stabmon.analysis.kv_cache.generate import CompressedGeneration, compressed_generate
 from stabmon.analysis.kv_cache.perplexity import PerplexityTable, perplexity_by_cache_size
 from stabmon.analysis.kv_cache.policy import POLICIES, Policy

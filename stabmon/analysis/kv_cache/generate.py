@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.kv_cache.compressed import CompressedCache
+from stabmon.analysis.kv_cache.cache.compressed import CompressedCache
 from stabmon.analysis.kv_cache.policy import Policy
 
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stabmon.analysis.forward import undisturbed
+from stabmon.analysis.kv_cache.cache.decode import follow
 from stabmon.analysis.kv_cache.checks import check_count
-from stabmon.analysis.kv_cache.decode import follow
 from stabmon.analysis.kv_cache.policy import POLICIES, Policy, policy_of
 from stabmon.analysis.kv_cache.prefill import Prefill
 

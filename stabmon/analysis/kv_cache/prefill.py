@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.analysis.forward import undisturbed
-from stabmon.analysis.kv_cache.compressed import CompressedCache
-from stabmon.analysis.kv_cache.decode import Feed
+from stabmon.analysis.kv_cache.cache.compressed import CompressedCache
+from stabmon.analysis.kv_cache.cache.decode import Feed
 from stabmon.analysis.kv_cache.policy import Policy
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 

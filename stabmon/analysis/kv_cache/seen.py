@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stabmon.analysis.kv_cache import scores
-from stabmon.analysis.kv_cache.cascade import Cascade
+from stabmon.analysis.kv_cache.cache.cascade import Cascade
+from stabmon.analysis.kv_cache.cache.trace import Eviction
 from stabmon.analysis.kv_cache.policies.h2o import H2O
 from stabmon.analysis.kv_cache.policies.recency import Recency
 from stabmon.analysis.kv_cache.policy import Policy, best
 from stabmon.analysis.kv_cache.preservation import KeyTerms
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.report import LayerCache
-from stabmon.analysis.kv_cache.trace import Eviction
 
 COMPARED: tuple[Policy, ...] = (Recency(), H2O())
 """Whose choices of as many keys a policy's own is held against."""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stabmon.analysis.kv_cache.budgets import tokens_of
-from stabmon.analysis.kv_cache.cascade import Cascade, allot
+from stabmon.analysis.kv_cache.cache.cascade import Cascade, allot
 from stabmon.analysis.kv_cache.checks import check_sizes
 from stabmon.analysis.kv_cache.policy import Policy
 from stabmon.analysis.kv_cache.prompt import PromptLayer

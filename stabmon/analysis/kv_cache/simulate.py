@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from stabmon.analysis.forward import run_model, takes
 from stabmon.analysis.kv_cache.budgets import tokens_of
+from stabmon.analysis.kv_cache.cache.compressed import CompressedCache
+from stabmon.analysis.kv_cache.cache.decode import decode, full_log_probabilities
+from stabmon.analysis.kv_cache.cache.stock_cache import cached_heads, left_out_layers
 from stabmon.analysis.kv_cache.checks import check_count
-from stabmon.analysis.kv_cache.compressed import CompressedCache
-from stabmon.analysis.kv_cache.decode import decode, full_log_probabilities
 from stabmon.analysis.kv_cache.generate import check_prompt
 from stabmon.analysis.kv_cache.policies.cake import Cake
 from stabmon.analysis.kv_cache.policy import Policy, policy_of
@@ -22,7 +23,6 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.report import CakeReport
 from stabmon.analysis.kv_cache.seen import SeenLayer, stages_of
 from stabmon.analysis.kv_cache.sharing import Sharing
-from stabmon.analysis.kv_cache.stock_cache import cached_heads, left_out_layers
 from stabmon.records import AttentionCall
 from stabmon.signals.measure import operator_of
 

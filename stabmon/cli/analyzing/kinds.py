@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.analysis.rollout_result import Rollout
+from stabmon.analysis.rollout.result import Rollout
 from stabmon.cli.analyzing.inputs import Inputs
 from stabmon.cli.analyzing.options import Options, parsed_numbers, parsed_size
 from stabmon.records import AttentionCall
@@ -169,8 +169,8 @@ def _targets(options: Options, inputs: Inputs) -> list[int] | None:
 
 
 def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
-    from stabmon.analysis.attribution import compute_attention_attribution
-    from stabmon.analysis.rollout import attention_rollout
+    from stabmon.analysis.attribution.summary import compute_attention_attribution
+    from stabmon.analysis.rollout.api import attention_rollout
 
     pattern = layer_pattern(options.layers, layers)
     targets = _targets(options, inputs)
@@ -199,7 +199,7 @@ def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers)
 
 def _deletions(model: nn.Module, inputs: Inputs, rollout: Rollout) -> tuple[dict[str, Any] | None, list[str]]:
     """Delete what the rollout ranks first; None, and why, where this model's tokens cannot be taken away."""
-    from stabmon.analysis.faithfulness import deletion_check
+    from stabmon.analysis.attribution.faithfulness import deletion_check
 
     if rollout.stack == "joined":
         return None, []
@@ -210,7 +210,7 @@ def _deletions(model: nn.Module, inputs: Inputs, rollout: Rollout) -> tuple[dict
 
 
 def _patterns(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
-    from stabmon.analysis.patterns import attention_patterns
+    from stabmon.analysis.patterns.api import attention_patterns
 
     targets = _targets(options, inputs)
     if targets is not None and len(targets) > 1:
@@ -323,7 +323,7 @@ def _perplexities(
 
 
 def _heatmap(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
-    from stabmon.analysis.attention_maps import attention_maps
+    from stabmon.analysis.patterns.maps import attention_maps
 
     pattern = layer_pattern(options.layers, layers)
     heads = chosen_heads(options.heads, layers, pattern)

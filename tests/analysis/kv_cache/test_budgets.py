@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stabmon.analysis.kv_cache.budgets import filled, published, tokens_of
-from stabmon.analysis.kv_cache.cascade import Cascade, allot
+from stabmon.analysis.kv_cache.cache.cascade import Cascade, allot
 
 
 def cases(count: int, seed: int) -> list[tuple[np.ndarray, int, int]]:

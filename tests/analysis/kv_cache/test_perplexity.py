@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stabmon.analysis.kv_cache import perplexity_by_cache_size, simulate_cake
-from stabmon.analysis.kv_cache.decode import log_probability
+from stabmon.analysis.kv_cache.cache.decode import log_probability
 from stabmon.analysis.kv_cache.prefill import Prefill
 from stabmon.analysis.record import load_record, save_record
 from tests.analysis.kv_cache.models import compressed, gemma3, llama, masked_forward, tokens

@@ -1,0 +1,1 @@
+"""Sum up, check and follow attributions."""

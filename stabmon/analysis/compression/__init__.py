@@ -1,0 +1,1 @@
+"""Measure on a model's own loss how its KV cache may be compressed."""

@@ -1,0 +1,1 @@
+"""A compressed cache on stock models of transformers."""

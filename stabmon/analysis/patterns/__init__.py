@@ -1,0 +1,1 @@
+"""Describe where every head of a model looks."""

@@ -1,0 +1,226 @@
+"""Measure one attention call in one pass over blocks of its rows, in linear memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stabmon.analysis.patterns.context_rows import (
+    first_keys,
+    mass_at,
+    mean_distance,
+    own_positions,
+    query_statistics,
+    row_sums,
+    visible_keys,
+    without_own,
+)
+from stabmon.analysis.patterns.role_masses import RoleMasses, RolePattern
+from stabmon.operator import AttentionOperator
+
+OVER_QUERIES = (
+    "entropy",
+    "normalized_entropy",
+    "sink_mass",
+    "mean_distance",
+    "recent_distant_ratio",
+    "context_mass",
+)
+"""Statistics whose mean over all valid queries with a context is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerScan:
+    """What a pass found; B samples, H heads, K keys. Statistics are float64 on the CPU."""
+
+    is_cross: bool
+    is_causal: bool
+    positions: Tensor
+    """``[B]`` int64 row of the query that was asked about, -1 where the sample has none such."""
+    statistics: dict[str, Tensor]
+    """``[B, H]`` of that query."""
+    over_queries: dict[str, Tensor]
+    """``[B, H]``, over all valid queries."""
+    queries: Tensor
+    """``[B]`` int64, valid queries with a context of at least two keys."""
+    row: Tensor
+    """``[B, H, K]`` the query's weights, its own key included."""
+    received: Tensor
+    """``[B, H, K]`` weights that each key receives, summed over valid queries."""
+    seen_by: Tensor
+    """``[B, K]`` int64, valid queries that see each key, in the head that sees most."""
+    roles: RoleMasses | None
+
+
+def chosen_queries(valid: Tensor, query: int) -> Tensor:
+    """Return the row of each sample's query, ``[B]`` int64; -1 where the sample has none there.
+
+    Args:
+        valid: ``[B, Q]`` bool, rows that are no padding.
+        query: from 0 on a column of the batch, padding included; below 0 counted from the end of
+            the sample's own queries, so that -1 is the last on whichever side the padding is.
+
+    Example:
+        >>> valid = torch.tensor([[False, True, True, True], [True, True, False, False]])
+        >>> chosen_queries(valid, -1).tolist(), chosen_queries(valid, 2).tolist()
+        ([3, 1], [2, -1])
+    """
+    places = torch.arange(valid.shape[1], device=valid.device)
+    if query >= 0:
+        hit = valid & (places == query)
+    else:
+        left = valid.flip(-1).cumsum(-1).flip(-1)
+        hit = valid & (left == -query)
+    return torch.where(hit.any(-1), hit.int().argmax(-1), -1)
+
+
+def is_causal_call(attention: AttentionOperator) -> bool:
+    """Whether no query of the call sees a key after its own, be it by a flag or by the mask."""
+    visibility = attention.visibility
+    if visibility.is_causal:
+        return True
+    summary = visibility.summary
+    if summary is None or summary.last.shape[-1] != attention.queries:
+        return attention.queries == 1 < attention.keys
+    own = own_positions(attention, slice(0, attention.queries))
+    return bool((summary.last <= own).all())
+
+
+def scan_layer(
+    attention: AttentionOperator,
+    *,
+    valid: Tensor,
+    query: int = -1,
+    is_cross: bool = False,
+    ids: Tensor | None = None,
+    custom_roles: Mapping[str, RolePattern] | None = None,
+    roles: bool = True,
+    elements: int = 1 << 21,
+) -> LayerScan:
+    """Pass once over an operator's rows.
+
+    Args:
+        attention: the operator of one call.
+        valid: ``[B, Q]`` bool, queries that count.
+        query: see :func:`chosen_queries`.
+        is_cross: the keys are of another sequence.
+        ids: ``[B, K]`` token ids of the keys.
+        custom_roles: further roles to measure.
+        roles: whether to measure roles at all.
+        elements: weights in one block.
+
+    Returns:
+        What was found.
+    """
+    a, device = attention, attention.query.device
+    is_causal = not is_cross and is_causal_call(a)
+    masses = None
+    if roles:
+        masses = RoleMasses(
+            a,
+            valid,
+            is_cross=is_cross,
+            is_causal=is_causal,
+            ids=ids,
+            custom=custom_roles or {},
+        )
+    first = first_keys(a)
+    positions = chosen_queries(valid, query)
+    chosen = positions.tolist()
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    kind = torch.float64 if a.query.dtype == torch.float64 else torch.float32
+    row = torch.zeros(a.batch, a.heads, a.keys, dtype=kind, device=device)
+    received = torch.zeros(a.batch, a.heads, a.keys, dtype=exact, device=device)
+    seen_by = torch.zeros(a.batch, a.keys, dtype=torch.int64, device=device)
+    rows_of = _Rows(a.batch, a.heads, exact, device)
+    for block in a.row_blocks(elements):
+        rows, cols, p = block.rows, block.cols, block.probabilities
+        if cols.stop <= cols.start:
+            continue
+        aligned = own_positions(a, rows)
+        own = None if is_cross else aligned
+        visible = visible_keys(a, rows, cols)
+        context = without_own(visible, own, cols)
+        found = row_sums(p, context, own, cols)
+        found["sink_mass"] = mass_at(p, first, cols)
+        found["mean_distance"] = mean_distance(p, own, cols, is_causal=is_causal)
+        spread = found.pop("spread")
+        counts = valid[:, rows]
+        rows_of.add(found, counts)
+        weights = p if bool(counts.all()) else p.masked_fill(~counts[:, None, :, None], 0.0)
+        received[:, :, cols] += weights.sum(2).to(exact)
+        looked = visible & counts[:, None, :, None]
+        seen_by[:, cols] += looked.sum(2).amax(1)
+        for sample, position in enumerate(chosen):
+            if rows.start <= position < rows.stop:
+                row[sample, :, cols] = p[sample, :, position - rows.start]
+        if masses is not None:
+            masses.add(p, visible, rows, cols, spread, aligned)
+    if masses is not None:
+        masses.to_host()
+    asked = _of_query(a, row, positions, first, is_cross)
+    return LayerScan(
+        is_cross,
+        is_causal,
+        positions.cpu(),
+        {name: value.double().cpu() for name, value in asked.items()},
+        {name: value.double().cpu() for name, value in rows_of.means().items()},
+        rows_of.queries.amax(1).cpu(),
+        row.cpu(),
+        received.cpu(),
+        seen_by.cpu(),
+        masses,
+    )
+
+
+def _of_query(a: AttentionOperator, row: Tensor, positions: Tensor, first: Tensor, is_cross: bool) -> dict[str, Tensor]:
+    """Statistics ``[B, H]`` of each sample's query; NaN where it has none."""
+    parts: list[dict[str, Tensor]] = []
+    everything = slice(0, a.keys)
+    for sample, position in enumerate(positions.tolist()):
+        one = slice(max(position, 0), max(position, 0) + 1)
+        own = None if is_cross else own_positions(a, one)
+        visible = visible_keys(a, one, everything)
+        context = without_own(visible, own, everything)
+        context = context[sample : sample + 1] if len(context) > 1 else context
+        p = row[sample, None, :, None].double() if row.device.type != "mps" else row[sample, None, :, None]
+        found = query_statistics(p, context)
+        found["sink_mass"] = mass_at(p, first[sample : sample + 1], everything)
+        found["mean_distance"] = mean_distance(p, own, everything, is_causal=False)
+        values = {name: value[0, :, 0] for name, value in found.items()}
+        if position < 0:
+            values = {n: torch.full_like(v.to(p.dtype), torch.nan) for n, v in values.items()}
+        parts.append({name: value.to(p.dtype) for name, value in values.items()})
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+class _Rows:
+    """Sums of row statistics over the valid queries with a context of at least two keys."""
+
+    def __init__(self, batch: int, heads: int, exact: torch.dtype, device: torch.device) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._zero = torch.zeros(batch, heads, dtype=exact, device=device)
+        self.queries = torch.zeros(batch, heads, dtype=torch.int64, device=device)
+
+    def add(self, found: dict[str, Tensor], counts: Tensor) -> None:
+        counted = counts[:, None] & (found["context_size"] >= 2)
+        self.queries += counted.sum(-1)
+        found = found | {"recent_distant_ratio": found["recent"] / found["distant"]}
+        for name, value in found.items():
+            kept = torch.where(counted, value, 0.0).sum(-1, dtype=self._zero.dtype)
+            self._sums[name] = self._sums.get(name, self._zero) + kept
+
+    def means(self) -> dict[str, Tensor]:
+        sums = {name: self._sums.get(name, self._zero) for name in (*OVER_QUERIES, *_POOLED)}
+        means = {name: sums[name] / self.queries for name in OVER_QUERIES}
+        means["recent_share"] = sums["recent"] / (sums["recent"] + sums["distant"])
+        means["pooled_recent_distant_ratio"] = sums["recent"] / sums["distant"]
+        means["clustering"] = sums["neighbours"] / sums["squares"]
+        means["context_size"] = sums["context_size"] / self.queries
+        return means
+
+
+_POOLED = ("recent", "distant", "neighbours", "squares", "context_size")

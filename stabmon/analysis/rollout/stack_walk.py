@@ -1,0 +1,238 @@
+"""Choose a stack of layers while a forward runs, and walk through it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from stabmon.analysis.attribution.image_grid import image_grid
+from stabmon.analysis.forward import run_model
+from stabmon.analysis.rollout.mixing import HeadFusion, Look
+from stabmon.analysis.rollout.paths import DownPath, Layer, Part, UpPath
+from stabmon.analysis.rollout.positions import Positions
+from stabmon.analysis.rollout.result import Rollout
+from stabmon.analysis.rollout.stacks import CallReader, SeenCall, Stack, choose_stack, encoder_of, listed, role_of, stacks_of
+
+logger = logging.getLogger("stabmon")
+
+_told: WeakSet[nn.Module] = WeakSet()
+"""Models whose choice of a stack has been reported."""
+LookMaker = Callable[[str, int, Tensor], Look | None]
+"""For a layer, a sample and its valid rows, what looks at the weights; None for nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """How a rollout is made."""
+
+    residual: float = 0.5
+    start_layer: int = 0
+    head_fusion: HeadFusion = "mean"
+    targets: Positions | None = None
+    sources: Positions | None = None
+    stack: str | None = None
+    pattern: str | None = None
+    attention_modules: tuple[str, ...] = ()
+
+    def part(self, start: int) -> Settings:
+        """Return the settings of a part of the batch that begins with sample ``start``."""
+        targets, sources = (None if each is None else each.beginning(start) for each in (self.targets, self.sources))
+        return replace(self, targets=targets, sources=sources)
+
+    def check(self, samples: int) -> None:
+        """Raise ``ValueError`` where positions are given for another number of samples."""
+        for each in (self.targets, self.sources):
+            if each is not None:
+                each.check(samples)
+
+    def path(self) -> UpPath | DownPath:
+        """Return the cheaper way through the layers."""
+        if self.targets is not None and self.sources is None:
+            return DownPath(self.head_fusion, self.residual)
+        return UpPath(self.head_fusion, self.residual, self.sources)
+
+
+Chosen = tuple[Stack, Stack | None]
+"""A stack, and its encoder where the two are joined."""
+
+
+def seen_calls(model: nn.Module, batch: Any, settings: Settings) -> list[SeenCall]:
+    """Return the attention calls of one more forward, in order; nothing is computed of them."""
+    reader, seen = CallReader(model), list[SeenCall]()
+    run_model(
+        model,
+        batch,
+        lambda call: seen.append(reader.describe(call)),
+        pattern=settings.pattern,
+        attention_modules=settings.attention_modules,
+    )
+    return seen
+
+
+def choose(calls: Sequence[SeenCall], wanted: str) -> Chosen | None:
+    """Return the stack that is wanted, and its encoder for ``joined``; None for ``all``.
+
+    Raises:
+        ValueError: listing the stacks, if there is none of that name.
+    """
+    if wanted == "all":
+        return None
+    stacks = stacks_of(calls)
+    if wanted != "joined":
+        return choose_stack(stacks, wanted), None
+    decoders = [each for each in stacks if role_of(each, stacks) == "decoder"]
+    encoder = encoder_of(decoders[-1], stacks) if decoders else None
+    if encoder is None:
+        raise ValueError(
+            f"stack 'joined' needs an encoder and a decoder that attends to it in one forward; found {listed(stacks)}"
+        )
+    return decoders[-1], encoder
+
+
+class Walk:
+    """One path through the layers of one stack, chosen while the forward runs.
+
+    Args:
+        model: the model.
+        settings: how the rollout is made.
+        chosen: the stack and its encoder, as :func:`choose` found them; None for the stack that attends last, or for all.
+        batches: numbers of samples that the batch can have.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, chosen: Chosen | None, batches: frozenset[int]) -> None:
+        self.model, self.settings, self.chosen, self.batches = model, settings, chosen, batches
+        self.reader = CallReader(model)
+        self.path = settings.path()
+        self.seen: list[SeenCall] = []
+        self._prefix: str | None = None
+        self._left: set[str] = set()
+        self._count: dict[Part, int] = {"self": 0, "encoder": 0}
+
+    def part_of(self, call: SeenCall) -> Part | None:
+        """Return what part a call has in the rollout; None for none."""
+        self.seen.append(call)
+        stack, encoder = self.chosen or (None, None)
+        if call.kind == "cross":
+            return "cross" if encoder is not None and stack is not None and call.layer in stack.cross else None
+        if stack is not None:
+            if encoder is not None and call.layer in encoder.layers:
+                return "encoder"
+            return "self" if call.layer in stack.layers else None
+        if self.settings.stack is None:
+            self._follow(call)
+        return "self"
+
+    def _follow(self, call: SeenCall) -> None:
+        """Begin anew with another stack's first layer."""
+        if call.prefix == self._prefix:
+            return
+        if call.prefix in self._left:
+            raise ValueError(f"stacks take turns: choose one of them by stack=: {listed(stacks_of(self.seen))}")
+        if self._prefix is not None:
+            self._left.add(self._prefix)
+            self.path, self._count = self.settings.path(), {"self": 0, "encoder": 0}
+        self._prefix = call.prefix
+
+    def take(self, layer: Layer, look: LookMaker | None = None) -> None:
+        """Walk through a layer, unless it lies before ``start_layer``.
+
+        Raises:
+            ValueError: if it attends over another batch than the input's.
+        """
+        if layer.batch not in self.batches:
+            raise ValueError(
+                f"{layer.name} attends within {layer.batch} groups of {layer.queries} tokens, which are not the "
+                "batch's samples: windows have no rollout; name layers over whole samples by attention_layer_pattern"
+            )
+        if layer.part == "cross":
+            if self._count["self"] <= self.settings.start_layer and self.settings.start_layer:
+                return
+        else:
+            self._count[layer.part] += 1
+            if self._count[layer.part] <= self.settings.start_layer:
+                return
+        self.path.add(layer, look)
+
+    def finish(self, batch: Any) -> Rollout:
+        """Return the rollout, and say which stack it is of where there are several."""
+        stacks = stacks_of(self.seen)
+        mine = self._mine(stacks)
+        check_start(self.settings.start_layer, mine.layers if self.chosen is not None or mine.layers else self.path.layers)
+        rollout = finish_path(self.path, self.settings)
+        name = mine.name if self.settings.stack not in ("joined", "all") else str(self.settings.stack)
+        if self.settings.stack is None and len(stacks) > 1 and self.model not in _told:
+            _told.add(self.model)
+            logger.warning(
+                "%s has the stacks %s: the rollout is of %s, which attends last; choose another by stack=",
+                type(self.model).__name__,
+                listed(stacks),
+                name,
+            )
+        columns = self.chosen[1] if self.chosen is not None and self.chosen[1] is not None else mine
+        grid = image_grid(self.model, batch, columns.tokens, columns.name if len(stacks) > 1 else None)
+        return replace(rollout, stack=name, stacks=tuple(each.name for each in stacks), image_grid=grid)
+
+    def _mine(self, stacks: Sequence[Stack]) -> Stack:
+        if self.chosen is not None:
+            return self.chosen[0]
+        if not stacks:
+            layers = ", ".join(call.layer for call in self.seen)
+            raise ValueError(f"only cross attention was found ({layers}): rollout needs layers that attend over their own tokens")
+        if self.settings.stack == "all":
+            return Stack("all", "", stacks[-1].tokens, [layer for each in stacks for layer in each.layers])
+        return next(each for each in stacks if each.prefix == self._prefix)
+
+
+def finish_path(path: UpPath | DownPath, settings: Settings) -> Rollout:
+    """Return the rollout at the end of a path."""
+    assert path.valid is not None
+    sources: Tensor | None = None
+    targets: Tensor | None = None
+    if isinstance(path, DownPath):
+        assert settings.targets is not None
+        settings.targets.check(len(path.valid), is_part=True)
+        matrix, first, targets = path.finish(settings.targets)
+    else:
+        if settings.sources is not None:
+            settings.sources.check(len(path.valid), is_part=True)
+        matrix, first = path.finish()
+        sources = path.sources
+        if settings.targets is not None:
+            settings.targets.check(len(path.valid), is_part=True)
+            targets = torch.stack([settings.targets.of(index, row) for index, row in enumerate(path.valid)])
+            matrix = matrix.gather(1, targets[..., None].expand(-1, -1, matrix.shape[2]))
+            first = first.gather(1, targets)
+    return Rollout(
+        matrix,
+        targets,
+        first,
+        path.valid,
+        path.valid if path.source_valid is None else path.source_valid,
+        sources,
+        tuple(path.layers),
+        residual=settings.residual,
+        start_layer=settings.start_layer,
+        head_fusion=settings.head_fusion,
+    )
+
+
+def batch_sizes(batch: Any) -> frozenset[int]:
+    """Return the numbers of samples that a batch can have; the second dimension of ``[S, B, C]`` is one."""
+    values = [batch] if isinstance(batch, Tensor) else list(batch.values() if hasattr(batch, "values") else batch)
+    tensors = [each for each in values if isinstance(each, Tensor) and each.ndim]
+    first = {each.shape[0] for each in tensors if each.ndim > 1}
+    return frozenset(first | {each.shape[1] for each in tensors if each.ndim == 3} | {1})
+
+
+def check_start(start_layer: int, layers: Sequence[str]) -> None:
+    """Raise ``ValueError`` where there is no such layer."""
+    if not 0 <= start_layer < len(layers):
+        raise ValueError(
+            f"start_layer {start_layer!r}: there are {len(layers)} layers, 0 to {len(layers) - 1}: {', '.join(layers)}"
+        )
