@@ -66,7 +66,8 @@ def compressed_generate(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> config = LlamaConfig(**sizes, eos_token_id=None)
         >>> ids = torch.arange(30)[None]
         >>> made = compressed_generate(LlamaForCausalLM(config), ids, cache_size=12, window_size=4, max_new_tokens=5, do_sample=False)
         >>> made.sequences.shape, {len(kept[0, 0]) for kept in made.cache.kept().values()} <= set(range(5, 21))
