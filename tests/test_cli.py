@@ -43,6 +43,7 @@ def add(run_dir: Path, one: StabilityIssue) -> None:
 
 
 def test_list_names_everything_registered() -> None:
+    from stabmon.analysis.kv_cache import POLICIES
     from stabmon.controllers import CONTROLLERS
     from stabmon.interventions import INTERVENTIONS
     from stabmon.rules import RULES
@@ -56,6 +57,7 @@ def test_list_names_everything_registered() -> None:
         "interventions": set(INTERVENTIONS),
         "controllers": set(CONTROLLERS),
         "sinks": set(SINKS),
+        "evictions": set(POLICIES),
     }
     assert all(line for entries in listed.values() for line in entries.values())
 

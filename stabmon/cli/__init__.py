@@ -33,7 +33,7 @@ app.command("analyze")(analyze_command.analyze)
 @app.command("list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="signals, rules, interventions, controllers or sinks; all if left out.")
+        str | None, typer.Argument(help="signals, rules, interventions, controllers, sinks or evictions; all if left out.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -151,13 +151,21 @@ def _leave(message: str) -> None:
 
 
 def _registries() -> dict[str, Registry[Any]]:
+    from stabmon.analysis.kv_cache import POLICIES
     from stabmon.controllers import CONTROLLERS
     from stabmon.interventions import INTERVENTIONS
     from stabmon.rules import RULES
     from stabmon.signals import SIGNALS
     from stabmon.sinks import SINKS
 
-    return {"signals": SIGNALS, "rules": RULES, "interventions": INTERVENTIONS, "controllers": CONTROLLERS, "sinks": SINKS}
+    return {
+        "signals": SIGNALS,
+        "rules": RULES,
+        "interventions": INTERVENTIONS,
+        "controllers": CONTROLLERS,
+        "sinks": SINKS,
+        "evictions": POLICIES,
+    }
 
 
 def _entries(registry: Registry[Any]) -> Iterator[tuple[str, str]]:
