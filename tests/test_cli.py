@@ -1,18 +1,35 @@
 """The command as a user types it: what it prints, and its exit status."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
+from stabmon.cli import main
 from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.sinks.jsonl import JsonlSink
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
+    """The command, in this process: what it prints and how it leaves."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        patch.object(sys, "argv", ["stabmon", *args]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as left,
+    ):
+        main()
+    return subprocess.CompletedProcess(args, int(left.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def run_alone(*args: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     code = "from stabmon.cli import main; main()"
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
@@ -50,7 +67,7 @@ def test_list_names_everything_registered() -> None:
     from stabmon.signals import SIGNALS
     from stabmon.sinks import SINKS
 
-    listed = json.loads(run("list", "--json").stdout)
+    listed = json.loads(run_alone("list", "--json").stdout)
     assert {kind: set(entries) for kind, entries in listed.items()} == {
         "signals": set(SIGNALS),
         "rules": set(RULES),

@@ -13,7 +13,7 @@ import typer.main
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.small import Tokens, gpt2
+from tests.small import VOCABULARY, Tokens, gpt2
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,7 @@ def names(folder: Path, ill: bool) -> dict[str, Any]:
     """What the README takes as given: real, and small; ``ill``: with a NaN, so that there is something to print."""
     from transformers import TrainingArguments
 
-    model = gpt2()
+    model = gpt2(n_positions=256)
     if ill:
         with torch.no_grad():
             model.transformer.h[1].attn.c_attn.weight[0, 0] = math.nan
@@ -57,6 +57,8 @@ def names(folder: Path, ill: bool) -> dict[str, Any]:
         "loader": DataLoader(Tokens(12), 4),
         "train_step": lambda model, batch: train_step(model, batch, optimizer),
         "train": train,
+        "batch": {"input_ids": torch.arange(320).reshape(2, 160) % VOCABULARY},
+        "input_ids": torch.arange(320).reshape(2, 160) % VOCABULARY,
     }
 
 

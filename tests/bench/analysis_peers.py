@@ -4,7 +4,8 @@
 
 Each figure is made in a process of its own, on one thread, of the same random Llama (8 layers, 8 heads of 64, 4 key heads). Seconds
 are those of the work alone, megabytes the peak of resident memory above that of the loaded model. bertviz and TransformerLens are
-installed into a virtual environment in FOLDER (made if it is missing), with the torch that this one has.
+installed into a virtual environment in FOLDER (made if it is missing), with the torch that this one has. With ``--lengths 1024 4096
+8192 --only "forward, sdpa" "stabmon rollout, one target" ...`` it shows how each kind of analysis grows.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def prepare(name: str, length: int) -> Callable[[], int | None]:
 
 def ours(name: str, model: Any, ids: torch.Tensor) -> Callable[[], int | None]:
     """Return stabmon's work of this name."""
-    from stabmon.analysis import attention_maps, attention_patterns, attention_rollout
+    from stabmon.analysis import attention_maps, attention_patterns, attention_rollout, simulate_cake
 
     batch = {"input_ids": ids}
     if name == "stabmon rollout":
@@ -90,12 +91,19 @@ def ours(name: str, model: Any, ids: torch.Tensor) -> Callable[[], int | None]:
         return lambda: attention_rollout(model, batch, targets=-1) and None
     if name == "stabmon patterns":
         return lambda: attention_patterns(model, batch, advice=False) and None
-    from stabmon.report import render_page
+    if name == "stabmon cake":
+        return lambda: simulate_cake(model, batch, cache_size=ids.shape[1] // 4) and None
+    from stabmon.cli.analyzing.writing import write_analysis
+    from stabmon.report.kinds import page_of
 
-    return lambda: len(render_page(attention_maps(model, batch).to_record()).encode())
+    def page() -> int:
+        record, folder = attention_maps(model, batch).to_record(), tempfile.mkdtemp()
+        return (Path(folder) / write_analysis(record, page_of(record), folder, "png")[0]).stat().st_size
+
+    return page
 
 
-OURS = ("stabmon rollout", "stabmon rollout, one target", "stabmon patterns", "stabmon heatmap page")
+OURS = ("stabmon rollout", "stabmon rollout, one target", "stabmon patterns", "stabmon cake", "stabmon heatmap page")
 PLAIN = ("forward, sdpa", "forward, eager", "output_attentions + rollout")
 
 

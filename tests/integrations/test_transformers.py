@@ -366,7 +366,7 @@ def test_guard_clips_under_the_trainer_and_leaves_the_model_clean(tmp_path):
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup"])
+@pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup"])
 def test_a_lowered_rate_holds_in_the_trainer_and_through_a_checkpoint_and_resume(tmp_path, schedule):
     def run(folder, guarded, **more):
         options = {"interventions": {"lower_learning_rate": {"factor": 0.25}}, "budget": {"patience": 100}} if guarded else {}
