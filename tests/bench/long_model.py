@@ -5,8 +5,9 @@
 Grouped heads (4 query, 2 key, four layers), rotary positions, 2048 bytes of context. The text is the standard library's own source:
 much of it repeats over long distances. A model of this size learns from that alone to look at its last few dozen bytes and no further
 (36 minutes of one core: a passage that is given a second time is predicted no better than the first time). So in half of the rows
-passages come again, at distances of any length, and it learns to look them up. Short sequences first, then longer ones. Prints the
-held-out loss of plain text by position, and of a passage the first and the second time.
+passages come again, at distances of any length; and before any text it learns to say random bytes again, without which it did not
+come to look passages up in the hour that was tried. Short sequences first, then longer ones. Prints the held-out loss of plain text
+by position, and of a passage the first and the second time.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from torch import Tensor
 from stabmon.corpus import library_text
 
 CONTEXT = 2048
-STAGES = ((256, 16, 0.5), (1024, 4, 0.2), (CONTEXT, 2, 0.3))
-"""Sequence length, batch, and share of the time."""
+ECHO = 0.15
+"""Share of the time that random bytes are repeated, before any text."""
+STAGES = ((256, 16, 0.4), (1024, 4, 0.2), (CONTEXT, 2, 0.4))
+"""Sequence length, batch, and share of the time that is left."""
 
 
 def make_model(seed: int = 0) -> torch.nn.Module:
@@ -103,6 +106,25 @@ def loss_by_position(model: torch.nn.Module, data: Tensor, rows: int = 8) -> Ten
     return torch.cat(losses).view(rows, -1)[:, : CONTEXT - 8].unflatten(1, (8, -1)).mean((0, 2))
 
 
+def echo(model: torch.nn.Module, seconds: float, generator: torch.Generator) -> None:
+    """Train the model to repeat 16 to 64 random bytes."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    began, step = time.monotonic(), 0
+    while (spent := time.monotonic() - began) < seconds:
+        size = int(torch.randint(16, 65, (), generator=generator))
+        row = torch.randint(32, 127, (32, size), generator=generator)
+        row = torch.cat([row, row], dim=1)
+        logits = model(input_ids=row, use_cache=False).logits[:, size:-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), row[:, size + 1 :].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step % 100 == 0:
+            print(f"echo, step {step} loss {loss.item():.3f} {spent:.0f} s", flush=True)
+
+
 def train(folder: Path, minutes: float, seed: int = 0, start: Path | None = None) -> torch.nn.Module:
     """Train for some minutes of wall time, save into ``folder`` at each stage's end, and return the model.
 
@@ -115,8 +137,11 @@ def train(folder: Path, minutes: float, seed: int = 0, start: Path | None = None
     if start is not None:
         model = AutoModelForCausalLM.from_pretrained(start)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes, sha256 {digest[:16]}", flush=True)
+    if start is None:
+        echo(model, 60 * minutes * ECHO, generator)
+        minutes *= 1 - ECHO
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     began, step, done = time.monotonic(), 0, 0.0
     for length, batch, share in STAGES:
         done += share
