@@ -2,7 +2,7 @@
 
     python tests/bench/kv_cache.py FOLDER [--task text|recall] [--prompts 24] [--context 1536] [--continuation 256] [--out kv_cache.png]
 
-FOLDER holds a model that tests/bench/long_model.py saved; where it is missing, the model is trained first (40 minutes). Each prompt is
+FOLDER holds a model that tests/bench/long_model.py saved; where it is missing, the model is trained first (90 minutes). Each prompt is
 a stretch of held-out text; each policy compresses it once, and the text that follows is scored with what is left: what really follows,
 or, to recall, the rest of a passage that stood somewhere in the prompt and whose beginning ends it. Where a model does not copy, recall
 says nothing; the loss of the same passage without its earlier copy is printed beside. The packaged ALBERT is an encoder: it has no KV
@@ -237,7 +237,7 @@ def main() -> None:
 
         model: Any = AutoModelForCausalLM.from_pretrained(args.folder)
     else:
-        model = train(args.folder, minutes=40)
+        model = train(args.folder, minutes=90)
     model.eval()
     contexts, continuations = prompts(args.prompts, args.context, args.continuation, args.task)
     chosen: list[str | Policy] = [*POLICIES, *(policy for _, policy in variants() if args.variants)]
