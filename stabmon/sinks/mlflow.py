@@ -71,11 +71,11 @@ class MlflowSink(Sink):
         metric = self._mlflow.entities.Metric
         metrics = [metric(re.sub(r"[^\w\-. :/]", "_", name), value, now, reading.step) for name, value in scalars.items()]
         self._wait()
+        if self._issues.due():  # while nothing is being sent: an upload reads the run, and a file store's half-written metrics fail it
+            self._publish()
         for first in range(0, len(metrics), _METRICS_PER_CALL):
             batch = metrics[first : first + _METRICS_PER_CALL]
             self._sending.append(self._client.log_batch(self._run_id, metrics=batch, synchronous=False))
-        if self._issues.due():
-            self._publish()
 
     def write_issue(self, issue: StabilityIssue) -> None:
         if self._client is None:
