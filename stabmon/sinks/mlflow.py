@@ -71,7 +71,9 @@ class MlflowSink(Sink):
         metric = self._mlflow.entities.Metric
         metrics = [metric(re.sub(r"[^\w\-. :/]", "_", name), value, now, reading.step) for name, value in scalars.items()]
         self._wait()
-        if self._issues.due():  # while nothing is being sent: an upload reads the run, and a file store's half-written metrics fail it
+        if (
+            self._issues.due()
+        ):  # while nothing is being sent: an upload reads the run, and a file store's half-written metrics fail it
             self._publish()
         for first in range(0, len(metrics), _METRICS_PER_CALL):
             batch = metrics[first : first + _METRICS_PER_CALL]
