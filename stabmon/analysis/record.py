@@ -52,13 +52,18 @@ def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]
         ...     load_record(folder, "heatmap").arrays["maps/h.0"].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in record.arrays.items()}
     numbers, text = folder / f"{record.kind}.safetensors", folder / f"{record.kind}.json"
-    replace_whole(numbers, lambda path: save_file(arrays, path, metadata={"kind": record.kind}))
+    packed = save(arrays, metadata={"kind": record.kind})
+
+    def write(path: Path) -> None:
+        path.write_bytes(packed)  # with the usual permissions; safetensors' own writer lets only the owner read
+
+    replace_whole(numbers, write)
     head = {"schema_version": SCHEMA_VERSION, "kind": record.kind, "arrays": {name: list(a.shape) for name, a in arrays.items()}}
     write_text(text, exact_json.dumps({**head, **record.values}) + "\n")
     return text, numbers

@@ -77,8 +77,6 @@ def _drawn(record: AnalysisRecord, page: Page, scratch: Path, form: str, extra: 
         (scratch / name).write_text(text, encoding="utf-8")
     files = [f"{page.kind}.html", f"{page.kind}.json", f"{page.kind}.safetensors", *names, *extra]
     save_record(AnalysisRecord(record.kind, {**record.values, "files": files}, record.arrays), scratch)
-    for name in files:  # safetensors writes for its owner alone
-        (scratch / name).chmod(0o666 & ~_umask())
     return files
 
 
@@ -92,10 +90,3 @@ def _earlier(out: Path, kind: str) -> set[str]:
         return set()
     own = (f"{kind}_", f"{kind}.")
     return {name for name in files if isinstance(name, str) and name.startswith(own) and "/" not in name}
-
-
-def _umask() -> int:
-    """The process' file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
