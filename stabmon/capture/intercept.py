@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,11 +17,12 @@ from stabmon.capture.base import bind, isolated, kernel_dtype, nearest_module
 from stabmon.capture.names import ModuleNames
 from stabmon.capture.sdpa import PARAMETERS as SDPA_PARAMETERS
 from stabmon.capture.sdpa import read_sdpa
+from stabmon.capture.transformers_interface import wrapped_lookup
 from stabmon.capture.transformers_kernels import PARAMETERS, Kernel, Reader, reader
 from stabmon.records import AttentionCall
 
 STANDARD = {"attn_mask": "attention_mask", "dropout_p": "dropout", "scale": "scaling"}
-"""What transformers calls the arguments that torch calls otherwise."""
+"""Names of torch's arguments -> names of transformers'."""
 TORCH = {standard: name for name, standard in STANDARD.items()}
 
 
@@ -37,7 +37,7 @@ class AttentionSite:
     """Qualified name of the module that attends; ``name#1`` … from its second call in a forward on."""
     module: nn.Module
     kind: Literal["transformers", "sdpa"]
-    """Whether transformers' attention interface is called, or torch's ``scaled_dot_product_attention`` itself."""
+    """``transformers`` for its attention interface, ``sdpa`` for torch's ``scaled_dot_product_attention``."""
     arguments: Mapping[str, Any]
     """By transformers' names: query ``[B, H, Q, D]``, key, value ``[B, H_kv, K, E]``, attention_mask, scaling, is_causal …"""
     kernel: Kernel
@@ -102,7 +102,7 @@ def intercepted(model: nn.Module, around: Around) -> Iterator[None]:
 
 
 class _Depth:
-    """How many intercepted calls the present one lies in."""
+    """Count the intercepted calls around the present one."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -116,19 +116,11 @@ class _Depth:
             self.count -= 1
 
 
-@contextmanager
-def _interface(names: ModuleNames, around: Around, inside: _Depth) -> Iterator[None]:
-    """Wrap what transformers' ``AttentionInterface.get_interface`` returns (a class attribute; checked in 5.23)."""
-    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-    original = getattr(interface, "get_interface", None)
-    if original is None:
-        yield
-        return
+def _interface(names: ModuleNames, around: Around, inside: _Depth) -> AbstractContextManager[None]:
+    """Hand calls through transformers' attention interface to ``around``."""
 
-    @functools.wraps(original)
-    def get_interface(self: Any, implementation: str, default: Kernel) -> Kernel:
-        kernel: Kernel = original(self, implementation, default)
-        read = reader(inspectable(kernel), default)
+    def wrap(kernel: Kernel, plain: Kernel, default: Kernel) -> Kernel:
+        read = reader(plain, default)
         if read is None:
             return kernel
 
@@ -144,21 +136,7 @@ def _interface(names: ModuleNames, around: Around, inside: _Depth) -> Iterator[N
 
         return attention
 
-    interface.get_interface = get_interface
-    try:
-        yield
-    finally:
-        interface.get_interface = original
-
-
-def inspectable(kernel: Kernel) -> Kernel:
-    """Return the kernel itself, where a capture that is open has wrapped it to look at its calls."""
-    while getattr(kernel, "__module__", "").startswith("transformers.") and hasattr(kernel, "__wrapped__"):
-        if getattr(kernel, "__code__", None) is not None and kernel.__code__.co_filename.endswith("transformers_interface.py"):
-            kernel = kernel.__wrapped__
-        else:
-            break
-    return kernel
+    return wrapped_lookup(wrap)
 
 
 class _Functions(TorchFunctionMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -30,28 +30,53 @@ class TransformersInterface:
     @contextmanager
     def installed(self, capture: AttentionCapture) -> Iterator[None]:
         """Replaces the class's lookup for as long as it is entered."""
-        interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
-        original = getattr(interface, "get_interface", None)
-        if original is None:
-            yield
-            return
 
-        @functools.wraps(original)
-        def get_interface(self: Any, implementation: str, default: Kernel) -> Kernel:
-            kernel: Kernel = original(self, implementation, default)
+        def look(kernel: Kernel, plain: Kernel, default: Kernel) -> Kernel:
             if not capture.listening():
                 return kernel
-            read = reader(kernel, default)
+            read = reader(plain, default)
             if read is None:
                 capture.declined()
                 return kernel
             return watched(kernel, read, capture)
 
-        interface.get_interface = get_interface
-        try:
+        with wrapped_lookup(look):
             yield
-        finally:
-            interface.get_interface = original
+
+
+Wrap = Callable[[Kernel, Kernel, Kernel], Kernel]
+"""``(what is looked up, the same without our wrappers, the model's eager function) -> what the model gets``."""
+WRAPPED = "_stabmon_wraps"
+"""Attribute of our wrappers: the kernel that they stand for."""
+
+
+@contextmanager
+def wrapped_lookup(wrap: Wrap) -> Iterator[None]:
+    """Hand every attention function that models of transformers look up in here through ``wrap``.
+
+    Replaces ``AttentionInterface.get_interface``, a class attribute that is read at each forward (checked in transformers 5.23).
+    Does nothing where transformers has not been imported.
+    """
+    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    original = getattr(interface, "get_interface", None)
+    if original is None:
+        yield
+        return
+
+    @functools.wraps(original)
+    def get_interface(self: Any, implementation: str, default: Kernel) -> Kernel:
+        kernel: Kernel = original(self, implementation, default)
+        plain = getattr(kernel, WRAPPED, kernel)
+        wrapper = wrap(kernel, plain, default)
+        if wrapper is not kernel:
+            setattr(wrapper, WRAPPED, plain)
+        return wrapper
+
+    interface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        interface.get_interface = original
 
 
 def watched(kernel: Kernel, read: Reader, capture: AttentionCapture) -> Kernel:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from stabmon.capture import AttentionCapture
 from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.signals.measure import operator_of
 
@@ -110,6 +111,26 @@ def test_what_around_raises_reaches_the_caller_and_leaves_nothing_behind() -> No
     assert AttentionInterface.get_interface is interface
     assert not model._forward_pre_hooks
     assert torch.overrides._get_current_function_mode() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_capture_sees_the_same_calls_around_and_inside_of_an_interception(attention: str) -> None:
+    model, acted, seen = llama(attention), [], []
+
+    def around(site: AttentionSite) -> object:
+        acted.append(site.layer)
+        return site.run()
+
+    capture = AttentionCapture(model, lambda call: seen.append((call.layer, call.scores is None)))
+    with capture, intercepted(model, around):
+        model(input_ids=IDS)
+    with intercepted(model, around), capture:
+        model(input_ids=IDS)
+    layers = [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert acted == 2 * layers
+    assert seen == 2 * [(layer, True) for layer in layers]
+    assert capture.calls == {"transformers": 2}
 
 
 @torch.no_grad()
