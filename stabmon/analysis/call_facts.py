@@ -13,7 +13,7 @@ from stabmon.records import AttentionCall
 
 
 def reads_other_sequence(call: AttentionCall, reader: CallReader) -> bool:
-    """Whether queries and keys of a call come of two sequences; asked while its forward runs.
+    """Return whether a call attends to another sequence; ask while its forward runs.
 
     Args:
         call: a captured call. A single query over several keys is taken for a decoding step

@@ -21,7 +21,7 @@ SHARED = frozenset({"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", 
 SMALL_WORK = 10**10
 """Parameters times tokens up to which one thread does a forward within about a second."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "Cannot allocate memory")
-"""What allocators say; torch's for CPU raises a plain RuntimeError (checked in 2.13)."""
+"""Messages of allocators; torch's CPU allocator raises a plain RuntimeError (checked in 2.13)."""
 
 
 def in_chunks(
@@ -99,7 +99,7 @@ def reproducible(model: nn.Module, batch: Any) -> Iterator[None]:
 
 
 def _attempt(run: Callable[[Any, int], T], part: Any, start: int) -> tuple[T | None, BaseException | None]:
-    """What ``run`` returns, or the error that memory ran out; nothing of the failed run is held."""
+    """Return the result of ``run``, or the out-of-memory error; hold nothing of a failed run."""
     try:
         return run(part, start), None
     except (MemoryError, RuntimeError) as error:
@@ -123,7 +123,7 @@ def _halved(size: int, samples: int, *, quiet: bool = False) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
+    """Return whether an error means out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in OUT_OF_MEMORY)

@@ -128,7 +128,7 @@ def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[
 
 
 def takes(model: nn.Module, name: str) -> bool:
-    """Whether the model's forward has a parameter of this name, or its base model's where adapters wrap it."""
+    """Return whether the forward of the model, or of its adapters' base, has this parameter."""
     forwards = [model.forward]
     base = getattr(model, "get_base_model", None)
     if callable(base):

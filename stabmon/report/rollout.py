@@ -205,7 +205,7 @@ def _verdict(
 
 
 def _baseline(record: AnalysisRecord, position: int) -> str:
-    """What attention that is even over all earlier tokens would give the first one, in words."""
+    """Describe the first token's share under even causal attention."""
     matrix = record.arrays["matrix"]
     valid, values = record.arrays["valid"][0], record.values
     targets = values.get("targets")

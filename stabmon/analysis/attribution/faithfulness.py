@@ -18,7 +18,7 @@ from stabmon.analysis.rollout.result import Rollout
 
 @dataclass(frozen=True)
 class DeletionEffect:
-    """What taking k tokens away does to the log-probability of the model's own prediction, in nats.
+    """Hold the drop of the model's own log-probability, in nats, when k tokens are deleted.
 
     A drop is the log-probability with all tokens less that without k of them: positive where they mattered.
 

@@ -17,7 +17,7 @@ from stabmon.analysis.rollout.result import Rollout
 
 @dataclass(frozen=True, eq=False)
 class GenerationAttribution:
-    """What each generated token owes to the tokens that it was predicted from.
+    """Hold each generated token's attribution to the tokens before it.
 
     Attributes:
         tokens: ``[B, S]`` ids, prompt and generated; of an encoder–decoder the decoder's.

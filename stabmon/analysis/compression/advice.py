@@ -92,7 +92,7 @@ class Recommendation:
 
 @dataclass(frozen=True, eq=False)
 class CompressionAdvice:
-    """What may be done, what may not, and why something could not be told."""
+    """Hold recommendations, rejected candidates and notes."""
 
     recommendations: list[Recommendation] = field(default_factory=list)
     rejected: list[Recommendation] = field(default_factory=list)

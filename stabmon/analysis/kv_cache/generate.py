@@ -14,7 +14,7 @@ from stabmon.analysis.kv_cache.policy import Policy
 
 @dataclass(frozen=True, eq=False)
 class CompressedGeneration:
-    """What was generated, and the cache that it was generated with."""
+    """Hold generated tokens and the cache that they were generated with."""
 
     sequences: Tensor
     """``[B, S + T]`` prompt and new tokens, as ``generate`` returns them."""

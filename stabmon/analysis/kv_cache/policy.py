@@ -27,7 +27,7 @@ class DecodeStep:
     """``[B, H_kv, M]`` int64, ascending; -1 for an empty slot, all of which come first."""
     window: int
     memory: dict[str, Tensor]
-    """What the policy remembers of each key, ``[B, H_kv, M]`` each; moves with the keys."""
+    """The policy's memory of each key, ``[B, H_kv, M]`` each; moves with the keys."""
 
     @property
     def key_heads(self) -> int:
@@ -57,15 +57,15 @@ class Policy(ABC):
 
     name: ClassVar[str]
     evicts_in_decode: ClassVar[bool] = True
-    """Whether the method, as it was published, goes on evicting while it decodes; else its cache grows with every token."""
+    """True where the published method also evicts while decoding; else its cache grows with every token."""
     keeps_all: ClassVar[bool] = False
-    """Whether nothing is ever evicted."""
+    """True where nothing is ever evicted."""
     follows: ClassVar[bool] = False
-    """Whether every decoding step has to be looked at, even one that evicts nothing."""
+    """True where the policy reads every decoding step, even one without eviction."""
 
     @property
     def rule(self) -> Rule:
-        """How claims become budgets."""
+        """Return the rule that turns claims into budgets."""
         return filled
 
     def fixed_claims(self, layers: int) -> list[float] | None:
@@ -80,8 +80,8 @@ class Policy(ABC):
         return [1.0] * layers
 
     def claim(self, layer: PromptLayer) -> Tensor:
-        """Return what a layer claims of the cache, ``[B]``, 0 or above; asked only without :meth:`fixed_claims`."""
-        raise NotImplementedError
+        """Return a layer's claim on the cache, ``[B]``, 0 or above; asked where :meth:`fixed_claims` is None. Alike by default."""
+        return torch.ones(layer.operator.batch)
 
     @abstractmethod
     def scores(self, layer: PromptLayer) -> Tensor:

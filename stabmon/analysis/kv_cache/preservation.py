@@ -18,7 +18,7 @@ and V, are over keys before the window, and NaN where that is 0. Each is summed 
 
 @dataclass(frozen=True, eq=False)
 class KeyTerms:
-    """What each key contributes to each measure, so that any choice of keys can be judged later; ``[B, H, S]`` each."""
+    """Hold each key's contribution to each measure, to judge any choice of keys later; ``[B, H, S]`` each."""
 
     mass: Tensor
     entropy: Tensor

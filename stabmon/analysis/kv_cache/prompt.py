@@ -93,7 +93,7 @@ class PromptLayer:
 
     @property
     def is_windowed(self) -> bool:
-        """Whether some sample's last query does not see all its tokens, as under a sliding window."""
+        """Return whether the last query misses tokens, as under a sliding window."""
         seen = self.operator.n_visible().amax((1, 2))
         return bool((seen < self.valid.sum(1)).any())
 

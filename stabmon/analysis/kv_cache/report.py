@@ -49,7 +49,7 @@ class LayerCache:
 
 @dataclass(frozen=True, eq=False)
 class CakeReport:
-    """What one cache size does to a prompt, and to the tokens that follow it."""
+    """Report the effect of one cache size on a prompt and the tokens that follow."""
 
     policy: str
     settings: Mapping[str, Any]

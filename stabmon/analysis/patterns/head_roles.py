@@ -82,7 +82,7 @@ class _Head:
     """Of a content role, the mass of each offset's key in all other rows; NaN if these are few."""
 
     def holds(self, role: str) -> bool:
-        """Whether the role's mass is large enough, whatever others there are."""
+        """Return whether the role's mass alone is large enough."""
         if self.rows[role] < LEAST_ROWS:
             return False
         mass = self.masses[role]
@@ -110,24 +110,24 @@ class _Head:
         return offset if rest < APART * self.masses[role] else None
 
     def is_part_of(self, offset: str, content: str) -> bool:
-        """Whether an offset's mass lies on keys of a content role, as in a text with a period."""
+        """Return whether a content role explains an offset's mass, as in periodic text."""
         covered = self.overlap[content].get(offset, 0.0)
         return covered > self.together[content][offset] / 2
 
     def is_band(self) -> bool:
-        """Whether the mass of ``local`` is spread over the band, and no single offset's."""
+        """Return whether the mass of ``local`` is spread over the band."""
         on_band = self.together["local"]
         largest = max(on_band[name] for name in self.offsets)
         rest = on_band["local"] - largest
         return self.holds("local") and rest >= max(REST_OF_BAND, self.expected["local"])
 
     def shares_band(self, role: str) -> bool:
-        """Whether an offset's mass is no more than one of two large parts of the band's."""
+        """Return whether the band has a second part as large as this offset's."""
         others = [self.masses[name] for name in self.offsets if name != role]
         return role in self.offsets and max(others, default=0.0) >= SINK_SHARE
 
     def compete(self, one: str, other: str) -> bool:
-        """Whether two roles share the rows between them."""
+        """Return whether two roles share the same rows."""
         if {one, other} == {"duplicate_token", "self"} or self.rows[one] < LEAST_ROWS:
             return False
         first = self.together[one]

@@ -34,7 +34,7 @@ OVER_QUERIES = (
 
 @dataclass(frozen=True, eq=False)
 class LayerScan:
-    """What a pass found; B samples, H heads, K keys. Statistics are float64 on the CPU."""
+    """Hold the results of one pass over a layer; B samples, H heads, K keys; float64 on the CPU."""
 
     is_cross: bool
     is_causal: bool
@@ -78,7 +78,7 @@ def chosen_queries(valid: Tensor, query: int) -> Tensor:
 
 
 def is_causal_call(attention: AttentionOperator) -> bool:
-    """Whether no query of the call sees a key after its own, be it by a flag or by the mask."""
+    """Return whether no query sees a later key, by flag or by mask."""
     visibility = attention.visibility
     if visibility.is_causal:
         return True

@@ -190,7 +190,7 @@ class RoleMasses:
         return [*found, ((mass * near).sum(-1), (size & near).sum(-1))]
 
     def _is_near(self, back: Tensor, seen: Tensor) -> Tensor:
-        """Whether keys ``back`` positions before the query are of its band, ``[…, rows, cols]``.
+        """Return which keys, ``back`` positions before the query, lie in its band, ``[…, rows, cols]``.
 
         Args:
             back: ``[cols]`` or ``[rows, cols]``.
@@ -202,7 +202,7 @@ class RoleMasses:
         return back.abs() < (width + 1) // 2
 
     def _at_offsets(self, p: Tensor, mask: Tensor, cols: slice, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Where ``mask`` ``[B, rows, cols]`` has each offset's key: mass, and whether it has.
+        """Return each offset's mass within ``mask`` ``[B, rows, cols]``, and whether its key is in it.
 
         Returns:
             ``[B, H, rows, K]`` and ``[B, rows, K]``.

@@ -37,7 +37,7 @@ def given_layers(maps: Sequence[Any]) -> Iterator[Layer]:
 
 
 def is_given(model: Any) -> bool:
-    """Whether what was given in place of a model is a list of maps."""
+    """Return whether the argument is a list of maps and no model."""
     return isinstance(model, list | tuple) and not any(callable(getattr(each, "forward", None)) for each in model)
 
 

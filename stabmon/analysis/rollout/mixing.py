@@ -68,7 +68,7 @@ class SampleMaps:
 
     @property
     def is_causal(self) -> bool:
-        """Whether no block of rows sees keys beyond its own last row."""
+        """Return whether no block of rows sees keys beyond its last row."""
         return self.keys == self.queries and all(self._ends(a, b) <= b for a, b in self._bounds())
 
     def mixtures(

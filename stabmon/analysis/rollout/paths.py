@@ -34,7 +34,7 @@ class Layer:
 
 
 class Path(ABC):
-    """What is carried through the layers of one stack, for every sample of a batch."""
+    """Carry rows or columns of the rollout through the layers of one stack, for every sample."""
 
     def __init__(self, fusion: HeadFusion, residual: float) -> None:
         self.fusion, self.residual = fusion, residual

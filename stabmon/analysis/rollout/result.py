@@ -1,4 +1,4 @@
-"""What a rollout found."""
+"""The result of a rollout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stabmon.analysis.record import AnalysisRecord
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """How much each token after the last layer owes to each token of the input.
+    """Hold the shares that each token after the last layer owes to the input's tokens.
 
     B samples, T tokens that owe, S tokens that are owed to.
 
@@ -49,7 +49,7 @@ class Rollout:
 
     @property
     def method(self) -> str:
-        """How the matrix was made, in words."""
+        """Describe the method in words."""
         weighted = f", {self.weighting}-weighted" if self.weighting else ""
         return (
             f"rollout of {len(self.layers)} layers from layer {self.start_layer}{weighted}, heads by {self.head_fusion}, "

@@ -29,7 +29,7 @@ LookMaker = Callable[[str, int, Tensor], Look | None]
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """How a rollout is made."""
+    """Settings of a rollout."""
 
     residual: float = 0.5
     start_layer: int = 0

@@ -29,7 +29,7 @@ MAP_SIDE = 256
 
 @dataclass(frozen=True)
 class Layers:
-    """What a small forward has shown."""
+    """Hold the layers that a small forward has shown."""
 
     heads: dict[str, int]
     """Layer -> query heads, in the order of the forward."""

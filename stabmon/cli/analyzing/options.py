@@ -13,7 +13,7 @@ FORMATS = ("png", "svg")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; None where nothing was said."""
+    """Hold the command's options; None where left out."""
 
     model: str | None = None
     text: str | None = None

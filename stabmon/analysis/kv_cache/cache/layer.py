@@ -23,7 +23,7 @@ def _at_once() -> None:
 
 
 class KeptKeys:
-    """What turns a ``DynamicLayer`` of transformers into one that can lose keys; mixed into it by :mod:`.stock_cache`.
+    """Let a ``DynamicLayer`` of transformers lose keys; mixed into it by :mod:`.stock_cache`.
 
     Attributes:
         keys, values: ``[B, H_kv, M, D]``, or None before the first token.

@@ -20,7 +20,7 @@ class Eviction:
 
 @dataclass(frozen=True)
 class Stage:
-    """How much the cache held around one layer's turn in the prompt, over the layers that can lose keys."""
+    """Record the cache's size around one layer's prefill, over the layers that can lose keys."""
 
     layer: str
     bytes_before: int
