@@ -5,10 +5,10 @@
 >>> monitor.close()
 """
 
-from stabmon.analyzer import AttentionAnalyzer
 from stabmon.check import check_attention_stability
 from stabmon.config import StabilityConfig, load_config
-from stabmon.monitor import AttentionStabilityMonitor
+from stabmon.engine.analyzer import AttentionAnalyzer
+from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.records import AttentionCall, Diagnosis, NonFinite, Reading, StabilityIssue
 
 __version__ = "0.1.0"

@@ -296,13 +296,13 @@ class Diagnosis:
 
     def plot_entropy_heatmap(self, path: str | Path | None = None) -> Figure:
         """Normalised entropy of every head at this step, layers by heads; saved to ``path`` where one is given."""
-        from stabmon.plots import signal_heatmap
+        from stabmon.figures.signals import signal_heatmap
 
         return signal_heatmap(self.stats, "normalized_entropy", self.step, path)
 
     def plot_curvature_evolution(self, path: str | Path | None = None) -> Figure:
         """Largest log curvature (the tight bound) of every layer over the steps so far; saved to ``path`` where one is given."""
-        from stabmon.plots import signal_evolution
+        from stabmon.figures.signals import signal_evolution
 
         return signal_evolution(self.readings, "hnf_log_curvature", path)
 

@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import T5Config, T5ForConditionalGeneration
 
+from stabmon._storage.strict_json import loads
 from stabmon.analysis import attention_maps, attention_rollout
 from stabmon.cli import main
 from stabmon.cli.analyzing.options import parsed_numbers, parsed_size
-from stabmon.sinks.exact_json import loads
 from tests.check import models
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then the quick brown fox does it again. " * 6

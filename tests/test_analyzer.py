@@ -66,7 +66,7 @@ def test_a_call_that_cannot_be_measured_is_an_error_and_not_a_gap(monkeypatch):
     def no(*_, **__):
         raise MemoryError("planted")
 
-    monkeypatch.setattr("stabmon.measurements.operator_of", no)
+    monkeypatch.setattr("stabmon.signals.accumulator.operator_of", no)
     model = Floats()
     with stabmon.AttentionAnalyzer(model) as analyzer:
         model(torch.randn(2, 6, 32))

@@ -113,7 +113,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("signals/entropy.py", "def f():\n    import stabmon.rules"),
         ("rules/loss_spike.py", "import lightning"),
         ("check/source.py", "import transformers"),
-        ("check/report.py", "from stabmon.monitor import AttentionStabilityMonitor"),
+        ("check/report.py", "from stabmon.engine.monitor import AttentionStabilityMonitor"),
         ("sinks/wandb.py", "import wandb"),
         ("monitor.py", "try:\n    import mlflow\nexcept ImportError:\n    pass"),
     ],

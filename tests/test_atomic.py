@@ -9,11 +9,11 @@ import pytest
 import torch
 from interventions.runs import run_of
 
-import stabmon.controllers.store as store
-from stabmon.atomic import replace_whole, write_text
+import stabmon.controllers.serialization as store
+from stabmon._storage.atomic_write import replace_whole, write_text
 from stabmon.controllers import attach_controllers, load_controllers, save_controllers
-from stabmon.interventions.healthy_states import HealthyStates
-from stabmon.interventions.snapshots import Snapshot
+from stabmon.interventions.run.healthy_states import HealthyStates
+from stabmon.interventions.run.snapshots import Snapshot
 from tests.small import gpt2
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from stabmon.controllers import CONTROLLERS
 from stabmon.controllers.base import Controller, Site
+from stabmon.guard.symptoms import ORDER, PREVENTIVE
 from stabmon.interventions import INTERVENTIONS, Intervention
-from stabmon.interventions.families import ORDER, PREVENTIVE
 from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.registry import Registry
 from stabmon.rules import RULES, History

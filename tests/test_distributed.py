@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import stabmon
-from stabmon import distributed
+from stabmon.engine import rank_reducer as distributed
 from stabmon.records import NonFinite
 from tests.small import batches, gpt2, lines, optimizer_of, same_readings, train, weights
 

@@ -11,8 +11,8 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import stabmon
-from stabmon.grad_scaler import ScalerWatch
-from stabmon.optimizer_view import innermost
+from stabmon._torch.grad_scaler import ScalerWatch
+from stabmon._torch.optimizer_adapter import innermost
 from tests.small import Floats, optimizer_of, same_bits, weights
 
 

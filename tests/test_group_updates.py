@@ -8,9 +8,9 @@ from torch import nn
 from transformers import Adafactor
 
 import stabmon
-from stabmon.group_updates import GroupUpdates
-from stabmon.optimizer_view import parameter_groups
-from stabmon.sinks.records_reader import read_records
+from stabmon._torch.optimizer_adapter import parameter_groups
+from stabmon.engine.group_updates import GroupUpdates
+from stabmon.sinks.reader import read_records
 from tests.small import batches, gpt2, optimizer_of, same_bits, weights
 
 

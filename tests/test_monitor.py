@@ -376,7 +376,7 @@ def test_where_nothing_can_be_measured_training_goes_on_and_it_is_logged_once(ca
     def no(*_, **__):
         raise MemoryError("nothing left")
 
-    monkeypatch.setattr("stabmon.measurements.operator_of", no)
+    monkeypatch.setattr("stabmon.signals.accumulator.operator_of", no)
     model, twin = gpt2(dropout=0.1), gpt2(dropout=0.1)
     _, monitor = run(model, batches(3), log_every=1)
     monkeypatch.undo()
@@ -523,8 +523,8 @@ def test_a_monitor_does_not_outlive_its_model(log_every):
 
 
 def test_the_bench_of_twins_notices_a_single_draw_and_a_single_hook_left(monkeypatch):
-    from stabmon.measurements import Measurements
-    from stabmon.observer import StepObserver
+    from stabmon.engine.step_observer import StepObserver
+    from stabmon.signals.accumulator import Measurements
     from tests.bench.do_no_harm import Case, pair
 
     case, measured = Case("plain", log_every=5, steps=10), Measurements.add

@@ -94,8 +94,8 @@ def test_a_nan_outside_of_attention_has_no_head():
 
 def test_a_misfortune_is_traced_once_while_it_lasts(monkeypatch):
     traced = []
-    original = stabmon.tracer.find_in_forward
-    monkeypatch.setattr("stabmon.tracer.find_in_forward", lambda *args: traced.append(args[-1]) or original(*args))
+    original = stabmon.nonfinite.tracer.find_in_forward
+    monkeypatch.setattr("stabmon.nonfinite.tracer.find_in_forward", lambda *args: traced.append(args[-1]) or original(*args))
 
     def plant(model):
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
@@ -576,7 +576,7 @@ def test_where_every_step_is_not_to_be_watched_a_bad_step_shows_at_the_next_samp
 
 
 def test_inputs_beyond_the_memory_kept_for_replays_are_not_kept(monkeypatch):
-    from stabmon import replay
+    from stabmon._torch import forward_call as replay
 
     monkeypatch.setattr(replay, "_KEEP_BYTES", 2 * 6 * 32 * 4 * 2)
     model = Floats()

@@ -7,7 +7,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from transformers import Adafactor
 
-from stabmon.optimizer_view import OptimizerView, innermost
+from stabmon._torch.optimizer_adapter import OptimizerView, innermost
 
 
 def made(count=2):

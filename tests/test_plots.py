@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stabmon.plots import short_names, signal_evolution, signal_heatmap
+from stabmon.figures.signals import short_names, signal_evolution, signal_heatmap
 from stabmon.records import Diagnosis, Reading
 
 NAN, INF = float("nan"), float("inf")
@@ -136,13 +136,13 @@ def test_layers_are_named_by_what_tells_them_apart() -> None:
 def test_drawing_touches_neither_pyplot_nor_the_backend() -> None:
     code = """
 import sys, numpy as np
-import stabmon.plots
+import stabmon.figures.signals
 assert "matplotlib" not in sys.modules
-stabmon.plots.signal_heatmap({"a": {"max_logit": np.ones(2)}}, "max_logit", 1)
+stabmon.figures.signals.signal_heatmap({"a": {"max_logit": np.ones(2)}}, "max_logit", 1)
 print("matplotlib.pyplot" in sys.modules)
 sys.modules["matplotlib.figure"] = None
 try:
-    stabmon.plots.signal_heatmap({"a": {"max_logit": np.ones(2)}}, "max_logit", 1)
+    stabmon.figures.signals.signal_heatmap({"a": {"max_logit": np.ones(2)}}, "max_logit", 1)
 except ImportError as error:
     print(error)
 """

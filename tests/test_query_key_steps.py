@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import stabmon
-from stabmon.sinks.records_reader import read_records
+from stabmon.sinks.reader import read_records
 from tests.small import Floats, batches, gpt2, llama, optimizer_of, same_bits, train, weights
 
 

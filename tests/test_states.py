@@ -10,8 +10,8 @@ import torch
 
 import stabmon
 from stabmon.interventions import INTERVENTIONS
-from stabmon.interventions.healthy_states import HealthyStates
-from stabmon.interventions.snapshots import Snapshot
+from stabmon.interventions.run.healthy_states import HealthyStates
+from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.records import StabilityIssue
 from tests.small import batches as some_batches
 from tests.small import gpt2, llama, optimizer_of, same_bits, train, weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from stabmon.training.command import train
+from stabmon.cli.train import train
 
 
 def main() -> int:

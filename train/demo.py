@@ -29,16 +29,16 @@ from losses import read_losses
 from tqdm import tqdm  # type: ignore[import-untyped]
 from twins import WINDOW, departure
 
+from stabmon._storage import strict_json
 from stabmon.records import StabilityIssue
-from stabmon.sinks import exact_json
-from stabmon.sinks.records_reader import read_records
+from stabmon.sinks.reader import read_records
 
 ROOT = Path(__file__).parents[1]
 FRAMEWORKS = {"hf": ("Hugging Face Trainer", "hf_gpt"), "lightning": ("Lightning", "lightning_gpt")}
 RUNS = {
     "healthy": ["provoke=none"],
     "provoked": ["provoke=scale_qk"],
-    "guarded": ["provoke=scale_qk", "stabmon.config=guard"],
+    "guarded": ["provoke=scale_qk", "stabmon.config.schema=guard"],
 }
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -143,7 +143,7 @@ def compare(out: Path) -> str:
         f"{'final loss':<14} {'train':>7} {'validation':>11}",
     ]
     for run in (healthy, provoked, guarded):
-        outcome = exact_json.loads((run / "outcome.json").read_text())
+        outcome = strict_json.loads((run / "outcome.json").read_text())
         lines.append(f"  {run.name:<12} {outcome['train_loss']:7.3f} {outcome['validation_loss']:11.3f}")
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stabmon.corpus import VOCABULARY
+from stabmon.tiny.corpus import VOCABULARY
 
 
 @dataclass(frozen=True)

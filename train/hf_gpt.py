@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from stabmon.recipe import BETAS, MIN_RATE
-from stabmon.training.models import Shape, make_model
+from stabmon.tiny.language_models import Shape, make_model
+from stabmon.tiny.recipe import BETAS, MIN_RATE
 
 
 @dataclass(frozen=True)

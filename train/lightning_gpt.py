@@ -26,7 +26,7 @@ from settings import RunSettings, SettingsError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from stabmon.training.optimizer import make_optimizer, make_schedule
+from stabmon.study.optimizer import make_optimizer, make_schedule
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stabmon._storage import strict_json
 from stabmon.records import SEVERITIES, StabilityIssue
-from stabmon.sinks import exact_json
 
 
 class LiveRun:
@@ -81,6 +81,6 @@ def follow(path: Path) -> Callable[[], list[dict[str, Any]]]:
             file.seek(at)
             whole, newline, _ = file.read().rpartition(b"\n")
         at += len(whole) + len(newline)
-        return [exact_json.loads(line) for line in whole.splitlines()]
+        return [strict_json.loads(line) for line in whole.splitlines()]
 
     return read

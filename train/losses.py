@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stabmon.sinks import exact_json
+from stabmon._storage import strict_json
 
 
 class LossLog:
@@ -22,8 +22,8 @@ class LossLog:
             self.write(step, loss)
 
     def write(self, step: int, loss: float) -> None:
-        """Add one step; a NaN or an infinity is kept as such (see :mod:`stabmon.sinks.exact_json`)."""
-        self._file.write(exact_json.dumps({"step": step, "loss": loss}) + "\n")
+        """Add one step; a NaN or an infinity is kept as such (see :mod:`stabmon._storage.strict_json`)."""
+        self._file.write(strict_json.dumps({"step": step, "loss": loss}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -34,5 +34,5 @@ class LossLog:
 def read_losses(path: Path) -> dict[int, float]:
     """Step -> loss, in the order of steps; a last line that a killed run left unfinished is ignored."""
     whole = path.read_text().rpartition("\n")[0].splitlines()
-    records = [exact_json.loads(line) for line in whole]
+    records = [strict_json.loads(line) for line in whole]
     return dict(sorted((int(record["step"]), float(record["loss"])) for record in records))

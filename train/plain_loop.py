@@ -22,7 +22,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 import stabmon
 from stabmon.config import load_config
-from stabmon.training.optimizer import make_optimizer, make_schedule
+from stabmon.study.optimizer import make_optimizer, make_schedule
 
 
 @dataclass(frozen=True)

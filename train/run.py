@@ -19,9 +19,9 @@ from losses import LossLog, read_losses
 from settings import RunSettings, SettingsError, read_settings
 from torch import Tensor
 
+from stabmon._storage import strict_json
 from stabmon.config import load_config
-from stabmon.corpus import Corpus, CorpusError, load_corpus
-from stabmon.sinks import exact_json
+from stabmon.tiny.corpus import Corpus, CorpusError, load_corpus
 
 R = TypeVar("R", bound=RunSettings)
 LAST = 20
@@ -104,7 +104,7 @@ def finish(run: Run, validation_loss: float) -> Outcome:
     losses = read_losses(run.folder / "losses.jsonl")
     last = list(losses.values())[-LAST:]
     outcome = Outcome(max(losses, default=0), math.fsum(last) / len(last) if last else math.nan, validation_loss)
-    (run.folder / "outcome.json").write_text(exact_json.dumps(dataclasses.asdict(outcome)) + "\n")
+    (run.folder / "outcome.json").write_text(strict_json.dumps(dataclasses.asdict(outcome)) + "\n")
     return outcome
 
 

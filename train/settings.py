@@ -1,4 +1,4 @@
-"""What the training scripts are told; how it is read is :mod:`stabmon.training.settings`."""
+"""What the training scripts are told; how it is read is :mod:`stabmon.study.settings`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from provoke import HighLr, ScaleQk
 
-from stabmon.training.settings import CorpusSettings, SettingsError, TrainingSettings, WatchSettings, read_settings
+from stabmon.study.settings import CorpusSettings, SettingsError, TrainingSettings, WatchSettings, read_settings
 
 __all__ = ["CorpusSettings", "RunSettings", "SettingsError", "TrainingSettings", "WatchSettings", "read_settings"]
 

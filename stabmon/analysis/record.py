@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from stabmon.atomic import replace_whole, write_text
-from stabmon.sinks import exact_json
+from stabmon._storage import strict_json
+from stabmon._storage.atomic_write import replace_whole, write_text
 
 SCHEMA_VERSION = 1
 
@@ -33,7 +33,7 @@ class AnalysisRecord:
 def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]:
     """Write ``<kind>.json`` and ``<kind>.safetensors``, each as a whole.
 
-    The JSON is strict: NaN and infinities follow :data:`stabmon.sinks.exact_json.ENCODING`.
+    The JSON is strict: NaN and infinities follow :data:`stabmon._storage.strict_json.ENCODING`.
 
     Args:
         record: the record.
@@ -65,7 +65,7 @@ def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]
 
     replace_whole(numbers, write)
     head = {"schema_version": SCHEMA_VERSION, "kind": record.kind, "arrays": {name: list(a.shape) for name, a in arrays.items()}}
-    write_text(text, exact_json.dumps({**head, **record.values}) + "\n")
+    write_text(text, strict_json.dumps({**head, **record.values}) + "\n")
     return text, numbers
 
 
@@ -80,7 +80,7 @@ def load_record(folder: str | Path, kind: str) -> AnalysisRecord:
 
     text, numbers = Path(folder) / f"{kind}.json", Path(folder) / f"{kind}.safetensors"
     try:
-        values = exact_json.loads(text.read_text())
+        values = strict_json.loads(text.read_text())
     except OSError as error:
         raise ValueError(f"{text}: {error.strerror or error}; give a folder that stabmon analyze --kind {kind} wrote") from None
     except ValueError as error:

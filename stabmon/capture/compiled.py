@@ -23,9 +23,9 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
-from stabmon.capture.base import bind, nearest_module
-from stabmon.capture.flex import PARAMETERS, record_flex
-from stabmon.capture.shadow import traceless
+from stabmon._torch.isolation import traceless
+from stabmon.capture.adapters.flex import PARAMETERS, record_flex
+from stabmon.capture.protocol import bind, nearest_module
 
 if TYPE_CHECKING:
     from stabmon.capture.session import AttentionCapture

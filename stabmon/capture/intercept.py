@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from stabmon.capture.base import bind, isolated, kernel_dtype, nearest_module
+from stabmon.capture.adapters.sdpa import PARAMETERS as SDPA_PARAMETERS
+from stabmon.capture.adapters.sdpa import read_sdpa
+from stabmon.capture.adapters.transformers import wrapped_lookup
+from stabmon.capture.adapters.transformers_kernels import PARAMETERS, Kernel, Reader, reader
 from stabmon.capture.names import ModuleNames
-from stabmon.capture.sdpa import PARAMETERS as SDPA_PARAMETERS
-from stabmon.capture.sdpa import read_sdpa
-from stabmon.capture.transformers_interface import wrapped_lookup
-from stabmon.capture.transformers_kernels import PARAMETERS, Kernel, Reader, reader
+from stabmon.capture.protocol import bind, isolated, kernel_dtype, nearest_module
 from stabmon.records import AttentionCall
 
 STANDARD = {"attn_mask": "attention_mask", "dropout_p": "dropout", "scale": "scaling"}

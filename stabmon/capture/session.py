@@ -11,15 +11,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from stabmon.capture.base import isolated
+from stabmon.capture.adapters.torch_functions import FunctionWatch, push, remove, taken_off
+from stabmon.capture.adapters.transformers import TransformersInterface
 from stabmon.capture.compiled import CompiledCode
+from stabmon.capture.coverage.op_trace import sequence_number
+from stabmon.capture.coverage.witness import Witness, WitnessedWatch, is_due
+from stabmon.capture.masks.unreachable import hide_unreachable
 from stabmon.capture.names import ModuleNames
-from stabmon.capture.op_trace import sequence_number
+from stabmon.capture.protocol import isolated
 from stabmon.capture.same_positions import attends_itself
-from stabmon.capture.torch_functions import FunctionWatch, push, remove, taken_off
-from stabmon.capture.transformers_interface import TransformersInterface
-from stabmon.capture.unreachable import hide_unreachable
-from stabmon.capture.witness import Witness, WitnessedWatch, is_due
 from stabmon.records import AttentionCall
 
 logger = logging.getLogger(__name__)

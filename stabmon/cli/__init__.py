@@ -77,7 +77,7 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Whether a model's attention is going to be stable, before it is trained, and what to change if not."""
-    from stabmon.check.command import Asked, run
+    from stabmon.cli.check import Asked, run
 
     _check_severity(fail_on)
     asked = Asked(model, seq_len, dtype, attn, text, batch, seed, lr, schedule, sweep, region, plot, as_json, markdown, fail_on)
@@ -93,7 +93,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train attention controllers on a corpus, on a frozen base and with it, and compare them with controls of the same size."""
-    from stabmon.training.command import train as run
+    from stabmon.cli.train import train as run
 
     run(config, overrides or [], text=text, as_json=as_json)
 
@@ -107,7 +107,7 @@ def watch(
     as_json: Json = False,
 ) -> None:
     """A run's layers and open issues, live from its records, until Ctrl-C."""
-    from stabmon.sinks.records_reader import read_records
+    from stabmon.sinks.reader import read_records
 
     _check_severity(fail_on)
     records = read_records(run_dir)

@@ -183,7 +183,7 @@ def _stored(folder: str, kind: str | None) -> list[Any]:
 def _analysed(options: Options) -> Any:
     """Load, run, and add to the record what pages and readers need to know."""
     from stabmon.analysis.record import AnalysisRecord
-    from stabmon.check.settings import ATTENTION
+    from stabmon.check.config import ATTENTION
     from stabmon.cli.analyzing.inputs import make_inputs
     from stabmon.cli.analyzing.kinds import estimated_seconds, look, prepared
 
@@ -229,7 +229,7 @@ def _analysed(options: Options) -> Any:
 
 def _whole(options: Options, attention: str | None) -> Any:
     """The whole model; a check's one layer of each kind is refused."""
-    from stabmon.check.source import load_target
+    from stabmon.check.loading.source import load_target
 
     target = load_target(str(options.model), attention, options.seed)
     if target.whole is not None or any("weights are too large" in note for note in target.notes):
@@ -265,7 +265,7 @@ def _command(options: Options) -> str:
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
     """Turn what a model raises into a ValueError of one line; transformers keeps quiet meanwhile."""
-    from stabmon.check.pretrained import quiet
+    from stabmon.check.loading.pretrained import quiet
 
     try:
         with quiet():
@@ -303,7 +303,7 @@ def _duration(seconds: float) -> str:
 
 def _print(told: list[tuple[Any, Any, list[str]]], folder: str, as_json: bool) -> None:
     if as_json:
-        from stabmon.sinks.exact_json import dumps
+        from stabmon._storage.strict_json import dumps
 
         objects = [_summary(record, page, files, folder) for record, page, files in told]
         print(dumps(objects[0] if len(objects) == 1 else {"schema_version": 1, "analyses": objects}))

@@ -7,7 +7,7 @@
 
 from stabmon.controllers.attach import Controllers, attach_controllers, detach_controllers
 from stabmon.controllers.base import CONTROLLERS, Controller, Site, controller
-from stabmon.controllers.store import load_controllers, save_controllers
+from stabmon.controllers.serialization import load_controllers, save_controllers
 from stabmon.controllers.watch import ControllerWatch
 
 __all__ = [

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from stabmon.capture.base import head_count
 from stabmon.capture.names import clean_name
+from stabmon.capture.protocol import head_count
+from stabmon.controllers.attention_function import CHILD, ControlledConfig, after, before, looks_up, unregister
 from stabmon.controllers.base import CONTROLLERS, Controller, Site
-from stabmon.controllers.kernel import CHILD, ControlledConfig, after, before, looks_up, unregister
 
 CROSS = ("cross", "encoder_attn", "encdecattention", "enc_attn")
 """Parts of names of attention over another sequence's keys."""

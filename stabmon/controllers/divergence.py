@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stabmon.controllers.linear_rows import logits_of
+from stabmon.controllers.linear_reading import logits_of
 from stabmon.records import AttentionCall
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stabmon.plots import new_figure, saved, short_names
+from stabmon.figures.signals import new_figure, saved, short_names
 from stabmon.records import Reading
 
 if TYPE_CHECKING:

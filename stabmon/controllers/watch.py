@@ -16,11 +16,11 @@ from stabmon.controllers.attach import find_controllers
 from stabmon.controllers.base import Controller
 from stabmon.controllers.divergence import row_means
 from stabmon.controllers.plots import grid, series
-from stabmon.measurements import Measurements, to_host
 from stabmon.records import AttentionCall, Reading, StabilityIssue
 from stabmon.rules.base import RULES
-from stabmon.rules.history import History
-from stabmon.rules.tracker import IssueTracker
+from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.issue_tracker import IssueTracker
+from stabmon.signals.accumulator import Measurements, to_host
 from stabmon.sinks.base import SINKS, Sink, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from stabmon.config import StabilityConfig, load_config
-from stabmon.integrations.earlier import without_restored
+from stabmon.engine.monitor import AttentionStabilityMonitor
+from stabmon.integrations.earlier_issues import without_restored
 from stabmon.integrations.ranks import settle
-from stabmon.monitor import AttentionStabilityMonitor
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks import SINKS, Sink
 
@@ -31,7 +31,7 @@ class StabilityCallback(pl.Callback):
     the Trainer. The state is stored in each checkpoint and taken up again on resume.
 
     Args:
-        config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.StabilityConfig`.
+        config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.schema.StabilityConfig`.
         log_every: sample every N-th optimizer step.
         sinks: names or sinks, instead of the configuration's and the Trainer's loggers.
         run_dir: instead of the Trainer's ``log_dir``.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from stabmon.distributed import on_all_ranks
-from stabmon.monitor import AttentionStabilityMonitor
+from stabmon.engine.monitor import AttentionStabilityMonitor
+from stabmon.engine.rank_reducer import on_all_ranks
 
 logger = logging.getLogger("stabmon")
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from stabmon._storage.stored_value import Stored
 from stabmon.records import StabilityIssue
 from stabmon.registry import Registry
-from stabmon.stored import Stored
 
 if TYPE_CHECKING:
-    from stabmon.interventions.run import TrainingRun
+    from stabmon.interventions.run.training_run import TrainingRun
 
 logger = logging.getLogger("stabmon")
 

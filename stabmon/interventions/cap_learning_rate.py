@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from stabmon._storage.stored_value import Stored, stored_numbers
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
 from stabmon.interventions.lower_learning_rate import Held
-from stabmon.interventions.run import TrainingRun
-from stabmon.stored import Stored, stored_numbers
+from stabmon.interventions.run.training_run import TrainingRun
 
 
 @intervention

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabmon.gradients import is_sharded
+from stabmon._storage.stored_value import Stored
+from stabmon.engine.gradients import is_sharded
 from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
-from stabmon.interventions.query_key import SEPARATE, find_query_key
-from stabmon.interventions.rows import Rows
-from stabmon.interventions.run import TrainingRun
-from stabmon.interventions.scaled_rows import ScaledRows, check_saved_rows
-from stabmon.interventions.snapshots import Snapshot
-from stabmon.rules.driven import drive
-from stabmon.stored import Stored
+from stabmon.interventions.run.snapshots import Snapshot
+from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.head_rows import Rows
+from stabmon.projections.locate import SEPARATE, find_query_key
+from stabmon.projections.scaling import ScaledRows, check_saved_rows
+from stabmon.rules.evidence.norm_growth import drive
 
 
 @intervention

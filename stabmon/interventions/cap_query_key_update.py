@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabmon.gradients import is_sharded
-from stabmon.interventions.adapters import EffectiveUpdate
+from stabmon._storage.stored_value import Stored
+from stabmon.engine.gradients import is_sharded
 from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
-from stabmon.interventions.masters import copies_of
-from stabmon.interventions.query_key import find_effective, trained_rows
-from stabmon.interventions.rows import Rows
-from stabmon.interventions.run import TrainingRun
-from stabmon.stored import Stored
+from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.adapters import EffectiveUpdate
+from stabmon.projections.head_rows import Rows
+from stabmon.projections.locate import find_effective, trained_rows
+from stabmon.projections.master_weights import copies_of
 
 PAST = 20
 """Newest readings whose median is what a step used to change."""

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
-from stabmon.interventions.run import TrainingRun
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.interventions.soften_logits import NAMES, scale_of
-from stabmon.rules.driven import drive
-from stabmon.stored import Stored
+from stabmon.rules.evidence.norm_growth import drive
 
 
 @intervention

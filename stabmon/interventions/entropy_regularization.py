@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import CannotApply, Effect, Intervention, Place, intervention
-from stabmon.interventions.run import TrainingRun
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall
-from stabmon.signals.measure import operator_of
-from stabmon.stored import Stored
+from stabmon.signals.reduce import operator_of
 
 logger = logging.getLogger("stabmon")
 LEAST_VISIBLE = 16

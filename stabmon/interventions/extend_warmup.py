@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Effect, Intervention, intervention
-from stabmon.interventions.run import TrainingRun
-from stabmon.stored import Stored
+from stabmon.interventions.run.training_run import TrainingRun
 
 
 @intervention

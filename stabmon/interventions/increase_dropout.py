@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stabmon.interventions.attributes import AttributesChanged, described
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
-from stabmon.interventions.replayed import can_replay
-from stabmon.interventions.run import TrainingRun
-from stabmon.stored import Stored
+from stabmon.interventions.effects.attributes import AttributesChanged, described
+from stabmon.interventions.run.score_replay import can_replay
+from stabmon.interventions.run.training_run import TrainingRun
 
 NAMES = ("attention_dropout", "attn_dropout", "attn_dropout_p", "attention_dropout_prob", "attn_drop", "dropout_p", "dropout")
 """What attention modules call their dropout: a number read at each forward, or an ``nn.Dropout``."""

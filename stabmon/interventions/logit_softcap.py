@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from stabmon.interventions.attributes import AttributesChanged, described
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
-from stabmon.interventions.replayed import can_replay, replay
-from stabmon.interventions.run import TrainingRun
-from stabmon.stored import Stored
+from stabmon.interventions.effects.attributes import AttributesChanged, described
+from stabmon.interventions.run.score_replay import can_replay, replay
+from stabmon.interventions.run.training_run import TrainingRun
 
 NAMES = ("attn_logit_softcapping", "attn_logit_softcap", "logit_softcap", "softcap", "attn_softcap")
 """What models with a softcap call it on their attention modules."""

@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from stabmon._torch.optimizer_adapter import takes_hooks
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
-from stabmon.interventions.masters import copies_of
-from stabmon.interventions.query_key import trained_rows
-from stabmon.interventions.rates import step_hook
-from stabmon.interventions.rows import Rows
-from stabmon.interventions.run import TrainingRun
-from stabmon.optimizer_view import takes_hooks
+from stabmon.interventions.run.learning_rates import step_hook
+from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.head_rows import Rows
+from stabmon.projections.locate import trained_rows
+from stabmon.projections.master_weights import copies_of
 
 GIVE_ALL = "give every optimizer to the monitor: optimizer=[one, other]"
 Where = Literal["all", "query_key"]

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import CannotApply, Effect, Intervention, Place, intervention
-from stabmon.interventions.held_clip import HeldClip
-from stabmon.interventions.own_scores import FORMATS, own_past
-from stabmon.interventions.run import TrainingRun
-from stabmon.interventions.scaled_rows import check_saved_rows
+from stabmon.interventions.effects.score_clip import HeldClip
+from stabmon.interventions.run.score_targets import FORMATS, own_past
+from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.scaling import check_saved_rows
 from stabmon.records import StabilityIssue
-from stabmon.stored import Stored
 
 
 @intervention

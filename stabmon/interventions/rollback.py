@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
-from stabmon.interventions.healthy_states import HealthyStates
-from stabmon.interventions.run import TrainingRun
-from stabmon.interventions.snapshots import Snapshot
+from stabmon.interventions.run.healthy_states import HealthyStates
+from stabmon.interventions.run.snapshots import Snapshot
+from stabmon.interventions.run.training_run import TrainingRun
 
 FEW = 100
 """Steps that a run which was broken from the start may be put back by though its loss keeps to its course."""
@@ -28,7 +28,7 @@ class Rollback(Intervention):
     record says what it goes back to and why.
 
     States are kept on the host, or in ``run_dir`` where they are too large for ``memory_gb``: see
-    :class:`~stabmon.interventions.healthy_states.HealthyStates`. Undoing it brings the spoilt state back bit for bit, and with it the loss
+    :class:`~stabmon.interventions.run.healthy_states.HealthyStates`. Undoing it brings the spoilt state back bit for bit, and with it the loss
     of what was trained since. A parameter that was added to the run since the state was taken keeps its value.
     """
 

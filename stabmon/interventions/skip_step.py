@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from stabmon.gradients import local
+from stabmon._storage.stored_value import Stored
+from stabmon.engine.gradients import local
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
-from stabmon.interventions.run import TrainingRun
-from stabmon.stored import Stored
+from stabmon.interventions.run.training_run import TrainingRun
 
 
 @intervention

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from stabmon.interventions.attributes import AttributesChanged, described
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
-from stabmon.interventions.replayed import can_replay, deepest_first, replayed_scores
-from stabmon.interventions.run import TrainingRun
-from stabmon.stored import Stored
+from stabmon.interventions.effects.attributes import AttributesChanged, described
+from stabmon.interventions.run.score_replay import can_replay, deepest_first, replayed_scores
+from stabmon.interventions.run.training_run import TrainingRun
 
 NAMES = ("scaling", "scale", "softmax_scale", "norm_factor", "inv_norm_factor")
 """What attention modules call the number that scores are multiplied by."""

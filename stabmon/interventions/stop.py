@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from stabmon.interventions.base import Effect, Intervention, intervention
-from stabmon.interventions.run import TrainingRun
+from stabmon.interventions.run.training_run import TrainingRun
 
 
 @intervention

@@ -11,7 +11,7 @@ from stabmon.records import SEVERITIES, StabilityIssue
 from stabmon.registry import Registry
 
 if TYPE_CHECKING:
-    from stabmon.rules.history import History
+    from stabmon.rules.tracking.history import History
 
 
 class Rule(Protocol):

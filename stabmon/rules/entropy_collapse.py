@@ -9,10 +9,10 @@ import numpy as np
 
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.circumstances import advice, circumstances
-from stabmon.rules.history import History
-from stabmon.rules.own_past import SCORE_FLOOR, Change, changes, jump_needed
-from stabmon.rules.spread import robust_spread
+from stabmon.rules.evidence.baselines import SCORE_FLOOR, Change, changes, jump_needed
+from stabmon.rules.evidence.context import advice, circumstances
+from stabmon.rules.evidence.robust_stats import robust_spread
+from stabmon.rules.tracking.history import History
 
 START_READINGS = 32
 """Readings within which a model may count as fresh, if its loss falls fast."""

@@ -9,9 +9,9 @@ import numpy as np
 
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.history import History
-from stabmon.rules.own_past import loss_rose
-from stabmon.rules.spread import robust_spread
+from stabmon.rules.evidence.baselines import loss_rose
+from stabmon.rules.evidence.robust_stats import robust_spread
+from stabmon.rules.tracking.history import History
 
 
 @rule

@@ -9,9 +9,9 @@ import numpy as np
 
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.circumstances import advice
-from stabmon.rules.history import History
-from stabmon.rules.spread import median
+from stabmon.rules.evidence.context import advice
+from stabmon.rules.evidence.robust_stats import median
+from stabmon.rules.tracking.history import History
 
 
 @rule

@@ -9,8 +9,8 @@ import numpy as np
 
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.history import History
-from stabmon.rules.spread import largest, robust_spread
+from stabmon.rules.evidence.robust_stats import largest, robust_spread
+from stabmon.rules.tracking.history import History
 
 
 @rule

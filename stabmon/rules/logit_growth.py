@@ -9,12 +9,12 @@ import numpy as np
 
 from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.circumstances import advice, circumstances
-from stabmon.rules.driven import drive
-from stabmon.rules.forecast import Forecast, forecast_score
-from stabmon.rules.history import History
-from stabmon.rules.own_past import PAST_READINGS, SCORE_FLOOR, Change, changes, jump_needed, loss_fell
-from stabmon.rules.spread import largest
+from stabmon.rules.evidence.baselines import PAST_READINGS, SCORE_FLOOR, Change, changes, jump_needed, loss_fell
+from stabmon.rules.evidence.context import advice, circumstances
+from stabmon.rules.evidence.forecast import Forecast, forecast_score
+from stabmon.rules.evidence.norm_growth import drive
+from stabmon.rules.evidence.robust_stats import largest
+from stabmon.rules.tracking.history import History
 
 LEAST_SCORE = 2 * SCORE_FLOOR
 """Score from which growth is worth a forecast."""
@@ -39,7 +39,7 @@ class LogitGrowth:
       newest readings still rises so that it meets ``harm`` no later than it took to come here; or
     - harm: a score above ``harm`` that still doubles, or that is ``runaway`` times the head's first readings, without spread; or
     - a drive, long before any of these: the layer's W_q and W_k grow along themselves, or its scale grows, steadily and by more than
-      learning makes them grow (:func:`~stabmon.rules.driven.drive`), and a head's score has grown with them. Blames the layer, no head.
+      learning makes them grow (:func:`~stabmon.rules.evidence.norm_growth.drive`), and a head's score has grown with them. Blames the layer, no head.
 
     A loss that clearly falls over the same span speaks for learning: growth must then be a quarter more. Growth
     without lost spread, or a line that meets ``harm`` within ``horizon`` readings, is a warning with a forecast.

@@ -12,7 +12,7 @@ import numpy as np
 from stabmon.records import Cause, Severity, StabilityIssue
 from stabmon.records import NonFinite as Finding
 from stabmon.rules.base import rule
-from stabmon.rules.history import History
+from stabmon.rules.tracking.history import History
 
 CAUSES: Mapping[Cause, str] = {
     "mask": (

@@ -9,7 +9,7 @@ import numpy as np
 
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.history import History
+from stabmon.rules.tracking.history import History
 
 
 @rule

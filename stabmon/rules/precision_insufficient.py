@@ -9,7 +9,7 @@ import numpy as np
 
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.history import History
+from stabmon.rules.tracking.history import History
 
 MANTISSA_BITS = {"bfloat16": 8.0, "float16": 11.0, "float32": 24.0, "float64": 53.0}
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from stabmon.records import Overshoot, Reading, StabilityIssue
 from stabmon.rules.base import rule
-from stabmon.rules.history import History
+from stabmon.rules.tracking.history import History
 
 PAST = 22
 """Newest readings that are looked at: the median of all but two is what a step used to change."""

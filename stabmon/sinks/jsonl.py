@@ -1,4 +1,4 @@
-"""Records as files: one JSON object a line, whole even after a kill. :mod:`stabmon.sinks.records_reader` reads them back."""
+"""Records as files: one JSON object a line, whole even after a kill. :mod:`stabmon.sinks.reader` reads them back."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stabmon.atomic import write_text
+from stabmon._storage import strict_json
+from stabmon._storage.atomic_write import write_text
 from stabmon.records import LayerInfo, Reading, StabilityIssue
-from stabmon.sinks import exact_json
 from stabmon.sinks.base import Sink, sink
 
 logger = logging.getLogger("stabmon")
@@ -29,7 +29,7 @@ class JsonlSink(Sink):
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step, loss, layers,
     learning_rate, gradients, query_key, losses, micro_batches, non_finite, overhead_fraction, learning_rates,
     rate_factors, overshoot, updates`` and, where it changed, ``info``) and ``run`` and ``start``. Values are not rounded. A NaN or an
-    infinity is null, and the line's ``nonfinite`` field says which and where: see :data:`stabmon.sinks.exact_json.ENCODING`, repeated
+    infinity is null, and the line's ``nonfinite`` field says which and where: see :data:`stabmon._storage.strict_json.ENCODING`, repeated
     in meta.json.
 
     A line is handed to the operating system in one write, so a killed process leaves every line complete but
@@ -70,15 +70,15 @@ class JsonlSink(Sink):
             "run": self._run,
             "start": self._start,
             "starts": [*before["starts"], {"start": self._start, "run": self._run}],
-            "nonfinite_encoding": exact_json.ENCODING,
+            "nonfinite_encoding": strict_json.ENCODING,
         }
         self._meta = {**own, **meta}
-        write_text(run_dir / META, exact_json.dumps(self._meta) + "\n")
+        write_text(run_dir / META, strict_json.dumps(self._meta) + "\n")
 
     def amend(self, meta: Mapping[str, Any]) -> None:
         if self._dir is not None:
             self._meta |= meta
-            write_text(self._dir / META, exact_json.dumps(self._meta) + "\n")
+            write_text(self._dir / META, strict_json.dumps(self._meta) + "\n")
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         record: dict[str, Any] = {
@@ -121,7 +121,7 @@ class JsonlSink(Sink):
         if os.fstat(file).st_nlink == 0:
             raise FileNotFoundError(f"{name} in {self._dir} was deleted while the run was writing to it")
         marks = {"run": self._run, "start": self._start}
-        line = exact_json.dumps({"schema_version": SCHEMA_VERSION, **record, **marks}).encode() + b"\n"
+        line = strict_json.dumps({"schema_version": SCHEMA_VERSION, **record, **marks}).encode() + b"\n"
         if name in self._torn:
             _cut_torn_line(self._dir / name)
         self._torn.add(name)
@@ -157,7 +157,7 @@ def _cut_torn_line(path: Path) -> None:
         if not torn:
             return
         try:
-            exact_json.loads(torn)
+            strict_json.loads(torn)
         except ValueError:
             file.truncate(end - len(torn))
             logger.info("%s: cut off %d bytes of a line that was never finished", path, len(torn))

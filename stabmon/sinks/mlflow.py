@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stabmon._storage import strict_json
 from stabmon.records import Reading, StabilityIssue
-from stabmon.sinks import exact_json
 from stabmon.sinks.base import Sink, sink
-from stabmon.sinks.recent_issues import COLUMNS, RecentIssues
+from stabmon.sinks.issue_table import COLUMNS, RecentIssues
 
 _METRICS_PER_CALL = 1000
 """MLflow's limit on metrics in one call."""
@@ -112,6 +112,6 @@ class MlflowSink(Sink):
     def _publish(self) -> None:
         """Upload the newest issues and their counts."""
         issues = [dict(zip(COLUMNS, row, strict=True)) for row in self._issues.publish()]
-        self._client.log_text(self._run_id, exact_json.dumps({"schema_version": 1, "issues": issues}), "stabmon/issues.json")
+        self._client.log_text(self._run_id, strict_json.dumps({"schema_version": 1, "issues": issues}), "stabmon/issues.json")
         for name, count in self._counts.items():
             self._client.set_tag(self._run_id, f"stabmon.{name}", str(count))

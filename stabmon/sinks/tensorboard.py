@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
-from stabmon.sinks.heads import colour_range, head_image, head_matrix, signal_names
+from stabmon.sinks.head_images import colour_range, head_image, head_matrix, signal_names
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

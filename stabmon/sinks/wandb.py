@@ -10,8 +10,8 @@ import numpy as np
 
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
-from stabmon.sinks.heads import colour_range, head_image, head_matrix, signal_names
-from stabmon.sinks.recent_issues import COLUMNS, RecentIssues
+from stabmon.sinks.head_images import colour_range, head_image, head_matrix, signal_names
+from stabmon.sinks.issue_table import COLUMNS, RecentIssues
 from stabmon.sinks.wandb_guest import GuestRows
 
 STEP = "stabmon/step"

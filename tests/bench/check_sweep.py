@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.check.short_run import train_briefly
-from stabmon.check.sweep import Sweep, sweep_rates
-from stabmon.recipe import Recipe
+from stabmon.check.measuring.short_run import train_briefly
+from stabmon.check.sweep.sweep import Sweep, sweep_rates
+from stabmon.tiny.recipe import Recipe
 
 TRAIN = Path(__file__).parents[2] / "train"
 """Where the training scripts lie, with their text and their GPT."""
@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="words that an architecture's name must hold")
     asked = parser.parse_args()
     sys.path.append(str(TRAIN))
-    from stabmon.corpus import load_corpus
+    from stabmon.tiny.corpus import load_corpus
 
     corpus = load_corpus(block=LENGTH)
     share = torch.bincount(corpus.train.flatten(), minlength=256).double()

@@ -236,7 +236,7 @@ def batches(case: Case, model: Any, count: int, seed: int) -> list[Batch]:
         _, encode = load_albert()
         whole = encode(REACTIONS)
         return [_masked(whole["input_ids"], whole["attention_mask"], generator, 4) for _ in range(count)]
-    from stabmon.corpus import load_corpus
+    from stabmon.tiny.corpus import load_corpus
 
     corpus = load_corpus(block=case.length)
     picked = corpus.stream(count, case.batch, seed)

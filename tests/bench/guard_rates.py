@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stabmon
-from stabmon.corpus import default_text, library_text
+from stabmon.tiny.corpus import default_text, library_text
 
 STEPS, TAIL, BATCH, LENGTH, WARMUP, EVERY = 240, 30, 8, 48, 50, 5
 GRIDS = {

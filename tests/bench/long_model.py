@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stabmon.corpus import library_text
+from stabmon.tiny.corpus import library_text
 
 CONTEXT = 2048
 STAGES = ((256, 16, 0.5), (1024, 4, 0.2), (CONTEXT, 2, 0.3))

@@ -186,7 +186,7 @@ def unmatched(found: list[Tensor], captured: list[Tensor]) -> tuple[int, int]:
 
 def loss_of(output: Any) -> Tensor:
     """A number to differentiate: the mean square of every float tensor that the model returns."""
-    from stabmon.capture.op_trace import tensors_in
+    from stabmon.capture.coverage.op_trace import tensors_in
 
     parts = [t.float().square().mean() for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
     if not parts:

@@ -11,7 +11,7 @@ from torch import nn
 from capture.oracle import captured, probabilities, returned
 from capture.zoo import HEADS, VOCABULARY, gpt2, llama_like, tokens, zoo
 from stabmon.capture import AttentionCapture
-from stabmon.capture.transformers_kernels import read_flash
+from stabmon.capture.adapters.transformers_kernels import read_flash
 from stabmon.records import AttentionCall
 
 

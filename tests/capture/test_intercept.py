@@ -9,7 +9,7 @@ from transformers import AttentionInterface, BertConfig, BertModel, GPT2Config, 
 
 from stabmon.capture import AttentionCapture
 from stabmon.capture.intercept import AttentionSite, intercepted
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 IDS = torch.arange(24).reshape(2, 12) % 50
 

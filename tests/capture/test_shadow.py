@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stabmon.capture.shadow import has_hooks_of_others, traceless
+from stabmon._torch.isolation import has_hooks_of_others, traceless
 
 
 class Holds(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import stabmon
 from stabmon.capture import AttentionCapture
-from stabmon.capture.witness import is_due
+from stabmon.capture.coverage.witness import is_due
 
 BATCH, LENGTH, HEADS, DIM = 2, 6, 3, 4
 WIDTH = HEADS * DIM

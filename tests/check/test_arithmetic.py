@@ -7,7 +7,7 @@ import pytest
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from stabmon.check.arithmetic import (
+from stabmon.check.measuring.arithmetic import (
     bits_needed,
     critical_spread,
     curvature_bits,

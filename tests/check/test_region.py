@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import stabmon
-from stabmon.check.region import CAUSES, Origin, grid, place, region_data, stability_region
-from stabmon.check.region_view import region_plot, region_table
-from stabmon.check.settings import CheckConfig
+from stabmon.check.config import CheckConfig
+from stabmon.check.region.region import CAUSES, Origin, grid, place, region_data, stability_region
+from stabmon.check.region.view import region_plot, region_table
 from tests.check import models
 
 GPT2 = Origin(spread=0.307, head_dim=64, seq_len=1024, scale=0.125, fused=False)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stabmon.check.rounding import moved, rows_of
+from stabmon.check.measuring.rounding import moved, rows_of
 from stabmon.records import AttentionCall
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stabmon.check.judge_rate import judge_rate
-from stabmon.check.proxy import narrow
-from stabmon.check.short_run import train_briefly
-from stabmon.check.sweep import Sweep, fit_limit, score_limit, sweep_rates
-from stabmon.recipe import Recipe
+from stabmon.check.judging.judge_rate import judge_rate
+from stabmon.check.measuring.short_run import train_briefly
+from stabmon.check.sweep.proxy import narrow
+from stabmon.check.sweep.sweep import Sweep, fit_limit, score_limit, sweep_rates
+from stabmon.tiny.recipe import Recipe
 from tests.check import models
 from tests.small import clean
 

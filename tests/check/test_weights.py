@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from stabmon.check.expect import layer_views
-from stabmon.check.observe import observe
-from stabmon.check.settings import CheckConfig
-from stabmon.check.weights import HeadWeights
+from stabmon.check.config import CheckConfig
+from stabmon.check.measuring.expect import layer_views
+from stabmon.check.measuring.observe import observe
+from stabmon.check.measuring.weights import HeadWeights
 from tests.check import models
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from stabmon.controllers import attach_controllers, detach_controllers, load_controllers, save_controllers
-from stabmon.controllers.kernel import PREFIX
+from stabmon.controllers.attention_function import PREFIX
 from tests.capture.zoo import tokens, zoo
 from tests.controllers.reference import built, output_of, scatter
 from tests.small import clean

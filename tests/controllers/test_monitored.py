@@ -71,8 +71,8 @@ def test_watching_changes_not_a_bit_of_training(make: Any, case: str) -> None:
 
 def test_a_clip_of_queries_and_keys_fits_a_controlled_model() -> None:
     from stabmon.capture import AttentionCapture
-    from stabmon.interventions.query_key import find_query_key
-    from stabmon.measurements import Measurements
+    from stabmon.projections.locate import find_query_key
+    from stabmon.signals.accumulator import Measurements
 
     model, inputs, _ = built("llama-sdpa", form="both")
     measured = Measurements(["max_logit"])

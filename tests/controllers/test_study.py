@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from stabmon.corpus import load_corpus
-from stabmon.sinks.records_reader import read_records
-from stabmon.training.fit import Phase, fit, split
-from stabmon.training.models import Shape, make_model
-from stabmon.training.report import markdown, summary
-from stabmon.training.settings import SettingsError, WatchSettings, read_settings
-from stabmon.training.statistics import mean_and_interval
-from stabmon.training.study import StudySettings, Task, finished, perform, prepare, run_study, tasks
-from stabmon.training.variants import VARIANTS, put_variant
+from stabmon.sinks.reader import read_records
+from stabmon.study.fit import Phase, fit, split
+from stabmon.study.report import markdown, summary
+from stabmon.study.settings import SettingsError, WatchSettings, read_settings
+from stabmon.study.statistics import mean_and_interval
+from stabmon.study.study import StudySettings, Task, finished, perform, prepare, run_study, tasks
+from stabmon.study.variants import VARIANTS, put_variant
+from stabmon.tiny.corpus import load_corpus
+from stabmon.tiny.language_models import Shape, make_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "controllers").glob("*.yaml"))
 TINY = [
@@ -184,9 +184,9 @@ def test_tasks_run_side_by_side_and_those_on_a_frozen_base_wait_for_it(
     def without_processes(workers: int, **options: Any) -> Any:
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr("stabmon.training.study.ProcessPoolExecutor", without_processes)
+    monkeypatch.setattr("stabmon.study.study.ProcessPoolExecutor", without_processes)
     order: list[str] = []
-    monkeypatch.setattr("stabmon.training.study.perform", lambda settings, task: order.append(task.name) or {"held_out": 1.0})
+    monkeypatch.setattr("stabmon.study.study.perform", lambda settings, task: order.append(task.name) or {"held_out": 1.0})
     side_by_side = dataclasses.replace(settings, workers=2)
     found = [task for task, _ in finished(side_by_side, tasks(settings))]
     assert sorted(task.name for task in found) == sorted(task.name for task in tasks(settings)) == sorted(order)

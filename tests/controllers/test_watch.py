@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stabmon.controllers import ControllerWatch, attach_controllers
-from stabmon.sinks.records_reader import read_records
+from stabmon.sinks.reader import read_records
 from tests.capture.zoo import gpt_oss, tokens, zoo
 from tests.controllers.reference import built, dense_output, output_of, scatter
 from tests.controllers.test_families import CASES

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from stabmon.engine.rate_watch import BRISK, FIRST, LOW, TORN, RateWatch
-from stabmon.engine.step_probe import StepQuality
+from stabmon.engine.step_length.probe import StepQuality
+from stabmon.engine.step_length.rate_watch import BRISK, FIRST, LOW, TORN, RateWatch
 
 RATES = {"0.0": 1e-3}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from stabmon.engine.step_probe import StepProbe
-from stabmon.replay import ForwardCall
+from stabmon._torch.forward_call import ForwardCall
+from stabmon.engine.step_length.probe import StepProbe
 
 
 class Quadratic(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stabmon.integrations.lightning import StabilityCallback
-from stabmon.sinks.records_reader import read_records
+from stabmon.sinks.reader import read_records
 from tests.sinks.test_wandb import rows as wandb_rows
 from tests.small import Attention, Tokens, clean, gpt2, lines, same_bits, same_readings, weights
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from stabmon.integrations.transformers import StabilityCallback
 from stabmon.sinks import Sink
-from stabmon.sinks.records_reader import read_records
+from stabmon.sinks.reader import read_records
 from tests.sinks.test_wandb import rows as wandb_rows
 from tests.small import Floats, Tokens, clean, gpt2, lines, llama, same_bits, same_readings, weights
 

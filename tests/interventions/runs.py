@@ -10,11 +10,11 @@ import torch
 from capture.zoo import zoo
 from torch import Tensor, nn
 
+from stabmon._torch.forward_call import ForwardCall
 from stabmon.capture import AttentionCapture
 from stabmon.interventions import TrainingRun
-from stabmon.interventions.replayed import largest_scores
+from stabmon.interventions.run.score_replay import largest_scores
 from stabmon.records import AttentionCall, LayerInfo, Reading, StabilityIssue
-from stabmon.replay import ForwardCall
 
 ZOO = zoo()
 

@@ -15,8 +15,8 @@ from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
 from stabmon.interventions.qk_clip import QkClip
-from stabmon.interventions.query_key import find_effective, find_query_key, is_adapted, trained_rows
-from stabmon.interventions.rows import Rows
+from stabmon.projections.head_rows import Rows
+from stabmon.projections.locate import find_effective, find_query_key, is_adapted, trained_rows
 from tests.small import batches, gpt2, llama
 
 SEPARATE = ["q_proj", "k_proj", "v_proj"]

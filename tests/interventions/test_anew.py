@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from interventions.runs import all_bits, differences, first_layer, growth, loss_of, run_of, scores_of, train_step
-from stabmon.interventions.anew import Anew
 from stabmon.interventions.qk_clip import QkClip
+from stabmon.interventions.run.optimizer_reset import Anew
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import torch
 
 import stabmon
 from interventions.runs import first_layer, growth, run_of, scores_of, train_step
-from stabmon.interventions import INTERVENTIONS, Budget, Guard, make_interventions
+from stabmon.guard import Budget, Guard, make_interventions
+from stabmon.interventions import INTERVENTIONS
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
 from stabmon.interventions.qk_clip import QkClip

@@ -11,7 +11,7 @@ from torch import Tensor
 from interventions.runs import first_layer, growth, run_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
-from stabmon.interventions.query_key import find_query_key
+from stabmon.projections.locate import find_query_key
 
 
 def query_key(run: TrainingRun) -> list[Tensor]:

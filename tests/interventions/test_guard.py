@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from interventions.runs import all_bits, differences, first_layer, growth, run_of, scores_of, train_step
-from stabmon.interventions import Budget, CannotApply, Guard, Intervention, TrainingRun, make_interventions
+from stabmon.guard import Budget, Guard, make_interventions
+from stabmon.guard.symptoms import FAMILIES, ORDER, PREVENTIVE
+from stabmon.interventions import CannotApply, Intervention, TrainingRun
 from stabmon.interventions.base import Effect
-from stabmon.interventions.families import FAMILIES, ORDER, PREVENTIVE
 from stabmon.records import NonFinite, Reading, StabilityIssue
 from stabmon.rules import RULES
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
-from stabmon.interventions.held_clip import HeldClip
-from stabmon.interventions.own_scores import own_past
+from stabmon.interventions.effects.score_clip import HeldClip
 from stabmon.interventions.qk_clip import QkClip
+from stabmon.interventions.run.score_targets import own_past
 from stabmon.records import Reading
-from stabmon.rules.history import History
+from stabmon.rules.tracking.history import History
 
 PER_HEAD = [
     *("gpt2-sdpa", "gpt2_layer_scaled-sdpa", "llama-sdpa", "mistral-sdpa", "qwen2-sdpa", "gemma2-eager", "gpt_neox-sdpa"),

@@ -15,7 +15,7 @@ from capture.zoo import zoo
 from torch import nn
 
 from interventions.runs import first_layer, growth, look, make_run, scores_of
-from stabmon.interventions import Guard, make_interventions
+from stabmon.guard import Guard, make_interventions
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.skip_step import SkipStep
 

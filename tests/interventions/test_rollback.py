@@ -7,12 +7,12 @@ import torch
 
 from interventions.runs import all_bits, differences, first_layer, growth, loss_of, run_of, scores_of, train_step
 from stabmon.interventions import CannotApply, TrainingRun
-from stabmon.interventions.healthy_states import HealthyStates
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
-from stabmon.interventions.snapshots import Snapshot, snapshot_bytes
+from stabmon.interventions.run.healthy_states import HealthyStates
+from stabmon.interventions.run.snapshots import Snapshot, snapshot_bytes
 from stabmon.records import Reading
-from stabmon.rules.history import History
+from stabmon.rules.tracking.history import History
 
 
 def spoilt(states: dict[str, float] | None = None, folder: Path | None = None) -> tuple[TrainingRun, dict[str, object]]:

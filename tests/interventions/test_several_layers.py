@@ -12,7 +12,7 @@ from stabmon.interventions import CannotApply, Intervention
 from stabmon.interventions.increase_dropout import IncreaseDropout
 from stabmon.interventions.logit_softcap import LogitSoftcap
 from stabmon.interventions.qk_clip import QkClip
-from stabmon.interventions.replayed import replayed_scores
+from stabmon.interventions.run.score_replay import replayed_scores
 from stabmon.interventions.soften_logits import SoftenLogits
 from tests.small import Attention
 

@@ -17,12 +17,12 @@ from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
 from stabmon.interventions.cap_scale import CapScale
 from stabmon.interventions.entropy_regularization import EntropyRegularization
 from stabmon.interventions.extend_warmup import ExtendWarmup
-from stabmon.interventions.healthy_states import HealthyStates
 from stabmon.interventions.increase_dropout import IncreaseDropout
 from stabmon.interventions.logit_softcap import LogitSoftcap
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
+from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.skip_step import SkipStep
 from stabmon.interventions.soften_logits import SoftenLogits
 from stabmon.interventions.stop import Stop
@@ -199,7 +199,7 @@ def test_a_softcap_is_never_pretended(name: str, reason: str) -> None:
 
 
 def test_a_softcap_holds_on_the_logits() -> None:
-    from stabmon.interventions.replayed import replay
+    from stabmon.interventions.run.score_replay import replay
 
     run = ready("gemma2-eager")
     LogitSoftcap(cap=0.5).apply(run, growth(first_layer(run)))

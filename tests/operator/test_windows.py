@@ -5,12 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stabmon.capture.axes import Axes
-from stabmon.capture.explain import explain
-from stabmon.capture.products import Product
+from stabmon.capture.masks.recover import explain
+from stabmon.capture.provenance.axes import Axes
+from stabmon.capture.provenance.products import Product
 from stabmon.records import AttentionCall
 from stabmon.signals import SIGNALS
-from stabmon.signals.measure import measure, operator_of
+from stabmon.signals.reduce import measure, operator_of
 
 TOKENS, HEADS, DIM = 64, 2, 8
 

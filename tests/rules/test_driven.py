@@ -12,7 +12,7 @@ from torch import nn
 
 from stabmon.records import QueryKeyStep, Reading
 from stabmon.rules import History
-from stabmon.rules.driven import drive
+from stabmon.rules.evidence.norm_growth import drive
 from stabmon.rules.logit_growth import LogitGrowth
 from tests.rules.trajectories import LAYERS, alarms, falling_loss, info, readings, run, shape, signals
 

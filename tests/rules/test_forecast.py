@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from stabmon.rules import History
-from stabmon.rules.forecast import forecast_score, steps_until, theil_sen
-from stabmon.rules.spread import largest, median, robust_spread
+from stabmon.rules.evidence.forecast import forecast_score, steps_until, theil_sen
+from stabmon.rules.evidence.robust_stats import largest, median, robust_spread
 from tests.rules.trajectories import readings, shape
 
 

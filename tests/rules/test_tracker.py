@@ -10,7 +10,7 @@ import torch
 
 from stabmon.records import NonFinite, StabilityIssue
 from stabmon.rules import History
-from stabmon.rules.tracker import IssueTracker
+from stabmon.rules.tracking.issue_tracker import IssueTracker
 from tests.rules.trajectories import LAYERS, readings, run, shape, signals, tracker
 
 QUIET = signals(shape(np.full(40, 8.0), 0.05), shape(np.full(40, 0.6), 0.02))

@@ -8,7 +8,7 @@ import numpy as np
 
 from stabmon.records import LayerInfo, NonFinite, Reading, StabilityIssue
 from stabmon.rules import RULES, History, Rule
-from stabmon.rules.tracker import IssueTracker
+from stabmon.rules.tracking.issue_tracker import IssueTracker
 
 HEADS = 4
 LAYERS = ("blocks.0.attention", "blocks.1.attention")

@@ -13,7 +13,7 @@ from stabmon.operator import AttentionOperator, attention_operator, operator_of_
 from stabmon.records import AttentionCall
 from stabmon.signals import SIGNALS, measure
 from stabmon.signals.base import Signal, signal
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 MEANS = {
     "attention_entropy",

@@ -9,7 +9,7 @@ from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConf
 from stabmon import AttentionAnalyzer
 from stabmon.operator import attention_operator
 from stabmon.signals import SIGNALS
-from stabmon.signals.measure import measure
+from stabmon.signals.reduce import measure
 from tests.small import same_readings
 
 LENGTHS, WIDTH = (12, 7), 32

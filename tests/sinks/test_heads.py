@@ -3,8 +3,8 @@
 import numpy as np
 
 from stabmon.records import Reading
-from stabmon.sinks.heads import colour_range, head_image, head_matrix, signal_names
-from stabmon.sinks.recent_issues import COLUMNS, RecentIssues
+from stabmon.sinks.head_images import colour_range, head_image, head_matrix, signal_names
+from stabmon.sinks.issue_table import COLUMNS, RecentIssues
 
 from .samples import issue
 

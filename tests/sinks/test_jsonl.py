@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stabmon._storage.strict_json import dumps, loads
 from stabmon.sinks import SINKS, SinkGroup
-from stabmon.sinks.exact_json import dumps, loads
 from stabmon.sinks.jsonl import JsonlSink
-from stabmon.sinks.records_reader import read_records
+from stabmon.sinks.reader import read_records
 
 from .samples import LAYERS, META, issue, non_finite, reading, same
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from live import LiveRun, follow
 
+from stabmon._storage import strict_json
 from stabmon.records import StabilityIssue
-from stabmon.sinks import exact_json
 
 ROOT = Path(__file__).parents[2]
 
 
 def issue(step: int, head: int, severity: str, state: str = "opened") -> str:
     record = StabilityIssue(step, "h.0", head, "logit_growth", severity, 80.0 + head, 60.0, "Clip it.", state=state)  # type: ignore[arg-type]
-    return exact_json.dumps(record.to_dict()) + "\n"
+    return strict_json.dumps(record.to_dict()) + "\n"
 
 
 def test_following_returns_each_whole_line_once(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from stabmon.corpus import CorpusError, load_corpus
+from stabmon.tiny.corpus import CorpusError, load_corpus
 
 
 def test_the_default_text_is_pythons_help_in_the_order_of_its_names() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from settings import SettingsError
 
-from stabmon.sinks.records_reader import read_records
+from stabmon.sinks.reader import read_records
 
 ROOT = Path(__file__).parents[2]
 LAST_CHECKPOINT = {

@@ -24,7 +24,7 @@ from stabmon.analysis.kv_cache.report import CakeReport
 from stabmon.analysis.kv_cache.seen import SeenLayer, stages_of
 from stabmon.analysis.kv_cache.sharing import Sharing
 from stabmon.records import AttentionCall
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 
 def simulate_cake(

@@ -21,7 +21,7 @@ from stabmon.analysis.patterns.similarity import layer_similarity
 from stabmon.analysis.rollout.stacks import CallReader
 from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 ADVICE_WEIGHTS = 1 << 28
 """Attention weights of a forward, over all layers, up to which advice is given unasked."""

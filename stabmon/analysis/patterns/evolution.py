@@ -26,7 +26,7 @@ from stabmon.analysis.record import AnalysisRecord
 from stabmon.analysis.rollout.stacks import CallReader
 from stabmon.capture import AttentionCapture
 from stabmon.records import AttentionCall, Reading
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 
 @dataclass(frozen=True, eq=False)

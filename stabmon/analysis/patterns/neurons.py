@@ -13,7 +13,7 @@ from stabmon.analysis.forward import run_model
 from stabmon.analysis.patterns.layer_scan import chosen_queries
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.records import AttentionCall
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,10 +24,10 @@ from stabmon.analysis.forward import call_arguments, undisturbed
 from stabmon.analysis.rollout.mixing import SampleMaps, sample_of
 from stabmon.analysis.rollout.objectives import Objective, objective_of
 from stabmon.analysis.rollout.positions import Positions
-from stabmon.capture.base import layout
 from stabmon.capture.intercept import AttentionSite, intercepted
+from stabmon.capture.protocol import layout
 from stabmon.records import AttentionCall
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 
 @dataclass(frozen=True, eq=False)

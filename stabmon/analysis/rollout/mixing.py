@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 HeadFusion = Literal["mean", "max", "min"]
 FUSIONS: frozenset[str] = frozenset(get_args(HeadFusion))

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabmon.check import pretrained
-from stabmon.check.source import Target
+from stabmon.check.loading import pretrained
+from stabmon.check.loading.source import Target
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 

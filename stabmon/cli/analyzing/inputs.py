@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.check.source import Target
+from stabmon.check.loading.source import Target
 from stabmon.cli.analyzing.images import image_files, read_images
 from stabmon.cli.analyzing.options import Options
 from stabmon.cli.analyzing.tokens import Text, read_ids, read_text

@@ -17,7 +17,7 @@ from stabmon.analysis.rollout.result import Rollout
 from stabmon.cli.analyzing.inputs import Inputs
 from stabmon.cli.analyzing.options import Options, parsed_numbers, parsed_size
 from stabmon.records import AttentionCall
-from stabmon.signals.measure import operator_of
+from stabmon.signals.reduce import operator_of
 
 WHOLE_MATRIX = 2048
 """Tokens up to which a rollout without targets is made of all rows."""

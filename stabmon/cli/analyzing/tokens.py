@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from stabmon.check import pretrained
-from stabmon.check.source import Target
-from stabmon.corpus import read_text as read_bytes
+from stabmon.check.loading import pretrained
+from stabmon.check.loading.source import Target
+from stabmon.tiny.corpus import read_text as read_bytes
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.model", "*.tiktoken")
 UNKNOWN = 0.2

@@ -82,7 +82,7 @@ def _drawn(record: AnalysisRecord, page: Page, scratch: Path, form: str, extra: 
 
 def _earlier(out: Path, kind: str) -> set[str]:
     """The files that an earlier analysis of this kind says it wrote here."""
-    from stabmon.sinks.exact_json import loads
+    from stabmon._storage.strict_json import loads
 
     try:
         files = loads((out / f"{kind}.json").read_text()).get("files", [])

@@ -10,8 +10,8 @@ import numpy as np
 
 from stabmon.config import load_config
 from stabmon.records import Reading
-from stabmon.rules.history import History
-from stabmon.rules.tracker import IssueTracker
+from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.issue_tracker import IssueTracker
 from testbed.cases import Case
 from testbed.models import attention_modules, build
 

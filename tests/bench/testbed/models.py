@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stabmon.corpus import VOCABULARY
+from stabmon.tiny.corpus import VOCABULARY
 from testbed.recipes import Shape
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stabmon
-import stabmon.recipe as optimizing
-from stabmon.corpus import default_text, library_text
+import stabmon.tiny.recipe as optimizing
 from stabmon.records import Reading
 from stabmon.sinks import Sink
+from stabmon.tiny.corpus import default_text, library_text
 from testbed.models import build
 from testbed.provoke import PROVOCATIONS
 from testbed.recipes import Recipe

@@ -20,9 +20,9 @@ from stabmon.analysis.kv_cache.checks import check_count
 from stabmon.analysis.kv_cache.policy import DecodeStep, Policy, best, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.sharing import Sharing
-from stabmon.capture.base import isolated
 from stabmon.capture.intercept import AttentionSite, intercepted
-from stabmon.signals.measure import operator_of
+from stabmon.capture.protocol import isolated
+from stabmon.signals.reduce import operator_of
 
 
 class CompressedCache:

@@ -1,0 +1,127 @@
+"""Make the forwards of a step once more, just as they were, and leave no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabmon._torch.isolation import traceless
+from stabmon.engine.gradients import is_sharded, tensors_in
+
+_KEEP_BYTES = 1 << 26
+"""Inputs of one step that are kept for a replay, its first forward's in any case."""
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The global random generators of torch on the CPU and on the current CUDA device."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """The state at this moment; costs microseconds and no device synchronisation."""
+        readable = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if readable else None)
+
+    def restore(self) -> None:
+        """Set the generators back to this state."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """An outermost call into the model, with all it takes to make it again. Keeps its inputs alive, but no graph behind them."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    random_state: RandomState
+    autocast: Mapping[str, tuple[bool, torch.dtype]]
+    """Device type -> whether autocast was on, and to what."""
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardCall:
+        """The call that is about to be made."""
+        return cls(module, without_graph(args), without_graph(kwargs), RandomState.now(), _autocast_now())
+
+    def inputs(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor given to the model, by its argument's name or position."""
+        named = {f"argument {i}": value for i, value in enumerate(self.args)} | dict(self.kwargs)
+        return ((name, tensor) for name, value in named.items() for tensor in tensors_in(value))
+
+    @contextmanager
+    def again(self, model: nn.Module) -> Iterator[Callable[[], Any]]:
+        """Gives a function that makes the call, uncompiled, without gradients unless they are turned on, and without other ranks.
+
+        When left, ``model`` and the random generators are as they were.
+        """
+        module = self.module
+        while isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module  # the wrapper's forward would wait for other ranks
+        with traceless(model), ExitStack() as stack:
+            for device_type, (enabled, dtype) in self.autocast.items():
+                stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False))
+            self.random_state.restore()
+            yield lambda: module(*self.args, **self.kwargs)
+
+
+class KeptForwards:
+    """The forwards of a step so far, those whose inputs fit into a bounded memory to be replayed."""
+
+    def __init__(self) -> None:
+        self.calls: list[ForwardCall] = []
+        self.count = 0
+        """How often what was called first has been called: once a micro-batch."""
+        self.shares = False
+        """Whether each forward's loss is its share of the step's loss: transformers tells by ``num_items_in_batch``."""
+        self._bytes = 0
+        self._first: nn.Module | None = None
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> ForwardCall | None:
+        """Count a forward that begins, and ``keep`` it if there is room; what was kept."""
+        self._first = module if self._first is None else self._first
+        self.count += module is self._first
+        self.shares = self.shares or kwargs.get("num_items_in_batch") is not None
+        if not keep:
+            return None
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in((args, kwargs)))
+        if self.calls and self._bytes + size > _KEEP_BYTES:
+            return None
+        self._bytes += size
+        self.calls.append(ForwardCall.of(module, args, kwargs))
+        return self.calls[-1]
+
+
+def without_graph(value: Any) -> Any:
+    """The same with every tensor detached; what is neither a tensor nor a plain tuple, list or dict of them stays as it is."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.grad_fn is not None else value
+    if type(value) in (tuple, list):
+        return type(value)(without_graph(each) for each in value)
+    if type(value) is dict:
+        return {name: without_graph(each) for name, each in value.items()}
+    return value
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether parameters lie on several ranks (FSDP, tensor parallel, ZeRO 3), so that one rank cannot run the model by itself."""
+    if any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return True
+    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+
+
+def _autocast_now() -> dict[str, tuple[bool, torch.dtype]]:
+    devices = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None and torch.amp.is_autocast_available(accelerator.type):
+        devices.append(accelerator.type)
+    return {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices}

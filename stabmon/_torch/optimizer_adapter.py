@@ -1,0 +1,196 @@
+"""Read a run's optimizers, however many there are and whatever wraps them, and its gradient scaler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabmon._torch.grad_scaler import ScalerWatch
+
+SEVERAL = ("optimizers", "chained_optimizers", "_optimizers")
+"""What containers call the optimizers that they step together (torchtitan, Megatron, fairseq)."""
+WRAPPED = ("optimizer", "base_optimizer", "_optimizer")
+"""What wrappers call the optimizer inside (accelerate, Lightning, DeepSpeed, SAM)."""
+
+
+_DEEPEST = 5
+"""Wrappers around wrappers that are opened: an object that answers to every name has no end."""
+
+
+def innermost(given: Any) -> list[Any]:
+    """Find the optimizers that step parameters themselves, in the order in which they were given, each once.
+
+    Args:
+        given: an optimizer, a wrapper around one, something that holds several, or a list, tuple or mapping of these; None for none.
+    """
+    return list({id(each): each for each in _search(given, set())}.values())
+
+
+def _search(given: Any, seen: set[int]) -> list[Any]:
+    if given is None or id(given) in seen or len(seen) > _DEEPEST:
+        return []
+    if isinstance(given, Mapping):
+        given = list(given.values())
+    if isinstance(given, list | tuple):
+        return [found for each in given for found in _search(each, seen)]
+    seen = seen | {id(given)}
+    for name in (*SEVERAL, *WRAPPED):
+        held = _attribute(given, name)
+        if isinstance(held, Mapping | list | tuple) or hasattr(held, "__dict__"):
+            inside = _search(held, seen)
+            if inside:
+                return inside
+    return [given] if hasattr(given, "param_groups") or hasattr(given, "step") else []
+
+
+def _attribute(given: Any, name: str) -> Any:
+    try:
+        return getattr(given, name, None)
+    except Exception:  # a property of somebody's wrapper may raise whatever it likes
+        return None
+
+
+def _is_optimizer(given: Any) -> bool:
+    return isinstance(given, torch.optim.Optimizer) or (hasattr(given, "param_groups") and hasattr(given, "step"))
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterGroup:
+    """One parameter group of one of the run's optimizers."""
+
+    key: str
+    """``<optimizer>.<group>``, both counted from 0 in the order in which they were given; the same over restarts."""
+    optimizer: Any
+    settings: MutableMapping[str, Any]
+    """The optimizer's own entry in ``param_groups``."""
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate as it stands now; None where the optimizer makes its own, as Adafactor with relative steps does."""
+        return as_rate(self.settings.get("lr"))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the group steps."""
+        return list(self.settings.get("params", ()))
+
+
+def as_rate(value: Any) -> float | None:
+    """A rate as a number, whether it is stored as one or as a tensor; None for what is neither."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def parameter_groups(optimizers: list[Any]) -> list[ParameterGroup]:
+    """List the parameter groups of innermost optimizers."""
+    return [
+        ParameterGroup(f"{number}.{at}", optimizer, group)
+        for number, optimizer in enumerate(optimizers)
+        if isinstance(groups := _attribute(optimizer, "param_groups"), list | tuple)
+        for at, group in enumerate(groups)
+    ]
+
+
+def takes_hooks(optimizer: Any) -> bool:
+    """Whether hooks can be put around an optimizer's step, as torch's own optimizers and their subclasses let one do."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")  # made by Optimizer.__init__, which some wrappers never call
+
+
+def state_of(optimizer: Any) -> Any:
+    """What an optimizer keeps of each parameter; empty where it keeps nothing that can be seen."""
+    local = _attribute(
+        optimizer, "optim"
+    )  # where torch's ZeroRedundancyOptimizer has the state of the parameters that this rank steps
+    return getattr(local if _is_optimizer(local) else optimizer, "state", {})
+
+
+class OptimizerView:
+    """Reads, and changes nothing.
+
+    Args:
+        optimizer: what :func:`innermost` takes.
+        grad_scaler: the gradient scaler in use; None to find it, if there is one.
+    """
+
+    def __init__(self, optimizer: Any, grad_scaler: Any = None) -> None:
+        self.optimizer = optimizer
+        self._innermost: list[Any] | None = innermost(optimizer)
+        self.scalers = ScalerWatch(optimizer, self._innermost, grad_scaler)
+        self._rates: dict[str, float] = {}
+        self._hooks: list[Any] = []
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The torch optimizers inside, looked for once a step."""
+        if self._innermost is None:
+            self._innermost = innermost(self.optimizer)
+        return self._innermost
+
+    @property
+    def grad_scaler(self) -> Any:
+        """The gradient scaler in use, given or found; None where none is known."""
+        return self.scalers.scaler
+
+    @property
+    def scales(self) -> bool:
+        """Whether a gradient scaler is at work."""
+        return self.grad_scaler is not None
+
+    @property
+    def skips_bad_steps(self) -> bool:
+        """Whether steps with bad gradients are skipped without our doing: by a scaler, or by what has told a fused optimizer of them."""
+        return self.scales or any(getattr(each, "found_inf", None) is not None for each in self.optimizers)
+
+    def scale(self) -> float | None:
+        """What the gradient scaler multiplies gradients by; None without one. Waits for the device."""
+        return float(self.grad_scaler.get_scale()) if self.scales else None
+
+    def left_out(self) -> bool | Tensor:
+        """Whether the step that ends here was left out, see :meth:`ScalerWatch.end_step`; to be asked once a step."""
+        return self.scalers.end_step()
+
+    def groups(self) -> list[ParameterGroup]:
+        """Every parameter group of every optimizer."""
+        return parameter_groups(self.optimizers)
+
+    def start_step(self) -> None:
+        """Forget the last step's rates, and which optimizers it had."""
+        self._rates, self._innermost = {}, None
+
+    def note_rates(self, optimizer: Any, scheduled: Callable[[ParameterGroup], float | None]) -> None:
+        """Keep the rates with which a step is about to be made: schedulers move on before the step is looked at.
+
+        Args:
+            optimizer: the one that is about to step; None for all.
+            scheduled: the rate that a group's scheduler has set.
+        """
+        stepping = innermost(optimizer)
+        for group in self.groups():
+            if not stepping or any(group.optimizer is each for each in stepping):
+                rate = scheduled(group)
+                if rate is not None:
+                    self._rates[group.key] = rate
+
+    def learning_rates(self) -> dict[str, float]:
+        """The scheduled rate of each parameter group: that of this step where it was noted, else as it stands now."""
+        rates = {group.key: self._rates.get(group.key, group.rate) for group in self.groups()}
+        return {key: rate for key, rate in rates.items() if rate is not None}
+
+    def before_step(self, tell: Callable[[Any], None]) -> None:
+        """Call ``tell(optimizer)`` before each step of each optimizer from now on; once is enough."""
+        if not self._hooks:
+            self._hooks = [
+                each.register_step_pre_hook(lambda stepping, *_: tell(stepping)) for each in self.optimizers if takes_hooks(each)
+            ]
+
+    def let_go(self) -> None:
+        """Take the hooks out again."""
+        self.scalers.let_go()
+        while self._hooks:
+            self._hooks.pop().remove()

@@ -1,0 +1,1 @@
+"""Record attention calls: one file a way in which models attend."""

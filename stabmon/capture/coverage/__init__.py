@@ -1,0 +1,1 @@
+"""Find attention that no adapter recorded."""

@@ -1,0 +1,1 @@
+"""Recover masks from scores."""

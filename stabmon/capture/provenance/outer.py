@@ -1,0 +1,47 @@
+"""Products of queries and keys that are multiplied out before they are summed: ``(q[..., :, None, :] * k[..., None, :, :]).sum(-1)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from stabmon.capture.protocol import kernel_dtype
+from stabmon.capture.provenance.axes import Axes
+from stabmon.capture.provenance.products import TIMES, Product
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """The product of each row of one tensor with each row of another, before the sum over the head dimension."""
+
+    left: Tensor
+    right: Tensor
+    row: int
+    column: int
+
+
+def outer_of(name: str, args: tuple[Any, ...], result: Tensor) -> Outer | None:
+    """The outer product that a multiplication forms, if it does."""
+    if name not in TIMES or result.ndim < 3 or len(args) != 2 or not all(isinstance(each, Tensor) for each in args):
+        return None
+    left, right = (each[(None,) * (result.ndim - each.ndim)] if each.ndim < result.ndim else each for each in args)
+    rows = [d for d in range(result.ndim) if left.shape[d] > 1 == right.shape[d]]
+    columns = [d for d in range(result.ndim) if right.shape[d] > 1 == left.shape[d]]
+    return Outer(left, right, rows[0], columns[0]) if len(rows) == len(columns) == 1 else None
+
+
+def summed_outer(outer: Outer, over: frozenset[int], kwargs: Mapping[str, Any]) -> Product | None:
+    """The product that a sum over one more dimension gives."""
+    if len(over) != 1 or over & {outer.row, outer.column} or kwargs.get("keepdim"):
+        return None
+    (inner,) = over
+    if outer.left.shape[inner] != outer.right.shape[inner]:
+        return None
+    batch = [d for d in range(outer.left.ndim) if d not in (outer.row, outer.column, inner)]
+    left = outer.left.permute(*batch, outer.column, outer.row, inner).squeeze(len(batch))
+    right = outer.right.permute(*batch, outer.row, outer.column, inner).squeeze(len(batch))
+    axes = Axes(*(frozenset({d - (d > inner)}) for d in (outer.row, outer.column)))
+    return Product(left, right, kernel_dtype(outer.left), axes)

@@ -1,0 +1,82 @@
+"""Which number format is enough, on the eager and on the fused path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stabmon.check.config import DTYPES, CheckConfig
+from stabmon.check.judging.judge import ALLOWANCE
+from stabmon.check.measuring.arithmetic import FLOAT16_MAX, MANTISSA_BITS, bits_averaged, bits_needed
+from stabmon.check.measuring.expect import LayerView
+from stabmon.check.measuring.rounding import PATHS
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One format on one path, at the layer where it fits worst."""
+
+    path: str
+    dtype: str
+    safe: bool
+    used: bool
+    """It is the path that the model takes."""
+    bits_needed: float
+    """What keeps ``moved`` within ``allowed``: more than ``bits_kept`` exactly where rounding moves too much."""
+    bits_kept: int
+    moved: float
+    """Probability that rounding moves in the mean row of the worst head, in [0, 1]; NaN where a score is inf."""
+    allowed: float
+    """Below this much ``moved`` the format is enough."""
+    headroom: float
+    """By how much products of query and key may grow before they overflow; inf on the fused path, where none is written down."""
+
+
+def precision_table(views: Sequence[LayerView], config: CheckConfig, overflowed: bool = False) -> tuple[Fit, ...]:
+    """A :class:`Fit` for each path and format. ``overflowed``: a forward in the format to train in was not finite."""
+    used = "fused" if all(view.info.fused for view in views) else "eager"
+    table: list[Fit] = []
+    for path in PATHS:
+        for name, dtype in DTYPES.items():
+            kept = MANTISSA_BITS[str(dtype).removeprefix("torch.")]
+            share = 0.0 if name == "fp32" else _worst_moved(views, path, name)
+            headroom = math.inf
+            if path == "eager" and name == "fp16":
+                product = max(float(np.nan_to_num(view.largest_product, nan=0.0).max()) for view in views)
+                headroom = FLOAT16_MAX / product if product > 0 else math.inf
+            limit = 2 * config.moved_warning * ALLOWANCE[path]
+            judged = 0.0 if name == "fp32" else _worst_moved([view for view in views if not view.biased], path, name)
+            safe = judged < limit and headroom > 2
+            if overflowed and path == used and name == config.dtype:
+                safe = False
+            bound = max(bits_needed(abs(view.expected_max)) - _averaged(path, view) for view in views)
+            # float32 is not tried out: what the shorter formats need is what it is enough for
+            need = max(fit.bits_needed for fit in table[-2:]) if name == "fp32" else _need(judged, limit, kept, bound)
+            table.append(Fit(path, name, safe, path == used, need, kept, share, limit, headroom))
+    return tuple(table)
+
+
+def _need(moved: float, allowed: float, kept: int, bound: float) -> float:
+    """Bits at which rounding moves just what is allowed, given what it moves at ``kept``: a bit more halves it.
+
+    Where more is moved than is allowed, the need is at least the ``bound`` by the largest score: what moves ends at 1, and says
+    no more of large needs. Below, the bound does not count, since it takes the largest score for all of a row.
+    """
+    if math.isnan(moved):
+        return max(bound, kept + 1.0)
+    need = kept + math.log2(moved / allowed) if moved > 0 else 0.0
+    return max(0.0, need) if moved < allowed else max(need, bound)
+
+
+def _averaged(path: str, view: LayerView) -> float:
+    return bits_averaged(view.info.head_dim) if path == "fused" else 0.0
+
+
+def _worst_moved(views: Sequence[LayerView], path: str, name: str) -> float:
+    if not views:
+        return 0.0
+    shares = np.concatenate([view.measured[f"moved/{path}/{name}"] for view in views])
+    return math.nan if np.isnan(shares).any() else float(shares.max())

@@ -1,0 +1,1 @@
+"""Load the model and the inputs of a check."""

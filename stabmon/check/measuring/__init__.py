@@ -1,0 +1,1 @@
+"""Measure and predict the attention of a model."""

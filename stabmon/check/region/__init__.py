@@ -1,0 +1,1 @@
+"""Map where attention stays stable."""

@@ -1,0 +1,1 @@
+"""Present the result of a check."""

@@ -1,0 +1,1 @@
+"""Sweep learning rates on a narrow proxy model."""

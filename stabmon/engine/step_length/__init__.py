@@ -1,0 +1,1 @@
+"""Measure whether optimizer steps are too long."""

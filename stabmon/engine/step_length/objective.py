@@ -1,0 +1,107 @@
+"""The function that a backward differentiated, as a function of the model's output, so that it can be evaluated again."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stabmon.engine.gradients import tensors_in
+from stabmon.engine.loss_accumulator import loss_in
+
+_VALUES = 1 << 22
+"""Logits of one output that are kept at most: every k-th row of larger ones stands for the others."""
+_RESIDUAL = 0.05
+"""Share of the gradient that cross-entropy may leave unexplained; more means that the objective is another one."""
+
+
+class Objective:
+    """What was differentiated through one forward's output, up to a constant.
+
+    Where backward goes through the loss in the output, it is that loss times the gradient that arrives at it (a loss scale, a share of an
+    accumulated step). Where the loss is made outside of the model it is recovered from the gradient at the logits, if that is the
+    gradient of a cross-entropy: :math:`w_i (p_i - e_{y_i})` in each row, which tells the labels and the weights. Any other objective is
+    unknown.
+
+    Args:
+        output: what the forward returned, with its graph.
+    """
+
+    def __init__(self, output: Any) -> None:
+        self._loss = loss_in(output)
+        self._factor: Tensor | None = None
+        self._rows: slice = slice(None)
+        self._logits: Tensor | None = None
+        self._gradient: Tensor | None = None
+        self._hooks: list[Any] = []
+        if self._loss is not None and self._loss.requires_grad:
+            self._hooks.append(self._loss.register_hook(self._take_factor))
+        logits = _logits_in(output)
+        if logits is not None:
+            rows = logits.numel() // logits.shape[-1]
+            self._rows = slice(0, None, max(1, -(-logits.numel() // _VALUES)))
+            self._share = len(range(rows)[self._rows]) / rows
+            self._logits = logits.detach().flatten(0, -2)[self._rows].float().clone()
+            self._hooks.append(logits.register_hook(self._take_gradient))
+        self._loss = None if self._loss is None else self._loss.detach()
+
+    def release(self) -> None:
+        """Take the hooks off the output again."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @torch.no_grad()
+    def values(self, output: Any) -> tuple[Tensor, Tensor] | None:
+        """Value at the output it was made from, and at another one of the same forward; None where the objective is unknown."""
+        if self._factor is not None and self._loss is not None:
+            loss = loss_in(output)
+            return None if loss is None else (self._loss.double() * self._factor, loss.double() * self._factor)
+        logits = _logits_in(output)
+        if self._logits is None or self._gradient is None or logits is None:
+            return None
+        found = _cross_entropy_of(self._logits, self._gradient)
+        if found is None:
+            return None
+        weights, labels = found
+        after = logits.detach().flatten(0, -2)[self._rows].float()
+        return tuple((_cross_entropy(each, labels) * weights).double().sum() / self._share for each in (self._logits, after))  # type: ignore[return-value]
+
+    def _take_factor(self, gradient: Tensor | None) -> None:
+        """A hook in backward, which must not raise. Compiled code hands over None for an output that nothing used."""
+        if gradient is not None:
+            with contextlib.suppress(Exception):
+                self._factor = gradient.detach().double().clone()
+
+    def _take_gradient(self, gradient: Tensor | None) -> None:
+        """The same for logits."""
+        if gradient is not None:
+            with contextlib.suppress(Exception):
+                self._gradient = gradient.detach().flatten(0, -2)[self._rows].float().clone()
+
+
+def _logits_in(output: Any) -> Tensor | None:
+    """The tensor that classes are scored in: ``.logits``, or the first of the output that has a graph."""
+    named = getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named if named.ndim >= 2 else None
+    tensor = next((each for each in tensors_in(output) if each.ndim >= 2 and each.is_floating_point()), None)
+    return tensor if tensor is not None and tensor.shape[-1] > 1 else None
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.logsumexp(-1) - logits.gather(-1, labels[:, None])[:, 0]
+
+
+def _cross_entropy_of(logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight and label of each row of which ``gradient`` is the cross-entropy's; None where it is no such gradient."""
+    share, labels = logits.softmax(-1), gradient.argmin(-1)
+    at_label = labels[:, None]
+    weights = (gradient.gather(-1, at_label) / (share.gather(-1, at_label) - 1))[:, 0]
+    told = gradient.abs().amax(-1) > 0  # rows that count for nothing, as ignored labels and the last position, have none
+    weights = torch.where(told, weights.nan_to_num(0.0, 0.0, 0.0), 0.0)
+    explained = weights[:, None] * (share - torch.nn.functional.one_hot(labels, share.shape[-1]))
+    if not bool(told.any()) or float((gradient - explained).norm()) > _RESIDUAL * float(gradient.norm()):
+        return None
+    return weights, labels

@@ -1,0 +1,222 @@
+"""See what a training step does: its forwards, their attention, its losses and its gradients. Judges nothing."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stabmon._torch.forward_call import ForwardCall, KeptForwards
+from stabmon.capture import AttentionCapture, compiled_modules
+from stabmon.capture.coverage.witness import listed
+from stabmon.config import StabilityConfig
+from stabmon.engine.error_boundary import Safety, safely
+from stabmon.engine.forward_hooks import ForwardWatch
+from stabmon.engine.gradients import AfterBackward, GradientNorms
+from stabmon.engine.loss_accumulator import Losses
+from stabmon.records import AttentionCall
+from stabmon.signals.accumulator import Measurements
+
+_LOOKS = 3
+"""Steps without a forward after which it is no longer looked whether the model has been compiled in the meantime."""
+
+
+class StepObserver:
+    """What the present step has shown so far.
+
+    Hooks are on the model from :meth:`start` of a step that is watched to that of one that is not, or to :meth:`let_go`. The
+    capture is open in training forwards of sampled steps only, and of others where somebody ``listens``.
+
+    Args:
+        model: the model that trains.
+        config: what to measure, and whether to keep forwards for a replay.
+        safety: told what fails.
+        scale: what a gradient scaler multiplies gradients by; None where there is none.
+        listens: who is told of every attention call of a training forward, sampled or not; None for nobody at this time.
+        returned: told of each training forward that has returned: what makes it again, where it was kept, and its output.
+        raised: told of each forward that raised: nothing may be left in the model, since nobody may come to close us.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: StabilityConfig,
+        safety: Safety,
+        scale: Callable[[], float | None],
+        listens: Callable[[], Callable[[AttentionCall], None] | None] = lambda: None,
+        returned: Callable[[ForwardCall | None, Any], None] = lambda call, output: None,
+        raised: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.safety = safety
+        self.forwards = KeptForwards()
+        self.last_forward: list[ForwardCall] = []
+        """The first forward of the newest step that has been made, until the next one begins; empty where it cannot be replayed."""
+        self.losses = Losses(keep=20 * config.history)
+        self.measurements = Measurements(
+            config.signals, config.engine, config.sample_rows, functools.partial(safety.failed, "signal")
+        )
+        self.interrupted = False
+        """Whether a forward of this step raised."""
+        self.paused = False
+        """Whether forwards are none of training's: a replay is under way."""
+        self._model = model
+        self._keeps = config.watch_every_step
+        self._scale = scale
+        self._listens, self._returned, self._raised = listens, returned, raised
+        self._listener: Callable[[AttentionCall], None] | None = None
+        self._sampled = self._capturing = False
+        self._current: nn.Module | None = None
+        self._call: ForwardCall | None = None
+        self._capture = AttentionCapture(
+            model, self._on_call, modules=config.attention_modules, on_error=functools.partial(safety.failed, "capture")
+        )
+        self._norms = GradientNorms()
+        self._gradients: dict[str, float] = {}
+        self._after_backward = AfterBackward(self._backward_ended)
+        self._watch: ForwardWatch | None = None
+        self._outer: list[nn.Module] | None = None
+        """Compiled wrappers around the model; None where it has to be looked for them."""
+        self._looks_left = _LOOKS
+
+    def start(self, step: int, *, sampled: bool, watched: bool) -> None:
+        """Forget the last step and get ready for ``step``."""
+        self.forget()
+        self.measurements.start(step)
+        self._sampled = sampled
+        if not watched:
+            self._unwatch()
+        elif self._watch is not None:
+            self._watch.reset()
+        else:
+            if self._outer is None:
+                self._outer = compiled_around(self._model)
+            self._watch = ForwardWatch(self._model, self._outer, self._forward_begins, self._forward_ends)
+        if sampled:
+            self._after_backward.watch(self._model)
+
+    def forget(self) -> None:
+        """Keep nothing of the step but the losses that no reading has had."""
+        self.stop_capture()
+        self._after_backward.let_go()
+        self.measurements.start(0)
+        self.last_forward = self.forwards.calls[:1] or self.last_forward
+        self.forwards, self._norms, self._gradients = KeptForwards(), GradientNorms(), {}
+        self.losses.start_step()
+        self.interrupted, self._current, self._call = False, None, None
+
+    def let_go(self) -> None:
+        """Take everything out of the model."""
+        self._unwatch()
+        self.forget()
+        self.last_forward = []
+
+    @safely
+    def stop_capture(self) -> None:
+        """Close the capture, where a forward never came to its end."""
+        if self._capturing:
+            self._capturing = False
+            self._capture.__exit__()
+
+    @property
+    def gradients(self) -> dict[str, float]:
+        """L2 norms before clipping, see :meth:`~stabmon.engine.gradients.GradientNorms.by_layer`; empty where they are not known."""
+        if not self._gradients:
+            self._gradients = self._norms.by_layer(self._model, self.measurements.modules)
+        return self._gradients
+
+    def forget_gradients(self) -> None:
+        """Leave this step's gradient norms unknown."""
+        self._norms, self._gradients = GradientNorms(), {}
+
+    @safely
+    def _backward_ended(self, added: dict[int, Tensor]) -> None:
+        if not self.paused:
+            self._gradients = {}
+            self._norms.measure(self._model, added, self._scale())
+
+    def look_for_compiled(self) -> None:
+        """Where no forward was seen: follow a model that has been compiled since; what is called now is the wrapper."""
+        if self._watch is None or self._looks_left == 0:
+            return
+        self._looks_left -= 1
+        outer = compiled_around(self._model)
+        if outer and outer != self._outer:
+            self._outer = outer
+            self._watch.follow(outer)
+
+    def why_nothing(self) -> str | None:
+        """Why a sampled step had no attention call, in one line; None where that has been told already."""
+        if self.interrupted or self.safety.errors["capture"]:
+            return None
+        if not self.forwards.count:
+            return (
+                "no training forward of the model was seen (a forward with gradients, in train mode, called on the model given to "
+                "stabmon and not inside a compiled function)"
+            )
+        if self._capture.unseen:
+            return (
+                "attention ran inside a compiled function, where nothing is seen: compile the model, not the function around it"
+            )
+        unseen = f", and {listed(self.unseen)} is none of these" if self.unseen else ""
+        looked_for = f"no attention was found in {type(self._model).__name__}; looked for {self._capture.looked_for()}{unseen}"
+        return f"{looked_for}; name hand-written attention in attention_modules=[...]"
+
+    @property
+    def unseen(self) -> Mapping[str, str]:
+        """Modules of whose attention some is not seen, and what, as far as the witnessed steps show it."""
+        return self._capture.witness.unseen
+
+    def describe_unseen(self) -> str | None:
+        """The same in one line beside what is seen; None where all is seen, or nothing."""
+        return self._capture.witness.describe() if self._capture.witness.seen else None
+
+    @safely
+    def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.stop_capture()
+        training = self._model.training or any(each.training for each in module.modules())
+        if not training or not torch.is_grad_enabled() or self.paused:
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self._after_backward.reset()  # an earlier backward may have raised
+        self.last_forward = []
+        self._call = self.forwards.add(module, args, kwargs, keep=self._keeps)
+        self._current = module
+        self._listener = self._listens()
+        if self._sampled or self._listener is not None:
+            self._capture.__enter__()
+            self._capturing = True
+
+    @safely
+    def _forward_ends(self, module: nn.Module, output: Any) -> None:
+        if self._capturing:
+            self._capture.witness.end(output)
+        self.stop_capture()
+        if self._current is module:
+            self._current = None
+            self.losses.find(output)
+            self._returned(self._call, output)
+        if output is None and sys.exc_info()[0] is not None and not self.paused:
+            self.let_go()  # the forward raised, and nobody may come to close us; the next step arms again
+            self._raised()
+            self.interrupted = True
+
+    def _on_call(self, call: AttentionCall) -> None:
+        with self.safety.timed():
+            if self._sampled:
+                self.measurements.add(call)
+            if self._listener is not None:
+                self._listener(call)
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+
+def compiled_around(model: nn.Module) -> list[nn.Module]:
+    """Compiled wrappers that hold ``model``, or the model itself where it was compiled in place: what its callers really call."""
+    return [m for m in compiled_modules(model) if m is model or any(inner is model for inner in m.modules())][:1]

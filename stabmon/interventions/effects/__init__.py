@@ -1,0 +1,1 @@
+"""Hold the changes that interventions make."""

@@ -1,0 +1,1 @@
+"""Give interventions access to a training run."""

@@ -1,0 +1,218 @@
+"""Which states of a training run are known to be healthy, and may be gone back to."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from stabmon._storage.stored_value import Stored
+from stabmon.interventions.run.snapshots import Snapshot, named_tensors, snapshot_bytes
+from stabmon.rules.evidence.robust_stats import robust_spread
+
+if TYPE_CHECKING:
+    from stabmon.interventions.run.training_run import TrainingRun
+
+logger = logging.getLogger("stabmon")
+
+NEAR = 8
+"""Losses whose median is a point of the course."""
+NEWEST = 3
+"""Losses whose median tells where the run stands."""
+
+
+class HealthyStates:
+    """Keeps the newest state that was healthy before it was taken and for a while after, and has a loss to show for it.
+
+    A state is a candidate at first. It counts once ``confirm`` more samples were healthy and the loss has kept to its course: below that of
+    the state that is kept, and no higher than the best course so far, by more than its noise. So the state in which training began is kept
+    until the run has proven itself better, and a state that was ruined without an alarm never takes its place. Beside the one that is kept
+    a newer candidate waits: two copies at most.
+
+    Args:
+        run: the run.
+        every: samples between candidates.
+        confirm: healthy samples after which a candidate may count.
+        memory_gb: host memory that both copies may take together; above it they go to ``run.run_dir``, or nowhere.
+    """
+
+    def __init__(self, run: TrainingRun, *, every: int = 4, confirm: int = 2, memory_gb: float = 8.0) -> None:
+        self.run = run
+        self.every, self.confirm, self.memory_gb = every, confirm, memory_gb
+        self._healthy: Snapshot | Path | None = None
+        self._candidate: Snapshot | Path | None = None
+        self._since = self._left_behind = 0
+        """Step of the candidate; step from which on losses are those of what was gone back from."""
+        self._from = 0
+        self._age = 0
+        self._said = False
+
+    def begin(self) -> None:
+        """Keep the state in which training begins, to begin again from."""
+        self._healthy, self._from = self._keep(), self.run.step
+
+    @property
+    def newest(self) -> Snapshot | None:
+        """The newest healthy state, read from disk if it is there; None where there is none yet."""
+        if isinstance(self._healthy, Path):
+            try:
+                return Snapshot.load(self._healthy) if self._healthy.is_file() else None
+            except ValueError as error:
+                logger.warning("No rollback to it: %s", error)
+                self._healthy = None
+        return self._healthy
+
+    def offer(self, healthy: bool) -> None:
+        """Say after each sampled step whether the run is healthy: loss and gradients finite, and nothing under way that may ruin it."""
+        if not healthy:
+            self._drop(self._candidate)
+            self._candidate = None
+            return
+        self._age += 1
+        if self._candidate is not None and self._age >= self.confirm and self._is_proven():
+            self._drop(self._healthy)
+            self._healthy, self._candidate, self._from = self._candidate, None, self._since
+        if self._age >= self.every or (self._candidate is None and self._healthy is None):
+            self._drop(self._candidate)
+            self._candidate, self._since, self._age = self._keep(), self.run.step, 0
+
+    def gone_back(self) -> None:
+        """The run is in the state that is kept: what came after it is no longer its course."""
+        self._drop(self._candidate)
+        self._candidate, self._age, self._left_behind = None, 0, self.run.step
+
+    def why_not(self, snapshot: Snapshot) -> str:
+        """Why the run would be worse off in a state than where it stands; empty where it would not, or nobody can say."""
+        now, best, noise = self._course()
+        if not math.isfinite(now) or not math.isfinite(best) or now > best + noise:
+            return ""
+        if any(not bool(tensor.isfinite().all()) for _, tensor in named_tensors(self.run) if tensor.is_floating_point()):
+            return ""
+        return (
+            f"the run stands no worse than it ever did (loss {now:.3g}, its best course {best:.3g}): the state after step "
+            f"{snapshot.step} would only cost {self.run.step - snapshot.step} steps"
+        )
+
+    def describe(self, snapshot: Snapshot) -> str:
+        """What the run is put back to and why, in words."""
+        now, best, _ = self._course()
+        which = "the state in which training began" if snapshot.step == 0 else f"the state after step {snapshot.step}"
+        stands = "where the loss is not finite" if not math.isfinite(now) else f"loss {now:.3g} after a course of {best:.3g}"
+        return f"back to {which}, {self.run.step - snapshot.step} steps ago: the run stands at {stands}"
+
+    def _is_proven(self) -> bool:
+        """Whether the loss since the candidate is below that at the state that is kept, and has kept to its best course."""
+        now, best, noise = self._course()
+        losses = self._losses()
+        if len(losses) < 2:
+            return True  # nobody tells us the loss
+        first = losses[losses[:, 0] > self._from, 1][:NEAR]
+        lower = self._from > 0 or now < float(np.median(first))
+        return lower and now <= best + noise
+
+    def _course(self) -> tuple[float, float, float]:
+        """(median of the newest losses, lowest such median so far, their noise); NaN where no loss is known."""
+        losses = self._losses()[:, 1]
+        found = self.run.history.overshoot
+        torn_now = found is not None and found.step == self.run.step and found.how in ("torn", "leap")
+        newest = [loss for _, loss in self.run.history.losses[-1 if torn_now else -NEWEST :]]
+        if len(losses) < 2 or not newest:
+            return math.nan, math.nan, 0.0
+        now = float(np.median(newest)) if all(map(math.isfinite, newest)) else math.nan
+        windows = np.lib.stride_tricks.sliding_window_view(losses, min(NEAR, len(losses)))
+        noise = float(robust_spread(np.diff(losses)[:, None])[0]) / 2**0.5
+        return now, float(np.median(windows, axis=1).min()), noise
+
+    def _losses(self) -> np.ndarray:
+        """``[K, 2]`` (step, loss) of the present course."""
+        known = self.run.history.recent_losses
+        return known[known[:, 0] > self._left_behind]
+
+    def keep(self, snapshot: Snapshot, name: str) -> Snapshot | Path:
+        """Hold a snapshot where there is room for it.
+
+        Raises:
+            MemoryError: where there is neither memory nor a folder.
+        """
+        if 2 * snapshot_bytes(self.run) <= self.memory_gb * 1e9:
+            return snapshot
+        if self.run.run_dir is None:
+            raise MemoryError(f"two copies of the run are more than memory_gb {self.memory_gb:g}: raise it, or give a run_dir")
+        self.run.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.run.run_dir / f"{name}-{snapshot.step}-rank{_rank()}.pt"
+        snapshot.save(path)
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """Name of the healthy state's file in the run's folder: plain values. One in memory does not outlive the process."""
+        return {"healthy": self._healthy.name if isinstance(self._healthy, Path) else None}
+
+    @staticmethod
+    def parse_state(state: Mapping[str, Any] | Stored, run_dir: Path | None) -> Path | None:
+        """Find the file of a healthy state: one of ours that lies in the run's own folder. What a state names elsewhere is left out.
+
+        Raises:
+            ValueError: if it is no state of this.
+        """
+        healthy = Stored.of(state)["healthy"]
+        named = healthy.maybe(Stored.text)
+        if named is None:
+            return None
+        path = None if run_dir is None else _inside(run_dir, named)
+        if path is None:
+            healthy.leave_out(f"{named!r} is no file of a healthy state in the run's own folder {run_dir}, and is not looked at")
+        return path
+
+    def take_up(self, healthy: Path | None) -> None:
+        """Go on with what :meth:`parse_state` has found."""
+        self._healthy, self._from = healthy, max(1, self.run.step)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Find the healthy state on disk again.
+
+        Raises:
+            ValueError: if it is no state of this; nothing is changed then.
+        """
+        saved = Stored(state)
+        self.take_up(self.parse_state(saved, self.run.run_dir))
+        if saved.left_out:
+            logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
+
+    def _keep(self) -> Snapshot | Path | None:
+        if 2 * snapshot_bytes(self.run) > self.memory_gb * 1e9 and self.run.run_dir is None:
+            if not self._said:
+                logger.warning(
+                    "No state is kept to roll back to: two copies need more than memory_gb %g, and there is no run_dir",
+                    self.memory_gb,
+                )
+            self._said = True
+            return None
+        return self.keep(Snapshot.take(self.run), "healthy")
+
+    @staticmethod
+    def _drop(kept: Snapshot | Path | None) -> None:
+        if isinstance(kept, Path):
+            kept.unlink(missing_ok=True)
+
+
+def _inside(run_dir: Path, named: str) -> Path | None:
+    """The file of that name in ``run_dir``; None where it is none of ours, lies or leads elsewhere, or is not there."""
+    given = Path(named)
+    try:
+        if len(given.parts) > 1 and given.parent.resolve() != run_dir.resolve():  # states of before version 1 hold the whole path
+            return None
+        path = run_dir / given.name
+        ours = re.fullmatch(r"[a-z-]+-\d+-rank\d+\.pt", given.name) is not None
+        return path if ours and path.is_file() and not path.is_symlink() else None
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
+        return None
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0

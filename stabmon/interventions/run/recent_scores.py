@@ -1,0 +1,83 @@
+"""The largest scores of the newest steps, each as it would be with the weights of now."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stabmon.engine.gradients import is_sharded
+from stabmon.projections.head_rows import QueryKey, Rows
+
+STEPS = 8
+"""Newest steps that count. Of the heads of a small Llama, held at a target while Muon made their scores 3% larger a step, some were seen
+above 1.3 times the target in 4 of 200 steps where the newest step alone counted, and in none with eight."""
+
+
+class RecentScores:
+    """Carries the scores of a step on by what the norms of their rows have changed since, clips included.
+
+    A batch is small, so that its largest score is now well below and now well above what the weights allow: a head that is clipped by
+    the newest alone is found far above its aim by another batch some steps later.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, deque[np.ndarray]] = {}
+        self._at: dict[str, Tensor] = {}
+        """Norms of the weights that a layer's kept scores are of."""
+        self._seen: dict[str, Tensor] = {}
+        """Norms of the weights that this step's forward was made with."""
+
+    def look(self, layer: str, parts: QueryKey) -> None:
+        """Attention of ``layer`` is under way; of weights in shards nothing is kept."""
+        if layer not in self._seen and not any(is_sharded(rows.parameter) for rows in parts.query[0]):
+            self._seen[layer] = _norms(parts)
+
+    def add(self, scores: Mapping[str, np.ndarray], parts: Mapping[str, QueryKey]) -> dict[str, np.ndarray]:
+        """Take a step's largest scores after the optimizer has stepped, and give those of the newest steps.
+
+        Args:
+            scores: ``[n]`` of the first n heads, by layer.
+            parts: what makes queries and keys, by layer.
+
+        Returns:
+            The same, as they would be with the weights of now. One that is not finite stays as it is.
+        """
+        seen, self._seen = self._seen, {}
+        layers = [layer for layer in scores if layer in seen and layer in parts]
+        if not layers:
+            return dict(scores)
+        now = {layer: _norms(parts[layer]) for layer in layers}
+        ratios = [_ratio(seen[layer], self._at.get(layer, seen[layer])) for layer in layers]
+        ratios += [_ratio(now[layer], seen[layer]) for layer in layers]
+        sizes = [len(each) for each in ratios]
+        host = [part.numpy() for part in torch.cat([each.to(ratios[0].device) for each in ratios]).double().cpu().split(sizes)]
+        self._at |= now
+        found = dict(scores)
+        for layer, since, step in zip(layers, host[: len(layers)], host[len(layers) :], strict=True):
+            new, n = scores[layer], len(scores[layer])
+            old = [each * since[:n] for each in self._kept.get(layer, ())]
+            together = [each * step[:n] for each in (*old, np.where(np.isfinite(new), new, -np.inf))]
+            self._kept[layer] = deque(together, maxlen=STEPS)
+            found[layer] = np.where(np.isfinite(new), np.max(self._kept[layer], axis=0), new)
+        return found
+
+
+def _ratio(now: Tensor, before: Tensor) -> Tensor:
+    return torch.where((before > 0) & torch.isfinite(now / before), now / before, 1.0)
+
+
+@torch.no_grad()
+def _norms(parts: QueryKey) -> Tensor:
+    """``[H]`` norm of each head's query rows, times that of its key rows where it has its own."""
+    query = torch.stack([_norm(rows) for rows in parts.query])
+    return query if parts.key is None else query * torch.stack([_norm(rows) for rows in parts.key])
+
+
+def _norm(rows: Sequence[Rows]) -> Tensor:
+    views = [(each.view(each.parameter).detach().float() + each.offset).norm() for each in rows]
+    whole: Tensor = torch.linalg.vector_norm(torch.stack(views))
+    return whole

@@ -1,0 +1,140 @@
+"""Copies of a training run's state, on the host or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stabmon._storage.atomic_write import replace_whole
+from stabmon._torch.optimizer_adapter import state_of
+from stabmon.engine.gradients import local
+
+if TYPE_CHECKING:
+    from stabmon.interventions.run.training_run import TrainingRun
+
+
+SNAPSHOT_VERSION = 1
+"""Of a snapshot's file; one without is of before there were any, and the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Parameters, buffers, optimizer state, scheduler and gradient scaler after one optimizer step; of this rank's shards."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    optimizer: list[dict[str, Any]]
+    """The state of each parameter, in the order of the groups of all optimizers."""
+    groups: list[dict[str, Any]]
+    """Each group's settings, without its parameters."""
+    scheduler: list[dict[str, Any]]
+    """The state of each scheduler."""
+    scaler: dict[str, Any] | None
+
+    @classmethod
+    @torch.no_grad()
+    def take(cls, run: TrainingRun) -> Snapshot:
+        """Copy the state to the host."""
+        return cls(
+            step=run.step,
+            tensors={name: _copied(tensor) for name, tensor in named_tensors(run)},
+            optimizer=[{k: _copied(v) for k, v in state.get(p, {}).items()} for p, state in _stepped(run)],
+            groups=[{k: _copied(v) for k, v in group.settings.items() if k != "params"} for group in run.groups],
+            scheduler=[_copied(each.state_dict()) for each in run.schedulers],
+            scaler=_copied(run.grad_scaler.state_dict()) if run.grad_scaler is not None else None,
+        )
+
+    @torch.no_grad()
+    def restore(self, run: TrainingRun, *, schedule: bool) -> None:
+        """Put the state back in place, bit for bit, leaving every random generator alone.
+
+        Args:
+            run: the run that it was taken of.
+            schedule: also the scheduler, and the groups' rates and other settings; without, they stay where they are now.
+        """
+        for name, tensor in named_tensors(run):
+            if name in self.tensors:
+                local(tensor.detach()).copy_(self.tensors[name])
+        for (parameter, state), saved in zip(_stepped(run), self.optimizer, strict=True):
+            _restore_entries(state[parameter] if saved or parameter in state else {}, saved, local(parameter).device)
+            if not saved:
+                state.pop(parameter, None)
+        if schedule:
+            for group, settings in zip(run.groups, self.groups, strict=True):
+                group.settings.update({name: _copied(value) for name, value in settings.items()})
+            for scheduler, saved in zip(run.schedulers, self.scheduler, strict=True):
+                scheduler.load_state_dict(_copied(saved))
+        if self.scaler:
+            run.grad_scaler.load_state_dict(_copied(self.scaler))
+
+    def save(self, path: Path) -> None:
+        """Write it to a file, that is there as a whole or not at all."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        replace_whole(path, lambda fresh: torch.save({"version": SNAPSHOT_VERSION, **values}, fresh))
+
+    @classmethod
+    def load(cls, path: Path) -> Snapshot:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: if the file is damaged or of a later version.
+        """
+        try:
+            values = torch.load(path, map_location="cpu", weights_only=True)
+            version = values.pop("version", SNAPSHOT_VERSION)
+            if not isinstance(values["scheduler"], list):  # written when a run had one at most
+                values["scheduler"] = [] if values["scheduler"] is None else [values["scheduler"]]
+            if version == SNAPSHOT_VERSION:
+                return cls(**values)
+        except Exception as error:  # what torch raises for a damaged file is of many kinds
+            words = str(error).partition("\n")[0]
+            raise ValueError(f"{path} holds no state to go back to ({type(error).__name__}: {words})") from error
+        raise ValueError(f"{path} is of version {version}, but this stabmon reads {SNAPSHOT_VERSION}: update stabmon")
+
+
+def snapshot_bytes(run: TrainingRun) -> int:
+    """How large a snapshot would be now."""
+    state = [value for p, state in _stepped(run) for value in state.get(p, {}).values() if isinstance(value, Tensor)]
+    return sum(local(t).numel() * t.element_size() for t in [*(tensor for _, tensor in named_tensors(run)), *state])
+
+
+def named_tensors(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of the model, and what else the optimizer steps (masters)."""
+    yield from run.model.named_parameters()
+    yield from run.model.named_buffers()
+    own = {id(parameter) for parameter in run.model.parameters()}
+    others = [parameter for parameter, _ in _stepped(run) if id(parameter) not in own]
+    yield from ((f"optimizer's own {at}", parameter) for at, parameter in enumerate(others))
+
+
+def _stepped(run: TrainingRun) -> list[tuple[Tensor, Any]]:
+    """Each parameter of each optimizer, beside that optimizer's whole state, which may hold nothing of it yet."""
+    return [(each, state_of(group.optimizer)) for group in run.groups for each in group.parameters]
+
+
+def _copied(value: Any) -> Any:
+    """The same value in tensors of its own on the host."""
+    if isinstance(value, Tensor):
+        return local(value.detach()).to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {k: _copied(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(v) for v in value) if type(value) in (list, tuple) else value
+    return value
+
+
+def _restore_entries(entries: dict[str, Any], saved: Mapping[str, Any], device: torch.device) -> None:
+    """Make an optimizer's state of one parameter what was saved, in its own tensors where they are still there."""
+    for name in set(entries) - set(saved):
+        del entries[name]
+    for name, value in saved.items():
+        now = entries.get(name)
+        if isinstance(value, Tensor) and isinstance(now, Tensor) and local(now).shape == value.shape and now.dtype == value.dtype:
+            local(now).copy_(value)
+        else:
+            entries[name] = value.to(device, copy=True) if isinstance(value, Tensor) and value.ndim else _copied(value)

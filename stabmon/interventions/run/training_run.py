@@ -1,0 +1,222 @@
+"""What an intervention may touch of a training run, and the marks of a step at which a held one is called."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stabmon._torch.optimizer_adapter import ParameterGroup, innermost, parameter_groups, takes_hooks
+from stabmon.capture import clean_name
+from stabmon.interventions.base import Applied, CannotApply
+from stabmon.interventions.run.learning_rates import LearningRates
+from stabmon.rules.tracking.history import History
+
+if TYPE_CHECKING:
+    from stabmon._torch.forward_call import ForwardCall
+    from stabmon.interventions.run.healthy_states import HealthyStates
+
+logger = logging.getLogger("stabmon")
+
+Mark = Literal["attention", "before_optimizer_step", "on_step"]
+
+
+class Marks:
+    """Callbacks of held interventions at the marks of a step.
+
+    - ``attention``, with the :class:`~stabmon.records.AttentionCall`: in each training forward, once for every attention call.
+    - ``before_optimizer_step``: gradients are ready, parameters not yet stepped; once for each optimizer that steps.
+    - ``on_step``: the optimizer has stepped, the next forward has not begun.
+
+    A callback that raises is told of and taken out; the others go on.
+    """
+
+    def __init__(self) -> None:
+        self._callbacks: dict[Mark, list[Callable[..., None]]] = {"attention": [], "before_optimizer_step": [], "on_step": []}
+
+    def add(self, mark: Mark, callback: Callable[..., None], *, first: bool = False) -> Callable[[], None]:
+        """Call ``callback`` at ``mark`` from now on, ``first`` or last; returns what takes it out again, which may be called twice."""
+        self._callbacks[mark].insert(0 if first else len(self._callbacks[mark]), callback)
+
+        def remove() -> None:
+            if callback in self._callbacks[mark]:
+                self._callbacks[mark].remove(callback)
+
+        return remove
+
+    def wants(self, mark: Mark) -> bool:
+        """Whether anybody waits for ``mark``: where nobody does, there is no need to capture attention at this step."""
+        return bool(self._callbacks[mark])
+
+    def fire(self, mark: Mark, *args: Any) -> None:
+        """Call everybody who waits for ``mark``, in the order in which they were added."""
+        for callback in list(self._callbacks[mark]):
+            try:
+                callback(*args)
+            except Exception as error:
+                if callback in self._callbacks[mark]:
+                    self._callbacks[mark].remove(callback)
+                logger.error(
+                    "A held intervention failed at %s and is left out, training goes on: %s", mark, error, exc_info=error
+                )
+
+
+@dataclass(eq=False)
+class TrainingRun:
+    """What interventions may touch. Whoever trains keeps ``step``, ``layers``, ``info`` and ``forwards`` up to date."""
+
+    model: nn.Module
+    optimizer: Any = None
+    """A torch optimizer, a wrapper around one, something that holds several, or a list of these."""
+    lr_scheduler: Any = None
+    """What sets its rates; a list where there are several."""
+    grad_scaler: Any = None
+    step: int = 0
+    """Optimizer steps made."""
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
+    """The attention module behind each layer name of the readings."""
+    history: History = field(default_factory=History)
+    forwards: Sequence[ForwardCall] = ()
+    """The newest step's outermost forwards, to be replayed; empty where that cannot be."""
+    run_dir: Path | None = None
+    accumulation: int = 1
+    """Micro-batches a step, by whose number the loss is divided before it is differentiated."""
+    audit: Callable[[Mapping[str, Any]], None] = lambda record: None
+    """Receives each audit record."""
+    applied: list[Applied] = field(default_factory=list)
+    """Everything applied so far, in order."""
+    marks: Marks = field(default_factory=Marks)
+    states: HealthyStates | None = None
+    """The healthy states that are kept to roll back to; None where nobody asked for them."""
+    by_hand: bool = False
+    """Whether what is being applied was asked for by a person: then what has nothing to do yet is held, and not refused."""
+    stop_reason: str | None = None
+    """Why training should stop now; None to go on."""
+    uneasy: bool = False
+    """Whether something may be wrong with the newest steps that is not known yet: then no state counts as healthy."""
+    shorten_step: Callable[[Mapping[str, float]], Callable[[], None] | None] | None = None
+    """Shortens the step that was just made, by a factor a parameter group, and returns what puts it back; None where it cannot be had."""
+    on_rollback: list[Callable[[int], None]] = field(default_factory=list)
+    """Told the step whose state the run was put back to."""
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """Every optimizer that was given, without what wraps it."""
+        return innermost(self.optimizer)
+
+    @property
+    def groups(self) -> list[ParameterGroup]:
+        """Every parameter group of every optimizer."""
+        return parameter_groups(self.optimizers)
+
+    @property
+    def schedulers(self) -> list[Any]:
+        """Every scheduler whose state can be stored."""
+        given = self.lr_scheduler if isinstance(self.lr_scheduler, list | tuple) else [self.lr_scheduler]
+        return [each for each in given if hasattr(each, "state_dict")]
+
+    @functools.cached_property
+    def rates(self) -> LearningRates:
+        """The factors and ceilings that held interventions put on the learning rates.
+
+        Raises:
+            CannotApply: if there is no torch optimizer to be found.
+        """
+        _ = self.torch_optimizers
+        return LearningRates(self.optimizers, functools.partial(self.marks.add, "before_optimizer_step"))
+
+    @property
+    def rate_factor(self) -> float:
+        """The smallest share of its scheduled rate that any parameter group uses at the next step; 1 where nothing lowers them."""
+        return self.rates.factor if "rates" in vars(self) else 1.0
+
+    @property
+    def rate_factors(self) -> dict[str, float]:
+        """The share of its scheduled rate that each parameter group used in the newest step, by key; groups at 1 are left out."""
+        return self.rates.in_use if "rates" in vars(self) else {}
+
+    def scheduled_rate(self, group: ParameterGroup) -> float | None:
+        """The rate of a group as its scheduler has set it."""
+        return self.rates.scheduled(group) if "rates" in vars(self) else group.rate
+
+    @property
+    def torch_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers around whose steps hooks can be put.
+
+        Raises:
+            CannotApply: if there is none.
+        """
+        found = [each for each in self.optimizers if takes_hooks(each)]
+        if not found:
+            kind = "no optimizer" if self.optimizer is None else f"a {type(self.optimizer).__name__} without step hooks"
+            raise CannotApply(f"the run has {kind}", "give the torch optimizer to the monitor: optimizer=optimizer")
+        return found
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The first of them.
+
+        Raises:
+            CannotApply: if there is none.
+        """
+        return self.torch_optimizers[0]
+
+    def known_layers(self) -> list[str]:
+        """Names of all attention layers seen so far, those of before a resume included."""
+        return list(dict.fromkeys([*self.history.layers, *self.layers]))
+
+    def module(self, layer: str) -> nn.Module:
+        """The attention module of a layer.
+
+        Raises:
+            CannotApply: if the model has no such module.
+        """
+        if layer in self.layers:
+            return self.layers[layer]
+        name = layer.partition("#")[0]  # later calls of one module are told apart by a number
+        for own, each in self.model.named_modules():
+            if (clean_name(own) or type(each).__name__) == name:
+                found: nn.Module = each
+                return found
+        raise CannotApply(f"no attention module is known under {layer!r}")
+
+    def max_logit(self, layer: str, head: int | None = None) -> float:
+        """Largest score of a head (of all heads of the layer for None) at the newest reading; NaN where unknown."""
+        if not len(self.history) or layer not in self.history.layers:
+            return float("nan")
+        values = self.history.now("max_logit")[self.history.of_layer(layer)]
+        return float(values[head]) if head is not None else float(values.max(initial=float("-inf")))
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before each backward: the scaler's scale over the number of micro-batches."""
+        scaler = self.grad_scaler
+        scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+        return scale / self.accumulation
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train together."""
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    def largest_over_ranks(self, values: Tensor) -> Tensor:
+        """The elementwise maximum over all ranks, which must all call this; NaN counts as infinite."""
+        values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
+        if self.ranks > 1:
+            values = values.clone()
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank says so; all ranks must call this."""
+        if self.ranks == 1:
+            return flag
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        return bool(self.largest_over_ranks(torch.tensor([float(flag)], device=device)).item() > 0)

@@ -1,0 +1,1 @@
+"""Detect NaN and inf at every step, and trace them to their origin."""

@@ -1,0 +1,207 @@
+"""The life of issues: what rules say holds now becomes what opened, worsened and closed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stabmon._storage.stored_value import Stored, stored_issue
+from stabmon.records import SEVERITIES, Reading, StabilityIssue
+from stabmon.rules.base import RULES, Rule, rule_name, worsened
+from stabmon.rules.tracking.history import History
+
+Key = tuple[str, str | None, int | None]
+
+
+@dataclass(frozen=True)
+class _Open:
+    """An issue that was emitted and has not closed."""
+
+    issue: StabilityIssue
+    """As last emitted, so at its worst."""
+    rule: str
+    since: int
+    """The step at which it opened."""
+    absent: int = 0
+    """Samples in a row at which its rule no longer found it."""
+
+
+@dataclass(frozen=True)
+class _Closed:
+    issue: StabilityIssue
+    """At its worst."""
+    step: int
+    """The step at which it closed."""
+
+
+class IssueTracker:
+    """Runs rules on each reading and emits an issue when it opens, when it worsens and when it closes; never in between.
+
+    One place (type, layer, head) has at most one open issue. It worsens when its severity rises or its value goes far
+    further (see :func:`~stabmon.rules.base.worsened`). It closes, as ``info``, after ``clear_after`` readings in a row
+    that saw the place and did not find it ill; a reading without values for the head counts neither way. What closed does
+    not open again within ``cooldown_steps``, unless it comes back worse than it ever was.
+
+    Issues of one reading come most severe first; each tells in ``evidence["heads_alike"]`` how many heads of its layer were found
+    with the same type at that reading, so that a view can fold a layer that fell ill as a whole into one line.
+
+    Args:
+        rules: what to run, in this order.
+        history: the readings so far; the tracker adds each new one.
+        clear_after: readings without the issue before it closes.
+        cooldown_steps: optimizer steps.
+        on_error: told of the first exception of each rule; a rule that raises is skipped for that reading only,
+            and its open issues stay open.
+    """
+
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        *,
+        history: History,
+        clear_after: int = 2,
+        cooldown_steps: int,
+        on_error: Callable[[Exception], None] | None = None,
+    ) -> None:
+        if clear_after < 1 or cooldown_steps < 0:
+            raise ValueError(f"clear_after {clear_after} and cooldown_steps {cooldown_steps}: use at least 1 and 0")
+        self.rules = tuple(rules)
+        self._names = tuple(rule_name(type(rule)) for rule in self.rules)
+        self.history = history
+        self.clear_after = clear_after
+        self.cooldown_steps = cooldown_steps
+        self._on_error = on_error
+        self._reported: set[str] = set()
+        self._open: dict[Key, _Open] = {}
+        self._closed: dict[Key, _Closed] = {}
+
+    @property
+    def open_issues(self) -> tuple[StabilityIssue, ...]:
+        """Every open issue as it was last emitted, most severe and causes first."""
+        return tuple(_in_order(entry.issue for entry in self._open.values()))
+
+    def update(self, reading: Reading) -> list[StabilityIssue]:
+        """Add ``reading`` to the history, run every rule, and return only what opened, worsened or closed."""
+        self.history.add(reading)
+        self._closed = {k: c for k, c in self._closed.items() if reading.step - c.step < self.cooldown_steps}
+        found, ran = self._run_rules()
+        emitted = self._close(found, ran, reading.step)
+        alike = Counter(key[:2] for key in found)
+        for key, (issue, name) in found.items():
+            emitted += self._see(key, issue, name, alike[key[:2]])
+        self._tell_history()
+        return _in_order(emitted)
+
+    def state_dict(self) -> dict[str, Any]:
+        """History, open issues and cooldowns as plain values, for JSON (with NaN) or ``torch.save``."""
+        return {
+            "history": self.history.state_dict(),
+            "open": [_plain(entry) for entry in self._open.values()],
+            "closed": [_plain(entry) for entry in self._closed.values()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | Stored, signals: Container[str] | None = None) -> None:
+        """Go on exactly where :meth:`state_dict` was taken, without the open issues of rules that are not known any more.
+
+        Args:
+            state: what it gave.
+            signals: those that there are today, others are left out; None to take all.
+
+        Raises:
+            ValueError: if it is no tracker's state; the tracker is then as it was.
+        """
+        saved = Stored.of(state)
+        opened = [
+            _Open(stored_issue(each["issue"]), each["rule"].text(), each["since"].integer(), each["absent"].integer())
+            for each in saved["open"].parts()
+            if self._is_known(each["rule"])
+        ]
+        closed = [_Closed(stored_issue(each["issue"]), each["step"].integer()) for each in saved["closed"].parts()]
+        self.history.load_state_dict(saved["history"], signals)
+        self._open = {entry.issue.key: entry for entry in opened}
+        self._closed = {entry.issue.key: entry for entry in closed}
+        self._tell_history()
+
+    def _is_known(self, rule: Stored) -> bool:
+        """Whether there is a rule of this name; leaves out what it found where there is none."""
+        known = rule.text() in self._names or rule.text() in RULES
+        if not known:
+            rule.leave_out(f"no rule {rule.value!r} is known any more, nor is its open issue")
+        return known
+
+    def _tell_history(self) -> None:
+        self.history.set_open((entry.issue, entry.since) for entry in self._open.values())
+
+    def _run_rules(self) -> tuple[dict[Key, tuple[StabilityIssue, str]], set[str]]:
+        """The worst issue of each place with its rule's name, and the names of the rules that ran through."""
+        found: dict[Key, tuple[StabilityIssue, str]] = {}
+        ran: set[str] = set()
+        for rule, name in zip(self.rules, self._names, strict=True):
+            try:
+                issues = list(rule.check(self.history))
+            except Exception as error:  # a rule of anybody's may fail in any way, and the others must go on
+                self._report(name, error)
+                continue
+            ran.add(name)
+            for issue in issues:
+                if issue.key not in found or _rank(issue) > _rank(found[issue.key][0]):
+                    found[issue.key] = (issue, name)
+        return found, ran
+
+    def _close(self, found: Mapping[Key, Any], ran: set[str], step: int) -> list[StabilityIssue]:
+        emitted = []
+        for key, entry in list(self._open.items()):
+            failed = entry.rule in self._names and entry.rule not in ran
+            if key in found or failed or not self.history.seen(key[1], key[2]):
+                continue
+            absent = entry.absent + 1
+            if absent < self.clear_after:
+                self._open[key] = replace(entry, absent=absent)
+                continue
+            del self._open[key]
+            self._closed[key] = _Closed(entry.issue, step)
+            emitted.append(replace(entry.issue, step=step, severity="info", state="closed", eta_steps=None))
+        return emitted
+
+    def _see(self, key: Key, issue: StabilityIssue, name: str, alike: int) -> list[StabilityIssue]:
+        entry, closed = self._open.get(key), self._closed.get(key)
+        if entry is not None and _rank(issue) < _rank(entry.issue):
+            issue = replace(issue, severity=entry.issue.severity)  # an open issue may worsen or close, never soften
+        if entry is not None and not worsened(issue, entry.issue):
+            self._open[key] = replace(entry, absent=0) if entry.absent else entry
+            return []
+        if entry is None and closed is not None and not worsened(issue, closed.issue):
+            return []
+        evidence = issue.evidence if issue.head is None else {**issue.evidence, "heads_alike": alike}
+        issue = replace(issue, state="opened" if entry is None else "worsened", evidence=evidence)
+        self._open[key] = _Open(issue, name, issue.step if entry is None else entry.since)
+        return [issue]
+
+    def _report(self, name: str, error: Exception) -> None:
+        if name in self._reported or self._on_error is None:
+            return
+        self._reported.add(name)
+        error.add_note(f"raised by the rule {name!r}, which is skipped at readings where it raises")
+        self._on_error(error)
+
+
+def _plain(entry: _Open | _Closed) -> dict[str, Any]:
+    return vars(entry) | {"issue": entry.issue.to_dict()}
+
+
+def _rank(issue: StabilityIssue) -> int:
+    return SEVERITIES.index(issue.severity)
+
+
+CAUSES = ("update_spike",)
+"""Types of issue that explain others of the same step."""
+
+
+def _in_order(issues: Any) -> list[StabilityIssue]:
+    """The most severe first, of these the causes, and a layer before its heads."""
+    return sorted(
+        issues,
+        key=lambda i: (-_rank(i), i.issue_type not in CAUSES, i.issue_type, i.layer or "", -1 if i.head is None else i.head),
+    )

@@ -1,0 +1,115 @@
+"""One step's attention calls, each reduced at once to a number a head and signal, and merged over micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from stabmon.operator import AttentionOperator
+from stabmon.records import AttentionCall, LayerInfo
+from stabmon.signals.reduce import HeadSums, measure, operator_of
+
+
+class Measurements:
+    """What the calls of a step have shown so far, on their own devices.
+
+    A signal that raises where others do not is told of and left out from then on.
+
+    Args:
+        signals: names of the signals to measure.
+        engine: see :func:`stabmon.operator.attention_operator`.
+        sample_rows: see :func:`stabmon.signals.reduce`.
+        on_error: told which signal failed, once each.
+    """
+
+    def __init__(
+        self,
+        signals: Sequence[str],
+        engine: str = "auto",
+        sample_rows: int | None = None,
+        on_error: Callable[[Exception], None] | None = None,
+    ) -> None:
+        self.sums: dict[str, dict[str, HeadSums]] = {}
+        self.info: dict[str, LayerInfo] = {}
+        self.modules: dict[str, nn.Module] = {}
+        """The module behind each layer's name."""
+        self._signals = list(signals)
+        self._engine = engine
+        self._sample_rows = sample_rows
+        self._on_error = on_error
+        self._generator = torch.Generator()
+
+    def start(self, step: int) -> None:
+        """Forget all calls. Rows are drawn for each step by itself, so that a resumed run draws what it would have drawn."""
+        self.sums, self.info, self.modules = {}, {}, {}
+        if self._sample_rows is not None:
+            self._generator.manual_seed(step)
+
+    def add(self, call: AttentionCall) -> None:
+        """Measure one call; keeps none of its tensors."""
+        with torch.no_grad():
+            operator = operator_of(call, self._engine)
+            found = self._measure(operator)
+        known = self.sums.get(call.layer)
+        same = known is not None and all(
+            name in known and known[name].total.shape == each.total.shape for name, each in found.items()
+        )
+        self.sums[call.layer] = {name: known[name].merge(each) for name, each in found.items()} if known and same else found
+        self.info[call.layer] = LayerInfo(
+            heads=operator.heads,
+            head_dim=operator.head_dim,
+            scale=call.scale,
+            dtype=str(call.dtype).removeprefix("torch."),
+            fused=call.fused,
+            softcap=call.softcap,
+        )
+        if call.module is not None:
+            self.modules[call.layer] = call.module
+
+    def _measure(self, operator: AttentionOperator) -> dict[str, HeadSums]:
+        try:
+            return measure(operator, self._signals, sample_rows=self._sample_rows, generator=self._generator)
+        except Exception:
+            if self._on_error is None:
+                raise
+            failing = self._failing(operator)
+            if not failing or len(failing) == len(self._signals):
+                raise  # it is not the signals' fault
+            for name, reason in failing.items():
+                reason.add_note(f"raised by the signal {name!r}, which is left out from now on")
+                self._on_error(reason)
+            self._signals = [name for name in self._signals if name not in failing]
+            return measure(operator, self._signals, sample_rows=self._sample_rows, generator=self._generator)
+
+    def _failing(self, operator: AttentionOperator) -> dict[str, Exception]:
+        failing = {}
+        for name in self._signals:
+            try:
+                measure(operator, [name])
+            except Exception as error:
+                failing[name] = error.with_traceback(None)  # whose frames would keep the call's tensors
+        return failing
+
+
+def to_host(sums: Mapping[str, Mapping[str, HeadSums]]) -> dict[str, dict[str, np.ndarray]]:
+    """``[layer][signal]``, one float64 value a head, brought to the host in one transfer."""
+    entries = [(layer, name, each) for layer, signals in sums.items() for name, each in signals.items()]
+    if not entries:
+        return {}
+    device = entries[0][2].total.device
+    totals = torch.cat([each.total.to(device) for *_, each in entries]).double()
+    counts = torch.cat([each.count.to(device) for *_, each in entries]).double()
+    total, count = torch.stack([totals, counts]).cpu().numpy()
+    is_max = np.repeat([each.signal.reduction == "max" for *_, each in entries], [each.total.numel() for *_, each in entries])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        flat = np.where(is_max, np.where(count > 0, total, np.nan), total / count)
+    layers: dict[str, dict[str, np.ndarray]] = {}
+    at = 0
+    for layer, name, each in entries:
+        heads = each.total.numel()
+        layers.setdefault(layer, {})[name] = flat[at : at + heads].copy()
+        at += heads
+    return layers

@@ -1,0 +1,173 @@
+"""Read back what :class:`~stabmon.sinks.jsonl.JsonlSink` wrote, also from a run that was killed or is still going."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from stabmon._storage import strict_json
+from stabmon.records import LayerInfo, NonFinite, QueryKeyStep, Reading, StabilityIssue
+from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
+
+T = TypeVar("T")
+logger = logging.getLogger("stabmon")
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """All that one or several runs left in a folder, the runs in their order: a second ``train()`` is a run of its own."""
+
+    readings: tuple[Reading, ...]
+    """In the order of steps within a run, one a step."""
+    issues: tuple[StabilityIssue, ...]
+    """Every opening, worsening and closing, in the order of steps within a run."""
+    interventions: tuple[Mapping[str, Any], ...]
+    meta: Mapping[str, Any]
+    """meta.json of the newest start; empty where it is missing."""
+    skipped: tuple[str, ...] = ()
+    """File, line and reason of every line that could not be read."""
+    folder: Path = Path()
+    """The folder that holds the files."""
+    runs: tuple[Records, ...] = ()
+    """Each run alone, oldest first; empty in one of these."""
+
+
+def read_records(run_dir: str | Path) -> Records:
+    """Read the records of a run.
+
+    A resumed run writes some steps twice. Of readings, issues and interventions alike, what an earlier start wrote from
+    the step of a later start's first reading on is left out; within a start, the last line for a step wins. Runs that began
+    anew in the same folder stand beside each other.
+
+    A line that cannot be read is skipped, listed in ``skipped`` and warned about; only an unfinished last line, the usual
+    trace of a kill or of a run that is writing right now, goes without a warning.
+
+    Args:
+        run_dir: the run's output folder, or the ``stabmon`` folder in it.
+
+    Raises:
+        ValueError: if there are no records there, or they cannot be opened.
+    """
+    folder = _folder(Path(run_dir))
+    skipped: list[str] = []
+    known: dict[str, LayerInfo] = {}
+    try:
+        meta = _meta(folder / META, skipped)
+        readings = list(_lines(folder / READINGS, skipped, lambda values: _reading(values, known)))
+        issues = list(_lines(folder / ISSUES, skipped, StabilityIssue.from_dict))
+        interventions = list(_lines(folder / INTERVENTIONS, skipped, dict[str, Any]))
+    except OSError as error:
+        raise ValueError(f"the stabmon records in {folder} cannot be read: {error}") from error
+    numbers = sorted({run for lines in (readings, issues, interventions) for run, _, _ in lines})
+    runs = tuple(Records(*_of_run(run, readings, issues, interventions), meta, (), folder) for run in numbers)
+    return Records(
+        readings=tuple(each for run in runs for each in run.readings),
+        issues=tuple(each for run in runs for each in run.issues),
+        interventions=tuple(each for run in runs for each in run.interventions),
+        meta=meta,
+        skipped=tuple(skipped),
+        folder=folder,
+        runs=runs,
+    )
+
+
+def _of_run(
+    run: int,
+    readings: list[tuple[int, int, Reading]],
+    issues: list[tuple[int, int, StabilityIssue]],
+    interventions: list[tuple[int, int, dict[str, Any]]],
+) -> tuple[tuple[Reading, ...], tuple[StabilityIssue, ...], tuple[Mapping[str, Any], ...]]:
+    """What is left of one run once a later start has won from its first reading on."""
+    own = [(start, reading) for number, start, reading in readings if number == run]
+    ends = _ends(own)
+    by_step = {reading.step: reading for start, reading in own if reading.step < ends.get(start, math.inf)}
+    told = [issue for number, start, issue in issues if number == run and issue.step < ends.get(start, math.inf)]
+    done = [
+        record for number, start, record in interventions if number == run and record.get("step", 0) < ends.get(start, math.inf)
+    ]
+    return tuple(by_step[step] for step in sorted(by_step)), tuple(sorted(told, key=lambda issue: issue.step)), tuple(done)
+
+
+def _folder(path: Path) -> Path:
+    """The folder that holds the files, given it or the run folder around it."""
+    for folder in (path / "stabmon", path):
+        if (folder / READINGS).is_file():
+            return folder
+    raise ValueError(f"no stabmon records in {path}: give the run folder that holds stabmon/{READINGS}")
+
+
+def _lines(path: Path, skipped: list[str], parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, int, T]]:
+    """(run, start, record) of every readable line; the others are added to ``skipped``."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                values = strict_json.loads(line)
+                version = values.pop("schema_version")
+                if version != SCHEMA_VERSION:
+                    raise ValueError(f"schema_version is {version!r}, this stabmon reads {SCHEMA_VERSION}")
+                run, start = int(values.pop("run", 1)), int(values.pop("start", 1))
+                record = parse(values)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                skipped.append(f"{path.name} line {number}: {type(error).__name__}: {error}")
+                if line.endswith(b"\n"):
+                    logger.warning("%s line %d cannot be read and is skipped: %s: %s", path, number, type(error).__name__, error)
+            else:
+                yield run, start, record
+
+
+def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
+    """The reading that a line holds; ``known`` carries what lines before it said of the layers."""
+    known |= {layer: LayerInfo(**info) for layer, info in values.get("info", {}).items()}
+    bad = values.get("non_finite")
+    return Reading(
+        step=values["step"],
+        loss=values["loss"],
+        layers={
+            layer: {signal: np.array(heads, dtype=np.float64) for signal, heads in signals.items()}
+            for layer, signals in values["layers"].items()
+        },
+        info={layer: known[layer] for layer in values["layers"] if layer in known},
+        learning_rate=values.get("learning_rate"),
+        gradients=values.get("gradients", {}),
+        query_key={layer: QueryKeyStep(**moved) for layer, moved in values.get("query_key", {}).items()},
+        losses=tuple((step, loss) for step, loss in values.get("losses", ())),
+        micro_batches=values.get("micro_batches", 1),
+        non_finite=None if bad is None else NonFinite(**bad),
+        overhead_fraction=values.get("overhead_fraction"),
+        learning_rates=values.get("learning_rates", {}),
+        rate_factors=values.get("rate_factors", {}),
+        updates=values.get("updates", {}),
+    )
+
+
+def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:
+    """meta.json, or nothing where it is missing or broken."""
+    try:
+        return strict_json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        skipped.append(f"{path.name}: {error}")
+        logger.warning("%s cannot be read and is skipped: %s", path, error)
+        return {}
+
+
+def _ends(readings: Iterable[tuple[int, Reading]]) -> dict[int, int]:
+    """Start -> the step from which on a later start wins."""
+    first: dict[int, int] = {}
+    for start, reading in readings:
+        first[start] = min(reading.step, first.get(start, reading.step))
+    return {
+        start: min(step for later, step in first.items() if later > start)
+        for start in range(min(first, default=1), max(first, default=1))
+    }

@@ -1,0 +1,1 @@
+"""Train controllers on a corpus and compare them over seeds."""

@@ -1,0 +1,1 @@
+"""Provide small models, texts and recipes for checks and studies."""

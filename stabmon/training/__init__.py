@@ -1,1 +1,0 @@
-"""Training on a corpus from the command line: controllers on small models."""
