@@ -1,7 +1,8 @@
-"""What flows through stabmon: one attention call, one sampled step's reading, one issue, one diagnosis.
+"""What flows through stabmon: one attention call, one sampled step's reading, one issue, one
+diagnosis.
 
-Records are frozen. ``AttentionCall`` holds live tensors and dies with the forward that made it; all the
-others hold NumPy arrays and plain values only, and can be stored.
+Records are frozen. ``AttentionCall`` holds live tensors and dies with the forward that made it; all
+the others hold NumPy arrays and plain values only, and can be stored.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ IssueState = Literal["opened", "worsened", "closed"]
 
 
 def is_alarm(severity: Severity) -> bool:
-    """Whether ``severity`` claims that training is being harmed, or will be unless somebody acts."""
+    """Whether ``severity`` claims that training is being harmed, or will be unless somebody
+    acts.
+    """
     return SEVERITIES.index(severity) >= SEVERITIES.index("error")
 
 
@@ -34,37 +37,54 @@ def is_alarm(severity: Severity) -> bool:
 class AttentionCall:
     """One attention call of a model's own forward, just as the kernel was given it.
 
-    B batch, H query heads, H_kv key heads (H is a multiple of H_kv), Q queries, K keys, D head dimension.
+    B batch, H query heads, H_kv key heads (H is a multiple of H_kv), Q queries, K keys, D head
+    dimension.
     """
 
     layer: str
-    """Qualified name of the module that attends, without wrapper prefixes; ``name#1``… from its second call on."""
+    """Qualified name of the module that attends, without wrapper prefixes; ``name#1``… from its
+    second call on.
+    """
     query: Tensor | None
-    """``[B, H, Q, D]``, after RoPE and query/key normalisation; None where only ``scores`` were seen."""
+    """``[B, H, Q, D]``, after RoPE and query/key normalisation; None where only ``scores`` were
+    seen.
+    """
     key: Tensor | None
-    """``[B, H_kv, K, D]``, before grouped heads are expanded; None where only ``scores`` were seen."""
+    """``[B, H_kv, K, D]``, before grouped heads are expanded; None where only ``scores`` were
+    seen.
+    """
     scale: float
     """The inverse temperature: scores are ``scale * query @ key.T``."""
     is_causal: bool = False
     """Query i sees keys 0 … i + K - Q (aligned at the bottom right)."""
     mask: Tensor | None = None
-    """Bool (True is visible) or additive float (-inf, or the dtype's minimum, hides), broadcasts to ``[B, H, Q, K]``."""
+    """Bool (True is visible) or additive float (-inf, or the dtype's minimum, hides), broadcasts to
+    ``[B, H, Q, K]``.
+    """
     window: int | None = None
     """A query sees at most its ``window`` newest visible keys (itself included); None for all."""
     softcap: float | None = None
     """Scores become ``softcap * tanh(score / softcap)`` before mask and bias are added."""
     sinks: Tensor | None = None
-    """``[H]`` learned sink logits that join each row's softmax but no value (GPT-OSS); ``[B, H, Q]`` where they depend on the query."""
+    """``[H]`` learned sink logits that join each row's softmax but no value (GPT-OSS); ``[B, H,
+    Q]`` where they depend on the query.
+    """
     scores: Tensor | None = None
-    """``[B, H, Q, K]`` scores that the model itself formed, hidden keys at -inf: only where it hands over no query and key."""
+    """``[B, H, Q, K]`` scores that the model itself formed, hidden keys at -inf: only where it
+    hands over no query and key.
+    """
     dtype: torch.dtype = torch.float32
     """The dtype in which the model's own kernel multiplies query and key."""
     fused: bool = True
-    """Whether the model's kernel accumulates scores in float32 (fused), or rounds them to ``dtype`` (eager, hand-written)."""
+    """Whether the model's kernel accumulates scores in float32 (fused), or rounds them to ``dtype``
+    (eager, hand-written).
+    """
     module: nn.Module | None = None
     """The module that attends."""
     is_self: bool = False
-    """Query i is known to be of the same token as key i + K - Q, so that a hidden key tells of a query that is padding."""
+    """Query i is known to be of the same token as key i + K - Q, so that a hidden key tells of a
+    query that is padding.
+    """
 
 
 @dataclass(frozen=True)
@@ -80,7 +100,9 @@ class LayerInfo:
     """See :class:`AttentionCall`."""
     softcap: float | None = None
     adapted: bool = False
-    """W_q or W_k is frozen, as under adapters (LoRA, DoRA …) and prompts: what is trained is around them, and no clip reaches them."""
+    """W_q or W_k is frozen, as under adapters (LoRA, DoRA …) and prompts: what is trained is around
+    them, and no clip reaches them.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +113,22 @@ class Reading:
     """The optimizer step, counted from 1."""
     loss: float | None
     layers: Mapping[str, Mapping[str, np.ndarray]]
-    """``layers[layer][signal]`` is float64 ``[H]``, one value a query head; NaN where no row counted."""
+    """``layers[layer][signal]`` is float64 ``[H]``, one value a query head; NaN where no row
+    counted.
+    """
     info: Mapping[str, LayerInfo] = field(default_factory=dict)
     learning_rate: float | None = None
     """The largest rate over the parameter groups of all optimizers at this step, as scheduled."""
     gradients: Mapping[str, float] = field(default_factory=dict)
-    """L2 norm of the gradient of each attention module's own parameters, by layer, and of all parameters under ``""``."""
+    """L2 norm of the gradient of each attention module's own parameters, by layer, and of all
+    parameters under ``""``.
+    """
     query_key: Mapping[str, QueryKeyStep] = field(default_factory=dict)
     """How W_q and W_k moved, by layer, where they can be told apart."""
     losses: tuple[tuple[int, float], ...] = ()
-    """(step, loss) of every step since the last reading, this one included, where the losses are known."""
+    """(step, loss) of every step since the last reading, this one included, where the losses are
+    known.
+    """
     micro_batches: int = 1
     """How many forwards this reading is reduced over."""
     non_finite: NonFinite | None = None
@@ -108,31 +136,48 @@ class Reading:
     overhead_fraction: float | None = None
     """Share of wall time spent inside stabmon since the last reading."""
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    """The scheduled rate of each parameter group at this step, by ``<optimizer>.<group>`` (both counted from 0)."""
+    """The scheduled rate of each parameter group at this step, by ``<optimizer>.<group>`` (both
+    counted from 0).
+    """
     rate_factors: Mapping[str, float] = field(default_factory=dict)
-    """The share of its scheduled rate that a group used, where interventions changed it; 1 for groups that are not here."""
+    """The share of its scheduled rate that a group used, where interventions changed it; 1 for
+    groups that are not here.
+    """
     overshoot: Overshoot | None = None
     """What showed that steps are too long, if something did since the last reading."""
     sampled: bool = True
-    """Whether this is a sampled step; else one at which something was found between samples, of which only that is known."""
+    """Whether this is a sampled step; else one at which something was found between samples, of
+    which only that is known.
+    """
     updates: Mapping[str, float] = field(default_factory=dict)
-    """The share of itself by which the step moved each group's parameters, ``||dp|| / ||p||``; measured on a sample of large groups."""
+    """The share of itself by which the step moved each group's parameters, ``||dp|| / ||p||``;
+    measured on a sample of large groups.
+    """
 
     @property
     def used_rates(self) -> dict[str, float]:
-        """The rate that each parameter group was stepped with: the scheduled one times what interventions made of it."""
-        return {key: rate * self.rate_factors.get(key, 1.0) for key, rate in self.learning_rates.items()}
+        """The rate that each parameter group was stepped with: the scheduled one times what
+        interventions made of it.
+        """
+        return {
+            key: rate * self.rate_factors.get(key, 1.0) for key, rate in self.learning_rates.items()
+        }
 
     def __repr__(self) -> str:
         loss = "unknown" if self.loss is None else f"{self.loss:.4g}"
         heads = sum(_heads(signals) for signals in self.layers.values())
         bad = "" if self.non_finite is None else f", non-finite {self.non_finite.kind}"
-        return f"Reading(step={self.step}, loss={loss}, {_count(len(self.layers), 'layer')}, {_count(heads, 'head')}{bad})"
+        return (
+            f"Reading(step={self.step}, loss={loss}, {_count(len(self.layers), 'layer')}, "
+            f"{_count(heads, 'head')}{bad})"
+        )
 
 
 @dataclass(frozen=True)
 class QueryKeyStep:
-    """L2 norms over everything that makes the queries and keys of a layer, at one optimizer step."""
+    """L2 norms over everything that makes the queries and keys of a layer, at one optimizer
+    step.
+    """
 
     gradient: float
     """As the optimizer met it; NaN under a gradient scaler."""
@@ -147,9 +192,12 @@ class QueryKeyStep:
         return self.update / self.weight if self.weight > 0 else float("nan")
 
 
-Cause = Literal["", "mask", "overflow", "labels", "objective", "data", "weights", "optimizer", "arithmetic"]
-"""What made a NaN or an inf: a row that sees no key; a value beyond its number format; no target that counts; the loss function; the
-batch; a parameter; the optimizer's step on finite gradients; a module that makes it of finite values. Empty where unknown."""
+Cause = Literal[
+    "", "mask", "overflow", "labels", "objective", "data", "weights", "optimizer", "arithmetic"
+]
+"""What made a NaN or an inf: a row that sees no key; a value beyond its number format; no target
+that counts; the loss function; the batch; a parameter; the optimizer's step on finite gradients; a
+module that makes it of finite values. Empty where unknown."""
 
 
 @dataclass(frozen=True)
@@ -158,13 +206,17 @@ class Overshoot:
 
     step: int
     how: Literal["first_step", "brisk", "steps", "torn", "leap"]
-    """The first step (``brisk``: a little too long, which is no alarm unless heads break), or the median of several in a row, gained too
-    little on its own batch; a step tore the loss of its own batch up; or the loss leapt at a step that was not probed."""
+    """The first step (``brisk``: a little too long, which is no alarm unless heads break), or the
+    median of several in a row, gained too little on its own batch; a step tore the loss of its own
+    batch up; or the loss leapt at a step that was not probed."""
     gain_ratio: float
-    """Actual over predicted decrease of the batch's own objective: 1 for a small step, 1/2 at the minimum of a quadratic along the step, 0
-    where nothing was gained, below where it rose. NaN where only the loss shows it."""
+    """Actual over predicted decrease of the batch's own objective: 1 for a small step, 1/2 at the
+    minimum of a quadratic along the step, 0 where nothing was gained, below where it rose. NaN
+    where only the loss shows it."""
     rise: float
-    """Share by which the objective of the step's own batch rose, or the loss above the largest before."""
+    """Share by which the objective of the step's own batch rose, or the loss above the largest
+    before.
+    """
     rates: Mapping[str, float] = field(default_factory=dict)
     """The rate used, by parameter group."""
     fitting: Mapping[str, float] = field(default_factory=dict)
@@ -173,7 +225,9 @@ class Overshoot:
     @property
     def rate(self) -> float:
         """The largest rate of the groups whose steps are too long."""
-        return max((self.rates[key] for key in self.fitting if key in self.rates), default=float("nan"))
+        return max(
+            (self.rates[key] for key in self.fitting if key in self.rates), default=float("nan")
+        )
 
     @property
     def fitting_rate(self) -> float:
@@ -195,9 +249,13 @@ class NonFinite:
     detail: str = ""
     cause: Cause = ""
     touched: Literal["", "nothing", "gradients", "weights"] = ""
-    """How far it has come: ``nothing`` but the loss, ``gradients`` of a step that was left out, ``weights``; empty where unknown."""
+    """How far it has come: ``nothing`` but the loss, ``gradients`` of a step that was left out,
+    ``weights``; empty where unknown.
+    """
     skipped: int = 0
-    """Steps in a row that were left out because of it, where they are more than a gradient scaler's search takes."""
+    """Steps in a row that were left out because of it, where they are more than a gradient scaler's
+    search takes.
+    """
     search: int = 0
     """Steps in a row that a search may take."""
     scale: float | None = None
@@ -224,14 +282,17 @@ class StabilityIssue:
     eta_steps: float | None = None
     """For a forecast: optimizer steps left until harm; None where none is made."""
     state: IssueState = "opened"
-    """An issue is emitted when it opens, when it worsens and when it closes (then with severity ``info``)."""
+    """An issue is emitted when it opens, when it worsens and when it closes (then with severity
+    ``info``).
+    """
 
     def __repr__(self) -> str:
         head = "" if self.head is None else f" head {self.head}"
         state = "" if self.state == "opened" else f", {self.state}"
         numbers = f"value {self.value:.4g}, threshold {self.threshold:.4g}"
         return (
-            f"StabilityIssue({self.severity} {self.issue_type}, {self.layer or 'run'}{head}, step {self.step}, {numbers}{state})"
+            f"StabilityIssue({self.severity} {self.issue_type}, {self.layer or 'run'}{head}, "
+            f"step {self.step}, {numbers}{state})"
         )
 
     @property
@@ -273,7 +334,8 @@ class Diagnosis:
         stats: ``stats[layer][signal]`` is float64 ``[H]``, one value a query head.
         readings: the readings so far, oldest first, for plots over time.
         open_issues: every issue open after this step.
-        unseen: modules of whose attention some is not seen, and what of it: no statistic and no issue covers it.
+        unseen: modules of whose attention some is not seen, and what of it: no statistic and no
+            issue covers it.
     """
 
     step: int
@@ -286,7 +348,8 @@ class Diagnosis:
     def __repr__(self) -> str:
         heads = sum(_heads(signals) for signals in self.stats.values())
         return (
-            f"Diagnosis(step={self.step}, {_count(len(self.stats), 'layer')}, {_count(heads, 'head')}, "
+            f"Diagnosis(step={self.step}, {_count(len(self.stats), 'layer')}, "
+            f"{_count(heads, 'head')}, "
             f"{_by_severity(self.issues, 'issue')}, {_by_severity(self.open_issues, 'open issue')})"
         )
 
@@ -295,13 +358,17 @@ class Diagnosis:
         return any(issue.state != "closed" for issue in self.issues)
 
     def plot_entropy_heatmap(self, path: str | Path | None = None) -> Figure:
-        """Normalised entropy of every head at this step, layers by heads; saved to ``path`` where one is given."""
+        """Normalised entropy of every head at this step, layers by heads; saved to ``path`` where
+        one is given.
+        """
         from stabmon.figures.signals import signal_heatmap
 
         return signal_heatmap(self.stats, "normalized_entropy", self.step, path)
 
     def plot_curvature_evolution(self, path: str | Path | None = None) -> Figure:
-        """Largest log curvature (the tight bound) of every layer over the steps so far; saved to ``path`` where one is given."""
+        """Largest log curvature (the tight bound) of every layer over the steps so far; saved to
+        ``path`` where one is given.
+        """
         from stabmon.figures.signals import signal_evolution
 
         return signal_evolution(self.readings, "hnf_log_curvature", path)
@@ -318,6 +385,9 @@ def _count(number: int, noun: str) -> str:
 
 def _by_severity(issues: tuple[StabilityIssue, ...], noun: str) -> str:
     """How many issues, and of which severity, the worst first: ``3 issues: 1 error, 2 warning``."""
-    counts = {severity: sum(issue.severity == severity for issue in issues) for severity in reversed(SEVERITIES)}
+    counts = {
+        severity: sum(issue.severity == severity for issue in issues)
+        for severity in reversed(SEVERITIES)
+    }
     told = ", ".join(f"{count} {severity}" for severity, count in counts.items() if count)
     return _count(len(issues), noun) + (f": {told}" if told else "")

@@ -1,7 +1,8 @@
 """Find signals, rules, interventions, controllers and sinks by name.
 
-A decorator registers what lives in-tree; an entry point in the group ``stabmon.<kind>`` registers what
-lives in other people's packages. A second entry of the same name is an error, not a silent replacement.
+A decorator registers what lives in-tree; an entry point in the group ``stabmon.<kind>`` registers
+what lives in other people's packages. A second entry of the same name is an error, not a silent
+replacement.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Registry(Generic[T]):
         """
         known = self._entries.get(name)
         if known is not None and known is not entry:
-            raise ValueError(f"{self.kind} {name!r} is registered twice, by {known!r} and {entry!r}: rename one")
+            raise ValueError(
+                f"{self.kind} {name!r} is registered twice, by {known!r} and {entry!r}: rename one"
+            )
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> T:
@@ -50,7 +53,9 @@ class Registry(Generic[T]):
         if name not in self._entries:
             near = difflib.get_close_matches(name, self._entries, n=1)
             hint = f", did you mean {near[0]!r}?" if near else "."
-            raise ValueError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(sorted(self._entries))}")
+            raise ValueError(
+                f"unknown {self.kind} {name!r}{hint} Known: {', '.join(sorted(self._entries))}"
+            )
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -66,7 +71,9 @@ class Registry(Generic[T]):
         return ((name, self._entries[name]) for name in self)
 
     def _load(self) -> None:
-        """Import every module of the kind's package, then the entry points of other packages, once."""
+        """Import every module of the kind's package, then the entry points of other packages,
+        once.
+        """
         if self._loaded or self._package is None:
             return
         self._loaded = True

@@ -22,7 +22,14 @@ BATCH, LENGTH, VOCABULARY, HEADS = 4, 12, 32, 4
 def gpt2(dropout: float = 0.0, **changes: Any) -> Any:
     """Two layers of four heads, width 32."""
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": HEADS, "n_positions": 64, "vocab_size": VOCABULARY, "loss_type": "ForCausalLM"}
+    sizes = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": HEADS,
+        "n_positions": 64,
+        "vocab_size": VOCABULARY,
+        "loss_type": "ForCausalLM",
+    }
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "use_cache": False}
     drops = {"attn_pdrop": dropout, "resid_pdrop": dropout, "embd_pdrop": dropout}
     return GPT2LMHeadModel(GPT2Config(**(sizes | tokens | drops | changes))).train()
@@ -31,9 +38,21 @@ def gpt2(dropout: float = 0.0, **changes: Any) -> Any:
 def llama(**changes: Any) -> Any:
     """Two layers of four query heads and two key heads, width 32."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS}
-    more = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**(sizes | more | {"bos_token_id": 1, "eos_token_id": 2} | changes))).train()
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": HEADS,
+    }
+    more = {
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(**(sizes | more | {"bos_token_id": 1, "eos_token_id": 2} | changes))
+    ).train()
 
 
 class Attention(nn.Module):
@@ -44,7 +63,9 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        query, key, value = (
+            part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.o(mixed.transpose(1, 2).flatten(-2))
 
@@ -55,7 +76,12 @@ class Floats(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.norm, self.second, self.head = Attention(), nn.LayerNorm(32), Attention(), nn.Linear(32, 4)
+        self.first, self.norm, self.second, self.head = (
+            Attention(),
+            nn.LayerNorm(32),
+            Attention(),
+            nn.Linear(32, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.first(x)
@@ -95,7 +121,9 @@ def train(
     called: Callable[..., Any] | None = None,
     between: Callable[[int], None] | None = None,
 ) -> list[Any]:
-    """A plain loop; gives what ``on_step`` gave at each step. ``between`` is called with the step's number before each."""
+    """A plain loop; gives what ``on_step`` gave at each step. ``between`` is called with the step's
+    number before each.
+    """
     given = []
     for step, tokens in enumerate(data, start=1):
         if between is not None:
@@ -112,7 +140,10 @@ def train(
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, copied."""
-    return {name: tensor.detach().clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
 
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -128,21 +159,36 @@ def same_readings(left: Any, right: Any, tolerance: float = 0.0) -> bool:
     """Whether two ``stats`` hold the same layers, signals and values."""
     return left.keys() == right.keys() and all(
         left[layer].keys() == right[layer].keys()
-        and np.allclose(left[layer][name], right[layer][name], rtol=tolerance, atol=tolerance, equal_nan=True)
+        and np.allclose(
+            left[layer][name], right[layer][name], rtol=tolerance, atol=tolerance, equal_nan=True
+        )
         for layer in left
         for name in left[layer]
     )
 
 
 def clean(model: nn.Module) -> bool:
-    """Whether nothing of a monitor is in the model, in transformers, or on torch's stack of function modes."""
+    """Whether nothing of a monitor is in the model, in transformers, or on torch's stack of
+    function modes.
+    """
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
-    hooks = [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values()]
+    hooks = [
+        hook
+        for module in model.modules()
+        for kind in kinds
+        for hook in getattr(module, kind).values()
+    ]
     ours = [hook for hook in hooks if type(hook).__module__.startswith("stabmon")]
-    hooked = [parameter for parameter in model.parameters() if parameter._post_accumulate_grad_hooks]
-    unpatched = AttentionInterface.__dict__["get_interface"].__module__ == "transformers.modeling_utils"
+    hooked = [
+        parameter for parameter in model.parameters() if parameter._post_accumulate_grad_hooks
+    ]
+    unpatched = (
+        AttentionInterface.__dict__["get_interface"].__module__ == "transformers.modeling_utils"
+    )
     local = "<locals>" in AttentionInterface.__dict__["get_interface"].__code__.co_qualname
-    return not ours and not hooked and unpatched and not local and _get_current_function_mode() is None
+    return (
+        not ours and not hooked and unpatched and not local and _get_current_function_mode() is None
+    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -151,7 +197,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 class PackedAttention(nn.Module):
-    """Attention of its own kind: scores are picked by a bool mask into one list before their softmax, which loses rows and keys."""
+    """Attention of its own kind: scores are picked by a bool mask into one list before their
+    softmax, which loses rows and keys.
+    """
 
     def __init__(self, width: int = 12, *, packed: bool = True) -> None:
         super().__init__()
@@ -160,7 +208,11 @@ class PackedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, -1)
         scores = q @ k.mT
-        picked = scores[torch.ones_like(scores, dtype=torch.bool)].view(scores.shape) if self.packed else scores
+        picked = (
+            scores[torch.ones_like(scores, dtype=torch.bool)].view(scores.shape)
+            if self.packed
+            else scores
+        )
         return x + picked.softmax(-1) @ v
 
 

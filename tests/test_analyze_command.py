@@ -21,7 +21,9 @@ from stabmon.cli import main
 from stabmon.cli.analyzing.options import parsed_numbers, parsed_size
 from tests.check import models
 
-TEXT = "The quick brown fox jumps over the lazy dog, and then the quick brown fox does it again. " * 6
+TEXT = (
+    "The quick brown fox jumps over the lazy dog, and then the quick brown fox does it again. " * 6
+)
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -78,19 +80,27 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw each figure but encode none, for tests that are about numbers and files."""
     file = io.BytesIO()
     Image.new("L", (1, 1)).save(file, "PNG")
-    monkeypatch.setattr("stabmon.cli.analyzing.writing.encoded", lambda figure, form: ("image/png", file.getvalue()))
+    monkeypatch.setattr(
+        "stabmon.cli.analyzing.writing.encoded", lambda figure, form: ("image/png", file.getvalue())
+    )
 
 
 def bytes_of(start: int, stop: int) -> torch.Tensor:
     return torch.tensor([list(TEXT.encode()[start:stop])])
 
 
-def test_a_rollout_is_written_as_page_figures_and_numbers(run: Run, saved: Path, tmp_path: Path) -> None:
-    status, out, err = run("llama", "--text", "text.txt", "--length", 48, "--out", tmp_path / "out", "--json")
+def test_a_rollout_is_written_as_page_figures_and_numbers(
+    run: Run, saved: Path, tmp_path: Path
+) -> None:
+    status, out, err = run(
+        "llama", "--text", "text.txt", "--length", 48, "--out", tmp_path / "out", "--json"
+    )
     told = json.loads(out)
     assert (status, err) == (0, "")
     assert set(told["files"]) == {each.name for each in (tmp_path / "out").iterdir()}
-    assert {"rollout.html", "rollout.json", "rollout.safetensors", "rollout_text_0.png"} <= set(told["files"])
+    assert {"rollout.html", "rollout.json", "rollout.safetensors", "rollout_text_0.png"} <= set(
+        told["files"]
+    )
     stored = loads((tmp_path / "out" / "rollout.json").read_text())
     assert stored["schema_version"] == 1
     assert stored["tokens"][0][:3] == ["T", "h", "e"]
@@ -98,12 +108,16 @@ def test_a_rollout_is_written_as_page_figures_and_numbers(run: Run, saved: Path,
     model = models.llama(hidden_size=32, intermediate_size=32)
     expected = attention_rollout(model, {"input_ids": bytes_of(0, 48)}).matrix
     assert np.abs(matrix - expected.numpy()).max() < 1e-5
-    assert told["numbers"]["first_token_share"][0][-1] == pytest.approx(float(expected[0, -1, 0]), abs=1e-5)
+    assert told["numbers"]["first_token_share"][0][-1] == pytest.approx(
+        float(expected[0, -1, 0]), abs=1e-5
+    )
     with Image.open(tmp_path / "out" / "rollout_text_0.png") as read:
         assert read.size[0] > 500
 
 
-def test_samples_are_stretches_over_the_whole_text_and_the_last_target_is_told(run: Run, quick: None, tmp_path: Path) -> None:
+def test_samples_are_stretches_over_the_whole_text_and_the_last_target_is_told(
+    run: Run, quick: None, tmp_path: Path
+) -> None:
     status, out, _ = run(
         "gpt2",
         "--text",
@@ -126,11 +140,25 @@ def test_samples_are_stretches_over_the_whole_text_and_the_last_target_is_told(r
     assert [each["target"] for each in told["numbers"]["samples"]] == [5, 5, 5]
 
 
-def test_patterns_of_an_encoder_are_told_with_chosen_layers_and_heads(run: Run, tmp_path: Path) -> None:
+def test_patterns_of_an_encoder_are_told_with_chosen_layers_and_heads(
+    run: Run, tmp_path: Path
+) -> None:
     status, out, _ = run(
-        "bert", "--text", "text.txt", "--kind", "patterns", "--layers", "1", "--heads", "0,2", "--length", 32,
-        "--out", tmp_path, "--json",
-    )  # fmt: skip
+        "bert",
+        "--text",
+        "text.txt",
+        "--kind",
+        "patterns",
+        "--layers",
+        "1",
+        "--heads",
+        "0,2",
+        "--length",
+        32,
+        "--out",
+        tmp_path,
+        "--json",
+    )
     told = json.loads(out)
     assert status == 0
     assert list(told["numbers"]["layers"]) == ["bert.encoder.layer.1.attention.self"]
@@ -139,11 +167,26 @@ def test_patterns_of_an_encoder_are_told_with_chosen_layers_and_heads(run: Run, 
     assert '"heads": [0, 2]' in page
 
 
-def test_maps_of_a_config_alone_come_with_a_note_on_random_weights(run: Run, saved: Path, tmp_path: Path) -> None:
+def test_maps_of_a_config_alone_come_with_a_note_on_random_weights(
+    run: Run, saved: Path, tmp_path: Path
+) -> None:
     status, out, _ = run(
-        saved / "llama" / "config.json", "--text", "text.txt", "--kind", "heatmap", "--length", 16, "--heads", "3",
-        "--layers", "layers.1", "--format", "svg", "--out", tmp_path,
-    )  # fmt: skip
+        saved / "llama" / "config.json",
+        "--text",
+        "text.txt",
+        "--kind",
+        "heatmap",
+        "--length",
+        16,
+        "--heads",
+        "3",
+        "--layers",
+        "layers.1",
+        "--format",
+        "svg",
+        "--out",
+        tmp_path,
+    )
     assert status == 0
     assert "the weights are random" in " ".join(out.split())
     stored = loads((tmp_path / "heatmap.json").read_text())
@@ -154,12 +197,32 @@ def test_maps_of_a_config_alone_come_with_a_note_on_random_weights(run: Run, sav
     assert arrays["maps/model.layers.1.self_attn"].shape == (1, 16, 16)
 
 
-def test_cake_is_run_with_its_flags_and_drawn_again_without_the_model(run: Run, tmp_path: Path) -> None:
+def test_cake_is_run_with_its_flags_and_drawn_again_without_the_model(
+    run: Run, tmp_path: Path
+) -> None:
     first = tmp_path / "first"
     status, out, err = run(
-        "llama", "--text", "text.txt", "--kind", "cake", "--cache-size", "25%", "--window", 8, "--tau1", 1.2,
-        "--gamma", 150, "--length", 80, "--max-new-tokens", 4, "--out", first, "--json",
-    )  # fmt: skip
+        "llama",
+        "--text",
+        "text.txt",
+        "--kind",
+        "cake",
+        "--cache-size",
+        "25%",
+        "--window",
+        8,
+        "--tau1",
+        1.2,
+        "--gamma",
+        150,
+        "--length",
+        80,
+        "--max-new-tokens",
+        4,
+        "--out",
+        first,
+        "--json",
+    )
     told = json.loads(out)
     assert status == 0
     assert err == ""
@@ -203,13 +266,19 @@ def test_a_vision_model_reads_a_folder_of_images(run: Run, quick: None, tmp_path
     assert (tmp_path / "rollout_image_1.png").exists()
 
 
-def test_an_encoder_and_its_decoder_are_joined_on_request(run: Run, quick: None, tmp_path: Path) -> None:
-    status, _, _ = run("t5", "--text", "text.txt", "--stack", "joined", "--length", 12, "--out", tmp_path)
+def test_an_encoder_and_its_decoder_are_joined_on_request(
+    run: Run, quick: None, tmp_path: Path
+) -> None:
+    status, _, _ = run(
+        "t5", "--text", "text.txt", "--stack", "joined", "--length", 12, "--out", tmp_path
+    )
     assert status == 0
     assert loads((tmp_path / "rollout.json").read_text())["stack"] == "joined"
 
 
-def test_gradient_weighting_and_head_fusion_are_passed_on(run: Run, quick: None, tmp_path: Path) -> None:
+def test_gradient_weighting_and_head_fusion_are_passed_on(
+    run: Run, quick: None, tmp_path: Path
+) -> None:
     run("gpt2", "--text", "text.txt", "--length", 12, "--weighting", "gradient", "--out", tmp_path)
     assert loads((tmp_path / "rollout.json").read_text())["weighting"] == "gradient"
     run("gpt2", "--text", "text.txt", "--length", 12, "--head-fusion", "max", "--out", tmp_path)
@@ -217,7 +286,9 @@ def test_gradient_weighting_and_head_fusion_are_passed_on(run: Run, quick: None,
 
 
 @pytest.mark.parametrize("name", ["ids.json", "ids.npy", "ids.pt"])
-def test_token_ids_are_read_as_rows_or_stretches(run: Run, quick: None, tmp_path: Path, name: str) -> None:
+def test_token_ids_are_read_as_rows_or_stretches(
+    run: Run, quick: None, tmp_path: Path, name: str
+) -> None:
     status, out, _ = run("llama", "--text", name, "--kind", "heatmap", "--out", tmp_path, "--json")
     told = json.loads(out)
     assert status == 0
@@ -227,14 +298,20 @@ def test_token_ids_are_read_as_rows_or_stretches(run: Run, quick: None, tmp_path
         "ids.npy": list(range(10)),
         "ids.pt": list(range(12)),
     }[name]
-    assert loads((tmp_path / "heatmap.json").read_text())["tokens"][0] == [str(each) for each in first]
-    maps = attention_maps(models.llama(hidden_size=32, intermediate_size=32), {"input_ids": torch.tensor([first])})
+    assert loads((tmp_path / "heatmap.json").read_text())["tokens"][0] == [
+        str(each) for each in first
+    ]
+    maps = attention_maps(
+        models.llama(hidden_size=32, intermediate_size=32), {"input_ids": torch.tensor([first])}
+    )
     arrays = load_file(tmp_path / "heatmap.safetensors")
     for layer, expected in maps.maps.items():
         assert np.abs(arrays[f"maps/{layer}"] - expected).max() < 1e-5
 
 
-def test_rows_of_different_length_are_padded_where_the_model_needs_it(run: Run, quick: None, tmp_path: Path) -> None:
+def test_rows_of_different_length_are_padded_where_the_model_needs_it(
+    run: Run, quick: None, tmp_path: Path
+) -> None:
     """The second sample's last row equals that of the sample alone."""
     status, _, _ = run("llama", "--text", "ids.json", "--out", tmp_path)
     assert status == 0
@@ -328,7 +405,9 @@ def test_a_model_too_large_to_be_made_whole_is_refused(run: Run, tmp_path: Path)
         "num_hidden_layers": 60,
         "head_dim": 32,
     }
-    (tmp_path / "config.json").write_text(json.dumps(large | {"num_attention_heads": 8, "num_key_value_heads": 4}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(large | {"num_attention_heads": 8, "num_key_value_heads": 4})
+    )
     status, _, err = run(tmp_path / "config.json", "--text", "text.txt", "--out", tmp_path / "out")
     assert status == 2
     assert "the whole model (" in err
@@ -353,7 +432,9 @@ def test_corrupt_records_are_refused(run: Run, quick: None, tmp_path: Path) -> N
     assert (status, "lacks what its page needs" in err) == (2, True)
 
 
-def test_nothing_is_half_written_when_a_figure_fails(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_half_written_when_a_figure_fails(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "new" / "out"
 
     def fail(*args: Any, **kwargs: Any) -> Any:
@@ -361,7 +442,9 @@ def test_nothing_is_half_written_when_a_figure_fails(run: Run, tmp_path: Path, m
 
     with monkeypatch.context() as patched:
         patched.setattr("stabmon.figures.heatmaps.layer_grid", fail)
-        status, _, err = run("gpt2", "--text", "text.txt", "--kind", "heatmap", "--length", 8, "--out", out)
+        status, _, err = run(
+            "gpt2", "--text", "text.txt", "--kind", "heatmap", "--length", 8, "--out", out
+        )
         assert (status, "no space left" in err) == (2, True)
         assert not list(tmp_path.iterdir())
     run("gpt2", "--text", "text.txt", "--kind", "heatmap", "--length", 8, "--out", out)
@@ -373,7 +456,9 @@ def test_nothing_is_half_written_when_a_figure_fails(run: Run, tmp_path: Path, m
     assert [each.name for each in out.parent.iterdir()] == ["out"]
 
 
-def test_a_second_run_takes_away_what_the_first_left_of_its_kind_and_nothing_else(run: Run, quick: None, tmp_path: Path) -> None:
+def test_a_second_run_takes_away_what_the_first_left_of_its_kind_and_nothing_else(
+    run: Run, quick: None, tmp_path: Path
+) -> None:
     run("gpt2", "--text", "text.txt", "--length", 8, "--samples", 2, "--out", tmp_path)
     assert (tmp_path / "rollout_text_1.png").exists()
     (tmp_path / "rollout_mine.png").write_text("mine")
@@ -404,9 +489,14 @@ def test_long_work_is_told_beforehand_on_standard_error_alone(
     assert json.loads(out)["kind"] == "heatmap"
 
 
-def test_a_missing_library_is_named_before_any_work(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_before_any_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "jinja2" else find(name, *rest))
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name == "jinja2" else find(name, *rest),
+    )
     status, _, err = run("nowhere", "--text", "text.txt", "--out", tmp_path / "out")
     assert (status, err) == (2, 'stabmon: jinja2 is not installed: pip install "stabmon[report]"\n')
 

@@ -80,8 +80,12 @@ def test_what_a_single_reading_can_tell_is_an_issue():
         model.first.q.weight[8:16] *= 1e20
     with stabmon.AttentionAnalyzer(model) as analyzer:
         model(torch.randn(2, 6, 32))
-        found = {(issue.issue_type, issue.layer, issue.head) for issue in analyzer.diagnose().issues}
-    assert {(layer, head) for issue_type, layer, head in found if issue_type == "precision_insufficient"} == {("first", 1)}
+        found = {
+            (issue.issue_type, issue.layer, issue.head) for issue in analyzer.diagnose().issues
+        }
+    assert {
+        (layer, head) for issue_type, layer, head in found if issue_type == "precision_insufficient"
+    } == {("first", 1)}
 
 
 def test_bad_arguments_are_refused():
@@ -93,13 +97,23 @@ def test_bad_arguments_are_refused():
 
 def test_a_diagnosis_names_what_is_not_seen_and_warns_once(caplog):
     model = HalfSeen()
-    with caplog.at_level(logging.WARNING), stabmon.AttentionAnalyzer(model) as analyzer, torch.no_grad():
+    with (
+        caplog.at_level(logging.WARNING),
+        stabmon.AttentionAnalyzer(model) as analyzer,
+        torch.no_grad(),
+    ):
         model(torch.randn(2, 5, 12))
         diagnosis = analyzer.diagnose()
         analyzer.diagnose()
     assert list(diagnosis.stats) == ["first"]
     assert dict(diagnosis.unseen) == {"second": "a softmax of a product"}
-    assert caplog.text.count("stabmon sees 1 of 2 attention modules in full; not seen: second (a softmax of a product)") == 1
+    assert (
+        caplog.text.count(
+            "stabmon sees 1 of 2 attention modules in full; not seen: second (a softmax of a "
+            "product)"
+        )
+        == 1
+    )
 
 
 def test_where_nothing_is_seen_the_error_names_what_was_met():
@@ -107,6 +121,8 @@ def test_where_nothing_is_seen_the_error_names_what_was_met():
     with stabmon.AttentionAnalyzer(model) as analyzer:
         model(torch.randn(2, 5, 12))
     with pytest.raises(
-        RuntimeError, match=r"no attention was found.* and PackedAttention \(a softmax of a product\) is none of these"
+        RuntimeError,
+        match=r"no attention was found.* and PackedAttention \(a softmax of a product\) is none "
+        r"of these",
     ):
         analyzer.diagnose()

@@ -34,16 +34,49 @@ BELOW = {
     "optimizer_view": {"grad_scaler"},
     "plots": {"records", "signals", "sinks"},
     "check": {
-        *("capture", "gradients", "interventions", "losses", "measurements", "operator", "plots", "records", "replay", "signals"),
+        *(
+            "capture",
+            "gradients",
+            "interventions",
+            "losses",
+            "measurements",
+            "operator",
+            "plots",
+            "records",
+            "replay",
+            "signals",
+        ),
         *("corpus", "recipe", "sinks", "trace"),
     },
-    "analysis": {"atomic", "capture", "figures", "operator", "records", "registry", "signals", "sinks"},
+    "analysis": {
+        "atomic",
+        "capture",
+        "figures",
+        "operator",
+        "records",
+        "registry",
+        "signals",
+        "sinks",
+    },
     "figures": set(),
     "report": {"analysis", "figures", "plots", "sinks"},
-    "controllers": {"atomic", "capture", "measurements", "operator", "plots", "records", "registry", "rules", "signals", "sinks"},
+    "controllers": {
+        "atomic",
+        "capture",
+        "measurements",
+        "operator",
+        "plots",
+        "records",
+        "registry",
+        "rules",
+        "signals",
+        "sinks",
+    },
     "training": {"config", "controllers", "corpus", "monitor", "recipe"},
 }
-"""Part -> what it may import besides itself; whoever is not named here (the engine and its front doors) may import anything."""
+"""Part -> what it may import besides itself; whoever is not named here (the engine and its front
+doors) may import anything.
+"""
 FRAMEWORKS = {"transformers", "lightning", "pytorch_lightning", "accelerate"}
 LOGGERS = {"wandb", "mlflow", "tensorboard", "matplotlib"}
 MAY_NAME_FRAMEWORKS = {
@@ -101,7 +134,9 @@ def violations(path: Path, source: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_imports_point_one_way(path: Path) -> None:
     assert violations(path, path.read_text()) == []
 

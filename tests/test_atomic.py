@@ -1,4 +1,6 @@
-"""A file is there as a whole or not at all: whatever stops the writing leaves the old one as it was."""
+"""A file is there as a whole or not at all: whatever stops the writing leaves the old one as it
+was.
+"""
 
 import json
 import logging
@@ -33,7 +35,9 @@ def test_what_is_cut_off_leaves_the_old_file_and_nothing_beside_it(tmp_path: Pat
     assert path.read_text() == "new"
 
 
-def test_a_damaged_snapshot_is_told_of_and_not_gone_back_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_snapshot_is_told_of_and_not_gone_back_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = run_of("gpt2-sdpa", steps=1)
     run.run_dir = tmp_path
     path = tmp_path / "healthy-1-rank0.pt"
@@ -70,7 +74,9 @@ def test_a_save_of_controllers_that_is_cut_off_between_its_files_can_be_loaded(
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[" * 100_000, '{"step": 3}', "\x00\xff", "cut"])
-def test_a_damaged_state_in_a_checkpoint_costs_one_warning(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_state_in_a_checkpoint_costs_one_warning(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     from transformers import TrainerState, TrainingArguments
 
     from stabmon.integrations.transformers import StabilityCallback
@@ -83,7 +89,13 @@ def test_a_damaged_state_in_a_checkpoint_costs_one_warning(tmp_path: Path, damag
     model = gpt2()
     with caplog.at_level(logging.WARNING, "stabmon"):
         optimizer = torch.optim.AdamW(model.parameters())
-        callback.on_train_begin(TrainingArguments(str(tmp_path), use_cpu=True), state, None, model=model, optimizer=optimizer)
+        callback.on_train_begin(
+            TrainingArguments(str(tmp_path), use_cpu=True),
+            state,
+            None,
+            model=model,
+            optimizer=optimizer,
+        )
         callback.on_step_begin(None, state, None)
     told = [each.getMessage() for each in caplog.records if each.name == "stabmon"]
     assert len(told) == 1

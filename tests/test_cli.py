@@ -26,13 +26,17 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
         pytest.raises(SystemExit) as left,
     ):
         main()
-    return subprocess.CompletedProcess(args, int(left.value.code or 0), out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(
+        args, int(left.value.code or 0), out.getvalue(), err.getvalue()
+    )
 
 
 def run_alone(*args: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     code = "from stabmon.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture
@@ -43,7 +47,9 @@ def run_dir(tmp_path: Path) -> Path:
     sink = JsonlSink()
     sink.open(folder, {})
     layers = {"model.0.attn": {"max_logit": np.array([1.5, 7.25])}}
-    sink.write_reading(Reading(10, 2.5, layers, {"model.0.attn": LayerInfo(2, 8, 0.35, "float32")}), {})
+    sink.write_reading(
+        Reading(10, 2.5, layers, {"model.0.attn": LayerInfo(2, 8, 0.35, "float32")}), {}
+    )
     sink.close()
     return tmp_path
 

@@ -40,7 +40,9 @@ def test_keyword_arguments_override_a_preset_a_file_and_a_config(tmp_path):
 
 
 def test_a_file_can_set_levels_and_leave_rules_out(tmp_path):
-    config = load_config(written(tmp_path, "rules:\n  loss_spike: false\n  precision_insufficient: {growth: 123}\n"))
+    config = load_config(
+        written(tmp_path, "rules:\n  loss_spike: false\n  precision_insufficient: {growth: 123}\n")
+    )
     rules = {type(rule).__name__: rule for rule in config.make_rules()}
     assert "LossSpike" not in rules
     assert rules["PrecisionInsufficient"].growth == 123
@@ -59,9 +61,18 @@ def test_a_file_can_set_levels_and_leave_rules_out(tmp_path):
         ("signals: max_logit", ["signals: 'max_logit'", "list"]),
         ("sinks: [jsonl, tensorbord]", ["unknown sink 'tensorbord'", "did you mean 'tensorboard'"]),
         ("engine: fussed", ["engine", "'fussed'", "blockwise"]),
-        ("rules: {entropy_colapse: {}}", ["unknown rule 'entropy_colapse'", "did you mean 'entropy_collapse'"]),
-        ("rules: {loss_spike: {deviation: 3}}", ["rules.loss_spike", "unknown level 'deviation'", "deviations"]),
-        ("rules: {loss_spike: {deviations: many}}", ["rules.loss_spike.deviations", "'many'", "number"]),
+        (
+            "rules: {entropy_colapse: {}}",
+            ["unknown rule 'entropy_colapse'", "did you mean 'entropy_collapse'"],
+        ),
+        (
+            "rules: {loss_spike: {deviation: 3}}",
+            ["rules.loss_spike", "unknown level 'deviation'", "deviations"],
+        ),
+        (
+            "rules: {loss_spike: {deviations: many}}",
+            ["rules.loss_spike.deviations", "'many'", "number"],
+        ),
         ("rules: {loss_spike: 3}", ["rules.loss_spike", "3"]),
         ("rules: [loss_spike]", ["rules", "must map"]),
         ("- log_every", ["holds a list", "must map"]),

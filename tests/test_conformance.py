@@ -33,7 +33,13 @@ def history(values: np.ndarray) -> History:
         signals = {name: np.full(2, value) for name in SIGNALS}
         info = {"layer": LayerInfo(2, 8, 0.35, "float16", fused=False)}
         past.add(
-            Reading(10 * (t + 1), float(value), {"layer": signals}, info, gradients={"": float(value), "layer": float(value)})
+            Reading(
+                10 * (t + 1),
+                float(value),
+                {"layer": signals},
+                info,
+                gradients={"": float(value), "layer": float(value)},
+            )
         )
     return past
 
@@ -104,12 +110,16 @@ def test_an_intervention_is_a_frozen_dataclass_with_plain_settings(name: str) ->
     assert isinstance(made, Intervention)
     assert made.name == name
     assert inspect.getdoc(INTERVENTIONS[name])
-    assert all(isinstance(value, (bool, int, float, str, type(None))) for value in made.settings.values())
+    assert all(
+        isinstance(value, (bool, int, float, str, type(None))) for value in made.settings.values()
+    )
     with pytest.raises((AttributeError, TypeError)):
         made.anything = 1  # type: ignore[attr-defined]
 
 
-def test_every_act_that_is_chosen_by_itself_is_registered_and_every_other_is_not_chosen_by_itself() -> None:
+def test_every_act_that_is_chosen_by_itself_is_registered_and_every_other_is_not_chosen_by_itself() -> (
+    None
+):
     chosen = {name for names in (*ORDER.values(), PREVENTIVE) for name in names}
     standing = {name for name in INTERVENTIONS if INTERVENTIONS[name].standing}
     assert chosen | standing == set(INTERVENTIONS)

@@ -1,4 +1,6 @@
-"""Two processes that talk by gloo: what they report together, and that neither is ever left waiting."""
+"""Two processes that talk by gloo: what they report together, and that neither is ever left
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
-    """Runs every scenario below in one pair of processes; gives a function from a scenario to (what each rank gave, its folder)."""
+    """Runs every scenario below in one pair of processes; gives a function from a scenario to (what
+    each rank gave, its folder).
+    """
     folder = tmp_path_factory.mktemp("ranks")
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=_start, args=(rank, str(folder))) for rank in range(2)]
@@ -47,7 +51,13 @@ def on_two_ranks(tmp_path_factory):
 
 def _start(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
     for scenario in SCENARIOS:
         own = Path(folder, scenario.__name__)
         own.mkdir(exist_ok=True)
@@ -62,7 +72,9 @@ def watch(model, optimizer, folder=None, **options):
 
 
 def parallel(model):
-    """Half of each batch on either rank, with what makes replays dangerous: buffers that DDP broadcasts."""
+    """Half of each batch on either rank, with what makes replays dangerous: buffers that DDP
+    broadcasts.
+    """
     model.register_buffer("counted", torch.zeros(3))
     return DistributedDataParallel(model, broadcast_buffers=True)
 
@@ -92,7 +104,9 @@ def test_readings_are_those_of_the_whole_batch_and_gradients_are_unchanged(on_tw
         assert errors == {}
         assert [bool(each) for each in readings] == [False, True, False, True]
         assert all(same_readings(readings[i].layers, whole[i].stats, 1e-4) for i in (1, 3))
-        assert readings[1].gradients[""] == pytest.approx(whole[1].readings[-1].gradients[""], rel=1e-3)
+        assert readings[1].gradients[""] == pytest.approx(
+            whole[1].readings[-1].gradients[""], rel=1e-3
+        )
         assert all(torch.equal(results[False][name], results[True][name]) for name in results[True])
     assert same_readings(given[0][0][1].layers, given[1][0][1].layers)
     assert [each["step"] for each in lines(folder / "stabmon" / "readings.jsonl")] == [2, 4]
@@ -234,7 +248,9 @@ def start_callbacks(rank, folder):
     )
     trainer = Trainer(gpt2(), arguments, train_dataset=Tokens(), callbacks=[callback])
     trainer.train()
-    return callback.monitor is not None and [reading.step for reading in callback.monitor._tracker.history.readings]
+    return callback.monitor is not None and [
+        reading.step for reading in callback.monitor._tracker.history.readings
+    ]
 
 
 def test_where_one_rank_cannot_start_watching_the_others_report_alone(on_two_ranks):
@@ -244,17 +260,27 @@ def test_where_one_rank_cannot_start_watching_the_others_report_alone(on_two_ran
 
 
 def train_under_guard(rank, folder):
-    """Both ranks spoil the first layer after step 4, each on its own half of each batch; the second time without telling each other."""
+    """Both ranks spoil the first layer after step 4, each on its own half of each batch; the second
+    time without telling each other.
+    """
     outcomes = []
     for together in (True, False):
         model = gpt2()
         ddp = parallel(model)
         optimizer = optimizer_of(model, 1e-3)
         monitor = stabmon.AttentionStabilityMonitor(
-            ddp, optimizer, config="guard", sinks=["jsonl"], log_every=1, reduce_ranks=together, run_dir=f"{folder}/{together}"
+            ddp,
+            optimizer,
+            config="guard",
+            sinks=["jsonl"],
+            log_every=1,
+            reduce_ranks=together,
+            run_dir=f"{folder}/{together}",
         )
         for step in range(1, 9):
-            tokens = torch.randint(3, 32, (8, 48), generator=torch.Generator().manual_seed(step))[rank::2]
+            tokens = torch.randint(3, 32, (8, 48), generator=torch.Generator().manual_seed(step))[
+                rank::2
+            ]
             optimizer.zero_grad()
             loss = ddp(input_ids=tokens, labels=tokens).loss
             loss.backward()
@@ -271,14 +297,20 @@ def train_under_guard(rank, folder):
 
 def test_under_guard_all_ranks_do_the_same_and_none_acts_alone(on_two_ranks):
     (first, second), folder = on_two_ranks(train_under_guard)
-    for (acts, bits, errors), (acts_there, bits_there, errors_there) in zip(first, second, strict=True):
+    for (acts, bits, errors), (acts_there, bits_there, errors_there) in zip(
+        first, second, strict=True
+    ):
         assert errors == errors_there == {}
         assert acts == acts_there
         assert all(torch.equal(bits[name], bits_there[name]) for name in bits)
     assert ("qk_clip", 5) in first[0][0]
     assert first[1][0] == []
     audit = lines(folder / "True" / "stabmon" / "interventions.jsonl")
-    assert [each["step"] for each in audit if each["intervention"] == "qk_clip" and each["action"] == "applied"] == [5]
+    assert [
+        each["step"]
+        for each in audit
+        if each["intervention"] == "qk_clip" and each["action"] == "applied"
+    ] == [5]
 
 
 SCENARIOS = (

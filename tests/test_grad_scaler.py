@@ -1,4 +1,6 @@
-"""A gradient scaler is known wherever there is one, its search is no alarm, and one that skips for ever is."""
+"""A gradient scaler is known wherever there is one, its search is no alarm, and one that skips for
+ever is.
+"""
 
 import gc
 import math
@@ -26,16 +28,30 @@ def root_at_zero(out, bad):
     return out.square().mean() + (away if bad else 0)
 
 
-def go(bad, *, steps=40, given=False, optimizer=optimizer_of, scaler=None, watched=True, seen=True, **options):
-    """Train under a scaler; ``bad`` says of a step whether its gradients are, ``seen`` whether the monitor is given the optimizer.
-    Gives the monitor, the weights and the scaler."""
+def go(
+    bad,
+    *,
+    steps=40,
+    given=False,
+    optimizer=optimizer_of,
+    scaler=None,
+    watched=True,
+    seen=True,
+    **options,
+):
+    """Train under a scaler; ``bad`` says of a step whether its gradients are, ``seen`` whether the
+    monitor is given the optimizer. Gives the monitor, the weights and the scaler."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     scaler = scaler or scaler_of()
     inner = optimizer(model)
     settings = {"sinks": [], "log_every": 50} | options
     more = {"grad_scaler": scaler} if given else {}
-    monitor = stabmon.AttentionStabilityMonitor(model, inner if seen else None, **settings, **more) if watched else None
+    monitor = (
+        stabmon.AttentionStabilityMonitor(model, inner if seen else None, **settings, **more)
+        if watched
+        else None
+    )
     for step in range(1, steps + 1):
         loss = root_at_zero(model(torch.randn(2, 8)), bad(step))
         scaler.scale(loss).backward()
@@ -52,7 +68,9 @@ def go(bad, *, steps=40, given=False, optimizer=optimizer_of, scaler=None, watch
 
 
 def told(monitor):
-    return [(each.step, each.severity) for each in monitor.issues if each.issue_type == "non_finite"]
+    return [
+        (each.step, each.severity) for each in monitor.issues if each.issue_type == "non_finite"
+    ]
 
 
 def fused(model):
@@ -62,7 +80,9 @@ def fused(model):
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("optimizer", [optimizer_of, fused])
 @pytest.mark.parametrize("start", [1, 4])
-def test_a_scaler_that_skips_for_ever_is_an_alarm_after_as_many_steps_as_its_search_takes(given, optimizer, start):
+def test_a_scaler_that_skips_for_ever_is_an_alarm_after_as_many_steps_as_its_search_takes(
+    given, optimizer, start
+):
     monitor, _, _ = go(lambda step: step >= start, given=given, optimizer=optimizer)
     assert told(monitor) == [(start + 16, "error"), (start + 33, "critical")]
     first, second = monitor.issues
@@ -70,7 +90,10 @@ def test_a_scaler_that_skips_for_ever_is_an_alarm_after_as_many_steps_as_its_sea
     assert first.evidence["touched"] == "gradients"
     assert (first.evidence["skipped"], first.evidence["scale"]) == (17, 2.0**16 / 2**17)
     assert (second.evidence["skipped"], second.evidence["scale"]) == (34, 2.0**16 / 2**34)
-    assert "17 steps in a row were left out by the gradient scaler, whose scale is down to 0.5" in first.suggestion
+    assert (
+        "17 steps in a row were left out by the gradient scaler, whose scale is down to 0.5"
+        in first.suggestion
+    )
 
 
 def test_without_an_optimizer_a_scale_that_falls_tells_of_skipped_steps():
@@ -87,11 +110,15 @@ def test_a_scaler_that_begins_higher_may_search_longer():
 
 @pytest.mark.parametrize("log_every", [1, 10])
 def test_a_search_for_a_scale_and_single_overflows_are_no_issue(log_every):
-    scaler = scaler_of(init_scale=2.0**127, growth_interval=4)  # overflows at first, and at each growth beyond
+    scaler = scaler_of(
+        init_scale=2.0**127, growth_interval=4
+    )  # overflows at first, and at each growth beyond
     monitor, ends, _ = go(lambda step: step in (7, 20, 21), scaler=scaler, log_every=log_every)
     assert told(monitor) == []
     _, unwatched, _ = go(
-        lambda step: step in (7, 20, 21), scaler=scaler_of(init_scale=2.0**127, growth_interval=4), watched=False
+        lambda step: step in (7, 20, 21),
+        scaler=scaler_of(init_scale=2.0**127, growth_interval=4),
+        watched=False,
     )
     assert same_bits(ends, unwatched)
 
@@ -99,7 +126,9 @@ def test_a_search_for_a_scale_and_single_overflows_are_no_issue(log_every):
 def test_a_loop_that_only_accumulates_leaves_steps_out_and_is_no_alarm():
     model, scaler = nn.Linear(8, 4), scaler_of()
     optimizer = optimizer_of(model)
-    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=100, grad_scaler=scaler)
+    monitor = stabmon.AttentionStabilityMonitor(
+        model, optimizer, sinks=[], log_every=100, grad_scaler=scaler
+    )
     for step in range(1, 61):
         loss = model(torch.randn(2, 8)).square().mean()
         scaler.scale(loss).backward()
@@ -115,7 +144,9 @@ def test_a_loop_that_only_accumulates_leaves_steps_out_and_is_no_alarm():
 def test_a_bad_forward_that_the_scaler_skips_is_traced_and_spoils_nothing():
     model, scaler = Floats(), scaler_of()
     optimizer = optimizer_of(model)
-    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, config="guard", sinks=[], log_every=4)
+    monitor = stabmon.AttentionStabilityMonitor(
+        model, optimizer, config="guard", sinks=[], log_every=4
+    )
     for step in range(1, 8):
         x = torch.randn(2, 6, 32)
         x[1, 2, 3] = math.nan if step == 5 else 0.0
@@ -182,7 +213,9 @@ def test_a_scaler_that_was_found_is_not_kept_alive():
 def test_a_step_without_a_scaler_at_work_names_none(scaler, given):
     model = Floats()
     optimizer = optimizer_of(model)
-    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=10, grad_scaler=scaler if given else None)
+    monitor = stabmon.AttentionStabilityMonitor(
+        model, optimizer, sinks=[], log_every=10, grad_scaler=scaler if given else None
+    )
     loss = root_at_zero(model(torch.randn(2, 6, 32)), True)
     (loss if scaler is None else scaler.scale(loss)).backward()
     optimizer.step() if scaler is None else scaler.step(optimizer)

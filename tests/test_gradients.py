@@ -1,4 +1,6 @@
-"""The gradient norms of a reading against a spy that looks at the gradients right before they are clipped."""
+"""The gradient norms of a reading against a spy that looks at the gradients right before they are
+clipped.
+"""
 
 import math
 
@@ -17,7 +19,11 @@ INPUTS = torch.randn(BATCH, LENGTH, 32, generator=torch.Generator().manual_seed(
 
 def norm_of(parameters):
     """L2 norm of the gradients as they are, in float64."""
-    return math.sqrt(sum(float(each.grad.double().square().sum()) for each in parameters if each.grad is not None))
+    return math.sqrt(
+        sum(
+            float(each.grad.double().square().sum()) for each in parameters if each.grad is not None
+        )
+    )
 
 
 def clip(model):
@@ -97,7 +103,10 @@ def test_norms_are_those_before_clipping_wherever_the_loss_comes_from(backward):
 
 def test_each_of_two_optimizers_may_clip_and_step_before_the_others_backward():
     model = Floats()
-    parts = [[*model.first.parameters()], [*model.norm.parameters(), *model.second.parameters(), *model.head.parameters()]]
+    parts = [
+        [*model.first.parameters()],
+        [*model.norm.parameters(), *model.second.parameters(), *model.head.parameters()],
+    ]
     optimizers = [torch.optim.SGD(part, 0.1) for part in parts]
     with AttentionStabilityMonitor(model, optimizers[0], log_every=1, sinks=[]) as monitor:
         seen = []

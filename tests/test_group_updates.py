@@ -1,4 +1,6 @@
-"""The share by which each group moves, against the parameters themselves, under optimizers that step in their own ways."""
+"""The share by which each group moves, against the parameters themselves, under optimizers that
+step in their own ways.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ from tests.small import batches, gpt2, optimizer_of, same_bits, weights
 
 
 class Lion(torch.optim.Optimizer):
-    """Steps by the sign of an average, and writes through ``.data`` as many published optimizers do."""
+    """Steps by the sign of an average, and writes through ``.data`` as many published optimizers
+    do.
+    """
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
@@ -32,7 +36,10 @@ class Lion(torch.optim.Optimizer):
 MAKES = {
     "muon": lambda inner, outer: [torch.optim.Muon(inner, lr=0.05), torch.optim.AdamW(outer, 3e-3)],
     "lion": lambda inner, outer: [Lion(inner, lr=1e-3), torch.optim.SGD(outer, 0.1)],
-    "adafactor": lambda inner, outer: [Adafactor(inner, relative_step=True), torch.optim.Adafactor(outer, lr=1e-2)],
+    "adafactor": lambda inner, outer: [
+        Adafactor(inner, relative_step=True),
+        torch.optim.Adafactor(outer, lr=1e-2),
+    ],
 }
 
 
@@ -46,7 +53,9 @@ def test_the_share_is_what_the_step_changed_over_what_was_there(name, tmp_path):
     model = gpt2()
     inner, outer = split(model)
     optimizers = MAKES[name](inner, outer)
-    with stabmon.AttentionStabilityMonitor(model, optimizers, log_every=1, sinks=["jsonl"], run_dir=tmp_path) as monitor:
+    with stabmon.AttentionStabilityMonitor(
+        model, optimizers, log_every=1, sinks=["jsonl"], run_dir=tmp_path
+    ) as monitor:
         shares = []
         for ids in batches(3):
             model(input_ids=ids, labels=ids).loss.backward()
@@ -55,7 +64,9 @@ def test_the_share_is_what_the_step_changed_over_what_was_there(name, tmp_path):
                 each.step()
                 each.zero_grad()
             now = [[p.detach() for p in group if p.ndim > 1] for group in (inner, outer)]
-            shares.append([norm(map(torch.sub, a, b)) / norm(b) for a, b in zip(now, before, strict=True)])
+            shares.append(
+                [norm(map(torch.sub, a, b)) / norm(b) for a, b in zip(now, before, strict=True)]
+            )
             monitor.on_step()
     assert not monitor.errors
     found = read_records(tmp_path).readings
@@ -64,7 +75,11 @@ def test_the_share_is_what_the_step_changed_over_what_was_there(name, tmp_path):
         assert list(reading.updates.values()) == pytest.approx(expected, rel=1e-5)
         assert min(reading.updates.values()) > 0
         assert reading.query_key["transformer.h.0.attn"].share > 0
-    rates = {"muon": {"0.0": 0.05, "1.0": 3e-3}, "lion": {"0.0": 1e-3, "1.0": 0.1}, "adafactor": {"1.0": 1e-2}}[name]
+    rates = {
+        "muon": {"0.0": 0.05, "1.0": 3e-3},
+        "lion": {"0.0": 1e-3, "1.0": 0.1},
+        "adafactor": {"1.0": 1e-2},
+    }[name]
     assert found[-1].learning_rates == rates
     assert found[-1].learning_rate == max(rates.values())
     history = monitor._tracker.history
@@ -87,7 +102,9 @@ def test_a_large_group_is_sampled_and_one_far_step_is_told_to_within_a_tenth():
     with torch.no_grad():
         for each, by in zip(tensors, moved, strict=True):
             each += by
-    expected = norm(moved) / norm(each.detach() - by for each, by in zip(tensors, moved, strict=True))
+    expected = norm(moved) / norm(
+        each.detach() - by for each, by in zip(tensors, moved, strict=True)
+    )
     assert updates.after() == {"0.0": pytest.approx(expected, rel=0.1)}
     assert updates.after() == {}
 
@@ -96,7 +113,11 @@ def test_watching_two_optimizers_leaves_training_as_it_was():
     def trained(watched):
         model = gpt2(dropout=0.1)
         optimizers = MAKES["muon"](*split(model))
-        monitor = stabmon.AttentionStabilityMonitor(model, optimizers, log_every=1, sinks=[]) if watched else None
+        monitor = (
+            stabmon.AttentionStabilityMonitor(model, optimizers, log_every=1, sinks=[])
+            if watched
+            else None
+        )
         torch.manual_seed(5)
         for ids in batches(4):
             model(input_ids=ids, labels=ids).loss.backward()
@@ -108,7 +129,9 @@ def test_watching_two_optimizers_leaves_training_as_it_was():
         if monitor is not None:
             monitor.close()
             assert not monitor.errors
-        assert not any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in optimizers)
+        assert not any(
+            each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in optimizers
+        )
         return weights(model), torch.get_rng_state()
 
     (one, state), (other, other_state) = trained(True), trained(False)
@@ -134,5 +157,8 @@ def test_a_state_of_before_groups_were_known_keeps_loading():
     state["tracker"]["history"]["readings"] = kept
     monitor.load_state_dict(state)
     assert monitor._tracker.history.latest.updates == kept[-1]["updates"]
-    assert monitor._tracker.history.group_rates["0.0"].tolist() == [optimizer.param_groups[0]["lr"]] * 2
+    assert (
+        monitor._tracker.history.group_rates["0.0"].tolist()
+        == [optimizer.param_groups[0]["lr"]] * 2
+    )
     monitor.close()

@@ -1,4 +1,6 @@
-"""Interventions through the front doors: by a person in a loop of their own, and by themselves under guard."""
+"""Interventions through the front doors: by a person in a loop of their own, and by themselves
+under guard.
+"""
 
 import copy
 import json
@@ -43,7 +45,13 @@ def go(model, monitor, optimizer, steps, start=0, ill_at=ILL_AT, between=None):
 
 def guarded(model, optimizer, folder=None, config="guard", **options):
     return stabmon.AttentionStabilityMonitor(
-        model, optimizer, config=config, log_every=1, sinks=["jsonl"] if folder else [], run_dir=folder, **options
+        model,
+        optimizer,
+        config=config,
+        log_every=1,
+        sinks=["jsonl"] if folder else [],
+        run_dir=folder,
+        **options,
     )
 
 
@@ -57,10 +65,17 @@ def test_under_guard_what_grew_is_clipped_audited_and_the_model_left_clean(tmp_p
     assert clip.step == ILL_AT + 1
     assert {layer for layer, _ in clip.effect.places} == {"transformer.h.0.attn"}
     newest = monitor._tracker.history.latest.layers["transformer.h.0.attn"]["max_logit"]
-    jumped = {issue.head: issue.value for issue in monitor.issues if issue.issue_type == "logit_growth" and issue.is_alarm}
+    jumped = {
+        issue.head: issue.value
+        for issue in monitor.issues
+        if issue.issue_type == "logit_growth" and issue.is_alarm
+    }
     assert all(newest[head] < value / 2 for head, value in jumped.items())
     audit = lines(tmp_path / "stabmon" / "interventions.jsonl")
-    assert [(each["intervention"], each["action"]) for each in audit][:2] == [("skip_step", "applied"), ("qk_clip", "applied")]
+    assert [(each["intervention"], each["action"]) for each in audit][:2] == [
+        ("skip_step", "applied"),
+        ("qk_clip", "applied"),
+    ]
     assert audit[1]["before"]["max_logit"]
     assert audit[1]["why"].startswith("logit_growth") or "logit_growth" in audit[1]["why"]
     monitor.close()
@@ -85,7 +100,9 @@ def test_a_healthy_run_under_guard_is_bit_for_bit_what_it_is_without():
 def test_under_observe_a_person_applies_what_is_proposed_and_undoes_it_to_the_bit():
     model = gpt2()
     optimizer = optimizer_of(model, 1e-3)
-    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, config="observe", log_every=1, sinks=[])
+    monitor = stabmon.AttentionStabilityMonitor(
+        model, optimizer, config="observe", log_every=1, sinks=[]
+    )
     done = []
 
     def between(diagnosis):
@@ -113,7 +130,15 @@ def test_observe_proposes_nothing_for_a_healthy_run_and_does_nothing_by_itself()
     model = gpt2()
     optimizer = optimizer_of(model, 1e-3)
     with stabmon.AttentionStabilityMonitor(model, optimizer, log_every=1, sinks=[]) as monitor:
-        go(model, monitor, optimizer, 4, between=lambda d: (d and monitor.get_intervention(d) is None) or pytest.fail("proposed"))
+        go(
+            model,
+            monitor,
+            optimizer,
+            4,
+            between=lambda d: (
+                (d and monitor.get_intervention(d) is None) or pytest.fail("proposed")
+            ),
+        )
         go(model, monitor, optimizer, ILL_AT, start=4)
         assert any(issue.is_alarm for issue in monitor.issues)
         assert monitor.applied == ()
@@ -123,7 +148,9 @@ def test_what_does_not_fit_is_refused_and_told(tmp_path):
     from stabmon.interventions import INTERVENTIONS
 
     model = gpt2()
-    with stabmon.AttentionStabilityMonitor(model, None, log_every=1, sinks=["jsonl"], run_dir=tmp_path) as monitor:
+    with stabmon.AttentionStabilityMonitor(
+        model, None, log_every=1, sinks=["jsonl"], run_dir=tmp_path
+    ) as monitor:
         assert monitor.apply(INTERVENTIONS["lower_learning_rate"]()) is None
         assert not monitor.errors
     (record,) = lines(tmp_path / "stabmon" / "interventions.jsonl")
@@ -135,7 +162,11 @@ def test_a_resumed_monitor_holds_what_was_held(tmp_path):
     model = gpt2()
     optimizer = optimizer_of(model, 1e-3)
     monitor = guarded(
-        model, optimizer, tmp_path, interventions={"lower_learning_rate": {"factor": 0.25}}, budget={"patience": 50}
+        model,
+        optimizer,
+        tmp_path,
+        interventions={"lower_learning_rate": {"factor": 0.25}},
+        budget={"patience": 50},
     )
     go(model, monitor, optimizer, ILL_AT + 3)
     assert monitor._acting.run.rate_factor == 0.25
@@ -148,7 +179,13 @@ def test_a_resumed_monitor_holds_what_was_held(tmp_path):
     again.load_state_dict(kept_model)
     other = optimizer_of(again, 1e-3)
     other.load_state_dict(kept_optimizer)
-    resumed = guarded(again, other, tmp_path, interventions={"lower_learning_rate": {"factor": 0.25}}, budget={"patience": 50})
+    resumed = guarded(
+        again,
+        other,
+        tmp_path,
+        interventions={"lower_learning_rate": {"factor": 0.25}},
+        budget={"patience": 50},
+    )
     resumed.load_state_dict(state)
     assert [each.intervention.name for each in resumed.applied] == ["lower_learning_rate"]
     assert resumed._acting.run.rate_factor == 0.25
@@ -198,7 +235,10 @@ def test_configurations_of_interventions_are_checked_and_kept():
         "rollback",
     }
     assert load_config("observe").make_interventions() == {}
-    assert load_config("guard").to_dict()["interventions"]["lower_learning_rate"] == {"factor": 0.1, "where": "query_key"}
+    assert load_config("guard").to_dict()["interventions"]["lower_learning_rate"] == {
+        "factor": 0.1,
+        "where": "query_key",
+    }
     for bad, words in {
         "interventions": ({"qk_clop": {}}, "qk_clop"),
         "budget": ({"actz": 3}, "actz"),

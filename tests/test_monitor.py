@@ -1,4 +1,6 @@
-"""The engine in a plain loop: it samples what it should, tells of what fails, and leaves training as it was."""
+"""The engine in a plain loop: it samples what it should, tells of what fails, and leaves training
+as it was.
+"""
 
 import copy
 import gc
@@ -36,7 +38,9 @@ from tests.small import (
 
 
 def watch(model, optimizer=None, **options):
-    return stabmon.AttentionStabilityMonitor(model, optimizer, config="observe", **({"sinks": [], "log_every": 2} | options))
+    return stabmon.AttentionStabilityMonitor(
+        model, optimizer, config="observe", **({"sinks": [], "log_every": 2} | options)
+    )
 
 
 def run(model, data, monitored=True, log_every=2, **loop):
@@ -50,15 +54,23 @@ def run(model, data, monitored=True, log_every=2, **loop):
     return given, monitor
 
 
-# -- what is sampled ---------------------------------------------------------------------------------------------------
+# -- what is sampled
 
 
 def test_a_diagnosis_comes_at_multiples_of_log_every_and_at_no_other_step():
     given, monitor = run(gpt2(), batches(7), log_every=3)
     assert [each and each.step for each in given] == [None, None, 3, None, None, 6, None]
     assert list(given[2].stats) == ["transformer.h.0.attn", "transformer.h.1.attn"]
-    assert all(values.shape == (HEADS,) for signals in given[2].stats.values() for values in signals.values())
-    assert set(given[2].stats["transformer.h.0.attn"]) >= {"attention_entropy", "max_logit", "hnf_log_curvature"}
+    assert all(
+        values.shape == (HEADS,)
+        for signals in given[2].stats.values()
+        for values in signals.values()
+    )
+    assert set(given[2].stats["transformer.h.0.attn"]) >= {
+        "attention_entropy",
+        "max_logit",
+        "hnf_log_curvature",
+    }
     assert not monitor.errors
 
 
@@ -152,14 +164,22 @@ class Halves(nn.Module):
         self.first, self.second, self.reentrant = Floats(), nn.Linear(4, 4), reentrant
 
     def forward(self, x):
-        inner = self.first(x) if self.reentrant is None else checkpoint(self.first, x, use_reentrant=self.reentrant)
+        inner = (
+            self.first(x)
+            if self.reentrant is None
+            else checkpoint(self.first, x, use_reentrant=self.reentrant)
+        )
         return self.second(inner)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize("place", ["hook on the loss", "hook on a leaf"])
-def test_forwards_made_inside_backward_are_seen_and_their_checkpoints_are_not_counted_twice(place, reentrant):
-    """GradCache: embeddings without gradients, then a forward with gradients in each part, in a hook of the loss's backward."""
+def test_forwards_made_inside_backward_are_seen_and_their_checkpoints_are_not_counted_twice(
+    place, reentrant
+):
+    """GradCache: embeddings without gradients, then a forward with gradients in each part, in a
+    hook of the loss's backward.
+    """
     x = torch.randn(8, 6, 32, generator=torch.Generator().manual_seed(0))
     given = []
     for cached in (False, True):
@@ -182,14 +202,20 @@ def test_forwards_made_inside_backward_are_seen_and_their_checkpoints_are_not_co
                         (model(part) * own).sum().backward()
 
             if cached:
-                (loss.register_hook if place == "hook on the loss" else leaf.register_post_accumulate_grad_hook)(again)
+                (
+                    loss.register_hook
+                    if place == "hook on the loss"
+                    else leaf.register_post_accumulate_grad_hook
+                )(again)
             loss.backward()
             given.append(monitor.on_step(loss))
             assert not monitor.errors
     plain, cached = (each.readings[-1] for each in given)
     assert same_readings(plain.layers, cached.layers, 1e-5)
     assert cached.micro_batches == plain.micro_batches == 2
-    assert cached.gradients == {name: pytest.approx(norm, rel=1e-4) for name, norm in plain.gradients.items()}
+    assert cached.gradients == {
+        name: pytest.approx(norm, rel=1e-4) for name, norm in plain.gradients.items()
+    }
 
 
 def test_gradient_norms_are_those_before_clipping():
@@ -199,13 +225,21 @@ def test_gradient_norms_are_those_before_clipping():
     model = gpt2()
     model(input_ids=batches(1)[0], labels=batches(1)[0]).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    attention = torch.cat([p.grad.flatten() for p in model.transformer.h[1].attn.parameters()]).norm().item()
+    attention = (
+        torch.cat([p.grad.flatten() for p in model.transformer.h[1].attn.parameters()])
+        .norm()
+        .item()
+    )
     assert free[0].readings[-1].gradients[""] == pytest.approx(expected, rel=1e-5)
-    assert free[0].readings[-1].gradients["transformer.h.1.attn"] == pytest.approx(attention, rel=1e-5)
+    assert free[0].readings[-1].gradients["transformer.h.1.attn"] == pytest.approx(
+        attention, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("scale", "overflows"), [(1024.0, False), (1e38, True)])
-def test_a_gradient_scaler_is_taken_out_of_gradient_norms_and_its_overflows_are_not_reported(scale, overflows):
+def test_a_gradient_scaler_is_taken_out_of_gradient_norms_and_its_overflows_are_not_reported(
+    scale, overflows
+):
     free, _ = run(gpt2(), batches(1), log_every=1, clip=None)
     model = gpt2()
     optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=scale)
@@ -218,7 +252,9 @@ def test_a_gradient_scaler_is_taken_out_of_gradient_norms_and_its_overflows_are_
     (reading,) = monitor.on_step(loss / 50).readings
     monitor.close()
     expected = {} if overflows else free[0].readings[-1].gradients
-    assert reading.gradients == {name: pytest.approx(norm, rel=1e-4) for name, norm in expected.items()}
+    assert reading.gradients == {
+        name: pytest.approx(norm, rel=1e-4) for name, norm in expected.items()
+    }
     assert monitor.issues == []
     assert not monitor.errors
 
@@ -265,7 +301,7 @@ def test_a_loss_that_is_no_number_costs_the_loss_and_not_the_reading(caplog):
     assert "give on_step a single number" in caplog.text
 
 
-# -- resuming ----------------------------------------------------------------------------------------------------------
+# -- resuming
 
 
 @pytest.mark.parametrize("rows", [None, 4])
@@ -310,7 +346,7 @@ def test_a_state_that_is_none_is_refused_and_says_why():
     monitor.close()
 
 
-# -- what fails --------------------------------------------------------------------------------------------------------
+# -- what fails
 
 
 class Broken(Sink):
@@ -364,7 +400,9 @@ def test_a_failing_signal_is_told_of_once_and_the_others_are_measured(caplog, mo
     monkeypatch.setitem(SIGNALS._entries, "fails", Signal("fails", fails, "none", "mean", ()))
     model = gpt2()
     optimizer = optimizer_of(model)
-    monitor = watch(model, optimizer, log_every=1, signals=["max_logit", "fails", "attention_entropy"])
+    monitor = watch(
+        model, optimizer, log_every=1, signals=["max_logit", "fails", "attention_entropy"]
+    )
     given = train(model, monitor, optimizer, batches(3))
     monitor.close()
     assert set(given[2].stats["transformer.h.0.attn"]) == {"max_logit", "attention_entropy"}
@@ -460,7 +498,7 @@ def test_bad_arguments_are_refused_at_once():
         watch(gpt2(), log_evry=3)
 
 
-# -- what it costs and keeps -------------------------------------------------------------------------------------------
+# -- what it costs and keeps
 
 
 def test_no_batch_and_no_graph_outlives_its_step():
@@ -529,14 +567,16 @@ def test_the_bench_of_twins_notices_a_single_draw_and_a_single_hook_left(monkeyp
 
     case, measured = Case("plain", log_every=5, steps=10), Measurements.add
     assert pair(case)[0] == []
-    monkeypatch.setattr(Measurements, "add", lambda self, call: (torch.rand(1), measured(self, call))[1])
+    monkeypatch.setattr(
+        Measurements, "add", lambda self, call: (torch.rand(1), measured(self, call))[1]
+    )
     assert "torch generator" in pair(case)[0]
     monkeypatch.undo()
     monkeypatch.setattr(StepObserver, "let_go", lambda self: None)
     assert any(each.startswith("left behind: ") for each in pair(case)[0])
 
 
-# -- compiled models ---------------------------------------------------------------------------------------------------
+# -- compiled models
 
 
 @pytest.fixture
@@ -552,7 +592,9 @@ def train_compiled(how, monitored):
     counters.clear()
     model = Floats()
     optimizer = optimizer_of(model)
-    monitor = watch(model, optimizer, log_every=3) if monitored and how == "compiled later" else None
+    monitor = (
+        watch(model, optimizer, log_every=3) if monitored and how == "compiled later" else None
+    )
     if how == "in place":
         model.compile(backend="aot_eager")
     called = model if how == "in place" else torch.compile(model, backend="aot_eager")
@@ -572,7 +614,9 @@ def train_compiled(how, monitored):
 
 
 @pytest.mark.parametrize("how", ["wrapper watched", "inner watched", "in place", "compiled later"])
-def test_compiled_models_are_measured_without_compiling_anew_and_without_a_changed_bit(how, fresh_dynamo):
+def test_compiled_models_are_measured_without_compiling_anew_and_without_a_changed_bit(
+    how, fresh_dynamo
+):
     _, _, twin, graphs = train_compiled(how, monitored=False)
     given, monitor, model, graphs_watched = train_compiled(how, monitored=True)
     assert [bool(each and each.stats) for each in given] == [False, False, True] * 3
@@ -622,30 +666,45 @@ def test_gradients_that_are_made_between_the_steps_of_two_optimizers_are_looked_
             return getattr(self, part)(x).square().mean()
 
     model = Pair()
-    optimizers = {part: torch.optim.SGD(getattr(model, part).parameters(), 0.1) for part in ("one", "other")}
-    with stabmon.AttentionStabilityMonitor(model, optimizers, config="guard", log_every=1, sinks=[]) as monitor:
+    optimizers = {
+        part: torch.optim.SGD(getattr(model, part).parameters(), 0.1) for part in ("one", "other")
+    }
+    with stabmon.AttentionStabilityMonitor(
+        model, optimizers, config="guard", log_every=1, sinks=[]
+    ) as monitor:
         found = []
         for step in range(3):
             for part, optimizer in optimizers.items():
                 optimizer.zero_grad()
-                loss = model(part, torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(step)))
+                loss = model(
+                    part, torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(step))
+                )
                 (loss * (float("nan") if (step, part) == (1, "other") else 1.0)).backward()
                 optimizer.step()
             found.append(monitor.on_step().stats)
             assert all(p.isfinite().all() for p in model.parameters())
         readings = monitor._tracker.history.readings
-        assert [None if each.non_finite is None else each.non_finite.step for each in readings] == [None, 2, None]
-        assert all(set(each.updates) == {"0.0", "1.0"} and min(each.updates.values()) >= 0 for each in readings)
+        assert [None if each.non_finite is None else each.non_finite.step for each in readings] == [
+            None,
+            2,
+            None,
+        ]
+        assert all(
+            set(each.updates) == {"0.0", "1.0"} and min(each.updates.values()) >= 0
+            for each in readings
+        )
         assert readings[1].updates["1.0"] == 0
         assert readings[0].updates["1.0"] > 0
         assert len(readings[0].query_key) == 4
         assert not monitor.errors
 
 
-# -- what is not seen --------------------------------------------------------------------------------------------------
+# -- what is not seen
 
 
-def test_attention_that_is_not_seen_is_said_once_kept_in_the_metadata_and_costs_no_bit(tmp_path, caplog):
+def test_attention_that_is_not_seen_is_said_once_kept_in_the_metadata_and_costs_no_bit(
+    tmp_path, caplog
+):
     losses = {}
     for watched in (False, True):
         torch.manual_seed(0)
@@ -664,6 +723,9 @@ def test_attention_that_is_not_seen_is_said_once_kept_in_the_metadata_and_costs_
     monitor.close()
     assert losses[True] == losses[False]
     assert monitor.unseen == dict(diagnosis.unseen) == {"second": "a softmax of a product"}
-    assert json.loads((tmp_path / "stabmon" / "meta.json").read_text())["unseen_attention"] == monitor.unseen
+    assert (
+        json.loads((tmp_path / "stabmon" / "meta.json").read_text())["unseen_attention"]
+        == monitor.unseen
+    )
     assert caplog.text.count("not seen: second (a softmax of a product)") == 1
     assert not monitor.errors

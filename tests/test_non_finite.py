@@ -1,4 +1,6 @@
-"""A NaN or an inf is noticed at the step it comes up, traced to the tensor it began in, and training goes on as it would have."""
+"""A NaN or an inf is noticed at the step it comes up, traced to the tensor it began in, and
+training goes on as it would have.
+"""
 
 import math
 from dataclasses import asdict
@@ -10,7 +12,18 @@ from torch import Tensor, nn
 
 import stabmon
 from stabmon.records import NonFinite
-from tests.small import HEADS, Floats, batches, clean, gpt2, llama, optimizer_of, same_bits, train, weights
+from tests.small import (
+    HEADS,
+    Floats,
+    batches,
+    clean,
+    gpt2,
+    llama,
+    optimizer_of,
+    same_bits,
+    train,
+    weights,
+)
 
 HEAD_DIM = 32 // HEADS
 
@@ -29,7 +42,9 @@ def first_bad(given):
 
 
 def twins(make, plant, *, steps=6, at=3, log_every=100):
-    """Train with and without a monitor, both meeting the same misfortune; gives what on_step gave, and the monitor."""
+    """Train with and without a monitor, both meeting the same misfortune; gives what on_step gave,
+    and the monitor.
+    """
     ends = []
     for watched in (False, True):
         torch.manual_seed(2)
@@ -95,14 +110,28 @@ def test_a_nan_outside_of_attention_has_no_head():
 def test_a_misfortune_is_traced_once_while_it_lasts(monkeypatch):
     traced = []
     original = stabmon.nonfinite.tracer.find_in_forward
-    monkeypatch.setattr("stabmon.nonfinite.tracer.find_in_forward", lambda *args: traced.append(args[-1]) or original(*args))
+    monkeypatch.setattr(
+        "stabmon.nonfinite.tracer.find_in_forward",
+        lambda *args: traced.append(args[-1]) or original(*args),
+    )
 
     def plant(model):
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
 
     given, monitor = twins(gpt2, plant, steps=20, log_every=5)
     assert traced == [3]
-    assert len([issue for each in given if each for issue in each.issues if issue.issue_type == "non_finite"]) == 1
+    assert (
+        len(
+            [
+                issue
+                for each in given
+                if each
+                for issue in each.issues
+                if issue.issue_type == "non_finite"
+            ]
+        )
+        == 1
+    )
     assert given[4].readings[-1].non_finite.layer == "transformer.h.1.mlp.c_fc"
     assert [issue.issue_type for issue in monitor.open_issues] == ["non_finite"]
 
@@ -141,13 +170,19 @@ class Overflows(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(32, 32, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        query, key, value = (
+            part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
         scores = (query.half() @ key.half().transpose(-1, -2)) * HEAD_DIM**-0.5
         return self.o((scores.float().softmax(-1) @ value).transpose(1, 2).flatten(-2))
 
 
-def steps_on_floats(model, plant, *, steps=4, at=3, loss_of=lambda out: out.square().mean(), **options):
-    """Train watched and unwatched on float inputs; ``plant(model, x)`` brings about the misfortune in the ``at``-th step's batch."""
+def steps_on_floats(
+    model, plant, *, steps=4, at=3, loss_of=lambda out: out.square().mean(), **options
+):
+    """Train watched and unwatched on float inputs; ``plant(model, x)`` brings about the misfortune
+    in the ``at``-th step's batch.
+    """
     ends, given = [], []
     for watched in (False, True):
         twin = model()
@@ -204,7 +239,9 @@ class Rooted(Floats):
         self.norm = nn.Sequential(nn.LayerNorm(32), SquareRoot())
 
 
-@pytest.mark.parametrize("loss_of", [lambda out: out.square().mean(), lambda out: (3 * out).logsumexp(-1).sum()])
+@pytest.mark.parametrize(
+    "loss_of", [lambda out: out.square().mean(), lambda out: (3 * out).logsumexp(-1).sum()]
+)
 def test_a_gradient_that_is_not_finite_is_traced_though_clipping_has_spread_it(loss_of):
     given = steps_on_floats(Rooted, lambda model, x: None, at=1, steps=3, loss_of=loss_of)
     step, layer, head, tensor = first_bad(given)
@@ -233,14 +270,19 @@ class AttentionBadInBackward(nn.Module):
         self.qkv, self.o = nn.Linear(32, 96), nn.Linear(32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        query, key, value = (
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)
+        )
         scores = BadHead.apply(query @ key.transpose(-1, -2), 2)
         return self.o((scores.softmax(-1) @ value).transpose(1, 2).flatten(-2))
 
 
 def test_the_head_is_named_where_backward_alone_is_bad():
     given = steps_on_floats(
-        lambda: nn.Sequential(nn.Linear(32, 32), AttentionBadInBackward()), lambda model, x: None, at=1, steps=2
+        lambda: nn.Sequential(nn.Linear(32, 32), AttentionBadInBackward()),
+        lambda model, x: None,
+        at=1,
+        steps=2,
     )
     assert first_bad(given) == (1, "1", 2, "qkv.output.grad")
 
@@ -268,11 +310,16 @@ def test_a_replay_runs_under_the_autocast_of_the_forward():
     diagnosis = monitor.on_step(loss)
     monitor.close()
     assert not monitor.errors
-    assert (diagnosis.issues[0].layer, diagnosis.issues[0].evidence["tensor"]) == ("Product", "output")
+    assert (diagnosis.issues[0].layer, diagnosis.issues[0].evidence["tensor"]) == (
+        "Product",
+        "output",
+    )
 
 
 def test_a_loss_that_is_not_finite_though_the_model_is_blames_the_loss_function():
-    given = steps_on_floats(Floats, lambda model, x: None, at=1, steps=2, loss_of=lambda out: (out * 0).sum().log())
+    given = steps_on_floats(
+        Floats, lambda model, x: None, at=1, steps=2, loss_of=lambda out: (out * 0).sum().log()
+    )
     (issue,) = given[0].issues
     assert issue.step == 1
     assert issue.evidence["kind"] in ("gradient", "loss")
@@ -282,7 +329,10 @@ def test_a_loss_that_is_not_finite_though_the_model_is_blames_the_loss_function(
 def causes(given):
     """(step, severity, cause, touched) of each issue that opened or worsened."""
     issues = [issue for each in given if each for issue in each.issues if issue.state != "closed"]
-    return [(issue.step, issue.severity, issue.evidence["cause"], issue.evidence["touched"]) for issue in issues]
+    return [
+        (issue.step, issue.severity, issue.evidence["cause"], issue.evidence["touched"])
+        for issue in issues
+    ]
 
 
 def test_labels_that_are_all_ignored_touch_nothing_and_are_an_alarm_only_where_they_always_are():
@@ -297,7 +347,10 @@ def test_labels_that_are_all_ignored_touch_nothing_and_are_an_alarm_only_where_t
         optimizer.zero_grad()
         given.append(monitor.on_step(loss.detach()))
     monitor.close()
-    assert causes(given) == [(1, "warning", "labels", "nothing"), (17, "error", "labels", "nothing")]
+    assert causes(given) == [
+        (1, "warning", "labels", "nothing"),
+        (17, "error", "labels", "nothing"),
+    ]
     assert not [issue for issue in monitor.issues if "Go back" in issue.suggestion]
     assert "every gradient was 0" in monitor.issues[1].suggestion
     assert [each.intervention.name for each in monitor.applied] == ["skip_step"]
@@ -308,7 +361,9 @@ def test_labels_that_are_all_ignored_are_told_of_where_the_model_takes_them():
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer)
     (tokens,) = batches(1)
-    model(tokens, labels=torch.where(torch.arange(12) < 1, tokens, -100)).loss.backward()  # the first is shifted out
+    model(
+        tokens, labels=torch.where(torch.arange(12) < 1, tokens, -100)
+    ).loss.backward()  # the first is shifted out
     optimizer.step()
     diagnosis = monitor.on_step()
     monitor.close()
@@ -347,12 +402,17 @@ def test_a_harmless_loss_does_not_hide_what_comes_after_it():
         optimizer.zero_grad()
         given.append(monitor.on_step(math.nan if step > 1 else loss.detach()))
     monitor.close()
-    assert causes(given) == [(2, "warning", "objective", "nothing"), (5, "critical", "data", "weights")]
+    assert causes(given) == [
+        (2, "warning", "objective", "nothing"),
+        (5, "critical", "data", "weights"),
+    ]
 
 
 def test_a_gradient_made_outside_of_the_model_is_critical_at_once_and_the_loss_function_is_to_be_looked_at():
     def ratio(out):
-        return (torch.exp(out + 200 * (out > out.median())).clamp(max=2) * (out <= out.median())).sum()
+        return (
+            torch.exp(out + 200 * (out > out.median())).clamp(max=2) * (out <= out.median())
+        ).sum()
 
     given = steps_on_floats(Floats, lambda model, x: None, at=1, steps=3, loss_of=ratio)
     assert causes(given) == [(1, "critical", "objective", "weights")]
@@ -378,7 +438,9 @@ def test_a_gradient_that_guard_skips_spoils_nothing_until_every_step_is_skipped(
 
 
 class Hides(nn.Module):
-    """Attention by hand that adds its mask once or twice, and may put zeros where a softmax had nothing."""
+    """Attention by hand that adds its mask once or twice, and may put zeros where a softmax had
+    nothing.
+    """
 
     def __init__(self, times: int = 1, zeros: bool = False) -> None:
         super().__init__()
@@ -387,7 +449,9 @@ class Hides(nn.Module):
         self.times, self.zeros = times, zeros
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        query, key, value = (part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        query, key, value = (
+            part(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
         scores = query @ key.transpose(-1, -2) * HEAD_DIM**-0.5
         for _ in range(self.times):
             scores = scores + mask
@@ -406,7 +470,10 @@ class TorchsOwn(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         hidden = mask[:, 0, 0] != 0
-        return self.attention(x, x, x, key_padding_mask=hidden, need_weights=True)[0] * ~hidden[..., None]
+        return (
+            self.attention(x, x, x, key_padding_mask=hidden, need_weights=True)[0]
+            * ~hidden[..., None]
+        )
 
 
 class Between(nn.Module):
@@ -461,7 +528,9 @@ def test_a_mask_that_is_not_finite_itself_is_blamed():
 
 def test_what_is_hidden_in_one_sequence_is_not_blamed_for_a_nan_in_another():
     model = Between(Hides(zeros=True))
-    model.inner.o.register_forward_pre_hook(lambda module, args: (args[0].index_fill(0, torch.tensor([2]), math.nan),))
+    model.inner.o.register_forward_pre_hook(
+        lambda module, args: (args[0].index_fill(0, torch.tensor([2]), math.nan),)
+    )
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer)
     mask = torch.zeros(3, 1, 1, 6)
@@ -487,7 +556,9 @@ def test_half_precision_that_overflows_is_named_as_that():
 
 
 def sets_rate(rate):
-    """An optimizer whose rate is ``rate`` at its third step, and back at 0.01 when somebody looks."""
+    """An optimizer whose rate is ``rate`` at its third step, and back at 0.01 when somebody
+    looks.
+    """
 
     def make(model):
         optimizer, steps = torch.optim.SGD(model.parameters(), 0.01), iter(range(1, 100))
@@ -550,8 +621,17 @@ def test_a_state_from_before_causes_were_told_goes_on():
     model = Floats()
     monitor = watch(model, optimizer_of(model))
     state = monitor.state_dict()
-    old = {"step": 4, "kind": "gradient", "layer": "head", "head": None, "tensor": "weight.grad", "detail": "1 NaN of 128"}
-    monitor.load_state_dict(state | {"step": 5, "last_reading": 4, "non_finite": {"found": old, "last_bad": 5}})
+    old = {
+        "step": 4,
+        "kind": "gradient",
+        "layer": "head",
+        "head": None,
+        "tensor": "weight.grad",
+        "detail": "1 NaN of 128",
+    }
+    monitor.load_state_dict(
+        state | {"step": 5, "last_reading": 4, "non_finite": {"found": old, "last_bad": 5}}
+    )
     assert monitor._misfortune.found_since(4) == NonFinite(**old)
     assert monitor._misfortune.state_dict()["found"] == asdict(NonFinite(**old))
     monitor.close()

@@ -15,11 +15,16 @@ def made(count=2):
 
 
 class Container(torch.optim.Optimizer):
-    """Steps several, as torchtitan's container does: an optimizer itself, whose groups nobody steps."""
+    """Steps several, as torchtitan's container does: an optimizer itself, whose groups nobody
+    steps.
+    """
 
     def __init__(self, optimizers):
         self.optimizers = optimizers
-        super().__init__([p for each in optimizers for group in each.param_groups for p in group["params"]], {"lr": 0.0})
+        super().__init__(
+            [p for each in optimizers for group in each.param_groups for p in group["params"]],
+            {"lr": 0.0},
+        )
 
 
 class Wrapper:
@@ -37,8 +42,14 @@ WAYS = {
     "a list": lambda one, other: [one, other],
     "a mapping": lambda one, other: {"generator": one, "discriminator": other},
     "a container": lambda one, other: Container([one, other]),
-    "wrappers in a tuple, one twice": lambda one, other: (Wrapper(one), Wrapper(Wrapper(other)), one),
-    "accelerate": lambda one, other: [accelerate.Accelerator(cpu=True).prepare_optimizer(each) for each in (one, other)],
+    "wrappers in a tuple, one twice": lambda one, other: (
+        Wrapper(one),
+        Wrapper(Wrapper(other)),
+        one,
+    ),
+    "accelerate": lambda one, other: [
+        accelerate.Accelerator(cpu=True).prepare_optimizer(each) for each in (one, other)
+    ],
     "lightning": lambda one, other: [LightningOptimizer(each) for each in (one, other)],
 }
 
@@ -61,7 +72,12 @@ class Anything:
 
 
 def test_an_object_that_answers_to_every_name_is_not_followed_for_ever():
-    assert OptimizerView(Anything(), grad_scaler=torch.amp.GradScaler("cpu", enabled=False)).learning_rates() == {}
+    assert (
+        OptimizerView(
+            Anything(), grad_scaler=torch.amp.GradScaler("cpu", enabled=False)
+        ).learning_rates()
+        == {}
+    )
 
 
 def test_no_optimizer_has_no_rates():
@@ -71,7 +87,9 @@ def test_no_optimizer_has_no_rates():
 def test_a_rate_is_read_from_a_tensor_and_one_that_the_optimizer_makes_itself_is_left_out():
     weight, bias = nn.Linear(2, 2).parameters()
     optimizer = torch.optim.Adam([weight], lr=torch.tensor(0.5))
-    assert OptimizerView([Adafactor([bias], relative_step=True), optimizer]).learning_rates() == {"1.0": 0.5}
+    assert OptimizerView([Adafactor([bias], relative_step=True), optimizer]).learning_rates() == {
+        "1.0": 0.5
+    }
 
 
 def test_each_optimizer_tells_of_its_own_steps_until_let_go():

@@ -16,14 +16,20 @@ NAMES = ("model.layers.0.self_attn", "model.layers.1.self_attn")
 
 
 def readings(layers: int = 2, steps: int = 3) -> tuple[Reading, ...]:
-    """Layer n, head h at reading t holds 10 n + h + t / 10, as a share of entropy a thousandth of that."""
+    """Layer n, head h at reading t holds 10 n + h + t / 10, as a share of entropy a thousandth of
+    that.
+    """
     grid = [[10.0 * n + np.arange(3) + t / 10 for n in range(layers)] for t in range(steps)]
     return tuple(
         Reading(
             100 * (t + 1),
             2.0,
             {
-                f"model.layers.{n}.self_attn": {"max_logit": v, "hnf_log_curvature": v, "normalized_entropy": v / 1000}
+                f"model.layers.{n}.self_attn": {
+                    "max_logit": v,
+                    "hnf_log_curvature": v,
+                    "normalized_entropy": v / 1000,
+                }
                 for n, v in enumerate(r)
             },
         )
@@ -60,7 +66,11 @@ def test_shares_have_a_fixed_scale_and_other_signals_their_own() -> None:
 
 
 def test_heads_without_a_finite_value_are_masked_and_layers_may_differ_in_width() -> None:
-    stats = {"a": {"max_logit": np.array([1.0, NAN, INF])}, "b": {"max_logit": np.array([2.0])}, "c": {"other": np.array([1.0])}}
+    stats = {
+        "a": {"max_logit": np.array([1.0, NAN, INF])},
+        "b": {"max_logit": np.array([2.0])},
+        "c": {"other": np.array([1.0])},
+    }
     shown = heatmap(stats, "max_logit", 1).axes[0].images[0].get_array()
     assert isinstance(shown, np.ma.MaskedArray)
     assert shown.mask.tolist() == [[False, True, True], [False, True, True]]
@@ -91,8 +101,12 @@ def test_many_layers_get_a_colour_bar_instead_of_a_legend() -> None:
 
 def test_a_head_that_stops_being_finite_is_marked_and_one_that_never_was_is_not() -> None:
     rows = [[1.0, NAN, 2.0], [1.0, NAN, INF], [1.0, NAN, INF], [NAN, NAN, NAN]]
-    found = [Reading(step, 1.0, {"a": {"max_logit": np.array(row)}}) for step, row in enumerate(rows, 1)]
-    line, *marks = sorted(evolution(found, "max_logit").axes[0].lines, key=lambda line: line.get_linestyle())
+    found = [
+        Reading(step, 1.0, {"a": {"max_logit": np.array(row)}}) for step, row in enumerate(rows, 1)
+    ]
+    line, *marks = sorted(
+        evolution(found, "max_logit").axes[0].lines, key=lambda line: line.get_linestyle()
+    )
     assert [mark.get_xdata()[0] for mark in marks] == [2, 4]
     assert np.array_equal(line.get_ydata(), [2.0, 1.0, 1.0, NAN], equal_nan=True)
 
@@ -106,7 +120,10 @@ def test_a_layer_that_comes_late_has_a_gap() -> None:
 
 def test_what_cannot_be_drawn_says_why() -> None:
     reading = readings()[0]
-    with pytest.raises(ValueError, match=r"no layer has the signal 'max_logits'. Measured: hnf_log_curvature, max_logit"):
+    with pytest.raises(
+        ValueError,
+        match=r"no layer has the signal 'max_logits'. Measured: hnf_log_curvature, max_logit",
+    ):
         heatmap(reading.layers, "max_logits", 1)
     with pytest.raises(ValueError, match="no attention was measured"):
         heatmap({}, "max_logit", 1)
@@ -121,7 +138,10 @@ def test_what_cannot_be_drawn_says_why() -> None:
 def test_a_diagnosis_draws_its_two_figures(tmp_path: Path) -> None:
     all_readings = readings()
     diagnosis = Diagnosis(300, (), all_readings[-1].layers, all_readings)
-    assert "Normalized entropy" in diagnosis.plot_entropy_heatmap(tmp_path / "a.png").axes[0].get_title()
+    assert (
+        "Normalized entropy"
+        in diagnosis.plot_entropy_heatmap(tmp_path / "a.png").axes[0].get_title()
+    )
     assert "HNF log curvature" in diagnosis.plot_curvature_evolution().axes[0].get_title()
     assert (tmp_path / "a.png").exists()
 
@@ -147,4 +167,7 @@ except ImportError as error:
     print(error)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines() == ["False", 'matplotlib is not installed: pip install "stabmon[report]"']
+    assert found.stdout.splitlines() == [
+        "False",
+        'matplotlib is not installed: pip install "stabmon[report]"',
+    ]

@@ -30,7 +30,9 @@ def norm(tensors):
 def test_norms_are_those_of_the_queries_and_keys_alone(name, tmp_path):
     model = {"gpt2": gpt2, "llama": llama}[name]()
     optimizer, parts = optimizer_of(model), query_key(name, model)
-    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, log_every=2, sinks=["jsonl"], run_dir=tmp_path)
+    monitor = stabmon.AttentionStabilityMonitor(
+        model, optimizer, log_every=2, sinks=["jsonl"], run_dir=tmp_path
+    )
     train(model, monitor, optimizer, batches(1))
     before = [p.detach()[at].clone() for p, at in parts]
     model(input_ids=batches(2)[1], labels=batches(2)[1]).loss.backward()
@@ -44,7 +46,9 @@ def test_norms_are_those_of_the_queries_and_keys_alone(name, tmp_path):
     moved = reading.query_key[layer]
     assert moved.gradient == pytest.approx(gradient, rel=1e-5)
     assert moved.weight == pytest.approx(norm(before), rel=1e-5)
-    assert moved.update == pytest.approx(norm(p.detach()[at] - was for (p, at), was in zip(parts, before, strict=True)), rel=1e-5)
+    assert moved.update == pytest.approx(
+        norm(p.detach()[at] - was for (p, at), was in zip(parts, before, strict=True)), rel=1e-5
+    )
     assert moved.update > 0
     assert len(reading.query_key) == 2
 
@@ -59,7 +63,10 @@ def test_layers_whose_queries_cannot_be_told_apart_are_left_out():
                 layer.forward = lambda x, layer=layer: odd(layer, x)
 
     def odd(layer, x):
-        query, key, value = (part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in (layer.strange, layer.other, layer.v))
+        query, key, value = (
+            part(x).unflatten(-1, (4, -1)).transpose(1, 2)
+            for part in (layer.strange, layer.other, layer.v)
+        )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         return layer.o(mixed.transpose(1, 2).flatten(-2))
 
@@ -74,22 +81,35 @@ def test_layers_whose_queries_cannot_be_told_apart_are_left_out():
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "prompts"])
-def test_under_adapters_it_is_what_they_effectively_make_of_the_weights_and_training_is_as_it_was(kind):
+def test_under_adapters_it_is_what_they_effectively_make_of_the_weights_and_training_is_as_it_was(
+    kind,
+):
     def trained(watched):
         if kind == "prompts":
             config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         else:
-            config = peft.LoraConfig(r=4, use_dora=kind == "dora", lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
+            config = peft.LoraConfig(
+                r=4, use_dora=kind == "dora", lora_dropout=0.1, target_modules=["q_proj", "v_proj"]
+            )
         model = peft.get_peft_model(llama(), config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-        monitor = stabmon.AttentionStabilityMonitor(model, optimizer, log_every=1, sinks=[]) if watched else None
+        monitor = (
+            stabmon.AttentionStabilityMonitor(model, optimizer, log_every=1, sinks=[])
+            if watched
+            else None
+        )
         torch.manual_seed(5)
         formed = []
         for ids in batches(3):
             model(input_ids=ids, labels=ids).loss.backward()
             before = effective(model)
             optimizer.step()
-            formed.append((norm(before), norm(now - was for now, was in zip(effective(model), before, strict=True))))
+            formed.append(
+                (
+                    norm(before),
+                    norm(now - was for now, was in zip(effective(model), before, strict=True)),
+                )
+            )
             optimizer.zero_grad()
             if monitor is not None:
                 monitor.on_step()
@@ -99,7 +119,9 @@ def test_under_adapters_it_is_what_they_effectively_make_of_the_weights_and_trai
 
     def effective(model):
         attention = (
-            model.base_model.model.model.layers[0].self_attn if kind != "prompts" else model.base_model.model.layers[0].self_attn
+            model.base_model.model.model.layers[0].self_attn
+            if kind != "prompts"
+            else model.base_model.model.layers[0].self_attn
         )
         merged = copy.deepcopy(attention.q_proj)
         if kind != "prompts":
@@ -116,6 +138,9 @@ def test_under_adapters_it_is_what_they_effectively_make_of_the_weights_and_trai
         assert reading.updates["0.0"] > 0
         if kind != "prompts":
             step = next(iter(reading.query_key.values()))
-            assert (step.weight, step.update) == (pytest.approx(weight, rel=1e-5), pytest.approx(update, rel=1e-3))
+            assert (step.weight, step.update) == (
+                pytest.approx(weight, rel=1e-5),
+                pytest.approx(update, rel=1e-3),
+            )
             assert step.gradient > 0
     monitor.close()

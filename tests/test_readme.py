@@ -24,7 +24,9 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
-def train_step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> torch.Tensor:
+def train_step(
+    model: nn.Module, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
     """Forward, backward, optimizer.step."""
     loss: torch.Tensor = model(**batch).loss
     optimizer.zero_grad()
@@ -34,7 +36,9 @@ def train_step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: torc
 
 
 def names(folder: Path, ill: bool) -> dict[str, Any]:
-    """What the README takes as given: real, and small; ``ill``: with a NaN, so that there is something to print."""
+    """What the README takes as given: real, and small; ``ill``: with a NaN, so that there is
+    something to print.
+    """
     from transformers import TrainingArguments
 
     model = gpt2(n_positions=256)
@@ -48,7 +52,13 @@ def names(folder: Path, ill: bool) -> dict[str, Any]:
             for batch in DataLoader(Tokens(50), 1):
                 model(**batch)
 
-    options: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no", "max_steps": 3}
+    options: dict[str, Any] = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "max_steps": 3,
+    }
     return {
         "model": model,
         "args": TrainingArguments(str(folder / "out"), **options),
@@ -62,7 +72,9 @@ def names(folder: Path, ill: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.strip().splitlines()[-1][:40])
+@pytest.mark.parametrize(
+    "block", blocks("python"), ids=lambda block: block.strip().splitlines()[-1][:40]
+)
 def test_a_block_of_python_runs_as_it_stands(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,7 +90,15 @@ def test_a_block_of_python_runs_as_it_stands(
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_what_a_page_imports_is_there(page: Path) -> None:
     found = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    exec("\n".join(line for block in found for line in block.splitlines() if line.startswith(("from ", "import "))), {})
+    exec(
+        "\n".join(
+            line
+            for block in found
+            for line in block.splitlines()
+            if line.startswith(("from ", "import "))
+        ),
+        {},
+    )
 
 
 def test_there_is_code_to_run() -> None:
@@ -86,7 +106,9 @@ def test_there_is_code_to_run() -> None:
     assert len(blocks("sh")) >= 3
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("sh") for line in block.splitlines() if line.strip()])
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("sh") for line in block.splitlines() if line.strip()]
+)
 def test_a_shell_command_names_what_there_is(line: str) -> None:
     from stabmon.cli import app
 
@@ -99,11 +121,17 @@ def test_a_shell_command_names_what_there_is(line: str) -> None:
         assert {each for each in arguments if each.startswith("--")} <= options
     else:
         assert (program, command) == ("pip", "install")
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+            "optional-dependencies"
+        ]
         assert set(re.findall(r"\w+", arguments[0])) - {"stabmon"} <= extras.keys()
 
 
 def test_files_that_are_named_exist() -> None:
-    named = set(re.findall(r"`(?:python |stabmon train )?((?:tests|configs|train)/[\w/]+\.(?:py|yaml))", README))
+    named = set(
+        re.findall(
+            r"`(?:python |stabmon train )?((?:tests|configs|train)/[\w/]+\.(?:py|yaml))", README
+        )
+    )
     assert len(named) > 5
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []

@@ -22,8 +22,15 @@ LAYER = "transformer.h.0.attn"
 
 def guarded(model=None, folder=None, **options):
     model = gpt2() if model is None else model
-    more = {"signals": ["max_logit", "normalized_entropy"], "history": 4, "sinks": [], "log_every": 2} | options
-    return stabmon.AttentionStabilityMonitor(model, optimizer_of(model), config="guard", run_dir=folder, **more)
+    more = {
+        "signals": ["max_logit", "normalized_entropy"],
+        "history": 4,
+        "sinks": [],
+        "log_every": 2,
+    } | options
+    return stabmon.AttentionStabilityMonitor(
+        model, optimizer_of(model), config="guard", run_dir=folder, **more
+    )
 
 
 def run_under_guard(**model):
@@ -66,7 +73,13 @@ def text(monitor):
 
 def leaves(value, path=()):
     """Paths of everything in a state that is below its root."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for name, each in inner:
         yield (*path, name)
         yield from leaves(each, (*path, name))
@@ -90,7 +103,10 @@ def test_no_damage_to_a_state_changes_a_monitor_that_refuses_it(caplog):
     good = json.loads(whole)
     refused = taken = 0
     for at, path in enumerate(leaves(good)):
-        for damage in ({"delete": True}, {"value": ("?", -7.5, None, {"?": []}, [], True, 1e999)[at % 7]}):
+        for damage in (
+            {"delete": True},
+            {"value": ("?", -7.5, None, {"?": []}, [], True, 1e999)[at % 7]},
+        ):
             words = ""
             try:
                 monitor.load_state_dict(changed(good, path, **damage))
@@ -142,7 +158,9 @@ def test_an_array_that_is_cut_off_is_refused(stored):
     monitor.close()
 
 
-@pytest.mark.parametrize("state", [{}, [], 3, None, "x", {"step": 3}, {"version": "x"}, {"version": 1, "tracker": []}])
+@pytest.mark.parametrize(
+    "state", [{}, [], 3, None, "x", {"step": 3}, {"version": "x"}, {"version": 1, "tracker": []}]
+)
 def test_what_is_no_state_is_refused_before_and_during_training(state):
     monitor = guarded()
     with pytest.raises(ValueError, match="no monitor's state"):
@@ -158,7 +176,9 @@ def test_what_is_no_state_is_refused_before_and_during_training(state):
 def test_a_state_of_a_later_version_says_to_update(stored):
     monitor = guarded()
     whole = text(monitor)
-    with pytest.raises(ValueError, match=r"a state of version 2, but this stabmon reads up to 1: update stabmon"):
+    with pytest.raises(
+        ValueError, match=r"a state of version 2, but this stabmon reads up to 1: update stabmon"
+    ):
         monitor.load_state_dict({**json.loads(stored), "version": 2})
     assert text(monitor) == whole
     monitor.close()
@@ -187,14 +207,27 @@ def test_a_state_of_another_model_is_refused(build, model_is_stored, stored):
     other.close()
 
 
-LATER = {"adapted": False, "overshoot": None, "learning_rates": {}, "rate_factors": {}, "updates": {}, "sampled": True}
+LATER = {
+    "adapted": False,
+    "overshoot": None,
+    "learning_rates": {},
+    "rate_factors": {},
+    "updates": {},
+    "sampled": True,
+}
 """What states of before there were versions do not have, and what is read in its place."""
 
 
 def without_new(now, then):
-    """A part of a state without what the same part did not have then, which must be what is read where it is missing."""
+    """A part of a state without what the same part did not have then, which must be what is read
+    where it is missing.
+    """
     if isinstance(now, list):
-        return [without_new(*each) for each in zip(now, then, strict=True)] if isinstance(then, list) else now
+        return (
+            [without_new(*each) for each in zip(now, then, strict=True)]
+            if isinstance(then, list)
+            else now
+        )
     if not isinstance(now, dict):
         return now
     new = {key: value for key, value in now.items() if key not in then}
@@ -230,7 +263,10 @@ def test_what_is_no_longer_known_is_left_out_alone_and_told_of_once(caplog, stor
     guard, tracker = state["guard"], state["tracker"]
     gone = copy.deepcopy(guard["applied"][1]) | {"intervention": "qk_klip"}
     guard["applied"].insert(1, gone)
-    guard["chooser"]["trials"] = [[1, [], 0, "worked"], *([at + 1, *rest] for at, *rest in guard["chooser"]["trials"])]
+    guard["chooser"]["trials"] = [
+        [1, [], 0, "worked"],
+        *([at + 1, *rest] for at, *rest in guard["chooser"]["trials"]),
+    ]
     guard["applied"][2]["settings"]["softness"] = 3
     issue = StabilityIssue(6, LAYER, 1, "melting", "error", 9.0, 1.0, "cool it", {}).to_dict()
     state["issues"].append(issue)
@@ -251,7 +287,9 @@ def test_what_is_no_longer_known_is_left_out_alone_and_told_of_once(caplog, stor
         "lower_learning_rate",
     ]
     assert len(monitor._tracker.history.readings) == 3
-    assert not [each for each in (*monitor.issues, *monitor.open_issues) if each.issue_type == "melting"]
+    assert not [
+        each for each in (*monitor.issues, *monitor.open_issues) if each.issue_type == "melting"
+    ]
     train(monitor.model, monitor, monitor.optimizer, some_batches(4))
     assert skips_nan(monitor)
     assert not monitor.errors
@@ -285,9 +323,14 @@ def test_no_file_outside_the_runs_folder_is_followed_or_deleted(tmp_path, named,
     (run_dir / "healthy-3-rank0.pt").symlink_to(precious)
     for name in ("notes.txt", "meta.json"):
         (run_dir / name).write_text("mine")
-    monitor = guarded(folder=tmp_path / "run", interventions={"rollback": {"memory_gb": 0.0, "every": 1, "confirm": 1}})
+    monitor = guarded(
+        folder=tmp_path / "run",
+        interventions={"rollback": {"memory_gb": 0.0, "every": 1, "confirm": 1}},
+    )
     state = monitor.state_dict()
-    state["guard"]["states"] = {"healthy": named.replace("/outside", str(outside)) if named.startswith("/") else named}
+    state["guard"]["states"] = {
+        "healthy": named.replace("/outside", str(outside)) if named.startswith("/") else named
+    }
     monitor.load_state_dict(state)
     assert caplog.text.count("Left out of the resumed state") == 1
     train(monitor.model, monitor, monitor.optimizer, some_batches(6))
@@ -296,7 +339,9 @@ def test_no_file_outside_the_runs_folder_is_followed_or_deleted(tmp_path, named,
     assert all((run_dir / name).read_text() == "mine" for name in ("notes.txt", "meta.json"))
 
 
-def test_a_healthy_state_in_the_runs_folder_is_found_by_its_name_and_by_the_whole_path_of_older_states(tmp_path):
+def test_a_healthy_state_in_the_runs_folder_is_found_by_its_name_and_by_the_whole_path_of_older_states(
+    tmp_path,
+):
     monitor = guarded(folder=tmp_path)
     run = monitor._acting.run
     run.run_dir.mkdir(exist_ok=True)

@@ -1,11 +1,14 @@
-"""stabmon at work: a healthy run, its provoked twin and the same under guard; first under the Hugging Face Trainer, then under Lightning.
+"""stabmon at work: a healthy run, its provoked twin and the same under guard; first under the
+Hugging Face Trainer, then under Lightning.
 
     make demo
     python train/demo.py --only lightning --out runs/demo-lightning training.steps=300
 
-All share seed, weights and batches. In two of them W_q and W_k go wrong in mid-training (``scale_qk`` in the recipe): a real state of
-the weights, from which scores, entropy and, later, the loss go wrong by themselves. One of these is only watched, as the healthy run
-is; in the other stabmon may act (``guard``), while the weights go on being spoilt at every step. One thread each. Nothing leaves the
+All share seed, weights and batches. In two of them W_q and W_k go wrong in mid-training
+(``scale_qk`` in the recipe): a real state of the weights, from which scores, entropy and, later,
+the loss go wrong by themselves. One of these is only watched, as the healthy run is; in the other
+stabmon may act (``guard``), while the weights go on being spoilt at every step. One thread each.
+Nothing leaves the
 machine: W&B runs offline.
 """
 
@@ -53,10 +56,19 @@ OFFLINE = {
 
 def main() -> int:
     """Run the twins of each framework and compare them. Returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a new folder for all runs; runs/demo-DATE-TIME by default")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="a new folder for all runs; runs/demo-DATE-TIME by default"
+    )
     parser.add_argument("--only", choices=FRAMEWORKS, help="one framework instead of both")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all runs, such as training.steps=300")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings for all runs, such as training.steps=300",
+    )
     args = parser.parse_intermixed_args()
     out: Path = args.out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     if out.exists():
@@ -65,7 +77,11 @@ def main() -> int:
     began = time.monotonic()
     for name in [args.only] if args.only else FRAMEWORKS:
         framework, script = FRAMEWORKS[name]
-        print(f"\n=== {framework}: a healthy run, its provoked twin, and the same under guard (train/{script}.py)", flush=True)
+        print(
+            f"\n=== {framework}: a healthy run, its provoked twin, and the same under guard "
+            f"(train/{script}.py)",
+            flush=True,
+        )
         try:
             run_all(out / name, script, args.overrides)
         except ChildProcessError as error:
@@ -78,7 +94,8 @@ def main() -> int:
 
 
 def run_all(out: Path, script: str, overrides: Sequence[str]) -> None:
-    """Train all runs at once, with a bar each, and print what stabmon finds, and does, as it happens.
+    """Train all runs at once, with a bar each, and print what stabmon finds, and does, as it
+    happens.
 
     Raises:
         ChildProcessError: if a run fails, with the end of what it printed.
@@ -86,14 +103,24 @@ def run_all(out: Path, script: str, overrides: Sequence[str]) -> None:
     runs, bars = [], []
     try:
         for position, (name, settings) in enumerate(RUNS.items()):
-            command = [sys.executable, str(ROOT / "train" / f"{script}.py"), str(ROOT / "configs" / f"train_{script}.yaml")]
+            command = [
+                sys.executable,
+                str(ROOT / "train" / f"{script}.py"),
+                str(ROOT / "configs" / f"train_{script}.yaml"),
+            ]
             own = [f"run_dir={(out / name).absolute()}", *settings, "loggers=[tensorboard, wandb]"]
             fast = ["training.threads=1", "training.validate_every=null"]
-            runs.append(LiveRun(name, out / name, [*command, *own, *fast, *overrides], os.environ | OFFLINE))
-            bars.append(tqdm(desc=f"{name:<9}", position=position, unit="step", leave=False, disable=None))
+            runs.append(
+                LiveRun(name, out / name, [*command, *own, *fast, *overrides], os.environ | OFFLINE)
+            )
+            bars.append(
+                tqdm(desc=f"{name:<9}", position=position, unit="step", leave=False, disable=None)
+            )
         going = True
         while going:
-            going = any(run.process.poll() is None for run in runs)  # asked first, so that the last lines are read after the end
+            going = any(
+                run.process.poll() is None for run in runs
+            )  # asked first, so that the last lines are read after the end
             for run, bar in zip(runs, bars, strict=True):
                 if (run.folder / "run.json").exists():
                     bar.total = settings_of(run.folder)["training"]["steps"]
@@ -104,7 +131,14 @@ def run_all(out: Path, script: str, overrides: Sequence[str]) -> None:
                     tqdm.write(line)
                 if run.process.poll():
                     tail = (run.folder / "output.log").read_text().splitlines()[-15:]
-                    raise ChildProcessError("\n".join([f"the {run.name} run failed; the end of {run.folder}/output.log:", *tail]))
+                    raise ChildProcessError(
+                        "\n".join(
+                            [
+                                f"the {run.name} run failed; the end of {run.folder}/output.log:",
+                                *tail,
+                            ]
+                        )
+                    )
             time.sleep(0.3)
     finally:
         for bar in bars:
@@ -126,39 +160,63 @@ def compare(out: Path) -> str:
     def against_alarm(step: int | None) -> str:
         if step is None or first is None:
             return "never" if step is None else f"step {step}"
-        return f"step {step}, {abs(step - first.step)} steps {'after' if step >= first.step else 'BEFORE'} the alarm"
+        return (
+            f"step {step}, {abs(step - first.step)} steps "
+            f"{'after' if step >= first.step else 'BEFORE'} the alarm"
+        )
 
     layers = "all layers" if scale["layers"] is None else f"layers {scale['layers']}"
-    alarm = "none" if first is None else f"step {first.step}, {first.severity}: {first.issue_type}, {first.where}"
+    alarm = (
+        "none"
+        if first is None
+        else f"step {first.step}, {first.severity}: {first.issue_type}, {first.where}"
+    )
     lines = [
-        f"provocation    from step {scale['start']} on, W_q and W_k of {layers} times {scale['factor']:g} a step",
+        f"provocation    from step {scale['start']} on, W_q and W_k of {layers} times "
+        f"{scale['factor']:g} a step",
         f"first alarm    {alarm} (one step in {every} is looked at)",
         f"first sign     {against_alarm(gone.first_sign)} [1]",
         f"loss departs   {against_alarm(gone.step)} [2]",
-        f"false alarms   {len(false)} in the healthy run, {len(early)} in the provoked one before the provocation",
-        f"[1] from here on the gap to the twin, averaged over {WINDOW} steps, stays above {gone.first_sign_limit:.3f} nats, "
+        f"false alarms   {len(false)} in the healthy run, {len(early)} in the provoked one before "
+        "the provocation",
+        f"[1] from here on the gap to the twin, averaged over {WINDOW} steps, stays above "
+        f"{gone.first_sign_limit:.3f} nats, "
         "3 x its own noise;\n    a run without a twin on the same batches cannot show it",
-        f"[2] from here on the same gap stays above {gone.limit:.3f} nats, 3 x the noise of such an average of the healthy loss",
+        f"[2] from here on the same gap stays above {gone.limit:.3f} nats, 3 x the noise of such "
+        "an average of the healthy loss",
         f"under guard    {what_was_done(guarded)}",
         f"{'final loss':<14} {'train':>7} {'validation':>11}",
     ]
     for run in (healthy, provoked, guarded):
         outcome = strict_json.loads((run / "outcome.json").read_text())
-        lines.append(f"  {run.name:<12} {outcome['train_loss']:7.3f} {outcome['validation_loss']:11.3f}")
+        lines.append(
+            f"  {run.name:<12} {outcome['train_loss']:7.3f} {outcome['validation_loss']:11.3f}"
+        )
     return "\n".join(lines)
 
 
 def what_was_done(run: Path) -> str:
     """The acts of a guarded run, in a line."""
-    records = [record for record in read_records(run).interventions if record["intervention"] != "skip_step"]
+    records = [
+        record
+        for record in read_records(run).interventions
+        if record["intervention"] != "skip_step"
+    ]
     applied = [record for record in records if record["action"] == "applied"]
     if not applied:
         return "nothing was done"
     acts = Counter(record["intervention"] for record in applied)
-    words = ", ".join(f"{name} {'once' if count == 1 else f'{count} times'}" for name, count in acts.items())
+    words = ", ".join(
+        f"{name} {'once' if count == 1 else f'{count} times'}" for name, count in acts.items()
+    )
     places = {tuple(place) for record in applied for place in record["places"]}
-    kinds = {"heads": [p for p in places if p[1] is not None], "layers": [p for p in places if p[0] and p[1] is None]}
-    where = " and ".join(f"{len(found)} {kind}" for kind, found in kinds.items() if found) or "the run"
+    kinds = {
+        "heads": [p for p in places if p[1] is not None],
+        "layers": [p for p in places if p[0] and p[1] is None],
+    }
+    where = (
+        " and ".join(f"{len(found)} {kind}" for kind, found in kinds.items() if found) or "the run"
+    )
     return f"{words}, first at step {applied[0]['step']}, on {where} in all (interventions.jsonl)"
 
 
@@ -173,17 +231,22 @@ def where(out: Path) -> str:
     return "\n".join(
         [
             *(f"records      {folder}" for folder in records),
-            f"             {bin_ / 'stabmon'} watch {shlex.quote(str(a_run))} --once      where it ended, in the terminal",
-            f"TensorBoard  {bin_ / 'tensorboard'} --logdir {shlex.quote(str(out))}      then open the address that it prints",
+            f"             {bin_ / 'stabmon'} watch {shlex.quote(str(a_run))} --once      where "
+            "it ended, in the terminal",
+            f"TensorBoard  {bin_ / 'tensorboard'} --logdir {shlex.quote(str(out))}      then open "
+            "the address that it prints",
             *(f"W&B          {folder}" for folder in offline),
-            f"             offline, nothing was sent; with an account: {bin_ / 'wandb'} sync FOLDER",
+            f"             offline, nothing was sent; with an account: {bin_ / 'wandb'} sync "
+            "FOLDER",
         ]
     )
 
 
 def alarms(run: Path) -> list[StabilityIssue]:
     """Issues of a run that are alarms, in the order of steps."""
-    return [issue for issue in read_records(run).issues if issue.is_alarm and issue.state != "closed"]
+    return [
+        issue for issue in read_records(run).issues if issue.is_alarm and issue.state != "closed"
+    ]
 
 
 def settings_of(run: Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""A small GPT of our own, as people write it by hand: one fused projection, rotary positions, scaled_dot_product_attention."""
+"""A small GPT of our own, as people write it by hand: one fused projection, rotary positions,
+scaled_dot_product_attention.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class GPTShape:
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} must be a multiple of twice the {self.heads} heads")
+            raise ValueError(
+                f"width {self.width} must be a multiple of twice the {self.heads} heads"
+            )
 
 
 class Attention(nn.Module):
@@ -39,7 +43,10 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(head) if shape.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         query, key = rotate(self.q_norm(query)), rotate(self.k_norm(key))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
@@ -47,14 +54,20 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two layers with a GELU between them, each behind a norm and added to its input."""
+    """Attention, then two layers with a GELU between them, each behind a norm and added to its
+    input.
+    """
 
     def __init__(self, shape: GPTShape) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(shape.width)
         self.attention = Attention(shape)
         self.mlp_norm = nn.RMSNorm(shape.width)
-        self.mlp = nn.Sequential(nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width))
+        self.mlp = nn.Sequential(
+            nn.Linear(shape.width, 4 * shape.width),
+            nn.GELU(),
+            nn.Linear(4 * shape.width, shape.width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -63,7 +76,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes ``[B, S]`` -> logits of the next byte ``[B, S, 256]``; the embedding is also the last layer."""
+    """Bytes ``[B, S]`` -> logits of the next byte ``[B, S, 256]``; the embedding is also the last
+    layer.
+    """
 
     def __init__(self, shape: GPTShape) -> None:
         super().__init__()
@@ -91,7 +106,9 @@ class GPT(nn.Module):
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864) on ``[B, H, S, D]``: each pair of features turned by its position."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) on ``[B, H, S, D]``: each pair of
+    features turned by its position.
+    """
     length, size = x.shape[-2:]
     frequencies = 10000.0 ** (-torch.arange(0, size, 2, device=x.device) / size)
     angle = torch.arange(length, device=x.device)[:, None] * frequencies

@@ -48,7 +48,9 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 
 class LoggedTrainer(Trainer):
-    """The Trainer, with every step's loss written down just as it was: its own log averages and comes later."""
+    """The Trainer, with every step's loss written down just as it was: its own log averages and
+    comes later.
+    """
 
     def __init__(self, losses: LossLog, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -98,7 +100,8 @@ def make_arguments(settings: Settings) -> TrainingArguments:
         max_steps=training.steps,
         per_device_train_batch_size=training.batch,
         per_device_eval_batch_size=training.batch,
-        learning_rate=training.learning_rate * (settings.high_lr.factor if settings.provoke == "high_lr" else 1.0),
+        learning_rate=training.learning_rate
+        * (settings.high_lr.factor if settings.provoke == "high_lr" else 1.0),
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": MIN_RATE},
         warmup_steps=training.warmup,
@@ -106,7 +109,8 @@ def make_arguments(settings: Settings) -> TrainingArguments:
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
         max_grad_norm=training.clip,
-        train_sampling_strategy="sequential",  # the stream is shuffled already; so a resumed run and a twin see the same batches
+        # the stream is shuffled already; so a resumed run and a twin see the same batches
+        train_sampling_strategy="sequential",
         eval_strategy="steps" if training.validate_every else "no",
         eval_steps=training.validate_every,
         prediction_loss_only=True,
@@ -130,7 +134,9 @@ def make_callbacks(settings: Settings) -> list[TrainerCallback]:
         from stabmon.integrations.transformers import StabilityCallback
 
         watch = settings.stabmon
-        callbacks.append(StabilityCallback(watch.config, log_every=watch.log_every, run_dir=settings.run_dir))
+        callbacks.append(
+            StabilityCallback(watch.config, log_every=watch.log_every, run_dir=settings.run_dir)
+        )
     return callbacks
 
 

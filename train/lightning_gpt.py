@@ -1,8 +1,9 @@
 """Train a small GPT of our own with Lightning's Trainer, under watch.
 
 python train/lightning_gpt.py configs/train_lightning_gpt.yaml run_dir=runs/lightning
-python train/lightning_gpt.py configs/train_lightning_gpt.yaml run_dir=runs/lightning resume=true training.steps=800
-python train/lightning_gpt.py configs/train_lightning_gpt.yaml run_dir=runs/lightning-provoked provoke=scale_qk
+python train/lightning_gpt.py configs/train_lightning_gpt.yaml run_dir=runs/lightning resume=true
+training.steps=800 python train/lightning_gpt.py configs/train_lightning_gpt.yaml
+run_dir=runs/lightning-provoked provoke=scale_qk
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Blocks(Dataset[Tensor]):
 
 
 class StreamSampler(Sampler[list[int]]):
-    """The blocks of each step, from the step on that a resumed run is at; its length is that of the whole run, as Lightning counts."""
+    """The blocks of each step, from the step on that a resumed run is at; its length is that of the
+    whole run, as Lightning counts.
+    """
 
     def __init__(self, stream: Tensor, done: int) -> None:
         self.stream = stream
@@ -92,7 +95,9 @@ class LossCallback(L.Callback):
     def __init__(self, losses: LossLog) -> None:
         self.losses = losses
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *batch: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *batch: Any
+    ) -> None:
         self.losses.write(trainer.global_step, outputs["loss"].item())
 
 
@@ -102,7 +107,9 @@ class ScaleQkCallback(L.Callback):
     def __init__(self, scale_qk: ScaleQk) -> None:
         self.scale_qk = scale_qk
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any
+    ) -> None:
         self.scale_qk.apply(pl_module, trainer.global_step)
 
 
@@ -111,8 +118,12 @@ def train(settings: Settings) -> Outcome:
     run = start(settings, "checkpoints/step=*.ckpt")
     training = settings.training
     L.seed_everything(settings.seed, verbose=False)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # the blocks lie in memory
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # StreamSampler goes on where the run was
+    warnings.filterwarnings(
+        "ignore", message=".*does not have many workers"
+    )  # the blocks lie in memory
+    warnings.filterwarnings(
+        "ignore", message=".*your dataloader is not resumable"
+    )  # StreamSampler goes on where the run was
     module = GPTModule(settings)
     trainer = L.Trainer(
         max_steps=training.steps,
@@ -150,7 +161,10 @@ def make_loggers(settings: Settings) -> list[Logger]:
     known: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoardLogger(folder, name="tensorboard", version=""),
         "wandb": lambda: WandbLogger(
-            project="stabmon", name=folder, save_dir=folder, offline=os.environ.get("WANDB_MODE") == "offline"
+            project="stabmon",
+            name=folder,
+            save_dir=folder,
+            offline=os.environ.get("WANDB_MODE") == "offline",
         ),
     }
     for name in settings.loggers:
@@ -168,11 +182,18 @@ def make_callbacks(settings: Settings, run: Run) -> list[L.Callback]:
         from stabmon.integrations.lightning import StabilityCallback
 
         watch = settings.stabmon
-        callbacks.append(StabilityCallback(watch.config, log_every=watch.log_every, run_dir=settings.run_dir))
+        callbacks.append(
+            StabilityCallback(watch.config, log_every=watch.log_every, run_dir=settings.run_dir)
+        )
     every = settings.training.save_every or settings.training.steps
     return [
         *callbacks,
-        ModelCheckpoint(dirpath=run.folder / "checkpoints", filename="{step}", every_n_train_steps=every, save_top_k=-1),
+        ModelCheckpoint(
+            dirpath=run.folder / "checkpoints",
+            filename="{step}",
+            every_n_train_steps=every,
+            save_top_k=-1,
+        ),
     ]
 
 

@@ -1,4 +1,6 @@
-"""A training run in a process of its own, followed through what it writes: losses, issues as they open, and what is done about them."""
+"""A training run in a process of its own, followed through what it writes: losses, issues as they
+open, and what is done about them.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,16 @@ class LiveRun:
         env: its environment.
     """
 
-    def __init__(self, name: str, folder: Path, command: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, folder: Path, command: Sequence[str], env: Mapping[str, str]
+    ) -> None:
         self.name = name
         self.folder = folder
         folder.mkdir(parents=True)
         with (folder / "output.log").open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(env))
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=dict(env)
+            )
         self._losses = follow(folder / "losses.jsonl")
         self._issues = follow(folder / "stabmon" / "issues.jsonl")
         self._acts = follow(folder / "stabmon" / "interventions.jsonl")
@@ -39,27 +45,38 @@ class LiveRun:
         return [record["loss"] for record in self._losses()]
 
     def news(self) -> Iterator[str]:
-        """A line for each kind of issue that opened, turned more severe or closed since the last call, and for each act."""
+        """A line for each kind of issue that opened, turned more severe or closed since the last
+        call, and for each act.
+        """
         groups: dict[tuple[int, str, str], list[StabilityIssue]] = defaultdict(list)
         for record in self._issues():
             issue = StabilityIssue.from_dict(record)
             rank = -1 if issue.state == "closed" else SEVERITIES.index(issue.severity)
             if issue.state == "closed" or rank > self._severity[issue.key]:
-                groups[issue.step, issue.issue_type, "closed" if rank < 0 else issue.severity].append(issue)
+                groups[
+                    issue.step, issue.issue_type, "closed" if rank < 0 else issue.severity
+                ].append(issue)
             self._severity[issue.key] = rank
         for (step, issue_type, word), issues in groups.items():
             first = issues[0]
             line = f"{self.name:<9} step {step:<4} {word:<8} {issue_type:<17} {first.where}"
             if word != "closed":
                 line += f"  value {first.value:.3g}, limit {first.threshold:.3g}"
-                line += "" if first.eta_steps is None else f", harm in about {first.eta_steps:.0f} steps"
+                line += (
+                    ""
+                    if first.eta_steps is None
+                    else f", harm in about {first.eta_steps:.0f} steps"
+                )
             yield line + (f"  (and {len(issues) - 1} more)" if len(issues) > 1 else "")
             if first.is_alarm and not self._told_how:
                 self._told_how = True
                 yield f"{'':<9} what to do: {first.suggestion}"
 
         for record in self._acts():
-            if record["action"] in ("applied", "undone", "released") and record["intervention"] != "skip_step":
+            if (
+                record["action"] in ("applied", "undone", "released")
+                and record["intervention"] != "skip_step"
+            ):
                 yield f"{self.name:<9} step {record['step']:<4} {record['action']:<8} {record['intervention']:<17} {record['why']}"
 
     def stop(self) -> None:
@@ -70,7 +87,9 @@ class LiveRun:
 
 
 def follow(path: Path) -> Callable[[], list[dict[str, Any]]]:
-    """A function that returns the records written to ``path`` since it was last called; none while there is no such file."""
+    """A function that returns the records written to ``path`` since it was last called; none while
+    there is no such file.
+    """
     at = 0
 
     def read() -> list[dict[str, Any]]:

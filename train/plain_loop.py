@@ -1,8 +1,9 @@
 """Train a small GPT of our own with a plain PyTorch loop, under watch.
 
 python train/plain_loop.py configs/train_plain_loop.yaml run_dir=runs/plain
-python train/plain_loop.py configs/train_plain_loop.yaml run_dir=runs/plain resume=true training.steps=800
-python train/plain_loop.py configs/train_plain_loop.yaml run_dir=runs/plain-provoked provoke=scale_qk
+python train/plain_loop.py configs/train_plain_loop.yaml run_dir=runs/plain resume=true
+training.steps=800 python train/plain_loop.py configs/train_plain_loop.yaml
+run_dir=runs/plain-provoked provoke=scale_qk
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from stabmon.study.optimizer import make_optimizer, make_schedule
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """``loggers`` are stabmon's sinks of these names here: there is no framework that has its own."""
+    """``loggers`` are stabmon's sinks of these names here: there is no framework that has its
+    own.
+    """
 
     model: GPTShape = field(default_factory=GPTShape)
 
@@ -39,14 +42,24 @@ def train(settings: Settings) -> Outcome:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.seed)
     model = GPT(settings.model).to(device)
-    optimizer = make_optimizer(model, training, settings.high_lr.factor if settings.provoke == "high_lr" else 1.0)
+    optimizer = make_optimizer(
+        model, training, settings.high_lr.factor if settings.provoke == "high_lr" else 1.0
+    )
     schedule = make_schedule(optimizer, training)
     monitor = make_monitor(settings, model, optimizer, schedule)
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | ({"monitor": monitor} if monitor else {})
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule} | (
+        {"monitor": monitor} if monitor else {}
+    )
     if run.checkpoint:
         load(run.checkpoint, parts, device)
 
-    steps = tqdm(range(run.done + 1, training.steps + 1), initial=run.done, total=training.steps, unit="step", disable=None)
+    steps = tqdm(
+        range(run.done + 1, training.steps + 1),
+        initial=run.done,
+        total=training.steps,
+        unit="step",
+        disable=None,
+    )
     for step in steps:
         tokens = run.corpus.train[run.stream[step - 1]].to(device)
         loss = model.loss(tokens)
@@ -62,7 +75,8 @@ def train(settings: Settings) -> Outcome:
         run.losses.write(step, loss.item())
         if training.validate_every and step % training.validate_every == 0:
             steps.set_postfix(
-                loss=f"{loss.item():.3f}", validation=f"{validate(model, run.corpus.validation, training.batch):.3f}"
+                loss=f"{loss.item():.3f}",
+                validation=f"{validate(model, run.corpus.validation, training.batch):.3f}",
             )
         if step == training.steps or (training.save_every and step % training.save_every == 0):
             save(run, step, parts)
@@ -72,7 +86,10 @@ def train(settings: Settings) -> Outcome:
 
 
 def make_monitor(
-    settings: Settings, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LambdaLR
+    settings: Settings,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> stabmon.AttentionStabilityMonitor | None:
     """stabmon's monitor as the settings tell; None for an unwatched run."""
     watch = settings.stabmon
@@ -95,7 +112,9 @@ def validate(model: GPT, blocks: Tensor, batch: int) -> float:
     """Mean loss over all ``blocks``; leaves the model training."""
     model.eval()
     device = next(model.parameters()).device
-    total = math.fsum(model.loss(part.to(device)).item() * len(part) for part in blocks.split(batch))
+    total = math.fsum(
+        model.loss(part.to(device)).item() * len(part) for part in blocks.split(batch)
+    )
     model.train()
     return total / len(blocks)
 
@@ -109,7 +128,9 @@ def save(run: Run, step: int, parts: dict[str, Any]) -> None:
 
 
 def load(path: Path, parts: dict[str, Any], device: torch.device) -> None:
-    """Put every part back to where the checkpoint was saved; one that it does not hold stays new."""
+    """Put every part back to where the checkpoint was saved; one that it does not hold stays
+    new.
+    """
     states = torch.load(path, map_location=device, weights_only=False)
     for name, part in parts.items():
         if name in states:

@@ -1,8 +1,10 @@
-"""Make attention fail for real, so that the watching has something to find. No measured number is ever written by hand.
+"""Make attention fail for real, so that the watching has something to find. No measured number is
+ever written by hand.
 
 ``high_lr``: a learning rate far too high for a model without query/key normalisation.
-``scale_qk``: the query and key projections are multiplied by a factor, once (a wrong merge of checkpoints) or at each of many
-steps (as a weight decay of the wrong sign on these weights would). Scores grow with its square; nothing else is touched.
+``scale_qk``: the query and key projections are multiplied by a factor, once (a wrong merge of
+checkpoints) or at each of many steps (as a weight decay of the wrong sign on these weights would).
+Scores grow with its square; nothing else is touched.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ class HighLr:
 
 @dataclass(frozen=True)
 class ScaleQk:
-    """W_q and W_k (and their biases) times ``factor`` right after each of the optimizer's steps ``start … start + steps - 1``."""
+    """W_q and W_k (and their biases) times ``factor`` right after each of the optimizer's steps
+    ``start … start + steps - 1``.
+    """
 
     factor: float = 1.02
     start: int = 150
@@ -36,14 +40,18 @@ class ScaleQk:
         """Do what is due after optimizer step ``step``.
 
         Raises:
-            ValueError: if the model has no query and key projections that we know, or fewer layers than named.
+            ValueError: if the model has no query and key projections that we know, or fewer layers
+                than named.
         """
         if not self.start <= step < self.start + self.steps:
             return
         layers = list(query_key_weights(model))
         chosen = range(len(layers)) if self.layers is None else self.layers
         if not layers or any(layer not in range(len(layers)) for layer in chosen):
-            raise ValueError(f"scale_qk.layers is {self.layers}, but {len(layers)} attention layers were found in the model")
+            raise ValueError(
+                f"scale_qk.layers is {self.layers}, but {len(layers)} attention layers were found "
+                "in the model"
+            )
         with torch.no_grad():
             for layer in chosen:
                 for weight in layers[layer]:
@@ -51,7 +59,9 @@ class ScaleQk:
 
 
 def query_key_weights(model: nn.Module) -> Iterator[list[Tensor]]:
-    """For each attention layer, views of all that makes its queries and keys: two projections, or the front of a fused one."""
+    """For each attention layer, views of all that makes its queries and keys: two projections, or
+    the front of a fused one.
+    """
     for module in model.modules():
         children = dict(module.named_children())
         if {"q_proj", "k_proj"} <= children.keys():

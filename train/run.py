@@ -1,4 +1,6 @@
-"""What every training script does around its own loop: read settings, prepare the run's folder, say how it ended."""
+"""What every training script does around its own loop: read settings, prepare the run's folder, say
+how it ended.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +60,12 @@ def start(settings: RunSettings, checkpoints: str) -> Run:
 
     Args:
         settings: the run's.
-        checkpoints: how the script's checkpoints lie in the folder, such as ``checkpoints/step=*.pt``: a number stands for ``*``.
+        checkpoints: how the script's checkpoints lie in the folder, such as
+            ``checkpoints/step=*.pt``: a number stands for ``*``.
 
     Raises:
-        SettingsError: if there is a run in the folder already and ``resume`` is false, or none to resume.
+        SettingsError: if there is a run in the folder already and ``resume`` is false, or none to
+            resume.
         CorpusError: if the text cannot be used.
     """
     training, folder = settings.training, Path(settings.run_dir)
@@ -73,9 +77,14 @@ def start(settings: RunSettings, checkpoints: str) -> Run:
     corpus = load_corpus(**dataclasses.asdict(settings.corpus))
     numbered = {int(re.findall(r"\d+", path.name)[-1]): path for path in folder.glob(checkpoints)}
     if settings.resume and not numbered:
-        raise SettingsError(f"resume is true, but {folder} holds no checkpoint {checkpoints}: start with resume=false")
+        raise SettingsError(
+            f"resume is true, but {folder} holds no checkpoint {checkpoints}: start with "
+            "resume=false"
+        )
     if not settings.resume and (folder / "losses.jsonl").exists():
-        raise SettingsError(f"run_dir {folder} holds a run already: go on with resume=true, or name another run_dir")
+        raise SettingsError(
+            f"run_dir {folder} holds a run already: go on with resume=true, or name another run_dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if training.threads is not None:
         torch.set_num_threads(training.threads)
@@ -95,7 +104,14 @@ def start(settings: RunSettings, checkpoints: str) -> Run:
     (folder / "run.json.tmp").write_text(json.dumps(about, indent=2) + "\n")
     (folder / "run.json.tmp").replace(folder / "run.json")
     stream = corpus.stream(training.steps, training.batch, settings.seed)
-    return Run(folder, corpus, stream, numbered.get(done), done, LossLog(folder / "losses.jsonl", resume_step=done))
+    return Run(
+        folder,
+        corpus,
+        stream,
+        numbered.get(done),
+        done,
+        LossLog(folder / "losses.jsonl", resume_step=done),
+    )
 
 
 def finish(run: Run, validation_loss: float) -> Outcome:
@@ -103,20 +119,31 @@ def finish(run: Run, validation_loss: float) -> Outcome:
     run.losses.close()
     losses = read_losses(run.folder / "losses.jsonl")
     last = list(losses.values())[-LAST:]
-    outcome = Outcome(max(losses, default=0), math.fsum(last) / len(last) if last else math.nan, validation_loss)
+    outcome = Outcome(
+        max(losses, default=0), math.fsum(last) / len(last) if last else math.nan, validation_loss
+    )
     (run.folder / "outcome.json").write_text(strict_json.dumps(dataclasses.asdict(outcome)) + "\n")
     return outcome
 
 
 def main(cls: type[R], train: Callable[[R], Outcome], doc: str) -> int:
-    """Read the command line, train, print the final line. Returns the exit status: 2 for a wrong call, with one line that says why."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line, train, print the final line. Returns the exit status: 2 for a wrong
+    call, with one line that says why.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config", help="a YAML file, such as those in configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings to lay over the file, such as training.steps=50"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings to lay over the file, such as training.steps=50",
     )
     parser.add_argument(
-        "--text", metavar="FILE", help="learn this file in place of the default corpus; the same as corpus.text=FILE"
+        "--text",
+        metavar="FILE",
+        help="learn this file in place of the default corpus; the same as corpus.text=FILE",
     )
     args = parser.parse_intermixed_args()
     overrides = args.overrides + ([f"corpus.text={json.dumps(args.text)}"] if args.text else [])
@@ -127,7 +154,8 @@ def main(cls: type[R], train: Callable[[R], Outcome], doc: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
-        f"{Path(sys.argv[0]).stem}: step {outcome.step}, train loss {outcome.train_loss:.4f} (mean of the last {LAST} steps), "
+        f"{Path(sys.argv[0]).stem}: step {outcome.step}, train loss {outcome.train_loss:.4f} "
+        f"(mean of the last {LAST} steps), "
         f"validation loss {outcome.validation_loss:.4f}, records in {settings.run_dir}"
     )
     return 0

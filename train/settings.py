@@ -7,9 +7,22 @@ from typing import Literal
 
 from provoke import HighLr, ScaleQk
 
-from stabmon.study.settings import CorpusSettings, SettingsError, TrainingSettings, WatchSettings, read_settings
+from stabmon.study.settings import (
+    CorpusSettings,
+    SettingsError,
+    TrainingSettings,
+    WatchSettings,
+    read_settings,
+)
 
-__all__ = ["CorpusSettings", "RunSettings", "SettingsError", "TrainingSettings", "WatchSettings", "read_settings"]
+__all__ = [
+    "CorpusSettings",
+    "RunSettings",
+    "SettingsError",
+    "TrainingSettings",
+    "WatchSettings",
+    "read_settings",
+]
 
 
 @dataclass(frozen=True)
@@ -30,4 +43,6 @@ class RunSettings:
     stabmon: WatchSettings | None = field(default_factory=WatchSettings)
     """None to train unwatched."""
     loggers: list[str] = field(default_factory=list)
-    """``tensorboard`` and ``wandb``: the framework's own loggers; in a plain loop, stabmon's sinks of these names."""
+    """``tensorboard`` and ``wandb``: the framework's own loggers; in a plain loop, stabmon's sinks
+    of these names.
+    """

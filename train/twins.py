@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 WINDOW = 21
-"""Steps that are averaged, centred on the step in question: looking ahead dates a departure early rather than late."""
+"""Steps that are averaged, centred on the step in question: looking ahead dates a departure early
+rather than late.
+"""
 NOISES = 3.0
 
 
@@ -17,13 +19,17 @@ class Departure:
     """How a provoked run's loss left its twin's. Steps are None where it did not."""
 
     step: int | None
-    """The first step from which on, to the end, the averaged gap stays above ``limit``: what a look at the loss can show."""
+    """The first step from which on, to the end, the averaged gap stays above ``limit``: what a look
+    at the loss can show.
+    """
     limit: float
     """``NOISES`` times the noise of an average of the healthy run's losses, in nats."""
     first_sign: int | None
     """The same for ``first_sign_limit``: what only a healthy twin on the same batches can show."""
     first_sign_limit: float
-    """``NOISES`` times the noise of an average of the gap, in nats: the batches' own scatter is gone from it."""
+    """``NOISES`` times the noise of an average of the gap, in nats: the batches' own scatter is
+    gone from it.
+    """
     final_gap: float
     """Gap over the last ``WINDOW`` steps, in nats: positive where the provoked run is worse."""
 
@@ -31,14 +37,18 @@ class Departure:
 def departure(healthy: Mapping[int, float], provoked: Mapping[int, float]) -> Departure:
     """Compare two runs of the same seed and data, each step -> loss.
 
-    The gap is provoked minus healthy, averaged over ``WINDOW`` steps; a loss that is not finite is infinitely far away.
+    The gap is provoked minus healthy, averaged over ``WINDOW`` steps; a loss that is not finite is
+    infinitely far away.
 
     Raises:
         ValueError: if fewer than ``2 * WINDOW`` steps are common to both.
     """
     steps = np.array(sorted(healthy.keys() & provoked.keys()))
     if len(steps) < 2 * WINDOW:
-        raise ValueError(f"the runs have {len(steps)} steps in common, but a comparison takes {2 * WINDOW}: train longer")
+        raise ValueError(
+            f"the runs have {len(steps)} steps in common, but a comparison takes {2 * WINDOW}: "
+            "train longer"
+        )
     base = np.array([healthy[step] for step in steps])
     gap = np.array([provoked[step] for step in steps]) - base
     gap[~np.isfinite(gap)] = np.inf
@@ -58,18 +68,22 @@ def departure(healthy: Mapping[int, float], provoked: Mapping[int, float]) -> De
 def noise_of_average(values: np.ndarray) -> float:
     """How far averages of ``WINDOW`` values scatter by chance, as a standard deviation.
 
-    From the values' spread (1.4826 times the median absolute deviation) around their own moving average, so that a trend does
-    not count; NaN for fewer than ``WINDOW`` values.
+    From the values' spread (1.4826 times the median absolute deviation) around their own moving
+    average, so that a trend does not count; NaN for fewer than ``WINDOW`` values.
     """
     if len(values) < WINDOW:
         return float("nan")
     around = values[WINDOW // 2 : -(WINDOW // 2)] - _averages(values)
-    spread = 1.4826 * float(np.median(np.abs(around))) / np.sqrt(1 - 1 / WINDOW)  # an average holds a part of its own centre
+    spread = (
+        1.4826 * float(np.median(np.abs(around))) / np.sqrt(1 - 1 / WINDOW)
+    )  # an average holds a part of its own centre
     return float(spread / np.sqrt(WINDOW))
 
 
 def _averages(values: np.ndarray) -> np.ndarray:
-    """Centred moving average, shorter than ``values`` by ``WINDOW - 1``; infinite where a value is."""
+    """Centred moving average, shorter than ``values`` by ``WINDOW - 1``; infinite where a value
+    is.
+    """
     return np.asarray(np.lib.stride_tricks.sliding_window_view(values, WINDOW).mean(axis=-1))
 
 

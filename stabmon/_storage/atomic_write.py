@@ -1,4 +1,6 @@
-"""Write files that are there as a whole or not at all, whenever the process or the machine stops."""
+"""Write files that are there as a whole or not at all, whenever the process or the machine
+stops.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from pathlib import Path
 
 
 def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a fresh file beside ``path``, and put it in its place; until then the old one stays.
+    """Let ``write`` fill a fresh file beside ``path``, and put it in its place; until then the old
+    one stays.
 
     Args:
         path: the file to be.

@@ -1,4 +1,6 @@
-"""Read stored states: each value by its type, so that a state is known to be whole before anything is changed."""
+"""Read stored states: each value by its type, so that a state is known to be whole before anything
+is changed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ T = TypeVar("T")
 
 
 class Stored:
-    """One value of a stored state and its place in it. What is not as it must be raises a ``ValueError`` of one line.
+    """One value of a stored state and its place in it. What is not as it must be raises a
+    ``ValueError`` of one line.
 
     Args:
         value: plain values, as JSON or ``torch.load`` gives them.
@@ -59,7 +62,9 @@ class Stored:
 
     def mapping(self) -> Mapping[str, Any]:
         """A mapping from text to plain values."""
-        if not isinstance(self.value, Mapping) or not all(isinstance(name, str) for name in self.value):
+        if not isinstance(self.value, Mapping) or not all(
+            isinstance(name, str) for name in self.value
+        ):
             raise self._not("a mapping from text")
         return self.value
 
@@ -119,7 +124,9 @@ class Stored:
 
 
 def stored_issue(saved: Stored) -> StabilityIssue:
-    """The issue that :meth:`StabilityIssue.to_dict` wrote; entries that are no field are ignored."""
+    """The issue that :meth:`StabilityIssue.to_dict` wrote; entries that are no field are
+    ignored.
+    """
     return StabilityIssue(
         step=saved["step"].integer(),
         layer=saved["layer"].maybe(Stored.text),
@@ -136,7 +143,9 @@ def stored_issue(saved: Stored) -> StabilityIssue:
 
 
 def stored_non_finite(saved: Stored) -> NonFinite:
-    """Where a NaN or inf first came up, as ``asdict`` wrote it; entries that are no field are ignored."""
+    """Where a NaN or inf first came up, as ``asdict`` wrote it; entries that are no field are
+    ignored.
+    """
     known = {field.name for field in fields(NonFinite)}
     values = {name: value for name, value in saved.mapping().items() if name in known}
     for name in ("kind", "tensor"):
@@ -149,7 +158,9 @@ def stored_non_finite(saved: Stored) -> NonFinite:
 
 
 def stored_overshoot(saved: Stored) -> Overshoot:
-    """What showed that steps are too long, as ``asdict`` wrote it; entries that are no field are ignored."""
+    """What showed that steps are too long, as ``asdict`` wrote it; entries that are no field are
+    ignored.
+    """
     return Overshoot(
         step=saved["step"].integer(),
         how=saved["how"].one_of(("first_step", "brisk", "steps", "torn", "leap")),  # type: ignore[arg-type]

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 ENCODING = (
-    "a value that is NaN or infinite is written as null, and the object's top-level field 'nonfinite' maps "
-    "its JSON pointer (RFC 6901) to 'nan', 'inf' or '-inf'; the field is absent where all values are finite"
+    "a value that is NaN or infinite is written as null, and the object's top-level field "
+    "'nonfinite' maps "
+    "its JSON pointer (RFC 6901) to 'nan', 'inf' or '-inf'; the field is absent where all values "
+    "are finite"
 )
 """The rule in words, for meta.json."""
 
@@ -21,14 +23,18 @@ _VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 def dumps(record: Mapping[str, Any]) -> str:
     """One JSON object on one line; floats keep all their digits.
 
-    NumPy arrays and scalars become lists and numbers, tuples and sets lists, keys strings, and what JSON has no
-    word for (a path, a dtype) its ``str``. A NaN or an infinity follows :data:`ENCODING`.
+    NumPy arrays and scalars become lists and numbers, tuples and sets lists, keys strings, and what
+    JSON has no word for (a path, a dtype) its ``str``. A NaN or an infinity follows
+    :data:`ENCODING`.
 
     >>> dumps({"loss": float("nan"), "layers": {"h.0": [1.5, float("-inf")]}})
-    '{"loss": null, "layers": {"h.0": [1.5, null]}, "nonfinite": {"/loss": "nan", "/layers/h.0/1": "-inf"}}'
+    '{"loss": null, "layers": {"h.0": [1.5, null]}, "nonfinite": {"/loss": "nan", "/layers/h.0/1":
+    "-inf"}}'
     """
     nonfinite: dict[str, str] = {}
-    plain = {str(key): _plain(value, f"/{_escape(str(key))}", nonfinite) for key, value in record.items()}
+    plain = {
+        str(key): _plain(value, f"/{_escape(str(key))}", nonfinite) for key, value in record.items()
+    }
     if nonfinite:
         plain["nonfinite"] = nonfinite
     return json.dumps(plain, allow_nan=False)
@@ -44,14 +50,18 @@ def loads(line: str | bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
     for pointer, name in record.pop("nonfinite", {}).items():
-        *parents, last = (part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:])
+        *parents, last = (
+            part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]
+        )
         place: Any = record
         try:
             for part in parents:
                 place = place[int(part) if isinstance(place, list) else part]
             place[int(last) if isinstance(place, list) else last] = _VALUES[name]
         except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"nonfinite entry {pointer!r}: {name!r} fits nothing in the object") from error
+            raise ValueError(
+                f"nonfinite entry {pointer!r}: {name!r} fits nothing in the object"
+            ) from error
     return record
 
 
@@ -72,7 +82,10 @@ def _plain(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:
         nonfinite[pointer] = "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
         return None
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{pointer}/{_escape(str(key))}", nonfinite) for key, item in value.items()}
+        return {
+            str(key): _plain(item, f"{pointer}/{_escape(str(key))}", nonfinite)
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item, f"{pointer}/{i}", nonfinite) for i, item in enumerate(value)]
     return str(value)

@@ -1,1 +1,3 @@
-"""Use torch: what stabmon needs of tensors, optimizers and process groups. Imports nothing of stabmon."""
+"""Use torch: what stabmon needs of tensors, optimizers and process groups. Imports nothing of
+stabmon.
+"""

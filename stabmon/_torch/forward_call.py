@@ -39,7 +39,9 @@ class RandomState:
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """An outermost call into the model, with all it takes to make it again. Keeps its inputs alive, but no graph behind them."""
+    """An outermost call into the model, with all it takes to make it again. Keeps its inputs alive,
+    but no graph behind them.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -51,7 +53,9 @@ class ForwardCall:
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardCall:
         """The call that is about to be made."""
-        return cls(module, without_graph(args), without_graph(kwargs), RandomState.now(), _autocast_now())
+        return cls(
+            module, without_graph(args), without_graph(kwargs), RandomState.now(), _autocast_now()
+        )
 
     def inputs(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor given to the model, by its argument's name or position."""
@@ -60,7 +64,8 @@ class ForwardCall:
 
     @contextmanager
     def again(self, model: nn.Module) -> Iterator[Callable[[], Any]]:
-        """Gives a function that makes the call, uncompiled, without gradients unless they are turned on, and without other ranks.
+        """Gives a function that makes the call, uncompiled, without gradients unless they are
+        turned on, and without other ranks.
 
         When left, ``model`` and the random generators are as they were.
         """
@@ -69,24 +74,32 @@ class ForwardCall:
             module = module.module  # the wrapper's forward would wait for other ranks
         with traceless(model), ExitStack() as stack:
             for device_type, (enabled, dtype) in self.autocast.items():
-                stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False))
+                stack.enter_context(
+                    torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
+                )
             self.random_state.restore()
             yield lambda: module(*self.args, **self.kwargs)
 
 
 class KeptForwards:
-    """The forwards of a step so far, those whose inputs fit into a bounded memory to be replayed."""
+    """The forwards of a step so far, those whose inputs fit into a bounded memory to be
+    replayed.
+    """
 
     def __init__(self) -> None:
         self.calls: list[ForwardCall] = []
         self.count = 0
         """How often what was called first has been called: once a micro-batch."""
         self.shares = False
-        """Whether each forward's loss is its share of the step's loss: transformers tells by ``num_items_in_batch``."""
+        """Whether each forward's loss is its share of the step's loss: transformers tells by
+        ``num_items_in_batch``.
+        """
         self._bytes = 0
         self._first: nn.Module | None = None
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool) -> ForwardCall | None:
+    def add(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool
+    ) -> ForwardCall | None:
         """Count a forward that begins, and ``keep`` it if there is room; what was kept."""
         self._first = module if self._first is None else self._first
         self.count += module is self._first
@@ -102,7 +115,9 @@ class KeptForwards:
 
 
 def without_graph(value: Any) -> Any:
-    """The same with every tensor detached; what is neither a tensor nor a plain tuple, list or dict of them stays as it is."""
+    """The same with every tensor detached; what is neither a tensor nor a plain tuple, list or dict
+    of them stays as it is.
+    """
     if isinstance(value, Tensor):
         return value.detach() if value.grad_fn is not None else value
     if type(value) in (tuple, list):
@@ -113,8 +128,12 @@ def without_graph(value: Any) -> Any:
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether parameters lie on several ranks (FSDP, tensor parallel, ZeRO 3), so that one rank cannot run the model by itself."""
-    if any(is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    """Whether parameters lie on several ranks (FSDP, tensor parallel, ZeRO 3), so that one rank
+    cannot run the model by itself.
+    """
+    if any(
+        is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters()
+    ):
         return True
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 
@@ -124,4 +143,7 @@ def _autocast_now() -> dict[str, tuple[bool, torch.dtype]]:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is not None and torch.amp.is_autocast_available(accelerator.type):
         devices.append(accelerator.type)
-    return {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices}
+    return {
+        device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in devices
+    }

@@ -14,20 +14,24 @@ import torch
 from torch import Tensor
 
 _SEARCHES = 8
-"""Searches among the objects of the process, some 50 ms each; only after steps that the optimizer did not make."""
+"""Searches among the objects of the process, some 50 ms each; only after steps that the optimizer
+did not make.
+"""
 _FRAMES = 12
 """Callers of an optimizer's step that are looked at."""
 _SHORTEST_SEARCH = 10
 """Halvings that a search may take whatever the scale that it begins with."""
 DEFAULT_SEARCH = 16
-"""Halvings from torch's first scale, 65536, to 1; below 1 a scale makes gradients smaller than they are without it."""
+"""Halvings from torch's first scale, 65536, to 1; below 1 a scale makes gradients smaller than they
+are without it.
+"""
 
 
 class ScalerWatch:
     """The gradient scaler at work on an optimizer, and whether a step was made.
 
-    A scaler that was not given is found where it calls the optimizer's step; where it never does, by its scale that falls at steps that
-    the optimizer did not make. It is held weakly.
+    A scaler that was not given is found where it calls the optimizer's step; where it never does,
+    by its scale that falls at steps that the optimizer did not make. It is held weakly.
 
     Args:
         optimizer: a torch optimizer, a wrapper around one, several of them, or None.
@@ -47,7 +51,13 @@ class ScalerWatch:
     @property
     def scaler(self) -> Any:
         """The gradient scaler at work; None where none is known, or it is not enabled."""
-        known = self._given if self._given is not None else self._found() if self._found is not None else None
+        known = (
+            self._given
+            if self._given is not None
+            else self._found()
+            if self._found is not None
+            else None
+        )
         return known if known is not None and known.is_enabled() else None
 
     @property
@@ -67,7 +77,9 @@ class ScalerWatch:
             self._hooks.pop().remove()
 
     def end_step(self) -> bool | Tensor:
-        """Whether the step that ends here was left out; of a fused optimizer, a number on its device that is above 0 if it was."""
+        """Whether the step that ends here was left out; of a fused optimizer, a number on its
+        device that is above 0 if it was.
+        """
         if not self._hooks:
             return self._fell()
         made, found_inf = self._made, self._found_inf
@@ -78,23 +90,37 @@ class ScalerWatch:
         return False if made or found_inf is None else found_inf
 
     def search_length(self) -> int:
-        """Steps in a row that a search for a scale may leave out: from where it begins to 1, and no fewer than a few."""
-        start = float(getattr(self.scaler, "_init_scale", 2.0**DEFAULT_SEARCH))  # private, and torch has no other word for it
-        backoff = float(self.scaler.get_backoff_factor()) if hasattr(self.scaler, "get_backoff_factor") else 0.5
+        """Steps in a row that a search for a scale may leave out: from where it begins to 1, and no
+        fewer than a few.
+        """
+        start = float(
+            getattr(self.scaler, "_init_scale", 2.0**DEFAULT_SEARCH)
+        )  # private, and torch has no other word for it
+        backoff = (
+            float(self.scaler.get_backoff_factor())
+            if hasattr(self.scaler, "get_backoff_factor")
+            else 0.5
+        )
         if not 0 < backoff < 1 or not math.isfinite(start) or start <= 1:
             return _SHORTEST_SEARCH
         return max(_SHORTEST_SEARCH, math.ceil(math.log(start) / -math.log(backoff)))
 
     def _stepping(self, optimizer: Any, *_: Any) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # set by a scaler on optimizers that skip by themselves
+        found_inf = getattr(
+            optimizer, "found_inf", None
+        )  # set by a scaler on optimizers that skip by themselves
         self._made |= found_inf is None
         self._found_inf = found_inf
         if self.scaler is None and (found := _calling()) is not None:
             self._found = weakref.ref(found)
 
     def _fell(self) -> bool | Tensor:
-        """Whether the scale is lower than after the last step, where there is no optimizer to hear from."""
-        now = getattr(self.scaler, "_scale", None)  # private: the public word for it waits for the device
+        """Whether the scale is lower than after the last step, where there is no optimizer to hear
+        from.
+        """
+        now = getattr(
+            self.scaler, "_scale", None
+        )  # private: the public word for it waits for the device
         if now is None:
             return False
         before, self._scale = self._scale, now.clone()
@@ -106,7 +132,9 @@ class ScalerWatch:
         if self.scaler is not None or not self._searches:
             return
         self._searches -= 1
-        for scaler in [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]:
+        for scaler in [
+            each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)
+        ]:
             if scaler.is_enabled() and getattr(scaler, "_scale", None) is not None:
                 scale = float(scaler.get_scale())
                 if scale < self._scales.get(scaler, -math.inf):
@@ -115,7 +143,9 @@ class ScalerWatch:
 
 
 def scaler_of(optimizer: Any) -> Any:
-    """The scaler that an optimizer's wrapper holds, as accelerate's does; None where there is none."""
+    """The scaler that an optimizer's wrapper holds, as accelerate's does; None where there is
+    none.
+    """
     for each in _unwrapped(optimizer):
         for name in ("scaler", "grad_scaler"):
             scaler = getattr(each, name, None)

@@ -1,4 +1,6 @@
-"""Read a run's optimizers, however many there are and whatever wraps them, and its gradient scaler."""
+"""Read a run's optimizers, however many there are and whatever wraps them, and its gradient
+scaler.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ _DEEPEST = 5
 
 
 def innermost(given: Any) -> list[Any]:
-    """Find the optimizers that step parameters themselves, in the order in which they were given, each once.
+    """Find the optimizers that step parameters themselves, in the order in which they were given,
+    each once.
 
     Args:
-        given: an optimizer, a wrapper around one, something that holds several, or a list, tuple or mapping of these; None for none.
+        given: an optimizer, a wrapper around one, something that holds several, or a list, tuple or
+            mapping of these; None for none.
     """
     return list({id(each): each for each in _search(given, set())}.values())
 
@@ -55,7 +59,9 @@ def _attribute(given: Any, name: str) -> Any:
 
 
 def _is_optimizer(given: Any) -> bool:
-    return isinstance(given, torch.optim.Optimizer) or (hasattr(given, "param_groups") and hasattr(given, "step"))
+    return isinstance(given, torch.optim.Optimizer) or (
+        hasattr(given, "param_groups") and hasattr(given, "step")
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +69,18 @@ class ParameterGroup:
     """One parameter group of one of the run's optimizers."""
 
     key: str
-    """``<optimizer>.<group>``, both counted from 0 in the order in which they were given; the same over restarts."""
+    """``<optimizer>.<group>``, both counted from 0 in the order in which they were given; the same
+    over restarts.
+    """
     optimizer: Any
     settings: MutableMapping[str, Any]
     """The optimizer's own entry in ``param_groups``."""
 
     @property
     def rate(self) -> float | None:
-        """The learning rate as it stands now; None where the optimizer makes its own, as Adafactor with relative steps does."""
+        """The learning rate as it stands now; None where the optimizer makes its own, as Adafactor
+        with relative steps does.
+        """
         return as_rate(self.settings.get("lr"))
 
     @property
@@ -98,8 +108,12 @@ def parameter_groups(optimizers: list[Any]) -> list[ParameterGroup]:
 
 
 def takes_hooks(optimizer: Any) -> bool:
-    """Whether hooks can be put around an optimizer's step, as torch's own optimizers and their subclasses let one do."""
-    return hasattr(optimizer, "_optimizer_step_pre_hooks")  # made by Optimizer.__init__, which some wrappers never call
+    """Whether hooks can be put around an optimizer's step, as torch's own optimizers and their
+    subclasses let one do.
+    """
+    return hasattr(
+        optimizer, "_optimizer_step_pre_hooks"
+    )  # made by Optimizer.__init__, which some wrappers never call
 
 
 def state_of(optimizer: Any) -> Any:
@@ -144,15 +158,23 @@ class OptimizerView:
 
     @property
     def skips_bad_steps(self) -> bool:
-        """Whether steps with bad gradients are skipped without our doing: by a scaler, or by what has told a fused optimizer of them."""
-        return self.scales or any(getattr(each, "found_inf", None) is not None for each in self.optimizers)
+        """Whether steps with bad gradients are skipped without our doing: by a scaler, or by what
+        has told a fused optimizer of them.
+        """
+        return self.scales or any(
+            getattr(each, "found_inf", None) is not None for each in self.optimizers
+        )
 
     def scale(self) -> float | None:
-        """What the gradient scaler multiplies gradients by; None without one. Waits for the device."""
+        """What the gradient scaler multiplies gradients by; None without one. Waits for the
+        device.
+        """
         return float(self.grad_scaler.get_scale()) if self.scales else None
 
     def left_out(self) -> bool | Tensor:
-        """Whether the step that ends here was left out, see :meth:`ScalerWatch.end_step`; to be asked once a step."""
+        """Whether the step that ends here was left out, see :meth:`ScalerWatch.end_step`; to be
+        asked once a step.
+        """
         return self.scalers.end_step()
 
     def groups(self) -> list[ParameterGroup]:
@@ -163,8 +185,11 @@ class OptimizerView:
         """Forget the last step's rates, and which optimizers it had."""
         self._rates, self._innermost = {}, None
 
-    def note_rates(self, optimizer: Any, scheduled: Callable[[ParameterGroup], float | None]) -> None:
-        """Keep the rates with which a step is about to be made: schedulers move on before the step is looked at.
+    def note_rates(
+        self, optimizer: Any, scheduled: Callable[[ParameterGroup], float | None]
+    ) -> None:
+        """Keep the rates with which a step is about to be made: schedulers move on before the step
+        is looked at.
 
         Args:
             optimizer: the one that is about to step; None for all.
@@ -178,15 +203,21 @@ class OptimizerView:
                     self._rates[group.key] = rate
 
     def learning_rates(self) -> dict[str, float]:
-        """The scheduled rate of each parameter group: that of this step where it was noted, else as it stands now."""
+        """The scheduled rate of each parameter group: that of this step where it was noted, else as
+        it stands now.
+        """
         rates = {group.key: self._rates.get(group.key, group.rate) for group in self.groups()}
         return {key: rate for key, rate in rates.items() if rate is not None}
 
     def before_step(self, tell: Callable[[Any], None]) -> None:
-        """Call ``tell(optimizer)`` before each step of each optimizer from now on; once is enough."""
+        """Call ``tell(optimizer)`` before each step of each optimizer from now on; once is
+        enough.
+        """
         if not self._hooks:
             self._hooks = [
-                each.register_step_pre_hook(lambda stepping, *_: tell(stepping)) for each in self.optimizers if takes_hooks(each)
+                each.register_step_pre_hook(lambda stepping, *_: tell(stepping))
+                for each in self.optimizers
+                if takes_hooks(each)
             ]
 
     def let_go(self) -> None:

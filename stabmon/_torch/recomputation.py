@@ -1,4 +1,6 @@
-"""Tell a forward that backward makes again from one that is made for the first time inside backward."""
+"""Tell a forward that backward makes again from one that is made for the first time inside
+backward.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,12 @@ import torch
 from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint
 
-# Checked with torch 2.13. An autograd.Function's backward is entered through BackwardCFunction.apply: reentrant checkpoints
-# (torch's, DeepSpeed's, Megatron's) recompute there. Torch's other checkpoints recompute when a saved tensor is unpacked, in
-# functions of its own file. If either is renamed, a recomputed forward is counted as one more micro-batch.
+# Checked with torch 2.13. An autograd.Function's backward is entered through
+# BackwardCFunction.apply: reentrant checkpoints
+# (torch's, DeepSpeed's, Megatron's) recompute there. Torch's other checkpoints recompute when a
+# saved tensor is unpacked, in
+# functions of its own file. If either is renamed, a recomputed forward is counted as one more
+# micro-batch.
 _FUNCTION = BackwardCFunction.apply.__code__
 _UNPACK = frozenset({"unpack_hook", "recompute_fn"})
 
@@ -19,14 +24,17 @@ _UNPACK = frozenset({"unpack_hook", "recompute_fn"})
 def is_recomputation() -> bool:
     """Whether what runs right now is a forward made again, as activation checkpoints do.
 
-    False for a forward that a hook makes for the first time inside backward (GradCache), and outside of backward.
+    False for a forward that a hook makes for the first time inside backward (GradCache), and
+    outside of backward.
     """
     if torch._C._current_graph_task_id() == -1:
         return False
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code is _FUNCTION or (code.co_name in _UNPACK and code.co_filename == checkpoint.__file__):
+        if code is _FUNCTION or (
+            code.co_name in _UNPACK and code.co_filename == checkpoint.__file__
+        ):
             return True
         frame = frame.f_back
     return False

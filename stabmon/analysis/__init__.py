@@ -1,4 +1,5 @@
-"""Look into the attention of any model: attribution, patterns, and what a compressed KV cache loses.
+"""Look into the attention of any model: attribution, patterns, and what a compressed KV cache
+loses.
 
 >>> import torch
 >>> from stabmon.analysis import attention_rollout
@@ -8,8 +9,16 @@
 
 from stabmon.analysis.attribution.faithfulness import Faithfulness, deletion_check
 from stabmon.analysis.attribution.generation import GenerationAttribution, generation_attribution
-from stabmon.analysis.attribution.summary import AttributionSummary, aggregate_attribution, compute_attention_attribution
-from stabmon.analysis.compression.advice import CompressionAdvice, Recommendation, compression_advice
+from stabmon.analysis.attribution.summary import (
+    AttributionSummary,
+    aggregate_attribution,
+    compute_attention_attribution,
+)
+from stabmon.analysis.compression.advice import (
+    CompressionAdvice,
+    Recommendation,
+    compression_advice,
+)
 from stabmon.analysis.kv_cache import (
     CakeReport,
     CompressedCache,

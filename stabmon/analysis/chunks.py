@@ -20,12 +20,22 @@ SHARED = frozenset({"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", 
 """Inputs without a batch dimension, whatever their size."""
 SMALL_WORK = 10**10
 """Parameters times tokens up to which one thread does a forward within about a second."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "Cannot allocate memory")
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+)
 """Messages of allocators; torch's CPU allocator raises a plain RuntimeError (checked in 2.13)."""
 
 
 def in_chunks(
-    batch: Any, run: Callable[[Any, int], T], merge: Callable[[Sequence[T]], T], chunk_size: int | None = None, *, dim: int = 0
+    batch: Any,
+    run: Callable[[Any, int], T],
+    merge: Callable[[Sequence[T]], T],
+    chunk_size: int | None = None,
+    *,
+    dim: int = 0,
 ) -> T:
     """Return what ``run`` makes of a batch, in parts where one run needs too much memory.
 
@@ -33,7 +43,8 @@ def in_chunks(
         batch: a mapping of arguments, a tuple of them, or a tensor.
         run: is given a part of the batch and the number of its first sample.
         merge: makes one result of the parts'.
-        chunk_size: samples in a part; None for all. A part that runs out of memory is halved, and so are the later ones.
+        chunk_size: samples in a part; None for all. A part that runs out of memory is halved, and
+            so are the later ones.
         dim: dimension of the samples in tensors of three dimensions, 1 for ``[S, B, C]``.
 
     Raises:
@@ -61,7 +72,9 @@ def in_chunks(
     start, warned = 0, chunk_size is None
     while start < samples:
         whole = size >= samples
-        result, error = _attempt(run, batch if whole else part_of(batch, start, start + size, dim), start)
+        result, error = _attempt(
+            run, batch if whole else part_of(batch, start, start + size, dim), start
+        )
         if error is None:
             parts.append(result)  # type: ignore[arg-type]
             start += size
@@ -75,19 +88,28 @@ def in_chunks(
 
 @contextmanager
 def reproducible(model: nn.Module, batch: Any) -> Iterator[None]:
-    """Let small work on a CPU run on one thread, so that a sample's numbers do not depend on the samples beside it.
+    """Let small work on a CPU run on one thread, so that a sample's numbers do not depend on the
+    samples beside it.
 
-    With one thread a row of a matrix product has the same bits however many rows there are (measured with MKL, torch 2.13: 2 to 16
-    samples of 5 to 128 tokens, widths 32 to 256). With several, the rows are shared out by their number, and with it the last bits
-    change (up to 1e-6 in logits); larger work keeps its threads, and so does work on other devices.
+    With one thread a row of a matrix product has the same bits however many rows there are
+    (measured with MKL, torch 2.13: 2 to 16 samples of 5 to 128 tokens, widths 32 to 256). With
+    several, the rows are shared out by their number, and with it the last bits change (up to 1e-6
+    in logits); larger work keeps its threads, and so does work on other devices.
     """
     tensors = [each for each in _named(batch).values() if isinstance(each, Tensor)]
     parameters = sum(each.numel() for each in model.parameters())
     tokens = max(
-        (each.numel() // (each.shape[-1] if each.is_floating_point() else 1) for each in tensors if each.ndim), default=0
+        (
+            each.numel() // (each.shape[-1] if each.is_floating_point() else 1)
+            for each in tensors
+            if each.ndim
+        ),
+        default=0,
     )
     threads = torch.get_num_threads()
-    is_small = parameters * tokens <= SMALL_WORK and all(each.device.type == "cpu" for each in tensors)
+    is_small = parameters * tokens <= SMALL_WORK and all(
+        each.device.type == "cpu" for each in tensors
+    )
     if threads == 1 or not is_small:
         yield
         return
@@ -98,7 +120,9 @@ def reproducible(model: nn.Module, batch: Any) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _attempt(run: Callable[[Any, int], T], part: Any, start: int) -> tuple[T | None, BaseException | None]:
+def _attempt(
+    run: Callable[[Any, int], T], part: Any, start: int
+) -> tuple[T | None, BaseException | None]:
     """Return the result of ``run``, or the out-of-memory error; hold nothing of a failed run."""
     try:
         return run(part, start), None
@@ -118,7 +142,9 @@ def _attempt(run: Callable[[Any, int], T], part: Any, start: int) -> tuple[T | N
 def _halved(size: int, samples: int, *, quiet: bool = False) -> int:
     half = -(-size // 2)
     if not quiet:
-        logger.warning("memory ran out with %d samples at once: going on with %d of %d", size, half, samples)
+        logger.warning(
+            "memory ran out with %d samples at once: going on with %d of %d", size, half, samples
+        )
     return half
 
 

@@ -34,11 +34,14 @@ def run_model(
 
     Args:
         model: any model; compiled models run uncompiled.
-        batch: the model's input, a mapping of keyword arguments, a tuple or list of positional ones, or one tensor.
-        on_call: receives every attention call in the order of the forward. What it raises is raised after the forward.
+        batch: the model's input, a mapping of keyword arguments, a tuple or list of positional
+            ones, or one tensor.
+        on_call: receives every attention call in the order of the forward. What it raises is raised
+            after the forward.
         pattern: regular expression that the layer's name must contain; None for all layers.
         gradients: keep the graph, for a backward.
-        attention_modules: ``fnmatch`` patterns of modules whose hand-written softmax is attention, where that is not found.
+        attention_modules: ``fnmatch`` patterns of modules whose hand-written softmax is attention,
+            where that is not found.
 
     Returns:
         The model's output.
@@ -71,7 +74,9 @@ def run_model(
         errors.append(error)
 
     arguments, keywords = call_arguments(model, batch)
-    capture = AttentionCapture(model, look, modules=attention_modules, on_error=failed, thorough=True)
+    capture = AttentionCapture(
+        model, look, modules=attention_modules, on_error=failed, thorough=True
+    )
     with undisturbed(model), torch.enable_grad() if gradients else torch.no_grad(), capture:
         handle = model.register_forward_hook(lambda _, __, output: capture.witness.end(output))
         try:
@@ -81,10 +86,14 @@ def run_model(
     if errors:
         raise errors[0]
     if not seen:
-        raise ValueError(f"no attention was found in {type(model).__name__}; looked for {capture.looked_for()}")
+        raise ValueError(
+            f"no attention was found in {type(model).__name__}; looked for {capture.looked_for()}"
+        )
     if not shown:
         layers = ", ".join(dict.fromkeys(seen))
-        raise ValueError(f"attention_layer_pattern {pattern!r} matches none of the layers: {layers}")
+        raise ValueError(
+            f"attention_layer_pattern {pattern!r} matches none of the layers: {layers}"
+        )
     told = capture.witness.describe()
     if told is not None:
         logger.warning("%s", told)
@@ -100,11 +109,14 @@ def compiled_pattern(pattern: str | None) -> re.Pattern[str] | None:
     try:
         return None if pattern is None else re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"attention_layer_pattern {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(
+            f"attention_layer_pattern {pattern!r} is no regular expression: {error}"
+        ) from None
 
 
 def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments of a forward on ``batch``, without a cache where the model can do without.
+    """Return positional and keyword arguments of a forward on ``batch``, without a cache where the
+    model can do without.
 
     Raises:
         ValueError: if the batch is empty or of a kind that no forward takes.
@@ -118,7 +130,10 @@ def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[
     elif isinstance(batch, tuple | list):
         arguments = tuple(batch)
     else:
-        raise ValueError(f"batch is a {type(batch).__name__}: give a mapping of arguments, a tuple of them, or a tensor")
+        raise ValueError(
+            f"batch is a {type(batch).__name__}: give a mapping of arguments, a tuple of them, or "
+            "a tensor"
+        )
     tensors = [each for each in (*arguments, *keywords.values()) if isinstance(each, Tensor)]
     if not tensors or any(each.numel() == 0 for each in tensors):
         raise ValueError("the batch is empty: give at least one sample of at least one token")
@@ -142,8 +157,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(sorted(d.index for d in devices if d.index is not None)))
-        stack.enter_context(torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext())
+        stack.enter_context(
+            torch.random.fork_rng(sorted(d.index for d in devices if d.index is not None))
+        )
+        stack.enter_context(
+            torch.compiler.set_stance("force_eager")
+            if "torch._dynamo" in sys.modules
+            else nullcontext()
+        )
         try:
             model.eval()
             yield

@@ -1,4 +1,6 @@
-"""What an analysis found, as plain values and arrays that are stored and drawn again without the model."""
+"""What an analysis found, as plain values and arrays that are stored and drawn again without the
+model.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,16 @@ def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]
     packed = save(arrays, metadata={"kind": record.kind})
 
     def write(path: Path) -> None:
-        path.write_bytes(packed)  # with the usual permissions; safetensors' own writer lets only the owner read
+        path.write_bytes(
+            packed
+        )  # with the usual permissions; safetensors' own writer lets only the owner read
 
     replace_whole(numbers, write)
-    head = {"schema_version": SCHEMA_VERSION, "kind": record.kind, "arrays": {name: list(a.shape) for name, a in arrays.items()}}
+    head = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": record.kind,
+        "arrays": {name: list(a.shape) for name, a in arrays.items()},
+    }
     write_text(text, strict_json.dumps({**head, **record.values}) + "\n")
     return text, numbers
 
@@ -73,7 +81,8 @@ def load_record(folder: str | Path, kind: str) -> AnalysisRecord:
     """Read what :func:`save_record` wrote.
 
     Raises:
-        ValueError: naming the file, if one is missing, corrupt, of another kind or of a later version.
+        ValueError: naming the file, if one is missing, corrupt, of another kind or of a later
+            version.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -82,20 +91,30 @@ def load_record(folder: str | Path, kind: str) -> AnalysisRecord:
     try:
         values = strict_json.loads(text.read_text())
     except OSError as error:
-        raise ValueError(f"{text}: {error.strerror or error}; give a folder that stabmon analyze --kind {kind} wrote") from None
+        raise ValueError(
+            f"{text}: {error.strerror or error}; give a folder that stabmon analyze --kind {kind} "
+            "wrote"
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{text}: is no valid record ({error}); run stabmon analyze --kind {kind} again") from None
+        raise ValueError(
+            f"{text}: is no valid record ({error}); run stabmon analyze --kind {kind} again"
+        ) from None
     version = values.pop("schema_version", None)
     if not isinstance(version, int) or version > SCHEMA_VERSION or values.pop("kind", None) != kind:
         raise ValueError(
-            f"{text}: is no {kind} record of schema_version {SCHEMA_VERSION} or before; update stabmon or run it again"
+            f"{text}: is no {kind} record of schema_version {SCHEMA_VERSION} or before; update "
+            "stabmon or run it again"
         )
     shapes = values.pop("arrays", {})
     try:
         arrays = dict(load_file(numbers))
     except (OSError, SafetensorError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{numbers}: cannot be read ({reason}); run stabmon analyze --kind {kind} again") from None
+        raise ValueError(
+            f"{numbers}: cannot be read ({reason}); run stabmon analyze --kind {kind} again"
+        ) from None
     if {name: list(array.shape) for name, array in arrays.items()} != shapes:
-        raise ValueError(f"{numbers}: does not belong to {text.name}; run stabmon analyze --kind {kind} again")
+        raise ValueError(
+            f"{numbers}: does not belong to {text.name}; run stabmon analyze --kind {kind} again"
+        )
     return AnalysisRecord(kind, values, arrays)

@@ -1,4 +1,6 @@
-"""Act around the attention calls of an unmodified model: read them, change their arguments, replace their result."""
+"""Act around the attention calls of an unmodified model: read them, change their arguments, replace
+their result.
+"""
 
 from __future__ import annotations
 
@@ -30,21 +32,30 @@ TORCH = {standard: name for name, standard in STANDARD.items()}
 class AttentionSite:
     """One attention call that is about to be made.
 
-    B batch, H query heads, H_kv key heads, Q queries, K keys, D and E features of a key and a value.
+    B batch, H query heads, H_kv key heads, Q queries, K keys, D and E features of a key and a
+    value.
     """
 
     layer: str
-    """Qualified name of the module that attends; ``name#1`` … from its second call in a forward on."""
+    """Qualified name of the module that attends; ``name#1`` … from its second call in a forward
+    on.
+    """
     module: nn.Module
     kind: Literal["transformers", "sdpa"]
-    """``transformers`` for its attention interface, ``sdpa`` for torch's ``scaled_dot_product_attention``."""
+    """``transformers`` for its attention interface, ``sdpa`` for torch's
+    ``scaled_dot_product_attention``.
+    """
     arguments: Mapping[str, Any]
-    """By transformers' names: query ``[B, H, Q, D]``, key, value ``[B, H_kv, K, E]``, attention_mask, scaling, is_causal …"""
+    """By transformers' names: query ``[B, H, Q, D]``, key, value ``[B, H_kv, K, E]``,
+    attention_mask, scaling, is_causal …
+    """
     kernel: Kernel
     reader: Reader
 
     def read(self, **changes: Any) -> AttentionCall:
-        """Return the record of the call, as it would be with some arguments changed; without gradients."""
+        """Return the record of the call, as it would be with some arguments changed; without
+        gradients.
+        """
         given = {**self.arguments, **changes}
         with isolated():
             return self.reader(self.layer, given, kernel_dtype(given["query"]))
@@ -63,21 +74,26 @@ class AttentionSite:
         return output
 
     def result(self, output: Tensor) -> Any:
-        """Return an attention output ``[B, H, Q, E]`` in the form in which the kernel would return it."""
+        """Return an attention output ``[B, H, Q, E]`` in the form in which the kernel would return
+        it.
+        """
         return output if self.kind == "sdpa" else (output.transpose(1, 2).contiguous(), None)
 
 
 Around = Callable[[AttentionSite], Any]
-"""Takes the place of one attention call, and returns what the call must return: ``site.run()``, for example."""
+"""Takes the place of one attention call, and returns what the call must return: ``site.run()``, for
+example.
+"""
 
 
 @contextmanager
 def intercepted(model: nn.Module, around: Around) -> Iterator[None]:
     """Let ``around`` stand in for every attention call that ``model`` makes in here.
 
-    Seen are transformers' attention interface with its own kernels (eager, sdpa, flex, flash) and torch's
-    ``scaled_dot_product_attention``, also inside ``nn.MultiheadAttention`` that returns no weights. Attention written by hand,
-    and inside compiled code, is not seen. What ``around`` raises reaches the caller of the model. Gradients flow as they would.
+    Seen are transformers' attention interface with its own kernels (eager, sdpa, flex, flash) and
+    torch's ``scaled_dot_product_attention``, also inside ``nn.MultiheadAttention`` that returns no
+    weights. Attention written by hand, and inside compiled code, is not seen. What ``around``
+    raises reaches the caller of the model. Gradients flow as they would.
 
     Args:
         model: the model; its modules give the layers their names.
@@ -97,7 +113,9 @@ def intercepted(model: nn.Module, around: Around) -> Iterator[None]:
         inside = _Depth()
         stack.enter_context(_interface(names, around, inside))
         stack.enter_context(_Functions(names, around, inside))
-        stack.callback(model.register_forward_pre_hook(lambda *_: names.new_forward(), prepend=True).remove)
+        stack.callback(
+            model.register_forward_pre_hook(lambda *_: names.new_forward(), prepend=True).remove
+        )
         yield
 
 
@@ -128,11 +146,20 @@ def _interface(names: ModuleNames, around: Around, inside: _Depth) -> AbstractCo
         def attention(*args: Any, **kwargs: Any) -> Any:
             given = bind(PARAMETERS, args, kwargs)
             module, query = given.get("module"), given.get("query")
-            if inside.count or module not in names or not isinstance(query, Tensor) or query.ndim != 4:
+            if (
+                inside.count
+                or module not in names
+                or not isinstance(query, Tensor)
+                or query.ndim != 4
+            ):
                 return kernel(*args, **kwargs)
             assert isinstance(module, nn.Module)
             with inside.entered():
-                return around(AttentionSite(names.next_layer(module), module, "transformers", given, kernel, read))
+                return around(
+                    AttentionSite(
+                        names.next_layer(module), module, "transformers", given, kernel, read
+                    )
+                )
 
         return attention
 
@@ -147,7 +174,11 @@ class _Functions(TorchFunctionMode):
         self._names, self._around, self._inside = names, around, inside
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if not self._inside.count and func is functional.scaled_dot_product_attention:
@@ -156,25 +187,46 @@ class _Functions(TorchFunctionMode):
             return self._multihead(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _attend(self, module: nn.Module | None, kernel: Kernel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _attend(
+        self,
+        module: nn.Module | None,
+        kernel: Kernel,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         given = bind(SDPA_PARAMETERS, args, kwargs)
         if module is None or given["query"].is_nested:
             return kernel(*args, **kwargs)
         owner = module
 
         def read(layer: str, changed: Mapping[str, Any], dtype: torch.dtype) -> AttentionCall:
-            return read_sdpa(layer, owner, {TORCH.get(name, name): value for name, value in changed.items()}, dtype)
+            return read_sdpa(
+                layer,
+                owner,
+                {TORCH.get(name, name): value for name, value in changed.items()},
+                dtype,
+            )
 
         standard = {STANDARD.get(name, name): value for name, value in given.items()}
         with self._inside.entered():
-            return self._around(AttentionSite(self._names.next_layer(owner), owner, "sdpa", standard, kernel, read))
+            return self._around(
+                AttentionSite(self._names.next_layer(owner), owner, "sdpa", standard, kernel, read)
+            )
 
-    def _multihead(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Function modes are off inside of it (torch 2.13), so the kernel is replaced in its own namespace while it runs."""
+    def _multihead(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Function modes are off inside of it (torch 2.13), so the kernel is replaced in its own
+        namespace while it runs.
+        """
         module, kernel = nearest_module(self._names), functional.scaled_dot_product_attention
 
         def attend(*args: Any, **kwargs: Any) -> Any:
-            return kernel(*args, **kwargs) if self._inside.count else self._attend(module, kernel, args, kwargs)
+            return (
+                kernel(*args, **kwargs)
+                if self._inside.count
+                else self._attend(module, kernel, args, kwargs)
+            )
 
         functional.scaled_dot_product_attention = attend
         try:

@@ -8,11 +8,21 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_dp_module"})
+WRAPPERS = frozenset(
+    {
+        "_orig_mod",
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",
+        "_dp_module",
+    }
+)
 """Attribute names that only wrappers use: left out wherever they appear in a qualified name."""
 
 LEADING = frozenset({"m", "module"})
-"""Attribute names that wrappers use at the root (an own ``m``, DDP's ``module``): left out at the head of a name only."""
+"""Attribute names that wrappers use at the root (an own ``m``, DDP's ``module``): left out at the
+head of a name only.
+"""
 
 
 def clean_name(name: str) -> str:
@@ -33,13 +43,17 @@ def clean_name(name: str) -> str:
 
 
 class ModuleNames:
-    """Which modules belong to a model, what each is called, and how often each has attended in this forward."""
+    """Which modules belong to a model, what each is called, and how often each has attended in this
+    forward.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._names: dict[int, str] = {}
         self._others: dict[int, nn.Module] = {}
-        """Modules that were asked for and are none of the model's; kept, so that no new one takes their id."""
+        """Modules that were asked for and are none of the model's; kept, so that no new one takes
+        their id.
+        """
         self._calls: Counter[int] = Counter()
         self._walk()
 
@@ -62,12 +76,16 @@ class ModuleNames:
         return any(fnmatchcase(self._names[id(module)], pattern) for pattern in patterns)
 
     def new_forward(self) -> None:
-        """Count calls from nought again; modules that were none of the model's may have become so."""
+        """Count calls from nought again; modules that were none of the model's may have become
+        so.
+        """
         self._calls.clear()
         self._others.clear()
 
     def next_layer(self, module: nn.Module) -> str:
-        """The name of this call of ``module``: its own name, then ``name#1``, ``name#2`` … within one forward."""
+        """The name of this call of ``module``: its own name, then ``name#1``, ``name#2`` … within
+        one forward.
+        """
         calls = self._calls[id(module)]
         self._calls[id(module)] += 1
         name = self._names[id(module)]

@@ -22,7 +22,9 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "head
 """What models call a module's number of heads."""
 
 
-def bind(names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """The arguments of a call by name; ``names`` are those of the leading parameters, in order."""
     return dict(zip(names, args, strict=False), **kwargs)
 
@@ -43,12 +45,18 @@ def function_modes_off() -> Iterator[None]:
 @functools.cache
 def autocast_devices() -> tuple[str, ...]:
     """The kinds of device that this build of torch can autocast on."""
-    return tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind))
+    return tuple(
+        kind
+        for kind in ("cpu", "cuda", "mps", "xpu", "hpu")
+        if torch.amp.is_autocast_available(kind)
+    )
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Nothing run in here is differentiated, autocast, or seen by any mode (selective checkpointing caches by one)."""
+    """Nothing run in here is differentiated, autocast, or seen by any mode (selective checkpointing
+    caches by one).
+    """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(function_modes_off())
@@ -60,7 +68,9 @@ def isolated() -> Iterator[None]:
 
 
 def kernel_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of ``tensor`` is computed right here: autocast's, where it is on."""
+    """The dtype in which a matrix product of ``tensor`` is computed right here: autocast's, where
+    it is on.
+    """
     device_type = tensor.device.type
     if not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
         return tensor.dtype
@@ -68,7 +78,8 @@ def kernel_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def nearest_module(names: ModuleNames) -> nn.Module | None:
-    """The module whose method called this; None where the nearest module is none of the model's (a teacher, a criterion).
+    """The module whose method called this; None where the nearest module is none of the model's (a
+    teacher, a criterion).
 
     A bare ``nn.Softmax`` stands for the module that holds it.
     """
@@ -95,12 +106,15 @@ Layout = Callable[[Tensor], Tensor]
 """Lays out ``[..., L, D]`` as ``[B, H, L, D]``."""
 
 
-def layout(shape: torch.Size, module: nn.Module, *, grouped: bool = False, operand: Tensor | None = None) -> Layout:
+def layout(
+    shape: torch.Size, module: nn.Module, *, grouped: bool = False, operand: Tensor | None = None
+) -> Layout:
     """How tensors of ``shape`` and of its like are laid out by batch and head.
 
-    One leading dimension is batch times the heads that ``module`` has, or batch alone. Of three or more, the first is batch and
-    the others are heads where they make up the module's number of heads or ``grouped`` says so; else one of them is heads, and
-    the others (windows, blocks) are batch: see :func:`head_dimension`.
+    One leading dimension is batch times the heads that ``module`` has, or batch alone. Of three or
+    more, the first is batch and the others are heads where they make up the module's number of
+    heads or ``grouped`` says so; else one of them is heads, and the others (windows, blocks) are
+    batch: see :func:`head_dimension`.
 
     Args:
         shape: ``[..., L, D]``.
@@ -123,8 +137,9 @@ def layout(shape: torch.Size, module: nn.Module, *, grouped: bool = False, opera
 def head_dimension(shape: torch.Size, heads: int | None, operand: Tensor | None) -> int:
     """Which of several leading dimensions is the heads.
 
-    It is the one of the size that the module says. Among equals, and where it says nothing, it is the one that lies beside the
-    head dimension in the memory of ``operand``, as a projection has put it there; else the last.
+    It is the one of the size that the module says. Among equals, and where it says nothing, it is
+    the one that lies beside the head dimension in the memory of ``operand``, as a projection has
+    put it there; else the last.
     """
     fitting = [d for d in range(len(shape) - 2) if shape[d] == heads] or list(range(len(shape) - 2))
     if operand is not None and operand.ndim == len(shape) and operand.stride(-1) == 1:
@@ -135,11 +150,17 @@ def head_dimension(shape: torch.Size, heads: int | None, operand: Tensor | None)
 
 
 def with_heads(tensor: Tensor) -> Tensor:
-    """``[..., H, L, D]`` as ``[B, H, L, D]``: what comes before the heads is batch, and what is missing has size 1."""
+    """``[..., H, L, D]`` as ``[B, H, L, D]``: what comes before the heads is batch, and what is
+    missing has size 1.
+    """
     while tensor.ndim < 4:
         tensor = tensor.unsqueeze(0)
     return tensor.flatten(0, -4)
 
 
-Handler = Callable[["AttentionCapture", Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
-"""Runs one torch function for the model, and records what it learns: ``(capture, function, args, kwargs) -> result``."""
+Handler = Callable[
+    ["AttentionCapture", Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any
+]
+"""Runs one torch function for the model, and records what it learns: ``(capture, function, args,
+kwargs) -> result``.
+"""

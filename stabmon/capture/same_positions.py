@@ -13,14 +13,19 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from stabmon.capture.names import ModuleNames
 
-NO_SOURCE = re.compile(r"mask|bias|pos|rotary|rope|freqs|cos|sin|rel|residual|^value|^v$|alibi|object_quer")
+NO_SOURCE = re.compile(
+    r"mask|bias|pos|rotary|rope|freqs|cos|sin|rel|residual|^value|^v$|alibi|object_quer"
+)
 """Names of tensors that no queries or keys are made of."""
 MODULES = 3
-"""Modules from the attending one outward that are asked; an inner one may be given only finished queries and keys."""
+"""Modules from the attending one outward that are asked; an inner one may be given only finished
+queries and keys.
+"""
 
 
 def attends_itself(module: nn.Module, names: ModuleNames, queries: int, keys: int) -> bool:
-    """Whether queries and keys of a call of ``module`` are made of one and the same sequence, the last of them aligned.
+    """Whether queries and keys of a call of ``module`` are made of one and the same sequence, the
+    last of them aligned.
 
     False also where it cannot be told. Keys of earlier tokens may stand before.
 
@@ -30,7 +35,9 @@ def attends_itself(module: nn.Module, names: ModuleNames, queries: int, keys: in
         queries: Q.
         keys: K.
     """
-    if keys < queries or (keys != queries and isinstance(module, nn.MultiheadAttention)):  # its extra keys stand at the end
+    if keys < queries or (
+        keys != queries and isinstance(module, nn.MultiheadAttention)
+    ):  # its extra keys stand at the end
         return False
     asked = 0
     frame: FrameType | None = sys._getframe(1)
@@ -49,7 +56,12 @@ def attends_itself(module: nn.Module, names: ModuleNames, queries: int, keys: in
 def _sources(frame: FrameType) -> Iterator[Tensor]:
     """The hidden states among a function's arguments, ``[B, L, C]`` or ``[L, B, C]``."""
     code = frame.f_code
-    count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 0x04) + bool(code.co_flags & 0x08)
+    count = (
+        code.co_argcount
+        + code.co_kwonlyargcount
+        + bool(code.co_flags & 0x04)
+        + bool(code.co_flags & 0x08)
+    )
     variables = frame.f_locals
     given: dict[str, Any] = {name: variables.get(name) for name in code.co_varnames[1:count]}
     if (
@@ -62,5 +74,10 @@ def _sources(frame: FrameType) -> Iterator[Tensor]:
         elif isinstance(value, tuple):
             given |= {f"{name} {i}": each for i, each in enumerate(value)}
     for name, value in given.items():
-        if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point() and not NO_SOURCE.search(str(name)):
+        if (
+            isinstance(value, Tensor)
+            and value.ndim == 3
+            and value.is_floating_point()
+            and not NO_SOURCE.search(str(name))
+        ):
             yield value

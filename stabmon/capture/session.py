@@ -1,4 +1,6 @@
-"""One capture: adapters installed in a model's way for as long as it is open, and taken out again without trace."""
+"""One capture: adapters installed in a model's way for as long as it is open, and taken out again
+without trace.
+"""
 
 from __future__ import annotations
 
@@ -27,30 +29,40 @@ logger = logging.getLogger(__name__)
 
 INTERFACE, COMPILED = TransformersInterface(), CompiledCode()
 QUIET = 2
-"""Openings in a row that transformers' interface explained alone, after which torch functions are watched no longer."""
+"""Openings in a row that transformers' interface explained alone, after which torch functions are
+watched no longer.
+"""
 
 
 class AttentionCapture:
-    """Shows every attention call that an unmodified model makes while this is open, and changes nothing.
+    """Shows every attention call that an unmodified model makes while this is open, and changes
+    nothing.
 
-    A context manager that can be entered any number of times, one after the other. Only calls that the entering thread
-    makes are seen, and none that a backward begun since makes (activation checkpoints run a forward again there).
+    A context manager that can be entered any number of times, one after the other. Only calls that
+    the entering thread makes are seen, and none that a backward begun since makes (activation
+    checkpoints run a forward again there).
 
     Args:
         model: the model as it trains; compiled, wrapped or plain.
-        on_call: receives each call as it happens, before the model's own kernel runs, with gradients, autocast and all
-            patches and modes off. It must not keep the tensors and must not draw from the global random generators.
-        modules: ``fnmatch`` patterns of module names whose softmax is attention, whatever it was computed from.
-        on_error: receives what goes wrong in ``on_call`` or in here; logged once a capture where None.
-        thorough: always watch torch functions, also where transformers' attention interface has shown everything so far.
-        at_once: show a softmax over a product when it is taken, whether or not anything uses it as weights.
+        on_call: receives each call as it happens, before the model's own kernel runs, with
+            gradients, autocast and all patches and modes off. It must not keep the tensors and must
+            not draw from the global random generators.
+        modules: ``fnmatch`` patterns of module names whose softmax is attention, whatever it was
+            computed from.
+        on_error: receives what goes wrong in ``on_call`` or in here; logged once a capture where
+            None.
+        thorough: always watch torch functions, also where transformers' attention interface has
+            shown everything so far.
+        at_once: show a softmax over a product when it is taken, whether or not anything uses it as
+            weights.
 
     Attributes:
         calls: adapter name -> calls seen since it was last entered.
-        unseen: calls of compiled code since it was last entered that were not looked into: a compiled function that is no
-            module's forward, or a compiled module run without gradients. Where ``calls`` stays empty besides, the whole
-            training step is compiled.
-        witness: tells which attention of the model was seen and which was not, as far as some openings show it.
+        unseen: calls of compiled code since it was last entered that were not looked into: a
+            compiled function that is no module's forward, or a compiled module run without
+            gradients. Where ``calls`` stays empty besides, the whole training step is compiled.
+        witness: tells which attention of the model was seen and which was not, as far as some
+            openings show it.
     """
 
     def __init__(
@@ -87,7 +99,10 @@ class AttentionCapture:
 
     def __enter__(self) -> AttentionCapture:
         if self.thread is not None:
-            raise RuntimeError("this AttentionCapture is open already: leave it before entering it again, or make a second one")
+            raise RuntimeError(
+                "this AttentionCapture is open already: leave it before entering it again, or "
+                "make a second one"
+            )
         self.names = ModuleNames(self.model)
         self.calls, self.unseen, self._inside = {}, 0, 0
         self._openings += 1
@@ -119,8 +134,14 @@ class AttentionCapture:
         return "; ".join(part.looks_for for part in (INTERFACE, FunctionWatch, COMPILED))
 
     def listening(self) -> bool:
-        """Whether a call made right now by this thread is one of the model's own forward, not seen further out already."""
-        return not self._inside and self.thread == threading.get_ident() and torch._C._current_graph_task_id() == self._graph_task
+        """Whether a call made right now by this thread is one of the model's own forward, not seen
+        further out already.
+        """
+        return (
+            not self._inside
+            and self.thread == threading.get_ident()
+            and torch._C._current_graph_task_id() == self._graph_task
+        )
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -134,13 +155,16 @@ class AttentionCapture:
             self._inside -= 1
             self.witness.covers(start)
 
-    def record(self, adapter: str, module: nn.Module, describe: Callable[[str], AttentionCall]) -> None:
+    def record(
+        self, adapter: str, module: nn.Module, describe: Callable[[str], AttentionCall]
+    ) -> None:
         """Count one call of ``module`` and show it to ``on_call``; never raises.
 
         Args:
             adapter: the name under which the call is counted.
             module: the module that attends; one of the model's.
-            describe: makes the record from the layer's name; run with gradients, autocast and modes off.
+            describe: makes the record from the layer's name; run with gradients, autocast and modes
+                off.
         """
         self.calls[adapter] = self.calls.get(adapter, 0) + 1
         self.witness.recorded(self.names.name_of(module) or "")
@@ -149,13 +173,19 @@ class AttentionCapture:
             self._on_call(self._with_positions(hide_unreachable(describe(layer)), module))
 
     def _with_positions(self, call: AttentionCall, module: nn.Module) -> AttentionCall:
-        """The call with ``is_self`` set, where it makes a difference: where some key may be hidden."""
+        """The call with ``is_self`` set, where it makes a difference: where some key may be
+        hidden.
+        """
         if call.mask is None and call.scores is None:
             return call
-        query, key = (call.query, call.key) if call.scores is None else (call.scores, call.scores.mT)
+        query, key = (
+            (call.query, call.key) if call.scores is None else (call.scores, call.scores.mT)
+        )
         assert query is not None
         assert key is not None
-        return replace(call, is_self=attends_itself(module, self.names, query.shape[2], key.shape[2]))
+        return replace(
+            call, is_self=attends_itself(module, self.names, query.shape[2], key.shape[2])
+        )
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -175,7 +205,9 @@ class AttentionCapture:
                 logger.exception("the receiver of attention capture's errors failed")
         if not self._logged:
             self._logged = True
-            logger.warning("attention capture failed, and goes on without this call: %s", error, exc_info=error)
+            logger.warning(
+                "attention capture failed, and goes on without this call: %s", error, exc_info=error
+            )
 
     def declined(self) -> None:
         """Attention has been met that only watching torch functions can show."""

@@ -5,4 +5,10 @@ from stabmon.check.config import CheckConfig
 from stabmon.check.judging.findings import Finding, Recommendation
 from stabmon.check.report.report import StabilityReport
 
-__all__ = ["CheckConfig", "Finding", "Recommendation", "StabilityReport", "check_attention_stability"]
+__all__ = [
+    "CheckConfig",
+    "Finding",
+    "Recommendation",
+    "StabilityReport",
+    "check_attention_stability",
+]

@@ -31,27 +31,33 @@ def check_attention_stability(
     subject: str | None = None,
     analytic: bool = False,
 ) -> StabilityReport:
-    """Say before training whether a model's attention is going to be stable, from its weights and one forward and backward.
+    """Say before training whether a model's attention is going to be stable, from its weights and
+    one forward and backward.
 
-    The model, its gradients, its training mode, its buffers and the random generators are left exactly as they were.
+    The model, its gradients, its training mode, its buffers and the random generators are left
+    exactly as they were.
 
     Args:
         model: any module that attends; as it is going to be trained.
-        sample_input: what its forward takes: a mapping of keyword arguments, a tuple of positional ones, or one tensor. With labels,
-            the backward starts at the model's own loss, else at the mean square of its output.
-        config: a :class:`CheckConfig`, a mapping of its fields (``{"dtype": "bf16", "seq_len": 4096}``), a dtype's name, or None.
+        sample_input: what its forward takes: a mapping of keyword arguments, a tuple of positional
+            ones, or one tensor. With labels, the backward starts at the model's own loss, else at
+            the mean square of its output.
+        config: a :class:`CheckConfig`, a mapping of its fields (``{"dtype": "bf16", "seq_len":
+            4096}``), a dtype's name, or None.
         subject: what the report calls the model; its class if None.
         analytic: the weights were made for this check, so that findings are to be called analytic.
 
     Returns:
-        The report, also a mapping with ``expected_logit_max`` (largest score to expect of a row), ``curvature_bound`` (the tight bound on
-        the softmax's curvature in query and keys, not its logarithm), ``precision_bits_needed`` (mantissa bits, on the path that the
-        model takes; 8 are bfloat16's, 11 float16's), ``float16_safe``, ``bfloat16_safe``, ``recommendations`` (empty for a healthy
-        model), ``findings``, ``precision`` and ``heads``.
+        The report, also a mapping with ``expected_logit_max`` (largest score to expect of a row),
+        ``curvature_bound`` (the tight bound on the softmax's curvature in query and keys, not its
+        logarithm), ``precision_bits_needed`` (mantissa bits, on the path that the model takes; 8
+        are bfloat16's, 11 float16's), ``float16_safe``, ``bfloat16_safe``, ``recommendations``
+        (empty for a healthy model), ``findings``, ``precision`` and ``heads``.
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: for a configuration that cannot be, or if no attention was seen; what the model itself raises is passed on.
+        ValueError: for a configuration that cannot be, or if no attention was seen; what the model
+            itself raises is passed on.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
@@ -59,7 +65,9 @@ def check_attention_stability(
     args, kwargs = _arguments(sample_input)
     subject = subject or type(model).__name__
     if bad := bad_weights(model):
-        return StabilityReport(subject, settings, settings.seq_len or 0, (), (_bad_weights(bad),), (), analytic)
+        return StabilityReport(
+            subject, settings, settings.seq_len or 0, (), (_bad_weights(bad),), (), analytic
+        )
     seen = observe(model, args, kwargs, settings)
     views = tuple(layer_views(seen, settings.seq_len))
     basis: Basis = "analytic" if analytic else "measured"
@@ -96,8 +104,12 @@ def check_attention_stability(
 
 
 def bad_weights(model: nn.Module) -> dict[str, str]:
-    """Every parameter that is not finite, and every buffer with a NaN, by name, with how many of its values are bad."""
-    found = {clean_name(name): bad for name, each in model.named_parameters() if (bad := count_bad(each))}
+    """Every parameter that is not finite, and every buffer with a NaN, by name, with how many of
+    its values are bad.
+    """
+    found = {
+        clean_name(name): bad for name, each in model.named_parameters() if (bad := count_bad(each))
+    }
     for name, each in model.named_buffers():
         if each.is_floating_point() and bool(each.isnan().any()):
             found[clean_name(name)] = count_bad(each)
@@ -110,7 +122,17 @@ def _bad_weights(bad: Mapping[str, str]) -> Finding:
     first = next(iter(bad))
     layer = first.rpartition(".")[0] or None
     text = f"weights are not finite: {', '.join(named)}{more}; nothing else can be checked"
-    return Finding("non_finite", "critical", "analytic", len(bad), 0, text, layer, None, finite_weights(", ".join(bad)[:200]))
+    return Finding(
+        "non_finite",
+        "critical",
+        "analytic",
+        len(bad),
+        0,
+        text,
+        layer,
+        None,
+        finite_weights(", ".join(bad)[:200]),
+    )
 
 
 def _region(views: Sequence[LayerView], settings: CheckConfig) -> dict[str, Any]:
@@ -125,9 +147,15 @@ def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(sample), {}
     if isinstance(sample, Tensor):
         return (sample,), {}
-    raise ValueError(f"sample_input is a {type(sample).__name__}: give a mapping of keyword arguments, a tuple, or a tensor")
+    raise ValueError(
+        f"sample_input is a {type(sample).__name__}: give a mapping of keyword arguments, a "
+        "tuple, or a tensor"
+    )
 
 
 def _unknown(views: Sequence[LayerView]) -> list[str]:
     reasons = dict.fromkeys(view.unknown for view in views if view.unknown)
-    return [f"weights are not told apart by head, so nothing is expected of them: {reason}" for reason in reasons]
+    return [
+        f"weights are not told apart by head, so nothing is expected of them: {reason}"
+        for reason in reasons
+    ]

@@ -23,7 +23,9 @@ class CheckConfig:
     """
 
     dtype: str = "fp32"
-    """The precision to train in: ``fp16``, ``bf16`` or ``fp32``. Half precision is autocast, weights staying as they are."""
+    """The precision to train in: ``fp16``, ``bf16`` or ``fp32``. Half precision is autocast,
+    weights staying as they are.
+    """
     seq_len: int | None = None
     """The length to train at, in tokens; None for the sample's own."""
     seed: int = 0
@@ -31,11 +33,17 @@ class CheckConfig:
     rows: int = 64
     """Query rows a head, spread over the positions, on which rounding is tried out."""
     condensed_warning: float = 0.5
-    """Share of ln n, in [0, 1], below which the entropy expected at initialisation is a warning: half of all spread is gone."""
+    """Share of ln n, in [0, 1], below which the entropy expected at initialisation is a warning:
+    half of all spread is gone.
+    """
     moved_warning: float = 0.05
-    """Probability that rounding moves in a head's mean row, in [0, 1], from which on it is a warning; twice that is an error."""
+    """Probability that rounding moves in a head's mean row, in [0, 1], from which on it is a
+    warning; twice that is an error.
+    """
     product_warning: float = 16_384.0
-    """Largest float16 product of query and key that is no warning, a quarter of the range; twice that is an error."""
+    """Largest float16 product of query and key that is no warning, a quarter of the range; twice
+    that is an error.
+    """
     least_head_dim: int = 16
     """Head dimension below which a head is worth a warning."""
     region: bool = False
@@ -48,7 +56,9 @@ class CheckConfig:
             raise ValueError(f"dtype {self.dtype!r}: use {', '.join(DTYPES)}")
         for name in ("seq_len", "rows"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 2):
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 2
+            ):
                 raise ValueError(f"{name} {value!r}: give a whole number of at least 2")
 
     @property
@@ -58,7 +68,8 @@ class CheckConfig:
 
 
 def check_config(config: CheckConfig | Mapping[str, Any] | str | None) -> CheckConfig:
-    """The configuration that a :class:`CheckConfig`, a mapping of its fields, a dtype's name or None stands for.
+    """The configuration that a :class:`CheckConfig`, a mapping of its fields, a dtype's name or
+    None stands for.
 
     Raises:
         ValueError: for a field that is not known, or a value that cannot be.

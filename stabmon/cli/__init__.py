@@ -1,4 +1,6 @@
-"""The ``stabmon`` command. Exit status: 0 done, 1 done with findings, 2 the call or its input is wrong (one line says what)."""
+"""The ``stabmon`` command. Exit status: 0 done, 1 done with findings, 2 the call or its input is
+wrong (one line says what).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from rich.table import Table
 from stabmon.cli import analyze as analyze_command
 from stabmon.registry import Registry
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 FailOn = Annotated[str, typer.Option(help="What counts as a finding: warning or error.")]
 
@@ -33,7 +40,10 @@ app.command("analyze")(analyze_command.analyze)
 @app.command("list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="signals, rules, interventions, controllers, sinks or evictions; all if left out.")
+        str | None,
+        typer.Argument(
+            help="signals, rules, interventions, controllers, sinks or evictions; all if left out."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -55,44 +65,94 @@ def list_(
 @app.command()
 def check(
     model: Annotated[
-        str, typer.Argument(help="A folder, a config.json, a hub name, or package.module:callable giving an nn.Module.")
+        str,
+        typer.Argument(
+            help="A folder, a config.json, a hub name, or package.module:callable giving an "
+            "nn.Module."
+        ),
     ],
     seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Length to train at, in tokens; the config's own if left out.")
+        int | None,
+        typer.Option(min=2, help="Length to train at, in tokens; the config's own if left out."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precision to train in: fp16, bf16 or fp32.")] = "fp32",
-    attn: Annotated[str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")] = None,
-    text: Annotated[str | None, typer.Option(help="A file to take the sample from; random tokens if left out.")] = None,
+    attn: Annotated[
+        str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A file to take the sample from; random tokens if left out.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences in the sample.")] = 1,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate to judge; --sweep tries rates around it.")] = None,
-    schedule: Annotated[str, typer.Option(help="constant, linear or cosine, and warm-up steps: cosine:20.")] = "constant",
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate to judge; --sweep tries rates around it."),
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="constant, linear or cosine, and warm-up steps: cosine:20.")
+    ] = "constant",
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Train a few dozen steps at several rates, and say which blows up.")
+        bool,
+        typer.Option(
+            "--sweep", help="Train a few dozen steps at several rates, and say which blows up."
+        ),
     ] = False,
-    region: Annotated[bool, typer.Option("--region", help="Which temperatures, head sizes and lengths are stable.")] = False,
-    plot: Annotated[str | None, typer.Option(help="Draw the stability region into this file.")] = None,
-    markdown: Annotated[str | None, typer.Option(help="Also write the report into this file.")] = None,
+    region: Annotated[
+        bool,
+        typer.Option("--region", help="Which temperatures, head sizes and lengths are stable."),
+    ] = False,
+    plot: Annotated[
+        str | None, typer.Option(help="Draw the stability region into this file.")
+    ] = None,
+    markdown: Annotated[
+        str | None, typer.Option(help="Also write the report into this file.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all that is random.")] = 0,
     fail_on: FailOn = "error",
     as_json: Json = False,
 ) -> None:
-    """Whether a model's attention is going to be stable, before it is trained, and what to change if not."""
+    """Whether a model's attention is going to be stable, before it is trained, and what to change
+    if not.
+    """
     from stabmon.cli.check import Asked, run
 
     _check_severity(fail_on)
-    asked = Asked(model, seq_len, dtype, attn, text, batch, seed, lr, schedule, sweep, region, plot, as_json, markdown, fail_on)
+    asked = Asked(
+        model,
+        seq_len,
+        dtype,
+        attn,
+        text,
+        batch,
+        seed,
+        lr,
+        schedule,
+        sweep,
+        region,
+        plot,
+        as_json,
+        markdown,
+        fail_on,
+    )
     if run(asked):
         raise typer.Exit(1)
 
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file, such as those in configs/controllers.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to lay over it.")] = None,
-    text: Annotated[str | None, typer.Option(help="Learn this file in place of the default corpus.")] = None,
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, such as those in configs/controllers.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to lay over it.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Learn this file in place of the default corpus.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train attention controllers on a corpus, on a frozen base and with it, and compare them with controls of the same size."""
+    """Train attention controllers on a corpus, on a frozen base and with it, and compare them with
+    controls of the same size.
+    """
     from stabmon.cli.train import train as run
 
     run(config, overrides or [], text=text, as_json=as_json)
@@ -100,7 +160,9 @@ def train(
 
 @app.command()
 def watch(
-    run_dir: Annotated[str, typer.Argument(help="The run's output folder, or the stabmon folder in it.")],
+    run_dir: Annotated[
+        str, typer.Argument(help="The run's output folder, or the stabmon folder in it.")
+    ],
     once: Annotated[bool, typer.Option("--once", help="Show the present state and leave.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
     fail_on: FailOn = "error",
@@ -114,7 +176,11 @@ def watch(
     if as_json:
         latest = records.readings[-1].step if records.readings else None
         issues = [issue.to_dict() for issue in records.issues]
-        print(json.dumps({"step": latest, "readings": len(records.readings), "issues": issues}, default=str))
+        print(
+            json.dumps(
+                {"step": latest, "readings": len(records.readings), "issues": issues}, default=str
+            )
+        )
     elif once or not sys.stdout.isatty():
         Console().print(_view(records))
     else:
@@ -139,7 +205,9 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer's own usage errors have, wherever it keeps their class
+        if not hasattr(
+            error, "format_message"
+        ):  # what typer's own usage errors have, wherever it keeps their class
             raise
         _leave(error.format_message())
     sys.exit(status if isinstance(status, int) else 0)
@@ -190,14 +258,25 @@ def _view(records: Any) -> Table:
     """The newest reading, a row a layer, over the issues that are open."""
     from stabmon.sinks.scalars import dashboard_scalars
 
-    shown = ("normalized_entropy", "max_logit", "max_probability", "hnf_log_curvature", "precision_bits")
+    shown = (
+        "normalized_entropy",
+        "max_logit",
+        "max_probability",
+        "hnf_log_curvature",
+        "precision_bits",
+    )
     if not records.readings:
         return Table(title=f"{records.folder}: no reading yet")
     reading = records.readings[-1]
     loss = "unknown" if reading.loss is None else f"{reading.loss:.4f}"
-    table = Table(title=f"step {reading.step}, loss {loss}, {len(records.readings)} readings", title_justify="left")
+    table = Table(
+        title=f"step {reading.step}, loss {loss}, {len(records.readings)} readings",
+        title_justify="left",
+    )
     for name in ("layer", *shown):
-        table.add_column(name.replace("_", " "), justify="left" if name == "layer" else "right", overflow="fold")
+        table.add_column(
+            name.replace("_", " "), justify="left" if name == "layer" else "right", overflow="fold"
+        )
     scalars = dashboard_scalars(reading, (), alarms=0)
     for layer in reading.layers:
         values = [scalars.get(f"attention_layers/{layer}/{name}") for name in shown]
@@ -211,4 +290,7 @@ def _open_lines(records: Any) -> list[str]:
     newest = records.runs[-1] if records.runs else records
     latest = {issue.key: issue for issue in newest.issues}
     open_ = [issue for issue in latest.values() if issue.state != "closed"]
-    return [f"{i.severity}: {i.issue_type}, {i.where}, since step {i.step}, value {i.value:.4g}" for i in open_]
+    return [
+        f"{i.severity}: {i.issue_type}, {i.where}, since step {i.step}, value {i.value:.4g}"
+        for i in open_
+    ]

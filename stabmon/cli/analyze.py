@@ -23,62 +23,124 @@ LONG = 10.0
 def analyze(
     model: Annotated[
         str | None,
-        typer.Argument(help=("A folder, a config.json, a hub name, or package.module:callable giving an nn.Module.")),
+        typer.Argument(
+            help=(
+                "A folder, a config.json, a hub name, or package.module:callable giving an "
+                "nn.Module."
+            )
+        ),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help=("A text file, token ids as .json, .npy or .pt, or a folder of images for a vision model.")),
+        typer.Option(
+            help=(
+                "A text file, token ids as .json, .npy or .pt, or a folder of images for a vision "
+                "model."
+            )
+        ),
     ] = None,
     ids: Annotated[
         str | None,
-        typer.Option(help=("A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a line.")),
+        typer.Option(
+            help=(
+                "A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a "
+                "line."
+            )
+        ),
     ] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help=("rollout, patterns, cake or heatmap; rollout if left out, with --from all that are stored.")),
+        typer.Option(
+            help=(
+                "rollout, patterns, cake or heatmap; rollout if left out, with --from all that "
+                "are stored."
+            )
+        ),
     ] = None,
-    out: Annotated[str | None, typer.Option(help=f"Folder for what is found; {OUT} if left out.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help=f"Folder for what is found; {OUT} if left out.")
+    ] = None,
     stored: Annotated[
         str | None,
-        typer.Option("--from", help="Draw again from the numbers in this folder, without the model."),
+        typer.Option(
+            "--from", help="Draw again from the numbers in this folder, without the model."
+        ),
     ] = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Numbers and ranges (0,4-7) or a regular expression; all if left out."),
     ] = None,
-    heads: Annotated[str | None, typer.Option(help="Numbers and ranges of query heads; all if left out.")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Numbers and ranges of query heads; all if left out.")
+    ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help=("Positions to attribute, or of the query to look at; negative ones count from the end.")),
+        typer.Option(
+            help=(
+                "Positions to attribute, or of the query to look at; negative ones count from the "
+                "end."
+            )
+        ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Stretches of the text, rows of ids, or images.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a sample; at most 256 if left out.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Stretches of the text, rows of ids, or images.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens a sample; at most 256 if left out.")
+    ] = None,
     stack: Annotated[
         str | None,
-        typer.Option(help="rollout: which stack of a model with several, or joined for encoder and decoder."),
+        typer.Option(
+            help="rollout: which stack of a model with several, or joined for encoder and decoder."
+        ),
     ] = None,
-    weighting: Annotated[str | None, typer.Option(help="rollout: gradient, for the class-specific form.")] = None,
-    head_fusion: Annotated[str | None, typer.Option(help="rollout: mean, max or min over the heads.")] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help="rollout: gradient, for the class-specific form.")
+    ] = None,
+    head_fusion: Annotated[
+        str | None, typer.Option(help="rollout: mean, max or min over the heads.")
+    ] = None,
     cache_size: Annotated[
         str | None,
-        typer.Option(help=("cake: keys a head keeps on average over layers (128), or a share of the prompt (0.25).")),
+        typer.Option(
+            help=(
+                "cake: keys a head keeps on average over layers (128), or a share of the prompt "
+                "(0.25)."
+            )
+        ),
     ] = None,
-    window: Annotated[int | None, typer.Option(help="cake: last queries that judge the keys; 32 if left out.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="cake: last queries that judge the keys; 32 if left out.")
+    ] = None,
     tau1: Annotated[float | None, typer.Option(help="cake: temperature of the dispersion.")] = None,
     tau2: Annotated[float | None, typer.Option(help="cake: temperature of the shift.")] = None,
-    gamma: Annotated[float | None, typer.Option(help="cake: weight of the variance in a key's score.")] = None,
-    pool: Annotated[int | None, typer.Option(help="cake: width of the average over neighbouring keys; odd.")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="cake: weight of the variance in a key's score.")
+    ] = None,
+    pool: Annotated[
+        int | None, typer.Option(help="cake: width of the average over neighbouring keys; odd.")
+    ] = None,
     allotment: Annotated[str | None, typer.Option(help="cake: filled or published.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="cake: tokens to generate with the compressed cache.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="cake: tokens to generate with the compressed cache.")
+    ] = None,
     surface: Annotated[
         bool,
         typer.Option("--surface", help="heatmap: also a 3-D surface of each layer, by plotly."),
     ] = False,
     form: Annotated[str, typer.Option("--format", help="Of the figures: png or svg.")] = "png",
-    attn: Annotated[str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights that a config.json alone does not give.")] = 0,
-    fail_on: Annotated[str, typer.Option(help="What counts as a finding: warning or error.")] = "error",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    attn: Annotated[
+        str | None, typer.Option(help="sdpa, eager or flex; the model's own choice if left out.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of weights that a config.json alone does not give.")
+    ] = 0,
+    fail_on: Annotated[
+        str, typer.Option(help="What counts as a finding: warning or error.")
+    ] = "error",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
 ) -> None:
     """Show where attention goes, what each token owes to which, and what a KV cache loses."""
     options = Options(
@@ -174,9 +236,15 @@ def _stored(folder: str, kind: str | None) -> list[Any]:
 
     if not Path(folder).is_dir():
         raise ValueError(f"--from {folder}: no such folder; give one that stabmon analyze wrote")
-    kinds = [kind] if kind else [each for each in STORED_KINDS if (Path(folder) / f"{each}.json").exists()]
+    kinds = (
+        [kind]
+        if kind
+        else [each for each in STORED_KINDS if (Path(folder) / f"{each}.json").exists()]
+    )
     if not kinds:
-        raise ValueError(f"--from {folder}: holds no record; give a folder that stabmon analyze wrote")
+        raise ValueError(
+            f"--from {folder}: holds no record; give a folder that stabmon analyze wrote"
+        )
     return [load_record(folder, each) for each in kinds]
 
 
@@ -209,7 +277,8 @@ def _analysed(options: Options) -> Any:
     if target.analytic:
         notes.insert(
             0,
-            "the weights are random, as the config initialises them: what is shown is the architecture, not a trained model",
+            "the weights are random, as the config initialises them: what is shown is the "
+            "architecture, not a trained model",
         )
     values = {
         **record.values,
@@ -264,7 +333,9 @@ def _command(options: Options) -> str:
 
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Turn what a model raises into a ValueError of one line; transformers keeps quiet meanwhile."""
+    """Turn what a model raises into a ValueError of one line; transformers keeps quiet
+    meanwhile.
+    """
     from stabmon.check.loading.pretrained import quiet
 
     try:
@@ -274,7 +345,9 @@ def _one_line(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{what} ({type(error).__name__}: {reason}); give input that it takes, or fewer samples") from error
+        raise ValueError(
+            f"{what} ({type(error).__name__}: {reason}); give input that it takes, or fewer samples"
+        ) from error
 
 
 @contextmanager
@@ -306,7 +379,9 @@ def _print(told: list[tuple[Any, Any, list[str]]], folder: str, as_json: bool) -
         from stabmon._storage.strict_json import dumps
 
         objects = [_summary(record, page, files, folder) for record, page, files in told]
-        print(dumps(objects[0] if len(objects) == 1 else {"schema_version": 1, "analyses": objects}))
+        print(
+            dumps(objects[0] if len(objects) == 1 else {"schema_version": 1, "analyses": objects})
+        )
         return
     from rich.console import Console
     from rich.text import Text

@@ -59,7 +59,10 @@ def run(asked: Asked) -> int:
         try:
             Path(asked.markdown).write_text(report.to_markdown())
         except OSError as error:
-            raise ValueError(f"--markdown {asked.markdown}: {error.strerror or error}; name a file that can be written") from None
+            raise ValueError(
+                f"--markdown {asked.markdown}: {error.strerror or error}; name a file that can be "
+                "written"
+            ) from None
     if asked.as_json:
         print(dumps(report.to_dict()))
     else:
@@ -74,18 +77,31 @@ def check(asked: Asked) -> StabilityReport:
     _check(asked)
     attention = None if asked.attn is None else ATTENTION[asked.attn]
     settings = CheckConfig(
-        dtype=asked.dtype, seq_len=asked.seq_len, seed=asked.seed, region=asked.region or asked.plot is not None
+        dtype=asked.dtype,
+        seq_len=asked.seq_len,
+        seed=asked.seed,
+        region=asked.region or asked.plot is not None,
     )
     recipe = Recipe.parse(asked.schedule)
     target = load_target(asked.model, attention, asked.seed)
-    proxy = make_proxy(target, attention, asked.text, trained_length(target, asked.seq_len)) if asked.sweep else None
+    proxy = (
+        make_proxy(target, attention, asked.text, trained_length(target, asked.seq_len))
+        if asked.sweep
+        else None
+    )
     report = _checked(target, asked, settings)
     if asked.plot is not None and report.views:
         _draw(report, asked.plot)
     if proxy is not None and report.views:
         return _swept(report, proxy, recipe, asked)
     if asked.lr is not None:
-        return replace(report, notes=(*report.notes, f"the rate {asked.lr:g} is not judged by a forward alone: add --sweep"))
+        return replace(
+            report,
+            notes=(
+                *report.notes,
+                f"the rate {asked.lr:g} is not judged by a forward alone: add --sweep",
+            ),
+        )
     return report
 
 
@@ -94,7 +110,11 @@ def _swept(report: StabilityReport, proxy: Proxy, recipe: Recipe, asked: Asked) 
 
     def told(run: ShortRun) -> None:
         if sys.stderr.isatty():
-            print(f"rate {run.rate:.3g}: largest score {run.scores[-1].max():.3g}, loss {run.losses[-1]:.3f}", file=sys.stderr)
+            print(
+                f"rate {run.rate:.3g}: largest score {run.scores[-1].max():.3g}, loss "
+                f"{run.losses[-1]:.3f}",
+                file=sys.stderr,
+            )
 
     with told_in_one_line(f"--sweep: training on {proxy.length} tokens a row failed"):
         found = sweep_rates(
@@ -136,19 +156,28 @@ def _draw(report: StabilityReport, path: str) -> None:
     try:
         region_plot(Origin.of(report.views), report.config, path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--plot {path}: {error}; name a file that can be written, such as region.png") from None
+        raise ValueError(
+            f"--plot {path}: {error}; name a file that can be written, such as region.png"
+        ) from None
 
 
 def _checked(target: Target, asked: Asked, settings: CheckConfig) -> StabilityReport:
     length = trained_length(target, asked.seq_len)
     tokens = sample_length(target, length, asked.batch)
     sample, notes = make_sample(target, tokens, asked.batch, asked.text, asked.seed)
-    if target.sample is None and getattr(target.model, "main_input_name", "input_ids") == "input_ids":
+    if (
+        target.sample is None
+        and getattr(target.model, "main_input_name", "input_ids") == "input_ids"
+    ):
         settings = replace(settings, seq_len=length)
         if tokens < length:
-            notes.append(f"the sample has {tokens} tokens; for {length} its scores were carried over")
+            notes.append(
+                f"the sample has {tokens} tokens; for {length} its scores were carried over"
+            )
     with told_in_one_line(f"{asked.model}: the model failed on a sample of {tokens} tokens"):
-        report = check_attention_stability(target.model, sample, settings, subject=target.subject, analytic=target.analytic)
+        report = check_attention_stability(
+            target.model, sample, settings, subject=target.subject, analytic=target.analytic
+        )
     return replace(report, notes=(*target.notes, *notes, *report.notes))
 
 

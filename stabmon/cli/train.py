@@ -13,8 +13,11 @@ from stabmon.study.settings import read_settings
 from stabmon.study.study import StudySettings, run_study
 
 
-def train(config: str, overrides: Sequence[str] = (), *, text: str | None = None, as_json: bool = False) -> None:
-    """Run the study that ``config`` and ``overrides`` describe, and print its table; it lies in ``run_dir`` too.
+def train(
+    config: str, overrides: Sequence[str] = (), *, text: str | None = None, as_json: bool = False
+) -> None:
+    """Run the study that ``config`` and ``overrides`` describe, and print its table; it lies in
+    ``run_dir`` too.
 
     Args:
         config: a YAML file, such as those in configs/controllers.
@@ -28,7 +31,9 @@ def train(config: str, overrides: Sequence[str] = (), *, text: str | None = None
     """
     named = [f"corpus.text={json.dumps(text)}"] if text else []
     settings = read_settings(StudySettings, config, [*overrides, *named])
-    folder = run_study(settings, lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None)
+    folder = run_study(
+        settings, lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None
+    )
     found = summary(settings, folder)
     (folder / "table.md").write_text(markdown(found, len(settings.seeds)))
     (folder / "table.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -1,4 +1,6 @@
-"""What a monitor is told: a preset, a YAML file or a :class:`StabilityConfig`, with keyword overrides."""
+"""What a monitor is told: a preset, a YAML file or a :class:`StabilityConfig`, with keyword
+overrides.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ _DEFAULT_SIGNALS = (
 
 @dataclass(frozen=True)
 class StabilityConfig:
-    """Everything a monitor can be told. The fields of ``observe.yaml``, which explains each in a line.
+    """Everything a monitor can be told. The fields of ``observe.yaml``, which explains each in a
+    line.
 
     Raises:
         ValueError: naming the field, its value and what is known, for anything that cannot be.
@@ -62,11 +65,15 @@ class StabilityConfig:
                 raise ValueError(f"{name}: {value!r} must be a whole number of at least {least}")
         rows = self.sample_rows
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-            raise ValueError(f"sample_rows: {rows!r} must be a whole number of at least 1, or null for all rows")
+            raise ValueError(
+                f"sample_rows: {rows!r} must be a whole number of at least 1, or null for all rows"
+            )
         if not isinstance(self.watch_every_step, bool):
             raise ValueError(f"watch_every_step: {self.watch_every_step!r} must be true or false")
         if self.engine != "auto" and self.engine not in ENGINES:
-            raise ValueError(f"engine: unknown engine {self.engine!r}. Known: auto, {', '.join(ENGINES)}")
+            raise ValueError(
+                f"engine: unknown engine {self.engine!r}. Known: auto, {', '.join(ENGINES)}"
+            )
         for name in ("signals", "sinks", "attention_modules"):
             value = getattr(self, name)
             if isinstance(value, str) or not isinstance(value, Sequence):
@@ -74,7 +81,9 @@ class StabilityConfig:
         if odd := [each for each in self.attention_modules if not isinstance(each, str)]:
             raise ValueError(f"attention_modules: {odd[0]!r} must be a pattern of module names")
         if not self.signals:
-            raise ValueError("signals: the list is empty, name at least one (`stabmon list signals`)")
+            raise ValueError(
+                "signals: the list is empty, name at least one (`stabmon list signals`)"
+            )
         for name in self.signals:
             SIGNALS[name]
         for each in self.sinks:
@@ -127,7 +136,9 @@ class StabilityConfig:
                 raise ValueError(f"rules.{name}: {levels!r} must map levels to values, or be false")
             known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
             if unknown := set(levels) - set(known):
-                raise ValueError(f"rules.{name}: unknown level {sorted(unknown)[0]!r}. Known: {', '.join(known)}")
+                raise ValueError(
+                    f"rules.{name}: unknown level {sorted(unknown)[0]!r}. Known: {', '.join(known)}"
+                )
             for level, value in levels.items():
                 if isinstance(value, str | bool) or not isinstance(value, int | float):
                     raise ValueError(f"rules.{name}.{level}: {value!r} must be a number")
@@ -141,9 +152,13 @@ class StabilityConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, one entry a field."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["sinks"] = [each if isinstance(each, str) else type(each).__name__ for each in self.sinks]
+        values["sinks"] = [
+            each if isinstance(each, str) else type(each).__name__ for each in self.sinks
+        ]
         for each in ("rules", "interventions"):
-            values[each] = {name: dict(v) if isinstance(v, Mapping) else v for name, v in values[each].items()}
+            values[each] = {
+                name: dict(v) if isinstance(v, Mapping) else v for name, v in values[each].items()
+            }
         values["budget"] = dict(self.budget)
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
@@ -151,12 +166,17 @@ class StabilityConfig:
 def presets() -> list[str]:
     """Names of the presets that come with the package."""
     return sorted(
-        entry.name.removesuffix(".yaml") for entry in files("stabmon.config.presets").iterdir() if entry.name.endswith(".yaml")
+        entry.name.removesuffix(".yaml")
+        for entry in files("stabmon.config.presets").iterdir()
+        if entry.name.endswith(".yaml")
     )
 
 
-def load_config(config: str | Path | StabilityConfig | None = "observe", **overrides: Any) -> StabilityConfig:
-    """The configuration that a preset's name, a YAML file's path or a :class:`StabilityConfig` stands for.
+def load_config(
+    config: str | Path | StabilityConfig | None = "observe", **overrides: Any
+) -> StabilityConfig:
+    """The configuration that a preset's name, a YAML file's path or a :class:`StabilityConfig`
+    stands for.
 
     Args:
         config: see above; None is ``"observe"``.
@@ -169,7 +189,8 @@ def load_config(config: str | Path | StabilityConfig | None = "observe", **overr
     10
     >>> load_config("obsrve")
     Traceback (most recent call last):
-    ValueError: config 'obsrve' is neither a preset (guard, observe) nor a YAML file: give one of these
+    ValueError: config 'obsrve' is neither a preset (guard, observe) nor a YAML file: give one of
+        these
     """
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if isinstance(config, StabilityConfig):
@@ -177,21 +198,32 @@ def load_config(config: str | Path | StabilityConfig | None = "observe", **overr
         return replace(config, **overrides)
     name = str(config or "observe")
     if name in presets():
-        text, where = (files("stabmon.config.presets") / f"{name}.yaml").read_text(), f"preset {name}"
+        text, where = (
+            (files("stabmon.config.presets") / f"{name}.yaml").read_text(),
+            f"preset {name}",
+        )
     elif Path(name).suffix in {".yaml", ".yml"} or Path(name).is_file():
         where = name
         try:
             text = Path(name).read_text()
         except OSError as error:
-            raise ValueError(f"config {name}: {error.strerror or error}; give a readable YAML file or a preset's name") from None
+            raise ValueError(
+                f"config {name}: {error.strerror or error}; give a readable YAML file or a "
+                "preset's name"
+            ) from None
     else:
-        raise ValueError(f"config {name!r} is neither a preset ({', '.join(presets())}) nor a YAML file: give one of these")
+        raise ValueError(
+            f"config {name!r} is neither a preset ({', '.join(presets())}) nor a YAML file: give "
+            "one of these"
+        )
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not valid YAML, {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: holds a {type(values).__name__}, must map field names to values")
+        raise ValueError(
+            f"{where}: holds a {type(values).__name__}, must map field names to values"
+        )
     _check_keys(values, where)
     _check_keys(overrides, "argument")
     try:

@@ -1,4 +1,5 @@
-"""Learned and linear attention in unmodified models: each controller one file, its formulas and nothing else.
+"""Learned and linear attention in unmodified models: each controller one file, its formulas and
+nothing else.
 
 >>> from stabmon.controllers import CONTROLLERS
 >>> list(CONTROLLERS)

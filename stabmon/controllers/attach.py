@@ -11,7 +11,14 @@ from torch import nn
 
 from stabmon.capture.names import clean_name
 from stabmon.capture.protocol import head_count
-from stabmon.controllers.attention_function import CHILD, ControlledConfig, after, before, looks_up, unregister
+from stabmon.controllers.attention_function import (
+    CHILD,
+    ControlledConfig,
+    after,
+    before,
+    looks_up,
+    unregister,
+)
 from stabmon.controllers.base import CONTROLLERS, Controller, Site
 
 CROSS = ("cross", "encoder_attn", "encdecattention", "enc_attn")
@@ -20,7 +27,8 @@ Layers = str | int | Sequence[str | int] | None
 
 
 class Controllers(nn.ModuleDict):
-    """The controllers of a model by module name, with ``/`` for the dots; they are submodules of their attention modules too.
+    """The controllers of a model by module name, with ``/`` for the dots; they are submodules of
+    their attention modules too.
 
     Attributes:
         controlled: a tuple of the model, which so is no submodule of this.
@@ -35,34 +43,44 @@ class Controllers(nn.ModuleDict):
         return {name.replace("/", "."): member for name, member in self.items()}  # type: ignore[misc]
 
 
-def attach_controllers(model: nn.Module, kind: str = "info_density", *, layers: Layers = None, **options: Any) -> Controllers:
+def attach_controllers(
+    model: nn.Module, kind: str = "info_density", *, layers: Layers = None, **options: Any
+) -> Controllers:
     """Put a controller into every self-attention module of a transformers model.
 
-    Their parameters are the model's from then on, under ``<attention module>.stabmon_controller.``: give them to the optimizer,
-    and wrap the model for distributed training after this. Weights, config and classes of the model stay as they are.
+    Their parameters are the model's from then on, under ``<attention module>.stabmon_controller.``:
+    give them to the optimizer, and wrap the model for distributed training after this. Weights,
+    config and classes of the model stay as they are.
 
     Args:
-        model: any model whose attention modules look their function up in transformers' attention interface; wrapped or plain.
+        model: any model whose attention modules look their function up in transformers' attention
+            interface; wrapped or plain.
         kind: a name of ``stabmon list controllers``.
-        layers: which modules: patterns of their names, or their places counted from 0 (-1 is the last); None for all.
+        layers: which modules: patterns of their names, or their places counted from 0 (-1 is the
+            last); None for all.
         options: what the controller takes, such as ``form="key_bias"`` of ``info_density``.
 
     Returns:
         The controllers, an ``nn.ModuleDict``.
 
     Raises:
-        ValueError: if the model has none such module, has controllers already, or a name or an option is wrong.
+        ValueError: if the model has none such module, has controllers already, or a name or an
+            option is wrong.
     """
     cls = CONTROLLERS[kind]
     if find_controllers(model):
-        raise ValueError("the model has controllers already: take them out with detach_controllers(model) first")
+        raise ValueError(
+            "the model has controllers already: take them out with detach_controllers(model) first"
+        )
     sites = chosen(find_sites(model), layers)
     members = {}
     for site, _ in sites:
         try:
             members[site.name] = cls(site, **options)
         except TypeError as error:
-            raise ValueError(f"{kind}: {str(error).split('.')[-1].removeprefix('__init__() ')}") from error
+            raise ValueError(
+                f"{kind}: {str(error).split('.')[-1].removeprefix('__init__() ')}"
+            ) from error
     for site, module in sites:
         members[site.name].kind, members[site.name].options = kind, options
         put(module, members[site.name])
@@ -70,7 +88,9 @@ def attach_controllers(model: nn.Module, kind: str = "info_density", *, layers: 
 
 
 def detach_controllers(model: nn.Module) -> None:
-    """Take all controllers out of a model and leave it as it was before; one without controllers stays as it is."""
+    """Take all controllers out of a model and leave it as it was before; one without controllers
+    stays as it is.
+    """
     interfaces = set()
     for module in model.modules():
         member = module._modules.get(CHILD)
@@ -97,12 +117,21 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
     Raises:
         ValueError: if there is none.
     """
-    modules = [(clean_name(name) or type(module).__name__, module) for name, module in model.named_modules()]
-    found = [(name, module) for name, module in modules if looks_up(module) is not None and not is_cross(name, module)]
+    modules = [
+        (clean_name(name) or type(module).__name__, module)
+        for name, module in model.named_modules()
+    ]
+    found = [
+        (name, module)
+        for name, module in modules
+        if looks_up(module) is not None and not is_cross(name, module)
+    ]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no self-attention that looks its function up in transformers' attention interface: "
-            "controllers need a model of transformers 5, such as GPT-2, Llama, Qwen, Gemma, BERT or ViT"
+            f"{type(model).__name__} has no self-attention that looks its function up in "
+            "transformers' attention interface: "
+            "controllers need a model of transformers 5, such as GPT-2, Llama, Qwen, Gemma, BERT "
+            "or ViT"
         )
     sites = []
     for index, (name, module) in enumerate(found):
@@ -111,7 +140,8 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
         width = getattr(config, "hidden_size", None)
         if not isinstance(heads, int) or not isinstance(width, int):
             raise ValueError(
-                f"{name}: its config does not tell num_attention_heads and hidden_size: leave it out with layers=[...]"
+                f"{name}: its config does not tell num_attention_heads and hidden_size: leave it "
+                "out with layers=[...]"
             )
         sites.append((Site(name, heads, width, index, len(found)), module))
     return sites
@@ -120,7 +150,9 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
 def is_cross(name: str, module: nn.Module) -> bool:
     """Whether a module attends over the keys of another sequence."""
     words = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
-    return bool(getattr(module, "is_cross_attention", False)) or any(word in words for word in CROSS)
+    return bool(getattr(module, "is_cross_attention", False)) or any(
+        word in words for word in CROSS
+    )
 
 
 def chosen(sites: list[tuple[Site, nn.Module]], layers: Layers) -> list[tuple[Site, nn.Module]]:
@@ -139,7 +171,10 @@ def chosen(sites: list[tuple[Site, nn.Module]], layers: Layers) -> list[tuple[Si
         else:
             hits = {place for place, (site, _) in enumerate(sites) if fnmatchcase(site.name, each)}
         if not hits:
-            raise ValueError(f"layers: {each!r} names none of {sites[0][0].name} ... {sites[-1][0].name} ({len(sites)} modules)")
+            raise ValueError(
+                f"layers: {each!r} names none of {sites[0][0].name} ... {sites[-1][0].name} "
+                f"({len(sites)} modules)"
+            )
         keep |= hits
     return [sites[place] for place in sorted(keep)]
 

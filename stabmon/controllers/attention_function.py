@@ -1,8 +1,10 @@
-"""The attention function of a controlled module: the model's own, called with what the controller makes of queries and keys.
+"""The attention function of a controlled module: the model's own, called with what the controller
+makes of queries and keys.
 
-A controlled module keeps its class, its parameters and its config; only the name under which it looks its attention function up
-is another: see :class:`ControlledConfig`. What it finds there changes queries and keys, and calls the function that it would have
-found. Hooks keep the hidden states that the module was called with for as long as the call lasts.
+A controlled module keeps its class, its parameters and its config; only the name under which it
+looks its attention function up is another: see :class:`ControlledConfig`. What it finds there
+changes queries and keys, and calls the function that it would have found. Hooks keep the hidden
+states that the module was called with for as long as the call lasts.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ PREFIX = "stabmon|"
 
 
 class ControlledConfig:
-    """A module's config, as the module sees it while it is controlled: the same but for the name of the attention function.
+    """A module's config, as the module sees it while it is controlled: the same but for the name of
+    the attention function.
 
     Args:
         config: the config.
@@ -63,13 +66,17 @@ class ControlledConfig:
 
 
 def unregister(interface: type[Any]) -> None:
-    """Take our names out of transformers' table; a module that is still controlled puts its own back when it is next called."""
+    """Take our names out of transformers' table; a module that is still controlled puts its own
+    back when it is next called.
+    """
     for name in [name for name in interface._global_mapping if name.startswith(PREFIX)]:
         del interface._global_mapping[name]
 
 
 def looks_up(module: nn.Module) -> Mapping[str, Any] | None:
-    """The globals of the forward of a module that looks its attention function up in transformers' interface; None for others."""
+    """The globals of the forward of a module that looks its attention function up in transformers'
+    interface; None for others.
+    """
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     if code is None or "get_interface" not in code.co_names or not hasattr(module, "config"):
@@ -78,7 +85,9 @@ def looks_up(module: nn.Module) -> Mapping[str, Any] | None:
     return names if "ALL_ATTENTION_FUNCTIONS" in names else None
 
 
-def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def before(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of a controlled module."""
     controller: Any = getattr(module, CHILD)
     hidden = kwargs.get("hidden_states", args[0] if args else None)
@@ -86,17 +95,23 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[-1] != width:
         found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise ValueError(
-            f"{controller.site.name} was called with {found}, not with hidden states [B, S, {width}]: leave it out with layers=[...]"
+            f"{controller.site.name} was called with {found}, not with hidden states [B, S, "
+            f"{width}]: leave it out with layers=[...]"
         )
     call = controller.call = ControlledCall(controller, hidden)
     if call.new_bias is None:
         return args, kwargs
     remembering = [RememberingCache(each, call) if is_cache(each) else each for each in args]
-    return tuple(remembering), {name: RememberingCache(each, call) if is_cache(each) else each for name, each in kwargs.items()}
+    return tuple(remembering), {
+        name: RememberingCache(each, call) if is_cache(each) else each
+        for name, each in kwargs.items()
+    }
 
 
 def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a controlled module, called whatever happens: hidden states would keep the whole graph."""
+    """Forward hook of a controlled module, called whatever happens: hidden states would keep the
+    whole graph.
+    """
     getattr(module, CHILD).call = None
 
 
@@ -121,7 +136,8 @@ class ControlledAttention:
         module, controller = given["module"], getattr(given["module"], CHILD)
         if given["query"].shape[1] != controller.site.heads:
             raise ValueError(
-                f"{controller.site.name} has {given['query'].shape[1]} heads, not {controller.site.heads}: attach again"
+                f"{controller.site.name} has {given['query'].shape[1]} heads, not "
+                f"{controller.site.heads}: attach again"
             )
         if controller.listener is not None and torch._C._current_graph_task_id() == -1:
             with isolated():
@@ -136,9 +152,11 @@ class ControlledAttention:
         return output + share * (self._linear(controller, given) - output), None
 
     def read_call(self, layer: str, given: Mapping[str, Any], dtype: torch.dtype) -> AttentionCall:
-        """The modified attention of a call, for whoever measures it: without gradients, and before the call is made.
+        """The modified attention of a call, for whoever measures it: without gradients, and before
+        the call is made.
 
-        A key bias is shown as a mask that is added; attention that is in part linear as scores, the logarithms of its weights.
+        A key bias is shown as a mask that is added; attention that is in part linear as scores, the
+        logarithms of its weights.
         """
         controller = getattr(given["module"], CHILD)
         call = self._modified(controller, layer, given, dtype)
@@ -146,7 +164,14 @@ class ControlledAttention:
         if share is None:
             return call
         return AttentionCall(
-            layer, None, None, scale=1.0, scores=log_weights(call, share), dtype=dtype, fused=call.fused, module=call.module
+            layer,
+            None,
+            None,
+            scale=1.0,
+            scores=log_weights(call, share),
+            dtype=dtype,
+            fused=call.fused,
+            module=call.module,
         )
 
     def _tell(self, controller: Any, given: Mapping[str, Any]) -> None:
@@ -160,7 +185,10 @@ class ControlledAttention:
         names = looks_up(module)
         assert names is not None
         code = inspect.unwrap(type(module).forward).__code__
-        eager = next((names[name] for name in code.co_names if name.startswith("eager") and name in names), None)
+        eager = next(
+            (names[name] for name in code.co_names if name.startswith("eager") and name in names),
+            None,
+        )
         return names["ALL_ATTENTION_FUNCTIONS"].get_interface(self.implementation, eager), eager
 
     def _read(self, module: nn.Module) -> Reader:
@@ -168,12 +196,17 @@ class ControlledAttention:
         read = reader(kernel, eager)
         if read is None:
             raise ValueError(
-                f"{self.implementation} attention of {type(module).__name__} cannot be read: use sdpa, eager, flex or flash"
+                f"{self.implementation} attention of {type(module).__name__} cannot be read: use "
+                "sdpa, eager, flex or flash"
             )
         return read
 
-    def _modified(self, controller: Any, layer: str, given: Mapping[str, Any], dtype: torch.dtype) -> AttentionCall:
-        """A call as it is after gain and bias: the bias as a mask that is added, or where there is a softcap, within it as features."""
+    def _modified(
+        self, controller: Any, layer: str, given: Mapping[str, Any], dtype: torch.dtype
+    ) -> AttentionCall:
+        """A call as it is after gain and bias: the bias as a mask that is added, or where there is
+        a softcap, within it as features.
+        """
         gain, query = controller.call.gain, given["query"]
         if gain is not None:
             query = query * gain[..., None].to(query.dtype)
@@ -186,10 +219,14 @@ class ControlledAttention:
             bias = bias.to(torch.promote_types(bias.dtype, torch.float32))[:, :, None]
             return replace(call, mask=bias if call.mask is None else biased(call.mask, bias))
         key = torch.cat((call.key, key_features(bias, call.key.shape[1], call.key.dtype)), dim=-1)
-        features = query_features(call.query, call.scale, key.shape[1], key.shape[-1] - call.key.shape[-1])
+        features = query_features(
+            call.query, call.scale, key.shape[1], key.shape[-1] - call.key.shape[-1]
+        )
         return replace(call, query=changed_query(call.query, None, features), key=key)
 
-    def _softmax(self, module: nn.Module, controller: Any, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _softmax(
+        self, module: nn.Module, controller: Any, given: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
         kernel, _ = self._functions(module)
         query, plain, value = given["query"], given["key"], given["value"]
         scale = query.shape[-1] ** -0.5 if given.get("scaling") is None else given["scaling"]
@@ -198,11 +235,17 @@ class ControlledAttention:
             query = changed_query(query, controller.call.gain, None)
             return run(kernel, {**given, "query": query, "scaling": scale})
         extra = key.shape[-1] - plain.shape[-1]
-        query = changed_query(query, controller.call.gain, query_features(query, scale, key.shape[1], extra))
+        query = changed_query(
+            query, controller.call.gain, query_features(query, scale, key.shape[1], extra)
+        )
         size = value.shape[-1]
         if self.implementation != "eager" and size == plain.shape[-1]:
-            value = F.pad(value, (0, extra))  # fused kernels are there for values of as many features as keys have
-        output, weights = run(kernel, {**given, "query": query, "key": key, "value": value, "scaling": scale})
+            value = F.pad(
+                value, (0, extra)
+            )  # fused kernels are there for values of as many features as keys have
+        output, weights = run(
+            kernel, {**given, "query": query, "key": key, "value": value, "scaling": scale}
+        )
         return output[..., :size], weights
 
     def _linear(self, controller: Any, given: dict[str, Any]) -> Tensor:

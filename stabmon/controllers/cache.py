@@ -1,4 +1,6 @@
-"""A key's bias is remembered in the model's own cache, as features of the key: so it is cropped, reordered and windowed with it."""
+"""A key's bias is remembered in the model's own cache, as features of the key: so it is cropped,
+reordered and windowed with it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from stabmon.controllers.call import ControlledCall
 
 
 class RememberingCache:
-    """Stands for a cache of transformers while one controlled module is called; everything but ``update`` is the cache's own.
+    """Stands for a cache of transformers while one controlled module is called; everything but
+    ``update`` is the cache's own.
 
     Args:
         cache: the cache.
@@ -21,8 +24,11 @@ class RememberingCache:
         self._cache = cache
         self._call = call
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As the cache's own; ``key`` is ``[B, H_kv, S, D]`` of the new tokens, what is given back is of all.
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As the cache's own; ``key`` is ``[B, H_kv, S, D]`` of the new tokens, what is given back
+        is of all.
 
         Raises:
             ValueError: if the cache holds keys that came without biases.
@@ -49,13 +55,21 @@ class RememberingCache:
     def _make_room(self, layer: int, key: Tensor) -> None:
         layers = self._cache.layers
         known = layers[layer] if layer < len(layers) else None
-        if known is None or not known.is_initialized or known.keys is None or known.keys.shape[-1] != key.shape[-1]:
+        if (
+            known is None
+            or not known.is_initialized
+            or known.keys is None
+            or known.keys.shape[-1] != key.shape[-1]
+        ):
             return
         if known.keys.numel() and int(known.get_seq_length()):
             raise ValueError(
-                "this cache was filled before controllers were attached, so that the biases of its keys are unknown: start with a new one"
+                "this cache was filled before controllers were attached, so that the biases of "
+                "its keys are unknown: start with a new one"
             )
-        known.is_initialized = False  # laid out ahead for keys without biases: laid out again by the update
+        known.is_initialized = (
+            False  # laid out ahead for keys without biases: laid out again by the update
+        )
 
 
 def is_cache(value: object) -> bool:

@@ -1,4 +1,6 @@
-"""One call of a controlled attention module: what its controller makes of the hidden states, and where keys' biases are remembered."""
+"""One call of a controlled attention module: what its controller makes of the hidden states, and
+where keys' biases are remembered.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from stabmon.controllers.features import biases, key_features
 
 
 class ControlledCall:
-    """Lives from the module's being called to its return; B batch, H query heads, S tokens, K keys, D width.
+    """Lives from the module's being called to its return; B batch, H query heads, S tokens, K keys,
+    D width.
 
     Args:
         controller: the module's.
@@ -31,20 +34,25 @@ class ControlledCall:
         """``[B, H, K]`` of every key, those of earlier calls included; None for nothing.
 
         Raises:
-            ValueError: if ``key`` ``[B, H_kv, K, D]`` are not the tokens of this call, and no cache has remembered whose they are.
+            ValueError: if ``key`` ``[B, H_kv, K, D]`` are not the tokens of this call, and no cache
+                has remembered whose they are.
         """
         if self._remembered is not None:
             features = self._remembered[1][..., self._remembered[0].shape[-1] :]
             return biases(features, self.controller.site.heads)
         if self.new_bias is not None and self.new_bias.shape[-1] != key.shape[2]:
             raise ValueError(
-                f"{self.controller.site.name} attends to {key.shape[2]} keys, but was called with {self.new_bias.shape[-1]} tokens: "
-                "a key bias needs self-attention, so leave this module out with layers=[...], or use form='query_gain'"
+                f"{self.controller.site.name} attends to {key.shape[2]} keys, but was called with "
+                f"{self.new_bias.shape[-1]} tokens: "
+                "a key bias needs self-attention, so leave this module out with layers=[...], or "
+                "use form='query_gain'"
             )
         return self.new_bias
 
     def with_features(self, key: Tensor) -> Tensor | None:
-        """``[B, H_kv, K, D + F]`` the keys with their biases as features; None where there are none."""
+        """``[B, H_kv, K, D + F]`` the keys with their biases as features; None where there are
+        none.
+        """
         if self._remembered is not None and self._remembered[0] is key:
             return self._remembered[1]
         bias = self.bias(key)
@@ -55,7 +63,9 @@ class ControlledCall:
     def remember(
         self, cache: Any, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Update ``cache`` with keys that carry their biases, and give back all keys as they were, and all values."""
+        """Update ``cache`` with keys that carry their biases, and give back all keys as they were,
+        and all values.
+        """
         assert self.new_bias is not None
         features = key_features(self.new_bias, key.shape[1], key.dtype)
         keys, values = cache.update(torch.cat((key, features), dim=-1), value, *args, **kwargs)

@@ -1,4 +1,6 @@
-"""How far modified attention is from the original: sums a head over rows, block by block. B batch, H heads, Q queries, K keys."""
+"""How far modified attention is from the original: sums a head over rows, block by block. B batch,
+H heads, Q queries, K keys.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from stabmon.records import AttentionCall
 
 @torch.no_grad()
 def row_means(original: AttentionCall, modified: AttentionCall) -> dict[str, Tensor]:
-    """``[H]`` means over batch and rows that see a key, of one call before and after its controller.
+    """``[H]`` means over batch and rows that see a key, of one call before and after its
+    controller.
 
     - ``controller_kl``: KL(original || modified) of each row, nats, at least 0;
-    - ``attention_variance``: variance of a modified row's weights over its visible keys, at least 0: 0 where it is uniform.
+    - ``attention_variance``: variance of a modified row's weights over its visible keys, at least
+      0: 0 where it is uniform.
     """
     divergence, variance, count = (torch.zeros(()) for _ in range(3))
     for (_, before, _), (_, after, _) in zip(logits_of(original), logits_of(modified), strict=True):
@@ -22,16 +26,27 @@ def row_means(original: AttentionCall, modified: AttentionCall) -> dict[str, Ten
         seen = visible.sum(-1)
         p, q = log_weights_of(before, original.sinks), log_weights_of(after, modified.sinks)
         terms = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
-        divergence = divergence + torch.where(seen > 0, terms.sum(-1), 0.0).sum(dim=(0, 2), dtype=torch.float64)
+        divergence = divergence + torch.where(seen > 0, terms.sum(-1), 0.0).sum(
+            dim=(0, 2), dtype=torch.float64
+        )
         weights = q.exp()[..., : before.shape[-1]]
-        spread = (weights - weights.sum(-1, keepdim=True) / seen[..., None]).square().masked_fill(~visible, 0.0).sum(-1) / seen
-        variance = variance + torch.where(seen > 0, spread, 0.0).sum(dim=(0, 2), dtype=torch.float64)
+        spread = (weights - weights.sum(-1, keepdim=True) / seen[..., None]).square().masked_fill(
+            ~visible, 0.0
+        ).sum(-1) / seen
+        variance = variance + torch.where(seen > 0, spread, 0.0).sum(
+            dim=(0, 2), dtype=torch.float64
+        )
         count = count + (seen > 0).sum(dim=(0, 2))
-    return {"controller_kl": (divergence / count).clamp(min=0), "attention_variance": variance / count}
+    return {
+        "controller_kl": (divergence / count).clamp(min=0),
+        "attention_variance": variance / count,
+    }
 
 
 def log_weights_of(logits: Tensor, sinks: Tensor | None) -> Tensor:
-    """``[B, H, rows, K]`` logarithms of softmax weights; one column more where a learned sink joins each row."""
+    """``[B, H, rows, K]`` logarithms of softmax weights; one column more where a learned sink joins
+    each row.
+    """
     if sinks is not None:
         column = sinks.float()[None, :, None, None].expand(*logits.shape[:-1], 1)
         logits = torch.cat((logits, column), dim=-1)

@@ -1,7 +1,9 @@
-"""A number a key, carried into the scores by extra features of query and key, so that any attention kernel adds it by itself.
+"""A number a key, carried into the scores by extra features of query and key, so that any attention
+kernel adds it by itself.
 
-``z + bias`` is ``scale * [q, 1/scale].[k, bias]``. Where G query heads share a key head, the key carries G biases and each query
-picks its own. B batch, H query heads, H_kv key heads, G = H / H_kv, Q queries, K keys, F extra features.
+``z + bias`` is ``scale * [q, 1/scale].[k, bias]``. Where G query heads share a key head, the key
+carries G biases and each query picks its own. B batch, H query heads, H_kv key heads, G = H / H_kv,
+Q queries, K keys, F extra features.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ALIGNMENT = {"cpu": 4}
-"""Extra features come in multiples of this: on CPU a register of float32, elsewhere 8, which fused kernels ask for."""
+"""Extra features come in multiples of this: on CPU a register of float32, elsewhere 8, which fused
+kernels ask for.
+"""
 
 
 def key_features(bias: Tensor, key_heads: int, dtype: torch.dtype) -> Tensor:
@@ -30,20 +34,33 @@ def biases(features: Tensor, heads: int) -> Tensor:
 
 
 def query_features(query: Tensor, scale: float, key_heads: int, width: int) -> Tensor:
-    """``[B, H, Q, F]`` for F ``width``: by its features each query picks the bias of its own head."""
+    """``[B, H, Q, F]`` for F ``width``: by its features each query picks the bias of its own
+    head.
+    """
     heads = query.shape[1]
-    picks = F.one_hot(torch.arange(heads, device=query.device) % (heads // key_heads), width).to(query.dtype) / scale
+    picks = (
+        F.one_hot(torch.arange(heads, device=query.device) % (heads // key_heads), width).to(
+            query.dtype
+        )
+        / scale
+    )
     return picks[None, :, None].expand(len(query), -1, query.shape[2], -1)
 
 
 class GainedQuery(torch.autograd.Function):
-    """``[gain * query, features]``, which keeps for backward nothing but its own output: that the attention kernel keeps anyway."""
+    """``[gain * query, features]``, which keeps for backward nothing but its own output: that the
+    attention kernel keeps anyway.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, gain: Tensor, features: Tensor | None) -> Tensor:
-        """``query`` ``[B, H, Q, D]``, ``gain`` ``[B, H, Q]`` nowhere 0, ``features`` ``[B, H, Q, F]`` -> ``[B, H, Q, D + F]``."""
+        """``query`` ``[B, H, Q, D]``, ``gain`` ``[B, H, Q]`` nowhere 0, ``features`` ``[B, H, Q,
+        F]`` -> ``[B, H, Q, D + F]``.
+        """
         size = query.shape[-1]
-        output = query.new_empty(*query.shape[:-1], size + (0 if features is None else features.shape[-1]))
+        output = query.new_empty(
+            *query.shape[:-1], size + (0 if features is None else features.shape[-1])
+        )
         output[..., :size].copy_(query).mul_(gain[..., None])
         if features is not None:
             output[..., size:] = features

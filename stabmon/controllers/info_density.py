@@ -1,4 +1,6 @@
-"""A learned number a head and token, by which attention is drawn to some tokens or sharpened at others."""
+"""A learned number a head and token, by which attention is drawn to some tokens or sharpened at
+others.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,19 @@ _EPS = 1e-5
 
 @controller
 class InfoDensity(Controller):
-    """Learns how much each token is worth attending to (key_bias), or how sharply it attends (query_gain).
+    """Learns how much each token is worth attending to (key_bias), or how sharply it attends
+    (query_gain).
 
-    With x the hidden states that the attention module is called with, and h = tanh(W LayerNorm(x) + b) in (-1, 1):
+    With x the hidden states that the attention module is called with, and h = tanh(W LayerNorm(x) +
+    b) in (-1, 1):
 
     - ``key_bias``: the score of query i and key j becomes z_ij + bias_max * h_j;
     - ``query_gain``: it becomes gain_max ** h_i * z_ij;
     - ``both``: gain_max ** h_i * z_ij + bias_max * h'_j, with two h of their own.
 
-    W and b start at 0, where neither form changes anything, and their gradients do not vanish there. LayerNorm has no gain and
-    shift of its own: W and b would absorb them. The number of a *query* added to its scores would cancel in the softmax.
+    W and b start at 0, where neither form changes anything, and their gradients do not vanish
+    there. LayerNorm has no gain and shift of its own: W and b would absorb them. The number of a
+    *query* added to its scores would cancel in the softmax.
 
     Args:
         site: where it sits.
@@ -39,7 +44,9 @@ class InfoDensity(Controller):
         ValueError: naming the value and the mend.
     """
 
-    def __init__(self, site: Site, form: Form = "key_bias", bias_max: float = 1.0, gain_max: float = 4.0) -> None:
+    def __init__(
+        self, site: Site, form: Form = "key_bias", bias_max: float = 1.0, gain_max: float = 4.0
+    ) -> None:
         super().__init__(site)
         if form not in get_args(Form):
             raise ValueError(f"form {form!r} of info_density: use {', '.join(get_args(Form))}")
@@ -50,12 +57,16 @@ class InfoDensity(Controller):
         self.form, self.bias_max, self.gain_max = form, bias_max, gain_max
         self.parts = ("key_bias", "query_gain") if form == "both" else (form,)
         for part in self.parts:
-            self.register_parameter(f"{part}_weight", nn.Parameter(torch.zeros(site.heads, site.width)))
+            self.register_parameter(
+                f"{part}_weight", nn.Parameter(torch.zeros(site.heads, site.width))
+            )
             self.register_parameter(f"{part}_bias", nn.Parameter(torch.zeros(site.heads)))
 
     def key_bias(self, hidden: Tensor) -> Tensor | None:
         """``bias_max * h``, ``[B, H, S]`` in nats."""
-        return self.bias_max * self.density("key_bias", hidden) if "key_bias" in self.parts else None
+        return (
+            self.bias_max * self.density("key_bias", hidden) if "key_bias" in self.parts else None
+        )
 
     def query_gain(self, hidden: Tensor) -> Tensor | None:
         """``gain_max ** h``, ``[B, H, S]`` in (1 / gain_max, gain_max)."""
@@ -68,6 +79,8 @@ class InfoDensity(Controller):
         weight, bias = getattr(self, f"{part}_weight"), getattr(self, f"{part}_bias")
         hidden = hidden.to(weight.dtype)
         variance = hidden.var(-1, correction=0, keepdim=True)
-        centred = weight - weight.mean(-1, keepdim=True)  # then W (x - mean) = centred x, and nothing as wide as x is kept
+        centred = weight - weight.mean(
+            -1, keepdim=True
+        )  # then W (x - mean) = centred x, and nothing as wide as x is kept
         normed = F.linear(hidden, centred) * torch.rsqrt(variance + _EPS)
         return torch.tanh(normed + bias).transpose(1, 2)

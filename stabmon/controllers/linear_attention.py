@@ -1,12 +1,15 @@
-"""Attention with weights that are linear in the scores: p_j = (z_j - min z + 1) / sum, over the keys that a row sees.
+"""Attention with weights that are linear in the scores: p_j = (z_j - min z + 1) / sum, over the
+keys that a row sees.
 
-B batch, H query heads, H_kv key heads, Q queries, K keys, D head dimension, E features of a value, C keys of a chunk.
+B batch, H query heads, H_kv key heads, Q queries, K keys, D head dimension, E features of a value,
+C keys of a chunk.
 
-Without a mask the output is exact in linear time but for the row minimum: with ``m = min z`` and ``z = scale * q.k``, the sums
-over visible keys of ``(z + 1 - m) v`` and of ``z + 1 - m`` are ``scale * q @ sum(k v^T) + (1 - m) * sum(v)``, prefix sums when
-causal. Which key is the smallest is looked up in blocks of rows without gradients; its score is then formed again, so that the
-gradient flows through the minimum as through any other score. Under a mask, blocks of rows are written out, one at a time and
-again in backward. Nothing of the size Q x K is ever held.
+Without a mask the output is exact in linear time but for the row minimum: with ``m = min z`` and
+``z = scale * q.k``, the sums over visible keys of ``(z + 1 - m) v`` and of ``z + 1 - m`` are
+``scale * q @ sum(k v^T) + (1 - m) * sum(v)``, prefix sums when causal. Which key is the smallest is
+looked up in blocks of rows without gradients; its score is then formed again, so that the gradient
+flows through the minimum as through any other score. Under a mask, blocks of rows are written out,
+one at a time and again in backward. Nothing of the size Q x K is ever held.
 """
 
 from __future__ import annotations
@@ -26,8 +29,11 @@ BLOCK = 1 << 21
 """Scores that a block of rows may hold, over batch and heads."""
 
 
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, visibility: Visibility) -> Tensor:
-    """The output of linear attention, ``[B, H, Q, E]``, 0 for a row that sees nothing; differentiable in all tensors.
+def linear_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, visibility: Visibility
+) -> Tensor:
+    """The output of linear attention, ``[B, H, Q, E]``, 0 for a row that sees nothing;
+    differentiable in all tensors.
 
     Args:
         query: ``[B, H, Q, D]``.
@@ -39,13 +45,23 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, vi
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    whole = visibility.queries == visibility.keys and visibility.mask is None and visibility.window is None
+    whole = (
+        visibility.queries == visibility.keys
+        and visibility.mask is None
+        and visibility.window is None
+    )
     if not whole:
         return by_rows(query, key, value, scale, visibility)
     ones = torch.cat((value, torch.ones_like(value[..., :1])), dim=-1)
-    smallest = key.gather(2, argmin_keys(query, key, scale, visibility)[..., None].expand(-1, -1, -1, key.shape[-1]))
+    smallest = key.gather(
+        2, argmin_keys(query, key, scale, visibility)[..., None].expand(-1, -1, -1, key.shape[-1])
+    )
     lift = 1 - scale * (query * smallest).sum(-1, keepdim=True)
-    sums = causal_sums(query, key, ones, lift, scale) if visibility.is_causal else full_sums(query, key, ones, lift, scale)
+    sums = (
+        causal_sums(query, key, ones, lift, scale)
+        if visibility.is_causal
+        else full_sums(query, key, ones, lift, scale)
+    )
     return sums[..., :-1] / sums[..., -1:]
 
 
@@ -69,12 +85,15 @@ def full_sums(query: Tensor, key: Tensor, value: Tensor, lift: Tensor, scale: fl
 
 
 def causal_sums(query: Tensor, key: Tensor, value: Tensor, lift: Tensor, scale: float) -> Tensor:
-    """``sum_{j <= i} (z_ij + lift_i) v_j``, ``[B, H, Q, E]``: all earlier chunks by prefix sums, the row's own chunk written out."""
+    """``sum_{j <= i} (z_ij + lift_i) v_j``, ``[B, H, Q, E]``: all earlier chunks by prefix sums,
+    the row's own chunk written out.
+    """
     length = query.shape[2]
     size = min(CHUNK, length)
     short = -length % size
     query, key, value, lift = (
-        torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (-1, size)) for x in (query, key, value, lift)
+        torch.nn.functional.pad(x, (0, 0, 0, short)).unflatten(2, (-1, size))
+        for x in (query, key, value, lift)
     )
     products, sums = key.mT @ value, value.sum(-2, keepdim=True)
     earlier = scale * (query @ (products.cumsum(2) - products)) + lift * (sums.cumsum(2) - sums)
@@ -82,8 +101,12 @@ def causal_sums(query: Tensor, key: Tensor, value: Tensor, lift: Tensor, scale: 
     return (earlier + own).flatten(2, 3)[:, :, :length]
 
 
-def by_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, visibility: Visibility) -> Tensor:
-    """The output under any mask, window or bias: blocks of rows, each written out when it is needed and then forgotten."""
+def by_rows(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, visibility: Visibility
+) -> Tensor:
+    """The output under any mask, window or bias: blocks of rows, each written out when it is needed
+    and then forgotten.
+    """
     blocks = list(row_blocks(query, key))
     again = torch.is_grad_enabled() and len(blocks) > 1
 
@@ -101,14 +124,21 @@ def by_rows(query: Tensor, key: Tensor, value: Tensor, scale: float, visibility:
         args: tuple[Any, ...] = query[:, :, rows], key, value
         if not again:
             return block_of(rows)(*args)
-        out: Tensor = checkpoint(lambda *given: block_of(rows)(*given), *args, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = checkpoint(
+            lambda *given: block_of(rows)(*given),
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         return out
 
     return torch.cat([run(rows) for rows in blocks], dim=2)
 
 
 def linear_weights(scores: Tensor, hidden: Tensor | None) -> Tensor:
-    """The weights of written-out scores ``[..., K]``: exactly 0 where ``hidden``, and in a row that sees nothing."""
+    """The weights of written-out scores ``[..., K]``: exactly 0 where ``hidden``, and in a row that
+    sees nothing.
+    """
     if hidden is None:
         lifted = scores - scores.amin(-1, keepdim=True) + 1
         return lifted / lifted.sum(-1, keepdim=True)

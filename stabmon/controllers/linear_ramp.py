@@ -13,7 +13,8 @@ _EDGE = 0.01
 
 @controller
 class LinearRamp(Controller):
-    """Mixes linear and softmax attention: alpha * linear + (1 - alpha) * softmax, alpha = (L - l) / L in layer l = 0 ... L - 1.
+    """Mixes linear and softmax attention: alpha * linear + (1 - alpha) * softmax, alpha = (L - l) /
+    L in layer l = 0 ... L - 1.
 
     Args:
         site: where it sits; l and L are its place among the model's self-attention modules.
@@ -27,7 +28,9 @@ class LinearRamp(Controller):
     def __init__(self, site: Site, learned: bool = False, start: float | None = None) -> None:
         super().__init__(site)
         if start is not None and (not learned or not 0 < start < 1):
-            raise ValueError(f"start {start!r} of linear_ramp: give a number between 0 and 1, with learned=True")
+            raise ValueError(
+                f"start {start!r} of linear_ramp: give a number between 0 and 1, with learned=True"
+            )
         self.alpha = (site.count - site.index) / site.count if start is None else start
         self.share = None
         if learned:

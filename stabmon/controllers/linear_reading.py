@@ -1,4 +1,6 @@
-"""Linear attention of a call that was read from a model: its output, and its weights for whoever measures them."""
+"""Linear attention of a call that was read from a model: its output, and its weights for whoever
+measures them.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,23 @@ def visibility_of(call: AttentionCall) -> Visibility:
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)]
         mask = mask.expand(-1, -1, -1, keys) if mask.shape[-1] == 1 else mask
-    return Visibility(queries, keys, call.is_causal, call.window, mask, keys - queries, call.query.device)
+    return Visibility(
+        queries, keys, call.is_causal, call.window, mask, keys - queries, call.query.device
+    )
 
 
 def attend_linearly(call: AttentionCall, value: Tensor) -> Tensor:
-    """``[B, H, Q, E]`` in float32, or float64 where ``value`` ``[B, H_kv, K, E]`` is: scores are sums, and lose by cancellation.
+    """``[B, H, Q, E]`` in float32, or float64 where ``value`` ``[B, H_kv, K, E]`` is: scores are
+    sums, and lose by cancellation.
 
     Raises:
-        ValueError: for a call with a softcap or learned sinks, of which linear attention knows nothing.
+        ValueError: for a call with a softcap or learned sinks, of which linear attention knows
+            nothing.
     """
     if call.softcap is not None or call.sinks is not None:
         raise ValueError(
-            f"{call.layer} has a softcap or learned sinks, which linear attention does not: leave it out with layers=[...]"
+            f"{call.layer} has a softcap or learned sinks, which linear attention does not: leave "
+            "it out with layers=[...]"
         )
     assert call.query is not None
     assert call.key is not None
@@ -45,7 +52,9 @@ def attend_linearly(call: AttentionCall, value: Tensor) -> Tensor:
 
 
 def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Blocks of rows of a call: which rows, their logits ``[B, H, rows, K]`` in float32, and which of them are hidden."""
+    """Blocks of rows of a call: which rows, their logits ``[B, H, rows, K]`` in float32, and which
+    of them are hidden.
+    """
     if call.scores is not None:
         for rows in row_blocks(call.scores, call.scores.mT):
             scores = call.scores[:, :, rows].float()
@@ -65,7 +74,9 @@ def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | Non
 
 
 def log_weights(call: AttentionCall, share: Tensor | float) -> Tensor:
-    """``[B, H, Q, K]`` logarithms of share * linear + (1 - share) * softmax; written out, so for sampled steps alone."""
+    """``[B, H, Q, K]`` logarithms of share * linear + (1 - share) * softmax; written out, so for
+    sampled steps alone.
+    """
     share = share[None, :, None, None] if isinstance(share, Tensor) else share
     blocks = []
     for _, logits, hidden in logits_of(call):

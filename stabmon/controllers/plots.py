@@ -1,4 +1,6 @@
-"""Pictures of what controllers do, head by head and layer by layer, over the forwards of a model."""
+"""Pictures of what controllers do, head by head and layer by layer, over the forwards of a
+model.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,24 @@ def values_of(readings: Sequence[Reading], signal: str) -> tuple[list[str], np.n
     Raises:
         ValueError: if no reading has the signal.
     """
-    layers = list(dict.fromkeys(name for reading in readings for name, found in reading.layers.items() if signal in found))
+    layers = list(
+        dict.fromkeys(
+            name
+            for reading in readings
+            for name, found in reading.layers.items()
+            if signal in found
+        )
+    )
     if not layers:
-        raise ValueError(f"no reading has {signal!r}: run the model within the watch, and name one of {', '.join(LABELS)}")
+        raise ValueError(
+            f"no reading has {signal!r}: run the model within the watch, and name one of "
+            f"{', '.join(LABELS)}"
+        )
     heads = max(
-        len(reading.layers[name][signal]) for reading in readings for name in layers if signal in reading.layers.get(name, {})
+        len(reading.layers[name][signal])
+        for reading in readings
+        for name in layers
+        if signal in reading.layers.get(name, {})
     )
     values = np.full((len(layers), heads, len(readings)), np.nan)
     for t, reading in enumerate(readings):
@@ -47,7 +62,8 @@ def values_of(readings: Sequence[Reading], signal: str) -> tuple[list[str], np.n
 
 
 def grid(readings: Sequence[Reading], signal: str, path: str | Path | None = None) -> Figure:
-    """One quantity of every head over the forwards: layers downwards, heads across, all on one scale.
+    """One quantity of every head over the forwards: layers downwards, heads across, all on one
+    scale.
 
     Args:
         readings: oldest first.
@@ -66,7 +82,9 @@ def grid(readings: Sequence[Reading], signal: str, path: str | Path | None = Non
     for place, row in enumerate(rows):
         for across, column in enumerate(columns):
             axes = panels[place, across]
-            axes.plot(steps, values[row, column], linewidth=1.2, marker="." if len(steps) < 3 else None)
+            axes.plot(
+                steps, values[row, column], linewidth=1.2, marker="." if len(steps) < 3 else None
+            )
             axes.grid(alpha=0.3)
             if place == 0:
                 axes.set_title(f"head {column}", fontsize=9)
@@ -79,7 +97,8 @@ def grid(readings: Sequence[Reading], signal: str, path: str | Path | None = Non
 
 
 def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figure:
-    """Every quantity that moves over the forwards, a panel each, a line a layer (the mean over its heads).
+    """Every quantity that moves over the forwards, a panel each, a line a layer (the mean over its
+    heads).
 
     Raises:
         ValueError: if there is no reading.
@@ -87,10 +106,18 @@ def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figur
     """
     from matplotlib import colormaps
 
-    known = [name for name in LABELS if any(name in found for reading in readings for found in reading.layers.values())]
+    known = [
+        name
+        for name in LABELS
+        if any(name in found for reading in readings for found in reading.layers.values())
+    ]
     if not known:
         raise ValueError("no readings to draw: run the model within the watch")
-    shown = [name for name in known if np.nanmax(values := values_of(readings, name)[2]) > np.nanmin(values)] or known
+    shown = [
+        name
+        for name in known
+        if np.nanmax(values := values_of(readings, name)[2]) > np.nanmin(values)
+    ] or known
     figure = new_figure(width=8.5, height=1.0 + 1.7 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, shown, strict=True):
@@ -98,10 +125,27 @@ def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figur
         colours = colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
         for line, colour, label in zip(values, colours, short_names(layers)[0], strict=True):
             finite = np.isfinite(line)
-            mean = np.where(finite.any(0), np.where(finite, line, 0).sum(0) / np.maximum(finite.sum(0), 1), np.nan)
-            axes.plot(steps, mean, color=colour, label=label, linewidth=1.3, marker="." if len(steps) < 3 else None)
+            mean = np.where(
+                finite.any(0),
+                np.where(finite, line, 0).sum(0) / np.maximum(finite.sum(0), 1),
+                np.nan,
+            )
+            axes.plot(
+                steps,
+                mean,
+                color=colour,
+                label=label,
+                linewidth=1.3,
+                marker="." if len(steps) < 3 else None,
+            )
         axes.set_title(LABELS[name], fontsize=9, loc="left")
         axes.grid(alpha=0.3)
-    panels[0].legend(title="layer", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, ncols=1 + len(layers) // 12)
+    panels[0].legend(
+        title="layer",
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        ncols=1 + len(layers) // 12,
+    )
     panels[-1].set_xlabel("forward")
     return saved(figure, path)

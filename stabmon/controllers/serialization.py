@@ -1,4 +1,6 @@
-"""Controllers on disk: parameters in ``controllers.safetensors``, everything else in ``controllers.json``."""
+"""Controllers on disk: parameters in ``controllers.safetensors``, everything else in
+``controllers.json``.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from torch import nn
 
 from stabmon._storage.atomic_write import replace_whole, write_text
 from stabmon.capture.names import clean_name
-from stabmon.controllers.attach import Controllers, attach_controllers, detach_controllers, find_controllers, find_sites
+from stabmon.controllers.attach import (
+    Controllers,
+    attach_controllers,
+    detach_controllers,
+    find_controllers,
+    find_sites,
+)
 from stabmon.controllers.attention_function import CHILD
 from stabmon.controllers.base import CONTROLLERS
 
@@ -26,7 +34,8 @@ def save_controllers(controlled: nn.Module, folder: str | Path) -> None:
     """Write the controllers of a model to ``folder``, with what a model must be like to load them.
 
     Args:
-        controlled: the model, or what :func:`attach_controllers` gave; the model's own weights are not written.
+        controlled: the model, or what :func:`attach_controllers` gave; the model's own weights are
+            not written.
         folder: made where it is missing; an earlier save in it is replaced.
 
     Raises:
@@ -37,7 +46,10 @@ def save_controllers(controlled: nn.Module, folder: str | Path) -> None:
     model = controlled.controlled[0] if isinstance(controlled, Controllers) else controlled
     members = find_controllers(model)
     if not members:
-        raise ValueError("the model has no controllers: put some into it with attach_controllers(model, ...) first")
+        raise ValueError(
+            "the model has no controllers: put some into it with attach_controllers(model, ...) "
+            "first"
+        )
     first = next(iter(members.values()))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,22 +62,29 @@ def save_controllers(controlled: nn.Module, folder: str | Path) -> None:
         "schema_version": SCHEMA_VERSION,
         "controller": first.kind,
         "options": first.options,
-        "layers": {layer: {"heads": member.site.heads, "width": member.site.width} for layer, member in members.items()},
+        "layers": {
+            layer: {"heads": member.site.heads, "width": member.site.width}
+            for layer, member in members.items()
+        },
         "base": {"model": base_class(model), "weights": fingerprint(model)},
     }
     about["save"] = uuid.uuid4().hex
     own = {"about": json.dumps(about)}
-    replace_whole(folder / "controllers.safetensors", lambda fresh: save_file(tensors, fresh, metadata=own))
+    replace_whole(
+        folder / "controllers.safetensors", lambda fresh: save_file(tensors, fresh, metadata=own)
+    )
     write_text(folder / "controllers.json", json.dumps(about, indent=2) + "\n")
 
 
 def load_controllers(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Controllers:
-    """Attach to ``model`` the controllers that :func:`save_controllers` wrote to ``folder``; those it has now are replaced.
+    """Attach to ``model`` the controllers that :func:`save_controllers` wrote to ``folder``; those
+    it has now are replaced.
 
     Args:
         model: a model of the same class, layers, heads and width.
         folder: where they were saved.
-        strict: refuse a base whose weights are not those that the controllers were saved with. False for a base that was trained on.
+        strict: refuse a base whose weights are not those that the controllers were saved with.
+            False for a base that was trained on.
 
     Raises:
         ValueError: naming what does not fit; the model is then as it was.
@@ -78,7 +97,8 @@ def load_controllers(model: nn.Module, folder: str | Path, *, strict: bool = Tru
     tensors = load_file(folder / "controllers.safetensors")
     if about.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
-            f"{folder}: schema_version {about.get('schema_version')!r}, but this stabmon reads {SCHEMA_VERSION}: update it"
+            f"{folder}: schema_version {about.get('schema_version')!r}, but this stabmon reads "
+            f"{SCHEMA_VERSION}: update it"
         )
     check_base(model, about, folder, strict)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -86,16 +106,22 @@ def load_controllers(model: nn.Module, folder: str | Path, *, strict: bool = Tru
     if shapes != wanted:
         odd = min(name for name, _ in set(shapes.items()) ^ set(wanted.items()))
         found, right = shapes.get(odd, "missing"), wanted.get(odd, "left out")
-        raise ValueError(f"{folder}: {odd} is {found}, but should be {right}: the two files are not of one save")
+        raise ValueError(
+            f"{folder}: {odd} is {found}, but should be {right}: the two files are not of one save"
+        )
     detach_controllers(model)
-    controllers = attach_controllers(model, about["controller"], layers=list(about["layers"]), **about["options"])
+    controllers = attach_controllers(
+        model, about["controller"], layers=list(about["layers"]), **about["options"]
+    )
     for layer, member in controllers.by_layer().items():
         member.load_state_dict({name: tensors[f"{layer}.{name}"] for name in member.state_dict()})
     return controllers
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """What controllers.json says; what the tensors' own file says where it is of another save, that was cut off between the two."""
+    """What controllers.json says; what the tensors' own file says where it is of another save, that
+    was cut off between the two.
+    """
     from safetensors import safe_open
 
     with safe_open(folder / "controllers.safetensors", "pt") as file:
@@ -110,38 +136,55 @@ def check_base(model: nn.Module, about: dict[str, Any], folder: Path, strict: bo
     base = about["base"]
     if base_class(model) != base["model"]:
         raise ValueError(
-            f"{folder}: saved from a {base['model']}, but this is a {base_class(model)}: load them into the same model"
+            f"{folder}: saved from a {base['model']}, but this is a {base_class(model)}: load "
+            "them into the same model"
         )
     sites = {site.name: {"heads": site.heads, "width": site.width} for site, _ in find_sites(model)}
     for layer, shape in about["layers"].items():
         if sites.get(layer) != shape:
-            raise ValueError(f"{folder}: {layer} was {shape} and is {sites.get(layer, 'missing')}: load them into the same model")
+            raise ValueError(
+                f"{folder}: {layer} was {shape} and is {sites.get(layer, 'missing')}: load them "
+                "into the same model"
+            )
     if strict and fingerprint(model) != base["weights"]:
         raise ValueError(
-            f"{folder}: the base model's weights are not those it was saved with: load these first, or use strict=False"
+            f"{folder}: the base model's weights are not those it was saved with: load these "
+            "first, or use strict=False"
         )
 
 
 def expected_shapes(model: nn.Module, about: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that the controllers of a save must have."""
     cls = CONTROLLERS[about["controller"]]
-    members = {site.name: cls(site, **about["options"]) for site, _ in find_sites(model) if site.name in about["layers"]}
+    members = {
+        site.name: cls(site, **about["options"])
+        for site, _ in find_sites(model)
+        if site.name in about["layers"]
+    }
     return {
-        f"{layer}.{name}": tuple(value.shape) for layer, member in members.items() for name, value in member.state_dict().items()
+        f"{layer}.{name}": tuple(value.shape)
+        for layer, member in members.items()
+        for name, value in member.state_dict().items()
     }
 
 
 def base_class(model: nn.Module) -> str:
     """The class of the model inside all wrappers."""
-    return [type(module).__name__ for name, module in model.named_modules() if not clean_name(name)][-1]
+    return [
+        type(module).__name__ for name, module in model.named_modules() if not clean_name(name)
+    ][-1]
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and some values of all weights but the controllers'; the same in every dtype and on every device."""
+    """SHA-256 over names, shapes and some values of all weights but the controllers'; the same in
+    every dtype and on every device.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(
-        (clean_name(name), each) for name, each in model.named_parameters() if f".{CHILD}." not in f".{name}"
+        (clean_name(name), each)
+        for name, each in model.named_parameters()
+        if f".{CHILD}." not in f".{name}"
     ):
         flat = parameter.detach().reshape(-1)
         ends = torch.cat((flat[:EDGE], flat[-EDGE:])).to("cpu", torch.float32)

@@ -1,4 +1,6 @@
-"""What controllers do, as time series: in training, in evaluation, and token by token while a model generates."""
+"""What controllers do, as time series: in training, in evaluation, and token by token while a model
+generates.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +35,14 @@ SIGNALS = ("attention_entropy", "normalized_entropy", "max_logit", "max_probabil
 
 
 class ControllerWatch:
-    """Measures every so many forwards of a controlled model, from entering the context to leaving it, and changes nothing.
+    """Measures every so many forwards of a controlled model, from entering the context to leaving
+    it, and changes nothing.
 
     A reading holds for each layer and head: ``controller_kl`` and ``attention_variance`` (see
-    :func:`stabmon.controllers.divergence.row_means`), ``mean_adjustment`` (mean absolute bias of the keys, in nats),
-    ``query_gain`` (mean gain of the queries), ``linear_share``, and signals of the modified attention. A reading's step is the
-    number of the forward: in training a micro-batch, in ``generate`` a token.
+    :func:`stabmon.controllers.divergence.row_means`), ``mean_adjustment`` (mean absolute bias of
+    the keys, in nats), ``query_gain`` (mean gain of the queries), ``linear_share``, and signals of
+    the modified attention. A reading's step is the number of the forward: in training a
+    micro-batch, in ``generate`` a token.
 
     Args:
         model: the controlled model; the one whose forward is called.
@@ -71,7 +75,10 @@ class ControllerWatch:
             raise ValueError(f"every {every!r}: give at least 1")
         self._members = find_controllers(model)
         if not self._members:
-            raise ValueError("the model has no controllers: put some into it with attach_controllers(model, ...) first")
+            raise ValueError(
+                "the model has no controllers: put some into it with attach_controllers(model, "
+                "...) first"
+            )
         self.readings: list[Reading] = []
         self.issues: list[StabilityIssue] = []
         self.errors: list[str] = []
@@ -79,7 +86,9 @@ class ControllerWatch:
         self._folder = None if run_dir is None else Path(run_dir) / "stabmon"
         self._given_sinks = [SINKS[each]() if isinstance(each, str) else each for each in sinks]
         self._sinks = SinkGroup([])
-        self._tracker = IssueTracker([rule() for _, rule in RULES.items()], history=History(256), cooldown_steps=0)
+        self._tracker = IssueTracker(
+            [rule() for _, rule in RULES.items()], history=History(256), cooldown_steps=0
+        )
         self._measured = Measurements(signals)
         self._own: dict[str, list[dict[str, Tensor]]] = {}
         self._handles: list[Any] = []
@@ -89,21 +98,31 @@ class ControllerWatch:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._sinks = SinkGroup(self._given_sinks)
-        self._sinks.open(self._folder, {"what": "controllers", "every": self._every, "layers": list(self._members)})
+        self._sinks.open(
+            self._folder,
+            {"what": "controllers", "every": self._every, "layers": list(self._members)},
+        )
         self._handles = [
             self._model.register_forward_pre_hook(self._begin),
             self._model.register_forward_hook(self._end),
         ]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         for handle in self._handles:
             handle.remove()
         self._listen(None)
         self._sinks.close()
 
     def plot_grid(self, signal: str = "controller_kl", path: str | Path | None = None) -> Figure:
-        """One quantity of every head over the forwards, layers downwards and heads across; saved where ``path`` is given."""
+        """One quantity of every head over the forwards, layers downwards and heads across; saved
+        where ``path`` is given.
+        """
         return grid(self.readings, signal, path)
 
     def plot_series(self, path: str | Path | None = None) -> Figure:
@@ -132,14 +151,18 @@ class ControllerWatch:
         for member in self._members.values():
             member.listener = listener
 
-    def _look(self, controller: Controller, original: AttentionCall, modified: AttentionCall) -> None:
+    def _look(
+        self, controller: Controller, original: AttentionCall, modified: AttentionCall
+    ) -> None:
         try:
             self._measured.add(modified)
             call, heads = controller.call, controller.site.heads
             share = controller.linear_share()
             ones = torch.ones(heads)
             own = row_means(original, modified)
-            own["mean_adjustment"] = 0 * ones if call.new_bias is None else call.new_bias.abs().mean(dim=(0, 2))
+            own["mean_adjustment"] = (
+                0 * ones if call.new_bias is None else call.new_bias.abs().mean(dim=(0, 2))
+            )
             own["query_gain"] = ones if call.gain is None else call.gain.mean(dim=(0, 2))
             own["linear_share"] = share if isinstance(share, Tensor) else ones * (share or 0.0)
             self._own.setdefault(controller.site.name, []).append(own)
@@ -147,23 +170,33 @@ class ControllerWatch:
             self._failed(error)
 
     def _conclude(self, output: Any) -> None:
-        layers: dict[str, dict[str, np.ndarray]] = {name: dict(found) for name, found in to_host(self._measured.sums).items()}
+        layers: dict[str, dict[str, np.ndarray]] = {
+            name: dict(found) for name, found in to_host(self._measured.sums).items()
+        }
         for name, calls in self._own.items():
             for quantity in calls[0]:
                 mean = torch.stack([call[quantity].double().cpu() for call in calls]).mean(0)
                 layers.setdefault(name, {})[quantity] = mean.numpy()
         loss = getattr(output, "loss", None)
         value = float(loss.detach()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
-        reading = Reading(step=self._forwards, loss=value, layers=layers, info=dict(self._measured.info))
+        reading = Reading(
+            step=self._forwards, loss=value, layers=layers, info=dict(self._measured.info)
+        )
         self.readings.append(reading)
         issues = self._tracker.update(reading)
         self.issues += issues
         alarms = sum(issue.is_alarm and issue.state != "closed" for issue in self.issues)
-        self._sinks.write_reading(reading, dashboard_scalars(reading, self._tracker.open_issues, alarms=alarms))
+        self._sinks.write_reading(
+            reading, dashboard_scalars(reading, self._tracker.open_issues, alarms=alarms)
+        )
         for issue in issues:
             self._sinks.write_issue(issue)
 
     def _failed(self, error: Exception) -> None:
         if not self.errors:
-            logger.warning("watching controllers failed, and the model goes on without it: %s", error, exc_info=error)
+            logger.warning(
+                "watching controllers failed, and the model goes on without it: %s",
+                error,
+                exc_info=error,
+            )
         self.errors.append(f"{type(error).__name__}: {error}")

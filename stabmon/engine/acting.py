@@ -1,4 +1,6 @@
-"""What stands between a monitor and its interventions: when they are told of what, and what they may see of a step."""
+"""What stands between a monitor and its interventions: when they are told of what, and what they
+may see of a step.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,15 @@ logger = logging.getLogger("stabmon")
 
 
 class Acting:
-    """The guard of a run, by itself where the configuration names interventions, else at a person's word.
+    """The guard of a run, by itself where the configuration names interventions, else at a person's
+    word.
 
     Args:
         model: the model that trains.
         optimizer: its optimizer, scaler included.
         lr_scheduler: what sets its rates.
-        config: which interventions, and how many; the preset ``guard`` has those that are proposed where it names none.
+        config: which interventions, and how many; the preset ``guard`` has those that are proposed
+            where it names none.
         run_dir: where states that are too large for memory are kept.
         audit: receives each audit record.
     """
@@ -46,9 +50,21 @@ class Acting:
         run_dir: Path | None,
         audit: Callable[[Any], None],
     ) -> None:
-        run = TrainingRun(model, optimizer.optimizer, lr_scheduler, optimizer.grad_scaler, run_dir=run_dir, audit=audit)
+        run = TrainingRun(
+            model,
+            optimizer.optimizer,
+            lr_scheduler,
+            optimizer.grad_scaler,
+            run_dir=run_dir,
+            audit=audit,
+        )
         named = config if config.interventions else load_config("guard")
-        self.guard = Guard(run, named.make_interventions(), named.make_budget(), automatic=bool(config.interventions))
+        self.guard = Guard(
+            run,
+            named.make_interventions(),
+            named.make_budget(),
+            automatic=bool(config.interventions),
+        )
         self._view = optimizer
         self._stop_reason: str | None = None
 
@@ -63,10 +79,13 @@ class Acting:
         return self._stop_reason or self.guard.stop_reason
 
     def begin(self, together: bool) -> None:
-        """Before the first step: put in place what has to be there before anything is wrong. ``together``: ranks hear of each other."""
+        """Before the first step: put in place what has to be there before anything is wrong.
+        ``together``: ranks hear of each other.
+        """
         if self.guard.automatic and world_size() > 1 and not together:
             logger.warning(
-                "Interventions are off: all ranks must do the same, so give every rank a monitor with reduce_ranks=True"
+                "Interventions are off: all ranks must do the same, so give every rank a monitor "
+                "with reduce_ranks=True"
             )
             self.guard.automatic = False
         self.guard.begin()
@@ -82,14 +101,20 @@ class Acting:
         with paused(observer):
             self.guard.on_step(step)
 
-    def act(self, diagnosis: Diagnosis | None, tracker: IssueTracker, observer: StepObserver) -> None:
-        """At sampled steps: judge what was done and do what is next. On all ranks alike, also where this one has no diagnosis."""
+    def act(
+        self, diagnosis: Diagnosis | None, tracker: IssueTracker, observer: StepObserver
+    ) -> None:
+        """At sampled steps: judge what was done and do what is next. On all ranks alike, also where
+        this one has no diagnosis.
+        """
         self.run.layers = {**self.run.layers, **observer.measurements.modules}
         self.run.history = tracker.history
         if any(issue.is_alarm for issue in tracker.open_issues):
             self.run.forwards = observer.forwards.calls
         newest = tracker.history.latest if len(tracker.history) else None
-        fine = newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
+        fine = (
+            newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
+        )
         with paused(observer):
             self.guard.act(tracker.open_issues, healthy=fine and diagnosis is not None)
 
@@ -98,7 +123,9 @@ class Acting:
         with paused(observer):
             return self.guard.get_intervention(diagnosis.open_issues)
 
-    def apply(self, intervention: Intervention, step: int, observer: StepObserver, hold: bool | None) -> Applied | None:
+    def apply(
+        self, intervention: Intervention, step: int, observer: StepObserver, hold: bool | None
+    ) -> Applied | None:
         """Apply one at a person's word; None where it does not fit."""
         self.run.step = step
         self.run.forwards = observer.forwards.calls or observer.last_forward

@@ -20,16 +20,18 @@ logger = logging.getLogger("stabmon")
 
 
 class AttentionAnalyzer:
-    """Gathers the statistics of every forward of a model from its making until :meth:`diagnose` or :meth:`close`.
+    """Gathers the statistics of every forward of a model from its making until :meth:`diagnose` or
+    :meth:`close`.
 
-    As a context manager it gathers until the context is left, whatever is diagnosed in between. Forwards in evaluation mode and
-    without gradients count like any other.
+    As a context manager it gathers until the context is left, whatever is diagnosed in between.
+    Forwards in evaluation mode and without gradients count like any other.
 
     Args:
         model: the model to look at.
         signals: names of signals; None for those that training is watched with.
         engine: see :func:`stabmon.operator.attention_operator`.
-        attention_modules: patterns of module names whose hand-written softmax is attention, where it is not found by itself.
+        attention_modules: patterns of module names whose hand-written softmax is attention, where
+            it is not found by itself.
 
     Raises:
         TypeError: if ``model`` is no ``nn.Module``.
@@ -50,19 +52,26 @@ class AttentionAnalyzer:
         self._error: Exception | None = None
         self._told: str | None = None
         self._capture = AttentionCapture(
-            model, self._measurements.add, modules=attention_modules, thorough=True, on_error=self._note
+            model,
+            self._measurements.add,
+            modules=attention_modules,
+            thorough=True,
+            on_error=self._note,
         )
         self._model, self._in_context = model, False
         self._undo: Callable[[], None] | None = None
         self._start()
 
     def diagnose(self) -> Diagnosis:
-        """The statistics so far, reduced over all forwards, and the issues that a single reading can show.
+        """The statistics so far, reduced over all forwards, and the issues that a single reading
+        can show.
 
         Raises:
-            RuntimeError: if no attention call was seen, saying what was looked for; or if measuring one failed.
+            RuntimeError: if no attention call was seen, saying what was looked for; or if measuring
+                one failed.
 
-        Where some of the model's attention is not seen, ``unseen`` of the diagnosis names it, and a warning says so once.
+        Where some of the model's attention is not seen, ``unseen`` of the diagnosis names it, and a
+        warning says so once.
         """
         if not self._in_context:
             self.close()
@@ -70,8 +79,15 @@ class AttentionAnalyzer:
             raise RuntimeError(f"measuring attention failed: {self._error}") from self._error
         layers = to_host(self._measurements.sums)
         if not layers:
-            unseen = f", and {listed(self._capture.witness.unseen)} is none of these" if self._capture.witness.unseen else ""
-            raise RuntimeError(f"no attention was found; run the model first. Looked for {self._capture.looked_for()}{unseen}")
+            unseen = (
+                f", and {listed(self._capture.witness.unseen)} is none of these"
+                if self._capture.witness.unseen
+                else ""
+            )
+            raise RuntimeError(
+                "no attention was found; run the model first. Looked for "
+                f"{self._capture.looked_for()}{unseen}"
+            )
         told = self._capture.witness.describe()
         if told is not None and told != self._told:
             self._told = told
@@ -79,7 +95,14 @@ class AttentionAnalyzer:
         reading = Reading(step=0, loss=None, layers=layers, info=dict(self._measurements.info))
         tracker = IssueTracker(self._config.make_rules(), history=History(2), cooldown_steps=0)
         issues = tracker.update(reading)
-        return Diagnosis(0, tuple(issues), layers, (reading,), tracker.open_issues, dict(self._capture.witness.unseen))
+        return Diagnosis(
+            0,
+            tuple(issues),
+            layers,
+            (reading,),
+            tracker.open_issues,
+            dict(self._capture.witness.unseen),
+        )
 
     def close(self) -> None:
         """Leave the model as it was found; may be called twice."""
@@ -94,14 +117,23 @@ class AttentionAnalyzer:
             self._start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._in_context = False
         self.close()
 
     def _start(self) -> None:
         witness = self._capture.witness
-        self._undo = self._model.register_forward_hook(lambda _, __, output: witness.end(output)).remove
+        self._undo = self._model.register_forward_hook(
+            lambda _, __, output: witness.end(output)
+        ).remove
         self._capture.__enter__()
 
     def _note(self, error: Exception) -> None:
-        self._error = self._error or error.with_traceback(None)  # whose frames would keep the call's tensors
+        self._error = self._error or error.with_traceback(
+            None
+        )  # whose frames would keep the call's tensors

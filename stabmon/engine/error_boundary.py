@@ -1,4 +1,6 @@
-"""Keep what goes wrong inside stabmon from the training loop, and count the time that stabmon takes."""
+"""Keep what goes wrong inside stabmon from the training loop, and count the time that stabmon
+takes.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ class Safety:
         """Count an error, and log it if it is the first at its place."""
         self.errors[where] += 1
         if self.errors[where] == 1:
-            logger.error("%s failed and is skipped, training goes on: %s", where, error, exc_info=error if traceback else None)
+            logger.error(
+                "%s failed and is skipped, training goes on: %s",
+                where,
+                error,
+                exc_info=error if traceback else None,
+            )
 
     def timed(self) -> Safety:
         """What runs in here counts as overhead, once where it is nested."""
@@ -54,7 +61,9 @@ class Safety:
 
 
 def safely(method: Callable[P, R]) -> Callable[P, R | None]:
-    """A method of something that has a ``safety``: what fails in it is logged once, counted and skipped."""
+    """A method of something that has a ``safety``: what fails in it is logged once, counted and
+    skipped.
+    """
     where = method.__name__.strip("_")
 
     @functools.wraps(method)

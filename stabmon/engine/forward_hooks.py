@@ -1,4 +1,6 @@
-"""Be told when a model's outermost forward begins and ends, compiled or not, without changing it."""
+"""Be told when a model's outermost forward begins and ends, compiled or not, without changing
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +20,32 @@ After = Callable[[nn.Module, Any], None]
 
 
 class ForwardWatch:
-    """Calls ``before(module, args, kwargs)`` and ``after(module, output)`` around each outermost call into ``model``.
+    """Calls ``before(module, args, kwargs)`` and ``after(module, output)`` around each outermost
+    call into ``model``.
 
-    Outermost is the model itself, or a child of it where the model's own forward is not used (a LightningModule's
-    ``training_step``). Calls that backward makes again (activation checkpoints) and calls inside compiled code are not told. What
-    ``before`` and ``after`` raise is theirs to handle; they must not raise. A copy of the model, or a model saved whole, takes no
-    watch along.
+    Outermost is the model itself, or a child of it where the model's own forward is not used (a
+    LightningModule's ``training_step``). Calls that backward makes again (activation checkpoints)
+    and calls inside compiled code are not told. What ``before`` and ``after`` raise is theirs to
+    handle; they must not raise. A copy of the model, or a model saved whole, takes no watch along.
 
     Args:
         model: the model that is called.
-        outer: compiled wrappers around it, whose calls run outside the compiled graph; hooks go there instead.
-        before, after: see above; ``after`` is told also where the forward raised, with output None. Torch runs no hook after a
-            KeyboardInterrupt: then ``after`` is told when the model is next called.
+        outer: compiled wrappers around it, whose calls run outside the compiled graph; hooks go
+            there instead.
+        before, after: see above; ``after`` is told also where the forward raised, with output None.
+            Torch runs no hook after a KeyboardInterrupt: then ``after`` is told when the model is
+            next called.
     """
 
-    def __init__(self, model: nn.Module, outer: list[nn.Module], before: Before, after: After) -> None:
+    def __init__(
+        self, model: nn.Module, outer: list[nn.Module], before: Before, after: After
+    ) -> None:
         self._before, self._after = before, after
         self._stack: list[nn.Module] = []
         self._frame: FrameType | None = None
-        """The frame that runs the outermost call; to tell a call inside a call from one that never came to its end."""
+        """The frame that runs the outermost call; to tell a call inside a call from one that never
+        came to its end.
+        """
         self._undo: list[Callable[[], None]] = []
         for root in outer or [model]:
             self._watch(root)
@@ -45,7 +54,9 @@ class ForwardWatch:
                     self._watch(child)
 
     def follow(self, outer: list[nn.Module]) -> None:
-        """Watch compiled wrappers as well, made after this was. What is inside stays watched: taking that out would compile anew."""
+        """Watch compiled wrappers as well, made after this was. What is inside stays watched:
+        taking that out would compile anew.
+        """
         for root in outer:
             self._watch(root)
 
@@ -79,7 +90,9 @@ class ForwardWatch:
             return output
 
         def undo() -> None:
-            if module.__dict__.get("_compiled_call_impl") is call:  # not if it was compiled anew in the meantime
+            if (
+                module.__dict__.get("_compiled_call_impl") is call
+            ):  # not if it was compiled anew in the meantime
                 module.__dict__["_compiled_call_impl"] = compiled
 
         module.__dict__["_compiled_call_impl"] = call
@@ -108,7 +121,9 @@ class ForwardWatch:
 
 
 class _Hook:
-    """A hook of ours. Copied or pickled with its module it becomes one of the standard library that does nothing."""
+    """A hook of ours. Copied or pickled with its module it becomes one of the standard library that
+    does nothing.
+    """
 
     def __init__(self, tell: Callable[..., None]) -> None:
         self._tell = tell
@@ -121,7 +136,9 @@ class _Hook:
 
 
 def _called_children(module: nn.Module) -> Iterator[nn.Module]:
-    """The nearest modules below that can be called: those in a ``ModuleList`` instead of the list."""
+    """The nearest modules below that can be called: those in a ``ModuleList`` instead of the
+    list.
+    """
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called_children(child)
@@ -134,9 +151,13 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _is_redirected(module: nn.Module) -> bool:
-    """Whether this call is Lightning's way of running ``training_step`` under DDP, and no forward of the module."""
+    """Whether this call is Lightning's way of running ``training_step`` under DDP, and no forward
+    of the module.
+    """
     forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__qualname__", "").startswith("_ForwardRedirection.")
+    return forward is not None and getattr(forward, "__qualname__", "").startswith(
+        "_ForwardRedirection."
+    )
 
 
 def _is_running(frame: FrameType | None) -> bool:

@@ -1,4 +1,6 @@
-"""Gradients before an optimizer step: when they are ready, their norms, and a cheap look at whether they are finite."""
+"""Gradients before an optimizer step: when they are ready, their norms, and a cheap look at whether
+they are finite.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ _SMALL = 1 << 16
 class GradientNorms:
     """L2 norms of a step's gradients as each backward left them, before anything clips them.
 
-    A parameter's norm is taken at the end of the last backward that added to its gradient, and stays on its device until
-    it is asked for. So a step may have several backwards, with clips and optimizer steps in between.
+    A parameter's norm is taken at the end of the last backward that added to its gradient, and
+    stays on its device until it is asked for. So a step may have several backwards, with clips and
+    optimizer steps in between.
     """
 
     def __init__(self) -> None:
@@ -31,7 +34,8 @@ class GradientNorms:
         self._unknown = False
 
     def measure(self, model: nn.Module, added: Mapping[int, Tensor], scale: float | None) -> None:
-        """Take the norms of all gradients that were ``added`` to, and of those that no backward of this step has shown yet.
+        """Take the norms of all gradients that were ``added`` to, and of those that no backward of
+        this step has shown yet.
 
         Args:
             model: whose parameters count.
@@ -41,8 +45,12 @@ class GradientNorms:
         graded = [each for each in model.parameters() if each.grad is not None]
         fresh = [each for each in graded if id(each) in added or id(each) not in self._at]
         gradients = [each.grad for each in fresh if each.grad is not None]
-        taken = any(each.grad is None for each in added.values())  # an optimizer that steps inside backward, ZeRO
-        self._unknown = self._unknown or taken or any(is_sharded(grad) or grad.is_sparse for grad in gradients)
+        taken = any(
+            each.grad is None for each in added.values()
+        )  # an optimizer that steps inside backward, ZeRO
+        self._unknown = (
+            self._unknown or taken or any(is_sharded(grad) or grad.is_sparse for grad in gradients)
+        )
         if self._unknown or not gradients:
             return
         narrow = any(grad.element_size() < 4 for grad in gradients)
@@ -54,28 +62,41 @@ class GradientNorms:
         self._scales += [scale] * len(fresh)
 
     def by_layer(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, float]:
-        """The norm of each attention module's own gradients, and of all under ``""``; one transfer to the host.
+        """The norm of each attention module's own gradients, and of all under ``""``; one transfer
+        to the host.
 
-        Empty where they cannot be known: no backward was seen, it left no gradients, or they are sparse or sharded. Empty also
+        Empty where they cannot be known: no backward was seen, it left no gradients, or they are
+            sparse or sharded. Empty also
         where a gradient scaler will skip the step.
         """
         if self._unknown or not self._stacks:
             return {}
         device = self._stacks[0].device
         norms = torch.cat([stack.to(device) for stack in self._stacks]).tolist()
-        if any(scale is not None and not math.isfinite(norms[at]) for at, scale in enumerate(self._scales)):
+        if any(
+            scale is not None and not math.isfinite(norms[at])
+            for at, scale in enumerate(self._scales)
+        ):
             return {}
-        squares = {key: (norms[at] / (self._scales[at] or 1.0)) ** 2 for key, at in self._at.items()}
+        squares = {
+            key: (norms[at] / (self._scales[at] or 1.0)) ** 2 for key, at in self._at.items()
+        }
         found = {"": math.sqrt(sum(squares.get(id(each), 0.0) for each in model.parameters()))}
         for layer, module in layers.items():
-            own = [squares[id(parameter)] for parameter in module.parameters() if id(parameter) in squares]
+            own = [
+                squares[id(parameter)]
+                for parameter in module.parameters()
+                if id(parameter) in squares
+            ]
             if own:
                 found[clean_name(layer)] = math.sqrt(sum(own))
         return found
 
 
 class Sentinels:
-    """A few small parameters, the first and the last of the model: where a non-finite gradient arrives, and where it starts."""
+    """A few small parameters, the first and the last of the model: where a non-finite gradient
+    arrives, and where it starts.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -123,12 +144,14 @@ def _first_two(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 class AfterBackward:
-    """Calls ``tell(added)`` at the end of each backward that adds to a gradient of the model, before anything can clip it.
+    """Calls ``tell(added)`` at the end of each backward that adds to a gradient of the model,
+    before anything can clip it.
 
-    The parameters themselves are watched, not what the model returns: so it does not matter which output, hidden state or
-    hook the loss comes from. Under DDP gradients are summed over ranks by then. A backward that runs inside another (a
-    checkpointed segment, a forward made anew in a hook) is told with the outer one where that has added to a gradient
-    before, else by itself. What ``tell`` raises is its to handle; it must not raise.
+    The parameters themselves are watched, not what the model returns: so it does not matter which
+    output, hidden state or hook the loss comes from. Under DDP gradients are summed over ranks by
+    then. A backward that runs inside another (a checkpointed segment, a forward made anew in a
+    hook) is told with the outer one where that has added to a gradient before, else by itself. What
+    ``tell`` raises is its to handle; it must not raise.
     """
 
     def __init__(self, tell: Callable[[dict[int, Tensor]], None]) -> None:
@@ -140,7 +163,9 @@ class AfterBackward:
     def watch(self, model: nn.Module) -> None:
         """Watch the parameters that are trained now, until :meth:`let_go`."""
         self.let_go()
-        this = weakref.ref(self)  # parameters keep hooks where the garbage collector does not look: a strong one is never freed
+        this = weakref.ref(
+            self
+        )  # parameters keep hooks where the garbage collector does not look: a strong one is never freed
 
         def on_gradient(parameter: Tensor) -> None:
             watching = this()
@@ -168,7 +193,9 @@ class AfterBackward:
         self._added[id(parameter)] = parameter
         if not self._waiting:
             self._waiting = True
-            _queue(lambda: _queue(self._ended))  # twice, to come after what DDP queues in the meantime
+            _queue(
+                lambda: _queue(self._ended)
+            )  # twice, to come after what DDP queues in the meantime
 
     def _ended(self) -> None:
         added = self._added

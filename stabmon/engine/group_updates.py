@@ -35,9 +35,11 @@ class _Sample:
 class GroupUpdates:
     r"""Copies a bounded sample of each group before the optimizers step, and compares after.
 
-    The share is :math:`\|\Delta p\| / \|p\|` of up to 32 of the group's tensors, those with two and more dimensions if there are any,
-    each by evenly strided values that count for those between them. Of sharded parameters the part on this rank is taken. Costs a copy
-    of at most 4 MB a group and 32 MB in all from before the step to after it, and one transfer to the host, at sampled steps only.
+    The share is :math:`\|\Delta p\| / \|p\|` of up to 32 of the group's tensors, those with two and
+    more dimensions if there are any, each by evenly strided values that count for those between
+    them. Of sharded parameters the part on this rank is taken. Costs a copy of at most 4 MB a group
+    and 32 MB in all from before the step to after it, and one transfer to the host, at sampled
+    steps only.
     """
 
     def __init__(self) -> None:
@@ -47,13 +49,21 @@ class GroupUpdates:
     def before(self, groups: Sequence[ParameterGroup]) -> None:
         """Copy: no optimizer has stepped yet."""
         most = min(MOST_VALUES, MOST_OF_ALL // max(1, len(groups)))
-        self._before = {group.key: [(each, each.values()) for each in _samples(group, most)] for group in groups}
+        self._before = {
+            group.key: [(each, each.values()) for each in _samples(group, most)] for group in groups
+        }
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
-        """The share by which each group moved, by key; NaN where it was zero before. Empty where :meth:`before` was not called."""
+        """The share by which each group moved, by key; NaN where it was zero before. Empty where
+        :meth:`before` was not called.
+        """
         before, self._before = self._before, {}
-        pairs = [(key, each, was, each.values()) for key, samples in before.items() for each, was in samples]
+        pairs = [
+            (key, each, was, each.values())
+            for key, samples in before.items()
+            for each, was in samples
+        ]
         pairs = [pair for pair in pairs if pair[2].shape == pair[3].shape]
         if not pairs:
             return {}
@@ -63,15 +73,24 @@ class GroupUpdates:
         values = torch.stack([norm.to(device) for norm in norms]).tolist()
         weights: dict[str, float] = {}
         updates: dict[str, float] = {}
-        for (key, each, _, _), weight, update in zip(pairs, values[: len(pairs)], values[len(pairs) :], strict=True):
+        for (key, each, _, _), weight, update in zip(
+            pairs, values[: len(pairs)], values[len(pairs) :], strict=True
+        ):
             weights[key] = weights.get(key, 0.0) + each.stride * weight * weight
             updates[key] = updates.get(key, 0.0) + each.stride * update * update
-        return {key: math.sqrt(updates[key] / weights[key]) if weights[key] > 0 else math.nan for key in weights}
+        return {
+            key: math.sqrt(updates[key] / weights[key]) if weights[key] > 0 else math.nan
+            for key in weights
+        }
 
 
 def _samples(group: ParameterGroup, most: int) -> list[_Sample]:
     """What is looked at of a group: the same at every step for the same parameters."""
-    tensors = [each for each in group.parameters if each.requires_grad and each.is_floating_point() and local(each).numel()]
+    tensors = [
+        each
+        for each in group.parameters
+        if each.requires_grad and each.is_floating_point() and local(each).numel()
+    ]
     tensors = [each for each in tensors if each.ndim > 1] or tensors
     if len(tensors) > MOST_TENSORS:
         tensors = [tensors[at * len(tensors) // MOST_TENSORS] for at in range(MOST_TENSORS)]
@@ -80,6 +99,8 @@ def _samples(group: ParameterGroup, most: int) -> list[_Sample]:
 
 
 def _stride(values: int, most: int) -> int:
-    """The smallest odd stride that takes at most so many: one with no factor in common with most widths takes every column in turn."""
+    """The smallest odd stride that takes at most so many: one with no factor in common with most
+    widths takes every column in turn.
+    """
     stride = -(-values // most)
     return stride if stride == 1 else stride | 1

@@ -14,7 +14,8 @@ from stabmon.engine.gradients import tensors_in
 
 
 class Losses:
-    """Adds the losses of micro-batches up to a step's, and keeps those of the steps since the last reading.
+    """Adds the losses of micro-batches up to a step's, and keeps those of the steps since the last
+    reading.
 
     Args:
         keep: steps kept where no reading comes.
@@ -22,12 +23,16 @@ class Losses:
 
     def __init__(self, keep: int) -> None:
         self.parts: list[Tensor] = []
-        """This step's, one a micro-batch: as the training loop told them, else as found in the model's outputs."""
+        """This step's, one a micro-batch: as the training loop told them, else as found in the
+        model's outputs.
+        """
         self._told = False
         self._pending: deque[tuple[int, float | Tensor]] = deque(maxlen=keep)
 
     def tell(self, loss: Tensor) -> None:
-        """Take a micro-batch's share of the step's loss from the training loop; shares are added up."""
+        """Take a micro-batch's share of the step's loss from the training loop; shares are added
+        up.
+        """
         if not self._told:
             self._told, self.parts = True, []
         self.parts.append(loss.detach())
@@ -38,8 +43,11 @@ class Losses:
         if loss is not None:
             self.parts.append(loss.detach())
 
-    def end_step(self, step: int, loss: Tensor | float | None, shares: bool) -> float | Tensor | None:
-        """Close a step, with its ``loss`` where the loop has one. Found parts are added up if they are ``shares``, else averaged.
+    def end_step(
+        self, step: int, loss: Tensor | float | None, shares: bool
+    ) -> float | Tensor | None:
+        """Close a step, with its ``loss`` where the loop has one. Found parts are added up if they
+        are ``shares``, else averaged.
 
         Raises:
             ValueError: for a loss that is no single number.
@@ -51,9 +59,14 @@ class Losses:
         if loss is None:
             return None
         if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"loss has shape {list(loss.shape)}: give on_step a single number, such as loss.mean()")
+            raise ValueError(
+                f"loss has shape {list(loss.shape)}: give on_step a single number, such as "
+                "loss.mean()"
+            )
         on_device = isinstance(loss, Tensor) and loss.device.type != "cpu"
-        value = loss.detach().reshape(()) if isinstance(loss, Tensor) and on_device else _number(loss)
+        value = (
+            loss.detach().reshape(()) if isinstance(loss, Tensor) and on_device else _number(loss)
+        )
         self._pending.append((step, value))
         return value
 
@@ -62,11 +75,15 @@ class Losses:
         self.parts, self._told = [], False
 
     def take(self) -> tuple[tuple[int, float], ...]:
-        """(step, loss) of every step since this was last called, brought to the host in one transfer."""
+        """(step, loss) of every step since this was last called, brought to the host in one
+        transfer.
+        """
         pending, self._pending = list(self._pending), deque(maxlen=self._pending.maxlen)
         waiting = [value.double() for _, value in pending if isinstance(value, Tensor)]
         arrived = iter(torch.stack(waiting).tolist() if waiting else [])
-        return tuple((step, next(arrived) if isinstance(value, Tensor) else value) for step, value in pending)
+        return tuple(
+            (step, next(arrived) if isinstance(value, Tensor) else value) for step, value in pending
+        )
 
     def state_dict(self) -> list[list[float]]:
         """The losses that no reading has had yet."""
@@ -79,7 +96,9 @@ class Losses:
             ValueError: if it is no state of losses.
         """
         pairs = [each.parts(2) for each in Stored.of(state).parts()]
-        pending = deque(((step.integer(), loss.number()) for step, loss in pairs), maxlen=self._pending.maxlen)
+        pending = deque(
+            ((step.integer(), loss.number()) for step, loss in pairs), maxlen=self._pending.maxlen
+        )
 
         def take_up() -> None:
             self._pending = deque(pending, maxlen=pending.maxlen)
@@ -92,18 +111,24 @@ def _number(loss: Tensor | float) -> float:
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """Find the loss in a forward's output: a single number, told by its name or by being the only one that gradients reach.
+    """Find the loss in a forward's output: a single number, told by its name or by being the only
+    one that gradients reach.
 
     Returns:
-        The number called ``loss``, else the one whose name holds ``total`` and ``loss``, else the only one whose name holds
-        ``loss``, else the only one that gradients reach (the only one without a name, where they reach nothing); each time only
-        among those that gradients reach, if there are such. None where several would do: a wrong loss is worse than none.
+        The number called ``loss``, else the one whose name holds ``total`` and ``loss``, else the
+        only one whose name holds ``loss``, else the only one that gradients reach (the only one
+        without a name, where they reach nothing); each time only among those that gradients reach,
+        if there are such. None where several would do: a wrong loss is worse than none.
     """
     numbers = list(_numbers_in(output))
     reached = [(name, number) for name, number in numbers if number.requires_grad]
     among = reached or numbers
     names = [name.lower() for name, _ in among]
-    for fits in (lambda name: name == "loss", lambda name: "loss" in name and "total" in name, lambda name: "loss" in name):
+    for fits in (
+        lambda name: name == "loss",
+        lambda name: "loss" in name and "total" in name,
+        lambda name: "loss" in name,
+    ):
         found = [number for name, (_, number) in zip(names, among, strict=True) if fits(name)]
         if found:
             return found[0] if len(found) == 1 else None
@@ -114,7 +139,9 @@ def loss_in(output: Any) -> Tensor | None:
 
 
 def _numbers_in(output: Any, name: str = "", depth: int = 2) -> Iterator[tuple[str, Tensor]]:
-    """Every single floating-point number of an output and the name it has there, ``""`` for none."""
+    """Every single floating-point number of an output and the name it has there, ``""`` for
+    none.
+    """
     if isinstance(output, Tensor):
         if output.dim() == 0 and output.is_floating_point():
             yield name, output

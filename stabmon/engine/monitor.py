@@ -1,4 +1,5 @@
-"""The engine: when to sample, whom to ask, and where the answers go. Knows no signal, rule or sink by name.
+"""The engine: when to sample, whom to ask, and where the answers go. Knows no signal, rule or sink
+by name.
 
 One optimizer step, with what a monitor does at each mark::
 
@@ -33,7 +34,13 @@ from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.acting import Acting, paused
 from stabmon.engine.error_boundary import Safety, safely
 from stabmon.engine.group_updates import GroupUpdates
-from stabmon.engine.monitor_state import STATE_VERSION, attention_of, check_model, check_version, known_issues
+from stabmon.engine.monitor_state import (
+    STATE_VERSION,
+    attention_of,
+    check_model,
+    check_version,
+    known_issues,
+)
 from stabmon.engine.qk_updates import QueryKeySteps, with_adapters
 from stabmon.engine.rank_reducer import RankReducer, rank, world_size
 from stabmon.engine.recorder import Recorder
@@ -53,26 +60,32 @@ logger = logging.getLogger("stabmon")
 
 
 class AttentionStabilityMonitor:
-    """Watches the attention of a model in training, and changes nothing about it unless the configuration names interventions.
+    """Watches the attention of a model in training, and changes nothing about it unless the
+    configuration names interventions.
 
-    Call :meth:`on_step` once after each optimizer step and :meth:`close` (or leave the context) at the end. Nothing here raises into
-    the training loop but bad arguments to the constructor.
+    Call :meth:`on_step` once after each optimizer step and :meth:`close` (or leave the context) at
+    the end. Nothing here raises into the training loop but bad arguments to the constructor.
 
     Args:
         model: the model as it is called in training: plain, compiled, wrapped by DDP or FSDP.
-        optimizer: the torch optimizer, a wrapper around one, or a list of all where there are several. Just before its step is when
-            failing batches are replayed; without one none is. Of what an optimizer steps that is not given, rates are unknown.
-        lr_scheduler: what a rollback with ``rewind_schedule`` sets back, or a list; its rates are read from the optimizer.
-        config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.schema.StabilityConfig`.
-        log_every: sample every N-th optimizer step; the first is step 1, so N = 50 samples 50, 100, …
+        optimizer: the torch optimizer, a wrapper around one, or a list of all where there are
+            several. Just before its step is when failing batches are replayed; without one none is.
+            Of what an optimizer steps that is not given, rates are unknown.
+        lr_scheduler: what a rollback with ``rewind_schedule`` sets back, or a list; its rates are
+            read from the optimizer.
+        config: a preset's name, a YAML file's path, or a
+            :class:`~stabmon.config.schema.StabilityConfig`.
+        log_every: sample every N-th optimizer step; the first is step 1, so N = 50 samples 50, 100,
+            …
         sinks: names or :class:`~stabmon.sinks.Sink` objects, instead of the configuration's.
         run_dir: records go to ``<run_dir>/stabmon``; None keeps them in memory only.
-        reduce_ranks: under torch.distributed, reduce sampled steps over all ranks. Every rank must then have a monitor; interventions
-            need it, since all ranks must do the same.
+        reduce_ranks: under torch.distributed, reduce sampled steps over all ranks. Every rank must
+            then have a monitor; interventions need it, since all ranks must do the same.
         is_writer: whether this process writes to the sinks; None for rank 0 only.
-        manual_steps: :meth:`begin_step` and :meth:`before_optimizer_step` are called from outside, as the integrations do.
-        grad_scaler: the gradient scaler in use, whose single overflows are not reported and whose scale is taken out of gradient
-            norms; None to find it, if there is one.
+        manual_steps: :meth:`begin_step` and :meth:`before_optimizer_step` are called from outside,
+            as the integrations do.
+        grad_scaler: the gradient scaler in use, whose single overflows are not reported and whose
+            scale is taken out of gradient norms; None to find it, if there is one.
         **overrides: other fields of the configuration.
 
     Raises:
@@ -97,7 +110,9 @@ class AttentionStabilityMonitor:
         **overrides: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}: give the torch.nn.Module that is trained")
+            raise TypeError(
+                f"model is a {type(model).__name__}: give the torch.nn.Module that is trained"
+            )
         self.config = load_config(config, log_every=log_every, sinks=sinks, **overrides)
         self.model = model
         self.optimizer = optimizer
@@ -107,18 +122,24 @@ class AttentionStabilityMonitor:
         self.run_dir = None if run_dir is None else Path(run_dir) / "stabmon"
         self.safety = Safety()
         writes = rank() == 0 if is_writer is None else is_writer
-        self._recorder = Recorder(self.config.make_sinks() if writes else [], self.run_dir, self.safety)
+        self._recorder = Recorder(
+            self.config.make_sinks() if writes else [], self.run_dir, self.safety
+        )
         self._tracker = self._make_tracker()
         self._ranks = RankReducer(model) if reduce_ranks else None
         self._view = OptimizerView(optimizer, grad_scaler)
         audit = self._recorder.write_intervention
         self._acting = Acting(model, self._view, lr_scheduler, self.config, self.run_dir, audit)
         run = self._acting.run
-        self._step_length = StepLength(model, self._view, run.scheduled_rate, lambda: run.rate_factors, self.safety)
+        self._step_length = StepLength(
+            model, self._view, run.scheduled_rate, lambda: run.rate_factors, self.safety
+        )
         run.shorten_step = self._step_length.shorten if world_size() == 1 else None
         run.on_rollback.append(lambda step: self._step_length.rates.begin_again())
         follow, drop = self._step_length.follow, self._step_length.end
-        self._observer = StepObserver(model, self.config, self.safety, self._view.scale, self._acting.listener, follow, drop)
+        self._observer = StepObserver(
+            model, self.config, self.safety, self._view.scale, self._acting.listener, follow, drop
+        )
         self._query_key, self._group_updates = QueryKeySteps(), GroupUpdates()
         share = self._ranks.share if self._ranks else None
         self._misfortune = NonFiniteWatch(model, self.safety.failed, share, self._view)
@@ -133,11 +154,13 @@ class AttentionStabilityMonitor:
         if not manual_steps:
             self.begin_step()
 
-    # -- the marks of a step ------------------------------------------------------------------------------------------
+    # -- the marks of a step
 
     @safely
     def begin_step(self) -> None:
-        """Get ready for the next optimizer step. Only integrations call this: ``on_step`` does it in a loop of one's own."""
+        """Get ready for the next optimizer step. Only integrations call this: ``on_step`` does it
+        in a loop of one's own.
+        """
         self._is_news = False
         self._looked.clear()
         self._view.start_step()
@@ -153,8 +176,9 @@ class AttentionStabilityMonitor:
         """Look at gradients while they and the parameters that made them are still there.
 
         Args:
-            optimizer: the one that is about to step, where there are several. What comes again without a forward in between is one step,
-                as where an optimizer's step calls its parent's.
+            optimizer: the one that is about to step, where there are several. What comes again
+                without a forward in between is one step, as where an optimizer's step calls its
+                parent's.
         """
         made = (self._observer.forwards.count, len(self._observer.losses.parts))
         is_first, is_new = not self._looked, made != self._made
@@ -163,7 +187,9 @@ class AttentionStabilityMonitor:
         self._looked.add(id(optimizer))
         self._made = made
         self._look_at_weights(optimizer, is_first)
-        if is_first or is_new:  # with several optimizers, gradients may be made anew between their steps
+        if (
+            is_first or is_new
+        ):  # with several optimizers, gradients may be made anew between their steps
             self._look_at_gradients()
         self._acting.guard.before_optimizer_step()
 
@@ -185,7 +211,9 @@ class AttentionStabilityMonitor:
             gradients = not self._view.skips_bad_steps
             with paused(seen):
                 calls, losses = seen.forwards.calls, seen.losses.parts
-                self._is_news |= self._misfortune.look(self.step + 1, calls, losses, gradients=gradients, norm=norm)
+                self._is_news |= self._misfortune.look(
+                    self.step + 1, calls, losses, gradients=gradients, norm=norm
+                )
 
     def on_step(self, loss: Tensor | float | None = None) -> Diagnosis | None:
         """Take note that an optimizer step has been made.
@@ -194,8 +222,8 @@ class AttentionStabilityMonitor:
             loss: the step's loss; a tensor is detached, and read only when a sampled step needs it.
 
         Returns:
-            A :class:`~stabmon.records.Diagnosis` on sampled steps, and on a step at which a NaN or inf first comes up or which shows that
-            the rate is too high; else None.
+            A :class:`~stabmon.records.Diagnosis` on sampled steps, and on a step at which a NaN or
+            inf first comes up or which shows that the rate is too high; else None.
         """
         if self._closed:
             return None
@@ -223,9 +251,11 @@ class AttentionStabilityMonitor:
 
     @safely
     def get_intervention(self, diagnosis: Diagnosis) -> Intervention | None:
-        """What to do next about the alarms that are open; None where there is nothing to do, or nothing left that was not tried.
+        """What to do next about the alarms that are open; None where there is nothing to do, or
+        nothing left that was not tried.
 
-        Proposes what the configuration allows, or, where it names no interventions, what the preset ``guard`` allows.
+        Proposes what the configuration allows, or, where it names no interventions, what the preset
+        ``guard`` allows.
         """
         return self._acting.propose(diagnosis, self._observer)
 
@@ -233,19 +263,22 @@ class AttentionStabilityMonitor:
     def apply(self, intervention: Intervention, *, hold: bool | None = None) -> Applied | None:
         """Apply an intervention, after the optimizer's step; its ``undo()`` takes it back.
 
-        What is applied here stays until its ``undo()`` or ``release()``: nothing of stabmon judges it by later batches, takes it back,
-        loosens it or lets it go, under any configuration. Its effect is proven on the step's own batch, run again before and after;
-        where that batch is not to be had it is not judged, and ``record["note"]`` says so. Under torch.distributed, every rank must
-        apply the same.
+        What is applied here stays until its ``undo()`` or ``release()``: nothing of stabmon judges
+        it by later batches, takes it back, loosens it or lets it go, under any configuration. Its
+        effect is proven on the step's own batch, run again before and after; where that batch is
+        not to be had it is not judged, and ``record["note"]`` says so. Under torch.distributed,
+        every rank must apply the same.
 
         Args:
             intervention: what to do.
-            hold: True to hold it from step to step until it is undone or released. False to do it once and let it go: a change of
-                weights is made once, and what is in force only while it is held (a rate, a temperature, a cap) is in force for one
-                optimizer step. None for the intervention's own way, which for most is to hold.
+            hold: True to hold it from step to step until it is undone or released. False to do it
+                once and let it go: a change of weights is made once, and what is in force only
+                while it is held (a rate, a temperature, a cap) is in force for one optimizer step.
+                None for the intervention's own way, which for most is to hold.
 
         Returns:
-            None where it does not fit this run; the log and the audit record in ``interventions.jsonl`` say why.
+            None where it does not fit this run; the log and the audit record in
+            ``interventions.jsonl`` say why.
         """
         applied = self._acting.apply(intervention, self.step, self._observer, hold)
         if not self._manual:
@@ -274,7 +307,9 @@ class AttentionStabilityMonitor:
 
     @property
     def unseen(self) -> Mapping[str, str]:
-        """Modules of whose attention some is not seen, and what of it: name -> words. Known from the first sampled step on."""
+        """Modules of whose attention some is not seen, and what of it: name -> words. Known from
+        the first sampled step on.
+        """
         return dict(self._observer.unseen)
 
     @property
@@ -296,11 +331,18 @@ class AttentionStabilityMonitor:
     def __enter__(self) -> AttentionStabilityMonitor:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed monitor needs to go on where this one is: plain values, for JSON with NaN or ``torch.save``."""
+        """All that a resumed monitor needs to go on where this one is: plain values, for JSON with
+        NaN or ``torch.save``.
+        """
         return {
             "version": STATE_VERSION,
             "model": attention_of(self.model, self._tracker.history.layers),
@@ -317,12 +359,12 @@ class AttentionStabilityMonitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
 
-        The state is read whole before anything is changed. Interventions, settings, signals and rules that are no longer known are
-        left out, which is told of, and the rest is taken.
+        The state is read whole before anything is changed. Interventions, settings, signals and
+        rules that are no longer known are left out, which is told of, and the rest is taken.
 
         Raises:
-            ValueError: if ``state`` is no monitor's state, one of another model, or of a later version of stabmon; nothing has changed
-                then.
+            ValueError: if ``state`` is no monitor's state, one of another model, or of a later
+                version of stabmon; nothing has changed then.
         """
         self._take_up(self._parse_state(state))
 
@@ -338,10 +380,18 @@ class AttentionStabilityMonitor:
             misfortune = self._misfortune.parse_state(saved["non_finite"])
             lengths = self._step_length.rates.parse_state(saved.get("step_length", None))
             guard = self._acting.guard.parse_state(saved["guard"])
-            told = {name: each.mapping() for name, each in saved["model"].items()} if "model" in saved else None
+            told = (
+                {name: each.mapping() for name, each in saved["model"].items()}
+                if "model" in saved
+                else None
+            )
         except Exception as error:
-            words = " ".join(f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}".split())
-            raise ValueError(f"no monitor's state ({words}): give what state_dict() returned") from error
+            words = " ".join(
+                f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}".split()
+            )
+            raise ValueError(
+                f"no monitor's state ({words}): give what state_dict() returned"
+            ) from error
         check_model(self.model, tracker.history.layers, told)
 
         def take_up() -> None:
@@ -362,18 +412,25 @@ class AttentionStabilityMonitor:
         if not self._manual:
             self.begin_step()
 
-    # -- for integrations ---------------------------------------------------------------------------------------------
+    # -- for integrations
 
     @safely
     def add_loss(self, loss: Tensor) -> None:
-        """Tell the (part of the) step's loss that a micro-batch is differentiated by; parts are added up."""
+        """Tell the (part of the) step's loss that a micro-batch is differentiated by; parts are
+        added up.
+        """
         self._observer.losses.tell(loss)
 
     def leave_ranks(self) -> None:
-        """Report this rank's readings alone, since not every rank has a monitor. To be called before the first step."""
-        self._ranks, self._misfortune = None, NonFiniteWatch(self.model, self.safety.failed, optimizer=self._view)
+        """Report this rank's readings alone, since not every rank has a monitor. To be called
+        before the first step.
+        """
+        self._ranks, self._misfortune = (
+            None,
+            NonFiniteWatch(self.model, self.safety.failed, optimizer=self._view),
+        )
 
-    # -- inside a step ------------------------------------------------------------------------------------------------
+    # -- inside a step
 
     @safely
     def _begin_records(self) -> None:
@@ -381,17 +438,24 @@ class AttentionStabilityMonitor:
 
     @safely
     def _end_loss(self, loss: Tensor | float | None) -> float | Tensor | None:
-        return self._observer.losses.end_step(self.step, loss, shares=self._observer.forwards.shares)
+        return self._observer.losses.end_step(
+            self.step, loss, shares=self._observer.forwards.shares
+        )
 
     @safely
     def _look_at_end(self, loss: float | Tensor | None, calls: Sequence[ForwardCall]) -> None:
         seen, left_out = self._observer, self._view.left_out()
         scaled, self._scaled = self._scaled, self._view.scales
-        if scaled != self._scaled or (left_out is True and not math.isfinite(seen.gradients.get("", 0.0))):
-            seen.forget_gradients()  # a scale that was not known is in them, or they have changed nothing
+        if scaled != self._scaled or (
+            left_out is True and not math.isfinite(seen.gradients.get("", 0.0))
+        ):
+            # a scale that was not known is in them, or they have changed nothing
+            seen.forget_gradients()
         if self.config.watch_every_step:
             with paused(seen):
-                told = loss if isinstance(loss, float) else None  # one on another device is known when a reading needs it
+                told = (
+                    loss if isinstance(loss, float) else None
+                )  # one on another device is known when a reading needs it
                 self._is_news |= self._misfortune.end_step(self.step, told, calls, left_out)
 
     @safely
@@ -413,7 +477,9 @@ class AttentionStabilityMonitor:
     ) -> Diagnosis | None:
         seen, sampled = self._observer, self.is_sampled(self.step)
         sums = seen.measurements.sums
-        if sampled and self._ranks is not None:  # before all that may fail, since other ranks wait for it
+        if (
+            sampled and self._ranks is not None
+        ):  # before all that may fail, since other ranks wait for it
             sums = self._ranks.reduce(sums)
         if not seen.forwards.count:
             seen.look_for_compiled()
@@ -422,7 +488,9 @@ class AttentionStabilityMonitor:
         layers = to_host(sums) if sampled else {}
         self._tell_unseen()
         if sampled and not layers and (why := seen.why_nothing()):
-            self.safety.failed("sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False)
+            self.safety.failed(
+                "sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False
+            )
         losses, rates = seen.losses.take(), self._view.learning_rates()
         for step, loss in losses if self.config.watch_every_step else ():
             if not math.isfinite(loss):
@@ -454,14 +522,27 @@ class AttentionStabilityMonitor:
         open_issues = self._tracker.open_issues
         if sampled:
             factor = self._acting.run.rate_factor
-            more = {"learning_rate_factor": factor} if self._acting.guard.automatic or factor != 1 else {}
+            more = (
+                {"learning_rate_factor": factor}
+                if self._acting.guard.automatic or factor != 1
+                else {}
+            )
             self._recorder.write_reading(reading, open_issues, **more)
         self._recorder.write_issues(issues)
         readings = tuple(self._tracker.history.readings)
-        return Diagnosis(reading.step, tuple(issues), reading.layers, readings, open_issues, dict(self._observer.unseen))
+        return Diagnosis(
+            reading.step,
+            tuple(issues),
+            reading.layers,
+            readings,
+            open_issues,
+            dict(self._observer.unseen),
+        )
 
     def _tell_unseen(self) -> None:
-        """Warn of attention that is not seen, and write it to the run's metadata, where more of it is known than at the last step."""
+        """Warn of attention that is not seen, and write it to the run's metadata, where more of it
+        is known than at the last step.
+        """
         unseen, told = self._observer.unseen, self._observer.describe_unseen()
         if told is None or len(unseen) == self._unseen_told:
             return
@@ -478,7 +559,7 @@ class AttentionStabilityMonitor:
     def _act(self, diagnosis: Diagnosis | None) -> None:
         self._acting.act(diagnosis, self._tracker, self._observer)
 
-    # -- set-up and small things --------------------------------------------------------------------------------------
+    # -- set-up and small things
 
     def _make_tracker(self) -> IssueTracker:
         return IssueTracker(
@@ -490,11 +571,18 @@ class AttentionStabilityMonitor:
         )
 
     def _open(self) -> None:
-        """Once, before the first step: open the sinks, and put in place what has to be there before anything is wrong."""
+        """Once, before the first step: open the sinks, and put in place what has to be there before
+        anything is wrong.
+        """
         if self._opened:
             return
         self._opened = True
-        self._recorder.open(lambda: {**run_meta(self.model, self.config), "continues": self._resumed or self.step > 1})
+        self._recorder.open(
+            lambda: {
+                **run_meta(self.model, self.config),
+                "continues": self._resumed or self.step > 1,
+            }
+        )
         self._acting.begin(together=self._ranks is not None)
 
     def _start_observing(self) -> None:

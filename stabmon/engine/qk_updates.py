@@ -1,4 +1,6 @@
-"""How the weights that make queries and keys move in a sampled step: their gradient, their size, and what the optimizer changed."""
+"""How the weights that make queries and keys move in a sampled step: their gradient, their size,
+and what the optimizer changed.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ logger = logging.getLogger("stabmon")
 class QueryKeySteps:
     """Takes the norms of W_q and W_k before the optimizer's step, and of their change after it.
 
-    Where adapters are around frozen projections, W_q and W_k are what these effectively are. Layers whose queries and keys cannot be told
-    apart by name and shape, or are sharded, are left out. Costs a copy of W_q and W_k, or of the adapters, from one mark to the other at
-    sampled steps, and one transfer to the host.
+    Where adapters are around frozen projections, W_q and W_k are what these effectively are. Layers
+    whose queries and keys cannot be told apart by name and shape, or are sharded, are left out.
+    Costs a copy of W_q and W_k, or of the adapters, from one mark to the other at sampled steps,
+    and one transfer to the host.
     """
 
     def __init__(self) -> None:
@@ -34,8 +37,12 @@ class QueryKeySteps:
         self._norms: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def before(self, layers: Mapping[str, nn.Module], info: Mapping[str, LayerInfo], again: bool = False) -> None:
-        """Gradients are ready, the optimizer has not stepped; ``again``, before another optimizer's step, for layers that had none."""
+    def before(
+        self, layers: Mapping[str, nn.Module], info: Mapping[str, LayerInfo], again: bool = False
+    ) -> None:
+        """Gradients are ready, the optimizer has not stepped; ``again``, before another optimizer's
+        step, for layers that had none.
+        """
         if not again:
             self._before, self._norms = {}, {}
         for layer, module in layers.items():
@@ -44,22 +51,34 @@ class QueryKeySteps:
             if layer not in self._parts:
                 self._find(layer, module, info.get(layer))
             if layer in self._adapters:
-                gradients = [parameter.grad for parameter in self._adapters[layer].trained if parameter.grad is not None]
+                gradients = [
+                    parameter.grad
+                    for parameter in self._adapters[layer].trained
+                    if parameter.grad is not None
+                ]
                 weight = self._of_adapter(layer, "before") if gradients else None
                 if weight is not None:
                     self._before[layer], self._norms[layer] = [], (_norm(gradients), weight)
                 continue
-            parts = [(parameter, at) for parameter, dim, rows in self._parts[layer] for at in [(slice(None),) * dim + (rows,)]]
+            parts = [
+                (parameter, at)
+                for parameter, dim, rows in self._parts[layer]
+                for at in [(slice(None),) * dim + (rows,)]
+            ]
             if not parts or any(parameter.grad is None for parameter, _ in parts):
                 continue
             weights = [parameter.detach()[at] for parameter, at in parts]
-            gradients = [parameter.grad[at] for parameter, at in parts if parameter.grad is not None]
+            gradients = [
+                parameter.grad[at] for parameter, at in parts if parameter.grad is not None
+            ]
             self._before[layer] = [weight.clone() for weight in weights]
             self._norms[layer] = _norm(gradients), _norm(weights)
 
     @torch.no_grad()
     def after(self, scaled: bool = False) -> dict[str, QueryKeyStep]:
-        """The optimizer has stepped; of ``scaled`` gradients it is not known whether they were unscaled when they were seen."""
+        """The optimizer has stepped; of ``scaled`` gradients it is not known whether they were
+        unscaled when they were seen.
+        """
         moved = {}
         for layer, before in self._before.items():
             if layer in self._adapters:
@@ -67,7 +86,10 @@ class QueryKeySteps:
                 if change is not None:
                     moved[layer] = change
                 continue
-            now = [parameter.detach()[(slice(None),) * dim + (rows,)] for parameter, dim, rows in self._parts[layer]]
+            now = [
+                parameter.detach()[(slice(None),) * dim + (rows,)]
+                for parameter, dim, rows in self._parts[layer]
+            ]
             moved[layer] = _norm(torch._foreach_sub(now, before))
         names = list(moved)
         self._before = {}
@@ -75,14 +97,20 @@ class QueryKeySteps:
             return {}
         device = moved[names[0]].device
         norms = [[*self._norms[name], moved[name]] for name in names]
-        table = torch.stack([torch.stack([each.to(device).double() for each in row]) for row in norms]).tolist()
+        table = torch.stack(
+            [torch.stack([each.to(device).double() for each in row]) for row in norms]
+        ).tolist()
         return {
-            name: QueryKeyStep(gradient=math.nan if scaled else gradient, weight=weight, update=update)
+            name: QueryKeyStep(
+                gradient=math.nan if scaled else gradient, weight=weight, update=update
+            )
             for name, (gradient, weight, update) in zip(names, table, strict=True)
         }
 
     def _of_adapter(self, layer: str, what: str) -> Tensor | None:
-        """A norm of a layer with adapters; one in which it cannot be had is left out from then on."""
+        """A norm of a layer with adapters; one in which it cannot be had is left out from then
+        on.
+        """
         try:
             found: Tensor = getattr(self._adapters[layer], what)()
         except Exception as error:  # adapters that were exchanged, or a base that takes no floats
@@ -103,9 +131,16 @@ class QueryKeySteps:
             self._adapters[layer] = effective
 
 
-def with_adapters(info: Mapping[str, LayerInfo], modules: Mapping[str, nn.Module]) -> dict[str, LayerInfo]:
-    """What is known of layers, with those marked whose queries and keys are made by frozen weights."""
-    return {layer: replace(each, adapted=True) if _is_adapted(modules.get(layer)) else each for layer, each in info.items()}
+def with_adapters(
+    info: Mapping[str, LayerInfo], modules: Mapping[str, nn.Module]
+) -> dict[str, LayerInfo]:
+    """What is known of layers, with those marked whose queries and keys are made by frozen
+    weights.
+    """
+    return {
+        layer: replace(each, adapted=True) if _is_adapted(modules.get(layer)) else each
+        for layer, each in info.items()
+    }
 
 
 def _is_adapted(module: nn.Module | None) -> bool:
@@ -116,7 +151,9 @@ def _is_adapted(module: nn.Module | None) -> bool:
 
 
 def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parameter, int, slice]]:
-    """(parameter, dimension, range) of everything that makes queries and keys, neighbouring ranges joined."""
+    """(parameter, dimension, range) of everything that makes queries and keys, neighbouring ranges
+    joined.
+    """
     try:
         rows = find_query_key(module, info)[0].all_rows()
     except CannotApply:
@@ -125,7 +162,9 @@ def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parame
     for each in rows:
         if is_sharded(each.parameter):
             return []
-        ranges.setdefault((id(each.parameter), each.dim), (each.parameter, []))[1].append((each.start, each.stop))
+        ranges.setdefault((id(each.parameter), each.dim), (each.parameter, []))[1].append(
+            (each.start, each.stop)
+        )
     joined = []
     for (_, dim), (parameter, spans) in ranges.items():
         start, stop = None, None
@@ -142,5 +181,7 @@ def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parame
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """L2 norm of all of them together, on their device."""
-    norms: Tensor = torch.linalg.vector_norm(torch.stack([each.float() for each in torch._foreach_norm(list(tensors))]))
+    norms: Tensor = torch.linalg.vector_norm(
+        torch.stack([each.float() for each in torch._foreach_norm(list(tensors))])
+    )
     return norms

@@ -38,15 +38,21 @@ def world_size() -> int:
 
 def on_all_ranks(ready: bool) -> bool:
     """Whether every rank is ``ready``; one collective, which every rank must call."""
-    return ready if world_size() == 1 else bool(_gather(torch.tensor([float(ready)], dtype=torch.float64)).all())
+    return (
+        ready
+        if world_size() == 1
+        else bool(_gather(torch.tensor([float(ready)], dtype=torch.float64)).all())
+    )
 
 
 class RankReducer:
-    """Means and maxima over the ranks of the default process group, with two collectives a sampled step, of a vector each.
+    """Means and maxima over the ranks of the default process group, with two collectives a sampled
+    step, of a vector each.
 
-    At the first sampled step the ranks compare what they are about to send (two integers); if layers differ, as between pipeline
-    stages, each keeps to its own from then on. A rank that has nothing to give, or something else than agreed, sends neutral
-    values of the agreed length rather than none.
+    At the first sampled step the ranks compare what they are about to send (two integers); if
+    layers differ, as between pipeline stages, each keeps to its own from then on. A rank that has
+    nothing to give, or something else than agreed, sends neutral values of the agreed length rather
+    than none.
 
     Args:
         model: where its heads are split over ranks (tensor parallel), each rank keeps to its own.
@@ -68,7 +74,11 @@ class RankReducer:
         own = {layer: dict(signals) for layer, signals in sums.items()}
         if not self.active:
             return own
-        layout = [(layer, name, len(each.total)) for layer, signals in own.items() for name, each in signals.items()]
+        layout = [
+            (layer, name, len(each.total))
+            for layer, signals in own.items()
+            for name, each in signals.items()
+        ]
         if self._agreed is None and not self._agree(layout):
             return own
         added, largest = self._pack(own, layout)
@@ -77,7 +87,8 @@ class RankReducer:
         return self._unpack(added.cpu(), largest.cpu(), own) if layout == self._layout else own
 
     def share(self, found: NonFinite | None, step: int) -> NonFinite | None:
-        """On rank 0 the finding of all ranks that tells most; on others their own. No collective: rank 0 reads what others left.
+        """On rank 0 the finding of all ranks that tells most; on others their own. No collective:
+        rank 0 reads what others left.
 
         The rank that found it is named in ``detail``.
         """
@@ -90,13 +101,20 @@ class RankReducer:
             return found
         try:
             store.wait(keys, _WAIT)
-        except Exception as error:  # some rank saw no misfortune, or found it too late: its finding is missing, and no more
+        # some rank saw no misfortune, or found it too late: its finding is missing, and no more
+        except Exception as error:
             logger.info("no finding of some rank for step %s: %s", step, error)
         told = [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
         findings = [
-            NonFinite(**(each | {"detail": f"{each['detail']} (rank {number})"})) for number, each in enumerate(told) if each
+            NonFinite(**(each | {"detail": f"{each['detail']} (rank {number})"}))
+            for number, each in enumerate(told)
+            if each
         ]
-        return min(findings, key=lambda each: (_TELLING.index(each.kind), each.layer is None), default=found)
+        return min(
+            findings,
+            key=lambda each: (_TELLING.index(each.kind), each.layer is None),
+            default=found,
+        )
 
     def _agree(self, layout: list[tuple[str, str, int]]) -> bool:
         """Compare layouts; put off while some rank has none."""
@@ -105,29 +123,43 @@ class RankReducer:
         if not bool(gathered[:, 0].all()):
             return False
         self._layout, self._agreed = layout, bool((gathered == gathered[0]).all())
-        self._is_max = torch.tensor([SIGNALS[name].reduction == "max" for _, name, heads in layout for _ in range(heads)])
+        self._is_max = torch.tensor(
+            [SIGNALS[name].reduction == "max" for _, name, heads in layout for _ in range(heads)]
+        )
         if not self._agreed:
-            logger.warning("Ranks hold different attention layers: each reports its own, and rank 0's are recorded.")
+            logger.warning(
+                "Ranks hold different attention layers: each reports its own, and rank 0's are "
+                "recorded."
+            )
         return self._agreed
 
     def _pack(self, own: Sums, layout: list[tuple[str, str, int]]) -> tuple[Tensor, Tensor]:
-        """What is added up over ranks, a total (of a maximum: whether it is NaN) and a count a head, and of what the maximum is taken."""
+        """What is added up over ranks, a total (of a maximum: whether it is NaN) and a count a
+        head, and of what the maximum is taken.
+        """
         heads = sum(count for *_, count in self._layout)
-        added, largest = torch.zeros(2, heads, dtype=torch.float64), torch.full((heads,), -torch.inf, dtype=torch.float64)
+        added, largest = (
+            torch.zeros(2, heads, dtype=torch.float64),
+            torch.full((heads,), -torch.inf, dtype=torch.float64),
+        )
         if layout == self._layout:
             try:
                 entries = [each for signals in own.values() for each in signals.values()]
                 device = entries[0].total.device
                 totals = torch.cat([each.total.double().to(device) for each in entries]).cpu()
                 counts = torch.cat([each.count.double().to(device) for each in entries]).cpu()
-                added = torch.stack([torch.where(self._is_max, totals.isnan().double(), totals), counts])
+                added = torch.stack(
+                    [torch.where(self._is_max, totals.isnan().double(), totals), counts]
+                )
                 largest = torch.where(self._is_max & ~totals.isnan(), totals, -torch.inf)
             except Exception as error:  # others wait for this rank's vector
                 logger.error("this rank's readings are left out of a sampled step: %s", error)
         device = _device()
         return added.to(device), largest.to(device)
 
-    def _unpack(self, added: Tensor, largest: Tensor, own: dict[str, dict[str, HeadSums]]) -> dict[str, dict[str, HeadSums]]:
+    def _unpack(
+        self, added: Tensor, largest: Tensor, own: dict[str, dict[str, HeadSums]]
+    ) -> dict[str, dict[str, HeadSums]]:
         totals = torch.where(self._is_max, torch.where(added[0] > 0, torch.nan, largest), added[0])
         at = 0
         for layer, name, heads in self._layout:
@@ -138,7 +170,9 @@ class RankReducer:
 
 
 _TELLING = ("parameter", "input", "activation", "score", "loss", "gradient")
-"""Kinds of findings, those that name a cause first: a bad gradient reaches every rank, its cause is on one."""
+"""Kinds of findings, those that name a cause first: a bad gradient reaches every rank, its cause is
+on one.
+"""
 
 
 def has_split_heads(model: nn.Module) -> bool:

@@ -17,7 +17,8 @@ class Recorder:
 
     Args:
         sinks: where to write to; none on ranks that do not write.
-        folder: ``<run_dir>/stabmon``, made with the first record or step; None where nothing goes to disk.
+        folder: ``<run_dir>/stabmon``, made with the first record or step; None where nothing goes
+            to disk.
         safety: told what fails.
     """
 
@@ -31,7 +32,9 @@ class Recorder:
         self._meta: Callable[[], Mapping[str, Any]] | None = None
 
     def open(self, meta: Callable[[], Mapping[str, Any]]) -> None:
-        """Say what meta.json is to hold; the sinks are opened by :meth:`begin`, so that a run without a step leaves nothing."""
+        """Say what meta.json is to hold; the sinks are opened by :meth:`begin`, so that a run
+        without a step leaves nothing.
+        """
         self._meta = meta
 
     def begin(self) -> None:
@@ -51,11 +54,15 @@ class Recorder:
         self.issues += issues
         self.alarms += sum(issue.is_alarm for issue in issues)
 
-    def write_reading(self, reading: Reading, open_issues: Sequence[StabilityIssue], **more: float) -> None:
+    def write_reading(
+        self, reading: Reading, open_issues: Sequence[StabilityIssue], **more: float
+    ) -> None:
         """Write a sampled step; ``more`` goes beside its scalars as ``stability/<name>``."""
         self.begin()
         scalars = dashboard_scalars(reading, open_issues, alarms=self.alarms)
-        self._sinks.write_reading(reading, scalars | {f"stability/{name}": value for name, value in more.items()})
+        self._sinks.write_reading(
+            reading, scalars | {f"stability/{name}": value for name, value in more.items()}
+        )
         self._count_failed()
 
     def write_issues(self, issues: Sequence[StabilityIssue]) -> None:

@@ -27,7 +27,13 @@ def run_meta(model: nn.Module, config: StabilityConfig) -> dict[str, Any]:
         "model": {
             "class": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in parameters),
-            "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            "trainable": sum(
+                parameter.numel() for parameter in parameters if parameter.requires_grad
+            ),
         },
-        "sampling": {"every": config.log_every, "unit": "optimizer step", "first": config.log_every},
+        "sampling": {
+            "every": config.log_every,
+            "unit": "optimizer step",
+            "first": config.log_every,
+        },
     }

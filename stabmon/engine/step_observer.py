@@ -1,4 +1,6 @@
-"""See what a training step does: its forwards, their attention, its losses and its gradients. Judges nothing."""
+"""See what a training step does: its forwards, their attention, its losses and its gradients.
+Judges nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +24,29 @@ from stabmon.records import AttentionCall
 from stabmon.signals.accumulator import Measurements
 
 _LOOKS = 3
-"""Steps without a forward after which it is no longer looked whether the model has been compiled in the meantime."""
+"""Steps without a forward after which it is no longer looked whether the model has been compiled in
+the meantime.
+"""
 
 
 class StepObserver:
     """What the present step has shown so far.
 
-    Hooks are on the model from :meth:`start` of a step that is watched to that of one that is not, or to :meth:`let_go`. The
-    capture is open in training forwards of sampled steps only, and of others where somebody ``listens``.
+    Hooks are on the model from :meth:`start` of a step that is watched to that of one that is not,
+    or to :meth:`let_go`. The capture is open in training forwards of sampled steps only, and of
+    others where somebody ``listens``.
 
     Args:
         model: the model that trains.
         config: what to measure, and whether to keep forwards for a replay.
         safety: told what fails.
         scale: what a gradient scaler multiplies gradients by; None where there is none.
-        listens: who is told of every attention call of a training forward, sampled or not; None for nobody at this time.
-        returned: told of each training forward that has returned: what makes it again, where it was kept, and its output.
-        raised: told of each forward that raised: nothing may be left in the model, since nobody may come to close us.
+        listens: who is told of every attention call of a training forward, sampled or not; None for
+            nobody at this time.
+        returned: told of each training forward that has returned: what makes it again, where it was
+            kept, and its output.
+        raised: told of each forward that raised: nothing may be left in the model, since nobody may
+            come to close us.
     """
 
     def __init__(
@@ -54,10 +62,15 @@ class StepObserver:
         self.safety = safety
         self.forwards = KeptForwards()
         self.last_forward: list[ForwardCall] = []
-        """The first forward of the newest step that has been made, until the next one begins; empty where it cannot be replayed."""
+        """The first forward of the newest step that has been made, until the next one begins; empty
+        where it cannot be replayed.
+        """
         self.losses = Losses(keep=20 * config.history)
         self.measurements = Measurements(
-            config.signals, config.engine, config.sample_rows, functools.partial(safety.failed, "signal")
+            config.signals,
+            config.engine,
+            config.sample_rows,
+            functools.partial(safety.failed, "signal"),
         )
         self.interrupted = False
         """Whether a forward of this step raised."""
@@ -72,7 +85,10 @@ class StepObserver:
         self._current: nn.Module | None = None
         self._call: ForwardCall | None = None
         self._capture = AttentionCapture(
-            model, self._on_call, modules=config.attention_modules, on_error=functools.partial(safety.failed, "capture")
+            model,
+            self._on_call,
+            modules=config.attention_modules,
+            on_error=functools.partial(safety.failed, "capture"),
         )
         self._norms = GradientNorms()
         self._gradients: dict[str, float] = {}
@@ -94,7 +110,9 @@ class StepObserver:
         else:
             if self._outer is None:
                 self._outer = compiled_around(self._model)
-            self._watch = ForwardWatch(self._model, self._outer, self._forward_begins, self._forward_ends)
+            self._watch = ForwardWatch(
+                self._model, self._outer, self._forward_begins, self._forward_ends
+            )
         if sampled:
             self._after_backward.watch(self._model)
 
@@ -123,7 +141,9 @@ class StepObserver:
 
     @property
     def gradients(self) -> dict[str, float]:
-        """L2 norms before clipping, see :meth:`~stabmon.engine.gradients.GradientNorms.by_layer`; empty where they are not known."""
+        """L2 norms before clipping, see :meth:`~stabmon.engine.gradients.GradientNorms.by_layer`;
+        empty where they are not known.
+        """
         if not self._gradients:
             self._gradients = self._norms.by_layer(self._model, self.measurements.modules)
         return self._gradients
@@ -139,7 +159,9 @@ class StepObserver:
             self._norms.measure(self._model, added, self._scale())
 
     def look_for_compiled(self) -> None:
-        """Where no forward was seen: follow a model that has been compiled since; what is called now is the wrapper."""
+        """Where no forward was seen: follow a model that has been compiled since; what is called
+        now is the wrapper.
+        """
         if self._watch is None or self._looks_left == 0:
             return
         self._looks_left -= 1
@@ -149,25 +171,34 @@ class StepObserver:
             self._watch.follow(outer)
 
     def why_nothing(self) -> str | None:
-        """Why a sampled step had no attention call, in one line; None where that has been told already."""
+        """Why a sampled step had no attention call, in one line; None where that has been told
+        already.
+        """
         if self.interrupted or self.safety.errors["capture"]:
             return None
         if not self.forwards.count:
             return (
-                "no training forward of the model was seen (a forward with gradients, in train mode, called on the model given to "
+                "no training forward of the model was seen (a forward with gradients, in train "
+                "mode, called on the model given to "
                 "stabmon and not inside a compiled function)"
             )
         if self._capture.unseen:
             return (
-                "attention ran inside a compiled function, where nothing is seen: compile the model, not the function around it"
+                "attention ran inside a compiled function, where nothing is seen: compile the "
+                "model, not the function around it"
             )
         unseen = f", and {listed(self.unseen)} is none of these" if self.unseen else ""
-        looked_for = f"no attention was found in {type(self._model).__name__}; looked for {self._capture.looked_for()}{unseen}"
+        looked_for = (
+            f"no attention was found in {type(self._model).__name__}; looked for "
+            f"{self._capture.looked_for()}{unseen}"
+        )
         return f"{looked_for}; name hand-written attention in attention_modules=[...]"
 
     @property
     def unseen(self) -> Mapping[str, str]:
-        """Modules of whose attention some is not seen, and what, as far as the witnessed steps show it."""
+        """Modules of whose attention some is not seen, and what, as far as the witnessed steps show
+        it.
+        """
         return self._capture.witness.unseen
 
     def describe_unseen(self) -> str | None:
@@ -175,7 +206,9 @@ class StepObserver:
         return self._capture.witness.describe() if self._capture.witness.seen else None
 
     @safely
-    def _forward_begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _forward_begins(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.stop_capture()
         training = self._model.training or any(each.training for each in module.modules())
         if not training or not torch.is_grad_enabled() or self.paused:
@@ -200,7 +233,8 @@ class StepObserver:
             self.losses.find(output)
             self._returned(self._call, output)
         if output is None and sys.exc_info()[0] is not None and not self.paused:
-            self.let_go()  # the forward raised, and nobody may come to close us; the next step arms again
+            # the forward raised, and nobody may come to close us; the next step arms again
+            self.let_go()
             self._raised()
             self.interrupted = True
 
@@ -218,5 +252,11 @@ class StepObserver:
 
 
 def compiled_around(model: nn.Module) -> list[nn.Module]:
-    """Compiled wrappers that hold ``model``, or the model itself where it was compiled in place: what its callers really call."""
-    return [m for m in compiled_modules(model) if m is model or any(inner is model for inner in m.modules())][:1]
+    """Compiled wrappers that hold ``model``, or the model itself where it was compiled in place:
+    what its callers really call.
+    """
+    return [
+        m
+        for m in compiled_modules(model)
+        if m is model or any(inner is model for inner in m.modules())
+    ][:1]

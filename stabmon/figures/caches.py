@@ -45,7 +45,9 @@ def budget_bars(
     """
     figure, axes = _grouped_bars(budgets, layers)
     if full is not None:
-        axes.axhline(full, color="black", linestyle="--", linewidth=1, label=f"full cache ({full:g})")
+        axes.axhline(
+            full, color="black", linestyle="--", linewidth=1, label=f"full cache ({full:g})"
+        )
     axes.set_ylabel(unit)
     axes.set_xlabel("layer")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
@@ -121,7 +123,9 @@ def kept_positions(
     notes = []
     if window and window < share.shape[1] * pooled:
         axes.axvline(share.shape[1] - window / pooled - 0.5, color="white", linewidth=2.2)
-        axes.axvline(share.shape[1] - window / pooled - 0.5, color="black", linestyle="--", linewidth=1.1)
+        axes.axvline(
+            share.shape[1] - window / pooled - 0.5, color="black", linestyle="--", linewidth=1.1
+        )
         notes.append(f"dashed: the last {window} positions are always kept")
     if np.isnan(share).any():
         notes.append("grey: not compressed")
@@ -237,7 +241,11 @@ def loss_against_size(
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    note = f"median of {prompts} prompts, bars: their middle half; set side by side" if prompts > 1 else ""
+    note = (
+        f"median of {prompts} prompts, bars: their middle half; set side by side"
+        if prompts > 1
+        else ""
+    )
     titled(figure, title, note)
     return saved(figure, path)
 
@@ -285,7 +293,9 @@ def _grouped_bars(groups: Mapping[str, np.ndarray], layers: Sequence[str]) -> tu
         at = np.arange(len(layers)) + (number - (len(groups) - 1) / 2) * width
         hatch = HATCHES[number % len(HATCHES)]
         tone = f"{tones[number]:.2f}" if len(groups) > 1 else "0.55"
-        axes.bar(at, values, width, color=tone, hatch=hatch, edgecolor="black", linewidth=0.5, label=name)
+        axes.bar(
+            at, values, width, color=tone, hatch=hatch, edgecolor="black", linewidth=0.5, label=name
+        )
     axis_labels(axes, "x", len(layers), layers)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)

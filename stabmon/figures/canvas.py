@@ -155,7 +155,9 @@ def axis_labels(
         place, texts, named = list(range(count)), [drawable(str(label)) for label in labels], True
     setter = axes.set_xticks if which == "x" else axes.set_yticks
     longest = max(map(len, texts), default=0)
-    turned = {"rotation": 90} if which == "x" and named and longest > 2 and count * longest > 48 else {}
+    turned = (
+        {"rotation": 90} if which == "x" and named and longest > 2 and count * longest > 48 else {}
+    )
     setter(place, texts, parse_math=False, **turned)
     return named
 

@@ -66,7 +66,9 @@ def head_grid(
     size = 1.15 if max(len(rows), len(columns)) > 6 else 1.7
     figure, grid, bar = _panels(len(rows), len(columns), size, scale != "own")
     maps, pooled = _fitted(figure, maps, size, pooled)
-    limits = _limits([maps[row][[c for c in columns if c < maps[row].shape[0]]] for row in rows], scale)
+    limits = _limits(
+        [maps[row][[c for c in columns if c < maps[row].shape[0]]] for row in rows], scale
+    )
     shown = None
     for panels, row in zip(grid, rows, strict=True):
         for axes, column in zip(panels, columns, strict=True):
@@ -119,7 +121,9 @@ def single_map(
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     side = min(11.0, max(4.6, 0.17 * max(matrix.shape)))
-    figure = new_figure(side + 1.4, side * min(1.0, max(0.35, matrix.shape[0] / matrix.shape[1])) + 1.2)
+    figure = new_figure(
+        side + 1.4, side * min(1.0, max(0.35, matrix.shape[0] / matrix.shape[1])) + 1.2
+    )
     axes = figure.add_subplot()
     shown = image(axes, matrix, limits=limits, power=power)
     scale = " (square-root scale)" if power == 0.5 else ""
@@ -215,7 +219,9 @@ def table_map(
     down, across = matrix.shape
     numbers = across <= 16 and down <= 24 if numbers is None else numbers
     cell = 0.55 if numbers else 0.26
-    figure = new_figure(min(14.0, max(5.0, 3.2 + cell * across)), min(12.0, max(2.4, 1.5 + 0.3 * down)))
+    figure = new_figure(
+        min(14.0, max(5.0, 3.2 + cell * across)), min(12.0, max(2.4, 1.5 + 0.3 * down))
+    )
     axes = figure.add_subplot()
     shown = image(axes, matrix, limits=limits)
     figure.colorbar(shown, ax=axes, label=unit)
@@ -228,13 +234,18 @@ def table_map(
         for (row, column), value in np.ndenumerate(matrix):
             if np.isfinite(value):
                 tone = "black" if shown.norm(value) > 0.55 else "white"
-                axes.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=tone)
+                axes.text(
+                    column, row, f"{value:.2g}", ha="center", va="center", fontsize=7, color=tone
+                )
     titled(figure, title)
     return saved(figure, path)
 
 
-def _panels(down: int, across: int, size: float, with_bar: bool, gap: float = 0.26) -> tuple[Any, np.ndarray, Any]:
-    """Lay out square panels of ``size`` inches by hand, which takes half the time of a layout engine.
+def _panels(
+    down: int, across: int, size: float, with_bar: bool, gap: float = 0.26
+) -> tuple[Any, np.ndarray, Any]:
+    """Lay out square panels of ``size`` inches by hand, which takes half the time of a layout
+    engine.
 
     Returns:
         The figure, its panels ``[down, across]``, and axes for a colour bar or None.
@@ -262,8 +273,12 @@ def _panels(down: int, across: int, size: float, with_bar: bool, gap: float = 0.
     return figure, grid, bar
 
 
-def _fitted(figure: Any, maps: Sequence[np.ndarray], size: float, pooled: int) -> tuple[list[np.ndarray], int]:
-    """Set dots an inch so that each cell of a panel of ``size`` inches has one; pool beyond that."""
+def _fitted(
+    figure: Any, maps: Sequence[np.ndarray], size: float, pooled: int
+) -> tuple[list[np.ndarray], int]:
+    """Set dots an inch so that each cell of a panel of ``size`` inches has one; pool beyond
+    that.
+    """
     side = max(max(each.shape[-2:]) for each in maps)
     inches = max(figure.get_size_inches())
     dots = 1.02 * side / size
@@ -329,8 +344,12 @@ def letter_map(
     wide = max((len(row) for row in letters), default=1)
     matrix = np.full((len(letters), wide), np.nan)
     for place, row in zip(matrix, letters, strict=True):
-        place[: len(row)] = [order.index(letter[0]) if letter[:1] in order else np.nan for letter in row]
-    figure = new_figure(min(14.0, max(6.0, 4.4 + 0.34 * wide)), min(14.0, max(2.6, 1.3 + 0.3 * len(rows))))
+        place[: len(row)] = [
+            order.index(letter[0]) if letter[:1] in order else np.nan for letter in row
+        ]
+    figure = new_figure(
+        min(14.0, max(6.0, 4.4 + 0.34 * wide)), min(14.0, max(2.6, 1.3 + 0.3 * len(rows)))
+    )
     axes = figure.add_subplot()
     image(axes, matrix, limits=(-2.5, len(order) + 0.5), cmap="Greys_r")
     axis_labels(axes, "y", len(rows), [_short(row) for row in rows])

@@ -74,7 +74,9 @@ def text_figure(
     figure = new_figure(10.0, 1.3 + 0.27 * lines)
     axes = figure.add_subplot()
     norm, colours = Normalize(0.0, high), colormaps["Blues"]
-    for label, (row, left), weight, position in zip(labels, places, weights[begin:end], range(begin, end), strict=True):
+    for label, (row, left), weight, position in zip(
+        labels, places, weights[begin:end], range(begin, end), strict=True
+    ):
         known = bool(np.isfinite(weight))
         colour = colours(0.9 * norm(weight)) if known else GREY
         framed = position == marked
@@ -105,7 +107,9 @@ def text_figure(
     axes.set_ylim(lines + 0.1, -0.1)
     axes.set_axis_off()
     bar = ScalarMappable(norm, _lighter(colours))
-    figure.colorbar(bar, ax=axes, label=unit, location="bottom", fraction=0.4 / (1.3 + 0.27 * lines), aspect=60)
+    figure.colorbar(
+        bar, ax=axes, label=unit, location="bottom", fraction=0.4 / (1.3 + 0.27 * lines), aspect=60
+    )
     note = f"tokens {begin} to {end - 1} of {len(tokens)}" if end - begin < len(tokens) else ""
     if marked is not None and begin <= marked < end:
         note = "; ".join(part for part in (note, "framed in black: the target") if part)
@@ -203,7 +207,15 @@ def text_terminal(tokens: Sequence[str], weights: np.ndarray, *, marked: int | N
         if position == marked:
             word = f"[{word}]"
         digit = "?" if level is None else chr(0x2080 + level) if level else ""
-        style = "red" if level is None else "bold reverse" if level >= 7 else "bold" if level >= 3 else ""
+        style = (
+            "red"
+            if level is None
+            else "bold reverse"
+            if level >= 7
+            else "bold"
+            if level >= 3
+            else ""
+        )
         text.append(word, style)
         text.append(digit, "cyan")
         if "\n" in token:
@@ -254,7 +266,9 @@ def image_figure(
     return saved(figure, path)
 
 
-def image_html(picture: np.ndarray, grid: np.ndarray, *, unit: str = "share", most: int = 10) -> str:
+def image_html(
+    picture: np.ndarray, grid: np.ndarray, *, unit: str = "share", most: int = 10
+) -> str:
     """Write an image, dark where its patches' weights are small, as HTML: numbers on hover too.
 
     Args:
@@ -319,7 +333,9 @@ def _rgb(picture: np.ndarray) -> np.ndarray:
 def _fitting(tokens: Sequence[str], weights: np.ndarray) -> np.ndarray:
     weights = np.asarray(weights, dtype=np.float64)
     if weights.ndim != 1 or len(weights) != len(tokens):
-        raise ValueError(f"{len(tokens)} tokens and weights of shape {weights.shape}: give one each")
+        raise ValueError(
+            f"{len(tokens)} tokens and weights of shape {weights.shape}: give one each"
+        )
     return weights
 
 

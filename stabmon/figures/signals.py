@@ -24,11 +24,16 @@ _LEGEND_LAYERS = 8
 
 
 def signal_heatmap(
-    stats: Mapping[str, Mapping[str, np.ndarray]], signal: str, step: int, path: str | Path | None = None
+    stats: Mapping[str, Mapping[str, np.ndarray]],
+    signal: str,
+    step: int,
+    path: str | Path | None = None,
 ) -> Figure:
-    """One signal of every head at one step, layers downwards and heads across; grey where there is no finite value.
+    """One signal of every head at one step, layers downwards and heads across; grey where there is
+    no finite value.
 
-    Probabilities and shares are drawn on a scale from 0 to 1, so that pictures of several steps compare.
+    Probabilities and shares are drawn on a scale from 0 to 1, so that pictures of several steps
+    compare.
 
     Args:
         stats: ``stats[layer][signal]`` is ``[H]``, one value a query head.
@@ -41,16 +46,26 @@ def signal_heatmap(
         ImportError: if matplotlib is not installed.
     """
     _check(signal, stats.values())
-    rows = {layer: np.asarray(signals[signal], dtype=np.float64) for layer, signals in stats.items() if signal in signals}
+    rows = {
+        layer: np.asarray(signals[signal], dtype=np.float64)
+        for layer, signals in stats.items()
+        if signal in signals
+    }
     matrix = np.full((len(rows), max(row.size for row in rows.values())), np.nan)
     for place, row in zip(matrix, rows.values(), strict=True):
         place[: row.size] = row
     layers, heads = matrix.shape
-    figure = new_figure(width=min(12.0, max(6.0, 3.6 + 0.3 * heads)), height=min(12.0, max(2.6, 1.5 + 0.3 * layers)))
+    figure = new_figure(
+        width=min(12.0, max(6.0, 3.6 + 0.3 * heads)), height=min(12.0, max(2.6, 1.5 + 0.3 * layers))
+    )
     axes = figure.add_subplot()
     share = signal in SIGNALS and SIGNALS[signal].unit.startswith(("probability", "share"))
     image = axes.imshow(
-        np.ma.masked_invalid(matrix), aspect="auto", interpolation="nearest", vmin=0 if share else None, vmax=1 if share else None
+        np.ma.masked_invalid(matrix),
+        aspect="auto",
+        interpolation="nearest",
+        vmin=0 if share else None,
+        vmax=1 if share else None,
     )
     axes.set_facecolor("0.75")
     figure.colorbar(image, ax=axes, label=_unit(signal))
@@ -64,11 +79,15 @@ def signal_heatmap(
     return saved(figure, path)
 
 
-def signal_evolution(readings: Sequence[Reading], signal: str, path: str | Path | None = None) -> Figure:
-    """One signal of every layer over the steps: the largest head of a maximum, the mean over heads of anything else.
+def signal_evolution(
+    readings: Sequence[Reading], signal: str, path: str | Path | None = None
+) -> Figure:
+    """One signal of every layer over the steps: the largest head of a maximum, the mean over heads
+    of anything else.
 
-    Lines run from dark (first layer) to bright (last). Heads without a finite value are left out; a red dotted line marks a
-    step at which a head of a layer that was finite a reading before is so no more.
+    Lines run from dark (first layer) to bright (last). Heads without a finite value are left out; a
+    red dotted line marks a step at which a head of a layer that was finite a reading before is so
+    no more.
 
     Args:
         readings: the readings, oldest first.
@@ -83,7 +102,14 @@ def signal_evolution(readings: Sequence[Reading], signal: str, path: str | Path 
         raise ValueError(f"no readings to draw {signal!r} from: sample at least one step first")
     _check(signal, (signals for reading in readings for signals in reading.layers.values()))
     largest = signal in SIGNALS and SIGNALS[signal].reduction == "max"
-    layers = list(dict.fromkeys(name for reading in readings for name, found in reading.layers.items() if signal in found))
+    layers = list(
+        dict.fromkeys(
+            name
+            for reading in readings
+            for name, found in reading.layers.items()
+            if signal in found
+        )
+    )
     steps = np.array([reading.step for reading in readings])
     values = np.full((len(layers), len(readings)), np.nan)
     counted = np.zeros((len(layers), len(readings)), dtype=int)
@@ -104,7 +130,8 @@ def signal_evolution(readings: Sequence[Reading], signal: str, path: str | Path 
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(f"{'largest head' if largest else 'mean over heads'} ({_unit(signal)})")
     axes.set_title(
-        f"{_words(signal)} of every layer, " + (f"step {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}")
+        f"{_words(signal)} of every layer, "
+        + (f"step {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}")
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
@@ -134,7 +161,12 @@ def short_names(layers: Sequence[str]) -> tuple[list[str], str]:
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:
     """How many leading parts all have in common."""
-    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
+    return sum(
+        1
+        for _ in itertools.takewhile(
+            lambda column: len(set(column)) == 1, zip(*parts, strict=False)
+        )
+    )
 
 
 def _draw_layers(axes: Axes, steps: np.ndarray, values: np.ndarray, layers: list[str]) -> None:
@@ -149,11 +181,15 @@ def _draw_layers(axes: Axes, steps: np.ndarray, values: np.ndarray, layers: list
     for name, line, colour in zip(names, values, colours, strict=True):
         axes.plot(steps, line, color=colour, label=name, marker=marker, markersize=3, linewidth=1.4)
     if len(layers) <= _LEGEND_LAYERS:
-        axes.legend(title=pattern or "layer", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        axes.legend(
+            title=pattern or "layer", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
+        )
     else:
         norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
         shown = _ticks(len(layers), most=16)
-        bar = axes.figure.colorbar(ScalarMappable(norm, ListedColormap(colours)), ax=axes, label=pattern or "layer")
+        bar = axes.figure.colorbar(
+            ScalarMappable(norm, ListedColormap(colours)), ax=axes, label=pattern or "layer"
+        )
         bar.set_ticks(shown, labels=[names[i] for i in shown])
         bar.minorticks_off()
 
@@ -164,7 +200,9 @@ def _check(signal: str, layers: Iterable[Mapping[str, np.ndarray]]) -> None:
     if not known:
         raise ValueError(f"no values to draw {signal!r} from: no attention was measured")
     if signal not in known:
-        raise ValueError(f"no layer has the signal {signal!r}. Measured: {', '.join(sorted(known))}")
+        raise ValueError(
+            f"no layer has the signal {signal!r}. Measured: {', '.join(sorted(known))}"
+        )
 
 
 def new_figure(width: float, height: float) -> Figure:

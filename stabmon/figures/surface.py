@@ -52,7 +52,9 @@ def attention_surface(
     factor *= pooled
     rows, columns = (np.arange(size) * factor for size in height.shape)
     note = pooled_note(factor)
-    surface = go.Surface(z=height, x=columns, y=rows, colorscale="Cividis", colorbar={"title": {"text": unit}})
+    surface = go.Surface(
+        z=height, x=columns, y=rows, colorscale="Cividis", colorbar={"title": {"text": unit}}
+    )
     figure = go.Figure(surface)
     figure.update_layout(
         title={"text": f"{title}<br><sub>{note}</sub>" if note else title},

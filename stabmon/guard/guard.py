@@ -1,4 +1,6 @@
-"""Acts on a run by itself: what a monitor calls at the marks of a step when interventions are on."""
+"""Acts on a run by itself: what a monitor calls at the marks of a step when interventions are
+on.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ from stabmon.records import AttentionCall, StabilityIssue
 logger = logging.getLogger("stabmon")
 
 
-def make_interventions(named: Mapping[str, Mapping[str, Any] | bool | None]) -> dict[str, Intervention]:
-    """The interventions of a configuration: name -> settings, or true for those it comes with, or false to leave it out.
+def make_interventions(
+    named: Mapping[str, Mapping[str, Any] | bool | None],
+) -> dict[str, Intervention]:
+    """The interventions of a configuration: name -> settings, or true for those it comes with, or
+    false to leave it out.
 
     Raises:
         ValueError: naming an unknown intervention or setting, or a value that cannot be.
@@ -36,10 +41,16 @@ def make_interventions(named: Mapping[str, Mapping[str, Any] | bool | None]) -> 
         if settings is None or settings is True:
             settings = {}
         if not isinstance(settings, Mapping):
-            raise ValueError(f"interventions.{name}: {settings!r} must map settings to values, or be true or false")
+            raise ValueError(
+                f"interventions.{name}: {settings!r} must map settings to values, or be true or "
+                "false"
+            )
         known = [f.name for f in fields(cls) if f.name not in ("issues", "why")]
         if unknown := set(settings) - set(known):
-            raise ValueError(f"interventions.{name}: unknown setting {sorted(unknown)[0]!r}. Known: {', '.join(known) or 'none'}")
+            raise ValueError(
+                f"interventions.{name}: unknown setting {sorted(unknown)[0]!r}. Known: "
+                f"{', '.join(known) or 'none'}"
+            )
         made[name] = cls(**settings)
     return made
 
@@ -47,19 +58,24 @@ def make_interventions(named: Mapping[str, Mapping[str, Any] | bool | None]) -> 
 class Guard:
     """Chooses, applies, judges and takes back interventions on one run.
 
-    Nothing in here draws from the global random generators. With several ranks, all call every method at the same steps, and
-    rank 0's issues decide.
+    Nothing in here draws from the global random generators. With several ranks, all call every
+    method at the same steps, and rank 0's issues decide.
 
     Args:
         run: what may be touched.
         acts: what may be done, as :func:`make_interventions` gives it.
         budget: how much.
-        automatic: whether it acts by itself. If not, a person applies what :meth:`get_intervention` proposes; nothing is put in place
-            from the start, and nothing taken back unasked.
+        automatic: whether it acts by itself. If not, a person applies what :meth:`get_intervention`
+            proposes; nothing is put in place from the start, and nothing taken back unasked.
     """
 
     def __init__(
-        self, run: TrainingRun, acts: Mapping[str, Intervention], budget: Budget | None = None, *, automatic: bool = True
+        self,
+        run: TrainingRun,
+        acts: Mapping[str, Intervention],
+        budget: Budget | None = None,
+        *,
+        automatic: bool = True,
     ) -> None:
         self.run = run
         self.automatic = automatic
@@ -67,12 +83,16 @@ class Guard:
         self._told: set[Key] = set()
 
     def begin(self) -> None:
-        """Put in place what only helps if it is there before anything is wrong; before the first step, and before ``load_state_dict``."""
+        """Put in place what only helps if it is there before anything is wrong; before the first
+        step, and before ``load_state_dict``.
+        """
         if not self.automatic:
             return
         for act in self.chooser.acts.values():
             if isinstance(act, Rollback):
-                self.run.states = HealthyStates(self.run, every=act.every, confirm=act.confirm, memory_gb=act.memory_gb)
+                self.run.states = HealthyStates(
+                    self.run, every=act.every, confirm=act.confirm, memory_gb=act.memory_gb
+                )
                 self.run.states.begin()
         self._put_in_place()
 
@@ -88,7 +108,9 @@ class Guard:
 
     @property
     def wants_attention(self) -> bool:
-        """Whether the next training forward's attention calls are to be captured, sampled or not."""
+        """Whether the next training forward's attention calls are to be captured, sampled or
+        not.
+        """
         return self.run.marks.wants("attention")
 
     def attention(self, call: AttentionCall) -> None:
@@ -105,7 +127,9 @@ class Guard:
         self.run.marks.fire("on_step")
 
     def get_intervention(self, open_issues: Sequence[StabilityIssue]) -> Intervention | None:
-        """What to do next about the open alarms; None for nothing. What nothing can be done about any more is written to the audit."""
+        """What to do next about the open alarms; None for nothing. What nothing can be done about
+        any more is written to the audit.
+        """
         act = self.chooser.propose(open_issues, self.run)
         news: dict[str, list[Key]] = {}
         for key, words in self.chooser.gave_up.items():
@@ -115,12 +139,21 @@ class Guard:
         for words, keys in news.items():
             layer, head = keys[0][1:] if len(keys) == 1 else (None, None)
             logger.warning("No intervention is left for %d places: %s", len(keys), words)
-            record = {"intervention": None, "action": "gave_up", "step": self.run.step, "layer": layer, "head": head}
+            record = {
+                "intervention": None,
+                "action": "gave_up",
+                "step": self.run.step,
+                "layer": layer,
+                "head": head,
+            }
             self.run.audit({**record, "places": [list(key[1:]) for key in keys], "why": words})
         return act
 
-    def apply(self, intervention: Intervention, *, by_hand: bool = False, hold: bool | None = None) -> Applied | None:
-        """Apply an intervention on all ranks; None where it does not fit on one of them, which is then told and remembered.
+    def apply(
+        self, intervention: Intervention, *, by_hand: bool = False, hold: bool | None = None
+    ) -> Applied | None:
+        """Apply an intervention on all ranks; None where it does not fit on one of them, which is
+        then told and remembered.
 
         Args:
             intervention: what to do.
@@ -131,7 +164,9 @@ class Guard:
         own = "hold" in intervention.settings
         try:
             if hold and intervention.once:
-                raise CannotApply(f"{intervention.name} is done at once and cannot be held", "leave hold out")
+                raise CannotApply(
+                    f"{intervention.name} is done at once and cannot be held", "leave hold out"
+                )
             if own and hold is not None:
                 intervention = replace(intervention, hold=hold)  # type: ignore[call-arg]
             self.run.by_hand = by_hand
@@ -139,7 +174,12 @@ class Guard:
         except CannotApply as error:
             refusal = error
         except Exception as error:
-            logger.error("%s failed and is not tried again here, training goes on: %s", intervention.name, error, exc_info=error)
+            logger.error(
+                "%s failed and is not tried again here, training goes on: %s",
+                intervention.name,
+                error,
+                exc_info=error,
+            )
             refusal = CannotApply(f"it failed: {type(error).__name__}: {error}")
         finally:
             self.run.by_hand = False
@@ -149,7 +189,13 @@ class Guard:
             if by_hand:
                 logger.warning("%s is not applied: %s", intervention.name, refusal.reason)
             self.chooser.note_refused(intervention, refusal)
-            record = {"intervention": intervention.name, "action": "refused", "step": self.run.step, "layer": None, "head": None}
+            record = {
+                "intervention": intervention.name,
+                "action": "refused",
+                "step": self.run.step,
+                "layer": None,
+                "head": None,
+            }
             first = intervention.issues[0] if intervention.issues else None
             if first is not None:
                 record |= {"layer": first.layer, "head": first.head, "issue_type": first.issue_type}
@@ -207,8 +253,9 @@ class Guard:
     def parse_state(self, state: Mapping[str, Any] | Stored) -> Callable[[], None]:
         """Read a state whole and change nothing; return what takes it up, which does not raise.
 
-        Taken up, held acts are held again, and standing acts that the state does not know are put in place. An act that can no longer
-        be held (the model has changed, its code is gone) is left out and told of. After the run's history has been loaded.
+        Taken up, held acts are held again, and standing acts that the state does not know are put
+        in place. An act that can no longer be held (the model has changed, its code is gone) is
+        left out and told of. After the run's history has been loaded.
 
         Raises:
             ValueError: if it is no guard's state, naming the place.
@@ -247,16 +294,25 @@ class Guard:
             logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
 
     def close(self) -> None:
-        """Take every hook out and put every attribute back; weights stay as they were trained and clipped. May be called twice."""
+        """Take every hook out and put every attribute back; weights stay as they were trained and
+        clipped. May be called twice.
+        """
         for applied in reversed(self.run.applied):
             if applied.active:
                 applied.active = False
                 try:
                     applied.effect.release()
                 except Exception as error:
-                    logger.error("%s could not be let go: %s", applied.intervention.name, error, exc_info=error)
+                    logger.error(
+                        "%s could not be let go: %s",
+                        applied.intervention.name,
+                        error,
+                        exc_info=error,
+                    )
 
-    def _of_first_rank(self, issues: Sequence[StabilityIssue], healthy: bool) -> tuple[Sequence[StabilityIssue], bool]:
+    def _of_first_rank(
+        self, issues: Sequence[StabilityIssue], healthy: bool
+    ) -> tuple[Sequence[StabilityIssue], bool]:
         if self.run.ranks == 1:
             return issues, healthy
         told: list[Any] = [[issue.to_dict() for issue in issues], healthy]
@@ -265,5 +321,9 @@ class Guard:
 
 
 def _may_ruin(issue: StabilityIssue) -> bool:
-    """Whether a run with this issue open may be on its way to ruin: an alarm, or any word of rates, losses or what is not finite."""
-    return issue.is_alarm or (issue.issue_type in FAMILIES and family_of(issue) in ("rate", "loss", "non_finite", "step"))
+    """Whether a run with this issue open may be on its way to ruin: an alarm, or any word of rates,
+    losses or what is not finite.
+    """
+    return issue.is_alarm or (
+        issue.issue_type in FAMILIES and family_of(issue) in ("rate", "loss", "non_finite", "step")
+    )

@@ -8,7 +8,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from stabmon._storage.stored_value import Stored
-from stabmon.guard.symptoms import ADVICE, FAMILIES, ORDER, PREVENTIVE, Family, Key, family_of, in_order, key_of
+from stabmon.guard.symptoms import (
+    ADVICE,
+    FAMILIES,
+    ORDER,
+    PREVENTIVE,
+    Family,
+    Key,
+    family_of,
+    in_order,
+    key_of,
+)
 from stabmon.interventions.base import Applied, CannotApply, Intervention
 from stabmon.records import NonFinite, StabilityIssue
 
@@ -34,15 +44,27 @@ class Budget:
     patience: int = 4
     """Samples after which an act is judged: whether the alarm that it was for is still open."""
     hold: int = 20
-    """Samples without an alarm after which what is held is let go, if it had nothing to do in them, and held less tightly if it had."""
+    """Samples without an alarm after which what is held is let go, if it had nothing to do in them,
+    and held less tightly if it had.
+    """
 
     def __post_init__(self) -> None:
-        for name, least in (("acts", 0), ("per_place", 0), ("rollbacks", 0), ("patience", 1), ("hold", 1)):
+        for name, least in (
+            ("acts", 0),
+            ("per_place", 0),
+            ("rollbacks", 0),
+            ("patience", 1),
+            ("hold", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"budget.{name}: {value!r} must be a whole number of at least {least}")
+                raise ValueError(
+                    f"budget.{name}: {value!r} must be a whole number of at least {least}"
+                )
         if not isinstance(self.least_rate, (int, float)) or not 0 < self.least_rate <= 1:
-            raise ValueError(f"budget.least_rate: {self.least_rate!r} must be above 0 and at most 1")
+            raise ValueError(
+                f"budget.least_rate: {self.least_rate!r} must be above 0 and at most 1"
+            )
 
 
 @dataclass(eq=False)
@@ -72,8 +94,11 @@ class Chooser:
     _ruled_out: dict[Key, set[str]] = field(default_factory=dict)
     _advice: dict[Key, str] = field(default_factory=dict)
 
-    def propose(self, open_issues: Sequence[StabilityIssue], run: TrainingRun) -> Intervention | None:
-        """The next act, aimed at every alarm that it is the next choice for; None where there is nothing to do or nothing left.
+    def propose(
+        self, open_issues: Sequence[StabilityIssue], run: TrainingRun
+    ) -> Intervention | None:
+        """The next act, aimed at every alarm that it is the next choice for; None where there is
+        nothing to do or nothing left.
 
         What is left without a choice is noted in ``gave_up``, once.
         """
@@ -86,7 +111,11 @@ class Chooser:
             return self.acts["rollback"].aimed_at(again, self._why("rollback", again))
         families = {family_of(issue) for issue in alarms}
         for family in in_order(families):
-            if family == "loss" and "rate" not in families and any(key[0] == "drive" for key in busy):
+            if (
+                family == "loss"
+                and "rate" not in families
+                and any(key[0] == "drive" for key in busy)
+            ):
                 return None  # a known cause is being treated
             waiting = dict.fromkeys(key_of(issue) for issue in alarms if family_of(issue) == family)
             if any(key in busy for key in waiting) and (family == "non_finite" or run_wide):
@@ -96,8 +125,14 @@ class Chooser:
             choices = {key: self._next(key, run) for key in waiting if key not in busy}
             for key, (_, why) in choices.items():
                 if not choices[key][0] and key not in self.gave_up:
-                    self.gave_up[key] = f"{why}; {self._advice.get(key) or _mend(alarms, key) or ADVICE[family]}"
-            names = [name for name, _ in choices.values() if name and not (run_wide and self.acts[name].run_wide)]
+                    self.gave_up[key] = (
+                        f"{why}; {self._advice.get(key) or _mend(alarms, key) or ADVICE[family]}"
+                    )
+            names = [
+                name
+                for name, _ in choices.values()
+                if name and not (run_wide and self.acts[name].run_wide)
+            ]
             if names:
                 name = min(names, key=self._order(family).index)
                 chosen = {key for key, (each, _) in choices.items() if each == name}
@@ -105,38 +140,59 @@ class Chooser:
                 return self.acts[name].aimed_at(issues, self._why(name, issues))
             waits = any(key in busy for key in waiting)
             if not (
-                family in ("rate", "drive") or (family == "loss" and not waits) or (family == "scores" and "step" in families)
+                family in ("rate", "drive")
+                or (family == "loss" and not waits)
+                or (family == "scores" and "step" in families)
             ):
-                return None  # a known cause is being treated, or nothing can be done: no act on its consequences
+                # a known cause is being treated, or nothing can be done: no act on its consequences
+                return None
         return None
 
-    def _begin_again(self, alarms: Sequence[StabilityIssue], run: TrainingRun) -> list[StabilityIssue]:
-        """Alarms of a rate that was too high from the start, or of a layer that is moved too far, once that is capped: what was trained
-        so is not worth keeping."""
+    def _begin_again(
+        self, alarms: Sequence[StabilityIssue], run: TrainingRun
+    ) -> list[StabilityIssue]:
+        """Alarms of a rate that was too high from the start, or of a layer that is moved too far,
+        once that is capped: what was trained so is not worth keeping."""
         return [
             issue
             for issue in alarms
             if (family_of(issue) == "step" or issue.evidence.get("fitting_rate") is not None)
             and any(self._capped(trial) for trial in self._trials_of(issue))
-            and all(trial.applied.intervention.name != "rollback" for trial in self._trials_of(issue))
+            and all(
+                trial.applied.intervention.name != "rollback" for trial in self._trials_of(issue)
+            )
             and self._may_be_tried("rollback", key_of(issue), run)
         ]
 
     def _capped(self, trial: Trial) -> bool:
-        """Whether an act holds what was too fast, and left the steps that were already made as they are."""
+        """Whether an act holds what was too fast, and left the steps that were already made as they
+        are.
+        """
         caps = ("cap_learning_rate", "cap_query_key_update")
-        return trial.applied.intervention.name in caps and not trial.applied.effect.after.get("shortened")
+        return trial.applied.intervention.name in caps and not trial.applied.effect.after.get(
+            "shortened"
+        )
 
     def _trials_of(self, issue: StabilityIssue) -> list[Trial]:
         """What was tried for an issue since what it rests on was found."""
         since = _found_at(issue)
-        return [trial for trial in self.trials if key_of(issue) in trial.keys and trial.applied.step >= since]
+        return [
+            trial
+            for trial in self.trials
+            if key_of(issue) in trial.keys and trial.applied.step >= since
+        ]
 
     def _renew(self, alarms: Sequence[StabilityIssue]) -> None:
-        """Acts that may be done again for something newly found: what came of them before does not count against them."""
+        """Acts that may be done again for something newly found: what came of them before does not
+        count against them.
+        """
         for issue in alarms:
             since, key = _found_at(issue), key_of(issue)
-            old = [t for t in self.trials if key in t.keys and t.applied.step < since and t.applied.intervention.renews]
+            old = [
+                t
+                for t in self.trials
+                if key in t.keys and t.applied.step < since and t.applied.intervention.renews
+            ]
             for trial in old:
                 trial.keys = tuple(each for each in trial.keys if each != key)
                 self._ruled_out.get(key, set()).discard(trial.applied.intervention.name)
@@ -145,11 +201,17 @@ class Chooser:
 
     def note_applied(self, applied: Applied) -> None:
         """An act that :meth:`propose` gave, or a person's own, was applied."""
-        keys = tuple(dict.fromkeys(key_of(i) for i in applied.intervention.issues if i.issue_type in FAMILIES))
+        keys = tuple(
+            dict.fromkeys(
+                key_of(i) for i in applied.intervention.issues if i.issue_type in FAMILIES
+            )
+        )
         self.trials.append(Trial(applied, keys, self.samples))
 
     def note_refused(self, act: Intervention, error: CannotApply) -> None:
-        """An act did not fit; for these places it is not proposed again. A person's own with other settings says nothing of ours."""
+        """An act did not fit; for these places it is not proposed again. A person's own with other
+        settings says nothing of ours.
+        """
         if act.name in self.acts and act != self.acts[act.name]:
             return
         for key in map(key_of, act.issues):
@@ -157,12 +219,16 @@ class Chooser:
             if error.advice:
                 self._advice[key] = f"{error.reason}: {error.advice}"
 
-    def judge(self, open_issues: Sequence[StabilityIssue], run: TrainingRun, *, let_go: bool = True) -> list[Trial]:
-        """Once a sample: say of each act whether it worked. What a person applied is neither taken back nor released.
+    def judge(
+        self, open_issues: Sequence[StabilityIssue], run: TrainingRun, *, let_go: bool = True
+    ) -> list[Trial]:
+        """Once a sample: say of each act whether it worked. What a person applied is neither taken
+        back nor released.
 
         Returns:
-            Trials whose act is to be taken back for their ``reason``: it is at an end by itself, or failed and costs a healthy run
-            something. What need be held no longer is released here, if ``let_go``.
+            Trials whose act is to be taken back for their ``reason``: it is at an end by itself, or
+            failed and costs a healthy run something. What need be held no longer is released here,
+            if ``let_go``.
         """
         self.samples += 1
         ill = {key_of(issue) for issue in alarms_now(open_issues, run)}
@@ -176,38 +242,66 @@ class Chooser:
                 if ours:
                     failed.append(trial)
                 else:
-                    logger.warning("%s does nothing any more: %s; undo it", trial.applied.intervention.name, trial.reason)
+                    logger.warning(
+                        "%s does nothing any more: %s; undo it",
+                        trial.applied.intervention.name,
+                        trial.reason,
+                    )
             if trial.outcome == "pending" and age >= self.budget.patience:
                 trial.outcome = self._outcome(trial, ill)
-                if trial.outcome == "failed" and ours and trial.applied.active and trial.applied.intervention.cost > 0:
-                    trial.reason = f"what it was for is still open after {age} samples, and a healthy run pays for it"
+                if (
+                    trial.outcome == "failed"
+                    and ours
+                    and trial.applied.active
+                    and trial.applied.intervention.cost > 0
+                ):
+                    trial.reason = (
+                        f"what it was for is still open after {age} samples, and a "
+                        "healthy run pays for it"
+                    )
                     failed.append(trial)
                 trial.since = self.samples
             elif trial.outcome != "pending" and ill & set(trial.keys):
                 trial.since = self.samples
-            elif let_go and ours and trial.outcome != "pending" and trial.applied.active and age >= self.budget.hold:
+            elif (
+                let_go
+                and ours
+                and trial.outcome != "pending"
+                and trial.applied.active
+                and age >= self.budget.hold
+            ):
                 if trial.applied.effect.at_work():
                     trial.since = self.samples
                     trial.applied.relax()
                 else:
-                    trial.applied.release(f"no alarm for {age} samples, in which it had nothing to do")
+                    trial.applied.release(
+                        f"no alarm for {age} samples, in which it had nothing to do"
+                    )
         return failed
 
     def state_dict(self, applied: Sequence[Applied]) -> dict[str, Any]:
-        """Everything but the acts' own states, as plain values; ``applied`` gives each act its number."""
+        """Everything but the acts' own states, as plain values; ``applied`` gives each act its
+        number.
+        """
         return {
             "samples": self.samples,
-            "trials": [[applied.index(t.applied), [list(k) for k in t.keys], t.since, t.outcome] for t in self.trials],
+            "trials": [
+                [applied.index(t.applied), [list(k) for k in t.keys], t.since, t.outcome]
+                for t in self.trials
+            ],
             "ruled_out": [[list(key), sorted(names)] for key, names in self._ruled_out.items()],
             "gave_up": [[list(key), words] for key, words in self.gave_up.items()],
         }
 
-    def parse_state(self, state: Mapping[str, Any] | Stored, kept: Sequence[bool]) -> Callable[[Sequence[Applied]], None]:
+    def parse_state(
+        self, state: Mapping[str, Any] | Stored, kept: Sequence[bool]
+    ) -> Callable[[Sequence[Applied]], None]:
         """Read a state whole, and return what takes it up, given the acts that are kept.
 
         Args:
             state: what :meth:`state_dict` gave.
-            kept: for each act of the state whether it is known today; trials of the others are left out with them.
+            kept: for each act of the state whether it is known today; trials of the others are left
+                out with them.
 
         Raises:
             ValueError: if it is no chooser's state.
@@ -221,15 +315,25 @@ class Chooser:
             if at.integer() >= len(kept):
                 raise ValueError(f"{at.where} is {at.value}, but there are {len(kept)} acts")
             result = cast(Outcome, outcome.one_of(get_args(Outcome)))
-            trial = (number.get(at.integer(), -1), tuple(map(stored_key, keys.parts())), since.integer(), result)
+            trial = (
+                number.get(at.integer(), -1),
+                tuple(map(stored_key, keys.parts())),
+                since.integer(),
+                result,
+            )
             if kept[at.integer()]:
                 trials.append(trial)
-        ruled_out = {stored_key(key): set(map(Stored.text, names.parts())) for key, names in _pairs(saved["ruled_out"])}
+        ruled_out = {
+            stored_key(key): set(map(Stored.text, names.parts()))
+            for key, names in _pairs(saved["ruled_out"])
+        }
         gave_up = {stored_key(key): words.text() for key, words in _pairs(saved["gave_up"])}
 
         def take_up(applied: Sequence[Applied]) -> None:
             self.samples, self._ruled_out, self.gave_up = samples, ruled_out, gave_up
-            self.trials = [Trial(applied[at], keys, since, outcome) for at, keys, since, outcome in trials]
+            self.trials = [
+                Trial(applied[at], keys, since, outcome) for at, keys, since, outcome in trials
+            ]
 
         return take_up
 
@@ -246,7 +350,9 @@ class Chooser:
         return (*ORDER[family], *PREVENTIVE)
 
     def _next(self, key: Key, run: TrainingRun) -> tuple[str, str]:
-        """The first act for a place that may still be tried; else an empty name, and why there is none."""
+        """The first act for a place that may still be tried; else an empty name, and why there is
+        none.
+        """
         if len(self.trials) >= self.budget.acts:
             return "", f"all {self.budget.acts} acts of the budget are spent"
         spent = sum(key in trial.keys for trial in self.trials)
@@ -260,18 +366,34 @@ class Chooser:
         left = [name for name in allowed if self._may_be_tried(name, key, run)]
         if left:
             return left[0], ""
-        return "", f"{', '.join(allowed)} failed or did not fit" if allowed else "no act that is allowed repairs this"
+        return (
+            "",
+            f"{', '.join(allowed)} failed or did not fit"
+            if allowed
+            else "no act that is allowed repairs this",
+        )
 
     def _may_be_tried(self, name: str, key: Key, run: TrainingRun) -> bool:
         """Whether an act is allowed, has not failed here, fits and can be afforded."""
-        within = len(self.trials) < self.budget.acts and sum(key in t.keys for t in self.trials) < self.budget.per_place
-        return within and name in self.acts and name not in self._ruled_out.get(key, ()) and self._fits(name, key, run)
+        within = (
+            len(self.trials) < self.budget.acts
+            and sum(key in t.keys for t in self.trials) < self.budget.per_place
+        )
+        return (
+            within
+            and name in self.acts
+            and name not in self._ruled_out.get(key, ())
+            and self._fits(name, key, run)
+        )
 
     def _fits(self, name: str, key: Key, run: TrainingRun) -> bool:
         """Whether an act is one for such a place, and can be afforded."""
         act, family = self.acts[name], key[0]
         if name == "rollback":
-            return sum(trial.applied.intervention.name == name for trial in self.trials) < self.budget.rollbacks
+            return (
+                sum(trial.applied.intervention.name == name for trial in self.trials)
+                < self.budget.rollbacks
+            )
         if name == "lower_learning_rate":
             if getattr(act, "where", None) == "query_key":
                 return family in ("drive", "scores", "step")
@@ -280,24 +402,34 @@ class Chooser:
 
     def _why(self, name: str, issues: Sequence[StabilityIssue]) -> str:
         kinds = ", ".join(dict.fromkeys(issue.issue_type for issue in issues))
-        where = issues[0].where if len(issues) == 1 else f"{len(issues)} places, first {issues[0].where}"
-        before = sorted({each for issue in issues for each in self._ruled_out.get(key_of(issue), ())})
-        return f"{kinds} at {where}" + (f"; {', '.join(before)} failed or did not fit" if before else "")
+        where = (
+            issues[0].where
+            if len(issues) == 1
+            else f"{len(issues)} places, first {issues[0].where}"
+        )
+        before = sorted(
+            {each for issue in issues for each in self._ruled_out.get(key_of(issue), ())}
+        )
+        return f"{kinds} at {where}" + (
+            f"; {', '.join(before)} failed or did not fit" if before else ""
+        )
 
 
 BACK_WHEN: Mapping[str, tuple[str, int, float]] = {
     "entropy_collapse": ("normalized_entropy", 1, 0.5),
     "logit_growth": ("max_logit", -1, 1.0),
 }
-"""Signal of an issue, whether it is well above (1) or below (-1), and of what share of the issue's threshold. A clipped head sits at twice
-its old scores, so at less than its old entropy; half of the threshold is far from saturated, and training takes it from there."""
+"""Signal of an issue, whether it is well above (1) or below (-1), and of what share of the issue's
+threshold. A clipped head sits at twice its old scores, so at less than its old entropy; half of the
+threshold is far from saturated, and training takes it from there."""
 
 
 def alarms_now(open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[StabilityIssue]:
-    """The open alarms that something can be done about, without those whose head is on its way back (see :data:`BACK_WHEN`).
+    """The open alarms that something can be done about, without those whose head is on its way back
+    (see :data:`BACK_WHEN`).
 
-    An issue closes only well beyond its threshold and some samples later; to act on a head that is on its way there costs, and
-    repairs nothing.
+    An issue closes only well beyond its threshold and some samples later; to act on a head that is
+    on its way there costs, and repairs nothing.
     """
     alarms = [issue for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES]
     return [issue for issue in alarms if not _is_back(issue, run)]
@@ -311,23 +443,34 @@ def _found_at(issue: StabilityIssue) -> int:
 
 def _weights_finite(run: TrainingRun) -> NonFinite | None:
     """The newest finding of what is not finite, where it has not reached the weights; else None."""
-    found = next((each.non_finite for each in reversed(run.history.readings) if each.non_finite is not None), None)
+    found = next(
+        (each.non_finite for each in reversed(run.history.readings) if each.non_finite is not None),
+        None,
+    )
     return found if found is not None and found.touched in ("nothing", "gradients") else None
 
 
 def _mend(alarms: Sequence[StabilityIssue], key: Key) -> str:
     """What an alarm of something that is not finite says of its cause."""
     said = [
-        issue.suggestion for issue in alarms if key_of(issue) == key and key[0] == "non_finite" and issue.evidence.get("cause")
+        issue.suggestion
+        for issue in alarms
+        if key_of(issue) == key and key[0] == "non_finite" and issue.evidence.get("cause")
     ]
     return said[0] if said else ""
 
 
 def _is_back(issue: StabilityIssue, run: TrainingRun) -> bool:
-    if issue.issue_type not in BACK_WHEN or issue.head is None or issue.layer not in run.history.layers:
+    if (
+        issue.issue_type not in BACK_WHEN
+        or issue.head is None
+        or issue.layer not in run.history.layers
+    ):
         return False
     signal, side, share = BACK_WHEN[issue.issue_type]
-    share = 1.0 if issue.evidence.get("from_the_start") else share  # there is no better past that it is on its way to
+    share = (
+        1.0 if issue.evidence.get("from_the_start") else share
+    )  # there is no better past that it is on its way to
     now = run.history.now(signal)[run.history.of_layer(issue.layer)][issue.head]
     return bool(side * now > side * share * issue.threshold)
 

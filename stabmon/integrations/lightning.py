@@ -27,11 +27,13 @@ logger = logging.getLogger("stabmon")
 class StabilityCallback(pl.Callback):
     """Add it to ``L.Trainer(callbacks=[...])``; nothing else changes.
 
-    Records go to ``<trainer.log_dir>/stabmon``, with ``fast_dev_run`` and ``barebones`` nowhere. Scalars also reach every logger of
-    the Trainer. The state is stored in each checkpoint and taken up again on resume.
+    Records go to ``<trainer.log_dir>/stabmon``, with ``fast_dev_run`` and ``barebones`` nowhere.
+    Scalars also reach every logger of the Trainer. The state is stored in each checkpoint and taken
+    up again on resume.
 
     Args:
-        config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.schema.StabilityConfig`.
+        config: a preset's name, a YAML file's path, or a
+            :class:`~stabmon.config.schema.StabilityConfig`.
         log_every: sample every N-th optimizer step.
         sinks: names or sinks, instead of the configuration's and the Trainer's loggers.
         run_dir: instead of the Trainer's ``log_dir``.
@@ -61,7 +63,9 @@ class StabilityCallback(pl.Callback):
 
     @property
     def issues(self) -> list[StabilityIssue]:
-        """Every issue emitted so far, in all calls of ``fit()`` with this callback; empty before training."""
+        """Every issue emitted so far, in all calls of ``fit()`` with this callback; empty before
+        training.
+        """
         return [*self._earlier, *([] if self.monitor is None else self.monitor.issues)]
 
     def close(self) -> None:
@@ -73,10 +77,14 @@ class StabilityCallback(pl.Callback):
         """Start watching; on a resume, go on where the checkpoint was."""
         self.close()
         self._earlier, self.monitor = self.issues, None
-        dry = bool(getattr(trainer, "fast_dev_run", False) or trainer.barebones)  # modes in which Lightning leaves no file either
+        dry = bool(
+            getattr(trainer, "fast_dev_run", False) or trainer.barebones
+        )  # modes in which Lightning leaves no file either
         run_dir = None if dry else self._run_dir or trainer.log_dir or trainer.default_root_dir
         try:
-            sinks: list[str | Sink] = [each for each in self.config.sinks if not dry or _leaves_nothing(each)]
+            sinks: list[str | Sink] = [
+                each for each in self.config.sinks if not dry or _leaves_nothing(each)
+            ]
             if not self._own_sinks and not dry:
                 sinks += [_sink_of(each) for each in trainer.loggers]
             self.monitor = AttentionStabilityMonitor(
@@ -100,26 +108,39 @@ class StabilityCallback(pl.Callback):
         settle(self.monitor)
         self._global_step, self._in_step = trainer.global_step, False
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Arm the capture at the first micro-batch of a sampled optimizer step."""
         if self.monitor is not None and not self._in_step:
             self._in_step = True
             self.monitor.begin_step()
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
+    ) -> None:
         """Take the loss, which Lightning has divided by the number of micro-batches."""
         if self.monitor is not None:
             self.monitor.add_loss(loss)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
+    ) -> None:
         """Look at the gradients, before they are clipped."""
         if self.monitor is not None:
             self.monitor.before_optimizer_step(optimizer)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        """Judge the step, if any optimizer stepped in the batch; end training where an intervention says so."""
+        """Judge the step, if any optimizer stepped in the batch; end training where an intervention
+        says so.
+        """
         if self.monitor is not None and trainer.global_step != self._global_step:
             self._global_step, self._in_step = trainer.global_step, False
             self.monitor.on_step()
@@ -130,7 +151,9 @@ class StabilityCallback(pl.Callback):
         """Stop watching."""
         self.close()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Stop watching: training has failed."""
         self.close()
 
@@ -161,7 +184,9 @@ class StabilityCallback(pl.Callback):
 
 
 def _steps_made(trainer: pl.Trainer) -> int:
-    """Batches in which an optimizer stepped: ``global_step`` counts each optimizer's steps under manual optimisation."""
+    """Batches in which an optimizer stepped: ``global_step`` counts each optimizer's steps under
+    manual optimisation.
+    """
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
     return min(trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
@@ -169,7 +194,11 @@ def _steps_made(trainer: pl.Trainer) -> int:
 
 def _leaves_nothing(one: str | Sink) -> bool:
     """Whether a sink writes to no file or server that we know of."""
-    ours = one if isinstance(one, str) else next((name for name, cls in SINKS.items() if type(one) is cls), None)
+    ours = (
+        one
+        if isinstance(one, str)
+        else next((name for name, cls in SINKS.items() if type(one) is cls), None)
+    )
     return ours in ("console", None)
 
 

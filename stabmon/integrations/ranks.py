@@ -11,7 +11,9 @@ logger = logging.getLogger("stabmon")
 
 
 def settle(monitor: AttentionStabilityMonitor | None) -> None:
-    """Let each rank report its own readings, if some rank could not start watching: else it would be waited for. Called on every rank."""
+    """Let each rank report its own readings, if some rank could not start watching: else it would
+    be waited for. Called on every rank.
+    """
     try:
         agreed = on_all_ranks(monitor is not None)
     except Exception:

@@ -1,10 +1,17 @@
-"""Interventions: acts that repair a training run, each ``apply`` with an ``undo``. One act, one file.
+"""Interventions: acts that repair a training run, each ``apply`` with an ``undo``. One act, one
+file.
 
-``INTERVENTIONS`` finds them by name; :class:`~stabmon.interventions.run.training_run.TrainingRun` is what they may touch;
-:class:`~stabmon.guard.guard.Guard` chooses, applies, judges and takes back.
+``INTERVENTIONS`` finds them by name; :class:`~stabmon.interventions.run.training_run.TrainingRun`
+is what they may touch; :class:`~stabmon.guard.guard.Guard` chooses, applies, judges and takes back.
 """
 
-from stabmon.interventions.base import INTERVENTIONS, Applied, CannotApply, Intervention, intervention
+from stabmon.interventions.base import (
+    INTERVENTIONS,
+    Applied,
+    CannotApply,
+    Intervention,
+    intervention,
+)
 from stabmon.interventions.run.training_run import TrainingRun
 
 __all__ = [

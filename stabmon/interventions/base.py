@@ -23,7 +23,8 @@ Place = tuple[str | None, int | None]
 
 
 class CannotApply(Exception):
-    """An intervention does not fit this run; nothing was changed. Says why, and what a person can do instead.
+    """An intervention does not fit this run; nothing was changed. Says why, and what a person can
+    do instead.
 
     Args:
         reason: one sentence.
@@ -38,7 +39,8 @@ class CannotApply(Exception):
 
 @dataclass
 class Effect:
-    """What an intervention changed in a run, and how to take it back. The base class changed nothing.
+    """What an intervention changed in a run, and how to take it back. The base class changed
+    nothing.
 
     ``before`` and ``after`` hold plain values for the audit record.
     """
@@ -54,37 +56,51 @@ class Effect:
     """Why it is at an end by itself, and is to be taken back; empty while it is not."""
 
     def undo(self) -> bool:
-        """Put back what was there before, and stop. Whether every bit is as it was: training since may make that impossible."""
+        """Put back what was there before, and stop. Whether every bit is as it was: training since
+        may make that impossible.
+        """
         self.release()
         return True
 
     def release(self) -> None:
-        """Stop: take out hooks, put back attributes; what has been written into weights stays. May be called twice."""
+        """Stop: take out hooks, put back attributes; what has been written into weights stays. May
+        be called twice.
+        """
 
     def at_work(self) -> bool:
         """Whether it had something to do since it was last asked: then it is held further."""
         return False
 
     def relax(self) -> Mapping[str, Any]:
-        """It was held for long without an alarm, and at work: hold less tightly. What changed, for the record; empty if nothing."""
+        """It was held for long without an alarm, and at work: hold less tightly. What changed, for
+        the record; empty if nothing.
+        """
         return {}
 
     def rolled_back(self, step: int) -> Callable[[], None]:
-        """Take note that the weights are again those of after ``step``; returns what takes that note back."""
+        """Take note that the weights are again those of after ``step``; returns what takes that
+        note back.
+        """
         return lambda: None
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`Intervention.resume` needs to go on after a restart: plain values, for JSON."""
+        """What :meth:`Intervention.resume` needs to go on after a restart: plain values, for
+        JSON.
+        """
         return {}
 
 
 class HeldEffect(Effect):
-    """An effect that is called at marks of each step until it is released, and is held further where it had something to do."""
+    """An effect that is called at marks of each step until it is released, and is held further
+    where it had something to do.
+    """
 
     _remove: Sequence[Callable[[], None]] = ()
     """What takes each callback out."""
     _bound: Any = False
-    """Whether it had something to do since it was last asked: a bool, or a tensor of one that need not come to the host at each step."""
+    """Whether it had something to do since it was last asked: a bool, or a tensor of one that need
+    not come to the host at each step.
+    """
 
     def release(self) -> None:
         for remove in self._remove:
@@ -101,23 +117,30 @@ Self = TypeVar("Self", bound="Intervention")
 
 @dataclass(frozen=True)
 class Intervention(ABC):
-    """One act on a training run. Its dataclass fields are its settings; ``issues`` and ``why`` say what it is for.
+    """One act on a training run. Its dataclass fields are its settings; ``issues`` and ``why`` say
+    what it is for.
 
     Raises:
         ValueError: for a setting that cannot be, naming it.
     """
 
     cost: ClassVar[float] = 0.0
-    """Nats of final loss that it was seen to cost a healthy run (small byte-level GPT); inf where that was not measured."""
+    """Nats of final loss that it was seen to cost a healthy run (small byte-level GPT); inf where
+    that was not measured.
+    """
     run_wide: ClassVar[bool] = False
-    """Changes the whole run, whatever head it was chosen for, so that no other such act beside it could be judged."""
+    """Changes the whole run, whatever head it was chosen for, so that no other such act beside it
+    could be judged.
+    """
     standing: ClassVar[bool] = False
     """Can only help if it is in place before anything is wrong: applied when guarding begins."""
     once: ClassVar[bool] = False
     """Done at once and over: there is nothing that could be held from step to step."""
 
     renews: ClassVar[bool] = False
-    """May be done again for an issue that rests on something found after it was last done (``found_at`` in the evidence)."""
+    """May be done again for an issue that rests on something found after it was last done
+    (``found_at`` in the evidence).
+    """
 
     issues: tuple[StabilityIssue, ...] = field(default=(), kw_only=True, compare=False, repr=False)
     """What it is to repair."""
@@ -132,7 +155,9 @@ class Intervention(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """Its settings, as plain values."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("issues", "why")}
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("issues", "why")
+        }
 
     def aimed_at(self: Self, issues: Sequence[StabilityIssue], why: str = "") -> Self:
         """The same act, for these issues."""
@@ -159,16 +184,26 @@ class Intervention(ABC):
         Raises:
             CannotApply: if it no longer fits.
         """
-        return Applied(self, run, self._resume(run, state["effect"]), step=int(state["step"]), record=state["record"])
+        return Applied(
+            self,
+            run,
+            self._resume(run, state["effect"]),
+            step=int(state["step"]),
+            record=state["record"],
+        )
 
     def ended(self, run: TrainingRun, state: Mapping[str, Any]) -> Applied:
-        """The same, of one that is no longer in force: it counts among what was tried, and does nothing."""
+        """The same, of one that is no longer in force: it counts among what was tried, and does
+        nothing.
+        """
         over = Applied(self, run, Effect(), step=int(state["step"]), record=state["record"])
         over.active = False
         return over
 
     def check_saved(self, effect: Stored) -> None:
-        """Raise a ValueError, naming the place, where ``effect`` is not what its effect's ``state_dict`` gives."""
+        """Raise a ValueError, naming the place, where ``effect`` is not what its effect's
+        ``state_dict`` gives.
+        """
         effect.mapping()
 
     @abstractmethod
@@ -176,15 +211,21 @@ class Intervention(ABC):
         """Change the run, or raise :class:`CannotApply` and leave it as it was."""
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        """Take up a held effect again; acts whose whole effect is in the weights have nothing to hold."""
+        """Take up a held effect again; acts whose whole effect is in the weights have nothing to
+        hold.
+        """
         return Effect(note="its effect is in the checkpoint; it can no longer be undone")
 
     def _check(self, name: str, low: float, high: float, *, including_low: bool = False) -> None:
         value = getattr(self, name)
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        fits = (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        )
         if not fits or (value == low and not including_low):
             words = f"at least {low}" if including_low else f"above {low}"
-            raise ValueError(f"{self.name}.{name}: {value!r} must be a number {words} and at most {high}")
+            raise ValueError(
+                f"{self.name}.{name}: {value!r} must be a number {words} and at most {high}"
+            )
 
 
 class Applied:
@@ -214,7 +255,9 @@ class Applied:
         self.active = True
         self.by_hand = self.for_one_step = False
         self._run = run
-        self.record: dict[str, Any] = dict(record) if record is not None else _record(intervention, effect, step)
+        self.record: dict[str, Any] = (
+            dict(record) if record is not None else _record(intervention, effect, step)
+        )
         run.applied.append(self)
 
     def noted(self, action: str, **more: Any) -> Applied:
@@ -223,9 +266,11 @@ class Applied:
         return self
 
     def undo(self, why: str = "") -> bool:
-        """Restore what was there before, and later acts on the same things first. The second call does nothing.
+        """Restore what was there before, and later acts on the same things first. The second call
+        does nothing.
 
-        Right after :meth:`Intervention.apply` the run is bit for bit what it was. Later, what training has changed since is
+        Right after :meth:`Intervention.apply` the run is bit for bit what it was. Later, what
+        training has changed since is
         kept: a factor is divided out again.
 
         Args:
@@ -238,12 +283,16 @@ class Applied:
             return True
         for later in reversed(self._run.applied[self._run.applied.index(self) + 1 :]):
             if later.active and later.effect.touches & self.effect.touches:
-                later.undo(why and f"{self.intervention.name}, which it came after, is taken back: {why}")
+                later.undo(
+                    why and f"{self.intervention.name}, which it came after, is taken back: {why}"
+                )
         self.active = False
         exact = self.effect.undo()
         self.noted("undone", exact=exact, **({"why": why} if why else {}))
         if why:
-            logger.warning("%s of step %d is taken back: %s", self.intervention.name, self.step, why)
+            logger.warning(
+                "%s of step %d is taken back: %s", self.intervention.name, self.step, why
+            )
         return exact
 
     def release(self, why: str = "") -> None:
@@ -257,7 +306,9 @@ class Applied:
             self.effect.release()
             self.noted("released", **({"why": why} if why else {}))
             if why:
-                logger.info("%s of step %d is held no longer: %s", self.intervention.name, self.step, why)
+                logger.info(
+                    "%s of step %d is held no longer: %s", self.intervention.name, self.step, why
+                )
 
     def hold_for_one_step(self) -> None:
         """Release it after the next optimizer step."""
@@ -272,7 +323,12 @@ class Applied:
     def relax(self) -> None:
         """Hold less tightly what has been held for long without an alarm."""
         if changed := self.effect.relax():
-            self.noted("relaxed", before={}, after=dict(changed), why="no alarm for long, and it was still at work")
+            self.noted(
+                "relaxed",
+                before={},
+                after=dict(changed),
+                why="no alarm for long, and it was still at work",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to hold it further: plain values, for JSON."""
@@ -301,13 +357,16 @@ def _record(act: Intervention, effect: Effect, step: int) -> dict[str, Any]:
         "issue_type": act.issues[0].issue_type if act.issues else None,
         "before": dict(effect.before),
         "after": dict(effect.after),
-        "why": act.why or (f"{act.issues[0].issue_type} at {act.issues[0].where}" if act.issues else "asked for"),
+        "why": act.why
+        or (f"{act.issues[0].issue_type} at {act.issues[0].where}" if act.issues else "asked for"),
         "note": effect.note,
         "settings": act.settings,
     }
 
 
-INTERVENTIONS: Registry[type[Intervention]] = Registry("intervention", package="stabmon.interventions")
+INTERVENTIONS: Registry[type[Intervention]] = Registry(
+    "intervention", package="stabmon.interventions"
+)
 I_ = TypeVar("I_", bound=type[Intervention])
 
 

@@ -24,22 +24,30 @@ from stabmon.rules.evidence.norm_growth import drive
 @intervention
 @dataclass(frozen=True)
 class CapQueryKeyNorm(Intervention):
-    """While it is held, each head's rows of W_q and W_k, and of their biases, are scaled back to a norm that they may not exceed.
+    """While it is held, each head's rows of W_q and W_k, and of their biases, are scaled back to a
+    norm that they may not exceed.
 
-    For weights that are driven to grow (``logit_growth`` of a layer): it takes out the growth and nothing else, piece by piece, so that
-    a bias that is driven does not drag the weights down with it, and each head turns its weights as it likes. A piece may come to
-    ``times`` what it was when the growth began: its share of the newest healthy state, where one is kept (``rollback``), and of the
-    layer's norm at that time. Without such a state each piece is held at what it is now, or at ``times`` that if below. Layers that are
-    driven alike are held with those that are named. Changes nothing else of a step, nor the optimizer's moments: see ``qk_clip``.
+    For weights that are driven to grow (``logit_growth`` of a layer): it takes out the growth and
+    nothing else, piece by piece, so that a bias that is driven does not drag the weights down with
+    it, and each head turns its weights as it likes. A piece may come to ``times`` what it was when
+    the growth began: its share of the newest healthy state, where one is kept (``rollback``), and
+    of the layer's norm at that time. Without such a state each piece is held at what it is now, or
+    at ``times`` that if below. Layers that are driven alike are held with those that are named.
+    Changes nothing else of a step, nor the optimizer's moments: see ``qk_clip``.
 
     Source:
-        Weights held at a norm: Franke et al. 2023, arXiv:2311.09058 (a bound on the norm of each weight matrix).
+        Weights held at a norm: Franke et al. 2023, arXiv:2311.09058 (a bound on the norm of each
+            weight matrix).
     """
 
     times: float = 1.4
-    """Times a piece's own past: then scores may come to about twice theirs, which cost repaired runs nothing under ``qk_clip``."""
+    """Times a piece's own past: then scores may come to about twice theirs, which cost repaired
+    runs nothing under ``qk_clip``.
+    """
     least: float = 0.1
-    """Share of a mean piece's norm that any piece may have, so that a bias that was zero may learn."""
+    """Share of a mean piece's norm that any piece may have, so that a bias that was zero may
+    learn.
+    """
 
     def __post_init__(self) -> None:
         self._check("times", 0.0, 1e6)
@@ -54,7 +62,10 @@ class CapQueryKeyNorm(Intervention):
             for layer in run.known_layers()
             if drive(run.history, layer, grown=1.2, coherence=0.5) is not None
         ]
-        since = min((int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence), default=run.step)
+        since = min(
+            (int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence),
+            default=run.step,
+        )
         healthy = None if run.states is None else run.states.newest
         caps: dict[str, list[float]] = {}
         refused: list[CannotApply] = []
@@ -74,21 +85,39 @@ class CapQueryKeyNorm(Intervention):
         check_saved_rows(effect["rows"])
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        held = _Held(run, {str(layer): [float(cap) for cap in caps] for layer, caps in state["caps"].items()}, now=False)
+        held = _Held(
+            run,
+            {str(layer): [float(cap) for cap in caps] for layer, caps in state["caps"].items()},
+            now=False,
+        )
         held.rows.load(state["rows"])
         return held
 
-    def _caps(self, run: TrainingRun, layer: str, since: int, healthy: Snapshot | None) -> list[float]:
+    def _caps(
+        self, run: TrainingRun, layer: str, since: int, healthy: Snapshot | None
+    ) -> list[float]:
         """What each piece of a layer may come to."""
         pieces = _pieces(run, layer)
-        norms = {r.step: r.query_key[layer].weight for r in run.history.readings if layer in r.query_key}
+        norms = {
+            r.step: r.query_key[layer].weight for r in run.history.readings if layer in r.query_key
+        }
         names = {id(parameter): name for name, parameter in run.model.named_parameters()}
         then = norms.get(since, math.nan)
-        if healthy is None or not math.isfinite(then) or any(names.get(id(p.parameter)) not in healthy.tensors for p in pieces):
+        if (
+            healthy is None
+            or not math.isfinite(then)
+            or any(names.get(id(p.parameter)) not in healthy.tensors for p in pieces)
+        ):
             return [max(min(self.times, 1.0) * norm, 1e-12) for norm in _norms(pieces)]
         saved = [healthy.tensors[names[id(p.parameter)]] for p in pieces]
         grown = then / max(
-            math.hypot(*(p.view(tensor).float().norm().item() for p, tensor in zip(pieces, saved, strict=True))), 1e-12
+            math.hypot(
+                *(
+                    p.view(tensor).float().norm().item()
+                    for p, tensor in zip(pieces, saved, strict=True)
+                )
+            ),
+            1e-12,
         )
         past = _norms(pieces, saved)
         least = self.least * math.hypot(*past) / len(past) ** 0.5
@@ -96,9 +125,15 @@ class CapQueryKeyNorm(Intervention):
 
 
 class _Held(HeldEffect):
-    def __init__(self, run: TrainingRun, caps: Mapping[str, Sequence[float]], *, now: bool = True) -> None:
+    def __init__(
+        self, run: TrainingRun, caps: Mapping[str, Sequence[float]], *, now: bool = True
+    ) -> None:
         self.caps = caps
-        self._pieces = [(piece, cap) for layer, own in caps.items() for piece, cap in zip(_pieces(run, layer), own, strict=True)]
+        self._pieces = [
+            (piece, cap)
+            for layer, own in caps.items()
+            for piece, cap in zip(_pieces(run, layer), own, strict=True)
+        ]
         self.rows = ScaledRows(run)
         before = {layer: _whole(run, layer) for layer in caps}
         if now:
@@ -125,7 +160,10 @@ class _Held(HeldEffect):
 
     def state_dict(self) -> dict[str, Any]:
         names = {id(p): name for name, p in self.rows.run.model.named_parameters()}
-        return {"caps": {layer: list(own) for layer, own in self.caps.items()}, "rows": self.rows.state(names)}
+        return {
+            "caps": {layer: list(own) for layer, own in self.caps.items()},
+            "rows": self.rows.state(names),
+        }
 
     def _on_step(self) -> None:
         self.rows.moved_on()
@@ -134,7 +172,9 @@ class _Held(HeldEffect):
     def _scale(self) -> None:
         norms = _norms([piece for piece, _ in self._pieces])
         edits = [
-            (piece, cap / norm) for (piece, cap), norm in zip(self._pieces, norms, strict=True) if cap < norm < math.inf
+            (piece, cap / norm)
+            for (piece, cap), norm in zip(self._pieces, norms, strict=True)
+            if cap < norm < math.inf
         ]  # what is not finite is for others to mend
         self.rows.scale(edits)
         self._bound |= bool(edits)
@@ -152,11 +192,21 @@ def _pieces(run: TrainingRun, layer: str) -> list[Rows]:
 
 @torch.no_grad()
 def _norms(pieces: Sequence[Rows], tensors: Sequence[Tensor] | None = None) -> list[float]:
-    """L2 norms of what the model uses of each piece, or of its rows of ``tensors``; in one transfer for each device."""
-    views = [piece.view(t).detach().float() for piece, t in zip(pieces, tensors or [p.parameter for p in pieces], strict=True)]
-    norms = torch._foreach_norm([view + p.offset if p.offset else view for p, view in zip(pieces, views, strict=True)])
+    """L2 norms of what the model uses of each piece, or of its rows of ``tensors``; in one transfer
+    for each device.
+    """
+    views = [
+        piece.view(t).detach().float()
+        for piece, t in zip(pieces, tensors or [p.parameter for p in pieces], strict=True)
+    ]
+    norms = torch._foreach_norm(
+        [view + p.offset if p.offset else view for p, view in zip(pieces, views, strict=True)]
+    )
     devices = dict.fromkeys(norm.device for norm in norms)
-    found = {device: iter(torch.stack([norm for norm in norms if norm.device == device]).tolist()) for device in devices}
+    found = {
+        device: iter(torch.stack([norm for norm in norms if norm.device == device]).tolist())
+        for device in devices
+    }
     return [next(found[norm.device]) for norm in norms]
 
 

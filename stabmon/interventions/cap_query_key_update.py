@@ -26,21 +26,26 @@ PAST = 20
 @intervention
 @dataclass(frozen=True)
 class CapQueryKeyUpdate(Intervention):
-    r"""While it is held, each step's change of a layer's queries and keys is scaled by :math:`\min(1, c\,\|W\| / \|\Delta W\|)`.
+    r"""While it is held, each step's change of a layer's queries and keys is scaled by
+    :math:`\min(1, c\,\|W\| / \|\Delta W\|)`.
 
-    W is everything that makes the layer's queries and keys (under adapters: what they effectively make of it), :math:`\Delta W` what a
-    step changed of it, and c is ``times`` the share :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the
-    readings before), and follows the scheduled rate from there. It takes out what a rate does that is wrong for queries and keys alone,
-    whatever caused it and however large it is, and nothing else. Scores that have grown already it leaves as they are (clip them).
-    Copies W_q and W_k from before each step to after it.
+    W is everything that makes the layer's queries and keys (under adapters: what they effectively
+    make of it), :math:`\Delta W` what a step changed of it, and c is ``times`` the share
+    :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the readings
+    before), and follows the scheduled rate from there. It takes out what a rate does that is wrong
+    for queries and keys alone, whatever caused it and however large it is, and nothing else. Scores
+    that have grown already it leaves as they are (clip them). Copies W_q and W_k from before each
+    step to after it.
 
     Source:
-        Rates for queries and keys in proportion to 1 / ||W||: Anson & Aitchison, arXiv:2511.21377; clipping of updates: Adafactor,
-        arXiv:1804.04235.
+        Rates for queries and keys in proportion to 1 / ||W||: Anson & Aitchison, arXiv:2511.21377;
+        clipping of updates: Adafactor, arXiv:1804.04235.
     """
 
     times: float = 1.25
-    """Times its own past that a step's share may be. Where the rate is wrong every step is this large, so that it must be near its past."""
+    """Times its own past that a step's share may be. Where the rate is wrong every step is this
+    large, so that it must be near its past.
+    """
     share: float | None = None
     """c itself, instead, at any rate."""
 
@@ -60,14 +65,18 @@ class CapQueryKeyUpdate(Intervention):
             if np.isfinite(cap) and cap > 0:
                 caps[layer] = cap
         if not caps:
-            raise CannotApply("it is not known what a step used to change of queries and keys: give a share")
+            raise CannotApply(
+                "it is not known what a step used to change of queries and keys: give a share"
+            )
         return _Capped(run, caps, None if self.share is not None else _usual_rate(run))
 
     def check_saved(self, effect: Stored) -> None:
         _ = [cap.number() for _, cap in effect["caps"].items()], effect["rate"].maybe(Stored.number)
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return _Capped(run, {str(layer): float(cap) for layer, cap in state["caps"].items()}, state["rate"])
+        return _Capped(
+            run, {str(layer): float(cap) for layer, cap in state["caps"].items()}, state["rate"]
+        )
 
 
 class _Capped(HeldEffect):
@@ -102,7 +111,9 @@ class _Capped(HeldEffect):
         """What adapters effectively made before the step, by its norm."""
         self._remove = [
             run.marks.add("before_optimizer_step", self._remember),
-            run.marks.add("on_step", self._scale, first=True),  # a clip that is held comes after the step that it clips
+            run.marks.add(
+                "on_step", self._scale, first=True
+            ),  # a clip that is held comes after the step that it clips
         ]
 
     def release(self) -> None:
@@ -129,17 +140,34 @@ class _Capped(HeldEffect):
         for layer, before in self._before.items():
             parts = self._parts[layer]
             if layer in self._adapters:
-                weight, change = self._weights[layer].float(), self._adapters[layer].change().float()
+                weight, change = (
+                    self._weights[layer].float(),
+                    self._adapters[layer].change().float(),
+                )
             else:
                 was = [each[0] for each in before]
                 now = [rows.view(copies[0]) for rows, copies in parts]
-                weight = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(each.float()) for each in was]))
-                change = torch.linalg.vector_norm(
-                    torch.stack([torch.linalg.vector_norm(b.float() - a.float()) for a, b in zip(was, now, strict=True)])
+                weight = torch.linalg.vector_norm(
+                    torch.stack([torch.linalg.vector_norm(each.float()) for each in was])
                 )
-            factor = (of_schedule * self.caps[layer] * weight / change.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=1.0)
+                change = torch.linalg.vector_norm(
+                    torch.stack(
+                        [
+                            torch.linalg.vector_norm(b.float() - a.float())
+                            for a, b in zip(was, now, strict=True)
+                        ]
+                    )
+                )
+            factor = (
+                of_schedule
+                * self.caps[layer]
+                * weight
+                / change.clamp_min(torch.finfo(torch.float32).tiny)
+            ).clamp(max=1.0)
             bound = factor < 1
-            self._bound = bound if self._bound is False else self._bound | bound.to(self._bound.device)
+            self._bound = (
+                bound if self._bound is False else self._bound | bound.to(self._bound.device)
+            )
             finite = torch.isfinite(change)  # what is not finite is for others to mend
             for (rows, copies), olds in zip(parts, before, strict=True):
                 for copy, old in zip(copies, olds, strict=True):
@@ -150,15 +178,25 @@ class _Capped(HeldEffect):
 
 
 def _usual(run: TrainingRun, layer: str) -> float:
-    """What a step used to change of the layer's queries and keys, over their norm; NaN where that was not seen."""
-    shares = [reading.query_key[layer].share for reading in run.history.readings[:-1] if layer in reading.query_key]
+    """What a step used to change of the layer's queries and keys, over their norm; NaN where that
+    was not seen.
+    """
+    shares = [
+        reading.query_key[layer].share
+        for reading in run.history.readings[:-1]
+        if layer in reading.query_key
+    ]
     shares = [share for share in shares[-PAST:] if np.isfinite(share)]
     return float(np.median(shares)) if shares else float("nan")
 
 
 def _usual_rate(run: TrainingRun) -> float | None:
     """The scheduled rate at those readings; None where it is not known."""
-    rates = [reading.learning_rate for reading in run.history.readings[:-1][-PAST:] if reading.learning_rate]
+    rates = [
+        reading.learning_rate
+        for reading in run.history.readings[:-1][-PAST:]
+        if reading.learning_rate
+    ]
     return float(np.median(rates)) if rates else None
 
 

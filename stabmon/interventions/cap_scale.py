@@ -18,40 +18,62 @@ from stabmon.rules.evidence.norm_growth import drive
 @intervention
 @dataclass(frozen=True)
 class CapScale(Intervention):
-    """While it is held, the scale of a layer's scores is put back whenever it is above what it was when the growth began.
+    """While it is held, the scale of a layer's scores is put back whenever it is above what it was
+    when the growth began.
 
-    For a scale that is driven (``logit_growth`` of a layer, by ``scale``): a model that has learned under one temperature is trained on
-    under the same. A clip of the weights would have to shrink them for as long as the scale grows, and small weights are turned at
-    random by steps of the old size. Layers that are driven alike are held with those that are named. What is released stays as it is
+    For a scale that is driven (``logit_growth`` of a layer, by ``scale``): a model that has learned
+    under one temperature is trained on under the same. A clip of the weights would have to shrink
+    them for as long as the scale grows, and small weights are turned at random by steps of the old
+    size. Layers that are driven alike are held with those that are named. What is released stays as
+    it is
     then: the scale is the model's own of before.
 
     Source:
-        The project's own failing runs: of four whose scale drifted, clipping left gaps to the healthy twin of 0.02 to 0.11 nats.
+        The project's own failing runs: of four whose scale drifted, clipping left gaps to the
+        healthy twin of 0.02 to 0.11 nats.
     """
 
     cap: float | None = None
-    """The scale itself; None for what it was when the growth began, as the issue tells it (``since_step``)."""
+    """The scale itself; None for what it was when the growth began, as the issue tells it
+    (``since_step``).
+    """
 
     def __post_init__(self) -> None:
         if self.cap is not None:
             self._check("cap", 0.0, 1e30)
 
     def _start(self, run: TrainingRun) -> Effect:
-        if self.cap is None and not any(issue.evidence.get("by") == "scale" for issue in self.issues):
+        if self.cap is None and not any(
+            issue.evidence.get("by") == "scale" for issue in self.issues
+        ):
             raise CannotApply("it is not the scale of the scores that grows")
-        since = min((int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence), default=run.step)
+        since = min(
+            (int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence),
+            default=run.step,
+        )
         named = [issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None]
-        alike = [layer for layer in run.known_layers() if (found := drive(run.history, layer, grown=1.2)) and found.of_scale]
+        alike = [
+            layer
+            for layer in run.known_layers()
+            if (found := drive(run.history, layer, grown=1.2)) and found.of_scale
+        ]
         held: dict[str, tuple[str, float]] = {}
         refused: list[CannotApply] = []
         for layer in dict.fromkeys([*named, *alike]):
             try:
                 name = scale_of(run.module(layer), layer)
-                held[layer] = (name, self._then(run, layer, since, getattr(run.module(layer), name)))
+                held[layer] = (
+                    name,
+                    self._then(run, layer, since, getattr(run.module(layer), name)),
+                )
             except CannotApply as error:
                 refused.append(error)
         if not held:
-            raise refused[0] if refused else CannotApply("no layer is named: give an issue that names its layer")
+            raise (
+                refused[0]
+                if refused
+                else CannotApply("no layer is named: give an issue that names its layer")
+            )
         effect = _Held(run, held)
         effect.note = "; ".join(f"left out: {error.reason}" for error in refused)
         return effect
@@ -62,13 +84,23 @@ class CapScale(Intervention):
             _ = layer.text(), name.one_of(NAMES), value.number()
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return _Held(run, {layer: (scale_of(run.module(layer), layer), float(cap)) for layer, _, cap in state["caps"]})
+        return _Held(
+            run,
+            {
+                layer: (scale_of(run.module(layer), layer), float(cap))
+                for layer, _, cap in state["caps"]
+            },
+        )
 
     def _then(self, run: TrainingRun, layer: str, since: int, now: float) -> float:
         """What the layer's scale may be at most."""
         if self.cap is not None:
             return self.cap
-        read = {reading.step: reading.info[layer].scale for reading in run.history.readings if layer in reading.info}
+        read = {
+            reading.step: reading.info[layer].scale
+            for reading in run.history.readings
+            if layer in reading.info
+        }
         newest = run.history.info.get(layer)
         if newest is None or since not in read or not 0.5 * newest.scale < now < 2.0 * newest.scale:
             raise CannotApply(f"what {layer} multiplies its scores by is not what was seen of it")
@@ -80,7 +112,9 @@ class _Held(HeldEffect):
         self.caps = caps
         self._modules: dict[str, nn.Module] = {layer: run.module(layer) for layer in caps}
         before = self._scales()
-        self._before = {layer: getattr(self._modules[layer], name) for layer, (name, _) in caps.items()}
+        self._before = {
+            layer: getattr(self._modules[layer], name) for layer, (name, _) in caps.items()
+        }
         self._set()
         super().__init__(
             places=[(layer, None) for layer in caps],
@@ -109,4 +143,7 @@ class _Held(HeldEffect):
                 self._bound = True
 
     def _scales(self) -> dict[str, float]:
-        return {f"{layer}.{name}": getattr(self._modules[layer], name) for layer, (name, _) in self.caps.items()}
+        return {
+            f"{layer}.{name}": getattr(self._modules[layer], name)
+            for layer, (name, _) in self.caps.items()
+        }

@@ -25,17 +25,22 @@ LEAST_VISIBLE = 16
 @intervention
 @dataclass(frozen=True)
 class EntropyRegularization(Intervention):
-    r"""Add :math:`c \cdot \sum_\text{heads} \operatorname{mean}_\text{rows} \max(0, \text{floor} - H / \ln n)` to the loss.
+    r"""Add :math:`c \cdot \sum_\text{heads} \operatorname{mean}_\text{rows} \max(0, \text{floor} -
+    H / \ln n)` to the loss.
 
-    **Preventive at best:** the gradient of the entropy carries the softmax's Jacobian, which is gone (1e-6) in a row that has collapsed;
-    on a collapsed toy it did nothing. Never chosen unless the configuration names it.
+    **Preventive at best:** the gradient of the entropy carries the softmax's Jacobian, which is
+    gone (1e-6) in a row that has collapsed; on a collapsed toy it did nothing. Never chosen unless
+    the configuration names it.
 
-    The term is never formed as part of the loss. Its gradient by query and key, on up to ``rows`` sampled rows of each head, is
-    computed in the forward and added to the gradient that arrives there in the backward, which gives every parameter behind query and
-    key exactly the gradient of loss + term, whatever the model returns; learned position biases and sinks take no part in the
-    term. The reported loss stays the model's own. Memory is rows times keys a head; rows are drawn from a generator of its own.
+    The term is never formed as part of the loss. Its gradient by query and key, on up to ``rows``
+    sampled rows of each head, is computed in the forward and added to the gradient that arrives
+    there in the backward, which gives every parameter behind query and key exactly the gradient of
+    loss + term, whatever the model returns; learned position biases and sinks take no part in the
+    term. The reported loss stays the model's own. Memory is rows times keys a head; rows are drawn
+    from a generator of its own.
 
-    Not reached, and said so once: attention under reentrant activation checkpoints or under ``no_grad``, and queries that are cast to
+    Not reached, and said so once: attention under reentrant activation checkpoints or under
+        ``no_grad``, and queries that are cast to
     another type on their way into the kernel.
     """
 
@@ -50,11 +55,21 @@ class EntropyRegularization(Intervention):
     def __post_init__(self) -> None:
         self._check("coefficient", 0.0, 1e6)
         self._check("floor", 0.0, 1.0)
-        if not isinstance(self.rows, int) or isinstance(self.rows, bool) or not 1 <= self.rows <= 1024:
-            raise ValueError(f"{self.name}.rows: {self.rows!r} must be a whole number from 1 to 1024")
+        if (
+            not isinstance(self.rows, int)
+            or isinstance(self.rows, bool)
+            or not 1 <= self.rows <= 1024
+        ):
+            raise ValueError(
+                f"{self.name}.rows: {self.rows!r} must be a whole number from 1 to 1024"
+            )
 
     def _start(self, run: TrainingRun) -> Effect:
-        places = list(dict.fromkeys((issue.layer, issue.head) for issue in self.issues if issue.layer is not None))
+        places = list(
+            dict.fromkeys(
+                (issue.layer, issue.head) for issue in self.issues if issue.layer is not None
+            )
+        )
         if not places:
             raise CannotApply("no head is named: give an issue that names its layer")
         return _Regularized(self, run, places)
@@ -69,8 +84,12 @@ class EntropyRegularization(Intervention):
 
 
 class _Regularized(Effect):
-    def __init__(self, act: EntropyRegularization, run: TrainingRun, places: Sequence[Place]) -> None:
-        super().__init__(places=places, before={"coefficient": 0.0}, after={"coefficient": act.coefficient})
+    def __init__(
+        self, act: EntropyRegularization, run: TrainingRun, places: Sequence[Place]
+    ) -> None:
+        super().__init__(
+            places=places, before={"coefficient": 0.0}, after={"coefficient": act.coefficient}
+        )
         self.act, self.run = act, run
         self._heads: dict[str, list[int | None]] = {}
         for layer, head in places:
@@ -78,7 +97,10 @@ class _Regularized(Effect):
         self._generator = torch.Generator()
         self._hooks: list[Any] = []
         self._said = False
-        self._remove = [run.marks.add("attention", self._attend), run.marks.add("on_step", self._clear)]
+        self._remove = [
+            run.marks.add("attention", self._attend),
+            run.marks.add("on_step", self._clear),
+        ]
 
     def release(self) -> None:
         while self._remove:
@@ -100,20 +122,37 @@ class _Regularized(Effect):
         if call.query is None or call.key is None or query is None or key is None:
             if not self._said:
                 self._said = True
-                logger.warning("entropy_regularization does not reach %s: its query and key are not differentiated", call.layer)
+                logger.warning(
+                    "entropy_regularization does not reach %s: its query and key are not "
+                    "differentiated",
+                    call.layer,
+                )
             return
         self._generator.manual_seed(self.run.step)
         operator = operator_of(call)
-        heads = sorted({h for each in wanted for h in (range(operator.heads) if each is None else [each]) if h < operator.heads})
+        heads = sorted(
+            {
+                h
+                for each in wanted
+                for h in (range(operator.heads) if each is None else [each])
+                if h < operator.heads
+            }
+        )
         index = sampled_rows(operator.queries, self.act.rows, self._generator).to(call.query.device)
         with torch.enable_grad():
-            q, k = call.query.detach().float().requires_grad_(), call.key.detach().float().requires_grad_()
+            q, k = (
+                call.query.detach().float().requires_grad_(),
+                call.key.detach().float().requires_grad_(),
+            )
             term = entropy_deficit(q, k, operator, heads, index, self.act.floor)
             if not term.requires_grad:  # no row sees enough keys
                 return
             by_query, by_key = torch.autograd.grad(term, (q, k))
         weight = self.act.coefficient * self.run.loss_scale
-        self._hooks += [_add_gradient(query, call.query, by_query * weight), _add_gradient(key, call.key, by_key * weight)]
+        self._hooks += [
+            _add_gradient(query, call.query, by_query * weight),
+            _add_gradient(key, call.key, by_key * weight),
+        ]
 
 
 def sampled_rows(queries: int, count: int, generator: torch.Generator) -> Tensor:
@@ -127,9 +166,15 @@ def sampled_rows(queries: int, count: int, generator: torch.Generator) -> Tensor
 
 
 def entropy_deficit(
-    query: Tensor, key: Tensor, operator: AttentionOperator, heads: Sequence[int], rows: Tensor, floor: float
+    query: Tensor,
+    key: Tensor,
+    operator: AttentionOperator,
+    heads: Sequence[int],
+    rows: Tensor,
+    floor: float,
 ) -> Tensor:
-    """Sum over heads of the mean over rows of max(0, floor - H / ln n); differentiable by query and key.
+    """Sum over heads of the mean over rows of max(0, floor - H / ln n); differentiable by query and
+    key.
 
     Args:
         query, key: ``[B, H, Q, D]`` and ``[B, H_kv, K, D]``, float32.
@@ -152,7 +197,11 @@ def entropy_deficit(
         if bias is not None:
             logits = logits + bias.expand(query.shape[0], query.shape[1], -1, -1)[:, head]
         if hidden is not None:
-            mask = hidden if hidden.ndim == 2 else hidden.expand(query.shape[0], query.shape[1], -1, -1)[:, head]
+            mask = (
+                hidden
+                if hidden.ndim == 2
+                else hidden.expand(query.shape[0], query.shape[1], -1, -1)[:, head]
+            )
             logits = logits.masked_fill(mask, -1e30)
         if operator.sinks is not None:
             sink = operator.sinks[head].float().expand(*logits.shape[:-1], 1)
@@ -161,14 +210,19 @@ def entropy_deficit(
         entropy = -(log_p.exp() * log_p).sum(-1)
         counts = visible[:, head] >= LEAST_VISIBLE
         if bool(counts.any()):
-            total = total + (floor - entropy[counts] / visible[:, head][counts].log()).clamp(min=0).mean()
+            total = (
+                total
+                + (floor - entropy[counts] / visible[:, head][counts].log()).clamp(min=0).mean()
+            )
     return total
 
 
 def _source(tensor: Tensor | None) -> Tensor | None:
-    """The tensor of the model's own graph that a captured one is, or is a view of; None where there is none.
+    """The tensor of the model's own graph that a captured one is, or is a view of; None where there
+    is none.
 
-    A view made without gradients is in no graph, whatever its ``requires_grad`` says; the tensor that it looks into is.
+    A view made without gradients is in no graph, whatever its ``requires_grad`` says; the tensor
+    that it looks into is.
     """
     for each in (tensor, None if tensor is None else tensor._base):
         if each is not None and each.grad_fn is not None:
@@ -177,11 +231,19 @@ def _source(tensor: Tensor | None) -> Tensor | None:
 
 
 def _add_gradient(source: Tensor, seen: Tensor, gradient: Tensor) -> Any:
-    """Add ``gradient``, which is by ``seen``, a view of ``source`` or itself, to what arrives at ``source`` in the backward."""
+    """Add ``gradient``, which is by ``seen``, a view of ``source`` or itself, to what arrives at
+    ``source`` in the backward.
+    """
     if source is seen:
         return source.register_hook(lambda arriving: arriving + gradient.to(arriving.dtype))
-    whole = torch.zeros(source.untyped_storage().nbytes() // source.element_size(), dtype=torch.float32, device=source.device)
-    places = torch.arange(len(whole), device=source.device).as_strided(seen.shape, seen.stride(), seen.storage_offset())
+    whole = torch.zeros(
+        source.untyped_storage().nbytes() // source.element_size(),
+        dtype=torch.float32,
+        device=source.device,
+    )
+    places = torch.arange(len(whole), device=source.device).as_strided(
+        seen.shape, seen.stride(), seen.storage_offset()
+    )
     whole.index_add_(0, places.flatten(), gradient.flatten())
     spread = whole.as_strided(source.shape, source.stride(), source.storage_offset())
     return source.register_hook(lambda arriving: arriving + spread.to(arriving.dtype))

@@ -14,10 +14,11 @@ from stabmon.interventions.run.training_run import TrainingRun
 @intervention
 @dataclass(frozen=True)
 class ExtendWarmup(Intervention):
-    """Multiply the scheduled learning rate by a ramp from ``start`` to 1 over the next ``steps`` optimizer steps, then let go.
+    """Multiply the scheduled learning rate by a ramp from ``start`` to 1 over the next ``steps``
+    optimizer steps, then let go.
 
-    A longer warm-up delays the growth of scores in every published run (Wortsman et al. 2023, arXiv:2309.14322); how well it repairs
-    one that has grown already was not measured.
+    A longer warm-up delays the growth of scores in every published run (Wortsman et al. 2023,
+    arXiv:2309.14322); how well it repairs one that has grown already was not measured.
     """
 
     cost: ClassVar[float] = float("inf")
@@ -30,10 +31,14 @@ class ExtendWarmup(Intervention):
     def __post_init__(self) -> None:
         self._check("start", 0.0, 1.0, including_low=True)
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise ValueError(f"{self.name}.steps: {self.steps!r} must be a whole number of at least 1")
+            raise ValueError(
+                f"{self.name}.steps: {self.steps!r} must be a whole number of at least 1"
+            )
 
     def factor(self, since: int) -> float:
-        """The factor of the next step when ``since`` steps have been made since this was applied."""
+        """The factor of the next step when ``since`` steps have been made since this was
+        applied.
+        """
         return min(1.0, self.start + (1 - self.start) * since / self.steps)
 
     def _start(self, run: TrainingRun) -> Effect:
@@ -49,7 +54,9 @@ class ExtendWarmup(Intervention):
 class _Ramp(Effect):
     def __init__(self, act: ExtendWarmup, run: TrainingRun, first: int) -> None:
         before = run.rates.factor
-        super().__init__(before={"factor": before}, after={"factor": before * act.factor(run.step - first)})
+        super().__init__(
+            before={"factor": before}, after={"factor": before * act.factor(run.step - first)}
+        )
         self.first = first
         self._release = run.rates.hold(lambda: act.factor(run.step - first), ramp=True)
 

@@ -15,22 +15,37 @@ from stabmon.interventions.effects.attributes import AttributesChanged, describe
 from stabmon.interventions.run.score_replay import can_replay
 from stabmon.interventions.run.training_run import TrainingRun
 
-NAMES = ("attention_dropout", "attn_dropout", "attn_dropout_p", "attention_dropout_prob", "attn_drop", "dropout_p", "dropout")
-"""What attention modules call their dropout: a number read at each forward, or an ``nn.Dropout``."""
+NAMES = (
+    "attention_dropout",
+    "attn_dropout",
+    "attn_dropout_p",
+    "attention_dropout_prob",
+    "attn_drop",
+    "dropout_p",
+    "dropout",
+)
+"""What attention modules call their dropout: a number read at each forward, or an
+``nn.Dropout``.
+"""
 
 
 @intervention
 @dataclass(frozen=True)
 class IncreaseDropout(Intervention):
-    """Raise the dropout of attention weights by ``by``, up to ``most``. **Preventive at best; never a cure, and costs dear.**
+    """Raise the dropout of attention weights by ``by``, up to ``most``. **Preventive at best; never
+    a cure, and costs dear.**
 
-    It made every one of ten failing runs worse (median gap .63 to the healthy twin, .44 without any act) and a healthy run 0.22 nats
-    worse: a saturated row passes on almost none of dropout's gradient. It is here because it is asked for, and never chosen unless the
+    It made every one of ten failing runs worse (median gap .63 to the healthy twin, .44 without any
+    act) and a healthy run 0.22 nats
+    worse: a saturated row passes on almost none of dropout's gradient. It is here because it is
+        asked for, and never chosen unless the
     configuration names it.
 
-    Set where the fused path reads it: a float of the module, or the ``p`` of its ``nn.Dropout``. Where the step's batch can be run
-    again, an attribute that changes nothing is refused (Falcon's fused path takes none). Under ``torch.compile`` the first
-    forward compiles anew. Evaluation is untouched, as the module's training flag decides.
+    Set where the fused path reads it: a float of the module, or the ``p`` of its ``nn.Dropout``.
+        Where the step's batch can be run
+    again, an attribute that changes nothing is refused (Falcon's fused path takes none). Under
+    ``torch.compile`` the first forward compiles anew. Evaluation is untouched, as the module's
+    training flag decides.
     """
 
     cost: ClassVar[float] = 0.22
@@ -53,7 +68,9 @@ class IncreaseDropout(Intervention):
             if after > before and not any(owner is other for _, other, *_ in found):
                 found.append((layer, owner, name, before, after))
         if not found:
-            raise CannotApply(f"dropout is at {self.most} or above already in {', '.join(layers) or 'no layer'}")
+            raise CannotApply(
+                f"dropout is at {self.most} or above already in {', '.join(layers) or 'no layer'}"
+            )
         return self._change(run, found)
 
     def check_saved(self, effect: Stored) -> None:
@@ -68,17 +85,23 @@ class IncreaseDropout(Intervention):
             found.append((layer, owner, name, before, after))
         return _Dropout(found)
 
-    def _change(self, run: TrainingRun, found: Sequence[tuple[str, nn.Module, str, float, float]]) -> Effect:
+    def _change(
+        self, run: TrainingRun, found: Sequence[tuple[str, nn.Module, str, float, float]]
+    ) -> Effect:
         unread: list[str] = []
         before = _outputs(run, [run.module(layer) for layer, *_ in found])
-        for each, was in list(zip(found, before, strict=False)):  # each by itself, since it changes what comes after it
+        for each, was in list(
+            zip(found, before, strict=False)
+        ):  # each by itself, since it changes what comes after it
             trial = _Dropout([each])
             try:
                 after = _outputs(run, [run.module(each[0])])
             finally:
                 trial.undo()
             if after and torch.equal(after[0], was):
-                unread.append(f"the attention of {each[0]} does not read {each[2]} on its present path")
+                unread.append(
+                    f"the attention of {each[0]} does not read {each[2]} on its present path"
+                )
                 found = [other for other in found if other is not each]
         if not found:
             raise CannotApply(unread[0])
@@ -112,12 +135,15 @@ def _dropout_of(module: nn.Module, layer: str) -> tuple[nn.Module, str]:
         if isinstance(value, float):
             return module, name
     raise CannotApply(
-        f"{layer} ({type(module).__name__}) has no attention dropout that is known by its name ({', '.join(NAMES)})"
+        f"{layer} ({type(module).__name__}) has no attention dropout that is known by its name "
+        f"({', '.join(NAMES)})"
     )
 
 
 def _outputs(run: TrainingRun, modules: Sequence[nn.Module]) -> list[Tensor]:
-    """What each module gives when the newest step's first forward is made again, with the same random numbers."""
+    """What each module gives when the newest step's first forward is made again, with the same
+    random numbers.
+    """
     if not can_replay(run):
         return []
     seen: dict[int, Tensor] = {}
@@ -128,7 +154,11 @@ def _outputs(run: TrainingRun, modules: Sequence[nn.Module]) -> list[Tensor]:
     finally:
         for handle in handles:
             handle.remove()
-    return [seen[id(module)] for module in modules] if all(id(module) in seen for module in modules) else []
+    return (
+        [seen[id(module)] for module in modules]
+        if all(id(module) in seen for module in modules)
+        else []
+    )
 
 
 def _keeper(seen: dict[int, Tensor]) -> Any:

@@ -16,17 +16,22 @@ from stabmon.interventions.run.training_run import TrainingRun
 
 NAMES = ("attn_logit_softcapping", "attn_logit_softcap", "logit_softcap", "softcap", "attn_softcap")
 """What models with a softcap call it on their attention modules."""
-CODE = "scores = {cap:g} * torch.tanh(scores / {cap:g})  # in the attention's forward, before the mask is added"
+CODE = (
+    "scores = {cap:g} * torch.tanh(scores / {cap:g})  # in the attention's forward, before the "
+    "mask is added"
+)
 
 
 @intervention
 @dataclass(frozen=True)
 class LogitSoftcap(Intervention):
-    """Let scores pass through cap · tanh(score / cap) (Gemma 2, arXiv:2408.00118), in layers that can.
+    """Let scores pass through cap · tanh(score / cap) (Gemma 2, arXiv:2408.00118), in layers that
+    can.
 
-    Only modules with an attribute for it can (Gemma 2), and only where the step's batch, run again, shows that the kernel applies it; in
-    all other models it is a change of architecture, and the line to change is told. Repaired one of ten failing runs, with a jump of the
-    loss; the attribute is no weight, so the model trained so must keep it.
+    Only modules with an attribute for it can (Gemma 2), and only where the step's batch, run again,
+    shows that the kernel applies it; in all other models it is a change of architecture, and the
+    line to change is told. Repaired one of ten failing runs, with a jump of the loss; the attribute
+    is no weight, so the model trained so must keep it.
     """
 
     cost: ClassVar[float] = 0.0
@@ -37,7 +42,11 @@ class LogitSoftcap(Intervention):
         self._check("cap", 0.0, 1e4)
 
     def _start(self, run: TrainingRun) -> Effect:
-        layers = list(dict.fromkeys(issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None))
+        layers = list(
+            dict.fromkeys(
+                issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None
+            )
+        )
         advice = CODE.format(cap=self.cap)
         if not layers:
             raise CannotApply("no layer is named: give an issue that names its layer", advice)
@@ -49,12 +58,18 @@ class LogitSoftcap(Intervention):
             except CannotApply as error:
                 refused.append(error)
         if found and not can_replay(run):
-            raise CannotApply("there is no batch to run again that could show whether the kernel applies a softcap", advice)
+            raise CannotApply(
+                "there is no batch to run again that could show whether the kernel applies a "
+                "softcap",
+                advice,
+            )
         if found:
             shown = self._shown(run, found)
             wrong = "the attention kernel of {} applies no softcap"
             refused += [
-                CannotApply(wrong.format(each), "attn_implementation='eager' does") for each in found if each not in shown
+                CannotApply(wrong.format(each), "attn_implementation='eager' does")
+                for each in found
+                if each not in shown
             ]
             found = {layer: place for layer, place in found.items() if layer in shown}
         if not found:
@@ -69,14 +84,20 @@ class LogitSoftcap(Intervention):
         name = next((n for n in NAMES if n in vars(module)), None)
         if name is None:
             advice = CODE.format(cap=self.cap)
-            raise CannotApply(f"{layer} ({type(module).__name__}) has no softcap to set: it is a change of architecture", advice)
+            raise CannotApply(
+                f"{layer} ({type(module).__name__}) has no softcap to set: it is a change of "
+                "architecture",
+                advice,
+            )
         before = getattr(module, name)
         if before is not None and before <= self.cap:
             raise CannotApply(f"{layer} caps its scores at {before:g} already")
         return name, before
 
     def _shown(self, run: TrainingRun, found: Mapping[str, tuple[str, Any]]) -> set[str]:
-        """Those layers whose kernel is given the cap on the step's batch, all of them set; everything is put back."""
+        """Those layers whose kernel is given the cap on the step's batch, all of them set;
+        everything is put back.
+        """
         trial = _Capped(run, found, self.cap)
         seen: set[str] = set()
         try:
@@ -91,7 +112,9 @@ class LogitSoftcap(Intervention):
             _ = layer.text(), name.one_of(NAMES), before.maybe(Stored.number)
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return _Capped(run, {layer: (name, before) for layer, name, before in state["caps"]}, self.cap)
+        return _Capped(
+            run, {layer: (name, before) for layer, name, before in state["caps"]}, self.cap
+        )
 
 
 class _Capped(AttributesChanged):
@@ -105,7 +128,8 @@ class _Capped(AttributesChanged):
             places=[(layer, None) for layer in found],
             before=before,
             after=after,
-            note=f"to keep it, set {', '.join(f'{layer}.{name}' for layer, name, *_ in changes)} = {cap:g} in the model's config",
+            note=f"to keep it, set {', '.join(f'{layer}.{name}' for layer, name, *_ in changes)} "
+            f"= {cap:g} in the model's config",
             touches=frozenset(f"softcap of {layer}" for layer in found),
             changes=modules,
         )

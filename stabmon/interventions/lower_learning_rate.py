@@ -27,13 +27,15 @@ Where = Literal["all", "query_key"]
 class LowerLearningRate(Intervention):
     """Multiply the learning rate by ``factor`` until this is undone, whatever the scheduler does.
 
-    It slows the growth of scores and does not undo it; it repairs only where the rate itself was the cause, and costs a healthy
-    run dear (0.17 nats at a half, 0.44 at a tenth, 0.08 at a tenth of queries and keys alone). Clip first.
+    It slows the growth of scores and does not undo it; it repairs only where the rate itself was
+    the cause, and costs a healthy run dear (0.17 nats at a half, 0.44 at a tenth, 0.08 at a tenth
+    of queries and keys alone). Clip first.
 
-    ``where="query_key"`` scales the step that the optimizer has just made, on the rows that make queries and keys only:
-    p = before + factor * (after - before). For every optimizer whose step is proportional to the rate that is a lower rate, weight
-    decay included; it reaches the front part of a fused projection, which a parameter group of its own cannot, and leaves the groups
-    and with them schedulers and checkpoints alone. It costs a copy of these rows during the step.
+    ``where="query_key"`` scales the step that the optimizer has just made, on the rows that make
+    queries and keys only: p = before + factor * (after - before). For every optimizer whose step is
+    proportional to the rate that is a lower rate, weight decay included; it reaches the front part
+    of a fused projection, which a parameter group of its own cannot, and leaves the groups and with
+    them schedulers and checkpoints alone. It costs a copy of these rows during the step.
     """
 
     cost: ClassVar[float] = 0.17
@@ -42,12 +44,16 @@ class LowerLearningRate(Intervention):
     factor: float = 0.5
     """Above 0, at most 1."""
     where: Where = "all"
-    """``all`` parameters, or the ``query_key`` projections (and their norms) of the attention layers."""
+    """``all`` parameters, or the ``query_key`` projections (and their norms) of the attention
+    layers.
+    """
 
     def __post_init__(self) -> None:
         self._check("factor", 0.0, 1.0)
         if self.where not in get_args(Where):
-            raise ValueError(f"{self.name}.where: {self.where!r} must be one of {', '.join(get_args(Where))}")
+            raise ValueError(
+                f"{self.name}.where: {self.where!r} must be one of {', '.join(get_args(Where))}"
+            )
 
     def _start(self, run: TrainingRun) -> Effect:
         _ = run.torch_optimizers
@@ -55,14 +61,19 @@ class LowerLearningRate(Intervention):
         if self.where == "all":
             before = run.rates.factor
             undo = run.rates.hold(lambda: self.factor)
-            return Held(undo_=undo, before={"lr": rates, "factor": before}, after={"factor": before * self.factor})
+            return Held(
+                undo_=undo,
+                before={"lr": rates, "factor": before},
+                after={"factor": before * self.factor},
+            )
         rows = _StepScale(run, self.factor)
         return Held(
             places=[(layer, None) for layer in rows.layers],
             undo_=rows.remove,
             before={"lr": rates, "query_key_factor": 1.0},
             after={"query_key_factor": self.factor},
-            note=f"holds in {len(rows.layers)} layers" + (f"; not in {', '.join(rows.refused)}" if rows.refused else ""),
+            note=f"holds in {len(rows.layers)} layers"
+            + (f"; not in {', '.join(rows.refused)}" if rows.refused else ""),
         )
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
@@ -89,7 +100,9 @@ class Held(Effect):
 
 
 class _StepScale:
-    """Scales what the optimizer's step changed in the query and key rows of every layer where they can be told apart."""
+    """Scales what the optimizer's step changed in the query and key rows of every layer where they
+    can be told apart.
+    """
 
     def __init__(self, run: TrainingRun, factor: float) -> None:
         self.factor = factor
@@ -105,9 +118,15 @@ class _StepScale:
             try:
                 rows = trained_rows(run.module(layer), run.history.info.get(layer))
                 copies = [(each, copies_of(each.parameter, run)) for each in rows]
-                by = [next((steps[id(copy)] for copy in own if id(copy) in steps), None) for _, own in copies]
+                by = [
+                    next((steps[id(copy)] for copy in own if id(copy) in steps), None)
+                    for _, own in copies
+                ]
                 if any(not takes_hooks(each) for each in by):
-                    raise CannotApply("its queries and keys are stepped by an optimizer that was not given", GIVE_ALL)
+                    raise CannotApply(
+                        "its queries and keys are stepped by an optimizer that was not given",
+                        GIVE_ALL,
+                    )
             except CannotApply as error:
                 self.refused.append(layer)
                 why = error
@@ -122,8 +141,12 @@ class _StepScale:
         for optimizer in optimizers:
             if id(optimizer) in self._places:
                 self._hooks += [
-                    optimizer.register_step_pre_hook(step_hook(functools.partial(self._remember, id(optimizer)))),
-                    optimizer.register_step_post_hook(step_hook(functools.partial(self._scale, id(optimizer)))),
+                    optimizer.register_step_pre_hook(
+                        step_hook(functools.partial(self._remember, id(optimizer)))
+                    ),
+                    optimizer.register_step_post_hook(
+                        step_hook(functools.partial(self._scale, id(optimizer)))
+                    ),
                 ]
 
     def remove(self) -> None:
@@ -132,7 +155,9 @@ class _StepScale:
         self._before = {}
 
     def _remember(self, optimizer: int) -> None:
-        self._before[optimizer] = [rows.view(copy).detach().clone() for rows, copy in self._places[optimizer].values()]
+        self._before[optimizer] = [
+            rows.view(copy).detach().clone() for rows, copy in self._places[optimizer].values()
+        ]
 
     @torch.no_grad()
     def _scale(self, optimizer: int) -> None:

@@ -12,24 +12,30 @@ from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
 
 FEW = 100
-"""Steps that a run which was broken from the start may be put back by though its loss keeps to its course."""
+"""Steps that a run which was broken from the start may be put back by though its loss keeps to its
+course.
+"""
 
 
 @intervention
 @dataclass(frozen=True)
 class Rollback(Intervention):
-    """Restore parameters, buffers, the optimizer's moments and the gradient scaler of the newest healthy state, bit for bit.
+    """Restore parameters, buffers, the optimizer's moments and the gradient scaler of the newest
+    healthy state, bit for bit.
 
-    The data is not rewound: training goes on with batches that come next, so that those which did the harm are passed by, as PaLM did
-    (arXiv:2204.02311, some 100 steps back). Nor are random generators, step counters and the schedule, which belong to the data's
-    place in the run; ``rewind_schedule`` sets back the scheduler and the groups' rates too.
+    The data is not rewound: training goes on with batches that come next, so that those which did
+        the harm are passed by, as PaLM did
+    (arXiv:2204.02311, some 100 steps back). Nor are random generators, step counters and the
+    schedule, which belong to the data's place in the run; ``rewind_schedule`` sets back the
+    scheduler and the groups' rates too.
 
-    It goes to no state that is worse than where the run stands: not while the loss keeps to its course, unless weights are spoilt; the
-    record says what it goes back to and why.
+    It goes to no state that is worse than where the run stands: not while the loss keeps to its
+    course, unless weights are spoilt; the record says what it goes back to and why.
 
     States are kept on the host, or in ``run_dir`` where they are too large for ``memory_gb``: see
-    :class:`~stabmon.interventions.run.healthy_states.HealthyStates`. Undoing it brings the spoilt state back bit for bit, and with it the loss
-    of what was trained since. A parameter that was added to the run since the state was taken keeps its value.
+    :class:`~stabmon.interventions.run.healthy_states.HealthyStates`. Undoing it brings the spoilt
+    state back bit for bit, and with it the loss of what was trained since. A parameter that was
+    added to the run since the state was taken keeps its value.
     """
 
     run_wide: ClassVar[bool] = True
@@ -48,11 +54,15 @@ class Rollback(Intervention):
         for name, least in (("every", 1), ("confirm", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{self.name}.{name}: {value!r} must be a whole number of at least {least}")
+                raise ValueError(
+                    f"{self.name}.{name}: {value!r} must be a whole number of at least {least}"
+                )
 
     def _start(self, run: TrainingRun) -> Effect:
         if run.states is None:
-            raise CannotApply("no states are kept: name rollback among the interventions from the start")
+            raise CannotApply(
+                "no states are kept: name rollback among the interventions from the start"
+            )
         snapshot = run.states.newest
         if snapshot is None:
             raise CannotApply("no healthy state has been seen yet")
@@ -61,26 +71,36 @@ class Rollback(Intervention):
         return _RolledBack(run, run.states, snapshot, self.rewind_schedule)
 
     def _begins_again(self, run: TrainingRun, snapshot: Snapshot) -> bool:
-        """Whether the rate was too high from the start and heads broke: what they learned since is not worth the steps it took."""
+        """Whether the rate was too high from the start and heads broke: what they learned since is
+        not worth the steps it took.
+        """
         from_start = any(
-            issue.evidence.get("how") == "brisk" or "largest_query_key_update" in issue.evidence for issue in self.issues
+            issue.evidence.get("how") == "brisk" or "largest_query_key_update" in issue.evidence
+            for issue in self.issues
         )
-        layer = any(issue.issue_type == "update_spike" and issue.layer is not None for issue in self.issues)
+        layer = any(
+            issue.issue_type == "update_spike" and issue.layer is not None for issue in self.issues
+        )
         return layer or (from_start and run.step - snapshot.step <= FEW)
 
 
 class _RolledBack(Effect):
-    def __init__(self, run: TrainingRun, states: HealthyStates, snapshot: Snapshot, schedule: bool) -> None:
+    def __init__(
+        self, run: TrainingRun, states: HealthyStates, snapshot: Snapshot, schedule: bool
+    ) -> None:
         super().__init__(
             before={"state_of_step": run.step},
             after={"state_of_step": snapshot.step},
-            note=f"{states.describe(snapshot)}" + ("" if schedule else "; data, schedule and random generators go on"),
+            note=f"{states.describe(snapshot)}"
+            + ("" if schedule else "; data, schedule and random generators go on"),
             touches=frozenset(["everything"]),
         )
         self.run, self._schedule = run, schedule
         self._spoilt: Snapshot | Path | None = states.keep(Snapshot.take(run), "before-rollback")
         snapshot.restore(run, schedule=schedule)
-        self._others = [each.effect.rolled_back(snapshot.step) for each in run.applied if each.active]
+        self._others = [
+            each.effect.rolled_back(snapshot.step) for each in run.applied if each.active
+        ]
         states.gone_back()
         for tell in run.on_rollback:
             tell(snapshot.step)
@@ -89,7 +109,9 @@ class _RolledBack(Effect):
         spoilt, self._spoilt = self._spoilt, None
         if spoilt is None:
             return False
-        (Snapshot.load(spoilt) if isinstance(spoilt, Path) else spoilt).restore(self.run, schedule=self._schedule)
+        (Snapshot.load(spoilt) if isinstance(spoilt, Path) else spoilt).restore(
+            self.run, schedule=self._schedule
+        )
         if isinstance(spoilt, Path):
             spoilt.unlink(missing_ok=True)
         for take_back in self._others:

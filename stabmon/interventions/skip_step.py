@@ -17,12 +17,15 @@ from stabmon.interventions.run.training_run import TrainingRun
 @intervention
 @dataclass(frozen=True)
 class SkipStep(Intervention):
-    """From now on, set every gradient to None right before the optimizer's step if any of them is NaN or inf, on any rank.
+    """From now on, set every gradient to None right before the optimizer's step if any of them is
+    NaN or inf, on any rank.
 
-    Optimizers leave a parameter without a gradient alone: values, moments and decay. It must be in place before the first bad gradient,
-    as after one step the NaN is in the weights and in every later gradient; it costs a look at all gradients and one transfer to the
-    host at each step. After ``most`` skipped steps in a row it says once that skipping does not help, and goes on. A gradient scaler
-    does the same by itself, so that with one this is refused, or does nothing once one is found at work.
+    Optimizers leave a parameter without a gradient alone: values, moments and decay. It must be in
+    place before the first bad gradient, as after one step the NaN is in the weights and in every
+    later gradient; it costs a look at all gradients and one transfer to the host at each step.
+    After ``most`` skipped steps in a row it says once that skipping does not help, and goes on. A
+    gradient scaler does the same by itself, so that with one this is refused, or does nothing once
+    one is found at work.
     """
 
     standing: ClassVar[bool] = True
@@ -32,7 +35,9 @@ class SkipStep(Intervention):
 
     def __post_init__(self) -> None:
         if not isinstance(self.most, int) or isinstance(self.most, bool) or self.most < 1:
-            raise ValueError(f"{self.name}.most: {self.most!r} must be a whole number of at least 1")
+            raise ValueError(
+                f"{self.name}.most: {self.most!r} must be a whole number of at least 1"
+            )
 
     def _start(self, run: TrainingRun) -> Effect:
         if _scales(run):
@@ -55,7 +60,9 @@ class _Skipping(Effect):
         self.run, self.most = run, most
         self.skipped = self.in_a_row = 0
         self._at = run.step - 1
-        """After which step it skipped last: with several optimizers it is called for each of them in a step."""
+        """After which step it skipped last: with several optimizers it is called for each of them
+        in a step.
+        """
         self._remove = run.marks.add("before_optimizer_step", self._look)
 
     def release(self) -> None:
@@ -69,7 +76,9 @@ class _Skipping(Effect):
         owners = [p for p in self._parameters() if p.grad is not None]
         grads = [local(p.grad) for p in owners if p.grad is not None]
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
-        finite = not grads or bool(torch.stack([_finite(grad).to(grads[0].device) for grad in grads]).all())
+        finite = not grads or bool(
+            torch.stack([_finite(grad).to(grads[0].device) for grad in grads]).all()
+        )
         if not self.run.any_rank(not finite and not _scales(self.run)):
             if self._at < self.run.step - 1:
                 self.in_a_row = 0
@@ -83,9 +92,27 @@ class _Skipping(Effect):
         self.skipped += 1
         if self.in_a_row in (1, self.most):
             why = "a gradient is not finite"
-            more = "" if self.in_a_row == 1 else f"{self.most} steps in a row: skipping does not help, mend what makes them"
-            record = {"intervention": "skip_step", "action": "skipped", "step": self.run.step + 1, "layer": None, "head": None}
-            self.run.audit({**record, "before": {}, "after": {"skipped": self.skipped}, "why": why, "note": more})
+            more = (
+                ""
+                if self.in_a_row == 1
+                else f"{self.most} steps in a row: skipping does not help, mend what makes them"
+            )
+            record = {
+                "intervention": "skip_step",
+                "action": "skipped",
+                "step": self.run.step + 1,
+                "layer": None,
+                "head": None,
+            }
+            self.run.audit(
+                {
+                    **record,
+                    "before": {},
+                    "after": {"skipped": self.skipped},
+                    "why": why,
+                    "note": more,
+                }
+            )
 
     def _parameters(self) -> list[torch.Tensor]:
         stepped = [parameter for group in self.run.groups for parameter in group.parameters]

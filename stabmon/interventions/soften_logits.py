@@ -22,13 +22,16 @@ NAMES = ("scaling", "scale", "softmax_scale", "norm_factor", "inv_norm_factor")
 @intervention
 @dataclass(frozen=True)
 class SoftenLogits(Intervention):
-    """Divide all scores of the layer by ``temperature``, by the number that the module multiplies its scores with.
+    """Divide all scores of the layer by ``temperature``, by the number that the module multiplies
+    its scores with.
 
-    Reaches what QK-clip cannot: fused layouts that nobody knows, norms without a gain. It acts on a whole layer, and only for as long
-    as it is held: the number is no weight and is in no checkpoint, so the model trained so must keep it (the record says how). A
-    temperature held so that scores stayed below 10 repaired six of ten failing runs and cost a healthy one 0.01 nats.
+    Reaches what QK-clip cannot: fused layouts that nobody knows, norms without a gain. It acts on a
+    whole layer, and only for as long as it is held: the number is no weight and is in no
+    checkpoint, so the model trained so must keep it (the record says how). A temperature held so
+    that scores stayed below 10 repaired six of ten failing runs and cost a healthy one 0.01 nats.
 
-    Kept in those layers where the step's batch, run again, shows every head's scores divided; without a batch to run again it is refused.
+    Kept in those layers where the step's batch, run again, shows every head's scores divided;
+    without a batch to run again it is refused.
     """
 
     cost: ClassVar[float] = 0.01
@@ -40,16 +43,24 @@ class SoftenLogits(Intervention):
         self._check("temperature", 1.0, 1e4)
 
     def _start(self, run: TrainingRun) -> Effect:
-        layers = list(dict.fromkeys(issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None))
+        layers = list(
+            dict.fromkeys(
+                issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None
+            )
+        )
         if not layers:
             raise CannotApply("no layer is named: give an issue that names its layer")
         if not can_replay(run):
-            raise CannotApply("there is no batch to run again that could show whether the module's scale is read")
+            raise CannotApply(
+                "there is no batch to run again that could show whether the module's scale is read"
+            )
         before = replayed_scores(run)
         proven: dict[str, Effect] = {}
         refused: list[CannotApply] = []
         try:
-            for layer in deepest_first(layers, list(before)):  # what is judged later does not see what was changed before
+            for layer in deepest_first(
+                layers, list(before)
+            ):  # what is judged later does not see what was changed before
                 try:
                     proven[layer] = self._proven(run, layer, before.get(layer))
                 except CannotApply as error:
@@ -60,12 +71,16 @@ class SoftenLogits(Intervention):
         if not proven:
             raise refused[0]
         scales = {layer: scale_of(run.module(layer), layer) for layer in layers if layer in proven}
-        effect = self._set(run, {layer: (name, getattr(run.module(layer), name)) for layer, name in scales.items()})
+        effect = self._set(
+            run, {layer: (name, getattr(run.module(layer), name)) for layer, name in scales.items()}
+        )
         effect.note = "; ".join([effect.note, *(f"left out: {error.reason}" for error in refused)])
         return effect
 
     def _proven(self, run: TrainingRun, layer: str, before: np.ndarray | None) -> Effect:
-        """Soften one layer, or raise :class:`CannotApply` where its scores do not show it on the step's batch."""
+        """Soften one layer, or raise :class:`CannotApply` where its scores do not show it on the
+        step's batch.
+        """
         module = run.module(layer)
         name = scale_of(module, layer)
         if before is None:
@@ -76,7 +91,9 @@ class SoftenLogits(Intervention):
         except BaseException:
             effect.undo()
             raise
-        if after is None or not np.allclose(after * self.temperature, before, rtol=0.02, equal_nan=True):
+        if after is None or not np.allclose(
+            after * self.temperature, before, rtol=0.02, equal_nan=True
+        ):
             effect.undo()
             raise CannotApply(f"{layer} does not multiply its scores by its {name}")
         return effect
@@ -87,21 +104,34 @@ class SoftenLogits(Intervention):
             _ = layer.text(), name.one_of(NAMES), value.number()
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return self._set(run, {layer: (scale_of(run.module(layer), layer), value) for layer, _, value in state["scales"]})
+        return self._set(
+            run,
+            {
+                layer: (scale_of(run.module(layer), layer), value)
+                for layer, _, value in state["scales"]
+            },
+        )
 
     def _set(self, run: TrainingRun, scales: Mapping[str, tuple[str, float]]) -> Effect:
         return _Softened(run, scales, self.temperature)
 
 
 class _Softened(AttributesChanged):
-    def __init__(self, run: TrainingRun, scales: Mapping[str, tuple[str, float]], temperature: float) -> None:
-        changes = [(layer, name, value, value / temperature) for layer, (name, value) in scales.items()]
+    def __init__(
+        self, run: TrainingRun, scales: Mapping[str, tuple[str, float]], temperature: float
+    ) -> None:
+        changes = [
+            (layer, name, value, value / temperature) for layer, (name, value) in scales.items()
+        ]
         before, after = described(changes)
         super().__init__(
             places=[(layer, None) for layer in scales],
             before=before,
             after=after,
-            note="; ".join(f"to keep it, set {layer}.{name} = {now!r} in the model" for layer, name, _, now in changes),
+            note="; ".join(
+                f"to keep it, set {layer}.{name} = {now!r} in the model"
+                for layer, name, _, now in changes
+            ),
             touches=frozenset(f"scores of {layer}" for layer in scales),
             changes=[(run.module(layer), name, was, now) for layer, name, was, now in changes],
         )
@@ -121,6 +151,7 @@ def scale_of(module: nn.Module, layer: str) -> str:
         if isinstance(getattr(module, name, None), float):
             return name
     raise CannotApply(
-        f"{layer} ({type(module).__name__}) holds no scale that could be lowered ({', '.join(NAMES)})",
+        f"{layer} ({type(module).__name__}) holds no scale that could be lowered "
+        f"({', '.join(NAMES)})",
         "pass scale=… to scaled_dot_product_attention, and read it from an attribute of the module",
     )

@@ -12,13 +12,17 @@ from stabmon.interventions.run.training_run import TrainingRun
 @intervention
 @dataclass(frozen=True)
 class Stop(Intervention):
-    """Ask the training loop to end after this step: nothing is killed, and the loop's own checkpoints and callbacks run as ever."""
+    """Ask the training loop to end after this step: nothing is killed, and the loop's own
+    checkpoints and callbacks run as ever.
+    """
 
     run_wide: ClassVar[bool] = True
     once: ClassVar[bool] = True
 
     def _start(self, run: TrainingRun) -> Effect:
-        return _Stopping(run, self.why or (self.issues[0].issue_type if self.issues else "asked for"))
+        return _Stopping(
+            run, self.why or (self.issues[0].issue_type if self.issues else "asked for")
+        )
 
 
 class _Stopping(Effect):

@@ -28,10 +28,11 @@ def of_input(call: ForwardCall, name: str) -> Cause:
 
 
 def of_values(tensor: Tensor, modules: Iterable[nn.Module] = ()) -> Cause:
-    """The cause where a tensor was made of finite values: an inf is too large for its format, a NaN no number at all.
+    """The cause where a tensor was made of finite values: an inf is too large for its format, a NaN
+    no number at all.
 
-    In formats with float32's range nothing well trained comes near their end: there it is ``modules`` whose weights have blown up, if
-    theirs have.
+    In formats with float32's range nothing well trained comes near their end: there it is
+    ``modules`` whose weights have blown up, if theirs have.
     """
     tensor = local(tensor.detach())
     if tensor.dtype == torch.float16:
@@ -39,18 +40,29 @@ def of_values(tensor: Tensor, modules: Iterable[nn.Module] = ()) -> Cause:
     if not bool(tensor.isinf().any()):
         return "arithmetic"
     end = math.sqrt(torch.finfo(tensor.dtype).max)
-    own = [parameter for module in modules for parameter in module.parameters(recurse=False) if parameter.numel()]
+    own = [
+        parameter
+        for module in modules
+        for parameter in module.parameters(recurse=False)
+        if parameter.numel()
+    ]
     blown_up = any(float(local(parameter.detach()).abs().max()) > end for parameter in own)
     return "weights" if blown_up else "overflow"
 
 
 def unused_labels(call: ForwardCall) -> str:
-    """What is to be said of a forward's labels where none of them counts; the empty string where some do, or there are none.
+    """What is to be said of a forward's labels where none of them counts; the empty string where
+    some do, or there are none.
 
-    A label below 0 is ignored, as cross entropy does with -100; so is the first of each row where labels are shifted.
+    A label below 0 is ignored, as cross entropy does with -100; so is the first of each row where
+    labels are shifted.
     """
     for name, tensor in call.inputs():
-        whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+        whole = (
+            not tensor.is_floating_point()
+            and not tensor.is_complex()
+            and tensor.dtype != torch.bool
+        )
         name = _in_signature(call, name)
         if not whole or not tensor.numel() or not _LABELS.search(name):
             continue
@@ -90,7 +102,9 @@ class HiddenRows:
         return cls(layer, tuple(entries), len(empty), int(empty.sum()))
 
     def explain(self, tensor: Tensor) -> str:
-        """What is to be said of a tensor behind the layer, if its NaN are in the same batch entries; else the empty string."""
+        """What is to be said of a tensor behind the layer, if its NaN are in the same batch
+        entries; else the empty string.
+        """
         if not self.entries or not bool(tensor.isnan().any()):
             return ""
         bad = tensor.detach().isnan()
@@ -104,26 +118,38 @@ class HiddenRows:
 
 
 def of_weights(parameter: nn.Parameter, optimizers: Sequence[Any]) -> tuple[Cause, str]:
-    """Whether the optimizer made a parameter non-finite, by what it keeps of it: the cause, and what is to be said; ``weights`` where
-    nothing speaks for the optimizer."""
+    """Whether the optimizer made a parameter non-finite, by what it keeps of it: the cause, and
+    what is to be said; ``weights`` where nothing speaks for the optimizer."""
     group, state = _kept(parameter, optimizers)
     rate = group.get("lr")
     if rate is not None and not math.isfinite(float(rate)):
         return "optimizer", f"the learning rate is {float(rate)}"
     bad = ~local(parameter.detach()).isfinite()
-    alike = {name: local(value) for name, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
+    alike = {
+        name: local(value)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
     squares = next((value for name, value in alike.items() if "sq" in name), None)
     for name, value in alike.items():
         if value is not squares and not bool(value.isfinite().all()):
-            return "weights", f"the optimizer's {name} of it is not finite either, so that a gradient was not"
+            return (
+                "weights",
+                f"the optimizer's {name} of it is not finite either, so that a gradient was not",
+            )
     if squares is not None and bool(squares.isinf().any()):
-        return "optimizer", "the square of a gradient is beyond what the optimizer's exp_avg_sq can hold"
+        return (
+            "optimizer",
+            "the square of a gradient is beyond what the optimizer's exp_avg_sq can hold",
+        )
     if squares is not None and group.get("eps") == 0 and bool((squares[bad] == 0).any()):
         return "optimizer", "eps is 0, and where every gradient was 0 the step is 0/0"
     return "weights", ""
 
 
-def _kept(parameter: nn.Parameter, optimizers: Sequence[Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _kept(
+    parameter: nn.Parameter, optimizers: Sequence[Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The group's settings and the state of a parameter."""
     for optimizer in optimizers:
         for group in getattr(optimizer, "param_groups", ()):

@@ -1,4 +1,6 @@
-"""Notice at every step whether its loss, gradients and weights are finite, and find out once where a misfortune began."""
+"""Notice at every step whether its loss, gradients and weights are finite, and find out once where
+a misfortune began.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,19 @@ _TOUCHED = ("", "nothing", "gradients", "weights")
 
 
 class NonFiniteWatch:
-    """Looks at a step's losses and a few of its gradients and weights, and replays the step's forwards when a misfortune begins.
+    """Looks at a step's losses and a few of its gradients and weights, and replays the step's
+    forwards when a misfortune begins.
 
-    A misfortune lasts until enough steps in a row were finite, and is traced once, and once more where it goes further than the loss.
-    One device synchronisation a step.
+    A misfortune lasts until enough steps in a row were finite, and is traced once, and once more
+    where it goes further than the loss. One device synchronisation a step.
 
     Args:
         model: the model, as its forwards were recorded.
         on_error: told what failed in a replay: the place and the error.
-        share: makes one finding out of those of all ranks; called where gradients, which DDP keeps equal on all, are bad.
-        optimizer: tells of steps that were left out, and what it keeps of a parameter; None where it is not known.
+        share: makes one finding out of those of all ranks; called where gradients, which DDP keeps
+            equal on all, are bad.
+        optimizer: tells of steps that were left out, and what it keeps of a parameter; None where
+            it is not known.
     """
 
     def __init__(
@@ -64,7 +69,12 @@ class NonFiniteWatch:
         return self._found if self._last_bad > step else None
 
     def look(
-        self, step: int, calls: Sequence[ForwardCall], losses: Sequence[Tensor], gradients: bool, norm: float | None
+        self,
+        step: int,
+        calls: Sequence[ForwardCall],
+        losses: Sequence[Tensor],
+        gradients: bool,
+        norm: float | None,
     ) -> bool:
         """Look at a step before the optimizer makes it.
 
@@ -72,7 +82,8 @@ class NonFiniteWatch:
             step: its number.
             calls: its forwards.
             losses: those of its micro-batches, as far as they are known.
-            gradients: whether to look at gradients; a gradient scaler meets bad ones daily, and skips the step by itself.
+            gradients: whether to look at gradients; a gradient scaler meets bad ones daily, and
+                skips the step by itself.
             norm: the norm of all gradients, where it has been computed.
 
         Returns:
@@ -84,23 +95,36 @@ class NonFiniteWatch:
         largest = largest_of([*losses, *shown], after)
         of_losses, largest = largest[: len(losses)], largest[len(losses) :]
         of_gradients, of_weights = largest[: len(shown)], largest[len(shown) :]
-        bad_gradient = not _finite(of_gradients) or (gradients and norm is not None and not math.isfinite(norm))
+        bad_gradient = not _finite(of_gradients) or (
+            gradients and norm is not None and not math.isfinite(norm)
+        )
         bad_weights = not _finite(of_weights)
-        blamed, self._was_fine = bad_weights and self._was_fine, not bad_gradient and not bad_weights
-        self._seen = Seen(not _finite(of_losses), bad_gradient, blamed, bool(of_gradients) and not any(of_gradients))
+        blamed, self._was_fine = (
+            bad_weights and self._was_fine,
+            not bad_gradient and not bad_weights,
+        )
+        self._seen = Seen(
+            not _finite(of_losses),
+            bad_gradient,
+            blamed,
+            bool(of_gradients) and not any(of_gradients),
+        )
         if not self._seen.loss and self._was_fine:
             return False
         news = self._take(step, _LOSS if self._was_fine else _GRADIENTS, calls, self._seen)
         return (bad_weights and self._touch("weights")) or news
 
-    def end_step(self, step: int, loss: float | None, calls: Sequence[ForwardCall], left_out: bool | Tensor) -> bool:
+    def end_step(
+        self, step: int, loss: float | None, calls: Sequence[ForwardCall], left_out: bool | Tensor
+    ) -> bool:
         """Take note of a step that is over, and how far a misfortune has come.
 
         Args:
             step: its number.
             loss: its loss, where that is known already.
             calls: its forwards.
-            left_out: whether the optimizer did not make it, see :meth:`~stabmon._torch.optimizer_adapter.OptimizerView.left_out`.
+            left_out: whether the optimizer did not make it, see
+                :meth:`~stabmon._torch.optimizer_adapter.OptimizerView.left_out`.
 
         Returns:
             Whether a misfortune began here, or went further.
@@ -112,8 +136,14 @@ class NonFiniteWatch:
         if bad_loss and self._last_bad != step:
             # what was left out has moved no weights, so that it can be replayed still
             again = calls if left_out is True else None
-            news = self._take(step, _LOSS, again, replace(seen or Seen(), loss=True), f"loss is {loss}")
-        if seen is not None and seen.gradient and (self._found is None or self._found.touched != "weights"):
+            news = self._take(
+                step, _LOSS, again, replace(seen or Seen(), loss=True), f"loss is {loss}"
+            )
+        if (
+            seen is not None
+            and seen.gradient
+            and (self._found is None or self._found.touched != "weights")
+        ):
             left_out = True  # whoever steps, it is with other gradients than these
         nothing = seen is not None and seen.no_gradient and self._last_bad == step
         if self._skipped.note(nothing or left_out, bad=self._last_bad == step):
@@ -122,14 +152,25 @@ class NonFiniteWatch:
         elif self._skipped.stuck:
             self._last_bad = step
         if self._began:
-            spoilt, untold = self._spoilt(), seen is None and not _finite(largest_of(Sentinels(self._model).gradients()))
-            self._touch("weights" if spoilt else "gradients" if left_out is not False or untold else "nothing")
+            spoilt, untold = (
+                self._spoilt(),
+                seen is None and not _finite(largest_of(Sentinels(self._model).gradients())),
+            )
+            self._touch(
+                "weights"
+                if spoilt
+                else "gradients"
+                if left_out is not False or untold
+                else "nothing"
+            )
         self._began = False
         self._after = self._largest_weights()
         return news
 
     def note_loss(self, step: int, loss: float) -> None:
-        """Take note of a loss that is not finite, of a step that is over for some time; what was told of it already wins."""
+        """Take note of a loss that is not finite, of a step that is over for some time; what was
+        told of it already wins.
+        """
         if self._last_bad < step:
             self._take(step, _LOSS, None, Seen(loss=True), f"loss is {loss}")
             self._touch("weights" if self._spoilt() else "nothing")
@@ -157,8 +198,17 @@ class NonFiniteWatch:
 
         return take_up
 
-    def _take(self, step: int, reached: int, calls: Sequence[ForwardCall] | None, seen: Seen, detail: str = "") -> bool:
-        """Take note of a bad step; whether a misfortune begins. Traced by ``calls``; None where weights have moved since."""
+    def _take(
+        self,
+        step: int,
+        reached: int,
+        calls: Sequence[ForwardCall] | None,
+        seen: Seen,
+        detail: str = "",
+    ) -> bool:
+        """Take note of a bad step; whether a misfortune begins. Traced by ``calls``; None where
+        weights have moved since.
+        """
         over = step - self._last_bad > _PATIENCE
         begins = over or reached > self._reached
         self._last_bad, self._reached = step, reached if over else max(reached, self._reached)
@@ -166,7 +216,15 @@ class NonFiniteWatch:
             self._found, self._began = self._tracer.trace(step, calls, seen), True
         elif begins:  # its gradients were finite, or nobody could look
             told = f"{detail}, and every gradient is 0" if seen.no_gradient else detail
-            self._found = NonFinite(step, "loss", None, None, "loss", told, "labels" if seen.no_gradient else "objective")
+            self._found = NonFinite(
+                step,
+                "loss",
+                None,
+                None,
+                "loss",
+                told,
+                "labels" if seen.no_gradient else "objective",
+            )
             self._began = True
         return begins
 
@@ -181,13 +239,20 @@ class NonFiniteWatch:
         """More steps in a row were left out than a search takes: nothing is trained."""
         known = self._found if step - self._last_bad <= _PATIENCE else None
         if known is None or (known.touched == "nothing" and known.cause != "labels"):
-            known, self._began = self._tracer.trace(step, calls, Seen(gradient=True, at_any_scale=True)), True
+            known, self._began = (
+                self._tracer.trace(step, calls, Seen(gradient=True, at_any_scale=True)),
+                True,
+            )
             known, self._reached = replace(known, touched="gradients"), _GRADIENTS
         self._last_bad, skipped = step, self._skipped
-        self._found = replace(known, skipped=skipped.in_a_row, search=skipped.search, scale=self._view.scale())
+        self._found = replace(
+            known, skipped=skipped.in_a_row, search=skipped.search, scale=self._view.scale()
+        )
 
     def _spoilt(self) -> bool:
-        """Whether any parameter, or running statistic, holds what is not finite; -inf in a buffer may hide keys."""
+        """Whether any parameter, or running statistic, holds what is not finite; -inf in a buffer
+        may hide keys.
+        """
         weights = [local(each.detach()) for each in self._model.parameters() if _may_be_bad(each)]
         statistics = [local(each) for each in self._model.buffers() if _may_be_bad(each)]
         largest = largest_of([*weights, *statistics])
@@ -204,8 +269,12 @@ class NonFiniteWatch:
 
 @torch.no_grad()
 def largest_of(tensors: Sequence[Tensor], largest: Sequence[Tensor] = ()) -> list[float]:
-    """The largest absolute value of each tensor, NaN where one is; then the numbers ``largest``. One transfer to the host."""
-    if any(not tensor.numel() for tensor in tensors):  # shards can be empty, and have no largest value
+    """The largest absolute value of each tensor, NaN where one is; then the numbers ``largest``.
+    One transfer to the host.
+    """
+    if any(
+        not tensor.numel() for tensor in tensors
+    ):  # shards can be empty, and have no largest value
         tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
     found = [*(torch._foreach_norm(list(tensors), math.inf) if tensors else ()), *largest]
     if not found:

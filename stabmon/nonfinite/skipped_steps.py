@@ -1,4 +1,6 @@
-"""Count the optimizer steps in a row that were left out, and tell when they are no search for a scale any more."""
+"""Count the optimizer steps in a row that were left out, and tell when they are no search for a
+scale any more.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ class SkippedSteps:
     """Steps in a row that were left out, by a gradient scaler or by the training loop.
 
     A scaler halves its scale at each. A search takes as many as bring its first scale to 1 (see
-    :meth:`~stabmon._torch.grad_scaler.ScalerWatch.search_length`); one more, and what overflows is not its scale.
+    :meth:`~stabmon._torch.grad_scaler.ScalerWatch.search_length`); one more, and what overflows is
+    not its scale.
     """
 
     def __init__(self, view: OptimizerView) -> None:
@@ -36,10 +39,12 @@ class SkippedSteps:
         return self._told > 0
 
     def note(self, left_out: bool | Tensor, *, bad: bool) -> bool:
-        """Take note of a step; whether that is news: more were left out than a search takes, or twice as many.
+        """Take note of a step; whether that is news: more were left out than a search takes, or
+        twice as many.
 
         Args:
-            left_out: whether it was; a fused optimizer's word may stay on its device for some steps.
+            left_out: whether it was; a fused optimizer's word may stay on its device for some
+                steps.
             bad: whether its loss or gradients were seen to be bad.
         """
         for flag in self._arrived(left_out):
@@ -58,8 +63,8 @@ class SkippedSteps:
         return True
 
     def _is_meant(self) -> bool:
-        """Whether steps are left out for what is in them: the scale has fallen, or without a scaler they were seen to be bad. A loop that
-        only accumulates gradients leaves steps out too."""
+        """Whether steps are left out for what is in them: the scale has fallen, or without a scaler
+        they were seen to be bad. A loop that only accumulates gradients leaves steps out too."""
         scale = self._view.scale()
         if scale is None:
             return self._bad > self.search

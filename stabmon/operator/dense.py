@@ -1,4 +1,6 @@
-"""The oracle: every row written out in float64. For tests and small inputs only; memory grows with Q x K."""
+"""The oracle: every row written out in float64. For tests and small inputs only; memory grows with
+Q x K.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,11 @@ class DenseAttention(AttentionOperator):
     @cached_property
     def logits(self) -> Tensor:
         """``[B, H, Q, K]`` what the softmax sees, hidden keys at -inf."""
-        capped = self._raw if self.softcap is None else self.softcap * torch.tanh(self._raw / self.softcap)
+        capped = (
+            self._raw
+            if self.softcap is None
+            else self.softcap * torch.tanh(self._raw / self.softcap)
+        )
         return self._hide(capped)
 
     @cached_property
@@ -85,7 +91,10 @@ class DenseAttention(AttentionOperator):
             "log_odds_of_rest": rest.logsumexp(-1),
             "first_key_mass": self._first_key_mass(),
         }
-        return {name: torch.where(self.occupied, row, EMPTY_ROW.get(name, 0.0)) for name, row in rows.items()}
+        return {
+            name: torch.where(self.occupied, row, EMPTY_ROW.get(name, 0.0))
+            for name, row in rows.items()
+        }
 
     def _jacobian_norm(self, p: Tensor) -> Tensor:
         two, three = p.square().sum(-1), p.pow(3).sum(-1)
@@ -95,7 +104,9 @@ class DenseAttention(AttentionOperator):
         first = self.visibility.first_visible
         if first is None:
             return self.probabilities[..., 0]
-        index = first.expand(self.batch, self.heads)[..., None, None].expand(-1, -1, self.queries, 1)
+        index = first.expand(self.batch, self.heads)[..., None, None].expand(
+            -1, -1, self.queries, 1
+        )
         return self.probabilities.gather(-1, index)[..., 0]
 
     def _matvec(self, x: Tensor) -> Tensor:
@@ -108,5 +119,11 @@ class DenseAttention(AttentionOperator):
         scores = None if self.given_scores is None else self.given_scores[:, :, index]
         visibility = self.visibility.select(index)
         return DenseAttention(
-            self.query[:, :, index], self.key, self.scale, visibility, self.softcap, self.sinks_at(index), scores
+            self.query[:, :, index],
+            self.key,
+            self.scale,
+            visibility,
+            self.softcap,
+            self.sinks_at(index),
+            scores,
         )

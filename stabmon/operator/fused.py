@@ -1,8 +1,8 @@
 """Statistics from the fused kernel's own output and logsumexp: scores never leave the kernel.
 
-With the keys as values, one call gives the log-partition and the mean score. Exact where scores are plain ``scale * q.k`` under
-hiding masks; a pairwise bias, a softcap or a learned sink goes to the blockwise engine, and so do maxima and the odds of the
-rest, which no logsumexp resolves.
+With the keys as values, one call gives the log-partition and the mean score. Exact where scores are
+plain ``scale * q.k`` under hiding masks; a pairwise bias, a softcap or a learned sink goes to the
+blockwise engine, and so do maxima and the odds of the rest, which no logsumexp resolves.
 """
 
 from __future__ import annotations
@@ -17,9 +17,19 @@ from torch import Tensor
 from stabmon.operator.blockwise import BlockwiseAttention
 from stabmon.operator.kernels import Kernel, proven_kernel
 
-_CALLS = ("log_partition", "log_partition_2", "log_partition_3", "mean_score", "entropy", "collision", "first_key_mass")
+_CALLS = (
+    "log_partition",
+    "log_partition_2",
+    "log_partition_3",
+    "mean_score",
+    "entropy",
+    "collision",
+    "first_key_mass",
+)
 _MASKED_ROWS = 256
-"""Rows a call takes when a mask must be handed over, so that the part of the mask in memory is linear in K."""
+"""Rows a call takes when a mask must be handed over, so that the part of the mask in memory is
+linear in K.
+"""
 
 
 class FusedAttention(BlockwiseAttention):
@@ -30,7 +40,12 @@ class FusedAttention(BlockwiseAttention):
     @functools.cached_property
     def is_exact(self) -> bool:
         """Whether scores are plain, so that the kernel sees what the model's softmax sees."""
-        plain = self.softcap is None and self.sinks is None and self.given_scores is None and not self.visibility.is_bias
+        plain = (
+            self.softcap is None
+            and self.sinks is None
+            and self.given_scores is None
+            and not self.visibility.is_bias
+        )
         return plain and self.query.dtype != torch.float64 and self.keys > 0
 
     @functools.cached_property
@@ -52,25 +67,40 @@ class FusedAttention(BlockwiseAttention):
         if mine & {"log_partition", "mean_score", "entropy", "collision", "first_key_mass"}:
             means, out["log_partition"] = self._call(kernel, 1, self.key)
             out["mean_score"] = self.scale * means.mul_(self.query).sum(-1)
-            out["entropy"] = torch.where(self.occupied, (out["log_partition"] - out["mean_score"]).clamp(min=0), 0.0)
+            out["entropy"] = torch.where(
+                self.occupied, (out["log_partition"] - out["mean_score"]).clamp(min=0), 0.0
+            )
         for power in (2, 3):
-            if f"log_partition_{power}" in mine | ({"log_partition_2"} if "collision" in mine else set()):
+            if f"log_partition_{power}" in mine | (
+                {"log_partition_2"} if "collision" in mine else set()
+            ):
                 half = self.query.dtype in (torch.float16, torch.bfloat16)
-                lse_kernel = (proven_kernel(self.query.device, self.head_dim, self.query.dtype) if half else None) or kernel
+                lse_kernel = (
+                    proven_kernel(self.query.device, self.head_dim, self.query.dtype)
+                    if half
+                    else None
+                ) or kernel
                 out[f"log_partition_{power}"] = self._call(lse_kernel, power, self.key)[1]
         if "collision" in mine:
             logarithm = out["log_partition_2"] - 2 * out["log_partition"]
             out["collision"] = torch.where(self.occupied, logarithm, -math.inf).exp()
         if "first_key_mass" in mine:
             logarithm = self._first_scores() - out["log_partition"]
-            out["first_key_mass"] = torch.where(self.occupied & self.visibility.sees_first, logarithm, -math.inf).exp()
+            out["first_key_mass"] = torch.where(
+                self.occupied & self.visibility.sees_first, logarithm, -math.inf
+            ).exp()
         return out
 
     def _first_scores(self) -> Tensor:
         """``[B, H, Q]``: score of each row's first key, whether it sees it or not."""
         device, first = self.query.device, self.visibility.first_visible
-        batch, heads = torch.arange(self.batch, device=device)[:, None], torch.arange(self.heads, device=device)
-        key = self.key[batch, heads // (self.heads // self.key_heads), 0 if first is None else first]
+        batch, heads = (
+            torch.arange(self.batch, device=device)[:, None],
+            torch.arange(self.heads, device=device),
+        )
+        key = self.key[
+            batch, heads // (self.heads // self.key_heads), 0 if first is None else first
+        ]
         scores: Tensor = self.scale * (self.query.float() @ key.float()[..., None])[..., 0]
         return scores
 
@@ -96,7 +126,8 @@ class FusedAttention(BlockwiseAttention):
         key = self.key if values.shape[1] == self.key_heads else self._per_query_head(self.key)
         for rows, cols, mask, causal in self._spans():
             q, k, v = (
-                _rows_in_one_piece(x.to(kernel.dtype)) for x in (self.query[:, :, rows], key[:, :, cols], values[:, :, cols])
+                _rows_in_one_piece(x.to(kernel.dtype))
+                for x in (self.query[:, :, rows], key[:, :, cols], values[:, :, cols])
             )
             q = q if self.scale > 0 else -q  # a negative scale would turn the mask's -inf round
             part, part_lse = kernel.run(q, k, v, mask, causal, power * abs(self.scale))
@@ -112,18 +143,32 @@ class FusedAttention(BlockwiseAttention):
     def _rooms(self, columns: int) -> tuple[Tensor, Tensor]:
         """Room for the results of several calls, as they are where nothing is visible."""
         shape, device = self.query.shape[:3], self.query.device
-        return torch.zeros(*shape, columns, device=device), torch.full(shape, -math.inf, device=device)
+        return torch.zeros(*shape, columns, device=device), torch.full(
+            shape, -math.inf, device=device
+        )
 
     def _spans(self) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
-        """Calls to make, as (rows, keys, additive mask, causal): one where the kernel's own causality will do."""
+        """Calls to make, as (rows, keys, additive mask, causal): one where the kernel's own
+        causality will do.
+        """
         see = self.visibility
         whole = slice(0, self.queries), slice(0, self.keys)
         if see.everything or (
-            see.is_causal and self.queries == 1 and see.window is None and see.mask is None and not see.offset < 0
+            see.is_causal
+            and self.queries == 1
+            and see.window is None
+            and see.mask is None
+            and not see.offset < 0
         ):
             yield (*whole, None, False)
             return
-        if see.is_causal and see.window is None and see.mask is None and see.offset == 0 and see.positions is None:
+        if (
+            see.is_causal
+            and see.window is None
+            and see.mask is None
+            and see.offset == 0
+            and see.positions is None
+        ):
             yield (*whole, None, True)
             return
         for start in range(0, self.queries, _MASKED_ROWS):

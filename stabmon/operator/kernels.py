@@ -1,4 +1,6 @@
-"""The fused kernels that hand over their logsumexp, and the proof each must give on a device before it is believed."""
+"""The fused kernels that hand over their logsumexp, and the proof each must give on a device before
+it is believed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from torch.nn import functional as F
 logger = logging.getLogger("stabmon")
 
 _TOLERANCE = 1e-3
-"""Largest deviation from the blockwise engine, in nats and in units of the values, that a float32 kernel may show."""
+"""Largest deviation from the blockwise engine, in nats and in units of the values, that a float32
+kernel may show.
+"""
 Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool, float], tuple[Tensor, Tensor]]
 
 
@@ -22,23 +26,32 @@ Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool, float], tuple[Ten
 class Kernel:
     """A fused attention kernel.
 
-    ``run(query [B, H, Q, D], key [B, H_kv, K, D], value [B, H_kv, K, D], additive mask or None, is_causal, scale)`` gives the output
-    ``[B, H, Q, D]`` and the natural logsumexp ``[B, H, Q]``.
+    ``run(query [B, H, Q, D], key [B, H_kv, K, D], value [B, H_kv, K, D], additive mask or None,
+    is_causal, scale)`` gives the output ``[B, H, Q, D]`` and the natural logsumexp ``[B, H, Q]``.
     """
 
     name: str
     run: Run
     dtype: torch.dtype
-    """What it computes in. A half-precision kernel's logsumexp is as exact as its inputs; its output is rounded, and not used."""
+    """What it computes in. A half-precision kernel's logsumexp is as exact as its inputs; its
+    output is rounded, and not used.
+    """
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+def _cpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
     return out, lse
 
 
 def _expand(q: Tensor, *others: Tensor) -> list[Tensor]:
-    return [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if x.shape[1] != q.shape[1] else x for x in others]
+    return [
+        x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) if x.shape[1] != q.shape[1] else x
+        for x in others
+    ]
 
 
 def _bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -49,7 +62,9 @@ def _bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
     return padded.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
-def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _efficient(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     k, v = _expand(q, k, v)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, _bias(q, k, mask), True, 0.0, causal, scale=scale
@@ -57,7 +72,9 @@ def _efficient(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: boo
     return out, lse[..., : q.shape[2]]
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cudnn(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     k, v = _expand(q, k, v)
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, _bias(q, k, mask), True, 0.0, causal, False, scale=scale
@@ -65,15 +82,21 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     return out, lse.reshape(*q.shape[:3])
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     if mask is not None:
         return _cudnn(q, k, v, mask, causal, scale)
     k, v = _expand(q, k, v)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
     return out, lse
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def score(z: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -96,12 +119,17 @@ _CANDIDATES: dict[str, tuple[tuple[str, Run], ...]] = {
     "cpu": (("flash_for_cpu", _cpu),),
     "cuda": (("efficient", _efficient), ("flex", _flex)),
 }
-_HALF_CANDIDATES: dict[str, tuple[tuple[str, Run], ...]] = {"cuda": (("flash", _flash), ("cudnn", _cudnn))}
+_HALF_CANDIDATES: dict[str, tuple[tuple[str, Run], ...]] = {
+    "cuda": (("flash", _flash), ("cudnn", _cudnn))
+}
 
 
 @functools.lru_cache(maxsize=64)
-def proven_kernel(device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32) -> Kernel | None:
-    """The first kernel of this device that agrees with the blockwise engine on a small random case, or None with one warning.
+def proven_kernel(
+    device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32
+) -> Kernel | None:
+    """The first kernel of this device that agrees with the blockwise engine on a small random case,
+    or None with one warning.
 
     The proof is made once a device, head dimension and dtype, with random numbers of its own.
     """
@@ -112,20 +140,28 @@ def proven_kernel(device: torch.device, head_dim: int, dtype: torch.dtype = torc
         try:
             deviation = _deviation(kernel, device, head_dim)
         except Exception as error:
-            doubts.append(f"{name} failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+            doubts.append(
+                f"{name} failed ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''})"
+            )
             continue
         if deviation <= _TOLERANCE:
             return kernel
         doubts.append(f"{name} is off by {deviation:.1g}")
     if doubts:
         logger.warning(
-            "Fused attention on %s, head dim %d: %s; the blockwise engine is used.", device, head_dim, "; ".join(doubts)
+            "Fused attention on %s, head dim %d: %s; the blockwise engine is used.",
+            device,
+            head_dim,
+            "; ".join(doubts),
         )
     return None
 
 
 def _deviation(kernel: Kernel, device: torch.device, head_dim: int) -> float:
-    """Largest deviation of a kernel's logsumexp (and output, in float32) from the blockwise engine's; inf where it is NaN."""
+    """Largest deviation of a kernel's logsumexp (and output, in float32) from the blockwise
+    engine's; inf where it is NaN.
+    """
     from stabmon.operator.blockwise import BlockwiseAttention
     from stabmon.operator.visibility import Visibility
 
@@ -141,9 +177,22 @@ def _deviation(kernel: Kernel, device: torch.device, head_dim: int) -> float:
             scale = 2.0 * head_dim**-0.5
             see = Visibility(size, size, causal, None, mask, 0, device)
             reference = BlockwiseAttention(query, key, scale, see, None, None)
-            additive = None if mask is None else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -float("inf"))
+            additive = (
+                None
+                if mask is None
+                else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -float("inf"))
+            )
             out, lse = kernel.run(query, key, key, additive, causal, scale)
-            worst = max(worst, (lse.float() - reference.log_partition()).abs().max().nan_to_num(float("inf")).item())
+            worst = max(
+                worst,
+                (lse.float() - reference.log_partition())
+                .abs()
+                .max()
+                .nan_to_num(float("inf"))
+                .item(),
+            )
             if kernel.dtype == torch.float32:
-                worst = max(worst, (out - reference.matvec(key)).abs().max().nan_to_num(float("inf")).item())
+                worst = max(
+                    worst, (out - reference.matvec(key)).abs().max().nan_to_num(float("inf")).item()
+                )
     return worst

@@ -1,4 +1,6 @@
-"""Sums over the keys of each row, from which every statistic follows: folded block by block, relative to the largest logit so far."""
+"""Sums over the keys of each row, from which every statistic follows: folded block by block,
+relative to the largest logit so far.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ LN_2 = math.log(2)
 RowSums = dict[str, Tensor]
 """What is known of some rows, all of one shape; logits are in bits, multiples of ln 2:
 
-- ``top``, ``bottom``: largest and smallest logit; ``raw_top``, ``raw_bottom``: the same before a softcap.
+- ``top``, ``bottom``: largest and smallest logit; ``raw_top``, ``raw_bottom``: the same before a
+softcap.
 - ``rest``: sum of e = exp2(logit - top) over all but one largest key.
 - ``weighted``: sum of e * (logit - top).
 - ``square_rest``, ``cube_rest``: sums of e^2 and e^3 over the same keys.
@@ -24,7 +27,9 @@ _SMALLEST = ("bottom", "raw_bottom")
 _RESTS = {"rest": 1, "square_rest": 2, "cube_rest": 3}
 """Power of e that each sums; with the largest key's 1, a row that has seen no key sums to 0."""
 LOWEST = -1e4
-"""Distance below the row's maximum at which exp2 is 0 in every format; keeps 0 * -inf out of the sums."""
+"""Distance below the row's maximum at which exp2 is 0 in every format; keeps 0 * -inf out of the
+sums.
+"""
 
 PARTS: dict[str, frozenset[str]] = {
     "log_partition": frozenset({"top", "rest"}),
@@ -44,9 +49,15 @@ PARTS: dict[str, frozenset[str]] = {
 """The sums that each statistic is made of."""
 
 
-def nothing(parts: list[str], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def nothing(
+    parts: list[str], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """``[len(parts), *shape]``: the sums of rows that have seen no key."""
-    empty = dict.fromkeys(_LARGEST, HIDDEN) | dict.fromkeys(_SMALLEST, -HIDDEN) | dict.fromkeys(_RESTS, -1.0)
+    empty = (
+        dict.fromkeys(_LARGEST, HIDDEN)
+        | dict.fromkeys(_SMALLEST, -HIDDEN)
+        | dict.fromkeys(_RESTS, -1.0)
+    )
     values = torch.tensor([empty.get(part, 0.0) for part in parts], dtype=dtype, device=device)
     return values.view(-1, *[1] * len(shape)).repeat(1, *shape)
 
@@ -67,12 +78,16 @@ def fold(a: RowSums, b: RowSums) -> RowSums:
         if name in a:
             out[name] = factor_a * a[name] + factor_b * b[name]
     if "weighted" in a:
-        out["weighted"] += shift_a * factor_a * (1 + a["rest"]) + shift_b * factor_b * (1 + b["rest"])
+        out["weighted"] += shift_a * factor_a * (1 + a["rest"]) + shift_b * factor_b * (
+            1 + b["rest"]
+        )
     return out
 
 
 def finish(sums: RowSums, sinks: Tensor | None, statistics: set[str]) -> dict[str, Tensor]:
-    """The statistics of rows that have seen all of their keys; ``sinks`` are learned logits that join each row's softmax."""
+    """The statistics of rows that have seen all of their keys; ``sinks`` are learned logits that
+    join each row's softmax.
+    """
     top = sums["top"] * LN_2
     out = {"max_logit": top, "max_score": sums["raw_top"] * LN_2 if "raw_top" in sums else top}
     if "bottom" in sums:
@@ -95,19 +110,30 @@ def finish(sums: RowSums, sinks: Tensor | None, statistics: set[str]) -> dict[st
             out["collision"] = (1 + sums["square_rest"]) / total.square()
         if "cube_rest" in sums:
             out["log_partition_3"] = 3 * top + sums["cube_rest"].log1p()
-            out["jacobian_norm"] = _jacobian_norm(sums["rest"], sums["square_rest"], sums["cube_rest"])
+            out["jacobian_norm"] = _jacobian_norm(
+                sums["rest"], sums["square_rest"], sums["cube_rest"]
+            )
         if "first" in sums:
             out["first_key_mass"] = sums["first"] / total
     return {name: out[name] for name in statistics}
 
 
 def _jacobian_norm(rest: Tensor, square: Tensor, cube: Tensor) -> Tensor:
-    """sum p^2 - 2 sum p^3 + (sum p^2)^2 with p = e / (1 + rest): the largest key's terms cancel on paper, the others are no difference
-    of near equals, so that a saturated row keeps its digits."""
-    squared = rest.square() * (1 + square) + 3 * square + 2 * rest * (square - cube) - 2 * cube + square.square()
+    """sum p^2 - 2 sum p^3 + (sum p^2)^2 with p = e / (1 + rest): the largest key's terms cancel on
+    paper, the others are no difference of near equals, so that a saturated row keeps its digits."""
+    squared = (
+        rest.square() * (1 + square)
+        + 3 * square
+        + 2 * rest * (square - cube)
+        - 2 * cube
+        + square.square()
+    )
     return squared.clamp(min=0).sqrt() / (1 + rest).square()
 
 
 def _with_sinks(sums: RowSums, sinks: Tensor) -> RowSums:
-    alone = {"top": sinks / LN_2, **dict.fromkeys(("weighted", "first", *_RESTS), torch.zeros_like(sinks))}
+    alone = {
+        "top": sinks / LN_2,
+        **dict.fromkeys(("weighted", "first", *_RESTS), torch.zeros_like(sinks)),
+    }
     return fold({name: value for name, value in sums.items() if name in alone}, alone)

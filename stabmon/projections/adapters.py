@@ -1,8 +1,9 @@
 r"""Adapters around frozen projections, and what queries and keys effectively become by them.
 
-LoRA, DoRA and IA3 make :math:`\mathrm{diag}(g)\,(W + B A)` of a frozen W: g is one (LoRA), a learned vector (IA3), or a learned magnitude
-over the norm of each row of W + B A (DoRA). Its norm, and that of its change, come from products with the few rows of A: no matrix of
-W's size is made. Where something else is added to W (AdaLoRA, LoHa, LoKr, VeRA) that is formed, if W is small.
+LoRA, DoRA and IA3 make :math:`\mathrm{diag}(g)\,(W + B A)` of a frozen W: g is one (LoRA), a
+learned vector (IA3), or a learned magnitude over the norm of each row of W + B A (DoRA). Its norm,
+and that of its change, come from products with the few rows of A: no matrix of W's size is made.
+Where something else is added to W (AdaLoRA, LoHa, LoKr, VeRA) that is formed, if W is small.
 """
 
 from __future__ import annotations
@@ -44,19 +45,33 @@ def is_frozen(module: nn.Module) -> bool:
 
 def trained_in(module: nn.Module) -> list[nn.Parameter]:
     """What an adapter trains."""
-    return [each for name, each in module.named_parameters() if each.requires_grad and "base_layer" not in name.split(".")]
+    return [
+        each
+        for name, each in module.named_parameters()
+        if each.requires_grad and "base_layer" not in name.split(".")
+    ]
 
 
 def row_gain(module: nn.Module) -> nn.Parameter | None:
-    """The trained vector that multiplies each feature that an adapter makes, bias included; None where it has none."""
+    """The trained vector that multiplies each feature that an adapter makes, bias included; None
+    where it has none.
+    """
     name = _only(_active(module))
     gains, magnitudes = getattr(module, "ia3_l", {}), getattr(module, "lora_magnitude_vector", {})
     found = None
     if name in gains and not getattr(module, "is_feedforward", False):
         found = gains[name]
-    elif name in magnitudes and getattr(base_of(module), "bias", None) is None:  # DoRA adds the bias afterwards
+    elif (
+        name in magnitudes and getattr(base_of(module), "bias", None) is None
+    ):  # DoRA adds the bias afterwards
         found = magnitudes[name].weight
-    return found if isinstance(found, nn.Parameter) and found.requires_grad and found.shape[0] == found.numel() else None
+    return (
+        found
+        if isinstance(found, nn.Parameter)
+        and found.requires_grad
+        and found.shape[0] == found.numel()
+        else None
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +103,8 @@ class EffectiveWeight:
         rows: which of its output features.
 
     Raises:
-        CannotApply: for an adapter of another kind, or a base that is trained, sharded, or no linear map.
+        CannotApply: for an adapter of another kind, or a base that is trained, sharded, or no
+            linear map.
     """
 
     def __init__(self, module: nn.Module, rows: slice = slice(None)) -> None:
@@ -100,7 +116,9 @@ class EffectiveWeight:
         self._squares: Tensor | None = None
         self._before: _Seen | None = None
         if isinstance(weight, Tensor) and (weight.requires_grad or is_sharded(weight)):
-            raise CannotApply("some of its queries and keys are trained without an adapter, or sharded")
+            raise CannotApply(
+                "some of its queries and keys are trained without an adapter, or sharded"
+            )
         self._state()
 
     def before(self) -> Tensor:
@@ -109,7 +127,9 @@ class EffectiveWeight:
         if self._squares is None:
             self._squares = self._row_squares(state.down.shape[1])
         product, gram = self._times(state.down), state.down @ state.down.T
-        square = self._squares + (2 * state.up * product + (state.up @ gram) * state.up).double().sum(1)
+        square = self._squares + (
+            2 * state.up * product + (state.up @ gram) * state.up
+        ).double().sum(1)
         gain = _gain(state, square)
         self._before = _Seen(state, gain, square)
         return (gain.square() * square).sum()
@@ -125,7 +145,9 @@ class EffectiveWeight:
         moved = ((left @ (right @ right.T)) * left).double().sum(1)
         gain = _gain(state, seen.square + 2 * along + moved)
         by_gain = gain - seen.gain
-        change: Tensor = (by_gain.square() * seen.square + 2 * by_gain * gain * along + gain.square() * moved).sum()
+        change: Tensor = (
+            by_gain.square() * seen.square + 2 * by_gain * gain * along + gain.square() * moved
+        ).sum()
         return change.clamp_min(0)
 
     def _state(self) -> _State:
@@ -145,26 +167,51 @@ class EffectiveWeight:
                 downs, ups = self._formed(name, downs, ups)
                 continue
             if name in magnitudes and len(names) == 1:
-                factor, is_norm = magnitudes[name].weight.detach().float().flatten()[self.rows].clone(), True
+                factor, is_norm = (
+                    magnitudes[name].weight.detach().float().flatten()[self.rows].clone(),
+                    True,
+                )
             elif getattr(self.module, "lora_variant", {}).get(name) is not None:
-                raise CannotApply(f"an adapter of a kind that is not known ({type(self.module.lora_variant[name]).__name__})")
-            down, up = (getattr(_part(self.module, part, name), "weight", None) for part in ("lora_A", "lora_B"))
-            if not isinstance(down, Tensor) or not isinstance(up, Tensor) or down.ndim != 2 or is_sharded(down):
-                raise CannotApply(f"an adapter of a kind that is not known ({type(self.module).__name__})")
+                raise CannotApply(
+                    "an adapter of a kind that is not known "
+                    f"({type(self.module.lora_variant[name]).__name__})"
+                )
+            down, up = (
+                getattr(_part(self.module, part, name), "weight", None)
+                for part in ("lora_A", "lora_B")
+            )
+            if (
+                not isinstance(down, Tensor)
+                or not isinstance(up, Tensor)
+                or down.ndim != 2
+                or is_sharded(down)
+            ):
+                raise CannotApply(
+                    f"an adapter of a kind that is not known ({type(self.module).__name__})"
+                )
             downs.append(down.detach().float())
             ups.append(up.detach().float()[self.rows] * self.module.scaling[name])
         if not downs:
             like = next((each for each in trained_in(self.module)), None)
             device = like.device if like is not None else self._base.weight.device
-            downs, ups = [torch.zeros(0, self._width(), device=device)], [torch.zeros(self._height(), 0, device=device)]
+            downs, ups = (
+                [torch.zeros(0, self._width(), device=device)],
+                [torch.zeros(self._height(), 0, device=device)],
+            )
         return _State(torch.cat(downs), torch.cat(ups, dim=1), factor, is_norm)
 
-    def _formed(self, name: str, downs: list[Tensor], ups: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The product of an adapter of which only that is known, as one of its own size with the unit matrix."""
+    def _formed(
+        self, name: str, downs: list[Tensor], ups: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The product of an adapter of which only that is known, as one of its own size with the
+        unit matrix.
+        """
         if self._width() > _WIDEST or getattr(self.module, "rank_dropout", {}).get(
             name
         ):  # which some versions draw as they form it
-            raise CannotApply(f"an adapter whose product is not formed ({type(self.module).__name__})")
+            raise CannotApply(
+                f"an adapter whose product is not formed ({type(self.module).__name__})"
+            )
         with torch.no_grad():
             added = self.module.get_delta_weight(name).detach().float()
         added = (added.T if type(self._base).__name__ == "Conv1D" else added)[self.rows]
@@ -175,7 +222,11 @@ class EffectiveWeight:
         return (weight.T if type(self._base).__name__ == "Conv1D" else weight)[self.rows]
 
     def _height(self) -> int:
-        out = self._weight().shape[0] if self._plain else len(range(self._base.out_features)[self.rows])
+        out = (
+            self._weight().shape[0]
+            if self._plain
+            else len(range(self._base.out_features)[self.rows])
+        )
         return int(out)
 
     def _width(self) -> int:
@@ -192,15 +243,20 @@ class EffectiveWeight:
         return made
 
     def _row_squares(self, width: int) -> Tensor:
-        """Squared norm of each row of W; of one whose numbers are packed, by what it makes of unit vectors."""
+        """Squared norm of each row of W; of one whose numbers are packed, by what it makes of unit
+        vectors.
+        """
         if self._plain:
-            return torch.cat([chunk.float().square().sum(1).double() for chunk in self._weight().split(_ROWS)])
+            return torch.cat(
+                [chunk.float().square().sum(1).double() for chunk in self._weight().split(_ROWS)]
+            )
         units = torch.eye(width, device=self._base.weight.device).split(256)
         return torch.stack([self._times(each).double().square().sum(1) for each in units]).sum(0)
 
 
 class EffectiveUpdate:
-    """What everything that makes a layer's queries and keys effectively is, and by how much it changed.
+    """What everything that makes a layer's queries and keys effectively is, and by how much it
+    changed.
 
     Args:
         weights: its projections.
@@ -208,7 +264,9 @@ class EffectiveUpdate:
 
     def __init__(self, weights: list[EffectiveWeight]) -> None:
         self._weights = weights
-        self.trained = list({id(each): each for weight in weights for each in trained_in(weight.module)}.values())
+        self.trained = list(
+            {id(each): each for weight in weights for each in trained_in(weight.module)}.values()
+        )
         if not self.trained:
             raise CannotApply("its queries and keys are frozen, with no adapter around them")
 
@@ -232,18 +290,28 @@ def _together(squares: list[Tensor]) -> Tensor:
 def _gain(state: _State, square: Tensor) -> Tensor:
     if state.factor is None:
         return torch.ones_like(square)
-    return state.factor.double() / square.clamp_min(1e-30).sqrt() if state.is_norm else state.factor.double()
+    return (
+        state.factor.double() / square.clamp_min(1e-30).sqrt()
+        if state.is_norm
+        else state.factor.double()
+    )
 
 
 def _active(module: nn.Module) -> list[str]:
     """Names of the adapters in use; those merged into the base are part of it."""
-    if not is_adapter(module) or getattr(module, "disable_adapters", False) or getattr(module, "merged", False):
+    if (
+        not is_adapter(module)
+        or getattr(module, "disable_adapters", False)
+        or getattr(module, "merged", False)
+    ):
         return []
     return [str(name) for name in getattr(module, "active_adapters", ())]
 
 
 def _part(module: nn.Module, part: str, name: str) -> Any:
-    """What a ModuleDict of an adapter holds under a name; None where it does not. A ModuleDict has no ``get``."""
+    """What a ModuleDict of an adapter holds under a name; None where it does not. A ModuleDict has
+    no ``get``.
+    """
     held: Any = getattr(module, part, {})
     return held[name] if name in held else None  # noqa: SIM401
 

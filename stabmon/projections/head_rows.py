@@ -22,7 +22,9 @@ class Rows:
     start: int
     stop: int
     offset: float = 0.0
-    """The model uses ``offset + value``, as a norm does whose gain is stored as its distance from one."""
+    """The model uses ``offset + value``, as a norm does whose gain is stored as its distance from
+    one.
+    """
 
     @property
     def key(self) -> tuple[int, int, tuple[int, ...]]:
@@ -30,7 +32,8 @@ class Rows:
         return id(self.parameter), self.dim, (self.start, self.stop)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The rows of ``tensor``, which is the parameter or a copy of its shape; of a sharded one, those that are here.
+        """The rows of ``tensor``, which is the parameter or a copy of its shape; of a sharded one,
+        those that are here.
 
         Raises:
             CannotApply: if the shard here is no unbroken range.
@@ -40,7 +43,9 @@ class Rows:
         here = _rows_here(tensor, self.dim)
         part = local(tensor.detach())
         if len(here) != part.shape[self.dim] or not bool((here.diff() == 1).all()):
-            raise CannotApply("the parameter is sharded in a way in which its rows cannot be told apart")
+            raise CannotApply(
+                "the parameter is sharded in a way in which its rows cannot be told apart"
+            )
         first = int(here[0]) if len(here) else 0
         start, stop = (min(max(each - first, 0), len(here)) for each in (self.start, self.stop))
         return part.narrow(self.dim, start, stop - start)
@@ -55,17 +60,20 @@ class QueryKey:
     query: Sequence[Sequence[Rows]]
     """For each query head: all of its scores are proportional to these rows."""
     key: Sequence[Sequence[Rows]] | None = None
-    """The same on the key side, where each query head has a key head to itself; None where scaling queries alone is exact."""
+    """The same on the key side, where each query head has a key head to itself; None where scaling
+    queries alone is exact.
+    """
     shared: bool = False
     """The query rows are those of all heads of the layer at once: a norm's gain that they share."""
     others: Sequence[Rows] = ()
     """What else makes queries and keys."""
 
     def edits(self, factors: Mapping[int, float]) -> list[tuple[Rows, float]]:
-        """The rows to multiply, and by what, so that the scores of each head in ``factors`` are multiplied by its factor.
+        """The rows to multiply, and by what, so that the scores of each head in ``factors`` are
+        multiplied by its factor.
 
-        Queries and keys take the square root each where both belong to the head alone. Under a gain shared by all heads the smallest
-        factor is applied to all.
+        Queries and keys take the square root each where both belong to the head alone. Under a gain
+        shared by all heads the smallest factor is applied to all.
         """
         if self.shared:
             return [(rows, min(factors.values())) for rows in self.query[0]]
@@ -73,7 +81,9 @@ class QueryKey:
         for head, factor in factors.items():
             sides = [*self.query[head], *(self.key[head] if self.key is not None else ())]
             each = factor if self.key is None else factor**0.5
-            edits.update({rows.key: (rows, each) for rows in sides})  # one entry where queries and keys share a projection
+            edits.update(
+                {rows.key: (rows, each) for rows in sides}
+            )  # one entry where queries and keys share a projection
         return list(edits.values())
 
     def all_rows(self) -> list[Rows]:
@@ -84,12 +94,16 @@ class QueryKey:
 
 
 def _rows_here(tensor: Tensor, dim: int) -> Tensor:
-    """Numbers of the entries along ``dim`` that this rank's shard holds; found without a word to other ranks."""
+    """Numbers of the entries along ``dim`` that this rank's shard holds; found without a word to
+    other ranks.
+    """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     sharded: Any = tensor
     mesh = sharded.device_mesh
-    index = DTensor.from_local(torch.arange(tensor.shape[dim]), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    index = DTensor.from_local(
+        torch.arange(tensor.shape[dim]), mesh, [Replicate()] * mesh.ndim, run_check=False
+    )
     wanted = [Shard(0) if each.is_shard(dim) else Replicate() for each in sharded.placements]
     here: Tensor = index.redistribute(placements=wanted).to_local()
     return here.cpu()

@@ -1,7 +1,9 @@
-"""Which rows of which parameters make the query and the key of each head: H query heads, G of them to a key head, D head dimension.
+"""Which rows of which parameters make the query and the key of each head: H query heads, G of them
+to a key head, D head dimension.
 
-Nothing here is known for certain: names and shapes propose, and :mod:`stabmon.interventions.run.score_replay` proves by running the step's batch
-again. Where not even a proposal can be made, the reason is told.
+Nothing here is known for certain: names and shapes propose, and
+:mod:`stabmon.interventions.run.score_replay` proves by running the step's batch again. Where not
+even a proposal can be made, the reason is told.
 """
 
 from __future__ import annotations
@@ -14,13 +16,33 @@ from torch.nn.utils import parametrize
 
 from stabmon.capture.protocol import HEADS
 from stabmon.interventions.base import CannotApply
-from stabmon.projections.adapters import EffectiveUpdate, EffectiveWeight, base_of, is_adapter, is_frozen, row_gain
+from stabmon.projections.adapters import (
+    EffectiveUpdate,
+    EffectiveWeight,
+    base_of,
+    is_adapter,
+    is_frozen,
+    row_gain,
+)
 from stabmon.projections.head_rows import QueryKey, Rows
 from stabmon.projections.norm_gains import KEY_NORM, QUERY_NORM, behind_norm, gain_and_bias
 from stabmon.records import LayerInfo
 
 QUERY = (
-    *("q_proj", "query", "q", "q_lin", "wq", "to_q", "q_linear", "query_proj", "linear_q", "q_b_proj", "q_attn", "query_layer"),
+    *(
+        "q_proj",
+        "query",
+        "q",
+        "q_lin",
+        "wq",
+        "to_q",
+        "q_linear",
+        "query_proj",
+        "linear_q",
+        "q_b_proj",
+        "q_attn",
+        "query_layer",
+    ),
     *("W_q", "w_q", "Wq", "fc_q"),
 )
 KEY = (
@@ -28,15 +50,39 @@ KEY = (
     *("W_k", "w_k", "Wk", "fc_k"),
 )
 FUSED = (
-    *("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "W_pack", "to_qkv", "in_proj", "attn_qkv", "wqkv", "c_qkv"),
+    *(
+        "c_attn",
+        "qkv",
+        "qkv_proj",
+        "query_key_value",
+        "Wqkv",
+        "W_pack",
+        "to_qkv",
+        "in_proj",
+        "attn_qkv",
+        "wqkv",
+        "c_qkv",
+    ),
     *("linear_qkv", "q_k_v"),
 )
 """What models call one projection for queries, keys and values."""
 INTERLEAVED = ("query_key_value", "linear_qkv", "wqkv")
-"""Those of them that usually hold a group's queries, its key and its value side by side (GPT-NeoX, Bloom, Falcon, Megatron, InternLM)."""
-WIDTHS = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "d_kv")
+"""Those of them that usually hold a group's queries, its key and its value side by side (GPT-NeoX,
+Bloom, Falcon, Megatron, InternLM).
+"""
+WIDTHS = (
+    "qk_head_dim",
+    "head_dim",
+    "head_size",
+    "attention_head_size",
+    "key_value_proj_dim",
+    "d_kv",
+)
 """What models call D."""
-SEPARATE = "give the attention module projections named q_proj and k_proj, or one named qkv in the order q, k, v"
+SEPARATE = (
+    "give the attention module projections named q_proj and k_proj, or one named qkv in "
+    "the order q, k, v"
+)
 
 
 def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[QueryKey]:
@@ -44,7 +90,8 @@ def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[Que
 
     Args:
         module: the module that attends.
-        info: what capture has seen of its heads; without it they are looked up on the module and its config.
+        info: what capture has seen of its heads; without it they are looked up on the module and
+            its config.
 
     Raises:
         CannotApply: naming what is missing or in the way.
@@ -59,7 +106,10 @@ def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[Que
     else:
         name, fused = _child(module, FUSED)
         if fused is None:
-            raise CannotApply(f"{type(module).__name__} has no projection of queries that is known by its name", SEPARATE)
+            raise CannotApply(
+                f"{type(module).__name__} has no projection of queries that is known by its name",
+                SEPARATE,
+            )
         found = _fused(name, fused, heads, width)
     name, norm = _child(module, QUERY_NORM)
     if norm is None or isinstance(norm, nn.Identity):
@@ -70,7 +120,8 @@ def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[Que
 
 
 def find_effective(module: nn.Module, info: LayerInfo | None = None) -> EffectiveUpdate | None:
-    """What makes queries and keys by adapters around frozen projections; None where there are no adapters.
+    """What makes queries and keys by adapters around frozen projections; None where there are no
+    adapters.
 
     Raises:
         CannotApply: for adapters of a kind that is not known.
@@ -85,7 +136,11 @@ def find_effective(module: nn.Module, info: LayerInfo | None = None) -> Effectiv
     assert fused is not None
     heads, width = _heads(module, info)
     base: Any = base_of(fused)
-    out = base.weight.shape[1] if type(base).__name__ == "Conv1D" else getattr(base, "out_features", 0)
+    out = (
+        base.weight.shape[1]
+        if type(base).__name__ == "Conv1D"
+        else getattr(base, "out_features", 0)
+    )
     orders, width, _ = _orders(name, int(out), heads, width)
     queries, keys = next(iter(orders.values()))
     spans: list[list[int]] = []
@@ -98,16 +153,24 @@ def find_effective(module: nn.Module, info: LayerInfo | None = None) -> Effectiv
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether what makes the queries or keys is frozen, with or without adapters around it, so that no act reaches its weights."""
+    """Whether what makes the queries or keys is frozen, with or without adapters around it, so that
+    no act reaches its weights.
+    """
     if isinstance(module, nn.MultiheadAttention):
-        weight = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
+        weight = (
+            module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
+        )
         return not weight.requires_grad
     query, key, fused = (_child(module, names)[1] for names in (QUERY, KEY, FUSED))
-    return any(each is not None and is_frozen(each) for each in ((query, key) if query is not None else (fused,)))
+    return any(
+        each is not None and is_frozen(each)
+        for each in ((query, key) if query is not None else (fused,))
+    )
 
 
 def trained_rows(module: nn.Module, info: LayerInfo | None = None) -> list[Rows]:
-    """What training moves of a layer's queries and keys: rows of the projections, or the adapters around them.
+    """What training moves of a layer's queries and keys: rows of the projections, or the adapters
+    around them.
 
     Raises:
         CannotApply: naming what is missing or in the way.
@@ -126,13 +189,26 @@ def _heads(module: nn.Module, info: LayerInfo | None) -> tuple[int, int | None]:
         for name in HEADS:
             heads = getattr(owner, name, None)
             if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
-                width = next((each for n in WIDTHS if isinstance(each := getattr(module, n, None), int)), None)
+                width = next(
+                    (each for n in WIDTHS if isinstance(each := getattr(module, n, None), int)),
+                    None,
+                )
                 return heads, width
-    raise CannotApply(f"{type(module).__name__} does not tell how many heads it has", "give it an attribute num_heads")
+    raise CannotApply(
+        f"{type(module).__name__} does not tell how many heads it has",
+        "give it an attribute num_heads",
+    )
 
 
 def _child(module: nn.Module, names: Sequence[str]) -> tuple[str, nn.Module | None]:
-    return next(((name, child) for name in names if isinstance(child := getattr(module, name, None), nn.Module)), ("", None))
+    return next(
+        (
+            (name, child)
+            for name in names
+            if isinstance(child := getattr(module, name, None), nn.Module)
+        ),
+        ("", None),
+    )
 
 
 def _parts(name: str, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None, int]:
@@ -147,23 +223,43 @@ def _parts(name: str, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
         if gain is not None:
             return gain, None, 0
         raise CannotApply(
-            f"{name} is an adapter around a frozen weight, and clipping that would be lost when only adapters are saved",
+            f"{name} is an adapter around a frozen weight, and clipping that would be lost when "
+            "only adapters are saved",
             "lower the learning rate of the adapters",
         )
-    if parametrize.is_parametrized(module) or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+    if (
+        parametrize.is_parametrized(module)
+        or not isinstance(weight, nn.Parameter)
+        or weight.ndim != 2
+    ):
         raise CannotApply(f"{name} ({type(module).__name__}) is no plain matrix of weights")
     if not weight.is_floating_point() or not weight.requires_grad:
         kind = "quantised" if not weight.is_floating_point() else "frozen"
-        raise CannotApply(f"{name} is {kind}: it is not what grew", "lower the learning rate of what is trained around it")
-    return weight, bias if isinstance(bias, nn.Parameter) else None, 1 if type(module).__name__ == "Conv1D" else 0
+        raise CannotApply(
+            f"{name} is {kind}: it is not what grew",
+            "lower the learning rate of what is trained around it",
+        )
+    return (
+        weight,
+        bias if isinstance(bias, nn.Parameter) else None,
+        1 if type(module).__name__ == "Conv1D" else 0,
+    )
 
 
 def _slices(name: str, module: nn.Module, starts: Sequence[int], width: int) -> list[list[Rows]]:
     weight, bias, dim = _parts(name, module)
-    return [[Rows(weight, dim, at, at + width), *([] if bias is None else [Rows(bias, 0, at, at + width)])] for at in starts]
+    return [
+        [
+            Rows(weight, dim, at, at + width),
+            *([] if bias is None else [Rows(bias, 0, at, at + width)]),
+        ]
+        for at in starts
+    ]
 
 
-def _separate(name: str, query: nn.Module, key: nn.Module | None, heads: int, width: int | None) -> QueryKey:
+def _separate(
+    name: str, query: nn.Module, key: nn.Module | None, heads: int, width: int | None
+) -> QueryKey:
     weight, _, dim = _parts(name, query)
     out = weight.shape[dim]
     width = width or out // heads
@@ -177,11 +273,17 @@ def _separate(name: str, query: nn.Module, key: nn.Module | None, heads: int, wi
     keys = _slices("key projection", key, range(0, features, width), width)
     if own:
         return QueryKey(f"{name} and its key projection", sliced, keys)
-    return QueryKey(f"{name} alone (keys serve several heads)", sliced, others=[each for head in keys for each in head])
+    return QueryKey(
+        f"{name} alone (keys serve several heads)",
+        sliced,
+        others=[each for head in keys for each in head],
+    )
 
 
 def _out(module: nn.Module) -> int | None:
-    """Features that a key projection makes; None where it cannot be scaled, which the queries alone can do as well."""
+    """Features that a key projection makes; None where it cannot be scaled, which the queries alone
+    can do as well.
+    """
     try:
         weight, _, dim = _parts("key projection", module)
     except CannotApply:
@@ -190,7 +292,9 @@ def _out(module: nn.Module) -> int | None:
 
 
 def _fused(name: str, module: nn.Module, heads: int, width: int | None) -> list[QueryKey]:
-    """Both orders that a fused projection is met in, where its size allows them: q, k, v one after the other, or group by group."""
+    """Both orders that a fused projection is met in, where its size allows them: q, k, v one after
+    the other, or group by group.
+    """
     weight, _, dim = _parts(name, module)
     orders, width, own = _orders(name, weight.shape[dim], heads, width)
     found = []
@@ -201,14 +305,25 @@ def _fused(name: str, module: nn.Module, heads: int, width: int | None) -> list[
     return found
 
 
-def _orders(name: str, out: int, heads: int, width: int | None) -> tuple[dict[str, tuple[list[int], list[int]]], int, bool]:
-    """Where each head's queries and keys may begin, the likeliest order first; D; and whether each query head has its own key head."""
+def _orders(
+    name: str, out: int, heads: int, width: int | None
+) -> tuple[dict[str, tuple[list[int], list[int]]], int, bool]:
+    """Where each head's queries and keys may begin, the likeliest order first; D; and whether each
+    query head has its own key head.
+    """
     width = width or out // (3 * heads)
     key_heads = (out // width - heads) // 2 if width else 0
     if key_heads < 1 or (heads + 2 * key_heads) * width != out or heads % key_heads:
-        raise CannotApply(f"{name} makes {out} features, which are not {heads} heads of {width} with keys and values", SEPARATE)
+        raise CannotApply(
+            f"{name} makes {out} features, which are not {heads} heads of {width} with keys and "
+            "values",
+            SEPARATE,
+        )
     group = heads // key_heads
-    one_after_the_other = [at * width for at in range(heads)], [(heads + at) * width for at in range(key_heads)]
+    one_after_the_other = (
+        [at * width for at in range(heads)],
+        [(heads + at) * width for at in range(key_heads)],
+    )
     by_group = (
         [(h // group * (group + 2) + h % group) * width for h in range(heads)],
         [(at * (group + 2) + group) * width for at in range(key_heads)],
@@ -225,7 +340,11 @@ def _torch_multihead(module: nn.MultiheadAttention) -> QueryKey:
     heads, width = module.num_heads, module.head_dim
     starts = range(0, heads * width, width)
     if module.in_proj_weight is not None:
-        query_weight, key_weight, shift = module.in_proj_weight, module.in_proj_weight, heads * width
+        query_weight, key_weight, shift = (
+            module.in_proj_weight,
+            module.in_proj_weight,
+            heads * width,
+        )
     else:
         query_weight, key_weight, shift = module.q_proj_weight, module.k_proj_weight, 0
     if not (query_weight.requires_grad and key_weight.requires_grad):
@@ -238,7 +357,9 @@ def _torch_multihead(module: nn.MultiheadAttention) -> QueryKey:
             query[head].append(Rows(bias, 0, at, at + width))
             key[head].append(Rows(bias, 0, heads * width + at, heads * width + at + width))
     if module.bias_k is not None:  # an extra key that no projection makes
-        return QueryKey("in_proj, queries alone", query, others=[each for head in key for each in head])
+        return QueryKey(
+            "in_proj, queries alone", query, others=[each for head in key for each in head]
+        )
     return QueryKey("in_proj", query, key)
 
 

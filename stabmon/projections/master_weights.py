@@ -1,4 +1,6 @@
-"""The other copies of a parameter: full-precision masters that the optimizer steps, and from which the model's own are overwritten."""
+"""The other copies of a parameter: full-precision masters that the optimizer steps, and from which
+the model's own are overwritten.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,16 @@ IN_STATE = ("master_param", "master_params", "master_weight", "master", "fp32_pa
 
 
 def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
-    """The parameter itself, then every master copy of it; an edit must reach them all, or the next step undoes it.
+    """The parameter itself, then every master copy of it; an edit must reach them all, or the next
+    step undoes it.
 
-    A master is found in an optimizer's state for the parameter, or among the optimizers' own parameters: in the same order as the
-    model's, or as the only one that rounds to the parameter bit for bit. What an optimizer that was not given steps has no copy here.
+    A master is found in an optimizer's state for the parameter, or among the optimizers' own
+    parameters: in the same order as the model's, or as the only one that rounds to the parameter
+    bit for bit. What an optimizer that was not given steps has no copy here.
 
     Raises:
-        CannotApply: if the optimizers step something else in which the parameter is not to be found (flattened or sharded copies).
+        CannotApply: if the optimizers step something else in which the parameter is not to be found
+            (flattened or sharded copies).
     """
     states: list[dict[str, Any]] = [state_of(each).get(parameter, {}) for each in run.optimizers]
     masters = [
@@ -39,16 +44,24 @@ def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
     trained = [each for each in run.model.parameters() if each.requires_grad]
     own = {id(each) for each in trained}
     others = [each for each in stepped if id(each) not in own]
-    if not others:  # there are no masters: it is stepped as it is, by an optimizer that was not given
+    if (
+        not others
+    ):  # there are no masters: it is stepped as it is, by an optimizer that was not given
         return [parameter, *masters]
     if [each.shape for each in others] == [each.shape for each in trained]:
         others = [other for other, each in zip(others, trained, strict=True) if each is parameter]
     with torch.no_grad():
-        alike = [each for each in others if each.shape == parameter.shape and torch.equal(each.to(parameter.dtype), parameter)]
+        alike = [
+            each
+            for each in others
+            if each.shape == parameter.shape and torch.equal(each.to(parameter.dtype), parameter)
+        ]
     if len(alike) != 1:
         raise CannotApply(
-            "none of the optimizers that were given steps this parameter, nor one copy of it that could be told: masters are flattened or "
+            "none of the optimizers that were given steps this parameter, nor one copy of it that "
+            "could be told: masters are flattened or "
             "sharded, or an optimizer was not given",
-            "use FSDP2's fully_shard, or torch's optimizers on the model's own parameters, and give all of them: optimizer=[one, other]",
+            "use FSDP2's fully_shard, or torch's optimizers on the model's own parameters, and "
+            "give all of them: optimizer=[one, other]",
         )
     return [parameter, alike[0]]

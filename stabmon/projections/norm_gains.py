@@ -21,14 +21,29 @@ QUERY_NORM = (
     "query_layer_norm",
     "q_layer_norm",
 )
-KEY_NORM = ("k_norm", "key_norm", "k_layernorm", "key_layernorm", "norm_k", "ln_k", "k_ln", "key_layer_norm", "k_layer_norm")
+KEY_NORM = (
+    "k_norm",
+    "key_norm",
+    "k_layernorm",
+    "key_layernorm",
+    "norm_k",
+    "ln_k",
+    "k_ln",
+    "key_layer_norm",
+    "k_layer_norm",
+)
 RMS_NORM = (
-    "q, k = F.rms_norm(q, q.shape[-1:], q_gain), F.rms_norm(k, k.shape[-1:], k_gain)  # in the attention's forward, before scores"
+    "q, k = F.rms_norm(q, q.shape[-1:], q_gain), F.rms_norm(k, k.shape[-1:], k_gain)  # in "
+    "the attention's forward, before scores"
 )
 
 
-def behind_norm(name: str, norm: nn.Module, heads: int, width: int, others: Sequence[Rows]) -> QueryKey:
-    """Behind a norm the weights no longer matter: its gain (and bias) is what scores are proportional to."""
+def behind_norm(
+    name: str, norm: nn.Module, heads: int, width: int, others: Sequence[Rows]
+) -> QueryKey:
+    """Behind a norm the weights no longer matter: its gain (and bias) is what scores are
+    proportional to.
+    """
     parts = [norm]
     stacked = getattr(norm, "norms", None)
     if isinstance(stacked, nn.ModuleList) and len(stacked) == heads:
@@ -37,22 +52,41 @@ def behind_norm(name: str, norm: nn.Module, heads: int, width: int, others: Sequ
     for part in parts:
         whole = gain_and_bias(part)
         if not whole:
-            raise CannotApply(f"{name} ({type(norm).__name__}) has no gain that could be lowered", RMS_NORM)
+            raise CannotApply(
+                f"{name} ({type(norm).__name__}) has no gain that could be lowered", RMS_NORM
+            )
         if any(not each.parameter.requires_grad for each in whole):
             raise CannotApply(f"{name} is frozen: it is not what grew")
-        rows.append([Rows(each.parameter, 0, each.start, each.stop, _offset(part, each.parameter)) for each in whole])
+        rows.append(
+            [
+                Rows(each.parameter, 0, each.start, each.stop, _offset(part, each.parameter))
+                for each in whole
+            ]
+        )
     gain = rows[0][0].parameter
     if len(parts) == heads:
         return QueryKey(f"gain of {name}, one norm a head", rows, others=others)
     if tuple(gain.shape) == (heads, width):
-        per_head = [[Rows(each.parameter, 0, h, h + 1, each.offset) for each in rows[0]] for h in range(heads)]
+        per_head = [
+            [Rows(each.parameter, 0, h, h + 1, each.offset) for each in rows[0]]
+            for h in range(heads)
+        ]
     elif gain.numel() == heads * width and gain.ndim == 1:
-        per_head = [[Rows(each.parameter, 0, h * width, (h + 1) * width, each.offset) for each in rows[0]] for h in range(heads)]
+        per_head = [
+            [Rows(each.parameter, 0, h * width, (h + 1) * width, each.offset) for each in rows[0]]
+            for h in range(heads)
+        ]
     elif gain.numel() == width:
-        return QueryKey(f"gain of {name}, which all heads of the layer share", [rows[0]] * heads, shared=True, others=others)
+        return QueryKey(
+            f"gain of {name}, which all heads of the layer share",
+            [rows[0]] * heads,
+            shared=True,
+            others=others,
+        )
     else:
         raise CannotApply(
-            f"{name} has a gain of shape {tuple(gain.shape)}, which fits neither {heads} heads nor {width} features"
+            f"{name} has a gain of shape {tuple(gain.shape)}, which fits neither {heads} heads "
+            f"nor {width} features"
         )
     return QueryKey(f"gain of {name}", per_head, others=others)
 
@@ -60,11 +94,16 @@ def behind_norm(name: str, norm: nn.Module, heads: int, width: int, others: Sequ
 def gain_and_bias(norm: nn.Module) -> list[Rows]:
     """Gain and bias of a norm."""
     found = [getattr(norm, name, None) for name in ("weight", "gain", "gamma", "bias", "beta")]
-    return [Rows(each, 0, 0, each.shape[0]) for each in found if isinstance(each, nn.Parameter) and each.ndim > 0]
+    return [
+        Rows(each, 0, 0, each.shape[0])
+        for each in found
+        if isinstance(each, nn.Parameter) and each.ndim > 0
+    ]
 
 
 def _offset(norm: nn.Module, parameter: nn.Parameter) -> float:
-    """0 where a norm multiplies by its gain, 1 where by one plus its gain: found by running it on a fixed input.
+    """0 where a norm multiplies by its gain, 1 where by one plus its gain: found by running it on a
+    fixed input.
 
     Raises:
         CannotApply: if its output is proportional to neither.
@@ -75,11 +114,17 @@ def _offset(norm: nn.Module, parameter: nn.Parameter) -> float:
         return 0.0
     device = parameter.device
     probe = torch.linspace(-1.0, 1.5, parameter.numel(), device=device).reshape(parameter.shape)
-    start = {n: torch.linspace(0.3, 0.9, each.numel(), device=device).reshape(each.shape) for n, each in trained.items()}
+    start = {
+        n: torch.linspace(0.3, 0.9, each.numel(), device=device).reshape(each.shape)
+        for n, each in trained.items()
+    }
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         before = torch.func.functional_call(norm, start, (probe,))
         for offset in (0.0, 1.0):
-            halved = {n: (each + offset) / 2 - offset if n == name else each / 2 for n, each in start.items()}
+            halved = {
+                n: (each + offset) / 2 - offset if n == name else each / 2
+                for n, each in start.items()
+            }
             after = torch.func.functional_call(norm, halved, (probe,))
             if torch.allclose(2 * after, before, rtol=1e-4, atol=1e-6):
                 return offset

@@ -39,8 +39,9 @@ class _Scaled:
 class ScaledRows:
     """Rows that were multiplied, each with all its copies.
 
-    The optimizer's moments are left as they are. An adaptive step does not depend on the scale of its gradients, so the next step has
-    the size it would have had; the momentum still points to where the scores grew, which is why a clip is held and not done once.
+    The optimizer's moments are left as they are. An adaptive step does not depend on the scale of
+    its gradients, so the next step has the size it would have had; the momentum still points to
+    where the scores grew, which is why a clip is held and not done once.
     """
 
     def __init__(self, run: TrainingRun) -> None:
@@ -52,9 +53,14 @@ class ScaledRows:
         """Multiply all of them, or none.
 
         Raises:
-            CannotApply: if a copy that the optimizer keeps, or the rows of a shard, cannot be found.
+            CannotApply: if a copy that the optimizer keeps, or the rows of a shard, cannot be
+                found.
         """
-        copies = [(rows, copy, factor) for rows, factor in edits for copy in copies_of(rows.parameter, self.run)]
+        copies = [
+            (rows, copy, factor)
+            for rows, factor in edits
+            for copy in copies_of(rows.parameter, self.run)
+        ]
         todo = [(rows, copy, rows.view(copy), factor) for rows, copy, factor in copies]
         for rows, tensor, view, factor in todo:
             entry = self._entries.get((*rows.key, id(tensor)))
@@ -68,14 +74,17 @@ class ScaledRows:
             _times(view, factor, rows.offset)
 
     def moved_on(self) -> None:
-        """The optimizer has stepped: forget the bits of what it moved, which could no longer be put back."""
+        """The optimizer has stepped: forget the bits of what it moved, which could no longer be put
+        back.
+        """
         for entry in self._entries.values():
             if entry.original is not None and not self._is_untouched(entry):
                 entry.original = None
 
     @torch.no_grad()
     def undo(self) -> bool:
-        """Put back the bits of before where nothing else has moved them, and divide the factors out where training has.
+        """Put back the bits of before where nothing else has moved them, and divide the factors out
+        where training has.
 
         Returns:
             Whether all bits are those of before.
@@ -90,13 +99,18 @@ class ScaledRows:
         return exact
 
     def rolled_back(self, step: int) -> Callable[[], None]:
-        """Forget the factors given after ``step``, which the restored weights do not hold; returns what brings them back."""
+        """Forget the factors given after ``step``, which the restored weights do not hold; returns
+        what brings them back.
+        """
         before = self._entries
         self._entries = {}
         for key, entry in before.items():
             kept = [at for at, given in enumerate(entry.steps) if given <= step]
             if kept:
-                factors, steps = [entry.factors[at] for at in kept], [entry.steps[at] for at in kept]
+                factors, steps = (
+                    [entry.factors[at] for at in kept],
+                    [entry.steps[at] for at in kept],
+                )
                 self._entries[key] = _Scaled(entry.rows, entry.tensor, None, factors, steps)
 
         def restore() -> None:
@@ -105,12 +119,23 @@ class ScaledRows:
         return restore
 
     def state(self, names: dict[int, str]) -> list[list[Any]]:
-        """``[parameter name, dim, start, stop, offset, product of factors]`` of each range, masters left out."""
+        """``[parameter name, dim, start, stop, offset, product of factors]`` of each range, masters
+        left out.
+        """
         out = []
         for entry in self._entries.values():
             if entry.tensor is entry.rows.parameter and id(entry.tensor) in names:
                 rows = entry.rows
-                out.append([names[id(entry.tensor)], rows.dim, rows.start, rows.stop, rows.offset, entry.product])
+                out.append(
+                    [
+                        names[id(entry.tensor)],
+                        rows.dim,
+                        rows.start,
+                        rows.stop,
+                        rows.offset,
+                        entry.product,
+                    ]
+                )
         return out
 
     def load(self, state: Sequence[Sequence[Any]]) -> None:
@@ -121,7 +146,9 @@ class ScaledRows:
             if dim < len(shape) and start < stop <= shape[dim]:
                 rows = Rows(parameters[name], int(dim), int(start), int(stop), float(offset))
                 for tensor in copies_of(rows.parameter, self.run):
-                    self._entries[(*rows.key, id(tensor))] = _Scaled(rows, tensor, None, [float(product)], [self.run.step])
+                    self._entries[(*rows.key, id(tensor))] = _Scaled(
+                        rows, tensor, None, [float(product)], [self.run.step]
+                    )
 
     def _is_untouched(self, entry: _Scaled) -> bool:
         """Whether the rows hold what the factors made of the original, bit for bit."""
@@ -143,7 +170,9 @@ def check_saved_rows(saved: Stored) -> None:
 
 
 def _times(values: Tensor, factor: float, offset: float) -> None:
-    """Change ``values`` so that ``offset + value`` is multiplied; in float32 where the offset would cost precision."""
+    """Change ``values`` so that ``offset + value`` is multiplied; in float32 where the offset would
+    cost precision.
+    """
     if offset:
         values.copy_((values.float() + offset) * factor - offset)
     else:

@@ -76,7 +76,10 @@ def cake_page(record: AnalysisRecord) -> Page:
         numbers={
             **{name: values[name] for name in shown},
             "layers": {
-                layer: {name: float(mean_of(arrays[name][at])) for name in ("dispersion", "shift", "preference", "budget")}
+                layer: {
+                    name: float(mean_of(arrays[name][at]))
+                    for name in ("dispersion", "shift", "preference", "budget")
+                }
                 for at, layer in enumerate(layers)
             },
             "preserved": _shares(record),
@@ -86,7 +89,11 @@ def cake_page(record: AnalysisRecord) -> Page:
 
 
 def _size(size: float) -> str:
-    return f"{percent(size)} of the prompt" if isinstance(size, float) and 0 < size < 1 else f"{number(size)} keys"
+    return (
+        f"{percent(size)} of the prompt"
+        if isinstance(size, float) and 0 < size < 1
+        else f"{number(size)} keys"
+    )
 
 
 def _shares(record: AnalysisRecord) -> dict[str, dict[str, float]]:
@@ -94,7 +101,8 @@ def _shares(record: AnalysisRecord) -> dict[str, dict[str, float]]:
     preserved = record.arrays["preserved"]
     return {
         _named(record, choice): {
-            measure: float(mean_of(preserved[:, at, place])) for place, measure in enumerate(record.values["measures"])
+            measure: float(mean_of(preserved[:, at, place]))
+            for place, measure in enumerate(record.values["measures"])
         }
         for at, choice in enumerate(record.values["choices"])
     }
@@ -141,7 +149,10 @@ def _verdict(record: AnalysisRecord, names: Sequence[str]) -> list[str]:
     losses = _losses(record)
     if losses and policy in losses[1]:
         sizes, table, whole = losses
-        best = {name: float((each - whole).mean(-1)[-1 if len(sizes) < 2 else len(sizes) // 2]) for name, each in table.items()}
+        best = {
+            name: float((each - whole).mean(-1)[-1 if len(sizes) < 2 else len(sizes) // 2])
+            for name, each in table.items()
+        }
         at = sizes[-1 if len(sizes) < 2 else len(sizes) // 2]
         first = min(best, key=best.__getitem__)
         said.append(
@@ -176,9 +187,16 @@ def _number(value: Any) -> float:
 
 def _findings(record: AnalysisRecord) -> list[Finding]:
     found = []
-    bad = [name for name in ("dispersion", "shift", "preference") if not np.isfinite(record.arrays[name]).all()]
+    bad = [
+        name
+        for name in ("dispersion", "shift", "preference")
+        if not np.isfinite(record.arrays[name]).all()
+    ]
     if bad:
-        text = f"{' and '.join(bad)} not finite: the model's attention is NaN or infinite, and the budgets mean nothing."
+        text = (
+            f"{' and '.join(bad)} not finite: the model's attention is NaN or infinite, and "
+            "the budgets mean nothing."
+        )
         found.append(Finding("error", "non_finite", text))
     policy, shares = str(record.values["policy"]), _shares(record)
     recent = next((share for name, share in shares.items() if name.startswith("recen")), None)
@@ -211,19 +229,25 @@ def _findings(record: AnalysisRecord) -> list[Finding]:
 
 
 def _losses(record: AnalysisRecord) -> tuple[list[float], dict[str, np.ndarray], np.ndarray] | None:
-    """Cache sizes in keys; losses in nats a token, by policy ``[sizes, prompts]`` and of the full cache."""
+    """Cache sizes in keys; losses in nats a token, by policy ``[sizes, prompts]`` and of the full
+    cache.
+    """
     if "perplexity_nats" not in record.arrays:
         return None
     values, nats = record.values, record.arrays["perplexity_nats"]
     context = float(values["perplexity_context"])
-    sizes = [size if size >= 1 else size * context for size in map(float, values["perplexity_sizes"])]
+    sizes = [
+        size if size >= 1 else size * context for size in map(float, values["perplexity_sizes"])
+    ]
     table = dict(zip(values["perplexity_policies"], nats, strict=True))
     return sizes, table, record.arrays["perplexity_full_nats"]
 
 
 def _budgets(record: AnalysisRecord, names: list[str], meaning: str) -> Section:
     arrays = record.arrays
-    budget, dispersion, shift, preference = (mean_of(arrays[name], 1) for name in ("budget", "dispersion", "shift", "preference"))
+    budget, dispersion, shift, preference = (
+        mean_of(arrays[name], 1) for name in ("budget", "dispersion", "shift", "preference")
+    )
     window = int(record.values["window_size"])
     full = float(np.mean(record.values["lengths"]))
     bars = partial(
@@ -246,7 +270,9 @@ def _budgets(record: AnalysisRecord, names: list[str], meaning: str) -> Section:
         rows,
     )
     pictures = [
-        Picture("budgets", "Keys that each layer keeps after the prompt; dashed: the full cache.", bars),
+        Picture(
+            "budgets", "Keys that each layer keeps after the prompt; dashed: the full cache.", bars
+        ),
         Picture(
             "preferences",
             "Dispersion, shift and the preference that the budgets are shared by.",
@@ -269,7 +295,10 @@ def _preserved(record: AnalysisRecord, names: list[str]) -> Section:
             unit=f"share of the {measure} that is kept",
             title=f"How much of the attention's {measure} the kept keys hold",
         )
-        caption = f"Share of the window's attention {measure} on kept keys, by layer; every choice keeps as many keys."
+        caption = (
+            f"Share of the window's attention {measure} on kept keys, by layer; every "
+            "choice keeps as many keys."
+        )
         pictures.append(Picture(f"preserved_{measure}", caption, draw))
     shares = _shares(record)
     rows = [
@@ -289,7 +318,9 @@ def _averaged(share: np.ndarray) -> tuple[np.ndarray, int]:
     factor = -(-width // MOST_POSITIONS)
     if factor <= 1:
         return share, 1
-    padded = np.pad(share, [(0, 0)] * (share.ndim - 1) + [(0, -width % factor)], constant_values=np.nan)
+    padded = np.pad(
+        share, [(0, 0)] * (share.ndim - 1) + [(0, -width % factor)], constant_values=np.nan
+    )
     return mean_of(padded.reshape(*share.shape[:-1], -1, factor), -1), factor
 
 
@@ -297,10 +328,14 @@ def _kept(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sectio
     evicted = by_layer(record, "evicted_at")
     length = int(max(record.values["lengths"]))
     prompt = record.arrays[f"scores/{layers[0]}"].shape[-1]
-    share = np.stack([(evicted[layer][0, :, :prompt] != 0).mean(0) for layer in layers]).astype(np.float64)
+    share = np.stack([(evicted[layer][0, :, :prompt] != 0).mean(0) for layer in layers]).astype(
+        np.float64
+    )
     share[:, evicted[layers[0]][0, 0, :prompt] == -2] = np.nan
     drawn, factor = _averaged(share)
-    draw = partial(caches.kept_positions, drawn, names, window=int(record.values["window_size"]), pooled=factor)
+    draw = partial(
+        caches.kept_positions, drawn, names, window=int(record.values["window_size"]), pooled=factor
+    )
     caption = (
         f"Positions of the first prompt ({plural(length, 'token')} at most) that stay after "
         "prefill: the share of kv heads that keep each."
@@ -314,7 +349,10 @@ def _decode(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sect
     evicted = by_layer(record, "evicted_at")
     prompt = record.arrays[f"scores/{layers[0]}"].shape[-1]
     steps = list(range(int(record.values["steps"]) + 1))
-    chosen = [steps[at] for at in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 64)).round().astype(int))]
+    chosen = [
+        steps[at]
+        for at in np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 64)).round().astype(int))
+    ]
     pattern = []
     for layer in layers:
         went = evicted[layer][0]
@@ -326,7 +364,10 @@ def _decode(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sect
         pattern.append(rows)
     drawn, factor = _averaged(np.array(pattern, dtype=np.float64))
     draw = partial(caches.decode_pattern, drawn, names, steps=chosen, pooled=factor)
-    caption = "Keys of the first sample that each layer holds after every decoded token; step 0 is the prompt."
+    caption = (
+        "Keys of the first sample that each layer holds after every decoded token; step 0 "
+        "is the prompt."
+    )
     if factor > 1:
         caption += f" A cell is the mean of {factor} positions."
     return Section("While tokens are generated", pictures=[Picture("decode", caption, draw)])
@@ -356,7 +397,10 @@ def _perplexities(record: AnalysisRecord) -> list[Section]:
     rows = [
         (
             name.replace("_", " "),
-            *(f"{np.exp(nats):.4g} ({cost:+.3f})" for nats, cost in zip(each.mean(-1), (each - full).mean(-1), strict=True)),
+            *(
+                f"{np.exp(nats):.4g} ({cost:+.3f})"
+                for nats, cost in zip(each.mean(-1), (each - full).mean(-1), strict=True)
+            ),
         )
         for name, each in table.items()
     ]

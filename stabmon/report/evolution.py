@@ -97,7 +97,9 @@ def evolution_page(record: AnalysisRecord) -> Page:
         title="Attention over time",
         subject=str(values.get("model", "")),
         verdict=_verdict(tables, names, steps, step_name),
-        findings=non_finite({layer: each[~np.isnan(each).all(-1)][..., 0] for layer, each in rows.items()}),
+        findings=non_finite(
+            {layer: each[~np.isnan(each).all(-1)][..., 0] for layer, each in rows.items()}
+        ),
         facts=common_facts(record),
         sections=sections,
         maps=packed,
@@ -107,7 +109,9 @@ def evolution_page(record: AnalysisRecord) -> Page:
 
 
 def _series(record: AnalysisRecord, layers: list[str]) -> dict[str, np.ndarray]:
-    """Statistic -> ``[L, T]``, samples and heads averaged: over all queries where there are such."""
+    """Statistic -> ``[L, T]``, samples and heads averaged: over all queries where there are
+    such.
+    """
     values = record.values
     what, key = ("over_queries", "over_queries_names")
     if not values.get(key):
@@ -117,18 +121,31 @@ def _series(record: AnalysisRecord, layers: list[str]) -> dict[str, np.ndarray]:
     for name in UNITS:
         if name in names:
             at = names.index(name)
-            found[name] = np.array([mean_of(record.arrays[f"{what}/{layer}"][at], (1, 2)) for layer in layers])
+            found[name] = np.array(
+                [mean_of(record.arrays[f"{what}/{layer}"][at], (1, 2)) for layer in layers]
+            )
     return found
 
 
-def _verdict(tables: dict[str, np.ndarray], names: list[str], steps: list[int], step_name: str) -> list[str]:
-    said = [f"{plural(len(names), 'layer')} over {plural(len(steps), step_name)}, {steps[0]} to {steps[-1]}."]
+def _verdict(
+    tables: dict[str, np.ndarray], names: list[str], steps: list[int], step_name: str
+) -> list[str]:
+    said = [
+        f"{plural(len(names), 'layer')} over {plural(len(steps), step_name)}, {steps[0]} to "
+        f"{steps[-1]}."
+    ]
     for name, series in tables.items():
         change = series[:, -1] - series[:, 0]
         if not np.isfinite(change).any():
             continue
         at = int(np.nanargmax(np.abs(change)))
         share = UNITS[name][1] == (0.0, 1.0)
-        told = [percent(float(x)) if share else number(float(x)) for x in (series[at, 0], series[at, -1])]
-        said.append(f"{name.replace('_', ' ').capitalize()} moves most in layer {names[at]}: from {told[0]} to {told[1]}.")
+        told = [
+            percent(float(x)) if share else number(float(x))
+            for x in (series[at, 0], series[at, -1])
+        ]
+        said.append(
+            f"{name.replace('_', ' ').capitalize()} moves most in layer {names[at]}: from "
+            f"{told[0]} to {told[1]}."
+        )
     return said

@@ -43,7 +43,10 @@ def heatmap_page(record: AnalysisRecord) -> Page:
     factor = max(max(pair) for pair in record.values["pooling"].values())
     queries, keys = max(record.values["sizes"].values())
     tokens = tokens_of(record, int(record.values.get("sample", 0)))
-    rows = [_row(name, each, factor, heads[at]) for at, (name, each) in enumerate(zip(names, arrays, strict=True))]
+    rows = [
+        _row(name, each, factor, heads[at])
+        for at, (name, each) in enumerate(zip(names, arrays, strict=True))
+    ]
     first = record.values.get("layer")
     packed = packed_maps(
         arrays,
@@ -93,14 +96,18 @@ def heatmap_page(record: AnalysisRecord) -> Page:
         notes=[str(note) for note in record.values.get("notes", ())],
         numbers={
             "layers": {
-                layer: dict(zip(("first_key", "previous_key", "own_key", "largest"), row[0], strict=True))
+                layer: dict(
+                    zip(("first_key", "previous_key", "own_key", "largest"), row[0], strict=True)
+                )
                 for layer, row in zip(layers, rows, strict=True)
             }
         },
     )
 
 
-def _row(name: str, maps: np.ndarray, factor: int, heads: list[int]) -> tuple[list[float], list[str]]:
+def _row(
+    name: str, maps: np.ndarray, factor: int, heads: list[int]
+) -> tuple[list[float], list[str]]:
     """Mean weight on the first, the previous and the own key, and the largest weight."""
     seen = np.nansum(maps, axis=(0, 2)) > 0
     square = maps.shape[1] == maps.shape[2] and factor == 1
@@ -125,7 +132,10 @@ def _verdict(
     keys: int,
 ) -> list[str]:
     total = sum(each.shape[0] for each in arrays)
-    said = [f"{plural(total, 'head')} in {plural(len(arrays), 'layer')}, {queries:,} queries × {keys:,} keys of one sample."]
+    said = [
+        f"{plural(total, 'head')} in {plural(len(arrays), 'layer')}, {queries:,} queries × "
+        f"{keys:,} keys of one sample."
+    ]
     if factor > 1:
         said.append(
             f"The maps are pooled: a cell is the largest weight of {factor} × {factor} pairs, so "
@@ -133,7 +143,13 @@ def _verdict(
         )
         return said
     sinks = sum(
-        int((np.nan_to_num(each[:, :, 0]).sum(1) / np.maximum((each.sum(2) > 0).sum(1), 1) >= SINK).sum()) for each in arrays
+        int(
+            (
+                np.nan_to_num(each[:, :, 0]).sum(1) / np.maximum((each.sum(2) > 0).sum(1), 1)
+                >= SINK
+            ).sum()
+        )
+        for each in arrays
     )
     mean = np.nanmean([row[0][0] for row in rows])
     said.append(

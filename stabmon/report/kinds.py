@@ -33,5 +33,6 @@ def page_of(record: AnalysisRecord) -> Page:
         return PAGES[record.kind](record)
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
-            f"the {record.kind} record lacks what its page needs ({type(error).__name__}: {error}); run the analysis again"
+            f"the {record.kind} record lacks what its page needs ({type(error).__name__}: "
+            f"{error}); run the analysis again"
         ) from error

@@ -152,6 +152,13 @@ def _note(levels: int, factor: int) -> str:
     if levels == 65534:
         error = "to 0.001% of the map's maximum"
     else:
-        error = f"to {100 / levels:.1g}% of the map's maximum or better, in {levels + 1} levels of a square-root scale"
-    cells = "every query–key pair" if factor == 1 else f"the largest of {factor} × {factor} pairs a cell (pooled)"
+        error = (
+            f"to {100 / levels:.1g}% of the map's maximum or better, in {levels + 1} levels "
+            "of a square-root scale"
+        )
+    cells = (
+        "every query–key pair"
+        if factor == 1
+        else f"the largest of {factor} × {factor} pairs a cell (pooled)"
+    )
     return f"The map shows {cells}; values are exact {error}."

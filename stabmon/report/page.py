@@ -112,9 +112,16 @@ def render(page: Page, pictures: Mapping[str, tuple[str, bytes]]) -> str:
         raise ImportError('jinja2 is not installed: pip install "stabmon[report]"') from error
     from stabmon import __version__
 
-    environment = Environment(loader=PackageLoader("stabmon.report"), autoescape=True, trim_blocks=True)
-    sources = {name: f"data:{kind};base64,{base64.b64encode(data).decode()}" for name, (kind, data) in pictures.items()}
-    text: str = environment.get_template("page.html.j2").render(page=page, sources=sources, version=__version__)
+    environment = Environment(
+        loader=PackageLoader("stabmon.report"), autoescape=True, trim_blocks=True
+    )
+    sources = {
+        name: f"data:{kind};base64,{base64.b64encode(data).decode()}"
+        for name, (kind, data) in pictures.items()
+    }
+    text: str = environment.get_template("page.html.j2").render(
+        page=page, sources=sources, version=__version__
+    )
     return text.encode("utf-8", "replace").decode()
 
 

@@ -118,7 +118,9 @@ def patterns_page(record: AnalysisRecord) -> Page:
             heads=[heads[layer] for layer in maps],
             pooled=factor * more,
         )
-        caption = "Attention of every head of the first sample; the scale is the same for all panels."
+        caption = (
+            "Attention of every head of the first sample; the scale is the same for all panels."
+        )
         sections.append(Section("Every head", pictures=[Picture("heads", caption, picture)]))
     return Page(
         kind="patterns",
@@ -135,14 +137,20 @@ def patterns_page(record: AnalysisRecord) -> Page:
             "insights": [insight["text"] for insight in values["insights"]],
             "recommendations": list(values["recommendations"]),
             "layers": {
-                layer: {name: mean_of(over[layer][name]).item() for name in UNITS if name in over[layer]} for layer in layers
+                layer: {
+                    name: mean_of(over[layer][name]).item() for name in UNITS if name in over[layer]
+                }
+                for layer in layers
             },
         },
     )
 
 
 def _named(record: AnalysisRecord, what: str, names: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    return {layer: dict(zip(names, table, strict=True)) for layer, table in by_layer(record, what).items()}
+    return {
+        layer: dict(zip(names, table, strict=True))
+        for layer, table in by_layer(record, what).items()
+    }
 
 
 def _narrowed(record: AnalysisRecord) -> AnalysisRecord:
@@ -182,7 +190,9 @@ def _verdict(values: Mapping[str, Any], roles: list[Mapping[str, Any]]) -> list[
     for each in values["recommendations"]:
         said.append(f"Compression: {each['text']}")
     if not values["recommendations"] and values["rejected"]:
-        said.append("Compression: no way of shortening the cache that was tried keeps the loss; see below.")
+        said.append(
+            "Compression: no way of shortening the cache that was tried keeps the loss; see below."
+        )
     return said
 
 
@@ -199,9 +209,14 @@ def _roles(
         offset = name.startswith("offset_")
         letter = "O" if offset else _LETTER_OF.get(name, "C")
         found.setdefault((role["layer"], role["head"]), []).append(letter)
-    grid = [["".join(dict.fromkeys(found.get((layer, head), ["?"])))[:2] for head in heads[layer]] for layer in layers]
+    grid = [
+        ["".join(dict.fromkeys(found.get((layer, head), ["?"])))[:2] for head in heads[layer]]
+        for layer in layers
+    ]
     columns = [str(head) for head in max(heads.values(), key=len)]
-    picture = partial(heatmaps.letter_map, grid, names, LETTERS, columns=columns, title="Role of every head")
+    picture = partial(
+        heatmaps.letter_map, grid, names, LETTERS, columns=columns, title="Role of every head"
+    )
     short = dict(zip(layers, names, strict=True))
     order = sorted(roles, key=lambda role: -np.nan_to_num(_mass(role)))
     rows = [
@@ -217,7 +232,8 @@ def _roles(
     ]
     note = "" if len(order) <= MOST_ROWS else f", the {MOST_ROWS} clearest of {len(order)}"
     table = Table(
-        f"The weight that proves each role{note}. Evenly: the same of a head that attends to all keys alike.",
+        f"The weight that proves each role{note}. Evenly: the same of a head that attends to all "
+        "keys alike.",
         ("layer", "head", "role", "weight on the role's keys", "evenly", "rows tested"),
         rows,
     )
@@ -230,7 +246,10 @@ def _roles(
     )
     said = [meaning] if meaning else []
     said += [f"Not testable on this text: {'; '.join(untested)}."] if untested else []
-    caption = "The role of every head, as a letter; two letters where it has two. Darker tones: roles with a fixed place."
+    caption = (
+        "The role of every head, as a letter; two letters where it has two. Darker tones: "
+        "roles with a fixed place."
+    )
     return Section("What each head does", said, [table], [Picture("roles", caption, picture)])
 
 
@@ -241,7 +260,9 @@ def _mass(role: Mapping[str, Any], name: str = "mass") -> float:
 
 def _advice(values: Mapping[str, Any]) -> Section | None:
     tried = [(each, "advised") for each in values["recommendations"]]
-    tried += [(each, str(each.get("reason", "") or "costs too much")) for each in values["rejected"]]
+    tried += [
+        (each, str(each.get("reason", "") or "costs too much")) for each in values["rejected"]
+    ]
     if not tried:
         return None
     rows = [
@@ -265,7 +286,8 @@ def _advice(values: Mapping[str, Any]) -> Section | None:
         rows,
     )
     said = (
-        "Each way of shortening the KV cache was tried on the model's own loss; it is advised where it costs at most 0.01 nats."
+        "Each way of shortening the KV cache was tried on the model's own loss; it is advised "
+        "where it costs at most 0.01 nats."
     )
     return Section("Can the cache be shorter?", [said], [table])
 
@@ -285,11 +307,17 @@ def _statistics(
         if not np.isfinite(table).any():
             continue
         picture = partial(lines.over_layers, table, names, unit=unit, title=title, limits=limits)
-        caption = f"{title}, mean over valid queries and samples: a circle a head, a line through the layers' means."
+        caption = (
+            f"{title}, mean over valid queries and samples: a circle a head, a line through "
+            "the layers' means."
+        )
         pictures.append(Picture(name, caption, picture))
     samples = first["entropy"].shape[0]
     if samples >= 4 and "normalized_entropy" in first:
-        groups = {name: mean_of(over[layer]["normalized_entropy"], 1) for name, layer in zip(names, layers, strict=True)}
+        groups = {
+            name: mean_of(over[layer]["normalized_entropy"], 1)
+            for name, layer in zip(names, layers, strict=True)
+        }
         picture = partial(
             lines.distributions,
             groups,
@@ -297,7 +325,9 @@ def _statistics(
             title="Entropy over the samples",
             limits=(0.0, 1.0),
         )
-        caption = f"How the entropy of each layer, heads averaged, differs between the {samples} samples."
+        caption = (
+            f"How the entropy of each layer, heads averaged, differs between the {samples} samples."
+        )
         pictures.append(Picture("samples", caption, picture))
     shown = [
         name
@@ -328,7 +358,9 @@ def _query(record: AnalysisRecord, layers: list[str], names: list[str]) -> Secti
     widths = [record.arrays[f"rows/{layer}"].shape[2] for layer in layers]
     same = [at for at, width in enumerate(widths) if width == widths[0]]
     chosen = [same[i] for i in np.unique(np.linspace(0, len(same) - 1, 6).round().astype(int))]
-    rows = {f"layer {names[at]}": mean_of(record.arrays[f"rows/{layers[at]}"][0], 0) for at in chosen}
+    rows = {
+        f"layer {names[at]}": mean_of(record.arrays[f"rows/{layers[at]}"][0], 0) for at in chosen
+    }
     position = int(record.arrays[f"positions/{layers[0]}"][0])
     title = f"Where the query at position {position} looks, heads averaged"
     picture = partial(
@@ -339,7 +371,10 @@ def _query(record: AnalysisRecord, layers: list[str], names: list[str]) -> Secti
         unit="attention probability",
     )
     where = f" (token “{tokens[position]}”)" if tokens and 0 <= position < len(tokens) else ""
-    caption = f"Weights of the query at position {position}{where} of the first sample, in {plural(len(chosen), 'layer')}."
+    caption = (
+        f"Weights of the query at position {position}{where} of the first sample, in "
+        f"{plural(len(chosen), 'layer')}."
+    )
     return Section("The asked query", pictures=[Picture("query", caption, picture)])
 
 
@@ -364,5 +399,8 @@ def _similarity(record: AnalysisRecord, layers: list[str]) -> Section:
     names, _ = short_layers(list(layers))
     matrix = mean_of(record.arrays["similarity"], 0)
     picture = partial(similarity_matrix, matrix, names)
-    caption = "Cosine of the layers' maps, heads averaged, over valid queries; 1 means that two layers look at the same keys."
+    caption = (
+        "Cosine of the layers' maps, heads averaged, over valid queries; 1 means that two "
+        "layers look at the same keys."
+    )
     return Section("How alike the layers are", pictures=[Picture("similarity", caption, picture)])

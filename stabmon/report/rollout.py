@@ -97,7 +97,10 @@ def rollout_page(record: AnalysisRecord) -> Page:
             "first_token_share": shares.tolist(),
             "attribution": values.get("attribution"),
             "faithfulness": values.get("faithfulness"),
-            "samples": [{"target": row[0], "owed_most": _top(record, sample, row[2])} for sample, row in enumerate(rows)],
+            "samples": [
+                {"target": row[0], "owed_most": _top(record, sample, row[2])}
+                for sample, row in enumerate(rows)
+            ],
         },
     )
 
@@ -155,10 +158,14 @@ def _columns(record: AnalysisRecord, sample: int) -> list[str]:
     return tokens if tokens and len(tokens) == width else [str(place) for place in range(width)]
 
 
-def _top(record: AnalysisRecord, sample: int, weights: np.ndarray, most: int = 5) -> list[dict[str, Any]]:
+def _top(
+    record: AnalysisRecord, sample: int, weights: np.ndarray, most: int = 5
+) -> list[dict[str, Any]]:
     columns = _columns(record, sample)
     order = np.argsort(-np.nan_to_num(weights), kind="stable")[:most]
-    return [{"position": int(at), "token": columns[at], "share": float(weights[at])} for at in order]
+    return [
+        {"position": int(at), "token": columns[at], "share": float(weights[at])} for at in order
+    ]
 
 
 def _verdict(
@@ -178,7 +185,13 @@ def _verdict(
     if grid:
         patches = weights[grid["leading"] :]
         best = int(np.nanargmax(patches)) if np.isfinite(patches).any() else 0
-        who = "The class token" if position == 0 and grid["leading"] else "A token" if position < 0 else f"Token {position}"
+        who = (
+            "The class token"
+            if position == 0 and grid["leading"]
+            else "A token"
+            if position < 0
+            else f"Token {position}"
+        )
         share = float(np.nansum(patches))
         said.append(
             f"{who} of the first image owes {percent(share)} to the patches, most to the one in "
@@ -194,7 +207,10 @@ def _verdict(
     ]
     own = columns[position] if position < len(columns) and values.get("stack") != "joined" else ""
     named = f" (“{plain_token(own, 30)}”)" if own and own != str(position) else ""
-    said.append(f"In the first sample the token at position {position}{named} owes most to {', '.join(parts)}.")
+    said.append(
+        f"In the first sample the token at position {position}{named} owes most to "
+        f"{', '.join(parts)}."
+    )
     first = np.array([shares[sample, row[1]] for sample, row in enumerate(rows)])
     said.append(
         f"The first token alone gets {percent(float(np.nanmean(first)))}"
@@ -222,8 +238,14 @@ def _baseline(record: AnalysisRecord, position: int) -> str:
     row[-1] = 1.0
     residual = float(values["residual"])
     for _ in range(len(values["layers"]) - int(values["start_layer"])):
-        row = residual * row + (1 - residual) * np.cumsum((row / np.arange(1, length + 1))[::-1])[::-1]
-    return f" Causal attention that is even over all tokens would give it {percent(float(row[0]))} by depth alone."
+        row = (
+            residual * row
+            + (1 - residual) * np.cumsum((row / np.arange(1, length + 1))[::-1])[::-1]
+        )
+    return (
+        " Causal attention that is even over all tokens would give it "
+        f"{percent(float(row[0]))} by depth alone."
+    )
 
 
 def _texts(record: AnalysisRecord, rows: list[tuple[int, int, np.ndarray]]) -> Section:
@@ -240,7 +262,9 @@ def _texts(record: AnalysisRecord, rows: list[tuple[int, int, np.ndarray]]) -> S
             shown = [f" {token}" for token in shown]
         title = f"Sample {sample}: what the token at position {position} owes to each token"
         head = f"<h3>{title}</h3>" if len(rows) > 1 else ""
-        fragments.append(head + overlays.text_html(shown, weights[kept], unit="share", marked=marked, most=12))
+        fragments.append(
+            head + overlays.text_html(shown, weights[kept], unit="share", marked=marked, most=12)
+        )
         draw = partial(
             overlays.text_figure,
             shown,
@@ -251,13 +275,23 @@ def _texts(record: AnalysisRecord, rows: list[tuple[int, int, np.ndarray]]) -> S
         )
         caption = f"{title}: darker means more; framed is the token itself."
         pictures.append(Picture(f"text_{sample}", caption, draw, inline=False))
-    said = ["Darker tokens are owed more; point at one for its number. The largest are in the table below the text."]
+    said = [
+        "Darker tokens are owed more; point at one for its number. The largest are in the table "
+        "below the text."
+    ]
     if len(rows) > MOST_SAMPLES:
-        said.append(f"The first {MOST_SAMPLES} of {len(rows)} samples are drawn; the numbers of all are in the stored files.")
-    return Section("What the target owes to each token", said, fragments=fragments, pictures=pictures)
+        said.append(
+            f"The first {MOST_SAMPLES} of {len(rows)} samples are drawn; the numbers of all are "
+            "in the stored files."
+        )
+    return Section(
+        "What the target owes to each token", said, fragments=fragments, pictures=pictures
+    )
 
 
-def _images(record: AnalysisRecord, grid: Mapping[str, int], rows: list[tuple[int, int, np.ndarray]]) -> Section:
+def _images(
+    record: AnalysisRecord, grid: Mapping[str, int], rows: list[tuple[int, int, np.ndarray]]
+) -> Section:
     fragments, pictures = [], []
     images = record.arrays.get("images")
     for sample, (_, _, weights) in enumerate(rows[:MOST_SAMPLES]):
@@ -278,7 +312,10 @@ def _images(record: AnalysisRecord, grid: Mapping[str, int], rows: list[tuple[in
             draw = partial(overlays.image_figure, picture, patches, unit="share owed", title=title)
         caption = f"{title}; bright patches are owed most. The scale is the image's own."
         pictures.append(Picture(f"image_{sample}", caption, draw, inline=images is None))
-    said = [f"Patches: {grid['rows']} × {grid['cols']}, after {plural(grid['leading'], 'special token')}."]
+    said = [
+        f"Patches: {grid['rows']} × {grid['cols']}, after "
+        f"{plural(grid['leading'], 'special token')}."
+    ]
     return Section("What is owed to each patch", said, fragments=fragments, pictures=pictures)
 
 
@@ -301,11 +338,15 @@ def _matrix(record: AnalysisRecord) -> Section:
         title="Rollout of the first sample",
         axes_names=("output", "input"),
     )
-    caption = "Each row is a token after the last layer; its shares over the input's tokens sum to 1."
+    caption = (
+        "Each row is a token after the last layer; its shares over the input's tokens sum to 1."
+    )
     return Section("All tokens", pictures=[Picture("matrix", caption, draw)])
 
 
-def _first_token(record: AnalysisRecord, shares: np.ndarray, rows: list[tuple[int, int, np.ndarray]]) -> Section:
+def _first_token(
+    record: AnalysisRecord, shares: np.ndarray, rows: list[tuple[int, int, np.ndarray]]
+) -> Section:
     table = Table(
         "The first token's share of the row that is shown, and averaged over the valid rows.",
         ("sample", "target", "share of the first token", "mean over rows"),

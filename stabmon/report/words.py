@@ -87,7 +87,11 @@ def fitting(tokens: list[str] | None, count: int) -> list[str] | None:
 
 def by_layer(record: AnalysisRecord, what: str) -> dict[str, np.ndarray]:
     """Return the arrays ``<what>/<layer>`` by layer, in the order of ``values["layers"]``."""
-    found = {name.removeprefix(f"{what}/"): array for name, array in record.arrays.items() if name.startswith(f"{what}/")}
+    found = {
+        name.removeprefix(f"{what}/"): array
+        for name, array in record.arrays.items()
+        if name.startswith(f"{what}/")
+    }
     order = [layer for layer in record.values.get("layers", ()) if layer in found]
     return {layer: found[layer] for layer in order} | found
 

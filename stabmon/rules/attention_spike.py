@@ -16,9 +16,11 @@ from stabmon.rules.tracking.history import History
 @rule
 @dataclass(frozen=True)
 class AttentionSpike:
-    """A head's mean largest probability, or the mass on its first key, jumped up between two readings.
+    """A head's mean largest probability, or the mass on its first key, jumped up between two
+    readings.
 
-    Only ever a warning: sinks form within few steps in healthy training and are no pathology, and attention that collapses is
+    Only ever a warning: sinks form within few steps in healthy training and are no pathology, and
+        attention that collapses is
     ``entropy_collapse``. Read it as the time and place at which a head changed what it does.
     """
 
@@ -64,8 +66,12 @@ class AttentionSpike:
             value=float(history.now(name)[n]),
             threshold=threshold,
             suggestion=(
-                "Nothing by itself: heads turn into sinks or copiers like this in healthy runs. Look at the head's scores and entropy, "
+                "Nothing by itself: heads turn into sinks or copiers like this in healthy runs. "
+                "Look at the head's scores and entropy, "
                 "and at the rate, if logit_growth or entropy_collapse open beside it."
             ),
-            evidence={"signal": name, "normalized_entropy": float(history.now("normalized_entropy")[n])},
+            evidence={
+                "signal": name,
+                "normalized_entropy": float(history.now("normalized_entropy")[n]),
+            },
         )

@@ -20,9 +20,10 @@ class Rule(Protocol):
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Every issue of this rule's type that holds at the history's newest reading.
 
-        Called once a sampled step for all heads of the model at once: compute on whole ``[T, N]`` arrays
-        and build a :class:`StabilityIssue` only for the heads that are ill. Hysteresis: for a head whose issue is open already
-        (``history.is_open(issue_type)``) use the milder, closing level. Never raises on NaN, inf or a short history.
+        Called once a sampled step for all heads of the model at once: compute on whole ``[T, N]``
+        arrays and build a :class:`StabilityIssue` only for the heads that are ill. Hysteresis: for
+        a head whose issue is open already (``history.is_open(issue_type)``) use the milder, closing
+        level. Never raises on NaN, inf or a short history.
         """
         ...
 
@@ -32,7 +33,9 @@ R = TypeVar("R", bound=type)
 
 
 def rule(cls: R) -> R:
-    """Register a rule under its class name in snake case: ``EntropyCollapse`` is ``entropy_collapse``."""
+    """Register a rule under its class name in snake case: ``EntropyCollapse`` is
+    ``entropy_collapse``.
+    """
     RULES.register(rule_name(cls), cls)
     return cls
 
@@ -45,9 +48,10 @@ def rule_name(cls: type) -> str:
 def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:
     """Whether an issue is clearly worse than when it was last told of.
 
-    It is when it rests on something newly found (``found_at`` in its evidence), when its severity rose, or when at the same severity
-    its value is ``WORSE`` times as far out: beyond its threshold by that factor more (both positive), else that much further from it. A
-    value that is infinite or NaN is as far out as can be.
+    It is when it rests on something newly found (``found_at`` in its evidence), when its severity
+    rose, or when at the same severity its value is ``WORSE`` times as far out: beyond its threshold
+    by that factor more (both positive), else that much further from it. A value that is infinite or
+    NaN is as far out as can be.
     """
     if now.evidence.get("found_at", 0) != before.evidence.get("found_at", 0):
         return True
@@ -56,9 +60,13 @@ def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:
 
 
 WORSE = 3.0
-"""A value three times as far out is news; less would repeat an issue that goes on growing at every other reading."""
+"""A value three times as far out is news; less would repeat an issue that goes on growing at every
+other reading.
+"""
 FARTHEST = 1_000.0
-"""Beyond this distance nothing is news any more: an entropy of 1e-9 is no worse than one of 1e-6."""
+"""Beyond this distance nothing is news any more: an entropy of 1e-9 is no worse than one of
+1e-6.
+"""
 
 
 def _distance(issue: StabilityIssue) -> float:

@@ -19,7 +19,8 @@ START_READINGS = 32
 SINK = 0.3
 """Mean mass on the first key that tells a sink (Gu et al. 2024, arXiv:2410.10781)."""
 FROM_THE_START = (
-    "All heads are saturated from the start: make the initialisation of W_q and W_k smaller (a standard deviation of 0.02, or Xavier's), "
+    "All heads are saturated from the start: make the initialisation of W_q and W_k smaller (a "
+    "standard deviation of 0.02, or Xavier's), "
     "see that scores are scaled by 1/sqrt(head_dim), or bring the scores down now (QK-clip)."
 )
 
@@ -29,44 +30,61 @@ FROM_THE_START = (
 class EntropyCollapse:
     """A head that suddenly lost the spread it used to have.
 
-    Low entropy is no disease: local heads, sinks, copying and retrieval heads are nearly one-hot and right, and they get there while
-    the loss falls, over tens of steps. The head's own past is the measure, and a fall counts as collapse only when it is faster than
-    learning: within two readings the head keeps less than ``kept`` of its spread, and its scores jumped at the same time, or, where its
-    scores are all small or negative and so tell nothing, nearly all of its rows saturated at once. The same fall without either
-    witness, or a slow fall to ``floor``, is a warning.
+    Low entropy is no disease: local heads, sinks, copying and retrieval heads are nearly one-hot
+        and right, and they get there while
+    the loss falls, over tens of steps. The head's own past is the measure, and a fall counts as
+    collapse only when it is faster than
+    learning: within two readings the head keeps less than ``kept`` of its spread, and its scores
+        jumped at the same time, or, where its
+    scores are all small or negative and so tell nothing, nearly all of its rows saturated at once.
+    The same fall without either witness, or a slow fall to ``floor``, is a warning.
 
-    Heads that start without spread (below ``least_past``) have none to lose and are not judged so. But where nearly all heads of a
-    model have little spread from the first reading on, with large scores all of one size and no sinks, and the loss falls as fast as
-    it does in a fresh model only, nothing has been learned that could call for it: the initialisation is too large, and that is an alarm.
+    Heads that start without spread (below ``least_past``) have none to lose and are not judged so.
+    But where nearly all heads of a model have little spread from the first reading on, with large
+    scores all of one size and no sinks, and the loss falls as fast as it does in a fresh model
+    only, nothing has been learned that could call for it: the initialisation is too large, and that
+    is an alarm.
     """
 
     kept: float = 0.4
     """Share of its own past entropy that a collapsed head keeps at most."""
     jump: float = 4.0
-    """Times its own past that the largest score must have jumped within one step; plus the same for each 100 steps in between."""
+    """Times its own past that the largest score must have jumped within one step; plus the same for
+    each 100 steps in between.
+    """
     saturates: float = 0.6
     """Share of rows that must have lost their gradient at once where the score gives no witness."""
     sudden_steps: int = 20
-    """Steps within which that must happen to be sudden; learners were seen to saturate half their rows in 75."""
+    """Steps within which that must happen to be sudden; learners were seen to saturate half their
+    rows in 75.
+    """
     floor: float = 0.02
     """Normalised entropy, in [0, 1], below which even a slow fall is worth a look."""
     least_past: float = 0.1
     """Normalised entropy that a head must have had to be judged."""
     start: float = 0.4
-    """Normalised entropy below which a head lacks spread in the first readings, where its largest score is also above ``start_score``."""
+    """Normalised entropy below which a head lacks spread in the first readings, where its largest
+    score is also above ``start_score``.
+    """
     start_score: float = 15.0
     """Scores of a fresh model are a few at most."""
     start_heads: float = 0.9
     """Share of all heads that must be so."""
     start_alike: float = 0.35
-    """Robust spread of the logarithm of the heads' largest scores above which they have learned to differ."""
+    """Robust spread of the logarithm of the heads' largest scores above which they have learned to
+    differ.
+    """
     start_fall: float = 0.1
-    """Share of the first loss that must have been lost: what has been trained before has little left to lose."""
+    """Share of the first loss that must have been lost: what has been trained before has little
+    left to lose.
+    """
     still_ill: float = 0.6
     """An open issue stays open until the entropy is above its opening level divided by this."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a head; ``value`` is its normalised entropy, ``threshold`` the entropy at which it is called collapsed."""
+        """One issue a head; ``value`` is its normalised entropy, ``threshold`` the entropy at which
+        it is called collapsed.
+        """
         entropy = history.now("normalized_entropy")
         rank, level = np.full(len(entropy), -1), np.full(len(entropy), np.nan)
         ratio, past = level.copy(), level.copy()
@@ -79,43 +97,81 @@ class EntropyCollapse:
                 ratio[new], past[new] = change.ratio[new], change.past_entropy[new]
         fresh = (rank < 1) & self._saturated_from_the_start(history)
         rank[fresh], level[fresh] = 1, self.start
-        start, open_level = history.baseline("normalized_entropy"), history.open_level("entropy_collapse")
-        slow = (rank < 0) & (start >= self.least_past) & (entropy < np.minimum(self.floor, 0.2 * start))
+        start, open_level = (
+            history.baseline("normalized_entropy"),
+            history.open_level("entropy_collapse"),
+        )
+        slow = (
+            (rank < 0)
+            & (start >= self.least_past)
+            & (entropy < np.minimum(self.floor, 0.2 * start))
+        )
         rank[slow], level[slow], past[slow] = 0, self.floor, start[slow]
         still = (rank < 0) & (entropy <= open_level / self.still_ill)
         rank[still], level[still] = 0, open_level[still]
         return [
-            self._issue(history, n, bool(rank[n] == 1), float(level[n]), float(past[n]), float(ratio[n]), bool(fresh[n]))
+            self._issue(
+                history,
+                n,
+                bool(rank[n] == 1),
+                float(level[n]),
+                float(past[n]),
+                float(ratio[n]),
+                bool(fresh[n]),
+            )
             for n in np.flatnonzero(rank >= 0).tolist()
         ]
 
     def _witnessed(self, history: History, change: Change) -> np.ndarray:
-        """``[N]`` bool: scores jumped; or nearly all rows saturated at once though no score is large, as where all others fell."""
+        """``[N]`` bool: scores jumped; or nearly all rows saturated at once though no score is
+        large, as where all others fell.
+        """
         jumped = change.ratio >= jump_needed(history, change.steps, self.jump)
         silent = history.now("max_logit") < SCORE_FLOOR
-        saturated = silent & (change.saturated_rise >= self.saturates) & (change.steps <= self.sudden_steps)
+        saturated = (
+            silent & (change.saturated_rise >= self.saturates) & (change.steps <= self.sudden_steps)
+        )
         witnessed: np.ndarray = jumped | saturated
         return witnessed
 
     def _saturated_from_the_start(self, history: History) -> np.ndarray:
-        """``[N]`` bool: the head is saturated in the first readings of a fresh model in which nearly all are, and alike."""
+        """``[N]`` bool: the head is saturated in the first readings of a fresh model in which
+        nearly all are, and alike.
+        """
         nobody = np.zeros(len(history.heads), dtype=bool)
         losses = history.recent_losses[:, 1]
-        if len(history) > START_READINGS or len(losses) < 2 or np.median(losses[-3:]) > (1 - self.start_fall) * losses[0]:
+        if (
+            len(history) > START_READINGS
+            or len(losses) < 2
+            or np.median(losses[-3:]) > (1 - self.start_fall) * losses[0]
+        ):
             return nobody
         saturated, known = ~nobody, ~nobody
         for at in (0, -1):
-            entropy, score = history.signal("normalized_entropy")[at], history.signal("max_logit")[at]
+            entropy, score = (
+                history.signal("normalized_entropy")[at],
+                history.signal("max_logit")[at],
+            )
             saturated &= (entropy <= self.start) & (score >= self.start_score) & np.isfinite(score)
             known &= np.isfinite(entropy) & np.isfinite(score)
         if saturated.sum() < max(2, self.start_heads * known.sum()):
             return nobody
-        alike = robust_spread(np.log(history.signal("max_logit")[0][saturated])[:, None])[0] <= self.start_alike
+        alike = (
+            robust_spread(np.log(history.signal("max_logit")[0][saturated])[:, None])[0]
+            <= self.start_alike
+        )
         sinks = np.median(np.nan_to_num(history.now("sink_mass")[saturated])) > SINK
         return saturated & bool(alike and not sinks)
 
     def _issue(
-        self, history: History, n: int, error: bool, level: float, past: float, ratio: float, fresh: bool
+        self,
+        history: History,
+        n: int,
+        error: bool,
+        level: float,
+        past: float,
+        ratio: float,
+        fresh: bool,
     ) -> StabilityIssue:
         layer, head = history.heads[n]
         return StabilityIssue(
@@ -131,8 +187,10 @@ class EntropyCollapse:
             else advice(
                 history,
                 layer,
-                "Bring the head's scores back to what they were (QK-clip on this head, to its own scores before the fall): saturated "
-                "rows pass almost no gradient, so neither a lower rate, dropout nor an entropy penalty brings the spread back.",
+                "Bring the head's scores back to what they were (QK-clip on this head, to its own "
+                "scores before the fall): saturated "
+                "rows pass almost no gradient, so neither a lower rate, dropout nor an entropy "
+                "penalty brings the spread back.",
             ),
             evidence={
                 "past_entropy": past,

@@ -17,11 +17,13 @@ from stabmon.rules.tracking.history import History
 @rule
 @dataclass(frozen=True)
 class GradientExplosion:
-    """The norm of the whole model's gradient has left its own recent range upwards, and stays there.
+    """The norm of the whole model's gradient has left its own recent range upwards, and stays
+    there.
 
-    A single large gradient is common in healthy runs (up to 14 times the recent median in our own) and clipping makes it harmless:
-    a warning. An alarm is a gradient far beyond its range for ``stays`` readings in a row while the loss rises: then
-    steps of the wrong size or direction are being taken. Blames no head; the layer that grew most is in the evidence.
+    A single large gradient is common in healthy runs (up to 14 times the recent median in our own)
+    and clipping makes it harmless: a warning. An alarm is a gradient far beyond its range for
+    ``stays`` readings in a row while the loss rises: then steps of the wrong size or direction are
+    being taken. Blames no head; the layer that grew most is in the evidence.
     """
 
     deviations: float = 6.0
@@ -29,7 +31,9 @@ class GradientExplosion:
     warning: float = 10.0
     """Times the recent median that the norm must also be."""
     error: float = 10.0
-    """Times the recent median that the norm must be for ``stays`` readings, with a rising loss, for an alarm."""
+    """Times the recent median that the norm must be for ``stays`` readings, with a rising loss, for
+    an alarm.
+    """
     stays: int = 3
     """Readings."""
     past: int = 50
@@ -40,21 +44,36 @@ class GradientExplosion:
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """At most one issue, for the run; a norm that is NaN or inf is left to ``non_finite``."""
         norms = history.gradients("")
-        if len(norms) < self.least_past + self.stays or not np.isfinite(norms[-1]) or norms[-1] <= 0:
+        if (
+            len(norms) < self.least_past + self.stays
+            or not np.isfinite(norms[-1])
+            or norms[-1] <= 0
+        ):
             return []
-        past, newest = _log(norms[-self.past - self.stays : -self.stays]), _log(norms[-self.stays :])
+        past, newest = (
+            _log(norms[-self.past - self.stays : -self.stays]),
+            _log(norms[-self.stays :]),
+        )
         past = past[np.isfinite(past)]
         if len(past) < self.least_past:
             return []
         middle, spread = float(np.median(past)), float(robust_spread(past[:, None])[0])
         wide = middle + self.deviations * spread
         level = max(wide, middle + np.log(self.warning))
-        if newest[-1] < level and not (history.is_open_at("gradient_explosion") and newest[-1] >= level - np.log(2)):
+        if newest[-1] < level and not (
+            history.is_open_at("gradient_explosion") and newest[-1] >= level - np.log(2)
+        ):
             return []
         high = bool((newest >= max(wide, middle + np.log(self.error))).all())
         error = high and loss_rose(history, self.stays)
-        layers = {layer: _growth(history.gradients(layer), self.stays) for layer in history.latest.gradients if layer}
-        most = max(layers, key=lambda layer: np.nan_to_num(layers[layer], nan=-np.inf), default=None)
+        layers = {
+            layer: _growth(history.gradients(layer), self.stays)
+            for layer in history.latest.gradients
+            if layer
+        }
+        most = max(
+            layers, key=lambda layer: np.nan_to_num(layers[layer], nan=-np.inf), default=None
+        )
         return [
             StabilityIssue(
                 step=history.latest.step,
@@ -65,7 +84,8 @@ class GradientExplosion:
                 value=float(norms[-1]),
                 threshold=float(np.exp(level)),
                 suggestion=(
-                    "Clip the gradient norm near its recent median, and look at the batch; if it comes back, lower the rate or go back "
+                    "Clip the gradient norm near its recent median, and look at the batch; if it "
+                    "comes back, lower the rate or go back "
                     "to a checkpoint before it."
                 ),
                 evidence={

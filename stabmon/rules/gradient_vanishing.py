@@ -17,13 +17,16 @@ from stabmon.rules.tracking.history import History
 @rule
 @dataclass(frozen=True)
 class GradientVanishing:
-    """The gradient of one layer's attention collapsed against its own past and against the model's, while its rows saturated.
+    """The gradient of one layer's attention collapsed against its own past and against the model's,
+    while its rows saturated.
 
-    The gradient that reaches a row's scores is at most lambda times that which reaches its probabilities, and lambda, the
-    largest eigenvalue of the softmax's Jacobian, goes to zero as a row turns one-hot. So a layer whose share of the model's gradient
-    fell to ``error``, with most rows saturated that were not before, can no longer learn where to attend: an alarm.
-    A fall without saturated rows has another cause (frozen parameters, a closing gate): a warning. A layer's value and
-    output weights still receive gradient when its rows saturate, so this comes late; ``logit_growth`` comes first.
+    The gradient that reaches a row's scores is at most lambda times that which reaches its
+    probabilities, and lambda, the largest eigenvalue of the softmax's Jacobian, goes to zero as a
+    row turns one-hot. So a layer whose share of the model's gradient fell to ``error``, with most
+    rows saturated that were not before, can no longer learn where to attend: an alarm. A fall
+    without saturated rows has another cause (frozen parameters, a closing gate): a warning. A
+    layer's value and output weights still receive gradient when its rows saturate, so this comes
+    late; ``logit_growth`` comes first.
     """
 
     warning: float = 0.02
@@ -40,7 +43,9 @@ class GradientVanishing:
     """Readings that must be known before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a layer; ``value`` is its share of the model's gradient over what that share was."""
+        """One issue a layer; ``value`` is its share of the model's gradient over what that share
+        was.
+        """
         layers = [layer for layer in history.latest.gradients if layer]
         if len(history) < self.least_past + 2 or not layers:
             return
@@ -49,17 +54,25 @@ class GradientVanishing:
         older = slice(0, max(self.least_past, len(own) // 2))
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where((whole > 0) & np.isfinite(whole), own / whole, np.nan)
-            kept, fell = median(share[-2:]) / median(share[older]), median(own[-2:]) / median(own[older])
+            kept, fell = (
+                median(share[-2:]) / median(share[older]),
+                median(own[-2:]) / median(own[older]),
+            )
         low = np.maximum(kept, fell)  # both must have collapsed
         for n in np.flatnonzero(low <= max(self.error, 2 * self.warning)).tolist():
             yield from self._judge(history, layers[n], float(kept[n]), float(fell[n]), older)
 
-    def _judge(self, history: History, layer: str, kept: float, fell: float, older: slice) -> Iterable[StabilityIssue]:
+    def _judge(
+        self, history: History, layer: str, kept: float, fell: float, older: slice
+    ) -> Iterable[StabilityIssue]:
         now = before = float("nan")
         if layer in history.layers:
             rows = history.signal("saturated_fraction")[-self.past :, history.of_layer(layer)]
             now, before = float(median(rows[-1])), float(median(median(rows[older])))
-        low, slack = max(kept, fell), 2.0 if history.is_open_at("gradient_vanishing", layer) else 1.0
+        low, slack = (
+            max(kept, fell),
+            2.0 if history.is_open_at("gradient_vanishing", layer) else 1.0,
+        )
         alarm = low <= self.error and now >= self.saturated and now - before >= self.rise
         if not (alarm or low <= self.warning * slack):
             return
@@ -75,11 +88,17 @@ class GradientVanishing:
                 advice(
                     history,
                     layer,
-                    "Bring the scores of the saturated heads down (QK-clip on this layer): a saturated row passes no gradient to its own "
+                    "Bring the scores of the saturated heads down (QK-clip on this layer): a "
+                    "saturated row passes no gradient to its own "
                     "scores, so no change of rate can reopen it.",
                 )
                 if alarm
-                else "Look whether these parameters are meant to be frozen or gated; their rows are not saturated."
+                else "Look whether these parameters are meant to be frozen or gated; their rows "
+                "are not saturated."
             ),
-            evidence={"own_gradient_kept": fell, "saturated_fraction": now, "saturated_before": before},
+            evidence={
+                "own_gradient_kept": fell,
+                "saturated_fraction": now,
+                "saturated_before": before,
+            },
         )

@@ -18,9 +18,10 @@ from stabmon.rules.tracking.history import History
 class HighCurvature:
     """The bound on a head's curvature in query and key jumped far above the head's own past.
 
-    The curvature is polynomial in the norms of query and key and vanishes as rows saturate, so no level of it is wrong in itself and
-    none harms by itself: only ever a warning. A jump says that a step of the usual size moves this head's attention
-    much further than before. The card's exponential bound (``hnf_log_curvature_bound``) is not used: it only orders heads by score.
+    The curvature is polynomial in the norms of query and key and vanishes as rows saturate, so no
+    level of it is wrong in itself and none harms by itself: only ever a warning. A jump says that a
+    step of the usual size moves this head's attention much further than before. The card's
+    exponential bound (``hnf_log_curvature_bound``) is not used: it only orders heads by score.
     """
 
     jump: float = 2.5
@@ -36,7 +37,10 @@ class HighCurvature:
         """One issue a head; ``value`` is ``hnf_log_curvature``."""
         if len(history) <= self.least_past:
             return []
-        now, past = history.now("hnf_log_curvature"), history.signal("hnf_log_curvature")[-self.past - 1 : -1]
+        now, past = (
+            history.now("hnf_log_curvature"),
+            history.signal("hnf_log_curvature")[-self.past - 1 : -1],
+        )
         known = np.isfinite(past).sum(axis=0) >= self.least_past
         top = largest(past)
         level = np.maximum(top + self.jump, top + self.deviations * robust_spread(past))
@@ -59,7 +63,8 @@ class HighCurvature:
             value=float(history.now("hnf_log_curvature")[n]),
             threshold=level,
             suggestion=(
-                "Look at what changed the norms of this head's query and key just before (rate, weight edit, data); normalising query "
+                "Look at what changed the norms of this head's query and key just before (rate, "
+                "weight edit, data); normalising query "
                 "and key bounds this curvature."
             ),
             evidence={"past_largest": top, "max_logit": float(history.now("max_logit")[n])},

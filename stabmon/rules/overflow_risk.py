@@ -15,17 +15,21 @@ from stabmon.rules.tracking.history import History
 @rule
 @dataclass(frozen=True)
 class OverflowRisk:
-    """A float16 layer whose query-key product comes near 65504, beyond which it is inf and the softmax NaN.
+    """A float16 layer whose query-key product comes near 65504, beyond which it is inf and the
+    softmax NaN.
 
-    A physical limit, so the head's own past does not matter. It binds only where the kernel writes the product in float16
-    before the scale makes it small (eager and hand-written attention): a fused kernel accumulates in float32. bfloat16 and
-    float32 reach 3e38; what runs out there is precision, see ``precision_insufficient``.
+    A physical limit, so the head's own past does not matter. It binds only where the kernel writes
+    the product in float16 before the scale makes it small (eager and hand-written attention): a
+    fused kernel accumulates in float32. bfloat16 and float32 reach 3e38; what runs out there is
+    precision, see ``precision_insufficient``.
     """
 
     warning: float = 16_384.0
     """Largest query-key product before scaling, a quarter of float16's range."""
     error: float = 32_768.0
-    """Half of float16's range: one doubling of the score from inf, and scores double within few steps where they grow."""
+    """Half of float16's range: one doubling of the score from inf, and scores double within few
+    steps where they grow.
+    """
     clears: float = 0.8
     """Share of ``warning`` below which an open issue counts as gone."""
 
@@ -36,7 +40,10 @@ class OverflowRisk:
         with np.errstate(divide="ignore", invalid="ignore"):
             product = score / history.layer_values(lambda _, info: info.scale)
         level = np.where(history.is_open("overflow_risk"), self.clears * self.warning, self.warning)
-        return [self._issue(history, n, float(product[n])) for n in np.flatnonzero(exposed & (product >= level)).tolist()]
+        return [
+            self._issue(history, n, float(product[n]))
+            for n in np.flatnonzero(exposed & (product >= level)).tolist()
+        ]
 
     def _issue(self, history: History, n: int, product: float) -> StabilityIssue:
         layer, head = history.heads[n]
@@ -50,10 +57,16 @@ class OverflowRisk:
             value=product,
             threshold=self.error if error else self.warning,
             suggestion=(
-                "Compute this layer's query-key product and softmax in float32 or bfloat16, use a fused kernel, or scale the "
-                "query before the product; then bring the head's scores down by QK-clip: what grew so far will go on growing."
+                "Compute this layer's query-key product and softmax in float32 or bfloat16, use a "
+                "fused kernel, or scale the "
+                "query before the product; then bring the head's scores down by QK-clip: what "
+                "grew so far will go on growing."
             ),
-            evidence={"max_logit": float(history.now("max_logit")[n]), "scale": history.info[layer].scale, "limit": 65_504.0},
+            evidence={
+                "max_logit": float(history.now("max_logit")[n]),
+                "scale": history.info[layer].scale,
+                "limit": 65_504.0,
+            },
         )
 
 

@@ -1,4 +1,6 @@
-"""Steps are too long: for every parameter group, for one of them, or in one layer's queries and keys."""
+"""Steps are too long: for every parameter group, for one of them, or in one layer's queries and
+keys.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +29,30 @@ SLACK = 1.1
 class UpdateSpike:
     """A step changes more of the weights than they bear.
 
-    - Steps were seen to gain far less on their own batch than the gradient foretold, or tore the loss up
-      (:class:`~stabmon.records.Overshoot`): the rate is too high, whatever the weights are, from the first step on. The rate that fits is
-      told, and stays told until what is used comes down to it. Blames no layer.
-    - The rate of a parameter group rose manifold over the largest that the group had before, and its parameters move by a larger share
-      of themselves than they did: a slip in a schedule or a group. A warm-up rises by little from reading to reading, and a warm restart
-      comes back to a rate that was there before: both give nothing. Names the group.
-    - No rate did, and yet a layer's queries and keys are moved ``layer_jump`` times as far as before in two readings one after the
-      other. Weights that became smaller, and are moved as ever, are no sign of it. Blames the layer. One gradient that bursts
-      moves Adam's step by less (0.1 / sqrt(1 - beta2) of its usual size, 3.2 times at 0.999), and neither it nor a single jump of the
-      weights comes twice.
-    - Where steps cannot be probed: from the first readings on two in a row moved W_q and W_k by more than any healthy run's, and heads
-      have broken since. The rate that fits is told, at which a step would have changed ``fitting`` of them.
+    - Steps were seen to gain far less on their own batch than the gradient foretold, or tore the
+      loss up (:class:`~stabmon.records.Overshoot`): the rate is too high, whatever the weights are,
+      from the first step on. The rate that fits is told, and stays told until what is used comes
+      down to it. Blames no layer.
+    - The rate of a parameter group rose manifold over the largest that the group had before, and
+      its parameters move by a larger share of themselves than they did: a slip in a schedule or a
+      group. A warm-up rises by little from reading to reading, and a warm restart comes back to a
+      rate that was there before: both give nothing. Names the group.
+    - No rate did, and yet a layer's queries and keys are moved ``layer_jump`` times as far as
+      before in two readings one after the other. Weights that became smaller, and are moved as
+      ever, are no sign of it. Blames the layer. One gradient that bursts moves Adam's step by less
+      (0.1 / sqrt(1 - beta2) of its usual size, 3.2 times at 0.999), and neither it nor a single
+      jump of the weights comes twice.
+    - Where steps cannot be probed: from the first readings on two in a row moved W_q and W_k by
+      more than any healthy run's, and heads have broken since. The rate that fits is told, at which
+      a step would have changed ``fitting`` of them.
     """
 
     rate_jump: float = 4.0
     """Times the largest rate so far."""
     update: float = 0.08
-    """Share of W_q and W_k that one step must change; healthy runs were seen to change up to 0.05 once they are warm."""
+    """Share of W_q and W_k that one step must change; healthy runs were seen to change up to 0.05
+    once they are warm.
+    """
     update_jump: float = 3.0
     """Times the median share by which a group moved over the newest readings before."""
     layer_jump: float = 6.0
@@ -57,17 +65,26 @@ class UpdateSpike:
     """Share of the opening levels above which an open issue stays open."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue for the run, of which ``value`` and ``threshold`` are the rate and the rate at which it is too high; else one a layer,
-        of which they are the share of W_q and W_k that the step changed and the share at which it is too large."""
-        found = self._overshoot(history) or self._of_groups(history) or self._from_the_start(history)
-        return found or [issue for layer in history.latest.query_key for issue in self._of_layer(history, layer)]
+        """One issue for the run, of which ``value`` and ``threshold`` are the rate and the rate at
+        which it is too high; else one a layer, of which they are the share of W_q and W_k that the
+        step changed and the share at which it is too large."""
+        found = (
+            self._overshoot(history) or self._of_groups(history) or self._from_the_start(history)
+        )
+        return found or [
+            issue for layer in history.latest.query_key for issue in self._of_layer(history, layer)
+        ]
 
     def _overshoot(self, history: History) -> list[StabilityIssue]:
         found = history.overshoot
         if found is None or (found.how == "brisk" and not _heads_break(history)):
             return []
         used = history.latest.used_rates
-        still = {key: used[key] for key, rate in found.fitting.items() if used.get(key, 0.0) > SLACK * rate}
+        still = {
+            key: used[key]
+            for key, rate in found.fitting.items()
+            if used.get(key, 0.0) > SLACK * rate
+        }
         if history.latest.overshoot is not None and found.how != "brisk":
             still = {key: found.rates[key] for key in found.fitting}
         if not still:
@@ -108,7 +125,12 @@ class UpdateSpike:
         now = {key: float(used[key][-1]) for key in jumped}
         worst = max(jumped, key=lambda key: now[key] / jumped[key])
         whole = len(jumped) == len(used)
-        which = "the rate" if whole else f"the rate of parameter group {', '.join(sorted(jumped))} (optimizer.group, from 0)"
+        which = (
+            "the rate"
+            if whole
+            else f"the rate of parameter group {', '.join(sorted(jumped))} (optimizer.group, from "
+            "0)"
+        )
         return [
             _issue(
                 history,
@@ -116,8 +138,10 @@ class UpdateSpike:
                 now[worst],
                 self.rate_jump * jumped[worst],
                 suggestion=(
-                    f"Look at the schedule and the parameter groups: {which} is {now[worst]:.2g}, {now[worst] / jumped[worst]:.0f} times "
-                    f"the highest before, {jumped[worst]:.2g}. Cap it there, and go back to a checkpoint before this step."
+                    f"Look at the schedule and the parameter groups: {which} is {now[worst]:.2g}, "
+                    f"{now[worst] / jumped[worst]:.0f} times "
+                    f"the highest before, {jumped[worst]:.2g}. Cap it there, and go back to a "
+                    "checkpoint before this step."
                 ),
                 evidence={
                     "highest_rate_before": jumped[worst],
@@ -130,9 +154,13 @@ class UpdateSpike:
         ]
 
     def _moves_far(self, history: History, moves: np.ndarray) -> bool:
-        """Whether a step moves parameters by a larger share of themselves than it used to, and by more than most bear."""
+        """Whether a step moves parameters by a larger share of themselves than it used to, and by
+        more than most bear.
+        """
         past = moves[-PAST + 1 : -1]
-        usual = float(np.median(past[np.isfinite(past)])) if np.isfinite(past).any() else float("nan")
+        usual = (
+            float(np.median(past[np.isfinite(past)])) if np.isfinite(past).any() else float("nan")
+        )
         is_open = history.is_open_at("update_spike")
         level = np.fmax(self.update_jump * usual * (self.still_ill if is_open else 1.0), 0.0)
         return bool(moves[-1] >= level) and bool(moves[-1] > 0)
@@ -142,8 +170,16 @@ class UpdateSpike:
         shares = np.array([_share_moved(reading) for reading in first])
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
-        moved, now = _share_moved(history.latest), max(history.latest.used_rates.values(), default=history.latest.learning_rate)
-        if not _heads_break(history) or len(history) >= history.length or not (twice >= self.update).any() or now is None:
+        moved, now = (
+            _share_moved(history.latest),
+            max(history.latest.used_rates.values(), default=history.latest.learning_rate),
+        )
+        if (
+            not _heads_break(history)
+            or len(history) >= history.length
+            or not (twice >= self.update).any()
+            or now is None
+        ):
             return []
         worst = int(np.nanargmax(shares))
         fitting = float((rates[worst] or now) * self.fitting / shares[worst])
@@ -156,10 +192,16 @@ class UpdateSpike:
                 now,
                 fitting,
                 suggestion=(
-                    f"The rate is too high from the start: a step changed {shares[worst]:.0%} of W_q and W_k. Start again with a peak rate "
-                    f"of {fitting:.2g} or a longer warm-up, or cap it there now (cap_learning_rate)."
+                    f"The rate is too high from the start: a step changed {shares[worst]:.0%} of "
+                    "W_q and W_k. Start again with a peak rate "
+                    f"of {fitting:.2g} or a longer warm-up, or cap it there now "
+                    "(cap_learning_rate)."
                 ),
-                evidence={"fitting_rate": fitting, "query_key_update": moved, "largest_query_key_update": float(shares[worst])},
+                evidence={
+                    "fitting_rate": fitting,
+                    "query_key_update": moved,
+                    "largest_query_key_update": float(shares[worst]),
+                },
             )
         ]
 
@@ -169,7 +211,10 @@ class UpdateSpike:
         updates = np.array([reading.query_key[layer].update for reading in readings])
         if len(shares) < self.least_past + 2 or not np.isfinite(shares[-1]):
             return []
-        usual, level = float(np.nanmedian(shares[:-2])), history.open_level_at("update_spike", layer)
+        usual, level = (
+            float(np.nanmedian(shares[:-2])),
+            history.open_level_at("update_spike", layer),
+        )
         shares = shares[-2:] * (updates[-2:] >= 0.5 * self.layer_jump * np.nanmedian(updates[:-2]))
         is_open = np.isfinite(level)
         if not is_open:
@@ -183,15 +228,19 @@ class UpdateSpike:
                 float(shares[-1]),
                 float(level),
                 suggestion=(
-                    f"Look at what else moves this layer's queries and keys: a step changes {shares[-1]:.0%} of them, "
-                    f"{_known_groups(history)}. Cap what a step changes of them (cap_query_key_update)."
+                    "Look at what else moves this layer's queries and keys: a step changes "
+                    f"{shares[-1]:.0%} of them, "
+                    f"{_known_groups(history)}. Cap what a step changes of them "
+                    "(cap_query_key_update)."
                 ),
                 evidence={"query_key_update": float(shares[-1]), "usual_query_key_update": usual},
             )
         ]
 
     def _highest_before(self, rates: np.ndarray) -> float | None:
-        """The largest rate before the jump that the newest is still above; None where there is none such."""
+        """The largest rate before the jump that the newest is still above; None where there is none
+        such.
+        """
         highest, jumped = 0.0, False
         for known, rate in enumerate(rates[np.isfinite(rates)].tolist()):
             level = self.rate_jump * highest * (self.still_ill if jumped else 1.0)
@@ -204,23 +253,35 @@ class UpdateSpike:
 def _advice(found: Overshoot, history: History) -> str:
     """What was seen, then the rate to set."""
     several = len(history.latest.learning_rates) > len(found.fitting)
-    which = f"the rate of parameter group {', '.join(sorted(found.fitting))} (optimizer.group, from 0)" if several else "the rate"
+    which = (
+        f"the rate of parameter group {', '.join(sorted(found.fitting))} (optimizer.group, from 0)"
+        if several
+        else "the rate"
+    )
     seen = {
-        "brisk": f"the first step gained {_share(found.gain_ratio)} of what its gradient foretold on its own batch, and heads break",
-        "first_step": f"the first step gained {_share(found.gain_ratio)} of what its gradient foretold on its own batch",
-        "steps": f"steps gain {_share(found.gain_ratio)} of what their gradients foretell on their own batches",
+        "brisk": f"the first step gained {_share(found.gain_ratio)} of what its gradient foretold "
+        "on its own batch, and heads break",
+        "first_step": f"the first step gained {_share(found.gain_ratio)} of what its gradient "
+        "foretold on its own batch",
+        "steps": f"steps gain {_share(found.gain_ratio)} of what their gradients foretell on "
+        "their own batches",
         "torn": f"step {found.step} raised the loss of its own batch by {found.rise:.0%}",
         "leap": f"the loss leapt {found.rise:.0%} above the largest before",
     }[found.how]
     return (
-        f"Lower {which} to {found.fitting_rate:.2g}: at {found.rate:.2g} {seen}. Start again there, or from a checkpoint before "
+        f"Lower {which} to {found.fitting_rate:.2g}: at {found.rate:.2g} {seen}. Start again "
+        "there, or from a checkpoint before "
         f"step {found.step}; what attention does after it follows from this."
     )
 
 
 def _rate_of_all(history: History) -> dict[str, np.ndarray]:
     """The largest rate over groups, where readings do not tell of each."""
-    return {"": np.array([np.nan if r.learning_rate is None else r.learning_rate for r in history.readings])}
+    return {
+        "": np.array(
+            [np.nan if r.learning_rate is None else r.learning_rate for r in history.readings]
+        )
+    }
 
 
 def _heads_break(history: History) -> bool:
@@ -235,14 +296,32 @@ def _share(ratio: float) -> str:
 def _known_groups(history: History) -> str:
     """What is known of the rates of parameter groups, for a layer that is moved too far."""
     groups = len(history.latest.learning_rates)
-    return "and no optimizer's rate is known" if not groups else f"and no rate of the {groups} known parameter group(s) jumped"
+    return (
+        "and no optimizer's rate is known"
+        if not groups
+        else f"and no rate of the {groups} known parameter group(s) jumped"
+    )
 
 
 def _issue(
-    history: History, layer: str | None, value: float, threshold: float, *, suggestion: str, evidence: Mapping[str, Any]
+    history: History,
+    layer: str | None,
+    value: float,
+    threshold: float,
+    *,
+    suggestion: str,
+    evidence: Mapping[str, Any],
 ) -> StabilityIssue:
     return StabilityIssue(
-        history.latest.step, layer, None, "update_spike", "error", value, threshold, suggestion=suggestion, evidence=evidence
+        history.latest.step,
+        layer,
+        None,
+        "update_spike",
+        "error",
+        value,
+        threshold,
+        suggestion=suggestion,
+        evidence=evidence,
     )
 
 

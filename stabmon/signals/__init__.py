@@ -4,8 +4,18 @@
 """
 
 from stabmon.signals.base import SIGNALS, Signal, signal
-from stabmon.signals.curvature import hnf_log_curvature, hnf_log_curvature_bound, saturated_fraction, softmax_jacobian_norm
-from stabmon.signals.entropy import attention_entropy, collision_probability, effective_keys, normalized_entropy
+from stabmon.signals.curvature import (
+    hnf_log_curvature,
+    hnf_log_curvature_bound,
+    saturated_fraction,
+    softmax_jacobian_norm,
+)
+from stabmon.signals.entropy import (
+    attention_entropy,
+    collision_probability,
+    effective_keys,
+    normalized_entropy,
+)
 from stabmon.signals.reduce import HeadSums, measure
 from stabmon.signals.scores import max_logit, max_probability, precision_bits, sink_mass
 

@@ -1,4 +1,6 @@
-"""One step's attention calls, each reduced at once to a number a head and signal, and merged over micro-batches."""
+"""One step's attention calls, each reduced at once to a number a head and signal, and merged over
+micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Measurements:
         self._generator = torch.Generator()
 
     def start(self, step: int) -> None:
-        """Forget all calls. Rows are drawn for each step by itself, so that a resumed run draws what it would have drawn."""
+        """Forget all calls. Rows are drawn for each step by itself, so that a resumed run draws
+        what it would have drawn.
+        """
         self.sums, self.info, self.modules = {}, {}, {}
         if self._sample_rows is not None:
             self._generator.manual_seed(step)
@@ -55,9 +59,14 @@ class Measurements:
             found = self._measure(operator)
         known = self.sums.get(call.layer)
         same = known is not None and all(
-            name in known and known[name].total.shape == each.total.shape for name, each in found.items()
+            name in known and known[name].total.shape == each.total.shape
+            for name, each in found.items()
         )
-        self.sums[call.layer] = {name: known[name].merge(each) for name, each in found.items()} if known and same else found
+        self.sums[call.layer] = (
+            {name: known[name].merge(each) for name, each in found.items()}
+            if known and same
+            else found
+        )
         self.info[call.layer] = LayerInfo(
             heads=operator.heads,
             head_dim=operator.head_dim,
@@ -71,7 +80,9 @@ class Measurements:
 
     def _measure(self, operator: AttentionOperator) -> dict[str, HeadSums]:
         try:
-            return measure(operator, self._signals, sample_rows=self._sample_rows, generator=self._generator)
+            return measure(
+                operator, self._signals, sample_rows=self._sample_rows, generator=self._generator
+            )
         except Exception:
             if self._on_error is None:
                 raise
@@ -82,7 +93,9 @@ class Measurements:
                 reason.add_note(f"raised by the signal {name!r}, which is left out from now on")
                 self._on_error(reason)
             self._signals = [name for name in self._signals if name not in failing]
-            return measure(operator, self._signals, sample_rows=self._sample_rows, generator=self._generator)
+            return measure(
+                operator, self._signals, sample_rows=self._sample_rows, generator=self._generator
+            )
 
     def _failing(self, operator: AttentionOperator) -> dict[str, Exception]:
         failing = {}
@@ -90,20 +103,27 @@ class Measurements:
             try:
                 measure(operator, [name])
             except Exception as error:
-                failing[name] = error.with_traceback(None)  # whose frames would keep the call's tensors
+                failing[name] = error.with_traceback(
+                    None
+                )  # whose frames would keep the call's tensors
         return failing
 
 
 def to_host(sums: Mapping[str, Mapping[str, HeadSums]]) -> dict[str, dict[str, np.ndarray]]:
     """``[layer][signal]``, one float64 value a head, brought to the host in one transfer."""
-    entries = [(layer, name, each) for layer, signals in sums.items() for name, each in signals.items()]
+    entries = [
+        (layer, name, each) for layer, signals in sums.items() for name, each in signals.items()
+    ]
     if not entries:
         return {}
     device = entries[0][2].total.device
     totals = torch.cat([each.total.to(device) for *_, each in entries]).double()
     counts = torch.cat([each.count.to(device) for *_, each in entries]).double()
     total, count = torch.stack([totals, counts]).cpu().numpy()
-    is_max = np.repeat([each.signal.reduction == "max" for *_, each in entries], [each.total.numel() for *_, each in entries])
+    is_max = np.repeat(
+        [each.signal.reduction == "max" for *_, each in entries],
+        [each.total.numel() for *_, each in entries],
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         flat = np.where(is_max, np.where(count > 0, total, np.nan), total / count)
     layers: dict[str, dict[str, np.ndarray]] = {}

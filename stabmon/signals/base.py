@@ -16,7 +16,9 @@ Function = Callable[[AttentionOperator], Tensor]
 
 @dataclass(frozen=True)
 class Signal:
-    """One number a row, ``function(operator) -> [B, H, Q]``, and how rows become one number a head."""
+    """One number a row, ``function(operator) -> [B, H, Q]``, and how rows become one number a
+    head.
+    """
 
     name: str
     function: Function
@@ -41,10 +43,15 @@ def signal(
         ValueError: if it needs a statistic that operators do not have, or if the name is taken.
     """
     if unknown := set(needs) - STATISTICS:
-        raise ValueError(f"no operator gives {sorted(unknown)[0]!r}. Known: {', '.join(sorted(STATISTICS))}")
+        raise ValueError(
+            f"no operator gives {sorted(unknown)[0]!r}. Known: {', '.join(sorted(STATISTICS))}"
+        )
 
     def register(function: Function) -> Function:
-        SIGNALS.register(function.__name__, Signal(function.__name__, function, unit, reduction, needs, least_visible))
+        SIGNALS.register(
+            function.__name__,
+            Signal(function.__name__, function, unit, reduction, needs, least_visible),
+        )
         return function
 
     return register

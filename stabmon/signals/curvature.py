@@ -1,4 +1,6 @@
-"""How sharply a row's softmax bends, and whether a gradient still passes it: B batch, H query heads, Q queries."""
+"""How sharply a row's softmax bends, and whether a gradient still passes it: B batch, H query
+heads, Q queries.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ def softmax_jacobian_norm(attention: AttentionOperator) -> Tensor:
     r"""Frobenius norm of each row's softmax Jacobian, :math:`\|\mathrm{diag}(p) - p p^\top\|_F`.
 
     Returns:
-        ``[B, H, Q]`` in ``[0, 1/sqrt 2]``, 0 for a one-hot row (no gradient passes) and for a row that sees nothing; NaN where the
-        softmax is NaN. With a learned sink, the Jacobian of the softmax over keys and sink.
+        ``[B, H, Q]`` in ``[0, 1/sqrt 2]``, 0 for a one-hot row (no gradient passes) and for a row
+        that sees nothing; NaN where the softmax is NaN. With a learned sink, the Jacobian of the
+        softmax over keys and sink.
 
     Source:
         ``sum p^2 - 2 sum p^3 + (sum p^2)^2``.
@@ -34,33 +37,40 @@ def softmax_jacobian_norm(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="ln curvature", reduction="max", needs=("log_odds_of_rest",))
 def hnf_log_curvature(attention: AttentionOperator) -> Tensor:
-    r"""Upper bound on the log curvature of each row's softmax as a function of its query and of all keys.
+    r"""Upper bound on the log curvature of each row's softmax as a function of its query and of all
+    keys.
 
     :math:`\kappa \le \lambda [\beta^2 (\|q\|^2 + \|K\|_2^2) / \sqrt 2 + \beta / 2]` with
-    :math:`\lambda \le \min(m, 2m(1-m))`, the largest eigenvalue of the Jacobian, in log form, so that saturated rows keep their
-    digits. It rises with the scores and falls again once the row saturates.
+    :math:`\lambda \le \min(m, 2m(1-m))`, the largest eigenvalue of the Jacobian, in log form, so
+    that saturated rows keep their digits. It rises with the scores and falls again once the row
+    saturates.
 
     Returns:
-        ``[B, H, Q]``; -inf for a row that sees one key or none. ``||K||_2`` enters by an upper bound (the Schatten-32 norm) that is at
-        most 14% above it at D = 64. NaN for scores that came without query and key.
+        ``[B, H, Q]``; -inf for a row that sees one key or none. ``||K||_2`` enters by an upper
+        bound (the Schatten-32 norm) that is at most 14% above it at D = 64. NaN for scores that
+        came without query and key.
 
     Source:
-        The curvature invariant kappa_f = |D^2 f| / 2 of the HNF programme, bounded jointly in query and keys.
+        The curvature invariant kappa_f = |D^2 f| / 2 of the HNF programme, bounded jointly in query
+        and keys.
     """
     if attention.given_scores is not None:
         return torch.full_like(attention.log_odds_of_rest(), math.nan)
     beta = abs(attention.scale)
-    k_squared = _largest_eigenvalue(attention.key_gram).repeat_interleave(attention.heads // attention.key_heads, dim=1)
+    k_squared = _largest_eigenvalue(attention.key_gram).repeat_interleave(
+        attention.heads // attention.key_heads, dim=1
+    )
     size = beta**2 * (attention.query_squared + k_squared[..., None]) / math.sqrt(2) + beta / 2
     return _log_jacobian_eigenvalue(attention) + size.log()
 
 
 @signal(unit="ln curvature", reduction="max", needs=("max_logit", "min_logit"))
 def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
-    """The classic, loose curvature bound in log form, ln|Q| + ln|K| - ln D + 2 max|z|: it orders heads by max|z| and cannot overflow.
+    """The classic, loose curvature bound in log form, ln|Q| + ln|K| - ln D + 2 max|z|: it orders
+    heads by max|z| and cannot overflow.
 
-    Norms are Frobenius norms over the head's queries and keys of the batch element, padding left out.
-    Never compare its exponential with a constant.
+    Norms are Frobenius norms over the head's queries and keys of the batch element, padding left
+    out. Never compare its exponential with a constant.
 
     Returns:
         ``[B, H, Q]``, with the row's own max|z|; NaN for scores that came without query and key.
@@ -80,27 +90,37 @@ def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="share of rows", reduction="mean", needs=("log_odds_of_rest",), least_visible=2)
 def saturated_fraction(attention: AttentionOperator) -> Tensor:
-    """Whether a row's softmax passes less than a thousandth of any gradient: 1 where its Jacobian's norm must be below 1e-3.
+    """Whether a row's softmax passes less than a thousandth of any gradient: 1 where its Jacobian's
+    norm must be below 1e-3.
 
     Returns:
-        ``[B, H, Q]`` of 0 and 1; the mean over rows is the share of a head's rows that no longer learn from their scores.
+        ``[B, H, Q]`` of 0 and 1; the mean over rows is the share of a head's rows that no longer
+        learn from their scores.
 
     Source:
         ``|dL/dz| <= lambda |dL/dp|`` with ``lambda <= 2m(1 - m)``.
     """
-    return (_log_jacobian_eigenvalue(attention) < math.log(_SATURATED)).to(attention.log_odds_of_rest().dtype)
+    return (_log_jacobian_eigenvalue(attention) < math.log(_SATURATED)).to(
+        attention.log_odds_of_rest().dtype
+    )
 
 
 def _log_jacobian_eigenvalue(attention: AttentionOperator) -> Tensor:
-    """Upper bound on ln lambda_max(diag(p) - p p^T) from r = (1 - m) / m; right down to ln r = -100 in float32."""
+    """Upper bound on ln lambda_max(diag(p) - p p^T) from r = (1 - m) / m; right down to ln r = -100
+    in float32.
+    """
     log_r = attention.log_odds_of_rest()
     return torch.minimum(-softplus(log_r), math.log(2) + log_r - 2 * softplus(log_r))
 
 
 def _largest_eigenvalue(gram: Tensor) -> Tensor:
-    """Upper bound on the largest eigenvalue of each Gram matrix ``[..., D, D]``: (tr G^p)^(1/p) with p = 16."""
+    """Upper bound on the largest eigenvalue of each Gram matrix ``[..., D, D]``: (tr G^p)^(1/p)
+    with p = 16.
+    """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=torch.finfo(gram.dtype).tiny)
-    unit = trace / math.sqrt(gram.shape[-1])  # the largest eigenvalue is within sqrt D of it, so that no power overflows
+    unit = trace / math.sqrt(
+        gram.shape[-1]
+    )  # the largest eigenvalue is within sqrt D of it, so that no power overflows
     power = gram / unit[..., None, None]
     for _ in range(_SQUARINGS - 1):
         power = power @ power

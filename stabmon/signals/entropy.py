@@ -14,8 +14,8 @@ def attention_entropy(attention: AttentionOperator) -> Tensor:
     r"""Shannon entropy of each attention row, :math:`-\sum_j p_j \ln p_j`, without forming the row.
 
     Returns:
-        ``[B, H, Q]`` in ``[0, ln n_visible]``; 0 for a row that sees nothing, NaN where the softmax is NaN. A learned sink counts
-        as one more key.
+        ``[B, H, Q]`` in ``[0, ln n_visible]``; 0 for a row that sees nothing, NaN where the softmax
+        is NaN. A learned sink counts as one more key.
 
     Source:
         H = L(1) - E_p[z]; Zhai et al. 2023, arXiv:2303.06296, on what low values accompany.
@@ -25,11 +25,13 @@ def attention_entropy(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="share of ln n", reduction="mean", needs=("entropy",), least_visible=16)
 def normalized_entropy(attention: AttentionOperator) -> Tensor:
-    """Entropy of each row as a share of the largest it could have, ln n_visible: comparable over lengths and positions.
+    """Entropy of each row as a share of the largest it could have, ln n_visible: comparable over
+    lengths and positions.
 
     Returns:
-        ``[B, H, Q]`` in ``[0, 1]``; 0 for a row that sees one key or none. A head's value leaves out rows that see fewer than 16
-        keys, whose entropy says little; it is NaN where no row sees as many.
+        ``[B, H, Q]`` in ``[0, 1]``; 0 for a row that sees one key or none. A head's value leaves
+        out rows that see fewer than 16 keys, whose entropy says little; it is NaN where no row sees
+        as many.
 
     Source:
         Zhai et al. 2023, arXiv:2303.06296, normalised by each row's own visible keys.
@@ -41,10 +43,12 @@ def normalized_entropy(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="probability", reduction="mean", needs=("collision",))
 def collision_probability(attention: AttentionOperator) -> Tensor:
-    r"""Chance that two draws from a row hit the same key, :math:`\sum_j p_j^2`; its inverse is the effective number of keys.
+    r"""Chance that two draws from a row hit the same key, :math:`\sum_j p_j^2`; its inverse is the
+    effective number of keys.
 
     Returns:
-        ``[B, H, Q]`` in ``[1 / n_visible, 1]``; 0 for a row that sees nothing, NaN where the softmax is NaN.
+        ``[B, H, Q]`` in ``[1 / n_visible, 1]``; 0 for a row that sees nothing, NaN where the
+        softmax is NaN.
 
     Source:
         exp(L(2) - 2 L(1)), the Renyi-2 form of entropy.
@@ -57,7 +61,8 @@ def effective_keys(attention: AttentionOperator) -> Tensor:
     r"""How many keys a row in effect looks at, :math:`1 / \sum_j p_j^2`.
 
     Returns:
-        ``[B, H, Q]`` in ``[1, n_visible]``; 0 for a row that sees nothing, NaN where the softmax is NaN.
+        ``[B, H, Q]`` in ``[1, n_visible]``; 0 for a row that sees nothing, NaN where the softmax is
+        NaN.
 
     Source:
         exp(2 L(1) - L(2)), the inverse participation ratio.

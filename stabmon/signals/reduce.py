@@ -15,7 +15,9 @@ from stabmon.signals.base import SIGNALS, Signal
 
 @dataclass(frozen=True, eq=False)
 class HeadSums:
-    """A signal of one or more calls, ready to be merged: ``total / count`` for means, ``total`` for maxima; each ``[H]``."""
+    """A signal of one or more calls, ready to be merged: ``total / count`` for means, ``total`` for
+    maxima; each ``[H]``.
+    """
 
     signal: Signal
     total: Tensor
@@ -24,7 +26,9 @@ class HeadSums:
     def merge(self, other: HeadSums) -> HeadSums:
         """The signal over the rows of both."""
         if self.signal.reduction == "max":
-            return HeadSums(self.signal, torch.maximum(self.total, other.total), self.count + other.count)
+            return HeadSums(
+                self.signal, torch.maximum(self.total, other.total), self.count + other.count
+            )
         return HeadSums(self.signal, self.total + other.total, self.count + other.count)
 
     @property
@@ -40,7 +44,9 @@ def operator_of(call: AttentionCall, engine: str = "auto") -> AttentionOperator:
     if call.query is None or call.key is None:
         if call.scores is None:
             raise ValueError(f"the call of {call.layer} holds neither query and key nor scores")
-        return operator_of_scores(call.scores, softcap=call.softcap, sinks=call.sinks, is_self=call.is_self, engine=engine)
+        return operator_of_scores(
+            call.scores, softcap=call.softcap, sinks=call.sinks, is_self=call.is_self, engine=engine
+        )
     return attention_operator(
         call.query,
         call.key,
@@ -62,13 +68,15 @@ def measure(
     sample_rows: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, HeadSums]:
-    """Every signal of one operator, over batch and counted rows, in as few passes as the engine can.
+    """Every signal of one operator, over batch and counted rows, in as few passes as the engine
+    can.
 
     Args:
         attention: the operator.
         signals: names of :data:`SIGNALS`.
-        sample_rows: measure signals that are means on this many query rows, spread evenly over the positions and drawn within
-            each stretch; maxima are always over all rows. None for all rows.
+        sample_rows: measure signals that are means on this many query rows, spread evenly over the
+            positions and drawn within each stretch; maxima are always over all rows. None for all
+            rows.
         generator: where the draw comes from; never the global one.
 
     Raises:
@@ -83,7 +91,11 @@ def measure(
         maxima = [each for each in wanted if each.reduction == "max"]
         means = [each for each in wanted if each.reduction == "mean"]
         found = _reduce(attention, maxima) if maxima else {}
-        return found | (_reduce(attention.rows(_draw(attention, sample_rows, generator)), means) if means else {})
+        return found | (
+            _reduce(attention.rows(_draw(attention, sample_rows, generator)), means)
+            if means
+            else {}
+        )
 
 
 def _reduce(attention: AttentionOperator, wanted: Sequence[Signal]) -> dict[str, HeadSums]:
@@ -93,22 +105,37 @@ def _reduce(attention: AttentionOperator, wanted: Sequence[Signal]) -> dict[str,
         counted = attention.is_counted & (attention.n_visible() >= least)
         count = counted.sum(dim=(0, 2))
         for reduction, left_out in (("mean", 0.0), ("max", -torch.inf)):
-            alike = [each for each in wanted if (each.reduction, each.least_visible) == (reduction, least)]
+            alike = [
+                each
+                for each in wanted
+                if (each.reduction, each.least_visible) == (reduction, least)
+            ]
             if not alike:
                 continue
-            rows = torch.stack([each.function(attention) for each in alike]).masked_fill_(~counted, left_out)
+            rows = torch.stack([each.function(attention) for each in alike]).masked_fill_(
+                ~counted, left_out
+            )
             if reduction == "max":
                 totals = rows.amax(dim=(1, 3))
             else:
-                totals = rows.sum(dim=(1, 3), dtype=torch.float64 if rows.device.type == "cpu" else None)
-            found |= {each.name: HeadSums(each, total, count) for each, total in zip(alike, totals, strict=True)}
+                totals = rows.sum(
+                    dim=(1, 3), dtype=torch.float64 if rows.device.type == "cpu" else None
+                )
+            found |= {
+                each.name: HeadSums(each, total, count)
+                for each, total in zip(alike, totals, strict=True)
+            }
     return {each.name: found[each.name] for each in wanted}
 
 
 def _draw(attention: AttentionOperator, count: int, generator: torch.Generator | None) -> Tensor:
-    """``count`` rows, one from each of as many equal stretches of the positions, ascending; a row on an edge may come twice."""
+    """``count`` rows, one from each of as many equal stretches of the positions, ascending; a row
+    on an edge may come twice.
+    """
     edges = torch.linspace(0, attention.queries, count + 1, dtype=torch.float64)
-    offsets = torch.rand(count, generator=generator or torch.Generator().manual_seed(0), dtype=torch.float64)
+    offsets = torch.rand(
+        count, generator=generator or torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     index = (edges[:-1] + offsets * edges.diff()).floor().long().clamp(max=attention.queries - 1)
     rows: Tensor = index.to(attention.query.device)
     return rows

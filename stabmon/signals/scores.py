@@ -16,10 +16,12 @@ _TOTAL_VARIATION = 0.1
 
 @signal(unit="score", reduction="max", needs=("max_score",))
 def max_logit(attention: AttentionOperator) -> Tensor:
-    """Largest score of each row, before any softcap: the number whose growth precedes most attention failures.
+    """Largest score of each row, before any softcap: the number whose growth precedes most
+    attention failures.
 
     Returns:
-        ``[B, H, Q]``; -inf for a row that sees nothing, NaN where a score is NaN. A learned sink is no score.
+        ``[B, H, Q]``; -inf for a row that sees nothing, NaN where a score is NaN. A learned sink is
+        no score.
 
     Source:
         Wortsman et al. 2023, arXiv:2309.14322; Kimi K2, arXiv:2507.20534.
@@ -45,8 +47,8 @@ def sink_mass(attention: AttentionOperator) -> Tensor:
     """Probability that each row puts on the first key of its sequence.
 
     Returns:
-        ``[B, H, Q]`` in ``[0, 1]``; 0 for a row that does not see that key. Above 0.3 on average it is an attention sink, which is
-        no pathology.
+        ``[B, H, Q]`` in ``[0, 1]``; 0 for a row that does not see that key. Above 0.3 on average it
+        is an attention sink, which is no pathology.
 
     Source:
         Gu et al. 2024, arXiv:2410.10781; Barbero et al. 2025, arXiv:2504.02732.
@@ -56,16 +58,20 @@ def sink_mass(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="bits", reduction="max", needs=("max_logit", "min_logit"))
 def precision_bits(attention: AttentionOperator) -> Tensor:
-    """Mantissa bits that a number format needs to hold a row's logits, so that rounding moves its softmax by at most 0.1.
+    """Mantissa bits that a number format needs to hold a row's logits, so that rounding moves its
+    softmax by at most 0.1.
 
-    Rounding to ``b`` bits moves a logit by up to ``max|z| * 2**-b``, and a shift of logits by at most eta moves the softmax by at most
-    ``tanh(eta / 2)`` in total variation. Compare with 8 (bfloat16), 11 (float16) and 24 (float32).
+    Rounding to ``b`` bits moves a logit by up to ``max|z| * 2**-b``, and a shift of logits by at
+    most eta moves the softmax by at most ``tanh(eta / 2)`` in total variation. Compare with 8
+    (bfloat16), 11 (float16) and 24 (float32).
 
     Returns:
-        ``[B, H, Q]``, ``log2(max|z| / (2 artanh 0.1))``: negative for small logits, -inf where all are 0 or nothing is visible.
+        ``[B, H, Q]``, ``log2(max|z| / (2 artanh 0.1))``: negative for small logits, -inf where all
+        are 0 or nothing is visible.
 
     Source:
-        The sharp form of the precision bound of the HNF programme; replaces log2(kappa D^2 / eps), which no input can meet.
+        The sharp form of the precision bound of the HNF programme; replaces log2(kappa D^2 / eps),
+        which no input can meet.
     """
     return (_largest_magnitude(attention) / (2 * math.atanh(_TOTAL_VARIATION))).log2()
 

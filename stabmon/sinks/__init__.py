@@ -1,6 +1,7 @@
 """Sinks: where records go. One destination, one file.
 
-``SINKS`` finds them by name; :class:`~stabmon.sinks.base.SinkGroup` writes to several and isolates failures.
+``SINKS`` finds them by name; :class:`~stabmon.sinks.base.SinkGroup` writes to several and isolates
+failures.
 """
 
 from stabmon.sinks.base import SINKS, Sink, SinkGroup, sink

@@ -1,4 +1,6 @@
-"""What a sink is, the table of all sinks, and the group that keeps one sink's failure from all others."""
+"""What a sink is, the table of all sinks, and the group that keeps one sink's failure from all
+others.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +18,25 @@ logger = logging.getLogger("stabmon")
 
 
 class Sink:
-    """A place that records are written to. Override what it has a use for; whatever it raises is caught by the group."""
+    """A place that records are written to. Override what it has a use for; whatever it raises is
+    caught by the group.
+    """
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
         """Get ready.
 
-        ``run_dir`` is ``<run_dir>/stabmon`` (it exists), or None where nothing goes to disk; ``meta`` as in meta.json.
-        Called again after a resume with the same ``run_dir``: append, do not start afresh.
+        ``run_dir`` is ``<run_dir>/stabmon`` (it exists), or None where nothing goes to disk;
+        ``meta`` as in meta.json. Called again after a resume with the same ``run_dir``: append, do
+        not start afresh.
         """
 
     def amend(self, meta: Mapping[str, Any]) -> None:
         """Take entries of ``meta`` that have become known, or have changed, since :meth:`open`."""
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        """Take one sampled step; ``scalars`` are the dashboard's, named as in :mod:`stabmon.sinks.scalars`."""
+        """Take one sampled step; ``scalars`` are the dashboard's, named as in
+        :mod:`stabmon.sinks.scalars`.
+        """
 
     def write_issue(self, issue: StabilityIssue) -> None:
         """Take an issue that opened, worsened or closed."""
@@ -55,17 +62,21 @@ _KEPT = 1000
 
 
 def sink(cls: S) -> S:
-    """Register a sink under its class name in snake case without ``Sink``: ``JsonlSink`` is ``jsonl``."""
+    """Register a sink under its class name in snake case without ``Sink``: ``JsonlSink`` is
+    ``jsonl``.
+    """
     SINKS.register(re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__.removesuffix("Sink")).lower(), cls)
     return cls
 
 
 class SinkGroup(Sink):
-    """Write to several sinks; the failure of one is said once and hinders neither the others nor training.
+    """Write to several sinks; the failure of one is said once and hinders neither the others nor
+    training.
 
-    A sink that fails is tried again with the next record. Records that met an ``OSError`` (a full disk, a lost connection) are
-    kept, up to 1000, and written then; others are counted as lost. After :data:`PATIENCE` failures with no success in between,
-    or where it cannot be opened for want of a package or a setting, a sink is left out.
+    A sink that fails is tried again with the next record. Records that met an ``OSError`` (a full
+    disk, a lost connection) are kept, up to 1000, and written then; others are counted as lost.
+    After :data:`PATIENCE` failures with no success in between, or where it cannot be opened for
+    want of a package or a setting, a sink is left out.
 
     Args:
         sinks: the sinks, in the order in which they are written.
@@ -130,13 +141,20 @@ class SinkGroup(Sink):
                     self._leave_out(line)
                 elif not line.said:
                     line.said = True
-                    logger.warning("%s failed and is tried again: %s. Training goes on.", line.name, line.last_error)
+                    logger.warning(
+                        "%s failed and is tried again: %s. Training goes on.",
+                        line.name,
+                        line.last_error,
+                    )
 
     def _leave_out(self, line: _Line) -> None:
         self._lines.remove(line)
         self.failed[line.name] = line.last_error
         logger.warning(
-            "%s stopped and is left out: %s.%s Training and the other sinks go on.", line.name, line.last_error, line.loss()
+            "%s stopped and is left out: %s.%s Training and the other sinks go on.",
+            line.name,
+            line.last_error,
+            line.loss(),
         )
         try:  # so that it holds no file or run open
             line.sink.close()

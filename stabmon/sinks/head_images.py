@@ -1,4 +1,6 @@
-"""One signal of every head at one step, as a matrix and as a picture: the per-head view of a dashboard."""
+"""One signal of every head at one step, as a matrix and as a picture: the per-head view of a
+dashboard.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,29 @@ import numpy as np
 
 from stabmon.records import Reading
 
-_VIRIDIS = (0x440154, 0x482878, 0x3E4989, 0x31688E, 0x26828E, 0x1F9E89, 0x35B779, 0x6ECE58, 0xB5DE2B, 0xFDE725)
+_VIRIDIS = (
+    0x440154,
+    0x482878,
+    0x3E4989,
+    0x31688E,
+    0x26828E,
+    0x1F9E89,
+    0x35B779,
+    0x6ECE58,
+    0xB5DE2B,
+    0xFDE725,
+)
 """Ten evenly spaced colours of matplotlib's viridis: dark is low, bright is high."""
 _GREY = 160
 
 
 def head_matrix(reading: Reading, signal: str) -> np.ndarray:
-    """``[layers, heads]`` float64 of one signal, NaN where a layer has fewer heads or did not measure it."""
-    rows = [np.asarray(signals.get(signal, ()), dtype=np.float64) for signals in reading.layers.values()]
+    """``[layers, heads]`` float64 of one signal, NaN where a layer has fewer heads or did not
+    measure it.
+    """
+    rows = [
+        np.asarray(signals.get(signal, ()), dtype=np.float64) for signals in reading.layers.values()
+    ]
     matrix = np.full((len(rows), max((row.size for row in rows), default=0)), np.nan)
     for row, values in zip(matrix, rows, strict=True):
         row[: values.size] = values
@@ -26,7 +43,9 @@ def signal_names(reading: Reading) -> list[str]:
 
 
 def colour_range(signal: str, matrix: np.ndarray) -> tuple[float, float]:
-    """(dark, bright) end of the scale: 0 and 1 for probabilities and shares, so that steps compare; else the finite extremes."""
+    """(dark, bright) end of the scale: 0 and 1 for probabilities and shares, so that steps compare;
+    else the finite extremes.
+    """
     from stabmon.signals import SIGNALS
 
     if signal in SIGNALS and SIGNALS[signal].unit.startswith(("probability", "share")):
@@ -36,7 +55,8 @@ def colour_range(signal: str, matrix: np.ndarray) -> tuple[float, float]:
 
 
 def head_image(matrix: np.ndarray, low: float, high: float) -> np.ndarray:
-    """A picture of ``[layers, heads]``: a square a head, layers downwards, viridis from ``low`` to ``high``, else grey.
+    """A picture of ``[layers, heads]``: a square a head, layers downwards, viridis from ``low`` to
+    ``high``, else grey.
 
     Returns:
         uint8 ``[height, width, 3]``, red, green and blue.
@@ -45,7 +65,9 @@ def head_image(matrix: np.ndarray, low: float, high: float) -> np.ndarray:
     anchors = np.array([[c >> 16, c >> 8 & 255, c & 255] for c in _VIRIDIS], dtype=np.float64)
     finite = np.isfinite(matrix)
     position = np.where(finite, share, 0) * (len(anchors) - 1)
-    colours = np.stack([np.interp(position, np.arange(len(anchors)), channel) for channel in anchors.T], axis=-1)
+    colours = np.stack(
+        [np.interp(position, np.arange(len(anchors)), channel) for channel in anchors.T], axis=-1
+    )
     colours[~finite] = _GREY
     side = max(4, min(24, 640 // max(1, *matrix.shape)))
     pixels: np.ndarray = np.rint(colours).astype(np.uint8).repeat(side, axis=0).repeat(side, axis=1)

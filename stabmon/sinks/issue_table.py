@@ -8,7 +8,18 @@ from typing import Any
 
 from stabmon.records import StabilityIssue
 
-COLUMNS = ("step", "state", "severity", "issue_type", "layer", "head", "value", "threshold", "eta_steps", "suggestion")
+COLUMNS = (
+    "step",
+    "state",
+    "severity",
+    "issue_type",
+    "layer",
+    "head",
+    "value",
+    "threshold",
+    "eta_steps",
+    "suggestion",
+)
 
 
 class RecentIssues:
@@ -31,11 +42,15 @@ class RecentIssues:
         self._fresh = True
 
     def due(self, *, last_call: bool = False) -> bool:
-        """Whether there is anything new to publish and, unless this is the ``last_call``, the time for it has come."""
+        """Whether there is anything new to publish and, unless this is the ``last_call``, the time
+        for it has come.
+        """
         return self._fresh and (last_call or time.monotonic() - self._published >= self._seconds)
 
     def publish(self) -> list[list[Any]]:
-        """The rows, in the order of :data:`COLUMNS`, oldest first; they count as published from now on."""
+        """The rows, in the order of :data:`COLUMNS`, oldest first; they count as published from now
+        on.
+        """
         self._fresh = False
         self._published = time.monotonic()
         return [[getattr(issue, column) for column in COLUMNS] for issue in self._issues]

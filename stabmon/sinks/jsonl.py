@@ -1,4 +1,6 @@
-"""Records as files: one JSON object a line, whole even after a kill. :mod:`stabmon.sinks.reader` reads them back."""
+"""Records as files: one JSON object a line, whole even after a kill. :mod:`stabmon.sinks.reader`
+reads them back.
+"""
 
 from __future__ import annotations
 
@@ -19,25 +21,34 @@ from stabmon.sinks.base import Sink, sink
 logger = logging.getLogger("stabmon")
 
 SCHEMA_VERSION = 1
-READINGS, ISSUES, INTERVENTIONS, META = "readings.jsonl", "issues.jsonl", "interventions.jsonl", "meta.json"
+READINGS, ISSUES, INTERVENTIONS, META = (
+    "readings.jsonl",
+    "issues.jsonl",
+    "interventions.jsonl",
+    "meta.json",
+)
 
 
 @sink
 class JsonlSink(Sink):
-    """Write ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json`` into the run's ``stabmon`` folder.
+    """Write ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json`` into
+    the run's ``stabmon`` folder.
 
-    Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step, loss, layers,
-    learning_rate, gradients, query_key, losses, micro_batches, non_finite, overhead_fraction, learning_rates,
-    rate_factors, overshoot, updates`` and, where it changed, ``info``) and ``run`` and ``start``. Values are not rounded. A NaN or an
-    infinity is null, and the line's ``nonfinite`` field says which and where: see :data:`stabmon._storage.strict_json.ENCODING`, repeated
-    in meta.json.
+    Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step,
+    loss, layers, learning_rate, gradients, query_key, losses, micro_batches, non_finite,
+    overhead_fraction, learning_rates, rate_factors, overshoot, updates`` and, where it changed,
+    ``info``) and ``run`` and ``start``. Values are not rounded. A NaN or an infinity is null, and
+    the line's ``nonfinite`` field says which and where: see
+    :data:`stabmon._storage.strict_json.ENCODING`, repeated in meta.json.
 
-    A line is handed to the operating system in one write, so a killed process leaves every line complete but
-    perhaps the last, which the next start cuts off. A power failure may cost the lines of the last seconds.
+    A line is handed to the operating system in one write, so a killed process leaves every line
+    complete but perhaps the last, which the next start cuts off. A power failure may cost the lines
+    of the last seconds.
 
-    Files are only ever appended to. ``start`` counts the times the folder was opened: a resumed run may write some steps a
-    second time, and the later start wins from its first reading on. ``run`` counts the runs that began at step 1 in this folder,
-    as a second ``train()`` does: each has its own steps. meta.json is the newest start's, and lists them all in ``starts``.
+    Files are only ever appended to. ``start`` counts the times the folder was opened: a resumed run
+    may write some steps a second time, and the later start wins from its first reading on. ``run``
+    counts the runs that began at step 1 in this folder, as a second ``train()`` does: each has its
+    own steps. meta.json is the newest start's, and lists them all in ``starts``.
 
     Nothing is written where ``run_dir`` is None.
 
@@ -64,7 +75,9 @@ class JsonlSink(Sink):
         self._torn, self._info = set(), {}
         for name in (READINGS, ISSUES, INTERVENTIONS):
             _cut_torn_line(run_dir / name)
-            self._files[name] = os.open(run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._files[name] = os.open(
+                run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
+            )
         own = {
             "schema_version": SCHEMA_VERSION,
             "run": self._run,
@@ -97,7 +110,9 @@ class JsonlSink(Sink):
             "overshoot": None if reading.overshoot is None else asdict(reading.overshoot),
             "updates": reading.updates,
         }
-        changed = {layer: info for layer, info in reading.info.items() if self._info.get(layer) != info}
+        changed = {
+            layer: info for layer, info in reading.info.items() if self._info.get(layer) != info
+        }
         if changed:
             record["info"] = {layer: asdict(info) for layer, info in changed.items()}
         self._append(READINGS, record)
@@ -119,9 +134,14 @@ class JsonlSink(Sink):
         if file is None or self._dir is None:
             return
         if os.fstat(file).st_nlink == 0:
-            raise FileNotFoundError(f"{name} in {self._dir} was deleted while the run was writing to it")
+            raise FileNotFoundError(
+                f"{name} in {self._dir} was deleted while the run was writing to it"
+            )
         marks = {"run": self._run, "start": self._start}
-        line = strict_json.dumps({"schema_version": SCHEMA_VERSION, **record, **marks}).encode() + b"\n"
+        line = (
+            strict_json.dumps({"schema_version": SCHEMA_VERSION, **record, **marks}).encode()
+            + b"\n"
+        )
         if name in self._torn:
             _cut_torn_line(self._dir / name)
         self._torn.add(name)
@@ -131,21 +151,32 @@ class JsonlSink(Sink):
 
 
 def _meta_before(meta: Path) -> dict[str, Any]:
-    """``start``, ``run`` and ``starts`` of the newest start before this one; 0, 0 and none for a new folder."""
+    """``start``, ``run`` and ``starts`` of the newest start before this one; 0, 0 and none for a
+    new folder.
+    """
     try:
         found = json.loads(meta.read_bytes())
         start, run = int(found["start"]), int(found.get("run", 1))
-        starts = list(found.get("starts", [{"start": each, "run": 1} for each in range(1, start + 1)]))
+        starts = list(
+            found.get("starts", [{"start": each, "run": 1} for each in range(1, start + 1)])
+        )
         return {"start": start, "run": run, "starts": starts}
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is unreadable (%s) and is written anew; a resumed run may count as the run before it", meta, error)
+        logger.warning(
+            "%s is unreadable (%s) and is written anew; a resumed run may count as the run before "
+            "it",
+            meta,
+            error,
+        )
     return {"start": 0, "run": 0, "starts": []}
 
 
 def _cut_torn_line(path: Path) -> None:
-    """End the file with a whole line: what a killed write left behind its last newline goes, unless it is whole but for that."""
+    """End the file with a whole line: what a killed write left behind its last newline goes, unless
+    it is whole but for that.
+    """
     with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
         tail, start = b"", end

@@ -20,15 +20,19 @@ _METRICS_PER_CALL = 1000
 
 @sink
 class MlflowSink(Sink):
-    """Log to the active MLflow run, or to one of our own where none is active (only that one is ended on closing).
+    """Log to the active MLflow run, or to one of our own where none is active (only that one is
+    ended on closing).
 
-    Metrics are sent by MLflow's background thread; the next sampled step waits for them, so that a slow server cannot pile
-    them up and an error is noticed. Characters that MLflow does not take in a metric's name become ``_``. Issues are the artifact
-    ``stabmon/issues.json``, their number and that of alarms the tags ``stabmon.issues`` and ``stabmon.alarms``.
+    Metrics are sent by MLflow's background thread; the next sampled step waits for them, so that a
+    slow server cannot pile them up and an error is noticed. Characters that MLflow does not take in
+    a metric's name become ``_``. Issues are the artifact ``stabmon/issues.json``, their number and
+    that of alarms the tags ``stabmon.issues`` and ``stabmon.alarms``.
 
     Args:
-        experiment: experiment of a run of our own; None for ``MLFLOW_EXPERIMENT_NAME``, or ``stabmon`` where it is not set.
-        issues_seconds: least wall time between two uploads of the newest 1000 issues; the last is at closing.
+        experiment: experiment of a run of our own; None for ``MLFLOW_EXPERIMENT_NAME``, or
+            ``stabmon`` where it is not set.
+        issues_seconds: least wall time between two uploads of the newest 1000 issues; the last is
+            at closing.
 
     Raises:
         ImportError: on opening, where mlflow is not installed.
@@ -59,8 +63,10 @@ class MlflowSink(Sink):
         except mlflow.MlflowException as error:
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(
-                f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason}): set MLFLOW_TRACKING_URI to a server, "
-                "install the full mlflow for sqlite, or set MLFLOW_ALLOW_FILE_STORE=true for a file: store"
+                f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason}): set "
+                "MLFLOW_TRACKING_URI to a server, "
+                "install the full mlflow for sqlite, or set MLFLOW_ALLOW_FILE_STORE=true for a "
+                "file: store"
             ) from error
         self._mlflow, self._client = mlflow, client
 
@@ -69,15 +75,20 @@ class MlflowSink(Sink):
             return
         now = int(time.time() * 1000)
         metric = self._mlflow.entities.Metric
-        metrics = [metric(re.sub(r"[^\w\-. :/]", "_", name), value, now, reading.step) for name, value in scalars.items()]
+        metrics = [
+            metric(re.sub(r"[^\w\-. :/]", "_", name), value, now, reading.step)
+            for name, value in scalars.items()
+        ]
         self._wait()
-        if (
-            self._issues.due()
-        ):  # while nothing is being sent: an upload reads the run, and a file store's half-written metrics fail it
+        # while nothing is being sent: an upload reads the run, and a file store's half-written
+        # metrics fail it
+        if self._issues.due():
             self._publish()
         for first in range(0, len(metrics), _METRICS_PER_CALL):
             batch = metrics[first : first + _METRICS_PER_CALL]
-            self._sending.append(self._client.log_batch(self._run_id, metrics=batch, synchronous=False))
+            self._sending.append(
+                self._client.log_batch(self._run_id, metrics=batch, synchronous=False)
+            )
 
     def write_issue(self, issue: StabilityIssue) -> None:
         if self._client is None:
@@ -99,10 +110,16 @@ class MlflowSink(Sink):
             self._client = None
 
     def _start(self, client: Any) -> str:
-        """A new run that is not made the active one, so that the training script may still start its own."""
+        """A new run that is not made the active one, so that the training script may still start
+        its own.
+        """
         name = self._experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "stabmon")
         known = client.get_experiment_by_name(name)
-        return str(client.create_run(client.create_experiment(name) if known is None else known.experiment_id).info.run_id)
+        return str(
+            client.create_run(
+                client.create_experiment(name) if known is None else known.experiment_id
+            ).info.run_id
+        )
 
     def _wait(self) -> None:
         """See the metrics sent last arrive, or raise what went wrong."""
@@ -112,6 +129,10 @@ class MlflowSink(Sink):
     def _publish(self) -> None:
         """Upload the newest issues and their counts."""
         issues = [dict(zip(COLUMNS, row, strict=True)) for row in self._issues.publish()]
-        self._client.log_text(self._run_id, strict_json.dumps({"schema_version": 1, "issues": issues}), "stabmon/issues.json")
+        self._client.log_text(
+            self._run_id,
+            strict_json.dumps({"schema_version": 1, "issues": issues}),
+            "stabmon/issues.json",
+        )
         for name, count in self._counts.items():
             self._client.set_tag(self._run_id, f"stabmon.{name}", str(count))

@@ -1,4 +1,6 @@
-"""Read back what :class:`~stabmon.sinks.jsonl.JsonlSink` wrote, also from a run that was killed or is still going."""
+"""Read back what :class:`~stabmon.sinks.jsonl.JsonlSink` wrote, also from a run that was killed or
+is still going.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ logger = logging.getLogger("stabmon")
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """All that one or several runs left in a folder, the runs in their order: a second ``train()`` is a run of its own."""
+    """All that one or several runs left in a folder, the runs in their order: a second ``train()``
+    is a run of its own.
+    """
 
     readings: tuple[Reading, ...]
     """In the order of steps within a run, one a step."""
@@ -41,12 +45,14 @@ class Records:
 def read_records(run_dir: str | Path) -> Records:
     """Read the records of a run.
 
-    A resumed run writes some steps twice. Of readings, issues and interventions alike, what an earlier start wrote from
-    the step of a later start's first reading on is left out; within a start, the last line for a step wins. Runs that began
-    anew in the same folder stand beside each other.
+    A resumed run writes some steps twice. Of readings, issues and interventions alike, what an
+    earlier start wrote from the step of a later start's first reading on is left out; within a
+    start, the last line for a step wins. Runs that began anew in the same folder stand beside each
+    other.
 
-    A line that cannot be read is skipped, listed in ``skipped`` and warned about; only an unfinished last line, the usual
-    trace of a kill or of a run that is writing right now, goes without a warning.
+    A line that cannot be read is skipped, listed in ``skipped`` and warned about; only an
+    unfinished last line, the usual trace of a kill or of a run that is writing right now, goes
+    without a warning.
 
     Args:
         run_dir: the run's output folder, or the ``stabmon`` folder in it.
@@ -65,7 +71,9 @@ def read_records(run_dir: str | Path) -> Records:
     except OSError as error:
         raise ValueError(f"the stabmon records in {folder} cannot be read: {error}") from error
     numbers = sorted({run for lines in (readings, issues, interventions) for run, _, _ in lines})
-    runs = tuple(Records(*_of_run(run, readings, issues, interventions), meta, (), folder) for run in numbers)
+    runs = tuple(
+        Records(*_of_run(run, readings, issues, interventions), meta, (), folder) for run in numbers
+    )
     return Records(
         readings=tuple(each for run in runs for each in run.readings),
         issues=tuple(each for run in runs for each in run.issues),
@@ -86,12 +94,24 @@ def _of_run(
     """What is left of one run once a later start has won from its first reading on."""
     own = [(start, reading) for number, start, reading in readings if number == run]
     ends = _ends(own)
-    by_step = {reading.step: reading for start, reading in own if reading.step < ends.get(start, math.inf)}
-    told = [issue for number, start, issue in issues if number == run and issue.step < ends.get(start, math.inf)]
-    done = [
-        record for number, start, record in interventions if number == run and record.get("step", 0) < ends.get(start, math.inf)
+    by_step = {
+        reading.step: reading for start, reading in own if reading.step < ends.get(start, math.inf)
+    }
+    told = [
+        issue
+        for number, start, issue in issues
+        if number == run and issue.step < ends.get(start, math.inf)
     ]
-    return tuple(by_step[step] for step in sorted(by_step)), tuple(sorted(told, key=lambda issue: issue.step)), tuple(done)
+    done = [
+        record
+        for number, start, record in interventions
+        if number == run and record.get("step", 0) < ends.get(start, math.inf)
+    ]
+    return (
+        tuple(by_step[step] for step in sorted(by_step)),
+        tuple(sorted(told, key=lambda issue: issue.step)),
+        tuple(done),
+    )
 
 
 def _folder(path: Path) -> Path:
@@ -99,10 +119,14 @@ def _folder(path: Path) -> Path:
     for folder in (path / "stabmon", path):
         if (folder / READINGS).is_file():
             return folder
-    raise ValueError(f"no stabmon records in {path}: give the run folder that holds stabmon/{READINGS}")
+    raise ValueError(
+        f"no stabmon records in {path}: give the run folder that holds stabmon/{READINGS}"
+    )
 
 
-def _lines(path: Path, skipped: list[str], parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, int, T]]:
+def _lines(
+    path: Path, skipped: list[str], parse: Callable[[dict[str, Any]], T]
+) -> Iterator[tuple[int, int, T]]:
     """(run, start, record) of every readable line; the others are added to ``skipped``."""
     if not path.exists():
         return
@@ -114,13 +138,21 @@ def _lines(path: Path, skipped: list[str], parse: Callable[[dict[str, Any]], T])
                 values = strict_json.loads(line)
                 version = values.pop("schema_version")
                 if version != SCHEMA_VERSION:
-                    raise ValueError(f"schema_version is {version!r}, this stabmon reads {SCHEMA_VERSION}")
+                    raise ValueError(
+                        f"schema_version is {version!r}, this stabmon reads {SCHEMA_VERSION}"
+                    )
                 run, start = int(values.pop("run", 1)), int(values.pop("start", 1))
                 record = parse(values)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 skipped.append(f"{path.name} line {number}: {type(error).__name__}: {error}")
                 if line.endswith(b"\n"):
-                    logger.warning("%s line %d cannot be read and is skipped: %s: %s", path, number, type(error).__name__, error)
+                    logger.warning(
+                        "%s line %d cannot be read and is skipped: %s: %s",
+                        path,
+                        number,
+                        type(error).__name__,
+                        error,
+                    )
             else:
                 yield run, start, record
 
@@ -139,7 +171,9 @@ def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
         info={layer: known[layer] for layer in values["layers"] if layer in known},
         learning_rate=values.get("learning_rate"),
         gradients=values.get("gradients", {}),
-        query_key={layer: QueryKeyStep(**moved) for layer, moved in values.get("query_key", {}).items()},
+        query_key={
+            layer: QueryKeyStep(**moved) for layer, moved in values.get("query_key", {}).items()
+        },
         losses=tuple((step, loss) for step, loss in values.get("losses", ())),
         micro_batches=values.get("micro_batches", 1),
         non_finite=None if bad is None else NonFinite(**bad),

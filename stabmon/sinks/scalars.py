@@ -9,16 +9,23 @@ import numpy as np
 from stabmon.records import Reading, StabilityIssue
 
 
-def dashboard_scalars(reading: Reading, open_issues: Sequence[StabilityIssue], *, alarms: int) -> dict[str, float]:
-    """Scalars of one sampled step: three a signal, one a signal and layer, and the state of the run.
+def dashboard_scalars(
+    reading: Reading, open_issues: Sequence[StabilityIssue], *, alarms: int
+) -> dict[str, float]:
+    """Scalars of one sampled step: three a signal, one a signal and layer, and the state of the
+    run.
 
     - ``attention/<signal>/max``, ``/mean`` and ``/min`` over every head of the model;
-    - ``attention_layers/<layer>/<signal>``: over the heads of a layer, the largest value of a signal that is itself a
-      maximum (``max_logit``, the curvatures …), else the mean, so that one sick head is not averaged away where it counts;
-    - ``stability/issues_open``, ``stability/alarms`` and, once it is known, ``stability/overhead_fraction``.
+    - ``attention_layers/<layer>/<signal>``: over the heads of a layer, the largest value of a
+      signal that is itself a maximum (``max_logit``, the curvatures …), else the mean, so that one
+      sick head is not averaged away where it counts;
+    - ``stability/issues_open``, ``stability/alarms`` and, once it is known,
+      ``stability/overhead_fraction``.
 
-    Every value is finite: dashboards drop NaN, draw it as zero or refuse the whole batch. Heads at NaN or ±inf are left out,
-    and so is a scalar that has no finite head behind it; such heads show up as an issue, and exactly in the records.
+    Every value is finite: dashboards drop NaN, draw it as zero or refuse the whole batch. Heads at
+        NaN or ±inf are left out,
+    and so is a scalar that has no finite head behind it; such heads show up as an issue, and
+    exactly in the records.
 
     Args:
         reading: what was measured, ``layers[layer][signal]`` being ``[H]``.
@@ -45,7 +52,9 @@ def dashboard_scalars(reading: Reading, open_issues: Sequence[StabilityIssue], *
 
 
 def reduction(signal: str) -> str:
-    """``"max"`` or ``"mean"``: how a signal is reduced over heads, as over rows; ``"mean"`` for a signal nobody registered."""
+    """``"max"`` or ``"mean"``: how a signal is reduced over heads, as over rows; ``"mean"`` for a
+    signal nobody registered.
+    """
     from stabmon.signals import SIGNALS
 
     return SIGNALS[signal].reduction if signal in SIGNALS else "mean"

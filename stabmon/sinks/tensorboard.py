@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 @sink
 class TensorboardSink(Sink):
-    """Write the dashboard's scalars at their optimizer step, and a text of all issues of a step, worst first, under ``stability/issues``.
+    """Write the dashboard's scalars at their optimizer step, and a text of all issues of a step,
+    worst first, under ``stability/issues``.
 
-    Events go to ``<run_dir>/stabmon/tensorboard``. A run resumed from an earlier step hides what it had written beyond it.
+    Events go to ``<run_dir>/stabmon/tensorboard``. A run resumed from an earlier step hides what it
+    had written beyond it.
 
     Args:
         writer: a ``SummaryWriter`` to write to instead; it stays open.
-        per_head: also write the values of all heads, a histogram a signal at each sampled step (``attention_heads/<signal>``) and
-            a layers × heads heatmap (``attention_heatmap/<signal>``).
+        per_head: also write the values of all heads, a histogram a signal at each sampled step
+            (``attention_heads/<signal>``) and a layers × heads heatmap
+            (``attention_heatmap/<signal>``).
         image_every: sampled steps from one heatmap to the next.
 
     Raises:
@@ -31,7 +34,9 @@ class TensorboardSink(Sink):
         ValueError: on opening, with neither a run folder nor a writer.
     """
 
-    def __init__(self, *, writer: SummaryWriter | None = None, per_head: bool = False, image_every: int = 10) -> None:
+    def __init__(
+        self, *, writer: SummaryWriter | None = None, per_head: bool = False, image_every: int = 10
+    ) -> None:
         self._writer = writer
         self._own = writer is None
         self._per_head = per_head
@@ -47,9 +52,14 @@ class TensorboardSink(Sink):
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
-            raise ImportError('tensorboard is not installed: pip install "stabmon[tensorboard]"') from error
+            raise ImportError(
+                'tensorboard is not installed: pip install "stabmon[tensorboard]"'
+            ) from error
         if run_dir is None:
-            raise ValueError("TensorboardSink has no folder to write to: give the monitor a run_dir, or the sink a writer")
+            raise ValueError(
+                "TensorboardSink has no folder to write to: give the monitor a run_dir, or the "
+                "sink a writer"
+            )
         self._log_dir = run_dir / "tensorboard"
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
@@ -71,13 +81,17 @@ class TensorboardSink(Sink):
             self._write_text(step, [issue for issue in issues if issue.step == step])
 
     def _write_text(self, step: int, issues: Sequence[StabilityIssue]) -> None:
-        """One text for all issues of a step, those told earlier of the same step included: TensorBoard shows the last of a step."""
+        """One text for all issues of a step, those told earlier of the same step included:
+        TensorBoard shows the last of a step.
+        """
         writer = self._at(step)
         if writer is None:
             return
         self._told = (step, [*(self._told[1] if self._told[0] == step else []), *issues])
         worst_first = sorted(self._told[1], key=lambda issue: -SEVERITIES.index(issue.severity))
-        writer.add_text("stability/issues", "\n\n".join(_text(issue) for issue in worst_first), step)
+        writer.add_text(
+            "stability/issues", "\n\n".join(_text(issue) for issue in worst_first), step
+        )
         if any(issue.is_alarm for issue in issues):
             writer.flush()
 
@@ -90,7 +104,9 @@ class TensorboardSink(Sink):
             self._writer = None
 
     def _at(self, step: int) -> SummaryWriter | None:
-        """The writer; one of our own is made at the first record, whose step tells TensorBoard what a resumed run writes anew."""
+        """The writer; one of our own is made at the first record, whose step tells TensorBoard what
+        a resumed run writes anew.
+        """
         if self._writer is None and self._log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -112,4 +128,7 @@ def _text(issue: StabilityIssue) -> str:
     """One issue in Markdown."""
     eta = "" if issue.eta_steps is None else f", harm in about {issue.eta_steps:.0f} steps"
     value = f"value {issue.value:.4g} (limit {issue.threshold:.4g}{eta})"
-    return f"**{issue.severity}**, {issue.state}: {issue.issue_type}, {issue.where}, {value}. {issue.suggestion}"
+    return (
+        f"**{issue.severity}**, {issue.state}: {issue.issue_type}, {issue.where}, {value}. "
+        f"{issue.suggestion}"
+    )

@@ -22,21 +22,25 @@ _LEVELS = {"info": "INFO", "warning": "WARN", "error": "ERROR", "critical": "ERR
 class WandbSink(Sink):
     """Log to the active W&B run, or to one of our own where none is active at the first record.
 
-    Everything of ours has the step metric ``stabmon/step`` and never sets W&B's own step, so nothing is dropped as out of order.
-    A run that is not ours is never finished and no row of it committed while it goes on: a reading rides on the row that its
-    owner commits next, and those that found none are added as the run ends (:class:`~stabmon.sinks.wandb_guest.GuestRows`).
-    A run of our own does not become ``wandb.run``, and is finished on closing.
+    Everything of ours has the step metric ``stabmon/step`` and never sets W&B's own step, so
+    nothing is dropped as out of order. A run that is not ours is never finished and no row of it
+    committed while it goes on: a reading rides on the row that its owner commits next, and those
+    that found none are added as the run ends (:class:`~stabmon.sinks.wandb_guest.GuestRows`). A run
+    of our own does not become ``wandb.run``, and is finished on closing.
 
-    Issues go into the table ``stability/issues``, and each alarm raises a W&B alert; W&B lets one a minute through for an issue
-    type. Modes and folders are W&B's own (``WANDB_MODE``, ``WANDB_DIR`` …).
+    Issues go into the table ``stability/issues``, and each alarm raises a W&B alert; W&B lets one a
+    minute through for an issue type. Modes and folders are W&B's own (``WANDB_MODE``, ``WANDB_DIR``
+    …).
 
     Args:
         run: a ``wandb.Run`` to write to instead, which is treated as somebody else's.
         project: project of a run of our own.
-        per_head: also log the values of all heads, a histogram a signal at each sampled step (``attention_heads/<signal>``) and
-            a layers × heads heatmap (``attention_heatmap/<signal>``).
+        per_head: also log the values of all heads, a histogram a signal at each sampled step
+            (``attention_heads/<signal>``) and a layers × heads heatmap
+            (``attention_heatmap/<signal>``).
         image_every: sampled steps from one heatmap to the next.
-        table_seconds: least wall time between two uploads of the table of the newest 1000 issues; the last is at closing.
+        table_seconds: least wall time between two uploads of the table of the newest 1000 issues;
+            the last is at closing.
 
     Raises:
         ImportError: on opening, where wandb is not installed.
@@ -82,7 +86,9 @@ class WandbSink(Sink):
                 media |= self._heads(reading, signal)
         self._readings += 1
         if self._guest is None:
-            self._run.log(values | media | (self._table() if self._issues.due() else {}), commit=True)
+            self._run.log(
+                values | media | (self._table() if self._issues.due() else {}), commit=True
+            )
             return
         self._guest.put(values, media)
         if self._issues.due():
@@ -93,7 +99,10 @@ class WandbSink(Sink):
             return
         self._issues.add(issue)
         if issue.is_alarm:
-            text = f"Step {issue.step}, {issue.where}: value {issue.value:.4g} (limit {issue.threshold:.4g}). {issue.suggestion}"
+            text = (
+                f"Step {issue.step}, {issue.where}: value {issue.value:.4g} (limit "
+                f"{issue.threshold:.4g}). {issue.suggestion}"
+            )
             level = self._wandb.AlertLevel[_LEVELS[issue.severity]]
             self._run.alert(title=f"stabmon: {issue.issue_type}", text=text, level=level)
 
@@ -108,7 +117,9 @@ class WandbSink(Sink):
             self._wandb = self._run = self._guest = None
 
     def _join(self) -> bool:
-        """Find the run to write to, at the first record: until then the training loop may have made its own. False when closed."""
+        """Find the run to write to, at the first record: until then the training loop may have made
+        its own. False when closed.
+        """
         if self._run is None and self._wandb is not None:
             theirs = self._given or self._wandb.run
             self._run = self._make() if theirs is None else theirs
@@ -116,25 +127,45 @@ class WandbSink(Sink):
                 self._guest = GuestRows.of(theirs, self._wandb.Table)
                 self._guest.join(self._publish_last)
             self._run.define_metric(STEP, hidden=True)
-            for names in ("attention/*", "attention_layers/*", "attention_heads/*", "attention_heatmap/*", "stability/*"):
+            for names in (
+                "attention/*",
+                "attention_layers/*",
+                "attention_heads/*",
+                "attention_heatmap/*",
+                "stability/*",
+            ):
                 self._run.define_metric(names, step_metric=STEP)
-        if getattr(self._run, "_is_finished", False):  # W&B 0.31 waits 30 s for an answer before it says so itself
+        if getattr(
+            self._run, "_is_finished", False
+        ):  # W&B 0.31 waits 30 s for an answer before it says so itself
             raise RuntimeError("the W&B run was finished while training went on")
         return self._run is not None
 
     def _make(self) -> Any:
-        """A run of our own, which leaves W&B to the training loop: its ``wandb.init`` may be still to come."""
-        run = self._wandb.init(project=self._project, config={"stabmon": dict(self._meta)}, reinit="create_new")
+        """A run of our own, which leaves W&B to the training loop: its ``wandb.init`` may be still
+        to come.
+        """
+        run = self._wandb.init(
+            project=self._project, config={"stabmon": dict(self._meta)}, reinit="create_new"
+        )
         library: Any = getattr(run, "_wl", None)
         if hasattr(library, "remove_active_run"):
-            # "create_new" does not touch `wandb.run`, but a later `wandb.init` would return the newest active run, which is ours,
-            # and log into what we finish. There is no public way out (0.31); without this the run would be shared.
+            # "create_new" does not touch `wandb.run`, but a later `wandb.init` would return the
+            # newest active run, which is ours,
+            # and log into what we finish. There is no public way out (0.31); without this the run
+            # would be shared.
             library.remove_active_run(run)
         return run
 
     def _publish_last(self) -> None:
-        """Upload the table, if there is an issue that it lacks; not as a row in a run of somebody else's."""
-        if self._run is None or not self._issues.due(last_call=True) or getattr(self._run, "_is_finished", False):
+        """Upload the table, if there is an issue that it lacks; not as a row in a run of somebody
+        else's.
+        """
+        if (
+            self._run is None
+            or not self._issues.due(last_call=True)
+            or getattr(self._run, "_is_finished", False)
+        ):
             return
         if self._guest is None:
             self._run.log(self._table(), commit=False)
@@ -143,7 +174,11 @@ class WandbSink(Sink):
 
     def _table(self) -> dict[str, Any]:
         """The newest issues."""
-        return {"stability/issues": self._wandb.Table(columns=list(COLUMNS), data=self._issues.publish())}
+        return {
+            "stability/issues": self._wandb.Table(
+                columns=list(COLUMNS), data=self._issues.publish()
+            )
+        }
 
     def _heads(self, reading: Reading, signal: str) -> dict[str, Any]:
         """Histogram and, when it is time, heatmap of one signal."""
@@ -154,6 +189,11 @@ class WandbSink(Sink):
             media[f"attention_heads/{signal}"] = self._wandb.Histogram(finite)
         if self._readings % self._image_every == 0 and matrix.size:
             low, high = colour_range(signal, matrix)
-            caption = f"{signal} at step {reading.step}, layers down, heads across, {low:.4g} (dark) to {high:.4g} (bright)"
-            media[f"attention_heatmap/{signal}"] = self._wandb.Image(head_image(matrix, low, high), caption=caption)
+            caption = (
+                f"{signal} at step {reading.step}, layers down, heads across, {low:.4g} "
+                f"(dark) to {high:.4g} (bright)"
+            )
+            media[f"attention_heatmap/{signal}"] = self._wandb.Image(
+                head_image(matrix, low, high), caption=caption
+            )
         return media

@@ -17,11 +17,13 @@ _KEPT = 10_000
 class GuestRows:
     """Put values on the rows of somebody else's W&B run without moving its step on.
 
-    W&B drops a row logged with a ``step`` below its own counter, and each committed row moves the counter on. So values are logged
-    with ``commit=False`` and no step: they wait in the row being filled until its owner commits it, under whatever step. A row
-    holds one reading, so that a newer reading replaces one still waiting, which is kept. When the run ends, and nothing of its
-    owner's can come after it, those kept are added as rows; where the run is made to be resumed, whose steps go on from the last
-    row, they become the table ``stability/readings`` in its summary instead.
+    W&B drops a row logged with a ``step`` below its own counter, and each committed row moves the
+    counter on. So values are logged with ``commit=False`` and no step: they wait in the row being
+    filled until its owner commits it, under whatever step. A row holds one reading, so that a newer
+    reading replaces one still waiting, which is kept. When the run ends, and nothing of its owner's
+    can come after it, those kept are added as rows; where the run is made to be resumed, whose
+    steps go on from the last row, they become the table ``stability/readings`` in its summary
+    instead.
 
     Args:
         run: the ``wandb.Run``.
@@ -37,9 +39,13 @@ class GuestRows:
 
     @classmethod
     def of(cls, run: Any, table: Callable[[list[str], list[list[Any]]], Any]) -> GuestRows:
-        """The one of a run, whoever made it: two monitors must not replace each other's readings unseen."""
-        # W&B has no public way to be told of a run's end. Checked with 0.31: `finish`, also at exit, calls the early teardown
-        # hooks while the run can still be logged to. Without them, readings that were replaced are in the records alone.
+        """The one of a run, whoever made it: two monitors must not replace each other's readings
+        unseen.
+        """
+        # W&B has no public way to be told of a run's end. Checked with 0.31: `finish`, also at
+        # exit, calls the early teardown
+        # hooks while the run can still be logged to. Without them, readings that were replaced are
+        # in the records alone.
         hooks = getattr(run, "_teardown_hooks", None)
         for hook in hooks or ():
             owner = getattr(hook.call, "__self__", None)
@@ -82,7 +88,9 @@ class GuestRows:
                 return
             if self._is_resumed():
                 names = list(dict.fromkeys(name for row in rows for name in row))
-                self._run.summary["stability/readings"] = self._table(names, [[row.get(name) for name in names] for row in rows])
+                self._run.summary["stability/readings"] = self._table(
+                    names, [[row.get(name) for name in names] for row in rows]
+                )
                 return
             if self._placed is not None:
                 self._run.log({}, commit=True)  # the row in which it waits
@@ -90,16 +98,22 @@ class GuestRows:
                 self._run.log(row, commit=True)
         except Exception as error:
             logger.warning(
-                "stabmon's last readings did not reach W&B (%s: %s); its records have them", type(error).__name__, error
+                "stabmon's last readings did not reach W&B (%s: %s); its records have them",
+                type(error).__name__,
+                error,
             )
 
     def _settle(self) -> None:
-        """Forget the waiting reading once its row has been committed, which is when W&B's own step has moved on."""
+        """Forget the waiting reading once its row has been committed, which is when W&B's own step
+        has moved on.
+        """
         if self._placed is not None and self._run.step != self._at:
             self._placed = None
 
     def _is_resumed(self) -> bool:
-        """Whether the run was resumed, or can be: ``resume`` is allowed, and not of an id that W&B made up (Lightning always allows)."""
+        """Whether the run was resumed, or can be: ``resume`` is allowed, and not of an id that W&B
+        made up (Lightning always allows).
+        """
         resume = getattr(self._run.settings, "resume", None)
         if getattr(self._run, "resumed", False) or resume in ("must", "auto", True):
             return True

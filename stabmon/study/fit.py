@@ -1,4 +1,6 @@
-"""Train some parameters of a small model on a corpus, stop where a validation part says so, and measure on another."""
+"""Train some parameters of a small model on a corpus, stop where a validation part says so, and
+measure on another.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Phase(TrainingSettings):
     """How long and how fast, and when to stop."""
 
     patience: int = 3
-    """Validations in a row without a better loss after which training stops; the best parameters are kept."""
+    """Validations in a row without a better loss after which training stops; the best parameters
+    are kept.
+    """
 
 
 @dataclass(frozen=True)
@@ -38,16 +42,25 @@ class Fitted:
     """How many numbers were trained."""
 
 
-Watch = Callable[[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler], AttentionStabilityMonitor]
+Watch = Callable[
+    [torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler], AttentionStabilityMonitor
+]
 """Makes the monitor of a training from its optimizer and schedule."""
 
 
 def fit(
-    model: Any, parameters: list[nn.Parameter], corpus: Corpus, phase: Phase, seed: int, watch: Watch | None = None
+    model: Any,
+    parameters: list[nn.Parameter],
+    corpus: Corpus,
+    phase: Phase,
+    seed: int,
+    watch: Watch | None = None,
 ) -> Fitted:
-    """Train ``parameters`` of ``model``, all others being left alone, and leave it with those that did best.
+    """Train ``parameters`` of ``model``, all others being left alone, and leave it with those that
+    did best.
 
-    Batches depend on ``seed`` and the phase alone, so that variants see the same data in the same order.
+    Batches depend on ``seed`` and the phase alone, so that variants see the same data in the same
+    order.
     """
     validation, held_out = split(corpus)
     wanted = {id(each) for each in parameters}
@@ -85,11 +98,15 @@ def fit(
         with torch.no_grad():
             for each, value in zip(parameters, kept, strict=True):
                 each.copy_(value)
-    return Fitted(loss_on(model, held_out), best, step, best_step, sum(each.numel() for each in parameters))
+    return Fitted(
+        loss_on(model, held_out), best, step, best_step, sum(each.numel() for each in parameters)
+    )
 
 
 def split(corpus: Corpus) -> tuple[Tensor, Tensor]:
-    """The held-out blocks of a corpus, ``[M, S]``: the half that chooses when to stop, and the half that is reported."""
+    """The held-out blocks of a corpus, ``[M, S]``: the half that chooses when to stop, and the half
+    that is reported.
+    """
     half = len(corpus.validation) // 2
     return corpus.validation[:half], corpus.validation[half:]
 
@@ -98,6 +115,8 @@ def split(corpus: Corpus) -> tuple[Tensor, Tensor]:
 def loss_on(model: Any, blocks: Tensor) -> float:
     """Mean loss a byte over ``blocks`` ``[M, S]``; leaves the model training."""
     model.eval()
-    total = math.fsum(model(input_ids=part, labels=part).loss.item() * len(part) for part in blocks.split(64))
+    total = math.fsum(
+        model(input_ids=part, labels=part).loss.item() * len(part) for part in blocks.split(64)
+    )
     model.train()
     return total / len(blocks)

@@ -13,7 +13,13 @@ from stabmon.study.statistics import mean_and_interval
 from stabmon.study.study import StudySettings
 from stabmon.study.variants import BASE
 
-HEADERS = ("variant", "held-out loss", "minus base, same seed", "trained or added parameters", "best step")
+HEADERS = (
+    "variant",
+    "held-out loss",
+    "minus base, same seed",
+    "trained or added parameters",
+    "best step",
+)
 TITLES = {"frozen": "on a frozen base", "joint": "trained from scratch with the base"}
 
 
@@ -27,18 +33,24 @@ def results_of(folder: Path) -> dict[tuple[str, str], dict[int, dict[str, Any]]]
 
 
 def summary(settings: StudySettings, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """For each kind of training a row a variant: means over seeds with half 95% intervals, differences taken within a seed."""
+    """For each kind of training a row a variant: means over seeds with half 95% intervals,
+    differences taken within a seed.
+    """
     results = results_of(folder)
     bases = results[("joint", BASE)]
     found: dict[str, list[dict[str, Any]]] = {}
     for kind, names in (("frozen", settings.frozen), ("joint", settings.joint)):
         rows = [row_of(BASE, bases, bases, settings)]
-        rows += [row_of(name, results[(kind, name)], bases, settings) for name in names if name != BASE]
+        rows += [
+            row_of(name, results[(kind, name)], bases, settings) for name in names if name != BASE
+        ]
         found[kind] = rows if names or (kind == "joint" and not settings.frozen) else []
     return found
 
 
-def row_of(name: str, results: Mapping[int, Any], bases: Mapping[int, Any], settings: StudySettings) -> dict[str, Any]:
+def row_of(
+    name: str, results: Mapping[int, Any], bases: Mapping[int, Any], settings: StudySettings
+) -> dict[str, Any]:
     """One row."""
     losses = [results[seed]["held_out"] for seed in settings.seeds]
     gains = [results[seed]["held_out"] - bases[seed]["held_out"] for seed in settings.seeds]
@@ -71,7 +83,9 @@ def tables(found: Mapping[str, list[dict[str, Any]]], seeds: int) -> list[Table]
     made = []
     for kind, rows in found.items():
         if rows:
-            title = f"{TITLES[kind]}: mean over {seeds} seeds ± half of its 95% interval, nats a byte"
+            title = (
+                f"{TITLES[kind]}: mean over {seeds} seeds ± half of its 95% interval, nats a byte"
+            )
             table = Table(title=title, title_justify="left")
             for place, header in enumerate(HEADERS):
                 table.add_column(header, justify="right" if place else "left")

@@ -1,4 +1,5 @@
-"""Settings of a run: a YAML file, then ``key=value`` from the command line, checked against dataclasses.
+"""Settings of a run: a YAML file, then ``key=value`` from the command line, checked against
+dataclasses.
 
 Every error is one line that names the file, or the command line, and the dotted key.
 """
@@ -34,7 +35,9 @@ class CorpusSettings:
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long and how fast. AdamW with betas 0.9 and 0.95; linear warm-up, then a cosine down to a tenth of the rate."""
+    """How long and how fast. AdamW with betas 0.9 and 0.95; linear warm-up, then a cosine down to a
+    tenth of the rate.
+    """
 
     steps: int = 400
     batch: int = 8
@@ -48,12 +51,16 @@ class TrainingSettings:
     save_every: int | None = None
     """Steps between checkpoints; None for one at the end alone."""
     threads: int | None = None
-    """CPU threads; None for PyTorch's choice. Losses are compared bit for bit only at the same number."""
+    """CPU threads; None for PyTorch's choice. Losses are compared bit for bit only at the same
+    number.
+    """
 
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """What is handed to stabmon; anything else of its configuration goes into a file named by ``config``."""
+    """What is handed to stabmon; anything else of its configuration goes into a file named by
+    ``config``.
+    """
 
     config: str = "observe"
     log_every: int = 10
@@ -63,19 +70,24 @@ def read_settings(cls: type[S], path: str | Path, overrides: Sequence[str] = ())
     """The settings in ``path`` with ``overrides`` such as ``training.steps=50`` laid over them.
 
     Raises:
-        SettingsError: for an unreadable file, an unknown or missing key, or a value of the wrong type.
+        SettingsError: for an unreadable file, an unknown or missing key, or a value of the wrong
+            type.
     """
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror}; name a YAML file such as those in configs/") from error
+        raise SettingsError(
+            f"cannot read {path}: {error.strerror}; name a YAML file such as those in configs/"
+        ) from error
     except yaml.YAMLError as error:
         raise SettingsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     settings: S = _build(cls, {} if values is None else values, str(path), "")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise SettingsError(f"command line: {override!r} is not key=value, such as training.steps=50")
+            raise SettingsError(
+                f"command line: {override!r} is not key=value, such as training.steps=50"
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -93,7 +105,9 @@ def _replace(settings: Any, keys: Sequence[str], value: Any, prefix: str) -> Any
     else:
         part = getattr(settings, name)
         if not dataclasses.is_dataclass(part):
-            raise SettingsError(f"command line: {prefix}{name} is {part!r} and has no {keys[1]!r} to set")
+            raise SettingsError(
+                f"command line: {prefix}{name} is {part!r} and has no {keys[1]!r} to set"
+            )
         new = _replace(part, keys[1:], value, f"{prefix}{name}.")
     return dataclasses.replace(settings, **{name: new})
 
@@ -101,14 +115,26 @@ def _replace(settings: Any, keys: Sequence[str], value: Any, prefix: str) -> Any
 def _build(cls: type[Any], values: Any, source: str, prefix: str) -> Any:
     """One dataclass from one mapping."""
     if not isinstance(values, Mapping):
-        raise SettingsError(f"{source}: {prefix.removesuffix('.') or 'the file'} must hold keys and values, not {values!r}")
+        raise SettingsError(
+            f"{source}: {prefix.removesuffix('.') or 'the file'} must hold keys and values, not "
+            f"{values!r}"
+        )
     hints = get_type_hints(cls)
     for name in values:
         _known(cls, str(name), source, prefix)
     for f in dataclasses.fields(cls):
-        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if (
+            f.name not in values
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ):
             raise SettingsError(f"{source}: {prefix}{f.name} is missing")
-    return cls(**{name: _convert(hints[name], value, source, prefix + name) for name, value in values.items()})
+    return cls(
+        **{
+            name: _convert(hints[name], value, source, prefix + name)
+            for name, value in values.items()
+        }
+    )
 
 
 def _known(cls: type[Any], name: str, source: str, prefix: str) -> None:
@@ -142,7 +168,13 @@ def _convert(hint: Any, value: Any, source: str, key: str) -> Any:
 
 
 def _in_words(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_in_words(option) for option in get_args(hint))
     if get_origin(hint) is Literal:

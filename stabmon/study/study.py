@@ -1,8 +1,10 @@
-"""Do controllers help? Each trained on a frozen base, and with it from scratch, over seeds, beside controls of the same size.
+"""Do controllers help? Each trained on a frozen base, and with it from scratch, over seeds, beside
+controls of the same size.
 
-For every seed the base is trained first. Then each variant's own parameters are trained on that base, which is frozen; and each
-variant is trained from scratch, base and all, on the same data in the same order as the base was. Losses are compared within a
-seed. Tasks run side by side in processes of their own; each leaves a file when it is done, and a resumed study skips those.
+For every seed the base is trained first. Then each variant's own parameters are trained on that
+base, which is frozen; and each variant is trained from scratch, base and all, on the same data in
+the same order as the base was. Losses are compared within a seed. Tasks run side by side in
+processes of their own; each leaves a file when it is done, and a resumed study skips those.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class StudySettings:
     controllers: Phase = field(default_factory=lambda: Phase(learning_rate=1e-2, weight_decay=0.0))
     """Training of what a variant adds to the frozen base."""
     stabmon: WatchSettings | None = None
-    """Train the first seed from scratch under watch, records in ``<run_dir>/watched/<task>``; None to train unwatched."""
+    """Train the first seed from scratch under watch, records in ``<run_dir>/watched/<task>``; None
+    to train unwatched.
+    """
     watch_every: int | None = 10
     """Training steps between looks at what the first seed's controllers do; None for none."""
     frozen: list[str] = field(default_factory=list)
@@ -81,8 +85,18 @@ class Task:
 def tasks(settings: StudySettings) -> list[Task]:
     """Every training of a study: bases first, then what needs none, then what needs them."""
     found = [Task("joint", BASE, seed) for seed in settings.seeds]
-    found += [Task("joint", each, seed) for each in settings.joint if each != BASE for seed in settings.seeds]
-    return found + [Task("frozen", each, seed) for each in settings.frozen if each != BASE for seed in settings.seeds]
+    found += [
+        Task("joint", each, seed)
+        for each in settings.joint
+        if each != BASE
+        for seed in settings.seeds
+    ]
+    return found + [
+        Task("frozen", each, seed)
+        for each in settings.frozen
+        if each != BASE
+        for seed in settings.seeds
+    ]
 
 
 def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda line: None) -> Path:
@@ -101,17 +115,24 @@ def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda 
     """
     folder = prepare(settings)
     everything = tasks(settings)
-    waiting = [task for task in everything if not (folder / "results" / f"{task.name}.json").exists()]
+    waiting = [
+        task for task in everything if not (folder / "results" / f"{task.name}.json").exists()
+    ]
     began, done = time.monotonic(), len(everything) - len(waiting)
     for task, result in finished(settings, waiting):
         done += 1
         elapsed = time.monotonic() - began
-        progress(f"[{done}/{len(everything)}, {elapsed:.0f} s] {task.name}: held-out loss {result['held_out']:.4f}")
+        progress(
+            f"[{done}/{len(everything)}, {elapsed:.0f} s] {task.name}: held-out loss "
+            f"{result['held_out']:.4f}"
+        )
     shown = [name for name in settings.frozen if VARIANTS[name].controller]
     if shown:
         learned = [name for name in shown if VARIANTS[name].controller == "info_density"] or shown
         seed = settings.seeds[0]
-        draw_generation(settings.model, settings.corpus, folder, Task("frozen", learned[-1], seed).name, seed)
+        draw_generation(
+            settings.model, settings.corpus, folder, Task("frozen", learned[-1], seed).name, seed
+        )
     return folder
 
 
@@ -121,9 +142,15 @@ def finished(settings: StudySettings, waiting: list[Task]) -> Iterator[tuple[Tas
         yield from ((task, perform(settings, task)) for task in waiting)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        settings.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         bases = {task for task in waiting if task.variant == BASE}
-        blocked = [task for task in waiting if task.kind == "frozen" and Task("joint", BASE, task.seed) in bases]
+        blocked = [
+            task
+            for task in waiting
+            if task.kind == "frozen" and Task("joint", BASE, task.seed) in bases
+        ]
         running: dict[Future[dict[str, Any]], Task] = {
             pool.submit(perform, settings, task): task for task in waiting if task not in blocked
         }
@@ -146,7 +173,9 @@ def prepare(settings: StudySettings) -> Path:
         if name not in VARIANTS:
             raise SettingsError(f"variants: unknown {name!r}. Known: {', '.join(VARIANTS)}")
     if not settings.seeds or settings.workers < 0:
-        raise SettingsError("seeds and workers: give at least one seed, and no negative number of workers")
+        raise SettingsError(
+            "seeds and workers: give at least one seed, and no negative number of workers"
+        )
     if settings.stabmon is not None:
         try:
             load_config(**dataclasses.asdict(settings.stabmon))
@@ -154,16 +183,27 @@ def prepare(settings: StudySettings) -> Path:
             raise SettingsError(f"stabmon: {error}") from error
     corpus = load_corpus(**dataclasses.asdict(settings.corpus))
     if len(corpus.validation) < 2:
-        raise SettingsError(f"corpus: {corpus.source} leaves {len(corpus.validation)} held-out blocks: use a longer text")
+        raise SettingsError(
+            f"corpus: {corpus.source} leaves {len(corpus.validation)} held-out blocks: use a "
+            "longer text"
+        )
     make_model(settings.model, settings.corpus.block)
     folder = Path(settings.run_dir)
-    about = {"settings": dataclasses.asdict(settings), "corpus": {"source": corpus.source, "sha256": corpus.sha256}}
+    about = {
+        "settings": dataclasses.asdict(settings),
+        "corpus": {"source": corpus.source, "sha256": corpus.sha256},
+    }
     known = folder / "study.json"
     if known.exists():
         if not settings.resume:
-            raise SettingsError(f"run_dir {folder} holds a study already: go on with resume=true, or name another run_dir")
+            raise SettingsError(
+                f"run_dir {folder} holds a study already: go on with resume=true, or name another "
+                "run_dir"
+            )
         if what_matters(json.loads(known.read_text())) != what_matters(about):
-            raise SettingsError(f"run_dir {folder} holds a study with other settings: name another run_dir")
+            raise SettingsError(
+                f"run_dir {folder} holds a study with other settings: name another run_dir"
+            )
     (folder / "results").mkdir(parents=True, exist_ok=True)
     known.write_text(json.dumps(about, indent=2) + "\n")
     return folder
@@ -171,8 +211,22 @@ def prepare(settings: StudySettings) -> Path:
 
 def what_matters(about: dict[str, Any]) -> dict[str, Any]:
     """The part of a study's description that its single results depend on."""
-    left_out = {"run_dir", "resume", "workers", "seeds", "watch_every", "stabmon", "frozen", "joint"}
-    return {**about, "settings": {name: value for name, value in about["settings"].items() if name not in left_out}}
+    left_out = {
+        "run_dir",
+        "resume",
+        "workers",
+        "seeds",
+        "watch_every",
+        "stabmon",
+        "frozen",
+        "joint",
+    }
+    return {
+        **about,
+        "settings": {
+            name: value for name, value in about["settings"].items() if name not in left_out
+        },
+    }
 
 
 def perform(settings: StudySettings, task: Task) -> dict[str, Any]:
@@ -196,7 +250,11 @@ def perform(settings: StudySettings, task: Task) -> dict[str, Any]:
         torch.save(model.state_dict(), base_file.with_suffix(".tmp"))
         base_file.with_suffix(".tmp").replace(base_file)
     keep_controllers(model, folder / "controllers" / task.name, task)
-    result = dataclasses.asdict(task) | dataclasses.asdict(fitted) | {"added_parameters": sum(each.numel() for each in added)}
+    result = (
+        dataclasses.asdict(task)
+        | dataclasses.asdict(fitted)
+        | {"added_parameters": sum(each.numel() for each in added)}
+    )
     path = folder / "results" / f"{task.name}.json"
     path.with_suffix(".tmp").write_text(json.dumps(result) + "\n")
     path.with_suffix(".tmp").replace(path)
@@ -210,13 +268,21 @@ def make_watch(settings: StudySettings, task: Task, model: torch.nn.Module) -> W
         return None
     folder = Path(settings.run_dir) / "watched" / task.name
     return lambda optimizer, schedule: AttentionStabilityMonitor(
-        model, optimizer, schedule, config=watch.config, log_every=watch.log_every, sinks=["jsonl"], run_dir=folder
+        model,
+        optimizer,
+        schedule,
+        config=watch.config,
+        log_every=watch.log_every,
+        sinks=["jsonl"],
+        run_dir=folder,
     )
 
 
 @contextmanager
 def watched(model: torch.nn.Module, folder: Path, every: int | None) -> Iterator[None]:
-    """Time series of a model's controllers in training, and their pictures; nothing where ``every`` is None or there are none."""
+    """Time series of a model's controllers in training, and their pictures; nothing where ``every``
+    is None or there are none.
+    """
     if every is None or not find_controllers(model):
         yield
         return
@@ -226,9 +292,14 @@ def watched(model: torch.nn.Module, folder: Path, every: int | None) -> Iterator
 
 
 def keep_controllers(model: torch.nn.Module, folder: Path, task: Task) -> None:
-    """Save the controllers of a variant that has some; a joint base beside them, which they are worth nothing without."""
+    """Save the controllers of a variant that has some; a joint base beside them, which they are
+    worth nothing without.
+    """
     if not find_controllers(model):
         return
     save_controllers(model, folder)
     if task.kind == "joint":
-        torch.save({name: value for name, value in model.state_dict().items() if "stabmon" not in name}, folder / "base.pt")
+        torch.save(
+            {name: value for name, value in model.state_dict().items() if "stabmon" not in name},
+            folder / "base.pt",
+        )

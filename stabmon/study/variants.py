@@ -1,4 +1,6 @@
-"""What a study compares: a model as it is, with controllers, and with as many parameters of another kind. H heads, D width."""
+"""What a study compares: a model as it is, with controllers, and with as many parameters of another
+kind. H heads, D width.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +41,9 @@ VARIANTS: dict[str, Variant] = {
     "matched_control": Variant(None, rank=1),
     "matched_control_of_both": Variant(None, rank=2),
 }
-"""A matched control adds ``x A B`` of so low a rank to queries and keys, with about as many parameters as a controller: 4 D a layer
-and rank where queries and keys are as wide as the model, against H D + H for one form of info_density: as many where H is 4."""
+"""A matched control adds ``x A B`` of so low a rank to queries and keys, with about as many
+parameters as a controller: 4 D a layer and rank where queries and keys are as wide as the model,
+against H D + H for one form of info_density: as many where H is 4."""
 
 
 def put_variant(model: nn.Module, name: str, limits: dict[str, float]) -> list[nn.Parameter]:
@@ -64,7 +67,9 @@ def put_variant(model: nn.Module, name: str, limits: dict[str, float]) -> list[n
 
 
 class LowRank(nn.Module):
-    """``x A B`` added to what a projection gives, 0 at first: the smallest thing that can learn about queries or keys."""
+    """``x A B`` added to what a projection gives, 0 at first: the smallest thing that can learn
+    about queries or keys.
+    """
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
         super().__init__()
@@ -77,7 +82,8 @@ class LowRank(nn.Module):
 
 
 def put_low_rank(model: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Add :class:`LowRank` to every projection of queries and of keys; ``x`` is what the projection is given.
+    """Add :class:`LowRank` to every projection of queries and of keys; ``x`` is what the projection
+    is given.
 
     Raises:
         SettingsError: if the model has no projections named q_proj and k_proj.
@@ -90,7 +96,10 @@ def put_low_rank(model: nn.Module, rank: int) -> list[nn.Parameter]:
             module.register_forward_hook(_add)
             added += addition.parameters()
     if not added:
-        raise SettingsError("variants: matched controls need projections named q_proj and k_proj: use model.architecture=llama")
+        raise SettingsError(
+            "variants: matched controls need projections named q_proj and k_proj: use "
+            "model.architecture=llama"
+        )
     return added
 
 

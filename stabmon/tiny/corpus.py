@@ -1,7 +1,9 @@
-"""The text that small models learn, byte by byte: found on every machine, the same for all runs of one Python version.
+"""The text that small models learn, byte by byte: found on every machine, the same for all runs of
+one Python version.
 
-By default the help topics of Python's own documentation (``pydoc_data.topics``, about 0.45 MB of English and code), joined in
-the order of their names; where a Python ships without them, the modules of its standard library. A file of yours takes their place.
+By default the help topics of Python's own documentation (``pydoc_data.topics``, about 0.45 MB of
+English and code), joined in the order of their names; where a Python ships without them, the
+modules of its standard library. A file of yours takes their place.
 """
 
 from __future__ import annotations
@@ -36,17 +38,23 @@ class Corpus:
     """``[M, S]`` int64; no block of it is in ``train``."""
 
     def stream(self, steps: int, batch: int, seed: int) -> Tensor:
-        """``[steps, batch]`` indices into ``train``: each step's blocks, shuffled anew for every pass by an own generator.
+        """``[steps, batch]`` indices into ``train``: each step's blocks, shuffled anew for every
+        pass by an own generator.
 
-        A step's batch depends on nothing but the arguments, so that twins see the same data and a resumed run goes on exactly.
+        A step's batch depends on nothing but the arguments, so that twins see the same data and a
+        resumed run goes on exactly.
         """
         generator = torch.Generator().manual_seed(seed)
         passes = -(-steps * batch // len(self.train))
-        order = torch.cat([torch.randperm(len(self.train), generator=generator) for _ in range(passes)])
+        order = torch.cat(
+            [torch.randperm(len(self.train), generator=generator) for _ in range(passes)]
+        )
         return order[: steps * batch].view(steps, batch)
 
 
-def load_corpus(text: str | Path | None = None, *, block: int, validation_share: float = 0.1, seed: int = 0) -> Corpus:
+def load_corpus(
+    text: str | Path | None = None, *, block: int, validation_share: float = 0.1, seed: int = 0
+) -> Corpus:
     """Read the text, cut it into blocks, shuffle them and split off a validation part.
 
     Args:
@@ -59,17 +67,29 @@ def load_corpus(text: str | Path | None = None, *, block: int, validation_share:
         CorpusError: if the file is missing or empty, or the text does not fill two blocks.
     """
     if not 0 < validation_share < 1:
-        raise CorpusError(f"validation share {validation_share}: use a number between 0 and 1, such as 0.1")
+        raise CorpusError(
+            f"validation share {validation_share}: use a number between 0 and 1, such as 0.1"
+        )
     source, raw = default_text() if text is None else read_text(text)
     count = len(raw) // block
     if count < 2:
         raise CorpusError(
-            f"{source} holds {len(raw)} bytes, fewer than two blocks of {block}: use a longer text or a shorter block"
+            f"{source} holds {len(raw)} bytes, fewer than two blocks of {block}: use a longer "
+            "text or a shorter block"
         )
-    blocks = torch.frombuffer(bytearray(raw[: count * block]), dtype=torch.uint8).view(count, block).long()
+    blocks = (
+        torch.frombuffer(bytearray(raw[: count * block]), dtype=torch.uint8)
+        .view(count, block)
+        .long()
+    )
     blocks = blocks[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
     held_out = min(max(1, round(count * validation_share)), count - 1)
-    return Corpus(source, hashlib.sha256(raw).hexdigest(), train=blocks[held_out:], validation=blocks[:held_out])
+    return Corpus(
+        source,
+        hashlib.sha256(raw).hexdigest(),
+        train=blocks[held_out:],
+        validation=blocks[:held_out],
+    )
 
 
 def read_text(path: str | Path) -> tuple[str, bytes]:
@@ -82,10 +102,13 @@ def read_text(path: str | Path) -> tuple[str, bytes]:
         raw = Path(path).read_bytes()
     except OSError as error:
         raise CorpusError(
-            f"cannot read the text {path}: {error.strerror}; name a readable file, or none for the default text"
+            f"cannot read the text {path}: {error.strerror}; name a readable file, or none for "
+            "the default text"
         ) from error
     if not raw:
-        raise CorpusError(f"the text {path} is empty: name a file with at least two blocks of bytes")
+        raise CorpusError(
+            f"the text {path} is empty: name a file with at least two blocks of bytes"
+        )
     return str(path), raw
 
 
@@ -101,4 +124,6 @@ def default_text() -> tuple[str, bytes]:
 def library_text() -> tuple[str, bytes]:
     """The same of the modules of the standard library."""
     library = Path(sysconfig.get_path("stdlib"))
-    return f"the standard library in {library}", b"\n\n".join(path.read_bytes() for path in sorted(library.glob("*.py")))
+    return f"the standard library in {library}", b"\n\n".join(
+        path.read_bytes() for path in sorted(library.glob("*.py"))
+    )

@@ -29,12 +29,26 @@ def make_model(shape: Shape, block: int) -> Any:
     """
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    tokens: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
+    tokens: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "use_cache": False,
+    }
     if shape.architecture == "gpt2":
         if shape.kv_heads not in (None, shape.heads):
-            raise SettingsError(f"model.kv_heads is {shape.kv_heads}, but GPT-2 has no grouped heads: leave it out, or use llama")
+            raise SettingsError(
+                f"model.kv_heads is {shape.kv_heads}, but GPT-2 has no grouped heads: leave it "
+                "out, or use llama"
+            )
         return GPT2LMHeadModel(
-            GPT2Config(n_layer=shape.layers, n_head=shape.heads, n_embd=shape.width, n_positions=block, **tokens)
+            GPT2Config(
+                n_layer=shape.layers,
+                n_head=shape.heads,
+                n_embd=shape.width,
+                n_positions=block,
+                **tokens,
+            )
         )
     return LlamaForCausalLM(
         LlamaConfig(

@@ -30,7 +30,8 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """``constant``, ``linear`` or ``cosine``, with warm-up steps and the run's steps: ``cosine:20`` or ``cosine:20:400``.
+        """``constant``, ``linear`` or ``cosine``, with warm-up steps and the run's steps:
+        ``cosine:20`` or ``cosine:20:400``.
 
         Raises:
             ValueError: for anything else.
@@ -40,16 +41,27 @@ class Recipe:
         """
         name, *numbers = text.split(":")
         if name not in SCHEDULES or len(numbers) > 2 or not all(each.isdigit() for each in numbers):
-            raise ValueError(f"--schedule {text!r}: use {', '.join(SCHEDULES)}, with warm-up and total steps as in cosine:20:400")
+            raise ValueError(
+                f"--schedule {text!r}: use {', '.join(SCHEDULES)}, with warm-up and total steps "
+                "as in cosine:20:400"
+            )
         warmup, total = [*map(int, numbers), *(cls.warmup, cls.total)[len(numbers) :]]
         return cls(name, warmup, total)
 
     def optimizer(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
         """AdamW that decays matrices and leaves vectors alone."""
         trained = [each for each in model.parameters() if each.requires_grad]
-        matrices, vectors = [each for each in trained if each.ndim >= 2], [each for each in trained if each.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=self.betas)
+        matrices, vectors = (
+            [each for each in trained if each.ndim >= 2],
+            [each for each in trained if each.ndim < 2],
+        )
+        groups = [
+            {"params": matrices, "weight_decay": self.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=rate, betas=self.betas
+        )
 
     def rate_at(self, step: int, peak: float) -> float:
         """The rate of a step, counted from 0."""

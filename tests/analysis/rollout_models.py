@@ -67,7 +67,9 @@ def mistral() -> Case:
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=4, **SMALL, **TOKENS))
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=100, num_key_value_heads=2, sliding_window=4, **SMALL, **TOKENS)
+    )
     return Case(sharpen(model), {"input_ids": ids()}, torch.ones(3, 11, dtype=torch.bool))
 
 
@@ -102,7 +104,9 @@ def t5(stack: str | None = None) -> Case:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, **TOKENS)
+    config = T5Config(
+        vocab_size=100, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, **TOKENS
+    )
     return encoder_decoder(T5ForConditionalGeneration(config).eval(), stack)
 
 
@@ -136,7 +140,10 @@ class HandMade(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = (part.view(batch, tokens, self.heads, -1).transpose(1, 2) for part in self.qkv(x).split(width, 2))
+        q, k, v = (
+            part.view(batch, tokens, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(x).split(width, 2)
+        )
         scores = (q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
         scores = scores.masked_fill(torch.ones(tokens, tokens).tril() == 0, float("-inf"))
         weights = torch.softmax(scores, dim=-1)
@@ -161,16 +168,25 @@ class TinyGPT(nn.Module):
 
 
 def maps_of(case: Case, kind: str = "own") -> list[Tensor]:
-    """The maps of every layer in float64, as the eager model returns them; with the graph, for gradients."""
+    """The maps of every layer in float64, as the eager model returns them; with the graph, for
+    gradients.
+    """
     found, _ = eager(case)
-    names = {"own": ("attentions", "decoder_attentions"), "encoder": ("encoder_attentions",), "cross": ("cross_attentions",)}
+    names = {
+        "own": ("attentions", "decoder_attentions"),
+        "encoder": ("encoder_attentions",),
+        "cross": ("cross_attentions",),
+    }
     return next(list(found[name]) for name in names[kind] if found.get(name) is not None)
 
 
 def eager(case: Case) -> tuple[Any, Any]:
     model: Any = copy.deepcopy(case.model)
     model.set_attn_implementation("eager")
-    batch = {name: value.double() if value.is_floating_point() else value for name, value in case.batch.items()}
+    batch = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in case.batch.items()
+    }
     options = {"use_cache": False} if takes(model, "use_cache") else {}
     return model.double().eval()(**batch, **options, output_attentions=True), model
 
@@ -196,7 +212,9 @@ def dense_rollout(maps: list[Tensor], fusion: str = "mean", residual: float = 0.
 
 
 def dense_joined(encoder: list[Tensor], decoder: list[Tensor], cross: list[Tensor]) -> Tensor:
-    """Rollout over the tokens of both stacks together, written out as one square matrix a layer, then the encoder's columns."""
+    """Rollout over the tokens of both stacks together, written out as one square matrix a layer,
+    then the encoder's columns.
+    """
     sources, targets = encoder[0].shape[-1], decoder[0].shape[-1]
     size = sources + targets
     rollout = torch.eye(size, dtype=torch.float64)

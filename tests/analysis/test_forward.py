@@ -18,7 +18,9 @@ IDS = torch.arange(24).reshape(2, 12) % 50
 
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=32))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=32)
+    )
 
 
 def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
@@ -26,7 +28,9 @@ def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
     model.transformer.h[1].eval()
     flags, state = [module.training for module in model.modules()], torch.get_rng_state()
     layers: list[str] = []
-    output = run_model(model, {"input_ids": IDS}, lambda call: layers.append(call.layer) or torch.rand(3))
+    output = run_model(
+        model, {"input_ids": IDS}, lambda call: layers.append(call.layer) or torch.rand(3)
+    )
     assert layers == [f"transformer.h.{i}.attn" for i in range(3)]
     assert output.past_key_values is None
     assert [module.training for module in model.modules()] == flags
@@ -36,9 +40,14 @@ def test_the_model_and_the_random_state_are_left_as_they_were() -> None:
 
 def test_a_pattern_chooses_layers_and_one_that_matches_nothing_lists_them() -> None:
     layers: list[str] = []
-    run_model(gpt2(), {"input_ids": IDS}, lambda call: layers.append(call.layer), pattern=r"h\.[12]\.")
+    run_model(
+        gpt2(), {"input_ids": IDS}, lambda call: layers.append(call.layer), pattern=r"h\.[12]\."
+    )
     assert layers == ["transformer.h.1.attn", "transformer.h.2.attn"]
-    with pytest.raises(ValueError, match=r"'decoder' matches none of the layers: transformer.h.0.attn, transformer.h.1.attn"):
+    with pytest.raises(
+        ValueError,
+        match=r"'decoder' matches none of the layers: transformer.h.0.attn, transformer.h.1.attn",
+    ):
         run_model(gpt2(), {"input_ids": IDS}, lambda call: None, pattern="decoder")
     with pytest.raises(ValueError, match="no regular expression"):
         run_model(gpt2(), {"input_ids": IDS}, lambda call: None, pattern="(")
@@ -73,7 +82,10 @@ def test_records_come_back_with_every_digit_and_corrupt_ones_are_named(tmp_path:
     assert np.isnan(again.values["loss"])
     assert again.values["layers"] == ["h.0"]
     np.testing.assert_array_equal(again.arrays["maps/h.0"], arrays["maps/h.0"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["heatmap.json", "heatmap.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "heatmap.json",
+        "heatmap.safetensors",
+    ]
     with pytest.raises(ValueError, match=r"patterns.json: No such file"):
         load_record(tmp_path, "patterns")
     (tmp_path / "heatmap.safetensors").write_bytes(b"torn")

@@ -138,7 +138,9 @@ def text(length: int = LENGTH, seed: int = 0) -> Tensor:
 def look(ids: Tensor, layers: Any = HEADS_BY_LAYER, **options: Any) -> AttentionPatterns:
     batch = {"input_ids": ids} | options.pop("more", {})
     roles = {"twenty": 20}
-    return attention_patterns(model(layers), batch, advice=False, similarity=False, custom_roles=roles, **options)
+    return attention_patterns(
+        model(layers), batch, advice=False, similarity=False, custom_roles=roles, **options
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -327,14 +329,18 @@ class ByToken(nn.Module):
             keys.append(key)
         key = torch.stack(keys, 1)
         query = self.score * tokens[:, None].expand_as(key)
-        return nn.functional.scaled_dot_product_attention(query, key, key, scale=1.0, is_causal=True)
+        return nn.functional.scaled_dot_product_attention(
+            query, key, key, scale=1.0, is_causal=True
+        )
 
 
 def test_heads_that_match_tokens_are_told_apart_on_english_text() -> None:
     english = (pytest.__doc__ or "") + (torch.nn.functional.scaled_dot_product_attention.__doc__)
     ids = torch.tensor([list(english.encode())[:400]])
     shifts = {1: "induction", 0: "duplicate_token", 2: None, 3: None, -1: None}
-    found = attention_patterns(ByToken(list(shifts), 256), {"input_ids": ids}, advice=False, similarity=False)
+    found = attention_patterns(
+        ByToken(list(shifts), 256), {"input_ids": ids}, advice=False, similarity=False
+    )
     for head, expected in enumerate(shifts.values()):
         named = set(found.roles_of(found.layers[0], head))
         if expected is None:

@@ -121,7 +121,9 @@ def reference(
     return found
 
 
-def compare(found: AttentionPatterns, layer: str, expected: list[list[dict[int, dict[str, float]]]]) -> None:
+def compare(
+    found: AttentionPatterns, layer: str, expected: list[list[dict[int, dict[str, float]]]]
+) -> None:
     statistics, over = found.statistics[layer], found.over_queries[layer]
     for b, heads in enumerate(expected):
         for h, rows in enumerate(heads):
@@ -129,7 +131,9 @@ def compare(found: AttentionPatterns, layer: str, expected: list[list[dict[int, 
             assert found.positions[layer][b] == last
             assert found.queries[layer][b] == len(rows)
             for name, value in rows[last].items():
-                assert statistics[name][b, h] == pytest.approx(value, rel=1e-5, abs=1e-5, nan_ok=True), name
+                assert statistics[name][b, h] == pytest.approx(
+                    value, rel=1e-5, abs=1e-5, nan_ok=True
+                ), name
             for name in ("entropy", "normalized_entropy", "sink_mass", "recent_distant_ratio"):
                 mean = sum(row[name] for row in rows.values()) / len(rows)
                 assert over[name][b, h] == pytest.approx(mean, rel=2e-5, abs=1e-5), name

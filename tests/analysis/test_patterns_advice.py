@@ -51,7 +51,9 @@ def softmax_over(logits: np.ndarray, sink: float) -> np.ndarray:
     return weights / (weights.sum() + math.exp(sink - top))
 
 
-def expected_keys(choice: KeyChoice, b: int, i: int, logits: np.ndarray, key: np.ndarray) -> set[int]:
+def expected_keys(
+    choice: KeyChoice, b: int, i: int, logits: np.ndarray, key: np.ndarray
+) -> set[int]:
     """The single keys that row i of sample b keeps; ``logits`` of its visible keys."""
     first = PADDED if b else 0
     visible = list(range(first, i + 1))
@@ -92,7 +94,9 @@ CHOICES = [
 def test_attention_to_kept_keys_equals_dense_rows(choice: KeyChoice) -> None:
     query, key, value, mask = parts()
     sinks = torch.linspace(-1, 1, H)
-    attention = attention_operator(query, key, scale=0.5, mask=mask, softcap=4.0, sinks=sinks, is_self=True)
+    attention = attention_operator(
+        query, key, scale=0.5, mask=mask, softcap=4.0, sinks=sinks, is_self=True
+    )
     found = restricted_attention(attention, value, choice, elements=B * H * S * 7).numpy()
     q, k, v = (x.double().numpy() for x in (query, key, value))
     for b in range(B):
@@ -135,7 +139,9 @@ def test_random_keys_are_so_many_and_the_same_each_time() -> None:
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 50}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    ).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:
@@ -153,7 +159,9 @@ def test_the_loss_is_the_models_own_under_a_band_mask() -> None:
     mask = torch.where(band, 0.0, torch.finfo(torch.float32).min).expand(2, 1, 40, 40)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask).logits[:, :-1]
-    expected = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    expected = nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
     torch.testing.assert_close(losses.flatten(), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(trial._losses(AllKeys()), trial._losses(None), atol=1e-4, rtol=1e-4)
     cost = trial.cost("keep_recent", keep, RecentKeys(keep))
@@ -247,7 +255,9 @@ class ByHand(nn.Module):
 
 def test_what_cannot_be_measured_gets_no_advice_and_a_reason() -> None:
     ids = torch.randint(3, 50, (2, 40), generator=torch.Generator().manual_seed(0))
-    bert = BertModel(BertConfig(vocab_size=50, hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
+    bert = BertModel(
+        BertConfig(vocab_size=50, hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+    )
     cases: list[tuple[Any, Any, str]] = [
         (bert, {"input_ids": ids}, "not causal"),
         (llama().model, {"input_ids": ids}, "no logits"),
@@ -265,7 +275,9 @@ def test_a_loss_of_ones_own_is_measured() -> None:
     model = llama()
     ids = torch.randint(3, 50, (2, 40), generator=torch.Generator().manual_seed(0))
     batch = {"inputs_embeds": model.model.embed_tokens(ids).detach()}
-    advice = compression_advice(model, batch, loss_fn=lambda output, _: output.logits.square().mean(-1))
+    advice = compression_advice(
+        model, batch, loss_fn=lambda output, _: output.logits.square().mean(-1)
+    )
     tried = advice.recommendations + advice.rejected
     assert {each.policy for each in tried} >= {"keep_recent", "top_k", "diverse", "grouping"}
     with pytest.raises(ValueError, match="loss_fn must return"):

@@ -28,7 +28,9 @@ class ByPlace(nn.Module):
         length = x.shape[1]
         keys = torch.eye(length).expand(len(x), len(self.scores), -1, -1)
         query = self.scores[:, :length, :length].expand(len(x), -1, -1, -1)
-        return nn.functional.scaled_dot_product_attention(query, keys, keys, scale=1.0, is_causal=True)
+        return nn.functional.scaled_dot_product_attention(
+            query, keys, keys, scale=1.0, is_causal=True
+        )
 
 
 class Model(nn.Module):
@@ -77,12 +79,17 @@ def test_each_insight_names_the_heads_that_give_it() -> None:
         "sparse": {"sinks", "sparse"},
     }
     for kind, names in expected.items():
-        where = {order[head if layer == "first" else len(order) - 1 - head] for layer, head, _ in found[kind].numbers["where"]}
+        where = {
+            order[head if layer == "first" else len(order) - 1 - head]
+            for layer, head, _ in found[kind].numbers["where"]
+        }
         assert where == names, kind
         assert found[kind].numbers["heads"] == 2 * len(names)
         assert found[kind].n == 2 * (LENGTH - 2)
         assert f"{2 * len(names)} of 10 heads" in found[kind].text
-    clustered = {order[h] for layer, h, _ in found["clustered"].numbers["where"] if layer == "first"}
+    clustered = {
+        order[h] for layer, h, _ in found["clustered"].numbers["where"] if layer == "first"
+    }
     assert "clustered" in clustered
     assert not clustered & {"sparse", "sinks", "uniform"}
     assert found["redundant_layers"].numbers["pairs"][0][:2] == ["first", "second"]

@@ -47,7 +47,9 @@ def test_equals_dense_product(name: str) -> None:
     rollout = attention_rollout(case.model, case.batch, stack=case.stack)
     assert torch.equal(rollout.valid, case.valid)
     assert largest(rollout.matrix - models.dense_rollout(maps), case.valid) <= 1e-5
-    torch.testing.assert_close(rollout.matrix.sum(-1), torch.ones_like(rollout.matrix[..., 0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        rollout.matrix.sum(-1), torch.ones_like(rollout.matrix[..., 0]), atol=1e-5, rtol=0
+    )
     assert len(rollout.layers) == len(maps)
 
 
@@ -64,7 +66,9 @@ def test_fuses_heads_and_normalises_rows(name: str, fusion: Any) -> None:
 def test_mixes_by_the_residual(residual: float) -> None:
     case, maps = case_of("gpt2 left padded")
     rollout = attention_rollout(case.model, case.batch, residual=residual)
-    assert largest(rollout.matrix - models.dense_rollout(maps, residual=residual), case.valid) <= 1e-5
+    assert (
+        largest(rollout.matrix - models.dense_rollout(maps, residual=residual), case.valid) <= 1e-5
+    )
 
 
 def test_row_that_sees_nothing_is_the_identity_s() -> None:
@@ -82,7 +86,9 @@ def test_starts_at_a_layer_and_selects_by_pattern() -> None:
     assert largest(picked.matrix - models.dense_rollout([maps[0], maps[2]]), case.valid) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral window", "bert padded", "gpt2 left padded", "t5 encoder"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral window", "bert padded", "gpt2 left padded", "t5 encoder"]
+)
 def test_targets_and_sources_are_rows_and_columns(name: str) -> None:
     case, _ = case_of(name)
     whole = attention_rollout(case.model, case.batch, stack=case.stack)
@@ -91,16 +97,29 @@ def test_targets_and_sources_are_rows_and_columns(name: str) -> None:
     assert rows.targets is not None
     assert rows.targets[:, 0].tolist() == last
     for index, place in enumerate(rows.targets):
-        torch.testing.assert_close(rows.matrix[index], whole.matrix[index, place], atol=1e-6, rtol=0)
-        torch.testing.assert_close(rows.first_token_share[index], whole.first_token_share[index, place], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            rows.matrix[index], whole.matrix[index, place], atol=1e-6, rtol=0
+        )
+        torch.testing.assert_close(
+            rows.first_token_share[index], whole.first_token_share[index, place], atol=1e-6, rtol=0
+        )
     columns = attention_rollout(case.model, case.batch, stack=case.stack, sources=-2)
     assert columns.sources is not None
     for index, place in enumerate(columns.sources):
-        torch.testing.assert_close(columns.matrix[index], whole.matrix[index][:, place], atol=1e-6, rtol=0)
-    torch.testing.assert_close(columns.first_token_share, whole.first_token_share, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            columns.matrix[index], whole.matrix[index][:, place], atol=1e-6, rtol=0
+        )
+    torch.testing.assert_close(
+        columns.first_token_share, whole.first_token_share, atol=1e-6, rtol=0
+    )
     both = attention_rollout(case.model, case.batch, stack=case.stack, sources=-2, targets=-1)
     assert both.matrix.shape == (len(case.valid), 1, 1)
-    torch.testing.assert_close(both.matrix[:, 0, 0], rows.matrix[torch.arange(3), 0, columns.sources[:, 0]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        both.matrix[:, 0, 0],
+        rows.matrix[torch.arange(3), 0, columns.sources[:, 0]],
+        atol=1e-6,
+        rtol=0,
+    )
 
 
 def test_first_token_share_is_of_the_first_token_that_is_not_padding() -> None:
@@ -137,7 +156,9 @@ def test_torch_s_own_transformer(batch_first: bool) -> None:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             query, key = args[0], args[1]
             with torch.no_grad():
-                _, weights = nn.MultiheadAttention.forward(module, query, key, args[2], average_attn_weights=False)
+                _, weights = nn.MultiheadAttention.forward(
+                    module, query, key, args[2], average_attn_weights=False
+                )
             kept[name] = weights.double()
 
         return hook
@@ -154,7 +175,11 @@ def test_torch_s_own_transformer(batch_first: bool) -> None:
     model(*parts)
     encoder, decoder, cross = (
         [kept[f"{side}.layers.{i}.{name}"] for i in (0, 1)]
-        for side, name in (("encoder", "self_attn"), ("decoder", "self_attn"), ("decoder", "multihead_attn"))
+        for side, name in (
+            ("encoder", "self_attn"),
+            ("decoder", "self_attn"),
+            ("decoder", "multihead_attn"),
+        )
     )
     for module in model.modules():
         module._forward_hooks.clear()
@@ -211,7 +236,10 @@ def test_leaves_the_model_as_it_was() -> None:
     case.model.train()
     case.model.transformer.h[1].eval()  # type: ignore[union-attr, operator, index]
     before = [module.training for module in case.model.modules()]
-    state, hooks = torch.get_rng_state(), [len(module._forward_hooks) for module in case.model.modules()]
+    state, hooks = (
+        torch.get_rng_state(),
+        [len(module._forward_hooks) for module in case.model.modules()],
+    )
     for options in ({}, {"targets": -1}, {"sources": -1}, {"weighting": "gradient"}):
         attention_rollout(case.model, case.batch, **options)
     assert [module.training for module in case.model.modules()] == before
@@ -221,7 +249,11 @@ def test_leaves_the_model_as_it_was() -> None:
 
 def test_image_grid() -> None:
     case, _ = case_of("vit")
-    assert attention_rollout(case.model, case.batch).image_grid == {"rows": 4, "cols": 4, "leading": 1}
+    assert attention_rollout(case.model, case.batch).image_grid == {
+        "rows": 4,
+        "cols": 4,
+        "leading": 1,
+    }
     text, _ = case_of("llama")
     assert attention_rollout(text.model, text.batch).image_grid is None
 
@@ -254,7 +286,10 @@ def test_record_holds_what_figures_need(tmp_path: Any) -> None:
         ({"objective": 1}, "objective is given"),
         ({"stack": "tower"}, "stack 'tower' is none"),
         ({"stack": "joined"}, "needs an encoder and a decoder"),
-        ({"attention_layer_pattern": "mlp"}, r"matches none of the layers: bert\.encoder\.layer\.0\.attention\.self"),
+        (
+            {"attention_layer_pattern": "mlp"},
+            r"matches none of the layers: bert\.encoder\.layer\.0\.attention\.self",
+        ),
     ],
 )
 def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> None:
@@ -267,7 +302,11 @@ def test_refuses_what_does_not_fit(options: dict[str, Any], message: str) -> Non
 def test_refuses_windows_and_merged_tokens() -> None:
     from transformers import SwinConfig, SwinModel
 
-    swin = SwinModel(SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4))
+    swin = SwinModel(
+        SwinConfig(
+            image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4
+        )
+    )
     with pytest.raises(ValueError, match="windows have no rollout"):
         attention_rollout(swin, {"pixel_values": torch.randn(2, 3, 16, 16)})
 
@@ -280,14 +319,24 @@ def test_refuses_windows_and_merged_tokens() -> None:
         "num_encoder_blocks": 2,
         "sr_ratios": [4, 1],
     }
-    more = {"patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [1, 1], "decoder_hidden_size": 8}
+    more = {
+        "patch_sizes": [3, 3],
+        "strides": [2, 2],
+        "mlp_ratios": [1, 1],
+        "decoder_hidden_size": 8,
+    }
     with pytest.raises(ValueError, match="64 queries and 4 keys"):
-        attention_rollout(SegformerModel(SegformerConfig(**sizes, **more)), {"pixel_values": torch.randn(2, 3, 16, 16)})
+        attention_rollout(
+            SegformerModel(SegformerConfig(**sizes, **more)),
+            {"pixel_values": torch.randn(2, 3, 16, 16)},
+        )
 
     class Merging(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = nn.ModuleList([nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(2)])
+            self.layers = nn.ModuleList(
+                [nn.TransformerEncoderLayer(8, 2, 8, batch_first=True) for _ in range(2)]
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.layers[1](self.layers[0](x)[:, ::2])
@@ -300,7 +349,10 @@ def test_says_which_of_several_stacks_it_takes(caplog: pytest.LogCaptureFixture)
     from transformers import CLIPConfig, CLIPModel
 
     sizes = {**models.SMALL, "num_hidden_layers": 1}
-    text, vision = {**sizes, "vocab_size": 100, **models.TOKENS}, {**sizes, "image_size": 16, "patch_size": 8}
+    text, vision = (
+        {**sizes, "vocab_size": 100, **models.TOKENS},
+        {**sizes, "image_size": 16, "patch_size": 8},
+    )
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
     batch = {"input_ids": models.ids(2, 7), "pixel_values": torch.randn(3, 3, 16, 16)}
     caplog.set_level(logging.WARNING, "stabmon")
@@ -308,11 +360,15 @@ def test_says_which_of_several_stacks_it_takes(caplog: pytest.LogCaptureFixture)
         assert attention_rollout(model, batch).matrix.shape == (2, 7, 7)
     told = [record.message for record in caplog.records if record.name == "stabmon"]
     assert told == [
-        "CLIPModel has the stacks vision_model (1 layer), text_model (1 layer): the rollout is of text_model, which attends last; "
+        "CLIPModel has the stacks vision_model (1 layer), text_model (1 layer): the rollout is of "
+        "text_model, which attends last; "
         "choose another by stack="
     ]
     vision_rollout = attention_rollout(model, batch, stack="vision_model")
-    assert (vision_rollout.matrix.shape, vision_rollout.stacks) == ((3, 5, 5), ("vision_model", "text_model"))
+    assert (vision_rollout.matrix.shape, vision_rollout.stacks) == (
+        (3, 5, 5),
+        ("vision_model", "text_model"),
+    )
     assert vision_rollout.image_grid == {"rows": 2, "cols": 2, "leading": 1}
     assert attention_rollout(model, batch, stack="text_model").image_grid is None
 
@@ -321,7 +377,9 @@ def test_shared_modules_are_layers_in_order() -> None:
     from transformers import AlbertConfig, AlbertModel
 
     torch.manual_seed(0)
-    model = models.sharpen(AlbertModel(AlbertConfig(vocab_size=100, embedding_size=16, **models.SMALL)))
+    model = models.sharpen(
+        AlbertModel(AlbertConfig(vocab_size=100, embedding_size=16, **models.SMALL))
+    )
     case = models.Case(model, {"input_ids": models.ids()}, torch.ones(3, 11, dtype=torch.bool))
     rollout = attention_rollout(model, case.batch)
     assert [name.split("#")[1:] for name in rollout.layers] == [[], ["1"], ["2"]]
@@ -343,7 +401,11 @@ def test_sinks_leave_rows_that_sum_to_one() -> None:
         **models.SMALL,
         **models.TOKENS,
     )
-    case = models.Case(GptOssForCausalLM(config).eval(), {"input_ids": models.ids()}, torch.ones(3, 11, dtype=torch.bool))
+    case = models.Case(
+        GptOssForCausalLM(config).eval(),
+        {"input_ids": models.ids()},
+        torch.ones(3, 11, dtype=torch.bool),
+    )
     eager = copy.deepcopy(case.model)
     eager.set_attn_implementation("eager")  # type: ignore[operator]
     with torch.no_grad():

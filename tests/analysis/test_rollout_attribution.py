@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.attribution.summary import MEASURED, aggregate_attribution, compute_attention_attribution
+from stabmon.analysis.attribution.summary import (
+    MEASURED,
+    aggregate_attribution,
+    compute_attention_attribution,
+)
 from stabmon.analysis.chunks import in_chunks, part_of
 from stabmon.analysis.rollout.api import attention_rollout
 from tests.analysis import rollout_models as models
@@ -44,12 +48,17 @@ def test_eight_numbers(make: Any, layer_idx: int) -> None:
 
 def test_layer_and_pattern_are_checked() -> None:
     case = models.llama()
-    with pytest.raises(ValueError, match=r"layer_idx 3: there are 3 layers, 0 to 2: model\.layers\.0"):
+    with pytest.raises(
+        ValueError, match=r"layer_idx 3: there are 3 layers, 0 to 2: model\.layers\.0"
+    ):
         compute_attention_attribution(case.model, case.batch, 3)
     with pytest.raises(ValueError, match="matches none of the layers"):
         compute_attention_attribution(case.model, case.batch, attention_layer_pattern="mixer")
     only = compute_attention_attribution(case.model, case.batch, attention_layer_pattern=r"\.1\.")
-    assert only["attention_entropy"] == compute_attention_attribution(case.model, case.batch, 1)["attention_entropy"]
+    assert (
+        only["attention_entropy"]
+        == compute_attention_attribution(case.model, case.batch, 1)["attention_entropy"]
+    )
 
 
 def test_nan_where_the_model_is_nan() -> None:
@@ -77,22 +86,30 @@ class Limited(nn.Module):
 
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"),
+    RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+    ),
     MemoryError(),
 ]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_halves_where_memory_runs_out_with_the_same_numbers(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_halves_where_memory_runs_out_with_the_same_numbers(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     base = models.gpt2().model
     mask = models.padded(11, 7, left=True)
     mask[5, :6] = 0
     batch = {"input_ids": models.ids(7), "attention_mask": mask}
     with caplog.at_level(logging.WARNING, "stabmon"):
         limited = Limited(base, 2, error)
-        parted = attention_rollout(limited, batch, targets=[[n] for n in range(4, 11)] if error is ERRORS[0] else None)
+        parted = attention_rollout(
+            limited, batch, targets=[[n] for n in range(4, 11)] if error is ERRORS[0] else None
+        )
     whole = attention_rollout(
-        Limited(base, 99, error), batch, targets=[[n] for n in range(4, 11)] if error is ERRORS[0] else None
+        Limited(base, 99, error),
+        batch,
+        targets=[[n] for n in range(4, 11)] if error is ERRORS[0] else None,
     )
     assert limited.sizes == [7, 4, 2, 2, 2, 1]
     told = [record.message for record in caplog.records if "memory" in record.message]
@@ -112,7 +129,10 @@ def test_same_numbers_on_several_threads() -> None:
     try:
         for make in (models.gpt2, models.bert):
             base = make().model
-            whole, parted = (attention_rollout(Limited(base, most, MemoryError()), batch).matrix for most in (8, 1))
+            whole, parted = (
+                attention_rollout(Limited(base, most, MemoryError()), batch).matrix
+                for most in (8, 1)
+            )
             assert torch.equal(whole, parted)
         assert torch.get_num_threads() == 2
     finally:
@@ -132,9 +152,15 @@ def test_what_is_no_lack_of_memory_is_raised() -> None:
 def test_parts_of_batches() -> None:
     batch = {"input_ids": torch.zeros(4, 3), "position_ids": torch.zeros(1, 3), "flag": True}
     part = part_of(batch, 1, 3)
-    assert (part["input_ids"].shape, part["position_ids"].shape, part["flag"]) == ((2, 3), (1, 3), True)
+    assert (part["input_ids"].shape, part["position_ids"].shape, part["flag"]) == (
+        (2, 3),
+        (1, 3),
+        True,
+    )
     assert part_of((torch.zeros(5, 4, 2), torch.zeros(4, 5)), 0, 2, dim=1)[0].shape == (5, 2, 2)
-    assert in_chunks(torch.arange(5.0)[:, None], lambda part, start: part + start, torch.cat, 2).flatten().tolist() == [
+    assert in_chunks(
+        torch.arange(5.0)[:, None], lambda part, start: part + start, torch.cat, 2
+    ).flatten().tolist() == [
         0,
         1,
         4,
@@ -147,14 +173,20 @@ def test_seq_first_batches_are_parted_by_sample() -> None:
     torch.manual_seed(0)
     model = nn.Transformer(16, 2, 1, 1, 16)
     parts = torch.randn(5, 4, 16), torch.randn(3, 4, 16)
-    whole, parted = (attention_rollout(model, parts, stack="joined", chunk_size=size) for size in (None, 1))
+    whole, parted = (
+        attention_rollout(model, parts, stack="joined", chunk_size=size) for size in (None, 1)
+    )
     torch.testing.assert_close(whole.matrix, parted.matrix, atol=1e-6, rtol=0)
 
 
 def test_summary_over_a_loader() -> None:
     case = models.gpt2()
     batches = [
-        {"input_ids": models.ids(n, 11, seed=n), "attention_mask": torch.ones(n, 11, dtype=torch.int64)} for n in (1, 3, 2)
+        {
+            "input_ids": models.ids(n, 11, seed=n),
+            "attention_mask": torch.ones(n, 11, dtype=torch.int64),
+        }
+        for n in (1, 3, 2)
     ]
     summary = aggregate_attribution(case.model, batches)
     single = [compute_attention_attribution(case.model, batch) for batch in batches]

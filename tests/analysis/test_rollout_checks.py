@@ -15,12 +15,17 @@ from tests.analysis import rollout_models as models
 
 
 class Counter(nn.Module):
-    """Says class 1 the more surely the more tokens 9 there are; attends so that its rollout can be taken."""
+    """Says class 1 the more surely the more tokens 9 there are; attends so that its rollout can be
+    taken.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.attend = nn.Embedding(20, 8), nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.embed, self.attend = (
+            nn.Embedding(20, 8),
+            nn.TransformerEncoderLayer(8, 2, 8, batch_first=True),
+        )
 
     def forward(self, input_ids: Tensor) -> Tensor:
         self.attend(self.embed(input_ids))
@@ -37,7 +42,9 @@ def counted() -> tuple[Tensor, Tensor]:
 
 def test_taking_the_tokens_that_matter_drops_the_prediction() -> None:
     tokens, right = counted()
-    found = deletion_check(Counter(), {"input_ids": tokens}, right, k=[1, 2], replacement=4, targets=0, draws=20)
+    found = deletion_check(
+        Counter(), {"input_ids": tokens}, right, k=[1, 2], replacement=4, targets=0, draws=20
+    )
     log_p = torch.tensor([0.0, 1.0, 2.0]).sigmoid().log()
     assert found.way == "replaced by token 4"
     for effect, left in zip(found.effects, (1, 0), strict=True):
@@ -45,7 +52,9 @@ def test_taking_the_tokens_that_matter_drops_the_prediction() -> None:
         assert effect.top_std == pytest.approx(0.0, abs=1e-6)
         assert 0 < effect.random_drop < effect.top_drop
         assert effect.better_than_random > 0.7
-    wrong = deletion_check(Counter(), {"input_ids": tokens}, 1 - right, k=2, replacement=4, targets=0, draws=20)
+    wrong = deletion_check(
+        Counter(), {"input_ids": tokens}, 1 - right, k=2, replacement=4, targets=0, draws=20
+    )
     assert wrong.effects[0].top_drop == pytest.approx(0.0, abs=1e-6)
     assert wrong.effects[0].better_than_random < 0.5
 
@@ -55,7 +64,10 @@ def test_draws_are_seeded_and_leave_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     batch = {"input_ids": tokens}
     one, same, other = (
-        deletion_check(model, batch, right, k=2, replacement=4, targets=0, draws=3, seed=seed).effects[0] for seed in (1, 1, 2)
+        deletion_check(
+            model, batch, right, k=2, replacement=4, targets=0, draws=3, seed=seed
+        ).effects[0]
+        for seed in (1, 1, 2)
     )
     assert one == same
     assert one.random_drop != other.random_drop
@@ -122,9 +134,15 @@ def test_generated_tokens_step_by_step(make: Any) -> None:
         length = 11 + step
         seen = torch.cat([mask, torch.ones(3, step, dtype=torch.int64)], dim=1)
         positions = (seen.cumsum(1) - 1).clamp(min=0)
-        batch = {"input_ids": found.tokens[:, :length], "attention_mask": seen, "position_ids": positions}
+        batch = {
+            "input_ids": found.tokens[:, :length],
+            "attention_mask": seen,
+            "position_ids": positions,
+        }
         alone = attention_rollout(case.model, batch, targets=-1)
-        torch.testing.assert_close(found.rollout.matrix[:, step, :length], alone.matrix[:, 0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            found.rollout.matrix[:, step, :length], alone.matrix[:, 0], atol=1e-5, rtol=0
+        )
         assert float(found.rollout.matrix[:, step, length:].abs().max()) == 0
         with torch.no_grad():
             top = case.model(**batch).logits[:, -1].argmax(-1)
@@ -141,7 +159,9 @@ def test_rows_after_the_end_are_nan() -> None:
     assert found.generated[0].tolist()[:2] == [True, True]
     assert not bool(found.generated[0, 2:].any())
     assert torch.equal(found.rollout.matrix.isnan().all(-1), ~found.generated)
-    torch.testing.assert_close(found.rollout.matrix[0, :2, :13], free.rollout.matrix[0, :2, :13], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found.rollout.matrix[0, :2, :13], free.rollout.matrix[0, :2, :13], atol=1e-5, rtol=0
+    )
 
 
 def test_generated_tokens_of_an_encoder_decoder_owe_to_the_source() -> None:
@@ -152,6 +172,8 @@ def test_generated_tokens_of_an_encoder_decoder_owe_to_the_source() -> None:
     assert found.rollout.matrix.shape[2] == 11
     rows = found.rollout.matrix[found.generated]
     torch.testing.assert_close(rows.sum(-1), torch.ones(len(rows)), atol=1e-5, rtol=0)
-    assert float(found.rollout.matrix[1, :, 7:].nan_to_num().abs().max()) == 0  # padding of the source
+    assert (
+        float(found.rollout.matrix[1, :, 7:].nan_to_num().abs().max()) == 0
+    )  # padding of the source
     with pytest.raises(ValueError, match="has no generate"):
         generation_attribution(nn.Linear(2, 2), batch)

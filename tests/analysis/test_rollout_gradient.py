@@ -17,7 +17,9 @@ from tests.analysis import rollout_models as models
 def top_of_last(case: models.Case) -> Callable[[Any], Tensor]:
     """Log-probability of the top token at each sample's last valid position."""
     places = [int(each.nonzero()[-1]) for each in case.valid]
-    return lambda output: sum(output.logits[i, n].log_softmax(-1).max() for i, n in enumerate(places))
+    return lambda output: sum(
+        output.logits[i, n].log_softmax(-1).max() for i, n in enumerate(places)
+    )
 
 
 def top_class(_: models.Case) -> Callable[[Any], Tensor]:
@@ -28,15 +30,25 @@ def third_class(_: models.Case) -> Callable[[Any], Tensor]:
     return lambda output: output.logits.log_softmax(-1)[:, 3].sum()
 
 
-def weighted(case: models.Case, objective: Callable[[Any], Tensor], kinds: tuple[str, ...] = ("own",)) -> list[list[Tensor]]:
+def weighted(
+    case: models.Case, objective: Callable[[Any], Tensor], kinds: tuple[str, ...] = ("own",)
+) -> list[list[Tensor]]:
     """E_h relu(A * dL/dA) of each layer as one-headed maps, by kind."""
     output, _ = models.eager(case)
-    names = {"own": ("attentions", "decoder_attentions"), "encoder": ("encoder_attentions",), "cross": ("cross_attentions",)}
-    maps = [next(output[name] for name in names[kind] if output.get(name) is not None) for kind in kinds]
+    names = {
+        "own": ("attentions", "decoder_attentions"),
+        "encoder": ("encoder_attentions",),
+        "cross": ("cross_attentions",),
+    }
+    maps = [
+        next(output[name] for name in names[kind] if output.get(name) is not None) for kind in kinds
+    ]
     for each in (layer for part in maps for layer in part):
         each.retain_grad()
     objective(output).backward()
-    return [[(each * each.grad).relu().mean(1, keepdim=True).detach() for each in part] for part in maps]
+    return [
+        [(each * each.grad).relu().mean(1, keepdim=True).detach() for each in part] for part in maps
+    ]
 
 
 @pytest.mark.parametrize(
@@ -93,17 +105,23 @@ def test_parameters_and_their_gradients_are_left_alone() -> None:
     attention_rollout(case.model, case.batch, weighting="gradient")
     assert torch.equal(parameters[0].grad, torch.ones_like(parameters[0]))
     assert all(each.grad is None for each in parameters[1:])
-    assert [each.requires_grad for each in parameters] == [True, False] + [True] * (len(parameters) - 2)
+    assert [each.requires_grad for each in parameters] == [True, False] + [True] * (
+        len(parameters) - 2
+    )
 
 
 def test_frozen_models_and_torch_s_encoder() -> None:
     torch.manual_seed(0)
     model = models.sharpen(
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+        nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(16, 2, 16, batch_first=True), 2, enable_nested_tensor=False
+        )
     )
     batch, objective = torch.randn(2, 5, 16), lambda output: output[:, -1, 0].sum()
     free = attention_rollout(model, batch, weighting="gradient", objective=objective)
-    frozen = attention_rollout(model.requires_grad_(False), batch, weighting="gradient", objective=objective)
+    frozen = attention_rollout(
+        model.requires_grad_(False), batch, weighting="gradient", objective=objective
+    )
     assert torch.equal(free.matrix, frozen.matrix)
     off = free.matrix - torch.diag_embed(free.matrix.diagonal(dim1=1, dim2=2))
     assert float(off.amax()) > 1e-3
@@ -114,10 +132,16 @@ def test_frozen_models_and_torch_s_encoder() -> None:
     [
         (models.vit, {"objective": 5}, "objective 5 is no class: there are 5"),
         (models.llama, {"objective": lambda output: output.logits}, "must return one number"),
-        (functools.partial(models.Case, models.TinyGPT(), models.ids(), torch.ones(3, 11)), {}, "has its own"),
+        (
+            functools.partial(models.Case, models.TinyGPT(), models.ids(), torch.ones(3, 11)),
+            {},
+            "has its own",
+        ),
     ],
 )
-def test_refuses_what_does_not_fit(make: Callable[[], models.Case], options: dict[str, Any], message: str) -> None:
+def test_refuses_what_does_not_fit(
+    make: Callable[[], models.Case], options: dict[str, Any], message: str
+) -> None:
     case = make()
     with pytest.raises(ValueError, match=message):
         attention_rollout(case.model, case.batch, weighting="gradient", **options)

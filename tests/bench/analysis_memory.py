@@ -1,11 +1,14 @@
 """Print how much memory attribution takes above a plain forward, each way in a process of its own.
 
-    python tests/bench/analysis_memory.py [--part batch|length|gradient] [--layers 28 --heads 16 --tokens 256 --samples 32]
+    python tests/bench/analysis_memory.py [--part batch|length|gradient] [--layers 28 --heads 16
+    --tokens 256 --samples 32]
 
-``batch``: the rollout of a batch, by all maps kept (``output_attentions``, eager), by a loop over kept maps that frees each, and by
-stabmon. ``length``: one target at growing lengths, beside the queries and keys of all layers. ``gradient``: the same weighted by
-gradients, beside queries, keys, values and gradients (the graph of the forward comes on top). Memory is the peak of the resident set
-(VmHWM, reset before each measurement) less that of a plain forward under sdpa in the same process, in MB of 2**20 bytes.
+``batch``: the rollout of a batch, by all maps kept (``output_attentions``, eager), by a loop over
+kept maps that frees each, and by stabmon. ``length``: one target at growing lengths, beside the
+queries and keys of all layers. ``gradient``: the same weighted by gradients, beside queries, keys,
+values and gradients (the graph of the forward comes on top). Memory is the peak of the resident set
+(VmHWM, reset before each measurement) less that of a plain forward under sdpa in the same process,
+in MB of 2**20 bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +33,12 @@ LENGTHS = (1024, 2048, 4096, 8192)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("batch", "length", "gradient"), action="append", help="which part to run; all without")
+    parser.add_argument(
+        "--part",
+        choices=("batch", "length", "gradient"),
+        action="append",
+        help="which part to run; all without",
+    )
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=8)
@@ -44,24 +52,51 @@ def main() -> None:
         return
     parts = given.part or ["batch", "length", "gradient"]
     if "batch" in parts:
-        shape = {"layers": given.layers, "heads": given.heads, "kv_heads": given.heads, "head_dim": given.head_dim}
-        print(f"rollout of {given.samples} x {given.tokens} tokens, {given.layers} layers x {given.heads} heads")
-        print(f"{'':34}{'MB above':>10}{'forward MB':>12}{'s':>8}{'forward s':>11}{'max error':>11}")
-        for name in ("all maps kept", "loop that frees each map", "stabmon", "stabmon, eight numbers"):
+        shape = {
+            "layers": given.layers,
+            "heads": given.heads,
+            "kv_heads": given.heads,
+            "head_dim": given.head_dim,
+        }
+        print(
+            f"rollout of {given.samples} x {given.tokens} tokens, {given.layers} layers x "
+            f"{given.heads} heads"
+        )
+        print(
+            f"{'':34}{'MB above':>10}{'forward MB':>12}{'s':>8}{'forward s':>11}{'max error':>11}"
+        )
+        for name in (
+            "all maps kept",
+            "loop that frees each map",
+            "stabmon",
+            "stabmon, eight numbers",
+        ):
             row = child({"way": name, **shape, "tokens": given.tokens, "samples": given.samples})
             print(
                 f"{name:34}{row['above']:10.1f}{row['forward_mb']:12.1f}{row['seconds']:8.1f}{row['forward_s']:11.1f}"
                 f"{row['error']:11.1e}",
                 flush=True,
             )
-    for part, way, heads in (("length", "target", 8 + 4), ("gradient", "gradient target", 8 + 4 + 4 + 8)):
+    for part, way, heads in (
+        ("length", "target", 8 + 4),
+        ("gradient", "gradient target", 8 + 4 + 4 + 8),
+    ):
         if part not in parts:
             continue
         held = "q, k" if part == "length" else "q k v g"
         print(f"one {way}, 8 layers x 8 heads (4 key heads) of 64, one sample")
-        print(f"{'S':>8}{'MB above':>10}{held + ' MB':>12}{'MB beyond':>11}{'s':>8}{'forward s':>11}")
+        print(
+            f"{'S':>8}{'MB above':>10}{held + ' MB':>12}{'MB beyond':>11}{'s':>8}{'forward s':>11}"
+        )
         for tokens in given.lengths:
-            shape = {"layers": 8, "heads": 8, "kv_heads": 4, "head_dim": 64, "tokens": tokens, "samples": 1}
+            shape = {
+                "layers": 8,
+                "heads": 8,
+                "kv_heads": 4,
+                "head_dim": 64,
+                "tokens": tokens,
+                "samples": 1,
+            }
             row = child({"way": way, **shape})
             kept = 8 * tokens * heads * 64 * 4 / MB
             print(
@@ -73,7 +108,11 @@ def main() -> None:
 def child(options: dict[str, Any]) -> dict[str, float]:
     """Measure in a fresh process whose allocator gives large blocks back at once."""
     root = Path(__file__).parents[2]
-    own = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    own = {
+        "MALLOC_MMAP_THRESHOLD_": "131072",
+        "MALLOC_TRIM_THRESHOLD_": "131072",
+        "OMP_NUM_THREADS": "1",
+    }
     environment = {
         **os.environ,
         **own,
@@ -129,7 +168,9 @@ def make(options: dict[str, Any], *, eager: bool) -> tuple[Any, dict[str, Tensor
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval()
-    ids = torch.randint(0, 256, (options["samples"], options["tokens"]), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, 256, (options["samples"], options["tokens"]), generator=torch.Generator().manual_seed(0)
+    )
     return model, {"input_ids": ids}
 
 
@@ -146,7 +187,9 @@ def keep_all(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def loop(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The older tool's way, in the right order: the maps come all together, and a loop frees one after another."""
+    """The older tool's way, in the right order: the maps come all together, and a loop frees one
+    after another.
+    """
     with torch.no_grad():
         maps = list(model(**batch, output_attentions=True, use_cache=False).attentions)
         rollout = None
@@ -186,7 +229,12 @@ def gradient_target(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def reference(model: Any, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return product([each.double().mean(1) for each in model(**batch, output_attentions=True, use_cache=False).attentions])
+        return product(
+            [
+                each.double().mean(1)
+                for each in model(**batch, output_attentions=True, use_cache=False).attentions
+            ]
+        )
 
 
 def product(maps: list[Tensor]) -> Tensor:
@@ -208,7 +256,9 @@ WAYS: dict[str, Callable[[Any, dict[str, Tensor]], Any]] = {
 
 
 def peak(run: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Return the largest resident set while ``run`` ran in bytes, the seconds, and what it returned."""
+    """Return the largest resident set while ``run`` ran in bytes, the seconds, and what it
+    returned.
+    """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (Linux)
     start = time.perf_counter()

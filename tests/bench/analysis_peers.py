@@ -2,10 +2,12 @@
 
     python tests/bench/analysis_peers.py [--venv FOLDER] [--lengths 256 2048] [--only NAME ...]
 
-Each figure is made in a process of its own, on one thread, of the same random Llama (8 layers, 8 heads of 64, 4 key heads). Seconds
-are those of the work alone, megabytes the peak of resident memory above that of the loaded model. bertviz and TransformerLens are
-installed into a virtual environment in FOLDER (made if it is missing), with the torch that this one has. With ``--lengths 1024 4096
-8192 --only "forward, sdpa" "stabmon rollout, one target" ...`` it shows how each kind of analysis grows.
+Each figure is made in a process of its own, on one thread, of the same random Llama (8 layers, 8
+heads of 64, 4 key heads). Seconds are those of the work alone, megabytes the peak of resident
+memory above that of the loaded model. bertviz and TransformerLens are installed into a virtual
+environment in FOLDER (made if it is missing), with the torch that this one has. With ``--lengths
+1024 4096 8192 --only "forward, sdpa" "stabmon rollout, one target" ...`` it shows how each kind of
+analysis grows.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ from typing import Any
 import torch
 
 BATCHES = {256: 8, 2048: 1}
-THEIRS = ("bertviz head_view", "bertviz model_view", "TransformerLens patterns", "TransformerLens cache")
+THEIRS = (
+    "bertviz head_view",
+    "bertviz model_view",
+    "TransformerLens patterns",
+    "TransformerLens cache",
+)
 
 
 def model_and_batch(length: int, batch: int, attention: str) -> tuple[Any, torch.Tensor]:
@@ -34,7 +41,12 @@ def model_and_batch(length: int, batch: int, attention: str) -> tuple[Any, torch
 
     torch.manual_seed(0)
     shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256, "max_position_embeddings": 16384}
+    heads = {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 256,
+        "max_position_embeddings": 16384,
+    }
     config = LlamaConfig(**shape, **heads, bos_token_id=None, eos_token_id=None)
     model = LlamaForCausalLM._from_config(config, attn_implementation=attention).eval()
     return model, torch.randint(0, 256, (batch, length))
@@ -62,7 +74,9 @@ def prepare(name: str, length: int) -> Callable[[], int | None]:
     if name.startswith("forward"):
         return lambda: model(input_ids=ids, use_cache=False) and None
     if name == "output_attentions + rollout":
-        return lambda: rollout_of_maps(model(input_ids=ids, use_cache=False, output_attentions=True).attentions)
+        return lambda: rollout_of_maps(
+            model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+        )
     if name.startswith("bertviz"):
         import bertviz
 
@@ -82,7 +96,12 @@ def prepare(name: str, length: int) -> Callable[[], int | None]:
 
 def ours(name: str, model: Any, ids: torch.Tensor) -> Callable[[], int | None]:
     """Return stabmon's work of this name."""
-    from stabmon.analysis import attention_maps, attention_patterns, attention_rollout, simulate_cake
+    from stabmon.analysis import (
+        attention_maps,
+        attention_patterns,
+        attention_rollout,
+        simulate_cake,
+    )
 
     batch = {"input_ids": ids}
     if name == "stabmon rollout":
@@ -98,12 +117,22 @@ def ours(name: str, model: Any, ids: torch.Tensor) -> Callable[[], int | None]:
 
     def page() -> int:
         record, folder = attention_maps(model, batch).to_record(), tempfile.mkdtemp()
-        return (Path(folder) / write_analysis(record, page_of(record), folder, "png")[0]).stat().st_size
+        return (
+            (Path(folder) / write_analysis(record, page_of(record), folder, "png")[0])
+            .stat()
+            .st_size
+        )
 
     return page
 
 
-OURS = ("stabmon rollout", "stabmon rollout, one target", "stabmon patterns", "stabmon cake", "stabmon heatmap page")
+OURS = (
+    "stabmon rollout",
+    "stabmon rollout, one target",
+    "stabmon patterns",
+    "stabmon cake",
+    "stabmon heatmap page",
+)
 PLAIN = ("forward, sdpa", "forward, eager", "output_attentions + rollout")
 
 
@@ -117,7 +146,11 @@ def rollout_of_maps(maps: Any) -> None:
 
 def peak() -> float:
     """Return the peak of resident memory in MB since the last :func:`forget_peak` (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 1e3
 
 
@@ -134,7 +167,11 @@ def measure(name: str, length: int) -> dict[str, float | None]:
     forget_peak()
     before, began = peak(), time.perf_counter()
     size = work()
-    return {"seconds": time.perf_counter() - began, "mb": peak() - before, "page_mb": None if size is None else size / 1e6}
+    return {
+        "seconds": time.perf_counter() - began,
+        "mb": peak() - before,
+        "page_mb": None if size is None else size / 1e6,
+    }
 
 
 def environment(folder: Path) -> Path:
@@ -150,7 +187,9 @@ def environment(folder: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--venv", type=Path, default=Path(tempfile.gettempdir()) / "stabmon-peers")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--only", nargs="+", default=[*PLAIN, *THEIRS, *OURS])
@@ -165,14 +204,21 @@ def main() -> None:
             python = environment(args.venv) if name in THEIRS else Path(sys.executable)
             command = [python, __file__, "--measure", name, str(length)]
             offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, capture_output=True, text=True, env=offline, timeout=1800)
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=offline, timeout=1800
+            )
             if done.returncode:
-                reason = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]
+                reason = (
+                    done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"]
+                )[-1]
                 print(f"{name:32} {length:6} failed: {reason[:100]}", flush=True)
                 continue
             found = json.loads(done.stdout.splitlines()[-1])
             page = "–" if found["page_mb"] is None else f"{found['page_mb']:.2f}"
-            print(f"{name:32} {length:6} {found['seconds']:8.2f} {found['mb']:7.0f} {page:>8}", flush=True)
+            print(
+                f"{name:32} {length:6} {found['seconds']:8.2f} {found['mb']:7.0f} {page:>8}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

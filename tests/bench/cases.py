@@ -1,10 +1,13 @@
-"""Run every script of a folder that says what is right of stabmon, one after the other, and print what each came to.
+"""Run every script of a folder that says what is right of stabmon, one after the other, and print
+what each came to.
 
-    python tests/bench/cases.py FOLDER                 scripts ``NN_*.py`` and those of its sub-folders
-    python tests/bench/cases.py FOLDER --only 07 cat   some of them, by the beginning of their names
+    python tests/bench/cases.py FOLDER                 scripts ``NN_*.py`` and those of its
+    sub-folders python tests/bench/cases.py FOLDER --only 07 cat   some of them, by the beginning of
+    their names
 
-A script ends in a line with PASS or FAIL, or prints values of which a person says whether they are right; those are shown whole. Each runs
-in a process of its own, with the stabmon that this interpreter imports.
+A script ends in a line with PASS or FAIL, or prints values of which a person says whether they are
+right; those are shown whole. Each runs in a process of its own, with the stabmon that this
+interpreter imports.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ SHARED = ("common.py",)
 
 def main() -> int:
     """Print the table. Returns 1 where a script says FAIL, raises or takes too long."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="beginnings of names")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a script may take")
@@ -33,7 +38,10 @@ def main() -> int:
     scripts = [path for path in sorted(args.folder.rglob("*.py")) if path.name not in SHARED]
     scripts = [path for path in scripts if not args.only or path.name.startswith(tuple(args.only))]
     if not scripts:
-        parser.error(f"{args.folder} holds no script{' that begins so' if args.only else ''}: give the folder of the cases")
+        parser.error(
+            f"{args.folder} holds no script{' that begins so' if args.only else ''}: give the "
+            "folder of the cases"
+        )
     table = Table(title="cases", title_justify="left")
     for name in ("script", "verdict", "seconds", "what it printed"):
         table.add_column(name, overflow="fold")
@@ -42,7 +50,9 @@ def main() -> int:
         began = time.monotonic()
         verdict, said = run(path, args.timeout)
         failed += verdict in ("FAIL", "raised", "too slow")
-        table.add_row(str(path.relative_to(args.folder)), verdict, f"{time.monotonic() - began:.0f}", said)
+        table.add_row(
+            str(path.relative_to(args.folder)), verdict, f"{time.monotonic() - began:.0f}", said
+        )
         print(f"{path.name}: {verdict}", file=sys.stderr, flush=True)
     Console(width=max(150, Console().width)).print(table)
     print(f"{failed} of {len(scripts)} scripts failed, raised or took too long")
@@ -50,7 +60,9 @@ def main() -> int:
 
 
 def run(path: Path, timeout: float) -> tuple[str, str]:
-    """PASS, FAIL, values, raised or too slow, and what was printed: the last line where it has a verdict, else all of it."""
+    """PASS, FAIL, values, raised or too slow, and what was printed: the last line where it has a
+    verdict, else all of it.
+    """
     try:
         done = subprocess.run(
             [sys.executable, path.name],

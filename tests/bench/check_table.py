@@ -1,12 +1,15 @@
-"""Does what `stabmon check` says before training come true in training? Healthy and broken configs, each in a precision.
+"""Does what `stabmon check` says before training come true in training? Healthy and broken configs,
+each in a precision.
 
     python tests/bench/check_table.py [--seconds 40] [--only NAME ...]
 
-Each config is checked at its length and precision, then trained for real in that precision (autocast, float32 weights, a gradient scaler
-for float16, AdamW) for a number of steps that fits the time. Its *gap* is its final training loss minus that of its twin: the same
-family as it should be, in float32, on the same data from the same seed. "Trains" is a finite loss and a gap below 0.15 nats; beside the
-gap stands by how much two seeds of the twin differ. A pass is borne out by a run that trains, a fail by one that does not; a warning
-claims neither. Nothing here is fed back into the check.
+Each config is checked at its length and precision, then trained for real in that precision
+(autocast, float32 weights, a gradient scaler for float16, AdamW) for a number of steps that fits
+the time. Its *gap* is its final training loss minus that of its twin: the same family as it should
+be, in float32, on the same data from the same seed. "Trains" is a finite loss and a gap below 0.15
+nats; beside the gap stands by how much two seeds of the twin differ. A pass is borne out by a run
+that trains, a fail by one that does not; a warning claims neither. Nothing here is fed back into
+the check.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ Batch = dict[str, Tensor]
 
 
 class Attention(nn.Module):
-    """By hand, with torch's own initialisation of linear maps, and without a scale where somebody forgot it."""
+    """By hand, with torch's own initialisation of linear maps, and without a scale where somebody
+    forgot it.
+    """
 
     def __init__(self, scaled: bool) -> None:
         super().__init__()
@@ -47,14 +52,21 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=q.shape[-1] ** -0.5 if self.scaled else 1.0)
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=q.shape[-1] ** -0.5 if self.scaled else 1.0
+        )
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(-2))
         return out
 
 
 class HandWritten(nn.Module):
-    """A causal transformer by hand; without ``norm`` attention reads the bare residual stream, embeddings of size 3."""
+    """A causal transformer by hand; without ``norm`` attention reads the bare residual stream,
+    embeddings of size 3.
+    """
 
     def __init__(self, *, scaled: bool = True, norm: bool = True) -> None:
         super().__init__()
@@ -64,13 +76,20 @@ class HandWritten(nn.Module):
             nn.init.normal_(self.embedding.weight, std=3.0)
         self.attention = nn.ModuleList(Attention(scaled) for _ in range(LAYERS))
         self.mlp = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+            nn.Sequential(
+                nn.LayerNorm(WIDTH),
+                nn.Linear(WIDTH, 4 * WIDTH),
+                nn.GELU(),
+                nn.Linear(4 * WIDTH, WIDTH),
+            )
             for _ in range(LAYERS)
         )
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY))
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        x = self.embedding(input_ids) + self.position(torch.arange(input_ids.shape[1], device=input_ids.device))
+        x = self.embedding(input_ids) + self.position(
+            torch.arange(input_ids.shape[1], device=input_ids.device)
+        )
         for attention, mlp in zip(self.attention, self.mlp, strict=True):
             x = x + attention(F.layer_norm(x, (WIDTH,)) if self.norm else x)
             x = x + mlp(x)
@@ -128,7 +147,9 @@ def of_llama_kind(name: str, attention: str = "sdpa", **changes: Any) -> Callabl
         "head_dim": 64,
     }
     config = getattr(transformers, f"{name}Config")(**(sizes | more | changes))
-    return lambda: getattr(transformers, f"{name}ForCausalLM")._from_config(config, attn_implementation=attention)
+    return lambda: getattr(transformers, f"{name}ForCausalLM")._from_config(
+        config, attn_implementation=attention
+    )
 
 
 def wider(make: Callable[[], Any]) -> Callable[[], Any]:
@@ -148,7 +169,13 @@ def wider(make: Callable[[], Any]) -> Callable[[], Any]:
 def bloom() -> Any:
     from transformers import BloomConfig, BloomForCausalLM
 
-    sizes: dict[str, Any] = {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4, "vocab_size": VOCABULARY, "use_cache": False}
+    sizes: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "vocab_size": VOCABULARY,
+        "use_cache": False,
+    }
     return BloomForCausalLM(BloomConfig(hidden_dropout=0.0, attention_dropout=0.0, **sizes))
 
 
@@ -200,22 +227,80 @@ def cases() -> list[Case]:
     }
     for name, (make, length) in healthy.items():
         found += [Case(name, make, dtype, None, make, length) for dtype in DTYPES]
-    found += [Case("albert, trained", albert, dtype, None, albert, 95, rate=1e-4) for dtype in DTYPES]
+    found += [
+        Case("albert, trained", albert, dtype, None, albert, 95, rate=1e-4) for dtype in DTYPES
+    ]
     long = of_llama_kind("Llama")
     found += [
-        Case("llama, for 128k (run at 1024)", long, "bf16", None, long, 1024, batch=1, checked_for=131_072),
+        Case(
+            "llama, for 128k (run at 1024)",
+            long,
+            "bf16",
+            None,
+            long,
+            1024,
+            batch=1,
+            checked_for=131_072,
+        ),
         Case("init std x 10", gpt2(initializer_range=0.2), "fp32", "saturated_softmax", gpt2()),
         Case("W_q and W_k x 10", wider(long), "fp32", "saturated_softmax", long),
-        Case("W_q and W_k x 10, qk-norm", wider(of_llama_kind("Qwen3")), "fp32", None, of_llama_kind("Qwen3")),
+        Case(
+            "W_q and W_k x 10, qk-norm",
+            wider(of_llama_kind("Qwen3")),
+            "fp32",
+            None,
+            of_llama_kind("Qwen3"),
+        ),
         Case("no scale", lambda: HandWritten(scaled=False), "fp32", "scale_missing", HandWritten),
-        Case("no scale, rate x 4", lambda: HandWritten(scaled=False), "fp32", "scale_missing", HandWritten, rate=4e-3),
-        Case("no norm before", lambda: HandWritten(norm=False), "fp32", "inputs_not_normalised", HandWritten),
+        Case(
+            "no scale, rate x 4",
+            lambda: HandWritten(scaled=False),
+            "fp32",
+            "scale_missing",
+            HandWritten,
+            rate=4e-3,
+        ),
+        Case(
+            "no norm before",
+            lambda: HandWritten(norm=False),
+            "fp32",
+            "inputs_not_normalised",
+            HandWritten,
+        ),
         Case("head dim 2", gpt2(n_head=64), "fp32", "head_dim_too_small", gpt2()),
-        Case("init std x 300, eager", gpt2("eager", initializer_range=6.0), "fp16", "overflow_risk", gpt2("eager")),
-        Case("init std x 300, eager", gpt2("eager", initializer_range=6.0), "bf16", "saturated_softmax", gpt2("eager")),
-        Case("bloom, absolute ALiBi, long", bloom, "bf16", "precision_insufficient", bloom, 1024, batch=1),
+        Case(
+            "init std x 300, eager",
+            gpt2("eager", initializer_range=6.0),
+            "fp16",
+            "overflow_risk",
+            gpt2("eager"),
+        ),
+        Case(
+            "init std x 300, eager",
+            gpt2("eager", initializer_range=6.0),
+            "bf16",
+            "saturated_softmax",
+            gpt2("eager"),
+        ),
+        Case(
+            "bloom, absolute ALiBi, long",
+            bloom,
+            "bf16",
+            "precision_insufficient",
+            bloom,
+            1024,
+            batch=1,
+        ),
         Case("bloom, absolute ALiBi, long", bloom, "fp32", None, bloom, 1024, batch=1),
-        Case("albert, one head's W_q x 50", lambda: albert(50.0), "fp32", "damaged_head", albert, 95, rate=1e-4),
+        Case(
+            "albert, one head's W_q x 50",
+            lambda: albert(50.0),
+            "fp32",
+            "damaged_head",
+            albert,
+            95,
+            rate=1e-4,
+        ),
     ]
     return found
 
@@ -235,7 +320,9 @@ def batches(case: Case, model: Any, count: int, seed: int) -> list[Batch]:
     if name.startswith("Albert"):
         _, encode = load_albert()
         whole = encode(REACTIONS)
-        return [_masked(whole["input_ids"], whole["attention_mask"], generator, 4) for _ in range(count)]
+        return [
+            _masked(whole["input_ids"], whole["attention_mask"], generator, 4) for _ in range(count)
+        ]
     from stabmon.tiny.corpus import load_corpus
 
     corpus = load_corpus(block=case.length)
@@ -251,10 +338,16 @@ def _masked(ids: Tensor, visible: Tensor, generator: torch.Generator, mask: int)
     hidden = (torch.rand(ids.shape, generator=generator) < 0.15) & visible.bool()
     hidden[:, 1] = True
     labels = torch.where(hidden, ids, -100)
-    return {"input_ids": torch.where(hidden, mask, ids), "attention_mask": visible, "labels": labels}
+    return {
+        "input_ids": torch.where(hidden, mask, ids),
+        "attention_mask": visible,
+        "labels": labels,
+    }
 
 
-def train(case: Case, make: Callable[[], Any], dtype: str, seed: int, seconds: float, most: int) -> tuple[list[float], int]:
+def train(
+    case: Case, make: Callable[[], Any], dtype: str, seed: int, seconds: float, most: int
+) -> tuple[list[float], int]:
     """Losses step by step, and how many gradients were skipped as not finite."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -263,13 +356,19 @@ def train(case: Case, make: Callable[[], Any], dtype: str, seed: int, seconds: f
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     data = batches(case, model, most, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=case.rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=case.rate, betas=(0.9, 0.95), weight_decay=0.1
+    )
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == "fp16")
     losses, skipped, started = [], 0, time.monotonic()
     for step, batch in enumerate(data):
         for group in optimizer.param_groups:
             group["lr"] = case.rate * min(1.0, (step + 1) / 20)
-        half = contextlib.nullcontext() if dtype == "fp32" else torch.autocast("cpu", dtype=DTYPES[dtype])
+        half = (
+            contextlib.nullcontext()
+            if dtype == "fp32"
+            else torch.autocast("cpu", dtype=DTYPES[dtype])
+        )
         with half:
             out = model(**batch)
         loss = out if isinstance(out, Tensor) else out.loss
@@ -302,7 +401,8 @@ def main() -> int:
     twins: dict[tuple[str, int, float], list[list[float]]] = {}
     wrong, unborne = 0, 0
     print(
-        "| config | precision | verdict | finding named | trained | steps | loss | gap to twin (twin's own spread) | borne out |"
+        "| config | precision | verdict | finding named | trained | steps | loss | gap to twin "
+        "(twin's own spread) | borne out |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for case in cases():
@@ -314,17 +414,35 @@ def main() -> int:
         report = stabmon.check_attention_stability(
             model, batches(case, model, 1, 0)[0], {"dtype": case.dtype, "seq_len": case.checked_for}
         )
-        named = [f"{each.name} ({each.severity})" for each in report.findings if each.severity != "info"]
-        healthy = next((other.name for other in cases() if other.make is case.twin or other.twin is case.twin), case.name)
+        named = [
+            f"{each.name} ({each.severity})" for each in report.findings if each.severity != "info"
+        ]
+        healthy = next(
+            (other.name for other in cases() if other.make is case.twin or other.twin is case.twin),
+            case.name,
+        )
         key = (healthy, case.length, case.rate)
         if key not in twins:
-            twins[key] = [train(case, case.twin, "fp32", seed, asked.seconds, asked.steps)[0] for seed in (0, 1)]
+            twins[key] = [
+                train(case, case.twin, "fp32", seed, asked.seconds, asked.steps)[0]
+                for seed in (0, 1)
+            ]
         losses, skipped = train(case, case.make, case.dtype, 0, asked.seconds, asked.steps)
-        steps = min(len(losses), *(len(each) for each in twins[key])) if all(map(math.isfinite, losses)) else len(losses)
+        steps = (
+            min(len(losses), *(len(each) for each in twins[key]))
+            if all(map(math.isfinite, losses))
+            else len(losses)
+        )
         ends = [final(each, min(steps, len(each))) for each in twins[key]]
         gap = final(losses, steps) - ends[0]
         trains = math.isfinite(gap) and gap < GAP
-        borne = "a warning" if report.verdict == "warn" else "yes" if (report.verdict == "pass") == trains else "NO"
+        borne = (
+            "a warning"
+            if report.verdict == "warn"
+            else "yes"
+            if (report.verdict == "pass") == trains
+            else "NO"
+        )
         named_right = (case.expect is None and report.verdict == "pass") or any(
             each.name == case.expect for each in report.findings
         )
@@ -332,9 +450,23 @@ def main() -> int:
         unborne += borne == "NO"
         done = f"{len(losses)} ({skipped} skipped)" if skipped else str(len(losses))
         spread = abs(ends[1] - ends[0])
-        cells = (case.name, case.dtype, report.verdict, ", ".join(named) or "–", "yes" if trains else "NO", done)
-        print(f"| {' | '.join(cells)} | {final(losses, steps):.3f} | {gap:+.3f} ({spread:.3f}) | {borne} |", flush=True)
-    print(f"\n{wrong} rows in which the finding that belongs to the config was not named, or a healthy one did not pass")
+        cells = (
+            case.name,
+            case.dtype,
+            report.verdict,
+            ", ".join(named) or "–",
+            "yes" if trains else "NO",
+            done,
+        )
+        print(
+            f"| {' | '.join(cells)} | {final(losses, steps):.3f} | {gap:+.3f} ({spread:.3f}) | "
+            f"{borne} |",
+            flush=True,
+        )
+    print(
+        f"\n{wrong} rows in which the finding that belongs to the config was not named, or a "
+        "healthy one did not pass"
+    )
     print(f"{unborne} rows whose verdict, pass or fail, the training run does not bear out")
     return int(wrong + unborne > 0)
 

@@ -2,14 +2,17 @@
 
     python tests/bench/controllers_speed.py               the tables, in about seven minutes
     python tests/bench/controllers_speed.py --quick       a look, in about two
-    python tests/bench/controllers_speed.py --worst       a narrow model with hardly a vocabulary, where attention takes most
-    python tests/bench/controllers_speed.py --json        one JSON object instead
-    python tests/bench/controllers_speed.py --threads 1 --clock cpu        on a machine that others use too
+    python tests/bench/controllers_speed.py --worst       a narrow model with hardly a vocabulary,
+    where attention takes most python tests/bench/controllers_speed.py --json        one JSON object
+    instead python tests/bench/controllers_speed.py --threads 1 --clock cpu        on a machine that
+    others use too
 
-The model and the step are those of overhead.py: GPT-2 cut down in proportion, forward, backward and AdamW, fused attention. A
-figure is the median over rounds of (controlled / plain). The null row is plain against plain: what differs from 1 there is noise.
-Memory is the peak of live tensor bytes of a step, made inside it, over that of the plain step, by a dispatch mode that counts
-allocations; "largest" is the largest single tensor that one attention module makes forward and backward, over one H x S x S tensor.
+The model and the step are those of overhead.py: GPT-2 cut down in proportion, forward, backward and
+AdamW, fused attention. A figure is the median over rounds of (controlled / plain). The null row is
+plain against plain: what differs from 1 there is noise. Memory is the peak of live tensor bytes of
+a step, made inside it, over that of the plain step, by a dispatch mode that counts allocations;
+"largest" is the largest single tensor that one attention module makes forward and backward, over
+one H x S x S tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +28,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from overhead import BATCHES, CLOCKS, SHAPES, LiveBytes, Run, counted, ratios, rounds  # sets the environment first
+from overhead import (
+    BATCHES,
+    CLOCKS,
+    SHAPES,
+    LiveBytes,
+    Run,
+    counted,
+    ratios,
+    rounds,
+)  # sets the environment first
 from rich.console import Console
 from rich.table import Table
 
@@ -65,13 +77,23 @@ def memory_of(run: Run) -> int:
 
 
 def largest_of(what: str, length: int) -> float:
-    """The largest tensor that one controlled attention call makes, forward and backward, over one H x S x S float32 tensor."""
+    """The largest tensor that one controlled attention call makes, forward and backward, over one H
+    x S x S float32 tensor.
+    """
     from transformers import GPT2Config, GPT2Model
 
     heads = 12
-    sizes = {"n_layer": 1, "n_head": heads, "n_embd": heads * 64, "n_positions": length, "vocab_size": 8}
+    sizes = {
+        "n_layer": 1,
+        "n_head": heads,
+        "n_embd": heads * 64,
+        "n_positions": length,
+        "vocab_size": 8,
+    }
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    model = GPT2Model._from_config(GPT2Config(**sizes, **dropout, use_cache=False), attn_implementation="sdpa").train()
+    model = GPT2Model._from_config(
+        GPT2Config(**sizes, **dropout, use_cache=False), attn_implementation="sdpa"
+    ).train()
     kind, options = KINDS[what]
     attach_controllers(model, kind, **options)
     hidden = torch.randn(1, length, heads * 64, requires_grad=True)
@@ -92,7 +114,9 @@ def largest_of(what: str, length: int) -> float:
 def rows_of(length: int, seconds: float, kinds: list[str]) -> Iterator[dict[str, Any]]:
     """Every figure of one length."""
     plain = Run(length)
-    low, middle, high = statistics.quantiles((b / a for a, b in rounds(plain, Run(length), seconds)), n=4)
+    low, middle, high = statistics.quantiles(
+        (b / a for a, b in rounds(plain, Run(length), seconds)), n=4
+    )
     yield {"S": length, "what": "null (plain / plain)", "time": middle, "spread": (high - low) / 2}
     whole = memory_of(plain)
     for what in kinds:
@@ -110,14 +134,35 @@ def rows_of(length: int, seconds: float, kinds: list[str]) -> Iterator[dict[str,
 
 def main() -> int:
     """Print the table. Returns the exit status: 0, since aims are told, not enforced."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
-    parser.add_argument("--worst", action="store_true", help="a narrow model with hardly a vocabulary")
-    parser.add_argument("--what", action="append", choices=list(KINDS), help="one controller alone; may be repeated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds: a look, not a measurement"
+    )
+    parser.add_argument(
+        "--worst", action="store_true", help="a narrow model with hardly a vocabulary"
+    )
+    parser.add_argument(
+        "--what", action="append", choices=list(KINDS), help="one controller alone; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; 1 where other work shares the machine")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu counts this process's own time only")
-    parser.add_argument("--length", type=int, action="append", choices=list(BATCHES), help="one length alone; may be repeated")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="torch threads; 1 where other work shares the machine",
+    )
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu counts this process's own time only"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        action="append",
+        choices=list(BATCHES),
+        help="one length alone; may be repeated",
+    )
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
@@ -132,13 +177,21 @@ def main() -> int:
         print(json.dumps({"ratios": rows, "aims": AIMS}))
         return 0
     table = Table(title="a training step, controlled / plain fused attention", title_justify="left")
-    heads = {"time": f"step time (aim {AIMS['time']:g} of info_density)", "memory": f"peak memory (aim {AIMS['memory']:g})"}
+    heads = {
+        "time": f"step time (aim {AIMS['time']:g} of info_density)",
+        "memory": f"peak memory (aim {AIMS['memory']:g})",
+    }
     columns = ["S", "what", "time", "spread", "memory", "largest"]
     for name in columns:
         shown = heads.get(name, "largest tensor / H x S x S" if name == "largest" else name)
         table.add_column(shown, justify="left" if name == "what" else "right")
     for row in rows:
-        table.add_row(*(f"{row[c]:.3f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
+        table.add_row(
+            *(
+                f"{row[c]:.3f}" if isinstance(row.get(c), float) else str(row.get(c, ""))
+                for c in columns
+            )
+        )
     Console(width=max(120, Console().width)).print(table)
     return 0
 

@@ -1,14 +1,17 @@
-"""Does "guard" repair what fails, and leave alone what does not? Each run without and with it, beside its healthy twin.
+"""Does "guard" repair what fails, and leave alone what does not? Each run without and with it,
+beside its healthy twin.
 
-    python tests/bench/cure.py                 two runs of each kind, about half an hour after foresight.py has trained them unguarded
-    python tests/bench/cure.py --every 10      look at, and act after, every tenth step
-    python tests/bench/cure.py --all           train under guard also what gave no alarm
+    python tests/bench/cure.py                 two runs of each kind, about half an hour after
+    foresight.py has trained them unguarded python tests/bench/cure.py --every 10      look at, and
+    act after, every tenth step python tests/bench/cure.py --all           train under guard also
+    what gave no alarm
 
-A run is repaired if its final validation loss is within 0.10 nats of the twin's. What is done to a run goes on being done: weights that
-are scaled at each step are scaled at each step under guard too. What gave no alarm is not acted on, and a run under guard that is not
-acted on is bit for bit the run without it (tests/test_guarding.py), so it counts as it was, unless ``--all`` says to see for oneself. The
-order and the targets of the acts were set on the tuned half of the runs (``--half tuned``) and on others before; what is printed is the
-other half.
+A run is repaired if its final validation loss is within 0.10 nats of the twin's. What is done to a
+run goes on being done: weights that are scaled at each step are scaled at each step under guard
+too. What gave no alarm is not acted on, and a run under guard that is not acted on is bit for bit
+the run without it (tests/test_guarding.py), so it counts as it was, unless ``--all`` says to see
+for oneself. The order and the targets of the acts were set on the tuned half of the runs (``--half
+tuned``) and on others before; what is printed is the other half.
 """
 
 from __future__ import annotations
@@ -57,11 +60,17 @@ class Row:
 def row(case: Case, guarded: Run) -> Row:
     after = outcome(guarded, case.twin)
     did = Counter(record["action"] for record in guarded.records)
-    acts = Counter(record["intervention"] for record in guarded.records if record["action"] == "applied")
+    acts = Counter(
+        record["intervention"] for record in guarded.records if record["action"] == "applied"
+    )
     acts.pop("skip_step", None)  # in place from the start
     if did["skipped"]:
         acts["skip_step"] = did["skipped"]
-    steps = [record["step"] for record in guarded.records if record["action"] in ("applied", "skipped") and record["step"]]
+    steps = [
+        record["step"]
+        for record in guarded.records
+        if record["action"] in ("applied", "skipped") and record["step"]
+    ]
     return Row(
         run=case.recipe.name,
         cause=case.cause,
@@ -79,19 +88,30 @@ def row(case: Case, guarded: Run) -> Row:
 
 
 def main() -> int:
-    """Print the tables and write the per-run one. Returns the exit status: 0, since aims are told, not enforced."""
+    """Print the tables and write the per-run one. Returns the exit status: 0, since aims are told,
+    not enforced.
+    """
     parser = options(__doc__, INTERVALS)
-    parser.add_argument("--all", action="store_true", help="train under guard also what gave no alarm")
+    parser.add_argument(
+        "--all", action="store_true", help="train under guard also what gave no alarm"
+    )
     args = parser.parse_args()
     found = cases(chosen(args), args.out, args.jobs)
     found += healthy_twins(found)
     ill = [args.all or case.outcome.failed or bool(alarms_of(case, args.every)) for case in found]
     trained = iter(
-        run_all([(c.recipe, "guard", args.every) for c, each in zip(found, ill, strict=True) if each], args.out, args.jobs)
+        run_all(
+            [(c.recipe, "guard", args.every) for c, each in zip(found, ill, strict=True) if each],
+            args.out,
+            args.jobs,
+        )
     )
     guarded = [next(trained) if each else case.run for case, each in zip(found, ill, strict=True)]
     rows = [row(case, run) for case, run in zip(found, guarded, strict=True)]
-    table = Table(title=f"{args.half} runs under guard, one step in {args.every} looked at", title_justify="left")
+    table = Table(
+        title=f"{args.half} runs under guard, one step in {args.every} looked at",
+        title_justify="left",
+    )
     for name in asdict(rows[0]):
         table.add_column(name, overflow="fold")
     for each in rows:
@@ -106,8 +126,10 @@ def main() -> int:
     cost = [each.guarded - each.final for each in well if math.isfinite(each.guarded)]
     worse = [each for each in well if not each.guarded - each.final <= MARGIN / 5]
     print(
-        f"healthy: {sum(bool(each.acts) for each in well)} of {len(well)} were acted on; guard changed the final loss by "
-        f"{np.median(cost):+.3f} nats (median), {max(cost):+.3f} (worst); worse by more than {MARGIN / 5:g}: {len(worse)}"
+        f"healthy: {sum(bool(each.acts) for each in well)} of {len(well)} were acted on; guard "
+        "changed the final loss by "
+        f"{np.median(cost):+.3f} nats (median), {max(cost):+.3f} (worst); worse by more than "
+        f"{MARGIN / 5:g}: {len(worse)}"
     )
     if failing := [run.recipe.name for run in guarded if run.errors]:
         print(f"stabmon failed inside in {', '.join(failing)}")
@@ -122,7 +144,11 @@ def main() -> int:
 
 def _gaps(rows: Sequence[Row]) -> str:
     before, after = [each.gap for each in rows], [each.gap_guarded for each in rows]
-    return f"gap to the twin {np.median(before):.2f} -> {np.median(after):.2f} nats (median)" if rows else ""
+    return (
+        f"gap to the twin {np.median(before):.2f} -> {np.median(after):.2f} nats (median)"
+        if rows
+        else ""
+    )
 
 
 if __name__ == "__main__":

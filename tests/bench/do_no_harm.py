@@ -1,12 +1,14 @@
-"""Train twins with and without a monitor, and tell whether a single bit differs or anything is left behind.
+"""Train twins with and without a monitor, and tell whether a single bit differs or anything is left
+behind.
 
 python tests/bench/do_no_harm.py [--steps 200] [--only TEXT]
 
-Every row trains the same small model from the same seed, unwatched and watched with ``observe``, on one thread, with dropout, gradient
-clipping and a schedule. Compared bit for bit: the loss of every step, every parameter and buffer, the optimizer's state, and the final
-state of the random generators of torch, NumPy and Python. After ``close()`` nothing may be left: no hook, function mode, patch or change
-of configuration. The rows of accidents end in an exception in mid-forward, in backward, in the data loader, or a KeyboardInterrupt.
-Exit status 1 if anything differs.
+Every row trains the same small model from the same seed, unwatched and watched with ``observe``, on
+one thread, with dropout, gradient clipping and a schedule. Compared bit for bit: the loss of every
+step, every parameter and buffer, the optimizer's state, and the final state of the random
+generators of torch, NumPy and Python. After ``close()`` nothing may be left: no hook, function
+mode, patch or change of configuration. The rows of accidents end in an exception in mid-forward, in
+backward, in the data loader, or a KeyboardInterrupt. Exit status 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -41,7 +43,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import _get_current_function_mode
 from torch.utils.data import DataLoader, Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.modeling_utils import AttentionInterface
 from transformers.trainer_callback import PrinterCallback
 
@@ -64,7 +74,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return ", ".join(filter(None, (self.loop, self.variant, self.accident and f"{self.accident} at step 12")))
+        return ", ".join(
+            filter(None, (self.loop, self.variant, self.accident and f"{self.accident} at step 12"))
+        )
 
 
 @dataclass
@@ -88,7 +100,9 @@ class Corpus(Dataset[dict[str, Tensor]]):
     """Random tokens, the same at each index; raises at the so-and-so-many-th row where told."""
 
     def __init__(self, rows: int, fails_at: int | None = None) -> None:
-        self.tokens = torch.randint(1, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(7))
+        self.tokens = torch.randint(
+            1, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(7)
+        )
         self.fails_at = fails_at
         self.read = 0
 
@@ -151,12 +165,23 @@ def make_model(case: Case) -> Any:
         )
         model = LlamaForCausalLM(config)
     else:
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, use_cache=False, loss_type="ForCausalLM", **sizes))
+        sizes = {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=VOCABULARY, use_cache=False, loss_type="ForCausalLM", **sizes)
+        )
     if case.accident:
         model.transformer.h[0].mlp = Mlp(model.transformer.h[0].mlp, case.accident)
     if "LoRA" in case.variant:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.1, fan_in_fan_out=True))
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["c_attn"], lora_dropout=0.1, fan_in_fan_out=True)
+        )
     if "checkpointing" in case.variant:
         model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in case.variant.split()})
     return model
@@ -167,13 +192,17 @@ def fails_at(case: Case) -> int | None:
 
 
 def run_plain(case: Case, watched: bool, folder: Path) -> Outcome:
-    """A loop of one's own, with accumulation, autocast, compiling or DDP where the variant says so."""
+    """A loop of one's own, with accumulation, autocast, compiling or DDP where the variant says
+    so.
+    """
     model, outcome = make_model(case), Outcome()
     before = surroundings(model)
     called: nn.Module = model
     if "compiled" in case.variant:
         torch._dynamo.reset()
-        called = torch.compile(model, backend="inductor" if "inductor" in case.variant else "aot_eager")
+        called = torch.compile(
+            model, backend="inductor" if "inductor" in case.variant else "aot_eager"
+        )
     if "DDP" in case.variant:
         called = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -185,7 +214,9 @@ def run_plain(case: Case, watched: bool, folder: Path) -> Outcome:
     monitor = None
     if watched:
         options = {"sinks": ["jsonl"], "run_dir": folder, "reduce_ranks": "DDP" in case.variant}
-        monitor = stabmon.AttentionStabilityMonitor(called, optimizer, schedule, "observe", log_every=case.log_every, **options)
+        monitor = stabmon.AttentionStabilityMonitor(
+            called, optimizer, schedule, "observe", log_every=case.log_every, **options
+        )
     autocast = torch.autocast("cpu", torch.bfloat16, enabled="autocast" in case.variant)
 
     def train() -> None:
@@ -232,9 +263,15 @@ def run_accelerate(case: Case, watched: bool, folder: Path) -> Outcome:
     plain, outcome = make_model(case).train(), Outcome()
     before = surroundings(plain)
     data = DataLoader(Corpus(BATCH * 2 * case.steps), BATCH)
-    model, optimizer, data = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters(), 3e-3), data)
+    model, optimizer, data = accelerator.prepare(
+        plain, torch.optim.AdamW(plain.parameters(), 3e-3), data
+    )
     options: dict[str, Any] = {"sinks": ["jsonl"], "run_dir": folder, "log_every": case.log_every}
-    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, config="observe", **options) if watched else None
+    monitor = (
+        stabmon.AttentionStabilityMonitor(model, optimizer, config="observe", **options)
+        if watched
+        else None
+    )
 
     def train() -> None:
         for batch in data:
@@ -302,7 +339,9 @@ def run_transformers(case: Case, watched: bool, folder: Path) -> Outcome:
     callback = TransformersCallback("observe", log_every=case.log_every)
     corpus = Corpus(BATCH * 64, fails_at(case))
     callbacks: list[TrainerCallback] = [callback] if watched else []
-    trainer = Recorded(model, arguments, train_dataset=corpus, eval_dataset=Corpus(8), callbacks=callbacks)
+    trainer = Recorded(
+        model, arguments, train_dataset=corpus, eval_dataset=Corpus(8), callbacks=callbacks
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.seen = outcome.losses
     ended(outcome, trainer.train)
@@ -321,20 +360,27 @@ def words() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     known = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, VOCABULARY))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def run_trl(case: Case, watched: bool, folder: Path) -> Outcome:
-    """TRL's trainers, whose losses are their own; the norm before clipping that TRL reports must be the reading's too."""
+    """TRL's trainers, whose losses are their own; the norm before clipping that TRL reports must be
+    the reading's too.
+    """
     import trl
     from datasets import Dataset as Rows
 
     model, outcome = make_model(case), Outcome()
     before = surroundings(model)
-    texts = [" ".join(f"w{4 + (7 * row + 3 * at) % 60}" for at in range(4 + row % 5)) for row in range(34)]
+    texts = [
+        " ".join(f"w{4 + (7 * row + 3 * at) % 60}" for at in range(4 + row % 5))
+        for row in range(34)
+    ]
     callback = TransformersCallback("observe", log_every=case.log_every)
     given: dict[str, Any] = {
         "use_cpu": True,
@@ -344,21 +390,34 @@ def run_trl(case: Case, watched: bool, folder: Path) -> Outcome:
         "disable_tqdm": True,
         "seed": 0,
     }
-    given |= {"max_steps": case.steps, "per_device_train_batch_size": BATCH, "learning_rate": 3e-3, "max_grad_norm": 0.1}
+    given |= {
+        "max_steps": case.steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": 3e-3,
+        "max_grad_norm": 0.1,
+    }
     given |= {"logging_steps": 1, "gradient_checkpointing": False}
     more: dict[str, Any] = {"processing_class": words(), "callbacks": [callback] if watched else []}
     trainer: Any
     if "SFT" in case.variant:
         rows = Rows.from_dict({"text": texts[:32]})
-        trainer = trl.SFTTrainer(model, trl.SFTConfig(str(folder), **given), train_dataset=rows, **more)
+        trainer = trl.SFTTrainer(
+            model, trl.SFTConfig(str(folder), **given), train_dataset=rows, **more
+        )
     elif "DPO" in case.variant:
-        rows = Rows.from_dict({"prompt": texts[:32], "chosen": texts[1:33], "rejected": texts[2:34]})
+        rows = Rows.from_dict(
+            {"prompt": texts[:32], "chosen": texts[1:33], "rejected": texts[2:34]}
+        )
         more["ref_model"] = make_model(case)
-        trainer = trl.DPOTrainer(model, args=trl.DPOConfig(str(folder), **given), train_dataset=rows, **more)
+        trainer = trl.DPOTrainer(
+            model, args=trl.DPOConfig(str(folder), **given), train_dataset=rows, **more
+        )
     else:
         rows = Rows.from_dict({"prompt": texts[:32]})
         arguments = trl.GRPOConfig(str(folder), num_generations=4, max_completion_length=6, **given)
-        more["reward_funcs"] = lambda completions, **_: [float(len(set(each.split()))) for each in completions]
+        more["reward_funcs"] = lambda completions, **_: [
+            float(len(set(each.split()))) for each in completions
+        ]
         trainer = trl.GRPOTrainer(model, args=arguments, train_dataset=rows, **more)
     trainer.remove_callback(PrinterCallback)
     ended(outcome, trainer.train)
@@ -370,7 +429,9 @@ def run_trl(case: Case, watched: bool, folder: Path) -> Outcome:
         norms = {each["step"]: each["grad_norm"] for each in log}
         for reading in callback.monitor._tracker.history.readings:
             outcome.readings += 1
-            if not math.isclose(reading.gradients.get("", math.nan), norms[reading.step], rel_tol=1e-4):
+            if not math.isclose(
+                reading.gradients.get("", math.nan), norms[reading.step], rel_tol=1e-4
+            ):
                 outcome.complaints["gradient norm"] = outcome.complaints.get("gradient norm", 0) + 1
     callback.close()
     outcome.left = left_behind(before, surroundings(model), trainer.optimizer)
@@ -428,7 +489,8 @@ def run_lightning(case: Case, watched: bool, folder: Path) -> Outcome:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
-        max_steps=case.steps * (2 if by_hand else 1),  # Lightning counts the steps of every optimizer
+        max_steps=case.steps
+        * (2 if by_hand else 1),  # Lightning counts the steps of every optimizer
         gradient_clip_val=None if by_hand else 1.0,
         logger=False,
         enable_checkpointing=False,
@@ -470,10 +532,16 @@ def ended(outcome: Outcome, train: Callable[[], object]) -> None:
 
 def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """Everything that training changes, by name."""
-    state: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    state: dict[str, Any] = {
+        name: tensor.detach().clone() for name, tensor in model.state_dict().items()
+    }
     state |= {f"buffer {name}": tensor.clone() for name, tensor in model.named_buffers()}
-    for index, (_, values) in enumerate(optimizer.state_dict()["state"].items() if optimizer is not None else ()):
-        state |= {f"optimizer {index} {name}": copy.deepcopy(value) for name, value in values.items()}
+    for index, (_, values) in enumerate(
+        optimizer.state_dict()["state"].items() if optimizer is not None else ()
+    ):
+        state |= {
+            f"optimizer {index} {name}": copy.deepcopy(value) for name, value in values.items()
+        }
     state["torch generator"] = torch.get_rng_state()
     state["python generator"] = repr(random.getstate())
     state["numpy generator"] = repr(np.random.get_state())  # noqa: NPY002
@@ -494,11 +562,19 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     things |= {
-        f"F.{name}": getattr(F, name) for name in ("scaled_dot_product_attention", "softmax", "multi_head_attention_forward")
+        f"F.{name}": getattr(F, name)
+        for name in ("scaled_dot_product_attention", "softmax", "multi_head_attention_forward")
     }
-    things["mha globals"] = F.multi_head_attention_forward.__globals__["scaled_dot_product_attention"]
+    things["mha globals"] = F.multi_head_attention_forward.__globals__[
+        "scaled_dot_product_attention"
+    ]
     for name, module in model.named_modules():
-        for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for kind in (
+            "_forward_pre_hooks",
+            "_forward_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        ):
             things[f"{name}.{kind}"] = len(getattr(module, kind))
         things[f"{name}.forward"] = module.__dict__.get("forward")
         things[f"{name}._compiled_call_impl"] = module.__dict__.get("_compiled_call_impl")
@@ -511,28 +587,47 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
 
 
 def left_behind(before: dict[str, Any], after: dict[str, Any], optimizer: Any) -> list[str]:
-    """Names of what is not as it was; what the framework itself changes is told apart by running unwatched."""
+    """Names of what is not as it was; what the framework itself changes is told apart by running
+    unwatched.
+    """
     changed = [
         name
         for name in before
-        if not (before[name] is after.get(name) or (isinstance(before[name], int | str) and before[name] == after.get(name)))
+        if not (
+            before[name] is after.get(name)
+            or (isinstance(before[name], int | str) and before[name] == after.get(name))
+        )
     ]
     inner = getattr(optimizer, "optimizer", optimizer)
-    return changed + (["optimizer hooks"] if inner is not None and inner._optimizer_step_pre_hooks else [])
+    return changed + (
+        ["optimizer hooks"] if inner is not None and inner._optimizer_step_pre_hooks else []
+    )
 
 
 def differences(plain: Outcome, watched: Outcome, case: Case) -> list[str]:
     """What differs between the twins; empty where nothing does."""
-    found = [f"ended with {watched.error or 'no error'}, not {plain.error}"] if plain.error != watched.error else []
+    found = (
+        [f"ended with {watched.error or 'no error'}, not {plain.error}"]
+        if plain.error != watched.error
+        else []
+    )
     if len(plain.losses) != len(watched.losses):
         found.append(f"{len(watched.losses)} losses for {len(plain.losses)}")
-    unequal = [i for i, (a, b) in enumerate(zip(plain.losses, watched.losses, strict=False)) if not same(a, b)]
+    unequal = [
+        i
+        for i, (a, b) in enumerate(zip(plain.losses, watched.losses, strict=False))
+        if not same(a, b)
+    ]
     found += [f"loss of step {unequal[0] + 1}"] if unequal else []
     found += [
-        name for name in plain.state.keys() | watched.state.keys() if not same(plain.state.get(name), watched.state.get(name))
+        name
+        for name in plain.state.keys() | watched.state.keys()
+        if not same(plain.state.get(name), watched.state.get(name))
     ]
     found += [f"left behind: {name}" for name in sorted(set(watched.left) - set(plain.left))]
-    found += [f"stabmon failed in {where} {count} times" for where, count in watched.complaints.items()]
+    found += [
+        f"stabmon failed in {where} {count} times" for where, count in watched.complaints.items()
+    ]
     expected = 0 if case.accident else case.steps // case.log_every
     if not case.accident and watched.readings < expected:
         found.append(f"{watched.readings} readings for {expected}")
@@ -566,7 +661,10 @@ def pair_over_ranks(case: Case) -> tuple[list[str], Outcome]:
     context = torch.multiprocessing.get_context("spawn")
     queue: Any = context.SimpleQueue()
     with tempfile.NamedTemporaryFile() as store:
-        processes = [context.Process(target=_on_rank, args=(rank, store.name + ".store", case, queue)) for rank in range(2)]
+        processes = [
+            context.Process(target=_on_rank, args=(rank, store.name + ".store", case, queue))
+            for rank in range(2)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -587,7 +685,9 @@ def pair_over_ranks(case: Case) -> tuple[list[str], Outcome]:
 
 def _on_rank(rank: int, store: str, case: Case, queue: Any) -> None:
     quiet()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
     found, watched = pair(case)
     queue.put((rank, found, watched.readings))
     torch.distributed.barrier()
@@ -600,7 +700,14 @@ def cases(steps: int) -> Iterator[Case]:
     for loop in RUNS:
         for log_every in (1, 7, 10):
             yield Case(loop, "", log_every, steps)
-        for variant in ("evaluation", "accumulation", "autocast", "checkpointing", "checkpointing reentrant", "llama"):
+        for variant in (
+            "evaluation",
+            "accumulation",
+            "autocast",
+            "checkpointing",
+            "checkpointing reentrant",
+            "llama",
+        ):
             yield few(Case(loop, variant))
     yield few(Case("plain", "compiled aot_eager"))
     yield few(Case("plain", "compiled inductor, llama"))
@@ -626,7 +733,9 @@ def quiet() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--only", default="", help="rows whose name holds this")
     given = parser.parse_args()
@@ -637,14 +746,23 @@ def main() -> int:
         if given.only not in case.name:
             continue
         if case.loop == "trl" and importlib.util.find_spec("trl") is None:
-            print(f"{case.name:<48}not run: pip install -c constraints.txt -e '.[bench]'", flush=True)
+            print(
+                f"{case.name:<48}not run: pip install -c constraints.txt -e '.[bench]'", flush=True
+            )
             continue
         started = time.perf_counter()
         found, watched = pair_over_ranks(case) if "DDP" in case.variant else pair(case)
         failed += bool(found)
-        result = "identical" if not found else "DIFFERS: " + "; ".join(found[:4]) + (" …" if len(found) > 4 else "")
+        result = (
+            "identical"
+            if not found
+            else "DIFFERS: " + "; ".join(found[:4]) + (" …" if len(found) > 4 else "")
+        )
         seconds = time.perf_counter() - started
-        print(f"{case.name:<48}{case.log_every:>6}{case.steps:>6}{watched.readings:>9}{seconds:>9.1f}  {result}", flush=True)
+        print(
+            f"{case.name:<48}{case.log_every:>6}{case.steps:>6}{watched.readings:>9}{seconds:>9.1f}  {result}",
+            flush=True,
+        )
     print(f"{failed} rows differ; {time.perf_counter() - begun:.0f} s")
     return int(failed > 0)
 

@@ -1,16 +1,19 @@
 """Does stabmon see every attention call of an unmodified model, and are its numbers right?
 
-    python tests/bench/exactness.py                       the table; exit status 1 if an aim is missed (under a minute)
-    python tests/bench/exactness.py --json                the same as one JSON object
-    python tests/bench/exactness.py --only llama          the models whose name contains a word
-    python tests/bench/exactness.py --check-references    the references against the models' own attention, in float64
+    python tests/bench/exactness.py                       the table; exit status 1 if an aim is
+    missed (under a minute) python tests/bench/exactness.py --json                the same as one
+    JSON object python tests/bench/exactness.py --only llama          the models whose name contains
+    a word python tests/bench/exactness.py --check-references    the references against the models'
+    own attention, in float64
 
-Each model is run on one batch with plain forward hooks that hand each attention module's input to a float64 reference
-(``references/``: its own formulas, the module's weights, nothing of stabmon), then the same again inside ``AttentionCapture``,
-inside ``AttentionAnalyzer`` and, those in training mode, with gradients and under ``AttentionStabilityMonitor``. Per head and
-layer, the mean entropy, mean max probability and max score that analyzer and monitor report must lie
-within 1e-4 of the reference (entropy in nats; score relative to max(1, |score|), before any softcap). Means are over the
-rows that see at least one key: a padding token's row counts where it sees keys, as it does in the model's own kernel.
+Each model is run on one batch with plain forward hooks that hand each attention module's input to a
+float64 reference (``references/``: its own formulas, the module's weights, nothing of stabmon),
+then the same again inside ``AttentionCapture``, inside ``AttentionAnalyzer`` and, those in training
+mode, with gradients and under ``AttentionStabilityMonitor``. Per head and layer, the mean entropy,
+mean max probability and max score that analyzer and monitor report must lie within 1e-4 of the
+reference (entropy in nats; score relative to max(1, |score|), before any softcap). Means are over
+the rows that see at least one key: a padding token's row counts where it sees keys, as it does in
+the model's own kernel.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ CASES = (*decoders.CASES, *encoders.CASES, *seq2seq.CASES, *handwritten.CASES)
 AUTOCAST_CASE = next(case for case in CASES if case.name == "Llama, grouped heads")
 AIM = 1e-4
 AUTOCAST_AIMS = {"attention_entropy": 0.02, "max_logit": 2.0**-7, "max_probability": 0.01}
-"""Under bf16 autocast the model rounds weights, inputs, queries and keys to 8 bits (2^-9 of each at worst); the float64 reference
-does not. This row tells how far apart that puts them, and that nothing worse happens."""
+"""Under bf16 autocast the model rounds weights, inputs, queries and keys to 8 bits (2^-9 of each at
+worst); the float64 reference does not. This row tells how far apart that puts them, and that
+nothing worse happens."""
 REFERENCE_AIM = 1e-9
 SIGNALS = {"attention_entropy": "entropy", "max_logit": "max score", "max_probability": "max prob"}
 
@@ -63,7 +67,9 @@ class Row:
     entropy_span: tuple[float, float] | None = None
     """Smallest and largest mean entropy of a head, by the reference, nats."""
     entropy_limit: float = 0.0
-    """Mean of ln n over the rows, n the keys a row sees: a uniform head's mean entropy in the layer where it is largest."""
+    """Mean of ln n over the rows, n the keys a row sees: a uniform head's mean entropy in the layer
+    where it is largest.
+    """
     problems: list[str] = field(default_factory=list)
     skipped: str | None = None
 
@@ -74,12 +80,16 @@ class Row:
 
 
 def measure(case: Case, implementation: str, *, autocast: bool = False) -> Row:
-    """Run one model with the reference's hooks, with the capture and with the analyzer, and compare."""
+    """Run one model with the reference's hooks, with the capture and with the analyzer, and
+    compare.
+    """
     import stabmon
     from stabmon.capture import AttentionCapture
 
     aims = AUTOCAST_AIMS if autocast else dict.fromkeys(SIGNALS, AIM)
-    row = Row(case.name, implementation + (", bf16 autocast" if autocast else ""), case.expected, aims)
+    row = Row(
+        case.name, implementation + (", bf16 autocast" if autocast else ""), case.expected, aims
+    )
     torch.manual_seed(0)
     try:
         model, batch = case.build(implementation)
@@ -105,9 +115,14 @@ def measure(case: Case, implementation: str, *, autocast: bool = False) -> Row:
         run(model, batch, autocast)
     row.captured_calls = len(seen)
     if sorted(seen) != sorted(reference):
-        row.problems.append(f"captured calls of {', '.join(sorted(set(seen)))}; expected {', '.join(sorted(reference))}")
+        row.problems.append(
+            f"captured calls of {', '.join(sorted(set(seen)))}; expected "
+            f"{', '.join(sorted(reference))}"
+        )
     if len(calls) != case.expected:
-        row.problems.append(f"the reference saw {len(calls)} calls, the architecture has {case.expected}")
+        row.problems.append(
+            f"the reference saw {len(calls)} calls, the architecture has {case.expected}"
+        )
 
     with stabmon.AttentionAnalyzer(model) as analyzer:
         watched_output = run(model, batch, autocast)
@@ -141,21 +156,27 @@ def run(model: nn.Module, batch: Batch, autocast: bool, *, gradients: bool = Fal
 Stats = Mapping[str, Mapping[str, Any]]
 
 
-def compare(row: Row, source: str, stats: Stats, reference: Mapping[str, Mapping[str, Tensor]]) -> None:
+def compare(
+    row: Row, source: str, stats: Stats, reference: Mapping[str, Mapping[str, Tensor]]
+) -> None:
     """Enter into the row how far ``stats`` are from the reference, and what is wrong with that."""
     for title, layers in (
         ("not reported", set(reference) - set(stats)),
         ("reported, but do not attend", set(stats) - set(reference)),
     ):
         if layers:
-            row.problems.append(f"{source}: {len(layers)} layers {title}: {', '.join(sorted(layers))}")
+            row.problems.append(
+                f"{source}: {len(layers)} layers {title}: {', '.join(sorted(layers))}"
+            )
     for signal, title in SIGNALS.items():
         worst, place = 0.0, ""
         for layer in reference.keys() & stats.keys():
             truth = reference[layer][signal].numpy()
             got = np.asarray(stats[layer].get(signal, math.nan), dtype=np.float64)
             if got.shape != truth.shape:
-                row.problems.append(f"{source}: {layer} {signal} has shape {got.shape}, expected {truth.shape}")
+                row.problems.append(
+                    f"{source}: {layer} {signal} has shape {got.shape}, expected {truth.shape}"
+                )
                 worst, place = math.inf, layer
                 continue
             size = np.maximum(1.0, np.abs(truth)) if signal == "max_logit" else 1.0
@@ -165,7 +186,9 @@ def compare(row: Row, source: str, stats: Stats, reference: Mapping[str, Mapping
         if worst >= row.deviations.get(signal, 0.0):
             row.deviations[signal], row.worst[signal] = worst, f"{source}: {place}"
         if worst > row.aims[signal]:
-            row.problems.append(f"{source}: {title} is off by {worst:.2g} at {place}, aim {row.aims[signal]:.2g}")
+            row.problems.append(
+                f"{source}: {title} is off by {worst:.2g} at {place}, aim {row.aims[signal]:.2g}"
+            )
 
 
 def rows(only: str) -> Iterator[Row]:
@@ -179,18 +202,36 @@ def rows(only: str) -> Iterator[Row]:
 
 
 LINE = "{:<32} {:<20} {:>8} {:>6} {:>9} {:>9} {:>9}  {:<19} {}"
-HEADER = LINE.format("model", "implementation", "calls", "heads", "entropy", "score", "max prob", "entropy span, limit", "")
+HEADER = LINE.format(
+    "model",
+    "implementation",
+    "calls",
+    "heads",
+    "entropy",
+    "score",
+    "max prob",
+    "entropy span, limit",
+    "",
+)
 
 
 def line(row: Row) -> str:
     """The row as text."""
     if row.skipped:
-        return LINE.format(row.model, row.implementation, "-", "-", "-", "-", "-", "-", f"SKIPPED: {row.skipped}")
+        return LINE.format(
+            row.model, row.implementation, "-", "-", "-", "-", "-", "-", f"SKIPPED: {row.skipped}"
+        )
     low, high = row.entropy_span or (math.nan, math.nan)
     deviations = [f"{row.deviations.get(signal, math.nan):.1e}" for signal in SIGNALS]
     text = LINE.format(
-        row.model, row.implementation, f"{row.captured_calls}/{row.expected_calls}", row.heads, *deviations,
-        f"{low:.2f}-{high:.2f}, {row.entropy_limit:.2f}", "ok" if row.passed else "MISSED")  # fmt: skip
+        row.model,
+        row.implementation,
+        f"{row.captured_calls}/{row.expected_calls}",
+        row.heads,
+        *deviations,
+        f"{low:.2f}-{high:.2f}, {row.entropy_limit:.2f}",
+        "ok" if row.passed else "MISSED",
+    )
     return "\n".join([text, *(f"    {problem}" for problem in row.problems)])
 
 
@@ -198,7 +239,10 @@ def compare_all(arguments: argparse.Namespace) -> int:
     """Measure, print, and say whether all aims were met."""
     began, measured = time.perf_counter(), []
     if not arguments.json:
-        print("Largest deviation from the float64 reference; aims: calls all seen, deviations within 1e-4\n" + HEADER)
+        print(
+            "Largest deviation from the float64 reference; aims: calls all seen, deviations "
+            "within 1e-4\n" + HEADER
+        )
     for row in rows(arguments.only):
         measured.append(row)
         if not arguments.json:
@@ -208,11 +252,22 @@ def compare_all(arguments: argparse.Namespace) -> int:
     if arguments.json:
         results = [asdict(row) | {"passed": row.passed} for row in measured]
         print(
-            json.dumps({"schema_version": 1, "passed": not missed, "seconds": seconds, "rows": finite(results)}, allow_nan=False)
+            json.dumps(
+                {
+                    "schema_version": 1,
+                    "passed": not missed,
+                    "seconds": seconds,
+                    "rows": finite(results),
+                },
+                allow_nan=False,
+            )
         )
     else:
         skipped = sum(row.skipped is not None for row in measured)
-        print(f"{len(measured) - len(missed) - skipped} met, {len(missed)} missed, {skipped} skipped, {seconds:.0f} s")
+        print(
+            f"{len(measured) - len(missed) - skipped} met, {len(missed)} missed, {skipped} "
+            f"skipped, {seconds:.0f} s"
+        )
     return 1 if missed else 0
 
 
@@ -236,9 +291,17 @@ def check_references(arguments: argparse.Namespace) -> int:
                 errors[case.name] = f"SKIPPED: {why}"
     passed = all(isinstance(error, str) or error <= REFERENCE_AIM for error in errors.values())
     if arguments.json:
-        print(json.dumps({"schema_version": 1, "passed": passed, "probability_error": finite(errors)}, allow_nan=False))
+        print(
+            json.dumps(
+                {"schema_version": 1, "passed": passed, "probability_error": finite(errors)},
+                allow_nan=False,
+            )
+        )
     else:
-        print(f"Largest deviation of a probability from the model's own attention, all in float64; aim {REFERENCE_AIM:.0e}")
+        print(
+            "Largest deviation of a probability from the model's own attention, all in float64; "
+            f"aim {REFERENCE_AIM:.0e}"
+        )
         for name, error in errors.items():
             print(f"{name:<32} {error if isinstance(error, str) else f'{error:.1e}'}")
     return 0 if passed else 1
@@ -246,13 +309,22 @@ def check_references(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--only", default="", metavar="WORD", help="models whose name contains WORD")
-    parser.add_argument("--check-references", action="store_true", help="check the references instead")
+    parser.add_argument(
+        "--only", default="", metavar="WORD", help="models whose name contains WORD"
+    )
+    parser.add_argument(
+        "--check-references", action="store_true", help="check the references instead"
+    )
     arguments = parser.parse_args()
     if not any(arguments.only.lower() in case.name.lower() for case in CASES):
-        parser.error(f"no model's name contains {arguments.only!r}; known: {'; '.join(case.name for case in CASES)}")
+        parser.error(
+            f"no model's name contains {arguments.only!r}; known: "
+            f"{'; '.join(case.name for case in CASES)}"
+        )
     torch.set_num_threads(1)  # tensors this small only lose time to more
     return check_references(arguments) if arguments.check_references else compare_all(arguments)
 

@@ -1,15 +1,17 @@
 """Does stabmon see failures coming? Alarms on real small runs, against what became of them.
 
-    python tests/bench/foresight.py                 two runs of each kind, about 40 minutes on two cores
-    python tests/bench/foresight.py --each 4        four of each
-    python tests/bench/foresight.py --only init     some kinds
-    python tests/bench/foresight.py --half tuned    the half of the runs that levels may be tuned on
+    python tests/bench/foresight.py                 two runs of each kind, about 40 minutes on two
+    cores python tests/bench/foresight.py --each 4        four of each python
+    tests/bench/foresight.py --only init     some kinds python tests/bench/foresight.py --half tuned
+    the half of the runs that levels may be tuned on
 
-Every run is trained watched at each fifth step, and so is its healthy twin; alarms are then raised again from the readings of every
-``--every``-th step, by the rules and the configuration as they are shipped (the same code that runs in training). A run has failed if its
-final validation loss is not finite or lies 0.10 nats above its twin's; attention was the cause if the same run with attention's growth
-taken away does not fail. The onset of a failure is where the gap to the twin first stays open. Levels of rules were set on one half of
-the runs (and on others before); what is printed is the other half. Runs are kept in ``--out`` and not trained twice.
+Every run is trained watched at each fifth step, and so is its healthy twin; alarms are then raised
+again from the readings of every ``--every``-th step, by the rules and the configuration as they are
+shipped (the same code that runs in training). A run has failed if its final validation loss is not
+finite or lies 0.10 nats above its twin's; attention was the cause if the same run with attention's
+growth taken away does not fail. The onset of a failure is where the gap to the twin first stays
+open. Levels of rules were set on one half of the runs (and on others before); what is printed is
+the other half. Runs are kept in ``--out`` and not trained twice.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from testbed.alarms import BASELINES, Alarm, alarms_of
 from testbed.bench import chosen, options
 from testbed.cases import Case, cases, healthy_twins
 
-ATTENTION = ("entropy_collapse", "logit_growth", "overflow_risk", "precision_insufficient", "attention_spike", "high_curvature")
+ATTENTION = (
+    "entropy_collapse",
+    "logit_growth",
+    "overflow_risk",
+    "precision_insufficient",
+    "attention_spike",
+    "high_curvature",
+)
 INTERVALS = (5, 10, 20, 50)
 Judge = Callable[[Case, int], list[Alarm]]
 
@@ -67,7 +76,8 @@ def row(case: Case, judge: Judge, every: int) -> Row:
     return Row(
         run=recipe.name,
         kind=recipe.kind,
-        shape=f"{recipe.shape.family} L{recipe.shape.layers} H{recipe.shape.heads} d{recipe.shape.width} S{recipe.shape.length}",
+        shape=f"{recipe.shape.family} L{recipe.shape.layers} H{recipe.shape.heads} "
+        f"d{recipe.shape.width} S{recipe.shape.length}",
         failed=case.outcome.failed,
         cause=case.cause,
         gap=round(case.outcome.gap, 3),
@@ -78,7 +88,9 @@ def row(case: Case, judge: Judge, every: int) -> Row:
         lead=None if first is None or onset is None else onset - first.step,
         type=None if first is None else first.type,
         where=None if first is None else first.where,
-        layer_right=None if first is None or layers is None or first.layer is None else first.layer in layers,
+        layer_right=None
+        if first is None or layers is None or first.layer is None
+        else first.layer in layers,
         type_right=None if first is None else _type_right(case, first),
     )
 
@@ -109,8 +121,12 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
         "  in mid-run, before the onset": share(sum((r.lead or 0) > 0 for r in mid), len(mid)),
         "  at initialisation": share(sum(r.alarm is not None for r in start), len(start)),
         "other failures alarmed": share(sum(r.alarm is not None for r in other), len(other)),
-        "healthy runs alarmed": share(sum(r.alarm is not None or r.early is not None for r in healthy), len(healthy)),
-        "failing runs alarmed before anything was done": share(sum(r.early is not None for r in ill + other), len(ill + other)),
+        "healthy runs alarmed": share(
+            sum(r.alarm is not None or r.early is not None for r in healthy), len(healthy)
+        ),
+        "failing runs alarmed before anything was done": share(
+            sum(r.early is not None for r in ill + other), len(ill + other)
+        ),
     }
     if leads:
         steps = [r.lead or 0 for r in leads]
@@ -120,24 +136,36 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
         text["  of the steps before the onset"] = f"median {np.median(whole):.2f}"
         text["  of the steps between cause and onset"] = f"median {np.median(shares):.2f}"
     named = [r for r in ill if r.type_right is not None]
-    text["attention blamed where it was the cause"] = share(sum(bool(r.type_right) for r in named), len(named))
+    text["attention blamed where it was the cause"] = share(
+        sum(bool(r.type_right) for r in named), len(named)
+    )
     placed = [r for r in ill if r.layer_right is not None]
-    text["blamed layer is one that was provoked"] = share(sum(bool(r.layer_right) for r in placed), len(placed))
+    text["blamed layer is one that was provoked"] = share(
+        sum(bool(r.layer_right) for r in placed), len(placed)
+    )
     spared = [r for r in other if r.type_right is not None]
-    text["no attention blamed where it was not the cause"] = share(sum(bool(r.type_right) for r in spared), len(spared))
+    text["no attention blamed where it was not the cause"] = share(
+        sum(bool(r.type_right) for r in spared), len(spared)
+    )
     return text
 
 
 def main() -> int:
-    """Print the tables and write the per-run ones. Returns the exit status: 0, since aims are told, not enforced."""
+    """Print the tables and write the per-run ones. Returns the exit status: 0, since aims are told,
+    not enforced.
+    """
     args = options(__doc__, INTERVALS).parse_args()
     found = cases(chosen(args), args.out, args.jobs)
     found += healthy_twins(found)
     judges: dict[str, Judge] = {"stabmon": alarms_of, **BASELINES}
-    rows = {name: [row(case, judge, args.every) for case in found] for name, judge in judges.items()}
+    rows = {
+        name: [row(case, judge, args.every) for case in found] for name, judge in judges.items()
+    }
     _print_runs(rows["stabmon"])
     figures = {name: summary(each) for name, each in rows.items()}
-    table = Table(title=f"{args.half} runs, one step in {args.every} looked at", title_justify="left")
+    table = Table(
+        title=f"{args.half} runs, one step in {args.every} looked at", title_justify="left"
+    )
     table.add_column("95% intervals in brackets")
     for name in figures:
         table.add_column(name)
@@ -148,7 +176,11 @@ def main() -> int:
     confusion = Table(title="confusion (stabmon)", title_justify="left")
     for name in ("what became of it", "runs", "alarm", "no alarm"):
         confusion.add_column(name, justify="left" if name.startswith("what") else "right")
-    for cause, words in (("attention", "failed by attention"), ("other", "failed otherwise"), ("none", "healthy")):
+    for cause, words in (
+        ("attention", "failed by attention"),
+        ("other", "failed otherwise"),
+        ("none", "healthy"),
+    ):
         of = [r for r in rows["stabmon"] if r.cause == cause]
         hit = sum(r.alarm is not None or (cause == "none" and r.early is not None) for r in of)
         confusion.add_row(words, str(len(of)), str(hit), str(len(of) - hit))
@@ -173,12 +205,26 @@ def main() -> int:
 
 def _print_runs(rows: Sequence[Row]) -> None:
     table = Table(title="runs (stabmon)", title_justify="left")
-    shown = ("run", "shape", "cause", "gap", "provoked", "onset", "alarm", "lead", "type", "where", "early")
+    shown = (
+        "run",
+        "shape",
+        "cause",
+        "gap",
+        "provoked",
+        "onset",
+        "alarm",
+        "lead",
+        "type",
+        "where",
+        "early",
+    )
     for name in shown:
         table.add_column(name, overflow="fold")
     for r in rows:
         if r.cause != "none" or r.alarm is not None or r.early is not None or not r.run:
-            table.add_row(*("" if (value := getattr(r, name)) is None else str(value) for name in shown))
+            table.add_row(
+                *("" if (value := getattr(r, name)) is None else str(value) for name in shown)
+            )
     Console(width=max(150, Console().width)).print(table)
 
 

@@ -1,11 +1,14 @@
-"""What does "guard" make of a rate that is 3, 5, 10 or 30 times too high? Final losses without guard, with it, and at the right rate.
+"""What does "guard" make of a rate that is 3, 5, 10 or 30 times too high? Final losses without
+guard, with it, and at the right rate.
 
-    python tests/bench/guard_rates.py                       the whole table over three seeds, about half an hour on two cores
-    python tests/bench/guard_rates.py --kinds start --times 10 --seeds 1
+    python tests/bench/guard_rates.py                       the whole table over three seeds, about
+    half an hour on two cores python tests/bench/guard_rates.py --kinds start --times 10 --seeds 1
 
-Four kinds of run: a fresh model without a warm-up (``start``), with one (``warmup``), a trained model that is tuned on another text
-(``trained``), and the same through LoRA (``lora``). The right rate of a kind is the best of a grid of factors of two, by the final loss of
-seed 0. A loss is the mean over the last 30 steps. ``worse`` marks rows where guard ends more than 0.02 nats above doing nothing.
+Four kinds of run: a fresh model without a warm-up (``start``), with one (``warmup``), a trained
+model that is tuned on another text (``trained``), and the same through LoRA (``lora``). The right
+rate of a kind is the best of a grid of factors of two, by the final loss of seed 0. A loss is the
+mean over the last 30 steps. ``worse`` marks rows where guard ends more than 0.02 nats above doing
+nothing.
 """
 
 from __future__ import annotations
@@ -70,12 +73,16 @@ def train(job: Job) -> Outcome:
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, job.rate)
     warmup = WARMUP if job.kind == "warmup" else 1
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / warmup)
+    )
     text = "topics" if job.kind in ("start", "warmup") else "library"
     data, losses = torch.Generator().manual_seed(100 + job.seed), []
     monitor = None
     if job.config is not None:
-        monitor = stabmon.AttentionStabilityMonitor(model, optimizer, schedule, config=job.config, log_every=EVERY, sinks=[])
+        monitor = stabmon.AttentionStabilityMonitor(
+            model, optimizer, schedule, config=job.config, log_every=EVERY, sinks=[]
+        )
     for _ in range(STEPS):
         loss = _loss(model, _batch(text, data), inside=job.kind in ("trained", "lora"))
         optimizer.zero_grad()
@@ -90,9 +97,15 @@ def train(job: Job) -> Outcome:
         return Outcome(fmean(losses[-TAIL:]), None, None, "")
     alarms = [issue for issue in monitor.issues if issue.is_alarm]
     told = [issue.evidence["fitting_rate"] for issue in alarms if "fitting_rate" in issue.evidence]
-    acts = ", ".join(f"{each.intervention.name}@{each.step}" for each in monitor.applied if each.intervention.name != "skip_step")
+    acts = ", ".join(
+        f"{each.intervention.name}@{each.step}"
+        for each in monitor.applied
+        if each.intervention.name != "skip_step"
+    )
     monitor.close()
-    return Outcome(fmean(losses[-TAIL:]), alarms[0].step if alarms else None, told[0] if told else None, acts)
+    return Outcome(
+        fmean(losses[-TAIL:]), alarms[0].step if alarms else None, told[0] if told else None, acts
+    )
 
 
 def _loss(model: nn.Module, tokens: Tensor, inside: bool) -> Tensor:
@@ -115,7 +128,9 @@ def _model(job: Job) -> nn.Module:
         return model
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     adapted: nn.Module = get_peft_model(model, lora)
     return adapted.train()
 
@@ -165,13 +180,17 @@ def _batch(text: str, generator: torch.Generator) -> Tensor:
 
 def main() -> int:
     """Print the table. Returns 1 where guard made a row worse."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kinds", nargs="+", choices=list(GRIDS), default=list(GRIDS))
     parser.add_argument("--times", nargs="+", type=float, default=[3.0, 5.0, 10.0, 30.0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:  # each process trains its base once
+    with ProcessPoolExecutor(
+        args.jobs, multiprocessing.get_context("spawn")
+    ) as pool:  # each process trains its base once
         return _table(args, lambda jobs: dict(zip(jobs, pool.map(train, jobs), strict=True)))
 
 
@@ -182,17 +201,28 @@ def _table(args: argparse.Namespace, run_all: Callable[[list[Job]], dict[Job, Ou
         tried = run_all([Job(kind, rate, 0) for rate in GRIDS[kind]])
         best = min(tried, key=lambda job: tried[job].loss)
         right[kind] = best.rate
-        print(f"{kind:8s} right rate {best.rate:.2g} of", {job.rate: round(tried[job].loss, 3) for job in tried}, flush=True)
+        print(
+            f"{kind:8s} right rate {best.rate:.2g} of",
+            {job.rate: round(tried[job].loss, 3) for job in tried},
+            flush=True,
+        )
     print(
-        f"{'kind':8s} {'times':>5s} {'without':>8s} {'guard':>8s} {'right':>8s}  first alarms, told and acts of seed 0",
+        f"{'kind':8s} {'times':>5s} {'without':>8s} {'guard':>8s} {'right':>8s}  first alarms, "
+        "told and acts of seed 0",
         flush=True,
     )
     worse, rows = 0, [(kind, times) for kind in args.kinds for times in (1.0, *args.times)]
     at_right: dict[str, list[Outcome]] = {}
     for kind, times in rows:
-        jobs = [Job(kind, right[kind] * times, seed, config) for config in (None, "guard") for seed in range(args.seeds)]
+        jobs = [
+            Job(kind, right[kind] * times, seed, config)
+            for config in (None, "guard")
+            for seed in range(args.seeds)
+        ]
         found = run_all(jobs)
-        without, guarded = ([found[job] for job in jobs if job.config == config] for config in (None, "guard"))
+        without, guarded = (
+            [found[job] for job in jobs if job.config == config] for config in (None, "guard")
+        )
         best = at_right.setdefault(kind, without)
         means = [fmean(each.loss for each in runs) for runs in (without, guarded, best)]
         bad = any(not g.loss <= w.loss + MARGIN for g, w in zip(guarded, without, strict=True))
@@ -200,8 +230,14 @@ def _table(args: argparse.Namespace, run_all: Callable[[list[Job]], dict[Job, Ou
         told = "-" if guarded[0].told is None else f"{guarded[0].told:.2g}"
         marks = " ".join(f"{value:8.3f}" for value in means)
         alarms = [each.alarm for each in guarded]
-        print(f"{kind:8s} {times:5.0f} {marks}  {alarms} {told} {guarded[0].acts}{'  worse' if bad else ''}", flush=True)
-    print(f"rows in which guard ended worse than doing nothing in some seed: {worse} of {len(rows)}")
+        print(
+            f"{kind:8s} {times:5.0f} {marks}  {alarms} {told} "
+            f"{guarded[0].acts}{'  worse' if bad else ''}",
+            flush=True,
+        )
+    print(
+        f"rows in which guard ended worse than doing nothing in some seed: {worse} of {len(rows)}"
+    )
     return int(worse > 0)
 
 

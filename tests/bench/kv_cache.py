@@ -1,15 +1,19 @@
-"""Perplexity against cache size for every eviction policy, on a model that was trained to use its context.
+"""Perplexity against cache size for every eviction policy, on a model that was trained to use its
+context.
 
-    python tests/bench/kv_cache.py FOLDER [--task text|recall] [--prompts 24] [--context 1536] [--continuation 256] [--out kv_cache.png]
+    python tests/bench/kv_cache.py FOLDER [--task text|recall] [--prompts 24] [--context 1536]
+    [--continuation 256] [--out kv_cache.png]
 
-FOLDER holds a model that tests/bench/long_model.py saved; where it is missing, the model is trained first (90 minutes). Each prompt is
-a stretch of held-out text; each policy compresses it once, and the text that follows is scored with what is left: what really follows,
-or, to recall, the rest of a passage that stood somewhere in the prompt and whose beginning ends it. Where a model does not copy, recall
-says nothing; the loss of the same passage without its earlier copy is printed beside. The packaged ALBERT is an encoder: it has no KV
-cache, and does not apply.
+FOLDER holds a model that tests/bench/long_model.py saved; where it is missing, the model is trained
+first (90 minutes). Each prompt is a stretch of held-out text; each policy compresses it once, and
+the text that follows is scored with what is left: what really follows, or, to recall, the rest of a
+passage that stood somewhere in the prompt and whose beginning ends it. Where a model does not copy,
+recall says nothing; the loss of the same passage without its earlier copy is printed beside. The
+packaged ALBERT is an encoder: it has no KV cache, and does not apply.
 
-Prints perplexity with the mean cost in nats a byte against the full cache and its spread over prompts, how often each policy is the
-best, and CAKE against each other policy prompt by prompt; draws the curves; prints time and the cache's peak at several lengths.
+Prints perplexity with the mean cost in nats a byte against the full cache and its spread over
+prompts, how often each policy is the best, and CAKE against each other policy prompt by prompt;
+draws the curves; prints time and the cache's peak at several lengths.
 """
 
 from __future__ import annotations
@@ -52,11 +56,14 @@ CUE = 48
 """Bytes of a passage that are given again before the rest of it is asked for."""
 
 
-def prompts(count: int, context: int, continuation: int, task: str = "text") -> tuple[Tensor, Tensor]:
-    """Return contexts and what follows them, from held-out text, without overlap where there is enough of it.
+def prompts(
+    count: int, context: int, continuation: int, task: str = "text"
+) -> tuple[Tensor, Tensor]:
+    """Return contexts and what follows them, from held-out text, without overlap where there is
+    enough of it.
 
-    In the task ``recall`` the context ends with the first bytes of a passage that stood somewhere in it before, and what follows is
-    the rest of that passage, so that it pays to have kept it.
+    In the task ``recall`` the context ends with the first bytes of a passage that stood somewhere
+    in it before, and what follows is the rest of that passage, so that it pays to have kept it.
     """
     held_out, random = texts()[1], np.random.default_rng(0)
     starts = np.linspace(0, len(held_out) - context - continuation, count).astype(int)
@@ -69,7 +76,9 @@ def prompts(count: int, context: int, continuation: int, task: str = "text") -> 
 
 
 def without_copy(model: Any, contexts: Tensor, continuations: Tensor) -> float:
-    """Return the mean loss of the continuations where another prompt goes before their cue, in nats a byte."""
+    """Return the mean loss of the continuations where another prompt goes before their cue, in nats
+    a byte.
+    """
     others = torch.cat([contexts.roll(1, 0)[:, :-CUE], contexts[:, -CUE:]], 1)
     scored = [
         full_log_probabilities(model, context[None], None, continuation[None]).mean()
@@ -89,7 +98,9 @@ def variants() -> list[tuple[str, Policy]]:
 
 
 def compare(table: PerplexityTable) -> None:
-    """Print who is best, and CAKE against each other policy: the mean difference with its standard error over prompts."""
+    """Print who is best, and CAKE against each other policy: the mean difference with its standard
+    error over prompts.
+    """
     names = list(table.policies)
     cake = names.index("cake")
     print("\nbest policy by size (share of prompts on which each is best):")
@@ -97,20 +108,30 @@ def compare(table: PerplexityTable) -> None:
         wins = np.bincount(table.nats[:, at].argmin(0), minlength=len(names)) / table.nats.shape[-1]
         print(
             f"  {size}: mean best {names[int(table.nats[:, at].mean(-1).argmin())]}; "
-            + ", ".join(f"{name} {share:.0%}" for name, share in zip(names, wins, strict=True) if share)
+            + ", ".join(
+                f"{name} {share:.0%}" for name, share in zip(names, wins, strict=True) if share
+            )
         )
-    print("\nCAKE minus the other, nats a byte (mean ± standard error over prompts; below 0 CAKE is better):")
+    print(
+        "\nCAKE minus the other, nats a byte (mean ± standard error over prompts; below 0 CAKE is "
+        "better):"
+    )
     for at, size in enumerate(table.sizes):
         cells = []
         for other, name in enumerate(names):
             if other != cake:
                 difference = table.nats[cake, at] - table.nats[other, at]
-                cells.append(f"{name} {difference.mean():+.4f} ± {difference.std(ddof=1) / len(difference) ** 0.5:.4f}")
+                cells.append(
+                    f"{name} {difference.mean():+.4f} ± "
+                    f"{difference.std(ddof=1) / len(difference) ** 0.5:.4f}"
+                )
         print(f"  {size}: " + ", ".join(cells))
 
 
 def draw(table: PerplexityTable, path: Path) -> None:
-    """Draw perplexity against cache size; a band is the standard error over prompts of the cost against the full cache."""
+    """Draw perplexity against cache size; a band is the standard error over prompts of the cost
+    against the full cache.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,7 +144,11 @@ def draw(table: PerplexityTable, path: Path) -> None:
         error = table.cost[row].std(-1, ddof=1) / table.cost.shape[-1] ** 0.5
         line = axes.plot(table.sizes, np.exp(full + mean), marker="osD^v<>"[row % 7], label=name)[0]
         axes.fill_between(
-            table.sizes, np.exp(full + mean - error), np.exp(full + mean + error), color=line.get_color(), alpha=0.1
+            table.sizes,
+            np.exp(full + mean - error),
+            np.exp(full + mean + error),
+            color=line.get_color(),
+            alpha=0.1,
         )
     axes.axhline(float(np.exp(full)), color="black", linestyle=":", label="full cache")
     axes.set_xscale("log", base=2)
@@ -137,7 +162,9 @@ def draw(table: PerplexityTable, path: Path) -> None:
 
 
 def cost(model: Any, lengths: tuple[int, ...] = (1024, 4096, 8192)) -> None:
-    """Print the time of a prefill, of a simulation and of the compressed prefill, and what the cache holds at most."""
+    """Print the time of a prefill, of a simulation and of the compressed prefill, and what the
+    cache holds at most.
+    """
     columns = ("length", "forward s", "simulate_cake s", "compressed prefill s")
     held = ("cache's peak with the cascade, MB", "without (the full cache)", "after the prompt")
     print("\n" + " | ".join((*columns, *held)))
@@ -164,31 +191,50 @@ def cost(model: Any, lengths: tuple[int, ...] = (1024, 4096, 8192)) -> None:
         print(f"{length} | {times} | {peaks[0]:.2f} | {peaks[1]:.2f} | {after / 1e6:.2f}")
 
 
-def peer(python: str, folder: Path, contexts: Tensor, continuations: Tensor, table: PerplexityTable, args: Any) -> None:
+def peer(
+    python: str,
+    folder: Path,
+    contexts: Tensor,
+    continuations: Tensor,
+    table: PerplexityTable,
+    args: Any,
+) -> None:
     """Print kvpress' losses beside ours, on the same prompts and sizes."""
     with tempfile.TemporaryDirectory() as place:
         data, out = Path(place) / "data.npz", Path(place) / "out.json"
         plain = {"sizes": np.array(table.sizes), "window": args.window, "batch": args.batch}
         np.savez(data, contexts=contexts.numpy(), continuations=continuations.numpy(), **plain)
         script = Path(__file__).with_name("kv_cache_kvpress.py")
-        environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-        subprocess.run([python, str(script), str(folder), str(data), str(out)], check=True, env=environment)
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
+        }
+        subprocess.run(
+            [python, str(script), str(folder), str(data), str(out)], check=True, env=environment
+        )
         theirs = json.loads(out.read_text())
     print(
-        "\nnats a byte, kvpress / ours (largest difference on one prompt). Its h2o and random keep no window, and its h2o divides"
-        "\nby the queries that see a key; its pyramid falls back on equal budgets where the first would exceed the prompt:"
+        "\nnats a byte, kvpress / ours (largest difference on one prompt). Its h2o and random "
+        "keep no window, and its h2o divides"
+        "\nby the queries that see a key; its pyramid falls back on equal budgets where the first "
+        "would exceed the prompt:"
     )
     for name, rows in theirs.items():
         ours = table.nats[table.policies.index(name)]
         cells = [
-            f"{size}: {np.mean(row):.4f} / {mine.mean():.4f} ({np.abs(np.array(row) - mine).max():.4f})"
+            f"{size}: {np.mean(row):.4f} / {mine.mean():.4f} "
+            f"({np.abs(np.array(row) - mine).max():.4f})"
             for size, row, mine in zip(table.sizes, rows, ours, strict=True)
         ]
         print(f"  {name}: " + ", ".join(cells))
 
 
 def speed(model: Any, length: int = 1536, new: int = 48) -> None:
-    """Print the time of a decoded token with the stock cache, and with compressed ones that evict at every step."""
+    """Print the time of a decoded token with the stock cache, and with compressed ones that evict
+    at every step.
+    """
     ids = texts()[1][None, :length]
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
     print(f"\nms a token, {new} tokens after {length}:")
@@ -202,22 +248,33 @@ def speed(model: Any, length: int = 1536, new: int = 48) -> None:
         return 1000 * (seconds[1] - seconds[0]) / (new - 1)
 
     def stock(count: int) -> object:
-        return model.generate(ids, **(settings | {"max_new_tokens": count, "min_new_tokens": count}))
+        return model.generate(
+            ids, **(settings | {"max_new_tokens": count, "min_new_tokens": count})
+        )
 
     print(f"  stock, full cache {timed(stock):.1f}")
     for policy in ("cake", "h2o", "snapkv"):
         given = {"policy": policy, "cache_size": 256}
 
         def compressed(count: int, given: dict[str, Any] = given) -> object:
-            return compressed_generate(model, ids, **given, **(settings | {"max_new_tokens": count, "min_new_tokens": count}))
+            return compressed_generate(
+                model,
+                ids,
+                **given,
+                **(settings | {"max_new_tokens": count, "min_new_tokens": count}),
+            )
 
         print(f"  {policy}, 256 keys {timed(compressed):.1f}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--task", choices=("text", "recall"), default="text", help="what follows a prompt")
+    parser.add_argument(
+        "--task", choices=("text", "recall"), default="text", help="what follows a prompt"
+    )
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--context", type=int, default=1536)
     parser.add_argument("--continuation", type=int, default=256)
@@ -227,7 +284,9 @@ def main() -> None:
     parser.add_argument("--variants", action="store_true", help="also settings of CAKE")
     parser.add_argument("--no-cost", action="store_true", help="leave out time and memory")
     parser.add_argument("--out", type=Path, default=Path("kv_cache.png"))
-    parser.add_argument("--peer", help="Python of an environment with kvpress, see kv_cache_kvpress.py")
+    parser.add_argument(
+        "--peer", help="Python of an environment with kvpress, see kv_cache_kvpress.py"
+    )
     parser.add_argument("--record", type=Path, help="folder for the record of kind cake")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -253,17 +312,36 @@ def main() -> None:
         progress=lambda line: print(f"{line}, {time.perf_counter() - began:.0f} s", flush=True),
     )
     names = [*POLICIES, *(name for name, _ in variants() if args.variants)]
-    table = PerplexityTable(tuple(names), table.sizes, table.nats, table.full, table.context, table.continuation, table.kept)
-    scored = f"{args.prompts} prompts of {args.context} held-out bytes, the next {args.continuation} scored"
+    table = PerplexityTable(
+        tuple(names),
+        table.sizes,
+        table.nats,
+        table.full,
+        table.context,
+        table.continuation,
+        table.kept,
+    )
+    scored = (
+        f"{args.prompts} prompts of {args.context} held-out bytes, the next "
+        f"{args.continuation} scored"
+    )
     print(f"\ntask {args.task}: {scored}; window {args.window}\n")
     print(table.to_markdown())
     if args.task == "recall":
-        print(f"without the earlier copy {np.exp(without_copy(model, contexts, continuations)):.3f}")
+        print(
+            f"without the earlier copy {np.exp(without_copy(model, contexts, continuations)):.3f}"
+        )
     compare(table)
     draw(table, args.out)
     print(f"\n{args.out}")
     if args.record:
-        report = simulate_cake(model, contexts[:1], cache_size=256, window_size=args.window, continuation=continuations[:1, :32])
+        report = simulate_cake(
+            model,
+            contexts[:1],
+            cache_size=256,
+            window_size=args.window,
+            continuation=continuations[:1, :32],
+        )
         print(*save_record(report.to_record(table), args.record))
     if args.peer:
         peer(args.peer, args.folder, contexts, continuations, table, args)

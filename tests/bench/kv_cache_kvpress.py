@@ -1,10 +1,12 @@
-"""Score continuations with kvpress' caches; run by kv_cache.py --peer in a virtual environment of its own.
+"""Score continuations with kvpress' caches; run by kv_cache.py --peer in a virtual environment of
+its own.
 
     python -m venv peer && peer/bin/pip install kvpress==0.5.5 "transformers==5.2.0" torch
     python tests/bench/kv_cache.py FOLDER --peer peer/bin/python
 
-kvpress 0.5.5 does not run beside transformers 5.23. Its CAKE does not exist; the other methods do. After a press, a model of transformers
-takes the shortened cache for a shorter text, so the true position ids are given here, and one token at a time where layers differ.
+kvpress 0.5.5 does not run beside transformers 5.23. Its CAKE does not exist; the other methods do.
+After a press, a model of transformers takes the shortened cache for a shorter text, so the true
+position ids are given here, and one token at a time where layers differ.
 """
 
 from __future__ import annotations
@@ -16,12 +18,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kvpress import AdaKVPress, ObservedAttentionPress, PyramidKVPress, RandomPress, SnapKVPress, StreamingLLMPress
+from kvpress import (
+    AdaKVPress,
+    ObservedAttentionPress,
+    PyramidKVPress,
+    RandomPress,
+    SnapKVPress,
+    StreamingLLMPress,
+)
 from transformers import AutoModelForCausalLM, DynamicCache
 
 PRESSES = {
-    "snapkv": lambda ratio, window: SnapKVPress(compression_ratio=ratio, window_size=window, kernel_size=5),
-    "pyramid": lambda ratio, window: PyramidKVPress(compression_ratio=ratio, window_size=window, kernel_size=5, beta=20),
+    "snapkv": lambda ratio, window: SnapKVPress(
+        compression_ratio=ratio, window_size=window, kernel_size=5
+    ),
+    "pyramid": lambda ratio, window: PyramidKVPress(
+        compression_ratio=ratio, window_size=window, kernel_size=5, beta=20
+    ),
     "ada_snapkv": lambda ratio, window: AdaKVPress(
         SnapKVPress(compression_ratio=ratio, window_size=window, kernel_size=5), alpha_safeguard=0.2
     ),
@@ -32,7 +45,13 @@ PRESSES = {
 
 
 @torch.no_grad()
-def nats(model: torch.nn.Module, press: object, context: torch.Tensor, continuation: torch.Tensor, step: int) -> np.ndarray:
+def nats(
+    model: torch.nn.Module,
+    press: object,
+    context: torch.Tensor,
+    continuation: torch.Tensor,
+    step: int,
+) -> np.ndarray:
     cache, length = DynamicCache(), context.shape[1]
     with press(model):
         logits = [model(context, past_key_values=cache).logits[:, -1:]]
@@ -41,14 +60,18 @@ def nats(model: torch.nn.Module, press: object, context: torch.Tensor, continuat
         part = fed[:, at : at + step]
         place = torch.arange(length + at, length + at + part.shape[1])[None].expand(len(part), -1)
         logits.append(model(part, past_key_values=cache, position_ids=place).logits)
-    scored = torch.cat(logits, 1).float().log_softmax(-1).gather(-1, continuation[..., None])[..., 0]
+    scored = (
+        torch.cat(logits, 1).float().log_softmax(-1).gather(-1, continuation[..., None])[..., 0]
+    )
     return -scored.double().mean(1).numpy()
 
 
 def main(folder: str, data: str, out: str) -> None:
     torch.set_num_threads(1)
     given = np.load(data)
-    contexts, continuations = (torch.from_numpy(given[name]) for name in ("contexts", "continuations"))
+    contexts, continuations = (
+        torch.from_numpy(given[name]) for name in ("contexts", "continuations")
+    )
     sizes, window, batch = given["sizes"].tolist(), int(given["window"]), int(given["batch"])
     found: dict[str, object] = {}
     for name, make in PRESSES.items():

@@ -1,13 +1,16 @@
-"""Train a small Llama on bytes until it attends over thousands of them: the model that caches are compared on.
+"""Train a small Llama on bytes until it attends over thousands of them: the model that caches are
+compared on.
 
     python tests/bench/long_model.py FOLDER [--minutes 90] [--threads 1] [--start FOLDER]
 
-Grouped heads (4 query, 2 key, four layers), rotary positions, 2048 bytes of context. The text is the standard library's own source:
-much of it repeats over long distances. Short sequences first, then longer ones. Prints the held-out loss by position: where it goes
-on falling with the position the model makes use of its context.
+Grouped heads (4 query, 2 key, four layers), rotary positions, 2048 bytes of context. The text is
+the standard library's own source: much of it repeats over long distances. Short sequences first,
+then longer ones. Prints the held-out loss by position: where it goes on falling with the position
+the model makes use of its context.
 
-Two runs after each other (40 minutes, then 50 with --start, on one shared core) end at 1.48 nats in the first eighth of the context and
-1.42 in the last. Such a model looks at its last few hundred bytes: a passage that comes a second time is predicted no better.
+Two runs after each other (40 minutes, then 50 with --start, on one shared core) end at 1.48 nats in
+the first eighth of the context and 1.42 in the last. Such a model looks at its last few hundred
+bytes: a passage that comes a second time is predicted no better.
 """
 
 from __future__ import annotations
@@ -65,13 +68,20 @@ def loss_by_position(model: torch.nn.Module, data: Tensor, rows: int = 8) -> Ten
     losses = []
     for block in blocks.split(2):
         logits = model(input_ids=block, use_cache=False).logits
-        losses.append(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), block[:, 1:].flatten(), reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), block[:, 1:].flatten(), reduction="none"
+            )
+        )
     model.train()
     return torch.cat(losses).view(rows, -1)[:, : CONTEXT - 8].unflatten(1, (8, -1)).mean((0, 2))
 
 
-def train(folder: Path, minutes: float, seed: int = 0, start: Path | None = None) -> torch.nn.Module:
-    """Train for some minutes of wall time, save into ``folder`` at each stage's end, and return the model.
+def train(
+    folder: Path, minutes: float, seed: int = 0, start: Path | None = None
+) -> torch.nn.Module:
+    """Train for some minutes of wall time, save into ``folder`` at each stage's end, and return the
+    model.
 
     With ``start`` the weights in that folder are trained on, with other batches.
     """
@@ -83,7 +93,11 @@ def train(folder: Path, minutes: float, seed: int = 0, start: Path | None = None
         model = AutoModelForCausalLM.from_pretrained(start)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes, sha256 {digest[:16]}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data):,} bytes, sha256 "
+        f"{digest[:16]}",
+        flush=True,
+    )
     began, step, done = time.monotonic(), 0, 0.0
     for length, batch, share in STAGES:
         done += share
@@ -100,14 +114,24 @@ def train(folder: Path, minutes: float, seed: int = 0, start: Path | None = None
             optimizer.zero_grad()
             step += 1
             if step % 100 == 0:
-                print(f"step {step} length {length} loss {loss.item():.3f} {60 * minutes * spent:.0f} s", flush=True)
+                print(
+                    f"step {step} length {length} loss {loss.item():.3f} "
+                    f"{60 * minutes * spent:.0f} s",
+                    flush=True,
+                )
         model.save_pretrained(folder)
-        print(f"held-out loss by position {[round(x, 3) for x in loss_by_position(model, held_out).tolist()]}", flush=True)
+        print(
+            "held-out loss by position "
+            f"{[round(x, 3) for x in loss_by_position(model, held_out).tolist()]}",
+            flush=True,
+        )
     return model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,10 +1,12 @@
-"""Every model class of transformers that builds small, trained with and without stabmon: what is seen, what is said, what is changed.
+"""Every model class of transformers that builds small, trained with and without stabmon: what is
+seen, what is said, what is changed.
 
     python tests/bench/model_zoo.py [--only NAME...] [--sample N] [--bare] [--jobs N] [--json FILE]
 
-One class at a time makes two training steps plain and two watched, which must agree bit for bit. Then its attention is compared with
-what the dispatcher shows of one more forward: every softmax of what came of a product, whose result is multiplied with another
-tensor, is attention, and every call that stabmon captured must give the same probabilities in float64. Each class ends as one of
+One class at a time makes two training steps plain and two watched, which must agree bit for bit.
+Then its attention is compared with what the dispatcher shows of one more forward: every softmax of
+what came of a product, whose result is multiplied with another tensor, is attention, and every call
+that stabmon captured must give the same probabilities in float64. Each class ends as one of
 
 - exact: all attention is captured, to 1e-3 of a probability at most;
 - partly, said / none, said: some is missing, and the monitor names it;
@@ -40,7 +42,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+sys.path[:0] = [
+    str(Path(__file__).parents[2]),
+    str(Path(__file__).parents[1]),
+    str(Path(__file__).parent),
+]
 
 from capture.oracle import probabilities  # noqa: E402
 from small_models import NotSmallError, batch_for, build, class_names  # noqa: E402
@@ -62,8 +68,13 @@ class Fused(TorchFunctionMode):
         super().__init__()
         self.told = told
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        before, self.told.fused = self.told.fused, self.told.fused or func is nn.functional.scaled_dot_product_attention
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        before, self.told.fused = (
+            self.told.fused,
+            self.told.fused or func is nn.functional.scaled_dot_product_attention,
+        )
         try:
             return func(*args, **(kwargs or {}))
         finally:
@@ -71,9 +82,23 @@ class Fused(TorchFunctionMode):
 
 
 class Dispatched(TorchDispatchMode):
-    """Every softmax of a product of two tensors whose result weighs another one, as the dispatcher shows it."""
+    """Every softmax of a product of two tensors whose result weighs another one, as the dispatcher
+    shows it.
+    """
 
-    KEEP = ("_to_copy", "clone", "mul", "where", "masked_fill", "view", "_unsafe_view", "expand", "unsqueeze", "squeeze", "slice")
+    KEEP = (
+        "_to_copy",
+        "clone",
+        "mul",
+        "where",
+        "masked_fill",
+        "view",
+        "_unsafe_view",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+    )
     KEEP += (
         "transpose",
         "permute",
@@ -88,9 +113,30 @@ class Dispatched(TorchDispatchMode):
         "detach",
         "unbind",
     )
-    KEEP += ("nan_to_num", "copy", "reshape", "div_", "mul_", "masked_fill_", "chunk", "split_with_sizes", "cat", "add")
+    KEEP += (
+        "nan_to_num",
+        "copy",
+        "reshape",
+        "div_",
+        "mul_",
+        "masked_fill_",
+        "chunk",
+        "split_with_sizes",
+        "cat",
+        "add",
+    )
 
-    MAKE_NEW = ("bmm", "mm", "addmm", "baddbmm", "convolution", "native_layer_norm", "embedding", "_softmax", "native_group_norm")
+    MAKE_NEW = (
+        "bmm",
+        "mm",
+        "addmm",
+        "baddbmm",
+        "convolution",
+        "native_layer_norm",
+        "embedding",
+        "_softmax",
+        "native_group_norm",
+    )
     """What comes out of these is no score any more."""
 
     def __init__(self, parameters: set[int]) -> None:
@@ -106,18 +152,31 @@ class Dispatched(TorchDispatchMode):
         self._sums: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[Tensor, frozenset[int]]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
-        given = [a for part in (args, *(a for a in args if isinstance(a, list | tuple))) for a in part if isinstance(a, Tensor)]
-        made = [t for t in (result if isinstance(result, list | tuple) else (result,)) if isinstance(t, Tensor)]
+        given = [
+            a
+            for part in (args, *(a for a in args if isinstance(a, list | tuple)))
+            for a in part
+            if isinstance(a, Tensor)
+        ]
+        made = [
+            t
+            for t in (result if isinstance(result, list | tuple) else (result,))
+            if isinstance(t, Tensor)
+        ]
         if given and name in self.KEEP and all(id(t) in self._parameters for t in given):
             self._kept += made  # so that their ids are not used again
             self._parameters.update(map(id, made))
         products = name in ("bmm", "baddbmm", "mm", "_cdist_forward") and (
             self.fused or not any(id(t) in self._parameters for t in given[-2:])
         )
-        if products or (name not in self.MAKE_NEW and any(storage(t) in self._scores for t in given)):
+        if products or (
+            name not in self.MAKE_NEW and any(storage(t) in self._scores for t in given)
+        ):
             self._scores |= {storage(t): t for t in made}
         if name in ("_softmax", "_safe_softmax") and storage(args[0]) in self._scores:
             logits = args[0].movedim(args[1], -1)
@@ -126,7 +185,11 @@ class Dispatched(TorchDispatchMode):
             self._of[id(result)] = (result, frozenset({id(result)}))
             return result
         self._scale(name, given, result)
-        tensors = [a for a in (*args, *(args[0] if args and isinstance(args[0], list | tuple) else ())) if isinstance(a, Tensor)]
+        tensors = [
+            a
+            for a in (*args, *(args[0] if args and isinstance(args[0], list | tuple) else ()))
+            if isinstance(a, Tensor)
+        ]
         origins = frozenset().union(*(self._of[id(a)][1] for a in tensors if id(a) in self._of))
         if origins and name not in self.MAKE_NEW:
             for each in result if isinstance(result, list | tuple) else (result,):
@@ -135,22 +198,33 @@ class Dispatched(TorchDispatchMode):
         elif origins and name in ("bmm", "mm", "matmul", "baddbmm"):
             for a in tensors:
                 if id(a) in self._of and not any(
-                    id(b) in self._parameters or not b.is_floating_point() for b in tensors if b is not a
+                    id(b) in self._parameters or not b.is_floating_point()
+                    for b in tensors
+                    if b is not a
                 ):
                     self.weights |= {key: self._softmax[key] for key in self._of[id(a)][1]}
                     self._outputs[storage(result)] = (result, self._of[id(a)][1])
         return result
 
     def _scale(self, name: str, given: list[Tensor], result: Any) -> None:
-        """A sink may come after the softmax: as a factor of what it weighs, made of the logsumexp of the scores."""
+        """A sink may come after the softmax: as a factor of what it weighs, made of the logsumexp
+        of the scores.
+        """
         if not given or not isinstance(result, Tensor):
             return
-        kept = name in (*self.KEEP, "sub", "rsub", "neg", "sigmoid", "exp") and storage(given[0]) in self._sums
+        kept = (
+            name in (*self.KEEP, "sub", "rsub", "neg", "sigmoid", "exp")
+            and storage(given[0]) in self._sums
+        )
         if kept or (name == "logsumexp" and storage(given[0]) in self._scores):
             self._sums[storage(result)] = result
         if name in ("mul", "mul_") and len(given) == 2:
             for output, factor in (given, given[::-1]):
-                if storage(output) in self._outputs and storage(factor) in self._sums and factor.shape[-1] == 1:
+                if (
+                    storage(output) in self._outputs
+                    and storage(factor) in self._sums
+                    and factor.shape[-1] == 1
+                ):
                     for key in self._outputs[storage(output)][1]:
                         self.weights[key] = self.weights[key] * factor
 
@@ -161,21 +235,31 @@ def storage(tensor: Tensor) -> int:
 
 
 def rows_of(p: Tensor, keys: int, direction: Tensor) -> Tensor:
-    """One number a row of probabilities, sorted, so that it does not matter how batch and heads are laid out."""
+    """One number a row of probabilities, sorted, so that it does not matter how batch and heads are
+    laid out.
+    """
     rows = p.reshape(-1, p.shape[-1]).double()
-    rows = torch.where(rows.sum(-1, keepdim=True).isfinite(), rows, 1 / keys)  # no key visible: whatever the weights are
+    rows = torch.where(
+        rows.sum(-1, keepdim=True).isfinite(), rows, 1 / keys
+    )  # no key visible: whatever the weights are
     return (rows @ direction[: p.shape[-1]]).sort().values
 
 
 def unmatched(found: list[Tensor], captured: list[Tensor]) -> tuple[int, int]:
     """How many softmaxes no captured call equals, and how many captured calls no softmax."""
-    direction = torch.rand(1 << 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) + 0.5
+    direction = (
+        torch.rand(1 << 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) + 0.5
+    )
     left = [rows_of(p, p.shape[-1], direction) for p in captured]
     missing = 0
     for p in found:
         for cut in (p, p[..., :-1]):  # the last column may be a sink
             rows = rows_of(cut, p.shape[-1], direction)
-            near = [i for i, q in enumerate(left) if q.shape == rows.shape and (not len(q) or (q - rows).abs().max() < NEAR)]
+            near = [
+                i
+                for i, q in enumerate(left)
+                if q.shape == rows.shape and (not len(q) or (q - rows).abs().max() < NEAR)
+            ]
             if near:
                 del left[near[0]]
                 break
@@ -188,14 +272,22 @@ def loss_of(output: Any) -> Tensor:
     """A number to differentiate: the mean square of every float tensor that the model returns."""
     from stabmon.capture.coverage.op_trace import tensors_in
 
-    parts = [t.float().square().mean() for t in tensors_in(output) if t.is_floating_point() and t.requires_grad]
+    parts = [
+        t.float().square().mean()
+        for t in tensors_in(output)
+        if t.is_floating_point() and t.requires_grad
+    ]
     if not parts:
         raise NotSmallError("nothing that it returns can be differentiated")
     return torch.stack(parts).sum()
 
 
-def train(model: nn.Module, batch: Mapping[str, Any], monitor: Any = None, steps: int = 2) -> list[Tensor]:
-    """All losses, gradients and weights of some steps, and what the random generator gives afterwards."""
+def train(
+    model: nn.Module, batch: Mapping[str, Any], monitor: Any = None, steps: int = 2
+) -> list[Tensor]:
+    """All losses, gradients and weights of some steps, and what the random generator gives
+    afterwards.
+    """
     torch.manual_seed(2)
     optimizer = monitor.optimizer if monitor else torch.optim.AdamW(model.parameters(), lr=1e-3)
     kept = []
@@ -231,9 +323,13 @@ def examine(name: str, model_type: str) -> tuple[str, str]:
         except MemoryError:
             reasons.append("out of memory")
         except Exception as error:
-            reasons.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:110])
+            reasons.append(
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:110]
+            )
     if not made:
-        return "not small", reasons[0] if "pixel" not in reasons[0] and "NoneType" not in reasons[0] else reasons[1]
+        return "not small", reasons[0] if "pixel" not in reasons[0] and "NoneType" not in reasons[
+            0
+        ] else reasons[1]
     import stabmon
     from stabmon.capture import AttentionCapture
 
@@ -303,7 +399,12 @@ def work(names: list[str]) -> None:
         except BaseException as error:
             outcome, detail = "not small", f"bench: {type(error).__name__}: {error}"[:140]
         signal.setitimer(signal.ITIMER_PROF, 0)
-        row = {"name": name, "outcome": outcome, "detail": detail, "seconds": round(time.perf_counter() - began, 1)}
+        row = {
+            "name": name,
+            "outcome": outcome,
+            "detail": detail,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
         print(json.dumps(row), file=out, flush=True)
 
 
@@ -314,7 +415,10 @@ def results(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
         while waiting and len(running) < jobs:
             some, waiting = waiting[:CLASSES], waiting[CLASSES:]
             process = subprocess.Popen(
-                [sys.executable, __file__, "--work", *some], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                [sys.executable, __file__, "--work", *some],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
             )
             running.append((process, some))
         process, some = running.pop(0)
@@ -342,7 +446,9 @@ def results(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
 
 def main() -> int:
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes")
     parser.add_argument("--sample", type=int, metavar="N", help="N classes drawn with --seed")
     parser.add_argument("--bare", action="store_true", help="the bare models of every kind as well")
@@ -356,16 +462,22 @@ def main() -> int:
         return 0
     names = arguments.only or list(class_names(*(["MODEL"] if arguments.bare else [])))
     if arguments.sample is not None:
-        names = sorted(random.Random(arguments.seed).sample(names, min(arguments.sample, len(names))))
+        names = sorted(
+            random.Random(arguments.seed).sample(names, min(arguments.sample, len(names)))
+        )
     began, rows = time.perf_counter(), []
     for row in results(names, arguments.jobs):
         rows.append(row)
-        print(f"{row['name']:<48} {row['outcome']:<13} {row['seconds']:5.1f} s  {row['detail']}", flush=True)
+        print(
+            f"{row['name']:<48} {row['outcome']:<13} {row['seconds']:5.1f} s  {row['detail']}",
+            flush=True,
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     totals = Counter(row["outcome"] for row in rows)
     print(
-        f"\n{len(rows)} classes in {time.perf_counter() - began:.0f} s: " + ", ".join(f"{n} {k}" for k, n in totals.most_common())
+        f"\n{len(rows)} classes in {time.perf_counter() - began:.0f} s: "
+        + ", ".join(f"{n} {k}" for k, n in totals.most_common())
     )
     failed = {outcome: totals[outcome] for outcome in MUST_BE_NONE}
     print("must be none: " + ", ".join(f"{n} {outcome}" for outcome, n in failed.items()))

@@ -1,20 +1,24 @@
 """What watching costs: monitored against plain training steps, interleaved in one process.
 
-    python tests/bench/overhead.py               the tables, in about twelve minutes on two free cores
-    python tests/bench/overhead.py --quick       a look, in about four
-    python tests/bench/overhead.py --worst       a narrow model with hardly a vocabulary: attention takes more of a step than anywhere
-    python tests/bench/overhead.py --json        one JSON object instead
-    python tests/bench/overhead.py --threads 1 --clock cpu        on a machine that others use too
+    python tests/bench/overhead.py               the tables, in about twelve minutes on two free
+    cores python tests/bench/overhead.py --quick       a look, in about four python
+    tests/bench/overhead.py --worst       a narrow model with hardly a vocabulary: attention takes
+    more of a step than anywhere python tests/bench/overhead.py --json        one JSON object
+    instead python tests/bench/overhead.py --threads 1 --clock cpu        on a machine that others
+    use too
 
-A step is forward, backward and AdamW of GPT-2's smallest model cut down in proportion: its width, heads and MLP, a sixth of its
-layers and of its vocabulary, so that attention and everything else take the shares of a step that they take in the whole model.
-Weights are random and there is no dropout (with it, torch's CPU kernel is slow and watching looks cheaper than it is). Plain
-and watched steps alternate; a figure is the median over rounds of (watched / plain), so that whatever else the machine does
-hits both. The null row is plain against plain: what differs from 1 there is noise. "every 1" is measured as it stands, and so
-is "every 10" in the row that says so, over runs of ten steps. Elsewhere every 10 and 50 are derived: ((N - 1) x an unsampled
-step + a sampled one) / N. What an unsampled step adds is too little to show in a ratio: it is the median difference in seconds
-for the same model on eight tokens, over the seconds of a plain step. Memory is the peak of live tensor bytes that measuring one
-call adds, by a dispatch mode that counts allocations, as a share of one H x S x S float32 tensor.
+A step is forward, backward and AdamW of GPT-2's smallest model cut down in proportion: its width,
+heads and MLP, a sixth of its layers and of its vocabulary, so that attention and everything else
+take the shares of a step that they take in the whole model. Weights are random and there is no
+dropout (with it, torch's CPU kernel is slow and watching looks cheaper than it is). Plain and
+watched steps alternate; a figure is the median over rounds of (watched / plain), so that whatever
+else the machine does hits both. The null row is plain against plain: what differs from 1 there is
+noise. "every 1" is measured as it stands, and so is "every 10" in the row that says so, over runs
+of ten steps. Elsewhere every 10 and 50 are derived: ((N - 1) x an unsampled step + a sampled one) /
+N. What an unsampled step adds is too little to show in a ratio: it is the median difference in
+seconds for the same model on eight tokens, over the seconds of a plain step. Memory is the peak of
+live tensor bytes that measuring one call adds, by a dispatch mode that counts allocations, as a
+share of one H x S x S float32 tensor.
 """
 
 from __future__ import annotations
@@ -55,7 +59,9 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 class Run:
-    """One model in training; ``seconds_of`` makes optimizer steps and returns how long they took."""
+    """One model in training; ``seconds_of`` makes optimizer steps and returns how long they
+    took.
+    """
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
     shape = SHAPES["gpt2"]
@@ -63,9 +69,17 @@ class Run:
     def __init__(self, length: int, attention: str = "sdpa", tokens: int | None = None) -> None:
         batch, (width, layers, vocabulary) = BATCHES[length], self.shape
         torch.manual_seed(0)
-        shape = {"n_layer": layers, "n_head": width // 64, "n_embd": width, "vocab_size": vocabulary, "n_positions": length}
+        shape = {
+            "n_layer": layers,
+            "n_head": width // 64,
+            "n_embd": width,
+            "vocab_size": vocabulary,
+            "n_positions": length,
+        }
         dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        config = GPT2Config(**shape, **dropout, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss")
+        config = GPT2Config(
+            **shape, **dropout, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss"
+        )
         self.model = GPT2LMHeadModel._from_config(config, attn_implementation=attention).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
         self.ids = torch.randint(0, vocabulary, (batch, length) if tokens is None else (1, tokens))
@@ -89,7 +103,9 @@ class Run:
 def rounds(plain: Run, other: Run, seconds: float, steps: int = 1) -> list[tuple[float, float]]:
     """(plain, other) seconds of rounds of ``steps`` each, by turns first."""
     plain.seconds_of(2)
-    other.seconds_of(max(2, steps))  # a run that samples every so many steps stays in time with its rounds
+    other.seconds_of(
+        max(2, steps)
+    )  # a run that samples every so many steps stays in time with its rounds
     found: list[tuple[float, float]] = []
     until = time.perf_counter() + seconds
     while len(found) < 5 or time.perf_counter() < until:
@@ -101,14 +117,20 @@ def rounds(plain: Run, other: Run, seconds: float, steps: int = 1) -> list[tuple
 
 def ratios(plain: Run, other: Run, seconds: float, steps: int = 1) -> tuple[float, float]:
     """Median of other / plain, and its spread (half the interquartile range)."""
-    low, middle, high = statistics.quantiles((b / a for a, b in rounds(plain, other, seconds, steps)), n=4)
+    low, middle, high = statistics.quantiles(
+        (b / a for a, b in rounds(plain, other, seconds, steps)), n=4
+    )
     return middle, (high - low) / 2
 
 
-def watched(length: int, every: int, tokens: int | None = None, **config: Any) -> tuple[Run, stabmon.AttentionStabilityMonitor]:
+def watched(
+    length: int, every: int, tokens: int | None = None, **config: Any
+) -> tuple[Run, stabmon.AttentionStabilityMonitor]:
     """A run with a monitor that samples every ``every``-th step."""
     run = Run(length, tokens=tokens)
-    monitor = stabmon.AttentionStabilityMonitor(run.model, run.optimizer, config="observe", log_every=every, sinks=[], **config)
+    monitor = stabmon.AttentionStabilityMonitor(
+        run.model, run.optimizer, config="observe", log_every=every, sinks=[], **config
+    )
     run.after = lambda loss: monitor.on_step(loss=loss)
     return run, monitor
 
@@ -119,7 +141,12 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
 
     null = rounds(plain, Run(length), seconds)
     low, middle, high = statistics.quantiles((b / a for a, b in null), n=4)
-    yield {"S": length, "what": "null (plain / plain)", "every 1": middle, "spread": (high - low) / 2}
+    yield {
+        "S": length,
+        "what": "null (plain / plain)",
+        "every 1": middle,
+        "spread": (high - low) / 2,
+    }
     run, monitor = watched(length, 10**9, tokens=8)
     added = statistics.median(b - a for a, b in rounds(Run(length, tokens=8), run, seconds))
     monitor.close()
@@ -130,8 +157,12 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
         return {"S": length, "what": what, **every, "spread": sampled[1], "unsampled": rest}
 
     engines = ["auto", "blockwise", "fused", *(["dense"] if length == 128 else [])]
-    choices: dict[str, dict[str, Any]] = {f"stabmon, engine {name}": {"engine": name} for name in engines}
-    choices["stabmon, entropy and max logit alone"] = {"signals": ["attention_entropy", "normalized_entropy", "max_logit"]}
+    choices: dict[str, dict[str, Any]] = {
+        f"stabmon, engine {name}": {"engine": name} for name in engines
+    }
+    choices["stabmon, entropy and max logit alone"] = {
+        "signals": ["attention_entropy", "normalized_entropy", "max_logit"]
+    }
     for what, config in choices.items():
         run, monitor = watched(length, 1, **config)
         sampled = ratios(plain, run, seconds)
@@ -143,7 +174,12 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
         run, monitor = watched(length, 10)
         real = ratios(plain, run, 2 * seconds, steps=10)
         monitor.close()
-        yield {"S": length, "what": "stabmon, engine auto, in runs of ten steps", "every 10": real[0], "spread": real[1]}
+        yield {
+            "S": length,
+            "what": "stabmon, engine auto, in runs of ten steps",
+            "every 10": real[0],
+            "spread": real[1],
+        }
     eager = Run(length, "eager")
     eager.options = {"output_attentions": True}
     yield row("eager, output_attentions=True", ratios(plain, eager, seconds / 2))
@@ -156,11 +192,17 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
 def entropy_and_maximum(output: Any) -> list[tuple[list[float], list[float]]]:
     """What one would compute from returned weights: two statistics a head."""
     return [
-        (torch.special.entr(p).sum(-1).mean(dim=(0, 2)).tolist(), p.amax(-1).mean(dim=(0, 2)).tolist()) for p in output.attentions
+        (
+            torch.special.entr(p).sum(-1).mean(dim=(0, 2)).tolist(),
+            p.amax(-1).mean(dim=(0, 2)).tolist(),
+        )
+        for p in output.attentions
     ]
 
 
-def others(length: int, plain: Run, seconds: float, row: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def others(
+    length: int, plain: Run, seconds: float, row: Callable[..., dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """Other tools, where they are installed."""
     try:
         import wandb
@@ -169,7 +211,10 @@ def others(length: int, plain: Run, seconds: float, row: Callable[..., dict[str,
     else:
         import tempfile
 
-        with tempfile.TemporaryDirectory() as folder, wandb.init(project="overhead", dir=folder, mode="offline") as wandb_run:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            wandb.init(project="overhead", dir=folder, mode="offline") as wandb_run,
+        ):
             run = Run(length)
             wandb_run.watch(run.model, log="all", log_freq=1)
             run.after = lambda loss: wandb_run.log({"loss": loss.item()})
@@ -204,10 +249,17 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        given = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in given | self._known:
+            if (
+                isinstance(leaf, torch.Tensor)
+                and leaf.untyped_storage().data_ptr() not in given | self._known
+            ):
                 self._count(leaf.untyped_storage())
         return result
 
@@ -233,7 +285,9 @@ def counted() -> Iterator[LiveBytes]:
 
 
 def memory(length: int, engine: str) -> float:
-    """Peak of what measuring one call of 8 heads adds, as a share of one H x S x S float32 tensor."""
+    """Peak of what measuring one call of 8 heads adds, as a share of one H x S x S float32
+    tensor.
+    """
     query, key = torch.randn(1, 8, length, 64), torch.randn(1, 8, length, 64)
     with counted() as mode:
         operator = attention_operator(query, key, scale=0.125, is_causal=True, engine=engine)
@@ -243,13 +297,32 @@ def memory(length: int, engine: str) -> float:
 
 def main() -> int:
     """Print the tables. Returns the exit status: 0, since aims are told, not enforced."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few rounds: a look, not a measurement")
-    parser.add_argument("--worst", action="store_true", help="a narrow model with hardly a vocabulary")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds: a look, not a measurement"
+    )
+    parser.add_argument(
+        "--worst", action="store_true", help="a narrow model with hardly a vocabulary"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads; 1 where other work shares the machine")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu counts this process's own time only")
-    parser.add_argument("--length", type=int, action="append", choices=BATCHES, help="one length instead of all; may be repeated")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        help="torch threads; 1 where other work shares the machine",
+    )
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu counts this process's own time only"
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        action="append",
+        choices=BATCHES,
+        help="one length instead of all; may be repeated",
+    )
     args = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(args.threads)
@@ -261,9 +334,16 @@ def main() -> int:
         for row in rows_of(length, seconds):
             rows.append(row)
             print(f"S {length}: {row['what']}", file=sys.stderr)
-    shares = {engine: {length: memory(length, engine) for length in (1024, 2048, 4096)} for engine in ("blockwise", "fused")}
+    shares = {
+        engine: {length: memory(length, engine) for length in (1024, 2048, 4096)}
+        for engine in ("blockwise", "fused")
+    }
     if args.json:
-        print(json.dumps({"ratios": rows, "aims": AIMS, "memory_share": shares, "memory_aim": MEMORY_AIM}))
+        print(
+            json.dumps(
+                {"ratios": rows, "aims": AIMS, "memory_share": shares, "memory_aim": MEMORY_AIM}
+            )
+        )
         return 0
     table = Table(title="step time, watched / plain", title_justify="left")
     columns = ["S", "what", *(f"every {n}" for n in AIMS), "spread", "unsampled"]
@@ -271,10 +351,16 @@ def main() -> int:
         aim = next((f" (aim {AIMS[n]:g})" for n in AIMS if name == f"every {n}"), "")
         table.add_column(name + aim, justify="left" if name == "what" else "right")
     for row in rows:
-        table.add_row(*(f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns))
+        table.add_row(
+            *(
+                f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, ""))
+                for c in columns
+            )
+        )
     Console(width=max(120, Console().width)).print(table)
     memory_table = Table(
-        title=f"transient memory / one H x S x S float32 tensor (aim {MEMORY_AIM:g} at 4096)", title_justify="left"
+        title=f"transient memory / one H x S x S float32 tensor (aim {MEMORY_AIM:g} at 4096)",
+        title_justify="left",
     )
     for name in ("engine", "1024", "2048", "4096"):
         memory_table.add_column(name, justify="right")

@@ -3,8 +3,8 @@
     python tests/bench/patterns_cost.py [--lengths 1024 4096 8192]
 
 Each figure is made in a process of its own, on one thread, of the same random Llama (8 layers, 8
-heads of 64, 4 key heads; `analysis_peers.py`). Seconds are of processor time; megabytes are the peak
-of resident memory above that of the loaded model.
+heads of 64, 4 key heads; `analysis_peers.py`). Seconds are of processor time; megabytes are the
+peak of resident memory above that of the loaded model.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def main() -> None:
                 continue
             command = [sys.executable, __file__, "--one", kind, str(length)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            run = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True
+            )
             found = json.loads(run.stdout.splitlines()[-1])
             cells.append(f"{found['seconds']:9.1f} s{found['megabytes']:5.0f} MB")
         print(f"{kind:24}" + "".join(cells), flush=True)

@@ -1,6 +1,8 @@
-"""Model classes of transformers, each made small from its own default configuration, and a batch for each.
+"""Model classes of transformers, each made small from its own default configuration, and a batch
+for each.
 
-No class is named here: sizes are recognised by what configurations call them. What cannot be made small in this way says why.
+No class is named here: sizes are recognised by what configurations call them. What cannot be made
+small in this way says why.
 """
 
 from __future__ import annotations
@@ -13,9 +15,22 @@ import torch
 from torch import Tensor, nn
 
 TASKS = (
-    *("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_IMAGE_CLASSIFICATION"),
-    *("MODEL_FOR_MASKED_IMAGE_MODELING", "MODEL_FOR_OBJECT_DETECTION", "MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION"),
-    *("MODEL_FOR_SEMANTIC_SEGMENTATION", "MODEL_FOR_INSTANCE_SEGMENTATION", "MODEL_FOR_UNIVERSAL_SEGMENTATION"),
+    *(
+        "MODEL_FOR_CAUSAL_LM",
+        "MODEL_FOR_MASKED_LM",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",
+        "MODEL_FOR_IMAGE_CLASSIFICATION",
+    ),
+    *(
+        "MODEL_FOR_MASKED_IMAGE_MODELING",
+        "MODEL_FOR_OBJECT_DETECTION",
+        "MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION",
+    ),
+    *(
+        "MODEL_FOR_SEMANTIC_SEGMENTATION",
+        "MODEL_FOR_INSTANCE_SEGMENTATION",
+        "MODEL_FOR_UNIVERSAL_SEGMENTATION",
+    ),
 )
 """The auto classes whose models are tried; ``MODEL`` has the bare models of every kind besides."""
 BATCH, LENGTH, WIDTH, HEADS, VOCABULARY, IMAGE = 2, 12, 32, 4, 99, 64
@@ -24,22 +39,37 @@ LARGEST = 40_000_000
 
 WIDTHS = r"hidden_size|d_model|embed_dim|n_embd|dim|hidden_dim|d_hidden|emb_dim|embedding_size|word_embed_proj_dim|out_hidden_size|width"
 SIZES: tuple[tuple[str, int], ...] = (
-    (rf"(encoder_|decoder_|text_|vision_)?({WIDTHS})|projection_dim|pooler_hidden_size|cross_(attention_)?hidden_size", WIDTH),
-    (r".*(intermediate_size|ffn_dim|inner_dim|d_ff|ffn_hidden_size|mlp_dim|dim_feedforward|intermediate_dim)", 48),
+    (
+        rf"(encoder_|decoder_|text_|vision_)?({WIDTHS})|projection_dim|pooler_hidden_size|cross_(attention_)?hidden_size",
+        WIDTH,
+    ),
+    (
+        r".*(intermediate_size|ffn_dim|inner_dim|d_ff|ffn_hidden_size|mlp_dim|dim_feedforward|intermediate_dim)",
+        48,
+    ),
     (r".*(num_.*layers|_layers|n_layer|n_layers|num_blocks|depth)|num_hidden_layers", 2),
-    (r"(.*_)?(num_attention_heads|num_heads|n_head|n_heads|attention_heads|num_query_heads)", HEADS),
+    (
+        r"(.*_)?(num_attention_heads|num_heads|n_head|n_heads|attention_heads|num_query_heads)",
+        HEADS,
+    ),
     (r"(.*_)?num_key_value_heads|num_kv_heads|multi_query_group_num", 2),
     (r"qk_head_dim|mamba_d_head|mamba_head_dim|linear_(key|value)_head_dim", 16),
-    (r"(.*_)?head_dim|d_kv|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|attention_head_size|rotary_dim", 8),
+    (
+        r"(.*_)?head_dim|d_kv|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|attention_head_size|rotary_dim",
+        8,
+    ),
     (r"kv_lora_rank|q_lora_rank|lora_rank|o_lora_rank|.*low_rank.*", 16),
     (r"vocab_size|(.*_)?vocab_size(_per_layer_input)?|entity_vocab_size|n_vocab", VOCABULARY),
-    (r"max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx|max_seq_len|max_sequence_length", 128),
+    (
+        r"max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx|max_seq_len|max_sequence_length",
+        128,
+    ),
     (r"image_size|pretrain_image_size|img_size|input_size", IMAGE),
     (r"num_experts|num_local_experts|n_routed_experts|moe_num_experts", 4),
     (r"num_experts_per_tok|moe_topk|moe_k|topk_group|n_group|num_expert_group", 2),
     (r"num_queries|num_query_tokens|num_latents", 8),
     (r"d_latents|mamba_d_state|state_size|num_mel_bins", 16),
-)  # fmt: skip
+)
 """What a size is called, and what it becomes where it is larger."""
 KEPT = r".*(_token_id|_token_index|_index|patch_size|num_labels|num_channels|group_size)$"
 
@@ -61,17 +91,35 @@ def class_names(*more: str) -> dict[str, str]:
 
 
 def shrink(config: Any, *, thoroughly: bool, depth: int = 0) -> None:
-    """Make every size that is recognised small; only the number of layers, words and positions where not ``thoroughly``."""
+    """Make every size that is recognised small; only the number of layers, words and positions
+    where not ``thoroughly``.
+    """
     rows = SIZES if thoroughly else [row for row in SIZES if "layer" in row[0] or "vocab" in row[0]]
-    heads = next((getattr(config, n) for n in ("num_attention_heads", "num_heads", "n_heads") if hasattr(config, n)), None)
+    heads = next(
+        (
+            getattr(config, n)
+            for n in ("num_attention_heads", "num_heads", "n_heads")
+            if hasattr(config, n)
+        ),
+        None,
+    )
     for name, value in list(vars(config).items()):
         if name.startswith("_") or isinstance(value, bool):
             continue
-        if hasattr(value, "to_dict") and hasattr(value, "model_type") and depth < 3 and name != "backbone_config":
+        if (
+            hasattr(value, "to_dict")
+            and hasattr(value, "model_type")
+            and depth < 3
+            and name != "backbone_config"
+        ):
             shrink(value, thoroughly=thoroughly, depth=depth + 1)
             continue
         if re.fullmatch(KEPT, name):
-            if isinstance(value, int) and name.endswith(("_token_id", "_token_index")) and value >= VOCABULARY:
+            if (
+                isinstance(value, int)
+                and name.endswith(("_token_id", "_token_index"))
+                and value >= VOCABULARY
+            ):
                 _set(config, name, VOCABULARY - 1 - sum(map(ord, name)) % 20)
             continue
         if isinstance(value, dict) and isinstance(value.get("mrope_section"), list):
@@ -90,11 +138,22 @@ def shrink(config: Any, *, thoroughly: bool, depth: int = 0) -> None:
             _set(config, name, small)
         elif name == "depths" and isinstance(value, list | tuple):
             _set(config, name, [1 for _ in value])
-        elif name in ("hidden_sizes", "embed_dims") and thoroughly and isinstance(value, list | tuple):
+        elif (
+            name in ("hidden_sizes", "embed_dims")
+            and thoroughly
+            and isinstance(value, list | tuple)
+        ):
             _set(config, name, [WIDTH for _ in value])
         elif name == "image_size" and isinstance(value, list | tuple) and thoroughly:
             _set(config, name, type(value)(IMAGE for _ in value))
-    layers = next((getattr(config, n) for n in ("num_hidden_layers", "n_layer") if isinstance(getattr(config, n, None), int)), 0)
+    layers = next(
+        (
+            getattr(config, n)
+            for n in ("num_hidden_layers", "n_layer")
+            if isinstance(getattr(config, n, None), int)
+        ),
+        0,
+    )
     for name, value in list(vars(config).items()):
         if (
             layers
@@ -124,7 +183,9 @@ def _set(config: Any, name: str, value: Any) -> None:
         return
 
 
-def build(name: str, model_type: str, *, attention: str | None = None, thoroughly: bool = True) -> nn.Module:
+def build(
+    name: str, model_type: str, *, attention: str | None = None, thoroughly: bool = True
+) -> nn.Module:
     """The model of a class with random weights, in training mode."""
     import transformers
     from transformers import CONFIG_MAPPING
@@ -135,7 +196,9 @@ def build(name: str, model_type: str, *, attention: str | None = None, thoroughl
     if attention is not None:
         config._attn_implementation = attention
     with torch.device("meta"):
-        size = sum(p.numel() for p in cls._from_config(config).parameters() if hasattr(cls, "_from_config"))
+        size = sum(
+            p.numel() for p in cls._from_config(config).parameters() if hasattr(cls, "_from_config")
+        )
     if size > LARGEST:
         raise NotSmallError(f"{size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
@@ -151,7 +214,10 @@ def batch_for(model: Any, *, images: bool = False) -> dict[str, Any]:
     def find(attribute: str, default: Any) -> Any:
         for part in (
             config,
-            *(getattr(config, p, None) for p in ("vision_config", "text_config", "backbone_config", "audio_config")),
+            *(
+                getattr(config, p, None)
+                for p in ("vision_config", "text_config", "backbone_config", "audio_config")
+            ),
         ):
             value = getattr(part, attribute, None)
             if value is not None:
@@ -159,7 +225,9 @@ def batch_for(model: Any, *, images: bool = False) -> dict[str, Any]:
         return default
 
     def ids(length: int = LENGTH) -> Tensor:
-        return torch.randint(3, min(70, find("vocab_size", VOCABULARY)), (BATCH, length), generator=generator)
+        return torch.randint(
+            3, min(70, find("vocab_size", VOCABULARY)), (BATCH, length), generator=generator
+        )
 
     batch: dict[str, Any] = {}
     if "input_ids" in names:
@@ -169,20 +237,35 @@ def batch_for(model: Any, *, images: bool = False) -> dict[str, Any]:
         batch["decoder_input_ids"] = ids(8)
     main = getattr(model, "main_input_name", "input_ids")
     if "pixel_values" in names and (
-        images or "input_ids" not in names or main == "pixel_values" or not _is_optional(names, "pixel_values")
+        images
+        or "input_ids" not in names
+        or main == "pixel_values"
+        or not _is_optional(names, "pixel_values")
     ):
         size = find("image_size", IMAGE)
         height, width = (size[-2], size[-1]) if isinstance(size, list | tuple) else (size, size)
-        batch["pixel_values"] = torch.randn(BATCH, find("num_channels", 3), height, width, generator=generator)
+        batch["pixel_values"] = torch.randn(
+            BATCH, find("num_channels", 3), height, width, generator=generator
+        )
         if main == "pixel_values_videos" or "num_frames" in vars(config):
-            batch["pixel_values"] = torch.randn(BATCH, find("num_frames", 2), 3, height, width, generator=generator)
-        if main == "pixel_values" and "input_ids" in batch and _is_optional(names, "input_ids") and "decoder_input_ids" in batch:
+            batch["pixel_values"] = torch.randn(
+                BATCH, find("num_frames", 2), 3, height, width, generator=generator
+            )
+        if (
+            main == "pixel_values"
+            and "input_ids" in batch
+            and _is_optional(names, "input_ids")
+            and "decoder_input_ids" in batch
+        ):
             del batch["input_ids"]
     if "input_values" in names:
         batch["input_values"] = torch.randn(BATCH, 2000, generator=generator)
     if "input_features" in names and "input_ids" not in names:
         batch["input_features"] = torch.randn(
-            BATCH, find("num_mel_bins", 16), 2 * find("max_source_positions", 64), generator=generator
+            BATCH,
+            find("num_mel_bins", 16),
+            2 * find("max_source_positions", 64),
+            generator=generator,
         )
     if "bbox" in names:
         batch["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)

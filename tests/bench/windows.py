@@ -2,8 +2,9 @@
 
 python tests/bench/windows.py [--windows 128 512 2048] [--repeats 5]
 
-One thread; plain and watched forwards take turns, and each figure is a ratio of medians of processor time. A whole training step is about
-three forwards, so that a sampled step costs a third of what is above 1.
+One thread; plain and watched forwards take turns, and each figure is a ratio of medians of
+processor time. A whole training step is about three forwards, so that a sampled step costs a third
+of what is above 1.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def ratio(make: Callable[[], torch.nn.Module], windows: int, repeats: int) -> tu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--windows", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
@@ -68,7 +71,11 @@ def main() -> None:
     print(f"{'model':<24}" + "".join(f"{f'{count} windows':>16}" for count in given.windows))
     for name, make in MODELS.items():
         found = [ratio(make, count, given.repeats) for count in given.windows]
-        print(f"{name:<24}" + "".join(f"{f'x {times:.2f} ({plain:.2f} s)':>16}" for plain, times in found), flush=True)
+        print(
+            f"{name:<24}"
+            + "".join(f"{f'x {times:.2f} ({plain:.2f} s)':>16}" for plain, times in found),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

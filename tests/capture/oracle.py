@@ -68,7 +68,9 @@ def returned(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     return [p for p in found if p is not None]
 
 
-def of_fused_kernel(model: nn.Module, inputs: dict[str, Any], patch: pytest.MonkeyPatch) -> list[Tensor]:
+def of_fused_kernel(
+    model: nn.Module, inputs: dict[str, Any], patch: pytest.MonkeyPatch
+) -> list[Tensor]:
     """What torch's fused function itself does: its output for the identity matrix as values."""
     found: list[Tensor] = []
     kernel = nn.functional.scaled_dot_product_attention
@@ -89,7 +91,9 @@ def of_multihead(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
     """The weights that each ``nn.MultiheadAttention`` of a model gives when asked for them."""
     asked: list[tuple[nn.MultiheadAttention, Any, Any]] = []
     hooks = [
-        module.register_forward_pre_hook(lambda m, args, kwargs: asked.append((m, args, kwargs)), with_kwargs=True)
+        module.register_forward_pre_hook(
+            lambda m, args, kwargs: asked.append((m, args, kwargs)), with_kwargs=True
+        )
         for module in model.modules()
         if isinstance(module, nn.MultiheadAttention)
     ]
@@ -98,7 +102,8 @@ def of_multihead(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
         for hook in hooks:
             hook.remove()
         return [
-            module(*args, **(kwargs | {"need_weights": True, "average_attn_weights": False}))[1] for module, args, kwargs in asked
+            module(*args, **(kwargs | {"need_weights": True, "average_attn_weights": False}))[1]
+            for module, args, kwargs in asked
         ]
 
 
@@ -106,7 +111,9 @@ def of_hand_written(model: nn.Module, inputs: dict[str, Any], how: str) -> list[
     """The causal attention of the zoo's own ``Attention``, from its input in float64."""
     seen: list[Tensor] = []
     blocks = list(model.blocks)  # type: ignore[arg-type]
-    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in blocks]
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in blocks
+    ]
     with torch.no_grad():
         model(**inputs)
     for hook in hooks:
@@ -115,13 +122,19 @@ def of_hand_written(model: nn.Module, inputs: dict[str, Any], how: str) -> list[
     for block, x in zip(blocks, seen, strict=True):
         batch, length, width = x.shape
         qkv = nn.functional.linear(x.double(), block.qkv.weight.double(), block.qkv.bias.double())
-        q, k, _ = (part.view(batch, length, block.n_head, -1).transpose(1, 2) for part in qkv.chunk(3, -1))
+        q, k, _ = (
+            part.view(batch, length, block.n_head, -1).transpose(1, 2) for part in qkv.chunk(3, -1)
+        )
         age = torch.arange(length)[:, None] - torch.arange(length)
         scores = q @ k.mT / math.sqrt(width // block.n_head)
         if how == "cosine":
-            scores = 4 * nn.functional.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1)
-        scores = {"softcap": 3 * torch.tanh(scores / 3), "alibi": scores - 0.3 * age, "flex_score": scores - 0.1 * age}.get(
-            how, scores
-        )
+            scores = 4 * nn.functional.cosine_similarity(
+                q[..., :, None, :], k[..., None, :, :], dim=-1
+            )
+        scores = {
+            "softcap": 3 * torch.tanh(scores / 3),
+            "alibi": scores - 0.3 * age,
+            "flex_score": scores - 0.1 * age,
+        }.get(how, scores)
         found.append(scores.masked_fill(age < 0, -torch.inf).softmax(-1).detach())
     return found

@@ -29,11 +29,17 @@ def counter(backend: str = "aot_eager") -> Any:
 
 
 class Noisy(nn.Module):
-    """A tower with dropout, a running mean, a counter of its own, and a draw from Python's generator."""
+    """A tower with dropout, a running mean, a counter of its own, and a draw from Python's
+    generator.
+    """
 
     def __init__(self, how: str = "fused") -> None:
         super().__init__()
-        self.tower, self.dropout, self.norm = Tower(lambda: Attention(how)), nn.Dropout(0.2), nn.BatchNorm1d(LENGTH)
+        self.tower, self.dropout, self.norm = (
+            Tower(lambda: Attention(how)),
+            nn.Dropout(0.2),
+            nn.BatchNorm1d(LENGTH),
+        )
         self.forwards = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +64,9 @@ def by_layer(model: nn.Module, backend: Any) -> Callable[..., Any]:
 
 
 def layers_wrapped(model: nn.Module, backend: Any) -> Callable[..., Any]:
-    model.tower.blocks = nn.ModuleList(torch.compile(block, backend=backend) for block in model.tower.blocks)
+    model.tower.blocks = nn.ModuleList(
+        torch.compile(block, backend=backend) for block in model.tower.blocks
+    )
     return model
 
 
@@ -75,7 +83,9 @@ def twice(model: nn.Module, backend: Any) -> Callable[..., Any]:
 WAYS = [wrapped, in_place, by_layer, layers_wrapped, forward_alone, twice]
 
 
-def train(model: nn.Module, call: Callable[..., Any], *, watched: bool, steps: int = 4, look: Any = None) -> list[Tensor]:
+def train(
+    model: nn.Module, call: Callable[..., Any], *, watched: bool, steps: int = 4, look: Any = None
+) -> list[Tensor]:
     torch.manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     capture = AttentionCapture(model, look or (lambda _: None))
@@ -96,14 +106,18 @@ def train(model: nn.Module, call: Callable[..., Any], *, watched: bool, steps: i
 
 
 @pytest.mark.parametrize("compile_it", WAYS)
-def test_a_compiled_model_is_seen_trains_to_the_same_bits_and_compiles_no_more(compile_it: Any) -> None:
+def test_a_compiled_model_is_seen_trains_to_the_same_bits_and_compiles_no_more(
+    compile_it: Any,
+) -> None:
     model = seeded(Noisy)
     twin = copy.deepcopy(model)
     plain, watched = counter(), counter()
     expected = train(twin, compile_it(twin, plain), watched=False)
     torch._dynamo.reset()
     seen: list[str] = []
-    found = train(model, compile_it(model, watched), watched=True, look=lambda call: seen.append(call.layer))
+    found = train(
+        model, compile_it(model, watched), watched=True, look=lambda call: seen.append(call.layer)
+    )
     assert seen == ["tower.blocks.0", "tower.blocks.1"] * 2
     assert watched.frame_count == plain.frame_count > 0
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -268,12 +282,16 @@ def test_compiled_flex_attention_is_seen_and_compiles_no_more() -> None:
 
     backend = counter("eager")
     compiled = torch.compile(flex_attention, backend=backend)
-    blocks = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < 4), None, None, LENGTH, LENGTH, device="cpu")
+    blocks = create_block_mask(
+        lambda b, h, i, j: (i >= j) & (i - j < 4), None, None, LENGTH, LENGTH, device="cpu"
+    )
 
     class Flexible(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             q = x.view(BATCH, LENGTH, HEADS, -1).transpose(1, 2)
-            y: Tensor = compiled(q, q[:, :2], q[:, :2], block_mask=blocks, enable_gqa=True, scale=0.3)
+            y: Tensor = compiled(
+                q, q[:, :2], q[:, :2], block_mask=blocks, enable_gqa=True, scale=0.3
+            )
             return y
 
     model = Flexible()
@@ -299,7 +317,12 @@ def test_a_flex_mask_that_looks_up_documents_is_written_out() -> None:
 
     documents = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [1] * 3])
     blocks = create_block_mask(
-        lambda b, h, i, j: (i >= j) & (documents[b, i] == documents[b, j]), BATCH, None, LENGTH, LENGTH, device="cpu"
+        lambda b, h, i, j: (i >= j) & (documents[b, i] == documents[b, j]),
+        BATCH,
+        None,
+        LENGTH,
+        LENGTH,
+        device="cpu",
     )
 
     class Packed(nn.Module):

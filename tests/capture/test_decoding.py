@@ -17,7 +17,9 @@ from stabmon.records import AttentionCall
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("chunks", [(8, 4), (8, 1, 1, 2)])
-def test_with_a_cache_the_rows_are_those_of_the_whole_sequence(implementation: str, chunks: tuple[int, ...]) -> None:
+def test_with_a_cache_the_rows_are_those_of_the_whole_sequence(
+    implementation: str, chunks: tuple[int, ...]
+) -> None:
     model, inputs = llama_like("Llama", implementation)
     ids = inputs["input_ids"]
     whole, _, _ = captured(model, {"input_ids": ids})
@@ -25,7 +27,11 @@ def test_with_a_cache_the_rows_are_those_of_the_whole_sequence(implementation: s
 
     cache, start = DynamicCache(config=model.config), 0
     for size in chunks:
-        part = {"input_ids": ids[:, start : start + size], "past_key_values": cache, "use_cache": True}
+        part = {
+            "input_ids": ids[:, start : start + size],
+            "past_key_values": cache,
+            "use_cache": True,
+        }
         with torch.no_grad():
             found, _, _ = captured(model, part)
         for layer, p in found.items():
@@ -62,7 +68,14 @@ def flash(**changes: Any) -> AttentionCall:
     module = nn.Module()
     module.is_causal = True
     query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
-    given = {"module": module, "query": query, "key": key, "attention_mask": None, "scaling": 0.2, "sliding_window": None}
+    given = {
+        "module": module,
+        "query": query,
+        "key": key,
+        "attention_mask": None,
+        "scaling": 0.2,
+        "sliding_window": None,
+    }
     return read_flash("a", given | changes, torch.bfloat16)
 
 
@@ -71,7 +84,13 @@ AGE = torch.arange(6)[:, None] - torch.arange(6)
 
 def test_a_flash_call_is_causal_windowed_and_capped_as_it_says() -> None:
     call = flash(sliding_window=3, softcap=20.0, s_aux=torch.arange(4.0))
-    assert (call.is_causal, call.window, call.softcap, call.mask, call.scale) == (True, 3, 20.0, None, 0.2)
+    assert (call.is_causal, call.window, call.softcap, call.mask, call.scale) == (
+        True,
+        3,
+        20.0,
+        None,
+        0.2,
+    )
     assert call.sinks.tolist() == [0, 1, 2, 3]
     assert call.query.dtype == call.dtype == torch.bfloat16
     assert call.fused
@@ -112,7 +131,15 @@ def test_packed_flash_sequences_do_not_see_each_other(packing: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-sdpa", "llama-eager", "gemma2-eager", "hand_written-fused", "hand_written-alibi", "bloom"]
+    "name",
+    [
+        "llama-sdpa",
+        "llama-eager",
+        "gemma2-eager",
+        "hand_written-fused",
+        "hand_written-alibi",
+        "bloom",
+    ],
 )
 def test_under_autocast_query_and_key_have_the_kernel_s_dtype(name: str) -> None:
     model, inputs = zoo()[name]()
@@ -123,7 +150,9 @@ def test_under_autocast_query_and_key_have_the_kernel_s_dtype(name: str) -> None
     assert calls
     for call in calls:
         assert call.dtype == call.query.dtype == call.key.dtype == torch.bfloat16
-    for p, own in zip(list(found.values())[:1], expected, strict=False):  # the second layer's input has been rounded twice
+    for p, own in zip(
+        list(found.values())[:1], expected, strict=False
+    ):  # the second layer's input has been rounded twice
         seen = p.isfinite().all(-1)
         assert (p - own.double())[seen].abs().max() < 0.02
 
@@ -139,7 +168,9 @@ def process_group() -> Iterator[None]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -166,7 +197,9 @@ def test_a_model_sharded_by_fully_shard_is_seen_under_its_own_names() -> None:
     for build in (gpt2, lambda _: zoo()["hand_written-manual"]()):
         (whole, inputs), (model, _) = build("sdpa"), build("sdpa")
         expected, _, _ = captured(whole, inputs)
-        for block in [m for name, m in model.named_modules() if name in ("transformer.h.0", "blocks.0")]:
+        for block in [
+            m for name, m in model.named_modules() if name in ("transformer.h.0", "blocks.0")
+        ]:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         found, _, _ = captured(model, inputs)
@@ -195,7 +228,10 @@ def test_an_adapter_s_prefix_is_no_part_of_a_name() -> None:
 
 def test_one_query_per_key_head_group_is_decoded_with_every_head() -> None:
     model, inputs = llama_like("Llama", "sdpa", use_cache=True)
-    with torch.no_grad(), AttentionCapture(model, lambda call: shapes.append(tuple(call.query.shape))):
+    with (
+        torch.no_grad(),
+        AttentionCapture(model, lambda call: shapes.append(tuple(call.query.shape))),
+    ):
         shapes: list[tuple[int, ...]] = []
         model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=VOCABULARY + 1)
     assert shapes == [(2, HEADS, 12, 8)] * 2 + [(2, HEADS, 1, 8)] * 4

@@ -1,4 +1,6 @@
-"""Of each family, in each implementation: every call is seen once, and what is seen gives the model's own probabilities."""
+"""Of each family, in each implementation: every call is seen once, and what is seen gives the
+model's own probabilities.
+"""
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ def compare(found: dict[str, torch.Tensor], expected: list[torch.Tensor]) -> Non
         assert own.double()[seen].std() > 0.01, "all rows alike: nothing is told apart"
 
 
-@pytest.mark.parametrize("name", [n for n in ZOO if is_from_transformers(n) and n != "falcon_alibi-sdpa"])
+@pytest.mark.parametrize(
+    "name", [n for n in ZOO if is_from_transformers(n) and n != "falcon_alibi-sdpa"]
+)
 def test_what_is_seen_of_a_transformers_model_is_what_its_eager_twin_returns(name: str) -> None:
     model, inputs = ZOO[name]()
     with torch.set_grad_enabled("flex" not in name):
@@ -37,7 +41,9 @@ def test_what_is_seen_of_a_transformers_model_is_what_its_eager_twin_returns(nam
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.endswith(("-sdpa", "-fused"))])
-def test_what_is_seen_of_a_fused_call_is_what_the_kernel_does_to_the_identity(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_seen_of_a_fused_call_is_what_the_kernel_does_to_the_identity(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, inputs = ZOO[name]()
     found, _, records = captured(model, inputs)
     compare(found, of_fused_kernel(model, inputs, monkeypatch))

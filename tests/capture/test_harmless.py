@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers.modeling_utils import AttentionInterface
 
 from capture.zoo import BATCH, LENGTH, WIDTH, Attention, Tower, gpt2, noise, seeded, zoo
@@ -19,7 +23,15 @@ from stabmon.capture import AttentionCapture
 from stabmon.records import AttentionCall
 
 ZOO = zoo()
-TRAINED = ["gpt2-sdpa", "mistral-eager", "bloom", "falcon-sdpa", "transformer_encoder", "multihead-weights", "hand_written-alibi"]
+TRAINED = [
+    "gpt2-sdpa",
+    "mistral-eager",
+    "bloom",
+    "falcon-sdpa",
+    "transformer_encoder",
+    "multihead-weights",
+    "hand_written-alibi",
+]
 
 
 def ignore(call: AttentionCall) -> None:
@@ -32,18 +44,33 @@ def surroundings(model: nn.Module) -> tuple[Any, ...]:
     """All that a capture could leave behind."""
     import torch._dynamo.eval_frame as dynamo
 
-    hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks), m.__dict__.get("_compiled_call_impl")) for m in model.modules()]
+    hooks = [
+        (len(m._forward_pre_hooks), len(m._forward_hooks), m.__dict__.get("_compiled_call_impl"))
+        for m in model.modules()
+    ]
     functions = nn.functional.scaled_dot_product_attention, nn.functional.softmax
-    return AttentionInterface.get_interface, dynamo._maybe_set_eval_frame, functions, _get_current_function_mode_stack(), hooks
+    return (
+        AttentionInterface.get_interface,
+        dynamo._maybe_set_eval_frame,
+        functions,
+        _get_current_function_mode_stack(),
+        hooks,
+    )
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     output = model(**inputs)
-    tensor = output if isinstance(output, Tensor) else next(v for v in output.values() if isinstance(v, Tensor) and v.ndim > 1)
+    tensor = (
+        output
+        if isinstance(output, Tensor)
+        else next(v for v in output.values() if isinstance(v, Tensor) and v.ndim > 1)
+    )
     return tensor.float().square().mean()
 
 
-def train(model: nn.Module, inputs: dict[str, Any], *, watched: bool, steps: int = 3) -> list[Tensor]:
+def train(
+    model: nn.Module, inputs: dict[str, Any], *, watched: bool, steps: int = 3
+) -> list[Tensor]:
     torch.manual_seed(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     capture = AttentionCapture(model, ignore)
@@ -72,7 +99,9 @@ def test_training_is_the_same_to_the_bit(name: str) -> None:
             module.p = 0.1
     twin = copy.deepcopy(model)
     before = surroundings(model)
-    for own, other in zip(train(model, inputs, watched=True), train(twin, inputs, watched=False), strict=True):
+    for own, other in zip(
+        train(model, inputs, watched=True), train(twin, inputs, watched=False), strict=True
+    ):
         assert torch.equal(own, other)
     assert surroundings(model) == before
 
@@ -90,7 +119,9 @@ def test_nothing_is_left_after_an_exception_in_mid_forward() -> None:
         assert surroundings(model) == before
 
 
-def test_an_error_in_the_receiver_is_reported_and_the_model_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_in_the_receiver_is_reported_and_the_model_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, inputs = ZOO["gpt2-sdpa"]()
     expected = model(**inputs).logits
 
@@ -106,7 +137,9 @@ def test_an_error_in_the_receiver_is_reported_and_the_model_goes_on(caplog: pyte
     assert caplog.text.count("attention capture failed") == 1
 
 
-def test_an_error_in_the_receiver_of_errors_does_not_reach_the_model(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_in_the_receiver_of_errors_does_not_reach_the_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model, inputs = ZOO["gpt2-sdpa"]()
 
     def fail(_: object) -> None:
@@ -123,8 +156,17 @@ def test_the_receiver_runs_without_gradients_autocast_and_modes() -> None:
         seen: list[tuple[Any, ...]] = []
 
         def look(call: AttentionCall, seen: list[tuple[Any, ...]] = seen) -> None:
-            state = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), _get_current_function_mode_stack()
-            seen.append((*state, nn.functional.scaled_dot_product_attention(*[torch.ones(1, 1, 2, 2)] * 3).dtype))
+            state = (
+                torch.is_grad_enabled(),
+                torch.is_autocast_enabled("cpu"),
+                _get_current_function_mode_stack(),
+            )
+            seen.append(
+                (
+                    *state,
+                    nn.functional.scaled_dot_product_attention(*[torch.ones(1, 1, 2, 2)] * 3).dtype,
+                )
+            )
 
         with AttentionCapture(model, look) as capture, torch.autocast("cpu", torch.bfloat16):
             model(**inputs)
@@ -179,14 +221,23 @@ class Checkpointed(nn.Module):
 
 def selective() -> Any:
     """Selective checkpointing that keeps the results of every second operation."""
-    return create_selective_checkpoint_contexts(lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE)
+    return create_selective_checkpoint_contexts(
+        lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE
+    )
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_reentrant": True}, {"use_reentrant": False}, {"use_reentrant": False, "context_fn": selective}]
+    "options",
+    [
+        {"use_reentrant": True},
+        {"use_reentrant": False},
+        {"use_reentrant": False, "context_fn": selective},
+    ],
 )
 @pytest.mark.parametrize("how", ["fused", "manual"])
-def test_a_checkpointed_layer_is_seen_once_and_its_gradients_stay(how: str, options: dict[str, Any]) -> None:
+def test_a_checkpointed_layer_is_seen_once_and_its_gradients_stay(
+    how: str, options: dict[str, Any]
+) -> None:
     model = Checkpointed(seeded(lambda: Tower(lambda: Attention(how))), **options)
     x = noise(BATCH, LENGTH, WIDTH).requires_grad_()
     gradients = []
@@ -261,7 +312,10 @@ def test_two_captures_see_the_same_calls() -> None:
 
 def test_torch_functions_are_watched_no_longer_once_the_interface_shows_everything() -> None:
     model, inputs = ZOO["gpt2-sdpa"]()
-    quick, thorough = AttentionCapture(model, ignore), AttentionCapture(model, ignore, thorough=True)
+    quick, thorough = (
+        AttentionCapture(model, ignore),
+        AttentionCapture(model, ignore, thorough=True),
+    )
     for opening in range(4):
         for capture, watched in ((quick, opening < 2), (thorough, True)):
             with capture:
@@ -275,8 +329,12 @@ def test_torch_functions_are_watched_no_longer_once_the_interface_shows_everythi
 
 
 def test_an_attention_function_of_somebody_else_is_seen_as_what_it_computes() -> None:
-    def doubled(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Any:
-        return nn.functional.scaled_dot_product_attention(2 * query, key, value, is_causal=True).transpose(1, 2), None
+    def doubled(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
+    ) -> Any:
+        return nn.functional.scaled_dot_product_attention(
+            2 * query, key, value, is_causal=True
+        ).transpose(1, 2), None
 
     model, inputs = gpt2("sdpa")
     calls: list[AttentionCall] = []

@@ -1,11 +1,21 @@
-"""Acting around attention calls: all of them, with the model's own results where nothing is changed, and nothing left behind."""
+"""Acting around attention calls: all of them, with the model's own results where nothing is
+changed, and nothing left behind.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
-from transformers import AttentionInterface, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from stabmon.capture import AttentionCapture
 from stabmon.capture.intercept import AttentionSite, intercepted
@@ -17,7 +27,12 @@ IDS = torch.arange(24).reshape(2, 12) % 50
 def llama(attention: str = "sdpa") -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config)
     model.set_attn_implementation(attention)
@@ -26,12 +41,20 @@ def llama(attention: str = "sdpa") -> nn.Module:
 
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32)
+    ).eval()
 
 
 def bert() -> nn.Module:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     return BertModel(config, add_pooling_layer=False).eval()
 
 
@@ -44,8 +67,14 @@ class HandMade(nn.Module):
         self.embed, self.project = nn.Embedding(50, 32), nn.Linear(32, 96)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.project(self.embed(input_ids)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        q, k, v = (
+            self.project(self.embed(input_ids)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        )
+        return (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 class Stock(nn.Module):
@@ -55,7 +84,9 @@ class Stock(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(50, 32)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 32, batch_first=True), 2)
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(32, 4, 32, batch_first=True), 2
+        )
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.encoder(self.embed(input_ids))
@@ -86,7 +117,9 @@ def test_every_call_is_seen_and_the_output_is_rebuilt_from_weights_and_values(na
         seen.append(site.layer)
         attention = operator_of(site.read(), "dense")
         value = site.arguments["value"]
-        own = attention.matvec(value.repeat_interleave(attention.heads // value.shape[1], 1)).to(value.dtype)
+        own = attention.matvec(value.repeat_interleave(attention.heads // value.shape[1], 1)).to(
+            value.dtype
+        )
         torch.testing.assert_close(own, site.output(site.run()), rtol=1e-4, atol=1e-5)
         return site.result(own)
 
@@ -139,7 +172,9 @@ def test_arguments_that_are_changed_reach_the_kernel() -> None:
     with intercepted(model, lambda site: site.run(value=torch.zeros_like(site.arguments["value"]))):
         silenced = model.model.layers[0].self_attn.o_proj.weight.new_tensor(0)
         outputs: list[torch.Tensor] = []
-        handle = model.model.layers[0].self_attn.register_forward_hook(lambda *given: outputs.append(given[2][0]))
+        handle = model.model.layers[0].self_attn.register_forward_hook(
+            lambda *given: outputs.append(given[2][0])
+        )
         model(input_ids=IDS)
         handle.remove()
     assert bool((outputs[0] == silenced).all())

@@ -1,4 +1,6 @@
-"""Twenty classes of transformers from the bench over all of them: what is not exact is said, and nothing is changed."""
+"""Twenty classes of transformers from the bench over all of them: what is not exact is said, and
+nothing is changed.
+"""
 
 import sys
 import warnings
@@ -10,14 +12,20 @@ sys.path.append(str(Path(__file__).parents[1] / "bench"))
 from model_zoo import examine
 
 SAMPLE = (
-    "GPT2LMHeadModel:gpt2 LlamaForCausalLM:llama Inkling2ForCausalLM:inkling2_text GptOssForCausalLM:gpt_oss "
-    "BloomForCausalLM:bloom MambaForCausalLM:mamba BertForMaskedLM:bert BigBirdForMaskedLM:big_bird "
+    "GPT2LMHeadModel:gpt2 LlamaForCausalLM:llama Inkling2ForCausalLM:inkling2_text "
+    "GptOssForCausalLM:gpt_oss "
+    "BloomForCausalLM:bloom MambaForCausalLM:mamba BertForMaskedLM:bert "
+    "BigBirdForMaskedLM:big_bird "
     "LongformerForMaskedLM:longformer DebertaV2ForMaskedLM:deberta-v2 FNetForMaskedLM:fnet "
-    "T5ForConditionalGeneration:t5 PegasusXForConditionalGeneration:pegasus_x RoFormerForCausalLM:roformer "
-    "ViTForImageClassification:vit SegformerForSemanticSegmentation:segformer ConvBertForMaskedLM:convbert "
+    "T5ForConditionalGeneration:t5 PegasusXForConditionalGeneration:pegasus_x "
+    "RoFormerForCausalLM:roformer "
+    "ViTForImageClassification:vit SegformerForSemanticSegmentation:segformer "
+    "ConvBertForMaskedLM:convbert "
     "DeepseekV3ForCausalLM:deepseek_v3 CLIPModel:clip BeitForImageClassification:beit"
 )
-"""One of each kind: fused, hand-written, grouped, latent, sinks, experts, windows, cross-attention, images, two towers, none."""
+"""One of each kind: fused, hand-written, grouped, latent, sinks, experts, windows, cross-attention,
+images, two towers, none.
+"""
 FINE = {"exact", "partly, said", "none, said", "no attention"}
 
 

@@ -15,7 +15,10 @@ from stabmon.capture.names import ModuleNames
         ("module.transformer.h.0.attn", "transformer.h.0.attn"),
         ("_orig_mod.module.blocks.1", "blocks.1"),
         ("module._orig_mod.base_model.model.model.layers.0.self_attn", "model.layers.0.self_attn"),
-        ("model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn", "model.layers.0.self_attn"),
+        (
+            "model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.self_attn",
+            "model.layers.0.self_attn",
+        ),
         ("layers.3._orig_mod.attn", "layers.3.attn"),
         ("m.blocks.0", "blocks.0"),
         ("blocks.0.module.attn", "blocks.0.module.attn"),

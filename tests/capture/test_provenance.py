@@ -1,4 +1,6 @@
-"""Scores reach a softmax in many ways, and weights are used in many ways: what is told of each is what the model computes."""
+"""Scores reach a softmax in many ways, and weights are used in many ways: what is told of each is
+what the model computes.
+"""
 
 import weakref
 
@@ -49,10 +51,19 @@ def only(function, *tensors: Tensor, heads: int | None = H) -> AttentionCall:
 
 
 def signals(call: AttentionCall) -> dict[str, list[float]]:
-    return {name: sums.value.double().tolist() for name, sums in measure(operator_of(call), NAMES).items()}
+    return {
+        name: sums.value.double().tolist()
+        for name, sums in measure(operator_of(call), NAMES).items()
+    }
 
 
-NAMES = ("attention_entropy", "max_logit", "max_probability", "normalized_entropy", "precision_bits")
+NAMES = (
+    "attention_entropy",
+    "max_logit",
+    "max_probability",
+    "normalized_entropy",
+    "precision_bits",
+)
 
 
 def expected(scores: Tensor, hidden: Tensor | None = None) -> dict[str, list[float]]:
@@ -63,7 +74,9 @@ def expected(scores: Tensor, hidden: Tensor | None = None) -> dict[str, list[flo
     entropy, n = torch.special.entr(p).sum(-1), seen.sum(-1)
     many = n >= 16
     normal = (entropy / n.log().where(many, 1.0)).where(many, 0.0)
-    bits = (z.abs().where(seen, 0).amax(-1) / (2 * torch.atanh(torch.tensor(0.1, dtype=torch.float64)))).log2()
+    bits = (
+        z.abs().where(seen, 0).amax(-1) / (2 * torch.atanh(torch.tensor(0.1, dtype=torch.float64)))
+    ).log2()
     return {
         "attention_entropy": entropy.mean((0, 2)).tolist(),
         "max_logit": z.masked_fill(~seen, -torch.inf).amax((0, 2, 3)).tolist(),
@@ -113,19 +126,31 @@ def decomposed(q: Tensor, k: Tensor) -> Tensor:
 
 def stacked(q: Tensor, k: Tensor) -> Tensor:
     pairs = zip(q.flatten(0, 1), k.flatten(0, 1), strict=True)
-    return torch.stack([torch.tensordot(a, b, dims=([1], [1])) for a, b in pairs]).view(2, H, 6, 24) / 2
+    return (
+        torch.stack([torch.tensordot(a, b, dims=([1], [1])) for a, b in pairs]).view(2, H, 6, 24)
+        / 2
+    )
 
 
 WAYS = {
     "joined": lambda q, k: torch.cat([q @ k[..., :5, :].mT, q @ k[..., 5:, :].mT], -1) / 2,
-    "joined both ways": lambda q, k: torch.cat(
-        [torch.cat([q[..., a, :] @ k[..., :5, :].mT, q[..., a, :] @ k[..., 5:, :].mT], dim=3) for a in (slice(2), slice(2, None))], 2
-    ) / 2,
+    "joined both ways": lambda q, k: (
+        torch.cat(
+            [
+                torch.cat([q[..., a, :] @ k[..., :5, :].mT, q[..., a, :] @ k[..., 5:, :].mT], dim=3)
+                for a in (slice(2), slice(2, None))
+            ],
+            2,
+        )
+        / 2
+    ),
     "stacked heads": lambda q, k: torch.stack([q[:, h] @ k[:, h].mT / 2 for h in range(H)], dim=1),
     "stacked batch": lambda q, k: torch.stack([q[b] @ k[b].mT / 2 for b in range(2)]),
     "stacked matrices": lambda q, k: stacked(q, k),
     "split keys": lambda q, k: (q @ k.mT / 2).unflatten(-1, (2, 12)).flatten(-2),
-    "chunked and joined": lambda q, k: torch.cat([part / 2 for part in (q @ k.mT).chunk(4, dim=-1)], dim=-1),
+    "chunked and joined": lambda q, k: torch.cat(
+        [part / 2 for part in (q @ k.mT).chunk(4, dim=-1)], dim=-1
+    ),
     "split and stacked": lambda q, k: torch.stack((q @ k.mT / 2).unbind(2), 2),
     "sliced": lambda q, k: (q @ F.pad(k, (0, 0, 0, 3)).mT / 2)[..., :-3],
     "narrowed": lambda q, k: (F.pad(q, (0, 0, 2, 0)) @ k.mT / 2).narrow(2, 2, 6),
@@ -136,8 +161,10 @@ WAYS = {
     "out": written_by_product,
     "index_copy": put,
     "moved heads": lambda q, k: (q @ k.mT / 2).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
-    "a product for each head of one tensor": lambda q, k: torch.cat([(q[:, h] @ k[:, h].mT / 2)[:, None] for h in range(H)], 1),
-}  # fmt: skip
+    "a product for each head of one tensor": lambda q, k: torch.cat(
+        [(q[:, h] @ k[:, h].mT / 2)[:, None] for h in range(H)], 1
+    ),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -149,7 +176,9 @@ def test_scores_are_followed_to_the_softmax(way: str) -> None:
 def test_scores_whose_keys_were_split_for_a_bias_keep_query_and_key() -> None:
     call = only(lambda q, k, v: decomposed(q, k).softmax(-1) @ v, Q, K, V)
     assert torch.equal(call.query, Q)
-    torch.testing.assert_close(probabilities(call), decomposed(Q, K).double().softmax(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        probabilities(call), decomposed(Q, K).double().softmax(-1), atol=1e-6, rtol=1e-5
+    )
 
 
 def by_hand(x: Tensor) -> Tensor:
@@ -202,7 +231,9 @@ PRODUCTS = {
     "matmul": lambda q, k: torch.matmul(q, k.transpose(2, 3)),
     "scaled query": lambda q, k: (q * 0.5) @ k.mT * 2,
     "bmm": lambda q, k: torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(2, H, 6, 24),
-    "baddbmm": lambda q, k: torch.baddbmm(torch.empty(1, 6, 24), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0).view(2, H, 6, 24),
+    "baddbmm": lambda q, k: torch.baddbmm(
+        torch.empty(1, 6, 24), q.flatten(0, 1), k.flatten(0, 1).mT, beta=0
+    ).view(2, H, 6, 24),
     "spaces": lambda q, k: torch.einsum(" b h i d, b h j d -> b h i j ", q, k),
     "ellipsis": lambda q, k: torch.einsum("...id,...jd->...ij", q, k),
     "capitals": lambda q, k: torch.einsum("BHID,BHJD->BHIJ", q, k),
@@ -211,10 +242,12 @@ PRODUCTS = {
     "heads last": lambda q, k: torch.einsum("bhid,bhjd->bijh", q, k).permute(0, 3, 1, 2),
     "keys first": lambda q, k: torch.einsum("bhid,bhjd->jbhi", q, k).permute(1, 2, 3, 0),
     "multiplied and summed": lambda q, k: (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1),
-    "multiplied and summed elsewhere": lambda q, k: (q.mT[..., :, None] * k.mT[..., None, :]).sum(dim=2),
+    "multiplied and summed elsewhere": lambda q, k: (q.mT[..., :, None] * k.mT[..., None, :]).sum(
+        dim=2
+    ),
     "transposed": lambda q, k: (k @ q.mT).mT,
     "a factor a query": lambda q, k: (q / FACTORS) @ k.mT * FACTORS,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", PRODUCTS)
@@ -229,11 +262,15 @@ SCALED = {
     "by zero": (lambda q, k: q @ k.mT * 0.0, 0 * SCORES),
     "over zero": (lambda q, k: ((q @ k.mT) / 0.0).nan_to_num(0.0, 1.0, -1.0), SCORES.sign()),
     "a key, heads last": (
-        lambda q, k: (torch.einsum("bhid,bhjd->bihj", q, k).mT * FACTORS.new_tensor([[0.5]] * 24)).permute(0, 3, 1, 2),
+        lambda q, k: (
+            torch.einsum("bhid,bhjd->bihj", q, k).mT * FACTORS.new_tensor([[0.5]] * 24)
+        ).permute(0, 3, 1, 2),
         SCORES,
     ),
     "a head, of heads folded": (
-        lambda q, k: (q.flatten(0, 1) @ k.flatten(0, 1).mT).view(2, H, 6, 24) * FACTORS[:H, :, None],
+        lambda q, k: (
+            (q.flatten(0, 1) @ k.flatten(0, 1).mT).view(2, H, 6, 24) * FACTORS[:H, :, None]
+        ),
         SCORES * 2 * FACTORS[:H, :, None],
     ),
 }
@@ -256,12 +293,18 @@ USES = {
     "sum of products": lambda p, v: (p.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2),
     "einsum": lambda p, v: torch.einsum("bhij,bhjd->bihd", p, v),
     "transposed": lambda p, v: v.mT @ p.mT,
-    "after dropout, mask and cast": lambda p, v: (F.dropout(p.double(), 0.2) * (BIAS > -1)).float() @ v,
-    "mixed heads": lambda p, v: F.linear(p.permute(0, 2, 3, 1), noise(H, H)).permute(0, 3, 1, 2) @ v,
+    "after dropout, mask and cast": lambda p, v: (
+        (F.dropout(p.double(), 0.2) * (BIAS > -1)).float() @ v
+    ),
+    "mixed heads": lambda p, v: (
+        F.linear(p.permute(0, 2, 3, 1), noise(H, H)).permute(0, 3, 1, 2) @ v
+    ),
     "mixed by a convolution": lambda p, v: torch.einsum("bhij,hg->bgij", p, noise(H, H)) @ v,
     "one key": lambda p, v: p[..., :1] @ v[..., :1, :],
     "a slice at a time": lambda p, v: p[..., :5] @ v[..., :5, :] + p[..., 5:] @ v[..., 5:, :],
-    "renormalised": lambda p, v: (p / (p.sum(-1, keepdim=True) + 1e-6)).reshape(6, 6, 24).bmm(v.flatten(0, 1)),
+    "renormalised": lambda p, v: (
+        (p / (p.sum(-1, keepdim=True) + 1e-6)).reshape(6, 6, 24).bmm(v.flatten(0, 1))
+    ),
     "three operands": lambda p, v: torch.einsum("bhij,bhjd,hde->bie", p, v, noise(H, 4, 5)),
     "no output named": lambda p, v: torch.einsum("ij,jd", p[0, 0], v[0, 0]),
     "inner": lambda p, v: torch.inner(p, v[0, 0].mT),
@@ -286,7 +329,12 @@ def test_several_softmaxes_used_together_are_all_seen() -> None:
         lambda p, q, v: torch.where(HIDDEN, p, q) @ v,
     )
     for way in ways:
-        calls = calls_of(lambda q, k, v, way=way: way((q @ k.mT / 2).softmax(-1), (q @ k.mT / 4).softmax(-1), v), Q, K, V)
+        calls = calls_of(
+            lambda q, k, v, way=way: way((q @ k.mT / 2).softmax(-1), (q @ k.mT / 4).softmax(-1), v),
+            Q,
+            K,
+            V,
+        )
         assert [call.layer for call in calls] == ["a", "a#1"]
         agree(calls[0], SCORES)
         agree(calls[1], SCORES / 2)
@@ -296,7 +344,9 @@ DEAD = {
     "nothing": lambda p, v: v,
     "returned": lambda p, v: p,
     "entropy": lambda p, v: -(p * p.log()).sum(-1).mean() + v,
-    "largest": lambda p, v: v + p.max(-1).values.mean() + p.argmax(-1).sum() + p.topk(2).values.sum(),
+    "largest": lambda p, v: (
+        v + p.max(-1).values.mean() + p.argmax(-1).sum() + p.topk(2).values.sum()
+    ),
     "balanced": lambda p, v: v * (p.mean((0, 1, 2)) - 1 / 24).square().sum(),
     "sum over queries": lambda p, v: p.sum(2).std() * v,
 }
@@ -316,8 +366,15 @@ def test_a_softmax_over_the_queries_of_a_transposed_product_is_the_transposed_at
     call = only(lambda q, k, v: (k @ q.mT / 2).softmax(-2).mT @ v, Q, K, V)
     assert torch.equal(call.query, Q)
     agree(call, SCORES)
-    call = only(lambda q, k, v: torch.einsum("bhji,bhjd->bhid", (k @ q.mT / 2 + BIAS.mT).softmax(dim=2), v), Q, K, V)
-    torch.testing.assert_close(probabilities(call), (SCORES + BIAS).double().softmax(-1), atol=1e-6, rtol=1e-5)
+    call = only(
+        lambda q, k, v: torch.einsum("bhji,bhjd->bhid", (k @ q.mT / 2 + BIAS.mT).softmax(dim=2), v),
+        Q,
+        K,
+        V,
+    )
+    torch.testing.assert_close(
+        probabilities(call), (SCORES + BIAS).double().softmax(-1), atol=1e-6, rtol=1e-5
+    )
     assert calls_of(lambda q, k, v: (q @ k.mT).softmax(-2) @ v, Q, K, V) == []
 
 
@@ -331,7 +388,9 @@ MASKS = {
     "method where": lambda x, c: x.where(~HIDDEN, torch.tensor(c)),
     "in place": lambda x, c: x.masked_fill_(HIDDEN, c),
     "set": lambda x, c: x.__setitem__((..., HIDDEN), c) or x,
-    "joined": lambda x, c: torch.cat([x[..., :4].masked_fill(HIDDEN[:, :4], c), x[..., 4:].masked_fill(HIDDEN[:, 4:], c)], -1),
+    "joined": lambda x, c: torch.cat(
+        [x[..., :4].masked_fill(HIDDEN[:, :4], c), x[..., 4:].masked_fill(HIDDEN[:, 4:], c)], -1
+    ),
     "split": lambda x, c: (x.view(2, H, 6, 2, 12) + c * HIDDEN.view(6, 2, 12)).view(2, H, 6, 24),
     "after an unknown step": lambda x, c: x.sinh().asinh() + c * HIDDEN,
     "with a bias": lambda x, c: x + (1e-6 * BIAS).masked_fill(HIDDEN, c),
@@ -347,24 +406,50 @@ def test_a_hidden_key_counts_nowhere_whatever_it_holds(how: str, value: float) -
 
 @pytest.mark.parametrize("value", [-1e9, -1e4, -100.0])
 @pytest.mark.parametrize("bias", [0.0, 1e-6])
-def test_a_hidden_key_of_a_fused_call_counts_nowhere_whatever_it_holds(value: float, bias: float) -> None:
+def test_a_hidden_key_of_a_fused_call_counts_nowhere_whatever_it_holds(
+    value: float, bias: float
+) -> None:
     mask = (bias * BIAS).masked_fill(HIDDEN, value)
     call = only(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), Q, K, V)
     agree(call, SCORES, HIDDEN)
     assert (call.mask.dtype == torch.bool) == (bias == 0)
 
 
-def test_a_fused_call_s_mask_that_scores_can_reach_or_that_falls_with_distance_hides_nothing() -> None:
-    for scale, mask in ((40, -100.0 * HIDDEN), (1, -9.0 * HIDDEN), (1, -4.0 * torch.arange(24.0).expand(6, 24))):
-        call = only(lambda q, k, v, mask=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), Q * scale, K, V)
+def test_a_fused_call_s_mask_that_scores_can_reach_or_that_falls_with_distance_hides_nothing() -> (
+    None
+):
+    for scale, mask in (
+        (40, -100.0 * HIDDEN),
+        (1, -9.0 * HIDDEN),
+        (1, -4.0 * torch.arange(24.0).expand(6, 24)),
+    ):
+        call = only(
+            lambda q, k, v, mask=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
+            Q * scale,
+            K,
+            V,
+        )
         assert torch.equal(call.mask.float().reshape(6, 24), mask)
 
 
 def test_keys_padded_to_a_block_are_hidden_and_keys_padded_with_zeros_are_seen() -> None:
     for value in (-torch.inf, -1e4, -100.0):
-        call = only(lambda q, k, v, value=value: F.pad(q @ k.mT / 2, (0, 2), value=value).softmax(-1)[..., :24] @ v, Q, K, V)
-        agree(call, F.pad(SCORES, (0, 2)), F.pad(torch.zeros(6, 24, dtype=torch.bool), (0, 2), value=True))
-    call = only(lambda q, k, v: F.pad(q @ k.mT / 2, (0, 2)).softmax(-1) @ F.pad(v, (0, 0, 0, 2)), Q, K, V)
+        call = only(
+            lambda q, k, v, value=value: (
+                F.pad(q @ k.mT / 2, (0, 2), value=value).softmax(-1)[..., :24] @ v
+            ),
+            Q,
+            K,
+            V,
+        )
+        agree(
+            call,
+            F.pad(SCORES, (0, 2)),
+            F.pad(torch.zeros(6, 24, dtype=torch.bool), (0, 2), value=True),
+        )
+    call = only(
+        lambda q, k, v: F.pad(q @ k.mT / 2, (0, 2)).softmax(-1) @ F.pad(v, (0, 0, 0, 2)), Q, K, V
+    )
     agree(call, F.pad(SCORES, (0, 2)))
 
 
@@ -381,17 +466,24 @@ def test_a_buffer_s_keys_that_were_never_written_are_hidden() -> None:
 
 def test_a_bias_that_falls_with_distance_hides_nothing() -> None:
     bias = -4.0 * torch.arange(24.0).expand(6, 24)
-    for scores in (lambda q, k: q @ k.mT / 2 + bias, lambda q, k: (q @ k.mT / 2).sinh().asinh() + bias):
+    for scores in (
+        lambda q, k: q @ k.mT / 2 + bias,
+        lambda q, k: (q @ k.mT / 2).sinh().asinh() + bias,
+    ):
         call = only(lambda q, k, v, scores=scores: scores(q, k).softmax(-1) @ v, Q * 0.01, K, V)
         seen = operator_of(call).n_visible()
         assert bool((seen == 24).all())
-        torch.testing.assert_close(probabilities(call), (SCORES * 0.01 + bias).double().softmax(-1), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            probabilities(call), (SCORES * 0.01 + bias).double().softmax(-1), atol=1e-6, rtol=1e-5
+        )
 
 
 def test_a_mask_that_scores_can_reach_hides_nothing() -> None:
     call = only(lambda q, k, v: (q @ k.mT / 2 - 3.0 * HIDDEN).softmax(-1) @ v, Q, K, V)
     assert bool((operator_of(call).n_visible() == 24).all())
-    torch.testing.assert_close(probabilities(call), (SCORES - 3.0 * HIDDEN).double().softmax(-1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        probabilities(call), (SCORES - 3.0 * HIDDEN).double().softmax(-1), atol=1e-6, rtol=1e-5
+    )
 
 
 SINKS = {
@@ -417,15 +509,24 @@ def test_a_sink_holds_probability_and_is_no_key(how: str, first: bool) -> None:
     own = torch.cat([SCORES, column(Q)], -1).double().softmax(-1)
     torch.testing.assert_close(probabilities(call), own[..., :-1], atol=1e-6, rtol=1e-5)
     found = signals(call)
-    assert found["attention_entropy"] == pytest.approx(torch.special.entr(own).sum(-1).mean((0, 2)).tolist(), abs=1e-5)
+    assert found["attention_entropy"] == pytest.approx(
+        torch.special.entr(own).sum(-1).mean((0, 2)).tolist(), abs=1e-5
+    )
     assert found["max_logit"] == pytest.approx(SCORES.double().amax((0, 2, 3)).tolist(), abs=1e-5)
-    assert found["max_probability"] == pytest.approx(own[..., :-1].amax(-1).mean((0, 2)).tolist(), abs=1e-5)
+    assert found["max_probability"] == pytest.approx(
+        own[..., :-1].amax(-1).mean((0, 2)).tolist(), abs=1e-5
+    )
 
 
 def test_softmax_off_by_one_has_a_sink_at_zero() -> None:
     call = only(lambda q, k, v: F.pad(q @ k.mT / 2, (1, 0)).softmax(-1)[..., 1:] @ v, Q, K, V)
     assert torch.equal(call.sinks, torch.zeros(H))
-    torch.testing.assert_close(probabilities(call), F.pad(SCORES, (1, 0)).double().softmax(-1)[..., 1:], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        probabilities(call),
+        F.pad(SCORES, (1, 0)).double().softmax(-1)[..., 1:],
+        atol=1e-6,
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize(
@@ -438,7 +539,14 @@ def test_softmax_off_by_one_has_a_sink_at_zero() -> None:
         lambda q, k, v: (q.unsqueeze(-2) * k.unsqueeze(-3))[:, :, 0].sum(-1).softmax(-1),
         lambda q, k, v: torch.vmap(lambda a, b, c: (a @ b.mT).softmax(-1) @ c)(q, k, v),
     ],
-    ids=["slots", "sigmoid", "linear", "one more in the sum", "one row of those multiplied out", "vmap"],
+    ids=[
+        "slots",
+        "sigmoid",
+        "linear",
+        "one more in the sum",
+        "one row of those multiplied out",
+        "vmap",
+    ],
 )
 def test_what_is_no_softmax_over_keys_or_cannot_be_told_is_not_shown(function) -> None:
     assert calls_of(function, Q, K, V) == []
@@ -474,9 +582,14 @@ WINDOWS = {
 @pytest.mark.parametrize("heads", [H, None])
 @pytest.mark.parametrize("how", WINDOWS)
 def test_heads_are_found_beside_windows(how: str, heads: int | None) -> None:
-    """Projected ``[B, windows, L, H * D]`` as models do, so that heads lie beside the head dimension in memory."""
+    """Projected ``[B, windows, L, H * D]`` as models do, so that heads lie beside the head
+    dimension in memory.
+    """
     windows = H if how.startswith("as many") else 4
-    q, k = (noise(2, windows, n, H * 4, seed=n).view(2, windows, n, H, 4).transpose(2, 3) for n in (6, 24))
+    q, k = (
+        noise(2, windows, n, H * 4, seed=n).view(2, windows, n, H, 4).transpose(2, 3)
+        for n in (6, 24)
+    )
     swap = not how.startswith("windows")
 
     def attend(q: Tensor, k: Tensor) -> Tensor:
@@ -501,7 +614,9 @@ def test_products_as_features_of_another_product_do_not_hide_it() -> None:
     torch.testing.assert_close(probabilities(call), own, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("way", [*WAYS, *(how for how in SOFTMAXES if how not in ("in place", "into itself"))])
+@pytest.mark.parametrize(
+    "way", [*WAYS, *(how for how in SOFTMAXES if how not in ("in place", "into itself"))]
+)
 def test_gradients_are_the_same_to_the_bit_however_scores_are_followed(way: str) -> None:
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         p = WAYS[way](q, k).softmax(-1) if way in WAYS else SOFTMAXES[way](q @ k.mT / 2)
@@ -548,7 +663,10 @@ def test_scores_are_held_no_longer_than_their_weights() -> None:
 
 def test_scores_are_followed_in_inference_mode() -> None:
     with torch.inference_mode():
-        for way in WAYS.keys() - {"buffer by copies", "out"}:  # a view does not say there what it is a view of
+        for way in WAYS.keys() - {
+            "buffer by copies",
+            "out",
+        }:  # a view does not say there what it is a view of
             agree(only(lambda q, k, v, way=way: WAYS[way](q, k).softmax(-1) @ v, Q, K, V), SCORES)
         call = only(lambda q, k, v: (q @ k.mT / 2 - 1e4 * HIDDEN).softmax(-1) @ v, Q, K, V)
         agree(call, SCORES, HIDDEN)

@@ -45,7 +45,12 @@ def test_generators_and_containers_that_modules_hold_are_put_back():
     with traceless(model):
         model(torch.ones(3))
         model.notes.pop(0)
-    assert (model.notes, model.table, model.names, model.count) == (other.notes, other.table, other.names, other.count)
+    assert (model.notes, model.table, model.names, model.count) == (
+        other.notes,
+        other.table,
+        other.names,
+        other.count,
+    )
     assert model.draw() == other.draw()
 
 

@@ -27,7 +27,9 @@ class Module(nn.Module):
 def calls_of(module: nn.Module, *tensors: Tensor, **options) -> list[AttentionCall]:
     calls: list[AttentionCall] = []
     errors: list[Exception] = []
-    with AttentionCapture(nn.ModuleDict({"a": module}), calls.append, on_error=errors.append, **options):
+    with AttentionCapture(
+        nn.ModuleDict({"a": module}), calls.append, on_error=errors.append, **options
+    ):
         module(*tensors)
     assert errors == []
     return calls
@@ -55,7 +57,17 @@ HIDDEN, WEIGHT = noise(2, 5, 8), noise(9, 8)
         lambda x: (x @ x.mT).sum(-1).softmax(-1),
         lambda x: (x @ x.mT).softmax(-2),
     ],
-    ids=["router", "temperature", "log_softmax", "loss", "einsum head", "gumbel", "linear attention", "pooled", "other axis"],
+    ids=[
+        "router",
+        "temperature",
+        "log_softmax",
+        "loss",
+        "einsum head",
+        "gumbel",
+        "linear attention",
+        "pooled",
+        "other axis",
+    ],
 )
 def test_a_softmax_that_is_no_attention_is_not_seen(function) -> None:
     assert calls_of(Module(function), HIDDEN) == []
@@ -66,19 +78,31 @@ FORMS = {
     "function of torch": lambda q, k: torch.softmax(torch.matmul(q, k.mT), -1),
     "method": lambda q, k: (q @ k.transpose(2, 3)).softmax(dim=-1),
     "wider type": lambda q, k: F.softmax(q.matmul(k.mT), dim=-1, dtype=torch.float64),
-    "letters elsewhere": lambda q, k: torch.einsum("bqhd,bkhd->bhqk", q.transpose(1, 2), k.transpose(1, 2)).softmax(-1),
+    "letters elsewhere": lambda q, k: torch.einsum(
+        "bqhd,bkhd->bhqk", q.transpose(1, 2), k.transpose(1, 2)
+    ).softmax(-1),
     "letters swapped": lambda q, k: torch.einsum("bhkd,bhqd->bhqk", k, q).softmax(-1),
     "list of operands": lambda q, k: torch.einsum("bhqd,bhkd->bhqk", [q, k]).softmax(-1),
-    "bias and mask": lambda q, k: ((q @ k.mT) * 0.5 + noise(1, 3, 5, 7)).masked_fill(noise(5, 7) > 1, -1e9).softmax(-1),
-    "where": lambda q, k: torch.where(noise(5, 7) > 1, torch.finfo(torch.float32).min, q @ k.mT / 2).softmax(-1),
-    "added constant": lambda q, k: (q @ k.mT / 2 + torch.where(noise(5, 7) > 1, -1e4, 0.0)).softmax(-1),
+    "bias and mask": lambda q, k: (
+        ((q @ k.mT) * 0.5 + noise(1, 3, 5, 7)).masked_fill(noise(5, 7) > 1, -1e9).softmax(-1)
+    ),
+    "where": lambda q, k: torch.where(
+        noise(5, 7) > 1, torch.finfo(torch.float32).min, q @ k.mT / 2
+    ).softmax(-1),
+    "added constant": lambda q, k: (q @ k.mT / 2 + torch.where(noise(5, 7) > 1, -1e4, 0.0)).softmax(
+        -1
+    ),
     "two products": lambda q, k: (q @ k.mT + (q * 2) @ k.mT).softmax(-1),
     "unknown step": lambda q, k: (q @ k.mT).sigmoid().softmax(-1),
     "relative shift": lambda q, k: F.pad(q @ k.mT, (0, 0))[..., :7].softmax(-1),
     "baddbmm": lambda q, k: (
-        torch.baddbmm(noise(6, 5, 7), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.3).view(2, 3, 5, 7).softmax(-1)
+        torch.baddbmm(noise(6, 5, 7), q.flatten(0, 1), k.flatten(0, 1).mT, alpha=0.3)
+        .view(2, 3, 5, 7)
+        .softmax(-1)
     ),
-    "shift and bias": lambda q, k: (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1))(q @ k.mT * 2 + noise(5, 7)),
+    "shift and bias": lambda q, k: (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1))(
+        q @ k.mT * 2 + noise(5, 7)
+    ),
     "capped": lambda q, k: (torch.tanh(q @ k.mT * 0.5 / 2) * 2).softmax(-1),
 }
 
@@ -107,14 +131,20 @@ def test_heads_that_share_a_key_are_laid_out_in_order(how: str) -> None:
     (call,) = calls_of(Module(lambda q, k: own.append(used(GROUPINGS[how](q, k)))), GROUPED, SHARED)
     assert torch.equal(call.query, GROUPED.flatten(1, 2))
     assert torch.equal(call.key, SHARED)
-    torch.testing.assert_close(probabilities(call), own[0].flatten(1, 2).double(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        probabilities(call), own[0].flatten(1, 2).double(), atol=1e-6, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("heads", "shape"), [(2, (6, 2, 5, 7)), (6, (2, 6, 5, 7)), (None, (6, 2, 5, 7))])
+@pytest.mark.parametrize(
+    ("heads", "shape"), [(2, (6, 2, 5, 7)), (6, (2, 6, 5, 7)), (None, (6, 2, 5, 7))]
+)
 def test_windows_are_batch_and_heads_are_heads(heads: int | None, shape: tuple[int, ...]) -> None:
     key = noise(2, 3, 2, 7, 8, seed=5)
     attributes = {} if heads is None else {"num_heads": heads}
-    (call,) = calls_of(Module(lambda q, k: used((q @ k.mT).softmax(-1)), **attributes), GROUPED, key)
+    (call,) = calls_of(
+        Module(lambda q, k: used((q @ k.mT).softmax(-1)), **attributes), GROUPED, key
+    )
     assert probabilities(call).shape == shape
     torch.testing.assert_close(call.query @ call.key.mT, (GROUPED @ key.mT).reshape(shape))
 
@@ -125,14 +155,18 @@ def test_large_scores_are_explained_in_blocks(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(explain, "BLOCK", 40)
     for form in ("bias and mask", "where", "baddbmm", "capped"):
         own: list[Tensor] = []
-        (call,) = calls_of(Module(lambda q, k, own=own, form=form: own.append(used(FORMS[form](q, k)))), Q, K)
+        (call,) = calls_of(
+            Module(lambda q, k, own=own, form=form: own.append(used(FORMS[form](q, k)))), Q, K
+        )
         torch.testing.assert_close(probabilities(call), own[0].double(), atol=1e-6, rtol=1e-5)
 
 
 def test_keys_hidden_from_one_head_only_are_told() -> None:
     hidden = torch.zeros(3, 5, 7, dtype=torch.bool)
     hidden[1, 2, 3] = True
-    (call,) = calls_of(Module(lambda q, k: used((q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1))), Q, K)
+    (call,) = calls_of(
+        Module(lambda q, k: used((q @ k.mT).masked_fill(hidden, -torch.inf).softmax(-1))), Q, K
+    )
     assert torch.equal(call.mask, ~hidden.expand(2, 3, 5, 7))
 
 
@@ -165,7 +199,9 @@ def test_fused_attention_over_folded_heads_and_windows_is_laid_out_by_head() -> 
     mask = noise(6, 5, 7) > 0
 
     def attend(q: Tensor, k: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), attn_mask=mask)
+        return F.scaled_dot_product_attention(
+            q.flatten(0, 1), k.flatten(0, 1), k.flatten(0, 1), attn_mask=mask
+        )
 
     (call,) = calls_of(Module(attend, num_heads=3), Q, K)
     assert torch.equal(call.query, Q)
@@ -176,7 +212,9 @@ def test_fused_attention_over_folded_heads_and_windows_is_laid_out_by_head() -> 
 
 
 def test_fused_causal_attention_with_more_keys_than_queries_is_aligned_at_the_top_left() -> None:
-    (call,) = calls_of(Module(lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True)), Q, K)
+    (call,) = calls_of(
+        Module(lambda q, k: F.scaled_dot_product_attention(q, k, k, is_causal=True)), Q, K
+    )
     identity = torch.eye(7).expand(2, 3, 7, 7)
     own = F.scaled_dot_product_attention(Q, K, identity, is_causal=True)
     torch.testing.assert_close(probabilities(call), own.double(), atol=1e-6, rtol=1e-5)
@@ -192,14 +230,18 @@ def test_a_named_module_s_softmax_is_attention_whatever_it_is_taken_of() -> None
 
 
 def test_half_precision_scores_are_told_by_query_and_key() -> None:
-    (call,) = calls_of(Module(lambda q, k: used((q @ k.mT * 8**-0.5).softmax(-1))), Q.bfloat16(), K.bfloat16())
+    (call,) = calls_of(
+        Module(lambda q, k: used((q @ k.mT * 8**-0.5).softmax(-1))), Q.bfloat16(), K.bfloat16()
+    )
     assert call.dtype == torch.bfloat16
     assert call.mask is None
     assert call.scale == pytest.approx(8**-0.5)
 
 
 def test_nested_tensors_are_refused_with_their_layer() -> None:
-    nested = torch.nested.nested_tensor([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], layout=torch.jagged).transpose(1, 2)
+    nested = torch.nested.nested_tensor(
+        [torch.ones(3, 2, 4), torch.ones(5, 2, 4)], layout=torch.jagged
+    ).transpose(1, 2)
     errors: list[Exception] = []
     module = Module(lambda x: F.scaled_dot_product_attention(x, x, x))
     with AttentionCapture(module, print, on_error=errors.append):

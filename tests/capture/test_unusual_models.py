@@ -1,4 +1,6 @@
-"""Models of transformers whose scores reach the softmax by detours: each softmax that is used is seen, exactly, with the right heads."""
+"""Models of transformers whose scores reach the softmax by detours: each softmax that is used is
+seen, exactly, with the right heads.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,15 +52,37 @@ SAM2: dict[str, Any] = {
     "window_size_per_stage": [8, 4],
     "backbone_channel_list": [24, 12],
 }
-SWIN: dict[str, Any] = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 4}
-GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "attn_pdrop": 0.0}
+SWIN: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [2],
+    "num_heads": [2],
+    "window_size": 4,
+}
+GPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "attn_pdrop": 0.0,
+}
 IMAGES = noise(1, 3, 16, 16)
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[int]]] = {
-    "BigBird": (lambda: T.BigBirdModel(T.BigBirdConfig(**BERT | {"block_size": 4})), tokens(64, padding=3), [4] * 10),
+    "BigBird": (
+        lambda: T.BigBirdModel(T.BigBirdConfig(**BERT | {"block_size": 4})),
+        tokens(64, padding=3),
+        [4] * 10,
+    ),
     "Luke": (
         lambda: T.LukeModel(T.LukeConfig(entity_vocab_size=10, **BERT)),
-        tokens(9) | {"entity_ids": torch.ones(2, 3).long(), "entity_position_ids": torch.zeros(2, 3, 4).long()},
+        tokens(9)
+        | {
+            "entity_ids": torch.ones(2, 3).long(),
+            "entity_position_ids": torch.zeros(2, 3, 4).long(),
+        },
         [4] * 2,
     ),
     "Longformer": (
@@ -71,14 +95,26 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[int]]] = {
         {"pixel_values": IMAGES, "prompt_pixel_values": IMAGES, "prompt_masks": IMAGES},
         [4] * 2,
     ),
-    "Hiera": (lambda: T.HieraModel(T.HieraConfig(**HIERA, num_query_pool=1)), {"pixel_values": noise(2, 3, 32, 32)}, [1, 2]),
-    "SAM 2": (lambda: T.Sam2HieraDetModel(T.Sam2HieraDetConfig(**SAM2)), {"pixel_values": noise(1, 3, 64, 64)}, [1, 2]),
+    "Hiera": (
+        lambda: T.HieraModel(T.HieraConfig(**HIERA, num_query_pool=1)),
+        {"pixel_values": noise(2, 3, 32, 32)},
+        [1, 2],
+    ),
+    "SAM 2": (
+        lambda: T.Sam2HieraDetModel(T.Sam2HieraDetConfig(**SAM2)),
+        {"pixel_values": noise(1, 3, 64, 64)},
+        [1, 2],
+    ),
     "Swin v2": (
         lambda: T.Swinv2Model(T.Swinv2Config(**SWIN, drop_path_rate=0.0)),
         {"pixel_values": noise(2, 3, 16, 16)},
         [2] * 2,
     ),
-    "OpenAI GPT": (lambda: T.OpenAIGPTModel(T.OpenAIGPTConfig(**GPT, resid_pdrop=0.0)), tokens(20, padding=3), [4] * 2),
+    "OpenAI GPT": (
+        lambda: T.OpenAIGPTModel(T.OpenAIGPTConfig(**GPT, resid_pdrop=0.0)),
+        tokens(20, padding=3),
+        [4] * 2,
+    ),
 }
 
 
@@ -89,7 +125,9 @@ class Softmaxes(TorchDispatchMode):
         super().__init__()
         self.found: list[Tensor] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._softmax.default:
             self.found.append(result.detach())
@@ -109,7 +147,11 @@ def test_every_softmax_that_is_used_is_seen_exactly(name: str) -> None:
     errors: list[Exception] = []
     with (
         Softmaxes() as made,
-        AttentionCapture(model, lambda call: seen.append((operator_of(call).heads, probabilities(call))), on_error=errors.append),
+        AttentionCapture(
+            model,
+            lambda call: seen.append((operator_of(call).heads, probabilities(call))),
+            on_error=errors.append,
+        ),
     ):
         model(**inputs)
     assert errors == []
@@ -118,7 +160,12 @@ def test_every_softmax_that_is_used_is_seen_exactly(name: str) -> None:
     for _, p in seen:
         rows = entropies(p[~p.isnan().any(-1)])  # without rows that see no key
         close = [
-            bool((each[torch.searchsorted(each, rows - 1e-5).clamp(max=len(each) - 1)] - rows).abs().max() < 2e-5)
+            bool(
+                (each[torch.searchsorted(each, rows - 1e-5).clamp(max=len(each) - 1)] - rows)
+                .abs()
+                .max()
+                < 2e-5
+            )
             for each in left
         ]
         del left[close.index(True)]

@@ -43,7 +43,9 @@ def over_slots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores picked by a bool mask into one list and laid out again, which loses where their rows and keys lie."""
+    """Scores picked by a bool mask into one list and laid out again, which loses where their rows
+    and keys lie.
+    """
     scores = q @ k.mT
     return scores[torch.ones_like(scores, dtype=torch.bool)].view(scores.shape).softmax(-1) @ v
 
@@ -160,7 +162,11 @@ class NoAttention(nn.Module):
         top, index = gate.topk(2)
         sparse = (
             top.unsqueeze(-1)
-            * torch.gather(torch.einsum("bld,edi->blei", x, self.experts), 2, index[..., None].expand(-1, -1, -1, WIDTH))
+            * torch.gather(
+                torch.einsum("bld,edi->blei", x, self.experts),
+                2,
+                index[..., None].expand(-1, -1, -1, WIDTH),
+            )
         ).sum(2)
         quantised = (x @ self.codes.mT).softmax(-1) @ self.codes
         sure = self.classes(x).softmax(-1).amax(-1, keepdim=True)

@@ -29,7 +29,9 @@ BERT_SIZES = {
 
 
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model with the same weights each time, and large enough ones to tell one attention pattern from another."""
+    """A model with the same weights each time, and large enough ones to tell one attention pattern
+    from another.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = build()
@@ -42,7 +44,9 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     return model.train()
 
 
-def tokens(length: int = LENGTH, *, seed: int = 1, padding: int = 0, side: str = "right") -> dict[str, Any]:
+def tokens(
+    length: int = LENGTH, *, seed: int = 1, padding: int = 0, side: str = "right"
+) -> dict[str, Any]:
     """Token numbers and their mask, the second row padded."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (BATCH, length), generator=generator)
@@ -63,9 +67,17 @@ def llama_like(name: str, implementation: str, **changes: Any) -> Built:
     import transformers
 
     sizes: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, use_cache=False, **SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        use_cache=False,
+        **SPECIAL,
+    )
     return decoder(getattr(transformers, f"{name}Config")(**(sizes | changes)), implementation)
 
 
@@ -73,7 +85,9 @@ def decoder(config: Any, implementation: str, inputs: dict[str, Any] | None = No
     """A causal language model of a config."""
     from transformers import AutoModelForCausalLM
 
-    build = seeded(lambda: AutoModelForCausalLM.from_config(config, attn_implementation=implementation))
+    build = seeded(
+        lambda: AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    )
     return build, inputs or tokens()
 
 
@@ -81,9 +95,17 @@ def gpt2(implementation: str, **changes: Any) -> Built:
     from transformers import GPT2Config
 
     sizes: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_head=HEADS, n_layer=2, n_positions=64, attn_pdrop=0.0, resid_pdrop=0.0,
-        embd_pdrop=0.0, use_cache=False, **SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_head=HEADS,
+        n_layer=2,
+        n_positions=64,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        use_cache=False,
+        **SPECIAL,
+    )
     return decoder(GPT2Config(**(sizes | changes)), implementation)
 
 
@@ -91,34 +113,66 @@ def gpt_neox(implementation: str) -> Built:
     from transformers import GPTNeoXConfig
 
     config = GPTNeoXConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS,
-        max_position_embeddings=64, use_cache=False, **SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        use_cache=False,
+        **SPECIAL,
+    )
     return decoder(config, implementation)
 
 
 def gpt_oss(implementation: str) -> Built:
     return llama_like(
-        "GptOss", implementation, sliding_window=5, num_local_experts=2, num_experts_per_tok=1, rope_scaling=None,
+        "GptOss",
+        implementation,
+        sliding_window=5,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        rope_scaling=None,
         layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
+    )
 
 
 def deepseek_v3(implementation: str) -> Built:
     return llama_like(
-        "DeepseekV3", implementation, head_dim=4, num_key_value_heads=HEADS, q_lora_rank=16, kv_lora_rank=8,
-        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
-        moe_intermediate_size=16, first_k_dense_replace=1, n_shared_experts=1,
-    )  # fmt: skip
+        "DeepseekV3",
+        implementation,
+        head_dim=4,
+        num_key_value_heads=HEADS,
+        q_lora_rank=16,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+        n_shared_experts=1,
+    )
 
 
 def opt(implementation: str) -> Built:
     from transformers import OPTConfig
 
     config = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=48, num_hidden_layers=2,
-        num_attention_heads=HEADS, max_position_embeddings=64, dropout=0.0, use_cache=False, **SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        word_embed_proj_dim=WIDTH,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        dropout=0.0,
+        use_cache=False,
+        **SPECIAL,
+    )
     return decoder(config, implementation, tokens(padding=3))
 
 
@@ -126,9 +180,15 @@ def bloom() -> Built:
     from transformers import BloomConfig
 
     config = BloomConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=HEADS, attention_dropout=0.0, hidden_dropout=0.0,
-        use_cache=False, **SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        n_layer=2,
+        n_head=HEADS,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        use_cache=False,
+        **SPECIAL,
+    )
     return decoder(config, "eager", tokens(padding=3))
 
 
@@ -136,9 +196,18 @@ def gptj() -> Built:
     from transformers import GPTJConfig
 
     config = GPTJConfig(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=HEADS, n_positions=64, rotary_dim=4, attn_pdrop=0.0,
-        resid_pdrop=0.0, embd_pdrop=0.0, use_cache=False, **SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=HEADS,
+        n_positions=64,
+        rotary_dim=4,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        use_cache=False,
+        **SPECIAL,
+    )
     return decoder(config, "eager")
 
 
@@ -146,16 +215,30 @@ def falcon(implementation: str, *, alibi: bool = False) -> Built:
     from transformers import FalconConfig
 
     config = FalconConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, alibi=alibi,
-        multi_query=not alibi, new_decoder_architecture=False, use_cache=False, **SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        alibi=alibi,
+        multi_query=not alibi,
+        new_decoder_architecture=False,
+        use_cache=False,
+        **SPECIAL,
+    )
     return decoder(config, implementation)
 
 
 def mpt() -> Built:
     from transformers import MptConfig
 
-    config = MptConfig(vocab_size=VOCABULARY, d_model=WIDTH, n_heads=HEADS, n_layers=2, max_seq_len=64, use_cache=False)
+    config = MptConfig(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        n_heads=HEADS,
+        n_layers=2,
+        max_seq_len=64,
+        use_cache=False,
+    )
     return decoder(config, "eager")
 
 
@@ -165,7 +248,9 @@ def encoder(name: str, implementation: str, **changes: Any) -> Built:
 
     sizes: dict[str, Any] = BERT_SIZES
     config = getattr(transformers, f"{name}Config")(**(sizes | changes))
-    build = seeded(lambda: transformers.AutoModel.from_config(config, attn_implementation=implementation))
+    build = seeded(
+        lambda: transformers.AutoModel.from_config(config, attn_implementation=implementation)
+    )
     return build, tokens(padding=4)
 
 
@@ -173,20 +258,35 @@ def t5(implementation: str) -> Built:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=1, num_heads=HEADS, dropout_rate=0.0,
-        use_cache=False, decoder_start_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=48,
+        num_layers=1,
+        num_heads=HEADS,
+        dropout_rate=0.0,
+        use_cache=False,
+        decoder_start_token_id=0,
+    )
     config._attn_implementation = implementation
-    return seeded(lambda: T5ForConditionalGeneration(config)), tokens(padding=3) | {"labels": tokens(7, seed=2)["input_ids"]}
+    return seeded(lambda: T5ForConditionalGeneration(config)), tokens(padding=3) | {
+        "labels": tokens(7, seed=2)["input_ids"]
+    }
 
 
 def vit(implementation: str) -> Built:
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(
-        hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=HEADS, image_size=16, patch_size=4,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        image_size=16,
+        patch_size=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     config._attn_implementation = implementation
     return seeded(lambda: ViTModel(config)), {"pixel_values": noise(BATCH, 3, 16, 16)}
 
@@ -195,10 +295,22 @@ def whisper(implementation: str) -> Built:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
-        vocab_size=VOCABULARY, d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=10,
-        max_target_positions=32, use_cache=False, decoder_start_token_id=1, dropout=0.0, **SPECIAL,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=32,
+        use_cache=False,
+        decoder_start_token_id=1,
+        dropout=0.0,
+        **SPECIAL,
+    )
     config._attn_implementation = implementation
     inputs = {"input_features": noise(BATCH, 8, 20), "labels": tokens(7)["input_ids"]}
     return seeded(lambda: WhisperForConditionalGeneration(config)), inputs
@@ -215,7 +327,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (batch, length, width), heads = x.shape, self.n_head
-        q, k, v = (part.view(batch, length, heads, width // heads).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        q, k, v = (
+            part.view(batch, length, heads, width // heads).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, -1)
+        )
         hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         scale = q.shape[-1] ** -0.5
         if self.how == "fused":
@@ -223,14 +338,24 @@ class Attention(nn.Module):
         elif self.how == "flex":
             from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-            blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=x.device)
+            blocks = create_block_mask(
+                lambda b, h, i, j: i >= j, None, None, length, length, device=x.device
+            )
             y = flex_attention(q, k, v, block_mask=blocks)
         elif self.how == "flex_score":
             from torch.nn.attention.flex_attention import flex_attention
 
-            y = flex_attention(q, k, v, score_mod=lambda s, b, h, i, j: torch.where(i >= j, s - 0.1 * (i - j), -torch.inf))
+            y = flex_attention(
+                q,
+                k,
+                v,
+                score_mod=lambda s, b, h, i, j: torch.where(i >= j, s - 0.1 * (i - j), -torch.inf),
+            )
         elif self.how == "manual":
-            y = F.softmax((q @ k.transpose(-2, -1) * scale).masked_fill(hidden, -torch.inf), dim=-1) @ v
+            y = (
+                F.softmax((q @ k.transpose(-2, -1) * scale).masked_fill(hidden, -torch.inf), dim=-1)
+                @ v
+            )
         elif self.how == "fill":
             y = self.softmax((q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(hidden, -1e9)) @ v
         elif self.how == "in_place":
@@ -242,21 +367,38 @@ class Attention(nn.Module):
             scores = (q @ k.mT * scale).masked_fill(hidden, -torch.inf)
             y = torch.softmax(scores - scores.amax(-1, keepdim=True), -1) @ v
         elif self.how == "softcap":
-            y = F.softmax((3 * torch.tanh(q @ k.mT * scale / 3)).masked_fill(hidden, -torch.inf), dim=-1) @ v
+            y = (
+                F.softmax(
+                    (3 * torch.tanh(q @ k.mT * scale / 3)).masked_fill(hidden, -torch.inf), dim=-1
+                )
+                @ v
+            )
         elif self.how == "alibi":
             place = torch.arange(length, device=x.device)
             scores = q @ k.mT * scale + 0.3 * (place - place[:, None])
             y = F.softmax(scores.masked_fill(hidden, torch.finfo(scores.dtype).min), dim=-1) @ v
         elif self.how == "einsum":
             scores = torch.einsum("bhid,bhjd->bhij", q, k) * scale
-            y = torch.einsum("bhij,bhjd->bhid", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+            y = torch.einsum(
+                "bhij,bhjd->bhid", scores.masked_fill(hidden, -torch.inf).softmax(-1), v
+            )
         elif self.how == "folded":
             q, k, v = (part.reshape(batch * heads, length, -1) for part in (q, k, v))
-            scores = torch.bmm(q * scale, k.mT) + torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, -torch.inf)
+            scores = torch.bmm(q * scale, k.mT) + torch.zeros_like(
+                hidden, dtype=q.dtype
+            ).masked_fill(hidden, -torch.inf)
             y = (F.softmax(scores, dim=-1) @ v).view(batch, heads, length, -1)
         elif self.how == "cosine":
             gain = torch.full((heads, 1, 1), 4.0)
-            y = F.softmax((F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * gain).masked_fill(hidden, -torch.inf), -1) @ v
+            y = (
+                F.softmax(
+                    (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT * gain).masked_fill(
+                        hidden, -torch.inf
+                    ),
+                    -1,
+                )
+                @ v
+            )
         else:
             raise ValueError(self.how)
         return self.proj(y.transpose(1, 2).reshape(batch, length, width))
@@ -300,7 +442,9 @@ class MultiHead(nn.Module):
         hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         padding = torch.zeros(x.shape[:2], dtype=torch.bool)
         padding[1, -3:] = True
-        y: Tensor = self.attention(x, x, x, key_padding_mask=padding, attn_mask=hidden, need_weights=self.need_weights)[0]
+        y: Tensor = self.attention(
+            x, x, x, key_padding_mask=padding, attn_mask=hidden, need_weights=self.need_weights
+        )[0]
         return y
 
 
@@ -319,14 +463,20 @@ def transformer_encoder() -> Built:
 
 
 def zoo() -> dict[str, Callable[[], Built]]:
-    """Name -> builder of (model in training mode without dropout, keyword arguments of its forward).
+    """Name -> builder of (model in training mode without dropout, keyword arguments of its
+    forward).
 
-    FlexAttention has no backward on CPU: run the models with ``flex`` in their name without gradients.
+    FlexAttention has no backward on CPU: run the models with ``flex`` in their name without
+        gradients.
     """
     models: dict[str, Callable[[], Built]] = {}
 
     def add(
-        name: str, build: Callable[..., Built], *, implementations: tuple[str, ...] = ("sdpa", "eager"), **changes: Any
+        name: str,
+        build: Callable[..., Built],
+        *,
+        implementations: tuple[str, ...] = ("sdpa", "eager"),
+        **changes: Any,
     ) -> None:
         for implementation in implementations:
             models[f"{name}-{implementation}"] = partial(build, implementation, **changes)
@@ -346,7 +496,11 @@ def zoo() -> dict[str, Callable[[], Built]]:
     add("mistral", llama("Mistral", sliding_window=5), implementations=everywhere)
     add("qwen2", llama("Qwen2"))
     add("qwen3", llama("Qwen3"))
-    add("gemma2", llama("Gemma2", attn_logit_softcapping=2.0, query_pre_attn_scalar=8, **windows), implementations=everywhere[1:])
+    add(
+        "gemma2",
+        llama("Gemma2", attn_logit_softcapping=2.0, query_pre_attn_scalar=8, **windows),
+        implementations=everywhere[1:],
+    )
     add("gemma3", llama("Gemma3Text", query_pre_attn_scalar=8, **windows))
     add("gpt_neox", gpt_neox)
     add("gpt_oss", gpt_oss, implementations=("eager",))

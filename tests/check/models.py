@@ -30,32 +30,76 @@ def seeded(make: Any) -> Any:
 
 
 def gpt2(attention: str = "sdpa", **changes: Any) -> Any:
-    sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 256, "vocab_size": VOCABULARY, "use_cache": False}
+    sizes = {
+        "n_embd": WIDTH,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "vocab_size": VOCABULARY,
+        "use_cache": False,
+    }
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "loss_type": "ForCausalLM"}
     config = GPT2Config(**(sizes | tokens | changes))
     return seeded(lambda: GPT2LMHeadModel._from_config(config, attn_implementation=attention))
 
 
 def llama(**changes: Any) -> Any:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "use_cache": False}
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    more = {
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "use_cache": False,
+    }
     return seeded(lambda: LlamaForCausalLM(LlamaConfig(**(sizes | more | changes))))
 
 
 def qwen3(**changes: Any) -> Any:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
-    more = {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "use_cache": False}
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+    }
+    more = {
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 256,
+        "use_cache": False,
+    }
     return seeded(lambda: Qwen3ForCausalLM(Qwen3Config(**(sizes | more | changes))))
 
 
 def bert() -> Any:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return seeded(lambda: BertForMaskedLM(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=128, **sizes)))
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return seeded(
+        lambda: BertForMaskedLM(
+            BertConfig(vocab_size=VOCABULARY, max_position_embeddings=128, **sizes)
+        )
+    )
 
 
 def vit() -> Any:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return seeded(lambda: ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, **sizes)))
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    return seeded(
+        lambda: ViTForImageClassification(ViTConfig(image_size=32, patch_size=4, **sizes))
+    )
 
 
 def tokens(length: int = LENGTH, rows: int = 2) -> dict[str, Tensor]:
@@ -68,15 +112,24 @@ def image() -> dict[str, Tensor]:
 
 
 class HandWritten(nn.Module):
-    """One block of attention with nn.Linear's own initialisation, over normalised inputs; gives a scalar loss.
+    """One block of attention with nn.Linear's own initialisation, over normalised inputs; gives a
+    scalar loss.
 
     Args:
         scale: what scores are multiplied by; None for 1 / sqrt(D).
-        where: ``kernel`` hands it to the fused kernel, ``query`` multiplies queries before the product, ``scores`` the product.
+        where: ``kernel`` hands it to the fused kernel, ``query`` multiplies queries before the
+            product, ``scores`` the product.
         gain: times the inputs that the projections read.
     """
 
-    def __init__(self, *, scale: float | None = None, where: str = "kernel", heads: int = 2, gain: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        scale: float | None = None,
+        where: str = "kernel",
+        heads: int = 2,
+        gain: float = 1.0,
+    ) -> None:
         super().__init__()
         self.num_heads, self.where, self.gain = heads, where, gain
         self.scale = (WIDTH // heads) ** -0.5 if scale is None else scale
@@ -84,7 +137,10 @@ class HandWritten(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.layer_norm(x, (WIDTH,)) * self.gain
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         if self.where == "kernel":
             mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
@@ -114,7 +170,15 @@ def with_sample() -> tuple[HandWritten, Tensor]:
 
 def tiny() -> Any:
     """For a sweep in seconds."""
-    return gpt2(n_embd=32, n_head=1, n_layer=1, n_positions=16, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    return gpt2(
+        n_embd=32,
+        n_head=1,
+        n_layer=1,
+        n_positions=16,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    )
 
 
 def fails() -> nn.Module:

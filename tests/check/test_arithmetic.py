@@ -21,7 +21,9 @@ from stabmon.check.measuring.arithmetic import (
 def test_expected_entropy_is_that_of_simulated_rows(sigma: float, keys: int) -> None:
     rows = np.random.default_rng(0).normal(0, sigma, (400, keys))
     simulated = entropy(softmax(rows, axis=1), axis=1)
-    assert expected_entropy(sigma, keys) == pytest.approx(simulated.mean(), abs=0.03 + simulated.std() / 2)
+    assert expected_entropy(sigma, keys) == pytest.approx(
+        simulated.mean(), abs=0.03 + simulated.std() / 2
+    )
 
 
 def test_entropy_is_ln_n_without_spread_and_little_beyond_the_critical_one() -> None:
@@ -31,7 +33,9 @@ def test_entropy_is_ln_n_without_spread_and_little_beyond_the_critical_one() -> 
 
 
 def test_a_softcap_keeps_the_spread_of_rows_that_would_condense() -> None:
-    assert expected_entropy(30.0, 256, softcap=1.0) > 0.8 * math.log(256) > expected_entropy(30.0, 256)
+    assert (
+        expected_entropy(30.0, 256, softcap=1.0) > 0.8 * math.log(256) > expected_entropy(30.0, 256)
+    )
 
 
 def test_expected_maximum_bounds_the_mean_of_simulated_maxima_closely() -> None:

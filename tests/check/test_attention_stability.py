@@ -44,12 +44,37 @@ def damaged() -> Any:
 
 
 BROKEN = {
-    "init ten times too large": (lambda: (broken_init(), models.tokens()), "fp32", "saturated_softmax", "error"),
-    "no scale": (lambda: (models.hand_written(scale=1.0), models.noise()), "fp32", "scale_missing", "warning"),
-    "head dimension 2": (lambda: (models.gpt2(n_head=64), models.tokens()), "fp32", "head_dim_too_small", "warning"),
-    "overflow": (lambda: (broken_init("eager", 300.0), models.tokens()), "fp16", "overflow_risk", "critical"),
+    "init ten times too large": (
+        lambda: (broken_init(), models.tokens()),
+        "fp32",
+        "saturated_softmax",
+        "error",
+    ),
+    "no scale": (
+        lambda: (models.hand_written(scale=1.0), models.noise()),
+        "fp32",
+        "scale_missing",
+        "warning",
+    ),
+    "head dimension 2": (
+        lambda: (models.gpt2(n_head=64), models.tokens()),
+        "fp32",
+        "head_dim_too_small",
+        "warning",
+    ),
+    "overflow": (
+        lambda: (broken_init("eager", 300.0), models.tokens()),
+        "fp16",
+        "overflow_risk",
+        "critical",
+    ),
     "one head": (lambda: (damaged(), models.tokens()), "fp32", "damaged_head", "error"),
-    "no norm": (lambda: (models.hand_written(gain=5.0), models.noise()), "fp32", "inputs_not_normalised", "warning"),
+    "no norm": (
+        lambda: (models.hand_written(gain=5.0), models.noise()),
+        "fp32",
+        "inputs_not_normalised",
+        "warning",
+    ),
 }
 
 
@@ -70,13 +95,18 @@ def test_the_damaged_head_is_named_and_no_other() -> None:
     (found,) = [each for each in report.findings if each.name == "damaged_head"]
     assert (found.layer, found.head, found.also) == ("model.layers.1.self_attn", 2, 0)
     assert found.value == pytest.approx(200, rel=0.1)
-    assert (report.heads()[0]["layer"], report.heads()[0]["head"]) == ("model.layers.1.self_attn", 2)
+    assert (report.heads()[0]["layer"], report.heads()[0]["head"]) == (
+        "model.layers.1.self_attn",
+        2,
+    )
 
 
 def test_overflow_binds_where_the_product_is_written_in_float16_alone() -> None:
     names = {}
     for attention, dtype in (("eager", "fp16"), ("eager", "bf16"), ("sdpa", "fp16")):
-        report = stabmon.check_attention_stability(broken_init(attention, 300.0), models.tokens(), dtype)
+        report = stabmon.check_attention_stability(
+            broken_init(attention, 300.0), models.tokens(), dtype
+        )
         names[attention, dtype] = {each.name for each in report.findings}
     assert {key for key, found in names.items() if "overflow_risk" in found} == {("eager", "fp16")}
     eager = stabmon.check_attention_stability(broken_init("eager", 300.0), models.tokens(), "bf16")
@@ -114,7 +144,9 @@ def test_rounding_a_position_bias_is_a_warning_at_most() -> None:
 
 
 def test_a_format_is_enough_where_it_keeps_the_bits_that_are_needed() -> None:
-    """Queries and keys with a common part, so that scores are large and close to each other: the worst case for rounding."""
+    """Queries and keys with a common part, so that scores are large and close to each other: the
+    worst case for rounding.
+    """
     verdicts = set()
     for common in (0.0, 3.0, 30.0):
         model = models.gpt2()
@@ -126,7 +158,9 @@ def test_a_format_is_enough_where_it_keeps_the_bits_that_are_needed() -> None:
             assert fit["safe"] == (fit["bits_needed"] <= fit["bits_kept"] and fit["headroom"] > 2)
             verdicts.add((fit["path"], fit["dtype"], fit["safe"]))
         assert report["bfloat16_safe"] == (report["precision_bits_needed"] <= 8)
-    assert {(path, "bf16", safe) for path in ("eager", "fused") for safe in (True, False)} <= verdicts
+    assert {
+        (path, "bf16", safe) for path in ("eager", "fused") for safe in (True, False)
+    } <= verdicts
     assert "allowed" in report.to_markdown()
 
 
@@ -164,7 +198,10 @@ def test_the_report_is_a_mapping_with_the_promised_keys() -> None:
 
 
 def test_a_longer_length_expects_larger_scores_and_stays_a_fact_of_arithmetic() -> None:
-    short, long = (stabmon.check_attention_stability(models.llama(), models.tokens(), {"seq_len": n}) for n in (64, 131_072))
+    short, long = (
+        stabmon.check_attention_stability(models.llama(), models.tokens(), {"seq_len": n})
+        for n in (64, 131_072)
+    )
     ratio = long["expected_logit_max"] / short["expected_logit_max"]
     assert ratio == pytest.approx((17 / 6) ** 0.5, rel=1e-6)
 
@@ -177,7 +214,10 @@ def test_nothing_is_left_behind(training: bool) -> None:
         parameter.grad = torch.full_like(parameter, float(place)) if place % 2 else None
     before = weights(model), {name: each.grad for name, each in model.named_parameters()}
     grads = {name: None if each is None else each.clone() for name, each in before[1].items()}
-    modes, version = [each.training for each in model.modules()], [each._version for each in model.parameters()]
+    modes, version = (
+        [each.training for each in model.modules()],
+        [each._version for each in model.parameters()],
+    )
     state = torch.get_rng_state()
     stabmon.check_attention_stability(model, models.tokens(), "bf16")
     assert same_bits(weights(model), before[0])

@@ -11,8 +11,19 @@ import torch
 from stabmon.cli import main
 from tests.check import models
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 256}
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "max_position_embeddings": 128, **SIZES}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 256,
+}
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "max_position_embeddings": 128,
+    **SIZES,
+}
 
 
 @pytest.fixture
@@ -67,13 +78,26 @@ def test_a_folder_is_measured_with_its_weights(run: Any, folder: Path) -> None:
     assert "with its weights" in " ".join(out.split())
 
 
-def test_a_model_too_large_to_make_is_checked_by_one_layer_of_each_kind(run: Any, tmp_path: Path) -> None:
-    large = {"model_type": "gemma2", "hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 60, "head_dim": 32}
-    (tmp_path / "config.json").write_text(json.dumps(large | {"num_attention_heads": 8, "num_key_value_heads": 4}))
+def test_a_model_too_large_to_make_is_checked_by_one_layer_of_each_kind(
+    run: Any, tmp_path: Path
+) -> None:
+    large = {
+        "model_type": "gemma2",
+        "hidden_size": 256,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 60,
+        "head_dim": 32,
+    }
+    (tmp_path / "config.json").write_text(
+        json.dumps(large | {"num_attention_heads": 8, "num_key_value_heads": 4})
+    )
     status, out, _ = run(tmp_path / "config.json", "--json")
     report = json.loads(out)
     assert status == 0
-    assert {each["layer"] for each in report["heads"]} == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    assert {each["layer"] for each in report["heads"]} == {
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    }
     assert any("2 of 60 layers made" in note for note in report["notes"])
     assert report["seq_len"] == 8192
 
@@ -105,7 +129,9 @@ def test_a_callable_gives_a_model_and_may_give_its_sample(run: Any) -> None:
     assert (status, json.loads(out)["seq_len"]) == (0, 48)
 
 
-def test_a_text_without_a_tokenizer_is_read_byte_by_byte(run: Any, config: Path, tmp_path: Path) -> None:
+def test_a_text_without_a_tokenizer_is_read_byte_by_byte(
+    run: Any, config: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.txt").write_text("To be, or not to be. " * 40)
     status, out, _ = run(config, "--text", tmp_path / "text.txt", "--json")
     assert status == 0
@@ -142,17 +168,27 @@ def test_every_implementation_can_be_asked_for(run: Any, config: Path, attention
         (["no.such.module:make"], "give package.module:callable that can be imported"),
         (["tests.check.models:WIDTH"], "is a int; give a callable that makes the model"),
         (["tests.check.models:nothing"], "cannot be imported from here (AttributeError"),
-        (["tests.check.models:fails"], "fails when it is called (RuntimeError: no weights under this name); give a callable"),
+        (
+            ["tests.check.models:fails"],
+            "fails when it is called (RuntimeError: no weights under this name); give a callable",
+        ),
         (["tests.check.models:leaves"], "fails when it is called (SystemExit: 3)"),
         (["tests.check.models:Broken"], "(ZeroDivisionError: not today)"),
         (["{tmp}/torn"], "cannot load the weights of"),
         (["{tmp}/bytes.json"], "not a model's config that can be read"),
         (["tests.check.models:tokens"], "it must give an nn.Module"),
-        (["tests.check.models:gpt2", "--seq-len", "4096"], "the model has 256 learned positions; give at most 256"),
+        (
+            ["tests.check.models:gpt2", "--seq-len", "4096"],
+            "the model has 256 learned positions; give at most 256",
+        ),
     ],
 )
-def test_a_wrong_call_is_one_line_that_names_the_mend(run: Any, config: Path, tmp_path: Path, args: list[str], says: str) -> None:
-    (tmp_path / "resnet.json").write_text(json.dumps({"model_type": "resnet", "depths": [1, 1], "hidden_sizes": [8, 8]}))
+def test_a_wrong_call_is_one_line_that_names_the_mend(
+    run: Any, config: Path, tmp_path: Path, args: list[str], says: str
+) -> None:
+    (tmp_path / "resnet.json").write_text(
+        json.dumps({"model_type": "resnet", "depths": [1, 1], "hidden_sizes": [8, 8]})
+    )
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "bytes.json").write_bytes(b"\x80\x81{}")
@@ -184,7 +220,9 @@ def test_a_rate_is_judged_by_a_sweep_alone(run: Any, config: Path) -> None:
 
 
 def test_a_sweep_says_where_the_recipe_blows_up(run: Any) -> None:
-    status, out, err = run("tests.check.models:tiny", "--sweep", "--lr", "1.0", "--schedule", "cosine:4:100", "--json")
+    status, out, err = run(
+        "tests.check.models:tiny", "--sweep", "--lr", "1.0", "--schedule", "cosine:4:100", "--json"
+    )
     report = json.loads(out)
     assert (status, err) == (1, "")
     assert 0 < report["sweep"]["limit"] < 1.0

@@ -15,7 +15,13 @@ GPT2 = Origin(spread=0.307, head_dim=64, seq_len=1024, scale=0.125, fused=False)
 CONFIG = CheckConfig()
 
 
-def at(temperature: float, dtype: str = "fp16", origin: Origin = GPT2, head_dim: int = 64, seq_len: int = 1024):  # type: ignore[no-untyped-def]
+def at(
+    temperature: float,
+    dtype: str = "fp16",
+    origin: Origin = GPT2,
+    head_dim: int = 64,
+    seq_len: int = 1024,
+):  # type: ignore[no-untyped-def]
     return place(origin, temperature, head_dim, seq_len, dtype, CONFIG)
 
 
@@ -56,13 +62,19 @@ def test_longer_rows_bear_wider_scores_before_they_saturate() -> None:
 
 def test_the_grid_holds_the_models_own_place_and_reads_by_row() -> None:
     origin = Origin(0.3, 48, 1000, 48**-0.5, True)
-    places = stability_region(origin, CONFIG, temperatures=(0.5, 1.0), head_dims=(16, 64), lengths=(128, 4096))
+    places = stability_region(
+        origin, CONFIG, temperatures=(0.5, 1.0), head_dims=(16, 64), lengths=(128, 4096)
+    )
     assert len(places) == 3 * 2 * 3 * 3
     rows = dict(grid(places, "bf16", "seq_len", 48))
     assert [p.seq_len for p in rows[1.0]] == [128, 1000, 4096]
     data = region_data(origin, places)
     assert len(data["rows"]) == len(places)
-    assert set(dict(zip(data["columns"], data["rows"][0], strict=True))) >= {"stable", "cause", *(f"{c}_margin" for c in CAUSES)}
+    assert set(dict(zip(data["columns"], data["rows"][0], strict=True))) >= {
+        "stable",
+        "cause",
+        *(f"{c}_margin" for c in CAUSES),
+    }
 
 
 def test_a_check_gives_the_region_as_data_a_table_and_a_picture(tmp_path: Path) -> None:

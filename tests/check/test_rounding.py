@@ -19,7 +19,9 @@ def test_the_fused_path_rounds_queries_and_keys_alone() -> None:
     one = call(3.0)
     exact = rows_of(one, 40)
     q, k = (each.to(torch.bfloat16).double() for each in (one.query, one.key))
-    expected = torch.softmax(q @ k.mT * one.scale, -1) - torch.softmax(one.query.double() @ one.key.double().mT * one.scale, -1)
+    expected = torch.softmax(q @ k.mT * one.scale, -1) - torch.softmax(
+        one.query.double() @ one.key.double().mT * one.scale, -1
+    )
     assert torch.allclose(moved(exact, torch.bfloat16, "fused"), expected.abs().sum(-1) / 2)
 
 

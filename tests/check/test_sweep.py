@@ -56,7 +56,9 @@ def test_at_the_score_limit_a_typical_normal_row_passes_a_tenth() -> None:
 
 def test_a_sweep_brackets_the_limit_in_a_real_model() -> None:
     heard = []
-    found = sweep_rates(lambda seed: models.tiny(), batches, Recipe(), "fp32", 16, around=2e-2, told=heard.append)
+    found = sweep_rates(
+        lambda seed: models.tiny(), batches, Recipe(), "fp32", 16, around=2e-2, told=heard.append
+    )
     assert len(heard) == len(found.rates)
     assert found.limit is not None
     assert min(found.rates) < found.limit < max(found.rates)
@@ -69,7 +71,12 @@ def test_a_sweep_brackets_the_limit_in_a_real_model() -> None:
 def test_short_runs_are_the_same_each_time_and_leave_nothing() -> None:
     state = torch.get_rng_state()
     model = models.gpt2(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    runs = [train_briefly(models.gpt2 if n else lambda: model, batches(6, 0), Recipe(warmup=2), 1e-3, "bf16") for n in (0, 1)]
+    runs = [
+        train_briefly(
+            models.gpt2 if n else lambda: model, batches(6, 0), Recipe(warmup=2), 1e-3, "bf16"
+        )
+        for n in (0, 1)
+    ]
     assert np.isfinite(runs[0].scores).all()
     assert len(runs[0].losses) == 6
     assert clean(model)
@@ -78,7 +85,9 @@ def test_short_runs_are_the_same_each_time_and_leave_nothing() -> None:
 
 @pytest.mark.parametrize("config", ["gpt2", "llama", "qwen3"])
 def test_the_narrow_cousin_keeps_the_spread_of_scores(config: str) -> None:
-    wide = getattr(models, config)(**({"n_embd": 512} if config == "gpt2" else {"hidden_size": 512})).config
+    wide = getattr(models, config)(
+        **({"n_embd": 512} if config == "gpt2" else {"hidden_size": 512})
+    ).config
     small, width, full = narrow(wide)
     assert (width, full) == (128, 512)
     assert small.initializer_range**2 * width == pytest.approx(wide.initializer_range**2 * full)
@@ -90,8 +99,12 @@ def sweep(limit: float | None) -> Sweep:
     return Sweep((1e-3,), (1.0,), (0.0,), (3.0,), 60.0, limit, *ends, 1.5, 48, 128, 512)
 
 
-@pytest.mark.parametrize(("rate", "severity"), [(1e-4, None), (1.5e-3, None), (3e-3, "warning"), (1e-2, "error")])
-def test_a_rate_is_judged_against_the_interval_at_full_width(rate: float, severity: str | None) -> None:
+@pytest.mark.parametrize(
+    ("rate", "severity"), [(1e-4, None), (1.5e-3, None), (3e-3, "warning"), (1e-2, "error")]
+)
+def test_a_rate_is_judged_against_the_interval_at_full_width(
+    rate: float, severity: str | None
+) -> None:
     found = judge_rate(sweep(1.6e-2), rate)  # 2e-3 … 8e-3 at full width
     assert (None if found is None else found.severity) == severity
 

@@ -20,7 +20,13 @@ def views(model: Any, sample: Any) -> list[Any]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"scale": 1.0}, {"scale": 0.125, "where": "query"}, {"scale": 0.125, "where": "scores"}, {"heads": 8}],
+    [
+        {},
+        {"scale": 1.0},
+        {"scale": 0.125, "where": "query"},
+        {"scale": 0.125, "where": "scores"},
+        {"heads": 8},
+    ],
     ids=str,
 )
 def test_the_spread_of_scores_follows_from_the_weights(changes: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""Controlled attention written out densely, as its formulas say, in place of a model's own attention function."""
+"""Controlled attention written out densely, as its formulas say, in place of a model's own
+attention function.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ from tests.capture.zoo import zoo
 NAME = "dense_reference"
 
 
-def built(name: str, kind: str = "info_density", seed: int = 3, **options: Any) -> tuple[Any, dict[str, Any], Any]:
-    """A model of the zoo in evaluation mode, its inputs, and controllers in it whose parameters are drawn at random."""
+def built(
+    name: str, kind: str = "info_density", seed: int = 3, **options: Any
+) -> tuple[Any, dict[str, Any], Any]:
+    """A model of the zoo in evaluation mode, its inputs, and controllers in it whose parameters are
+    drawn at random.
+    """
     model, inputs = zoo()[name]()
     controllers = attach_controllers(model.eval(), kind, **options)
     scatter(controllers, seed)
@@ -33,7 +39,9 @@ def scatter(controllers: nn.Module, seed: int = 3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in controllers.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1]))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) / math.sqrt(parameter.shape[-1])
+            )
 
 
 def output_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -43,8 +51,11 @@ def output_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return tensor
 
 
-def dense_output(model: nn.Module, inputs: dict[str, Any], seen: list[Tensor] | None = None) -> Tensor:
-    """What a controlled model's output must be: an uncontrolled copy of it with the formulas written out in every layer.
+def dense_output(
+    model: nn.Module, inputs: dict[str, Any], seen: list[Tensor] | None = None
+) -> Tensor:
+    """What a controlled model's output must be: an uncontrolled copy of it with the formulas
+    written out in every layer.
 
     ``seen`` gets the weights ``[B, H, Q, K]`` of each layer.
     """
@@ -55,7 +66,9 @@ def dense_output(model: nn.Module, inputs: dict[str, Any], seen: list[Tensor] | 
     }
     plain = copy.deepcopy(model)
     detach_controllers(plain)
-    modules = {id(module): members[name] for name, module in plain.named_modules() if name in members}
+    modules = {
+        id(module): members[name] for name, module in plain.named_modules() if name in members
+    }
     hidden: dict[int, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -65,7 +78,14 @@ def dense_output(model: nn.Module, inputs: dict[str, Any], seen: list[Tensor] | 
         if id(module) in modules:
             module.register_forward_pre_hook(keep, with_kwargs=True)
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> Any:
         of = modules.get(id(module)), hidden.get(id(module))
         output, weights = dense_attention(*of, query, key, value, attention_mask, kwargs)
         if seen is not None:
@@ -91,7 +111,13 @@ def registered(attention: Callable[..., Any]) -> Iterator[None]:
 
 
 def dense_attention(
-    controller: Any, hidden: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    controller: Any,
+    hidden: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """Scores ``[B, H, Q, K]``, then everything in the order of the formulas."""
     group = query.shape[1] // key.shape[1]
@@ -116,7 +142,9 @@ def dense_attention(
     if kwargs.get("position_bias") is not None:
         scores = scores + kwargs["position_bias"]
     visible = (
-        torch.ones_like(scores, dtype=torch.bool) if mask is None else (mask >= torch.finfo(mask.dtype).min / 2).expand_as(scores)
+        torch.ones_like(scores, dtype=torch.bool)
+        if mask is None
+        else (mask >= torch.finfo(mask.dtype).min / 2).expand_as(scores)
     )
     softmax = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1).nan_to_num(0.0)
     share = getattr(controller, "linear_share", lambda: None)()
@@ -129,7 +157,9 @@ def dense_attention(
             seen = scores[at][visible[at]]
             if len(seen):
                 lifted = seen - seen.min() + 1
-                linear[at] = torch.zeros_like(scores[at]).masked_scatter(visible[at], lifted / lifted.sum())
+                linear[at] = torch.zeros_like(scores[at]).masked_scatter(
+                    visible[at], lifted / lifted.sum()
+                )
         share = share[:, None, None] if isinstance(share, Tensor) else share
         weights = share * linear + (1 - share) * softmax
     return (weights @ value).transpose(1, 2).contiguous(), weights

@@ -1,4 +1,6 @@
-"""Attaching leaves a model what it is, detaching leaves it as it was, and what trains elsewhere trains here."""
+"""Attaching leaves a model what it is, detaching leaves it as it was, and what trains elsewhere
+trains here.
+"""
 
 import copy
 import pickle
@@ -8,7 +10,12 @@ import pytest
 import torch
 from transformers.modeling_utils import AttentionInterface
 
-from stabmon.controllers import attach_controllers, detach_controllers, load_controllers, save_controllers
+from stabmon.controllers import (
+    attach_controllers,
+    detach_controllers,
+    load_controllers,
+    save_controllers,
+)
 from stabmon.controllers.attention_function import PREFIX
 from tests.capture.zoo import tokens, zoo
 from tests.controllers.reference import built, output_of, scatter
@@ -20,11 +27,23 @@ def state(model: Any) -> dict[str, Any]:
     return {
         "state": {name: value.clone() for name, value in model.state_dict().items()},
         "config": model.config.to_dict(),
-        "configs": {name: id(module.config) for name, module in model.named_modules() if hasattr(module, "config")},
+        "configs": {
+            name: id(module.config)
+            for name, module in model.named_modules()
+            if hasattr(module, "config")
+        },
         "attributes": {name: sorted(module.__dict__) for name, module in model.named_modules()},
-        "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
-        "kwargs": [len(m._forward_pre_hooks_with_kwargs) + len(m._forward_hooks_always_called) for m in model.modules()],
-        "names": sorted(name for name in AttentionInterface._global_mapping if not name.startswith(PREFIX)),
+        "hooks": [
+            len(module._forward_pre_hooks) + len(module._forward_hooks)
+            for module in model.modules()
+        ],
+        "kwargs": [
+            len(m._forward_pre_hooks_with_kwargs) + len(m._forward_hooks_always_called)
+            for m in model.modules()
+        ],
+        "names": sorted(
+            name for name in AttentionInterface._global_mapping if not name.startswith(PREFIX)
+        ),
         "classes": [type(module) for module in model.modules()],
     }
 
@@ -40,7 +59,9 @@ def test_detaching_leaves_everything_as_it_was(family: str, kind: str) -> None:
     output_of(model, inputs)
     detach_controllers(model)
     after = state(model)
-    assert not [name for name in AttentionInterface._global_mapping if name.startswith(PREFIX)], "nothing of ours stays behind"
+    assert not [name for name in AttentionInterface._global_mapping if name.startswith(PREFIX)], (
+        "nothing of ours stays behind"
+    )
     weights, same = before.pop("state"), after.pop("state")
     assert before == after
     assert list(weights) == list(same)
@@ -56,14 +77,21 @@ def test_a_model_that_failed_can_still_be_used_and_detached() -> None:
     with pytest.raises(IndexError):
         model(input_ids=torch.full((1, 3), 10_000))
     with pytest.raises(ValueError, match="not with hidden states"):
-        model.model.layers[0].self_attn(torch.zeros(1, 3, 8), position_embeddings=None, attention_mask=None)
+        model.model.layers[0].self_attn(
+            torch.zeros(1, 3, 8), position_embeddings=None, attention_mask=None
+        )
     assert all(member.call is None for member in controllers.values())
     output_of(model, inputs)
 
 
 def test_layers_are_chosen_by_place_and_by_pattern() -> None:
     model, _ = zoo()["llama-sdpa"]()
-    for layers, expected in ((-1, [1]), ("model.layers.0.*", [0]), ([0, "*1.self_attn"], [0, 1]), (None, [0, 1])):
+    for layers, expected in (
+        (-1, [1]),
+        ("model.layers.0.*", [0]),
+        ([0, "*1.self_attn"], [0, 1]),
+        (None, [0, 1]),
+    ):
         controllers = attach_controllers(model, layers=layers)
         assert list(controllers) == [f"model/layers/{n}/self_attn" for n in expected]
         detach_controllers(model)
@@ -195,7 +223,10 @@ def test_saved_and_loaded_controllers_are_the_same(kind: str, tmp_path: Any) -> 
     loaded = load_controllers(model, tmp_path)
     assert list(loaded) == list(controllers)
     assert torch.equal(output_of(model, inputs), expected)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["controllers.json", "controllers.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "controllers.json",
+        "controllers.safetensors",
+    ]
 
 
 @torch.no_grad()
@@ -221,9 +252,14 @@ def test_loading_into_another_base_is_refused(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     ("family", "kind", "options"),
-    [("llama-sdpa", "info_density", {"form": "both"}), ("gpt2-sdpa", "linear_ramp", {"learned": True})],
+    [
+        ("llama-sdpa", "info_density", {"form": "both"}),
+        ("gpt2-sdpa", "linear_ramp", {"learned": True}),
+    ],
 )
-def test_a_compiled_model_gives_and_learns_the_same(family: str, kind: str, options: dict[str, Any]) -> None:
+def test_a_compiled_model_gives_and_learns_the_same(
+    family: str, kind: str, options: dict[str, Any]
+) -> None:
     model, inputs, controllers = built(family, kind, **options)
     loss = output_of(model, inputs).square().mean()
     loss.backward()

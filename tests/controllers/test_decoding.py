@@ -1,4 +1,6 @@
-"""A key's bias is remembered with the key: decoding from a cache gives what one forward over everything gives."""
+"""A key's bias is remembered with the key: decoding from a cache gives what one forward over
+everything gives.
+"""
 
 from typing import Any
 
@@ -16,13 +18,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "both": ("info_density", {"form": "both"}),
     "linear_ramp": ("linear_ramp", {}),
 }
-FAMILIES = ("gpt2-sdpa", "gpt2-eager", "llama-sdpa", "llama-eager", "mistral-sdpa", "gemma3-sdpa", "deepseek_v3-sdpa", "opt-sdpa")
+FAMILIES = (
+    "gpt2-sdpa",
+    "gpt2-eager",
+    "llama-sdpa",
+    "llama-eager",
+    "mistral-sdpa",
+    "gemma3-sdpa",
+    "deepseek_v3-sdpa",
+    "opt-sdpa",
+)
 
 
 def in_pieces(model: Any, ids: Tensor, cache: Any, pieces: tuple[int, ...]) -> Tensor:
     """Logits of ``ids`` given piece by piece."""
     return torch.cat(
-        [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids.split(pieces, 1)], dim=1
+        [
+            model(input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in ids.split(pieces, 1)
+        ],
+        dim=1,
     )
 
 
@@ -47,8 +62,16 @@ def test_a_static_cache_even_one_laid_out_ahead(implementation: str) -> None:
     for ahead in (False, True):
         cache = StaticCache(config=model.config, max_cache_len=16)
         if ahead:
-            cache.early_initialization(batch_size=2, num_heads=2, head_dim=8, dtype=torch.float32, device=torch.device("cpu"))
-        torch.testing.assert_close(in_pieces(model, ids, cache, (4, 1, 1, 4)), full, atol=2e-4, rtol=1e-4)
+            cache.early_initialization(
+                batch_size=2,
+                num_heads=2,
+                head_dim=8,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+            )
+        torch.testing.assert_close(
+            in_pieces(model, ids, cache, (4, 1, 1, 4)), full, atol=2e-4, rtol=1e-4
+        )
 
 
 @torch.no_grad()
@@ -78,7 +101,10 @@ def test_an_encoder_decoder_generates_the_same_with_and_without_a_cache() -> Non
     model, inputs, _ = built("t5-sdpa", form="key_bias")
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(**given, use_cache=True, **options), model.generate(**given, use_cache=False, **options))
+    assert torch.equal(
+        model.generate(**given, use_cache=True, **options),
+        model.generate(**given, use_cache=False, **options),
+    )
 
 
 @torch.no_grad()

@@ -10,9 +10,34 @@ from tests.capture.zoo import tokens, zoo
 from tests.controllers.reference import built, dense_output, output_of, scatter
 
 FAMILIES = (
-    *("gpt2-sdpa", "gpt2-eager", "gpt2_layer_scaled-sdpa", "llama-sdpa", "llama-eager", "mistral-sdpa", "mistral-eager"),
-    *("qwen2-sdpa", "qwen3-sdpa", "gemma2-eager", "gemma3-sdpa", "gpt_neox-sdpa", "deepseek_v3-sdpa", "deepseek_v3-eager"),
-    *("opt-sdpa", "bert-sdpa", "bert-eager", "vit-sdpa", "vit-eager", "t5-sdpa", "t5-eager", "whisper-sdpa"),
+    *(
+        "gpt2-sdpa",
+        "gpt2-eager",
+        "gpt2_layer_scaled-sdpa",
+        "llama-sdpa",
+        "llama-eager",
+        "mistral-sdpa",
+        "mistral-eager",
+    ),
+    *(
+        "qwen2-sdpa",
+        "qwen3-sdpa",
+        "gemma2-eager",
+        "gemma3-sdpa",
+        "gpt_neox-sdpa",
+        "deepseek_v3-sdpa",
+        "deepseek_v3-eager",
+    ),
+    *(
+        "opt-sdpa",
+        "bert-sdpa",
+        "bert-eager",
+        "vit-sdpa",
+        "vit-eager",
+        "t5-sdpa",
+        "t5-eager",
+        "whisper-sdpa",
+    ),
 )
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "key_bias": ("info_density", {"form": "key_bias"}),
@@ -64,7 +89,12 @@ def test_padding_on_either_side(family: str, case: str, side: str) -> None:
     model, _, _ = built(family, kind, **options)
     inputs = tokens(padding=4, side=side)
     counted = inputs["attention_mask"].bool()
-    torch.testing.assert_close(output_of(model, inputs)[counted], dense_output(model, inputs)[counted], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        output_of(model, inputs)[counted],
+        dense_output(model, inputs)[counted],
+        atol=2e-4,
+        rtol=1e-4,
+    )
 
 
 @torch.no_grad()
@@ -75,7 +105,9 @@ def test_linear_attention_under_a_softcap_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_long_sequences_take_many_chunks_and_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sequences_take_many_chunks_and_blocks_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from stabmon.controllers import linear_attention
 
     monkeypatch.setattr(linear_attention, "CHUNK", 5)

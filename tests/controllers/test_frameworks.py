@@ -1,4 +1,6 @@
-"""Controllers train under the Trainer, Lightning, Accelerate and beside PEFT, watched by the same callback."""
+"""Controllers train under the Trainer, Lightning, Accelerate and beside PEFT, watched by the same
+callback.
+"""
 
 from typing import Any
 
@@ -7,7 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stabmon.controllers import attach_controllers, detach_controllers, load_controllers, save_controllers
+from stabmon.controllers import (
+    attach_controllers,
+    detach_controllers,
+    load_controllers,
+    save_controllers,
+)
 from tests.small import Tokens, gpt2, llama
 
 
@@ -27,18 +34,39 @@ def test_the_trainer_trains_saves_and_resumes_them_under_watch(frozen: bool, tmp
         model.requires_grad_(not frozen)
         controllers = attach_controllers(model, form="both")
         args = TrainingArguments(
-            str(tmp_path), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, save_steps=3, report_to="none",
-            logging_steps=1, disable_tqdm=True, use_cpu=True, gradient_checkpointing=True, save_total_limit=3,
-        )  # fmt: skip
+            str(tmp_path),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            save_steps=3,
+            report_to="none",
+            logging_steps=1,
+            disable_tqdm=True,
+            use_cpu=True,
+            gradient_checkpointing=True,
+            save_total_limit=3,
+        )
         callback = StabilityCallback("observe", log_every=1, sinks=[])
-        return Trainer(model, args, train_dataset=Tokens(), callbacks=[callback]), controllers, callback
+        return (
+            Trainer(model, args, train_dataset=Tokens(), callbacks=[callback]),
+            controllers,
+            callback,
+        )
 
     first, controllers, callback = trainer(6)
-    base = {name: value.clone() for name, value in first.model.named_parameters() if "stabmon" not in name}
+    base = {
+        name: value.clone()
+        for name, value in first.model.named_parameters()
+        if "stabmon" not in name
+    }
     first.train()
     assert moved(controllers)
     assert not callback.monitor.errors
-    assert frozen == all(torch.equal(base[name], value) for name, value in first.model.named_parameters() if name in base)
+    assert frozen == all(
+        torch.equal(base[name], value)
+        for name, value in first.model.named_parameters()
+        if name in base
+    )
     again, resumed, _ = trainer(6)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for one, other in zip(controllers.parameters(), resumed.parameters(), strict=True):
@@ -64,9 +92,15 @@ def test_lightning_trains_them_under_watch(tmp_path: Any) -> None:
 
     module, callback = Module(), StabilityCallback("observe", log_every=1, sinks=[])
     trainer = L.Trainer(
-        max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[callback], default_root_dir=tmp_path,
-    )  # fmt: skip
+        max_steps=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+        default_root_dir=tmp_path,
+    )
     trainer.fit(module, DataLoader(Tokens(), 4))
     assert moved(module.controllers)
     assert not callback.monitor.errors

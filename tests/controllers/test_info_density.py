@@ -18,7 +18,9 @@ FORMS = ("key_bias", "query_gain", "both")
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["gpt2-sdpa", "llama-eager", "mistral-sdpa", "bert-sdpa", "vit-sdpa"])
+@pytest.mark.parametrize(
+    "family", ["gpt2-sdpa", "llama-eager", "mistral-sdpa", "bert-sdpa", "vit-sdpa"]
+)
 @torch.no_grad()
 def test_it_starts_as_the_identity(family: str, form: str) -> None:
     model, inputs = zoo()[family]()
@@ -43,7 +45,9 @@ def test_its_gradient_does_not_vanish_where_it_starts(form: str) -> None:
 
 
 def test_a_number_added_by_query_cancels_to_the_last_gradient() -> None:
-    """The form that does nothing: the same number for every key of a row leaves softmax as it is."""
+    """The form that does nothing: the same number for every key of a row leaves softmax as it
+    is.
+    """
     torch.manual_seed(0)
     hidden = torch.randn(2, 9, 16, dtype=torch.float64)
     weight = torch.randn(4, 16, dtype=torch.float64, requires_grad=True)
@@ -74,7 +78,9 @@ def test_a_number_added_by_query_is_inert_to_the_last_bit_where_nothing_rounds()
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["gpt2-sdpa", "gpt_neox-sdpa"])  # the others' norms are taken in float32
+@pytest.mark.parametrize(
+    "family", ["gpt2-sdpa", "gpt_neox-sdpa"]
+)  # the others' norms are taken in float32
 def test_gradients_are_those_of_finite_differences(family: str, form: str) -> None:
     model, inputs = zoo()[family]()
     model = model.double()
@@ -86,7 +92,8 @@ def test_gradients_are_those_of_finite_differences(family: str, form: str) -> No
 def test_gradients_where_query_heads_share_a_key_head() -> None:
     torch.manual_seed(0)
     query, key, value, bias = (
-        torch.randn(2, h, 6, *d, dtype=torch.float64) for h, d in ((4, (3,)), (2, (3,)), (2, (3,)), (4, ()))
+        torch.randn(2, h, 6, *d, dtype=torch.float64)
+        for h, d in ((4, (3,)), (2, (3,)), (2, (3,)), (4, ()))
     )
 
     gain = torch.rand(2, 4, 6, dtype=torch.float64) + 0.5
@@ -96,17 +103,27 @@ def test_gradients_where_query_heads_share_a_key_head() -> None:
         asking = changed_query(query, gain, query_features(query, 0.5, 2, features.shape[-1]))
         given = torch.nn.functional.pad(value, (0, features.shape[-1]))
         keys = torch.cat((key, features), -1)
-        return torch.nn.functional.scaled_dot_product_attention(asking, keys, given, scale=0.5, is_causal=True, enable_gqa=True)
+        return torch.nn.functional.scaled_dot_product_attention(
+            asking, keys, given, scale=0.5, is_causal=True, enable_gqa=True
+        )
 
     scores = 0.5 * (gain[..., None] * query) @ key.repeat_interleave(2, 1).mT + bias[:, :, None, :]
     weights = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-    torch.testing.assert_close(attend(query, key, bias, gain)[..., :3], weights @ value.repeat_interleave(2, 1))
-    assert torch.autograd.gradcheck(attend, [each.requires_grad_() for each in (query, key, bias, gain)], fast_mode=True)
+    torch.testing.assert_close(
+        attend(query, key, bias, gain)[..., :3], weights @ value.repeat_interleave(2, 1)
+    )
+    assert torch.autograd.gradcheck(
+        attend, [each.requires_grad_() for each in (query, key, bias, gain)], fast_mode=True
+    )
     torch.testing.assert_close(biases(key_features(bias, 2, torch.float64), 4), bias)
 
 
-def check_gradients(model: Any, inputs: dict[str, Any], controllers: Any, step: float = 1e-6) -> None:
-    """The gradient along a random direction of all controller parameters, and along one of the embedding."""
+def check_gradients(
+    model: Any, inputs: dict[str, Any], controllers: Any, step: float = 1e-6
+) -> None:
+    """The gradient along a random direction of all controller parameters, and along one of the
+    embedding.
+    """
 
     def loss() -> Tensor:  # the library's own is taken in float32
         return torch.nn.functional.cross_entropy(
@@ -131,7 +148,9 @@ def check_gradients(model: Any, inputs: dict[str, Any], controllers: Any, step: 
                     losses.append(loss())
                     for p, w in zip(group, ways, strict=True):
                         p.sub_(sign * step * w)
-            torch.testing.assert_close((losses[0] - losses[1]) / (2 * step), expected, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(
+                (losses[0] - losses[1]) / (2 * step), expected, rtol=1e-5, atol=1e-8
+            )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -144,12 +163,19 @@ def test_numbers_stay_within_their_bounds(form: str) -> None:
     hidden = torch.randn(2, 7, 32)
     bias, gain = member.key_bias(hidden), member.query_gain(hidden)
     assert bias is None or (bias.shape == (2, 4, 7) and 0.49 < bias.abs().max() <= 0.5)
-    assert gain is None or (gain.shape == (2, 4, 7) and gain.max() <= 2.0 + 1e-6 and gain.min() >= 0.5 - 1e-6)
+    assert gain is None or (
+        gain.shape == (2, 4, 7) and gain.max() <= 2.0 + 1e-6 and gain.min() >= 0.5 - 1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({"form": "value_bias"}, "form"), ({"bias_max": 0.0}, "bias_max"), ({"gain_max": 1.0}, "gain_max"), ({"gian": 2}, "gian")],
+    [
+        ({"form": "value_bias"}, "form"),
+        ({"bias_max": 0.0}, "bias_max"),
+        ({"gain_max": 1.0}, "gain_max"),
+        ({"gian": 2}, "gian"),
+    ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], word: str) -> None:
     model, _ = zoo()["llama-sdpa"]()
@@ -164,7 +190,11 @@ def test_anyone_can_add_a_controller_of_a_formula() -> None:
         """Half a nat for every second token."""
 
         def key_bias(self, hidden: Tensor) -> Tensor:
-            return 0.5 * torch.ones(len(hidden), self.site.heads, hidden.shape[1]) * (torch.arange(hidden.shape[1]) % 2)
+            return (
+                0.5
+                * torch.ones(len(hidden), self.site.heads, hidden.shape[1])
+                * (torch.arange(hidden.shape[1]) % 2)
+            )
 
     try:
         model, inputs = zoo()["llama-sdpa"]()
@@ -189,5 +219,9 @@ def test_training_only_the_controllers_lowers_the_loss() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
-    assert all(torch.equal(frozen[name], value) for name, value in model.named_parameters() if name in frozen)
+    assert all(
+        torch.equal(frozen[name], value)
+        for name, value in model.named_parameters()
+        if name in frozen
+    )
     assert isinstance(next(iter(controllers.values())), InfoDensity)

@@ -21,7 +21,9 @@ def test_signals_are_those_of_the_modified_attention(family: str, case: str) -> 
     model, inputs, _ = built(family, kind, **options)
     seen: list[torch.Tensor] = []
     dense_output(model, inputs, seen)
-    with stabmon.AttentionAnalyzer(model, signals=["attention_entropy", "max_probability", "sink_mass"]) as analyzer:
+    with stabmon.AttentionAnalyzer(
+        model, signals=["attention_entropy", "max_probability", "sink_mass"]
+    ) as analyzer:
         output_of(model, inputs)
     stats = analyzer.diagnose().stats
     assert len(stats) == len(seen) == 2
@@ -48,10 +50,15 @@ def test_a_softcapped_model_is_seen_with_its_bias_within_the_cap() -> None:
     with stabmon.AttentionAnalyzer(model, signals=["attention_entropy"]) as analyzer:
         output_of(model, inputs)
     for layer, p in zip(analyzer.diagnose().stats.values(), seen, strict=True):
-        np.testing.assert_allclose(layer["attention_entropy"], torch.special.entr(p).sum(-1).mean(dim=(0, 2)), atol=1e-4)
+        np.testing.assert_allclose(
+            layer["attention_entropy"], torch.special.entr(p).sum(-1).mean(dim=(0, 2)), atol=1e-4
+        )
 
 
-@pytest.mark.parametrize(("make", "case"), [(gpt2, "both"), (gpt2, "linearization"), (llama, "both"), (llama, "learned_ramp")])
+@pytest.mark.parametrize(
+    ("make", "case"),
+    [(gpt2, "both"), (gpt2, "linearization"), (llama, "both"), (llama, "learned_ramp")],
+)
 def test_watching_changes_not_a_bit_of_training(make: Any, case: str) -> None:
     kind, options = CASES[case]
     found = []
@@ -59,7 +66,11 @@ def test_watching_changes_not_a_bit_of_training(make: Any, case: str) -> None:
         model = make()
         scatter(attach_controllers(model, kind, **options))
         optimizer = optimizer_of(model)
-        monitor = stabmon.AttentionStabilityMonitor(model, optimizer, log_every=1, sinks=[]) if watched else None
+        monitor = (
+            stabmon.AttentionStabilityMonitor(model, optimizer, log_every=1, sinks=[])
+            if watched
+            else None
+        )
         given = train(model, monitor, optimizer, batches(4))
         if monitor is not None:
             assert not monitor.errors

@@ -22,9 +22,22 @@ from stabmon.tiny.language_models import Shape, make_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "controllers").glob("*.yaml"))
 TINY = [
-    *("model.layers=2", "model.heads=2", "model.width=16", "corpus.block=16", "seeds=[0, 1]", "workers=0", "watch_every=2"),
+    *(
+        "model.layers=2",
+        "model.heads=2",
+        "model.width=16",
+        "corpus.block=16",
+        "seeds=[0, 1]",
+        "workers=0",
+        "watch_every=2",
+    ),
     *("base.steps=6", "base.batch=4", "base.validate_every=3", "base.warmup=2"),
-    *("controllers.steps=4", "controllers.batch=4", "controllers.validate_every=2", "controllers.warmup=1"),
+    *(
+        "controllers.steps=4",
+        "controllers.batch=4",
+        "controllers.validate_every=2",
+        "controllers.warmup=1",
+    ),
 ]
 
 
@@ -50,19 +63,30 @@ def test_every_recipe_can_be_read_and_names_known_variants(path: Path) -> None:
     assert len(tasks(found)) == len(found.seeds) * (1 + len(found.frozen) + len(found.joint))
 
 
-def test_a_study_leaves_a_table_series_and_pictures_and_goes_on_where_it_was(settings: StudySettings) -> None:
+def test_a_study_leaves_a_table_series_and_pictures_and_goes_on_where_it_was(
+    settings: StudySettings,
+) -> None:
     folder = prepare(settings)
     for task in tasks(settings):
         perform(settings, task)
     found = summary(settings, folder)
-    assert [row["variant"] for row in found["frozen"]] == ["base", "both", "linear_ramp", "matched_control"]
+    assert [row["variant"] for row in found["frozen"]] == [
+        "base",
+        "both",
+        "linear_ramp",
+        "matched_control",
+    ]
     assert [row["variant"] for row in found["joint"]] == ["base", "key_bias"]
     base = found["frozen"][0]["losses"]
     for row in found["frozen"]:
-        assert row["minus_base"] == pytest.approx(sum(a - b for a, b in zip(row["losses"], base, strict=True)) / 2)
+        assert row["minus_base"] == pytest.approx(
+            sum(a - b for a, b in zip(row["losses"], base, strict=True)) / 2
+        )
     assert found["frozen"][2]["parameters"] == 0
     assert "| both |" in markdown(found, 2)
-    assert (folder / "series" / "frozen-both-0" / "stabmon" / "readings.jsonl").read_text().count("\n") == 2
+    assert (folder / "series" / "frozen-both-0" / "stabmon" / "readings.jsonl").read_text().count(
+        "\n"
+    ) == 2
     assert not (folder / "series" / "frozen-both-1").exists()
 
     kept = folder / "results" / "frozen-both-0.json"
@@ -72,7 +96,9 @@ def test_a_study_leaves_a_table_series_and_pictures_and_goes_on_where_it_was(set
     resumed = read_settings_again(settings, resume=True)
     run_study(resumed)
     assert kept.stat().st_mtime_ns == stamp
-    assert {"grid.png", "series.png", "text.txt"} <= {path.name for path in (folder / "generate").iterdir()}
+    assert {"grid.png", "series.png", "text.txt"} <= {
+        path.name for path in (folder / "generate").iterdir()
+    }
     with pytest.raises(SettingsError, match="other settings"):
         run_study(read_settings_again(resumed, gain_max=3.0))
 
@@ -88,7 +114,9 @@ def test_a_task_is_the_same_whenever_it_is_run(settings: StudySettings) -> None:
     assert first == again
 
 
-def test_a_model_trained_under_watch_is_the_same_and_leaves_records(settings: StudySettings) -> None:
+def test_a_model_trained_under_watch_is_the_same_and_leaves_records(
+    settings: StudySettings,
+) -> None:
     prepare(settings)
     task = Task("joint", "key_bias", 0)
     unwatched = perform(settings, task)["held_out"]
@@ -106,7 +134,13 @@ def test_a_frozen_base_is_frozen_and_the_best_parameters_are_kept(settings: Stud
     model = make_model(Shape(layers=2, heads=2, width=16), 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     added = put_variant(model, "both", {"bias_max": 1.0, "gain_max": 4.0})
-    fitted = fit(model, added, corpus, Phase(steps=8, batch=4, learning_rate=0.5, validate_every=1, warmup=1, patience=2), 0)
+    fitted = fit(
+        model,
+        added,
+        corpus,
+        Phase(steps=8, batch=4, learning_rate=0.5, validate_every=1, warmup=1, patience=2),
+        0,
+    )
     assert all(torch.equal(before[name], model.state_dict()[name]) for name in before)
     assert fitted.parameters == sum(each.numel() for each in added)
     assert fitted.best_step <= fitted.steps <= 8
@@ -122,7 +156,9 @@ def test_what_chooses_and_what_is_reported_are_apart() -> None:
 
 
 @pytest.mark.parametrize("heads", [4])
-def test_a_matched_control_starts_as_the_identity_and_has_about_as_many_parameters(heads: int) -> None:
+def test_a_matched_control_starts_as_the_identity_and_has_about_as_many_parameters(
+    heads: int,
+) -> None:
     counts = {}
     for name in ("key_bias", "query_gain", "matched_control", "both", "matched_control_of_both"):
         torch.manual_seed(0)
@@ -132,7 +168,11 @@ def test_a_matched_control_starts_as_the_identity_and_has_about_as_many_paramete
             before = model(input_ids=tokens).logits
             counts[name] = sum(each.numel() for each in put_variant(model, name, {}))
             torch.testing.assert_close(model(input_ids=tokens).logits, before, atol=1e-5, rtol=1e-5)
-    assert counts["key_bias"] == counts["query_gain"] == pytest.approx(counts["matched_control"], rel=0.02)
+    assert (
+        counts["key_bias"]
+        == counts["query_gain"]
+        == pytest.approx(counts["matched_control"], rel=0.02)
+    )
     assert counts["both"] == pytest.approx(counts["matched_control_of_both"], rel=0.02)
 
 
@@ -154,28 +194,45 @@ def test_intervals_are_those_of_students_t() -> None:
         ([str(CONFIGS[0]), "--text", "nonesuch.txt"], 2, "cannot read the text"),
     ],
 )
-def test_a_wrong_call_is_one_line_and_status_two(arguments: list[str], status: int, word: str, tmp_path: Path) -> None:
+def test_a_wrong_call_is_one_line_and_status_two(
+    arguments: list[str], status: int, word: str, tmp_path: Path
+) -> None:
     from typer.testing import CliRunner
 
     from stabmon import cli
 
     with pytest.raises((ValueError, OSError), match=word):
         CliRunner().invoke(
-            cli.app, ["train", *arguments, f"run_dir={tmp_path / 'run'}"], catch_exceptions=False, standalone_mode=False
+            cli.app,
+            ["train", *arguments, f"run_dir={tmp_path / 'run'}"],
+            catch_exceptions=False,
+            standalone_mode=False,
         )
 
 
 def test_the_command_prints_one_json_object(
-    settings: StudySettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: StudySettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from stabmon import cli
 
-    given = [f"corpus.text={settings.corpus.text}", f"run_dir={tmp_path / 'cli'}", "seeds=[0]", "frozen=[query_gain]", "joint=[]"]
+    given = [
+        f"corpus.text={settings.corpus.text}",
+        f"run_dir={tmp_path / 'cli'}",
+        "seeds=[0]",
+        "frozen=[query_gain]",
+        "joint=[]",
+    ]
     monkeypatch.setattr(sys, "argv", ["stabmon", "train", str(CONFIGS[0]), *TINY, *given, "--json"])
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 0
-    assert [row["variant"] for row in json.loads(capsys.readouterr().out)["tables"]["frozen"]] == ["base", "query_gain"]
+    assert [row["variant"] for row in json.loads(capsys.readouterr().out)["tables"]["frozen"]] == [
+        "base",
+        "query_gain",
+    ]
 
 
 def test_tasks_run_side_by_side_and_those_on_a_frozen_base_wait_for_it(
@@ -186,10 +243,17 @@ def test_tasks_run_side_by_side_and_those_on_a_frozen_base_wait_for_it(
 
     monkeypatch.setattr("stabmon.study.study.ProcessPoolExecutor", without_processes)
     order: list[str] = []
-    monkeypatch.setattr("stabmon.study.study.perform", lambda settings, task: order.append(task.name) or {"held_out": 1.0})
+    monkeypatch.setattr(
+        "stabmon.study.study.perform",
+        lambda settings, task: order.append(task.name) or {"held_out": 1.0},
+    )
     side_by_side = dataclasses.replace(settings, workers=2)
     found = [task for task, _ in finished(side_by_side, tasks(settings))]
-    assert sorted(task.name for task in found) == sorted(task.name for task in tasks(settings)) == sorted(order)
+    assert (
+        sorted(task.name for task in found)
+        == sorted(task.name for task in tasks(settings))
+        == sorted(order)
+    )
     for name in order:
         kind, _, seed = name.split("-")
         assert kind == "joint" or order.index(f"joint-base-{seed}") < order.index(name)

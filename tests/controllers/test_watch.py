@@ -33,17 +33,25 @@ def test_numbers_are_those_of_weights_written_out(family: str, case: str) -> Non
         kl = torch.special.xlogy(p, p / q.where(q > 0, 1.0)).sum(-1).mean(dim=(0, 2))
         np.testing.assert_allclose(found["controller_kl"], kl, atol=2e-4, err_msg=str(place))
         assert found["controller_kl"].max() > 1e-3
-        np.testing.assert_allclose(found["attention_entropy"], torch.special.entr(q).sum(-1).mean(dim=(0, 2)), atol=1e-4)
+        np.testing.assert_allclose(
+            found["attention_entropy"], torch.special.entr(q).sum(-1).mean(dim=(0, 2)), atol=1e-4
+        )
         visible = p > 0
         n = visible.sum(-1)
         spread = ((q - 1 / n[..., None]).square() * visible).sum(-1) / n
         np.testing.assert_allclose(found["attention_variance"], spread.mean(dim=(0, 2)), atol=1e-5)
         share = member.linear_share()
-        np.testing.assert_allclose(found["linear_share"], torch.as_tensor(0.0 if share is None else share).expand(4), atol=1e-6)
+        np.testing.assert_allclose(
+            found["linear_share"],
+            torch.as_tensor(0.0 if share is None else share).expand(4),
+            atol=1e-6,
+        )
 
 
 def originals(model: Any, inputs: dict[str, Any], layer: int) -> torch.Tensor:
-    """The weights of one layer on what it is given in the controlled model, had it no controller."""
+    """The weights of one layer on what it is given in the controlled model, had it no
+    controller.
+    """
     import copy
 
     from stabmon.controllers import detach_controllers
@@ -71,7 +79,8 @@ def test_learned_sinks_count_in_the_divergence() -> None:
         output_of(model, inputs)
     assert watch.errors == []
     assert all(
-        (found["controller_kl"] > 0).all() and (found["controller_kl"] < 5).all() for found in watch.readings[0].layers.values()
+        (found["controller_kl"] > 0).all() and (found["controller_kl"] < 5).all()
+        for found in watch.readings[0].layers.values()
     )
 
 

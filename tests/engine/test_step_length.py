@@ -1,4 +1,6 @@
-"""A rate that is too high is told from the first step on, whatever the interval, and changes nothing in observe."""
+"""A rate that is too high is told from the first step on, whatever the interval, and changes
+nothing in observe.
+"""
 
 import copy
 import logging
@@ -13,7 +15,9 @@ STEPS, GOOD = 40, 3e-3
 
 
 class Model(nn.Module):
-    """One block of attention with dropout; ``forward(ids, labels)`` gives (logits, loss), or logits alone."""
+    """One block of attention with dropout; ``forward(ids, labels)`` gives (logits, loss), or logits
+    alone.
+    """
 
     def __init__(self):
         super().__init__()
@@ -24,10 +28,21 @@ class Model(nn.Module):
 
     def forward(self, ids, labels=None):
         x = self.embed(ids)
-        q, k, v = (f(x).unflatten(-1, (4, 8)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        x = x + self.drop(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = (
+            f(x).unflatten(-1, (4, 8)).transpose(1, 2)
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        x = x + self.drop(
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         logits = self.head(x)
-        return logits if labels is None else (logits, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+        return (
+            logits
+            if labels is None
+            else (logits, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+        )
 
 
 def batches(count, seed=0):
@@ -61,12 +76,18 @@ def run(rate, config=None, *, inside=True, fresh=False, log_every=50, groups=Fal
     rest = [p for p in named.values() if all(p is not each for each in query_key)]
     split = [{"params": query_key, "lr": rate}, {"params": rest, "lr": GOOD / 3}]
     optimizer = torch.optim.AdamW(split if groups else model.parameters(), rate)
-    monitor = config and stabmon.AttentionStabilityMonitor(model, optimizer, config=config, log_every=log_every, sinks=[])
+    monitor = config and stabmon.AttentionStabilityMonitor(
+        model, optimizer, config=config, log_every=log_every, sinks=[]
+    )
     losses = []
     for ids, labels in batches(STEPS):
         optimizer.zero_grad()
         for part, target in zip(ids.chunk(micro), labels.chunk(micro), strict=True):
-            loss = model(part, target)[1] if inside else nn.functional.cross_entropy(model(part).flatten(0, 1), target.flatten())
+            loss = (
+                model(part, target)[1]
+                if inside
+                else nn.functional.cross_entropy(model(part).flatten(0, 1), target.flatten())
+            )
             (loss / micro).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -83,11 +104,18 @@ def run(rate, config=None, *, inside=True, fresh=False, log_every=50, groups=Fal
 
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("micro", [1, 2])
-def test_at_a_hundred_times_the_rate_trained_weights_are_told_of_at_the_first_step_and_spared_by_guard(inside, micro, caplog):
+def test_at_a_hundred_times_the_rate_trained_weights_are_told_of_at_the_first_step_and_spared_by_guard(
+    inside, micro, caplog
+):
     caplog.set_level(logging.CRITICAL)
     left, _, observed = run(100 * GOOD, "observe", inside=inside, micro=micro)
     first = observed.issues[0]
-    assert (first.step, first.issue_type, first.severity, first.layer) == (1, "update_spike", "error", None)
+    assert (first.step, first.issue_type, first.severity, first.layer) == (
+        1,
+        "update_spike",
+        "error",
+        None,
+    )
     assert GOOD / 30 < first.evidence["fitting_rate"] < 10 * GOOD
     assert first.suggestion.startswith("Lower the rate")
     guarded, _, guard = run(100 * GOOD, "guard", inside=inside, micro=micro)
@@ -115,7 +143,11 @@ def test_observing_a_rate_that_is_too_high_changes_no_bit_either():
 
 def test_of_two_groups_the_one_that_is_too_fast_is_held_alone():
     _, _, guard = run(100 * GOOD, "guard", groups=True)
-    caps = [each.record["after"]["caps"] for each in guard.applied if each.intervention.name == "cap_learning_rate"]
+    caps = [
+        each.record["after"]["caps"]
+        for each in guard.applied
+        if each.intervention.name == "cap_learning_rate"
+    ]
     assert caps
     assert set(caps[0]) == {"0.0"}
 

@@ -1,4 +1,6 @@
-"""The gain of a step on its own batch, against the closed form of a quadratic and against the loss itself."""
+"""The gain of a step on its own batch, against the closed form of a quadratic and against the loss
+itself.
+"""
 
 import copy
 import math
@@ -12,11 +14,16 @@ from stabmon.engine.step_length.probe import StepProbe
 
 
 class Quadratic(nn.Module):
-    """A loss of curvature 2 a in every direction; the gain ratio of gradient descent at rate r is 1 - r a."""
+    """A loss of curvature 2 a in every direction; the gain ratio of gradient descent at rate r is 1
+    - r a.
+    """
 
     def __init__(self):
         super().__init__()
-        self.one, self.other = nn.Parameter(torch.full((4, 3), 2.0)), nn.Parameter(torch.full((5,), -1.0))
+        self.one, self.other = (
+            nn.Parameter(torch.full((4, 3), 2.0)),
+            nn.Parameter(torch.full((5,), -1.0)),
+        )
 
     def forward(self, scale):
         return {"loss": scale * (self.one.square().sum() + self.other.square().sum())}
@@ -35,7 +42,9 @@ class Classifier(nn.Module):
 
 
 def probed(model, args, loss_of, rate, *, clip=None, scale=1.0, groups=None):
-    """The probe after one step of SGD, and the change of the loss that the same forward then shows."""
+    """The probe after one step of SGD, and the change of the loss that the same forward then
+    shows.
+    """
     probe = StepProbe(model)
     probe.begin(True)
     call = ForwardCall.of(model, args, {})
@@ -61,7 +70,9 @@ def probed(model, args, loss_of, rate, *, clip=None, scale=1.0, groups=None):
 
 @pytest.mark.parametrize("rate", [0.01, 0.2, 0.5, 0.9, 1.5])
 def test_the_gain_ratio_of_a_quadratic_is_that_of_the_formula(rate):
-    probe, change, size = probed(Quadratic(), (torch.tensor(1.0),), lambda output: output["loss"], rate)
+    probe, change, size = probed(
+        Quadratic(), (torch.tensor(1.0),), lambda output: output["loss"], rate
+    )
     found = probe.quality(1)
     assert found.gain_ratio == pytest.approx(1 - rate, abs=1e-5)
     assert found.rise == pytest.approx(change / size, abs=1e-6)
@@ -69,7 +80,9 @@ def test_the_gain_ratio_of_a_quadratic_is_that_of_the_formula(rate):
 
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_a_cross_entropy_outside_of_the_model_is_found_also_scaled_clipped_and_with_dropout(scale, ignored):
+def test_a_cross_entropy_outside_of_the_model_is_found_also_scaled_clipped_and_with_dropout(
+    scale, ignored
+):
     ids = torch.randint(0, 11, (3, 7), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[:, :3] = -100 if ignored else labels[:, :3]
@@ -97,7 +110,9 @@ def test_the_factor_that_fits_is_found_and_leaves_every_bit_where_it_was():
     probe, *_ = probed(model, (torch.tensor(1.0),), lambda output: output["loss"], 4.0)
     bits = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
-    assert probe.fitting(0.6) == {"0.0": pytest.approx(0.1, rel=1e-3)}  # the rate 0.4 has the ratio 0.6
+    assert probe.fitting(0.6) == {
+        "0.0": pytest.approx(0.1, rel=1e-3)
+    }  # the rate 0.4 has the ratio 0.6
     assert all(torch.equal(bits[name], value) for name, value in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
 
@@ -141,5 +156,10 @@ def test_nothing_is_held_after_the_step():
 def test_no_step_is_probed_where_somebody_s_hook_would_notice():
     model, seen = Classifier(), []
     model.head.register_forward_hook(lambda *_: seen.append(1))
-    probe, *_ = probed(model, (torch.zeros(2, 3, dtype=torch.long),), lambda logits: logits.logsumexp(-1).mean(), 0.1)
+    probe, *_ = probed(
+        model,
+        (torch.zeros(2, 3, dtype=torch.long),),
+        lambda logits: logits.logsumexp(-1).mean(),
+        0.1,
+    )
     assert not probe.active

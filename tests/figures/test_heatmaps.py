@@ -62,7 +62,9 @@ def test_a_model_with_many_layers_is_thinned_out_and_the_title_says_so() -> None
 def test_pooling_is_said_on_the_picture() -> None:
     assert "4 × 4 pairs" in title(head_grid(maps(), ["0", "1", "2"], pooled=4))
     assert "4 × 4 pairs" in title(single_map(maps()[0][0], pooled=4))
-    assert "4 × 4 pairs" in title(layer_grid([each[0] for each in maps()], ["0", "1", "2"], pooled=4))
+    assert "4 × 4 pairs" in title(
+        layer_grid([each[0] for each in maps()], ["0", "1", "2"], pooled=4)
+    )
     assert "pairs" not in title(single_map(maps()[0][0]))
 
 
@@ -129,7 +131,9 @@ def test_a_map_of_nothing_but_nan_is_drawn() -> None:
 
 
 def test_a_table_has_a_number_a_cell_and_a_fixed_scale_for_shares() -> None:
-    figure = table_map(np.array([[0.25, 1.0], [0.5, np.nan]]), ["a", "b"], unit="share", title="t", limits=(0, 1))
+    figure = table_map(
+        np.array([[0.25, 1.0], [0.5, np.nan]]), ["a", "b"], unit="share", title="t", limits=(0, 1)
+    )
     axes = panels(figure)[0]
     assert [text.get_text() for text in axes.texts] == ["0.25", "1", "0.5"]
     assert axes.images[0].get_clim() == (0, 1)
@@ -137,7 +141,9 @@ def test_a_table_has_a_number_a_cell_and_a_fixed_scale_for_shares() -> None:
 
 
 def test_letters_stand_in_the_cells_and_are_explained() -> None:
-    figure = letter_map([["S", "P"], ["SP"]], ["0", "1"], {"S": "sink", "P": "previous", "U": "uniform"}, title="t")
+    figure = letter_map(
+        [["S", "P"], ["SP"]], ["0", "1"], {"S": "sink", "P": "previous", "U": "uniform"}, title="t"
+    )
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts[:3] == ["S", "P", "SP"]
     assert texts[3] == "S  sink\nP  previous"

@@ -53,7 +53,10 @@ def test_many_layers_received_attention_becomes_a_heatmap() -> None:
     figure = received_attention(received, [str(n) for n in range(24)])
     assert np.array_equal(figure.axes[0].images[0].get_array(), received)
     few = received_attention(received[:3], ["0", "1", "2"])
-    assert [np.array_equal(line.get_ydata(), row) for line, row in zip(few.axes[0].lines, received, strict=False)] == [True] * 3
+    assert [
+        np.array_equal(line.get_ydata(), row)
+        for line, row in zip(few.axes[0].lines, received, strict=False)
+    ] == [True] * 3
 
 
 def test_a_statistic_over_layers_shows_heads_and_their_mean() -> None:
@@ -84,7 +87,9 @@ def test_evolution_over_checkpoints_and_over_generation_steps() -> None:
 
 
 def test_distributions_have_a_box_a_group_and_leave_out_nan() -> None:
-    figure = distributions({"a": np.array([1.0, 2.0, np.nan]), "b": np.arange(3)}, unit="nats", title="t")
+    figure = distributions(
+        {"a": np.array([1.0, 2.0, np.nan]), "b": np.arange(3)}, unit="nats", title="t"
+    )
     axes = figure.axes[0]
     medians = [line.get_ydata()[0] for line in axes.lines if line.get_linewidth() == 2]
     assert medians == [1.5, 1.0]
@@ -92,7 +97,9 @@ def test_distributions_have_a_box_a_group_and_leave_out_nan() -> None:
 
 
 def test_budgets_stand_beside_the_full_cache() -> None:
-    figure = budget_bars({"filled": np.array([3, 5]), "published": np.array([4, 4])}, ["0", "1"], full=16)
+    figure = budget_bars(
+        {"filled": np.array([3, 5]), "published": np.array([4, 4])}, ["0", "1"], full=16
+    )
     axes = figure.axes[0]
     assert [bar.get_height() for bar in axes.patches] == [3, 5, 4, 4]
     assert axes.lines[0].get_ydata()[0] == 16
@@ -100,7 +107,9 @@ def test_budgets_stand_beside_the_full_cache() -> None:
 
 
 def test_preferences_have_a_panel_each_and_sum_to_one() -> None:
-    figure = layer_preferences(np.array([1.0, 2.0]), np.array([0.1, 0.2]), np.array([1.0, 3.0]), ["0", "1"])
+    figure = layer_preferences(
+        np.array([1.0, 2.0]), np.array([0.1, 0.2]), np.array([1.0, 3.0]), ["0", "1"]
+    )
     assert [axes.get_title() for axes in figure.axes] == ["dispersion D", "shift V", "preference P"]
     assert [bar.get_height() for bar in figure.axes[2].patches] == [0.25, 0.75]
 
@@ -125,7 +134,9 @@ def test_a_decode_pattern_has_a_panel_a_layer_of_steps_and_positions() -> None:
 
 def test_perplexity_against_size_shows_median_and_spread(tmp_path: Path) -> None:
     values = np.array([[4.0, 5.0, 6.0, 7.0, 8.0], [2.0, 3.0, 4.0, 5.0, 6.0]])
-    figure = loss_against_size([32, 64], {"cake": values, "recency": values + 1}, full=2.5, path=tmp_path / "p.svg")
+    figure = loss_against_size(
+        [32, 64], {"cake": values, "recency": values + 1}, full=2.5, path=tmp_path / "p.svg"
+    )
     axes = figure.axes[0]
     assert axes.lines[0].get_ydata().tolist() == [6.0, 4.0]
     bars = axes.collections[0].get_segments()
@@ -136,7 +147,9 @@ def test_perplexity_against_size_shows_median_and_spread(tmp_path: Path) -> None
 
 
 def test_preservation_is_on_a_scale_of_shares() -> None:
-    figure = preservation_bars({"cake": np.array([0.5, 0.6]), "best": np.array([0.7, 0.8])}, ["0", "1"])
+    figure = preservation_bars(
+        {"cake": np.array([0.5, 0.6]), "best": np.array([0.7, 0.8])}, ["0", "1"]
+    )
     assert figure.axes[0].get_ylim() == (0, 1)
 
 

@@ -77,7 +77,9 @@ def test_html_has_every_number_on_hover_and_in_a_table_and_escapes_tokens() -> N
 
 
 def test_the_table_holds_the_largest_first() -> None:
-    rows = re.findall(r"<tr><td>(\d+)</td>", text_html(["a", "b", "c"], np.array([0.1, 0.7, 0.2]), most=2))
+    rows = re.findall(
+        r"<tr><td>(\d+)</td>", text_html(["a", "b", "c"], np.array([0.1, 0.7, 0.2]), most=2)
+    )
     assert rows == ["1", "2"]
 
 
@@ -92,7 +94,9 @@ def test_the_terminal_shows_weights_without_colour_and_no_control_characters() -
 
 def test_terminal_colours_are_the_terminals_own() -> None:
     file = io.StringIO()
-    Console(file=file, width=200, force_terminal=True, color_system="truecolor").print(text_terminal(["a"], np.array([1.0])))
+    Console(file=file, width=200, force_terminal=True, color_system="truecolor").print(
+        text_terminal(["a"], np.array([1.0]))
+    )
     assert not re.search(r"[34]8;[25];", file.getvalue())
 
 
@@ -101,7 +105,9 @@ def test_an_image_stands_beside_its_patches() -> None:
     picture[..., 0] = 255
     grid = np.array([[0.0, 1.0]])
     figure = image_figure(picture, grid)
-    plain, over, alone = (axes for axes in figure.axes if axes.images and axes.get_label() != "<colorbar>")
+    plain, over, alone = (
+        axes for axes in figure.axes if axes.images and axes.get_label() != "<colorbar>"
+    )
     assert np.array_equal(plain.images[0].get_array()[..., 0], np.ones((8, 16)))
     shown = over.images[0].get_array()[..., 0]
     assert shown[:, 8:].min() == 1.0

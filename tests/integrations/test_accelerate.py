@@ -10,11 +10,15 @@ from tests.small import batches, clean, gpt2, optimizer_of, same_bits, weights
 
 
 def run(watched):
-    """Accumulates two micro-batches a step and clips by Accelerate; gives weights, norms before clipping, and norms read."""
+    """Accumulates two micro-batches a step and clips by Accelerate; gives weights, norms before
+    clipping, and norms read.
+    """
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     plain = gpt2(dropout=0.1)
     model, optimizer = accelerator.prepare(plain, optimizer_of(plain))
-    monitor = AttentionStabilityMonitor(model, optimizer, log_every=2, sinks=[]) if watched else None
+    monitor = (
+        AttentionStabilityMonitor(model, optimizer, log_every=2, sinks=[]) if watched else None
+    )
     torch.manual_seed(0)
     before, read = [], []
     for tokens in batches(8):
@@ -26,7 +30,9 @@ def run(watched):
             optimizer.step()
             optimizer.zero_grad()
             if accelerator.sync_gradients and monitor and (diagnosis := monitor.on_step()):
-                read += [each.gradients[""] for each in diagnosis.readings[-1:] if each.sampled]  # else it is of the rate
+                read += [
+                    each.gradients[""] for each in diagnosis.readings[-1:] if each.sampled
+                ]  # else it is of the rate
     if monitor:
         monitor.close()
         assert not monitor.errors

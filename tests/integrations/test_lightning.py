@@ -39,19 +39,37 @@ class Module(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), self.rate)
 
 
-def fit(folder, module, callback=None, more=(), ckpt_path=None, rows=64, batch=4, data=None, **options):
+def fit(
+    folder, module, callback=None, more=(), ckpt_path=None, rows=64, batch=4, data=None, **options
+):
     """8 steps where nothing else is said; gives the trainer."""
     given = {
-        "accelerator": "cpu", "devices": 1, "max_steps": 8, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "limit_val_batches": 0, "num_sanity_val_steps": 0, "gradient_clip_val": 1.0, "log_every_n_steps": 2,
-    }  # fmt: skip
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 8,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": 2,
+    }
     callbacks = ([callback] if callback else []) + list(more)
-    if any(isinstance(each, float | int) for each in [options.get("gradient_clip_val", 0)]) and not module.automatic_optimization:
+    if (
+        any(isinstance(each, float | int) for each in [options.get("gradient_clip_val", 0)])
+        and not module.automatic_optimization
+    ):
         given.pop("gradient_clip_val")
     torch.manual_seed(3)
     trainer = pl.Trainer(**(given | options), default_root_dir=folder, callbacks=callbacks)
     trainer.fit(
-        module, data or DataLoader(Tokens(rows), batch), DataLoader(Tokens(8), 4), ckpt_path=ckpt_path, weights_only=False
+        module,
+        data or DataLoader(Tokens(rows), batch),
+        DataLoader(Tokens(8), 4),
+        ckpt_path=ckpt_path,
+        weights_only=False,
     )
     return trainer
 
@@ -99,13 +117,24 @@ def test_the_trainers_own_loggers_get_the_scalars(tmp_path, monkeypatch):
     assert trainer.log_dir == str(tmp_path / "board" / "v")
     events = event_file.EventAccumulator(trainer.log_dir)
     events.Reload()
-    drawn = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    drawn = {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
     with open(tmp_path / "table" / "v" / "metrics.csv") as file:
-        table = {int(row["step"]): row for row in csv.DictReader(file) if row.get("attention/max_logit/max")}
+        table = {
+            int(row["step"]): row
+            for row in csv.DictReader(file)
+            if row.get("attention/max_logit/max")
+        }
     ours = {row["stabmon/step"]: row for row in logged if "stabmon/step" in row}
     assert table.keys() == ours.keys() == {4, 8}
-    for name in ("attention/max_logit/max", "attention/attention_entropy/mean", "stability/issues_open",
-                 "attention_layers/model.transformer.h.0.attn/max_logit"):  # fmt: skip
+    for name in (
+        "attention/max_logit/max",
+        "attention/attention_entropy/mean",
+        "stability/issues_open",
+        "attention_layers/model.transformer.h.0.attn/max_logit",
+    ):
         values = [drawn[name][8], float(table[8][name]), ours[8][name]]
         assert values == pytest.approx([values[0]] * 3, rel=1e-5)
     assert not callback.monitor.errors
@@ -113,7 +142,10 @@ def test_the_trainers_own_loggers_get_the_scalars(tmp_path, monkeypatch):
 
 def test_validation_and_the_sanity_check_are_not_counted(tmp_path):
     found, ends = [], []
-    for options in ({}, {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 3}):
+    for options in (
+        {},
+        {"limit_val_batches": 2, "num_sanity_val_steps": 2, "val_check_interval": 3},
+    ):
         callback, module = StabilityCallback("observe", log_every=2, sinks=[]), Module()
         fit(tmp_path, module, callback, **options)
         found.append([each.layers for each in readings(callback)])
@@ -127,7 +159,14 @@ def test_accumulated_batches_make_the_reading_of_one_large_batch(tmp_path):
     found = []
     for rows, micro in ((8, 1), (2, 4)):
         callback = StabilityCallback("observe", log_every=2, sinks=[])
-        fit(tmp_path, Module(rate=0.0), callback, batch=rows, accumulate_grad_batches=micro, max_steps=2)
+        fit(
+            tmp_path,
+            Module(rate=0.0),
+            callback,
+            batch=rows,
+            accumulate_grad_batches=micro,
+            max_steps=2,
+        )
         found += readings(callback)
     assert [each.step for each in found] == [2, 2]
     assert same_readings(found[0].layers, found[1].layers, 1e-5)
@@ -150,7 +189,11 @@ class Loose(pl.LightningModule):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.blocks, self.head = nn.Embedding(32, 32), nn.ModuleList([Attention(), Attention()]), nn.Linear(32, 32)
+        self.embed, self.blocks, self.head = (
+            nn.Embedding(32, 32),
+            nn.ModuleList([Attention(), Attention()]),
+            nn.Linear(32, 32),
+        )
 
     def training_step(self, batch, _):
         x = self.embed(batch["input_ids"])
@@ -177,7 +220,9 @@ def test_blocks_in_a_list_called_by_the_training_step_are_watched_and_a_nan_in_t
     assert same_bits(*ends)
     assert list(readings(callback)[0].layers) == ["blocks.0", "blocks.1"]
     assert readings(callback)[0].micro_batches == 1
-    assert [(each.step, each.layer, each.head) for each in callback.issues] == [(5, "blocks.1.q", 1)]
+    assert [(each.step, each.layer, each.head) for each in callback.issues] == [
+        (5, "blocks.1.q", 1)
+    ]
     assert not callback.monitor.errors
 
 
@@ -197,7 +242,10 @@ class TwoOptimizers(Module):
 
     def configure_optimizers(self):
         layers = self.model.transformer.h
-        return [torch.optim.SGD(layers[0].parameters(), 0.1), torch.optim.SGD(layers[1].parameters(), 0.1)]
+        return [
+            torch.optim.SGD(layers[0].parameters(), 0.1),
+            torch.optim.SGD(layers[1].parameters(), 0.1),
+        ]
 
 
 def test_two_optimizers_stepped_by_hand_make_one_step_a_batch(tmp_path):
@@ -212,7 +260,9 @@ def test_two_optimizers_stepped_by_hand_make_one_step_a_batch(tmp_path):
 
 
 class ClipsByHand(TwoOptimizers):
-    """Manual optimisation with a loss of its own, clipped before each of two optimizers; notes the norm right before."""
+    """Manual optimisation with a loss of its own, clipped before each of two optimizers; notes the
+    norm right before.
+    """
 
     def __init__(self):
         super().__init__()
@@ -222,7 +272,10 @@ class ClipsByHand(TwoOptimizers):
         norms = []
         for optimizer in self.optimizers():
             optimizer.zero_grad()
-            self.manual_backward(self.model(**batch).logits.square().mean(), inputs=optimizer.param_groups[0]["params"])
+            self.manual_backward(
+                self.model(**batch).logits.square().mean(),
+                inputs=optimizer.param_groups[0]["params"],
+            )
             gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
             norms.append(torch.cat([each.flatten() for each in gradients]).norm().item())
             self.clip_gradients(optimizer, gradient_clip_val=1e-3, gradient_clip_algorithm="norm")
@@ -233,7 +286,9 @@ class ClipsByHand(TwoOptimizers):
 def test_gradient_norms_are_those_before_the_user_clips_by_hand(tmp_path):
     callback, module = StabilityCallback("observe", log_every=1, sinks=[]), ClipsByHand()
     fit(tmp_path, module, callback, max_steps=4)
-    assert [each.gradients[""] for each in readings(callback)] == pytest.approx(module.before, rel=1e-5)
+    assert [each.gradients[""] for each in readings(callback)] == pytest.approx(
+        module.before, rel=1e-5
+    )
     assert not callback.monitor.errors
 
 
@@ -247,18 +302,30 @@ def strip(value):
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path):
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    options = {"gradient_clip_val": None, "rows": 124}  # the cut is at the end of an epoch: Lightning goes on with the next
+    options = {
+        "gradient_clip_val": None,
+        "rows": 124,
+    }  # the cut is at the end of an epoch: Lightning goes on with the next
     whole, module = StabilityCallback("observe", log_every=2, sinks=[]), Module(rate=1.0)
     fit(tmp_path, module, whole, max_steps=60, **options)
     save = ModelCheckpoint(tmp_path, "at", every_n_train_steps=31, save_top_k=-1)
-    fit(tmp_path, Module(rate=1.0), StabilityCallback("observe", log_every=2, sinks=[]), more=[save], max_steps=31,
-        enable_checkpointing=True, **options)  # fmt: skip
+    fit(
+        tmp_path,
+        Module(rate=1.0),
+        StabilityCallback("observe", log_every=2, sinks=[]),
+        more=[save],
+        max_steps=31,
+        enable_checkpointing=True,
+        **options,
+    )
     second, resumed = StabilityCallback("observe", log_every=2, sinks=[]), Module(rate=1.0)
     fit(tmp_path, resumed, second, max_steps=60, ckpt_path=str(tmp_path / "at.ckpt"), **options)
     assert same_bits(weights(module), weights(resumed))
     assert whole.issues
     assert repr(second.issues) == repr(whole.issues)
-    assert json.dumps(strip(second.monitor.state_dict())) == json.dumps(strip(whole.monitor.state_dict()))
+    assert json.dumps(strip(second.monitor.state_dict())) == json.dumps(
+        strip(whole.monitor.state_dict())
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -273,7 +340,11 @@ def test_an_exception_in_training_leaves_nothing_behind(tmp_path, place, error):
             if index == 3 and place != "batch end":
                 inner = module.model.transformer.h[1].mlp
                 hooked = next(inner.parameters())
-                handle = inner.register_forward_pre_hook(fail) if place == "forward" else hooked.register_hook(fail)
+                handle = (
+                    inner.register_forward_pre_hook(fail)
+                    if place == "forward"
+                    else hooked.register_hook(fail)
+                )
 
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
             if index == 3 and place == "batch end":
@@ -315,11 +386,15 @@ class Long(Tokens):
     """Rows long enough for entropies to be judged."""
 
     def __init__(self, rows=256, length=48):
-        self.tokens = torch.randint(3, 32, (rows, length), generator=torch.Generator().manual_seed(1))
+        self.tokens = torch.randint(
+            3, 32, (rows, length), generator=torch.Generator().manual_seed(1)
+        )
 
 
 class Guarded(Module):
-    """Multiplies W_q and W_k of the first layer after step 8; trained by SGD under a schedule, and notes the rates that it moved by."""
+    """Multiplies W_q and W_k of the first layer after step 8; trained by SGD under a schedule, and
+    notes the rates that it moved by.
+    """
 
     def __init__(self):
         super().__init__()
@@ -331,7 +406,11 @@ class Guarded(Module):
         self.scheduled.append(optimizer.param_groups[0]["lr"])
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self.moved.append(((before - bias).norm() / bias.grad.norm()).item())
-        if len(self.moved) == 8 and self.trainer.current_epoch == 0 and self.trainer.global_step < 9:
+        if (
+            len(self.moved) == 8
+            and self.trainer.current_epoch == 0
+            and self.trainer.global_step < 9
+        ):
             with torch.no_grad():
                 self.model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(60.0)
 
@@ -346,7 +425,9 @@ def test_guard_clips_under_lightning_and_leaves_the_model_clean(tmp_path):
     fit(tmp_path, module, callback, data=DataLoader(Long(), 4), max_steps=14)
     assert not callback.monitor.errors
     audit = lines(tmp_path / "stabmon" / "interventions.jsonl")
-    assert ("qk_clip", "applied", 9) in [(each["intervention"], each["action"], each["step"]) for each in audit]
+    assert ("qk_clip", "applied", 9) in [
+        (each["intervention"], each["action"], each["step"]) for each in audit
+    ]
     assert clean(module)
 
 
@@ -354,11 +435,26 @@ def test_a_lowered_rate_holds_under_lightning_and_through_a_checkpoint_and_resum
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     def run(folder, guarded, ckpt_path=None):
-        options = {"interventions": {"lower_learning_rate": {"factor": 0.25}}, "budget": {"patience": 100}} if guarded else {}
+        options = (
+            {
+                "interventions": {"lower_learning_rate": {"factor": 0.25}},
+                "budget": {"patience": 100},
+            }
+            if guarded
+            else {}
+        )
         callback, module = StabilityCallback("observe", log_every=1, sinks=[], **options), Guarded()
         keeps = ModelCheckpoint(folder, every_n_train_steps=11, save_top_k=-1, filename="{step}")
         more = {"max_steps": 14, "enable_checkpointing": True, "gradient_clip_val": None}
-        fit(folder, module, callback, more=[keeps], ckpt_path=ckpt_path, data=DataLoader(Long(), 4), **more)
+        fit(
+            folder,
+            module,
+            callback,
+            more=[keeps],
+            ckpt_path=ckpt_path,
+            data=DataLoader(Long(), 4),
+            **more,
+        )
         assert not callback.monitor.errors
         return callback.monitor.applied, module.scheduled, module.moved
 
@@ -368,7 +464,9 @@ def test_a_lowered_rate_holds_under_lightning_and_through_a_checkpoint_and_resum
     assert scheduled == plain, "the scheduler sees its own rates"
     used = [rate * (0.25 if step > 9 else 1.0) for step, rate in enumerate(plain, start=1)]
     assert moved == pytest.approx(used, rel=0.02, abs=1e-9)
-    again, scheduled, moved = run(tmp_path / "one", guarded=True, ckpt_path=tmp_path / "one" / "step=11.ckpt")
+    again, scheduled, moved = run(
+        tmp_path / "one", guarded=True, ckpt_path=tmp_path / "one" / "step=11.ckpt"
+    )
     assert [each.intervention.name for each in again] == ["lower_learning_rate"]
     assert scheduled == plain[11:]
     assert moved == pytest.approx(used[11:], rel=0.02, abs=1e-9)
@@ -381,7 +479,10 @@ def test_a_stop_ends_lightning(tmp_path):
                 with torch.no_grad():
                     pl_module.model.transformer.wte.weight[0, 0] = math.nan
 
-    callback, module = StabilityCallback("observe", log_every=1, sinks=[], interventions={"stop": {}}), Module()
+    callback, module = (
+        StabilityCallback("observe", log_every=1, sinks=[], interventions={"stop": {}}),
+        Module(),
+    )
     trainer = fit(tmp_path, module, callback, more=[Poisons()], max_steps=12)
     assert trainer.global_step < 8
     assert "non_finite" in callback.monitor.stop_reason
@@ -410,7 +511,9 @@ class Manual(Module):
         inner = [p for name, p in self.named_parameters() if p.ndim == 2 and ".h." in name]
         outer = [p for p in self.parameters() if all(p is not each for each in inner)]
         optimizers = [torch.optim.AdamW(outer, 1e-2), torch.optim.Muon(inner, lr=2e-2)]
-        return optimizers, [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in optimizers]
+        return optimizers, [
+            torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in optimizers
+        ]
 
 
 def test_of_several_optimizers_each_group_is_known_and_a_batch_is_one_step(tmp_path):
@@ -420,26 +523,46 @@ def test_of_several_optimizers_each_group_is_known_and_a_batch_is_one_step(tmp_p
     fit(tmp_path, plain, max_steps=16)
     assert same_bits(weights(watched), weights(plain))
     assert clean(watched)
-    assert not any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in trainer.optimizers)
+    assert not any(
+        each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks
+        for each in trainer.optimizers
+    )
     assert not callback.monitor.errors
     assert [reading.step for reading in readings(callback)] == [2, 4, 6, 8]
-    rates = [{"0.0": 1e-2 * 0.5 ** (step - 1), "1.0": 2e-2 * 0.5 ** (step - 1)} for step in (2, 4, 6, 8)]
-    assert [reading.learning_rates for reading in readings(callback)] == [pytest.approx(each) for each in rates]
-    assert all(reading.updates["0.0"] > 0 and reading.updates["1.0"] > 0 for reading in readings(callback))
+    rates = [
+        {"0.0": 1e-2 * 0.5 ** (step - 1), "1.0": 2e-2 * 0.5 ** (step - 1)} for step in (2, 4, 6, 8)
+    ]
+    assert [reading.learning_rates for reading in readings(callback)] == [
+        pytest.approx(each) for each in rates
+    ]
+    assert all(
+        reading.updates["0.0"] > 0 and reading.updates["1.0"] > 0 for reading in readings(callback)
+    )
     assert all(len(reading.query_key) == 2 for reading in readings(callback))
 
 
 def test_a_step_by_hand_every_other_batch_is_one_step_of_two_micro_batches(tmp_path):
     callback = StabilityCallback("observe", log_every=1, sinks=[])
     fit(tmp_path, Manual(every=2), callback, max_steps=8)
-    assert [(reading.step, reading.micro_batches) for reading in readings(callback)] == [(1, 2), (2, 2), (3, 2), (4, 2)]
+    assert [(reading.step, reading.micro_batches) for reading in readings(callback)] == [
+        (1, 2),
+        (2, 2),
+        (3, 2),
+        (4, 2),
+    ]
 
 
 def test_a_resume_without_our_state_counts_batches_as_lightning_does(tmp_path):
     checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1)
     fit(tmp_path, Manual(), more=[checkpoint], max_steps=8, enable_checkpointing=True)
     callback = StabilityCallback("observe", log_every=1, sinks=[])
-    fit(tmp_path, Manual(), callback, max_steps=12, ckpt_path=checkpoint.best_model_path or checkpoint.last_model_path)
+    fit(
+        tmp_path,
+        Manual(),
+        callback,
+        max_steps=12,
+        ckpt_path=checkpoint.best_model_path or checkpoint.last_model_path,
+    )
     assert [reading.step for reading in readings(callback)] == [5, 6]
 
 
@@ -461,20 +584,37 @@ def test_a_ceiling_holds_also_where_the_rate_is_set_in_the_training_step(tmp_pat
 
     callback = StabilityCallback("observe", log_every=1, sinks=[])
     held = last(Slips, Cap())
-    assert [reading.learning_rates["0.0"] for reading in readings(callback)] == [1e-2] * 4 + [1.0] * 4
-    assert [reading.used_rates["0.0"] for reading in readings(callback)] == pytest.approx([1e-2] * 8)
+    assert [reading.learning_rates["0.0"] for reading in readings(callback)] == [1e-2] * 4 + [
+        1.0
+    ] * 4
+    assert [reading.used_rates["0.0"] for reading in readings(callback)] == pytest.approx(
+        [1e-2] * 8
+    )
     callback = StabilityCallback("observe", log_every=1, sinks=[])
     right = last(Module)
-    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(held.values(), right.values(), strict=True))
+    assert all(
+        torch.allclose(one, other, atol=1e-5)
+        for one, other in zip(held.values(), right.values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("mode", ["fast_dev_run", "barebones"])
 def test_a_dry_mode_leaves_nothing_behind(tmp_path, mode, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    callback = StabilityCallback("guard", log_every=1, run_dir=tmp_path / "runs", sinks=["jsonl", "tensorboard", "console"])
-    options = {"fast_dev_run": {"fast_dev_run": 2, "logger": True}, "barebones": {"barebones": True, "max_steps": 2}}
+    callback = StabilityCallback(
+        "guard", log_every=1, run_dir=tmp_path / "runs", sinks=["jsonl", "tensorboard", "console"]
+    )
+    options = {
+        "fast_dev_run": {"fast_dev_run": 2, "logger": True},
+        "barebones": {"barebones": True, "max_steps": 2},
+    }
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, callbacks=[callback], enable_progress_bar=False, enable_model_summary=False, **options[mode]
+        accelerator="cpu",
+        devices=1,
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options[mode],
     )
     trainer.fit(Module(), DataLoader(Tokens(8), 4))
     assert len(readings(callback)) == 2
@@ -497,17 +637,26 @@ def test_issues_of_several_fits_are_all_there(tmp_path):
     assert [each.key for each in records.issues] == [each.key for each in callback.issues]
 
 
-def test_the_wandb_logger_keeps_the_rows_that_its_user_logs_at_steps_of_their_own(tmp_path, monkeypatch):
+def test_the_wandb_logger_keeps_the_rows_that_its_user_logs_at_steps_of_their_own(
+    tmp_path, monkeypatch
+):
     import wandb
     from lightning.pytorch.loggers import WandbLogger
 
-    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "X_DISABLE_STATS": "true"}.items():
+    for name, value in {
+        "MODE": "offline",
+        "SILENT": "true",
+        "CONSOLE": "off",
+        "X_DISABLE_STATS": "true",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
 
     class Logs(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
             if trainer.global_step % 4 == 0:
-                trainer.logger.experiment.log({"mine": trainer.global_step}, step=trainer.global_step // 4)
+                trainer.logger.experiment.log(
+                    {"mine": trainer.global_step}, step=trainer.global_step // 4
+                )
 
     found = []
     for callback in (None, StabilityCallback("observe", log_every=1)):
@@ -518,5 +667,7 @@ def test_the_wandb_logger_keeps_the_rows_that_its_user_logs_at_steps_of_their_ow
         found.append(wandb_rows(file))
     mine = [[(row["_step"], row["mine"]) for row in each if "mine" in row] for each in found]
     assert mine == [[(1, 4), (2, 8)]] * 2
-    assert sorted(row["stabmon/step"] for row in found[1] if "stabmon/step" in row) == list(range(1, 9))
+    assert sorted(row["stabmon/step"] for row in found[1] if "stabmon/step" in row) == list(
+        range(1, 9)
+    )
     assert not callback.monitor.errors

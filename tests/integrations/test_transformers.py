@@ -17,18 +17,31 @@ from stabmon.sinks.reader import read_records
 from tests.sinks.test_wandb import rows as wandb_rows
 from tests.small import Floats, Tokens, clean, gpt2, lines, llama, same_bits, same_readings, weights
 
-QUIET = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "save_strategy": "no", "logging_strategy": "no", "seed": 0}
+QUIET = {
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "seed": 0,
+}
 
 
 def trainer_of(folder, callback=None, model=None, cls=Trainer, more=(), data=None, **arguments):
     """A Trainer over small data; 8 steps where nothing else is said."""
-    options = QUIET | {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2} | arguments
+    options = (
+        QUIET
+        | {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+        | arguments
+    )
     kept = {name: options.pop(name) for name in ("compute_loss_func",) if name in options}
     callbacks = ([callback] if callback else []) + list(more)
     data = data or Tokens()
     model = model or gpt2(dropout=0.1)
     arguments = TrainingArguments(str(folder), **options)
-    return cls(model, arguments, train_dataset=data, eval_dataset=Tokens(8), callbacks=callbacks, **kept)
+    return cls(
+        model, arguments, train_dataset=data, eval_dataset=Tokens(8), callbacks=callbacks, **kept
+    )
 
 
 def readings(callback):
@@ -63,7 +76,9 @@ def test_the_loss_of_a_reading_is_the_one_that_was_differentiated(tmp_path):
     for name, options in {
         "plain": {},
         "accumulated": {"gradient_accumulation_steps": 2},
-        "own": {"compute_loss_func": lambda out, labels, num_items_in_batch: out.logits.square().mean()},
+        "own": {
+            "compute_loss_func": lambda out, labels, num_items_in_batch: out.logits.square().mean()
+        },
     }.items():
         seen = []
         callback = StabilityCallback("observe", log_every=1, sinks=[])
@@ -74,12 +89,18 @@ def test_the_loss_of_a_reading_is_the_one_that_was_differentiated(tmp_path):
         assert readings(callback)[0].micro_batches == micro
 
 
-def test_tensorboard_and_wandb_get_the_same_scalars_through_the_trainers_reporters(tmp_path, monkeypatch):
+def test_tensorboard_and_wandb_get_the_same_scalars_through_the_trainers_reporters(
+    tmp_path, monkeypatch
+):
     import tensorboard.backend.event_processing.event_accumulator as event_file
     import wandb
 
     monkeypatch.chdir(tmp_path)  # where W&B writes to
-    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": tmp_path, "WANDB_SILENT": "true"}.items():
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": tmp_path,
+        "WANDB_SILENT": "true",
+    }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     callback = StabilityCallback("observe", log_every=4)
@@ -90,25 +111,40 @@ def test_tensorboard_and_wandb_get_the_same_scalars_through_the_trainers_reporte
             offline.append(wandb.run.offline)
             original = wandb.run.log
             monkeypatch.setattr(
-                wandb.run, "log", lambda values, *a, **k: (logged.append(dict(values)), original(values, *a, **k))[1]
+                wandb.run,
+                "log",
+                lambda values, *a, **k: (logged.append(dict(values)), original(values, *a, **k))[1],
             )
 
-    listens = {"report_to": ["tensorboard", "wandb"], "logging_strategy": "steps", "logging_steps": 2}
+    listens = {
+        "report_to": ["tensorboard", "wandb"],
+        "logging_strategy": "steps",
+        "logging_steps": 2,
+    }
     trainer_of(tmp_path, callback, more=[Listens()], **listens).train()
     wandb.finish()
     events = event_file.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
-    drawn = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    drawn = {
+        name: {event.step: event.value for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+    }
     last = readings(callback)[-1].layers
     for name in ("attention_entropy", "max_logit", "hnf_log_curvature"):
         assert drawn[f"attention/{name}/max"].keys() == {4, 8}
-        assert drawn[f"attention/{name}/max"][8] == pytest.approx(max(max(each[name]) for each in last.values()), rel=1e-5)
+        assert drawn[f"attention/{name}/max"][8] == pytest.approx(
+            max(max(each[name]) for each in last.values()), rel=1e-5
+        )
         assert {
             f"attention/{name}/mean",
             f"attention/{name}/min",
             f"attention_layers/transformer.h.1.attn/{name}",
         } <= drawn.keys()
-    assert {"stability/issues_open", "stability/alarms", "stability/overhead_fraction"} <= drawn.keys()
+    assert {
+        "stability/issues_open",
+        "stability/alarms",
+        "stability/overhead_fraction",
+    } <= drawn.keys()
     ours = {row["stabmon/step"]: row for row in logged if "stabmon/step" in row}
     assert ours.keys() == {4, 8}
     assert {name for name in drawn if name.startswith(("attention", "stability"))} <= ours[8].keys()
@@ -148,7 +184,14 @@ def test_accumulated_batches_make_the_reading_of_one_large_batch(tmp_path):
 
 def test_gradient_norms_are_those_before_the_trainer_clips(tmp_path):
     callback = StabilityCallback("observe", log_every=1, sinks=[])
-    trainer = trainer_of(tmp_path, callback, max_grad_norm=1e-3, logging_strategy="steps", logging_steps=1, max_steps=2)
+    trainer = trainer_of(
+        tmp_path,
+        callback,
+        max_grad_norm=1e-3,
+        logging_strategy="steps",
+        logging_steps=1,
+        max_steps=2,
+    )
     trainer.train()
     reported = [each["grad_norm"] for each in trainer.state.log_history if "grad_norm" in each]
     assert [each.gradients[""] for each in readings(callback)] == pytest.approx(reported, rel=1e-5)
@@ -163,7 +206,12 @@ def strip(value):
 
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path):
     """A rate that harms, so that there are issues to go on with."""
-    options = {"learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 60, "max_grad_norm": 0.0}
+    options = {
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "max_steps": 60,
+        "max_grad_norm": 0.0,
+    }
     whole = StabilityCallback("observe", log_every=2, sinks=["jsonl"])
     trainer = trainer_of(tmp_path / "whole", whole, **options)
     trainer.train()
@@ -187,8 +235,12 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path):
     assert whole.issues
     assert repr(second.issues) == repr(whole.issues)
     assert repr(second.monitor.open_issues) == repr(whole.monitor.open_issues)
-    assert json.dumps(strip(second.monitor.state_dict())) == json.dumps(strip(whole.monitor.state_dict()))
-    assert [each["step"] for each in lines(moved / "stabmon" / "readings.jsonl")] == list(range(32, 61, 2))
+    assert json.dumps(strip(second.monitor.state_dict())) == json.dumps(
+        strip(whole.monitor.state_dict())
+    )
+    assert [each["step"] for each in lines(moved / "stabmon" / "readings.jsonl")] == list(
+        range(32, 61, 2)
+    )
 
 
 def test_a_resume_without_a_stored_state_says_so_and_counts_on(tmp_path, caplog):
@@ -208,7 +260,9 @@ def test_half_precision_and_checkpointing_leave_training_as_it_was(tmp_path, opt
         ends.append(weights(trainer.model))
     assert same_bits(*ends)
     assert len(readings(callback)) == 2
-    assert readings(callback)[0].info["model.layers.0.self_attn"].dtype == ("bfloat16" if "bf16" in options else "float32")
+    assert readings(callback)[0].info["model.layers.0.self_attn"].dtype == (
+        "bfloat16" if "bf16" in options else "float32"
+    )
     assert not callback.monitor.errors
 
 
@@ -230,7 +284,11 @@ def test_a_wrapped_model_keeps_its_own_names(tmp_path):
     callback = StabilityCallback("observe", log_every=4, sinks=[])
     trainer_of(tmp_path, callback, PeftLike(gpt2())).train()
     assert list(readings(callback)[0].layers) == ["transformer.h.0.attn", "transformer.h.1.attn"]
-    assert readings(callback)[0].gradients.keys() == {"", "transformer.h.0.attn", "transformer.h.1.attn"}
+    assert readings(callback)[0].gradients.keys() == {
+        "",
+        "transformer.h.0.attn",
+        "transformer.h.1.attn",
+    }
 
 
 def test_torch_compile_is_measured_and_changes_nothing(tmp_path):
@@ -238,12 +296,22 @@ def test_torch_compile_is_measured_and_changes_nothing(tmp_path):
         def forward(self, x, labels):
             return {"loss": functional.cross_entropy(super().forward(x), labels)}
 
-    data = [{"x": torch.randn(6, 32, generator=torch.Generator().manual_seed(i)), "labels": i % 4} for i in range(32)]
+    data = [
+        {"x": torch.randn(6, 32, generator=torch.Generator().manual_seed(i)), "labels": i % 4}
+        for i in range(32)
+    ]
     ends, graphs = [], []
     for callback in (None, StabilityCallback("observe", log_every=3, sinks=[])):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        trainer = trainer_of(tmp_path, callback, Model(), data=data, torch_compile=True, torch_compile_backend="aot_eager")
+        trainer = trainer_of(
+            tmp_path,
+            callback,
+            Model(),
+            data=data,
+            torch_compile=True,
+            torch_compile_backend="aot_eager",
+        )
         trainer.train()
         ends.append(weights(trainer.model))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -288,7 +356,9 @@ def test_after_an_exception_close_leaves_nothing_and_a_second_run_works(tmp_path
 
             module = model.transformer.h[1].mlp
             handle = (
-                module.register_forward_pre_hook(fail) if place == "forward" else next(module.parameters()).register_hook(fail)
+                module.register_forward_pre_hook(fail)
+                if place == "forward"
+                else next(module.parameters()).register_hook(fail)
             )
 
     class BreaksOff(Tokens):
@@ -323,7 +393,9 @@ def test_a_callback_that_cannot_start_lets_training_go_on(tmp_path, caplog, monk
     callback = StabilityCallback("observe", log_every=2, sinks=[CannotOpen()])
     trainer_of(tmp_path, callback).train()
     assert callback.monitor.errors == {"sink": 1}
-    monkeypatch.setattr("stabmon.integrations.transformers.AttentionStabilityMonitor", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(
+        "stabmon.integrations.transformers.AttentionStabilityMonitor", lambda *_, **__: 1 / 0
+    )
     trainer_of(tmp_path, callback).train()
     assert callback.monitor is None
     assert "could not start watching; training goes on without it" in caplog.text
@@ -340,7 +412,9 @@ class Long(Tokens):
     """Rows long enough for entropies to be judged."""
 
     def __init__(self, rows=256, length=48):
-        self.tokens = torch.randint(3, 32, (rows, length), generator=torch.Generator().manual_seed(1))
+        self.tokens = torch.randint(
+            3, 32, (rows, length), generator=torch.Generator().manual_seed(1)
+        )
 
 
 class Spoils(TrainerCallback):
@@ -357,26 +431,49 @@ class Spoils(TrainerCallback):
 
 def test_guard_clips_under_the_trainer_and_leaves_the_model_clean(tmp_path):
     callback = StabilityCallback("guard", log_every=1)
-    trainer = trainer_of(tmp_path, callback, more=[Spoils()], data=Long(), max_steps=14, learning_rate=1e-3)
+    trainer = trainer_of(
+        tmp_path, callback, more=[Spoils()], data=Long(), max_steps=14, learning_rate=1e-3
+    )
     trainer.train()
     assert not callback.monitor.errors
     audit = lines(tmp_path / "stabmon" / "interventions.jsonl")
-    assert ("qk_clip", "applied", 9) in [(each["intervention"], each["action"], each["step"]) for each in audit]
+    assert ("qk_clip", "applied", 9) in [
+        (each["intervention"], each["action"], each["step"]) for each in audit
+    ]
     assert clean(trainer.model)
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup"])
-def test_a_lowered_rate_holds_in_the_trainer_and_through_a_checkpoint_and_resume(tmp_path, schedule):
+def test_a_lowered_rate_holds_in_the_trainer_and_through_a_checkpoint_and_resume(
+    tmp_path, schedule
+):
     def run(folder, guarded, **more):
-        options = {"interventions": {"lower_learning_rate": {"factor": 0.25}}, "budget": {"patience": 100}} if guarded else {}
+        options = (
+            {
+                "interventions": {"lower_learning_rate": {"factor": 0.25}},
+                "budget": {"patience": 100},
+            }
+            if guarded
+            else {}
+        )
         callback = StabilityCallback("observe", log_every=1, sinks=[], **options)
-        given = {"max_steps": 14, "lr_scheduler_type": schedule, "warmup_steps": 2, "save_strategy": "steps", "save_steps": 11}
-        trainer = trainer_of(folder, callback, more=[Spoils()], data=Long(), learning_rate=1e-3, optim="sgd", **given)
+        given = {
+            "max_steps": 14,
+            "lr_scheduler_type": schedule,
+            "warmup_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 11,
+        }
+        trainer = trainer_of(
+            folder, callback, more=[Spoils()], data=Long(), learning_rate=1e-3, optim="sgd", **given
+        )
         scheduled, moved = [], []
 
         class Notes(TrainerCallback):
-            """The rate that the scheduler set, and the one that the bias of the last norm moved by: SGD's step is rate x gradient."""
+            """The rate that the scheduler set, and the one that the bias of the last norm moved by:
+            SGD's step is rate x gradient.
+            """
 
             def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
                 self.before = model.transformer.ln_f.bias.detach().clone()
@@ -397,7 +494,11 @@ def test_a_lowered_rate_holds_in_the_trainer_and_through_a_checkpoint_and_resume
     assert scheduled == plain, "the scheduler sees its own rates"
     used = [rate * (0.25 if step > 9 else 1.0) for step, rate in enumerate(plain, start=1)]
     assert moved == pytest.approx(used, rel=0.02, abs=1e-9)
-    again, scheduled, moved = run(tmp_path / "one", guarded=True, resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-11"))
+    again, scheduled, moved = run(
+        tmp_path / "one",
+        guarded=True,
+        resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-11"),
+    )
     assert [each.intervention.name for each in again] == ["lower_learning_rate"]
     assert scheduled == plain[11:]
     assert moved == pytest.approx(used[11:], rel=0.02, abs=1e-9)
@@ -418,17 +519,25 @@ def test_a_stop_ends_the_trainer(tmp_path):
 
 
 class OwnLoss(Trainer):
-    """Takes its loss from the logits or hidden states, as TRL's trainers do, of a model that is called with labels."""
+    """Takes its loss from the logits or hidden states, as TRL's trainers do, of a model that is
+    called with labels.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         output = model(**inputs, output_hidden_states=True)
         hidden = self.args.run_name == "hidden"
-        loss = output.hidden_states[-1].square().mean() if hidden else -output.logits.log_softmax(-1)[..., 3].mean()
+        loss = (
+            output.hidden_states[-1].square().mean()
+            if hidden
+            else -output.logits.log_softmax(-1)[..., 3].mean()
+        )
         return (loss, output) if return_outputs else loss
 
 
 @pytest.mark.parametrize("loss", ["logits", "hidden"])
-def test_gradient_norms_are_those_before_clipping_also_of_a_loss_of_the_trainers_own(tmp_path, loss):
+def test_gradient_norms_are_those_before_clipping_also_of_a_loss_of_the_trainers_own(
+    tmp_path, loss
+):
     callback = StabilityCallback("observe", log_every=1, sinks=[])
     options = {
         "max_grad_norm": 1e-3,
@@ -448,7 +557,12 @@ def test_a_gradient_of_the_trainer_s_own_loss_is_critical_at_once_and_the_loss_i
     class Ratio(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             ids = inputs["input_ids"]
-            logp = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            logp = (
+                model(input_ids=ids)
+                .logits[:, :-1]
+                .log_softmax(-1)
+                .gather(-1, ids[:, 1:, None])[..., 0]
+            )
             old, keep = logp.detach().clone(), torch.ones_like(logp)
             keep[0, -2:] = 0
             old[0, -2:] -= 200.0 if self.state.global_step >= 2 else 0.0
@@ -503,10 +617,17 @@ def test_a_resumed_training_counts_the_issues_of_its_checkpoint_once(tmp_path):
     assert len(read_records(tmp_path).runs) == 1
 
 
-def test_a_run_of_wandb_that_the_trainer_made_keeps_the_rows_that_its_user_logs_at_steps_of_their_own(tmp_path, monkeypatch):
+def test_a_run_of_wandb_that_the_trainer_made_keeps_the_rows_that_its_user_logs_at_steps_of_their_own(
+    tmp_path, monkeypatch
+):
     import wandb
 
-    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "X_DISABLE_STATS": "true"}.items():
+    for name, value in {
+        "MODE": "offline",
+        "SILENT": "true",
+        "CONSOLE": "off",
+        "X_DISABLE_STATS": "true",
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
 
     class Logs(TrainerCallback):
@@ -525,7 +646,9 @@ def test_a_run_of_wandb_that_the_trainer_made_keeps_the_rows_that_its_user_logs_
         found.append(wandb_rows(file))
     mine = [[(row["_step"], row["mine"]) for row in each if "mine" in row] for each in found]
     assert mine == [[(1, 4), (2, 8)]] * 2
-    assert sorted(row["stabmon/step"] for row in found[1] if "stabmon/step" in row) == list(range(1, 9))
+    assert sorted(row["stabmon/step"] for row in found[1] if "stabmon/step" in row) == list(
+        range(1, 9)
+    )
     assert not callback.monitor.errors
 
 

@@ -19,14 +19,21 @@ from stabmon.records import AttentionCall, LayerInfo, Reading, StabilityIssue
 ZOO = zoo()
 
 
-def run_of(name: str, optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW, steps: int = 0) -> TrainingRun:
-    """A run on a model of the zoo, after ``steps`` optimizer steps on its batch, its attention seen once."""
+def run_of(
+    name: str, optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW, steps: int = 0
+) -> TrainingRun:
+    """A run on a model of the zoo, after ``steps`` optimizer steps on its batch, its attention seen
+    once.
+    """
     model, inputs = ZOO[name]()
     return make_run(model, inputs, optimizer, steps)
 
 
 def make_run(
-    model: nn.Module, inputs: Mapping[str, Any], optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW, steps: int = 0
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    optimizer: type[torch.optim.Optimizer] | None = torch.optim.AdamW,
+    steps: int = 0,
 ) -> TrainingRun:
     made = None if optimizer is None else optimizer(model.parameters(), lr=1e-2)
     records: list[dict[str, Any]] = []
@@ -44,7 +51,9 @@ def loss_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """A loss that every output has a part in."""
     out = model(**inputs)
     out = getattr(out, "logits", getattr(out, "last_hidden_state", out))
-    return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum() / out.numel() ** 0.5
+    return (
+        out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    ).sum() / out.numel() ** 0.5
 
 
 def train_step(run: TrainingRun, inputs: Mapping[str, Any] | None = None) -> float:
@@ -83,7 +92,10 @@ def scores_of(run: TrainingRun) -> dict[str, np.ndarray]:
     """The largest scores on the run's batch now, seen by a capture of our own."""
     found: dict[str, np.ndarray] = {}
     with (
-        AttentionCapture(run.model, lambda call: found.__setitem__(call.layer, largest_scores(call).double().numpy())),
+        AttentionCapture(
+            run.model,
+            lambda call: found.__setitem__(call.layer, largest_scores(call).double().numpy()),
+        ),
         torch.no_grad(),
     ):
         run.model(**run.inputs)  # type: ignore[attr-defined]
@@ -96,18 +108,32 @@ def growth(layer: str | None, head: int | None = 1, **evidence: Any) -> Stabilit
 
 
 def all_bits(run: TrainingRun) -> dict[str, Any]:
-    """Parameters, buffers, optimizer state, group settings, plain attributes and hooks of every module, random state."""
-    bits: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()}
+    """Parameters, buffers, optimizer state, group settings, plain attributes and hooks of every
+    module, random state.
+    """
+    bits: dict[str, Any] = {
+        name: tensor.detach().clone() for name, tensor in run.model.state_dict().items()
+    }
     if run.optimizer is not None:
         for at, group in enumerate(run.optimizer.param_groups):
             bits |= {f"group {at} {k}": v for k, v in group.items() if k != "params"}
             for each, parameter in enumerate(group["params"]):
                 for k, v in run.optimizer.state.get(parameter, {}).items():
                     bits[f"state {at} {each} {k}"] = v.clone() if isinstance(v, Tensor) else v
-        bits["optimizer hooks"] = len(run.optimizer._optimizer_step_pre_hooks) + len(run.optimizer._optimizer_step_post_hooks)
+        bits["optimizer hooks"] = len(run.optimizer._optimizer_step_pre_hooks) + len(
+            run.optimizer._optimizer_step_post_hooks
+        )
     for name, module in run.model.named_modules():
-        bits |= {f"{name}.{k}": v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, type(None)))}
-        bits[f"{name} hooks"] = len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        bits |= {
+            f"{name}.{k}": v
+            for k, v in vars(module).items()
+            if isinstance(v, (bool, int, float, str, type(None)))
+        }
+        bits[f"{name} hooks"] = (
+            len(module._forward_hooks)
+            + len(module._forward_pre_hooks)
+            + len(module._backward_hooks)
+        )
     bits["random"] = torch.get_rng_state()
     return bits
 
@@ -117,9 +143,15 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     changed = sorted(before.keys() ^ after.keys())
     for name in before.keys() & after.keys():
         one, other = before[name], after[name]
-        same = torch.equal(one, other) if isinstance(one, Tensor) else (one == other and type(one) is type(other))
+        same = (
+            torch.equal(one, other)
+            if isinstance(one, Tensor)
+            else (one == other and type(one) is type(other))
+        )
         if isinstance(one, Tensor) and not same and one.is_floating_point():
-            same = torch.equal(one.nan_to_num(nan=7e7), other.nan_to_num(nan=7e7)) and torch.equal(one.isnan(), other.isnan())
+            same = torch.equal(one.nan_to_num(nan=7e7), other.nan_to_num(nan=7e7)) and torch.equal(
+                one.isnan(), other.isnan()
+            )
         changed += [] if same else [name]
     return changed
 

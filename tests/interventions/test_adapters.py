@@ -1,4 +1,6 @@
-"""What queries and keys effectively become under PEFT's adapters, against matrices that are formed, and what acts do with them."""
+"""What queries and keys effectively become under PEFT's adapters, against matrices that are formed,
+and what acts do with them.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,17 @@ ATTENTION = {"fused lora": "base_model.model.transformer.h.0.attn"}
 
 def adapted(name: str, config: Any = None) -> tuple[Any, nn.Module]:
     """A model with adapters that are not at their start, and its first attention module."""
-    model = peft.get_peft_model((gpt2 if name == "fused lora" else llama)(), config or CONFIGS[name]())
+    model = peft.get_peft_model(
+        (gpt2 if name == "fused lora" else llama)(), config or CONFIGS[name]()
+    )
     torch.manual_seed(7)
     with torch.no_grad():
         for each in model.parameters():
             if each.requires_grad:
                 each += 0.1 * torch.randn_like(each)
-    return model, model.get_submodule(ATTENTION.get(name, "base_model.model.model.layers.0.self_attn"))
+    return model, model.get_submodule(
+        ATTENTION.get(name, "base_model.model.model.layers.0.self_attn")
+    )
 
 
 def formed(module: nn.Module) -> torch.Tensor:
@@ -56,7 +62,9 @@ def formed(module: nn.Module) -> torch.Tensor:
             if hasattr(each, "merge"):
                 each.merge()
             weight = each.get_base_layer().weight if hasattr(each, "merge") else each.weight
-            found.append(weight.detach().double().T[:64] if name == "c_attn" else weight.detach().double())
+            found.append(
+                weight.detach().double().T[:64] if name == "c_attn" else weight.detach().double()
+            )
     return torch.cat(found)
 
 
@@ -92,7 +100,9 @@ class Packed(nn.Linear):
     def __init__(self, plain: nn.Linear) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False)
         self.step = float(plain.weight.detach().abs().max()) / 127
-        self.weight = nn.Parameter((plain.weight.detach() / self.step).round().to(torch.int8), requires_grad=False)
+        self.weight = nn.Parameter(
+            (plain.weight.detach() / self.step).round().to(torch.int8), requires_grad=False
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.step)
@@ -102,7 +112,9 @@ def test_a_base_whose_numbers_are_packed_is_known_by_what_it_makes() -> None:
     _, module = adapted("lora")
     plain = find_effective(module)
     packed = copy.deepcopy(module)
-    packed.q_proj.base_layer, packed.k_proj.base_layer = (Packed(each.base_layer) for each in (module.q_proj, module.k_proj))
+    packed.q_proj.base_layer, packed.k_proj.base_layer = (
+        Packed(each.base_layer) for each in (module.q_proj, module.k_proj)
+    )
     found = find_effective(packed)
     assert plain is not None
     assert found is not None
@@ -130,7 +142,9 @@ def run_of(name: str, optimizer: Any = torch.optim.SGD) -> tuple[TrainingRun, nn
 
 
 @pytest.mark.parametrize("name", ["lora", "lora of queries alone", "fused lora"])
-def test_a_clip_of_lora_is_refused_in_the_users_terms_and_names_no_cause_that_is_not_the_case(name: str) -> None:
+def test_a_clip_of_lora_is_refused_in_the_users_terms_and_names_no_cause_that_is_not_the_case(
+    name: str,
+) -> None:
     run, _, layer = run_of(name)
     with pytest.raises(CannotApply, match="adapter around a frozen weight") as error:
         QkClip(target=1e-4).apply(run, growth(layer))
@@ -138,7 +152,9 @@ def test_a_clip_of_lora_is_refused_in_the_users_terms_and_names_no_cause_that_is
 
 
 @pytest.mark.parametrize("name", ["dora", "ia3"])
-def test_adapters_that_scale_each_feature_are_clipped_by_what_they_scale_with_and_the_base_is_left(name: str) -> None:
+def test_adapters_that_scale_each_feature_are_clipped_by_what_they_scale_with_and_the_base_is_left(
+    name: str,
+) -> None:
     run, _, layer = run_of(name)
     head, frozen = 1, [p.detach().clone() for p in run.model.parameters() if not p.requires_grad]
     before = run.max_logit(layer, head)
@@ -162,9 +178,13 @@ def test_a_lower_rate_of_queries_and_keys_is_one_of_their_adapters(name: str) ->
         before = [p.detach().clone() for p in own]
         train_step(run)
         names = [part for part, p in module.named_parameters() if p.requires_grad]
-        moved.append({part: p.detach() - was for part, p, was in zip(names, own, before, strict=True)})
+        moved.append(
+            {part: p.detach() - was for part, p, was in zip(names, own, before, strict=True)}
+        )
     for part, whole in moved[0].items():
-        torch.testing.assert_close(moved[1][part], whole * (1.0 if "v_proj" in part else 0.25), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(
+            moved[1][part], whole * (1.0 if "v_proj" in part else 0.25), rtol=1e-3, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
@@ -178,9 +198,13 @@ def test_a_cap_on_updates_holds_what_queries_and_keys_effectively_become(name: s
 
 
 def test_a_lower_rate_where_everything_is_frozen_says_so() -> None:
-    model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model = peft.get_peft_model(
+        llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     run = make_run(model, {"input_ids": batches(1)[0]}, None)
-    run.optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    run.optimizer = torch.optim.SGD(
+        [each for each in model.parameters() if each.requires_grad], lr=0.1
+    )
     for act in (LowerLearningRate(where="query_key"), CapQueryKeyUpdate(share=0.1)):
         with pytest.raises(CannotApply, match="q_proj is frozen"):
             act.apply(run)

@@ -29,20 +29,29 @@ def watched(
 ) -> stabmon.AttentionStabilityMonitor:
     model = gpt2() if model is None else model
     monitor = stabmon.AttentionStabilityMonitor(
-        model, optimizer_of(model, 1e-3), config=config, log_every=1, sinks=["jsonl"] if folder else [], run_dir=folder
+        model,
+        optimizer_of(model, 1e-3),
+        config=config,
+        log_every=1,
+        sinks=["jsonl"] if folder else [],
+        run_dir=folder,
     )
     train(model, monitor, monitor.optimizer, batches(2))
     return monitor
 
 
-def test_heads_held_at_a_target_stay_there_under_an_optimizer_beside_another(tmp_path: Path) -> None:
+def test_heads_held_at_a_target_stay_there_under_an_optimizer_beside_another(
+    tmp_path: Path,
+) -> None:
     tau = 2.0
     model = llama(num_key_value_heads=4)
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     outer = [p for p in model.parameters() if all(p is not each for each in inner)]
     muon, adamw = torch.optim.Muon(inner, lr=0.05, weight_decay=0.0), torch.optim.AdamW(outer, 3e-3)
     over, held = [], set()
-    with stabmon.AttentionStabilityMonitor(model, muon, log_every=1, sinks=["jsonl"], run_dir=tmp_path) as monitor:
+    with stabmon.AttentionStabilityMonitor(
+        model, muon, log_every=1, sinks=["jsonl"], run_dir=tmp_path
+    ) as monitor:
         for ids in 40 * batches(1):
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
@@ -50,18 +59,30 @@ def test_heads_held_at_a_target_stay_there_under_an_optimizer_beside_another(tmp
                 each.step()
                 each.zero_grad()
             diagnosis = monitor.on_step(loss=loss.detach())
-            scores = {(layer, head): float(v) for layer, s in diagnosis.stats.items() for head, v in enumerate(s["max_logit"])}
+            scores = {
+                (layer, head): float(v)
+                for layer, s in diagnosis.stats.items()
+                for head, v in enumerate(s["max_logit"])
+            }
             over.append(max(scores.values()) / tau)
             for (layer, head), score in scores.items():
                 if score > tau and (layer, head) not in held:
-                    issue = StabilityIssue(monitor.step, layer, head, "logit_growth", "error", score, tau, "clip", {})
-                    held |= {(layer, head)} if monitor.apply(INTERVENTIONS["qk_clip"](target=tau).aimed_at([issue])) else set()
+                    issue = StabilityIssue(
+                        monitor.step, layer, head, "logit_growth", "error", score, tau, "clip", {}
+                    )
+                    held |= (
+                        {(layer, head)}
+                        if monitor.apply(INTERVENTIONS["qk_clip"](target=tau).aimed_at([issue]))
+                        else set()
+                    )
         assert not monitor.errors
         assert all(each.active for each in monitor.applied)
     told = lines(tmp_path / "stabmon" / "interventions.jsonl")
     assert len(held) > 4
     assert {each["action"] for each in told} <= {"applied", "again"}
-    assert all("proven on the step's batch" in each["note"] for each in told if each["action"] == "applied")
+    assert all(
+        "proven on the step's batch" in each["note"] for each in told if each["action"] == "applied"
+    )
     assert max(over[25:]) < 1.2, "a step of Muon above it"
 
 
@@ -77,8 +98,11 @@ def test_a_parameter_of_an_optimizer_that_was_not_given_is_clipped_itself() -> N
 
 def test_held_before_any_head_has_grown_it_clips_the_one_that_grows_later(tmp_path: Path) -> None:
     monitor = watched(tmp_path)
-    issues = [StabilityIssue(2, layer, head, "logit_growth", "error", 1.0, 1.0, "") for layer in monitor._tracker.history.layers
-              for head in range(4)]  # fmt: skip
+    issues = [
+        StabilityIssue(2, layer, head, "logit_growth", "error", 1.0, 1.0, "")
+        for layer in monitor._tracker.history.layers
+        for head in range(4)
+    ]
     before = [p.clone() for p in monitor.model.parameters()]
     applied = monitor.apply(QkClip(target=2.0).aimed_at(issues))
     assert applied is not None
@@ -93,7 +117,9 @@ def test_held_before_any_head_has_grown_it_clips_the_one_that_grows_later(tmp_pa
 
 
 @pytest.mark.parametrize("act", [SoftenLogits(), LowerLearningRate(), CapQueryKeyNorm()])
-def test_not_held_it_is_in_force_for_one_step(act: stabmon.interventions.Intervention, tmp_path: Path) -> None:
+def test_not_held_it_is_in_force_for_one_step(
+    act: stabmon.interventions.Intervention, tmp_path: Path
+) -> None:
     monitor = watched(tmp_path)
     attention = monitor.model.transformer.h[0].attn
     scale, issue = attention.scaling, growth(FIRST)
@@ -147,14 +173,20 @@ def test_held_over_a_restart_as_it_was_held() -> None:
 def guard_of(by_hand: bool) -> Guard:
     """A guard on a run whose learning rate is halved for an alarm that stays open."""
     run = run_of("gpt2-sdpa", steps=1)
-    guard = Guard(run, make_interventions({"lower_learning_rate": {"factor": 0.5}}), Budget(patience=2, hold=2))
+    guard = Guard(
+        run,
+        make_interventions({"lower_learning_rate": {"factor": 0.5}}),
+        Budget(patience=2, hold=2),
+    )
     act = LowerLearningRate(factor=0.5).aimed_at([growth(first_layer(run))], "asked for")
     assert guard.apply(act, by_hand=by_hand)
     return guard
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(by_hand: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(
+    by_hand: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     guard = guard_of(by_hand)
     run = guard.run
     alarm = replace(growth(first_layer(run)), issue_type="overflow_risk")
@@ -172,7 +204,9 @@ def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(by_hand: boo
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-def test_guard_lets_go_of_its_own_when_nothing_is_wrong_and_never_of_a_persons(by_hand: bool) -> None:
+def test_guard_lets_go_of_its_own_when_nothing_is_wrong_and_never_of_a_persons(
+    by_hand: bool,
+) -> None:
     guard = guard_of(by_hand)
     for _ in range(8):
         train_step(guard.run)
@@ -183,7 +217,9 @@ def test_guard_lets_go_of_its_own_when_nothing_is_wrong_and_never_of_a_persons(b
     assert all("no alarm for" in each["why"] for each in told)
 
 
-def test_a_persons_clip_that_does_nothing_is_told_of_and_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_persons_clip_that_does_nothing_is_told_of_and_stays(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     guard = guard_of(by_hand=True)
     guard.run.applied[0].effect.given_up = "the rows are others"
     with caplog.at_level(logging.WARNING):

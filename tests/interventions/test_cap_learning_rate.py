@@ -1,4 +1,6 @@
-"""A jumped rate is used at what the run had seen before, and nobody but the optimizer's step knows."""
+"""A jumped rate is used at what the run had seen before, and nobody but the optimizer's step
+knows.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ def moved(run: TrainingRun) -> list[float]:
     for parameter in run.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     run.optimizer.step()
-    return [float((was - now.detach()).flatten()[0]) for was, now in zip(before, run.model.parameters(), strict=True)]
+    return [
+        float((was - now.detach()).flatten()[0])
+        for was, now in zip(before, run.model.parameters(), strict=True)
+    ]
 
 
 def make(rate: float = 2.0, other: float = 1.0) -> TrainingRun:
@@ -60,7 +65,9 @@ def test_a_cap_of_ones_own_takes_no_issue() -> None:
 
 def test_a_rate_too_high_from_the_start_is_held_at_the_one_that_fits() -> None:
     run = make()
-    too_high = StabilityIssue(5, None, None, "update_spike", "error", 2.0, 0.2, "", evidence={"fitting_rate": 0.2})
+    too_high = StabilityIssue(
+        5, None, None, "update_spike", "error", 2.0, 0.2, "", evidence={"fitting_rate": 0.2}
+    )
     CapLearningRate().apply(run, too_high)
     assert moved(run) == pytest.approx([0.2, 0.1], abs=1e-6)
 
@@ -84,8 +91,15 @@ def test_settings_are_checked() -> None:
 
 
 def too_long(fitting: dict[str, float], step: int = 0, how: str = "first_step") -> StabilityIssue:
-    evidence = {"fitting_rates": fitting, "fitting_rate": max(fitting.values()), "found_at": step, "how": how}
-    return StabilityIssue(step, None, None, "update_spike", "error", 2.0, 0.2, "", evidence=evidence)
+    evidence = {
+        "fitting_rates": fitting,
+        "fitting_rate": max(fitting.values()),
+        "found_at": step,
+        "how": how,
+    }
+    return StabilityIssue(
+        step, None, None, "update_spike", "error", 2.0, 0.2, "", evidence=evidence
+    )
 
 
 def test_only_the_group_that_is_too_fast_is_held() -> None:
@@ -102,7 +116,9 @@ def test_two_caps_do_not_add_up() -> None:
 
 
 @pytest.mark.parametrize(("how", "step"), [("first_step", 0), ("leap", 0), ("first_step", 1)])
-def test_the_step_that_showed_it_is_shortened_unless_the_harm_was_done_before(how: str, step: int) -> None:
+def test_the_step_that_showed_it_is_shortened_unless_the_harm_was_done_before(
+    how: str, step: int
+) -> None:
     run, shortened = make(), []
 
     def shorten(factors):  # type: ignore[no-untyped-def]

@@ -1,4 +1,6 @@
-"""Weights that are driven come back to their norm, piece by piece; what is not driven is not touched."""
+"""Weights that are driven come back to their norm, piece by piece; what is not driven is not
+touched.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,18 @@ def pieces(run: TrainingRun, layer: str | None = None) -> list[Rows]:
 
 
 def norms(run: TrainingRun) -> list[float]:
-    return [(piece.offset + piece.view(piece.parameter).detach()).norm().item() for piece in pieces(run)]
+    return [
+        (piece.offset + piece.view(piece.parameter).detach()).norm().item() for piece in pieces(run)
+    ]
 
 
 def whole(run: TrainingRun) -> float:
     """As a reading tells it, of the parameters themselves."""
-    return torch.cat([piece.view(piece.parameter).detach().flatten() for piece in pieces(run)]).norm().item()
+    return (
+        torch.cat([piece.view(piece.parameter).detach().flatten() for piece in pieces(run)])
+        .norm()
+        .item()
+    )
 
 
 @torch.no_grad()
@@ -43,7 +51,9 @@ def multiply(run: TrainingRun, factor: float, only: type[nn.Parameter] | int | N
 
 
 def driven(run: TrainingRun, **evidence: Any) -> StabilityIssue:
-    return replace(growth(first_layer(run), since_step=run.step, by="weights", **evidence), head=None)
+    return replace(
+        growth(first_layer(run), since_step=run.step, by="weights", **evidence), head=None
+    )
 
 
 def with_state(model: str) -> TrainingRun:
@@ -53,20 +63,27 @@ def with_state(model: str) -> TrainingRun:
     run.states.offer(True)
     run.states.offer(True)
     run.history.readings[-1] = replace(
-        run.history.latest, query_key={first_layer(run): QueryKeyStep(1.0, whole(run), 0.01 * whole(run))}
+        run.history.latest,
+        query_key={first_layer(run): QueryKeyStep(1.0, whole(run), 0.01 * whole(run))},
     )
     return run
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_what_was_multiplied_comes_back_to_its_share_of_the_healthy_state_and_undone_to_every_bit(model: str) -> None:
+def test_what_was_multiplied_comes_back_to_its_share_of_the_healthy_state_and_undone_to_every_bit(
+    model: str,
+) -> None:
     run = with_state(model)
     healthy, issue = norms(run), driven(run)
     multiply(run, 3.0)
     before = all_bits(run)
     applied = CapQueryKeyNorm(least=0.0).apply(run, issue)
     assert norms(run) == pytest.approx([1.4 * norm for norm in healthy], rel=1e-5)
-    changed = {name for name in differences(before, all_bits(run)) if not name.startswith(("state", "group"))}
+    changed = {
+        name
+        for name in differences(before, all_bits(run))
+        if not name.startswith(("state", "group"))
+    }
     own = {id(piece.parameter) for piece in pieces(run)}
     assert changed <= {name for name, p in run.model.named_parameters() if id(p) in own}
     assert applied.undo() is True
@@ -81,7 +98,8 @@ def test_a_piece_that_was_driven_alone_is_brought_back_alone() -> None:
                 piece.view(piece.parameter).fill_(0.05)
     run.states.offer(True)
     run.history.readings[-1] = replace(
-        run.history.latest, query_key={first_layer(run): QueryKeyStep(1.0, whole(run), 0.01 * whole(run))}
+        run.history.latest,
+        query_key={first_layer(run): QueryKeyStep(1.0, whole(run), 0.01 * whole(run))},
     )
     issue, healthy = driven(run), norms(run)
     multiply(run, 50.0, only=1)

@@ -1,4 +1,6 @@
-"""A step changes no more of queries and keys than is allowed, whatever made it larger, and nothing else is touched."""
+"""A step changes no more of queries and keys than is allowed, whatever made it larger, and nothing
+else is touched.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from stabmon.projections.locate import find_query_key
 
 
 def query_key(run: TrainingRun) -> list[Tensor]:
-    rows = find_query_key(run.module(first_layer(run)), run.history.info.get(first_layer(run)))[0].all_rows()
+    rows = find_query_key(run.module(first_layer(run)), run.history.info.get(first_layer(run)))[
+        0
+    ].all_rows()
     return [each.view(each.parameter).detach() for each in rows]
 
 
@@ -24,7 +28,9 @@ def norm(tensors: list[Tensor]) -> float:
 
 
 def step(run: TrainingRun, times: float = 1.0) -> tuple[float, dict[str, Tensor]]:
-    """One step, of which the first layer's queries and keys make ``times`` as much: the share that is left of it, and all parameters."""
+    """One step, of which the first layer's queries and keys make ``times`` as much: the share that
+    is left of it, and all parameters.
+    """
     before = [each.clone() for each in query_key(run)]
 
     def grow() -> None:
@@ -37,11 +43,15 @@ def step(run: TrainingRun, times: float = 1.0) -> tuple[float, dict[str, Tensor]
     train_step(run)
     remove()
     change = norm([now - was for was, now in zip(before, query_key(run), strict=True)])
-    return change / norm(before), {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    return change / norm(before), {
+        name: p.detach().clone() for name, p in run.model.named_parameters()
+    }
 
 
 @pytest.mark.parametrize("times", [1.0, 50.0])
-@pytest.mark.parametrize("model", ["gpt2-sdpa", "llama-sdpa", "bert-sdpa", "gemma3-sdpa", "transformer_encoder"])
+@pytest.mark.parametrize(
+    "model", ["gpt2-sdpa", "llama-sdpa", "bert-sdpa", "gemma3-sdpa", "transformer_encoder"]
+)
 def test_a_step_is_scaled_to_the_cap_and_nothing_else_is_touched(model: str, times: float) -> None:
     free, held = run_of(model, steps=2), run_of(model, steps=2)
     usual, _ = step(free)
@@ -52,7 +62,9 @@ def test_a_step_is_scaled_to_the_cap_and_nothing_else_is_touched(model: str, tim
     assert share == pytest.approx(min(0.5 * usual, wild), rel=1e-3)
     assert applied.effect.at_work()
     assert not applied.effect.at_work(), "since it was last asked"
-    rows = find_query_key(held.module(first_layer(held)), held.history.info.get(first_layer(held)))[0].all_rows()
+    rows = find_query_key(held.module(first_layer(held)), held.history.info.get(first_layer(held)))[
+        0
+    ].all_rows()
     own = {id(each.parameter) for each in rows}
     others = [name for name, parameter in held.model.named_parameters() if id(parameter) not in own]
     assert others
@@ -76,7 +88,12 @@ def test_a_step_that_is_not_finite_is_left_to_others() -> None:
 
 def test_its_own_past_is_what_the_issue_says_it_was() -> None:
     run = run_of("llama-sdpa", steps=2)
-    issue = replace(growth(first_layer(run)), issue_type="update_spike", head=None, evidence={"usual_query_key_update": 0.01})
+    issue = replace(
+        growth(first_layer(run)),
+        issue_type="update_spike",
+        head=None,
+        evidence={"usual_query_key_update": 0.01},
+    )
     applied = CapQueryKeyUpdate(times=3.0).apply(run, issue)
     assert applied.record["after"] == {"share": {first_layer(run): pytest.approx(0.03)}}
 
@@ -105,7 +122,12 @@ def test_it_follows_the_schedule_from_where_the_past_was_read() -> None:
     run = run_of("gpt2-sdpa", steps=2)
     layer = first_layer(run)
     run.history.readings[-1:] = [replace(run.history.latest, learning_rate=1e-2)] * 2
-    issue = replace(growth(layer), issue_type="update_spike", head=None, evidence={"usual_query_key_update": 1e-4})
+    issue = replace(
+        growth(layer),
+        issue_type="update_spike",
+        head=None,
+        evidence={"usual_query_key_update": 1e-4},
+    )
     applied = CapQueryKeyUpdate(times=2.0).apply(run, issue)
     assert step(run)[0] == pytest.approx(2e-4, rel=1e-2)
     for group in run.optimizer.param_groups:

@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from interventions.runs import all_bits, differences, first_layer, growth, look, run_of, scores_of, train_step
+from interventions.runs import (
+    all_bits,
+    differences,
+    first_layer,
+    growth,
+    look,
+    run_of,
+    scores_of,
+    train_step,
+)
 from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.cap_scale import CapScale
 from stabmon.records import StabilityIssue
@@ -58,7 +67,9 @@ def test_weights_that_are_driven_are_not_for_it(model: str) -> None:
 def test_a_module_without_a_scale_of_its_own_is_told() -> None:
     run = run_of("transformer_encoder", steps=2)
     with pytest.raises(CannotApply, match="holds no scale"):
-        CapScale().apply(run, replace(growth(first_layer(run), by="scale", since_step=run.step), head=None))
+        CapScale().apply(
+            run, replace(growth(first_layer(run), by="scale", since_step=run.step), head=None)
+        )
 
 
 def test_a_number_of_that_name_that_is_something_else_is_left_alone() -> None:

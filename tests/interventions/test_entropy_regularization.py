@@ -69,11 +69,15 @@ def test_gradients_are_those_of_loss_and_term_written_by_hand(grouped: bool) -> 
     torch.manual_seed(0)
     model, x = Outer(grouped), noise(2, 24, WIDTH) * 3
     run = make_run(model, {"x": x}, torch.optim.SGD)
-    act = EntropyRegularization(coefficient=0.7, floor=0.9, rows=64).aimed_at([growth("attention", 1), growth("attention", 2)])
+    act = EntropyRegularization(coefficient=0.7, floor=0.9, rows=64).aimed_at(
+        [growth("attention", 1), growth("attention", 2)]
+    )
     loss = model(x).square().mean()
     term = by_hand(model, [1, 2], 0.9)
     assert term > 0.01
-    expected = torch.autograd.grad(loss + 0.7 * term, [*model.attention.q.parameters(), *model.attention.k.parameters()])
+    expected = torch.autograd.grad(
+        loss + 0.7 * term, [*model.attention.q.parameters(), *model.attention.k.parameters()]
+    )
     act.apply(run)
     with AttentionCapture(model, lambda call: run.marks.fire("attention", call)):
         loss = model(x).square().mean()
@@ -83,13 +87,27 @@ def test_gradients_are_those_of_loss_and_term_written_by_hand(grouped: bool) -> 
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-NAMES = ["gpt2-sdpa", "llama-sdpa", "qwen3-sdpa", "gemma2-eager", "bert-sdpa", "t5-sdpa", "gpt_neox-sdpa", "multihead-fused",
-         "hand_written-manual", "hand_written-folded", "hand_written-softcap", "transformer_encoder"]  # fmt: skip
+NAMES = [
+    "gpt2-sdpa",
+    "llama-sdpa",
+    "qwen3-sdpa",
+    "gemma2-eager",
+    "bert-sdpa",
+    "t5-sdpa",
+    "gpt_neox-sdpa",
+    "multihead-fused",
+    "hand_written-manual",
+    "hand_written-folded",
+    "hand_written-softcap",
+    "transformer_encoder",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_models_as_they_are_the_gradient_is_the_slope_of_loss_plus_term(name: str) -> None:
-    """Along a random direction, against a difference quotient of loss + coefficient * term in float64."""
+    """Along a random direction, against a difference quotient of loss + coefficient * term in
+    float64.
+    """
     model, inputs = ZOO[name]()
     if "input_ids" in inputs:
         inputs = {**inputs, **tokens(24)}
@@ -108,7 +126,9 @@ def test_in_models_as_they_are_the_gradient_is_the_slope_of_loss_plus_term(name:
         with torch.no_grad():
             for p, d in zip(model.parameters(), directions, strict=True):
                 p.add_(d, alpha=shift)
-            with AttentionCapture(model, lambda call: terms.append(term_of(call)) if call.layer == layer else None):
+            with AttentionCapture(
+                model, lambda call: terms.append(term_of(call)) if call.layer == layer else None
+            ):
                 loss = loss_of(model, inputs)
             for p, d in zip(model.parameters(), directions, strict=True):
                 p.sub_(d, alpha=shift)
@@ -128,15 +148,28 @@ def gradient_along(run: TrainingRun, inputs: dict[str, Tensor], directions: list
         loss = loss_of(run.model, inputs)
     loss.backward()
     run.marks.fire("on_step")
-    return sum((p.grad * d).sum().item() for p, d in zip(run.model.parameters(), directions, strict=True) if p.grad is not None)
+    return sum(
+        (p.grad * d).sum().item()
+        for p, d in zip(run.model.parameters(), directions, strict=True)
+        if p.grad is not None
+    )
 
 
 def term_of(call: AttentionCall) -> Tensor:
     """The term of head 1 by the dense oracle."""
     assert call.query is not None
     assert call.key is not None
-    dense = attention_operator(call.query, call.key, scale=call.scale, is_causal=call.is_causal, mask=call.mask, window=call.window,
-                               softcap=call.softcap, sinks=call.sinks, engine="dense")  # fmt: skip
+    dense = attention_operator(
+        call.query,
+        call.key,
+        scale=call.scale,
+        is_causal=call.is_causal,
+        mask=call.mask,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        engine="dense",
+    )
     entropy, n = dense.entropy()[:, 1], dense.n_visible().expand(*dense.entropy().shape)[:, 1]
     counts = n >= 16
     return (1.0 - entropy[counts] / n[counts].double().log()).clamp(min=0).mean()
@@ -163,8 +196,12 @@ def test_the_term_is_scaled_as_the_loss_is() -> None:
         return model.attention.q.weight.grad
 
     plain = gradient(lambda run: None, 1.0)
-    torch.testing.assert_close(gradient(lambda run: setattr(run, "grad_scaler", Scaler()), 1024.0) / 1024, plain)
-    torch.testing.assert_close(gradient(lambda run: setattr(run, "accumulation", 4), 0.25) * 4, plain)
+    torch.testing.assert_close(
+        gradient(lambda run: setattr(run, "grad_scaler", Scaler()), 1024.0) / 1024, plain
+    )
+    torch.testing.assert_close(
+        gradient(lambda run: setattr(run, "accumulation", 4), 0.25) * 4, plain
+    )
 
 
 def test_where_nothing_is_differentiated_it_says_so_once(caplog: pytest.LogCaptureFixture) -> None:

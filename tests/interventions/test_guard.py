@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from interventions.runs import all_bits, differences, first_layer, growth, run_of, scores_of, train_step
+from interventions.runs import (
+    all_bits,
+    differences,
+    first_layer,
+    growth,
+    run_of,
+    scores_of,
+    train_step,
+)
 from stabmon.guard import Budget, Guard, make_interventions
 from stabmon.guard.symptoms import FAMILIES, ORDER, PREVENTIVE
 from stabmon.interventions import CannotApply, Intervention, TrainingRun
@@ -19,7 +27,9 @@ from stabmon.records import NonFinite, Reading, StabilityIssue
 from stabmon.rules import RULES
 
 
-def issue(kind: str, layer: str | None = None, head: int | None = None, severity: Any = "error") -> StabilityIssue:
+def issue(
+    kind: str, layer: str | None = None, head: int | None = None, severity: Any = "error"
+) -> StabilityIssue:
     return StabilityIssue(1, layer, head, kind, severity, 1.0, 1.0, "")
 
 
@@ -53,14 +63,19 @@ def guard_of(*acts: Fake, **budget: Any) -> Guard:
     records: list[dict[str, Any]] = []
     run = TrainingRun(nn.Linear(1, 1), audit=lambda record: records.append(dict(record)))
     run.records = records  # type: ignore[attr-defined]
-    return Guard(run, {act.called: act for act in acts}, Budget(**{"patience": 2, "hold": 3, **budget}))
+    return Guard(
+        run, {act.called: act for act in acts}, Budget(**{"patience": 2, "hold": 3, **budget})
+    )
 
 
 def names(applied: list[Any]) -> list[str]:
     return [each.intervention.name for each in applied]
 
 
-ALL = [Fake(called=name) for name in ("qk_clip", "soften_logits", "lower_learning_rate", "rollback", "stop")]
+ALL = [
+    Fake(called=name)
+    for name in ("qk_clip", "soften_logits", "lower_learning_rate", "rollback", "stop")
+]
 HEAD = issue("logit_growth", "a", 1)
 
 
@@ -109,7 +124,9 @@ NORM, LAYER = Fake(called="cap_query_key_norm"), issue("logit_growth", "a")
         ([LAYER, issue("non_finite", severity="critical")], ["rollback"]),
     ],
 )
-def test_what_drives_a_layer_is_held_beside_what_it_did(issues: list[StabilityIssue], expected: list[str]) -> None:
+def test_what_drives_a_layer_is_held_beside_what_it_did(
+    issues: list[StabilityIssue], expected: list[str]
+) -> None:
     guard = guard_of(*ALL, *CAPS, NORM)
     assert names(guard.act(issues, True)) == expected
     assert names(guard.act(issues, True)) == []
@@ -131,13 +148,18 @@ TOO_HIGH = replace(issue("update_spike"), evidence={"fitting_rate": 1e-3})
         ([issue("update_spike"), HEAD], ["cap_learning_rate", "qk_clip"]),
         ([issue("update_spike"), HEAD, issue("loss_spike")], ["cap_learning_rate", "rollback"]),
         ([issue("update_spike", "a"), HEAD], ["qk_clip", "cap_query_key_update", "rollback"]),
-        ([issue("update_spike", "a"), issue("update_spike", "b")], ["cap_query_key_update", "rollback"]),
+        (
+            [issue("update_spike", "a"), issue("update_spike", "b")],
+            ["cap_query_key_update", "rollback"],
+        ),
         ([issue("update_spike", "a"), issue("loss_spike")], ["cap_query_key_update", "rollback"]),
         ([TOO_HIGH], ["cap_learning_rate", "rollback"]),
         ([TOO_HIGH, HEAD], ["cap_learning_rate", "rollback"]),
     ],
 )
-def test_steps_that_are_too_large_are_bounded_beside_what_they_did(issues: list[StabilityIssue], expected: list[str]) -> None:
+def test_steps_that_are_too_large_are_bounded_beside_what_they_did(
+    issues: list[StabilityIssue], expected: list[str]
+) -> None:
     guard = guard_of(*ALL, *CAPS)
     assert names(guard.act(issues, True))[: len(expected)] == expected
     assert "rollback" not in names(guard.act(issues, True)), "once"
@@ -160,13 +182,17 @@ def test_after_a_rollback_nothing_else_is_done_about_what_was_ill_before() -> No
 
 def test_where_nothing_healthy_is_there_to_go_back_to_heads_are_treated_all_the_same() -> None:
     acts = [each for each in ALL if each.called not in ("rollback", "lower_learning_rate")] + CAPS
-    done = guard_of(*acts, Fake(called="rollback", fits=False)).act([TOO_HIGH, HEAD, issue("loss_spike")], True)
+    done = guard_of(*acts, Fake(called="rollback", fits=False)).act(
+        [TOO_HIGH, HEAD, issue("loss_spike")], True
+    )
     assert "qk_clip" in names(done)
 
 
 def test_all_heads_that_are_ill_at_once_are_one_act() -> None:
     guard = guard_of(*ALL)
-    ill = [issue("logit_growth", "a", head) for head in range(8)] + [issue("entropy_collapse", "a", 3)]
+    ill = [issue("logit_growth", "a", head) for head in range(8)] + [
+        issue("entropy_collapse", "a", 3)
+    ]
     (applied,) = guard.act(ill, True)
     assert len(applied.intervention.issues) == 9
     assert "9 places" in applied.record["why"]
@@ -189,7 +215,11 @@ def test_what_does_not_fit_is_told_and_the_next_is_tried_at_once() -> None:
     guard = guard_of(Fake(called="qk_clip", fits=False), Fake(called="soften_logits"))
     assert names(guard.act([HEAD], True)) == ["soften_logits"]
     refused = guard.run.records[0]
-    assert (refused["action"], refused["why"], refused["note"]) == ("refused", "it does not fit", "change this line")
+    assert (refused["action"], refused["why"], refused["note"]) == (
+        "refused",
+        "it does not fit",
+        "change this line",
+    )
     assert (refused["layer"], refused["head"]) == ("a", 1)
 
 
@@ -215,7 +245,9 @@ def test_what_worked_may_be_used_again_within_the_budget() -> None:
     assert "2 acts were tried here already" in gave_up["why"]
 
 
-def test_a_failed_act_that_costs_a_healthy_run_something_is_taken_back_and_a_free_one_stays() -> None:
+def test_a_failed_act_that_costs_a_healthy_run_something_is_taken_back_and_a_free_one_stays() -> (
+    None
+):
     guard = guard_of(Fake(called="qk_clip"), Fake(called="lower_learning_rate", price=0.17))
     for _ in range(7):
         guard.act([HEAD], True)
@@ -236,7 +268,9 @@ def test_what_is_held_is_let_go_when_all_has_been_well_for_a_while() -> None:
     assert guard.run.records[-1]["action"] == "released"
 
 
-def test_what_is_held_and_still_at_work_is_held_less_tightly_when_all_has_been_well_for_a_while() -> None:
+def test_what_is_held_and_still_at_work_is_held_less_tightly_when_all_has_been_well_for_a_while() -> (
+    None
+):
     class Busy(Effect):
         relaxed = 0
 
@@ -253,7 +287,10 @@ def test_what_is_held_and_still_at_work_is_held_less_tightly_when_all_has_been_w
     for _ in range(16):
         guard.act([], True)
     assert applied.active
-    assert [(r["action"], r["after"]) for r in guard.run.records[1:]] == [("relaxed", {"score": 1}), ("relaxed", {"score": 2})]
+    assert [(r["action"], r["after"]) for r in guard.run.records[1:]] == [
+        ("relaxed", {"score": 1}),
+        ("relaxed", {"score": 2}),
+    ]
     for _ in range(16):
         guard.act([HEAD], True)
     assert applied.effect.relaxed == 4, "not while an alarm is open"
@@ -284,16 +321,41 @@ def test_rollbacks_are_counted_and_then_the_run_is_stopped_only_if_that_is_allow
 
 @pytest.mark.parametrize(
     ("touched", "skipped", "expected"),
-    [("nothing", 0, []), ("gradients", 17, []), ("gradients", 34, ["stop"]), ("weights", 0, ["rollback"]), ("", 0, ["rollback"])],
+    [
+        ("nothing", 0, []),
+        ("gradients", 17, []),
+        ("gradients", 34, ["stop"]),
+        ("weights", 0, ["rollback"]),
+        ("", 0, ["rollback"]),
+    ],
 )
-def test_nothing_is_gone_back_from_while_weights_are_finite(touched: Any, skipped: int, expected: list[str]) -> None:
+def test_nothing_is_gone_back_from_while_weights_are_finite(
+    touched: Any, skipped: int, expected: list[str]
+) -> None:
     guard = guard_of(*ALL)
-    found = NonFinite(1, "gradient", None, None, "all gradients", "", "objective", touched, skipped, 16 * (skipped > 0))
+    found = NonFinite(
+        1,
+        "gradient",
+        None,
+        None,
+        "all gradients",
+        "",
+        "objective",
+        touched,
+        skipped,
+        16 * (skipped > 0),
+    )
     guard.run.history.add(Reading(1, 1.0, {}, non_finite=found))
-    bad = replace(issue("non_finite"), suggestion="Clamp the ratio.", evidence={"cause": "objective"})
+    bad = replace(
+        issue("non_finite"), suggestion="Clamp the ratio.", evidence={"cause": "objective"}
+    )
     assert names(guard.act([bad], False)) == expected
     said = [record["why"] for record in guard.run.records if record["action"] == "gave_up"]  # type: ignore[attr-defined]
-    assert said == ([] if expected else ["the weights are finite, so that going back mends nothing; Clamp the ratio."])
+    assert said == (
+        []
+        if expected
+        else ["the weights are finite, so that going back mends nothing; Clamp the ratio."]
+    )
 
 
 def test_one_act_on_the_whole_run_at_a_time() -> None:
@@ -305,7 +367,9 @@ def test_one_act_on_the_whole_run_at_a_time() -> None:
 def test_the_rate_is_never_brought_below_the_least() -> None:
     run = run_of("gpt2-sdpa")
     guard = Guard(
-        run, make_interventions({"lower_learning_rate": {"factor": 0.3}}), Budget(least_rate=0.1, per_place=10, patience=1)
+        run,
+        make_interventions({"lower_learning_rate": {"factor": 0.3}}),
+        Budget(least_rate=0.1, per_place=10, patience=1),
     )
     for n in range(4):
         guard.act([issue("logit_growth", "somewhere", n)], True)
@@ -328,8 +392,13 @@ def test_dropout_and_the_like_are_chosen_only_if_they_are_named_and_only_last() 
     assert [name for each in done for name in each] == ["qk_clip", "increase_dropout"]
 
 
-CONFIG = {"qk_clip": {"target": 0.5}, "soften_logits": {}, "lower_learning_rate": {"factor": 0.1, "where": "query_key"}, "skip_step": None,
-          "rollback": {"every": 1, "confirm": 0}}  # fmt: skip
+CONFIG = {
+    "qk_clip": {"target": 0.5},
+    "soften_logits": {},
+    "lower_learning_rate": {"factor": 0.1, "where": "query_key"},
+    "skip_step": None,
+    "rollback": {"every": 1, "confirm": 0},
+}
 
 
 def guarded(name: str = "gpt2-sdpa") -> Guard:
@@ -409,7 +478,9 @@ def test_an_idle_guard_changes_no_bit_of_training() -> None:
         ({"extend_warmup": {"steps": 0}}, "extend_warmup.steps: 0"),
     ],
 )
-def test_a_wrong_configuration_names_the_key_and_the_mend(named: dict[str, Any], words: str) -> None:
+def test_a_wrong_configuration_names_the_key_and_the_mend(
+    named: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ValueError) as error:
         make_interventions(named)
     assert words in str(error.value)
@@ -419,7 +490,9 @@ def test_false_leaves_one_out() -> None:
     assert list(make_interventions({"qk_clip": False, "stop": True})) == ["stop"]
 
 
-@pytest.mark.parametrize("wrong", [{"acts": -1}, {"patience": 0}, {"least_rate": 0}, {"least_rate": 2}])
+@pytest.mark.parametrize(
+    "wrong", [{"acts": -1}, {"patience": 0}, {"least_rate": 0}, {"least_rate": 2}]
+)
 def test_a_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"budget.{next(iter(wrong))}"):
         Budget(**wrong)

@@ -1,4 +1,6 @@
-"""A lowered rate holds under every scheduler and across a resume, and nobody but the optimizer's step ever sees it."""
+"""A lowered rate holds under every scheduler and across a resume, and nobody but the optimizer's
+step ever sees it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ SCHEDULES: dict[str, Make] = {
     "linear": lambda o: schedules.LinearLR(o, 1.0, 0.1, 100),
     "exponential": lambda o: schedules.ExponentialLR(o, 0.97),
     "one cycle": lambda o: schedules.OneCycleLR(o, 0.1, total_steps=120),
-    "sequential": lambda o: schedules.SequentialLR(o, [schedules.LinearLR(o, 0.1), schedules.CosineAnnealingLR(o, 90)], [10]),
+    "sequential": lambda o: schedules.SequentialLR(
+        o, [schedules.LinearLR(o, 0.1), schedules.CosineAnnealingLR(o, 90)], [10]
+    ),
     "plateau": lambda o: schedules.ReduceLROnPlateau(o, patience=5),
     "transformers cosine": lambda o: transformers.get_cosine_schedule_with_warmup(o, 10, 100),
     "transformers linear": lambda o: transformers.get_linear_schedule_with_warmup(o, 10, 100),
@@ -54,7 +58,9 @@ def tiny(make: Make) -> tuple[TrainingRun, Any]:
     return run, make(optimizer)
 
 
-def go(run: TrainingRun, scheduler: Any, steps: int, start: int = 0) -> tuple[list[list[float]], list[list[float]]]:
+def go(
+    run: TrainingRun, scheduler: Any, steps: int, start: int = 0
+) -> tuple[list[list[float]], list[list[float]]]:
     """(rates used, rates seen between steps) with a loss that stops falling after a while."""
     run.optimizer.used = []
     seen = []
@@ -73,7 +79,9 @@ def go(run: TrainingRun, scheduler: Any, steps: int, start: int = 0) -> tuple[li
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_rate_used_is_the_schedules_times_the_factor_for_a_hundred_steps_and_nobody_else_sees_it(name: str) -> None:
+def test_the_rate_used_is_the_schedules_times_the_factor_for_a_hundred_steps_and_nobody_else_sees_it(
+    name: str,
+) -> None:
     plain, scheduler = tiny(SCHEDULES[name])
     scheduled, _ = go(plain, scheduler, 100)
     assert name == "none" or len({rates[0] for rates in scheduled}) > 1
@@ -102,7 +110,10 @@ def test_it_holds_over_a_checkpoint_and_a_resume(name: str) -> None:
 
 def test_factors_multiply_and_each_can_go_by_itself_in_any_order() -> None:
     run, _ = tiny(SCHEDULES["none"])
-    half, quarter = LowerLearningRate(factor=0.5).apply(run), LowerLearningRate(factor=0.25).apply(run)
+    half, quarter = (
+        LowerLearningRate(factor=0.5).apply(run),
+        LowerLearningRate(factor=0.25).apply(run),
+    )
     assert go(run, None, 1)[0] == [[0.1 * 0.125, 0.3 * 0.125]]
     half.undo()
     half.undo()
@@ -171,7 +182,9 @@ def test_extend_warmup_ramps_up_and_lets_go_also_after_a_resume() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-@pytest.mark.parametrize("name", ["llama-sdpa", "gpt2-sdpa", "gpt_neox-sdpa", "qwen3-sdpa", "multihead-fused"])
+@pytest.mark.parametrize(
+    "name", ["llama-sdpa", "gpt2-sdpa", "gpt_neox-sdpa", "qwen3-sdpa", "multihead-fused"]
+)
 def test_for_queries_and_keys_alone_the_step_is_that_of_a_lower_rate_and_all_else_steps_as_ever(
     name: str, optimizer: type[torch.optim.Optimizer]
 ) -> None:
@@ -188,7 +201,11 @@ def test_for_queries_and_keys_alone_the_step_is_that_of_a_lower_rate_and_all_els
     mixed = stepped(LowerLearningRate(factor=0.1, where="query_key"), 1e-2)
     changed = {n: (mixed[n] != full[n]).float().mean().item() for n in full}
     slowed = {n for n, share in changed.items() if share > 0.3}
-    assert {n for n in full if any(part in n for part in ("q_proj", "k_proj", "_norm.weight")) and "self_attn" in n} <= slowed
+    assert {
+        n
+        for n in full
+        if any(part in n for part in ("q_proj", "k_proj", "_norm.weight")) and "self_attn" in n
+    } <= slowed
     for n in full:
         if any(part in n for part in ("c_attn", "query_key_value", "in_proj")):
             assert 0.3 < changed[n] < 0.7, "the rows of values are to step as ever"
@@ -207,7 +224,9 @@ def test_for_queries_and_keys_alone_undo_leaves_no_hook() -> None:
     assert not run.optimizer._optimizer_step_post_hooks
 
 
-@pytest.mark.parametrize("settings", [{"factor": 0.0}, {"factor": 1.5}, {"factor": True}, {"where": "values"}])
+@pytest.mark.parametrize(
+    "settings", [{"factor": 0.0}, {"factor": 1.5}, {"factor": True}, {"where": "values"}]
+)
 def test_settings_are_checked(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="lower_learning_rate"):
         LowerLearningRate(**settings)
@@ -216,8 +235,13 @@ def test_settings_are_checked(settings: dict[str, Any]) -> None:
 def two() -> tuple[TrainingRun, list[Recorder]]:
     """A run with two optimizers, of which the first has two groups."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    first = Recorder([{"params": [model[0].weight]}, {"params": [model[0].bias], "lr": 0.3}], lr=0.1)
-    return TrainingRun(model, [first, second := Recorder(model[1].parameters(), lr=0.02)]), [first, second]
+    first = Recorder(
+        [{"params": [model[0].weight]}, {"params": [model[0].bias], "lr": 0.3}], lr=0.1
+    )
+    return TrainingRun(model, [first, second := Recorder(model[1].parameters(), lr=0.02)]), [
+        first,
+        second,
+    ]
 
 
 def used(optimizers: list[Recorder]) -> list[float]:
@@ -227,7 +251,9 @@ def used(optimizers: list[Recorder]) -> list[float]:
     return [rate for each in optimizers for rate in each.used[-1]]
 
 
-def test_ceilings_do_not_add_up_each_holds_its_own_group_and_rates_below_are_used_as_they_are() -> None:
+def test_ceilings_do_not_add_up_each_holds_its_own_group_and_rates_below_are_used_as_they_are() -> (
+    None
+):
     run, optimizers = two()
     release = run.rates.cap({"0.0": 0.01, "1.0": 0.5})
     assert used(optimizers) == pytest.approx([0.01, 0.3, 0.02])
@@ -241,10 +267,14 @@ def test_ceilings_do_not_add_up_each_holds_its_own_group_and_rates_below_are_use
     assert used(optimizers) == [0.1, 0.3, 0.02]
     assert (run.rate_factor, run.rate_factors) == (1.0, {})
     assert [group.rate for group in run.groups] == [0.1, 0.3, 0.02]
-    assert not any(each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in optimizers)
+    assert not any(
+        each._optimizer_step_pre_hooks or each._optimizer_step_post_hooks for each in optimizers
+    )
 
 
-def test_factors_of_groups_multiply_below_a_ceiling_and_a_warm_up_takes_its_whole_length_under_it() -> None:
+def test_factors_of_groups_multiply_below_a_ceiling_and_a_warm_up_takes_its_whole_length_under_it() -> (
+    None
+):
     run, optimizers = two()
     run.rates.hold(lambda: 0.5)
     run.rates.hold_groups({"0.1": lambda: 0.5})
@@ -283,9 +313,14 @@ def test_a_rate_that_is_set_in_the_middle_of_a_step_is_lowered_too() -> None:
 def test_a_lower_rate_of_queries_and_keys_is_one_for_the_optimizer_that_steps_them_alone() -> None:
     def moved(factor: float | None) -> list[torch.Tensor]:
         run = run_of("llama-sdpa", optimizer=None)
-        inner = [p for name, p in run.model.named_parameters() if "self_attn" in name and p.ndim == 2]
+        inner = [
+            p for name, p in run.model.named_parameters() if "self_attn" in name and p.ndim == 2
+        ]
         outer = [p for p in run.model.parameters() if all(p is not each for each in inner)]
-        run.optimizer = [torch.optim.SGD(outer, 0.1), torch.optim.Muon(inner, lr=0.1, weight_decay=0.0)]
+        run.optimizer = [
+            torch.optim.SGD(outer, 0.1),
+            torch.optim.Muon(inner, lr=0.1, weight_decay=0.0),
+        ]
         if factor is not None:
             LowerLearningRate(factor=factor, where="query_key").apply(run)
         before = [p.detach().clone() for p in inner[:4]]
@@ -299,9 +334,13 @@ def test_a_lower_rate_of_queries_and_keys_is_one_for_the_optimizer_that_steps_th
         torch.testing.assert_close(less, whole * (0.25 if at < 2 else 1.0), rtol=1e-3, atol=1e-6)
 
 
-def test_queries_and_keys_of_an_optimizer_that_was_not_given_keep_their_rate_and_that_is_said() -> None:
+def test_queries_and_keys_of_an_optimizer_that_was_not_given_keep_their_rate_and_that_is_said() -> (
+    None
+):
     run = run_of("llama-sdpa", optimizer=None)
-    run.optimizer = torch.optim.SGD([p for name, p in run.model.named_parameters() if "self_attn" not in name], 0.1)
+    run.optimizer = torch.optim.SGD(
+        [p for name, p in run.model.named_parameters() if "self_attn" not in name], 0.1
+    )
     with pytest.raises(CannotApply, match="an optimizer that was not given") as error:
         LowerLearningRate(where="query_key").apply(run)
     assert "optimizer=[" in error.value.advice

@@ -1,4 +1,6 @@
-"""After a clip the head's largest score is tau, and nobody else's moved: on every layout of weights that models are written in."""
+"""After a clip the head's largest score is tau, and nobody else's moved: on every layout of weights
+that models are written in.
+"""
 
 from dataclasses import replace
 
@@ -8,7 +10,17 @@ import torch
 from capture.zoo import HAND_WRITTEN, HEADS, WIDTH, noise
 from torch import nn
 
-from interventions.runs import ZOO, all_bits, differences, first_layer, growth, make_run, run_of, scores_of, train_step
+from interventions.runs import (
+    ZOO,
+    all_bits,
+    differences,
+    first_layer,
+    growth,
+    make_run,
+    run_of,
+    scores_of,
+    train_step,
+)
 from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.effects.score_clip import HeldClip
 from stabmon.interventions.qk_clip import QkClip
@@ -17,9 +29,34 @@ from stabmon.records import Reading
 from stabmon.rules.tracking.history import History
 
 PER_HEAD = [
-    *("gpt2-sdpa", "gpt2_layer_scaled-sdpa", "llama-sdpa", "mistral-sdpa", "qwen2-sdpa", "gemma2-eager", "gpt_neox-sdpa"),
-    *("gpt_oss-eager", "deepseek_v3-sdpa", "opt-sdpa", "falcon-sdpa", "falcon_alibi-sdpa", "bert-sdpa", "t5-sdpa", "vit-sdpa"),
-    *("whisper-sdpa", "bloom", "gptj", "mpt", "transformer_encoder", "multihead-fused", "multihead-weights"),
+    *(
+        "gpt2-sdpa",
+        "gpt2_layer_scaled-sdpa",
+        "llama-sdpa",
+        "mistral-sdpa",
+        "qwen2-sdpa",
+        "gemma2-eager",
+        "gpt_neox-sdpa",
+    ),
+    *(
+        "gpt_oss-eager",
+        "deepseek_v3-sdpa",
+        "opt-sdpa",
+        "falcon-sdpa",
+        "falcon_alibi-sdpa",
+        "bert-sdpa",
+        "t5-sdpa",
+        "vit-sdpa",
+    ),
+    *(
+        "whisper-sdpa",
+        "bloom",
+        "gptj",
+        "mpt",
+        "transformer_encoder",
+        "multihead-fused",
+        "multihead-weights",
+    ),
     *(f"hand_written-{how}" for how in HAND_WRITTEN if how != "cosine" and "flex" not in how),
 ]
 SHARED_GAIN = ["qwen3-sdpa", "gemma3-sdpa"]
@@ -41,7 +78,9 @@ def test_the_head_comes_to_tau_and_the_others_stay_bit_for_bit(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", SHARED_GAIN)
-def test_behind_a_norm_whose_gain_all_heads_share_the_whole_layer_is_scaled_and_the_record_says_so(name: str) -> None:
+def test_behind_a_norm_whose_gain_all_heads_share_the_whole_layer_is_scaled_and_the_record_says_so(
+    name: str,
+) -> None:
     run = run_of(name)
     layer = first_layer(run)
     before = scores_of(run)[layer]
@@ -53,7 +92,9 @@ def test_behind_a_norm_whose_gain_all_heads_share_the_whole_layer_is_scaled_and_
 
 
 class Normed(nn.Module):
-    """Hand-written attention behind a norm of queries and keys: per head [H, D], over all heads [H * D], or without a gain."""
+    """Hand-written attention behind a norm of queries and keys: per head [H, D], over all heads [H
+    * D], or without a gain.
+    """
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -61,7 +102,9 @@ class Normed(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         if kind == "stacked":
             self.q_layernorm = nn.Module()
-            self.q_layernorm.norms = nn.ModuleList(nn.LayerNorm(WIDTH // HEADS) for _ in range(HEADS))
+            self.q_layernorm.norms = nn.ModuleList(
+                nn.LayerNorm(WIDTH // HEADS) for _ in range(HEADS)
+            )
         elif kind == "wide":
             self.q_norm, self.k_norm = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
         else:
@@ -74,7 +117,9 @@ class Normed(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in (q, k, v))
         if self.kind == "stacked":
-            q = torch.stack([norm(q[:, head]) for head, norm in enumerate(self.q_layernorm.norms)], dim=1)
+            q = torch.stack(
+                [norm(q[:, head]) for head, norm in enumerate(self.q_layernorm.norms)], dim=1
+            )
         elif self.kind != "wide":
             q, k = self.q_norm(q), self.k_norm(k)
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -101,9 +146,17 @@ def test_a_norm_with_a_gain_for_each_head_is_scaled_for_that_head_alone(kind: st
     assert (np.delete(after, 2) == np.delete(before, 2)).all()
 
 
-@pytest.mark.parametrize(("build", "reason"), [("no gain", "no gain"), ("cosine", "does not scale")])
-def test_where_no_weight_scales_the_scores_it_refuses_and_leaves_every_bit_alone(build: str, reason: str) -> None:
-    run = make_run(One(Normed(build)), {"x": noise(2, 12, WIDTH)}) if build == "no gain" else run_of("hand_written-cosine")
+@pytest.mark.parametrize(
+    ("build", "reason"), [("no gain", "no gain"), ("cosine", "does not scale")]
+)
+def test_where_no_weight_scales_the_scores_it_refuses_and_leaves_every_bit_alone(
+    build: str, reason: str
+) -> None:
+    run = (
+        make_run(One(Normed(build)), {"x": noise(2, 12, WIDTH)})
+        if build == "no gain"
+        else run_of("hand_written-cosine")
+    )
     layer, before = first_layer(run), all_bits(run)
     with pytest.raises(CannotApply, match=reason) as error:
         QkClip(target=0.01).apply(run, growth(layer))
@@ -114,7 +167,9 @@ def test_where_no_weight_scales_the_scores_it_refuses_and_leaves_every_bit_alone
 
 
 class Swapped(nn.Module):
-    """A fused projection whose order its name misleads about: called like GPT-NeoX's, ordered like GPT-2's."""
+    """A fused projection whose order its name misleads about: called like GPT-NeoX's, ordered like
+    GPT-2's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +177,10 @@ class Swapped(nn.Module):
         self.query_key_value = nn.Linear(WIDTH, 3 * WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.query_key_value(x).chunk(3, dim=-1))
+        q, k, v = (
+            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for part in self.query_key_value(x).chunk(3, dim=-1)
+        )
         return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
 
 
@@ -147,7 +205,9 @@ def test_without_a_batch_no_clip_is_judged_until_its_rows_have_shrunk_in_vain() 
         group["lr"] = 0.0
         group["weight_decay"] = 0.0
     before = weight.detach().clone()
-    applied = QkClip(target=float(scores_of(run)["attention"][1]) / 3).apply(run, growth("attention"))
+    applied = QkClip(target=float(scores_of(run)["attention"][1]) / 3).apply(
+        run, growth("attention")
+    )
     assert "not judged" in applied.record["note"]
     left = []
     for _ in range(10):
@@ -181,10 +241,14 @@ def test_several_calls_of_one_module_are_clipped_by_the_one_that_needs_it_most()
     first, second = list(run.layers)[:2]
     assert second == f"{first}#1"
     before = scores_of(run)
-    act = QkClip(target=float(before[second][1]) / 4, hold=False).aimed_at([growth(first), growth(second)])
+    act = QkClip(target=float(before[second][1]) / 4, hold=False).aimed_at(
+        [growth(first), growth(second)]
+    )
     act.apply(run)
     worst = max(before[first][1], before[second][1])
-    assert scores_of(run)[first][1] == pytest.approx(before[first][1] * before[second][1] / 4 / worst, rel=1e-5)
+    assert scores_of(run)[first][1] == pytest.approx(
+        before[first][1] * before[second][1] / 4 / worst, rel=1e-5
+    )
 
 
 def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_there() -> None:
@@ -248,10 +312,15 @@ def test_what_is_held_without_an_alarm_is_held_less_tightly_unless_a_limit_says_
     told = [record for record in run.records if record["action"] == "relaxed"]
     assert len(told) == len(set(aims)) - 1
     assert HeldClip(run, {}).relax() == {}
-    assert QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["aims"] == held.state_dict()["aims"]
+    assert (
+        QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["aims"]
+        == held.state_dict()["aims"]
+    )
 
 
-@pytest.mark.parametrize("scores", [[-3.0, -2.0], [float("nan"), float("nan")], [float("inf"), float("inf")]])
+@pytest.mark.parametrize(
+    "scores", [[-3.0, -2.0], [float("nan"), float("nan")], [float("inf"), float("inf")]]
+)
 def test_scores_that_are_negative_or_not_finite_are_never_clipped(scores: list[float]) -> None:
     run = run_of("gpt2-sdpa")
     run.forwards = []
@@ -286,7 +355,9 @@ def test_masters_in_full_precision_are_clipped_with_the_weights_they_overwrite()
 def test_flattened_masters_that_cannot_be_told_apart_are_refused() -> None:
     model, inputs = ZOO["llama-sdpa"]()
     run = make_run(model, inputs, None)
-    run.optimizer = torch.optim.AdamW([nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))])
+    run.optimizer = torch.optim.AdamW(
+        [nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))]
+    )
     before = all_bits(run)
     with pytest.raises(CannotApply, match="steps this parameter"):
         QkClip(target=0.1).apply(run, growth(first_layer(run)))
@@ -307,19 +378,28 @@ def test_moments_are_left_alone() -> None:
     moments = {k: v for k, v in all_bits(run).items() if k.startswith("state")}
     QkClip(target=float(scores_of(run)[layer][1]) / 4).apply(run, growth(layer))
     assert moments
-    assert differences(moments, {k: v for k, v in all_bits(run).items() if k.startswith("state")}) == []
+    assert (
+        differences(moments, {k: v for k, v in all_bits(run).items() if k.startswith("state")})
+        == []
+    )
 
 
-def test_after_training_has_gone_on_undo_divides_the_factor_out_and_says_that_it_is_not_exact() -> None:
+def test_after_training_has_gone_on_undo_divides_the_factor_out_and_says_that_it_is_not_exact() -> (
+    None
+):
     run = run_of("gpt2-sdpa")
     layer = first_layer(run)
     before = run.layers[layer].c_attn.weight.detach().clone()
-    applied = QkClip(target=float(scores_of(run)[layer][1]) / 4, hold=False).apply(run, growth(layer))
+    applied = QkClip(target=float(scores_of(run)[layer][1]) / 4, hold=False).apply(
+        run, growth(layer)
+    )
     clipped = run.layers[layer].c_attn.weight.detach().clone()
     train_step(run)
     step = run.layers[layer].c_attn.weight.detach() - clipped
     assert not applied.undo()
-    torch.testing.assert_close(run.layers[layer].c_attn.weight[:, 8:16], before[:, 8:16] + 2 * step[:, 8:16])
+    torch.testing.assert_close(
+        run.layers[layer].c_attn.weight[:, 8:16], before[:, 8:16] + 2 * step[:, 8:16]
+    )
 
 
 def with_scores(run: TrainingRun, layer: str, head: int, scores: list[float]) -> None:
@@ -332,7 +412,9 @@ def with_scores(run: TrainingRun, layer: str, head: int, scores: list[float]) ->
         run.history.add(Reading(step, 1.0, {layer: {"max_logit": values}}, newest.info))
 
 
-def test_tau_is_twice_the_heads_own_past_and_no_lower_than_the_floor_and_no_higher_than_the_format() -> None:
+def test_tau_is_twice_the_heads_own_past_and_no_lower_than_the_floor_and_no_higher_than_the_format() -> (
+    None
+):
     run = run_of("gpt2-sdpa")
     layer = first_layer(run)
     with_scores(run, layer, 1, [3, 20, 21, 22, 21, 20, 100])
@@ -360,7 +442,9 @@ def test_where_the_issue_names_no_past_it_is_where_the_score_was_last_half_of_wh
     assert np.isnan(own_past(run, growth("nowhere")))
 
 
-def test_several_layers_are_clipped_and_proven_each_by_itself_and_one_that_does_not_fit_is_left_out() -> None:
+def test_several_layers_are_clipped_and_proven_each_by_itself_and_one_that_does_not_fit_is_left_out() -> (
+    None
+):
     run = run_of("gpt2-sdpa")
     first, second = run.layers
     before = scores_of(run)

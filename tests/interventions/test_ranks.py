@@ -1,4 +1,6 @@
-"""Two processes: weights in shards are clipped as whole ones are, and ranks decide and skip together."""
+"""Two processes: weights in shards are clipped as whole ones are, and ranks decide and skip
+together.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def start(rank: int, port: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes returned from every function in ``WORKS``; started once, as starting takes longest."""
+    """What each of two processes returned from every function in ``WORKS``; started once, as
+    starting takes longest.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -58,12 +62,16 @@ def clip_sharded(rank: int) -> dict[str, Any]:
         after = scores_of(run)[layer]
         model.reshard()
         exact = applied.undo()
-        same = all(torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), bits, strict=True))
+        same = all(
+            torch.equal(p.to_local(), b) for p, b in zip(model.parameters(), bits, strict=True)
+        )
         out[name] = (before.tolist(), after.tolist(), exact, same, applied.record["note"])
     return out
 
 
-def test_shards_are_clipped_as_whole_weights_are_and_undone_to_the_bit(found: list[dict[str, Any]]) -> None:
+def test_shards_are_clipped_as_whole_weights_are_and_undone_to_the_bit(
+    found: list[dict[str, Any]],
+) -> None:
     for rank in found:
         for name, (before, after, exact, same, note) in rank["clip_sharded"].items():
             shared = name.startswith("gemma3")
@@ -108,12 +116,16 @@ def decide_together(rank: int) -> dict[str, Any]:
         run.layers = {}  # an act that fits on one rank only
         run.model = nn.Linear(1, 1)
     weights = [p.clone() for p in model.parameters()]
-    second = [each.intervention.name for each in guard.act([growth(list(run.history.layers)[1], 0)], True)]
+    second = [
+        each.intervention.name for each in guard.act([growth(list(run.history.layers)[1], 0)], True)
+    ]
     same = all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     return {"first": first, "second": second, "same": same, "weights": weights}
 
 
-def test_rank_0_decides_and_what_does_not_fit_on_one_rank_is_done_on_none(found: list[dict[str, Any]]) -> None:
+def test_rank_0_decides_and_what_does_not_fit_on_one_rank_is_done_on_none(
+    found: list[dict[str, Any]],
+) -> None:
     one, other = (rank["decide_together"] for rank in found)
     assert one["first"] == other["first"] == ["qk_clip"]
     assert all(torch.equal(a, b) for a, b in zip(one["weights"], other["weights"], strict=True))
@@ -125,7 +137,8 @@ def test_rank_0_decides_and_what_does_not_fit_on_one_rank_is_done_on_none(found:
 def hold_together(rank: int) -> list[float]:
     """Each rank sees other data; the clip is by the largest score of any.
 
-    Rolled by five, the pair of tokens that scores highest in head 2 is torn apart; by less, both ranks see it.
+    Rolled by five, the pair of tokens that scores highest in head 2 is torn apart; by less, both
+    ranks see it.
     """
     model, inputs = zoo()["llama-sdpa"]()
     run = make_run(model, inputs)
@@ -146,7 +159,9 @@ def hold_together(rank: int) -> list[float]:
 WORKS = (clip_sharded, skip_together, decide_together, hold_together)
 
 
-def test_a_held_clip_is_the_same_on_all_ranks_and_goes_by_the_largest_score_of_any(found: list[dict[str, Any]]) -> None:
+def test_a_held_clip_is_the_same_on_all_ranks_and_goes_by_the_largest_score_of_any(
+    found: list[dict[str, Any]],
+) -> None:
     one, other = (rank["hold_together"] for rank in found)
     assert one[1:] == other[1:]
     assert max(one[0], other[0]) == pytest.approx(0.5, rel=1e-5)

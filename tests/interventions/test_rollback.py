@@ -1,11 +1,22 @@
-"""A rollback brings back every bit of a state that is known to be healthy, and nothing of the data's place in the run."""
+"""A rollback brings back every bit of a state that is known to be healthy, and nothing of the
+data's place in the run.
+"""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from interventions.runs import all_bits, differences, first_layer, growth, loss_of, run_of, scores_of, train_step
+from interventions.runs import (
+    all_bits,
+    differences,
+    first_layer,
+    growth,
+    loss_of,
+    run_of,
+    scores_of,
+    train_step,
+)
 from stabmon.interventions import CannotApply, TrainingRun
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
@@ -15,7 +26,9 @@ from stabmon.records import Reading
 from stabmon.rules.tracking.history import History
 
 
-def spoilt(states: dict[str, float] | None = None, folder: Path | None = None) -> tuple[TrainingRun, dict[str, object]]:
+def spoilt(
+    states: dict[str, float] | None = None, folder: Path | None = None
+) -> tuple[TrainingRun, dict[str, object]]:
     """A run that was healthy after step 2 and is NaN after step 5, and its bits of then."""
     run = run_of("gpt2-sdpa", steps=2)
     run.run_dir = folder
@@ -43,16 +56,33 @@ def without(bits: dict[str, object], *words: str) -> dict[str, object]:
     return {name: value for name, value in bits.items() if not any(word in name for word in words)}
 
 
-def test_weights_and_moments_are_back_bit_for_bit_and_random_state_and_schedule_are_where_they_were() -> None:
+def test_weights_and_moments_are_back_bit_for_bit_and_random_state_and_schedule_are_where_they_were() -> (
+    None
+):
     run, healthy = spoilt()
-    random, rate, epoch = torch.get_rng_state(), run.optimizer.param_groups[0]["lr"], run.lr_scheduler.last_epoch
+    random, rate, epoch = (
+        torch.get_rng_state(),
+        run.optimizer.param_groups[0]["lr"],
+        run.lr_scheduler.last_epoch,
+    )
     applied = Rollback().apply(run)
     assert (
-        differences(without(healthy, "random", " lr", "initial_lr"), without(all_bits(run), "random", " lr", "initial_lr")) == []
+        differences(
+            without(healthy, "random", " lr", "initial_lr"),
+            without(all_bits(run), "random", " lr", "initial_lr"),
+        )
+        == []
     )
     assert torch.equal(torch.get_rng_state(), random)
-    assert (run.optimizer.param_groups[0]["lr"], run.lr_scheduler.last_epoch, run.step) == (rate, epoch, 5)
-    assert (applied.record["before"], applied.record["after"]) == ({"state_of_step": 5}, {"state_of_step": 2})
+    assert (run.optimizer.param_groups[0]["lr"], run.lr_scheduler.last_epoch, run.step) == (
+        rate,
+        epoch,
+        5,
+    )
+    assert (applied.record["before"], applied.record["after"]) == (
+        {"state_of_step": 5},
+        {"state_of_step": 2},
+    )
     assert "back to the state after step 2, 3 steps ago" in applied.record["note"]
 
 
@@ -69,7 +99,13 @@ def test_training_after_a_rollback_is_bit_for_bit_training_from_the_healthy_stat
     plain = run_of("gpt2-sdpa", steps=2)
     for each in (plain, run):
         train_step(each)
-    assert differences(without(all_bits(plain), "random", "initial_lr"), without(all_bits(run), "random", "initial_lr")) == []
+    assert (
+        differences(
+            without(all_bits(plain), "random", "initial_lr"),
+            without(all_bits(run), "random", "initial_lr"),
+        )
+        == []
+    )
 
 
 def test_undone_the_spoilt_state_is_back_bit_for_bit() -> None:
@@ -92,12 +128,20 @@ def test_states_too_large_for_memory_go_to_disk_and_survive_a_restart(tmp_path: 
     fresh.states.load_state_dict(state)
     fresh.optimizer.zero_grad()
     applied = Rollback().apply(fresh)
-    assert differences(without(healthy, "random", "initial_lr"), without(all_bits(fresh), "random", "initial_lr")) == []
+    assert (
+        differences(
+            without(healthy, "random", "initial_lr"),
+            without(all_bits(fresh), "random", "initial_lr"),
+        )
+        == []
+    )
     applied.release()
     assert len(list(tmp_path.glob("*.pt"))) == 1
 
 
-def test_without_memory_and_folder_nothing_is_kept_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_memory_and_folder_nothing_is_kept_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     run, _ = spoilt({"memory_gb": 0.0})
     with pytest.raises(CannotApply, match="no healthy state"):
         Rollback().apply(run)
@@ -115,13 +159,17 @@ def test_a_state_counts_only_after_more_samples_were_healthy() -> None:
     assert newest == [None, None, 2, 2, 2, 2, 2, 2, 2, 2, 10]
 
 
-def test_a_clip_made_after_the_state_was_taken_is_forgotten_with_it_and_remembered_when_the_rollback_is_undone() -> None:
+def test_a_clip_made_after_the_state_was_taken_is_forgotten_with_it_and_remembered_when_the_rollback_is_undone() -> (
+    None
+):
     run, _ = spoilt()
     with torch.no_grad():
         for parameter in run.model.parameters():
             parameter.nan_to_num_(0.1)
     layer = first_layer(run)
-    applied = QkClip(target=float(scores_of(run)[layer][1]) / 3, hold=False).apply(run, growth(layer))
+    applied = QkClip(target=float(scores_of(run)[layer][1]) / 3, hold=False).apply(
+        run, growth(layer)
+    )
     back = Rollback().apply(run)
     healthy = all_bits(run)
     applied.effect.undo()
@@ -132,8 +180,13 @@ def test_a_clip_made_after_the_state_was_taken_is_forgotten_with_it_and_remember
 def test_a_snapshot_is_as_large_as_it_says() -> None:
     run = run_of("gpt2-sdpa", steps=1)
     snapshot = Snapshot.take(run)
-    tensors = [*snapshot.tensors.values(), *(v for entries in snapshot.optimizer for v in entries.values())]
-    assert snapshot_bytes(run) == sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    tensors = [
+        *snapshot.tensors.values(),
+        *(v for entries in snapshot.optimizer for v in entries.values()),
+    ]
+    assert snapshot_bytes(run) == sum(
+        t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)
+    )
 
 
 def test_without_states_it_refuses() -> None:
@@ -180,7 +233,9 @@ def test_begun_again_the_first_state_is_back_bit_for_bit() -> None:
     run.on_rollback.append(told.append)
     applied = Rollback().apply(run)
     run.optimizer.zero_grad()
-    assert differences(without(before, "random"), without(all_bits(run), "random")) == [], "moments were not there yet"
+    assert differences(without(before, "random"), without(all_bits(run), "random")) == [], (
+        "moments were not there yet"
+    )
     assert told == [0]
     assert "the state in which training began" in applied.record["note"]
 
@@ -208,7 +263,10 @@ def test_every_optimizer_and_every_schedule_goes_back_also_from_disk(tmp_path: P
     inner = [p for name, p in run.model.named_parameters() if "self_attn" in name and p.ndim == 2]
     outer = [p for p in run.model.parameters() if all(p is not each for each in inner)]
     muon, adamw = torch.optim.Muon(inner, lr=0.1), torch.optim.AdamW(outer, 1e-2)
-    run.optimizer, run.lr_scheduler = (muon, adamw), [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in (muon, adamw)]
+    run.optimizer, run.lr_scheduler = (
+        (muon, adamw),
+        [torch.optim.lr_scheduler.ExponentialLR(each, 0.9) for each in (muon, adamw)],
+    )
 
     def step() -> None:
         loss_of(run.model, run.inputs).backward()
@@ -218,8 +276,15 @@ def test_every_optimizer_and_every_schedule_goes_back_also_from_disk(tmp_path: P
         adamw.zero_grad()
 
     def bits() -> list[torch.Tensor]:
-        moments = [v for each in run.optimizer for entries in each.state.values() for v in entries.values()]
-        rates = [torch.tensor([group.rate for group in run.groups] + [each.last_epoch for each in run.lr_scheduler])]
+        moments = [
+            v for each in run.optimizer for entries in each.state.values() for v in entries.values()
+        ]
+        rates = [
+            torch.tensor(
+                [group.rate for group in run.groups]
+                + [each.last_epoch for each in run.lr_scheduler]
+            )
+        ]
         return [each.detach().clone() for each in (*run.model.parameters(), *moments, *rates)]
 
     step()

@@ -16,7 +16,9 @@ def spoil(run: TrainingRun, value: float) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_a_bad_step_leaves_weights_moments_and_decay_alone(value: float, optimizer: type[torch.optim.Optimizer]) -> None:
+def test_a_bad_step_leaves_weights_moments_and_decay_alone(
+    value: float, optimizer: type[torch.optim.Optimizer]
+) -> None:
     run = run_of("gpt2-sdpa", optimizer, steps=2)
     run.optimizer.zero_grad()
     run.marks.add("before_optimizer_step", lambda: spoil(run, value))
@@ -45,7 +47,9 @@ def test_good_steps_are_bit_for_bit_those_without_it() -> None:
     assert differences(all_bits(plain), all_bits(run)) == []
 
 
-def test_it_says_once_that_skipping_does_not_help_and_starts_to_count_anew_after_a_good_step() -> None:
+def test_it_says_once_that_skipping_does_not_help_and_starts_to_count_anew_after_a_good_step() -> (
+    None
+):
     run = run_of("gpt2-sdpa")
     bad = [True] * 5 + [False] + [True]
     run.marks.add("before_optimizer_step", lambda: spoil(run, float("nan")) if bad.pop(0) else None)
@@ -60,7 +64,9 @@ def test_it_says_once_that_skipping_does_not_help_and_starts_to_count_anew_after
 
 def test_with_a_gradient_scaler_it_refuses() -> None:
     model = nn.Linear(1, 1)
-    run = TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1), grad_scaler=torch.amp.GradScaler("cpu"))
+    run = TrainingRun(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), grad_scaler=torch.amp.GradScaler("cpu")
+    )
     with pytest.raises(CannotApply, match="scaler"):
         SkipStep().apply(run)
 
@@ -74,7 +80,9 @@ def test_sparse_gradients_are_looked_into() -> None:
     assert model.weight.grad is None
 
 
-def test_the_gradients_of_a_second_optimizer_that_come_after_the_firsts_step_are_looked_at_too() -> None:
+def test_the_gradients_of_a_second_optimizer_that_come_after_the_firsts_step_are_looked_at_too() -> (
+    None
+):
     model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
     optimizers = [torch.optim.AdamW(each.parameters(), 0.1) for each in model]
     records: list[dict[str, object]] = []

@@ -1,4 +1,6 @@
-"""What every intervention has in common: applied and undone, the run is bit for bit what it was; refused, it never was touched."""
+"""What every intervention has in common: applied and undone, the run is bit for bit what it was;
+refused, it never was touched.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,10 @@ from stabmon.interventions.stop import Stop
 
 ACTS: dict[str, tuple[str, Callable[[], Intervention]]] = {
     "lower_learning_rate": ("gpt2-sdpa", lambda: LowerLearningRate(factor=0.5)),
-    "lower_learning_rate of queries and keys": ("llama-sdpa", lambda: LowerLearningRate(factor=0.1, where="query_key")),
+    "lower_learning_rate of queries and keys": (
+        "llama-sdpa",
+        lambda: LowerLearningRate(factor=0.1, where="query_key"),
+    ),
     "cap_learning_rate": ("gpt2-sdpa", lambda: CapLearningRate(cap=1e-3)),
     "cap_query_key_update": ("gpt2-sdpa", lambda: CapQueryKeyUpdate(share=1e-4)),
     "cap_query_key_update norm": ("gemma3-sdpa", lambda: CapQueryKeyUpdate(share=1e-4)),
@@ -74,7 +79,9 @@ def test_applied_and_undone_every_bit_is_as_it_was(name: str) -> None:
     assert differences(before, all_bits(run)) == []
     assert applied.undo() is True, "a second call does nothing"
     assert [record["action"] for record in run.records] == ["applied", "undone"]
-    assert not any(run.marks.wants(mark) for mark in ("attention", "before_optimizer_step", "on_step"))
+    assert not any(
+        run.marks.wants(mark) for mark in ("attention", "before_optimizer_step", "on_step")
+    )
 
 
 @pytest.mark.parametrize("name", ACTS)
@@ -90,7 +97,9 @@ def test_training_after_an_undo_is_bit_for_bit_training_without_the_act(name: st
 
 
 @pytest.mark.parametrize("name", ACTS)
-def test_the_record_and_the_state_are_plain_values_that_say_what_where_before_after_why_and_when(name: str) -> None:
+def test_the_record_and_the_state_are_plain_values_that_say_what_where_before_after_why_and_when(
+    name: str,
+) -> None:
     model, make = ACTS[name]
     run = ready(model)
     applied = make().apply(run, growth(first_layer(run)))
@@ -100,13 +109,17 @@ def test_the_record_and_the_state_are_plain_values_that_say_what_where_before_af
     assert record["step"] == run.step == 3
     assert record["why"]
     assert record["places"]
-    assert json.loads(json.dumps(applied.state_dict())) == json.loads(json.dumps(applied.state_dict()))
+    assert json.loads(json.dumps(applied.state_dict())) == json.loads(
+        json.dumps(applied.state_dict())
+    )
     if name not in ("skip_step", "entropy_regularization"):
         assert record["before"] != record["after"]
     json.dumps(record)
 
 
-@pytest.mark.parametrize("name", [each for each in ACTS if each not in ("rollback", "stop", "cap_scale")])
+@pytest.mark.parametrize(
+    "name", [each for each in ACTS if each not in ("rollback", "stop", "cap_scale")]
+)
 def test_a_held_act_is_held_again_after_a_resume_and_let_go_of_without_a_trace(name: str) -> None:
     model, make = ACTS[name]
     run, fresh = ready(model), ready(model)
@@ -118,7 +131,9 @@ def test_a_held_act_is_held_again_after_a_resume_and_let_go_of_without_a_trace(n
     assert held.active
     held.release()
     assert differences(untouched, all_bits(fresh)) == []
-    assert not any(fresh.marks.wants(mark) for mark in ("attention", "before_optimizer_step", "on_step"))
+    assert not any(
+        fresh.marks.wants(mark) for mark in ("attention", "before_optimizer_step", "on_step")
+    )
 
 
 def test_every_registered_intervention_is_tested_here() -> None:
@@ -167,7 +182,16 @@ def test_dropout_is_never_raised_above_its_most() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpt2-sdpa", "llama-sdpa", "bert-sdpa", "qwen3-sdpa", "gemma2-eager", "gpt_neox-sdpa", "vit-sdpa"]
+    "name",
+    [
+        "gpt2-sdpa",
+        "llama-sdpa",
+        "bert-sdpa",
+        "qwen3-sdpa",
+        "gemma2-eager",
+        "gpt_neox-sdpa",
+        "vit-sdpa",
+    ],
 )
 def test_a_temperature_divides_every_head_of_the_layer(name: str) -> None:
     from interventions.runs import scores_of
@@ -176,7 +200,9 @@ def test_a_temperature_divides_every_head_of_the_layer(name: str) -> None:
     layer = first_layer(run)
     before = scores_of(run)[layer]
     SoftenLogits(temperature=4).apply(run, growth(layer))
-    torch.testing.assert_close(torch.tensor(scores_of(run)[layer] * 4), torch.tensor(before), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(scores_of(run)[layer] * 4), torch.tensor(before), rtol=1e-5, atol=0
+    )
 
 
 def test_a_scale_that_the_attention_does_not_read_and_one_that_is_not_there_are_refused() -> None:
@@ -190,7 +216,10 @@ def test_a_scale_that_the_attention_does_not_read_and_one_that_is_not_there_are_
     assert run.layers[layer].scaling == 0.5
 
 
-@pytest.mark.parametrize(("name", "reason"), [("llama-sdpa", "change of architecture"), ("gpt2-sdpa", "change of architecture")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("llama-sdpa", "change of architecture"), ("gpt2-sdpa", "change of architecture")],
+)
 def test_a_softcap_is_never_pretended(name: str, reason: str) -> None:
     run = ready(name)
     with pytest.raises(CannotApply, match=reason) as error:

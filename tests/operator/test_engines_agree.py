@@ -25,7 +25,9 @@ def check(case: Case, engine: str, float32: bool | None = None) -> None:
         summed = (
             case.key.shape[2] if engine == "fused" and name in ("mean_score", "entropy") else 0
         )  # by the kernel, with its output
-        assert_statistic(name, found, wanted, largest, engine != "dense" if float32 is None else float32, summed)
+        assert_statistic(
+            name, found, wanted, largest, engine != "dense" if float32 is None else float32, summed
+        )
     assert torch.equal(operator.n_visible(), expected.visible.sum(-1))
 
 
@@ -49,19 +51,27 @@ def test_a_statistic_asked_for_alone_is_the_same_as_all_asked_for_together(engin
     together = case.operator(engine)
     together.prepare(STATISTICS)
     for name in STATISTICS:
-        torch.testing.assert_close(case.operator(engine)._get(name), together._get(name), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            case.operator(engine)._get(name), together._get(name), rtol=1e-6, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_half_and_double_inputs_lose_nothing(dtype: torch.dtype, engine: str) -> None:
     case = plain(is_causal=True, key_heads=2)
-    check(Case(case.query.to(dtype), case.key.to(dtype), case.options), engine, float32=None if dtype != torch.float64 else False)
+    check(
+        Case(case.query.to(dtype), case.key.to(dtype), case.options),
+        engine,
+        float32=None if dtype != torch.float64 else False,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_inputs_need_not_be_contiguous(engine: str) -> None:
-    case = plain(is_causal=True, queries=24, keys=24, mask=torch.ones(24, 48, dtype=torch.bool)[:, ::2])
+    case = plain(
+        is_causal=True, queries=24, keys=24, mask=torch.ones(24, 48, dtype=torch.bool)[:, ::2]
+    )
     query = case.query.transpose(1, 2).contiguous().transpose(1, 2)
     key = case.key.mT.contiguous().mT
     assert not query.is_contiguous()
@@ -73,9 +83,17 @@ def test_inputs_need_not_be_contiguous(engine: str) -> None:
 def test_rows_longer_than_a_block_are_folded_over_key_blocks(engine: str) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = (1 << 14) + (1 << 13) + 77
-    query, key = torch.randn(1, 2, 3, 8, generator=generator), torch.randn(1, 1, keys, 8, generator=generator)
+    query, key = (
+        torch.randn(1, 2, 3, 8, generator=generator),
+        torch.randn(1, 1, keys, 8, generator=generator),
+    )
     key[:, :, ::1000] *= 10  # rows whose maximum lies in a later block than the first
-    for options in ({}, {"sinks": torch.tensor([3.0, 40.0])}, {"softcap": 4.0}, {"is_causal": True, "window": keys - 100}):
+    for options in (
+        {},
+        {"sinks": torch.tensor([3.0, 40.0])},
+        {"softcap": 4.0},
+        {"is_causal": True, "window": keys - 100},
+    ):
         check(Case(query, key, options, scale=0.5), engine)
 
 
@@ -85,22 +103,35 @@ def test_blocks_of_hidden_keys_before_and_after_the_visible_ones_change_nothing(
     mask[..., 0, 3:9] = True
     mask[..., 1, -5:] = True
     generator = torch.Generator().manual_seed(0)
-    case = Case(torch.randn(1, 2, 2, 4, generator=generator), torch.randn(1, 2, keys, 4, generator=generator), {"mask": mask})
+    case = Case(
+        torch.randn(1, 2, 2, 4, generator=generator),
+        torch.randn(1, 2, keys, 4, generator=generator),
+        {"mask": mask},
+    )
     check(case, "blockwise")
     check(case, "fused")
 
 
 def scores_of(*rows: list[float]) -> Case:
     """A call whose scores are these rows: one-hot queries pick a component of each key."""
-    return Case(torch.eye(len(rows))[None, None], torch.tensor(rows).T.contiguous()[None, None], {}, scale=1.0)
+    return Case(
+        torch.eye(len(rows))[None, None],
+        torch.tensor(rows).T.contiguous()[None, None],
+        {},
+        scale=1.0,
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_visible_nan_or_inf_score_makes_its_own_row_nan_and_no_other(engine: str, bad: float) -> None:
+def test_a_visible_nan_or_inf_score_makes_its_own_row_nan_and_no_other(
+    engine: str, bad: float
+) -> None:
     key = torch.randn(1, 1, 6, 1, generator=torch.Generator().manual_seed(0))
     key[0, 0, 3] = bad
-    operator = attention_operator(torch.ones(1, 1, 6, 1), key, scale=1.0, is_causal=True, engine=engine)
+    operator = attention_operator(
+        torch.ones(1, 1, 6, 1), key, scale=1.0, is_causal=True, engine=engine
+    )
     for statistic in ("log_partition", "log_partition_2", "entropy", "mean_score"):
         rows = operator._get(statistic)[0, 0]
         assert not rows[3:].isfinite().any(), statistic
@@ -108,7 +139,9 @@ def test_a_visible_nan_or_inf_score_makes_its_own_row_nan_and_no_other(engine: s
             assert rows[3:].isnan().all(), statistic
         assert rows[:3].isfinite().all(), statistic
     assert not operator.max_score()[0, 0, 3:].isfinite().any()
-    expected = truth(Case(torch.ones(1, 1, 3, 1), key[:, :, :3], {"is_causal": True}, scale=1.0)).statistics()
+    expected = truth(
+        Case(torch.ones(1, 1, 3, 1), key[:, :, :3], {"is_causal": True}, scale=1.0)
+    ).statistics()
     assert_statistic("entropy", operator.entropy()[..., :3], expected["entropy"], 3.0)
 
 
@@ -118,8 +151,12 @@ def test_a_visible_score_of_minus_inf_is_a_key_of_probability_zero(engine: str) 
     operator = attention_operator(torch.ones(1, 1, 2, 1), key, scale=1.0, engine=engine)
     without = torch.tensor([0.3, 1.2, -0.4], dtype=torch.float64)
     p = without.softmax(0)
-    assert operator.log_partition()[0, 0, 0].item() == pytest.approx(without.logsumexp(0).item(), abs=1e-6)
-    assert operator.entropy()[0, 0, 0].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-6)
+    assert operator.log_partition()[0, 0, 0].item() == pytest.approx(
+        without.logsumexp(0).item(), abs=1e-6
+    )
+    assert operator.entropy()[0, 0, 0].item() == pytest.approx(
+        -(p * p.log()).sum().item(), abs=1e-6
+    )
     assert operator.max_score()[0, 0].tolist() == [pytest.approx(1.2, rel=1e-6)] * 2
     assert operator.min_score()[0, 0].tolist() == [-math.inf] * 2
 
@@ -130,12 +167,20 @@ def test_what_is_hidden_may_be_nan(engine: str) -> None:
     key = case.key.clone()
     key[:, :, 30:] = math.nan
     for name, wanted in truth(case).statistics().items():
-        assert_statistic(name, Case(case.query, key, case.options).operator(engine)._get(name), wanted, 8.0, engine != "dense")
+        assert_statistic(
+            name,
+            Case(case.query, key, case.options).operator(engine)._get(name),
+            wanted,
+            8.0,
+            engine != "dense",
+        )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_scores_that_a_model_formed_itself_give_the_same_as_query_and_key(engine: str, softcap: float | None) -> None:
+def test_scores_that_a_model_formed_itself_give_the_same_as_query_and_key(
+    engine: str, softcap: float | None
+) -> None:
     case = plain(is_causal=True, softcap=softcap)
     expected = truth(case)
     given_scores = expected.scores.float().masked_fill(~expected.visible, -math.inf)
@@ -155,7 +200,9 @@ def test_given_scores_are_left_as_they_were(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["blockwise", "fused"])
 def test_a_saturated_row_keeps_the_digits_of_what_little_is_left(engine: str) -> None:
-    operator = scores_of([0.0, -20.0, -30.0], [-60.0, 0.0, -200.0], [5.0, 5.0, -40.0]).operator(engine)
+    operator = scores_of([0.0, -20.0, -30.0], [-60.0, 0.0, -200.0], [5.0, 5.0, -40.0]).operator(
+        engine
+    )
     wanted = [math.log(math.exp(-20) + math.exp(-30)), -60.0, math.log1p(math.exp(-45))]
     assert operator.log_odds_of_rest()[0, 0].tolist() == pytest.approx(wanted, rel=1e-6, abs=1e-6)
     assert operator.entropy()[0, 0, 1].item() == pytest.approx(61 * math.exp(-60), rel=1e-3)
@@ -200,8 +247,17 @@ def test_any_geometry_gives_what_the_definition_says(
     key = torch.randn(batch, key_heads, keys, dim, generator=generator)
     mask = None
     if hidden is not None:
-        mask = torch.rand(batch, heads if per_head else 1, queries, keys, generator=generator) >= hidden
+        mask = (
+            torch.rand(batch, heads if per_head else 1, queries, keys, generator=generator)
+            >= hidden
+        )
     sinks = torch.randn(heads, generator=generator) if sink else None
-    options = {"is_causal": is_causal, "window": window, "softcap": softcap, "mask": mask, "sinks": sinks}
+    options = {
+        "is_causal": is_causal,
+        "window": window,
+        "softcap": softcap,
+        "mask": mask,
+        "sinks": sinks,
+    }
     for engine in ENGINES:
         check(Case(query, key, options, scale=dim**-0.5), engine)

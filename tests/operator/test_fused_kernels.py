@@ -1,4 +1,6 @@
-"""A fused kernel is believed only once it has shown that it computes what the blockwise engine does."""
+"""A fused kernel is believed only once it has shown that it computes what the blockwise engine
+does.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,15 @@ def wrong_output(*args: object) -> tuple[Tensor, Tensor]:
     return out * 1.01, lse
 
 
-def ignores_the_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def ignores_the_mask(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     return kernels._cpu(q, k, v, None, causal, scale)
 
 
-def ignores_causality(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def ignores_causality(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     return kernels._cpu(q, k, v, mask, False, scale)
 
 
@@ -66,7 +72,9 @@ def test_a_kernel_that_lies_is_refused_with_one_warning_and_results_are_right(
     assert "the blockwise engine is used" in caplog.text
 
 
-def test_the_next_candidate_is_tried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_next_candidate_is_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     honest = kernels._CANDIDATES["cpu"]
     monkeypatch.setitem(kernels._CANDIDATES, "cpu", (("liar", wrong_output), *honest))
     kernel = kernels.proven_kernel(torch.device("cpu"), 16)

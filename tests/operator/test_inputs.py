@@ -32,13 +32,21 @@ QUERY, KEY = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
         ({"softcap": math.nan}, "softcap nan: give a positive number"),
         ({"sinks": torch.zeros(3)}, r"sinks of shape \(3,\): give one logit a query head, \[4\]"),
         ({"mask": torch.zeros(5, 6, dtype=torch.long)}, r"mask is torch.int64: give bool"),
-        ({"mask": torch.ones(5, 7, dtype=torch.bool)}, r"mask of shape \(5, 7\) does not broadcast to .*\[2, 4, 5, 6\]"),
+        (
+            {"mask": torch.ones(5, 7, dtype=torch.bool)},
+            r"mask of shape \(5, 7\) does not broadcast to .*\[2, 4, 5, 6\]",
+        ),
         ({"mask": torch.ones(3, 1, 5, 6, dtype=torch.bool)}, r"\(3, 1, 5, 6\) does not broadcast"),
-        ({"mask": torch.ones(1, 2, 4, 5, 6, dtype=torch.bool)}, r"\(1, 2, 4, 5, 6\) does not broadcast"),
+        (
+            {"mask": torch.ones(1, 2, 4, 5, 6, dtype=torch.bool)},
+            r"\(1, 2, 4, 5, 6\) does not broadcast",
+        ),
         ({"engine": "flash"}, "unknown engine 'flash'. Known: auto, dense, blockwise, fused"),
     ],
 )
-def test_an_input_that_cannot_be_is_named_with_its_mend_in_one_line(change: dict[str, Any], said: str) -> None:
+def test_an_input_that_cannot_be_is_named_with_its_mend_in_one_line(
+    change: dict[str, Any], said: str
+) -> None:
     inputs = {"query": QUERY, "key": KEY, "scale": 0.3} | change
     with pytest.raises(ValueError, match=said) as error:
         attention_operator(inputs.pop("query"), inputs.pop("key"), **inputs)
@@ -57,7 +65,9 @@ def test_questions_that_no_operator_answers_are_named(engine: str) -> None:
     operator = plain().operator(engine)
     with pytest.raises(ValueError, match=r"power 4 of the log-partition: use 1, 2 or 3"):
         operator.log_partition(4)
-    with pytest.raises(ValueError, match=r"unknown statistic 'entropie'. Known: collision, entropy"):
+    with pytest.raises(
+        ValueError, match=r"unknown statistic 'entropie'. Known: collision, entropy"
+    ):
         operator.prepare(["entropie"])
 
 
@@ -81,7 +91,9 @@ def test_inputs_stay_as_they_are_and_get_no_graph(engine: str) -> None:
     query, key = case.query.clone().requires_grad_(), case.key.clone().requires_grad_()
     mask = case.options["mask"].clone()
     operator = attention_operator(query, key, scale=case.scale, mask=mask, engine=engine)
-    results = [operator._get(name) for name in STATISTICS] + [operator.matvec(torch.ones(1, 1, 37, 1, requires_grad=True))]
+    results = [operator._get(name) for name in STATISTICS] + [
+        operator.matvec(torch.ones(1, 1, 37, 1, requires_grad=True))
+    ]
     assert not any(result.requires_grad for result in results)
     assert torch.equal(query, case.query)
     assert torch.equal(key, case.key)

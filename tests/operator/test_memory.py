@@ -24,7 +24,9 @@ class Memory(TorchDispatchMode):
         self.largest = self.live = self.peak = 0
         self._seen: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         for tensor in torch.utils._pytree.tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage(), ours=False)
@@ -53,16 +55,30 @@ MASKS: dict[str, Callable[[int], dict[str, Any]]] = {
     "causal": lambda s: {"is_causal": True},
     "causal window": lambda s: {"is_causal": True, "window": s // 4},
     "bool mask": lambda s: {"mask": torch.ones(1, 1, s, s, dtype=torch.bool).tril()},
-    "bool mask with holes": lambda s: {"mask": torch.rand(1, 1, s, s, generator=torch.Generator().manual_seed(0)) > 0.5},
-    "additive mask": lambda s: {"mask": torch.zeros(1, 1, s, s).masked_fill(torch.ones(s, s, dtype=torch.bool).triu(1), -1e38)},
-    "key padding and causal": lambda s: {"mask": torch.arange(s)[None, None, None] > 5, "is_causal": True},
+    "bool mask with holes": lambda s: {
+        "mask": torch.rand(1, 1, s, s, generator=torch.Generator().manual_seed(0)) > 0.5
+    },
+    "additive mask": lambda s: {
+        "mask": torch.zeros(1, 1, s, s).masked_fill(
+            torch.ones(s, s, dtype=torch.bool).triu(1), -1e38
+        )
+    },
+    "key padding and causal": lambda s: {
+        "mask": torch.arange(s)[None, None, None] > 5,
+        "is_causal": True,
+    },
     "pairwise bias": lambda s: {"mask": torch.linspace(-1, 1, s * s).view(1, 1, s, s)},
 }
 
 
-def peak_of(length: int, engine: str, options: dict[str, Any], act: Callable[[Any], object]) -> Memory:
+def peak_of(
+    length: int, engine: str, options: dict[str, Any], act: Callable[[Any], object]
+) -> Memory:
     generator = torch.Generator().manual_seed(0)
-    query, key = torch.randn(1, 4, length, 8, generator=generator), torch.randn(1, 2, length, 8, generator=generator)
+    query, key = (
+        torch.randn(1, 4, length, 8, generator=generator),
+        torch.randn(1, 2, length, 8, generator=generator),
+    )
     gc.collect()
     with Memory() as memory:
         act(attention_operator(query, key, scale=0.3, engine=engine, **options))
@@ -88,8 +104,12 @@ def _one_thread() -> Any:
 @pytest.mark.parametrize("engine", ["blockwise", "fused"])
 @pytest.mark.parametrize("kind", MASKS)
 def test_memory_is_linear_in_the_length(kind: str, engine: str) -> None:
-    """Twice the length takes at most about twice the memory, not four times as much, and far less than the scores would."""
-    short, long = (peak_of(length, engine, MASKS[kind](length), everything) for length in (1536, 3072))
+    """Twice the length takes at most about twice the memory, not four times as much, and far less
+    than the scores would.
+    """
+    short, long = (
+        peak_of(length, engine, MASKS[kind](length), everything) for length in (1536, 3072)
+    )
     scores = 4 * 3072 * 3072 * 4
     assert long.largest < scores / 40
     assert long.peak < scores / 15
@@ -98,5 +118,7 @@ def test_memory_is_linear_in_the_length(kind: str, engine: str) -> None:
 
 def test_the_oracle_is_not_for_training() -> None:
     """What the test above must be able to see."""
-    memory = peak_of(1024, "dense", {"is_causal": True}, lambda operator: operator.prepare({"entropy"}))
+    memory = peak_of(
+        1024, "dense", {"is_causal": True}, lambda operator: operator.prepare({"entropy"})
+    )
     assert memory.largest >= 4 * 1024 * 1024 * 8

@@ -1,4 +1,6 @@
-"""Windows folded into the batch cost what their number asks for, no call each and nothing that grows with their square."""
+"""Windows folded into the batch cost what their number asks for, no call each and nothing that
+grows with their square.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ class Work(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         self.operations += 1
         if not function.is_view:
-            self.elements += sum(each.numel() for each in tree_leaves(result) if isinstance(each, torch.Tensor))
+            self.elements += sum(
+                each.numel() for each in tree_leaves(result) if isinstance(each, torch.Tensor)
+            )
         return result
 
 

@@ -42,11 +42,15 @@ def heatmap(side: int = 10, heads: int = 2, **more: Any) -> AnalysisRecord:
         "tokens": [(HOSTILE * side)[:side]],
         **more,
     }
-    return AnalysisRecord("heatmap", values, {f"maps/{layer}": each for layer, each in maps.items()})
+    return AnalysisRecord(
+        "heatmap", values, {f"maps/{layer}": each for layer, each in maps.items()}
+    )
 
 
 def rollout(share: float = 0.2, samples: int = 2, side: int = 10, **more: Any) -> AnalysisRecord:
-    """Every row gives ``share`` to the first token and the rest evenly to the tokens up to itself."""
+    """Every row gives ``share`` to the first token and the rest evenly to the tokens up to
+    itself.
+    """
     matrix = np.zeros((samples, side, side), dtype=np.float32)
     for row in range(side):
         matrix[:, row, : row + 1] = (1 - share) / max(1, row)
@@ -72,24 +76,35 @@ def rollout(share: float = 0.2, samples: int = 2, side: int = 10, **more: Any) -
         **more,
     }
     ones = np.ones((samples, side), dtype=np.uint8)
-    return AnalysisRecord("rollout", values, {"matrix": matrix, "valid": ones, "source_valid": ones})
+    return AnalysisRecord(
+        "rollout", values, {"matrix": matrix, "valid": ones, "source_valid": ones}
+    )
 
 
 def images() -> AnalysisRecord:
     """One image of 2 × 2 patches behind a class token that owes to them 0.1, 0.2, 0.3 and 0.2."""
-    record = rollout(samples=1, side=5, image_grid={"rows": 2, "cols": 2, "leading": 1}, tokens=None)
+    record = rollout(
+        samples=1, side=5, image_grid={"rows": 2, "cols": 2, "leading": 1}, tokens=None
+    )
     matrix = record.arrays["matrix"].copy()
     matrix[0, 0] = [0.2, 0.1, 0.2, 0.3, 0.2]
     picture = np.random.default_rng(0).integers(0, 255, (1, 8, 8, 3)).astype(np.uint8)
-    return AnalysisRecord("rollout", record.values, {**record.arrays, "matrix": matrix, "images": picture})
+    return AnalysisRecord(
+        "rollout", record.values, {**record.arrays, "matrix": matrix, "images": picture}
+    )
 
 
 def cake(worse: float = -0.1, samples: int = 2) -> AnalysisRecord:
     """CAKE costs ``worse`` nats more than recency at every size."""
     side, fed, heads = 40, 3, 2
-    arrays = {name: np.array([[1.0] * samples, [3.0] * samples]) for name in ("dispersion", "shift", "preference")}
+    arrays = {
+        name: np.array([[1.0] * samples, [3.0] * samples])
+        for name in ("dispersion", "shift", "preference")
+    }
     arrays["budget"] = np.array([[6] * samples, [10] * samples])
-    arrays["preserved"] = np.broadcast_to(np.array([0.6, 0.4, 0.7])[None, :, None, None], (2, 3, 3, samples)).copy()
+    arrays["preserved"] = np.broadcast_to(
+        np.array([0.6, 0.4, 0.7])[None, :, None, None], (2, 3, 3, samples)
+    ).copy()
     rng = np.random.default_rng(0)
     for layer in LAYERS:
         went = np.where(rng.random((samples, heads, side + fed)) < 0.5, 0, -1).astype(np.int32)
@@ -128,7 +143,9 @@ def cake(worse: float = -0.1, samples: int = 2) -> AnalysisRecord:
 
 
 def evolution() -> AnalysisRecord:
-    """Over three steps the second layer's entropy falls from 0.9 to 0.3; a fourth key comes last."""
+    """Over three steps the second layer's entropy falls from 0.9 to 0.3; a fourth key comes
+    last.
+    """
     names = ["normalized_entropy", "sink_mass"]
     arrays = {}
     for at, layer in enumerate(LAYERS):

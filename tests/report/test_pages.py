@@ -43,7 +43,11 @@ class Opened:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    binary = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if binary is None:
         pytest.skip("no Chromium on this machine: apt install chromium")
     with playwright.sync_playwright() as started:
@@ -73,7 +77,9 @@ def alone(found: Opened) -> bool:
     return len(outside) == 1 and not found.errors
 
 
-def test_a_page_of_each_kind_asks_for_nothing_and_complains_of_nothing(browser: Any, tmp_path: Path) -> None:
+def test_a_page_of_each_kind_asks_for_nothing_and_complains_of_nothing(
+    browser: Any, tmp_path: Path
+) -> None:
     for record in (
         records.heatmap(),
         records.rollout(),
@@ -102,7 +108,9 @@ def test_words_and_tables_can_be_read_with_javascript_off(browser: Any, tmp_path
     assert found.page.locator("table").count() >= 1
 
 
-def test_the_selectors_keys_and_fields_change_what_the_map_shows(browser: Any, tmp_path: Path) -> None:
+def test_the_selectors_keys_and_fields_change_what_the_map_shows(
+    browser: Any, tmp_path: Path
+) -> None:
     record = records.heatmap()
     found = opened(browser, text_of(record), tmp_path)
     page, readout = found.page, found.page.locator("#readout")
@@ -122,7 +130,9 @@ def test_the_selectors_keys_and_fields_change_what_the_map_shows(browser: Any, t
     page.select_option("#head", "1")
     assert shown() == pytest.approx(float(value(0, 1, 9, 0)), rel=0.01)
     page.select_option("#head", "mean")
-    assert shown() == pytest.approx((float(value(0, 0, 9, 0)) + float(value(0, 1, 9, 0))) / 2, rel=0.01)
+    assert shown() == pytest.approx(
+        (float(value(0, 0, 9, 0)) + float(value(0, 1, 9, 0))) / 2, rel=0.01
+    )
     page.locator("#canvas").focus()
     page.keyboard.press("[")  # no head before the mean
     page.keyboard.press("]")
@@ -142,8 +152,12 @@ def test_the_selectors_keys_and_fields_change_what_the_map_shows(browser: Any, t
     assert alone(found)
 
 
-def test_pointing_reads_the_pair_under_the_pointer_and_dragging_zooms(browser: Any, tmp_path: Path) -> None:
-    found = opened(browser, text_of(records.heatmap()), tmp_path, viewport={"width": 700, "height": 1400})
+def test_pointing_reads_the_pair_under_the_pointer_and_dragging_zooms(
+    browser: Any, tmp_path: Path
+) -> None:
+    found = opened(
+        browser, text_of(records.heatmap()), tmp_path, viewport={"width": 700, "height": 1400}
+    )
     page = found.page
     page.locator("#canvas").scroll_into_view_if_needed()
     box = page.locator("#canvas").bounding_box()
@@ -170,12 +184,17 @@ def test_the_map_is_saved_as_png(browser: Any, tmp_path: Path) -> None:
 
 def test_a_page_fits_a_phone_and_follows_the_dark_mode(browser: Any, tmp_path: Path) -> None:
     text = text_of(records.rollout())
-    found = opened(browser, text, tmp_path, viewport={"width": 360, "height": 740}, color_scheme="dark")
+    found = opened(
+        browser, text, tmp_path, viewport={"width": 360, "height": 740}, color_scheme="dark"
+    )
     assert found.page.evaluate("document.documentElement.scrollWidth") <= 360
     dark = found.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert dark == "rgb(23, 24, 26)"
     light = opened(browser, text, tmp_path)
-    assert light.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        light.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
 
 
 def test_512_tokens_of_64_heads_open_within_five_megabytes(browser: Any, tmp_path: Path) -> None:
@@ -183,7 +202,9 @@ def test_512_tokens_of_64_heads_open_within_five_megabytes(browser: Any, tmp_pat
     one = np.tril(rng.random((8, 512, 512), dtype=np.float32) ** 12)
     record = records.heatmap(side=512)
     arrays = {f"maps/{n}": one for n in range(8)}
-    large = AnalysisRecord("heatmap", {**record.values, "layers": [str(n) for n in range(8)]}, arrays)
+    large = AnalysisRecord(
+        "heatmap", {**record.values, "layers": [str(n) for n in range(8)]}, arrays
+    )
     values = dict(large.values, pooling={"0": [1, 1]}, sizes={"0": [512, 512]})
     text = text_of(AnalysisRecord("heatmap", values, arrays))
     assert len(text.encode()) < 5_000_000
@@ -226,7 +247,9 @@ def test_deletions_that_hurt_no_more_than_random_ones_are_a_warning() -> None:
     assert [each.name for each in page_with(0.3, 0.5).findings] == ["not_faithful"]
     good = page_with(0.3, 0.9)
     assert not good.findings
-    table = next(each for section in good.sections for each in section.tables if "nats" in each.caption)
+    table = next(
+        each for section in good.sections for each in section.tables if "nats" in each.caption
+    )
     assert list(table.rows[1]) == ["4", "0.1", "0.2 ± 0.05", "90%"]
     assert "deletions" in [picture.name for picture in good.pictures]
 

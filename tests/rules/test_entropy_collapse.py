@@ -4,10 +4,27 @@ import numpy as np
 import pytest
 
 from stabmon.rules.entropy_collapse import EntropyCollapse
-from tests.rules.trajectories import HEADS, LAYERS, alarms, falling_loss, readings, run, shape, signals
+from tests.rules.trajectories import (
+    HEADS,
+    LAYERS,
+    alarms,
+    falling_loss,
+    readings,
+    run,
+    shape,
+    signals,
+)
 
 
-def fallen(after: float, *, times: float, saturated: float, every: int = 10, before: float = 0.6, signal: str = "max_logit"):
+def fallen(
+    after: float,
+    *,
+    times: float,
+    saturated: float,
+    every: int = 10,
+    before: float = 0.6,
+    signal: str = "max_logit",
+):
     """Head 3 of layer 0 falls to ``after`` at the 13th of 20 readings."""
     score, entropy = shape(np.full(20, 12.0), 0.05), shape(np.full(20, before), 0.02)
     share = shape(np.full(20, 0.05))
@@ -46,7 +63,10 @@ def test_a_head_without_spread_has_none_to_lose():
 
 def test_a_slow_fall_to_nearly_one_hot_is_a_warning():
     entropy = shape(np.geomspace(0.6, 0.01, 60))
-    found = run(readings(signals(shape(np.linspace(8, 30, 60)), entropy), losses=falling_loss(600)), [EntropyCollapse()])
+    found = run(
+        readings(signals(shape(np.linspace(8, 30, 60)), entropy), losses=falling_loss(600)),
+        [EntropyCollapse()],
+    )
     assert {i.severity for i in found} == {"warning"}
 
 
@@ -60,20 +80,30 @@ def test_an_open_issue_stays_until_the_spread_is_well_back():
 
 @pytest.mark.parametrize("value", [np.nan, 0.0])
 def test_nan_and_zero_from_the_start_give_nothing(value):
-    assert not run(readings(signals(shape(np.full(12, 12.0)), np.full((12, 2, 4), value))), [EntropyCollapse()])
+    assert not run(
+        readings(signals(shape(np.full(12, 12.0)), np.full((12, 2, 4), value))), [EntropyCollapse()]
+    )
 
 
-def from_the_start(*, score=100.0, apart=0.1, entropy=0.06, sink=0.02, start=5.5, end=2.0, scale=80.0, every=5):
+def from_the_start(
+    *, score=100.0, apart=0.1, entropy=0.06, sink=0.02, start=5.5, end=2.0, scale=80.0, every=5
+):
     """Forty readings of heads that are as they were at the first."""
     heads = signals(shape(np.full(40, score), apart, 3), shape(np.full(40, entropy), 0.05))
     heads["sink_mass"] = shape(np.full(40, sink), 0.01)
-    return readings(heads, losses=falling_loss(40 * every, start=start, end=end, scale=scale, noise=0.01), every=every)
+    return readings(
+        heads,
+        losses=falling_loss(40 * every, start=start, end=end, scale=scale, noise=0.01),
+        every=every,
+    )
 
 
 @pytest.mark.parametrize("every", [1, 5, 50])
 def test_a_fresh_model_that_starts_saturated_is_an_alarm_at_every_head(every):
     found = alarms(run(from_the_start(every=every), [EntropyCollapse()]))
-    assert {(issue.layer, issue.head) for issue in found} == {(layer, head) for layer in LAYERS for head in range(HEADS)}
+    assert {(issue.layer, issue.head) for issue in found} == {
+        (layer, head) for layer in LAYERS for head in range(HEADS)
+    }
     assert all(issue.evidence["from_the_start"] for issue in found)
     assert max(issue.step for issue in found) <= max(25, every)
 

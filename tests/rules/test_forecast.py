@@ -22,7 +22,9 @@ def test_slope_and_interval_are_scipys(count, seed, noise):
     for n in range(3):
         expected = stats.theilslopes(y[:, n], x, alpha=0.95)
         assert line.slope[n] == pytest.approx(expected.slope)
-        assert (line.low[n], line.high[n]) == pytest.approx((expected.low_slope, expected.high_slope))
+        assert (line.low[n], line.high[n]) == pytest.approx(
+            (expected.low_slope, expected.high_slope)
+        )
 
 
 def test_a_quarter_of_wild_samples_moves_it_little():
@@ -57,7 +59,8 @@ def test_the_interval_holds_the_true_slope_about_nineteen_times_in_twenty():
 
 def test_steps_until_is_zero_there_inf_when_falling_and_nan_when_unknown():
     np.testing.assert_array_equal(
-        steps_until(np.array([9.0, 1, 1, np.nan]), np.array([1.0, 0, -1, 1]), 5.0), [0, np.inf, np.inf, np.nan]
+        steps_until(np.array([9.0, 1, 1, np.nan]), np.array([1.0, 0, -1, 1]), 5.0),
+        [0, np.inf, np.inf, np.nan],
     )
 
 

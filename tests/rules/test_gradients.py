@@ -1,4 +1,6 @@
-"""Gradient norms: far above their past with a rising loss, or gone from a layer whose rows saturated."""
+"""Gradient norms: far above their past with a rising loss, or gone from a layer whose rows
+saturated.
+"""
 
 import numpy as np
 import pytest
@@ -10,14 +12,23 @@ from tests.rules.trajectories import LAYERS, alarms, readings, run, shape, signa
 
 def norms(whole, own=0.3, other=0.2):
     own, other = np.broadcast_to(own, len(whole)), np.broadcast_to(other, len(whole))
-    return [{"": float(g), LAYERS[0]: float(a), LAYERS[1]: float(b)} for g, a, b in zip(whole, own, other, strict=True)]
+    return [
+        {"": float(g), LAYERS[0]: float(a), LAYERS[1]: float(b)}
+        for g, a, b in zip(whole, own, other, strict=True)
+    ]
 
 
 def watched(gradients, loss=None, saturated=None):
     count = len(gradients)
     share = shape(np.zeros(count)) if saturated is None else saturated
-    loss = 2.0 + 0.02 * np.random.default_rng(0).standard_normal(10 * count) if loss is None else loss
-    return readings(signals(shape(np.full(count, 8.0)), shape(np.full(count, 0.5)), share), losses=loss, gradients=gradients)
+    loss = (
+        2.0 + 0.02 * np.random.default_rng(0).standard_normal(10 * count) if loss is None else loss
+    )
+    return readings(
+        signals(shape(np.full(count, 8.0)), shape(np.full(count, 0.5)), share),
+        losses=loss,
+        gradients=gradients,
+    )
 
 
 def usual(count=40, seed=0):
@@ -57,7 +68,9 @@ def test_norms_that_say_nothing_give_nothing(value):
 
 
 def test_short_histories_and_missing_norms_give_nothing():
-    assert not run(watched(norms(np.array([1.0, 1.0, 99.0, 99.0]))), [GradientExplosion(), GradientVanishing()])
+    assert not run(
+        watched(norms(np.array([1.0, 1.0, 99.0, 99.0]))), [GradientExplosion(), GradientVanishing()]
+    )
     assert not run(watched([{}] * 30), [GradientExplosion(), GradientVanishing()])
 
 
@@ -69,11 +82,14 @@ def vanished(kept, saturated_after, count=40):
 
 
 @pytest.mark.parametrize(
-    ("kept", "saturated", "severity"), [(0.3, 0.9, None), (0.03, 0.9, "error"), (0.03, 0.1, None), (0.005, 0.1, "warning")]
+    ("kept", "saturated", "severity"),
+    [(0.3, 0.9, None), (0.03, 0.9, "error"), (0.03, 0.1, None), (0.005, 0.1, "warning")],
 )
 def test_a_layers_gradient_vanishes_with_saturated_rows(kept, saturated, severity):
     found = run(vanished(kept, saturated), [GradientVanishing()])
-    assert {(i.severity, i.layer, i.head) for i in found} == ({(severity, LAYERS[0], None)} if severity else set())
+    assert {(i.severity, i.layer, i.head) for i in found} == (
+        {(severity, LAYERS[0], None)} if severity else set()
+    )
 
 
 def test_a_model_that_converges_as_a_whole_vanishes_nowhere():

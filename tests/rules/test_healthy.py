@@ -9,14 +9,21 @@ from tests.rules.trajectories import alarms, falling_loss, info, readings, run, 
 def gradient_norms(count: int, seed: int) -> list[dict[str, float]]:
     """Heavy-tailed norms, one in thirty several times the usual."""
     rng = np.random.default_rng(seed)
-    whole = np.exp(0.3 * rng.standard_normal(count)) * np.where(rng.random(count) < 1 / 30, 6.0, 1.0)
-    return [{"": float(g), "blocks.0.attention": float(0.3 * g), "blocks.1.attention": float(0.2 * g)} for g in whole]
+    whole = np.exp(0.3 * rng.standard_normal(count)) * np.where(
+        rng.random(count) < 1 / 30, 6.0, 1.0
+    )
+    return [
+        {"": float(g), "blocks.0.attention": float(0.3 * g), "blocks.1.attention": float(0.2 * g)}
+        for g in whole
+    ]
 
 
 def pretrained(seed):
     """Near one-hot heads with scores near 300 from the first reading on."""
     count = 80
-    return signals(shape(np.full(count, 291.0), 0.1, seed), shape(np.full(count, 0.05), 0.2, seed + 1))
+    return signals(
+        shape(np.full(count, 291.0), 0.1, seed), shape(np.full(count, 0.05), 0.2, seed + 1)
+    )
 
 
 def sinks(seed):
@@ -30,7 +37,9 @@ def sinks(seed):
 def induction(seed):
     """Copy heads that turn one-hot within 60 steps while the loss falls by half."""
     turn = 1 / (1 + np.exp(-(np.arange(80) - 30) / 1.5))
-    return signals(shape(6 * 5**turn, 0.08, seed), shape(0.85 * 0.12**turn, 0.06, seed + 1), shape(0.3 * turn))
+    return signals(
+        shape(6 * 5**turn, 0.08, seed), shape(0.85 * 0.12**turn, 0.06, seed + 1), shape(0.3 * turn)
+    )
 
 
 def warm_up(seed):
@@ -41,18 +50,24 @@ def warm_up(seed):
 
 def short_context(seed):
     """Few keys: noisy entropies and saturated shares."""
-    return signals(shape(np.full(80, 8.0), 0.2, seed), np.clip(shape(np.full(80, 0.35), 0.3, seed + 1), 0, 1))
+    return signals(
+        shape(np.full(80, 8.0), 0.2, seed), np.clip(shape(np.full(80, 0.35), 0.3, seed + 1), 0, 1)
+    )
 
 
 STEADY = [(course, every) for course in (pretrained, sinks, short_context) for every in (1, 10, 50)]
 LEARNING = [(induction, 10), (warm_up, 10), (induction, 20), (warm_up, 50)]
-"""Courses that change are drawn at ten steps a reading; read as fewer steps they would be faster than anything learns."""
+"""Courses that change are drawn at ten steps a reading; read as fewer steps they would be faster
+than anything learns.
+"""
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("course", "every"), STEADY + LEARNING)
 def test_a_healthy_course_gives_no_alarm(course, every, seed):
-    start = 2.1 if course is pretrained else 5.5  # what has been trained before has little left to lose
+    start = (
+        2.1 if course is pretrained else 5.5
+    )  # what has been trained before has little left to lose
     loss = falling_loss(80 * every, start=start, scale=20 * every, seed=seed)
     watched = readings(course(seed), losses=loss, every=every, gradients=gradient_norms(80, seed))
     assert not alarms(run(watched))
@@ -61,13 +76,17 @@ def test_a_healthy_course_gives_no_alarm(course, every, seed):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_pretrained_model_in_half_precision_gives_no_alarm(dtype, fused):
-    watched = readings(pretrained(0), losses=falling_loss(800, start=2.1), layer_info=info(dtype, fused=fused))
+    watched = readings(
+        pretrained(0), losses=falling_loss(800, start=2.1), layer_info=info(dtype, fused=fused)
+    )
     assert not alarms(run(watched))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_new_data_in_mid_run_gives_no_alarm(seed):
-    """The loss jumps from 2.5 to 5.9 and comes down again over the next hundred steps, as when the corpus changes."""
+    """The loss jumps from 2.5 to 5.9 and comes down again over the next hundred steps, as when the
+    corpus changes.
+    """
     before, after = (
         falling_loss(200, end=2.5, scale=40, seed=seed),
         falling_loss(200, start=5.9, end=2.8, scale=18, seed=seed + 1),

@@ -1,4 +1,6 @@
-"""The readings as arrays: late layers, missing signals, own baselines, bounded length, exact resume."""
+"""The readings as arrays: late layers, missing signals, own baselines, bounded length, exact
+resume.
+"""
 
 import json
 
@@ -11,21 +13,35 @@ from tests.rules.trajectories import LAYERS, falling_loss, readings, shape, sign
 
 
 def reading(step, layers, **more):
-    return Reading(step, None, {name: {"max_logit": np.array(v, dtype=float)} for name, v in layers.items()}, **more)
+    return Reading(
+        step,
+        None,
+        {name: {"max_logit": np.array(v, dtype=float)} for name, v in layers.items()},
+        **more,
+    )
 
 
 def filled(count=7, **options):
     history = History(**options)
-    for r in readings(signals(shape(np.arange(1.0, count + 1)), shape(np.full(count, 0.5))), losses=falling_loss(10 * count)):
+    for r in readings(
+        signals(shape(np.arange(1.0, count + 1)), shape(np.full(count, 0.5))),
+        losses=falling_loss(10 * count),
+    ):
         history.add(r)
     return history
 
 
 def test_a_late_layer_is_nan_before_and_a_missing_one_is_nan_where_it_is_missing():
     history = History()
-    for r in (reading(1, {"a": [1, 2]}), reading(2, {"a": [3, 4], "b": [5]}), reading(3, {"b": [6]})):
+    for r in (
+        reading(1, {"a": [1, 2]}),
+        reading(2, {"a": [3, 4], "b": [5]}),
+        reading(3, {"b": [6]}),
+    ):
         history.add(r)
-    np.testing.assert_array_equal(history.signal("max_logit"), [[1, 2, np.nan], [3, 4, 5], [np.nan, np.nan, 6]])
+    np.testing.assert_array_equal(
+        history.signal("max_logit"), [[1, 2, np.nan], [3, 4, 5], [np.nan, np.nan, 6]]
+    )
     assert history.heads == [("a", 0), ("a", 1), ("b", 0)]
     assert history.of_layer("b") == slice(2, 3)
     assert not history.seen("a", 0)
@@ -44,7 +60,9 @@ def test_a_signal_that_comes_late_is_nan_before_and_an_unknown_one_everywhere():
 
 def test_the_baseline_is_the_median_of_each_heads_first_finite_values_and_outlives_them():
     history = History(length=4, baseline_length=3)
-    for step, values in enumerate([[1, np.nan], [9, 5], [2, 7], [100, 6], [100, 100], [100, 100], [100, 100]]):
+    for step, values in enumerate(
+        [[1, np.nan], [9, 5], [2, 7], [100, 6], [100, 100], [100, 100], [100, 100]]
+    ):
         history.add(reading(step + 1, {"a": values}))
         if step == 2:
             np.testing.assert_array_equal(history.baseline("max_logit"), [2, np.nan])
@@ -54,14 +72,18 @@ def test_the_baseline_is_the_median_of_each_heads_first_finite_values_and_outliv
 @pytest.mark.parametrize("count", [3, 4, 5, 8, 9, 25])
 def test_only_the_newest_readings_are_kept(count):
     history = filled(count, length=4)
-    np.testing.assert_array_equal(history.signal("max_logit")[:, 0], np.arange(max(1, count - 3), count + 1))
+    np.testing.assert_array_equal(
+        history.signal("max_logit")[:, 0], np.arange(max(1, count - 3), count + 1)
+    )
     assert len(history) == len(history.steps) == min(count, 4)
 
 
 def test_gradients_and_losses_are_arrays_over_readings_and_steps():
     history = History()
     history.add(Reading(1, 3.0, {}, gradients={"": 2.0}))
-    history.add(Reading(3, 2.0, {}, gradients={"": 1.0, "a": 0.5}, losses=((2, float("nan")), (3, 2.0))))
+    history.add(
+        Reading(3, 2.0, {}, gradients={"": 1.0, "a": 0.5}, losses=((2, float("nan")), (3, 2.0)))
+    )
     np.testing.assert_array_equal(history.gradients("a"), [np.nan, 0.5])
     np.testing.assert_array_equal(history.gradients(""), [2.0, 1.0])
     np.testing.assert_array_equal(history.gradients("unknown"), [np.nan, np.nan])
@@ -93,7 +115,10 @@ def test_state_comes_back_bit_for_bit_through_json():
     assert again.heads == history.heads
     for one, other in zip(again.readings, history.readings, strict=True):
         assert (one.step, one.loss, one.losses) == (other.step, other.loss, other.losses)
-        np.testing.assert_equal({k: dict(v) for k, v in one.layers.items()}, {k: dict(v) for k, v in other.layers.items()})
+        np.testing.assert_equal(
+            {k: dict(v) for k, v in one.layers.items()},
+            {k: dict(v) for k, v in other.layers.items()},
+        )
 
 
 def test_a_state_of_another_baseline_is_refused():

@@ -13,13 +13,25 @@ from tests.rules.trajectories import LAYERS, alarms, falling_loss, readings, run
 
 
 def jumped(
-    times: float, entropy_after: float, *, at: int = 20, count: int = 30, every: int = 10, seed: int = 0, before: float = 12.0
+    times: float,
+    entropy_after: float,
+    *,
+    at: int = 20,
+    count: int = 30,
+    every: int = 10,
+    seed: int = 0,
+    before: float = 12.0,
 ):
     """Flat heads, of which head 2 of layer 1 jumps at reading ``at``."""
-    score, entropy = shape(np.full(count, before), 0.05, seed), shape(np.full(count, 0.6), 0.02, seed + 1)
+    score, entropy = (
+        shape(np.full(count, before), 0.05, seed),
+        shape(np.full(count, 0.6), 0.02, seed + 1),
+    )
     score[at:, 1, 2] *= times
     entropy[at:, 1, 2] = entropy_after
-    return readings(signals(score, entropy), losses=falling_loss(count * every, seed=seed), every=every)
+    return readings(
+        signals(score, entropy), losses=falling_loss(count * every, seed=seed), every=every
+    )
 
 
 @pytest.mark.parametrize("every", [1, 10, 50])
@@ -55,7 +67,12 @@ def test_a_runaway_is_named_while_it_still_doubles(every):
     score, entropy = shape(np.full(len(steps), 20.0), 0.05), shape(np.full(len(steps), 0.5), 0.02)
     score[:, 0, 1] = grown
     entropy[:, 0, 1] = np.clip(0.5 * 20.0 / grown, 0.002, 0.5)
-    found = alarms(run(readings(signals(score, entropy), losses=falling_loss(400), every=every), [LogitGrowth()]))
+    found = alarms(
+        run(
+            readings(signals(score, entropy), losses=falling_loss(400), every=every),
+            [LogitGrowth()],
+        )
+    )
     assert {(i.layer, i.head) for i in found} == {(LAYERS[0], 1)}
     assert grown[np.searchsorted(steps, found[0].step)] < 400
     assert found[0].eta_steps == pytest.approx(np.log(1000 / found[0].value) / 0.04, rel=0.3)
@@ -65,11 +82,16 @@ def test_a_runaway_is_named_while_it_still_doubles(every):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_head_that_sharpens_while_the_loss_falls_and_then_levels_off_gives_no_alarm(seed):
-    """The course of a healthy run at ten times its usual rate: 14 to 70 within 80 steps, entropy .4 to .04."""
+    """The course of a healthy run at ten times its usual rate: 14 to 70 within 80 steps, entropy .4
+    to .04.
+    """
     steps = np.arange(10, 401, 10)
     turn = 1 / (1 + np.exp(-(steps - 75) / 18.0))
     score, entropy = shape(14 * 5**turn, 0.06, seed), shape(0.4 * 0.1**turn, 0.08, seed + 9)
-    watched = readings(signals(score, entropy, np.clip(0.65 * shape(turn), 0, 1)), losses=falling_loss(400, seed=seed))
+    watched = readings(
+        signals(score, entropy, np.clip(0.65 * shape(turn), 0, 1)),
+        losses=falling_loss(400, seed=seed),
+    )
     assert not alarms(run(watched, [LogitGrowth()]))
 
 
@@ -87,8 +109,13 @@ def test_a_pretrained_head_in_the_thousands_that_stays_is_left_alone():
 
 def test_growth_from_tiny_scores_is_warm_up():
     steps = np.arange(1, 101)
-    score, entropy = shape(0.3 * np.exp(np.minimum(steps, 60) * 0.06), 0.05), shape(np.linspace(0.99, 0.7, 100), 0.01)
-    assert not run(readings(signals(score, entropy), losses=falling_loss(100), every=1), [LogitGrowth()])
+    score, entropy = (
+        shape(0.3 * np.exp(np.minimum(steps, 60) * 0.06), 0.05),
+        shape(np.linspace(0.99, 0.7, 100), 0.01),
+    )
+    assert not run(
+        readings(signals(score, entropy), losses=falling_loss(100), every=1), [LogitGrowth()]
+    )
 
 
 def test_one_wild_row_that_leaves_the_entropy_as_it_was_is_no_alarm():
@@ -118,13 +145,18 @@ def test_one_reading_and_missing_signals_give_nothing():
 )
 @settings(max_examples=40, deadline=None)
 def test_a_steady_head_of_any_level_never_alarms(level, noise, entropy, every, seed):
-    score, spread = shape(np.full(60, level), noise, seed), shape(np.full(60, entropy), noise, seed + 1)
+    score, spread = (
+        shape(np.full(60, level), noise, seed),
+        shape(np.full(60, entropy), noise, seed + 1),
+    )
     assert not alarms(run(readings(signals(score, spread), every=every), [LogitGrowth()]))
 
 
 def test_where_the_weights_are_frozen_the_advice_is_the_rate_and_no_clip():
     frozen = [
-        replace(each, info={layer: replace(info, adapted=True) for layer, info in each.info.items()})
+        replace(
+            each, info={layer: replace(info, adapted=True) for layer, info in each.info.items()}
+        )
         for each in jumped(20.0, 0.02)
     ]
     for rule in (LogitGrowth(), EntropyCollapse()):

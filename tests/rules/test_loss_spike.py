@@ -8,7 +8,9 @@ from tests.rules.trajectories import alarms, falling_loss, readings, run, shape
 
 
 def watched(loss, every=10):
-    return readings({"sink_mass": shape(np.full(len(loss) // every, 0.1))}, losses=loss, every=every)
+    return readings(
+        {"sink_mass": shape(np.full(len(loss) // every, 0.1))}, losses=loss, every=every
+    )
 
 
 def flat(count=300, seed=0, noise=0.05):

@@ -1,4 +1,6 @@
-"""NaN and inf are named where they started, and a gradient scaler's search is not mistaken for them."""
+"""NaN and inf are named where they started, and a gradient scaler's search is not mistaken for
+them.
+"""
 
 from dataclasses import replace
 from typing import get_args
@@ -10,7 +12,11 @@ from stabmon.records import Cause
 from stabmon.rules.non_finite import NonFinite
 from tests.rules.trajectories import LAYERS, bad, falling_loss, readings, run, shape, signals
 
-WELL = readings(signals(shape(np.full(8, 8.0)), shape(np.full(8, 0.5))), losses=falling_loss(80), gradients=[{"": 1.0}] * 8)
+WELL = readings(
+    signals(shape(np.full(8, 8.0)), shape(np.full(8, 0.5))),
+    losses=falling_loss(80),
+    gradients=[{"": 1.0}] * 8,
+)
 
 
 def with_last(**change):
@@ -24,20 +30,30 @@ def test_a_well_run_gives_nothing():
 @pytest.mark.parametrize("kind", ["parameter", "input", "activation", "score", "loss"])
 def test_a_traced_tensor_is_critical_and_named(kind):
     losses = ((80, float("nan")),)
-    (issue,) = run(with_last(non_finite=bad(79, kind), losses=losses, loss=float("nan")), [NonFinite()])
-    assert (issue.severity, issue.layer, issue.evidence["tensor"]) == ("critical", LAYERS[0], "output")
+    (issue,) = run(
+        with_last(non_finite=bad(79, kind), losses=losses, loss=float("nan")), [NonFinite()]
+    )
+    assert (issue.severity, issue.layer, issue.evidence["tensor"]) == (
+        "critical",
+        LAYERS[0],
+        "output",
+    )
     assert issue.evidence["first_step"] == 79
 
 
 def test_an_infinite_score_names_its_head():
-    layers = {name: {k: v.copy() for k, v in values.items()} for name, values in WELL[-1].layers.items()}
+    layers = {
+        name: {k: v.copy() for k, v in values.items()} for name, values in WELL[-1].layers.items()
+    }
     layers[LAYERS[1]]["max_logit"][3] = np.inf
     (issue,) = run(with_last(layers=layers), [NonFinite()])
     assert (issue.severity, issue.layer, issue.head) == ("critical", LAYERS[1], 3)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_bad_loss_is_told_for_the_run_at_its_own_step_and_is_no_alarm_where_training_went_on(loss):
+def test_a_bad_loss_is_told_for_the_run_at_its_own_step_and_is_no_alarm_where_training_went_on(
+    loss,
+):
     (issue,) = run(with_last(losses=((75, 2.0), (76, loss), (80, 2.0))), [NonFinite()])
     assert (issue.severity, issue.layer, issue.step) == ("warning", None, 76)
     assert "go back" not in issue.suggestion.lower()
@@ -45,7 +61,9 @@ def test_a_bad_loss_is_told_for_the_run_at_its_own_step_and_is_no_alarm_where_tr
 
 @pytest.mark.parametrize("gradients", [{}, {"": float("nan")}])
 def test_a_bad_loss_is_critical_where_nothing_says_that_the_weights_are_finite(gradients):
-    (issue,) = run(with_last(losses=((79, 2.0), (80, float("nan"))), gradients=gradients), [NonFinite()])
+    (issue,) = run(
+        with_last(losses=((79, 2.0), (80, float("nan"))), gradients=gradients), [NonFinite()]
+    )
     assert (issue.severity, issue.step) == ("critical", 80)
 
 
@@ -61,7 +79,13 @@ def test_a_bad_loss_is_critical_where_nothing_says_that_the_weights_are_finite(g
 )
 @pytest.mark.parametrize("kind", ["activation", "gradient", "loss"])
 def test_what_was_touched_decides_how_severe_it_is(kind, touched, skipped, severity):
-    found = replace(bad(80, kind), touched=touched, skipped=skipped, search=16 * (skipped > 0), cause="objective")
+    found = replace(
+        bad(80, kind),
+        touched=touched,
+        skipped=skipped,
+        search=16 * (skipped > 0),
+        cause="objective",
+    )
     (issue,) = run(with_last(non_finite=found), [NonFinite()])
     assert (issue.severity, issue.evidence["touched"]) == (severity, touched)
     assert ("Go back" in issue.suggestion) == (touched == "weights")
@@ -70,23 +94,35 @@ def test_what_was_touched_decides_how_severe_it_is(kind, touched, skipped, sever
 
 def test_each_cause_has_advice_of_its_own_and_only_a_scaler_s_finding_names_a_scaler():
     causes = get_args(Cause)
-    said = {cause: run(with_last(non_finite=replace(bad(80), cause=cause)), [NonFinite()])[0].suggestion for cause in causes}
+    said = {
+        cause: run(with_last(non_finite=replace(bad(80), cause=cause)), [NonFinite()])[0].suggestion
+        for cause in causes
+    }
     assert len(set(said.values())) == len(causes)
     assert not [cause for cause, words in said.items() if "scaler" in words]
-    stuck = replace(bad(80), cause="arithmetic", touched="gradients", skipped=17, search=16, scale=0.5)
+    stuck = replace(
+        bad(80), cause="arithmetic", touched="gradients", skipped=17, search=16, scale=0.5
+    )
     (issue,) = run(with_last(non_finite=stuck), [NonFinite()])
     assert "scale is down to 0.5" in issue.suggestion
 
 
 def test_nan_scores_alone_mean_nothing_was_measured():
-    assert not run(readings(signals(np.full((5, 2, 4), np.nan), shape(np.full(5, 0.5)))), [NonFinite()])
+    assert not run(
+        readings(signals(np.full((5, 2, 4), np.nan), shape(np.full(5, 0.5)))), [NonFinite()]
+    )
 
 
 def test_a_bad_gradient_is_a_warning_until_it_stays():
     watched = [*WELL[:4], *(replace(r, gradients={"": float("inf")}) for r in WELL[4:])]
-    assert [(i.step, i.severity) for i in run(watched, [NonFinite()])] == [(50, "warning"), (70, "critical")]
+    assert [(i.step, i.severity) for i in run(watched, [NonFinite()])] == [
+        (50, "warning"),
+        (70, "critical"),
+    ]
 
 
 def test_a_bad_gradient_with_a_bad_loss_is_critical_at_once():
-    found = run(with_last(non_finite=bad(80, "gradient"), losses=(), loss=float("nan")), [NonFinite()])
+    found = run(
+        with_last(non_finite=bad(80, "gradient"), losses=(), loss=float("nan")), [NonFinite()]
+    )
     assert [i.severity for i in found] == ["critical"]

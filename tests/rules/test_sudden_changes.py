@@ -1,4 +1,6 @@
-"""Attention that lands elsewhere and curvature that jumps: told as warnings, at the head and reading, never as alarms."""
+"""Attention that lands elsewhere and curvature that jumps: told as warnings, at the head and
+reading, never as alarms.
+"""
 
 import numpy as np
 import pytest
@@ -26,7 +28,9 @@ def test_a_probability_that_jumps_is_told_at_its_head(name, after, ill):
 @pytest.mark.parametrize(("after", "ill"), [(5.0, False), (7.0, True)])
 def test_a_curvature_that_jumps_is_told_at_its_head(after, ill):
     found = run(stepped("hnf_log_curvature", 3.0, after), [HighCurvature()])
-    assert [(i.step, i.layer, i.head, i.severity) for i in found] == ([(130, LAYERS[1], 0, "warning")] if ill else [])
+    assert [(i.step, i.layer, i.head, i.severity) for i in found] == (
+        [(130, LAYERS[1], 0, "warning")] if ill else []
+    )
 
 
 @pytest.mark.parametrize("rule", [AttentionSpike(), HighCurvature()])

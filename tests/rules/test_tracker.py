@@ -1,4 +1,6 @@
-"""The life of an issue: opened once, worsened, closed with hysteresis, kept quiet for a while, resumed where it was."""
+"""The life of an issue: opened once, worsened, closed with hysteresis, kept quiet for a while,
+resumed where it was.
+"""
 
 import json
 import math
@@ -28,7 +30,19 @@ class Scripted:
             return []
         severity, value = self.script[history.latest.step]
         layer = None if self.head is None else LAYERS[0]
-        return [StabilityIssue(history.latest.step, layer, self.head, "scripted", severity, value, 10.0, "Do.", {"x": 1})]
+        return [
+            StabilityIssue(
+                history.latest.step,
+                layer,
+                self.head,
+                "scripted",
+                severity,
+                value,
+                10.0,
+                "Do.",
+                {"x": 1},
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,9 @@ class Raising:
     def check(self, history):
         if len(history) >= 5:
             raise RuntimeError("boom")
-        return [StabilityIssue(history.latest.step, None, None, "raising", "warning", 2.0, 1.0, "Do.")]
+        return [
+            StabilityIssue(history.latest.step, None, None, "raising", "warning", 2.0, 1.0, "Do.")
+        ]
 
 
 def emitted(script, count=12, **options):
@@ -56,12 +72,24 @@ def test_a_rise_in_severity_is_told_and_a_fall_is_not():
 
 
 def test_a_value_three_times_as_far_out_is_told_and_keeps_the_worst_severity():
-    script = {1: ("error", 20.0), 2: ("error", 50.0), 3: ("warning", 70.0), 4: ("error", 80.0), 5: ("error", 300.0)}
-    assert emitted(script, 5) == [(1, "opened", "error"), (3, "worsened", "error"), (5, "worsened", "error")]
+    script = {
+        1: ("error", 20.0),
+        2: ("error", 50.0),
+        3: ("warning", 70.0),
+        4: ("error", 80.0),
+        5: ("error", 300.0),
+    }
+    assert emitted(script, 5) == [
+        (1, "opened", "error"),
+        (3, "worsened", "error"),
+        (5, "worsened", "error"),
+    ]
 
 
 def test_an_infinite_value_worsens_no_further():
-    assert emitted({s: ("critical", math.inf if s % 2 else math.nan) for s in range(1, 9)}, 8) == [(1, "opened", "critical")]
+    assert emitted({s: ("critical", math.inf if s % 2 else math.nan) for s in range(1, 9)}, 8) == [
+        (1, "opened", "critical")
+    ]
 
 
 def test_it_closes_after_two_readings_without_it_and_one_is_not_enough():
@@ -71,7 +99,11 @@ def test_it_closes_after_two_readings_without_it_and_one_is_not_enough():
 
 def test_what_closed_stays_quiet_for_the_cooldown_then_opens_again():
     script = dict.fromkeys((1, *range(5, 13)), ("warning", 12.0))
-    assert emitted(script, cooldown_steps=6) == [(1, "opened", "warning"), (3, "closed", "info"), (9, "opened", "warning")]
+    assert emitted(script, cooldown_steps=6) == [
+        (1, "opened", "warning"),
+        (3, "closed", "info"),
+        (9, "opened", "warning"),
+    ]
 
 
 @pytest.mark.parametrize("worse", [("error", 12.0), ("warning", 40.0)])
@@ -92,15 +124,23 @@ def test_a_head_that_was_not_measured_is_not_well():
 
 def test_a_raising_rule_is_told_of_once_and_stops_nobody():
     errors = []
-    issues = run(readings(QUIET, every=1)[:10], [Raising(), Scripted({7: ("error", 12.0)})], on_error=errors.append)
+    issues = run(
+        readings(QUIET, every=1)[:10],
+        [Raising(), Scripted({7: ("error", 12.0)})],
+        on_error=errors.append,
+    )
     assert [str(e) for e in errors] == ["boom"]
     assert "raising" in errors[0].__notes__[0]
-    assert [(i.step, i.issue_type, i.state) for i in issues if i.issue_type == "raising"] == [(1, "raising", "opened")]
+    assert [(i.step, i.issue_type, i.state) for i in issues if i.issue_type == "raising"] == [
+        (1, "raising", "opened")
+    ]
     assert (7, "scripted") in [(i.step, i.issue_type) for i in issues]
 
 
 def test_without_on_error_a_raising_rule_is_still_isolated():
-    assert run(readings(QUIET, every=1)[:8], [Raising(), Scripted({7: ("error", 12.0)})], on_error=None)
+    assert run(
+        readings(QUIET, every=1)[:8], [Raising(), Scripted({7: ("error", 12.0)})], on_error=None
+    )
 
 
 def test_the_most_severe_comes_first_and_tells_how_many_heads_are_alike():
@@ -120,7 +160,9 @@ def broken_run():
     score, entropy = QUIET["max_logit"].copy(), QUIET["normalized_entropy"].copy()
     score[15:30, 1, 2] *= 40
     entropy[15:30, 1, 2] = 0.01
-    out = readings(signals(score, entropy), gradients=[{"": 1.0, LAYERS[0]: 0.3} for _ in range(40)])
+    out = readings(
+        signals(score, entropy), gradients=[{"": 1.0, LAYERS[0]: 0.3} for _ in range(40)]
+    )
     out[34] = replace(out[34], non_finite=NonFinite(350, "gradient", LAYERS[0], None, "q.weight"))
     return out
 
@@ -142,8 +184,12 @@ def test_a_resumed_run_emits_what_the_whole_run_emits(cut, through, tmp_path):
         state = json.loads(json.dumps(state))
     second = tracker()
     second.load_state_dict(state)
-    np.testing.assert_equal([i.to_dict() for i in second.open_issues], [i.to_dict() for i in first.open_issues])
-    np.testing.assert_equal([[i.to_dict() for i in second.update(r)] for r in watched[cut:]], expected[cut:])
+    np.testing.assert_equal(
+        [i.to_dict() for i in second.open_issues], [i.to_dict() for i in first.open_issues]
+    )
+    np.testing.assert_equal(
+        [[i.to_dict() for i in second.update(r)] for r in watched[cut:]], expected[cut:]
+    )
 
 
 @pytest.mark.parametrize("options", [{"clear_after": 0}, {"cooldown_steps": -1}])

@@ -19,14 +19,18 @@ def watched(rates, shares, every=10):
             loss=None,
             layers={},
             learning_rate=rate,
-            query_key={} if share is None else {layer: QueryKeyStep(1.0, 4.0, 4.0 * share) for layer in "ab"},
+            query_key={}
+            if share is None
+            else {layer: QueryKeyStep(1.0, 4.0, 4.0 * share) for layer in "ab"},
         )
         for i, (rate, share) in enumerate(zip(rates, shares, strict=True))
     ]
 
 
 def test_a_rate_that_jumps_is_an_alarm_at_once_that_blames_no_head():
-    (found,) = alarms(run(watched([1e-3] * 8 + [2e-2] * 3, [0.01] * 8 + [0.2] * 3), [UpdateSpike()]))
+    (found,) = alarms(
+        run(watched([1e-3] * 8 + [2e-2] * 3, [0.01] * 8 + [0.2] * 3), [UpdateSpike()])
+    )
     assert (found.step, found.layer, found.head) == (90, None, None)
     assert found.value == 2e-2
     assert found.threshold == pytest.approx(4e-3)
@@ -35,7 +39,10 @@ def test_a_rate_that_jumps_is_an_alarm_at_once_that_blames_no_head():
 
 
 def test_it_closes_when_the_rate_is_back():
-    found = run(watched([1e-3] * 8 + [2e-2] * 2 + [1e-3] * 6, [0.01] * 8 + [0.2] * 2 + [0.01] * 6), [UpdateSpike()])
+    found = run(
+        watched([1e-3] * 8 + [2e-2] * 2 + [1e-3] * 6, [0.01] * 8 + [0.2] * 2 + [0.01] * 6),
+        [UpdateSpike()],
+    )
     assert [issue.state for issue in found] == ["opened", "closed"]
 
 
@@ -48,7 +55,10 @@ def test_it_closes_when_the_rate_is_back():
         ([1e-3] * 12, [0.02] * 8 + [0.3, 0.02, 0.02, 0.02]),  # one burst
         ([1e-3] * 12, [0.01] * 8 + [0.05] * 4),  # five times as much, which is little still
         ([1e-3] * 12, [0.1] * 8 + [0.4] * 4),
-        ([1e-3 * (i + 1) for i in range(12)], [0.01 * (i + 1) for i in range(12)]),  # a warm-up from nothing
+        (
+            [1e-3 * (i + 1) for i in range(12)],
+            [0.01 * (i + 1) for i in range(12)],
+        ),  # a warm-up from nothing
         ([1e-3] * 8 + [2e-2] * 4, [0.1] * 8 + [0.2] * 4),  # as much as usual, about
         ([1e-3] * 2 + [2e-2] * 4, [0.01] * 2 + [0.3] * 4),  # too early to tell
         ([None] * 12, [0.3] * 12),
@@ -70,9 +80,14 @@ def test_a_high_rate_that_goes_on_is_one_issue_as_long_as_it_moves_much():
 @pytest.mark.parametrize("share", [0.15, 5.0])
 def test_queries_and_keys_that_alone_move_too_far_twice_blame_their_layer(share):
     course = watched([1e-3] * 14, [0.02] * 8 + [share] * 6)
-    course = [replace(r, query_key={"a": r.query_key["a"], "b": QueryKeyStep(1.0, 4.0, 0.08)}) for r in course]
+    course = [
+        replace(r, query_key={"a": r.query_key["a"], "b": QueryKeyStep(1.0, 4.0, 0.08)})
+        for r in course
+    ]
     found = run(course, [UpdateSpike()])
-    assert [(issue.step, issue.layer, issue.head, issue.state) for issue in found] == [(100, "a", None, "opened")]
+    assert [(issue.step, issue.layer, issue.head, issue.state) for issue in found] == [
+        (100, "a", None, "opened")
+    ]
     assert found[0].is_alarm
     assert found[0].evidence["usual_query_key_update"] == pytest.approx(0.02)
 
@@ -88,12 +103,18 @@ def broken(found, at=3):
 def test_a_rate_that_is_too_high_from_the_start_is_told_with_the_one_that_fits_once_heads_broke():
     course = watched([2e-2] * 12, [0.1, 0.2, 0.15] + [0.07] * 9)
     assert not alarms(run(course, [UpdateSpike(), LogitGrowth()])), "no head broke"
-    found = [issue for issue in alarms(run(broken(course), [UpdateSpike(), LogitGrowth()])) if issue.issue_type == "update_spike"]
+    found = [
+        issue
+        for issue in alarms(run(broken(course), [UpdateSpike(), LogitGrowth()]))
+        if issue.issue_type == "update_spike"
+    ]
     assert [(issue.step, issue.layer, issue.head) for issue in found] == [(50, None, None)]
     assert found[0].evidence["fitting_rate"] == pytest.approx(2e-2 * 0.025 / 0.2)
 
 
-@pytest.mark.parametrize("shares", [[0.07] * 12, [0.2] + [0.06] * 11, [0.01] * 3 + [0.07] * 9, [float("nan")] * 12])
+@pytest.mark.parametrize(
+    "shares", [[0.07] * 12, [0.2] + [0.06] * 11, [0.01] * 3 + [0.07] * 9, [float("nan")] * 12]
+)
 def test_steps_as_healthy_runs_make_them_are_not_blamed_for_broken_heads(shares):
     found = alarms(run(broken(watched([2e-3] * 12, shares)), [UpdateSpike(), LogitGrowth()]))
     assert {issue.issue_type for issue in found} == {"logit_growth"}
@@ -105,7 +126,10 @@ def test_a_layer_closes_when_its_steps_are_small_again():
 
 
 def test_weights_that_were_made_smaller_and_are_moved_as_ever_are_no_sign_of_a_rate():
-    course = [replace(r, query_key={"a": QueryKeyStep(1.0, 4.0, 0.08)}) for r in watched([1e-3] * 14, [0.02] * 14)]
+    course = [
+        replace(r, query_key={"a": QueryKeyStep(1.0, 4.0, 0.08)})
+        for r in watched([1e-3] * 14, [0.02] * 14)
+    ]
     course[8:] = [replace(r, query_key={"a": QueryKeyStep(1.0, 0.2, 0.08)}) for r in course[8:]]
     assert not run(course, [UpdateSpike()])
 
@@ -113,14 +137,25 @@ def test_weights_that_were_made_smaller_and_are_moved_as_ever_are_no_sign_of_a_r
 def test_a_rate_that_jumps_is_told_before_what_it_broke_at_the_same_step():
     course = broken(watched([1e-3] * 5 + [2e-2] * 4, [0.01] * 5 + [0.2] * 4), at=5)
     found = alarms(run(course, [LogitGrowth(), UpdateSpike()]))
-    assert [issue.issue_type for issue in found if issue.step == 60][:2] == ["update_spike", "logit_growth"]
+    assert [issue.issue_type for issue in found if issue.step == 60][:2] == [
+        "update_spike",
+        "logit_growth",
+    ]
 
 
 def grouped(rates, updates, factors=None):
     """One reading a row of (rates by group), with the share of itself by which each group moved."""
     factors = factors or [{}] * len(rates)
     return [
-        Reading((i + 1) * 5, None, {}, learning_rate=max(r.values()), learning_rates=r, rate_factors=f, updates=u)
+        Reading(
+            (i + 1) * 5,
+            None,
+            {},
+            learning_rate=max(r.values()),
+            learning_rates=r,
+            rate_factors=f,
+            updates=u,
+        )
         for i, (r, u, f) in enumerate(zip(rates, updates, factors, strict=True))
     ]
 
@@ -138,7 +173,10 @@ def test_a_jump_closes_while_its_cap_is_held_though_the_schedule_stays_up():
     rates = [{"0.0": 1e-3}] * 8 + [{"0.0": 2e-2}] * 8
     updates = [{"0.0": 0.01}] * 8 + [{"0.0": 0.2}] * 2 + [{"0.0": 0.01}] * 6
     factors = [{}] * 10 + [{"0.0": 0.05}] * 6
-    assert [issue.state for issue in run(grouped(rates, updates, factors), [UpdateSpike()])] == ["opened", "closed"]
+    assert [issue.state for issue in run(grouped(rates, updates, factors), [UpdateSpike()])] == [
+        "opened",
+        "closed",
+    ]
 
 
 def overshoot(how="first_step", step=1, rate=1e-2, fitting=1e-3):
@@ -152,7 +190,9 @@ def test_steps_that_gain_too_little_are_an_alarm_until_the_rate_used_fits():
     assert [(issue.step, issue.state) for issue in found] == [(5, "opened"), (40, "closed")]
     assert found[0].evidence["fitting_rates"] == {"0.0": 1e-3}
     assert (found[0].value, found[0].threshold) == (1e-2, 1e-3)
-    assert found[0].suggestion.startswith("Lower the rate to 0.001: at 0.01 the first step gained 10%")
+    assert found[0].suggestion.startswith(
+        "Lower the rate to 0.001: at 0.01 the first step gained 10%"
+    )
 
 
 def test_what_is_found_anew_is_told_anew_with_its_own_rate():
@@ -171,5 +211,9 @@ def test_a_brisk_beginning_is_blamed_only_once_heads_break():
     course = [replace(each, learning_rates={"0.0": 2e-2}) for each in course]
     course[0] = replace(course[0], overshoot=overshoot("brisk", rate=2e-2))
     assert not run(course, [UpdateSpike(), LogitGrowth()])
-    found = [issue for issue in run(broken(course), [UpdateSpike(), LogitGrowth()]) if issue.issue_type == "update_spike"]
+    found = [
+        issue
+        for issue in run(broken(course), [UpdateSpike(), LogitGrowth()])
+        if issue.issue_type == "update_spike"
+    ]
     assert [issue.evidence["fitting_rate"] for issue in found] == [1e-3]

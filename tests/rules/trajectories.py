@@ -27,17 +27,26 @@ def readings(
     layer_info: LayerInfo | None = None,
     gradients: Sequence[Mapping[str, float]] | None = None,
 ) -> list[Reading]:
-    """Signals ``[T, layers, HEADS]``, one loss a step (``[T * every]``) -> T readings, ``every`` steps apart."""
+    """Signals ``[T, layers, HEADS]``, one loss a step (``[T * every]``) -> T readings, ``every``
+    steps apart.
+    """
     count = len(next(iter(signals.values())))
     out = []
     for t in range(count):
         step = first_step + (t + 1) * every
-        since = () if losses is None else tuple((step - every + 1 + i, float(losses[t * every + i])) for i in range(every))
+        since = (
+            ()
+            if losses is None
+            else tuple((step - every + 1 + i, float(losses[t * every + i])) for i in range(every))
+        )
         out.append(
             Reading(
                 step=step,
                 loss=since[-1][1] if since else None,
-                layers={name: {s: values[t, n] for s, values in signals.items()} for n, name in enumerate(LAYERS)},
+                layers={
+                    name: {s: values[t, n] for s, values in signals.items()}
+                    for n, name in enumerate(LAYERS)
+                },
                 info=dict.fromkeys(LAYERS, layer_info or info()),
                 gradients={} if gradients is None else gradients[t],
                 losses=since,
@@ -48,19 +57,33 @@ def readings(
 
 def shape(curve: np.ndarray, noise: float = 0.0, seed: int = 0) -> np.ndarray:
     """A curve ``[T]`` for every head ``[T, layers, HEADS]``, times log-normal noise."""
-    values = np.broadcast_to(np.asarray(curve, dtype=float)[:, None, None], (len(curve), len(LAYERS), HEADS))
+    values = np.broadcast_to(
+        np.asarray(curve, dtype=float)[:, None, None], (len(curve), len(LAYERS), HEADS)
+    )
     return values * np.exp(noise * np.random.default_rng(seed).standard_normal(values.shape))
 
 
 def falling_loss(
-    steps: int, *, start: float = 5.5, end: float = 2.0, scale: float = 80.0, noise: float = 0.03, seed: int = 0
+    steps: int,
+    *,
+    start: float = 5.5,
+    end: float = 2.0,
+    scale: float = 80.0,
+    noise: float = 0.03,
+    seed: int = 0,
 ) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return end + (start - end) * np.exp(-np.arange(steps) / scale) + noise * rng.standard_normal(steps)
+    return (
+        end + (start - end) * np.exp(-np.arange(steps) / scale) + noise * rng.standard_normal(steps)
+    )
 
 
-def signals(score: np.ndarray, entropy: np.ndarray, saturated: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """A full set of consistent signals from score, normalised entropy and saturated share, each ``[T, layers, HEADS]``."""
+def signals(
+    score: np.ndarray, entropy: np.ndarray, saturated: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """A full set of consistent signals from score, normalised entropy and saturated share, each
+    ``[T, layers, HEADS]``.
+    """
     entropy = np.clip(entropy, 0.0, 1.0)
     if saturated is None:
         saturated = np.clip(1.0 - 4.0 * entropy, 0.0, 1.0)
@@ -81,17 +104,26 @@ def signals(score: np.ndarray, entropy: np.ndarray, saturated: np.ndarray | None
 
 
 def tracker(rules: Iterable[Rule] | None = None, **options: object) -> IssueTracker:
-    """A tracker of these rules (of all rules at their defaults) in which a failing rule fails the test."""
+    """A tracker of these rules (of all rules at their defaults) in which a failing rule fails the
+    test.
+    """
 
     def fail(error: Exception) -> None:
         raise error
 
     chosen = [RULES[name]() for name in RULES] if rules is None else list(rules)
-    settings: dict[str, object] = {"history": History(), "cooldown_steps": 100, "on_error": fail, **options}
+    settings: dict[str, object] = {
+        "history": History(),
+        "cooldown_steps": 100,
+        "on_error": fail,
+        **options,
+    }
     return IssueTracker(chosen, **settings)  # type: ignore[arg-type]
 
 
-def run(watched: Iterable[Reading], rules: Iterable[Rule] | None = None, **options: object) -> list[StabilityIssue]:
+def run(
+    watched: Iterable[Reading], rules: Iterable[Rule] | None = None, **options: object
+) -> list[StabilityIssue]:
     """Everything that a tracker emits over these readings."""
     keeper = tracker(rules, **options)
     return [issue for reading in watched for issue in keeper.update(reading)]

@@ -13,14 +13,18 @@ def operator_of_rows(*rows: list[float], dtype: torch.dtype = torch.float32) -> 
     """One head whose query i has the scores ``rows[i]``; None of the keys is hidden."""
     queries = len(rows)
     return attention_operator(
-        torch.eye(queries, dtype=dtype)[None, None], torch.tensor(rows, dtype=dtype).T[None, None], scale=1.0
+        torch.eye(queries, dtype=dtype)[None, None],
+        torch.tensor(rows, dtype=dtype).T[None, None],
+        scale=1.0,
     )
 
 
 def random_call(
     seed: int = 0, spread: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> tuple[AttentionOperator, np.ndarray, Tensor, Tensor]:
-    """A causal, left-padded call with grouped heads, its float64 logits ``[B, H, Q, K]`` (hidden ones -inf), query and key."""
+    """A causal, left-padded call with grouped heads, its float64 logits ``[B, H, Q, K]`` (hidden
+    ones -inf), query and key.
+    """
     generator = torch.Generator().manual_seed(seed)
     query = spread * torch.randn(2, 4, 24, 8, generator=generator, dtype=dtype)
     key = torch.randn(2, 2, 24, 8, generator=generator, dtype=dtype)

@@ -18,10 +18,11 @@ from stabmon.signals.curvature import _largest_eigenvalue, _log_jacobian_eigenva
 
 
 def curvature(query: Tensor, key: Tensor, beta: float, starts: int = 6) -> float:
-    """Half the operator norm of the second derivative of softmax(beta K q) in q and K jointly, for one row.
+    """Half the operator norm of the second derivative of softmax(beta K q) in q and K jointly, for
+    one row.
 
-    A symmetric bilinear map takes its norm at equal arguments: maximise |T(u, u)| by turns over the direction of the result and u.
-    What is found is a local maximum, so never more than the norm.
+    A symmetric bilinear map takes its norm at equal arguments: maximise |T(u, u)| by turns over the
+    direction of the result and u. What is found is a local maximum, so never more than the norm.
     """
     keys, dim = key.shape
 
@@ -43,34 +44,57 @@ def curvature(query: Tensor, key: Tensor, beta: float, starts: int = 6) -> float
     return best
 
 
-def call(seed: int, keys: int, dim: int, spread: float) -> tuple[AttentionOperator, Tensor, Tensor, float]:
+def call(
+    seed: int, keys: int, dim: int, spread: float
+) -> tuple[AttentionOperator, Tensor, Tensor, float]:
     generator = torch.Generator().manual_seed(seed)
     query = spread * torch.randn(dim, generator=generator, dtype=torch.float64)
     key = torch.randn(keys, dim, generator=generator, dtype=torch.float64)
     beta = dim**-0.5
-    return attention_operator(query[None, None, None], key[None, None], scale=beta), query, key, beta
+    return (
+        attention_operator(query[None, None, None], key[None, None], scale=beta),
+        query,
+        key,
+        beta,
+    )
 
 
 def test_the_estimate_of_curvature_finds_a_known_one() -> None:
-    """One key direction, two keys: softmax(beta K q) is a logistic; compare with a fine search over directions."""
+    """One key direction, two keys: softmax(beta K q) is a logistic; compare with a fine search over
+    directions.
+    """
     _, query, key, beta = call(3, keys=2, dim=1, spread=1.0)
     point = torch.cat([query, key.reshape(-1)])
     second = torch.func.hessian(lambda x: torch.softmax(beta * x[1:].view(2, 1) @ x[:1], 0))(point)
     directions = torch.nn.functional.normalize(
-        torch.randn(200_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), dim=1
+        torch.randn(200_000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+        dim=1,
     )
-    searched = torch.einsum("iab,na,nb->ni", second, directions, directions).norm(dim=1).max().item() / 2
+    searched = (
+        torch.einsum("iab,na,nb->ni", second, directions, directions).norm(dim=1).max().item() / 2
+    )
     assert curvature(query, key, beta) == pytest.approx(searched, rel=1e-3)
 
 
-@given(seed=st.integers(0, 10_000), keys=st.integers(2, 6), dim=st.integers(1, 3), spread=st.floats(0.0, 12.0))
+@given(
+    seed=st.integers(0, 10_000),
+    keys=st.integers(2, 6),
+    dim=st.integers(1, 3),
+    spread=st.floats(0.0, 12.0),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_the_tight_bound_is_never_below_the_true_curvature(seed: int, keys: int, dim: int, spread: float) -> None:
+def test_the_tight_bound_is_never_below_the_true_curvature(
+    seed: int, keys: int, dim: int, spread: float
+) -> None:
     operator, query, key, beta = call(seed, keys, dim, spread)
-    assert curvature(query, key, beta, starts=3) <= math.exp(hnf_log_curvature(operator).item()) * (1 + 1e-9)
+    assert curvature(query, key, beta, starts=3) <= math.exp(hnf_log_curvature(operator).item()) * (
+        1 + 1e-9
+    )
 
 
-def test_the_tight_bound_is_within_a_factor_of_ten_where_the_classic_one_is_off_by_thousands() -> None:
+def test_the_tight_bound_is_within_a_factor_of_ten_where_the_classic_one_is_off_by_thousands() -> (
+    None
+):
     tight, classic = [], []
     for seed in range(8):
         operator, query, key, beta = call(seed, keys=6, dim=3, spread=4.0)
@@ -99,7 +123,9 @@ def test_the_eigenvalue_of_a_saturated_row_keeps_its_digits_in_float32() -> None
     for gap in (1.0, 10.0, 40.0, 80.0):
         found = _log_jacobian_eigenvalue(operator_of_rows([gap, 0.0])).item()
         r = math.exp(-gap)
-        assert found == pytest.approx(min(-math.log1p(r), math.log(2) - gap - 2 * math.log1p(r)), rel=1e-5)
+        assert found == pytest.approx(
+            min(-math.log1p(r), math.log(2) - gap - 2 * math.log1p(r)), rel=1e-5
+        )
 
 
 def test_the_classic_bound_is_the_printed_formula() -> None:
@@ -117,7 +143,9 @@ def test_the_classic_bound_is_the_printed_formula() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (3, 300, 16), (2, 5, 32), (1, 40, 1), (2, 50, 200)])
-def test_the_spectral_norm_of_keys_is_bounded_closely_from_above(shape: tuple[int, int, int]) -> None:
+def test_the_spectral_norm_of_keys_is_bounded_closely_from_above(
+    shape: tuple[int, int, int],
+) -> None:
     """Over D equal singular values by D^(1/16) squared, at most 1.14 squared at D = 64."""
     key = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     true = torch.linalg.matrix_norm(key.double(), 2).square()
@@ -128,12 +156,16 @@ def test_the_spectral_norm_of_keys_is_bounded_closely_from_above(shape: tuple[in
 
 @pytest.mark.parametrize("size", [1e-12, 1e-3, 1e9])
 @pytest.mark.parametrize("dim", [1, 64, 1024])
-def test_the_spectral_norm_of_tiny_and_huge_keys_neither_vanishes_nor_overflows(size: float, dim: int) -> None:
+def test_the_spectral_norm_of_tiny_and_huge_keys_neither_vanishes_nor_overflows(
+    size: float, dim: int
+) -> None:
     one = torch.zeros(1, 1, 3, dim)
     one[..., 0, 0] = size
     assert _largest_eigenvalue(one.mT @ one).item() == pytest.approx(size**2, rel=1e-4)
     flat = torch.eye(dim)[None, None] * size
-    assert _largest_eigenvalue(flat.mT @ flat).item() == pytest.approx(size**2 * dim ** (1 / 16), rel=1e-4)
+    assert _largest_eigenvalue(flat.mT @ flat).item() == pytest.approx(
+        size**2 * dim ** (1 / 16), rel=1e-4
+    )
 
 
 def test_keys_that_are_all_zero_leave_the_tight_bound_finite() -> None:
@@ -142,7 +174,9 @@ def test_keys_that_are_all_zero_leave_the_tight_bound_finite() -> None:
 
 
 def test_a_row_of_one_key_has_no_curvature() -> None:
-    operator = attention_operator(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), scale=0.5, is_causal=True)
+    operator = attention_operator(
+        torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), scale=0.5, is_causal=True
+    )
     assert hnf_log_curvature(operator)[0, 0].isneginf().tolist() == [True, False, False]
 
 
@@ -150,7 +184,9 @@ def test_curvature_rises_with_the_scores_and_falls_once_the_row_saturates() -> N
     values = []
     for size in (0.1, 2.0, 60.0):
         key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
-        operator = attention_operator(size * torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64), key[None, None], scale=1.0)
+        operator = attention_operator(
+            size * torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64), key[None, None], scale=1.0
+        )
         values.append(hnf_log_curvature(operator).item())
     assert values[1] > values[0] > values[2]
 
@@ -162,5 +198,9 @@ def test_curvature_needs_queries_and_keys() -> None:
 
 
 def test_a_row_counts_as_saturated_below_a_thousandth() -> None:
-    """2m(1 - m) = 1e-3 at ln r = -7.6: a gap of 7.5 passes a gradient still, one of 7.7 does not."""
-    assert saturated_fraction(operator_of_rows([7.5, 0.0], [7.7, 0.0], [0.0, 0.0]))[0, 0].tolist() == [0.0, 1.0, 0.0]
+    """2m(1 - m) = 1e-3 at ln r = -7.6: a gap of 7.5 passes a gradient still, one of 7.7 does
+    not.
+    """
+    assert saturated_fraction(operator_of_rows([7.5, 0.0], [7.7, 0.0], [0.0, 0.0]))[
+        0, 0
+    ].tolist() == [0.0, 1.0, 0.0]

@@ -24,21 +24,37 @@ MEANS = {
     "effective_keys",
     "saturated_fraction",
 }
-MAXIMA = {"max_logit", "softmax_jacobian_norm", "hnf_log_curvature", "hnf_log_curvature_bound", "precision_bits"}
+MAXIMA = {
+    "max_logit",
+    "softmax_jacobian_norm",
+    "hnf_log_curvature",
+    "hnf_log_curvature_bound",
+    "precision_bits",
+}
 
 
 def call(batch: int = 2, queries: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 4, queries, 8, generator=generator) * 3, torch.randn(batch, 2, queries, 8, generator=generator)
+    return torch.randn(batch, 4, queries, 8, generator=generator) * 3, torch.randn(
+        batch, 2, queries, 8, generator=generator
+    )
 
 
-def causal(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None) -> AttentionOperator:
+def causal(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None
+) -> AttentionOperator:
     return attention_operator(query, key, scale=0.35, is_causal=True, mask=mask)
 
 
 def test_each_signal_has_the_reduction_that_the_records_promise() -> None:
-    assert {name for name, each in SIGNALS.items() if each.reduction == "mean" and name in MEANS | MAXIMA} == MEANS
-    assert {name for name, each in SIGNALS.items() if each.reduction == "max" and name in MEANS | MAXIMA} == MAXIMA
+    assert {
+        name
+        for name, each in SIGNALS.items()
+        if each.reduction == "mean" and name in MEANS | MAXIMA
+    } == MEANS
+    assert {
+        name for name, each in SIGNALS.items() if each.reduction == "max" and name in MEANS | MAXIMA
+    } == MAXIMA
 
 
 @pytest.mark.parametrize("name", list(SIGNALS))
@@ -49,15 +65,22 @@ def test_a_heads_value_is_the_mean_or_maximum_over_its_counted_rows(name: str) -
     assert counted.any()
     assert not counted.all()
     wanted = [
-        rows[:, h][counted[:, h]].mean() if SIGNALS[name].reduction == "mean" else rows[:, h][counted[:, h]].max()
+        rows[:, h][counted[:, h]].mean()
+        if SIGNALS[name].reduction == "mean"
+        else rows[:, h][counted[:, h]].max()
         for h in range(4)
     ]
-    np.testing.assert_allclose(measure(operator, [name])[name].value.numpy(), np.array(wanted), rtol=1e-6)
+    np.testing.assert_allclose(
+        measure(operator, [name])[name].value.numpy(), np.array(wanted), rtol=1e-6
+    )
 
 
 def test_only_normalized_entropy_leaves_out_rows_that_see_few_keys_of_many() -> None:
     floors = {name: SIGNALS[name].least_visible for name in MEANS | MAXIMA}
-    assert {name: floor for name, floor in floors.items() if floor > 1} == {"normalized_entropy": 16, "saturated_fraction": 2}
+    assert {name: floor for name, floor in floors.items() if floor > 1} == {
+        "normalized_entropy": 16,
+        "saturated_fraction": 2,
+    }
 
 
 @pytest.mark.parametrize("name", list(SIGNALS))
@@ -67,7 +90,10 @@ def test_micro_batches_merge_to_what_one_batch_gives(name: str) -> None:
     for element, left in enumerate((0, 3, 11, 30, 39)):
         mask[element, ..., :left] = False
     whole = measure(causal(query, key, mask), [name])[name]
-    parts = [measure(causal(query[s], key[s], mask[s]), [name])[name] for s in (slice(0, 1), slice(1, 4), slice(4, 5))]
+    parts = [
+        measure(causal(query[s], key[s], mask[s]), [name])[name]
+        for s in (slice(0, 1), slice(1, 4), slice(4, 5))
+    ]
     merged = parts[0].merge(parts[1]).merge(parts[2])
     torch.testing.assert_close(merged.value, whole.value, rtol=1e-6, atol=1e-9, check_dtype=False)
     assert torch.equal(merged.count, whole.count)
@@ -99,20 +125,26 @@ def test_a_nan_row_shows_in_its_heads_value_and_in_no_other(name: str) -> None:
 
 def test_sampled_rows_leave_maxima_exact() -> None:
     query, key = call(queries=200)
-    exact, sampled = (measure(causal(query, key), list(SIGNALS), sample_rows=rows) for rows in (None, 16))
+    exact, sampled = (
+        measure(causal(query, key), list(SIGNALS), sample_rows=rows) for rows in (None, 16)
+    )
     for name in MAXIMA:
         torch.testing.assert_close(sampled[name].value, exact[name].value, rtol=1e-6, atol=1e-6)
         assert torch.equal(sampled[name].count, exact[name].count)
 
 
 def test_sampled_means_are_unbiased_and_close() -> None:
-    """Over many draws the error's mean is within four of its standard errors; one draw is within four standard deviations."""
+    """Over many draws the error's mean is within four of its standard errors; one draw is within
+    four standard deviations.
+    """
     query, key = call(queries=150)
     generator = torch.Generator().manual_seed(7)
     exact = measure(causal(query, key), ["attention_entropy"])["attention_entropy"].value
     draws = torch.stack(
         [
-            measure(causal(query, key), ["attention_entropy"], sample_rows=32, generator=generator)["attention_entropy"].value
+            measure(causal(query, key), ["attention_entropy"], sample_rows=32, generator=generator)[
+                "attention_entropy"
+            ].value
             for _ in range(80)
         ]
     )
@@ -125,8 +157,12 @@ def test_sampled_means_are_unbiased_and_close() -> None:
 def test_sampled_rows_cover_every_stretch_of_positions() -> None:
     """Mean of the position itself, through rows that see i + 1 keys alike: entropy ln(i + 1)."""
     queries = 1000
-    operator = attention_operator(torch.zeros(1, 1, queries, 2), torch.zeros(1, 1, queries, 2), scale=1.0, is_causal=True)
-    sampled = measure(operator, ["attention_entropy"], sample_rows=50)["attention_entropy"].value.item()
+    operator = attention_operator(
+        torch.zeros(1, 1, queries, 2), torch.zeros(1, 1, queries, 2), scale=1.0, is_causal=True
+    )
+    sampled = measure(operator, ["attention_entropy"], sample_rows=50)[
+        "attention_entropy"
+    ].value.item()
     exact = np.log(np.arange(1, queries + 1)).mean()
     assert sampled == pytest.approx(exact, abs=0.03)
 
@@ -137,7 +173,9 @@ def test_the_draw_is_the_generators_and_leaves_the_global_one_alone() -> None:
 
     def draw(seed: int | None) -> torch.Tensor:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        return measure(causal(query, key), ["attention_entropy"], sample_rows=10, generator=generator)["attention_entropy"].value
+        return measure(
+            causal(query, key), ["attention_entropy"], sample_rows=10, generator=generator
+        )["attention_entropy"].value
 
     assert torch.equal(draw(1), draw(1))
     assert torch.equal(draw(None), draw(None))
@@ -147,7 +185,10 @@ def test_the_draw_is_the_generators_and_leaves_the_global_one_alone() -> None:
 
 def test_asking_for_more_rows_than_there_are_takes_all() -> None:
     query, key = call()
-    exact, sampled = (measure(causal(query, key), ["sink_mass"], sample_rows=rows)["sink_mass"] for rows in (None, 40))
+    exact, sampled = (
+        measure(causal(query, key), ["sink_mass"], sample_rows=rows)["sink_mass"]
+        for rows in (None, 40)
+    )
     assert torch.equal(exact.value, sampled.value)
     assert torch.equal(exact.count, sampled.count)
 
@@ -173,8 +214,12 @@ def test_unknown_names_and_rows_are_refused() -> None:
 
 def test_a_captured_call_becomes_its_operator() -> None:
     query, key = call()
-    captured = AttentionCall("layer", query, key, 0.35, is_causal=True, window=7, softcap=3.0, sinks=torch.zeros(4))
-    direct = attention_operator(query, key, scale=0.35, is_causal=True, window=7, softcap=3.0, sinks=torch.zeros(4))
+    captured = AttentionCall(
+        "layer", query, key, 0.35, is_causal=True, window=7, softcap=3.0, sinks=torch.zeros(4)
+    )
+    direct = attention_operator(
+        query, key, scale=0.35, is_causal=True, window=7, softcap=3.0, sinks=torch.zeros(4)
+    )
     assert torch.equal(operator_of(captured).entropy(), direct.entropy())
     scores = torch.randn(1, 2, 3, 4)
     given = AttentionCall("layer", None, None, 1.0, scores=scores)
@@ -184,7 +229,9 @@ def test_a_captured_call_becomes_its_operator() -> None:
 
 
 def test_a_signal_must_name_statistics_that_operators_give() -> None:
-    with pytest.raises(ValueError, match=r"no operator gives 'skewness'\. Known: collision, entropy"):
+    with pytest.raises(
+        ValueError, match=r"no operator gives 'skewness'\. Known: collision, entropy"
+    ):
         signal(unit="1", reduction="mean", needs=("skewness",))
 
 

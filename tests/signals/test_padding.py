@@ -1,10 +1,21 @@
 """The padding of a batch changes no reading."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaModel,
+    T5Config,
+    T5Model,
+)
 
 from stabmon import AttentionAnalyzer
 from stabmon.operator import attention_operator
@@ -13,7 +24,13 @@ from stabmon.signals.reduce import measure
 from tests.small import same_readings
 
 LENGTHS, WIDTH = (12, 7), 32
-SIZES = {"vocab_size": 99, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 TOKENS = torch.randint(1, 99, (2, 12), generator=torch.Generator().manual_seed(3))
 PADDINGS = [(0, 0), (0, 5), (0, 40), (9, 0), (4, 6)]
 
@@ -27,7 +44,9 @@ def sharpen(model):
 
 
 def padded(left, right):
-    """Two rows of 12 and 7 tokens with more padding around; tokens, which of them are real, and their positions."""
+    """Two rows of 12 and 7 tokens with more padding around; tokens, which of them are real, and
+    their positions.
+    """
     real = torch.stack([torch.arange(-left, 12 + right) < length for length in LENGTHS])
     real &= torch.arange(-left, 12 + right) >= 0
     tokens = nn.functional.pad(TOKENS, (left, right), value=7)
@@ -49,13 +68,17 @@ def bert(implementation):
 
 def llama(implementation):
     torch.manual_seed(0)
-    model = sharpen(LlamaModel(LlamaConfig(**SIZES, num_key_value_heads=2, attn_implementation=implementation)))
+    model = sharpen(
+        LlamaModel(LlamaConfig(**SIZES, num_key_value_heads=2, attn_implementation=implementation))
+    )
     return model, lambda ids, real, at: model(input_ids=ids, attention_mask=real, position_ids=at)
 
 
 def torch_encoder(implementation):
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(WIDTH, 4, 48, dropout=0.0, batch_first=implementation == "sdpa")
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, 4, 48, dropout=0.0, batch_first=implementation == "sdpa"
+    )
     model, embedding = sharpen(nn.TransformerEncoder(layer, 2)).train(), nn.Embedding(99, WIDTH)
 
     def call(ids, real, _):
@@ -70,9 +93,13 @@ def hand_written(implementation):
 
     class Masked(Attention):
         def forward(self, x, attention_mask):
-            query, key, value = (part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            query, key, value = (
+                part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
+            )
             if implementation == "sdpa":
-                mixed = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask)
+                mixed = nn.functional.scaled_dot_product_attention(
+                    query, key, value, attention_mask
+                )
             else:
                 scores = (query @ key.mT * 8**-0.5).masked_fill(~attention_mask, -torch.inf)
                 mixed = scores.softmax(-1) @ value
@@ -95,13 +122,27 @@ def test_the_padding_of_a_batch_changes_no_reading(family, implementation):
 
 def t5():
     torch.manual_seed(0)
-    model = T5Model(T5Config(vocab_size=99, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0))
+    model = T5Model(
+        T5Config(
+            vocab_size=99,
+            d_model=WIDTH,
+            d_kv=8,
+            d_ff=48,
+            num_layers=1,
+            num_heads=4,
+            decoder_start_token_id=0,
+        )
+    )
     return sharpen(model)
 
 
 def bart():
     torch.manual_seed(0)
-    layers = {f"{part}_{name}": size for part in ("encoder", "decoder") for name, size in (("layers", 1), ("attention_heads", 4))}
+    layers = {
+        f"{part}_{name}": size
+        for part in ("encoder", "decoder")
+        for name, size in (("layers", 1), ("attention_heads", 4))
+    }
     sizes = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}
     return sharpen(BartModel(BartConfig(vocab_size=99, d_model=WIDTH, **layers, **sizes)))
 
@@ -111,7 +152,14 @@ def test_the_padding_of_an_encoder_changes_no_reading_of_cross_attention_whose_r
     model, found = make(), []
     for extra in (0, 7, 30):
         tokens, real, _ = padded(0, extra)
-        found.append(stats(model, lambda: model(input_ids=tokens, attention_mask=real, decoder_input_ids=TOKENS)))  # noqa: B023
+        found.append(
+            stats(
+                model,
+                functools.partial(
+                    model, input_ids=tokens, attention_mask=real, decoder_input_ids=TOKENS
+                ),
+            )
+        )
     assert len(found[0]) == 3
     assert all(same_readings(found[0], each, 1e-5) for each in found[1:])
 
@@ -150,7 +198,10 @@ def test_keys_before_the_queries_own_shift_them_and_a_cache_with_room_to_spare_h
 
 def test_rows_that_are_drawn_leave_padding_out_as_well():
     mask = torch.tensor([True] * 4 + [False] * 2)
-    whole, some = operator(mask, is_self=True), operator(mask, is_self=True).rows(torch.tensor([0, 3, 5]))
+    whole, some = (
+        operator(mask, is_self=True),
+        operator(mask, is_self=True).rows(torch.tensor([0, 3, 5])),
+    )
     assert some.is_counted[0, 0].tolist() == [True, True, False]
     drawn = measure(some, ["attention_entropy"])["attention_entropy"]
     expected = whole.entropy()[0, :, [0, 3]].mean(-1)

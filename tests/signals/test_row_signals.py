@@ -1,4 +1,6 @@
-"""Each signal of a row against scipy or the definition in float64, against cases worked by hand, and at its bounds."""
+"""Each signal of a row against scipy or the definition in float64, against cases worked by hand,
+and at its bounds.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def top_probability(z: np.ndarray) -> np.ndarray:
 
 def jacobian_norm(z: np.ndarray) -> np.ndarray:
     p = softmax(z)
-    return np.linalg.norm(p[..., :, None] * np.eye(p.shape[-1]) - p[..., :, None] * p[..., None, :], axis=(-2, -1))
+    return np.linalg.norm(
+        p[..., :, None] * np.eye(p.shape[-1]) - p[..., :, None] * p[..., None, :], axis=(-2, -1)
+    )
 
 
 def first_mass(z: np.ndarray) -> np.ndarray:
@@ -70,7 +74,9 @@ ORACLES: dict[str, Oracle] = {
     "attention_entropy": entropy,
     "normalized_entropy": normalized,
     "collision_probability": lambda z: (softmax(z) ** 2).sum(-1),
-    "effective_keys": lambda z: np.where(visible_count(z) > 0, 1 / np.maximum((softmax(z) ** 2).sum(-1), 1e-300), 0.0),
+    "effective_keys": lambda z: np.where(
+        visible_count(z) > 0, 1 / np.maximum((softmax(z) ** 2).sum(-1), 1e-300), 0.0
+    ),
     "max_logit": lambda z: z.max(-1),
     "max_probability": top_probability,
     "sink_mass": first_mass,
@@ -87,8 +93,15 @@ BOUNDS: dict[str, Callable[[np.ndarray], tuple[object, object]]] = {
     "softmax_jacobian_norm": lambda z: (0.0, 2**-0.5),
     "saturated_fraction": lambda z: (0.0, 1.0),
 }
-OF_NOTHING = {"max_logit": -math.inf, "precision_bits": -math.inf, "hnf_log_curvature": -math.inf, "saturated_fraction": 1.0}
-"""What a signal is for a row that sees nothing, where that is not 0; no head's value counts such a row."""
+OF_NOTHING = {
+    "max_logit": -math.inf,
+    "precision_bits": -math.inf,
+    "hnf_log_curvature": -math.inf,
+    "saturated_fraction": 1.0,
+}
+"""What a signal is for a row that sees nothing, where that is not 0; no head's value counts such a
+row.
+"""
 SHIFT_INVARIANT = [name for name in ORACLES if name not in ("max_logit", "precision_bits")]
 
 
@@ -101,7 +114,9 @@ def signal(name: str) -> Callable[[AttentionOperator], Tensor]:
 def test_a_signal_is_its_definition(name: str, spread: float) -> None:
     operator, logits, _, _ = random_call(spread=spread)
     found, wanted = signal(name)(operator).double().numpy(), ORACLES[name](logits)
-    np.testing.assert_allclose(found, wanted, rtol=1e-5 * max(1, spread), atol=2e-5 * max(1, spread))
+    np.testing.assert_allclose(
+        found, wanted, rtol=1e-5 * max(1, spread), atol=2e-5 * max(1, spread)
+    )
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -110,7 +125,10 @@ def test_float64_inputs_give_float64_digits(name: str) -> None:
     found = signal(name)(operator)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(
-        found.numpy(), ORACLES[name](logits), rtol=1e-10, atol=1e-7 if name == "softmax_jacobian_norm" else 1e-10
+        found.numpy(),
+        ORACLES[name](logits),
+        rtol=1e-10,
+        atol=1e-7 if name == "softmax_jacobian_norm" else 1e-10,
     )
 
 
@@ -163,7 +181,9 @@ def test_a_row_that_sees_nothing_is_no_nan(name: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("name", [name for name in SIGNALS if not name.startswith(("hnf", "saturated"))])
+@pytest.mark.parametrize(
+    "name", [name for name in SIGNALS if not name.startswith(("hnf", "saturated"))]
+)
 def test_a_nan_or_inf_score_shows_in_its_own_row_only(name: str, bad: float) -> None:
     scores = torch.randn(1, 1, 4, 20, generator=torch.Generator().manual_seed(0))
     clean = signal(name)(operator_of_scores(scores))
@@ -187,7 +207,9 @@ def test_a_uniform_row_worked_by_hand(n: int) -> None:
     assert value(max_probability) == pytest.approx(1 / n, rel=1e-6)
     assert value(sink_mass) == pytest.approx(1 / n, rel=1e-6)
     assert value(max_logit) == pytest.approx(0.25)
-    assert value(softmax_jacobian_norm) == pytest.approx(math.sqrt(1 / n - 2 / n**2 + 1 / n**2), abs=1e-4)
+    assert value(softmax_jacobian_norm) == pytest.approx(
+        math.sqrt(1 / n - 2 / n**2 + 1 / n**2), abs=1e-4
+    )
     assert value(precision_bits) == pytest.approx(math.log2(0.25 / (2 * math.atanh(0.1))), abs=1e-5)
     assert value(saturated_fraction) == (1.0 if n == 1 else 0.0)
 
@@ -201,13 +223,19 @@ def test_a_one_hot_row_worked_by_hand() -> None:
     assert softmax_jacobian_norm(operator).item() == pytest.approx(0.0, abs=1e-2)
     assert saturated_fraction(operator).item() == 1.0
     assert max_logit(operator).item() == pytest.approx(200.0, rel=1e-6)
-    assert precision_bits(operator).item() == pytest.approx(math.log2(300 / (2 * math.atanh(0.1))), rel=1e-6)
+    assert precision_bits(operator).item() == pytest.approx(
+        math.log2(300 / (2 * math.atanh(0.1))), rel=1e-6
+    )
 
 
 def test_two_keys_worked_by_hand() -> None:
-    """p = (3/4, 1/4): entropy ln 4 - 3/4 ln 3, collision 5/8, Jacobian 3/16 * [[1, -1], [-1, 1]] of norm 3/8."""
+    """p = (3/4, 1/4): entropy ln 4 - 3/4 ln 3, collision 5/8, Jacobian 3/16 * [[1, -1], [-1, 1]] of
+    norm 3/8.
+    """
     operator = operator_of_rows([math.log(3), 0.0])
-    assert attention_entropy(operator).item() == pytest.approx(math.log(4) - 0.75 * math.log(3), rel=1e-6)
+    assert attention_entropy(operator).item() == pytest.approx(
+        math.log(4) - 0.75 * math.log(3), rel=1e-6
+    )
     assert collision_probability(operator).item() == pytest.approx(5 / 8, rel=1e-6)
     assert softmax_jacobian_norm(operator).item() == pytest.approx(3 / 8, rel=1e-5)
 
@@ -217,7 +245,9 @@ def test_the_largest_score_is_the_one_before_a_softcap() -> None:
     operator = attention_operator(query, key, scale=1.0, softcap=50.0)
     assert max_logit(operator).item() == pytest.approx(60.0, rel=1e-6)
     capped = 50 * math.tanh(1.6)
-    assert precision_bits(operator).item() == pytest.approx(math.log2(capped / (2 * math.atanh(0.1))), rel=1e-5)
+    assert precision_bits(operator).item() == pytest.approx(
+        math.log2(capped / (2 * math.atanh(0.1))), rel=1e-5
+    )
 
 
 def test_a_learned_sink_takes_probability_but_is_no_score() -> None:
@@ -234,7 +264,9 @@ def test_sink_mass_follows_the_first_key_that_padding_leaves(where: int) -> None
     mask = torch.arange(20) >= where
     key = torch.zeros(1, 1, 20, 1)
     key[0, 0, where] = 5.0
-    operator = attention_operator(torch.ones(1, 1, 20, 1), key, scale=1.0, mask=mask, is_causal=True)
+    operator = attention_operator(
+        torch.ones(1, 1, 20, 1), key, scale=1.0, mask=mask, is_causal=True
+    )
     last = math.exp(5) / (math.exp(5) + 19 - where)
     assert sink_mass(operator)[0, 0, -1].item() == pytest.approx(last, rel=1e-5)
 
@@ -251,7 +283,9 @@ def test_rounding_scores_to_precision_bits_moves_the_softmax_by_no_more_than_a_t
     z = np.array(scores)
     needed = precision_bits(operator_of_rows(scores, dtype=torch.float64)).item()
     error = 2.0 ** (math.log2(np.abs(z).max()) - needed) if math.isfinite(needed) else 0.0
-    direction = np.array([share if signs >> i & 1 else -share for i, share in enumerate(shares)])[: len(z)]
+    direction = np.array([share if signs >> i & 1 else -share for i, share in enumerate(shares)])[
+        : len(z)
+    ]
     moved = scipy.special.softmax(z + error * direction)
     assert 0.5 * np.abs(moved - scipy.special.softmax(z)).sum() <= 0.1 + 1e-9
 

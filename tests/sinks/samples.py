@@ -16,8 +16,14 @@ def reading(step: int, heads: int = 4, **changes: object) -> Reading:
     values: dict[str, object] = {
         "step": step,
         "loss": 4.0 - step / 1000,
-        "layers": {name: {"attention_entropy": place[i], "max_logit": 10 * place[i]} for i, name in enumerate(LAYERS)},
-        "info": {name: LayerInfo(heads=heads, head_dim=8, scale=8**-0.5, dtype="bfloat16") for name in LAYERS},
+        "layers": {
+            name: {"attention_entropy": place[i], "max_logit": 10 * place[i]}
+            for i, name in enumerate(LAYERS)
+        },
+        "info": {
+            name: LayerInfo(heads=heads, head_dim=8, scale=8**-0.5, dtype="bfloat16")
+            for name in LAYERS
+        },
         "learning_rate": 3e-4,
         "gradients": {"": 1.25, LAYERS[0]: 0.5},
         "losses": ((step - 1, 4.5), (step, 4.0 - step / 1000)),
@@ -49,14 +55,18 @@ def issue(step: int, head: int | None = 2, **changes: object) -> StabilityIssue:
 
 
 def same(left: Reading, right: Reading) -> bool:
-    """Whether two readings hold the same values, NaN being equal to NaN; the layers' arrays bit for bit."""
+    """Whether two readings hold the same values, NaN being equal to NaN; the layers' arrays bit for
+    bit.
+    """
     plain = ("step", "learning_rate", "micro_batches", "overhead_fraction", "non_finite", "info")
     return (
         all(getattr(left, name) == getattr(right, name) for name in plain)
         and repr(left.loss) == repr(right.loss)
         and np.array_equal(np.array(left.losses), np.array(right.losses), equal_nan=True)
         and left.gradients.keys() == right.gradients.keys()
-        and np.array_equal(list(left.gradients.values()), list(right.gradients.values()), equal_nan=True)
+        and np.array_equal(
+            list(left.gradients.values()), list(right.gradients.values()), equal_nan=True
+        )
         and left.layers.keys() == right.layers.keys()
         and all(left.layers[layer].keys() == right.layers[layer].keys() for layer in left.layers)
         and all(

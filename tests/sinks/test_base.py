@@ -49,7 +49,9 @@ class Counting(Sink):
         self.records.append(record)
 
 
-def test_a_sink_that_keeps_failing_is_let_go_after_some_tries_and_says_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_keeps_failing_is_let_go_after_some_tries_and_says_what_is_lost(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     broken, healthy = Broken(), Counting()
     group = SinkGroup([broken, healthy])
     group.open(None, META)
@@ -65,7 +67,8 @@ def test_a_sink_that_keeps_failing_is_let_go_after_some_tries_and_says_what_is_l
     assert group.failed == {"Broken": "ConnectionError: no route to host"}
     assert [record.getMessage() for record in caplog.records] == [
         "Broken failed and is tried again: ConnectionError: no route to host. Training goes on.",
-        "Broken stopped and is left out: ConnectionError: no route to host. 5 records are lost. Training and the other sinks go on.",
+        "Broken stopped and is left out: ConnectionError: no route to host. 5 records are lost. "
+        "Training and the other sinks go on.",
     ]
 
 
@@ -80,11 +83,16 @@ class Moody(Counting):
         self.records.append(reading.step)
 
 
-def test_a_sink_that_fails_for_a_while_gets_what_it_missed_in_order(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_sink_that_fails_for_a_while_gets_what_it_missed_in_order(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     sink = Moody()
     group = SinkGroup([sink])
     group.open(None, META)
-    for step, error in enumerate([None, OSError("disk full"), OSError("disk full"), None, OSError("disk full"), None], start=1):
+    for step, error in enumerate(
+        [None, OSError("disk full"), OSError("disk full"), None, OSError("disk full"), None],
+        start=1,
+    ):
         sink.error = error
         group.write_reading(reading(step), {})
     group.close()
@@ -94,7 +102,9 @@ def test_a_sink_that_fails_for_a_while_gets_what_it_missed_in_order(caplog: pyte
     assert caplog.text.count("disk full") == len(caplog.records) == 1
 
 
-def test_a_record_that_cannot_be_written_is_counted_and_does_not_keep_back_the_next(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_record_that_cannot_be_written_is_counted_and_does_not_keep_back_the_next(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     sink = Moody()
     group = SinkGroup([sink])
     group.open(None, META)
@@ -131,20 +141,31 @@ def test_a_sink_that_was_never_opened_can_be_closed(name: str) -> None:
 
 def test_listing_the_sinks_imports_no_logging_package() -> None:
     code = (
-        "import sys; from stabmon.sinks import SINKS; list(SINKS); print({'wandb', 'mlflow', 'tensorboard'} & set(sys.modules))"
+        "import sys; from stabmon.sinks import SINKS; list(SINKS); print({'wandb', 'mlflow', "
+        "'tensorboard'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize(("sink", "package"), [(WandbSink, "wandb"), (MlflowSink, "mlflow"), (TensorboardSink, "tensorboard")])
-def test_a_missing_package_names_its_extra(sink: type[Sink], package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith((f"{package}.", "torch.utils.tensorboard"))]:
+@pytest.mark.parametrize(
+    ("sink", "package"),
+    [(WandbSink, "wandb"), (MlflowSink, "mlflow"), (TensorboardSink, "tensorboard")],
+)
+def test_a_missing_package_names_its_extra(
+    sink: type[Sink], package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [
+        name for name in sys.modules if name.startswith((f"{package}.", "torch.utils.tensorboard"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     group = SinkGroup([sink(), ConsoleSink()])
     group.open(None, META)
-    assert group.failed[sink.__name__] == f'ImportError: {package} is not installed: pip install "stabmon[{package}]"'
+    assert (
+        group.failed[sink.__name__]
+        == f'ImportError: {package} is not installed: pip install "stabmon[{package}]"'
+    )
     assert len(group.sinks) == 1
 
 

@@ -14,7 +14,11 @@ from stabmon.sinks.console import ConsoleSink
 
 from .samples import LAYERS, META, issue, reading
 
-SCALARS = {"attention/max_logit/max": 12.0, "attention/normalized_entropy/min": 0.25, "stability/issues_open": 1.0}
+SCALARS = {
+    "attention/max_logit/max": 12.0,
+    "attention/normalized_entropy/min": 0.25,
+    "stability/issues_open": 1.0,
+}
 
 
 class Terminal(io.StringIO):
@@ -42,7 +46,14 @@ def test_an_issue_is_one_line_with_place_value_and_advice() -> None:
     assert "\x1b" not in text
     assert f"{LAYERS[1]} head 2" in text
     assert "lower the learning rate [1e-4] or add QK-norm" in text
-    for part in ("step 30", "error", "entropy_collapse", "value 0.034", "limit 0.1", "about 42 steps"):
+    for part in (
+        "step 30",
+        "error",
+        "entropy_collapse",
+        "value 0.034",
+        "limit 0.1",
+        "about 42 steps",
+    ):
         assert part in text
 
 
@@ -77,7 +88,10 @@ def test_readings_are_silent_unless_asked_for() -> None:
     for sink in (ConsoleSink(file=quiet), ConsoleSink(file=verbose, verbose=True)):
         sink.write_reading(reading(10), SCALARS)
     assert quiet.getvalue() == ""
-    assert verbose.getvalue() == "stabmon step 10  loss 3.99  max logit 12  least entropy 0.25  1 issues open\n"
+    assert (
+        verbose.getvalue()
+        == "stabmon step 10  loss 3.99  max logit 12  least entropy 0.25  1 issues open\n"
+    )
 
 
 def test_a_flood_is_counted_not_printed() -> None:
@@ -98,7 +112,9 @@ def test_a_flood_is_counted_not_printed() -> None:
 
 def test_interventions_are_printed() -> None:
     file = io.StringIO()
-    ConsoleSink(file=file).write_intervention({"step": 30, "intervention": "lower_learning_rate", "factor": 0.5, "heads": [1]})
+    ConsoleSink(file=file).write_intervention(
+        {"step": 30, "intervention": "lower_learning_rate", "factor": 0.5, "heads": [1]}
+    )
     assert file.getvalue() == "stabmon step 30  intervention  lower_learning_rate  factor 0.5\n"
 
 
@@ -126,7 +142,9 @@ def test_a_tqdm_bar_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rich_display_prints_the_line_above_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with Live("BAR", console=Console(file=screen, width=200, force_terminal=True), auto_refresh=False) as live:
+    with Live(
+        "BAR", console=Console(file=screen, width=200, force_terminal=True), auto_refresh=False
+    ) as live:
         live.refresh()
         before = len(screen.getvalue())
         ConsoleSink().write_issue(issue(30))

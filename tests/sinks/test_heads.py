@@ -12,9 +12,19 @@ NAN = float("nan")
 
 
 def test_layers_of_different_width_are_padded_with_nan() -> None:
-    reading = Reading(1, None, {"a": {"x": np.array([1.0, 2.0, 3.0])}, "b": {"x": np.array([4.0])}, "c": {"y": np.array([5.0])}})
+    reading = Reading(
+        1,
+        None,
+        {
+            "a": {"x": np.array([1.0, 2.0, 3.0])},
+            "b": {"x": np.array([4.0])},
+            "c": {"y": np.array([5.0])},
+        },
+    )
     matrix = head_matrix(reading, "x")
-    assert np.array_equal(matrix, np.array([[1, 2, 3], [4, NAN, NAN], [NAN, NAN, NAN]]), equal_nan=True)
+    assert np.array_equal(
+        matrix, np.array([[1, 2, 3], [4, NAN, NAN], [NAN, NAN, NAN]]), equal_nan=True
+    )
     assert signal_names(reading) == ["x", "y"]
     assert head_matrix(Reading(1, None, {}), "x").shape == (0, 0)
 

@@ -1,4 +1,6 @@
-"""Records on disk: their shape, their exactness, and what survives a kill, a full disk and a resume."""
+"""Records on disk: their shape, their exactness, and what survives a kill, a full disk and a
+resume.
+"""
 
 import json
 import logging
@@ -58,14 +60,22 @@ def test_a_line_has_the_shape_of_the_contract(folder: Path) -> None:
     stored = json.loads((folder / "issues.jsonl").read_text())
     assert stored["schema_version"] == 1
     assert issue(10).to_dict().items() <= stored.items()
-    assert json.loads((folder / "interventions.jsonl").read_text())["intervention"] == "lower_learning_rate"
+    assert (
+        json.loads((folder / "interventions.jsonl").read_text())["intervention"]
+        == "lower_learning_rate"
+    )
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["config"] == META["config"]
     assert "nonfinite" in meta["nonfinite_encoding"]
 
 
 def test_records_come_back_as_they_were(folder: Path) -> None:
-    readings = [reading(10), reading(20, non_finite=non_finite(20), loss=None, learning_rate=None, overhead_fraction=None)]
+    readings = [
+        reading(10),
+        reading(
+            20, non_finite=non_finite(20), loss=None, learning_rate=None, overhead_fraction=None
+        ),
+    ]
     issues = [issue(10), issue(20, head=None, layer=None, eta_steps=30.0, state="worsened")]
     write(folder, *readings, *issues, {"step": 20, "factor": 0.5})
     for path in (folder, folder.parent, str(folder.parent)):
@@ -79,7 +89,9 @@ def test_records_come_back_as_they_were(folder: Path) -> None:
 
 
 def test_nan_and_infinity_are_null_beside_a_field_that_says_which(folder: Path) -> None:
-    odd = reading(10, loss=NAN, layers={"h/0~a.b": {"max_logit": np.array([1.0, INF, -INF, NAN])}}, info={})
+    odd = reading(
+        10, loss=NAN, layers={"h/0~a.b": {"max_logit": np.array([1.0, INF, -INF, NAN])}}, info={}
+    )
     write(folder, odd, issue(10, value=INF, evidence={"history": [1.0, NAN]}))
     text = (folder / "readings.jsonl").read_text()
     line = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
@@ -99,7 +111,11 @@ def test_nan_and_infinity_are_null_beside_a_field_that_says_which(folder: Path) 
 
 KEYS: st.SearchStrategy[str] = st.text(max_size=6).filter(lambda key: key != "nonfinite")
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(allow_nan=True, allow_infinity=True),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.floats(allow_nan=True, allow_infinity=True),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=12,
 )
@@ -132,7 +148,14 @@ def test_numpy_values_paths_and_tuples_become_plain() -> None:
         "t": (1, 2),
         3: np.arange(2),
     }
-    assert loads(dumps(record)) == {"n": 3, "x": 0.5, "b": True, "p": "a/b", "t": [1, 2], "3": [0, 1]}
+    assert loads(dumps(record)) == {
+        "n": 3,
+        "x": 0.5,
+        "b": True,
+        "p": "a/b",
+        "t": [1, 2],
+        "3": [0, 1],
+    }
 
 
 def test_a_killed_run_leaves_every_complete_line_readable(folder: Path) -> None:
@@ -150,7 +173,9 @@ while True:
     print(step, flush=True)
 """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, cwd=Path(__file__).parent) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, cwd=Path(__file__).parent
+    ) as run:
         assert run.stdout is not None
         written = 0
         while written < 20:
@@ -173,7 +198,9 @@ def test_a_torn_last_line_is_cut_off_on_resume_and_nothing_else(folder: Path, cu
     write(folder, reading(30))
     for line in path.read_text().splitlines():
         json.loads(line)
-    whole = [10, 20, 30] if cut == 1 else [10, 30]  # without its newline alone, the line is complete
+    whole = (
+        [10, 20, 30] if cut == 1 else [10, 30]
+    )  # without its newline alone, the line is complete
     assert [r.step for r in read_records(folder).readings] == whole
 
 
@@ -183,7 +210,9 @@ def test_a_file_that_is_one_torn_line_starts_afresh(folder: Path) -> None:
     assert [r.step for r in read_records(folder).readings] == [30]
 
 
-def test_a_line_being_written_is_passed_over_without_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_line_being_written_is_passed_over_without_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     write(folder, reading(10), reading(20))
     path = folder / "readings.jsonl"
     path.write_bytes(path.read_bytes()[:-50])
@@ -205,7 +234,9 @@ def test_a_line_being_written_is_passed_over_without_a_warning(folder: Path, cap
         "\x00" * 40,
     ],
 )
-def test_a_corrupt_line_is_skipped_with_its_file_and_number(folder: Path, caplog: pytest.LogCaptureFixture, line: str) -> None:
+def test_a_corrupt_line_is_skipped_with_its_file_and_number(
+    folder: Path, caplog: pytest.LogCaptureFixture, line: str
+) -> None:
     write(folder, reading(10))
     with (folder / "readings.jsonl").open("a") as file:
         file.write(line + "\n")
@@ -239,7 +270,11 @@ def test_a_resume_that_has_measured_nothing_yet_hides_nothing(folder: Path) -> N
 
 def test_a_folder_without_records_is_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=r"no stabmon records in .*: give the run folder that holds stabmon/readings.jsonl"):
+        with pytest.raises(
+            ValueError,
+            match=r"no stabmon records in .*: give the run folder that holds "
+            r"stabmon/readings.jsonl",
+        ):
             read_records(path)
 
 
@@ -254,7 +289,9 @@ def test_broken_meta_is_reported_and_the_readings_still_come(folder: Path) -> No
     assert len(read_records(folder).readings) == 2
 
 
-def test_without_a_run_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_run_folder_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     sink = SINKS["jsonl"]()
     sink.open(None, META)
@@ -281,16 +318,23 @@ def test_a_full_disk_is_said_once_with_what_it_cost_and_hinders_nothing_else(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
-def test_a_disk_that_was_full_for_a_while_costs_no_record_and_leaves_no_torn_line(folder: Path) -> None:
+def test_a_disk_that_was_full_for_a_while_costs_no_record_and_leaves_no_torn_line(
+    folder: Path,
+) -> None:
     import resource
 
     group = SinkGroup([JsonlSink()])
     group.open(folder, META)
     group.write_reading(reading(1), {})
     size = (folder / "readings.jsonl").stat().st_size
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, limits[1]))  # the next line fits in part
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (size + 100, limits[1])
+        )  # the next line fits in part
         group.write_reading(reading(2), {})
         group.write_reading(reading(3), {})
         assert size < (folder / "readings.jsonl").stat().st_size <= size + 100
@@ -318,11 +362,24 @@ def test_a_run_that_begins_anew_in_the_same_folder_stands_beside_the_first(folde
     resumed.write_reading(reading(20, loss=3.0), {})
     resumed.close()
     records = read_records(folder)
-    assert [(each.step, each.loss) for each in records.readings] == [(10, 1.0), (20, 1.0), (30, 1.0), (10, 2.0), (20, 3.0)]
+    assert [(each.step, each.loss) for each in records.readings] == [
+        (10, 1.0),
+        (20, 1.0),
+        (30, 1.0),
+        (10, 2.0),
+        (20, 3.0),
+    ]
     assert [each.head for each in records.issues] == [1]
-    assert [[each.step for each in run.readings] for run in records.runs] == [[10, 20, 30], [10, 20]]
+    assert [[each.step for each in run.readings] for run in records.runs] == [
+        [10, 20, 30],
+        [10, 20],
+    ]
     assert records.meta["run"] == 2
-    assert [(each["start"], each["run"]) for each in records.meta["starts"]] == [(1, 1), (2, 2), (3, 2)]
+    assert [(each["start"], each["run"]) for each in records.meta["starts"]] == [
+        (1, 1),
+        (2, 2),
+        (3, 2),
+    ]
 
 
 def test_a_deleted_folder_is_noticed(folder: Path) -> None:

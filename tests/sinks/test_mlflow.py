@@ -48,7 +48,10 @@ def test_a_run_of_our_own_holds_every_scalar_at_its_step(client: Any) -> None:
     assert run.info.status == "FINISHED"
     expected = dashboard_scalars(reading(20), [], alarms=20)
     assert run.data.metrics == pytest.approx(expected)
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "attention/max_logit/max")] == [10, 20]
+    assert [
+        point.step
+        for point in client.get_metric_history(run.info.run_id, "attention/max_logit/max")
+    ] == [10, 20]
 
 
 def test_an_active_run_is_joined_and_left_running(client: Any) -> None:
@@ -81,7 +84,9 @@ def test_issues_are_an_artifact_and_their_numbers_are_tags(client: Any) -> None:
 def test_many_layers_and_odd_names_go_through(client: Any) -> None:
     sink = MlflowSink()
     sink.open(None, META)
-    sink.write_reading(reading(1), {f"attention_layers/encoder.{i}#1/max_logit": float(i) for i in range(1500)})
+    sink.write_reading(
+        reading(1), {f"attention_layers/encoder.{i}#1/max_logit": float(i) for i in range(1500)}
+    )
     sink.close()
     metrics = only_run(client, "stabmon").data.metrics
     assert len(metrics) == 1500
@@ -97,7 +102,9 @@ def test_a_store_that_cannot_be_used_is_named_with_the_mend(tmp_path: Path) -> N
     assert "\n" not in group.failed["MlflowSink"]
 
 
-def test_an_error_in_the_background_is_said_with_what_it_cost(client: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_in_the_background_is_said_with_what_it_cost(
+    client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     group = SinkGroup([MlflowSink()])
     group.open(None, META)
     client.delete_run(only_run(client, "stabmon").info.run_id)

@@ -16,7 +16,9 @@ def test_names_and_values_are_those_of_the_contract() -> None:
         "a": {"attention_entropy": np.array([1.0, 3.0]), "max_logit": np.array([5.0, 9.0])},
         "b": {"attention_entropy": np.array([0.5, 1.5]), "max_logit": np.array([-2.0, 4.0])},
     }
-    scalars = dashboard_scalars(Reading(10, 4.0, layers, overhead_fraction=0.02), [issue(10), issue(10, head=3)], alarms=5)
+    scalars = dashboard_scalars(
+        Reading(10, 4.0, layers, overhead_fraction=0.02), [issue(10), issue(10, head=3)], alarms=5
+    )
     assert scalars == {
         "attention/attention_entropy/max": 3.0,
         "attention/attention_entropy/mean": 1.5,
@@ -36,7 +38,10 @@ def test_names_and_values_are_those_of_the_contract() -> None:
 
 
 def test_heads_that_are_not_finite_are_left_out() -> None:
-    layers = {"a": {"max_logit": np.array([NAN, 2.0, INF])}, "b": {"max_logit": np.array([NAN, -INF, NAN])}}
+    layers = {
+        "a": {"max_logit": np.array([NAN, 2.0, INF])},
+        "b": {"max_logit": np.array([NAN, -INF, NAN])},
+    }
     scalars = dashboard_scalars(Reading(1, NAN, layers, overhead_fraction=NAN), [], alarms=0)
     assert scalars["attention/max_logit/max"] == scalars["attention/max_logit/min"] == 2.0
     assert scalars["attention_layers/a/max_logit"] == 2.0
@@ -46,11 +51,16 @@ def test_heads_that_are_not_finite_are_left_out() -> None:
 
 
 def test_a_step_without_any_attention_gives_the_state_of_the_run() -> None:
-    assert dashboard_scalars(Reading(1, None, {}), [], alarms=0) == {"stability/issues_open": 0.0, "stability/alarms": 0.0}
+    assert dashboard_scalars(Reading(1, None, {}), [], alarms=0) == {
+        "stability/issues_open": 0.0,
+        "stability/alarms": 0.0,
+    }
 
 
 def test_a_signal_nobody_registered_is_averaged_over_heads() -> None:
-    scalars = dashboard_scalars(Reading(1, None, {"a": {"my_signal": np.array([1.0, 2.0])}}), [], alarms=0)
+    scalars = dashboard_scalars(
+        Reading(1, None, {"a": {"my_signal": np.array([1.0, 2.0])}}), [], alarms=0
+    )
     assert scalars["attention_layers/a/my_signal"] == pytest.approx(1.5)
 
 

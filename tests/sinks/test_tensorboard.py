@@ -49,26 +49,43 @@ def test_an_issue_is_a_text(tmp_path: Path) -> None:
     sink.close()
     assert [event.step for event in found] == [20]
     text = found[0].tensor_proto.string_val[0].decode()
-    for part in ("error", "entropy_collapse", LAYERS[1], "head 2", "0.034", "lower the learning rate", "30 steps"):
+    for part in (
+        "error",
+        "entropy_collapse",
+        LAYERS[1],
+        "head 2",
+        "0.034",
+        "lower the learning rate",
+        "30 steps",
+    ):
         assert part in text
 
 
-def test_every_issue_of_a_step_is_in_the_one_text_that_is_shown_of_it_errors_first(tmp_path: Path) -> None:
+def test_every_issue_of_a_step_is_in_the_one_text_that_is_shown_of_it_errors_first(
+    tmp_path: Path,
+) -> None:
     group = SinkGroup([TensorboardSink()])
     group.open(tmp_path, META)
     shown = {}
     for step in (10, 20):
-        ill = [issue(step, head=head, severity="error" if head == 17 else "warning") for head in range(30)]
+        ill = [
+            issue(step, head=head, severity="error" if head == 17 else "warning")
+            for head in range(30)
+        ]
         group.write_issues(ill[:20])
         group.write_issues(ill[20:])
     group.write_issue(issue(30, issue_type="loss_spike", layer=None, head=None))
     group.close()
     for event in read(tmp_path / "tensorboard").Tensors("stability/issues/text_summary"):
-        shown[event.step] = event.tensor_proto.string_val[0].decode()  # the last of a step, as TensorBoard's page
+        shown[event.step] = event.tensor_proto.string_val[
+            0
+        ].decode()  # the last of a step, as TensorBoard's page
     assert shown.keys() == {10, 20, 30}
     for step in (10, 20):
         lines = shown[step].split("\n\n")
-        assert sum(f"head {head}," in line for line in lines for head in range(30)) == len(lines) == 30
+        assert (
+            sum(f"head {head}," in line for line in lines for head in range(30)) == len(lines) == 30
+        )
         assert lines[0].startswith("**error**")
         assert "head 17," in lines[0]
     assert "loss_spike, run" in shown[30]
@@ -77,7 +94,10 @@ def test_every_issue_of_a_step_is_in_the_one_text_that_is_shown_of_it_errors_fir
 def test_heads_come_as_histogram_and_heatmap_on_request(tmp_path: Path) -> None:
     run(TensorboardSink(per_head=True, image_every=2), tmp_path, range(1, 6))
     events = read(tmp_path / "tensorboard")
-    assert set(events.Tags()["images"]) == {"attention_heatmap/attention_entropy", "attention_heatmap/max_logit"}
+    assert set(events.Tags()["images"]) == {
+        "attention_heatmap/attention_entropy",
+        "attention_heatmap/max_logit",
+    }
     image = events.Images("attention_heatmap/max_logit")
     assert [point.step for point in image] == [1, 3, 5]
     assert image[0].width == 2 * image[0].height  # 2 layers of 4 heads

@@ -20,7 +20,13 @@ from .samples import LAYERS, META, issue, reading
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    settings = {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off", "DISABLE_GIT": "true"}
+    settings = {
+        "MODE": "offline",
+        "DIR": str(tmp_path),
+        "SILENT": "true",
+        "CONSOLE": "off",
+        "DISABLE_GIT": "true",
+    }
     for name, value in (settings | {"X_DISABLE_STATS": "true"}).items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     yield
@@ -29,7 +35,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 def records(path: str) -> list[Any]:
-    """Every record of a finished run's .wandb file; W&B may still be writing its end when ``finish`` returns."""
+    """Every record of a finished run's .wandb file; W&B may still be writing its end when
+    ``finish`` returns.
+    """
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         found = list(parse(Path(path).read_bytes()))
@@ -63,12 +71,19 @@ def parse(data: bytes) -> Iterator[Any]:
 
 def rows(path: str) -> list[dict[str, Any]]:
     """The run's history, one dict a row."""
-    found = [record.history for record in records(path) if record.WhichOneof("record_type") == "history"]
-    return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in found]
+    found = [
+        record.history for record in records(path) if record.WhichOneof("record_type") == "history"
+    ]
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
+        for row in found
+    ]
 
 
 def write(sink: Any, step: int, **changes: Any) -> None:
-    sink.write_reading(reading(step, **changes), dashboard_scalars(reading(step, **changes), [], alarms=step))
+    sink.write_reading(
+        reading(step, **changes), dashboard_scalars(reading(step, **changes), [], alarms=step)
+    )
 
 
 def own(sink: Any) -> Any:
@@ -99,11 +114,15 @@ def test_a_run_of_our_own_has_every_scalar_under_its_own_step_and_is_not_the_act
     for row, step in zip(history, (10, 30, 20), strict=False):
         for name, value in dashboard_scalars(reading(step), [], alarms=step).items():
             assert row[name] == pytest.approx(value)
-    metrics = [record.metric for record in records(path) if record.WhichOneof("record_type") == "metric"]
+    metrics = [
+        record.metric for record in records(path) if record.WhichOneof("record_type") == "metric"
+    ]
     assert "stabmon/step" in {metric.name for metric in metrics}
     follow = {metric.glob_name for metric in metrics if metric.step_metric == "stabmon/step"}
     assert {"attention/*", "attention_layers/*", "stability/*"} <= follow
-    assert not {"attention_heads/max_logit/_type", "attention_heatmap/max_logit/_type"} & set(history[0])
+    assert not {"attention_heads/max_logit/_type", "attention_heatmap/max_logit/_type"} & set(
+        history[0]
+    )
 
 
 def test_a_run_made_before_the_first_record_is_joined_and_left_open() -> None:
@@ -124,15 +143,25 @@ def test_a_run_made_before_the_first_record_is_joined_and_left_open() -> None:
 LOGS = {
     "no step": lambda run, count, step: run.log({"loss": float(step)}),
     "its own count": lambda run, count, step: run.log({"loss": float(step)}, step=count),
-    "its own count, committed": lambda run, count, step: run.log({"loss": float(step)}, step=count, commit=True),
+    "its own count, committed": lambda run, count, step: run.log(
+        {"loss": float(step)}, step=count, commit=True
+    ),
     "the optimizer's step": lambda run, count, step: run.log({"loss": float(step)}, step=step),
-    "in two parts": lambda run, count, step: (run.log({"half": 1}, step=count), run.log({"loss": float(step)}, step=count)),
-    "without commit": lambda run, count, step: (run.log({"loss": float(step)}, commit=False), run.log({"half": 1})),
+    "in two parts": lambda run, count, step: (
+        run.log({"half": 1}, step=count),
+        run.log({"loss": float(step)}, step=count),
+    ),
+    "without commit": lambda run, count, step: (
+        run.log({"loss": float(step)}, commit=False),
+        run.log({"half": 1}),
+    ),
 }
 
 
 @pytest.mark.parametrize("log", LOGS.values(), ids=LOGS)
-def test_whatever_steps_a_run_gives_its_rows_are_as_without_us_and_every_reading_arrives(log: Any) -> None:
+def test_whatever_steps_a_run_gives_its_rows_are_as_without_us_and_every_reading_arrives(
+    log: Any,
+) -> None:
     def run(watched: bool) -> tuple[list[Any], list[Any]]:
         theirs = wandb.init(project="theirs")
         sink = WandbSink()
@@ -147,7 +176,11 @@ def test_whatever_steps_a_run_gives_its_rows_are_as_without_us_and_every_reading
         theirs.finish()
         history = rows(theirs.settings.sync_file)
         told = [row["stabmon/step"] for row in history if "stabmon/step" in row]
-        return [{name: row.get(name) for name in ("_step", "loss", "half")} for row in history if "loss" in row], told
+        return [
+            {name: row.get(name) for name in ("_step", "loss", "half")}
+            for row in history
+            if "loss" in row
+        ], told
 
     alone, none = run(watched=False)
     beside, told = run(watched=True)
@@ -234,8 +267,12 @@ def test_issues_become_a_table_and_alarms_an_alert() -> None:
         [10, "opened", "critical", "entropy_collapse", LAYERS[1], 3],
         [20, "closed", "info", "entropy_collapse", None, None],
     ]
-    alerts = [record.alert for record in records(path) if record.WhichOneof("record_type") == "alert"]
-    assert [(alert.title, alert.level) for alert in alerts] == [("stabmon: entropy_collapse", "ERROR")]
+    alerts = [
+        record.alert for record in records(path) if record.WhichOneof("record_type") == "alert"
+    ]
+    assert [(alert.title, alert.level) for alert in alerts] == [
+        ("stabmon: entropy_collapse", "ERROR")
+    ]
     assert f"{LAYERS[1]} head 3" in alerts[0].text
 
 
@@ -250,11 +287,16 @@ def test_heads_come_as_histogram_and_heatmap_on_request() -> None:
     history = rows(path)
     assert [row["attention_heads/max_logit/_type"] for row in history] == ["histogram"] * 3
     assert ["attention_heatmap/max_logit/_type" in row for row in history] == [True, False, True]
-    assert history[0]["attention_heatmap/max_logit/width"] == 2 * history[0]["attention_heatmap/max_logit/height"]
+    assert (
+        history[0]["attention_heatmap/max_logit/width"]
+        == 2 * history[0]["attention_heatmap/max_logit/height"]
+    )
     assert "0.001 (dark)" in history[0]["attention_heatmap/attention_entropy/caption"]
 
 
-def test_a_run_that_was_finished_under_us_stops_this_sink_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_that_was_finished_under_us_stops_this_sink_alone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     wandb.init(project="theirs")
     group = SinkGroup([WandbSink()])
     group.open(None, META)

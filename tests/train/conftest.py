@@ -1,4 +1,6 @@
-"""The training scripts lie in a folder, not in a package: put it on the path, and run them small."""
+"""The training scripts lie in a folder, not in a package: put it on the path, and run them
+small.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, text: Path) -> Callable[..., dict[int, float]]:
-    """Train with one of the scripts in a folder of its own, tiny and unwatched unless told otherwise; returns loss by step."""
+    """Train with one of the scripts in a folder of its own, tiny and unwatched unless told
+    otherwise; returns loss by step.
+    """
 
     def train(script: str, folder: str, *overrides: str) -> dict[int, float]:
         from losses import read_losses
@@ -51,7 +55,9 @@ def run(tmp_path: Path, text: Path) -> Callable[..., dict[int, float]]:
         common = (f"run_dir={tmp_path / folder}", f"corpus.text={text}", *TINY, *overrides)
         threads = torch.get_num_threads()
         with mock.patch.dict(os.environ):  # the scripts tell the loggers where to write
-            module.train(read_settings(module.Settings, ROOT / "configs" / f"train_{script}.yaml", common))
+            module.train(
+                read_settings(module.Settings, ROOT / "configs" / f"train_{script}.yaml", common)
+            )
         torch.set_num_threads(threads)
         return read_losses(tmp_path / folder / "losses.jsonl")
 

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def issue(step: int, head: int, severity: str, state: str = "opened") -> str:
-    record = StabilityIssue(step, "h.0", head, "logit_growth", severity, 80.0 + head, 60.0, "Clip it.", state=state)  # type: ignore[arg-type]
+    record = StabilityIssue(
+        step, "h.0", head, "logit_growth", severity, 80.0 + head, 60.0, "Clip it.", state=state
+    )  # type: ignore[arg-type]
     return strict_json.dumps(record.to_dict()) + "\n"
 
 
@@ -32,7 +34,9 @@ def test_following_returns_each_whole_line_once(tmp_path: Path) -> None:
     assert read() == [{"step": 2}]
 
 
-def test_an_issue_is_told_when_it_opens_grows_more_severe_or_closes_and_not_again(tmp_path: Path) -> None:
+def test_an_issue_is_told_when_it_opens_grows_more_severe_or_closes_and_not_again(
+    tmp_path: Path,
+) -> None:
     run = LiveRun("ill", tmp_path / "run", [sys.executable, "-c", ""], os.environ)
     issues = tmp_path / "run" / "stabmon" / "issues.jsonl"
     issues.parent.mkdir()
@@ -42,23 +46,39 @@ def test_an_issue_is_told_when_it_opens_grows_more_severe_or_closes_and_not_agai
             file.writelines(lines)
         return list(run.news())
 
-    first = "ill       step 5    warning  logit_growth      h.0 head 0  value 80, limit 60  (and 1 more)"
+    first = (
+        "ill       step 5    warning  logit_growth      h.0 head 0  value 80, limit 60  (and "
+        "1 more)"
+    )
     assert told(issue(5, 0, "warning"), issue(5, 1, "warning")) == [first]
     assert told(issue(6, 0, "warning", "worsened")) == []
     alarm, mend = told(issue(7, 1, "error", "worsened"))
     assert alarm == "ill       step 7    error    logit_growth      h.0 head 1  value 81, limit 60"
     assert mend.strip() == "what to do: Clip it."
-    assert told(issue(8, 1, "info", "closed")) == ["ill       step 8    closed   logit_growth      h.0 head 1"]
+    assert told(issue(8, 1, "info", "closed")) == [
+        "ill       step 8    closed   logit_growth      h.0 head 1"
+    ]
     assert len(told(issue(9, 1, "error"))) == 1
     run.stop()
 
 
 def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, text: Path) -> None:
     words = (
-        "model.layers=1 model.width=32 corpus.block=64 training.steps=60 training.batch=2 scale_qk.start=20 scale_qk.factor=1.3"
+        "model.layers=1 model.width=32 corpus.block=64 training.steps=60 training.batch=2 "
+        "scale_qk.start=20 scale_qk.factor=1.3"
     )
-    command = [sys.executable, str(ROOT / "train" / "demo.py"), "--only", "lightning", "--out", "out", *words.split()]
-    done = subprocess.run([*command, f"corpus.text={text}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        str(ROOT / "train" / "demo.py"),
+        "--only",
+        "lightning",
+        "--out",
+        "out",
+        *words.split(),
+    ]
+    done = subprocess.run(
+        [*command, f"corpus.text={text}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in (
         "provoked  step ",
@@ -77,4 +97,7 @@ def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, text: Path) -> None:
         assert list(run.glob("wandb/offline-run-*/*.wandb")), "no offline W&B run"
         assert list(run.glob("tensorboard/**/events.out.tfevents.*")), "no TensorBoard events"
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (again.returncode, again.stderr) == (2, "error: out exists: name a new folder with --out\n")
+    assert (again.returncode, again.stderr) == (
+        2,
+        "error: out exists: name a new folder with --out\n",
+    )

@@ -1,4 +1,6 @@
-"""Scaling W_q and W_k is a real state of the weights: scores grow with the factor's square, and nothing else is touched."""
+"""Scaling W_q and W_k is a real state of the weights: scores grow with the factor's square, and
+nothing else is touched.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_it_acts_at_its_steps_alone(step: int, times: int) -> None:
     model = GPT(GPTShape(**SMALL))
     before = [part.clone() for parts in query_key_weights(model) for part in parts]
     ScaleQk(factor=2, start=5, steps=3).apply(model, step)
-    for old, new in zip(before, (part for parts in query_key_weights(model) for part in parts), strict=True):
+    for old, new in zip(
+        before, (part for parts in query_key_weights(model) for part in parts), strict=True
+    ):
         assert torch.equal(new, old * 2**times)
 
 
@@ -63,7 +67,10 @@ def projections(model: nn.Module) -> dict[str, torch.Tensor]:
             parts = list(fused(x[None])[0].chunk(3, dim=-1))
         else:
             continue
-        out |= {f"{layer} {name}": part.detach().clone() for name, part in zip(("query", "key", "value"), parts, strict=True)}
+        out |= {
+            f"{layer} {name}": part.detach().clone()
+            for name, part in zip(("query", "key", "value"), parts, strict=True)
+        }
         layer += 1
     assert layer == 2
     return out

@@ -27,7 +27,9 @@ def test_training_and_validation_share_no_block(tmp_path: Path) -> None:
     path = tmp_path / "numbered.txt"
     path.write_bytes(b"".join(b"%08d" % i for i in range(500)))
     corpus = load_corpus(path, block=8)
-    train, validation = ({bytes(block.tolist()) for block in part} for part in (corpus.train, corpus.validation))
+    train, validation = (
+        {bytes(block.tolist()) for block in part} for part in (corpus.train, corpus.validation)
+    )
     assert (len(train), len(validation)) == (450, 50)
     assert not train & validation
 
@@ -52,7 +54,9 @@ def test_a_stream_passes_over_every_block_before_it_repeats_one(text: Path) -> N
     assert not torch.equal(corpus.stream(30, 4, seed=4), stream)
 
 
-def test_without_the_help_topics_the_standard_library_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_help_topics_the_standard_library_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pydoc_data.topics", None)
     corpus = load_corpus(block=128)
     assert corpus.source.startswith("the standard library in ")
@@ -61,9 +65,15 @@ def test_without_the_help_topics_the_standard_library_is_read(monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"x" * 63, "holds 63 bytes, fewer than two blocks of 32"), (None, "cannot read the text")],
+    [
+        (b"", "is empty"),
+        (b"x" * 63, "holds 63 bytes, fewer than two blocks of 32"),
+        (None, "cannot read the text"),
+    ],
 )
-def test_a_useless_text_is_refused_with_its_mend(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_useless_text_is_refused_with_its_mend(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)

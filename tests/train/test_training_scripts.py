@@ -1,4 +1,6 @@
-"""Each script trains, goes on exactly where it was, and provokes what it says; all on a tiny model."""
+"""Each script trains, goes on exactly where it was, and provokes what it says; all on a tiny
+model.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +30,18 @@ every_script = pytest.mark.parametrize("script", LAST_CHECKPOINT)
 
 
 @every_script
-def test_a_resumed_run_goes_on_as_if_never_interrupted(script: str, run: Train, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_as_if_never_interrupted(
+    script: str, run: Train, tmp_path: Path
+) -> None:
     provoked = ("provoke=scale_qk", "scale_qk.start=2", "scale_qk.steps=4", "scale_qk.factor=3")
     watched = (*provoked, "training.save_every=4", WATCHED)
     whole = run(script, "whole", *provoked)
     assert run(script, "killed", *watched) == whole
     forget(tmp_path / "killed" / LAST_CHECKPOINT[script])
     log = tmp_path / "killed" / "losses.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:5]) + '{"step": 6, "lo')  # as a kill leaves it
+    log.write_text(
+        "".join(log.read_text().splitlines(keepends=True)[:5]) + '{"step": 6, "lo'
+    )  # as a kill leaves it
     resumed = run(script, "killed", *watched, "resume=true")
     assert json.loads((tmp_path / "killed" / "run.json").read_text())["resumed_from_step"] == 4
     assert list(resumed) == [1, 2, 3, 4, 5, 6]
@@ -51,31 +57,52 @@ def test_twins_have_the_same_losses_and_another_seed_has_others(script: str, run
 
 
 @every_script
-def test_scaling_queries_and_keys_changes_the_losses_of_the_steps_after_it_alone(script: str, run: Train) -> None:
+def test_scaling_queries_and_keys_changes_the_losses_of_the_steps_after_it_alone(
+    script: str, run: Train
+) -> None:
     healthy = run(script, "healthy")
-    provoked = run(script, "provoked", "provoke=scale_qk", "scale_qk.start=3", "scale_qk.steps=1", "scale_qk.factor=20")
+    provoked = run(
+        script,
+        "provoked",
+        "provoke=scale_qk",
+        "scale_qk.start=3",
+        "scale_qk.steps=1",
+        "scale_qk.factor=20",
+    )
     assert [step for step in healthy if healthy[step] != provoked[step]] == [4, 5, 6]
 
 
 @every_script
-def test_a_high_learning_rate_changes_the_losses_after_the_first_update(script: str, run: Train) -> None:
-    healthy, provoked = run(script, "healthy", "training.warmup=0"), run(script, "high", "training.warmup=0", "provoke=high_lr")
+def test_a_high_learning_rate_changes_the_losses_after_the_first_update(
+    script: str, run: Train
+) -> None:
+    healthy, provoked = (
+        run(script, "healthy", "training.warmup=0"),
+        run(script, "high", "training.warmup=0", "provoke=high_lr"),
+    )
     assert [step for step in healthy if healthy[step] != provoked[step]] == [2, 3, 4, 5, 6]
 
 
 @every_script
-def test_watching_changes_no_loss_and_leaves_readings(script: str, run: Train, tmp_path: Path) -> None:
+def test_watching_changes_no_loss_and_leaves_readings(
+    script: str, run: Train, tmp_path: Path
+) -> None:
     provoked = ("provoke=scale_qk", "scale_qk.start=3", "scale_qk.steps=1", "scale_qk.factor=20")
     watched = run(script, "watched", *provoked, WATCHED)
     assert watched == run(script, "unwatched", *provoked)
     readings = read_records(tmp_path / "watched").readings
     assert [reading.step for reading in readings] == [2, 4, 6]
-    before, after = (max(layer["max_logit"].max() for layer in reading.layers.values()) for reading in readings[:2])
+    before, after = (
+        max(layer["max_logit"].max() for layer in reading.layers.values())
+        for reading in readings[:2]
+    )
     assert after > 50 * before
 
 
 @every_script
-def test_a_wrong_preset_is_refused_before_anything_is_written(script: str, run: Train, tmp_path: Path) -> None:
+def test_a_wrong_preset_is_refused_before_anything_is_written(
+    script: str, run: Train, tmp_path: Path
+) -> None:
     with pytest.raises(SettingsError, match="stabmon: config 'obsreve' is neither a preset"):
         run(script, "wrong", "stabmon={config: obsreve}")
     assert not (tmp_path / "wrong").exists()
@@ -105,12 +132,29 @@ def test_nothing_to_resume_is_said(run: Train) -> None:
         run("plain_loop", "empty", "resume=true")
 
 
-def test_the_command_line_ends_with_the_losses_or_in_one_line_what_is_wrong(text: Path, tmp_path: Path) -> None:
-    words = "model.layers=1 model.width=16 corpus.block=32 training.steps=2 training.batch=2 stabmon=null"
+def test_the_command_line_ends_with_the_losses_or_in_one_line_what_is_wrong(
+    text: Path, tmp_path: Path
+) -> None:
+    words = (
+        "model.layers=1 model.width=16 corpus.block=32 training.steps=2 training.batch=2 "
+        "stabmon=null"
+    )
 
     def call(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "train/plain_loop.py", "configs/train_plain_loop.yaml", *words.split(), *more]
-        return subprocess.run([*command, f"run_dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True, check=False)
+        command = [
+            sys.executable,
+            "train/plain_loop.py",
+            "configs/train_plain_loop.yaml",
+            *words.split(),
+            *more,
+        ]
+        return subprocess.run(
+            [*command, f"run_dir={tmp_path / 'run'}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     done = call("--text", str(text))
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""Settings come from YAML and the command line; what is wrong is named with its place and its key."""
+"""Settings come from YAML and the command line; what is wrong is named with its place and its
+key.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ ROOT = Path(__file__).parents[2]
 def test_overrides_are_laid_over_the_file_however_deep() -> None:
     path = ROOT / "configs" / "train_plain_loop.yaml"
     plain = read_settings(Settings, path)
-    words = ["training.learning_rate=3e-4", "model.qk_norm=true", "scale_qk.layers=[1, 2]", "stabmon=null", "loggers=[wandb]"]
+    words = [
+        "training.learning_rate=3e-4",
+        "model.qk_norm=true",
+        "scale_qk.layers=[1, 2]",
+        "stabmon=null",
+        "loggers=[wandb]",
+    ]
     other = read_settings(Settings, path, words)
     assert (plain.training.learning_rate, other.training.learning_rate) == (1e-3, 3e-4)
     assert (plain.model.qk_norm, other.model.qk_norm) == (False, True)
@@ -37,11 +45,26 @@ def test_the_files_in_configs_are_read_and_spell_out_every_default(name: str) ->
     ("text", "message"),
     [
         ("run_dir: x\ntrainig: {}", "bad.yaml: unknown key trainig: did you mean 'training'?"),
-        ("run_dir: x\ntraining: {stepz: 3}", "bad.yaml: unknown key training.stepz: did you mean 'steps'?"),
-        ("run_dir: x\ntraining: {steps: many}", "bad.yaml: training.steps is 'many', but must be a whole number"),
-        ("run_dir: x\ntraining: {clip: yes}", "bad.yaml: training.clip is True, but must be a number"),
-        ("run_dir: x\nprovoke: low_lr", "bad.yaml: provoke is 'low_lr', but must be one of none, high_lr, scale_qk"),
-        ("run_dir: x\nscale_qk: {layers: [a]}", "bad.yaml: scale_qk.layers is 'a', but must be a whole number"),
+        (
+            "run_dir: x\ntraining: {stepz: 3}",
+            "bad.yaml: unknown key training.stepz: did you mean 'steps'?",
+        ),
+        (
+            "run_dir: x\ntraining: {steps: many}",
+            "bad.yaml: training.steps is 'many', but must be a whole number",
+        ),
+        (
+            "run_dir: x\ntraining: {clip: yes}",
+            "bad.yaml: training.clip is True, but must be a number",
+        ),
+        (
+            "run_dir: x\nprovoke: low_lr",
+            "bad.yaml: provoke is 'low_lr', but must be one of none, high_lr, scale_qk",
+        ),
+        (
+            "run_dir: x\nscale_qk: {layers: [a]}",
+            "bad.yaml: scale_qk.layers is 'a', but must be a whole number",
+        ),
         ("run_dir: x\ntraining: 3", "bad.yaml: training must hold keys and values, not 3"),
         ("seed: 1", "bad.yaml: run_dir is missing"),
         ("- a", "bad.yaml: the file must hold keys and values"),

@@ -42,7 +42,9 @@ def test_a_twin_shows_a_small_gap_that_the_curve_does_not() -> None:
 
 def test_a_gap_that_closes_again_is_no_departure() -> None:
     healthy = noisy(3)
-    gone = departure(by_step(healthy), by_step(healthy + np.where((STEPS > 100) & (STEPS < 200), 1.0, 0.0)))
+    gone = departure(
+        by_step(healthy), by_step(healthy + np.where((STEPS > 100) & (STEPS < 200), 1.0, 0.0))
+    )
     assert gone.step is None
     assert gone.final_gap == 0
 
@@ -62,5 +64,7 @@ def test_a_loss_that_is_no_number_is_infinitely_far_away() -> None:
 
 
 def test_runs_that_are_too_short_are_refused() -> None:
-    with pytest.raises(ValueError, match="the runs have 41 steps in common, but a comparison takes 42"):
+    with pytest.raises(
+        ValueError, match="the runs have 41 steps in common, but a comparison takes 42"
+    ):
         departure(by_step(noisy(0)), dict.fromkeys(range(1, 42), 1.0))

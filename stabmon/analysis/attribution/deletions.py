@@ -14,7 +14,9 @@ Delete = Callable[[Any, Tensor], Any]
 """``(batch, positions [B, k]) -> batch`` without the tokens at these positions."""
 
 
-def deletion_of(model: nn.Module, batch: Any, replacement: int | None, grid: Mapping[str, int] | None) -> tuple[Delete, str]:
+def deletion_of(
+    model: nn.Module, batch: Any, replacement: int | None, grid: Mapping[str, int] | None
+) -> tuple[Delete, str]:
     """Return how tokens are taken away from such a batch, and what to call it.
 
     Args:
@@ -30,15 +32,23 @@ def deletion_of(model: nn.Module, batch: Any, replacement: int | None, grid: Map
     if replacement is not None:
         ids = named.get("input_ids", batch)
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
-            raise ValueError("replacement is a token id, and the batch has no input_ids [B, S]: give delete=, a function")
-        return lambda given, places: _with_ids(given, places, replacement), f"replaced by token {replacement}"
+            raise ValueError(
+                "replacement is a token id, and the batch has no input_ids [B, S]: give delete=, "
+                "a function"
+            )
+        return lambda given, places: _with_ids(
+            given, places, replacement
+        ), f"replaced by token {replacement}"
     if grid is not None:
-        return lambda given, places: _without_patches(given, places, grid), "patches at the image's mean colour"
+        return lambda given, places: _without_patches(
+            given, places, grid
+        ), "patches at the image's mean colour"
     text = named.get("input_ids", named.get("inputs_embeds"))
     if isinstance(text, Tensor) and takes(model, "attention_mask"):
         return lambda given, places: _hidden(given, places), "hidden from attention"
     raise ValueError(
-        "it is not known how to take tokens away from this input: give replacement=, a token id, or delete=, a function"
+        "it is not known how to take tokens away from this input: give replacement=, a token id, "
+        "or delete=, a function"
     )
 
 
@@ -71,5 +81,7 @@ def _without_patches(batch: Any, places: Tensor, grid: Mapping[str, int]) -> Any
             if at < 0:
                 continue  # a special token has no pixels
             top, left = at // grid["cols"] * height, at % grid["cols"] * width
-            changed[index, :, top : top + height, left : left + width] = images[index].mean((1, 2))[:, None, None]
+            changed[index, :, top : top + height, left : left + width] = images[index].mean((1, 2))[
+                :, None, None
+            ]
     return {**batch, name: changed} if isinstance(batch, Mapping) else changed

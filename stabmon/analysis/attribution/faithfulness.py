@@ -1,4 +1,6 @@
-"""Check an attribution on the model itself: take away the tokens that it ranks first, against random ones."""
+"""Check an attribution on the model itself: take away the tokens that it ranks first, against
+random ones.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ from stabmon.analysis.rollout.result import Rollout
 class DeletionEffect:
     """Hold the drop of the model's own log-probability, in nats, when k tokens are deleted.
 
-    A drop is the log-probability with all tokens less that without k of them: positive where they mattered.
+    A drop is the log-probability with all tokens less that without k of them: positive where they
+    mattered.
 
     Attributes:
-        k: tokens taken away from each sample; a sample with fewer candidates loses those that it has.
+        k: tokens taken away from each sample; a sample with fewer candidates loses those that it
+            has.
         top_drop: mean over samples, the tokens of the largest attribution taken away.
         top_std: standard deviation over samples; NaN for one.
         random_drop: mean over draws and samples, random tokens taken away.
         random_std: standard deviation over draws of the mean over samples.
-        better_than_random: share of (sample, draw) pairs in which the top tokens' drop is the larger one, ties half.
+        better_than_random: share of (sample, draw) pairs in which the top tokens' drop is the
+            larger one, ties half.
         samples, draws: how many of each.
     """
 
@@ -73,20 +78,21 @@ def deletion_check(
 ) -> Faithfulness:
     """Compare the loss of the attribution's top k tokens with that of k random ones.
 
-    The model predicts with all tokens; then its log-probability of that same class or token is taken without some. Candidates are the
-    tokens that are no padding and not the target itself.
+    The model predicts with all tokens; then its log-probability of that same class or token is
+    taken without some. Candidates are the tokens that are no padding and not the target itself.
 
     Args:
         model: a model that gives logits ``[B, classes]`` or ``[B, N, tokens]``.
         batch: its input.
-        attribution: a rollout of that batch, of which the targets' last row counts; of a rollout without targets, the last token's,
-            or the first one's where attention is bidirectional and the output is one row a sample. Or scores ``[B, S]``.
+        attribution: a rollout of that batch, of which the targets' last row counts; of a rollout
+            without targets, the last token's, or the first one's where attention is bidirectional
+            and the output is one row a sample. Or scores ``[B, S]``.
         k: how many tokens are taken away.
-        replacement: a token id to put in their place. None hides them: text by the attention mask, image patches by their
-            image's mean colour.
+        replacement: a token id to put in their place. None hides them: text by the attention mask,
+            image patches by their image's mean colour.
         delete: takes tokens away in some other way.
-        targets: the position whose prediction counts, one for all or one a sample; None for the rollout's last target, or the last
-            token. Unused where the output is one row a sample.
+        targets: the position whose prediction counts, one for all or one a sample; None for the
+            rollout's last target, or the last token. Unused where the output is one row a sample.
         draws: random choices.
         seed: of their own generator.
 
@@ -127,7 +133,9 @@ def deletion_check(
     effects = []
     for size in sizes:
         top = drop(_first(scores.cpu().double(), candidates.cpu(), size))
-        noise = [torch.rand(scores.shape, generator=generator, dtype=torch.float64) for _ in range(draws)]
+        noise = [
+            torch.rand(scores.shape, generator=generator, dtype=torch.float64) for _ in range(draws)
+        ]
         random = torch.stack([drop(_first(each, candidates.cpu(), size)) for each in noise])
         better = (top > random).double() + 0.5 * (top == random)
         effects.append(
@@ -153,20 +161,32 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
 
 def _log_p(logits: Tensor, place: Tensor) -> Tensor:
     """``[B, classes]`` log-probabilities at a position of each sample."""
-    rows = logits if logits.ndim == 2 else rows_of(logits, Positions(place[:, None], "target"), None)[:, 0]
+    rows = (
+        logits
+        if logits.ndim == 2
+        else rows_of(logits, Positions(place[:, None], "target"), None)[:, 0]
+    )
     return rows.float().log_softmax(-1)
 
 
-def _scores(attribution: Rollout | Tensor, logits: Tensor, targets: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores ``[B, S]``, the tokens that may be taken away ``[B, S]``, and the position that predicts ``[B]``."""
+def _scores(
+    attribution: Rollout | Tensor, logits: Tensor, targets: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores ``[B, S]``, the tokens that may be taken away ``[B, S]``, and the position that
+    predicts ``[B]``.
+    """
     if isinstance(attribution, Tensor):
         if attribution.ndim != 2 or len(attribution) != len(logits):
-            raise ValueError(f"attribution of shape {list(attribution.shape)}: give [B, S] with B={len(logits)}")
+            raise ValueError(
+                f"attribution of shape {list(attribution.shape)}: give [B, S] with B={len(logits)}"
+            )
         valid = torch.ones(attribution.shape, dtype=torch.bool, device=attribution.device)
         place = _place(targets if targets is not None else -1, valid)
         return attribution, _without(valid, place), place
     if attribution.sources is not None:
-        raise ValueError("the rollout is of some sources only: give one of all tokens, or of targets")
+        raise ValueError(
+            "the rollout is of some sources only: give one of all tokens, or of targets"
+        )
     valid, matrix = attribution.valid, attribution.matrix
     if attribution.targets is not None:
         row, scores = attribution.targets[:, -1], matrix[:, -1]
@@ -181,12 +201,17 @@ def _scores(attribution: Rollout | Tensor, logits: Tensor, targets: Any) -> tupl
     if attribution.stack != "joined":
         candidates = _without(candidates, row)
     if attribution.image_grid is not None:  # special tokens have no pixels to take away
-        candidates = candidates.index_fill(1, torch.arange(attribution.image_grid["leading"], device=candidates.device), False)
+        candidates = candidates.index_fill(
+            1, torch.arange(attribution.image_grid["leading"], device=candidates.device), False
+        )
     return scores, candidates, place
 
 
 def _place(targets: Any, valid: Tensor) -> Tensor:
-    wanted = Positions(torch.as_tensor(targets).reshape(-1, 1) if torch.as_tensor(targets).ndim else targets, "target")
+    wanted = Positions(
+        torch.as_tensor(targets).reshape(-1, 1) if torch.as_tensor(targets).ndim else targets,
+        "target",
+    )
     wanted.check(len(valid))
     return torch.stack([wanted.of(index, row)[0] for index, row in enumerate(valid)])
 
@@ -196,8 +221,14 @@ def _without(valid: Tensor, place: Tensor) -> Tensor:
 
 
 def _first(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """Positions ``[B, k]`` of the largest scores among the candidates; a sample with fewer repeats its last."""
-    ranked = scores.masked_fill(~candidates, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    """Positions ``[B, k]`` of the largest scores among the candidates; a sample with fewer repeats
+    its last.
+    """
+    ranked = (
+        scores.masked_fill(~candidates, -torch.inf)
+        .sort(dim=1, descending=True, stable=True)
+        .indices[:, :k]
+    )
     allowed = candidates.sum(1).clamp(min=1)
     index = torch.arange(ranked.shape[1]).expand_as(ranked).minimum(allowed[:, None] - 1)
     chosen: Tensor = ranked.gather(1, index)

@@ -22,8 +22,9 @@ class GenerationAttribution:
     Attributes:
         tokens: ``[B, S]`` ids, prompt and generated; of an encoder–decoder the decoder's.
         prompt_length: how many of them were given.
-        rollout: ``matrix [B, n, S]`` for n generated tokens, or over the encoder's tokens where stacks are joined. The target of a
-            generated token is the position before it, whose output predicts it.
+        rollout: ``matrix [B, n, S]`` for n generated tokens, or over the encoder's tokens where
+            stacks are joined. The target of a generated token is the position before it, whose
+            output predicts it.
         generated: ``[B, n]`` bool; False after a sample has ended, where rows are NaN.
     """
 
@@ -45,18 +46,21 @@ def generation_attribution(
 ) -> GenerationAttribution:
     """Generate tokens and attribute each to what came before it, one row a token.
 
-    Under a causal mask the maps of a forward over prompt and continuation are those of every step, so that one forward serves all
+    Under a causal mask the maps of a forward over prompt and continuation are those of every step,
+    so that one forward serves all
     steps: memory is linear in the length, n rows of it. Nothing of S x n x layers x heads is kept.
 
     Args:
         model: a transformers model with ``generate``.
         batch: the prompt, with ``input_ids`` and, where there is padding, ``attention_mask``.
         max_new_tokens: how many at most.
-        residual, start_layer, head_fusion: see :func:`stabmon.analysis.rollout.api.attention_rollout`.
+        residual, start_layer, head_fusion: see
+            :func:`stabmon.analysis.rollout.api.attention_rollout`.
         generate: more for ``generate``; greedy without.
 
     Returns:
-        Tokens and their rows; an encoder–decoder's rows are over the encoder's tokens (``stack="joined"``).
+        Tokens and their rows; an encoder–decoder's rows are over the encoder's tokens
+        (``stack="joined"``).
 
     Raises:
         ValueError: if the model cannot generate, or the batch has no ``input_ids``.
@@ -70,29 +74,51 @@ def generation_attribution(
     """
     generator: Any = getattr(model, "generate", None)
     if not isinstance(model, nn.Module) or not callable(generator):
-        raise ValueError(f"{type(model).__name__} has no generate: give a transformers model that generates")
+        raise ValueError(
+            f"{type(model).__name__} has no generate: give a transformers model that generates"
+        )
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise ValueError("the batch has no input_ids: give a mapping with the prompt")
     with undisturbed(model), torch.no_grad():
-        tokens = generator(**batch, max_new_tokens=max_new_tokens, **{"do_sample": False, **generate})
+        tokens = generator(
+            **batch, max_new_tokens=max_new_tokens, **{"do_sample": False, **generate}
+        )
     is_joined = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     start = 1 if is_joined else batch["input_ids"].shape[1]
     count = tokens.shape[1] - start
     if count < 1:
-        raise ValueError("nothing was generated: give max_new_tokens of at least 1, or another prompt")
+        raise ValueError(
+            "nothing was generated: give max_new_tokens of at least 1, or another prompt"
+        )
     generated = _before_end(tokens[:, start:], model)
     places = torch.arange(start - 1, tokens.shape[1] - 1, device=tokens.device)
-    last = generated.sum(1, keepdim=True) + start - 2  # a sample that ended repeats its last row, struck out below
+    last = (
+        generated.sum(1, keepdim=True) + start - 2
+    )  # a sample that ended repeats its last row, struck out below
     targets = places[None].minimum(last)
-    options: dict[str, Any] = {"residual": residual, "start_layer": start_layer, "head_fusion": head_fusion}
+    options: dict[str, Any] = {
+        "residual": residual,
+        "start_layer": start_layer,
+        "head_fusion": head_fusion,
+    }
     if is_joined:
-        rollout = attention_rollout(model, {**batch, "decoder_input_ids": tokens}, targets=targets, stack="joined", **options)
+        rollout = attention_rollout(
+            model,
+            {**batch, "decoder_input_ids": tokens},
+            targets=targets,
+            stack="joined",
+            **options,
+        )
     else:
-        rollout = attention_rollout(model, _continued(model, batch, tokens, generated), targets=targets, **options)
+        rollout = attention_rollout(
+            model, _continued(model, batch, tokens, generated), targets=targets, **options
+        )
     blank = ~generated
     matrix = rollout.matrix.masked_fill(blank[..., None], torch.nan)
     share = rollout.first_token_share.masked_fill(blank, torch.nan)
-    return GenerationAttribution(tokens, start, replace(rollout, matrix=matrix, first_token_share=share), generated)
+    return GenerationAttribution(
+        tokens, start, replace(rollout, matrix=matrix, first_token_share=share), generated
+    )
 
 
 def _before_end(new: Tensor, model: Any) -> Tensor:
@@ -106,7 +132,9 @@ def _before_end(new: Tensor, model: Any) -> Tensor:
     return is_end.cumsum(1) - is_end.long() == 0
 
 
-def _continued(model: nn.Module, batch: Mapping[str, Any], tokens: Tensor, generated: Tensor) -> dict[str, Any]:
+def _continued(
+    model: nn.Module, batch: Mapping[str, Any], tokens: Tensor, generated: Tensor
+) -> dict[str, Any]:
     """The batch with its continuation, at the positions that ``generate`` gave it."""
     prompt = batch.get("attention_mask")
     if prompt is None:

@@ -1,4 +1,6 @@
-"""Sum up one layer's attention and the rollout of all layers in eight numbers, for a batch or over a loader."""
+"""Sum up one layer's attention and the rollout of all layers in eight numbers, for a batch or over
+a loader.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,15 @@ def compute_attention_attribution(
         stack, residual, chunk_size: see :func:`stabmon.analysis.rollout.api.attention_rollout`.
 
     Returns:
-        mean_attention: mean over heads, rows and all S keys. As a row sums to 1 it is 1/S whatever the model does (less only beside
+        mean_attention: mean over heads, rows and all S keys. As a row sums to 1 it is 1/S whatever
+            the model does (less only beside
         a learned sink); kept for comparison with earlier tools, and uninformative.
         max_attention: the largest weight.
         attention_entropy: mean over heads and rows of -sum a ln a, in nats, from 0 to ln S.
-        attention_concentration: mean over heads and rows of the row's largest weight, from 1/S to 1.
-        rollout_max: the largest entry of the rollout; 1 under a causal mask, whose first token owes to itself alone.
+        attention_concentration: mean over heads and rows of the row's largest weight, from 1/S to
+            1.
+        rollout_max: the largest entry of the rollout; 1 under a causal mask, whose first token owes
+            to itself alone.
         rollout_entropy: mean over rows of the rollout of -sum r ln r, in nats.
         batch_size, seq_length: samples, and tokens of the stack.
         Numbers are NaN where the model is NaN; nothing is clamped.
@@ -90,7 +95,10 @@ def attribution_of(
     """
     names = layers_of(model, batch, settings)
     if not -len(names) <= layer_idx < len(names):
-        raise ValueError(f"layer_idx {layer_idx!r}: there are {len(names)} layers, 0 to {len(names) - 1}: {', '.join(names)}")
+        raise ValueError(
+            f"layer_idx {layer_idx!r}: there are {len(names)} layers, 0 to {len(names) - 1}: "
+            f"{', '.join(names)}"
+        )
     found: dict[int, RowSums] = {}
 
     def look(layer: str, sample: int, valid: Tensor) -> Look | None:
@@ -101,12 +109,20 @@ def attribution_of(
 
     rollout = roll_model(model, batch, settings, chunk_size=chunk_size, look=look)
     rows = rollout.matrix[rollout.valid]
-    result: dict[str, float | int] = dict(zip(MEASURED, (*merged(found.values()), *of_rollout(rows)), strict=True))
-    return {**result, "batch_size": len(rollout.matrix), "seq_length": rollout.matrix.shape[1]}, rollout
+    result: dict[str, float | int] = dict(
+        zip(MEASURED, (*merged(found.values()), *of_rollout(rows)), strict=True)
+    )
+    return {
+        **result,
+        "batch_size": len(rollout.matrix),
+        "seq_length": rollout.matrix.shape[1],
+    }, rollout
 
 
 def layers_of(model: nn.Module, batch: Any, settings: Settings) -> list[str]:
-    """Return the layers of the stack that is rolled out, by a forward of the first sample; of all where that cannot be had."""
+    """Return the layers of the stack that is rolled out, by a forward of the first sample; of all
+    where that cannot be had.
+    """
     try:
         first = part_of(batch, 0, 1, sample_dimension(model))
         seen = seen_calls(model, first, settings)
@@ -117,7 +133,9 @@ def layers_of(model: nn.Module, batch: Any, settings: Settings) -> list[str]:
     if settings.stack is None:
         return [call.layer for call in own if call.prefix == own[-1].prefix]
     chosen = choose(seen, settings.stack)
-    return [layer for each in stacks for layer in each.layers] if chosen is None else chosen[0].layers
+    return (
+        [layer for each in stacks for layer in each.layers] if chosen is None else chosen[0].layers
+    )
 
 
 @dataclass
@@ -154,14 +172,18 @@ class RowSums:
         """Bring the sums to the host, once a sample."""
         if self.parts:
             stacked = torch.stack(self.parts)
-            self.total, self.entropy, self.largest = (float(value) for value in stacked[:, :3].sum(0))
+            self.total, self.entropy, self.largest = (
+                float(value) for value in stacked[:, :3].sum(0)
+            )
             self.peak = float(stacked[:, 3].amax())
             self.parts = []
         return self
 
 
 def merged(sums: Iterable[RowSums]) -> tuple[float, float, float, float]:
-    """Return mean weight, largest weight, mean entropy and mean of the largest weights over samples."""
+    """Return mean weight, largest weight, mean entropy and mean of the largest weights over
+    samples.
+    """
     closed = [each.close() for each in sums]
     rows = sum(each.rows for each in closed)
     if rows == 0:
@@ -170,10 +192,16 @@ def merged(sums: Iterable[RowSums]) -> tuple[float, float, float, float]:
     peaks = [each.peak for each in closed if each.rows]
     peak = math.nan if any(math.isnan(each) for each in peaks) else max(peaks)
     return (
-        math.fsum(each.total for each in closed) / entries if _finite(closed, "total") else math.nan,
+        math.fsum(each.total for each in closed) / entries
+        if _finite(closed, "total")
+        else math.nan,
         peak,
-        math.fsum(each.entropy for each in closed) / rows if _finite(closed, "entropy") else math.nan,
-        math.fsum(each.largest for each in closed) / rows if _finite(closed, "largest") else math.nan,
+        math.fsum(each.entropy for each in closed) / rows
+        if _finite(closed, "entropy")
+        else math.nan,
+        math.fsum(each.largest for each in closed) / rows
+        if _finite(closed, "largest")
+        else math.nan,
     )
 
 
@@ -182,7 +210,9 @@ def _finite(sums: Iterable[RowSums], name: str) -> bool:
 
 
 def of_rollout(rows: Tensor) -> tuple[float, float]:
-    """Return the largest entry and the mean entropy of rows ``[n, S]`` of a rollout; NaN without rows."""
+    """Return the largest entry and the mean entropy of rows ``[n, S]`` of a rollout; NaN without
+    rows.
+    """
     if not len(rows):
         return math.nan, math.nan
     entropies = [torch.special.entr(part).sum(-1) for part in rows.split(1024)]
@@ -220,7 +250,8 @@ def aggregate_attribution(
 
     Args:
         model: any model whose attention is seen.
-        loader: gives batches; labels beside the input are for the loader's maker to leave out, unless the model takes them.
+        loader: gives batches; labels beside the input are for the loader's maker to leave out,
+            unless the model takes them.
         layer_idx, attention_layer_pattern, stack: see :func:`compute_attention_attribution`.
         max_batches: stop after so many; None for all.
 
@@ -240,7 +271,11 @@ def aggregate_attribution(
     for index, batch in enumerate(loader):
         if max_batches is not None and index >= max_batches:
             break
-        found.append(compute_attention_attribution(model, batch, layer_idx, attention_layer_pattern, stack=stack))
+        found.append(
+            compute_attention_attribution(
+                model, batch, layer_idx, attention_layer_pattern, stack=stack
+            )
+        )
     if not found:
         raise ValueError("the loader gave no batch: nothing to aggregate")
     weights = np.array([each["batch_size"] for each in found], dtype=np.float64)
@@ -249,5 +284,8 @@ def aggregate_attribution(
         values = np.array([each[key] for each in found], dtype=np.float64)
         mean[key] = float(np.average(values, weights=weights))
         std[key] = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-        quantiles[key] = {q: float(value) for q, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
+        quantiles[key] = {
+            q: float(value)
+            for q, value in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)
+        }
     return AttributionSummary(int(weights.sum()), tuple(found), mean, std, quantiles)

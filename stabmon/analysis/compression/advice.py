@@ -187,8 +187,10 @@ def _tried(trial: _Trial, policy: str, keep: int, tolerance: float) -> Recommend
         "keep_recent": f"keep the {keep} newest keys",
         "keep_recent_and_sinks": f"keep the first {SINKS} and the {keep - SINKS} newest keys",
         "top_k": f"read the {keep} keys with the largest weights of each query",
-        "diverse": f"keep the {keep - keep // 2} newest keys and the {keep // 2} older ones least like their mean",
-        "grouping": f"keep the {keep // 2} newest keys and merge older neighbours by {options.get('group_size', 0)}",
+        "diverse": f"keep the {keep - keep // 2} newest keys and the {keep // 2} older ones least "
+        "like their mean",
+        "grouping": f"keep the {keep // 2} newest keys and merge older neighbours by "
+        f"{options.get('group_size', 0)}",
     }[policy]
     measured = (
         f"{cost.rise:+.4f} ± {cost.error:.4f} nats a token over {cost.n} tokens of "
@@ -240,7 +242,9 @@ class _Trial:
         _Refusal: where it cannot.
     """
 
-    def __init__(self, model: nn.Module, batch: Any, loss_fn: LossFunction | None, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, batch: Any, loss_fn: LossFunction | None, seed: int
+    ) -> None:
         self.model, self.batch, self.seed = model, batch, seed
         ids, decoder = token_ids(model, batch)
         if ids is None and loss_fn is None:
@@ -274,7 +278,10 @@ class _Trial:
         if losses.dim() == 2:
             touched &= (self._seen > keep)[:, : losses.shape[1]]
         rise = (losses - full).double()
-        by_sample = [float(r[t].mean()) if bool(t.any()) else math.nan for r, t in zip(rise, touched, strict=True)]
+        by_sample = [
+            float(r[t].mean()) if bool(t.any()) else math.nan
+            for r, t in zip(rise, touched, strict=True)
+        ]
         n = int(touched.sum())
         if n == 0:
             return _Cost(math.nan, math.nan, math.nan, by_sample, 0)

@@ -145,7 +145,9 @@ def _largest(values: Tensor, count: int) -> Tensor:
     """Return which ``count`` entries of each row are largest, exactly so many; bool."""
     count = min(count, values.shape[-1])
     place = values.topk(count, dim=-1, sorted=False).indices
-    return torch.zeros(values.shape, dtype=torch.bool, device=values.device).scatter(-1, place, True)
+    return torch.zeros(values.shape, dtype=torch.bool, device=values.device).scatter(
+        -1, place, True
+    )
 
 
 @dataclass
@@ -193,7 +195,9 @@ class GroupedKeys(KeyChoice):
         """
         missing = -x.shape[2] % self.size
         total = functional.pad(x * seen[..., None], (0, 0, 0, missing))
-        mean: Tensor = total.unflatten(2, (-1, self.size)).sum(3) / self.counts(seen).clamp(min=1)[..., None]
+        mean: Tensor = (
+            total.unflatten(2, (-1, self.size)).sum(3) / self.counts(seen).clamp(min=1)[..., None]
+        )
         return mean
 
     def counts(self, seen: Tensor) -> Tensor:

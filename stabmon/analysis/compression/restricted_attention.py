@@ -10,7 +10,9 @@ from stabmon.analysis.patterns.context_rows import visible_keys
 from stabmon.operator import AttentionOperator
 
 
-def restricted_attention(attention: AttentionOperator, value: Tensor, choice: KeyChoice, *, elements: int = 1 << 20) -> Tensor:
+def restricted_attention(
+    attention: AttentionOperator, value: Tensor, choice: KeyChoice, *, elements: int = 1 << 20
+) -> Tensor:
     """Compute the output of attention in which each query sees only the keys that it keeps.
 
     The softmax runs over the kept keys alone (and a learned sink); soft cap, bias, mask and window
@@ -73,7 +75,9 @@ class _Merged:
         self._value = choice.merged(value, seen)
         self._bonus = choice.counts(seen).to(value.dtype).log()
 
-    def join(self, rows: slice, visible: Tensor, logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def join(
+        self, rows: slice, visible: Tensor, logits: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Append the groups that the rows see to their keys."""
         a = self._attention
         groups = self._choice.grouped(visible)
@@ -88,7 +92,9 @@ class _Merged:
             flat = flat.expand(a.batch, a.heads, *visible.shape[-2:])
             hits = visible.expand_as(flat)
             parts = [
-                torch.nn.functional.pad(x, (0, -x.shape[-1] % self._choice.size)).unflatten(-1, (-1, self._choice.size)).sum(-1)
+                torch.nn.functional.pad(x, (0, -x.shape[-1] % self._choice.size))
+                .unflatten(-1, (-1, self._choice.size))
+                .sum(-1)
                 for x in (flat, hits.to(flat.dtype))
             ]
             scores = scores + parts[0] / parts[1].clamp(min=1)

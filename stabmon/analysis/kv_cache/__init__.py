@@ -1,4 +1,6 @@
-"""What a KV cache loses: eviction policies, CAKE's budgets, and real generation with a compressed cache on stock models."""
+"""What a KV cache loses: eviction policies, CAKE's budgets, and real generation with a compressed
+cache on stock models.
+"""
 
 from __future__ import annotations
 

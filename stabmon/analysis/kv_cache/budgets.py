@@ -1,7 +1,8 @@
 """Share one cache among layers: how many keys before the window each layer may keep.
 
-Two rules take the same claims P and give whole numbers. ``filled`` uses every key there is, in proportion to P. ``published`` is
-what CAKE's own code does; it leaves keys unused where capped layers hand on more than their neighbours can take.
+Two rules take the same claims P and give whole numbers. ``filled`` uses every key there is, in
+proportion to P. ``published`` is what CAKE's own code does; it leaves keys unused where capped
+layers hand on more than their neighbours can take.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ Rule = Callable[[ArrayLike, int, int], NDArray[np.int64]]
 
 
 def filled(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
-    """Share ``total`` keys in proportion to the claims, and what capped layers leave among the rest, likewise.
+    """Share ``total`` keys in proportion to the claims, and what capped layers leave among the
+    rest, likewise.
 
-    The budget of layer l is ``clip(c P_l, 1, cap)`` for the one c at which the sum is right, rounded down; the keys that rounding
-    leaves go to the largest remainders. The sum is ``min(total, L cap)``, always. No layer gets 0 where there is a key for each;
-    where there is not, the largest claims get one.
-    Budgets rise with P, up to the one key of rounding.
+    The budget of layer l is ``clip(c P_l, 1, cap)`` for the one c at which the sum is right,
+    rounded down; the keys that rounding leaves go to the largest remainders. The sum is
+    ``min(total, L cap)``, always. No layer gets 0 where there is a key for each; where there is
+    not, the largest claims get one. Budgets rise with P, up to the one key of rounding.
 
     Args:
         claims: ``[L]`` the layers' preferences, 0 or above; all 0 shares alike.
@@ -56,8 +58,12 @@ def filled(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
     return budgets
 
 
-def _clipped(share: NDArray[np.float64], total: int, least: float, cap: float) -> NDArray[np.float64]:
-    """``clip(c share, least, cap)`` with the c at which the sum is ``total``, found where the sum bends."""
+def _clipped(
+    share: NDArray[np.float64], total: int, least: float, cap: float
+) -> NDArray[np.float64]:
+    """``clip(c share, least, cap)`` with the c at which the sum is ``total``, found where the sum
+    bends.
+    """
 
     def amounts(factor: float) -> NDArray[np.float64]:
         return np.clip(factor * share, least, cap)
@@ -79,12 +85,14 @@ def _clipped(share: NDArray[np.float64], total: int, least: float, cap: float) -
 def published(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
     """Share ``total`` keys as the code published with CAKE does.
 
-    Each share P / sum(P) total is cut to a whole number and to the cap. What the caps cut off goes in *equal* parts to the layers
-    that are below the cap, the rest of that division to the first of them; once. What is then missing from the total goes the
-    same way, once. Budgets are cut to the cap again, and keys lost by that stay unused: the sum is at most ``total``.
+    Each share P / sum(P) total is cut to a whole number and to the cap. What the caps cut off goes
+    in *equal* parts to the layers that are below the cap, the rest of that division to the first of
+    them; once. What is then missing from the total goes the same way, once. Budgets are cut to the
+    cap again, and keys lost by that stay unused: the sum is at most ``total``.
 
     Args:
-        claims: ``[L]`` the layers' preferences, 0 or above; all 0 shares alike (there the published code fails).
+        claims: ``[L]`` the layers' preferences, 0 or above; all 0 shares alike (there the published
+            code fails).
         total: keys to share, 0 or above.
         cap: the most that a layer can use, 0 or above.
 
@@ -110,7 +118,9 @@ def published(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
 
 
 def _deal(budgets: NDArray[np.int64], keys: int, cap: int) -> None:
-    """Hand ``keys`` out in equal parts to the layers below the cap, even beyond it; the remainder to the first."""
+    """Hand ``keys`` out in equal parts to the layers below the cap, even beyond it; the remainder
+    to the first.
+    """
     open_layers = np.flatnonzero(budgets < cap)
     if keys > 0 and len(open_layers):
         each, over = divmod(keys, len(open_layers))
@@ -121,7 +131,9 @@ def _deal(budgets: NDArray[np.int64], keys: int, cap: int) -> None:
 def _checked(claims: ArrayLike) -> NDArray[np.float64]:
     share = np.asarray(claims, np.float64)
     if share.ndim != 1 or not len(share) or not np.isfinite(share).all() or (share < 0).any():
-        raise ValueError(f"preferences {share.tolist()}: give one finite number of 0 or above for each layer")
+        raise ValueError(
+            f"preferences {share.tolist()}: give one finite number of 0 or above for each layer"
+        )
     return share
 
 
@@ -147,7 +159,8 @@ def tokens_of(cache_size: int | float, lengths: Sequence[int]) -> list[int]:
     """Return the keys that each sample may keep in each layer and head.
 
     Args:
-        cache_size: a number of tokens, or a share in (0, 1] of each sample's own prompt, rounded to the nearest, at least 1.
+        cache_size: a number of tokens, or a share in (0, 1] of each sample's own prompt, rounded to
+            the nearest, at least 1.
         lengths: tokens of each sample's prompt.
 
     Returns:
@@ -165,4 +178,7 @@ def tokens_of(cache_size: int | float, lengths: Sequence[int]) -> list[int]:
         return [int(cache_size)] * len(lengths)
     if isinstance(cache_size, float | np.floating) and 0 < cache_size <= 1:
         return [max(1, math.floor(cache_size * n + 0.5)) for n in lengths]
-    raise ValueError(f"cache_size {cache_size!r}: give tokens as an int of 1 or more, or a share as a float in (0, 1]")
+    raise ValueError(
+        f"cache_size {cache_size!r}: give tokens as an int of 1 or more, or a share as a float in "
+        "(0, 1]"
+    )

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 
 
 def check_number(
-    name: str, value: float, *, above: float | None = None, least: float | None = None, most: float = math.inf
+    name: str,
+    value: float,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float = math.inf,
 ) -> None:
     """Refuse a number outside its range.
 
@@ -19,7 +24,9 @@ def check_number(
         Traceback (most recent call last):
         ValueError: tau1 -1.0: give a finite number above 0
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    )
     low = is_number and (above is None or value > above) and (least is None or value >= least)
     if not low or value > most:
         bounds = f"above {above:g}" if above is not None else f"of {least:g} or above"
@@ -71,11 +78,13 @@ def check_sizes(sizes: Sequence[int], lengths: Sequence[int], window: int) -> No
     Example:
         >>> check_sizes([8], [100], 32)
         Traceback (most recent call last):
-        ValueError: cache_size of 8 tokens (sample 0) leaves no room beside window_size 32: give more than 32, or a smaller window
+        ValueError: cache_size of 8 tokens (sample 0) leaves no room beside window_size 32: give
+            more than 32, or a smaller window
     """
     for sample, (size, length) in enumerate(zip(sizes, lengths, strict=True)):
         if length > size <= window:
             raise ValueError(
-                f"cache_size of {size} tokens (sample {sample}) leaves no room beside window_size {window}: "
+                f"cache_size of {size} tokens (sample {sample}) leaves no room beside window_size "
+                f"{window}: "
                 f"give more than {window}, or a smaller window"
             )

@@ -38,31 +38,33 @@ def compressed_generate(
 ) -> CompressedGeneration:
     """Generate with a cache that keeps a part of the prompt's keys.
 
-    The model's own ``generate`` runs, with a cache of transformers' own class; no file or class of the model is touched, and model
-    and library are afterwards as they were. Layers with a sliding window or a recurrent state keep what they hold; they are named
-    in ``.cache.left_out``.
+    The model's own ``generate`` runs, with a cache of transformers' own class; no file or class of
+    the model is touched, and model and library are afterwards as they were. Layers with a sliding
+    window or a recurrent state keep what they hold; they are named in ``.cache.left_out``.
 
     Args:
         model: a causal language model of transformers, with sdpa, eager or flex attention.
         input_ids: ``[B, S]``; shorter prompts are padded on the left.
-        policy: ``cake``, ``snapkv``, ``h2o``, ``recency``, ``random``, ``pyramid``, ``ada_snapkv``, ``full``, or a
-            :class:`~stabmon.analysis.kv_cache.policy.Policy`.
-        cache_size: keys that each key head keeps, on average over layers, the window included: tokens (int), or a share of each
-            sample's prompt (float in (0, 1]). Samples no longer than this keep all.
+        policy: ``cake``, ``snapkv``, ``h2o``, ``recency``, ``random``, ``pyramid``, ``ada_snapkv``,
+            ``full``, or a :class:`~stabmon.analysis.kv_cache.policy.Policy`.
+        cache_size: keys that each key head keeps, on average over layers, the window included:
+            tokens (int), or a share of each sample's prompt (float in (0, 1]). Samples no longer
+            than this keep all.
         window_size: newest keys that always stay, and whose queries judge the others; 2 or more.
         attention_mask: ``[B, S]``, 0 at padding.
         max_new_tokens: tokens to generate at most.
-        cascade: shrink layers while the prompt goes through the model, so that the peak of the cache is one full layer above its
-            final size; else after the last layer.
-        decode_eviction: evict while decoding too, so that the cache stays within its size; None for what the policy does as
-            published (SnapKV and its kin let it grow).
+        cascade: shrink layers while the prompt goes through the model, so that the peak of the
+            cache is one full layer above its final size; else after the last layer.
+        decode_eviction: evict while decoding too, so that the cache stays within its size; None for
+            what the policy does as published (SnapKV and its kin let it grow).
         options: anything else that ``generate`` takes.
 
     Returns:
         The sequences, and the cache with its evictions.
 
     Raises:
-        ValueError: for encoders and encoder–decoders, padding on the right, a prompt in chunks, or values out of range.
+        ValueError: for encoders and encoder–decoders, padding on the right, a prompt in chunks, or
+            values out of range.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -75,7 +77,10 @@ def compressed_generate(
     """
     check_prompt(input_ids, attention_mask)
     if options.get("prefill_chunk_size"):
-        raise ValueError("prefill_chunk_size: keys are chosen once the whole prompt has gone through, leave it out")
+        raise ValueError(
+            "prefill_chunk_size: keys are chosen once the whole prompt has gone through, leave it "
+            "out"
+        )
     cache = CompressedCache(
         model,
         policy=policy,
@@ -88,7 +93,9 @@ def compressed_generate(
         options["attention_mask"] = attention_mask
     generate: Any = getattr(model, "generate")  # noqa: B009  (a model of transformers, checked above)
     with cache.attached(), torch.no_grad():
-        made = generate(input_ids, past_key_values=cache.key_values, max_new_tokens=max_new_tokens, **options)
+        made = generate(
+            input_ids, past_key_values=cache.key_values, max_new_tokens=max_new_tokens, **options
+        )
     sequences = made if isinstance(made, Tensor) else made.sequences
     return CompressedGeneration(sequences, sequences[:, input_ids.shape[1] :], cache)
 
@@ -102,18 +109,23 @@ def check_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     Example:
         >>> check_prompt(torch.ones(1, 3), torch.tensor([[1, 1, 0]]))
         Traceback (most recent call last):
-        ValueError: sample 0 of attention_mask ends in padding: pad on the left (tokenizer.padding_side = 'left')
+        ValueError: sample 0 of attention_mask ends in padding: pad on the left
+            (tokenizer.padding_side = 'left')
     """
     if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids of shape {tuple(input_ids.shape)}: give [B, S] with at least one token")
+        raise ValueError(
+            f"input_ids of shape {tuple(input_ids.shape)}: give [B, S] with at least one token"
+        )
     if attention_mask is None:
         return
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} for input_ids {tuple(input_ids.shape)}: give one of the same shape"
+            f"attention_mask of shape {tuple(attention_mask.shape)} for input_ids "
+            f"{tuple(input_ids.shape)}: give one of the same shape"
         )
     padded = (attention_mask[:, -1] == 0).nonzero()
     if len(padded):
         raise ValueError(
-            f"sample {int(padded[0])} of attention_mask ends in padding: pad on the left (tokenizer.padding_side = 'left')"
+            f"sample {int(padded[0])} of attention_mask ends in padding: pad on the left "
+            "(tokenizer.padding_side = 'left')"
         )

@@ -20,7 +20,9 @@ from stabmon.analysis.kv_cache.prefill import Prefill
 
 @dataclass(frozen=True, eq=False)
 class PerplexityTable:
-    """Mean negative log-probability of each continuation, by policy, cache size and prompt, in nats a token."""
+    """Mean negative log-probability of each continuation, by policy, cache size and prompt, in nats
+    a token.
+    """
 
     policies: tuple[str, ...]
     sizes: tuple[int | float, ...]
@@ -33,7 +35,9 @@ class PerplexityTable:
     continuation: int
     """Tokens that are scored after each prompt."""
     kept: NDArray[np.float64]
-    """``[policies, sizes]`` share of the context's keys that were kept, over layers, heads and prompts."""
+    """``[policies, sizes]`` share of the context's keys that were kept, over layers, heads and
+    prompts.
+    """
 
     @property
     def perplexity(self) -> NDArray[np.float64]:
@@ -49,9 +53,11 @@ class PerplexityTable:
     def entries(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Return values and arrays for a record.
 
-        Values: ``perplexity_policies``, ``perplexity_sizes``, ``perplexity_context``, ``perplexity_continuation``. Arrays:
-        ``perplexity_nats`` ``[policies, sizes, prompts]``, ``perplexity_full_nats`` ``[prompts]``, ``perplexity_kept``
-        ``[policies, sizes]``; a figure draws ``exp`` of their means over prompts, and the spread between prompts.
+        Values: ``perplexity_policies``, ``perplexity_sizes``, ``perplexity_context``,
+            ``perplexity_continuation``. Arrays:
+        ``perplexity_nats`` ``[policies, sizes, prompts]``, ``perplexity_full_nats`` ``[prompts]``,
+        ``perplexity_kept`` ``[policies, sizes]``; a figure draws ``exp`` of their means over
+        prompts, and the spread between prompts.
         """
         values = {
             "perplexity_policies": list(self.policies),
@@ -59,11 +65,16 @@ class PerplexityTable:
             "perplexity_context": self.context,
             "perplexity_continuation": self.continuation,
         }
-        arrays = {"perplexity_nats": self.nats, "perplexity_full_nats": self.full, "perplexity_kept": self.kept}
+        arrays = {
+            "perplexity_nats": self.nats,
+            "perplexity_full_nats": self.full,
+            "perplexity_kept": self.kept,
+        }
         return values, arrays
 
     def to_markdown(self) -> str:
-        """Return a table: perplexity, and the mean cost in nats with its 10% and 90% quantiles over prompts.
+        """Return a table: perplexity, and the mean cost in nats with its 10% and 90% quantiles over
+        prompts.
 
         Example:
             >>> table = PerplexityTable(("h2o",), (8,), np.log([[[4.0]]]), np.log([2.0]), 32, 4, np.array([[0.25]]))
@@ -79,7 +90,10 @@ class PerplexityTable:
             for policy in range(len(self.policies)):
                 cost = self.cost[policy, at]
                 low, high = np.quantile(cost, [0.1, 0.9])
-                cells.append(f"{self.perplexity[policy, at]:.3f} ({cost.mean():+.3f}, {low:+.3f} … {high:+.3f})")
+                cells.append(
+                    f"{self.perplexity[policy, at]:.3f} ({cost.mean():+.3f}, {low:+.3f} … "
+                    f"{high:+.3f})"
+                )
             lines.append(f"| {size} | {' | '.join(cells)} |")
         rest = " |" * (len(self.policies) - 1)
         lines.append(f"| full | {np.exp(self.full.mean()):.3f} |{rest}")
@@ -101,8 +115,9 @@ def perplexity_by_cache_size(
 ) -> PerplexityTable:
     """Score real continuations with caches to which their contexts were compressed once.
 
-    Each context goes through the model once; each policy then chooses its keys, and the continuation is fed some tokens at a time,
-    growing the cache: what is measured is the choice after the prompt, exactly, and no eviction while decoding.
+    Each context goes through the model once; each policy then chooses its keys, and the
+    continuation is fed some tokens at a time, growing the cache: what is measured is the choice
+    after the prompt, exactly, and no eviction while decoding.
 
     Args:
         model: a causal language model of transformers.
@@ -134,11 +149,22 @@ def perplexity_by_cache_size(
     """
     check_count("chunk", chunk, least=1)
     check_count("batch_size", batch_size, least=1)
-    if contexts.ndim != 2 or continuations.ndim != 2 or len(contexts) != len(continuations) or not continuations.shape[1]:
+    if (
+        contexts.ndim != 2
+        or continuations.ndim != 2
+        or len(contexts) != len(continuations)
+        or not continuations.shape[1]
+    ):
         raise ValueError(
-            f"contexts {tuple(contexts.shape)} and continuations {tuple(continuations.shape)}: give [N, S] and [N, T] token ids"
+            f"contexts {tuple(contexts.shape)} and continuations {tuple(continuations.shape)}: "
+            "give [N, S] and [N, T] token ids"
         )
-    chosen = [policy_of(each) for each in (policies if policies is not None else [name for name in POLICIES if name != "full"])]
+    chosen = [
+        policy_of(each)
+        for each in (
+            policies if policies is not None else [name for name in POLICIES if name != "full"]
+        )
+    ]
     nats = np.zeros((len(chosen), len(sizes), len(contexts)))
     full, kept = np.zeros(len(contexts)), np.zeros((len(chosen), len(sizes)))
     for at in range(0, len(contexts), batch_size):
@@ -149,12 +175,22 @@ def perplexity_by_cache_size(
         for row, policy in enumerate(chosen):
             for column, size in enumerate(sizes):
                 cache = start.compressed(policy, size, decode_eviction=False)
-                held = sum(float((positions >= 0).sum()) / positions.shape[1] for positions in cache.kept().values())
-                kept[row, column] += held / (len(cache.layers) * sum(cache.lengths)) * len(contexts[part]) / len(contexts)
+                held = sum(
+                    float((positions >= 0).sum()) / positions.shape[1]
+                    for positions in cache.kept().values()
+                )
+                kept[row, column] += (
+                    held
+                    / (len(cache.layers) * sum(cache.lengths))
+                    * len(contexts[part])
+                    / len(contexts)
+                )
                 nats[row, column, part] = _score(start, cache, continuations[part], chunk)
         progress(f"{min(at + batch_size, len(contexts))} of {len(contexts)} prompts")
     names = tuple(policy.name for policy in chosen)
-    return PerplexityTable(names, tuple(sizes), nats, full, contexts.shape[1], continuations.shape[1], kept)
+    return PerplexityTable(
+        names, tuple(sizes), nats, full, contexts.shape[1], continuations.shape[1], kept
+    )
 
 
 @torch.no_grad()

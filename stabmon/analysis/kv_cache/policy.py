@@ -20,7 +20,9 @@ from stabmon.registry import Registry
 
 @dataclass(frozen=True, eq=False)
 class DecodeStep:
-    """One layer's attention while tokens are decoded: Q new queries over the M keys that the cache still holds."""
+    """One layer's attention while tokens are decoded: Q new queries over the M keys that the cache
+    still holds.
+    """
 
     operator: AttentionOperator
     positions: Tensor
@@ -51,13 +53,15 @@ class DecodeStep:
 class Policy(ABC):
     """Decides which keys of a cache stay.
 
-    A policy says what each layer claims of the cache, what each key is worth after the prompt, and what it is worth while
-    decoding. The window's own keys always stay.
+    A policy says what each layer claims of the cache, what each key is worth after the prompt, and
+    what it is worth while decoding. The window's own keys always stay.
     """
 
     name: ClassVar[str]
     evicts_in_decode: ClassVar[bool] = True
-    """True where the published method also evicts while decoding; else its cache grows with every token."""
+    """True where the published method also evicts while decoding; else its cache grows with every
+    token.
+    """
     keeps_all: ClassVar[bool] = False
     """True where nothing is ever evicted."""
     follows: ClassVar[bool] = False
@@ -80,12 +84,16 @@ class Policy(ABC):
         return [1.0] * layers
 
     def claim(self, layer: PromptLayer) -> Tensor:
-        """Return a layer's claim on the cache, ``[B]``, 0 or above; asked where :meth:`fixed_claims` is None. Alike by default."""
+        """Return a layer's claim on the cache, ``[B]``, 0 or above; asked where
+        :meth:`fixed_claims` is None. Alike by default.
+        """
         return torch.ones(layer.operator.batch)
 
     @abstractmethod
     def scores(self, layer: PromptLayer) -> Tensor:
-        """Return what each key is worth after the prompt, ``[B, H_kv, S]``; NaN, or anything, for keys not before the window."""
+        """Return what each key is worth after the prompt, ``[B, H_kv, S]``; NaN, or anything, for
+        keys not before the window.
+        """
 
     def choose(self, scores: Tensor, budget: Tensor, candidates: Tensor) -> Tensor:
         """Return the keys before the window that stay.
@@ -101,15 +109,21 @@ class Policy(ABC):
         return best(scores, budget[:, None].expand(scores.shape[:2]), candidates)
 
     def remember(self, layer: PromptLayer) -> dict[str, Tensor]:
-        """Return what the policy will want to know of each key while decoding, ``[B, H_kv, S]`` each."""
+        """Return what the policy will want to know of each key while decoding, ``[B, H_kv, S]``
+        each.
+        """
         return {}
 
     def step_scores(self, step: DecodeStep) -> Tensor:
-        """Return what each key in the cache is worth at a decoding step, ``[B, H_kv, M]``; the newest window stays anyhow.
+        """Return what each key in the cache is worth at a decoding step, ``[B, H_kv, M]``; the
+        newest window stays anyhow.
 
-        By default the attention of the new queries, averaged over neighbours by position and over the group's heads.
+        By default the attention of the new queries, averaged over neighbours by position and over
+        the group's heads.
         """
-        return over_groups(pooled(step.weights.mean(2).masked_fill(step.safe, 0.0), 5), step.key_heads)
+        return over_groups(
+            pooled(step.weights.mean(2).masked_fill(step.safe, 0.0), 5), step.key_heads
+        )
 
     def settings(self) -> Mapping[str, Any]:
         """Return the policy's own parameters by name."""
@@ -134,14 +148,20 @@ def best(scores: Tensor, count: Tensor, candidates: Tensor) -> Tensor:
     ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     # two stable sorts: by score, then candidates first
     order = ranked.argsort(dim=-1, descending=True, stable=True)
-    first = candidates.gather(-1, order).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    first = (
+        candidates.gather(-1, order).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    )
     order = order.gather(-1, first)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    )
     return (rank < count[..., None]) & candidates
 
 
 POLICIES = Registry[type[Policy]]("eviction", package="stabmon.analysis.kv_cache.policies")
-"""Eviction policies by name; other packages add theirs by an entry point in ``stabmon.evictions``."""
+"""Eviction policies by name; other packages add theirs by an entry point in
+``stabmon.evictions``.
+"""
 
 
 def policy_of(policy: str | Policy) -> Policy:

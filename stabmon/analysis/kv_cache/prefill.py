@@ -1,4 +1,6 @@
-"""One prompt's prefill, from which any number of compressed caches can be made without running the prompt again."""
+"""One prompt's prefill, from which any number of compressed caches can be made without running the
+prompt again.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """Keys, values and attention of a batch of prompts; holds queries and keys of all layers, linear in the length."""
+    """Keys, values and attention of a batch of prompts; holds queries and keys of all layers,
+    linear in the length.
+    """
 
     model: nn.Module
     input_ids: Tensor
@@ -31,7 +35,9 @@ class Prefill:
     """The full cache."""
 
     @classmethod
-    def of(cls, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, window_size: int) -> Prefill:
+    def of(
+        cls, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, window_size: int
+    ) -> Prefill:
         """Run the prompts once.
 
         Args:
@@ -49,13 +55,21 @@ class Prefill:
         cache.on_prompt = None
         return cls(model, input_ids, attention_mask, window_size, logits, layers, cache)
 
-    def compressed(self, policy: str | Policy, cache_size: int | float, **settings: Any) -> CompressedCache:
+    def compressed(
+        self, policy: str | Policy, cache_size: int | float, **settings: Any
+    ) -> CompressedCache:
         """Return a cache after the prompt, with a policy's choice of keys.
 
         Args:
             policy, cache_size, settings: as :class:`CompressedCache` takes them.
         """
-        made = CompressedCache(self.model, policy=policy, cache_size=cache_size, window_size=self.window_size, **settings)
+        made = CompressedCache(
+            self.model,
+            policy=policy,
+            cache_size=cache_size,
+            window_size=self.window_size,
+            **settings,
+        )
         with made.attached(), torch.no_grad():
             for index, source in enumerate(self.cache.key_values.layers):
                 if index not in made.layers:

@@ -11,14 +11,17 @@ from stabmon.analysis.kv_cache.policy import best
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 
 MEASURES = ("mass", "entropy", "variance")
-"""``mass``: the share of the window queries' attention that rests on kept keys, over all keys, the window's own included.
-``entropy``: the share of the dispersion D that kept keys contribute; ``variance``: the share of the shift V. The last two, like D
-and V, are over keys before the window, and NaN where that is 0. Each is summed over heads before the division, and in [0, 1]."""
+"""``mass``: the share of the window queries' attention that rests on kept keys, over all keys, the
+window's own included. ``entropy``: the share of the dispersion D that kept keys contribute;
+``variance``: the share of the shift V. The last two, like D and V, are over keys before the window,
+and NaN where that is 0. Each is summed over heads before the division, and in [0, 1]."""
 
 
 @dataclass(frozen=True, eq=False)
 class KeyTerms:
-    """Hold each key's contribution to each measure, to judge any choice of keys later; ``[B, H, S]`` each."""
+    """Hold each key's contribution to each measure, to judge any choice of keys later; ``[B, H,
+    S]`` each.
+    """
 
     mass: Tensor
     entropy: Tensor
@@ -49,7 +52,8 @@ class KeyTerms:
         return found
 
     def best_mass(self, kept: Tensor, valid: Tensor) -> Tensor:
-        """Return the choice of as many keys in each head that preserves the most mass, ``[B, H_kv, S]`` bool.
+        """Return the choice of as many keys in each head that preserves the most mass, ``[B, H_kv,
+        S]`` bool.
 
         Args:
             kept: ``[B, H_kv, S]`` bool, for the numbers of keys.

@@ -1,4 +1,6 @@
-"""Everything that is known of one layer once its prompt has gone through it: the ground on which keys are chosen."""
+"""Everything that is known of one layer once its prompt has gone through it: the ground on which
+keys are chosen.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from stabmon.operator import AttentionOperator
 
 @dataclass(frozen=True, eq=False)
 class PromptLayer:
-    """One layer's attention over a prompt, in float32 and per sample; padding on either side counts nowhere.
+    """One layer's attention over a prompt, in float32 and per sample; padding on either side counts
+    nowhere.
 
     B batch, H query heads, H_kv key heads, S prompt positions, w queries of the window.
     """
@@ -23,9 +26,13 @@ class PromptLayer:
     operator: AttentionOperator
     """Causal self-attention over the prompt, S queries by S keys."""
     key_heads: int
-    """H_kv, the heads that the cache holds; fewer than the kernel's where keys are stored in another form (latent attention)."""
+    """H_kv, the heads that the cache holds; fewer than the kernel's where keys are stored in
+    another form (latent attention).
+    """
     window: int
-    """The last real queries of each sample, whose attention is looked at and whose own keys are kept."""
+    """The last real queries of each sample, whose attention is looked at and whose own keys are
+    kept.
+    """
 
     @cached_property
     def valid(self) -> Tensor:
@@ -50,9 +57,16 @@ class PromptLayer:
 
     @cached_property
     def weights(self) -> Tensor:
-        """``[B, H, w, S]`` attention weights of the window's queries; rows of 0 where a sample is shorter than the window."""
+        """``[B, H, w, S]`` attention weights of the window's queries; rows of 0 where a sample is
+        shorter than the window.
+        """
         attention = self.operator
-        last = [int(n) for n in (self.valid * torch.arange(1, attention.queries + 1, device=self.valid.device)).amax(1).tolist()]
+        last = [
+            int(n)
+            for n in (self.valid * torch.arange(1, attention.queries + 1, device=self.valid.device))
+            .amax(1)
+            .tolist()
+        ]
         shape = (attention.batch, attention.heads, self.window, attention.keys)
         dtype = torch.float64 if attention.query.dtype == torch.float64 else torch.float32
         weights = torch.zeros(shape, dtype=dtype, device=attention.query.device)
@@ -69,7 +83,9 @@ class PromptLayer:
 
     @cached_property
     def received(self) -> Tensor:
-        """``[B, H, S]`` attention mass that each key receives from all queries of its sample, without any S by S."""
+        """``[B, H, S]`` attention mass that each key receives from all queries of its sample,
+        without any S by S.
+        """
         counted = self.operator.is_counted.to(self.weights.dtype)[..., None]
         return self.operator.rmatvec(counted)[..., 0]
 
@@ -83,12 +99,14 @@ class PromptLayer:
         place = torch.arange(1, attention.queries + 1, device=attention.query.device)
         if attention.queries != attention.keys or bool((attention.n_visible() > place).any()):
             raise ValueError(
-                f"{self.name} attends in both directions or to another sequence, as encoders do: a KV cache exists in causal "
+                f"{self.name} attends in both directions or to another sequence, as encoders do: "
+                "a KV cache exists in causal "
                 "decoders only, give a decoder"
             )
         if not bool(self.weights.isfinite().all()):
             raise ValueError(
-                f"{self.name} has attention weights that are NaN: nothing can be ranked by them, mend the model first"
+                f"{self.name} has attention weights that are NaN: nothing can be ranked by them, "
+                "mend the model first"
             )
 
     @property

@@ -1,7 +1,8 @@
 """CAKE's numbers of one layer: dispersion, shift, preference, and the score by which a key is kept.
 
-All are taken from the attention weights ``p`` of the *window*, the last w queries of a prompt, over the keys before it. The
-weights are the softmax over all n keys that a query sees, and are not renormalised after the window's own keys are cut off.
+All are taken from the attention weights ``p`` of the *window*, the last w queries of a prompt, over
+the keys before it. The weights are the softmax over all n keys that a query sees, and are not
+renormalised after the window's own keys are cut off.
 
 References:
     Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", ICLR 2025.
@@ -38,8 +39,9 @@ def dispersion(weights: Tensor, before: Tensor) -> Tensor:
 def shift(weights: Tensor, before: Tensor) -> Tensor:
     """Sum how much the attention to each key changes from query to query of the window.
 
-    ``V = sum over heads h, keys j before W of Var_{i in W}(p_hij)``, unbiased (divided by w - 1). The published code takes this
-    variance of weights rounded to float16, in which it vanishes on long prompts; here it is float32.
+    ``V = sum over heads h, keys j before W of Var_{i in W}(p_hij)``, unbiased (divided by w - 1).
+    The published code takes this variance of weights rounded to float16, in which it vanishes on
+    long prompts; here it is float32.
 
     Args:
         weights: ``[B, H, w, K]`` attention weights of the window's queries; w is 2 or more.
@@ -80,14 +82,18 @@ def preference(spread: Tensor, change: Tensor, tau1: float = 1.0, tau2: float = 
     return spread ** (1.0 / tau1) * change ** (1.0 / tau2)
 
 
-def keep_scores(weights: Tensor, before: Tensor, key_heads: int, *, gamma: float = 200.0, pool: int = 5) -> Tensor:
+def keep_scores(
+    weights: Tensor, before: Tensor, key_heads: int, *, gamma: float = 200.0, pool: int = 5
+) -> Tensor:
     """Score each key before the window by how much, and how unsteadily, the window attends to it.
 
-    ``mean_i p + gamma Var_i p`` (unbiased) for each query head, averaged over ``pool`` neighbouring keys with zeros beyond the
-    edges (so the outermost keys get 3/5 and 4/5 of a plain mean), then over the query heads that share a key head.
+    ``mean_i p + gamma Var_i p`` (unbiased) for each query head, averaged over ``pool`` neighbouring
+    keys with zeros beyond the edges (so the outermost keys get 3/5 and 4/5 of a plain mean), then
+    over the query heads that share a key head.
 
     Args:
-        weights: ``[B, H, w, K]`` attention weights of the window's queries; w is 2 or more where ``gamma`` is not 0.
+        weights: ``[B, H, w, K]`` attention weights of the window's queries; w is 2 or more where
+            ``gamma`` is not 0.
         before: ``[B, K]`` bool, the keys before the window.
         key_heads: H_kv.
         gamma: weight of the variance.
@@ -109,7 +115,8 @@ def keep_scores(weights: Tensor, before: Tensor, key_heads: int, *, gamma: float
 
 
 def pooled(values: Tensor, width: int) -> Tensor:
-    """Average over ``width`` neighbours along the last dimension of ``[B, H, K]``, zeros beyond the edges.
+    """Average over ``width`` neighbours along the last dimension of ``[B, H, K]``, zeros beyond the
+    edges.
 
     Args:
         values: ``[B, H, K]``.

@@ -1,4 +1,6 @@
-"""What is kept of one layer once its prompt has gone by, to choose its keys when all layers are known."""
+"""What is kept of one layer once its prompt has gone by, to choose its keys when all layers are
+known.
+"""
 
 from __future__ import annotations
 
@@ -68,22 +70,30 @@ class SeenLayer:
             budget: ``[B]`` keys before the window.
         """
         candidates = self.before[:, None].expand(self.scores.shape)
-        return policy.choose(self.scores, torch.from_numpy(budget), candidates) | self.in_window[:, None]
+        return (
+            policy.choose(self.scores, torch.from_numpy(budget), candidates)
+            | self.in_window[:, None]
+        )
 
-    def report(self, budget: NDArray[np.int64], kept: Tensor, fed: int, lost: Sequence[Eviction]) -> LayerCache:
+    def report(
+        self, budget: NDArray[np.int64], kept: Tensor, fed: int, lost: Sequence[Eviction]
+    ) -> LayerCache:
         """Return the layer's part of the report.
 
         Args:
             budget: ``[B]`` keys before the window.
             kept: ``[B, H_kv, S]`` bool.
             fed: tokens fed after the prompt.
-            lost: evictions of all layers; those of the prompt, and of other layers, are passed over.
+            lost: evictions of all layers; those of the prompt, and of other layers, are passed
+                over.
         """
         before = self.before[:, None].expand(kept.shape)
         counts = (kept & before).sum(-1)
         window = self.in_window[:, None]
         choices = {"kept": kept}
-        choices |= {name: best(values, counts, before) | window for name, values in self.rivals.items()}
+        choices |= {
+            name: best(values, counts, before) | window for name, values in self.rivals.items()
+        }
         choices["best"] = self.terms.best_mass(kept, self.before | self.in_window)
         valid = (self.before | self.in_window)[:, None]
         gone = torch.where(kept, -1, 0).masked_fill(~valid, -2)
@@ -92,7 +102,9 @@ class SeenLayer:
             if eviction.layer == self.name and eviction.step:
                 positions = torch.from_numpy(eviction.positions)
                 index = torch.where(positions >= 0, positions, gone.shape[-1])
-                gone = torch.nn.functional.pad(gone, (0, 1)).scatter_(-1, index, eviction.step)[..., :-1]
+                gone = torch.nn.functional.pad(gone, (0, 1)).scatter_(-1, index, eviction.step)[
+                    ..., :-1
+                ]
         return LayerCache(
             layer=self.name,
             dispersion=self.dispersion,
@@ -107,7 +119,8 @@ class SeenLayer:
 
 
 def positions_of(kept: Tensor) -> Tensor:
-    """Return the positions of the marked keys, ``[B, H_kv, M]`` ascending, -1 first where a row has fewer than M.
+    """Return the positions of the marked keys, ``[B, H_kv, M]`` ascending, -1 first where a row has
+    fewer than M.
 
     Example:
         >>> positions_of(torch.tensor([[[True, False, True], [False, False, True]]])).tolist()
@@ -127,5 +140,7 @@ def stages_of(claims: NDArray[np.float64], cascade: Cascade) -> Tensor:
     layers, batch = claims.shape
     stages = torch.full((layers, layers, batch), -1, dtype=torch.int64)
     for at, claim in enumerate(claims):
-        stages[at, : at + 1] = torch.from_numpy(cascade.add(torch.from_numpy(np.ascontiguousarray(claim))))
+        stages[at, : at + 1] = torch.from_numpy(
+            cascade.add(torch.from_numpy(np.ascontiguousarray(claim)))
+        )
     return stages

@@ -1,4 +1,6 @@
-"""How the samples of a batch share their caches among layers, while layers are prefilled or once all are."""
+"""How the samples of a batch share their caches among layers, while layers are prefilled or once
+all are.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,17 @@ class Sharing:
 
     Attributes:
         sizes: keys that each sample may keep in a layer, on average over layers.
-        totals: keys before the window for all layers of a sample together; a sample that fits has enough.
+        totals: keys before the window for all layers of a sample together; a sample that fits has
+            enough.
         caps: keys before the window that a sample has.
 
     Raises:
         ValueError: if a sample's cache has no room beside the window.
     """
 
-    def __init__(self, policy: Policy, lengths: list[int], cache_size: int | float, window: int, layers: int) -> None:
+    def __init__(
+        self, policy: Policy, lengths: list[int], cache_size: int | float, window: int, layers: int
+    ) -> None:
         self.policy, self.lengths, self.layers = policy, lengths, layers
         self.sizes = list(lengths) if policy.keeps_all else tokens_of(cache_size, lengths)
         check_sizes(self.sizes, lengths, window)
@@ -50,7 +55,8 @@ class Sharing:
             at_once: share the whole cache among the layers so far, else when all have claimed.
 
         Returns:
-            Budgets ``[B]`` of the layers that now have to shrink, by their place in the order of the prefill.
+            Budgets ``[B]`` of the layers that now have to shrink, by their place in the order of
+            the prefill.
         """
         place = len(self.cascade.preferences)
         fixed = self.policy.fixed_claims(self.layers)

@@ -43,16 +43,19 @@ def simulate_cake(
 ) -> CakeReport:
     """Simulate CAKE's cache on the attention of an unmodified model.
 
-    The prompt goes through the model once, with whatever attention kernel it has; queries and keys are looked at as they pass, and
-    no S by S is formed. With ``max_new_tokens`` or a continuation, tokens are then really decoded with the compressed cache.
+    The prompt goes through the model once, with whatever attention kernel it has; queries and keys
+    are looked at as they pass, and no S by S is formed. With ``max_new_tokens`` or a continuation,
+    tokens are then really decoded with the compressed cache.
 
     Args:
         model: a causal decoder. Decoding needs one of transformers.
-        batch: the prompts: a mapping with ``input_ids`` ``[B, S]`` and, where samples are padded, ``attention_mask``; or a tensor.
-            Positions of a sample that is padded on the left start at its first token, as in ``generate``.
-        cache_size: keys that each key head keeps, on average over layers, the window included: tokens (int), or a share of each
-            sample's prompt (float in (0, 1]).
-        window_size: last queries that judge the other keys, and whose own keys always stay; 2 or more, below the cache size.
+        batch: the prompts: a mapping with ``input_ids`` ``[B, S]`` and, where samples are padded,
+            ``attention_mask``; or a tensor. Positions of a sample that is padded on the left start
+            at its first token, as in ``generate``.
+        cache_size: keys that each key head keeps, on average over layers, the window included:
+            tokens (int), or a share of each sample's prompt (float in (0, 1]).
+        window_size: last queries that judge the other keys, and whose own keys always stay; 2 or
+            more, below the cache size.
         tau1, tau2: temperatures of dispersion and shift in the preference, above 0.
         gamma: weight of the variance in a key's score, 0 or above.
         pool: odd width of the average over neighbouring keys.
@@ -61,8 +64,8 @@ def simulate_cake(
         continuation: ``[B, T]`` tokens to follow instead, for a perplexity on real text.
 
     Returns:
-        The report. Numbers differ from the published code's where that rounds weights to float16, sums over the batch, and pools
-        over keys in the order of their scores.
+        The report. Numbers differ from the published code's where that rounds weights to float16,
+        sums over the batch, and pools over keys in the order of their scores.
 
     Raises:
         ValueError: for an encoder, a window as long as the shortest prompt, or values out of range.
@@ -75,7 +78,8 @@ def simulate_cake(
         (16, 0.4, 1.0)
 
     References:
-        Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", ICLR 2025.
+        Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", ICLR
+        2025.
     """
     policy = Cake(tau1=tau1, tau2=tau2, gamma=gamma, pool=pool, allotment=allotment)
     return simulate_cache(
@@ -99,10 +103,12 @@ def simulate_cache(
     max_new_tokens: int = 0,
     continuation: Tensor | None = None,
 ) -> CakeReport:
-    """Simulate any policy's cache on the attention of an unmodified model; see :func:`simulate_cake`.
+    """Simulate any policy's cache on the attention of an unmodified model; see
+    :func:`simulate_cake`.
 
     Args:
-        model, batch, cache_size, window_size, max_new_tokens, continuation: as in :func:`simulate_cake`.
+        model, batch, cache_size, window_size, max_new_tokens, continuation: as in
+        :func:`simulate_cake`.
         policy: a name, or a :class:`~stabmon.analysis.kv_cache.policy.Policy`.
 
     Returns:
@@ -136,7 +142,9 @@ def simulate_cache(
         why = outside.get(index)
         if why is None:
             attention = operator_of(replace(call, is_self=True))
-            layer = PromptLayer(call.layer, attention, heads.get(index, attention.key_heads), window_size)
+            layer = PromptLayer(
+                call.layer, attention, heads.get(index, attention.key_heads), window_size
+            )
             layer.check()
             why = "a sliding window" if layer.is_windowed else None
         if why is not None:
@@ -144,14 +152,18 @@ def simulate_cache(
             return
         if (shortest := min(layer.lengths)) <= window_size:
             raise ValueError(
-                f"window_size {window_size} leaves nothing to evict of a prompt of {shortest} tokens (sample "
-                f"{layer.lengths.index(shortest)}): give a longer text, or a window_size below {shortest}"
+                f"window_size {window_size} leaves nothing to evict of a prompt of {shortest} "
+                "tokens (sample "
+                f"{layer.lengths.index(shortest)}): give a longer text, or a window_size below "
+                f"{shortest}"
             )
         seen.append(SeenLayer.of(layer, chosen))
 
     run_model(model, batch, look)
     if not seen:
-        raise ValueError(f"{type(model).__name__} has no layer whose cache grows with the text: {left_out}")
+        raise ValueError(
+            f"{type(model).__name__} has no layer whose cache grows with the text: {left_out}"
+        )
     left_out |= {f"layer {index}": why for index, why in outside.items() if index not in shown}
     sharing = Sharing(chosen, seen[0].lengths, cache_size, window_size, len(seen))
     fixed = chosen.fixed_claims(len(seen)) is not None
@@ -164,9 +176,14 @@ def simulate_cache(
     lost: list[Any] = []
     if max_new_tokens or continuation is not None:
         if ids is None:
-            raise ValueError("decoding needs input_ids: give the batch as a mapping with input_ids, or max_new_tokens=0")
+            raise ValueError(
+                "decoding needs input_ids: give the batch as a mapping with input_ids, or "
+                "max_new_tokens=0"
+            )
         check_prompt(ids, mask)
-        cache = CompressedCache(model, policy=chosen, cache_size=cache_size, window_size=window_size, cascade=False)
+        cache = CompressedCache(
+            model, policy=chosen, cache_size=cache_size, window_size=window_size, cascade=False
+        )
         new, scored = decode(cache, ids, mask, steps=max_new_tokens, continuation=continuation)
         full = full_log_probabilities(model, ids, mask, new).cpu()
         new, scored, lost = new.cpu(), scored.cpu(), cache.evictions
@@ -204,7 +221,9 @@ def prompt_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def with_positions(model: nn.Module, batch: Any, mask: Tensor | None) -> Any:
-    """Return the batch with the position ids that ``generate`` would use, where samples are padded on the left and none are given."""
+    """Return the batch with the position ids that ``generate`` would use, where samples are padded
+    on the left and none are given.
+    """
     padded = mask is not None and mask.ndim == 2 and not bool(mask[:, 0].all())
     if mask is None or not padded or "position_ids" in batch or not takes(model, "position_ids"):
         return batch

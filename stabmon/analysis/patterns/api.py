@@ -140,7 +140,9 @@ def attention_patterns(
     compared = layer_similarity(kept, valid_of) if kept else None
     kept.clear()
     found = replace(found, similarity=compared, maps=maps if map_size is not None else None)
-    found.insights.extend(find_insights(found.over_queries, found.queries, found.kinds, found.similarity))
+    found.insights.extend(
+        find_insights(found.over_queries, found.queries, found.kinds, found.similarity)
+    )
     if advice is None and weights > ADVICE_WEIGHTS:
         found.notes.append(
             f"no compression advice: {weights:.2g} attention weights a forward are many for its "
@@ -151,7 +153,9 @@ def attention_patterns(
     return found
 
 
-def _add_advice(found: AttentionPatterns, model: nn.Module, batch: Any, loss_fn: Any, *, asked: bool) -> None:
+def _add_advice(
+    found: AttentionPatterns, model: nn.Module, batch: Any, loss_fn: Any, *, asked: bool
+) -> None:
     """Add advice; where nobody asked for it and it fails, say so instead."""
     try:
         advised = compression_advice(model, batch, loss_fn=loss_fn)
@@ -191,5 +195,6 @@ def _check_roles(custom: Mapping[str, RolePattern]) -> None:
     for name, pattern in custom.items():
         if not isinstance(pattern, int) and not callable(pattern):
             raise ValueError(
-                f"custom role {name!r} is a {type(pattern).__name__}: give an offset such as 2, or a function (i, j, ids) -> bool"
+                f"custom role {name!r} is a {type(pattern).__name__}: give an offset such as 2, "
+                "or a function (i, j, ids) -> bool"
             )

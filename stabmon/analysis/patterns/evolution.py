@@ -75,7 +75,10 @@ class PatternEvolution:
             "roles": [[list(role) for role in roles] for roles in self.roles],
             "notes": list(self.notes),
         }
-        arrays = {f"statistics/{layer}": np.stack([stats[name] for name in first]) for layer, stats in self.statistics.items()}
+        arrays = {
+            f"statistics/{layer}": np.stack([stats[name] for name in first])
+            for layer, stats in self.statistics.items()
+        }
         for layer, means in self.over_queries.items():
             arrays[f"over_queries/{layer}"] = np.stack([means[name] for name in over])
         arrays |= {f"rows/{layer}": rows for layer, rows in self.rows.items()}
@@ -183,7 +186,8 @@ def patterns_over_training(readings: Sequence[Reading]) -> PatternEvolution:
         heads = max(size for (of, _), size in sizes.items() if of == layer)
         missing = np.full(heads, np.nan)
         statistics[layer] = {
-            name: np.stack([r.layers.get(layer, {}).get(name, missing) for r in readings])[:, None] for name in names
+            name: np.stack([r.layers.get(layer, {}).get(name, missing) for r in readings])[:, None]
+            for name in names
         }
     return PatternEvolution("training", tuple(r.step for r in readings), statistics)
 
@@ -245,7 +249,8 @@ def patterns_over_generation(
     if not layers:
         names = ", ".join(dict.fromkeys(seen))
         raise ValueError(
-            f"attention_layer_pattern {attention_layer_pattern!r} matches none of the layers that run at every step: {names}"
+            f"attention_layer_pattern {attention_layer_pattern!r} matches none of the layers that "
+            f"run at every step: {names}"
         )
     tokens = output if isinstance(output, Tensor) else output.sequences
     dropped = sorted({name for step in steps for name in step} - set(layers))
@@ -287,7 +292,10 @@ def _newest(call: AttentionCall, is_cross: bool) -> _Step:
     found = query_statistics(exact, context)
     found["sink_mass"] = mass_at(exact, first_keys(a), everything)
     found["mean_distance"] = mean_distance(exact, own, everything, is_causal=False)
-    numbers = {name: value[..., 0].expand(a.batch, a.heads).cpu().double().numpy() for name, value in found.items()}
+    numbers = {
+        name: value[..., 0].expand(a.batch, a.heads).cpu().double().numpy()
+        for name, value in found.items()
+    }
     return _Step(numbers, row.mean(1)[:, 0].float().cpu().numpy())
 
 

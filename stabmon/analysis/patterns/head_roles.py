@@ -1,9 +1,9 @@
 """Name what each head attends to, with the mass that proves it.
 
-A role holds where its mass (see :mod:`stabmon.analysis.patterns.role_masses`) is at least its share on the
-rows that can prove it, and at least twice that of a head that attends evenly. A head may hold
-several roles, if they do not compete: where two of them each take 0.3 of the same rows, the head
-is ``mixed`` and neither of them.
+A role holds where its mass (see :mod:`stabmon.analysis.patterns.role_masses`) is at least its share
+on the rows that can prove it, and at least twice that of a head that attends evenly. A head may
+hold several roles, if they do not compete: where two of them each take 0.3 of the same rows, the
+head is ``mixed`` and neither of them.
 """
 
 from __future__ import annotations
@@ -242,7 +242,9 @@ def _untestable(one: _Head, sums: RoleMasses, names: Sequence[str]) -> dict[str,
     for name in asked:
         if one.rows.get(name, 0) < LEAST_ROWS:
             no_ids = sums.ids is None and name in CONTENT
-            found[name] = "the batch has no token ids" if no_ids else NOT_TESTABLE.get(name, TOO_FEW)
+            found[name] = (
+                "the batch has no token ids" if no_ids else NOT_TESTABLE.get(name, TOO_FEW)
+            )
     if "local" in asked and sums.longest < LEAST_VISIBLE:
         found["local"] = f"a quarter of {sums.longest} keys is too narrow a band to tell"
     return found

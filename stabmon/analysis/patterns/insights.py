@@ -134,7 +134,9 @@ def find_insights(
     return [each for each in insights if each is not None] + _redundant(similarity, heads)
 
 
-def _heads(over_queries: Means, queries: Mapping[str, np.ndarray], kinds: Mapping[str, str]) -> list[_Head]:
+def _heads(
+    over_queries: Means, queries: Mapping[str, np.ndarray], kinds: Mapping[str, str]
+) -> list[_Head]:
     heads = []
     for layer, values in over_queries.items():
         weight = queries[layer].astype(float)

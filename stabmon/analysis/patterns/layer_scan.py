@@ -176,7 +176,9 @@ def scan_layer(
     )
 
 
-def _of_query(a: AttentionOperator, row: Tensor, positions: Tensor, first: Tensor, is_cross: bool) -> dict[str, Tensor]:
+def _of_query(
+    a: AttentionOperator, row: Tensor, positions: Tensor, first: Tensor, is_cross: bool
+) -> dict[str, Tensor]:
     """Statistics ``[B, H]`` of each sample's query; NaN where it has none."""
     parts: list[dict[str, Tensor]] = []
     everything = slice(0, a.keys)
@@ -186,7 +188,11 @@ def _of_query(a: AttentionOperator, row: Tensor, positions: Tensor, first: Tenso
         visible = visible_keys(a, one, everything)
         context = without_own(visible, own, everything)
         context = context[sample : sample + 1] if len(context) > 1 else context
-        p = row[sample, None, :, None].double() if row.device.type != "mps" else row[sample, None, :, None]
+        p = (
+            row[sample, None, :, None].double()
+            if row.device.type != "mps"
+            else row[sample, None, :, None]
+        )
         found = query_statistics(p, context)
         found["sink_mass"] = mass_at(p, first[sample : sample + 1], everything)
         found["mean_distance"] = mean_distance(p, own, everything, is_causal=False)

@@ -110,7 +110,9 @@ def attention_maps(
     return found
 
 
-def pooled_map(attention: AttentionOperator, sample: int, query_factor: int, key_factor: int) -> Tensor:
+def pooled_map(
+    attention: AttentionOperator, sample: int, query_factor: int, key_factor: int
+) -> Tensor:
     """Compute one sample's map with the largest weight of each block, ``[H, P, R]``.
 
     Args:

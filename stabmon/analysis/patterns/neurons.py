@@ -89,14 +89,18 @@ def score_contributions(
 
     def look(call: AttentionCall) -> None:
         if found:
-            raise ValueError(f"layer {layer!r} matches {found[0].layer} and {call.layer}: name one of them")
+            raise ValueError(
+                f"layer {layer!r} matches {found[0].layer} and {call.layer}: name one of them"
+            )
         found.append(_contributions(call, query, key, sample, top))
 
     run_model(model, batch, look, pattern=layer)
     return found[0]
 
 
-def _contributions(call: AttentionCall, query: int, key: int | None, sample: int, top: int) -> ScoreContributions:
+def _contributions(
+    call: AttentionCall, query: int, key: int | None, sample: int, top: int
+) -> ScoreContributions:
     if call.query is None or call.key is None:
         raise ValueError(f"{call.layer} forms its scores itself: its queries and keys are not seen")
     a = operator_of(call)

@@ -88,7 +88,8 @@ class AttentionPatterns:
             each ``[H]``; NaN of single samples left out.
         """
         return {
-            layer: {name: _distribution(values) for name, values in stats.items()} for layer, stats in self.statistics.items()
+            layer: {name: _distribution(values) for name, values in stats.items()}
+            for layer, stats in self.statistics.items()
         }
 
     def to_record(self) -> AnalysisRecord:

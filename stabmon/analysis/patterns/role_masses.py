@@ -102,7 +102,10 @@ class RoleMasses:
         self.rows = torch.zeros(count, heads, dtype=torch.int64, device=device)
         self.spread = torch.zeros(heads, dtype=exact, device=device)
         self._apart: dict[str, Tensor] = {}
-        self.overlap = {name: torch.zeros(len(self._offsets), heads, dtype=exact, device=device) for name in self._content}
+        self.overlap = {
+            name: torch.zeros(len(self._offsets), heads, dtype=exact, device=device)
+            for name in self._content
+        }
         self.coincide = {name: torch.zeros_like(x).long() for name, x in self.overlap.items()}
         self.counted = self._eligible.sum(dim=(0, 2))
         if ids is not None:
@@ -118,7 +121,9 @@ class RoleMasses:
         names = {k: own.get(k, f"offset_{k}") for k in offsets}
         return names | {k: name for name, k in custom.items()}
 
-    def add(self, p: Tensor, visible: Tensor, rows: slice, cols: slice, entropy: Tensor, own: Tensor) -> None:
+    def add(
+        self, p: Tensor, visible: Tensor, rows: slice, cols: slice, entropy: Tensor, own: Tensor
+    ) -> None:
         """Add a block.
 
         Args:
@@ -176,7 +181,9 @@ class RoleMasses:
         inside = (place >= 0) & (place < p.shape[-1])
         return place.clamp(0, p.shape[-1] - 1), inside
 
-    def _by_offset(self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _by_offset(
+        self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
         """Masses of single offsets and of the band."""
         if self.is_cross:
             return []
@@ -190,7 +197,8 @@ class RoleMasses:
         return [*found, ((mass * near).sum(-1), (size & near).sum(-1))]
 
     def _is_near(self, back: Tensor, seen: Tensor) -> Tensor:
-        """Return which keys, ``back`` positions before the query, lie in its band, ``[…, rows, cols]``.
+        """Return which keys, ``back`` positions before the query, lie in its band, ``[…, rows,
+        cols]``.
 
         Args:
             back: ``[cols]`` or ``[rows, cols]``.
@@ -201,8 +209,11 @@ class RoleMasses:
             return (back >= 0) & (back < width)
         return back.abs() < (width + 1) // 2
 
-    def _at_offsets(self, p: Tensor, mask: Tensor, cols: slice, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each offset's mass within ``mask`` ``[B, rows, cols]``, and whether its key is in it.
+    def _at_offsets(
+        self, p: Tensor, mask: Tensor, cols: slice, own: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return each offset's mass within ``mask`` ``[B, rows, cols]``, and whether its key is in
+        it.
 
         Returns:
             ``[B, H, rows, K]`` and ``[B, rows, K]``.
@@ -235,7 +246,9 @@ class RoleMasses:
             self._apart["duplicate_token"],
         ]
 
-    def _mask(self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], own: Tensor, cols: slice) -> Tensor:
+    def _mask(
+        self, function: Callable[[Tensor, Tensor, Tensor | None], Tensor], own: Tensor, cols: slice
+    ) -> Tensor:
         keys = torch.arange(cols.start, cols.stop, device=own.device)
         mask = function(own[:, None], keys[None], self.ids)
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (2, 3):

@@ -63,7 +63,8 @@ def layer_similarity(
             continue
         members = [layers[names[place]] for place in places]
         counted = [
-            a.is_counted.any(1) if valid is None else valid[names[place]] for place, a in zip(places, members, strict=True)
+            a.is_counted.any(1) if valid is None else valid[names[place]]
+            for place, a in zip(places, members, strict=True)
         ]
         cosine[:, np.array(places)[:, None], places] = _cosines(members, counted, elements)
     return LayerSimilarity(names, cosine)

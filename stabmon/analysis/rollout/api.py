@@ -34,44 +34,54 @@ def attention_rollout(
 ) -> Rollout:
     """Attribute the tokens after the last layer to those of the input.
 
-    R_l = M_l R_{l-1}, R_0 = I, with M_l = (residual I + (1 - residual) A_l) / row sum and A_l the layer's attention, its heads
-    fused; the later layer multiplies from the left, and the first layer has a residual like the others. Where the rows of A_l sum
-    to 1 and residual is 1/2 this is (A_l + I) / 2, Abnar and Zuidema's. Rows of maxima and minima, and those beside a learned sink,
+    R_l = M_l R_{l-1}, R_0 = I, with M_l = (residual I + (1 - residual) A_l) / row sum and A_l the
+    layer's attention, its heads fused; the later layer multiplies from the left, and the first
+    layer has a residual like the others. Where the rows of A_l sum to 1 and residual is 1/2 this is
+    (A_l + I) / 2, Abnar and Zuidema's. Rows of maxima and minima, and those beside a learned sink,
     sum to something else and are normalised. A row that sees nothing becomes the identity's.
 
-    The full matrix is made during the forward and nothing is kept of a layer, so that beside the result (B S^2 numbers) there is one
-    block of rows. With ``targets`` the queries and keys of all layers are kept and vectors walk down: linear in S. With ``sources``
-    vectors walk up and nothing is kept. No map of a head is ever held.
+    The full matrix is made during the forward and nothing is kept of a layer, so that beside the
+    result (B S^2 numbers) there is one block of rows. With ``targets`` the queries and keys of all
+    layers are kept and vectors walk down: linear in S. With ``sources`` vectors walk up and nothing
+    is kept. No map of a head is ever held.
 
     Args:
-        model: any model whose attention is seen (``docs/capture.md``); or a list of maps, first layer first, each
-            ``[B, H, S, S]``, ``[B, S, S]`` with the heads fused, or ``[S, S]``.
+        model: any model whose attention is seen (``docs/capture.md``); or a list of maps, first
+            layer first, each ``[B, H, S, S]``, ``[B, S, S]`` with the heads fused, or ``[S, S]``.
         batch: the model's input, as in :func:`stabmon.analysis.forward.run_model`.
-        targets: rows to compute: a position, several, or ``[B, n]``. Negative ones count from the end of the sample's own tokens.
+        targets: rows to compute: a position, several, or ``[B, n]``. Negative ones count from the
+            end of the sample's own tokens.
         sources: columns to compute, likewise: what those tokens reach.
         residual: weight of the residual path, in [0, 1).
         start_layer: the first layer that counts, from 0.
         head_fusion: ``mean``, ``max`` or ``min`` over the heads.
         weighting: ``gradient`` weights A by relu of its gradient, entry by entry: see
             :mod:`stabmon.analysis.rollout.gradient`.
-        objective: with ``gradient``: what is differentiated. A class or token id, ``[B]`` of them, or a function of the model's output
-            that returns a number; None for the log-probability of the model's own top class, or of its top token at the
-            last target (at the last token without targets).
-        stack: which stack of a model with several: its name, or ``joined`` for an encoder and its decoder (below), or ``all`` for
-            every self-attention layer in the order of the forward. None for the one that attends last.
-        attention_layer_pattern: regular expression that a layer's name must contain; it selects before ``start_layer``.
-        attention_modules: ``fnmatch`` patterns of modules whose hand-written softmax is attention, where that is not found.
+        objective: with ``gradient``: what is differentiated. A class or token id, ``[B]`` of them,
+            or a function of the model's output that returns a number; None for the log-probability
+            of the model's own top class, or of its top token at the last target (at the last token
+            without targets).
+        stack: which stack of a model with several: its name, or ``joined`` for an encoder and its
+            decoder (below), or ``all`` for every self-attention layer in the order of the forward.
+            None for the one that attends last.
+        attention_layer_pattern: regular expression that a layer's name must contain; it selects
+            before ``start_layer``.
+        attention_modules: ``fnmatch`` patterns of modules whose hand-written softmax is attention,
+            where that is not found.
         chunk_size: samples in one forward; None for all. Halved when memory runs out.
 
-    ``joined`` is our own: the rollout over the tokens of both stacks, where a cross-attention layer mixes as a self-attention layer
-    does, so that R = sum_l w_l R_dec(after l) C_l R_enc, w_l the residual's share; rows are normalised over the encoder's tokens.
+    ``joined`` is our own: the rollout over the tokens of both stacks, where a cross-attention layer
+        mixes as a self-attention layer
+    does, so that R = sum_l w_l R_dec(after l) C_l R_enc, w_l the residual's share; rows are
+    normalised over the encoder's tokens.
 
     Returns:
-        The rollout: ``matrix [B, T, S]``, float32 (float64 of a float64 model), rows sum to 1. NaN where the model is NaN.
+        The rollout: ``matrix [B, T, S]``, float32 (float64 of a float64 model), rows sum to 1. NaN
+            where the model is NaN.
 
     Raises:
-        ValueError: if nothing attends, a pattern, stack, position or number does not fit, or tokens are merged or regrouped between
-            layers (windows), which no rollout describes.
+        ValueError: if nothing attends, a pattern, stack, position or number does not fit, or tokens
+            are merged or regrouped between layers (windows), which no rollout describes.
 
     Example:
         >>> import torch
@@ -83,8 +93,8 @@ def attention_rollout(
         tensor([[[0.1250, 0.1250, 0.1250, 0.6250]]])
 
     References:
-        Abnar and Zuidema 2020, Quantifying Attention Flow in Transformers. Chefer et al. 2021, Generic Attention-model
-        Explainability.
+        Abnar and Zuidema 2020, Quantifying Attention Flow in Transformers. Chefer et al. 2021,
+        Generic Attention-model Explainability.
     """
     settings = Settings(
         check_residual(residual),
@@ -102,11 +112,19 @@ def attention_rollout(
         raise ValueError("objective is given and weighting is None: use weighting='gradient'")
     if is_given(model):
         if batch is not None or weighting or stack or attention_layer_pattern:
-            raise ValueError("given maps take no batch, weighting, stack or attention_layer_pattern: give the model for these")
+            raise ValueError(
+                "given maps take no batch, weighting, stack or attention_layer_pattern: give the "
+                "model for these"
+            )
         return roll_given(list(model), settings)  # type: ignore[arg-type]
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}: give a torch.nn.Module, or a list of attention maps")
-    return roll_model(model, batch, settings, weighting=weighting, objective=objective, chunk_size=chunk_size)
+        raise ValueError(
+            f"model is a {type(model).__name__}: give a torch.nn.Module, or a list of attention "
+            "maps"
+        )
+    return roll_model(
+        model, batch, settings, weighting=weighting, objective=objective, chunk_size=chunk_size
+    )
 
 
 def check_residual(residual: float) -> float:

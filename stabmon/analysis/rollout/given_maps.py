@@ -16,7 +16,8 @@ def given_layers(maps: Sequence[Any]) -> Iterator[Layer]:
     """Yield one layer for each map.
 
     Args:
-        maps: first layer first; ``[B, H, S, S]``, ``[B, S, S]`` with the heads fused already, or ``[S, S]`` of one sample.
+        maps: first layer first; ``[B, H, S, S]``, ``[B, S, S]`` with the heads fused already, or
+            ``[S, S]`` of one sample.
 
     Raises:
         ValueError: naming the map, if it is none of these or differs from the others.
@@ -30,7 +31,8 @@ def given_layers(maps: Sequence[Any]) -> Iterator[Layer]:
         first = laid_out[0]
         if (len(each), each.shape[-1]) != (len(first), first.shape[-1]):
             raise ValueError(
-                f"map {index} is of {len(each)} x {each.shape[-1]} tokens and map 0 of {len(first)} x {first.shape[-1]}: give "
+                f"map {index} is of {len(each)} x {each.shape[-1]} tokens and map 0 of "
+                f"{len(first)} x {first.shape[-1]}: give "
                 "maps of the same batch and tokens"
             )
         yield _layer(each, index)
@@ -38,16 +40,22 @@ def given_layers(maps: Sequence[Any]) -> Iterator[Layer]:
 
 def is_given(model: Any) -> bool:
     """Return whether the argument is a list of maps and no model."""
-    return isinstance(model, list | tuple) and not any(callable(getattr(each, "forward", None)) for each in model)
+    return isinstance(model, list | tuple) and not any(
+        callable(getattr(each, "forward", None)) for each in model
+    )
 
 
 def _tensor(given: Any, index: int) -> Tensor:
     try:
         tensor = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"map {index} is a {type(given).__name__}: give a tensor or array") from None
+        raise ValueError(
+            f"map {index} is a {type(given).__name__}: give a tensor or array"
+        ) from None
     if tensor.ndim not in (2, 3, 4) or tensor.shape[-1] != tensor.shape[-2] or tensor.numel() == 0:
-        raise ValueError(f"map {index} has shape {list(tensor.shape)}: give [B, H, S, S], [B, S, S] or [S, S]")
+        raise ValueError(
+            f"map {index} has shape {list(tensor.shape)}: give [B, H, S, S], [B, S, S] or [S, S]"
+        )
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -65,7 +73,11 @@ def _layer(weights: Tensor, index: int) -> Layer:
 
     def maps(sample: int) -> tuple[SampleMaps, Tensor]:
         own = weights[sample]
-        last_seen = torch.where(own.amax(0) != 0, torch.arange(tokens, device=own.device), -1).amax(-1).tolist()
+        last_seen = (
+            torch.where(own.amax(0) != 0, torch.arange(tokens, device=own.device), -1)
+            .amax(-1)
+            .tolist()
+        )
         seen = slice(0, tokens)
 
         def block(rows: slice) -> tuple[slice, Tensor]:

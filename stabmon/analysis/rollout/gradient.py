@@ -1,13 +1,15 @@
 """Rollout of attention weighted by its gradient, without a map of any head.
 
-Chefer's rule takes E_h relu(dL/dA * A) in place of the head mean of A. As o_i = sum_j A_ij v_j, the gradient is
-dL/dA_ij = <dL/do_i, v_j>: the values and the gradient at the attention's output, both as large as the queries, give it for any block
-of rows. The weighted maps are mixed with the residual as A is: M = (residual I + (1 - residual) Ā) / row sum, so that with residual
-1/2 a row is Chefer's I + Ā divided by its sum. Without that division R grows with depth. Ā is not normalised before: a row whose
-weights do not matter to the objective stays its own token's.
+Chefer's rule takes E_h relu(dL/dA * A) in place of the head mean of A. As o_i = sum_j A_ij v_j, the
+gradient is dL/dA_ij = <dL/do_i, v_j>: the values and the gradient at the attention's output, both
+as large as the queries, give it for any block of rows. The weighted maps are mixed with the
+residual as A is: M = (residual I + (1 - residual) Ā) / row sum, so that with residual 1/2 a row is
+Chefer's I + Ā divided by its sum. Without that division R grows with depth. Ā is not normalised
+before: a row whose weights do not matter to the objective stays its own token's.
 
 References:
-    Chefer, Gur and Wolf 2021, Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers.
+    Chefer, Gur and Wolf 2021, Generic Attention-model Explainability for Interpreting Bi-Modal and
+    Encoder-Decoder Transformers.
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ class Weighed:
         def ends(start: int, stop: int) -> int:
             return operator.visibility.key_range(start, stop)[1]
 
-        return SampleMaps(operator.queries, operator.keys, operator.heads, weights, ends), operator.is_counted[0].any(0)
+        return SampleMaps(
+            operator.queries, operator.keys, operator.heads, weights, ends
+        ), operator.is_counted[0].any(0)
 
 
 def operator_dtype(tensor: Tensor) -> torch.dtype:
@@ -78,7 +82,8 @@ def weighed_calls(
 
     Args:
         model, batch: as in :func:`stabmon.analysis.forward.run_model`.
-        layers: names of the layers, in order, and whether each query is known to be of the same token as a key.
+        layers: names of the layers, in order, and whether each query is known to be of the same
+            token as a key.
         last: likewise the self-attention layer that runs last, whose tokens the output's are.
         objective, targets: see :func:`stabmon.analysis.rollout.objectives.objective_of`.
 
@@ -112,13 +117,20 @@ def weighed_calls(
         output = model(*arguments, **keywords)
         if missing := [layer for layer in layers if layer not in sites]:
             raise ValueError(
-                f"weighting='gradient' needs attention through transformers' interface or scaled_dot_product_attention, and "
-                f"{missing[0]} has its own: use weighting=None, or layers that have not by attention_layer_pattern"
+                "weighting='gradient' needs attention through transformers' interface or "
+                "scaled_dot_product_attention, and "
+                f"{missing[0]} has its own: use weighting=None, or layers that have not by "
+                "attention_layer_pattern"
             )
         value = objective_of(output, objective, targets, valid)
         if not value.requires_grad:
-            raise ValueError("the objective does not depend on the attention of these layers: give another objective=")
-        gradients = torch.autograd.grad(value, [sites[layer][2] for layer in layers], allow_unused=True)
+            raise ValueError(
+                "the objective does not depend on the attention of these layers: give another "
+                "objective="
+            )
+        gradients = torch.autograd.grad(
+            value, [sites[layer][2] for layer in layers], allow_unused=True
+        )
     found = {}
     for layer, gradient in zip(layers, gradients, strict=True):
         call, site_value, out, lay_out = sites[layer]
@@ -143,7 +155,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _detached(call: AttentionCall) -> AttentionCall:
     tensors = {name: getattr(call, name) for name in ("query", "key", "mask", "sinks", "scores")}
-    plain: dict[str, Any] = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+    plain: dict[str, Any] = {
+        name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()
+    }
     return replace(call, module=None, **plain)
 
 

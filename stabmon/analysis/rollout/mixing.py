@@ -16,7 +16,9 @@ from stabmon.signals.reduce import operator_of
 HeadFusion = Literal["mean", "max", "min"]
 FUSIONS: frozenset[str] = frozenset(get_args(HeadFusion))
 BLOCK_ELEMENTS = 1 << 18
-"""Attention weights in one block of rows: 1 MB in float32, so that a block and its copies stay in a core's cache."""
+"""Attention weights in one block of rows: 1 MB in float32, so that a block and its copies stay in a
+core's cache.
+"""
 WIDE_ROWS = 64
 
 Look = Callable[[Tensor, slice], None]
@@ -25,7 +27,8 @@ Look = Callable[[Tensor, slice], None]
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Some rows of a layer's mixing matrix ``(residual * I + (1 - residual) * A) / row sum``, A fused over the heads.
+    """Some rows of a layer's mixing matrix ``(residual * I + (1 - residual) * A) / row sum``, A
+    fused over the heads.
 
     A row of A that sees nothing is 0, so that its row of the mixture is the identity's.
     """
@@ -43,7 +46,8 @@ class SampleMaps:
 
     Args:
         queries, keys: Q and K.
-        weights: gives for a slice of query rows the keys that they see and their weights ``[H, rows, cols]``.
+        weights: gives for a slice of query rows the keys that they see and their weights ``[H,
+            rows, cols]``.
         ends: gives for a slice of query rows the end of the keys that they may see.
     """
 
@@ -60,11 +64,14 @@ class SampleMaps:
         self.step = max(1, min(queries, BLOCK_ELEMENTS // max(1, heads * keys)))
 
     def widen(self, elements: int) -> None:
-        """Let a block have up to ``WIDE_ROWS`` rows where it holds no more than ``elements`` weights.
+        """Let a block have up to ``WIDE_ROWS`` rows where it holds no more than ``elements``
+        weights.
 
         A product with a wide state reads all of the state once a block.
         """
-        self.step = min(self.queries, max(self.step, min(WIDE_ROWS, elements // (self.heads * self.keys))))
+        self.step = min(
+            self.queries, max(self.step, min(WIDE_ROWS, elements // (self.heads * self.keys)))
+        )
 
     @property
     def is_causal(self) -> bool:
@@ -72,7 +79,12 @@ class SampleMaps:
         return self.keys == self.queries and all(self._ends(a, b) <= b for a, b in self._bounds())
 
     def mixtures(
-        self, fusion: HeadFusion, residual: float, *, look: Look | None = None, only: Callable[[slice], bool] | None = None
+        self,
+        fusion: HeadFusion,
+        residual: float,
+        *,
+        look: Look | None = None,
+        only: Callable[[slice], bool] | None = None,
     ) -> Iterator[Mixture]:
         """Yield the mixing matrix from the last rows to the first.
 
@@ -92,7 +104,10 @@ class SampleMaps:
             yield mix(rows, cols, fuse(weights, fusion), residual)
 
     def _bounds(self) -> list[tuple[int, int]]:
-        return [(start, min(start + self.step, self.queries)) for start in range(0, self.queries, self.step)]
+        return [
+            (start, min(start + self.step, self.queries))
+            for start in range(0, self.queries, self.step)
+        ]
 
 
 def fuse(weights: Tensor, fusion: HeadFusion) -> Tensor:
@@ -112,14 +127,20 @@ def mix(rows: slice, cols: slice, fused: Tensor, residual: float) -> Mixture:
 
 
 def sample_of(call: AttentionCall, index: int) -> AttentionCall:
-    """Return the call of one sample alone: what is computed of it then does not depend on the samples beside it."""
+    """Return the call of one sample alone: what is computed of it then does not depend on the
+    samples beside it.
+    """
     one = slice(index, index + 1)
 
     def part(tensor: Tensor | None) -> Tensor | None:
-        return tensor[one] if tensor is not None and tensor.dim() == 4 and len(tensor) > 1 else tensor
+        return (
+            tensor[one] if tensor is not None and tensor.dim() == 4 and len(tensor) > 1 else tensor
+        )
 
     def copy(tensor: Tensor | None) -> Tensor | None:
-        """A fresh tensor: products round otherwise by strides and by where in memory a sample begins."""
+        """A fresh tensor: products round otherwise by strides and by where in memory a sample
+        begins.
+        """
         return None if tensor is None else tensor[one].clone(memory_format=torch.contiguous_format)
 
     sinks = call.sinks[one] if call.sinks is not None and call.sinks.dim() > 1 else call.sinks
@@ -141,6 +162,8 @@ def maps_of(operator: AttentionOperator) -> SampleMaps:
 
 
 def call_maps(call: AttentionCall, index: int) -> tuple[SampleMaps, Tensor]:
-    """Return the maps of one sample of a call, and ``[Q]`` bool: the rows that see a key and are not padding."""
+    """Return the maps of one sample of a call, and ``[Q]`` bool: the rows that see a key and are
+    not padding.
+    """
     operator = operator_of(sample_of(call, index))
     return maps_of(operator), operator.is_counted[0].any(0)

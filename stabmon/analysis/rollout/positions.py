@@ -1,4 +1,6 @@
-"""Which tokens of each sample are meant: positions, counted from the end where they are negative."""
+"""Which tokens of each sample are meant: positions, counted from the end where they are
+negative.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ Wanted = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 class Positions:
     """Positions of tokens, for every sample alike or one by one.
 
-    A position from 0 on counts from the first column of the batch, padding included. A negative one counts from the end of the
-    sample's own tokens: -1 is the last token that is not padding, on whichever side the padding is.
+    A position from 0 on counts from the first column of the batch, padding included. A negative one
+    counts from the end of the sample's own tokens: -1 is the last token that is not padding, on
+    whichever side the padding is.
 
     Args:
         wanted: see :data:`Wanted`.
@@ -29,8 +32,15 @@ class Positions:
     def __init__(self, wanted: Wanted, what: str, start: int = 0) -> None:
         self._wanted, self._what, self._start = wanted, what, start
         self.grid = torch.as_tensor(wanted).cpu()
-        if self.grid.is_floating_point() or self.grid.dtype == torch.bool or self.grid.ndim > 2 or self.grid.numel() == 0:
-            raise ValueError(f"{what} {wanted!r}: give a position, a list of them, or a list for each sample")
+        if (
+            self.grid.is_floating_point()
+            or self.grid.dtype == torch.bool
+            or self.grid.ndim > 2
+            or self.grid.numel() == 0
+        ):
+            raise ValueError(
+                f"{what} {wanted!r}: give a position, a list of them, or a list for each sample"
+            )
         if self.grid.ndim == 0:
             self.grid = self.grid[None]
 
@@ -50,7 +60,10 @@ class Positions:
         """
         given = len(self.grid) - self._start
         if self.grid.ndim == 2 and (given < samples or (given > samples and not is_part)):
-            raise ValueError(f"{self._what}s are given for {len(self.grid)} samples, and the batch has {samples + self._start}")
+            raise ValueError(
+                f"{self._what}s are given for {len(self.grid)} samples, and the batch has "
+                f"{samples + self._start}"
+            )
 
     def of(self, index: int, valid: Tensor) -> Tensor:
         """Return the positions ``[n]`` of one sample.
@@ -69,11 +82,15 @@ class Positions:
         for position in wanted:
             if position >= len(valid) or position < -len(own):
                 raise ValueError(
-                    f"{self._what} {position} is out of range: sample {sample} has {len(own)} tokens in {len(valid)} columns"
+                    f"{self._what} {position} is out of range: sample {sample} has {len(own)} "
+                    f"tokens in {len(valid)} columns"
                 )
             place = position if position >= 0 else own[position]
             if place not in own:
-                raise ValueError(f"{self._what} {position} of sample {sample} is padding: its tokens are {own[0]} to {own[-1]}")
+                raise ValueError(
+                    f"{self._what} {position} of sample {sample} is padding: its tokens are "
+                    f"{own[0]} to {own[-1]}"
+                )
             found.append(place)
         return torch.tensor(found, device=valid.device)
 

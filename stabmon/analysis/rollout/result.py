@@ -18,18 +18,22 @@ class Rollout:
     B samples, T tokens that owe, S tokens that are owed to.
 
     Attributes:
-        matrix: ``[B, T, S]`` float, in [0, 1]; a row sums to 1. T are all tokens or the targets, S all tokens or the sources.
+        matrix: ``[B, T, S]`` float, in [0, 1]; a row sums to 1. T are all tokens or the targets, S
+            all tokens or the sources.
         targets: ``[B, T]`` positions; None where all tokens are rows.
         sources: ``[B, S]`` positions; None where all tokens are columns.
-        first_token_share: ``[B, T]``, what each row owes to the sample's first token that is not padding. Under a causal mask it
-            grows with depth whatever the model does, so show it beside the picture.
-        valid: ``[B, N]`` bool, the tokens that see a key and are not padding; the rows of others mean nothing.
+        first_token_share: ``[B, T]``, what each row owes to the sample's first token that is not
+            padding. Under a causal mask it grows with depth whatever the model does, so show it
+            beside the picture.
+        valid: ``[B, N]`` bool, the tokens that see a key and are not padding; the rows of others
+            mean nothing.
         source_valid: the same of the columns' tokens; another sequence's where stacks are joined.
         layers: names of the layers, first to last.
         stack: the stack of layers.
         stacks: all stacks of the model that attended.
         residual, start_layer, head_fusion, weighting: how it was made.
-        image_grid: ``{"rows", "cols", "leading"}`` where the columns are image patches after ``leading`` special tokens.
+        image_grid: ``{"rows", "cols", "leading"}`` where the columns are image patches after
+            ``leading`` special tokens.
     """
 
     matrix: Tensor
@@ -52,7 +56,8 @@ class Rollout:
         """Describe the method in words."""
         weighted = f", {self.weighting}-weighted" if self.weighting else ""
         return (
-            f"rollout of {len(self.layers)} layers from layer {self.start_layer}{weighted}, heads by {self.head_fusion}, "
+            f"rollout of {len(self.layers)} layers from layer {self.start_layer}{weighted}, heads "
+            f"by {self.head_fusion}, "
             f"residual {self.residual:g}"
         )
 
@@ -60,17 +65,24 @@ class Rollout:
         return f"Rollout({self.stack}: {self.method}; matrix {list(self.matrix.shape)})"
 
     def to_record(
-        self, *, attribution: Mapping[str, Any] | None = None, faithfulness: Mapping[str, Any] | None = None
+        self,
+        *,
+        attribution: Mapping[str, Any] | None = None,
+        faithfulness: Mapping[str, Any] | None = None,
     ) -> AnalysisRecord:
         """Return what figures and pages are drawn from, of kind ``rollout``.
 
-        Values: stack, stacks, layers, residual, start_layer, head_fusion, weighting, method (words), targets and sources (``[B][T]``
-        or None), first_token_share ``[B][T]``, batch_size, image_grid, attribution and faithfulness (None where not given).
+        Values: stack, stacks, layers, residual, start_layer, head_fusion, weighting, method
+            (words), targets and sources (``[B][T]``
+        or None), first_token_share ``[B][T]``, batch_size, image_grid, attribution and faithfulness
+        (None where not given).
         Arrays: matrix ``[B, T, S]`` float32, valid ``[B, N]`` and source_valid ``[B, S]`` uint8.
 
         Args:
-            attribution: what :func:`stabmon.analysis.attribution.summary.compute_attention_attribution` returned.
-            faithfulness: what :func:`stabmon.analysis.attribution.faithfulness.deletion_check` found, as values.
+            attribution: what
+                :func:`stabmon.analysis.attribution.summary.compute_attention_attribution` returned.
+            faithfulness: what :func:`stabmon.analysis.attribution.faithfulness.deletion_check`
+                found, as values.
         """
         values = {
             "stack": self.stack,

@@ -1,4 +1,6 @@
-"""Run a rollout: during a forward, from gradients, or over given maps, in chunks where memory asks for it."""
+"""Run a rollout: during a forward, from gradients, or over given maps, in chunks where memory asks
+for it.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,17 @@ def roll_model(
     Args:
         model, batch, weighting, objective, chunk_size: see :func:`attention_rollout`.
         settings: the rest.
-        look: is asked for what looks at the weights of a sample's layer: ``(layer, sample, valid rows)``.
+        look: is asked for what looks at the weights of a sample's layer: ``(layer, sample, valid
+            rows)``.
     """
 
     dim = sample_dimension(model)
 
     def run(part: Any, start: int) -> Rollout:
         mine = settings.part(start)
-        shifted = None if look is None else lambda layer, index, valid: look(layer, index + start, valid)
+        shifted = (
+            None if look is None else lambda layer, index, valid: look(layer, index + start, valid)
+        )
         if weighting is not None:
             wanted = objective
             if isinstance(wanted, Tensor) and wanted.ndim and part is not batch:
@@ -68,9 +73,15 @@ def roll_model(
     return rollout
 
 
-def roll_forward(model: nn.Module, batch: Any, settings: Settings, look: LookMaker | None) -> Rollout:
+def roll_forward(
+    model: nn.Module, batch: Any, settings: Settings, look: LookMaker | None
+) -> Rollout:
     """Return the rollout of one forward."""
-    chosen = None if settings.stack is None else choose(seen_calls(model, batch, settings), settings.stack)
+    chosen = (
+        None
+        if settings.stack is None
+        else choose(seen_calls(model, batch, settings), settings.stack)
+    )
     walk = Walk(model, settings, chosen, batch_sizes(batch))
 
     def on_call(call: AttentionCall) -> None:
@@ -79,24 +90,38 @@ def roll_forward(model: nn.Module, batch: Any, settings: Settings, look: LookMak
         if part is not None:
             walk.take(layer_of(seen, part, call, keep=isinstance(walk.path, DownPath)), look)
 
-    run_model(model, batch, on_call, pattern=settings.pattern, attention_modules=settings.attention_modules)
+    run_model(
+        model,
+        batch,
+        on_call,
+        pattern=settings.pattern,
+        attention_modules=settings.attention_modules,
+    )
     return walk.finish(batch)
 
 
-def roll_gradient(model: nn.Module, batch: Any, settings: Settings, objective: Objective | None) -> Rollout:
-    """Return the rollout of attention weighted by its gradient: a forward to see the stacks, then one with its backward."""
+def roll_gradient(
+    model: nn.Module, batch: Any, settings: Settings, objective: Objective | None
+) -> Rollout:
+    """Return the rollout of attention weighted by its gradient: a forward to see the stacks, then
+    one with its backward.
+    """
     seen = seen_calls(model, batch, settings)
     own = [call for call in seen if call.kind == "self"]
     stacks = stacks_of(seen)
     if settings.stack is None and stacks:
-        chosen: Chosen | None = next((each, None) for each in stacks if each.prefix == own[-1].prefix)
+        chosen: Chosen | None = next(
+            (each, None) for each in stacks if each.prefix == own[-1].prefix
+        )
     else:
         chosen = None if settings.stack is None else choose(seen, settings.stack)
     walk = Walk(model, settings, chosen, batch_sizes(batch))
     parts = {call.layer: part for call in seen if (part := walk.part_of(call)) is not None}
     known = {call.layer: call.is_self for call in seen}
     last = (own[-1].layer, own[-1].is_self) if own else None
-    weighed = weighed_calls(model, batch, {layer: known[layer] for layer in parts}, objective, settings.targets, last)
+    weighed = weighed_calls(
+        model, batch, {layer: known[layer] for layer in parts}, objective, settings.targets, last
+    )
     for call in seen:
         if call.layer in parts:
             found = weighed[call.layer]
@@ -127,16 +152,27 @@ def roll_given(maps: Sequence[Any], settings: Settings) -> Rollout:
 
 
 def layer_of(seen: SeenCall, part: Part, call: AttentionCall, *, keep: bool) -> Layer:
-    """Return a call as a layer; with ``keep`` it holds copies, as the call's own tensors die with the forward."""
+    """Return a call as a layer; with ``keep`` it holds copies, as the call's own tensors die with
+    the forward.
+    """
     if keep:
-        query, key = (None if each is None else each.detach().clone() for each in (call.query, call.key))
+        query, key = (
+            None if each is None else each.detach().clone() for each in (call.query, call.key)
+        )
         scores = None if call.scores is None else call.scores.detach().clone()
         call = replace(call, query=query, key=key, scores=scores, module=None)
     tensor = call.scores if call.scores is not None else call.query
     assert tensor is not None
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return Layer(
-        seen.layer, part, seen.batch, seen.queries, seen.keys, lambda index: call_maps(call, index), tensor.device, dtype
+        seen.layer,
+        part,
+        seen.batch,
+        seen.queries,
+        seen.keys,
+        lambda index: call_maps(call, index),
+        tensor.device,
+        dtype,
     )
 
 
@@ -156,6 +192,8 @@ def merge_rollouts(parts: Sequence[Rollout]) -> Rollout:
 
 
 def sample_dimension(model: nn.Module) -> int:
-    """Return the dimension of the samples in a tensor of three: 1 for torch's own attention over ``[S, B, C]``."""
+    """Return the dimension of the samples in a tensor of three: 1 for torch's own attention over
+    ``[S, B, C]``.
+    """
     first = next((m for m in model.modules() if isinstance(m, nn.MultiheadAttention)), None)
     return 1 if first is not None and not first.batch_first else 0

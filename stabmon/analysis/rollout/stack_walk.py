@@ -17,7 +17,16 @@ from stabmon.analysis.rollout.mixing import HeadFusion, Look
 from stabmon.analysis.rollout.paths import DownPath, Layer, Part, UpPath
 from stabmon.analysis.rollout.positions import Positions
 from stabmon.analysis.rollout.result import Rollout
-from stabmon.analysis.rollout.stacks import CallReader, SeenCall, Stack, choose_stack, encoder_of, listed, role_of, stacks_of
+from stabmon.analysis.rollout.stacks import (
+    CallReader,
+    SeenCall,
+    Stack,
+    choose_stack,
+    encoder_of,
+    listed,
+    role_of,
+    stacks_of,
+)
 
 logger = logging.getLogger("stabmon")
 
@@ -42,7 +51,9 @@ class Settings:
 
     def part(self, start: int) -> Settings:
         """Return the settings of a part of the batch that begins with sample ``start``."""
-        targets, sources = (None if each is None else each.beginning(start) for each in (self.targets, self.sources))
+        targets, sources = (
+            None if each is None else each.beginning(start) for each in (self.targets, self.sources)
+        )
         return replace(self, targets=targets, sources=sources)
 
     def check(self, samples: int) -> None:
@@ -90,7 +101,8 @@ def choose(calls: Sequence[SeenCall], wanted: str) -> Chosen | None:
     encoder = encoder_of(decoders[-1], stacks) if decoders else None
     if encoder is None:
         raise ValueError(
-            f"stack 'joined' needs an encoder and a decoder that attends to it in one forward; found {listed(stacks)}"
+            "stack 'joined' needs an encoder and a decoder that attends to it in one forward; "
+            f"found {listed(stacks)}"
         )
     return decoders[-1], encoder
 
@@ -101,11 +113,14 @@ class Walk:
     Args:
         model: the model.
         settings: how the rollout is made.
-        chosen: the stack and its encoder, as :func:`choose` found them; None for the stack that attends last, or for all.
+        chosen: the stack and its encoder, as :func:`choose` found them; None for the stack that
+            attends last, or for all.
         batches: numbers of samples that the batch can have.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, chosen: Chosen | None, batches: frozenset[int]) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Settings, chosen: Chosen | None, batches: frozenset[int]
+    ) -> None:
         self.model, self.settings, self.chosen, self.batches = model, settings, chosen, batches
         self.reader = CallReader(model)
         self.path = settings.path()
@@ -119,7 +134,11 @@ class Walk:
         self.seen.append(call)
         stack, encoder = self.chosen or (None, None)
         if call.kind == "cross":
-            return "cross" if encoder is not None and stack is not None and call.layer in stack.cross else None
+            return (
+                "cross"
+                if encoder is not None and stack is not None and call.layer in stack.cross
+                else None
+            )
         if stack is not None:
             if encoder is not None and call.layer in encoder.layers:
                 return "encoder"
@@ -133,7 +152,9 @@ class Walk:
         if call.prefix == self._prefix:
             return
         if call.prefix in self._left:
-            raise ValueError(f"stacks take turns: choose one of them by stack=: {listed(stacks_of(self.seen))}")
+            raise ValueError(
+                f"stacks take turns: choose one of them by stack=: {listed(stacks_of(self.seen))}"
+            )
         if self._prefix is not None:
             self._left.add(self._prefix)
             self.path, self._count = self.settings.path(), {"self": 0, "encoder": 0}
@@ -147,8 +168,10 @@ class Walk:
         """
         if layer.batch not in self.batches:
             raise ValueError(
-                f"{layer.name} attends within {layer.batch} groups of {layer.queries} tokens, which are not the "
-                "batch's samples: windows have no rollout; name layers over whole samples by attention_layer_pattern"
+                f"{layer.name} attends within {layer.batch} groups of {layer.queries} tokens, "
+                "which are not the "
+                "batch's samples: windows have no rollout; name layers over whole samples by "
+                "attention_layer_pattern"
             )
         if layer.part == "cross":
             if self._count["self"] <= self.settings.start_layer and self.settings.start_layer:
@@ -163,29 +186,44 @@ class Walk:
         """Return the rollout, and say which stack it is of where there are several."""
         stacks = stacks_of(self.seen)
         mine = self._mine(stacks)
-        check_start(self.settings.start_layer, mine.layers if self.chosen is not None or mine.layers else self.path.layers)
+        check_start(
+            self.settings.start_layer,
+            mine.layers if self.chosen is not None or mine.layers else self.path.layers,
+        )
         rollout = finish_path(self.path, self.settings)
-        name = mine.name if self.settings.stack not in ("joined", "all") else str(self.settings.stack)
+        name = (
+            mine.name if self.settings.stack not in ("joined", "all") else str(self.settings.stack)
+        )
         if self.settings.stack is None and len(stacks) > 1 and self.model not in _told:
             _told.add(self.model)
             logger.warning(
-                "%s has the stacks %s: the rollout is of %s, which attends last; choose another by stack=",
+                "%s has the stacks %s: the rollout is of %s, which attends last; choose another "
+                "by stack=",
                 type(self.model).__name__,
                 listed(stacks),
                 name,
             )
         columns = self.chosen[1] if self.chosen is not None and self.chosen[1] is not None else mine
-        grid = image_grid(self.model, batch, columns.tokens, columns.name if len(stacks) > 1 else None)
-        return replace(rollout, stack=name, stacks=tuple(each.name for each in stacks), image_grid=grid)
+        grid = image_grid(
+            self.model, batch, columns.tokens, columns.name if len(stacks) > 1 else None
+        )
+        return replace(
+            rollout, stack=name, stacks=tuple(each.name for each in stacks), image_grid=grid
+        )
 
     def _mine(self, stacks: Sequence[Stack]) -> Stack:
         if self.chosen is not None:
             return self.chosen[0]
         if not stacks:
             layers = ", ".join(call.layer for call in self.seen)
-            raise ValueError(f"only cross attention was found ({layers}): rollout needs layers that attend over their own tokens")
+            raise ValueError(
+                f"only cross attention was found ({layers}): rollout needs layers that attend "
+                "over their own tokens"
+            )
         if self.settings.stack == "all":
-            return Stack("all", "", stacks[-1].tokens, [layer for each in stacks for layer in each.layers])
+            return Stack(
+                "all", "", stacks[-1].tokens, [layer for each in stacks for layer in each.layers]
+            )
         return next(each for each in stacks if each.prefix == self._prefix)
 
 
@@ -205,7 +243,9 @@ def finish_path(path: UpPath | DownPath, settings: Settings) -> Rollout:
         sources = path.sources
         if settings.targets is not None:
             settings.targets.check(len(path.valid), is_part=True)
-            targets = torch.stack([settings.targets.of(index, row) for index, row in enumerate(path.valid)])
+            targets = torch.stack(
+                [settings.targets.of(index, row) for index, row in enumerate(path.valid)]
+            )
             matrix = matrix.gather(1, targets[..., None].expand(-1, -1, matrix.shape[2]))
             first = first.gather(1, targets)
     return Rollout(
@@ -223,8 +263,14 @@ def finish_path(path: UpPath | DownPath, settings: Settings) -> Rollout:
 
 
 def batch_sizes(batch: Any) -> frozenset[int]:
-    """Return the numbers of samples that a batch can have; the second dimension of ``[S, B, C]`` is one."""
-    values = [batch] if isinstance(batch, Tensor) else list(batch.values() if hasattr(batch, "values") else batch)
+    """Return the numbers of samples that a batch can have; the second dimension of ``[S, B, C]`` is
+    one.
+    """
+    values = (
+        [batch]
+        if isinstance(batch, Tensor)
+        else list(batch.values() if hasattr(batch, "values") else batch)
+    )
     tensors = [each for each in values if isinstance(each, Tensor) and each.ndim]
     first = {each.shape[0] for each in tensors if each.ndim > 1}
     return frozenset(first | {each.shape[1] for each in tensors if each.ndim == 3} | {1})
@@ -234,5 +280,6 @@ def check_start(start_layer: int, layers: Sequence[str]) -> None:
     """Raise ``ValueError`` where there is no such layer."""
     if not 0 <= start_layer < len(layers):
         raise ValueError(
-            f"start_layer {start_layer!r}: there are {len(layers)} layers, 0 to {len(layers) - 1}: {', '.join(layers)}"
+            f"start_layer {start_layer!r}: there are {len(layers)} layers, 0 to "
+            f"{len(layers) - 1}: {', '.join(layers)}"
         )

@@ -1,4 +1,6 @@
-"""Tell which attention calls of a forward belong to one stack of layers over one sequence of tokens."""
+"""Tell which attention calls of a forward belong to one stack of layers over one sequence of
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,15 @@ from stabmon.capture.names import ModuleNames
 from stabmon.capture.same_positions import attends_itself
 from stabmon.records import AttentionCall
 
-CROSS_NAME = re.compile(r"cross|enc_?dec|encoder_?attn|encoder_?attention|src_?attn|memory_?attn", re.I)
-"""Name of a block's attention over another sequence: ``crossattention``, ``EncDecAttention``, ``encoder_attn`` …"""
-TOWER_NAME = re.compile(r"enc|dec|text|vision|visual|image|audio|language|query_tower|key_tower", re.I)
+CROSS_NAME = re.compile(
+    r"cross|enc_?dec|encoder_?attn|encoder_?attention|src_?attn|memory_?attn", re.I
+)
+"""Name of a block's attention over another sequence: ``crossattention``, ``EncDecAttention``,
+``encoder_attn`` …
+"""
+TOWER_NAME = re.compile(
+    r"enc|dec|text|vision|visual|image|audio|language|query_tower|key_tower", re.I
+)
 """Names of parts that are stacks of their own where no list of blocks says so."""
 NUMBERED = re.compile(r"^\D*\d+$")
 """``0`` in ``layers.0``, ``block1``."""
@@ -45,7 +53,9 @@ class Stack:
     """Layers that attend over one sequence of tokens, one after the other."""
 
     name: str
-    """What tells it from the model's other stacks: ``encoder``, ``text_model``; the blocks' own name where there is one."""
+    """What tells it from the model's other stacks: ``encoder``, ``text_model``; the blocks' own
+    name where there is one.
+    """
     prefix: str
     tokens: int
     layers: list[str] = field(default_factory=list)
@@ -76,11 +86,24 @@ class CallReader:
         prefix, tail, block = split_name(name)
         first = self._first_of_block.setdefault(block, name)
         is_second = first != name and block != prefix
-        kind = self._kind(call, tail, queries, keys, is_second=is_second, is_numbered=block != prefix)
+        kind = self._kind(
+            call, tail, queries, keys, is_second=is_second, is_numbered=block != prefix
+        )
         return SeenCall(call.layer, kind, prefix, batch, queries, keys, call.is_self)
 
-    def _kind(self, call: AttentionCall, tail: str, queries: int, keys: int, *, is_second: bool, is_numbered: bool) -> CallKind:
-        """Other keys than queries are another sequence's, but for a block's first attention: there they are merged or cached."""
+    def _kind(
+        self,
+        call: AttentionCall,
+        tail: str,
+        queries: int,
+        keys: int,
+        *,
+        is_second: bool,
+        is_numbered: bool,
+    ) -> CallKind:
+        """Other keys than queries are another sequence's, but for a block's first attention: there
+        they are merged or cached.
+        """
         says = getattr(call.module, "is_cross_attention", None)
         if says is True or CROSS_NAME.search(tail):
             return "cross"
@@ -141,7 +164,8 @@ def stacks_of(calls: Sequence[SeenCall]) -> list[Stack]:
 
 
 def distinct_names(prefixes: Sequence[str]) -> list[str]:
-    """Return for each qualified name the first part in which they differ, where that is its own; else all of it.
+    """Return for each qualified name the first part in which they differ, where that is its own;
+    else all of it.
 
     Example:
         >>> distinct_names(["model.encoder.layers", "model.decoder.layers"])
@@ -161,9 +185,11 @@ def distinct_names(prefixes: Sequence[str]) -> list[str]:
 
 
 def choose_stack(stacks: Sequence[Stack], wanted: str) -> Stack:
-    """Return the stack that ``wanted`` names: its name, the blocks' qualified name, or a part of that.
+    """Return the stack that ``wanted`` names: its name, the blocks' qualified name, or a part of
+    that.
 
-    ``encoder`` and ``decoder`` also name the stacks by their part: a decoder attends across to an encoder.
+    ``encoder`` and ``decoder`` also name the stacks by their part: a decoder attends across to an
+    encoder.
 
     Raises:
         ValueError: listing the stacks, where none or several fit.
@@ -175,11 +201,16 @@ def choose_stack(stacks: Sequence[Stack], wanted: str) -> Stack:
     ):
         if len(fits) == 1:
             return fits[0]
-    raise ValueError(f"stack {wanted!r} is none of the model's stacks of layers, or fits several: {listed(stacks)}")
+    raise ValueError(
+        f"stack {wanted!r} is none of the model's stacks of layers, or fits several: "
+        f"{listed(stacks)}"
+    )
 
 
 def role_of(stack: Stack, stacks: Sequence[Stack]) -> str | None:
-    """Return ``decoder`` for a stack that attends across to another, ``encoder`` for that other, else None."""
+    """Return ``decoder`` for a stack that attends across to another, ``encoder`` for that other,
+    else None.
+    """
     if stack.cross:
         return "decoder"
     decoders = [other for other in stacks if other.cross]
@@ -187,7 +218,9 @@ def role_of(stack: Stack, stacks: Sequence[Stack]) -> str | None:
 
 
 def encoder_of(decoder: Stack, stacks: Sequence[Stack]) -> Stack | None:
-    """Return the stack that ``decoder`` attends across to: the last one before it over as many tokens as it has keys."""
+    """Return the stack that ``decoder`` attends across to: the last one before it over as many
+    tokens as it has keys.
+    """
     before = [each for each in stacks[: list(stacks).index(decoder)] if not each.cross]
     fitting = [each for each in before if each.tokens == decoder.cross_keys]
     return fitting[-1] if fitting else None
@@ -195,4 +228,6 @@ def encoder_of(decoder: Stack, stacks: Sequence[Stack]) -> Stack | None:
 
 def listed(stacks: Sequence[Stack]) -> str:
     """Return the stacks' names and numbers of layers as a phrase."""
-    return ", ".join(f"{s.name} ({len(s.layers)} layer{'s' * (len(s.layers) != 1)})" for s in stacks)
+    return ", ".join(
+        f"{s.name} ({len(s.layers)} layer{'s' * (len(s.layers) != 1)})" for s in stacks
+    )

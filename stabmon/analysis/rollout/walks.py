@@ -1,4 +1,6 @@
-"""Carry vectors through a layer's mixing matrix: up from the tokens of the input, or down from those of the output."""
+"""Carry vectors through a layer's mixing matrix: up from the tokens of the input, or down from
+those of the output.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def step_up(
         state: ``[Q, C]``.
         maps: the layer's attention maps of this sample.
         fusion, residual: see :class:`stabmon.analysis.rollout.mixing.Mixture`.
-        source: ``[K, C]``, what the keys carry where they are another sequence's; None for self-attention.
+        source: ``[K, C]``, what the keys carry where they are another sequence's; None for
+            self-attention.
         triangular: state is square and lower triangular.
         look: is shown the weights of each block.
 
@@ -49,14 +52,20 @@ def step_up(
 
 
 def step_down(
-    relevance: Tensor, maps: SampleMaps, fusion: HeadFusion, residual: float, *, source: Tensor | None = None
+    relevance: Tensor,
+    maps: SampleMaps,
+    fusion: HeadFusion,
+    residual: float,
+    *,
+    source: Tensor | None = None,
 ) -> Tensor:
     """Multiply ``relevance`` by a layer's mixing matrix from the right.
 
     Args:
         relevance: ``[T, Q]``; what each of T targets owes to the tokens after the layer.
         maps, fusion, residual: as above.
-        source: ``[T, K]``: receives what is owed to keys of another sequence; None for self-attention.
+        source: ``[T, K]``: receives what is owed to keys of another sequence; None for
+            self-attention.
 
     Returns:
         ``[T, Q]``: what the targets owe to the queries' tokens before the layer.
@@ -76,7 +85,9 @@ def step_down(
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix product in which 0 times NaN is 0: what a token does not see, it does not catch NaN from."""
+    """Return the matrix product in which 0 times NaN is 0: what a token does not see, it does not
+    catch NaN from.
+    """
     out: Tensor = left @ right
     if not bool(out.sum().isnan()) or not bool(right.isnan().any()):
         return out

@@ -1,7 +1,7 @@
 """``nn.MultiheadAttention`` and all that is built of it, ``nn.TransformerEncoder`` foremost.
 
-Torch's function modes are off inside ``F.multi_head_attention_forward``, so that the two functions it attends by are
-replaced in its own namespace while it runs.
+Torch's function modes are off inside ``F.multi_head_attention_forward``, so that the two functions
+it attends by are replaced in its own namespace while it runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ LEADING = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
 def handle_multihead(
-    capture: AttentionCapture, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    capture: AttentionCapture,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Any:
     """Make a call of ``F.multi_head_attention_forward``, and record the attention inside it."""
     owner = nearest_module(capture.names)
@@ -45,7 +48,11 @@ def handle_multihead(
         if capture.listening():
             with capture.guarded():
                 dtype = kernel_dtype(input)
-                capture.record("multihead", module, lambda layer: read_scores(layer, module, input, heads, dtype))
+                capture.record(
+                    "multihead",
+                    module,
+                    lambda layer: read_scores(layer, module, input, heads, dtype),
+                )
         return softmax(input, *args, **kwargs)
 
     functional.scaled_dot_product_attention = watched_sdpa
@@ -56,7 +63,11 @@ def handle_multihead(
         functional.scaled_dot_product_attention, functional.softmax = sdpa, softmax
 
 
-def read_scores(layer: str, module: nn.Module, scores: Tensor, heads: int, dtype: torch.dtype) -> AttentionCall:
+def read_scores(
+    layer: str, module: nn.Module, scores: Tensor, heads: int, dtype: torch.dtype
+) -> AttentionCall:
     """The scores that are formed where the weights are asked for, ``[B * H, Q, K]``."""
     shown = hide(scores.unflatten(0, (-1, heads)))
-    return AttentionCall(layer, None, None, scale=1.0, scores=shown, dtype=dtype, fused=False, module=module)
+    return AttentionCall(
+        layer, None, None, scale=1.0, scores=shown, dtype=dtype, fused=False, module=module
+    )

@@ -1,10 +1,12 @@
-"""Hand-written attention: a softmax over what a product of queries and keys became, used as weights.
+"""Hand-written attention: a softmax over what a product of queries and keys became, used as
+weights.
 
-The product is followed from operation to operation until it reaches a softmax, and the softmax to where something is summed
-with its result: only then is it attention. Between product and softmax a model scales, caps, masks, casts, joins and reshapes;
-scale and cap are followed, and what the scores then differ by is the mask. So query and key come out together with a mask for
-which the scores are exactly those of the model. Where that fails, the scores themselves are handed over: the model has formed
-them anyway.
+The product is followed from operation to operation until it reaches a softmax, and the softmax to
+where something is summed with its result: only then is it attention. Between product and softmax a
+model scales, caps, masks, casts, joins and reshapes; scale and cap are followed, and what the
+scores then differ by is the mask. So query and key come out together with a mask for which the
+scores are exactly those of the model. Where that fails, the scores themselves are handed over: the
+model has formed them anyway.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def handle_softmax(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Take a softmax, and record it: at once where its module was named, else when its weights are used."""
+    """Take a softmax, and record it: at once where its module was named, else when its weights are
+    used.
+    """
     given, found = bind(("input", "dim"), args, kwargs), None
     with capture.guarded():
         found = product_under(capture, provenance, given)
@@ -59,7 +63,9 @@ def handle_softmax(
 def product_under(
     capture: AttentionCapture, provenance: Provenance, given: Mapping[str, Any]
 ) -> tuple[Tensor, int, Product] | None:
-    """The scores, the axis and the product of a softmax that may be attention, and is not recorded yet."""
+    """The scores, the axis and the product of a softmax that may be attention, and is not recorded
+    yet.
+    """
     logits, axis = given.get("input"), given.get("dim")
     if not isinstance(logits, Tensor) or not isinstance(axis, int):
         return None
@@ -70,8 +76,12 @@ def product_under(
         module = nearest_module(capture.names)
         if module is not None and capture.names.matches(module, capture.modules):
             row = logits.ndim - 2 if axis == logits.ndim - 1 else logits.ndim - 1
-            unknown = Product(None, None, kernel_dtype(logits), Axes(frozenset({row}), frozenset({axis})))
-            record_softmax(capture, Softmax(logits, product if known else unknown, axis, module), None)
+            unknown = Product(
+                None, None, kernel_dtype(logits), Axes(frozenset({row}), frozenset({axis}))
+            )
+            record_softmax(
+                capture, Softmax(logits, product if known else unknown, axis, module), None
+            )
             return None
     return (logits, axis, product) if known else None
 
@@ -83,60 +93,107 @@ def record_softmax(capture: AttentionCapture, softmax: Softmax, weights: Weights
     if taken is not None:
         logits, product = taken
         sink = sink_of(product, logits, axis, weights)
-        capture.record("softmax", module, lambda layer: read_softmax(layer, module, logits, product, axis, sink))
+        capture.record(
+            "softmax",
+            module,
+            lambda layer: read_softmax(layer, module, logits, product, axis, sink),
+        )
 
 
 def sink_of(product: Product, logits: Tensor, axis: int, weights: Weights | None) -> int | None:
-    """Which column is a sink: one that was joined to the scores alone, and whose weight was left out again."""
+    """Which column is a sink: one that was joined to the scores alone, and whose weight was left
+    out again.
+    """
     keys = logits.shape[axis]
     if weights is None or weights.kept is None or sum(product.pieces) != keys:
         return None
-    for column, piece, kept in ((0, product.pieces[0], (1, keys)), (keys - 1, product.pieces[-1], (0, keys - 1))):
+    for column, piece, kept in (
+        (0, product.pieces[0], (1, keys)),
+        (keys - 1, product.pieces[-1], (0, keys - 1)),
+    ):
         if piece == 1 and weights.kept == kept:
             return column
     return None
 
 
 def read_softmax(
-    layer: str, module: nn.Module, logits: Tensor, product: Product, axis: int, sink: int | None = None
+    layer: str,
+    module: nn.Module,
+    logits: Tensor,
+    product: Product,
+    axis: int,
+    sink: int | None = None,
 ) -> AttentionCall:
     """The call with query and key where they can be told, else with the scores."""
     if product.shift is not None and product.shift.ndim <= logits.ndim:
         logits = logits + product.shift.to(logits.dtype)
     swapped = axis not in product.axes.columns
     product = replace(product, query=product.key, key=product.query) if swapped else product
-    rows = sorted((product.axes.all if axis in product.axes.columns & product.axes.rows else opposite(product, axis)) - {axis})
+    rows = sorted(
+        (
+            product.axes.all
+            if axis in product.axes.columns & product.axes.rows
+            else opposite(product, axis)
+        )
+        - {axis}
+    )
     leading = [d for d in range(logits.ndim) if d not in (*rows, axis)]
     arranged = logits.permute(*leading, *rows, axis)
     shown = arranged.reshape(*(logits.shape[d] for d in leading), -1, logits.shape[axis])
     cells = None
-    with suppress(RuntimeError, IndexError, TypeError):  # what the model did cannot be done to a mask: only values tell then
+    with suppress(
+        RuntimeError, IndexError, TypeError
+    ):  # what the model did cannot be done to a mask: only values tell then
         cells = product.cells()
     if cells is not None:
         cells = cells.expand(logits.shape).permute(*leading, *rows, axis).reshape(shown.shape)
-    grouped = product.key is not None and shown.ndim == 5 and product.key.shape[-3] == 1 != shown.shape[-3]
-    lay_out = layout(shown.shape, module, grouped=grouped, operand=product.key if product.query is None else product.query)
+    grouped = (
+        product.key is not None
+        and shown.ndim == 5
+        and product.key.shape[-3] == 1 != shown.shape[-3]
+    )
+    lay_out = layout(
+        shown.shape,
+        module,
+        grouped=grouped,
+        operand=product.key if product.query is None else product.query,
+    )
     scores, cells = lay_out(shown), None if cells is None else lay_out(cells)
-    call = AttentionCall(layer, None, None, scale=product.scale, dtype=product.dtype, fused=False, module=module)
+    call = AttentionCall(
+        layer, None, None, scale=product.scale, dtype=product.dtype, fused=False, module=module
+    )
     if sink is not None:
         call = replace(call, sinks=sinks_of(scores[..., sink]))
         scores, cells = without(scores, sink), None if cells is None else without(cells, sink)
     if product.query is not None and product.key is not None and fits(product, scores):
         try:
             query = lay_out(spread(product.query, shown.shape[:-2]))
-            key = product.key[..., 0, :, :] if grouped else lay_out(spread(product.key, shown.shape[:-2]))
+            key = (
+                product.key[..., 0, :, :]
+                if grouped
+                else lay_out(spread(product.key, shown.shape[:-2]))
+            )
         except RuntimeError:  # no queries and keys of these scores
             return of_scores(call, scores, product, cells)
-        full = explained(call, scores, product, query.to(product.dtype), key.to(product.dtype), cells)
+        full = explained(
+            call, scores, product, query.to(product.dtype), key.to(product.dtype), cells
+        )
         if full is not None:
             return full
     return of_scores(call, scores, product, cells)
 
 
 def explained(
-    call: AttentionCall, scores: Tensor, product: Product, query: Tensor, key: Tensor, cells: Tensor | None
+    call: AttentionCall,
+    scores: Tensor,
+    product: Product,
+    query: Tensor,
+    key: Tensor,
+    cells: Tensor | None,
 ) -> AttentionCall | None:
-    """The call with query, key and mask, hidden keys told by their values or by what the model did; None where that fails."""
+    """The call with query, key and mask, hidden keys told by their values or by what the model did;
+    None where that fails.
+    """
 
     def is_additive(full: AttentionCall) -> bool:
         return full.mask is not None and full.mask.is_floating_point()
@@ -159,14 +216,18 @@ def fits(product: Product, scores: Tensor) -> bool:
     return (product.query.shape[-2], product.key.shape[-2]) == tuple(scores.shape[-2:])
 
 
-def of_scores(call: AttentionCall, scores: Tensor, product: Product, cells: Tensor | None) -> AttentionCall:
+def of_scores(
+    call: AttentionCall, scores: Tensor, product: Product, cells: Tensor | None
+) -> AttentionCall:
     """The call by its scores alone ``[B, H, Q, K]``, keys that are hidden at -inf."""
     shown = hide(scores, product.fills)
     return replace(call, scale=1.0, scores=shown if cells is None else conceal(shown, cells))
 
 
 def sinks_of(logits: Tensor) -> Tensor:
-    """The logits ``[B, H, Q]`` of a sink; ``[H]`` where they are learned, and the same for every row."""
+    """The logits ``[B, H, Q]`` of a sink; ``[H]`` where they are learned, and the same for every
+    row.
+    """
     logits = logits.float()
     return logits[0, :, 0] if bool((logits == logits[:1, :, :1]).all().item()) else logits
 
@@ -177,7 +238,9 @@ def without(tensor: Tensor, column: int) -> Tensor:
 
 
 def spread(operand: Tensor, leading: torch.Size) -> Tensor:
-    """An operand of the product with the leading dimensions that the scores have; one head stays one."""
+    """An operand of the product with the leading dimensions that the scores have; one head stays
+    one.
+    """
     if operand.ndim == 3 and len(leading) > 1 and operand.shape[0] == leading.numel():
         return operand.reshape(*leading, *operand.shape[-2:])
     if len(leading) == 2 and operand.ndim == 4 and operand.shape[1] == 1:

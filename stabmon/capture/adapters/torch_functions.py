@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 from stabmon.capture.adapters.flex import flex_operator, handle_flex
 from stabmon.capture.adapters.multihead import handle_multihead
@@ -29,7 +35,9 @@ HANDLERS: dict[Any, Handler] = {
 
 
 class FunctionWatch(TorchFunctionMode):
-    """Hands every call of a known function to what reads it; changes nothing. Acts in the thread that pushed it."""
+    """Hands every call of a known function to what reads it; changes nothing. Acts in the thread
+    that pushed it.
+    """
 
     looks_for = (
         "torch's scaled_dot_product_attention, multi_head_attention_forward and flex_attention; "
@@ -40,11 +48,16 @@ class FunctionWatch(TorchFunctionMode):
         super().__init__()
         self.capture = capture
         self.provenance = Provenance(
-            lambda softmax, weights: record_softmax(capture, softmax, weights), lambda: nearest_module(capture.names)
+            lambda softmax, weights: record_softmax(capture, softmax, weights),
+            lambda: nearest_module(capture.names),
         )
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if not self.capture.listening():
@@ -55,7 +68,9 @@ class FunctionWatch(TorchFunctionMode):
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(self.capture, func, args, kwargs)
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # private: vmap and grad wrap tensors; checked in torch 2.13
+        if (
+            torch._C._functorch.peek_interpreter_stack() is not None
+        ):  # private: vmap and grad wrap tensors; checked in torch 2.13
             return func(*args, **kwargs)
         with self.capture.guarded():
             self.provenance.before(made)
@@ -84,7 +99,9 @@ def push(mode: TorchFunctionMode) -> None:
 
 
 def remove(mode: TorchFunctionMode | None) -> bool:
-    """Take ``mode`` off torch's stack, leave what others have put on top of it, and tell whether it was there."""
+    """Take ``mode`` off torch's stack, leave what others have put on top of it, and tell whether it
+    was there.
+    """
     if mode is None or not any(mode is other for other in _get_current_function_mode_stack()):
         return False
     above = []

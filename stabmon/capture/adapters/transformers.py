@@ -1,4 +1,6 @@
-"""Attention of transformers models, seen where they look up their attention function at every forward."""
+"""Attention of transformers models, seen where they look up their attention function at every
+forward.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class TransformersInterface:
-    """Wraps what ``AttentionInterface.get_interface`` returns, where transformers has been imported.
+    """Wraps what ``AttentionInterface.get_interface`` returns, where transformers has been
+    imported.
 
-    An attention function that is neither the model's own eager one nor one of the library's is left alone: what it does is
-    seen as torch functions.
+    An attention function that is neither the model's own eager one nor one of the library's is left
+    alone: what it does is seen as torch functions.
     """
 
     name = "transformers"
@@ -45,7 +48,9 @@ class TransformersInterface:
 
 
 Wrap = Callable[[Kernel, Kernel, Kernel], Kernel]
-"""``(what is looked up, the same without our wrappers, the model's eager function) -> what the model gets``."""
+"""``(what is looked up, the same without our wrappers, the model's eager function) -> what the
+model gets``.
+"""
 WRAPPED = "_stabmon_wraps"
 """Attribute of our wrappers: the kernel that they stand for."""
 
@@ -54,10 +59,12 @@ WRAPPED = "_stabmon_wraps"
 def wrapped_lookup(wrap: Wrap) -> Iterator[None]:
     """Hand every attention function that models of transformers look up in here through ``wrap``.
 
-    Replaces ``AttentionInterface.get_interface``, a class attribute that is read at each forward (checked in transformers 5.23).
-    Does nothing where transformers has not been imported.
+    Replaces ``AttentionInterface.get_interface``, a class attribute that is read at each forward
+    (checked in transformers 5.23). Does nothing where transformers has not been imported.
     """
-    interface: Any = getattr(sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None)
+    interface: Any = getattr(
+        sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None
+    )
     original = getattr(interface, "get_interface", None)
     if original is None:
         yield

@@ -22,58 +22,100 @@ PARAMETERS = ("module", "query", "key", "value", "attention_mask", "scaling", "d
 
 
 def reader(kernel: Kernel, default: Kernel) -> Reader | None:
-    """How to read a call of ``kernel``; None where its meaning is not known, so that torch functions have to be watched.
+    """How to read a call of ``kernel``; None where its meaning is not known, so that torch
+    functions have to be watched.
 
-    ``default`` is the model's own eager function. A kernel that changes attention before it runs says itself what it makes of a
-    call, by a method ``read_call``.
+    ``default`` is the model's own eager function. A kernel that changes attention before it runs
+    says itself what it makes of a call, by a method ``read_call``.
     """
     own: Reader | None = getattr(kernel, "read_call", None)
     if own is not None:
         return own
-    if not getattr(kernel, "__module__", "").startswith("transformers.") or not hasattr(kernel, "__code__"):
+    if not getattr(kernel, "__module__", "").startswith("transformers.") or not hasattr(
+        kernel, "__code__"
+    ):
         return None
     if kernel is default:
         return functools.partial(read_eager, kernel)
-    known = {"sdpa_attention_forward": read_sdpa, "flex_attention_forward": read_flex, "flash_attention_forward": read_flash}
+    known = {
+        "sdpa_attention_forward": read_sdpa,
+        "flex_attention_forward": read_flex,
+        "flash_attention_forward": read_flash,
+    }
     return known.get(kernel.__name__)
 
 
 def read_eager(kernel: Kernel, layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """The mask is added and says everything; soft cap, bias and sinks count where the model's own function reads them."""
+    """The mask is added and says everything; soft cap, bias and sinks count where the model's own
+    function reads them.
+    """
     code = kernel.__code__
-    taken = {name: given.get(name) for name in ("softcap", "position_bias", "s_aux", "sinks") if name in code.co_varnames}
-    sinks = given["module"].sinks if "sinks" in code.co_names else taken.get("s_aux", taken.get("sinks"))
+    taken = {
+        name: given.get(name)
+        for name in ("softcap", "position_bias", "s_aux", "sinks")
+        if name in code.co_varnames
+    }
+    sinks = (
+        given["module"].sinks
+        if "sinks" in code.co_names
+        else taken.get("s_aux", taken.get("sinks"))
+    )
     mask = given.get("attention_mask")
     if mask is not None and not mask.is_floating_point():
         mask = mask.to(dtype)  # an eager function adds its mask, whatever it is
     mask = biased(mask, taken.get("position_bias"))
-    return make_call(layer, given, dtype, mask=mask, softcap=taken.get("softcap"), sinks=sinks, fused=False)
+    return make_call(
+        layer, given, dtype, mask=mask, softcap=taken.get("softcap"), sinks=sinks, fused=False
+    )
 
 
 def read_sdpa(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """As ``sdpa_attention_forward`` resolves it: causal only without a mask and with more than one query."""
-    query, key, mask, bias = given["query"], given["key"], given.get("attention_mask"), given.get("position_bias")
+    """As ``sdpa_attention_forward`` resolves it: causal only without a mask and with more than one
+    query.
+    """
+    query, key, mask, bias = (
+        given["query"],
+        given["key"],
+        given.get("attention_mask"),
+        given.get("position_bias"),
+    )
     is_causal = causal_flag(given) and query.shape[2] > 1 and mask is None
-    if is_causal and key.shape[2] > query.shape[2]:  # an empty static cache: the kernel gets the first keys alone
+    if (
+        is_causal and key.shape[2] > query.shape[2]
+    ):  # an empty static cache: the kernel gets the first keys alone
         key = key[:, :, : query.shape[2]]
         bias = bias[..., : query.shape[2]] if bias is not None else None
     return make_call(layer, given, dtype, key=key, mask=biased(mask, bias), is_causal=is_causal)
 
 
 def read_flex(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """A BlockMask written out, or an additive mask of which only the first head's is read; soft cap and sinks."""
+    """A BlockMask written out, or an additive mask of which only the first head's is read; soft cap
+    and sinks.
+    """
     mask, query, key = given.get("attention_mask"), given["query"], given["key"]
-    mask = mask[:, :1, :, : key.shape[-2]] if isinstance(mask, Tensor) else dense_mask(mask, query, key)
+    mask = (
+        mask[:, :1, :, : key.shape[-2]]
+        if isinstance(mask, Tensor)
+        else dense_mask(mask, query, key)
+    )
     mask = biased(mask, given.get("position_bias"))
-    return make_call(layer, given, dtype, mask=mask, softcap=given.get("softcap"), sinks=given.get("s_aux"))
+    return make_call(
+        layer, given, dtype, mask=mask, softcap=given.get("softcap"), sinks=given.get("s_aux")
+    )
 
 
 def read_flash(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
     """A padding mask ``[B, K]``, packed sequences and a window; causal at the bottom right."""
     query, key, window = given["query"], given["key"], given.get("sliding_window")
     queries, keys = query.shape[2], key.shape[2]
-    if dtype == torch.float32:  # these kernels take half precision only, and transformers casts to the weights' dtype
-        weights = (child.weight.dtype for child in given["module"].modules() if isinstance(child, nn.Linear))
+    if (
+        dtype == torch.float32
+    ):  # these kernels take half precision only, and transformers casts to the weights' dtype
+        weights = (
+            child.weight.dtype
+            for child in given["module"].modules()
+            if isinstance(child, nn.Linear)
+        )
         dtype = next(weights, dtype)
     padding, segments = given.get("attention_mask"), packed_segments(given)
     mask = None
@@ -89,16 +131,32 @@ def read_flash(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCal
         near = (place[keys - queries :, None] - place).abs() < window
         mask, window = near if mask is None else mask & near, None
     sinks, softcap = given.get("s_aux"), given.get("softcap") or None
-    return make_call(layer, given, dtype, mask=mask, is_causal=is_causal, window=window, softcap=softcap, sinks=sinks)
+    return make_call(
+        layer,
+        given,
+        dtype,
+        mask=mask,
+        is_causal=is_causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
 
 
 def packed_segments(given: Arguments) -> Tensor | None:
-    """The number of the packed sequence that each key belongs to, ``[K]``; None where a row is one sequence."""
+    """The number of the packed sequence that each key belongs to, ``[K]``; None where a row is one
+    sequence.
+    """
     ends, positions = given.get("cu_seq_lens_k"), given.get("position_ids")
     if ends is not None and given.get("max_length_k") is not None:
         place = torch.arange(given["key"].shape[2], device=ends.device)
         return torch.searchsorted(ends[1:].contiguous(), place, right=True)
-    if positions is None or len(given["query"]) != 1 or positions.shape[-1] == 1 or positions.ndim != 2:
+    if (
+        positions is None
+        or len(given["query"]) != 1
+        or positions.shape[-1] == 1
+        or positions.ndim != 2
+    ):
         return None
     starts = positions[0] == positions.min()
     return starts.long().cumsum(0) if bool((starts.sum() > 1).item()) else None
@@ -120,9 +178,17 @@ def biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def make_call(
-    layer: str, given: Arguments, dtype: torch.dtype, *, key: Tensor | None = None, sinks: Tensor | None = None, **read: Any
+    layer: str,
+    given: Arguments,
+    dtype: torch.dtype,
+    *,
+    key: Tensor | None = None,
+    sinks: Tensor | None = None,
+    **read: Any,
 ) -> AttentionCall:
-    """The record of one call, with query and key in the dtype in which the kernel multiplies them."""
+    """The record of one call, with query and key in the dtype in which the kernel multiplies
+    them.
+    """
     query = given["query"]
     key = given["key"] if key is None else key
     batch = max(len(query), len(key))
@@ -151,5 +217,6 @@ def sinks_of(layer: str, sinks: Tensor, query: Tensor, batch: int) -> Tensor:
     if sinks.shape in (rows, (*rows, 1)):
         return sinks.reshape(rows).expand(batch, -1, -1)
     raise ValueError(
-        f"{layer} has sink logits of shape {tuple(sinks.shape)}: only one a head or one a row {list(rows)} can be read"
+        f"{layer} has sink logits of shape {tuple(sinks.shape)}: only one a head or one a row "
+        f"{list(rows)} can be read"
     )

@@ -1,7 +1,9 @@
-"""The operations of a forward as autograd kept them, whoever called them, for :mod:`stabmon.capture.coverage.op_graph`.
+"""The operations of a forward as autograd kept them, whoever called them, for
+:mod:`stabmon.capture.coverage.op_graph`.
 
-Read are the names, numbers and edges of the nodes, never what they saved: unpacking that may recompute a checkpoint.
-``_sequence_nr`` and ``_input_metadata`` are private (torch 2.13); where they are missing, nothing is found here.
+Read are the names, numbers and edges of the nodes, never what they saved: unpacking that may
+recompute a checkpoint. ``_sequence_nr`` and ``_input_metadata`` are private (torch 2.13); where
+they are missing, nothing is found here.
 """
 
 from __future__ import annotations
@@ -18,14 +20,19 @@ from stabmon.capture.coverage.op_trace import tensors_in
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("Softmax", "SafeSoftmax", "LogSoftmax"), "softmax"),
     **dict.fromkeys(("Exp", "Exp2"), "exponential"),
-    **dict.fromkeys(("Bmm", "Baddbmm", "Addbmm", "Mm", "Addmm", "Mv", "Linear", "Cdist", "CosineSimilarity"), "product"),
+    **dict.fromkeys(
+        ("Bmm", "Baddbmm", "Addbmm", "Mm", "Addmm", "Mv", "Linear", "Cdist", "CosineSimilarity"),
+        "product",
+    ),
     **dict.fromkeys(("Div", "Reciprocal", "Logsumexp"), "normaliser"),
     **dict.fromkeys(("Embedding", "EmbeddingBag"), "parametric"),
     "Mul": "mul",
     "Sum": "sum",
 }
 FLAT = ("Mm", "Addmm", "Mv", "Linear")
-"""Products of which an operand without gradient is taken for a frozen weight, unless the other one is a weight."""
+"""Products of which an operand without gradient is taken for a frozen weight, unless the other one
+is a weight.
+"""
 
 ANEW = 4
 """Nodes that autograd makes anew at most for the views that one operation takes."""
@@ -51,7 +58,8 @@ def graph_of(output: Any, parameters: Mapping[int, str]) -> tuple[list[Op], dict
         parameters: ``id`` of each of the model's parameters -> its name.
 
     Returns:
-        The operations; and for each that could be attention the names of the parameters nearest above it.
+        The operations; and for each that could be attention the names of the parameters nearest
+        above it.
     """
     nodes: dict[Any, Op] = {}
     order: list[Any] = []
@@ -65,16 +73,24 @@ def graph_of(output: Any, parameters: Mapping[int, str]) -> tuple[list[Op], dict
         edges[node] = following
         order.append(node)
         waiting += [each for each in following if each is not None]
-    for node in sorted(order, key=_number):  # what a node's inputs were made by has a lower number, leaves have the highest
+    for node in sorted(
+        order, key=_number
+    ):  # what a node's inputs were made by has a lower number, leaves have the highest
         _make(node, edges, nodes, parameters)
     named = {
-        op: _nearest(node, edges, parameters) for node, op in nodes.items() if op.kind in ("softmax", "exponential", "fused")
+        op: _nearest(node, edges, parameters)
+        for node, op in nodes.items()
+        if op.kind in ("softmax", "exponential", "fused")
     }
     return list(nodes.values()), named
 
 
-def _make(node: Any, edges: Mapping[Any, list[Any]], nodes: dict[Any, Op], parameters: Mapping[int, str]) -> Op:
-    """The operation of a node, those of its inputs first; not by recursion, which deep graphs would exhaust."""
+def _make(
+    node: Any, edges: Mapping[Any, list[Any]], nodes: dict[Any, Op], parameters: Mapping[int, str]
+) -> Op:
+    """The operation of a node, those of its inputs first; not by recursion, which deep graphs would
+    exhaust.
+    """
     waiting = [node]
     while waiting:
         this = waiting[-1]
@@ -88,10 +104,16 @@ def _make(node: Any, edges: Mapping[Any, list[Any]], nodes: dict[Any, Op], param
     return nodes[node]
 
 
-def _operation(node: Any, inputs: list[Any], nodes: Mapping[Any, Op], parameters: Mapping[int, str]) -> Op:
+def _operation(
+    node: Any, inputs: list[Any], nodes: Mapping[Any, Op], parameters: Mapping[int, str]
+) -> Op:
     variable = getattr(node, "variable", None)
     if isinstance(variable, Tensor):
-        return Op("parameter" if id(variable) in parameters or isinstance(variable, nn.Parameter) else "tensor")
+        return Op(
+            "parameter"
+            if id(variable) in parameters or isinstance(variable, nn.Parameter)
+            else "tensor"
+        )
     name = re.sub(r"Backward\d*$", "", node.name())
     kind = kind_of(name)
     factors = inputs[-2:] if kind == "product" else [each for each in inputs if each is not None]
@@ -103,10 +125,14 @@ def _operation(node: Any, inputs: list[Any], nodes: Mapping[Any, Op], parameters
     for size in shape:
         numel *= int(size)
     number = _number(node)
-    return Op(kind, name.lower(), made, numel if shape else 0, len(shape), span=(number, number + 1))
+    return Op(
+        kind, name.lower(), made, numel if shape else 0, len(shape), span=(number, number + 1)
+    )
 
 
-def _nearest(node: Any, edges: Mapping[Any, list[Any]], parameters: Mapping[int, str], count: int = 2) -> list[str]:
+def _nearest(
+    node: Any, edges: Mapping[Any, list[Any]], parameters: Mapping[int, str], count: int = 2
+) -> list[str]:
     """The names of the parameters fewest nodes above ``node``."""
     found: list[str] = []
     level, known = [node], {node}
@@ -149,8 +175,10 @@ def _number(node: Any) -> int:
 
 
 def is_from_another_thread(op: Op) -> bool:
-    """Tell a node of another thread: its number is clearly below that of one it was computed from, since each thread counts by itself.
+    """Tell a node of another thread: its number is clearly below that of one it was computed from,
+    since each thread counts by itself.
 
-    A view of what was written to in place gets its node anew while that of its user is being made, so right after it.
+    A view of what was written to in place gets its node anew while that of its user is being made,
+    so right after it.
     """
     return any(each.kind != "parameter" and each.span[0] > op.span[0] + ANEW for each in op.inputs)

@@ -1,8 +1,10 @@
-"""Find attention in a graph of operations: a softmax of a product, whose result weighs what it is multiplied with.
+"""Find attention in a graph of operations: a softmax of a product, whose result weighs what it is
+multiplied with.
 
-Where scores come from and where weights go is followed through every operation that neither multiplies two tensors nor has
-parameters of its own, so through joining, splitting, slicing, padding and copying as well. A classifier, a router, a gate or a loss
-is none: the scores of the first three are products with parameters, and a loss weighs nothing.
+Where scores come from and where weights go is followed through every operation that neither
+multiplies two tensors nor has parameters of its own, so through joining, splitting, slicing,
+padding and copying as well. A classifier, a router, a gate or a loss is none: the scores of the
+first three are products with parameters, and a loss weighs nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +15,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal[
-    "parameter", "tensor", "product", "parametric", "softmax", "exponential", "normaliser", "fused", "mul", "sum", "other"
+    "parameter",
+    "tensor",
+    "product",
+    "parametric",
+    "softmax",
+    "exponential",
+    "normaliser",
+    "fused",
+    "mul",
+    "sum",
+    "other",
 ]
 
 
@@ -22,8 +34,9 @@ class Op:
     """One operation, or a tensor that no operation is known of.
 
     Attributes:
-        kind: ``product`` multiplies its inputs, ``parametric`` has parameters of its own (a norm, an embedding), a
-            ``fused`` kernel is attention by itself, a ``normaliser`` divides or takes a logsumexp, ``other`` is all the rest.
+        kind: ``product`` multiplies its inputs, ``parametric`` has parameters of its own (a norm,
+            an embedding), a ``fused`` kernel is attention by itself, a ``normaliser`` divides or
+            takes a logsumexp, ``other`` is all the rest.
         name: the operation as torch or its author calls it.
         inputs: where its operands come from.
         numel: numbers in its result; 0 where unknown.
@@ -42,11 +55,15 @@ class Op:
     span: tuple[int, int] = (0, 0)
     module: object = None
     fixed: bool = field(init=False)
-    """Whether it is a parameter, cut or changed elementwise. What is looked up or multiplied is none: learned queries attend."""
+    """Whether it is a parameter, cut or changed elementwise. What is looked up or multiplied is
+    none: learned queries attend.
+    """
 
     def __post_init__(self) -> None:
         of_parameters = bool(self.inputs) and all(each.fixed for each in self.inputs)
-        self.fixed = self.kind == "parameter" or (of_parameters and self.kind not in ("parametric", "product"))
+        self.fixed = self.kind == "parameter" or (
+            of_parameters and self.kind not in ("parametric", "product")
+        )
 
     @property
     def multiplies(self) -> bool:
@@ -54,19 +71,30 @@ class Op:
         if self.kind == "product":
             return sum(not each.fixed for each in self.inputs) > 1
         factors = self.inputs[0] if self.kind == "sum" and self.inputs else None
-        return factors is not None and factors.kind == "mul" and sum(not each.fixed for each in factors.inputs) == 2
+        return (
+            factors is not None
+            and factors.kind == "mul"
+            and sum(not each.fixed for each in factors.inputs) == 2
+        )
 
     @property
     def words(self) -> str:
         """What attention it is, in words."""
         if self.kind == "fused":
             return f"kernel {self.name}"
-        return "hand-written softmax of a product" if self.kind == "exponential" else "softmax of a product"
+        return (
+            "hand-written softmax of a product"
+            if self.kind == "exponential"
+            else "softmax of a product"
+        )
 
     @property
     def is_passed(self) -> bool:
         """Whether scores stay scores, and weights weights, through it."""
-        return self.kind in ("mul", "sum", "normaliser", "other", "exponential") and not self.multiplies
+        return (
+            self.kind in ("mul", "sum", "normaliser", "other", "exponential")
+            and not self.multiplies
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +133,9 @@ def find_attention(ops: Iterable[Op]) -> Iterator[Site]:
 
 
 def _products_before(softmax: Op) -> tuple[list[Op], bool]:
-    """The products that scores were made of, and whether a normaliser was taken of them on the way."""
+    """The products that scores were made of, and whether a normaliser was taken of them on the
+    way.
+    """
     found, normalised, waiting, known = [], False, list(softmax.inputs), set()
     while waiting:
         op = waiting.pop()
@@ -133,8 +163,14 @@ def _products_after(softmax: Op, users: dict[Op, list[Op]]) -> tuple[list[Op], l
             known.add(user)
             if user.kind == "product" and user.multiplies:
                 found.append(user)
-            elif user.kind == "mul" and user.numel > op.numel and any(each.multiplies and each.ndim > 1 for each in users[user]):
-                found.append(user)  # weights broadcast over what they weigh, then summed; a loss multiplies like by like
+            elif (
+                user.kind == "mul"
+                and user.numel > op.numel
+                and any(each.multiplies and each.ndim > 1 for each in users[user])
+            ):
+                found.append(
+                    user
+                )  # weights broadcast over what they weigh, then summed; a loss multiplies like by like
             elif user.is_passed:
                 between.append(user)
                 waiting.append(user)

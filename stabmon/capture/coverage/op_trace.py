@@ -1,4 +1,6 @@
-"""The operations of a forward as torch functions that Python calls, for :mod:`stabmon.capture.coverage.op_graph`."""
+"""The operations of a forward as torch functions that Python calls, for
+:mod:`stabmon.capture.coverage.op_graph`.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,32 @@ PRODUCTS = {
     "mv",
     "vecdot",
 } | {*("cdist", "cosine_similarity", "linalg_vecdot")}
-SOFTMAXES = {"softmax", "log_softmax", "special_softmax", "special_log_softmax", "safe_softmax", "softmin", "gumbel_softmax"}
+SOFTMAXES = {
+    "softmax",
+    "log_softmax",
+    "special_softmax",
+    "special_log_softmax",
+    "safe_softmax",
+    "softmin",
+    "gumbel_softmax",
+}
 PARAMETRIC = {"embedding", "embedding_bag", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu"}
-NORMALISERS = {"div", "truediv", "true_divide", "divide", "reciprocal", "logsumexp", "normalize", "itruediv", "rtruediv"}
+NORMALISERS = {
+    "div",
+    "truediv",
+    "true_divide",
+    "divide",
+    "reciprocal",
+    "logsumexp",
+    "normalize",
+    "itruediv",
+    "rtruediv",
+}
 MULTIPLIES = {"mul", "rmul", "imul", "multiply"}
 FLAT = {"mm", "addmm", "linear", "mv"}
-"""Products of which an operand that is not known is taken for a weight: a sharded one is no ``nn.Parameter`` in the forward."""
+"""Products of which an operand that is not known is taken for a weight: a sharded one is no
+``nn.Parameter`` in the forward.
+"""
 
 
 def kind_of(name: str) -> Kind:
@@ -56,14 +78,18 @@ def kind_of(name: str) -> Kind:
 
 
 class OpTrace:
-    """Notes each torch function of a forward, with where its operands came from; keeps none of its tensors.
+    """Notes each torch function of a forward, with where its operands came from; keeps none of its
+    tensors.
 
     Args:
         constants: the model's parameters and buffers.
-        module_of: finds the module that a softmax or a fused kernel is called by; None where it is none of the model's.
+        module_of: finds the module that a softmax or a fused kernel is called by; None where it is
+            none of the model's.
     """
 
-    def __init__(self, constants: Iterable[Tensor], module_of: Callable[[], nn.Module | None]) -> None:
+    def __init__(
+        self, constants: Iterable[Tensor], module_of: Callable[[], nn.Module | None]
+    ) -> None:
         self.ops: list[Op] = []
         self._module_of = module_of
         self._origin: Any = WeakIdKeyDictionary()
@@ -71,17 +97,34 @@ class OpTrace:
             self._origin[tensor] = Op("parameter")
 
     def note(
-        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any, *, span: tuple[int, int], seen: bool
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        *,
+        span: tuple[int, int],
+        seen: bool,
     ) -> None:
         """Learn from one call that has been made."""
         name = str(getattr(func, "__name__", "")).partition(".")[0].strip("_")
         made = [args[0]] if name == "setitem" else list(tensors_in(result))
-        made = [tensor for tensor in made if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())]
+        made = [
+            tensor
+            for tensor in made
+            if isinstance(tensor, Tensor) and (tensor.is_floating_point() or tensor.is_complex())
+        ]
         if not made:
             return
         kind = kind_of(name)
-        operands = [tensor for tensor in tensors_in((args, kwargs)) if tensor.is_floating_point() or tensor.is_complex()]
-        inputs = tuple(self._of(tensor, "parameter" if name in FLAT else "tensor") for tensor in operands)
+        operands = [
+            tensor
+            for tensor in tensors_in((args, kwargs))
+            if tensor.is_floating_point() or tensor.is_complex()
+        ]
+        inputs = tuple(
+            self._of(tensor, "parameter" if name in FLAT else "tensor") for tensor in operands
+        )
         if kind == "product" and name in ("linear", "baddbmm", "addmm", "addbmm"):
             inputs = inputs[:2] if name == "linear" else inputs[-2:]
         numel, ndim = max(each.numel() for each in made), max(each.ndim for each in made)
@@ -92,14 +135,22 @@ class OpTrace:
         for tensor in made:
             self._origin[tensor] = op
             base = tensor._base
-            if base is not None and any(tensor is operand for operand in operands):  # written in place into a view
-                self._origin[base] = Op("other", name, (self._of(base, "tensor"), op), base.numel(), base.ndim)
+            if base is not None and any(
+                tensor is operand for operand in operands
+            ):  # written in place into a view
+                self._origin[base] = Op(
+                    "other", name, (self._of(base, "tensor"), op), base.numel(), base.ndim
+                )
                 self.ops.append(self._origin[base])
 
     def _of(self, tensor: Tensor, unknown: Kind) -> Op:
         op: Op | None = self._origin.get(tensor)
         if op is None:
-            return Op("parameter" if isinstance(tensor, nn.Parameter) else unknown, numel=tensor.numel(), ndim=tensor.ndim)
+            return Op(
+                "parameter" if isinstance(tensor, nn.Parameter) else unknown,
+                numel=tensor.numel(),
+                ndim=tensor.ndim,
+            )
         return op
 
 
@@ -116,5 +167,7 @@ def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 
 def sequence_number() -> int:
-    """How many autograd nodes this thread has made so far (private; torch 2.13: each node takes the number as it is made)."""
+    """How many autograd nodes this thread has made so far (private; torch 2.13: each node takes the
+    number as it is made).
+    """
     return torch._C._autograd._get_sequence_nr()

@@ -1,10 +1,12 @@
 """Say which attention of a model the adapters have not recorded.
 
-Two views of the same forward are searched for attention: the torch functions that Python calls, which shows no-grad and frozen parts
-and custom autograd functions, and the graph that autograd keeps, which shows kernels and C++ code. What an adapter recorded is taken
-out; what is left is named. Beside these, scripted modules are read, and modules that run in another thread are noted.
+Two views of the same forward are searched for attention: the torch functions that Python calls,
+which shows no-grad and frozen parts and custom autograd functions, and the graph that autograd
+keeps, which shows kernels and C++ code. What an adapter recorded is taken out; what is left is
+named. Beside these, scripted modules are read, and modules that run in another thread are noted.
 
-Nothing is changed: functions are called as they are, autograd's nodes are read by name and edge, and no tensor is kept.
+Nothing is changed: functions are called as they are, autograd's nodes are read by name and edge,
+and no tensor is kept.
 """
 
 from __future__ import annotations
@@ -29,9 +31,14 @@ if TYPE_CHECKING:
     from stabmon.capture.session import AttentionCapture
 
 SOUGHT = ("softmax", "exponential", "fused")
-SCRIPTED, SCRIPTED_PRODUCTS = ("softmax", "scaled_dot_product_attention"), ("matmul", "bmm", "einsum", "baddbmm")
+SCRIPTED, SCRIPTED_PRODUCTS = (
+    ("softmax", "scaled_dot_product_attention"),
+    ("matmul", "bmm", "einsum", "baddbmm"),
+)
 FIRST, EVERY = 2, 16
-"""The first openings of a capture that are witnessed, and how many times later the next ones are: 1, 2, 16, 32, 256, 512 …"""
+"""The first openings of a capture that are witnessed, and how many times later the next ones are:
+1, 2, 16, 32, 256, 512 …
+"""
 ELSEWHERE = "ran in another thread, where torch functions are not watched"
 
 
@@ -65,7 +72,9 @@ class Witness:
 
     @contextmanager
     def installed(self, due: bool) -> Iterator[None]:
-        """Look at the forwards made in here, where ``due``; what they showed is known when it is left."""
+        """Look at the forwards made in here, where ``due``; what they showed is known when it is
+        left.
+        """
         self._due = self._waits = due
         if not due:
             yield
@@ -108,7 +117,9 @@ class Witness:
             self._inner.add(sequence_number())
 
     def covers(self, start: int) -> None:
-        """What autograd noted from sequence number ``start`` on belongs to a call that was recorded."""
+        """What autograd noted from sequence number ``start`` on belongs to a call that was
+        recorded.
+        """
         if self.trace is not None:
             self._spans.append((start, sequence_number()))
 
@@ -118,7 +129,8 @@ class Witness:
             return None
         everything = self.seen | set(self.unseen)
         return (
-            f"stabmon sees {len(self.seen - set(self.unseen))} of {len(everything)} attention modules in full; not seen: "
+            f"stabmon sees {len(self.seen - set(self.unseen))} of {len(everything)} attention "
+            "modules in full; not seen: "
             f"{listed(self.unseen)}: no statistic and no alarm covers these"
         )
 
@@ -134,8 +146,13 @@ class Witness:
         missed = self._missed_calls(trace) + self._missed_nodes(trace, output)
         for (name, words), count in missed.items():
             times = f"{count} calls of a {words}" if count > 1 else f"a {words}"
-            self.unseen.setdefault(name, times if name not in self.seen else f"{times}; other calls of it are seen")
-        for name, words in (*scripted_attention(self._capture.model).items(), *self._elsewhere.items()):
+            self.unseen.setdefault(
+                name, times if name not in self.seen else f"{times}; other calls of it are seen"
+            )
+        for name, words in (
+            *scripted_attention(self._capture.model).items(),
+            *self._elsewhere.items(),
+        ):
             inside = any(f"{known}.".startswith(f"{name}.") for known in (*self.seen, *self.unseen))
             if not inside and not any(name.startswith(f"{outer}.") for outer in self.unseen):
                 self.unseen[name] = words
@@ -144,18 +161,34 @@ class Witness:
         """Attention that Python called and no adapter recorded: (module, words) -> times."""
         names = self._capture.names
         sites = [site for site in find_attention(trace.ops) if not site.seen]
-        owners = [names.name_of(site.op.module) if isinstance(site.op.module, nn.Module) else None for site in sites]
-        return Counter((owner, site.op.words) for owner, site in zip(owners, sites, strict=True) if owner is not None)
+        owners = [
+            names.name_of(site.op.module) if isinstance(site.op.module, nn.Module) else None
+            for site in sites
+        ]
+        return Counter(
+            (owner, site.op.words)
+            for owner, site in zip(owners, sites, strict=True)
+            if owner is not None
+        )
 
     def _missed_nodes(self, trace: OpTrace, output: Any) -> Counter[tuple[str, str]]:
-        """Attention that autograd kept and that Python did not call: in C++ code, custom functions and other threads."""
+        """Attention that autograd kept and that Python did not call: in C++ code, custom functions
+        and other threads.
+        """
         model = self._capture.model
-        ops, above = graph_of(output, {id(p): clean_name(name) for name, p in model.named_parameters()})
-        recorded, called = _numbers(trace.ops, lambda op: op.seen), _numbers(trace.ops, lambda op: op.kind in SOUGHT)
+        ops, above = graph_of(
+            output, {id(p): clean_name(name) for name, p in model.named_parameters()}
+        )
+        recorded, called = (
+            _numbers(trace.ops, lambda op: op.seen),
+            _numbers(trace.ops, lambda op: op.kind in SOUGHT),
+        )
         recorded.update(number for start, end in self._spans for number in range(start, end))
         for op in ops:
             op.seen = op.span[0] in recorded or op.span[1] in self._inner
-        threads = any(is_from_another_thread(op) for op in ops)  # each counts by itself: numbers tell nothing then
+        threads = any(
+            is_from_another_thread(op) for op in ops
+        )  # each counts by itself: numbers tell nothing then
         missed: Counter[tuple[str, str]] = Counter()
         for site in find_attention(ops):
             name = common_module(above[site.op])
@@ -166,15 +199,24 @@ class Witness:
         return missed
 
     def _is_seen(self, name: str) -> bool:
-        """Whether attention was recorded in this module, in one that it holds, or in the one that holds it."""
-        return any(known == name or known.startswith(f"{name}.") or name.startswith(f"{known}.") for known in self.seen)
+        """Whether attention was recorded in this module, in one that it holds, or in the one that
+        holds it.
+        """
+        return any(
+            known == name or known.startswith(f"{name}.") or name.startswith(f"{known}.")
+            for known in self.seen
+        )
 
 
 class WitnessedWatch(FunctionWatch):
     """The watch over torch functions, which also notes them for a witness."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         capture, trace = self.capture, self.capture.witness.trace
         if trace is None or not capture.listening():
@@ -198,13 +240,20 @@ def listed(unseen: Mapping[str, str], most: int = 6) -> str:
 
 
 def scripted_attention(model: nn.Module) -> dict[str, str]:
-    """Scripted modules that attend by themselves, which neither Python nor, once optimised, autograd shows."""
+    """Scripted modules that attend by themselves, which neither Python nor, once optimised,
+    autograd shows.
+    """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule) or any(name.startswith(f"{outer}.") for outer in found):
+        if not isinstance(module, torch.jit.ScriptModule) or any(
+            name.startswith(f"{outer}.") for outer in found
+        ):
             continue
         graph: Any = module.inlined_graph  # owns its nodes
-        count = {kind: len(graph.findAllNodes(f"aten::{kind}")) for kind in (*SCRIPTED, *SCRIPTED_PRODUCTS)}
+        count = {
+            kind: len(graph.findAllNodes(f"aten::{kind}"))
+            for kind in (*SCRIPTED, *SCRIPTED_PRODUCTS)
+        }
         products = sum(count[kind] for kind in SCRIPTED_PRODUCTS)
         if count["scaled_dot_product_attention"] or (count["softmax"] and products > 1):
             found[clean_name(name) or type(module).__name__] = "attention inside a scripted module"

@@ -1,4 +1,6 @@
-"""Which scores a model has masked, whatever it holds there: told by what it did, and by whether a softmax can tell."""
+"""Which scores a model has masked, whatever it holds there: told by what it did, and by whether a
+softmax can tell.
+"""
 
 from __future__ import annotations
 
@@ -72,8 +74,13 @@ def replayed(
 ) -> Cells:
     """The cells after ``tensor`` went through a view or another choice of its elements."""
     shape = tensor.shape
-    places = [i for i, value in enumerate(args) if value is tensor], [k for k, value in kwargs.items() if value is tensor]
-    given = [None if value is tensor else value for value in args]  # the tensor itself is not to be kept alive
+    places = (
+        [i for i, value in enumerate(args) if value is tensor],
+        [k for k, value in kwargs.items() if value is tensor],
+    )
+    given = [
+        None if value is tensor else value for value in args
+    ]  # the tensor itself is not to be kept alive
     named = {k: None if value is tensor else value for k, value in kwargs.items()}
 
     def moved() -> Tensor | None:
@@ -82,7 +89,9 @@ def replayed(
             return None
         before = before.expand(shape).contiguous()  # any view can be taken of it
         own = [before if i in places[0] else value for i, value in enumerate(given)]
-        result: Any = function(*own, **{k: before if k in places[1] else value for k, value in named.items()})
+        result: Any = function(
+            *own, **{k: before if k in places[1] else value for k, value in named.items()}
+        )
         picked: Tensor = result if part is None else result[part]
         return picked
 
@@ -95,7 +104,9 @@ def joined(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Cells:
-    """The cells of tensors joined by ``cat`` or ``stack``; a piece that is no product is masked as a whole, if its values say so."""
+    """The cells of tensors joined by ``cat`` or ``stack``; a piece that is no product is masked as
+    a whole, if its values say so.
+    """
     rest, named = args[1:], {k: v for k, v in kwargs.items() if k != "tensors"}
 
     def together() -> Tensor | None:
@@ -126,9 +137,15 @@ def padded(args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, cel
 
 
 def written(
-    shape: torch.Size, device: torch.device, before: Cells | None, put: Callable[[Tensor, Tensor], None], cells: Cells
+    shape: torch.Size,
+    device: torch.device,
+    before: Cells | None,
+    put: Callable[[Tensor, Tensor], None],
+    cells: Cells,
 ) -> Cells:
-    """The cells of a buffer after one part of it was written; ``before`` is None where none of it was a score: then all else is masked."""
+    """The cells of a buffer after one part of it was written; ``before`` is None where none of it
+    was a score: then all else is masked.
+    """
 
     def after() -> Tensor:
         none = torch.zeros((), dtype=torch.bool, device=device)
@@ -141,7 +158,9 @@ def written(
 
 
 def conceal(scores: Tensor, cells: Tensor) -> Tensor:
-    """Put at -inf those masked cells that no softmax of ``scores`` ``[B, H, Q, K]`` can tell from -inf."""
+    """Put at -inf those masked cells that no softmax of ``scores`` ``[B, H, Q, K]`` can tell from
+    -inf.
+    """
     shown = scores.clone()
     margin = NEGLIGIBLE + math.log(max(1, scores.shape[-1]))
     for entry, masked in zip(shown, cells.expand(scores.shape), strict=True):

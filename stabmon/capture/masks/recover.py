@@ -12,14 +12,21 @@ from stabmon.capture.provenance.products import FILL, Product
 from stabmon.records import AttentionCall
 
 BLOCK = 2**24
-"""Scores are compared in blocks of about this many at a time, so that a few blocks are all the memory it takes."""
+"""Scores are compared in blocks of about this many at a time, so that a few blocks are all the
+memory it takes.
+"""
 
 Block = tuple[slice, slice, Tensor, Tensor, Tensor]
-"""Batch entries, heads, and ``[b, h, Q, K]`` each: scores by query and key alone, what the model's are above them, hidden keys."""
+"""Batch entries, heads, and ``[b, h, Q, K]`` each: scores by query and key alone, what the model's
+are above them, hidden keys.
+"""
 
 
-def explain(call: AttentionCall, scores: Tensor, product: Product, query: Tensor, key: Tensor) -> AttentionCall | None:
-    """``call`` with query, key and mask whose scores are the model's own; None where the difference has no explanation.
+def explain(
+    call: AttentionCall, scores: Tensor, product: Product, query: Tensor, key: Tensor
+) -> AttentionCall | None:
+    """``call`` with query, key and mask whose scores are the model's own; None where the difference
+    has no explanation.
 
     Args:
         call: the record to complete.
@@ -28,8 +35,8 @@ def explain(call: AttentionCall, scores: Tensor, product: Product, query: Tensor
         query: ``[B, H, Q, D]``.
         key: ``[B, H_kv, K, D]``.
 
-    The difference is none (to the rounding of their dtypes), a mask of hidden keys, or, where the model has added something,
-    an additive mask in float32.
+    The difference is none (to the rounding of their dtypes), a mask of hidden keys, or, where the
+    model has added something, an additive mask in float32.
     """
     scale = product.scale if product.cap is None else product.scale * product.cap
     call = replace(call, query=query, key=key, scale=scale, softcap=product.cap)
@@ -39,7 +46,9 @@ def explain(call: AttentionCall, scores: Tensor, product: Product, query: Tensor
     def has_no_bias(block: Block) -> Tensor:
         _, _, plain, rest, hidden = block
         size = plain.abs()
-        noise = rounding * size + 32 * torch.finfo(torch.float32).eps * size.amax(dim=(1, 2, 3), keepdim=True)
+        noise = rounding * size + 32 * torch.finfo(torch.float32).eps * size.amax(
+            dim=(1, 2, 3), keepdim=True
+        )
         return ((rest.abs() <= noise) | hidden).all()
 
     if scores.shape[0] > 1:  # one entry is enough to tell most biases, and spares the others
@@ -65,7 +74,11 @@ def explain(call: AttentionCall, scores: Tensor, product: Product, query: Tensor
         return call
     queries, keys = scores.shape[-2:]
     lower = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
-    return replace(call, is_causal=True) if bool((visible == lower).all().item()) else replace(call, mask=visible)
+    return (
+        replace(call, is_causal=True)
+        if bool((visible == lower).all().item())
+        else replace(call, mask=visible)
+    )
 
 
 def difference(call: AttentionCall, scores: Tensor, product: Product) -> Tensor:
@@ -77,7 +90,9 @@ def difference(call: AttentionCall, scores: Tensor, product: Product) -> Tensor:
 
 
 def blocks(call: AttentionCall, scores: Tensor, product: Product) -> Iterator[Block]:
-    """The scores a few heads, or all heads of a few batch entries, at a time, beside those that query and key give."""
+    """The scores a few heads, or all heads of a few batch entries, at a time, beside those that
+    query and key give.
+    """
     assert call.query is not None
     assert call.key is not None
     batch, heads, queries, keys = scores.shape
@@ -91,17 +106,27 @@ def blocks(call: AttentionCall, scores: Tensor, product: Product) -> Iterator[Bl
             some = slice(start, min(start + head_step, heads))
             own = torch.arange(some.start, some.stop, device=scores.device) // groups
             key = call.key[entries, some] if groups == 1 else call.key[entries, own]
-            plain = (call.query[entries, some].to(wide) @ key.to(wide).transpose(-1, -2)).mul_(call.scale)
+            plain = (call.query[entries, some].to(wide) @ key.to(wide).transpose(-1, -2)).mul_(
+                call.scale
+            )
             if call.softcap is not None:
                 plain = call.softcap * torch.tanh(plain / call.softcap)
             part = scores[entries, some]
             rest = part.to(wide) - plain
             hidden = is_hidden(part, product.fills)
-            yield entries, some, plain, rest, hidden | (rest <= 0.9 * FILL) if product.masked else hidden
+            yield (
+                entries,
+                some,
+                plain,
+                rest,
+                hidden | (rest <= 0.9 * FILL) if product.masked else hidden,
+            )
 
 
 def is_hidden(scores: Tensor, fills: tuple[float, ...] = ()) -> Tensor:
-    """Where a key is hidden: at -inf, beyond half of the lowest number, or at one of the constants filled in."""
+    """Where a key is hidden: at -inf, beyond half of the lowest number, or at one of the constants
+    filled in.
+    """
     hidden = scores <= torch.finfo(scores.dtype).min / 2
     for fill in fills:
         hidden = hidden | (scores == torch.tensor(fill, dtype=scores.dtype, device=scores.device))

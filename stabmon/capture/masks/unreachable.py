@@ -11,18 +11,23 @@ from torch import Tensor
 from stabmon.records import AttentionCall
 
 NEGLIGIBLE = 16.0
-"""A masked key this many nats, and ln of the number of keys, below the largest visible score of its row has no influence: together
-they hold less than 2e-7 of the probability."""
+"""A masked key this many nats, and ln of the number of keys, below the largest visible score of its
+row has no influence: together they hold less than 2e-7 of the probability."""
 
 CLEAR = 10.0
-"""Values fall into visible and masked ones where the gap between the two is this many times as wide as the visible ones are spread."""
+"""Values fall into visible and masked ones where the gap between the two is this many times as wide
+as the visible ones are spread.
+"""
 
 LEVELS = 4
-"""Masks that were added to each other give several levels of masked values; this many are looked for."""
+"""Masks that were added to each other give several levels of masked values; this many are looked
+for.
+"""
 
 
 def far_below(values: Tensor) -> Tensor | None:
-    """Where an additive mask masks: far below all other values, which differ little among themselves (0 and -1e4); None for nowhere.
+    """Where an additive mask masks: far below all other values, which differ little among
+    themselves (0 and -1e4); None for nowhere.
 
     A bias that falls steadily, as one by distance does, has no such gap.
     """
@@ -44,13 +49,20 @@ def far_below(values: Tensor) -> Tensor | None:
 
 
 def hide_unreachable(call: AttentionCall) -> AttentionCall:
-    """The call with those masked keys hidden that no score of their row can bring back, however query and key may lie.
+    """The call with those masked keys hidden that no score of their row can bring back, however
+    query and key may lie.
 
-    A score is at most scale * |q| * |k| in size, so that a key whose mask lies that much below another's twice over, and
-    :data:`NEGLIGIBLE` below that, has no influence.
+    A score is at most scale * |q| * |k| in size, so that a key whose mask lies that much below
+    another's twice over, and :data:`NEGLIGIBLE` below that, has no influence.
     """
     mask = call.mask
-    if mask is None or call.query is None or call.key is None or not mask.is_floating_point() or mask.ndim > 4:
+    if (
+        mask is None
+        or call.query is None
+        or call.key is None
+        or not mask.is_floating_point()
+        or mask.ndim > 4
+    ):
         return call
     masked = far_below(mask)
     if masked is None:
@@ -67,10 +79,17 @@ def hide_unreachable(call: AttentionCall) -> AttentionCall:
 
 
 def reach(call: AttentionCall, mask: Tensor) -> Tensor:
-    """The largest size that scores of a row can have, ``[B, H, Q, 1]``, of size 1 where the mask's is."""
+    """The largest size that scores of a row can have, ``[B, H, Q, 1]``, of size 1 where the mask's
+    is.
+    """
     assert call.query is not None
     assert call.key is not None
-    longest = call.key.float().norm(dim=-1).amax(-1).repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    longest = (
+        call.key.float()
+        .norm(dim=-1)
+        .amax(-1)
+        .repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1)
+    )
     bound: Tensor = abs(call.scale) * call.query.float().norm(dim=-1) * longest[..., None]
     if call.softcap is not None:
         bound = bound.clamp(max=call.softcap)

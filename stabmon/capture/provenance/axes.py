@@ -11,17 +11,58 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-RESHAPES = {"view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"}
+RESHAPES = {
+    "view",
+    "view_as",
+    "reshape",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "expand",
+    "expand_as",
+}
 """Views that keep the order of the elements."""
 
 VIEWS = RESHAPES | {
-    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "T", "mH", "H", "adjoint", "getitem"),
-    *("narrow", "select", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "diagonal", "unfold"),
+    *(
+        "permute",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "mT",
+        "T",
+        "mH",
+        "H",
+        "adjoint",
+        "getitem",
+    ),
+    *(
+        "narrow",
+        "select",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "unbind",
+        "diagonal",
+        "unfold",
+    ),
 }
 
-RESIZES = {"cat", "concat", "concatenate", "pad", "getitem", "index_select", "gather", "take_along_dim"} | {
-    *("topk", "sort", "repeat", "repeat_interleave", "tile")
-}
+RESIZES = {
+    "cat",
+    "concat",
+    "concatenate",
+    "pad",
+    "getitem",
+    "index_select",
+    "gather",
+    "take_along_dim",
+} | {*("topk", "sort", "repeat", "repeat_interleave", "tile")}
 """Operations that change the size of a dimension and keep its place."""
 
 MAKES = {f"{what}_like" for what in ("full", "zeros", "ones", "empty", "rand", "randn", "randint")}
@@ -30,7 +71,9 @@ MAKES = {f"{what}_like" for what in ("full", "zeros", "ones", "empty", "rand", "
 
 @dataclass(frozen=True)
 class Axes:
-    """The dimensions of a tensor along which its rows (of the left factor) and its columns (of the right factor) lie."""
+    """The dimensions of a tensor along which its rows (of the left factor) and its columns (of the
+    right factor) lie.
+    """
 
     rows: frozenset[int]
     columns: frozenset[int]
@@ -80,12 +123,19 @@ def is_advanced(index: Any) -> bool:
     """Whether an index copies instead of giving a view."""
     parts = index if isinstance(index, tuple) else (index,)
     return any(
-        isinstance(part, list) or (isinstance(part, Tensor) and (part.ndim > 0 or part.dtype == torch.bool)) for part in parts
+        isinstance(part, list)
+        or (isinstance(part, Tensor) and (part.ndim > 0 or part.dtype == torch.bool))
+        for part in parts
     )
 
 
 def in_place(
-    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes, result: Any
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+    axes: Axes,
+    result: Any,
 ) -> Carried | None:
     """Axes of a result whose dimensions stand where they stood, new ones left of them."""
     if not isinstance(result, Tensor):
@@ -103,21 +153,31 @@ def in_place(
 
 
 def through_view(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, axes: Axes
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+    axes: Axes,
 ) -> list[Carried | None]:
     """Axes of a view, told by the strides of the same view of a tensor without data."""
     with modes_off():
         probe = torch.empty(tensor.shape, device="meta")
         seen = function(
-            *(probe if a is tensor else a for a in args), **{k: probe if v is tensor else v for k, v in kwargs.items()}
+            *(probe if a is tensor else a for a in args),
+            **{k: probe if v is tensor else v for k, v in kwargs.items()},
         )
-    return [seen_through(probe, part, axes) for part in (seen if isinstance(seen, list | tuple) else [seen])]
+    return [
+        seen_through(probe, part, axes)
+        for part in (seen if isinstance(seen, list | tuple) else [seen])
+    ]
 
 
 def seen_through(whole: Tensor, part: Tensor, axes: Axes) -> Carried | None:
     """Axes of a view ``part`` of the contiguous tensor ``whole``."""
     covered = [covers(whole, part.stride(d), part.shape[d]) for d in range(part.ndim)]
-    for lost in axes.all - set().union(*covered):  # cut to one row or column: told by its stride alone
+    for lost in axes.all - set().union(
+        *covered
+    ):  # cut to one row or column: told by its stride alone
         for d in range(part.ndim):
             if part.shape[d] == 1 and part.stride(d) == whole.stride(lost):
                 covered[d] = covered[d] | {lost}
@@ -125,7 +185,11 @@ def seen_through(whole: Tensor, part: Tensor, axes: Axes) -> Carried | None:
     columns = frozenset(d for d, source in enumerate(covered) if source & axes.columns)
     if not columns and not rows:
         return None
-    leading = [part.stride(d) for d in range(part.ndim) if d not in rows | columns and part.shape[d] > 1 and part.stride(d) > 0]
+    leading = [
+        part.stride(d)
+        for d in range(part.ndim)
+        if d not in rows | columns and part.shape[d] > 1 and part.stride(d) > 0
+    ]
     kept = part.shape.numel() == whole.shape.numel()
     start = 0
     if len(axes.columns) == 1:
@@ -142,7 +206,9 @@ def covers(whole: Tensor, stride: int, size: int) -> set[int]:
     return {
         d
         for d in range(whole.ndim)
-        if whole.shape[d] > 1 and whole.stride(d) <= span and stride < whole.stride(d) * whole.shape[d]
+        if whole.shape[d] > 1
+        and whole.stride(d) <= span
+        and stride < whole.stride(d) * whole.shape[d]
     }
 
 
@@ -151,6 +217,8 @@ def modes_off() -> Iterator[None]:
     """No mode of torch sees what is done in here."""
     with ExitStack() as stack:
         stack.enter_context(torch._C.DisableTorchFunction())
-        if torch._C._len_torch_dispatch_stack():  # private: as torch.utils._python_dispatch uses it in 2.13
+        if (
+            torch._C._len_torch_dispatch_stack()
+        ):  # private: as torch.utils._python_dispatch uses it in 2.13
             stack.enter_context(_disable_current_modes())
         yield

@@ -14,8 +14,12 @@ from stabmon.capture.provenance.products import Product, is_number, step
 from stabmon.capture.provenance.weights import Weights, united
 
 
-def after_set_item(target: Tensor, index: Any, value: Any, own: Any, given: Any) -> Product | Weights | None:
-    """What ``target`` is after ``target[index] = value``; ``own`` and ``given`` are what was known of the two."""
+def after_set_item(
+    target: Tensor, index: Any, value: Any, own: Any, given: Any
+) -> Product | Weights | None:
+    """What ``target`` is after ``target[index] = value``; ``own`` and ``given`` are what was known
+    of the two.
+    """
     if isinstance(given, Weights):
         axes = axes_written(target, index, value, given.axes)
         return united([given, own], axes) if axes is not None else None
@@ -35,7 +39,9 @@ def after_set_item(target: Tensor, index: Any, value: Any, own: Any, given: Any)
         axes = known.axes if axes is None else known.axes | axes
     if axes is None or given.shift is not None or (known is not None and known.shift is not None):
         return None
-    cells = written(target.shape, target.device, None if known is None else known.cells, put, given.cells)
+    cells = written(
+        target.shape, target.device, None if known is None else known.cells, put, given.cells
+    )
     return replace(given.opaque(), axes=axes, cells=cells, masked=True, pieces=())
 
 
@@ -60,11 +66,17 @@ def axes_written(target: Tensor, index: Any, value: Tensor, axes: Axes) -> Axes 
 def onto(whole: Tensor, part: Tensor, axes: Axes) -> Axes:
     """The axes of a contiguous tensor of whose view ``part`` they are known."""
     place = [covers(whole, part.stride(d), part.shape[d]) for d in range(part.ndim)]
-    return Axes(*(frozenset(d for v in some for d in place[v]) for some in (axes.rows, axes.columns)))
+    return Axes(
+        *(frozenset(d for v in some for d in place[v]) for some in (axes.rows, axes.columns))
+    )
 
 
-def base_after_write(view: Tensor, record: Product, base: Tensor, own: Any, *, filled: bool) -> Product | None:
-    """What the tensor ``base`` is after ``view`` of it became ``record``; ``filled`` where it was masked, not written anew."""
+def base_after_write(
+    view: Tensor, record: Product, base: Tensor, own: Any, *, filled: bool
+) -> Product | None:
+    """What the tensor ``base`` is after ``view`` of it became ``record``; ``filled`` where it was
+    masked, not written anew.
+    """
     known = own if isinstance(own, Product) else None
     if own is not known or not base.is_contiguous() or not base.is_floating_point():
         return None
@@ -76,7 +88,9 @@ def base_after_write(view: Tensor, record: Product, base: Tensor, own: Any, *, f
         whole.as_strided(*geometry).copy_(new)
 
     axes = onto(base, view, record.axes)
-    cells = written(base.shape, base.device, None if known is None else known.cells, put, record.cells)
+    cells = written(
+        base.shape, base.device, None if known is None else known.cells, put, record.cells
+    )
     same = known if known is not None and filled else (known or record).opaque()
     axes = axes if known is None else known.axes | axes
     return replace(same, axes=axes, cells=cells, masked=True, fills=same.fills + record.fills)

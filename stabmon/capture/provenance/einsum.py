@@ -23,7 +23,9 @@ class Einsum:
 
 @dataclass(frozen=True)
 class Factors:
-    """Left ``[*batch, rows, D]`` and right ``[*batch, columns, D]`` of a product, and where the two lie in the result."""
+    """Left ``[*batch, rows, D]`` and right ``[*batch, columns, D]`` of a product, and where the two
+    lie in the result.
+    """
 
     left: Tensor
     right: Tensor
@@ -31,7 +33,8 @@ class Factors:
 
 
 def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
-    """The letters and operands of an einsum, in any format; None where a letter comes twice in an operand.
+    """The letters and operands of an einsum, in any format; None where a letter comes twice in an
+    operand.
 
     >>> import torch
     >>> q = torch.ones(2, 5, 3, 4)
@@ -45,10 +48,17 @@ def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
     if args and isinstance(args[0], Tensor):
         count = len(args) // 2
         inputs = ",".join(spelled(part) for part in args[1 : 2 * count : 2])
-        args = (inputs + (f"->{spelled(args[-1])}" if len(args) % 2 else ""), *args[: 2 * count : 2])
+        args = (
+            inputs + (f"->{spelled(args[-1])}" if len(args) % 2 else ""),
+            *args[: 2 * count : 2],
+        )
     if len(args) == 2 and isinstance(args[1], list | tuple):
         args = (args[0], *args[1])
-    if not args or not isinstance(args[0], str) or not all(isinstance(each, Tensor) for each in args[1:]):
+    if (
+        not args
+        or not isinstance(args[0], str)
+        or not all(isinstance(each, Tensor) for each in args[1:])
+    ):
         return None
     letters, output = spelled_out(args[0], args[1:])
     if any(len(set(each)) < len(each) for each in letters):
@@ -58,11 +68,16 @@ def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
 
 def spelled(numbers: Sequence[Any]) -> str:
     """The letters of a list of numbers."""
-    return "".join("..." if number is Ellipsis else (ascii_lowercase + ascii_uppercase)[number] for number in numbers)
+    return "".join(
+        "..." if number is Ellipsis else (ascii_lowercase + ascii_uppercase)[number]
+        for number in numbers
+    )
 
 
 def spelled_out(equation: str, tensors: tuple[Tensor, ...]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result, with unused capital letters for an ellipsis."""
+    """The letters of each operand and of the result, with unused capital letters for an
+    ellipsis.
+    """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     if not arrow:
         once = sorted(letter for letter in set(inputs) - {",", "."} if inputs.count(letter) == 1)
@@ -70,17 +85,22 @@ def spelled_out(equation: str, tensors: tuple[Tensor, ...]) -> tuple[list[str], 
     free = [letter for letter in reversed(ascii_uppercase) if letter not in equation]
     letters, longest = [], ""
     for part, tensor in zip(inputs.split(","), tensors, strict=True):
-        hidden = "".join(reversed(free[: tensor.ndim - len(part.replace("...", ""))])) if "..." in part else ""
+        hidden = (
+            "".join(reversed(free[: tensor.ndim - len(part.replace("...", ""))]))
+            if "..." in part
+            else ""
+        )
         letters.append(part.replace("...", hidden))
         longest = max(longest, hidden, key=len)
     return letters, output.replace("...", longest)
 
 
 def factors_of(einsum: Einsum) -> Factors | None:
-    """The factors of an einsum that is a product of batched rows and columns, in whatever order it gives their dimensions.
+    """The factors of an einsum that is a product of batched rows and columns, in whatever order it
+    gives their dimensions.
 
-    The operands share a batch letter and one more, which is summed over. A batch letter that one of them lacks (grouped heads)
-    has size 1 there. None for every other einsum.
+    The operands share a batch letter and one more, which is summed over. A batch letter that one of
+    them lacks (grouped heads) has size 1 there. None for every other einsum.
 
     >>> import torch
     >>> q, k = torch.ones(2, 5, 3, 4), torch.ones(2, 7, 3, 4)
@@ -103,14 +123,26 @@ def factors_of(einsum: Einsum) -> Factors | None:
     other = [letter for letter in output if letter in right and letter not in left]
     shared = [letter for letter in output if letter in left and letter in right]
     summed = (set(left) | set(right)) - set(output)
-    if len(summed) != 1 or not summed <= set(left) & set(right) or not own or not other or not shared:
+    if (
+        len(summed) != 1
+        or not summed <= set(left) & set(right)
+        or not own
+        or not other
+        or not shared
+    ):
         return None
     row, column = own[-1], other[-1]
-    if column != output[-1] and row == output[-1]:  # the operand named second comes first in the result
+    if (
+        column != output[-1] and row == output[-1]
+    ):  # the operand named second comes first in the result
         left, right, query, key, row, column = right, left, key, query, column, row
     batch, inner = "".join(letter for letter in output if letter not in row + column), summed.pop()
     axes = Axes(frozenset({output.index(row)}), frozenset({output.index(column)}))
-    return Factors(arranged(query, left, batch + row + inner), arranged(key, right, batch + column + inner), axes)
+    return Factors(
+        arranged(query, left, batch + row + inner),
+        arranged(key, right, batch + column + inner),
+        axes,
+    )
 
 
 def arranged(tensor: Tensor, letters: str, wanted: str) -> Tensor:

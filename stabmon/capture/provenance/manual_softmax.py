@@ -59,9 +59,14 @@ HandMade = Exponential | Total | LogTotal | Made
 
 
 def next_by_hand(
-    operation: Operation, tensor: Tensor, record: Any, get: Callable[[object], Any], copy: Tensor | None
+    operation: Operation,
+    tensor: Tensor,
+    record: Any,
+    get: Callable[[object], Any],
+    copy: Tensor | None,
 ) -> HandMade | tuple[Made] | None:
-    """What a part of a hand-made softmax becomes; the softmax, as ``(made,)``, where it is complete; None for anything else.
+    """What a part of a hand-made softmax becomes; the softmax, as ``(made,)``, where it is
+    complete; None for anything else.
 
     Args:
         operation: what the model has done.
@@ -80,11 +85,19 @@ def next_by_hand(
         return next_total(record, operation.name, operation.others(tensor))
     if isinstance(record, Made) and operation.name == "exp":
         return (record,)
-    return record if isinstance(record, Made | LogTotal) and operation.name in KEEPS | {"unsqueeze"} else None
+    return (
+        record
+        if isinstance(record, Made | LogTotal) and operation.name in KEEPS | {"unsqueeze"}
+        else None
+    )
 
 
 def of_scores(
-    operation: Operation, tensor: Tensor, product: Product, get: Callable[[object], Any], copy: Tensor | None
+    operation: Operation,
+    tensor: Tensor,
+    product: Product,
+    get: Callable[[object], Any],
+    copy: Tensor | None,
 ) -> HandMade | None:
     """What an operation on scores makes that leads to a softmax."""
     name = operation.name
@@ -96,7 +109,14 @@ def of_scores(
             (axis,) = over
             return LogTotal(tensor, axis) if name == "logsumexp" else Made(tensor, product, axis)
     if name == "sub" and operation.args[0] is tensor:
-        total = next((record for other in operation.others(tensor) if isinstance(record := get(other), LogTotal)), None)
+        total = next(
+            (
+                record
+                for other in operation.others(tensor)
+                if isinstance(record := get(other), LogTotal)
+            ),
+            None,
+        )
         if total is not None and total.of is tensor:
             return Made(tensor, product, total.axis)
     return None
@@ -111,12 +131,17 @@ def of_exponential(
         return record
     if name == "sum":
         over = dimensions(operation.args, operation.kwargs, tensor)
-        return Total(record, next(iter(over))) if len(over) == 1 and over <= record.axes.all else None
+        return (
+            Total(record, next(iter(over))) if len(over) == 1 and over <= record.axes.all else None
+        )
     if name == "normalize":
         given = bind(("input", "p", "dim"), operation.args, operation.kwargs)
         if given.get("p", 2.0) == 1:
             return (Made(record.logits, record.product, given.get("dim", 1) % tensor.ndim),)
-    total = next((found for other in operation.others(tensor) if isinstance(found := get(other), Total)), None)
+    total = next(
+        (found for other in operation.others(tensor) if isinstance(found := get(other), Total)),
+        None,
+    )
     if total is not None and total.of is record:
         divided = name in DIVIDES and operation.args[0] is tensor and not total.inverse
         if divided or (name in TIMES and total.inverse):

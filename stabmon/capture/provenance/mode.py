@@ -1,4 +1,6 @@
-"""Where the tensors of a forward come from: products of queries and keys, followed to a softmax and on to its use."""
+"""Where the tensors of a forward come from: products of queries and keys, followed to a softmax and
+on to its use.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,16 @@ from stabmon.capture.provenance.multiply import PRODUCTS, sums
 from stabmon.capture.provenance.operations import Operation
 from stabmon.capture.provenance.outer import Outer, outer_of, summed_outer
 from stabmon.capture.provenance.products import Product, moved, product_of, step
-from stabmon.capture.provenance.weights import READS, Attend, Softmax, Weights, dimensions, is_use, next_weights, united
+from stabmon.capture.provenance.weights import (
+    READS,
+    Attend,
+    Softmax,
+    Weights,
+    dimensions,
+    is_use,
+    next_weights,
+    united,
+)
 
 Record = Product | Weights | HandMade | Outer
 Tracked = list[tuple[int, Tensor, Any]]
@@ -55,13 +66,17 @@ class Provenance:
         return self._known.get(tensor) if isinstance(tensor, Tensor) else None
 
     def before(self, operation: Operation) -> None:
-        """Look at an operation that is about to be made: whether it uses weights, and what it overwrites."""
+        """Look at an operation that is about to be made: whether it uses weights, and what it
+        overwrites.
+        """
         self._copy = None
         if not len(self._known):
             return
         if operation.name in PRODUCTS or operation.name in ("sum", "nansum", "mean"):
             for _, tensor, record in self._tracked(operation):
-                if isinstance(record, Weights) and is_use(operation.name, operation.args, operation.kwargs, tensor, record):
+                if isinstance(record, Weights) and is_use(
+                    operation.name, operation.args, operation.kwargs, tensor, record
+                ):
                     self._used(record)
         changed = operation.changed
         if changed is not None:
@@ -73,7 +88,9 @@ class Provenance:
         """Learn from an operation that the model has made."""
         if operation.name == "setitem":
             target, index, value = operation.args
-            self._learn(target, after_set_item(target, index, value, self.get(target), self.get(value)))
+            self._learn(
+                target, after_set_item(target, index, value, self.get(target), self.get(value))
+            )
             self._tell_base(operation, target)
             return
         results = list(result) if isinstance(result, list | tuple) else [result]
@@ -125,15 +142,21 @@ class Provenance:
         filled = operation.name != "copy" and "out" not in operation.kwargs
         if isinstance(record, Product):
             own = self.get(base)
-            filled = filled and not (operation.name == "setitem" and isinstance(operation.args[2], Tensor))
+            filled = filled and not (
+                operation.name == "setitem" and isinstance(operation.args[2], Tensor)
+            )
             told: Record | None = base_after_write(view, record, base, own, filled=filled)
             self._learn(base, told or own)
         elif isinstance(record, Weights) and not filled and base.is_contiguous():
             own = self.get(base)
             axes = onto(base, view, record.axes)
-            self._known[base] = united([record, own], axes | own.axes if isinstance(own, Weights) else axes)
+            self._known[base] = united(
+                [record, own], axes | own.axes if isinstance(own, Weights) else axes
+            )
 
-    def _next(self, operation: Operation, tracked: Tracked, results: list[Any], *, many: bool) -> Sequence[Record | None]:
+    def _next(
+        self, operation: Operation, tracked: Tracked, results: list[Any], *, many: bool
+    ) -> Sequence[Record | None]:
         _, tensor, record = tracked[0]
         name, args, kwargs = operation.name, operation.args, operation.kwargs
         if name in PRODUCTS:
@@ -145,7 +168,11 @@ class Provenance:
         if made is not None or isinstance(record, Exponential | Total | LogTotal | Made):
             return [made]
         if isinstance(record, Outer):
-            return [summed_outer(record, dimensions(args, kwargs, tensor), kwargs) if name == "sum" else None]
+            return [
+                summed_outer(record, dimensions(args, kwargs, tensor), kwargs)
+                if name == "sum"
+                else None
+            ]
         weights = [(each, known) for _, each, known in tracked if isinstance(known, Weights)]
         if weights:
             tensor, record = weights[0]
@@ -156,20 +183,33 @@ class Provenance:
                     united((known for _, known in weights), record.axes)
                 )  # a function that is not known: hardly for nothing
             if len({id(known) for _, known in weights}) > 1:
-                return [None if c is None else united((known for _, known in weights), c.axes) for c in carried]
-            return [None if c is None else next_weights(record, c, tensor, r) for c, r in zip(carried, results, strict=False)]
+                return [
+                    None if c is None else united((known for _, known in weights), c.axes)
+                    for c in carried
+                ]
+            return [
+                None if c is None else next_weights(record, c, tensor, r)
+                for c, r in zip(carried, results, strict=False)
+            ]
         if name in JOINS:
             return [self._joined(operation, tensor, record, carried[0])]
         parts: Sequence[int | None] = range(len(results)) if many else [None]
-        return [None if c is None else self._moved(operation, tracked, c, p) for p, c in zip(parts, carried, strict=False)]
+        return [
+            None if c is None else self._moved(operation, tracked, c, p)
+            for p, c in zip(parts, carried, strict=False)
+        ]
 
-    def _moved(self, operation: Operation, tracked: Tracked, carried: Carried, part: int | None) -> Product | None:
+    def _moved(
+        self, operation: Operation, tracked: Tracked, carried: Carried, part: int | None
+    ) -> Product | None:
         """What scores become by a view, by arithmetic, or by a choice of their elements."""
         position, tensor = tracked[0][:2]
         product: Product = tracked[0][2]
         name, args, kwargs = operation.name, operation.args, operation.kwargs
         if len({id(record) for _, _, record in tracked}) > 1:
-            if not all(isinstance(record, Product) and record.shift is None for _, _, record in tracked):
+            if not all(
+                isinstance(record, Product) and record.shift is None for _, _, record in tracked
+            ):
                 return None
             together: Cells = nothing
             for _, _, record in tracked:
@@ -187,27 +227,51 @@ class Provenance:
         if name == "pad":
             padding = moved(name, product, carried, padded(args, kwargs, tensor, product.cells))
             return replace(padding, pieces=pieces_of_padding(operation, tensor, carried))
-        return moved(name, product, carried, replayed(operation.function, args, kwargs, tensor, product.cells, part))
+        return moved(
+            name,
+            product,
+            carried,
+            replayed(operation.function, args, kwargs, tensor, product.cells, part),
+        )
 
-    def _joined(self, operation: Operation, tensor: Tensor, product: Product, carried: Carried | None) -> Product | None:
+    def _joined(
+        self, operation: Operation, tensor: Tensor, product: Product, carried: Carried | None
+    ) -> Product | None:
         """What tensors of scores, and others, become when they are joined."""
         args, kwargs = operation.args, operation.kwargs
         tensors = args[0] if args else kwargs["tensors"]
         records = [self.get(each) for each in tensors]
-        if carried is None or not all(r is None or (isinstance(r, Product) and r.shift is None) for r in records):
+        if carried is None or not all(
+            r is None or (isinstance(r, Product) and r.shift is None) for r in records
+        ):
             return None
-        pieces = [(t.shape, t.device, None if r is None else r.cells) for t, r in zip(tensors, records, strict=True)]
+        pieces = [
+            (t.shape, t.device, None if r is None else r.cells)
+            for t, r in zip(tensors, records, strict=True)
+        ]
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % max(1, tensor.ndim)
-        widths = tuple(t.shape[dim] for t in tensors) if operation.name != "stack" and carried.axes.columns == {dim} else ()
+        widths = (
+            tuple(t.shape[dim] for t in tensors)
+            if operation.name != "stack" and carried.axes.columns == {dim}
+            else ()
+        )
         fills = tuple(fill for r in records if r is not None for fill in r.fills)
         wide = [r for r, width in zip(records, widths, strict=False) if width > 1]
-        alone = len(wide) == 1 and isinstance(wide[0], Product)  # the others are a column each, as a sink is
+        alone = len(wide) == 1 and isinstance(
+            wide[0], Product
+        )  # the others are a column each, as a sink is
         first = wide[0] if alone else product.opaque()
         cells = joined(operation.function, pieces, args, kwargs)
-        return replace(first, axes=carried.axes, cells=cells, masked=True, fills=fills, pieces=widths)
+        return replace(
+            first, axes=carried.axes, cells=cells, masked=True, fills=fills, pieces=widths
+        )
 
-    def _multiplied(self, operation: Operation, tracked: Tracked, result: Tensor) -> Product | Weights | None:
-        """What a product with something known is: a new one, or the old one with its heads mixed."""
+    def _multiplied(
+        self, operation: Operation, tracked: Tracked, result: Tensor
+    ) -> Product | Weights | None:
+        """What a product with something known is: a new one, or the old one with its heads
+        mixed.
+        """
         name, args, kwargs = operation.name, operation.args, operation.kwargs
         for _, tensor, record in tracked:
             if not isinstance(record, Product | Weights):
@@ -217,7 +281,11 @@ class Provenance:
                     axes = record.axes.at(each.places.__getitem__)
                     if isinstance(record, Weights):
                         return replace(record, axes=axes, kept=None)
-                    return replace(record.opaque(), axes=axes, cells=nothing) if record.shift is None else None
+                    return (
+                        replace(record.opaque(), axes=axes, cells=nothing)
+                        if record.shift is None
+                        else None
+                    )
         if any(isinstance(record, Weights) for _, _, record in tracked):
             return None
         return product_of(name, args, kwargs, result)

@@ -1,4 +1,6 @@
-"""Products of two tensors: what they are made of, and which dimensions of an operand they sum over."""
+"""Products of two tensors: what they are made of, and which dimensions of an operand they sum
+over.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ from stabmon.capture.protocol import bind
 from stabmon.capture.provenance.axes import Axes
 from stabmon.capture.provenance.einsum import Factors, factors_of, read_einsum
 
-PRODUCTS = {"matmul", "rmatmul", "bmm", "mm", "baddbmm", "addbmm", "addmm", "einsum", "tensordot", "linear"}
+PRODUCTS = {
+    "matmul",
+    "rmatmul",
+    "bmm",
+    "mm",
+    "baddbmm",
+    "addbmm",
+    "addmm",
+    "einsum",
+    "tensordot",
+    "linear",
+}
 MATRICES = {
     "matmul": (0, 1),
     "rmatmul": (1, 0),
@@ -23,8 +36,14 @@ MATRICES = {
     "addmm": (1, 2),
 }
 """Where the arguments of a product of matrices hold its left and right factor."""
-NAMES = {"bmm": ("input", "mat2"), "mm": ("input", "mat2"), "matmul": ("input", "other"), "tensordot": ("a", "b", "dims")} | {
-    name: ("input", "batch1", "batch2") if "b" in name else ("input", "mat1", "mat2") for name in ("baddbmm", "addbmm", "addmm")
+NAMES = {
+    "bmm": ("input", "mat2"),
+    "mm": ("input", "mat2"),
+    "matmul": ("input", "other"),
+    "tensordot": ("a", "b", "dims"),
+} | {
+    name: ("input", "batch1", "batch2") if "b" in name else ("input", "mat1", "mat2")
+    for name in ("baddbmm", "addbmm", "addmm")
 }
 
 
@@ -44,8 +63,12 @@ def factor(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], position
     return given[index] if index < len(given) else None
 
 
-def factors(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> tuple[Factors, float, bool] | None:
-    """What a product is made of, its factor, and whether something was added; None where it is none of batched rows and columns."""
+def factors(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor
+) -> tuple[Factors, float, bool] | None:
+    """What a product is made of, its factor, and whether something was added; None where it is none
+    of batched rows and columns.
+    """
     if name == "einsum":
         einsum = read_einsum(args)
         found = None if einsum is None else factors_of(einsum)
@@ -57,7 +80,9 @@ def factors(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result:
     left, right = factor(name, args, kwargs, 0), factor(name, args, kwargs, 1)
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return None
-    if min(left.ndim, right.ndim) < 3 and not (left.ndim == right.ndim == 2 and not is_weight(left) and not is_weight(right)):
+    if min(left.ndim, right.ndim) < 3 and not (
+        left.ndim == right.ndim == 2 and not is_weight(left) and not is_weight(right)
+    ):
         return None
     axes = Axes(frozenset({result.ndim - 2}), frozenset({result.ndim - 1}))
     added = name == "baddbmm" and kwargs.get("beta", 1) != 0
@@ -69,25 +94,41 @@ def is_weight(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
-def unbatched(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> tuple[Factors, float, bool] | None:
+def unbatched(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor
+) -> tuple[Factors, float, bool] | None:
     """The factors of a tensordot over one dimension of two matrices."""
     sums = [summed("tensordot", args, kwargs, side) for side in (0, 1)]
     left, right = args[:2]
     if result.ndim != 2 or left.ndim != 2 or right.ndim != 2 or is_weight(left) or is_weight(right):
         return None
-    left, right = (t if s is not None and 1 in s.over else t.T for t, s in zip((left, right), sums, strict=True))
+    left, right = (
+        t if s is not None and 1 in s.over else t.T
+        for t, s in zip((left, right), sums, strict=True)
+    )
     return Factors(left, right, Axes(frozenset({0}), frozenset({1}))), 1.0, False
 
 
-def sums(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, result: Tensor | None = None) -> list[Sum]:
+def sums(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    tensor: Tensor,
+    result: Tensor | None = None,
+) -> list[Sum]:
     """How a product sums over ``tensor``, once for each operand that it is."""
     sides = range(len(args)) if name == "einsum" else (0, 1)
     return [
-        found for side in sides if is_operand(name, args, kwargs, tensor, side) and (found := summed(name, args, kwargs, side))
+        found
+        for side in sides
+        if is_operand(name, args, kwargs, tensor, side)
+        and (found := summed(name, args, kwargs, side))
     ]
 
 
-def is_operand(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, side: int) -> bool:
+def is_operand(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, side: int
+) -> bool:
     """Whether ``tensor`` is the left (0) or right (1) operand."""
     if name == "einsum":
         einsum = read_einsum(args)
@@ -106,7 +147,10 @@ def summed(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], side: in
             return None
         letters = einsum.letters[side]
         over = frozenset(d for d, letter in enumerate(letters) if letter not in einsum.output)
-        return Sum(over, {d: einsum.output.index(letter) for d, letter in enumerate(letters) if d not in over})
+        return Sum(
+            over,
+            {d: einsum.output.index(letter) for d, letter in enumerate(letters) if d not in over},
+        )
     given = [*args, *kwargs.values()]
     if name == "linear":
         last = given[side].ndim - 1

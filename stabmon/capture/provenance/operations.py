@@ -46,9 +46,13 @@ class Operation:
         return target if isinstance(target, Tensor) else None
 
 
-def operation(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation:
+def operation(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Operation:
     """Read a call of a torch function."""
     name: str = getattr(function, "__name__", "")
     if name == "__get__":
         name = getattr(getattr(function, "__self__", None), "__name__", "")
-    return Operation(name.removeprefix("special_").removeprefix("linalg_").strip("_"), function, args, kwargs)
+    return Operation(
+        name.removeprefix("special_").removeprefix("linalg_").strip("_"), function, args, kwargs
+    )

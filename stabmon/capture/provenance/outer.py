@@ -1,4 +1,6 @@
-"""Products of queries and keys that are multiplied out before they are summed: ``(q[..., :, None, :] * k[..., None, :, :]).sum(-1)``."""
+"""Products of queries and keys that are multiplied out before they are summed: ``(q[..., :, None,
+:] * k[..., None, :, :]).sum(-1)``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from stabmon.capture.provenance.products import TIMES, Product
 
 @dataclass(frozen=True, eq=False)
 class Outer:
-    """The product of each row of one tensor with each row of another, before the sum over the head dimension."""
+    """The product of each row of one tensor with each row of another, before the sum over the head
+    dimension.
+    """
 
     left: Tensor
     right: Tensor
@@ -25,9 +29,17 @@ class Outer:
 
 def outer_of(name: str, args: tuple[Any, ...], result: Tensor) -> Outer | None:
     """The outer product that a multiplication forms, if it does."""
-    if name not in TIMES or result.ndim < 3 or len(args) != 2 or not all(isinstance(each, Tensor) for each in args):
+    if (
+        name not in TIMES
+        or result.ndim < 3
+        or len(args) != 2
+        or not all(isinstance(each, Tensor) for each in args)
+    ):
         return None
-    left, right = (each[(None,) * (result.ndim - each.ndim)] if each.ndim < result.ndim else each for each in args)
+    left, right = (
+        each[(None,) * (result.ndim - each.ndim)] if each.ndim < result.ndim else each
+        for each in args
+    )
     rows = [d for d in range(result.ndim) if left.shape[d] > 1 == right.shape[d]]
     columns = [d for d in range(result.ndim) if right.shape[d] > 1 == left.shape[d]]
     return Outer(left, right, rows[0], columns[0]) if len(rows) == len(columns) == 1 else None

@@ -16,7 +16,9 @@ from stabmon.capture.provenance.axes import RESHAPES, VIEWS, Axes, Carried
 from stabmon.capture.provenance.multiply import factors
 
 FILL = -1e4
-"""A constant at or below this, filled in or added, hides a key: its probability is exactly 0 in every format."""
+"""A constant at or below this, filled in or added, hides a key: its probability is exactly 0 in
+every format.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,31 +41,62 @@ class Product:
     """Whether some scores were multiplied by 0."""
     fills: tuple[float, ...] = ()
     shift: Tensor | None = None
-    """What was taken off every score of a row, ``[..., Q, 1]``: the softmax does not see it, the largest score does."""
+    """What was taken off every score of a row, ``[..., Q, 1]``: the softmax does not see it, the
+    largest score does.
+    """
     cells: Cells = nothing
     """Where the model has masked scores, with whatever value."""
     pieces: tuple[int, ...] = ()
-    """How many keys each of the tensors gave that were joined along the keys last; empty where none were."""
+    """How many keys each of the tensors gave that were joined along the keys last; empty where none
+    were.
+    """
 
     def opaque(self) -> Product:
         """The same where only the scores can be told from now on."""
         return replace(self, query=None, key=None)
 
 
-def product_of(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> Product | None:
+def product_of(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor
+) -> Product | None:
     """The product of queries and keys that an operation forms, if it does."""
     found = factors(name, args, kwargs, result)
     if found is None:
         return None
     made, scale, masked = found
-    return Product(made.left, made.right, kernel_dtype(made.left), made.axes, scale=scale, masked=masked)
+    return Product(
+        made.left, made.right, kernel_dtype(made.left), made.axes, scale=scale, masked=masked
+    )
 
 
-KEEPS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone", "detach", "cuda", "cpu", "alias"}
+KEEPS = {
+    "to",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "type",
+    "type_as",
+    "contiguous",
+    "clone",
+    "detach",
+    "cuda",
+    "cpu",
+    "alias",
+}
 ADDS = {"add", "radd", "iadd", "sub", "isub", "where", "masked_fill", "setitem", "nan_to_num"} | {
     *("clamp", "clamp_min", "max", "maximum")
 }
-SCALES = {"mul": 1, "rmul": 1, "imul": 1, "multiply": 1, "div": -1, "truediv": -1, "itruediv": -1, "true_divide": -1}
+SCALES = {
+    "mul": 1,
+    "rmul": 1,
+    "imul": 1,
+    "multiply": 1,
+    "div": -1,
+    "truediv": -1,
+    "itruediv": -1,
+    "true_divide": -1,
+}
 TIMES = {"mul", "rmul", "imul", "multiply"}
 
 
@@ -127,8 +160,12 @@ def masks(name: str, others: list[Any], position: int) -> Cells:
         return lowered(others[0], sign) if others and isinstance(others[0], Tensor) else nothing
     if name == "masked_fill":
         return chosen(others[0] if others else None, where=True)
-    if name == "where":  # where(condition, scores, other), scores.where(condition, other), where(condition, other, scores)
-        condition = next((o for o in others if isinstance(o, Tensor) and o.dtype == torch.bool), None)
+    if (
+        name == "where"
+    ):  # where(condition, scores, other), scores.where(condition, other), where(condition, other, scores)
+        condition = next(
+            (o for o in others if isinstance(o, Tensor) and o.dtype == torch.bool), None
+        )
         return chosen(condition, where=position == 2)
     return nothing
 
@@ -139,12 +176,16 @@ def is_shift(value: object) -> bool:
 
 
 def can_take(product: Product, gain: Tensor) -> bool:
-    """Whether a gain a head or a query, ``[..., H, Q or 1, 1]``, can be multiplied into the query instead of the scores."""
+    """Whether a gain a head or a query, ``[..., H, Q or 1, 1]``, can be multiplied into the query
+    instead of the scores.
+    """
     query = product.query
     if query is None or product.cap is not None or product.masked or gain.ndim > query.ndim:
         return False
     lie_alike = product.axes == Axes(frozenset({query.ndim - 2}), frozenset({query.ndim - 1}))
-    return lie_alike and all(g in (1, q) for g, q in zip(gain.shape[::-1], query.shape[::-1], strict=False))
+    return lie_alike and all(
+        g in (1, q) for g, q in zip(gain.shape[::-1], query.shape[::-1], strict=False)
+    )
 
 
 def is_gate(value: object) -> bool:

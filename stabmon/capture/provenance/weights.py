@@ -1,4 +1,6 @@
-"""Weights: the result of a softmax, however it was made, followed until something is summed with them."""
+"""Weights: the result of a softmax, however it was made, followed until something is summed with
+them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,82 @@ from stabmon.capture.provenance.multiply import PRODUCTS, sums
 from stabmon.capture.provenance.products import Product
 
 READS = {
-    *("sum", "nansum", "mean", "std", "var", "std_mean", "var_mean", "max", "min", "amax", "amin", "aminmax", "argmax", "argmin"),
-    *("norm", "vector_norm", "median", "quantile", "kthvalue", "mode", "prod", "logsumexp", "topk", "sort", "getitem", "select"),
-    *("masked_select", "multinomial", "histc", "trace", "kl_div", "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "cdist"),
-    *("smooth_l1_loss", "binary_cross_entropy", "cosine_similarity", "item", "data", "grad", "setitem", "det", "diff", "cov"),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "full_like", "zeros_like", "ones_like", "empty_like"),
-    *("rand_like", "randn_like", "randint_like", "cumsum", "nuclear_norm", "matrix_norm", "svdvals", "diagonal", "diag"),
+    *(
+        "sum",
+        "nansum",
+        "mean",
+        "std",
+        "var",
+        "std_mean",
+        "var_mean",
+        "max",
+        "min",
+        "amax",
+        "amin",
+        "aminmax",
+        "argmax",
+        "argmin",
+    ),
+    *(
+        "norm",
+        "vector_norm",
+        "median",
+        "quantile",
+        "kthvalue",
+        "mode",
+        "prod",
+        "logsumexp",
+        "topk",
+        "sort",
+        "getitem",
+        "select",
+    ),
+    *(
+        "masked_select",
+        "multinomial",
+        "histc",
+        "trace",
+        "kl_div",
+        "cross_entropy",
+        "nll_loss",
+        "mse_loss",
+        "l1_loss",
+        "cdist",
+    ),
+    *(
+        "smooth_l1_loss",
+        "binary_cross_entropy",
+        "cosine_similarity",
+        "item",
+        "data",
+        "grad",
+        "setitem",
+        "det",
+        "diff",
+        "cov",
+    ),
+    *(
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "new_tensor",
+        "full_like",
+        "zeros_like",
+        "ones_like",
+        "empty_like",
+    ),
+    *(
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "cumsum",
+        "nuclear_norm",
+        "matrix_norm",
+        "svdvals",
+        "diagonal",
+        "diag",
+    ),
 }
 """Operations that look at weights, and sum nothing with them."""
 
@@ -63,8 +135,13 @@ class Weights:
 def united(records: Iterable[Any], axes: Axes) -> Weights:
     """Weights of several tensors in one."""
     several = [record for record in records if isinstance(record, Weights)]
-    softmaxes = tuple({id(softmax): softmax for record in several for softmax in record.softmaxes}.values())
-    strict, grown = any(record.strict for record in several), any(record.grown for record in several)
+    softmaxes = tuple(
+        {id(softmax): softmax for record in several for softmax in record.softmaxes}.values()
+    )
+    strict, grown = (
+        any(record.strict for record in several),
+        any(record.grown for record in several),
+    )
     return Weights(softmaxes, axes, strict=strict, grown=grown)
 
 
@@ -73,12 +150,18 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
-def is_use(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, weights: Weights) -> bool:
+def is_use(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, weights: Weights
+) -> bool:
     """Whether an operation sums something with these weights."""
     wanted = weights.axes.columns if weights.strict else weights.axes.all
     if name in PRODUCTS:
         return any(each.over & wanted for each in sums(name, args, kwargs, tensor))
-    return name in ("sum", "nansum", "mean") and weights.grown and bool(dimensions(args, kwargs, tensor) & weights.axes.columns)
+    return (
+        name in ("sum", "nansum", "mean")
+        and weights.grown
+        and bool(dimensions(args, kwargs, tensor) & weights.axes.columns)
+    )
 
 
 def dimensions(args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor) -> frozenset[int]:

@@ -1,4 +1,6 @@
-"""What to change: specific, with the line that does it, the effect to expect, and where that is known from."""
+"""What to change: specific, with the line that does it, the effect to expect, and where that is
+known from.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from stabmon.projections.norm_gains import RMS_NORM
 
 
 def lower_init(view: LayerView, config: CheckConfig) -> Recommendation:
-    """Weights small enough for scores of a third of the critical spread, or a norm that makes their size irrelevant."""
+    """Weights small enough for scores of a third of the critical spread, or a norm that makes their
+    size irrelevant.
+    """
     spread = float(view.spread[view.widest])
     aim = min(1.0, view.critical / 3)
     factor = math.sqrt(aim / spread)
@@ -19,8 +23,10 @@ def lower_init(view: LayerView, config: CheckConfig) -> Recommendation:
         f"initialise W_q and W_k {1 / factor:.3g} times smaller, or normalise queries and keys",
         view.layer,
         f"config.initializer_range = {factor:.2g} * config.initializer_range  # or {RMS_NORM}",
-        f"scores of standard deviation {aim:.2g} instead of {spread:.3g}; qk-norm: 1 whatever the weights",
-        "score deviation M s^2; condensation at sqrt(2 ln n) (Derrida 1981); qk-norm: Dehghani et al. 2023, arXiv:2302.05442",
+        f"scores of standard deviation {aim:.2g} instead of {spread:.3g}; qk-norm: 1 whatever the "
+        "weights",
+        "score deviation M s^2; condensation at sqrt(2 ln n) (Derrida 1981); qk-norm: Dehghani et "
+        "al. 2023, arXiv:2302.05442",
     )
 
 
@@ -30,8 +36,10 @@ def add_scale(view: LayerView) -> Recommendation:
     return Recommendation(
         "divide scores by the root of the head dimension",
         view.layer,
-        f"F.scaled_dot_product_attention(q, k, v, scale={wanted:.6g})  # or scores = q @ k.mT * q.shape[-1] ** -0.5",
-        f"scores {abs(view.scale) / wanted:.3g} times smaller, at initialisation and in how fast they grow",
+        f"F.scaled_dot_product_attention(q, k, v, scale={wanted:.6g})  # or scores = q @ k.mT * "
+        "q.shape[-1] ** -0.5",
+        f"scores {abs(view.scale) / wanted:.3g} times smaller, at initialisation and in how fast "
+        "they grow",
         "Vaswani et al. 2017, arXiv:1706.03762, 3.2.1",
     )
 
@@ -39,12 +47,21 @@ def add_scale(view: LayerView) -> Recommendation:
 def fewer_heads(view: LayerView, config: CheckConfig) -> Recommendation:
     """Heads of a usual width over the same model width."""
     width = view.info.heads * view.info.head_dim
-    wanted = next((each for each in (64, 32, config.least_head_dim) if width % each == 0 and width >= 2 * each), width)
+    wanted = next(
+        (
+            each
+            for each in (64, 32, config.least_head_dim)
+            if width % each == 0 and width >= 2 * each
+        ),
+        width,
+    )
     return Recommendation(
-        f"use {width // wanted} heads of dimension {wanted} instead of {view.info.heads} of {view.info.head_dim}",
+        f"use {width // wanted} heads of dimension {wanted} instead of {view.info.heads} of "
+        f"{view.info.head_dim}",
         view.layer,
         f"config.num_attention_heads = {width // wanted}",
-        f"score matrices of rank {wanted} at the same number of parameters; kernels run at full speed from 16 on, in multiples of 8",
+        f"score matrices of rank {wanted} at the same number of parameters; kernels run at full "
+        "speed from 16 on, in multiples of 8",
         "low-rank bottleneck: Bhojanapalli et al. 2020, arXiv:2002.07028",
     )
 
@@ -55,7 +72,8 @@ def add_norm(view: LayerView) -> Recommendation:
         "normalise what the projections of queries and keys read",
         view.layer,
         "x = x + attention(norm(x))  # norm = nn.RMSNorm(width) or nn.LayerNorm(width)",
-        f"scores {view.input_size**2:.3g} times smaller at initialisation, and none that grow with the residual stream",
+        f"scores {view.input_size**2:.3g} times smaller at initialisation, and none that grow "
+        "with the residual stream",
         "pre-norm: Xiong et al. 2020, arXiv:2002.04745",
     )
 
@@ -66,8 +84,10 @@ def repair_head(view: LayerView, head: int, side: str, ratio: float) -> Recommen
     return Recommendation(
         f"restore the head from an earlier checkpoint, or divide its {side} by {ratio:.3g}",
         f"{view.layer} head {head}",
-        f"{side}[{head * width}:{(head + 1) * width}] /= {ratio:.3g}  # weight and bias rows of this head's projection",
-        "its scores come back to the size of its siblings'; while saturated, its rows pass no gradient and cannot repair themselves",
+        f"{side}[{head * width}:{(head + 1) * width}] /= {ratio:.3g}  # weight and bias rows of "
+        "this head's projection",
+        "its scores come back to the size of its siblings'; while saturated, its rows pass no "
+        "gradient and cannot repair themselves",
         "QK-clip: Kimi K2, arXiv:2507.20534",
     )
 
@@ -78,7 +98,8 @@ def avoid_overflow(view: LayerView) -> Recommendation:
         "use a fused kernel or bfloat16, or scale the query before the product",
         view.layer,
         'attn_implementation="sdpa"  # or torch.autocast(..., dtype=torch.bfloat16), or scores = (q * scale) @ k.mT',
-        f"fused: no product is written in float16; scaled first: {1 / view.info.scale:.3g} times more head-room",
+        f"fused: no product is written in float16; scaled first: {1 / view.info.scale:.3g} times "
+        "more head-room",
         "float16 ends at 65504; a score of +inf makes its row NaN",
     )
 

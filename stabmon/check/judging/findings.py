@@ -29,8 +29,8 @@ class Finding:
     """One thing that is, or will be, wrong with a model's attention."""
 
     name: str
-    """One of ``non_finite, overflow_risk, precision_insufficient, saturated_softmax, scale_missing, damaged_head, head_dim_too_small,
-    inputs_not_normalised, learning_rate_too_high``."""
+    """One of ``non_finite, overflow_risk, precision_insufficient, saturated_softmax, scale_missing,
+    damaged_head, head_dim_too_small, inputs_not_normalised, learning_rate_too_high``."""
     severity: Severity
     basis: Basis
     """Whether it follows from shapes and weights alone, or from a forward that was made."""
@@ -66,10 +66,14 @@ def ranked(findings: list[Finding]) -> tuple[Finding, ...]:
         ratio = abs(finding.value / finding.limit)
         return max(ratio, 1 / ratio) if ratio > 0 else float("inf")
 
-    return tuple(sorted(findings, key=lambda each: (-SEVERITIES.index(each.severity), -excess(each))))
+    return tuple(
+        sorted(findings, key=lambda each: (-SEVERITIES.index(each.severity), -excess(each)))
+    )
 
 
 def counts(findings: tuple[Finding, ...]) -> Mapping[str, int]:
     """How many there are of each severity that there is."""
     found = [each.severity for each in findings]
-    return {severity: found.count(severity) for severity in reversed(SEVERITIES) if severity in found}
+    return {
+        severity: found.count(severity) for severity in reversed(SEVERITIES) if severity in found
+    }

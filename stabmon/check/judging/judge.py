@@ -15,23 +15,37 @@ from stabmon.check.measuring.arithmetic import FLOAT16_MAX
 from stabmon.check.measuring.expect import LayerView
 
 ALLOWANCE = {"fused": 2.0, "eager": 1.0}
-"""Times ``moved_warning`` that a path may move: a fused kernel's rounding is the same in forward and backward, and averages out."""
+"""Times ``moved_warning`` that a path may move: a fused kernel's rounding is the same in forward
+and backward, and averages out.
+"""
 
 
 def judge(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> list[Finding]:
-    """Everything that is wrong with these layers, ranked; of each disease the worst place, with the number of others like it."""
+    """Everything that is wrong with these layers, ranked; of each disease the worst place, with the
+    number of others like it.
+    """
     found = [finding for disease in DISEASES for finding in disease(views, config, basis)]
     return list(ranked([_worst(group) for group in _groups(found)]))
 
 
-def saturated_softmax(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> Iterable[Finding]:
-    """Scores so wide at initialisation that rows look at a few keys only, and no gradient passes the softmax."""
+def saturated_softmax(
+    views: Sequence[LayerView], config: CheckConfig, basis: Basis
+) -> Iterable[Finding]:
+    """Scores so wide at initialisation that rows look at a few keys only, and no gradient passes
+    the softmax.
+    """
     for view in views:
         head, spread = view.widest, float(view.spread[view.widest])
         share = view.expected_share
-        if view.untrained is False or not math.isfinite(spread) or share >= config.condensed_warning:
+        if (
+            view.untrained is False
+            or not math.isfinite(spread)
+            or share >= config.condensed_warning
+        ):
             continue
-        condensed = spread >= view.critical and view.info.softcap is None and view.untrained is not None
+        condensed = (
+            spread >= view.critical and view.info.softcap is None and view.untrained is not None
+        )
         saturated = float(view.measured["saturated_fraction"][head])
         yield Finding(
             "saturated_softmax",
@@ -39,20 +53,32 @@ def saturated_softmax(views: Sequence[LayerView], config: CheckConfig, basis: Ba
             _both(view, basis),
             spread,
             view.critical,
-            f"scores have a standard deviation of {spread:.3g} at initialisation, and rows of {view.keys} keys condense on a few at "
-            f"{view.critical:.2f}; {share:.0%} of the entropy is left, {saturated:.0%} of rows pass no gradient",
+            f"scores have a standard deviation of {spread:.3g} at initialisation, and rows of "
+            f"{view.keys} keys condense on a few at "
+            f"{view.critical:.2f}; {share:.0%} of the entropy is left, {saturated:.0%} of rows "
+            "pass no gradient",
             view.layer,
             head,
             advice.lower_init(view, config),
         )
 
 
-def scale_missing(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> Iterable[Finding]:
-    """Scores are not divided by the root of the head dimension, and no norm or small initialisation makes up for it."""
+def scale_missing(
+    views: Sequence[LayerView], config: CheckConfig, basis: Basis
+) -> Iterable[Finding]:
+    """Scores are not divided by the root of the head dimension, and no norm or small initialisation
+    makes up for it.
+    """
     for view in views:
         factor = abs(view.scale) * math.sqrt(view.info.head_dim)
         spread = float(view.spread[view.widest])
-        if view.untrained is False or view.weights is None or view.weights.normed or factor < 3 or not spread > 1.5:
+        if (
+            view.untrained is False
+            or view.weights is None
+            or view.weights.normed
+            or factor < 3
+            or not spread > 1.5
+        ):
             continue
         condensed = spread >= view.critical
         yield Finding(
@@ -61,15 +87,19 @@ def scale_missing(views: Sequence[LayerView], config: CheckConfig, basis: Basis)
             _both(view, basis),
             view.scale,
             view.info.head_dim**-0.5,
-            f"scores are multiplied by {view.scale:.3g} where 1/sqrt({view.info.head_dim}) = {view.info.head_dim**-0.5:.3g} is usual, and "
-            f"have a standard deviation of {spread:.3g} instead of {spread / factor:.3g}; they also grow {factor:.3g} times as fast",
+            f"scores are multiplied by {view.scale:.3g} where 1/sqrt({view.info.head_dim}) = "
+            f"{view.info.head_dim**-0.5:.3g} is usual, and "
+            f"have a standard deviation of {spread:.3g} instead of {spread / factor:.3g}; they "
+            f"also grow {factor:.3g} times as fast",
             view.layer,
             None,
             advice.add_scale(view),
         )
 
 
-def head_dim_too_small(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> Iterable[Finding]:
+def head_dim_too_small(
+    views: Sequence[LayerView], config: CheckConfig, basis: Basis
+) -> Iterable[Finding]:
     """Heads of so few dimensions that most patterns over a row are out of their reach."""
     for view in views:
         width = view.info.head_dim
@@ -81,15 +111,20 @@ def head_dim_too_small(views: Sequence[LayerView], config: CheckConfig, basis: B
             "analytic",
             width,
             config.least_head_dim,
-            f"{view.info.heads} heads of dimension {width}: each head's scores over {view.keys} keys are a matrix of rank {width}",
+            f"{view.info.heads} heads of dimension {width}: each head's scores over {view.keys} "
+            f"keys are a matrix of rank {width}",
             view.layer,
             None,
             advice.fewer_heads(view, config),
         )
 
 
-def inputs_not_normalised(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> Iterable[Finding]:
-    """The projections read inputs far from unit size, so that scores are larger than the weights say."""
+def inputs_not_normalised(
+    views: Sequence[LayerView], config: CheckConfig, basis: Basis
+) -> Iterable[Finding]:
+    """The projections read inputs far from unit size, so that scores are larger than the weights
+    say.
+    """
     for view in views:
         if view.untrained is not True or not view.input_size >= 3:
             continue
@@ -99,14 +134,17 @@ def inputs_not_normalised(views: Sequence[LayerView], config: CheckConfig, basis
             "measured" if basis != "analytic" else basis,
             view.input_size,
             3.0,
-            f"the projections of queries and keys read inputs of root mean square {view.input_size:.3g}, and scores grow with its square",
+            "the projections of queries and keys read inputs of root mean square "
+            f"{view.input_size:.3g}, and scores grow with its square",
             view.layer,
             None,
             advice.add_norm(view),
         )
 
 
-def damaged_head(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> Iterable[Finding]:
+def damaged_head(
+    views: Sequence[LayerView], config: CheckConfig, basis: Basis
+) -> Iterable[Finding]:
     """One head's weights are far from those of its siblings."""
     for view in views:
         weights = view.weights
@@ -119,15 +157,23 @@ def damaged_head(views: Sequence[LayerView], config: CheckConfig, basis: Basis) 
         score = view.measured["max_logit"]
         for head in np.flatnonzero(size >= config.damaged * median).tolist():
             others = float(np.median(np.delete(score, head)))
-            shows = score[head] >= 3 * abs(others) or view.measured["saturated_fraction"][head] >= 0.9
-            side = "W_q" if weights.query[head] / np.median(weights.query) > weights.key[head] / np.median(weights.key) else "W_k"
+            shows = (
+                score[head] >= 3 * abs(others) or view.measured["saturated_fraction"][head] >= 0.9
+            )
+            side = (
+                "W_q"
+                if weights.query[head] / np.median(weights.query)
+                > weights.key[head] / np.median(weights.key)
+                else "W_k"
+            )
             yield Finding(
                 "damaged_head",
                 "error" if shows else "warning",
                 _both(view, basis),
                 float(size[head] / median),
                 config.damaged,
-                f"|W_q| |W_k| is {size[head] / median:.3g} times that of its siblings (mostly {side}), its largest score "
+                f"|W_q| |W_k| is {size[head] / median:.3g} times that of its siblings (mostly "
+                f"{side}), its largest score "
                 f"{score[head]:.3g} where theirs is {others:.3g}",
                 view.layer,
                 head,
@@ -135,8 +181,12 @@ def damaged_head(views: Sequence[LayerView], config: CheckConfig, basis: Basis) 
             )
 
 
-def overflow_risk(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> Iterable[Finding]:
-    """float16 products of query and key come near the largest float16, on a path that writes them down."""
+def overflow_risk(
+    views: Sequence[LayerView], config: CheckConfig, basis: Basis
+) -> Iterable[Finding]:
+    """float16 products of query and key come near the largest float16, on a path that writes them
+    down.
+    """
     if config.dtype != "fp16":
         return
     for view in views:
@@ -154,18 +204,21 @@ def overflow_risk(views: Sequence[LayerView], config: CheckConfig, basis: Basis)
             basis,
             value,
             limit if value >= limit else config.product_warning,
-            f"the product of query and key reaches {value:.5g} before it is scaled, and float16 is inf from 65520 on",
+            f"the product of query and key reaches {value:.5g} before it is scaled, and float16 "
+            "is inf from 65520 on",
             view.layer,
             head,
             advice.avoid_overflow(view),
         )
 
 
-def precision_insufficient(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> Iterable[Finding]:
+def precision_insufficient(
+    views: Sequence[LayerView], config: CheckConfig, basis: Basis
+) -> Iterable[Finding]:
     """Rounding to the format in which to train moves attention.
 
-    Where a position bias is added to scores (absolute ALiBi), it is mostly the bias that is rounded, alike in every row and step,
-    and models are known to train so: a warning at most.
+    Where a position bias is added to scores (absolute ALiBi), it is mostly the bias that is
+    rounded, alike in every row and step, and models are known to train so: a warning at most.
     """
     if config.dtype == "fp32":
         return
@@ -183,7 +236,8 @@ def precision_insufficient(views: Sequence[LayerView], config: CheckConfig, basi
             basis,
             float(share[head]),
             2 * allowed if error else allowed,
-            f"rounding to {config.dtype} moves {share[head]:.0%} of a mean row's probability ({path} path, scores up to "
+            f"rounding to {config.dtype} moves {share[head]:.0%} of a mean row's probability "
+            f"({path} path, scores up to "
             f"{view.measured['max_logit'][head]:.3g})",
             view.layer,
             head,

@@ -10,7 +10,12 @@ import numpy as np
 
 from stabmon.check.config import DTYPES, CheckConfig
 from stabmon.check.judging.judge import ALLOWANCE
-from stabmon.check.measuring.arithmetic import FLOAT16_MAX, MANTISSA_BITS, bits_averaged, bits_needed
+from stabmon.check.measuring.arithmetic import (
+    FLOAT16_MAX,
+    MANTISSA_BITS,
+    bits_averaged,
+    bits_needed,
+)
 from stabmon.check.measuring.expect import LayerView
 from stabmon.check.measuring.rounding import PATHS
 
@@ -25,18 +30,28 @@ class Fit:
     used: bool
     """It is the path that the model takes."""
     bits_needed: float
-    """What keeps ``moved`` within ``allowed``: more than ``bits_kept`` exactly where rounding moves too much."""
+    """What keeps ``moved`` within ``allowed``: more than ``bits_kept`` exactly where rounding moves
+    too much.
+    """
     bits_kept: int
     moved: float
-    """Probability that rounding moves in the mean row of the worst head, in [0, 1]; NaN where a score is inf."""
+    """Probability that rounding moves in the mean row of the worst head, in [0, 1]; NaN where a
+    score is inf.
+    """
     allowed: float
     """Below this much ``moved`` the format is enough."""
     headroom: float
-    """By how much products of query and key may grow before they overflow; inf on the fused path, where none is written down."""
+    """By how much products of query and key may grow before they overflow; inf on the fused path,
+    where none is written down.
+    """
 
 
-def precision_table(views: Sequence[LayerView], config: CheckConfig, overflowed: bool = False) -> tuple[Fit, ...]:
-    """A :class:`Fit` for each path and format. ``overflowed``: a forward in the format to train in was not finite."""
+def precision_table(
+    views: Sequence[LayerView], config: CheckConfig, overflowed: bool = False
+) -> tuple[Fit, ...]:
+    """A :class:`Fit` for each path and format. ``overflowed``: a forward in the format to train in
+    was not finite.
+    """
     used = "fused" if all(view.info.fused for view in views) else "eager"
     table: list[Fit] = []
     for path in PATHS:
@@ -45,25 +60,39 @@ def precision_table(views: Sequence[LayerView], config: CheckConfig, overflowed:
             share = 0.0 if name == "fp32" else _worst_moved(views, path, name)
             headroom = math.inf
             if path == "eager" and name == "fp16":
-                product = max(float(np.nan_to_num(view.largest_product, nan=0.0).max()) for view in views)
+                product = max(
+                    float(np.nan_to_num(view.largest_product, nan=0.0).max()) for view in views
+                )
                 headroom = FLOAT16_MAX / product if product > 0 else math.inf
             limit = 2 * config.moved_warning * ALLOWANCE[path]
-            judged = 0.0 if name == "fp32" else _worst_moved([view for view in views if not view.biased], path, name)
+            judged = (
+                0.0
+                if name == "fp32"
+                else _worst_moved([view for view in views if not view.biased], path, name)
+            )
             safe = judged < limit and headroom > 2
             if overflowed and path == used and name == config.dtype:
                 safe = False
-            bound = max(bits_needed(abs(view.expected_max)) - _averaged(path, view) for view in views)
+            bound = max(
+                bits_needed(abs(view.expected_max)) - _averaged(path, view) for view in views
+            )
             # float32 is not tried out: what the shorter formats need is what it is enough for
-            need = max(fit.bits_needed for fit in table[-2:]) if name == "fp32" else _need(judged, limit, kept, bound)
+            need = (
+                max(fit.bits_needed for fit in table[-2:])
+                if name == "fp32"
+                else _need(judged, limit, kept, bound)
+            )
             table.append(Fit(path, name, safe, path == used, need, kept, share, limit, headroom))
     return tuple(table)
 
 
 def _need(moved: float, allowed: float, kept: int, bound: float) -> float:
-    """Bits at which rounding moves just what is allowed, given what it moves at ``kept``: a bit more halves it.
+    """Bits at which rounding moves just what is allowed, given what it moves at ``kept``: a bit
+    more halves it.
 
-    Where more is moved than is allowed, the need is at least the ``bound`` by the largest score: what moves ends at 1, and says
-    no more of large needs. Below, the bound does not count, since it takes the largest score for all of a row.
+    Where more is moved than is allowed, the need is at least the ``bound`` by the largest score:
+    what moves ends at 1, and says no more of large needs. Below, the bound does not count, since it
+    takes the largest score for all of a row.
     """
     if math.isnan(moved):
         return max(bound, kept + 1.0)

@@ -1,4 +1,6 @@
-"""Something to run a model on: random tokens, a text, or noise of the shape that it takes. B batch, S tokens."""
+"""Something to run a model on: random tokens, a text, or noise of the shape that it takes. B batch,
+S tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from stabmon.check.loading.source import Target
 from stabmon.tiny.corpus import read_text
 
 BUDGET = 3e11
-"""Floating-point operations that one forward and backward on the sample may cost: some seconds of one core. A third of it for weights
-that were made for the check, whose scores follow from their spread at any length."""
+"""Floating-point operations that one forward and backward on the sample may cost: some seconds of
+one core. A third of it for weights that were made for the check, whose scores follow from their
+spread at any length."""
 LEAST = 64
 DEFAULT_LENGTH = 512
 """Tokens to check for where neither the user nor the config says."""
@@ -31,26 +34,37 @@ def trained_length(target: Target, asked: int | None) -> int:
     length = asked or (most if isinstance(most, int) and most > 1 else DEFAULT_LENGTH)
     if isinstance(most, int) and length > most:
         learned = [
-            each for name, each in target.model.named_modules() if isinstance(each, nn.Embedding) and "pos" in name.lower()
+            each
+            for name, each in target.model.named_modules()
+            if isinstance(each, nn.Embedding) and "pos" in name.lower()
         ]
         learned += [
-            each for name, each in target.model.named_modules() if isinstance(each, nn.Embedding) and name.endswith("wpe")
+            each
+            for name, each in target.model.named_modules()
+            if isinstance(each, nn.Embedding) and name.endswith("wpe")
         ]
         if any(each.num_embeddings <= most + 2 for each in learned):
             raise ValueError(
-                f"--seq-len {length}: the model has {most} learned positions; give at most {most}, or a config with more"
+                f"--seq-len {length}: the model has {most} learned positions; give at most "
+                f"{most}, or a config with more"
             )
     return length
 
 
 def sample_length(target: Target, length: int, batch: int) -> int:
-    """The longest sample, at most ``length``, whose forward and backward this machine makes in seconds; a power of two if shorter."""
+    """The longest sample, at most ``length``, whose forward and backward this machine makes in
+    seconds; a power of two if shorter.
+    """
     made = sum(each.numel() for each in target.model.parameters())
     text = _text_config(target.config)
     width = getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 512
     layers = max((getattr(text, name, 0) or 0 for name in pretrained.LAYERS), default=0) or 12
     budget = BUDGET / 3 if target.analytic else BUDGET
-    tokens = length if _cost(length, batch, made, width, layers) <= budget else 1 << (length.bit_length() - 1)
+    tokens = (
+        length
+        if _cost(length, batch, made, width, layers) <= budget
+        else 1 << (length.bit_length() - 1)
+    )
     while tokens > LEAST and _cost(tokens, batch, made, width, layers) > budget:
         tokens //= 2
     return min(tokens, length)
@@ -66,7 +80,8 @@ def make_sample(
     """Arguments for the model's forward, and what must be said of them.
 
     Raises:
-        ValueError: if the text is too short or cannot be read, or if nothing can be made up that the model takes.
+        ValueError: if the text is too short or cannot be read, or if nothing can be made up that
+            the model takes.
     """
     if target.sample is not None:
         sample = target.sample
@@ -80,16 +95,24 @@ def make_sample(
         frames = 2 * int(config.max_source_positions)
         features = torch.randn(batch, int(config.num_mel_bins), frames, generator=generator)
         length = min(tokens, int(config.max_target_positions))
-        return {"input_features": features, "labels": _random(config.vocab_size, batch, length, generator)}, []
+        return {
+            "input_features": features,
+            "labels": _random(config.vocab_size, batch, length, generator),
+        }, []
     if config is not None and main not in ("input_ids", None):
         raise ValueError(
-            f"{type(target.model).__name__} reads {main}, which cannot be made up: use stabmon.check_attention_stability(model, sample)"
+            f"{type(target.model).__name__} reads {main}, which cannot be made up: use "
+            "stabmon.check_attention_stability(model, sample)"
         )
     vocabulary = _vocabulary(target)
     if vocabulary is None:
         return _floats(target.model, tokens, batch, generator), []
     notes: list[str] = []
-    ids = _random(vocabulary, batch, tokens, generator) if text is None else _read(target, text, tokens, batch, vocabulary, notes)
+    ids = (
+        _random(vocabulary, batch, tokens, generator)
+        if text is None
+        else _read(target, text, tokens, batch, vocabulary, notes)
+    )
     taken = inspect.signature(target.model.forward).parameters
     if "input_ids" not in taken:
         return (ids,), notes
@@ -127,25 +150,37 @@ def _random(vocabulary: int, batch: int, tokens: int, generator: torch.Generator
 def _image(config: Any, batch: int, generator: torch.Generator) -> Tensor:
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    return torch.randn(batch, int(getattr(config, "num_channels", 3)), int(height), int(width), generator=generator)
+    return torch.randn(
+        batch, int(getattr(config, "num_channels", 3)), int(height), int(width), generator=generator
+    )
 
 
 def _floats(model: nn.Module, tokens: int, batch: int, generator: torch.Generator) -> tuple[Tensor]:
-    width = next((each.in_features for each in model.modules() if isinstance(each, nn.Linear)), None)
-    width = width or next((each.embed_dim for each in model.modules() if isinstance(each, nn.MultiheadAttention)), None)
+    width = next(
+        (each.in_features for each in model.modules() if isinstance(each, nn.Linear)), None
+    )
+    width = width or next(
+        (each.embed_dim for each in model.modules() if isinstance(each, nn.MultiheadAttention)),
+        None,
+    )
     if width is None:
         raise ValueError(
-            f"{type(model).__name__}: no input can be made up for it; let the callable return (model, sample), or use "
+            f"{type(model).__name__}: no input can be made up for it; let the callable return "
+            "(model, sample), or use "
             "stabmon.check_attention_stability(model, sample)"
         )
     return (torch.randn(batch, tokens, width, generator=generator),)
 
 
-def _read(target: Target, text: str, tokens: int, batch: int, vocabulary: int, notes: list[str]) -> Tensor:
+def _read(
+    target: Target, text: str, tokens: int, batch: int, vocabulary: int, notes: list[str]
+) -> Tensor:
     raw = read_text(text)[1]
     tokenizer = None if target.tokens_from is None else pretrained.tokenizer_of(target.tokens_from)
     if tokenizer is not None:
-        ids = tokenizer(raw.decode(errors="replace"), return_tensors="pt", verbose=False)["input_ids"][0]
+        ids = tokenizer(raw.decode(errors="replace"), return_tensors="pt", verbose=False)[
+            "input_ids"
+        ][0]
         unit = "tokens"
     else:
         ids = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() % vocabulary
@@ -153,7 +188,8 @@ def _read(target: Target, text: str, tokens: int, batch: int, vocabulary: int, n
         notes.append("no tokenizer was found beside the model: the text was read byte by byte")
     if len(ids) < tokens:
         raise ValueError(
-            f"--text {text}: {len(ids)} {unit}, fewer than the {tokens} of a sample; give a longer text or --seq-len {len(ids)}"
+            f"--text {text}: {len(ids)} {unit}, fewer than the {tokens} of a sample; give a "
+            f"longer text or --seq-len {len(ids)}"
         )
     starts = torch.linspace(0, len(ids) - tokens, batch).round().long().tolist()
     return torch.stack([ids[at : at + tokens] for at in starts])

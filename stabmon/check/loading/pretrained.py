@@ -1,4 +1,6 @@
-"""Models of transformers: from a config alone, or with their weights; whole, or one layer of each kind at full width."""
+"""Models of transformers: from a config alone, or with their weights; whole, or one layer of each
+kind at full width.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,34 @@ from typing import Any
 import torch
 from torch import nn
 
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
 NARROW = {
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 256
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "n_inner",
+            "d_ff",
+            "encoder_ffn_dim",
+            "decoder_ffn_dim",
+            "ffn_hidden_size",
+        ),
+        256,
     ),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64),
     "vocab_size": 1024,
 }
-"""What has no part in attention, and what it is made where one layer has to do for all; only ever made smaller."""
+"""What has no part in attention, and what it is made where one layer has to do for all; only ever
+made smaller.
+"""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -45,25 +66,38 @@ def read_config(source: str) -> Any:
             if local
             else "give a local folder, a config.json or a hub name"
         )
-        raise ValueError(f"{source}: not a model's config that can be read ({reason}); {mend}") from None
+        raise ValueError(
+            f"{source}: not a model's config that can be read ({reason}); {mend}"
+        ) from None
 
 
 def model_class(config: Any) -> Any:
-    """The class that the config names, else the one with a loss that its type has, else the bare model."""
+    """The class that the config names, else the one with a loss that its type has, else the bare
+    model.
+    """
     transformers = _transformers()
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    for auto in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModel"):
+    for auto in (
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForSeq2SeqLM",
+        "AutoModel",
+    ):
         known = getattr(transformers, auto)._model_mapping
         if type(config) in known:
             found = known[type(config)]
             return found[0] if isinstance(found, tuple) else found
-    raise ValueError(f"{type(config).__name__}: transformers has no model of this type; give package.module:callable instead")
+    raise ValueError(
+        f"{type(config).__name__}: transformers has no model of this type; give "
+        "package.module:callable instead"
+    )
 
 
 def from_config(config: Any, attention: str | None, seed: int) -> nn.Module:
-    """A model with the weights that its own initialisation gives, in float32 and evaluation mode; the global generators are not touched.
+    """A model with the weights that its own initialisation gives, in float32 and evaluation mode;
+    the global generators are not touched.
 
     Raises:
         ValueError: if the model cannot be made, or not with this attention.
@@ -72,10 +106,13 @@ def from_config(config: Any, attention: str | None, seed: int) -> nn.Module:
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            model: nn.Module = model_class(config)._from_config(copy.deepcopy(config), dtype=torch.float32, **options)
+            model: nn.Module = model_class(config)._from_config(
+                copy.deepcopy(config), dtype=torch.float32, **options
+            )
     except Exception as error:  # whatever values that cannot be lead transformers to
         raise ValueError(
-            f"cannot make a {type(config).__name__[:-6]} of this config: {' '.join(str(error).split())[:300]}"
+            f"cannot make a {type(config).__name__[:-6]} of this config: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from None
     return model.eval()
 
@@ -89,9 +126,13 @@ def from_weights(source: str, config: Any, attention: str | None) -> nn.Module:
     options = {} if attention is None else {"attn_implementation": attention}
     try:
         with quiet(), torch.random.fork_rng():
-            model: nn.Module = model_class(config).from_pretrained(source, config=config, dtype=torch.float32, **options)
+            model: nn.Module = model_class(config).from_pretrained(
+                source, config=config, dtype=torch.float32, **options
+            )
     except Exception as error:  # safetensors and pickle have errors of their own for a corrupt file
-        raise ValueError(f"cannot load the weights of {source}: {' '.join(str(error).split())[:300]}") from None
+        raise ValueError(
+            f"cannot load the weights of {source}: {' '.join(str(error).split())[:300]}"
+        ) from None
     return model.eval()
 
 
@@ -103,7 +144,8 @@ def count_parameters(config: Any) -> int:
 
 
 def one_of_each_layer(config: Any) -> tuple[Any, int, int]:
-    """The config with one layer of each kind at full width, and all that has no part in attention made small.
+    """The config with one layer of each kind at full width, and all that has no part in attention
+    made small.
 
     Returns:
         The new config, how many layers it has and how many the old one had.
@@ -125,7 +167,9 @@ def one_of_each_layer(config: Any) -> tuple[Any, int, int]:
                 setattr(part, name, most)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             value = getattr(part, name, None)
-            if (isinstance(value, int) and value >= NARROW["vocab_size"]) or isinstance(value, list):
+            if (isinstance(value, int) and value >= NARROW["vocab_size"]) or isinstance(
+                value, list
+            ):
                 setattr(part, name, 0)
     return small, len(chosen), max(depth, len(chosen))
 
@@ -151,9 +195,9 @@ def tokenizer_of(source: str) -> Any:
     try:
         with quiet():
             return _transformers().AutoTokenizer.from_pretrained(source)
-    except (
-        Exception
-    ):  # whatever a tokenizer's files and dependencies come up with; bytes are read instead, and the report says so
+    # whatever a tokenizer's files and dependencies come up with; bytes are read instead, and the
+    # report says so
+    except Exception:
         return None
 
 
@@ -178,11 +222,16 @@ def _transformers() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings and progress bars of transformers and its hub are held back, where in use: standard error is for one line of ours."""
+    """Warnings and progress bars of transformers and its hub are held back, where in use: standard
+    error is for one line of ours.
+    """
     if "transformers" not in sys.modules:
         yield
         return
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("transformers", "huggingface_hub"))}
+    levels = {
+        logger: logger.level
+        for logger in map(logging.getLogger, ("transformers", "huggingface_hub"))
+    }
     theirs: Any = _transformers().utils.logging
 
     bars = theirs.is_progress_bar_enabled()

@@ -1,4 +1,6 @@
-"""What MODEL on the command line stands for: a folder, a config.json, a hub name, or package.module:callable."""
+"""What MODEL on the command line stands for: a folder, a config.json, a hub name, or
+package.module:callable.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from torch import nn
 from stabmon.check.loading import pretrained
 
 LARGE = 300_000_000
-"""Parameters from which on a model without stored weights is checked by one layer of each kind: its layers are alike at random."""
+"""Parameters from which on a model without stored weights is checked by one layer of each kind: its
+layers are alike at random.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,8 @@ def load_target(source: str, attention: str | None, seed: int) -> Target:
 
     Args:
         source: see the module.
-        attention: the implementation to take, in transformers' words; None for the model's own choice.
+        attention: the implementation to take, in transformers' words; None for the model's own
+            choice.
         seed: of weights that have to be made.
 
     Raises:
@@ -59,12 +64,18 @@ def load_target(source: str, attention: str | None, seed: int) -> Target:
     path = Path(source)
     if not path.exists() and ":" in source:
         return _from_callable(source, attention, seed)
-    if not path.exists() and (source.endswith(".json") or source.startswith((".", "/", "~")) or source.count("/") > 1):
+    if not path.exists() and (
+        source.endswith(".json") or source.startswith((".", "/", "~")) or source.count("/") > 1
+    ):
         raise ValueError(
-            f"{source}: no such file or folder; give a model's folder, its config.json, a hub name, or module:callable"
+            f"{source}: no such file or folder; give a model's folder, its config.json, a hub "
+            "name, or module:callable"
         )
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{source}: holds no config.json; give a folder that save_pretrained wrote, or module:callable")
+        raise ValueError(
+            f"{source}: holds no config.json; give a folder that save_pretrained wrote, or "
+            "module:callable"
+        )
     config = pretrained.read_config(source)
     count = pretrained.count_parameters(config)
     stored = not path.is_file() and (not path.is_dir() or pretrained.has_weights(source))
@@ -74,9 +85,22 @@ def load_target(source: str, attention: str | None, seed: int) -> Target:
     if stored and count * 8 <= room:
         model = pretrained.from_weights(source, config, attention)
         return Target(
-            model, f"{kind} of {source} with its weights ({count:,} parameters)", False, config, None, tokens_from, count
+            model,
+            f"{kind} of {source} with its weights ({count:,} parameters)",
+            False,
+            config,
+            None,
+            tokens_from,
+            count,
         )
-    notes = ("the weights are too large for this machine's memory and were not read: this is the config alone",) if stored else ()
+    notes = (
+        (
+            "the weights are too large for this machine's memory and were not read: this is the "
+            "config alone",
+        )
+        if stored
+        else ()
+    )
     if count <= LARGE and count * 8 <= room:
         model = pretrained.from_config(config, attention, seed)
         subject = f"{kind} of {source} as its config initialises it ({count:,} parameters)"
@@ -84,23 +108,32 @@ def load_target(source: str, attention: str | None, seed: int) -> Target:
     small, made, layers = pretrained.one_of_each_layer(config)
     model = pretrained.from_config(small, attention, seed)
     subject = f"{kind} of {source} from its config alone ({count:,} parameters)"
-    said = f"{made} of {layers} layers made, one of each kind, full width, small vocabulary and feed-forward"
+    said = (
+        f"{made} of {layers} layers made, one of each kind, full width, small vocabulary and "
+        "feed-forward"
+    )
     return Target(model, subject, True, small, config, tokens_from, count, notes=(*notes, said))
 
 
 def _from_callable(source: str, attention: str | None, seed: int) -> Target:
     module_name, _, name = source.partition(":")
     if attention is not None:
-        raise ValueError(f"--attn does not apply to {source}, which chooses for itself: leave it out")
+        raise ValueError(
+            f"--attn does not apply to {source}, which chooses for itself: leave it out"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     make: Any
-    with _one_line(source, "cannot be imported from here", "give package.module:callable that can be imported"):
+    with _one_line(
+        source, "cannot be imported from here", "give package.module:callable that can be imported"
+    ):
         make = importlib.import_module(module_name)
         for part in name.split("."):
             make = getattr(make, part)
     if not callable(make):
-        raise ValueError(f"{source}: is a {type(make).__name__}; give a callable that makes the model")
+        raise ValueError(
+            f"{source}: is a {type(make).__name__}; give a callable that makes the model"
+        )
 
     def remake(seed: int) -> Any:
         mend = "give a callable that makes the model without arguments"
@@ -111,7 +144,10 @@ def _from_callable(source: str, attention: str | None, seed: int) -> Target:
     made = remake(seed)
     model, sample = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{source}: gives a {type(model).__name__}; it must give an nn.Module, or one and a sample of its input")
+        raise ValueError(
+            f"{source}: gives a {type(model).__name__}; it must give an nn.Module, or one and a "
+            "sample of its input"
+        )
     count = sum(each.numel() for each in model.parameters())
     config = getattr(model, "config", None) if hasattr(model, "main_input_name") else None
 
@@ -121,16 +157,28 @@ def _from_callable(source: str, attention: str | None, seed: int) -> Target:
         return new
 
     return Target(
-        model, f"{type(model).__name__} of {source} ({count:,} parameters)", False, config, None, None, count, sample, again
+        model,
+        f"{type(model).__name__} of {source} ({count:,} parameters)",
+        False,
+        config,
+        None,
+        None,
+        count,
+        sample,
+        again,
     )
 
 
 @contextmanager
 def _one_line(source: str, what: str, mend: str) -> Iterator[None]:
-    """Turn whatever somebody's code raises, its leaving the process too, into a ValueError of one line, and what it prints into stderr."""
+    """Turn whatever somebody's code raises, its leaving the process too, into a ValueError of one
+    line, and what it prints into stderr.
+    """
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{source}: {what} ({type(error).__name__}{': ' if reason else ''}{reason}); {mend}") from None
+        raise ValueError(
+            f"{source}: {what} ({type(error).__name__}{': ' if reason else ''}{reason}); {mend}"
+        ) from None

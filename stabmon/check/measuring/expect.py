@@ -1,4 +1,6 @@
-"""What a layer's attention should look like, from its weights and shapes, beside what a forward has shown of it."""
+"""What a layer's attention should look like, from its weights and shapes, beside what a forward has
+shown of it.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +31,17 @@ class LayerView:
     unknown: str
     """Why there are no weights to tell of, where there are none."""
     scale: float
-    """What scores are multiplied by in effect, a query that was scaled before the product included; the call's own where unknown."""
+    """What scores are multiplied by in effect, a query that was scaled before the product included;
+    the call's own where unknown.
+    """
     input_size: float
     """Root mean square of what the projections read, as keys show it; NaN where unknown."""
 
     @property
     def biased(self) -> bool:
-        """Whether a position bias is added to scores, or may have been where nothing but scores was seen."""
+        """Whether a position bias is added to scores, or may have been where nothing but scores was
+        seen.
+        """
         return bool(self.measured["biased"].any())
 
     @property
@@ -45,7 +51,9 @@ class LayerView:
 
     @property
     def expected_spread(self) -> np.ndarray:
-        """``[H]`` standard deviation of scores that weights give inputs of unit mean square without correlations; NaN where unknown."""
+        """``[H]`` standard deviation of scores that weights give inputs of unit mean square without
+        correlations; NaN where unknown.
+        """
         if self.weights is None:
             return np.full(self.info.heads, np.nan)
         spread: np.ndarray = abs(self.scale) * self.weights.product
@@ -79,7 +87,9 @@ class LayerView:
 
     @property
     def expected_max(self) -> float:
-        """Largest score to expect of a row of this length: for random weights from their spread, for trained ones as measured."""
+        """Largest score to expect of a row of this length: for random weights from their spread,
+        for trained ones as measured.
+        """
         measured = float(np.nanmax(self.measured["max_logit"], initial=-math.inf))
         if self.untrained and np.isfinite(self.expected_spread).all():
             return expected_maximum(float(self.expected_spread.max()), self.keys)
@@ -88,11 +98,17 @@ class LayerView:
     @property
     def largest_product(self) -> np.ndarray:
         """``[H]`` largest product of query and key before scaling, as measured."""
-        return self.measured["max_logit"] / self.info.scale if self.info.scale > 0 else np.full(self.info.heads, np.nan)
+        return (
+            self.measured["max_logit"] / self.info.scale
+            if self.info.scale > 0
+            else np.full(self.info.heads, np.nan)
+        )
 
 
 def layer_views(seen: Observation, length: int | None) -> list[LayerView]:
-    """One view a layer, in the order of the forward; ``length`` is the one to train at, None for the sample's own."""
+    """One view a layer, in the order of the forward; ``length`` is the one to train at, None for
+    the sample's own.
+    """
     views = []
     for layer, measured in seen.layers.items():
         info, module = seen.info[layer], seen.modules.get(layer)
@@ -119,8 +135,12 @@ def layer_views(seen: Observation, length: int | None) -> list[LayerView]:
     return views
 
 
-def _as_made(weights: HeadWeights | None, measured: Mapping[str, np.ndarray]) -> tuple[float, float]:
-    """By what queries were multiplied on their way from the projection to the product, and the size of its inputs."""
+def _as_made(
+    weights: HeadWeights | None, measured: Mapping[str, np.ndarray]
+) -> tuple[float, float]:
+    """By what queries were multiplied on their way from the projection to the product, and the size
+    of its inputs.
+    """
     if weights is None or "key_size" not in measured:
         return 1.0, math.nan
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,6 @@
-"""One forward and one backward of a model, looked at from all sides, that leave no trace. H query heads, D head dimension."""
+"""One forward and one backward of a model, looked at from all sides, that leave no trace. H query
+heads, D head dimension.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from stabmon.records import AttentionCall, LayerInfo
 from stabmon.signals.accumulator import Measurements, to_host
 
 SIGNALS = (
-    *("attention_entropy", "normalized_entropy", "max_logit", "max_probability", "saturated_fraction"),
+    *(
+        "attention_entropy",
+        "normalized_entropy",
+        "max_logit",
+        "max_probability",
+        "saturated_fraction",
+    ),
     *("hnf_log_curvature", "hnf_log_curvature_bound", "precision_bits"),
 )
 
@@ -34,10 +42,12 @@ class Observation:
     layers: Mapping[str, Mapping[str, np.ndarray]]
     """``layers[layer][name]`` is float64 ``[H]``: the signals, and
 
-    - ``score_spread``, the mean over rows of the standard deviation of a row's visible scores, any bias apart; NaN where unknown;
+    - ``score_spread``, the mean over rows of the standard deviation of a row's visible scores, any
+      bias apart; NaN where unknown;
     - ``query_size`` and ``key_size``, the root mean square of an entry;
     - ``biased``, 1 where a position bias is added to scores, or may have been;
-    - ``moved/<path>/<dtype>``, the mean over rows of the probability that rounding moves; NaN where a rounded score is inf.
+    - ``moved/<path>/<dtype>``, the mean over rows of the probability that rounding moves; NaN where
+      a rounded score is inf.
     """
     info: Mapping[str, LayerInfo]
     modules: Mapping[str, nn.Module]
@@ -47,7 +57,9 @@ class Observation:
     """How many of them the row that sees most saw: fewer under a window."""
     loss: float | None
     gradients: Mapping[str, float]
-    """L2 norm of the gradient of each attention module's own parameters; empty where no backward was made."""
+    """L2 norm of the gradient of each attention module's own parameters; empty where no backward
+    was made.
+    """
     notes: tuple[str, ...] = ()
 
 
@@ -65,41 +77,61 @@ class _Watch:
         self.measurements.add(call)
         exact = rows_of(call, self.config.rows)
         has_bias = call.query is None or exact._hidden_and_bias[1] is not None
-        values = {"score_spread": torch.full((exact.heads,), math.nan), "biased": torch.full((exact.heads,), float(has_bias))}
+        values = {
+            "score_spread": torch.full((exact.heads,), math.nan),
+            "biased": torch.full((exact.heads,), float(has_bias)),
+        }
         for path in PATHS:
             for name, dtype in DTYPES.items():
                 if dtype != torch.float32:
                     values[f"moved/{path}/{name}"] = moved(exact, dtype, path).mean(dim=(0, 2))
         if call.query is not None and call.key is not None:
             key_size = _size(call.key).repeat_interleave(call.query.shape[1] // call.key.shape[1])
-            values |= {"score_spread": _spread(exact), "query_size": _size(call.query), "key_size": key_size}
-        self.found[call.layer] = {name: value.cpu().double().numpy() for name, value in values.items()}
+            values |= {
+                "score_spread": _spread(exact),
+                "query_size": _size(call.query),
+                "key_size": key_size,
+            }
+        self.found[call.layer] = {
+            name: value.cpu().double().numpy() for name, value in values.items()
+        }
         self.keys[call.layer] = exact.keys
         self.visible[call.layer] = int(exact.n_visible().max())
 
 
-def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: CheckConfig) -> Observation:
-    """Run ``model`` forward and backward on one sample and measure every attention call, in the precision that its weights have.
+def observe(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: CheckConfig
+) -> Observation:
+    """Run ``model`` forward and backward on one sample and measure every attention call, in the
+    precision that its weights have.
 
-    The model, its gradients, buffers and mode and the global random generators are left as they were.
+    The model, its gradients, buffers and mode and the global random generators are left as they
+    were.
 
     Raises:
-        ValueError: if no attention was seen, or measuring it failed; what the model itself raises is passed on.
+        ValueError: if no attention was seen, or measuring it failed; what the model itself raises
+            is passed on.
     """
     notes: list[str] = []
     call = ForwardCall.of(model, args, kwargs)
-    call = replace(call, autocast={device: (False, dtype) for device, (_, dtype) in call.autocast.items()})
+    call = replace(
+        call, autocast={device: (False, dtype) for device, (_, dtype) in call.autocast.items()}
+    )
     try:
         return _observe(model, call, config, True, notes)
     except (RuntimeError, NotImplementedError) as error:
         if "out of memory" in str(error):
             raise
         first = " ".join(str(error).split())[:160]
-        found = _observe(model, call, config, False, notes)  # raises the same again where the forward is to blame
+        found = _observe(
+            model, call, config, False, notes
+        )  # raises the same again where the forward is to blame
         return replace(found, notes=(*found.notes, f"no backward was made: {first}"))
 
 
-def _observe(model: nn.Module, call: ForwardCall, config: CheckConfig, backward: bool, notes: list[str]) -> Observation:
+def _observe(
+    model: nn.Module, call: ForwardCall, config: CheckConfig, backward: bool, notes: list[str]
+) -> Observation:
     errors: list[Exception] = []
     watch = _Watch(config, Measurements(SIGNALS))
     gradients: dict[str, float] = {}
@@ -113,12 +145,15 @@ def _observe(model: nn.Module, call: ForwardCall, config: CheckConfig, backward:
             root = loss if loss is not None else _stand_in(output)
             if root is not None and root.requires_grad:
                 found = torch.autograd.grad(root, list(parameters.values()), allow_unused=True)
-                gradients = _norms(dict(zip(parameters.values(), found, strict=True)), watch.measurements.modules)
+                gradients = _norms(
+                    dict(zip(parameters.values(), found, strict=True)), watch.measurements.modules
+                )
     if errors:
         raise ValueError(f"measuring attention failed: {errors[0]}") from errors[0]
     if not watch.found:
         raise ValueError(
-            f"no attention was found in {type(model).__name__}. Give a model that attends; looked for {capture.looked_for()}"
+            f"no attention was found in {type(model).__name__}. Give a model that attends; looked "
+            f"for {capture.looked_for()}"
         )
     layers = to_host(watch.measurements.sums)
     return Observation(
@@ -133,43 +168,67 @@ def _observe(model: nn.Module, call: ForwardCall, config: CheckConfig, backward:
     )
 
 
-def not_finite_in(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: CheckConfig) -> ForwardCall | None:
-    """The forward in the precision to train in, for a look at where it breaks down, if it gives anything but finite values."""
+def not_finite_in(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: CheckConfig
+) -> ForwardCall | None:
+    """The forward in the precision to train in, for a look at where it breaks down, if it gives
+    anything but finite values.
+    """
     device = next((each.device.type for each in model.parameters()), "cpu")
     call = ForwardCall.of(model, args, kwargs)
     half = config.torch_dtype != torch.float32
-    call = replace(call, autocast={**call.autocast, device: (half, config.torch_dtype if half else torch.bfloat16)})
+    call = replace(
+        call,
+        autocast={**call.autocast, device: (half, config.torch_dtype if half else torch.bfloat16)},
+    )
     with call.again(model) as forward:
         torch.manual_seed(config.seed)
         output = forward()
     loss = loss_in(output)
-    tensors = [loss] if loss is not None else [each for each in tensors_in(output) if each.is_floating_point()]
+    tensors = (
+        [loss]
+        if loss is not None
+        else [each for each in tensors_in(output) if each.is_floating_point()]
+    )
     fine = all(bool(each.masked_fill(each == -math.inf, 0).isfinite().all()) for each in tensors)
     return None if fine else call
 
 
 def _stand_in(output: Any) -> Tensor | None:
     """A loss for a model that gives none: half the mean square of its first floating output."""
-    first = next((each for each in tensors_in(output) if each.is_floating_point() and each.requires_grad), None)
+    first = next(
+        (each for each in tensors_in(output) if each.is_floating_point() and each.requires_grad),
+        None,
+    )
     return None if first is None else first.float().square().mean() / 2
 
 
-def _norms(gradients: Mapping[nn.Parameter, Tensor | None], modules: Mapping[str, nn.Module]) -> dict[str, float]:
+def _norms(
+    gradients: Mapping[nn.Parameter, Tensor | None], modules: Mapping[str, nn.Module]
+) -> dict[str, float]:
     found = {}
     for layer, module in modules.items():
-        own = [each for parameter in module.parameters() if (each := gradients.get(parameter)) is not None]
+        own = [
+            each
+            for parameter in module.parameters()
+            if (each := gradients.get(parameter)) is not None
+        ]
         if own:
             found[layer] = math.sqrt(sum(float(each.float().norm()) ** 2 for each in own))
     return found
 
 
 def _spread(exact: DenseAttention) -> Tensor:
-    """``[H]`` mean over rows of the standard deviation of the visible scores without bias; rows of fewer than 4 are left out."""
+    """``[H]`` mean over rows of the standard deviation of the visible scores without bias; rows of
+    fewer than 4 are left out.
+    """
     scores, visible = exact._raw, exact.logits > -torch.inf
     count = visible.sum(-1)
     held = scores.masked_fill(~visible, 0.0)
     mean = held.sum(-1) / count.clamp(min=1)
-    variance = ((scores - mean[..., None]).masked_fill(~visible, 0.0)).square().sum(-1) / (count - 1).clamp(min=1)
+    variance = ((scores - mean[..., None]).masked_fill(~visible, 0.0)).square().sum(-1) / (
+        count - 1
+    ).clamp(min=1)
     counted = count >= 4
     return variance.sqrt().masked_fill(~counted, 0.0).sum(dim=(0, 2)) / counted.sum(dim=(0, 2))
 

@@ -1,7 +1,9 @@
-"""Try a number format out on a call's own queries and keys. B batch, H query heads, R sampled rows, K keys, D head dimension.
+"""Try a number format out on a call's own queries and keys. B batch, H query heads, R sampled rows,
+K keys, D head dimension.
 
-Two paths lead from query and key to probabilities. A *fused* kernel multiplies rounded queries and keys and sums in float32; an *eager*
-one also rounds the product to the format, there can be inf, and then the scaled score. Both take the softmax in float32.
+Two paths lead from query and key to probabilities. A *fused* kernel multiplies rounded queries and
+keys and sums in float32; an *eager* one also rounds the product to the format, there can be inf,
+and then the scaled score. Both take the softmax in float32.
 """
 
 from __future__ import annotations
@@ -21,16 +23,21 @@ _ENTRIES = 1 << 22
 
 
 def rows_of(call: AttentionCall, rows: int) -> DenseAttention:
-    """The call's operator on ``rows`` query rows, spread evenly and the last among them, and as few batch elements as memory asks."""
+    """The call's operator on ``rows`` query rows, spread evenly and the last among them, and as few
+    batch elements as memory asks.
+    """
     operator = operator_of(_first(call, rows), "dense")
-    index = torch.linspace(0, operator.queries - 1, min(rows, operator.queries)).round().long().unique()
+    index = (
+        torch.linspace(0, operator.queries - 1, min(rows, operator.queries)).round().long().unique()
+    )
     chosen = operator.rows(index)
     assert isinstance(chosen, DenseAttention)
     return chosen
 
 
 def moved(exact: DenseAttention, dtype: torch.dtype, path: str) -> Tensor:
-    """``[B, H, R]`` probability that rounding to ``dtype`` moves in each row, in total variation, in [0, 1]; NaN where a score is inf.
+    """``[B, H, R]`` probability that rounding to ``dtype`` moves in each row, in total variation,
+    in [0, 1]; NaN where a score is inf.
 
     Args:
         exact: the operator of the rows, in float64.
@@ -41,9 +48,16 @@ def moved(exact: DenseAttention, dtype: torch.dtype, path: str) -> Tensor:
     if exact.given_scores is not None:
         logits = exact.given_scores.to(dtype).double()
     else:
-        query, key = exact.query.to(dtype), exact.key.to(dtype).repeat_interleave(exact.heads // exact.key_heads, dim=1)
+        query, key = (
+            exact.query.to(dtype),
+            exact.key.to(dtype).repeat_interleave(exact.heads // exact.key_heads, dim=1),
+        )
         logits = query.double() @ key.double().mT
-        logits = (logits.to(dtype).double() * exact.scale).to(dtype).double() if path == "eager" else logits * exact.scale
+        logits = (
+            (logits.to(dtype).double() * exact.scale).to(dtype).double()
+            if path == "eager"
+            else logits * exact.scale
+        )
         if exact.softcap is not None:
             logits = exact.softcap * torch.tanh(logits / exact.softcap)
         if bias is not None:
@@ -58,7 +72,9 @@ def moved(exact: DenseAttention, dtype: torch.dtype, path: str) -> Tensor:
 
 
 def _first(call: AttentionCall, rows: int) -> AttentionCall:
-    """The same call of its first batch elements only, on the CPU, which alone can be trusted to have float64."""
+    """The same call of its first batch elements only, on the CPU, which alone can be trusted to
+    have float64.
+    """
     whole = call.scores if call.scores is not None else call.query
     assert whole is not None
     keys = whole.shape[-1] if call.scores is not None or call.key is None else call.key.shape[2]
@@ -68,7 +84,11 @@ def _first(call: AttentionCall, rows: int) -> AttentionCall:
     def cut(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor[:keep].cpu()
 
-    mask = call.mask if call.mask is None or call.mask.dim() < 4 or len(call.mask) == 1 else call.mask[:keep]
+    mask = (
+        call.mask
+        if call.mask is None or call.mask.dim() < 4 or len(call.mask) == 1
+        else call.mask[:keep]
+    )
     return replace(
         call,
         query=cut(call.query),

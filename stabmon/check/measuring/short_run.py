@@ -23,7 +23,9 @@ SIGNALS = ("max_logit", "normalized_entropy", "saturated_fraction")
 
 @dataclass(frozen=True, eq=False)
 class ShortRun:
-    """What a few steps at one rate showed. L looks; a look is a sampled step's forward, before the step is made."""
+    """What a few steps at one rate showed. L looks; a look is a sampled step's forward, before the
+    step is made.
+    """
 
     rate: float
     losses: tuple[float, ...]
@@ -50,7 +52,8 @@ def train_briefly(
     every: int = 4,
     seed: int = 0,
 ) -> ShortRun:
-    """Train a fresh model on ``batches``, one a step, with AdamW at ``rate`` by the recipe's schedule; neither model nor graph outlive it.
+    """Train a fresh model on ``batches``, one a step, with AdamW at ``rate`` by the recipe's
+    schedule; neither model nor graph outlive it.
 
     Args:
         make: gives the model, with the same weights each time.
@@ -85,13 +88,18 @@ def train_briefly(
                     stack.enter_context(torch.autocast(device.type, dtype=DTYPES[dtype]))
                 loss = loss_in(model(**{name: value.to(device) for name, value in batch.items()}))
             if loss is None:
-                raise ValueError(f"{type(model).__name__} gives no loss for {', '.join(batch)}: a sweep needs a model that does")
+                raise ValueError(
+                    f"{type(model).__name__} gives no loss for {', '.join(batch)}: a sweep needs "
+                    "a model that does"
+                )
             losses.append(float(loss.detach()))
             if looks:
                 seen = to_host(measurements.sums)
                 looked.append(step)
                 scores.append(np.concatenate([each["max_logit"] for each in seen.values()]))
-                saturated.append(np.concatenate([each["saturated_fraction"] for each in seen.values()]))
+                saturated.append(
+                    np.concatenate([each["saturated_fraction"] for each in seen.values()])
+                )
             if not math.isfinite(losses[-1]):
                 break
             optimizer.zero_grad()

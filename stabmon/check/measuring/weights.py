@@ -1,7 +1,8 @@
 """What the weights alone say of each head. H query heads, D head dimension, M width of the input.
 
-For inputs of unit mean square without correlations, ``q = W_q x`` and ``k = W_k y`` give scores of standard deviation
-``scale |W_q^T W_k|_F``, which is ``M s^2`` for random weights of standard deviation s and a scale of ``1 / sqrt(D)``.
+For inputs of unit mean square without correlations, ``q = W_q x`` and ``k = W_k y`` give scores of
+standard deviation ``scale |W_q^T W_k|_F``, which is ``M s^2`` for random weights of standard
+deviation s and a scale of ``1 / sqrt(D)``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from stabmon.projections.norm_gains import KEY_NORM, gain_and_bias
 from stabmon.records import LayerInfo
 
 RANDOM = 1.1
-"""Largest singular value of a matrix, over that of random weights of its size, up to which it counts as untrained: independent entries
-stay within 1 and a few hundredths, and training grows single directions first."""
+"""Largest singular value of a matrix, over that of random weights of its size, up to which it
+counts as untrained: independent entries stay within 1 and a few hundredths, and training grows
+single directions first."""
 _ITERATIONS = 24
 
 
@@ -31,7 +33,9 @@ class HeadWeights:
     """Of one layer; arrays are float64 ``[H]``, one value a query head."""
 
     product: np.ndarray
-    """``|W_q^T W_k|_F`` (behind norms: of their gains), by the model's ``scale`` the standard deviation of scores."""
+    """``|W_q^T W_k|_F`` (behind norms: of their gains), by the model's ``scale`` the standard
+    deviation of scores.
+    """
     query: np.ndarray
     """Spectral norm of W_q; behind a norm, the root of the mean square of its gain."""
     key: np.ndarray
@@ -40,7 +44,9 @@ class HeadWeights:
     """Root mean square of q for inputs of unit mean square: ``|W_q|_F / sqrt(D)``."""
     key_size: np.ndarray
     randomness: float
-    """Largest singular value of W_q or W_k, heads brought to one size, over that of random weights: 1 if untrained."""
+    """Largest singular value of W_q or W_k, heads brought to one size, over that of random weights:
+    1 if untrained.
+    """
     normed: bool
     """Queries and keys are normalised, so that scores are bounded by the gains."""
 
@@ -77,11 +83,23 @@ def _plain(info: LayerInfo, found: QueryKey) -> HeadWeights | str:
     values = []
     for w_q, w_k in zip(query, key, strict=True):
         grams = w_q @ w_q.T, w_k @ w_k.T
-        top_q, top_k = (math.sqrt(max(0.0, float(torch.linalg.eigvalsh(each)[-1]))) for each in grams)
+        top_q, top_k = (
+            math.sqrt(max(0.0, float(torch.linalg.eigvalsh(each)[-1]))) for each in grams
+        )
         size_q, size_k = (float(each.norm()) / math.sqrt(len(each)) for each in (w_q, w_k))
-        values.append((math.sqrt(max(0.0, float((grams[0] * grams[1]).sum()))), top_q, top_k, size_q, size_k))
+        values.append(
+            (math.sqrt(max(0.0, float((grams[0] * grams[1]).sum()))), top_q, top_k, size_q, size_k)
+        )
     product, top_query, top_key, query_size, key_size = np.array(values).T
-    return HeadWeights(product, top_query, top_key, query_size, key_size, max(_randomness(query), _randomness(key)), False)
+    return HeadWeights(
+        product,
+        top_query,
+        top_key,
+        query_size,
+        key_size,
+        max(_randomness(query), _randomness(key)),
+        False,
+    )
 
 
 def _randomness(heads: Sequence[Tensor]) -> float:
@@ -94,7 +112,9 @@ def _randomness(heads: Sequence[Tensor]) -> float:
 
 
 def _largest_singular_value(matrix: Tensor) -> float:
-    """By power iteration: within a few hundredths below it for random weights, closer where one direction stands out."""
+    """By power iteration: within a few hundredths below it for random weights, closer where one
+    direction stands out.
+    """
     vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
     for _ in range(_ITERATIONS):
         vector = matrix.T @ (matrix @ vector)
@@ -104,18 +124,31 @@ def _largest_singular_value(matrix: Tensor) -> float:
 
 def _normed(module: nn.Module, info: LayerInfo, found: QueryKey) -> HeadWeights | str:
     """Behind a norm, q is its gain times a vector of D entries of unit mean square."""
-    norm = next((child for name in KEY_NORM if isinstance(child := getattr(module, name, None), nn.Module)), None)
-    key_gain = None if norm is None else next((rows for rows in gain_and_bias(norm) if rows.parameter.ndim == 1), None)
+    norm = next(
+        (child for name in KEY_NORM if isinstance(child := getattr(module, name, None), nn.Module)),
+        None,
+    )
+    key_gain = (
+        None
+        if norm is None
+        else next((rows for rows in gain_and_bias(norm) if rows.parameter.ndim == 1), None)
+    )
     values, flat = [], True
     for head in found.query:
         gain = _gain(head[0], info.head_dim)
         offset = head[0].offset
-        other = gain if key_gain is None else _gain(_of_size(key_gain, info.head_dim, offset), info.head_dim)
+        other = (
+            gain
+            if key_gain is None
+            else _gain(_of_size(key_gain, info.head_dim, offset), info.head_dim)
+        )
         sizes = [math.sqrt(float(each.square().mean())) for each in (gain, other)]
         flat = flat and bool((gain == gain[0]).all()) and bool((other == other[0]).all())
         values.append((float((gain * other).norm()), *sizes))
     product, top_query, top_key = np.array(values).T
-    return HeadWeights(product, top_query, top_key, top_query, top_key, 1.0 if flat else math.inf, True)
+    return HeadWeights(
+        product, top_query, top_key, top_query, top_key, 1.0 if flat else math.inf, True
+    )
 
 
 def _of_size(rows: Rows, width: int, offset: float) -> Rows:

@@ -1,12 +1,16 @@
-"""Where attention like a model's stays stable: over temperature, head dimension, length and number format.
+"""Where attention like a model's stays stable: over temperature, head dimension, length and number
+format.
 
-A temperature T divides scores, 1 being the model as it is; the head dimension changes alone, with a scale of ``1 / sqrt(D)`` as far as
-the model's own is one. At every place four margins are taken, in bits (powers of two to the limit, above 0 being stable):
+A temperature T divides scores, 1 being the model as it is; the head dimension changes alone, with a
+scale of ``1 / sqrt(D)`` as far as the model's own is one. At every place four margins are taken, in
+bits (powers of two to the limit, above 0 being stable):
 
 - *saturation*: up to the spread at which half of a row's entropy is gone at initialisation;
-- *precision*: mantissa bits of the format, less those that the largest score to expect of a row needs on the model's path;
+- *precision*: mantissa bits of the format, less those that the largest score to expect of a row
+needs on the model's path;
 - *curvature*: the same, less those that keep rounding within the softmax's linear regime;
-- *overflow*: up to a quarter of float16's range for the product of query and key, where it is written down.
+- *overflow*: up to a quarter of float16's range for the product of query and key, where it is
+written down.
 """
 
 from __future__ import annotations
@@ -50,7 +54,9 @@ class Origin:
         """Of the layers of a model; the one whose scores are widest."""
         view = max(views, key=lambda each: float(each.spread[each.widest]))
         scale = abs(view.scale) or 1.0
-        return cls(float(view.spread[view.widest]), view.info.head_dim, view.keys, scale, view.info.fused)
+        return cls(
+            float(view.spread[view.widest]), view.info.head_dim, view.keys, scale, view.info.fused
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ class Place:
         return CAUSES[self.margins.index(self.margin)]
 
 
-def place(origin: Origin, temperature: float, head_dim: int, seq_len: int, dtype: str, config: CheckConfig) -> Place:
+def place(
+    origin: Origin, temperature: float, head_dim: int, seq_len: int, dtype: str, config: CheckConfig
+) -> Place:
     """The margins at one place."""
     spread = origin.spread / temperature
     scale = origin.scale * math.sqrt(origin.head_dim / head_dim) / temperature
@@ -92,8 +100,12 @@ def place(origin: Origin, temperature: float, head_dim: int, seq_len: int, dtype
     overflow = math.inf
     if dtype == "fp16" and not origin.fused and largest > 0:
         overflow = math.log2(config.product_warning * scale / largest)
-    saturation = math.log2(_widest(seq_len, config.condensed_warning) / spread) if spread > 0 else math.inf
-    return Place(temperature, head_dim, seq_len, dtype, (saturation, precision, curvature, overflow))
+    saturation = (
+        math.log2(_widest(seq_len, config.condensed_warning) / spread) if spread > 0 else math.inf
+    )
+    return Place(
+        temperature, head_dim, seq_len, dtype, (saturation, precision, curvature, overflow)
+    )
 
 
 def stability_region(
@@ -103,7 +115,9 @@ def stability_region(
     head_dims: Sequence[int] = HEAD_DIMS,
     lengths: Sequence[int] = LENGTHS,
 ) -> list[Place]:
-    """Every place of the grid, the model's own head dimension and length put in where they are missing."""
+    """Every place of the grid, the model's own head dimension and length put in where they are
+    missing.
+    """
     dims = sorted({*head_dims, origin.head_dim})
     sizes = sorted({*lengths, origin.seq_len})
     return [
@@ -127,17 +141,40 @@ def region_data(origin: Origin, places: Sequence[Place]) -> dict[str, Any]:
         "margin",
         *(f"{cause}_margin" for cause in CAUSES),
     ]
-    rows = [[p.temperature, p.head_dim, p.seq_len, p.dtype, p.stable, p.cause, p.margin, *p.margins] for p in places]
-    here = {"temperature": 1.0, "head_dim": origin.head_dim, "seq_len": origin.seq_len, "score_std": origin.spread}
-    return {"unit": "bits to the limit", "model": here | {"fused": origin.fused}, "columns": columns, "rows": rows}
+    rows = [
+        [p.temperature, p.head_dim, p.seq_len, p.dtype, p.stable, p.cause, p.margin, *p.margins]
+        for p in places
+    ]
+    here = {
+        "temperature": 1.0,
+        "head_dim": origin.head_dim,
+        "seq_len": origin.seq_len,
+        "score_std": origin.spread,
+    }
+    return {
+        "unit": "bits to the limit",
+        "model": here | {"fused": origin.fused},
+        "columns": columns,
+        "rows": rows,
+    }
 
 
-def grid(places: Sequence[Place], dtype: str, across: str, fixed: int) -> Iterator[tuple[float, list[Place]]]:
-    """Rows of places, a temperature each, over ``seq_len`` or ``head_dim``, the other one being ``fixed``."""
+def grid(
+    places: Sequence[Place], dtype: str, across: str, fixed: int
+) -> Iterator[tuple[float, list[Place]]]:
+    """Rows of places, a temperature each, over ``seq_len`` or ``head_dim``, the other one being
+    ``fixed``.
+    """
     other = "head_dim" if across == "seq_len" else "seq_len"
     chosen = [p for p in places if p.dtype == dtype and getattr(p, other) == fixed]
     for temperature in dict.fromkeys(p.temperature for p in chosen):
-        yield temperature, sorted((p for p in chosen if p.temperature == temperature), key=lambda p: float(getattr(p, across)))
+        yield (
+            temperature,
+            sorted(
+                (p for p in chosen if p.temperature == temperature),
+                key=lambda p: float(getattr(p, across)),
+            ),
+        )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -151,5 +188,9 @@ def _widest(keys: int, share: float) -> float:
     low, high = 0.0, 4 * math.sqrt(2 * math.log(max(keys, 2)))
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (middle, high) if expected_entropy(middle, keys) > share * math.log(max(keys, 2)) else (low, middle)
+        low, high = (
+            (middle, high)
+            if expected_entropy(middle, keys) > share * math.log(max(keys, 2))
+            else (low, middle)
+        )
     return low

@@ -20,22 +20,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARKS = {"saturation": "S", "precision": "P", "curvature": "C", "overflow": "O"}
-LEGEND = "· stable, S saturated at initialisation, P too few bits, C beyond the linear regime, O overflow, [ ] this model"
+LEGEND = (
+    "· stable, S saturated at initialisation, P too few bits, C beyond the linear regime, O "
+    "overflow, [ ] this model"
+)
 
 
 def region_table(origin: Origin, places: Sequence[Place], dtype: str) -> Table:
     """Temperatures downwards; lengths, then head dimensions, across."""
     over = (("seq_len", origin.head_dim), ("head_dim", origin.seq_len))
     halves = [dict(grid(places, dtype, across, fixed)) for across, fixed in over]
-    table = Table(title=f"stability region in {dtype}", title_justify="left", box=None, padding=(0, 1))
+    table = Table(
+        title=f"stability region in {dtype}", title_justify="left", box=None, padding=(0, 1)
+    )
     table.add_column("T", justify="right")
     for half, (across, _) in zip(halves, over, strict=True):
         for each in next(iter(half.values())):
             value = int(getattr(each, across))
-            table.add_column(short(value) if across == "seq_len" else f"D{value}", justify="center", no_wrap=True)
+            table.add_column(
+                short(value) if across == "seq_len" else f"D{value}", justify="center", no_wrap=True
+            )
     for temperature in halves[0]:
         cells = [
-            _cell(each, temperature == 1.0 and each.head_dim == origin.head_dim and each.seq_len == origin.seq_len)
+            _cell(
+                each,
+                temperature == 1.0
+                and each.head_dim == origin.head_dim
+                and each.seq_len == origin.seq_len,
+            )
             for half in halves
             for each in half[temperature]
         ]
@@ -48,7 +60,8 @@ def region_table(origin: Origin, places: Sequence[Place], dtype: str) -> Table:
 
 
 def region_plot(origin: Origin, config: CheckConfig, path: str | Path | None = None) -> Figure:
-    """Contours of the margin in bits, a column a format, over length and over head dimension; the line at 0 is the region's edge.
+    """Contours of the margin in bits, a column a format, over length and over head dimension; the
+    line at 0 is the region's edge.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -66,15 +79,37 @@ def region_plot(origin: Origin, config: CheckConfig, path: str | Path | None = N
             margins = np.array(
                 [
                     [
-                        place(origin, t, v if row else origin.head_dim, origin.seq_len if row else v, dtype, config).margin
+                        place(
+                            origin,
+                            t,
+                            v if row else origin.head_dim,
+                            origin.seq_len if row else v,
+                            dtype,
+                            config,
+                        ).margin
                         for v in values
                     ]
                     for t in temperatures
                 ]
             )
-            drawn = axes.contourf(values, temperatures, margins, levels=np.arange(-8, 9, 2), cmap="RdYlGn", extend="both")
+            drawn = axes.contourf(
+                values,
+                temperatures,
+                margins,
+                levels=np.arange(-8, 9, 2),
+                cmap="RdYlGn",
+                extend="both",
+            )
             axes.contour(values, temperatures, margins, levels=[0], colors="black", linewidths=1.8)
-            axes.plot([own], [1.0], marker="*", markersize=14, color="white", markeredgecolor="black", linestyle="none")
+            axes.plot(
+                [own],
+                [1.0],
+                marker="*",
+                markersize=14,
+                color="white",
+                markeredgecolor="black",
+                linestyle="none",
+            )
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.set_xlabel(name)

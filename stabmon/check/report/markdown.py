@@ -23,7 +23,16 @@ def to_markdown(report: StabilityReport) -> str:
         parts += [
             "## Number formats",
             _table(
-                ("path", "format", "enough", "bits needed", "bits kept", "probability moved", "allowed", "head-room of q·k"),
+                (
+                    "path",
+                    "format",
+                    "enough",
+                    "bits needed",
+                    "bits kept",
+                    "probability moved",
+                    "allowed",
+                    "head-room of q·k",
+                ),
                 [
                     (
                         f"{fit.path}{' (used)' if fit.used else ''}",
@@ -62,7 +71,9 @@ def head_columns(report: StabilityReport) -> tuple[str, ...]:
 
 
 HEAD_COLUMNS = ("head", "spread", "expected", "max", "H/ln n", "saturated", "bits")
-"""``spread`` is the standard deviation of a row's scores, measured and expected; ``max`` the largest score; H the entropy."""
+"""``spread`` is the standard deviation of a row's scores, measured and expected; ``max`` the
+largest score; H the entropy.
+"""
 
 
 def head_rows(report: StabilityReport, most: int) -> list[tuple[str, ...]]:
@@ -73,7 +84,15 @@ def head_rows(report: StabilityReport, most: int) -> list[tuple[str, ...]]:
         (
             short[row["layer"]],
             str(row["head"]),
-            *(number(row[name]) for name in ("score_spread", "expected_score_std", "max_logit", "normalized_entropy")),
+            *(
+                number(row[name])
+                for name in (
+                    "score_spread",
+                    "expected_score_std",
+                    "max_logit",
+                    "normalized_entropy",
+                )
+            ),
             f"{row['saturated_fraction']:.0%}",
             number(row["precision_bits"]),
             f"{row[f'moved_by_{dtype}']:.2%}",
@@ -83,7 +102,9 @@ def head_rows(report: StabilityReport, most: int) -> list[tuple[str, ...]]:
 
 
 def _short(report: StabilityReport) -> tuple[dict[str, str], str]:
-    """What each layer is called in the table, and the pattern that it fills; a lone layer's name is the pattern itself."""
+    """What each layer is called in the table, and the pattern that it fills; a lone layer's name is
+    the pattern itself.
+    """
     layers = [each.layer for each in report.views]
     if len(layers) == 1:
         return {layers[0]: ""}, layers[0]
@@ -102,10 +123,16 @@ def _findings(report: StabilityReport) -> Iterable[str]:
         return
     yield "## Findings"
     for place, each in enumerate(report.findings, start=1):
-        lines = [f"{place}. **{each.severity}: {each.name}**, {each.where} ({each.basis}): {each.text}."]
+        lines = [
+            f"{place}. **{each.severity}: {each.name}**, {each.where} ({each.basis}): {each.text}."
+        ]
         advice = each.recommendation
         if advice is not None:
-            lines += [f"   - do: {advice.what} ({advice.where})", f"   - as: `{advice.code}`", f"   - then: {advice.effect}"]
+            lines += [
+                f"   - do: {advice.what} ({advice.where})",
+                f"   - as: `{advice.code}`",
+                f"   - then: {advice.effect}",
+            ]
             lines += [f"   - from: {advice.source}"]
         yield "\n".join(lines)
 

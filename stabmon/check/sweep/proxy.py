@@ -1,4 +1,6 @@
-"""A model's narrow cousin and something to train it on, for a sweep over learning rates. B batch, S tokens."""
+"""A model's narrow cousin and something to train it on, for a sweep over learning rates. B batch, S
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from stabmon.tiny.corpus import default_text, read_text
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 4, 4, 256
 LENGTH, BATCH = 128, 8
 HIDDEN = 0.15
-"""Share of bytes that a masked model has to guess; a hidden one is read as 0, which no text holds."""
+"""Share of bytes that a masked model has to guess; a hidden one is read as 0, which no text
+holds.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +55,26 @@ def make_proxy(target: Target, attention: str | None, text: str | None, length: 
         return pretrained.from_config(config, attention, seed)
 
     parameters = sum(each.numel() for each in make(0).parameters())
-    note = f"sweep on a cousin of width {width} ({parameters:,} parameters), {size} bytes of text a row, batch {BATCH}"
+    note = (
+        f"sweep on a cousin of width {width} ({parameters:,} parameters), {size} bytes of text "
+        f"a row, batch {BATCH}"
+    )
     return Proxy(make, _Batches(make(0), text, size, VOCABULARY), width, full, size, note)
 
 
 def narrow(config: Any) -> tuple[Any, int, int]:
-    """The config at ``WIDTH``, its initialisation widened so that activations and scores keep their size; both widths beside it."""
+    """The config at ``WIDTH``, its initialisation widened so that activations and scores keep their
+    size; both widths beside it.
+    """
     small = copy.deepcopy(config)
     part = small.get_text_config() if hasattr(small, "get_text_config") else small
-    if not isinstance(getattr(part, "hidden_size", None), int) or not isinstance(getattr(part, "num_attention_heads", None), int):
-        raise ValueError(f"--sweep: {type(config).__name__} has no one width and number of heads to narrow: give module:callable")
+    if not isinstance(getattr(part, "hidden_size", None), int) or not isinstance(
+        getattr(part, "num_attention_heads", None), int
+    ):
+        raise ValueError(
+            f"--sweep: {type(config).__name__} has no one width and number of heads to narrow: "
+            "give module:callable"
+        )
     full = part.hidden_size
     width = min(full, WIDTH)
     heads = int(part.num_attention_heads)
@@ -103,20 +117,26 @@ def narrow(config: Any) -> tuple[Any, int, int]:
 
 
 class _Batches:
-    """Rows of bytes drawn from a text by an own generator, in whatever names the model takes them."""
+    """Rows of bytes drawn from a text by an own generator, in whatever names the model takes
+    them.
+    """
 
     def __init__(self, model: nn.Module, text: str | None, length: int, vocabulary: int) -> None:
         raw = (default_text() if text is None else read_text(text))[1]
         if len(raw) < 4 * length:
             raise ValueError(
-                f"--text {text}: {len(raw)} bytes are too few for a sweep; give at least {4 * length}, or leave it out"
+                f"--text {text}: {len(raw)} bytes are too few for a sweep; give at least "
+                f"{4 * length}, or leave it out"
             )
         self.data = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long() % vocabulary
         self.length = length
         self.masked = "MaskedLM" in type(model).__name__
         taken = inspect.signature(model.forward).parameters
         if "input_ids" not in taken or "labels" not in taken:
-            raise ValueError(f"--sweep: {type(model).__name__}.forward must take input_ids and labels and give a loss")
+            raise ValueError(
+                f"--sweep: {type(model).__name__}.forward must take input_ids and labels and give "
+                "a loss"
+            )
 
     def __call__(self, steps: int, seed: int) -> list[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -131,10 +151,14 @@ class _Batches:
         ]
 
 
-def _as_given(make: Callable[[int], nn.Module], model: nn.Module, text: str | None, size: int) -> Proxy:
+def _as_given(
+    make: Callable[[int], nn.Module], model: nn.Module, text: str | None, size: int
+) -> Proxy:
     table = next((each for each in model.modules() if isinstance(each, nn.Embedding)), None)
     if table is None:
-        raise ValueError("--sweep: the model has no table of token embeddings, and so reads no text")
+        raise ValueError(
+            "--sweep: the model has no table of token embeddings, and so reads no text"
+        )
     width = table.embedding_dim
     note = f"sweep on the model as it is, {size} bytes of text a row, batch {BATCH}"
     return Proxy(make, _Batches(model, text, size, table.num_embeddings), width, width, size, note)

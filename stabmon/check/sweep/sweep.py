@@ -1,10 +1,13 @@
-"""From which learning rate on a recipe's attention blows up: a few dozen real steps at each of several rates, and a fit.
+"""From which learning rate on a recipe's attention blows up: a few dozen real steps at each of
+several rates, and a fit.
 
-The largest score after so many steps grows with the rate as a power law (Wortsman et al. 2023, arXiv:2309.14322, figures 1 and 3). The
-rate's limit is where that line crosses the score at which a typical row hardly learns any more: the largest of n normal scores is
-``sigma sqrt(2 ln n)`` and stands ``sigma / sqrt(2 ln n)`` above the next, and with a gap g the softmax passes ``2 exp(-g)`` of a gradient.
-A tenth is passed at ``g = ln 20``, so at a largest score of ``2 ln(n) ln(20)``: 25 for 64 keys, 50 for 4096. Scores that are there after
-a few dozen steps go on growing; in small models they came to 2.5 times that, where a thousandth is passed, and the runs failed.
+The largest score after so many steps grows with the rate as a power law (Wortsman et al. 2023,
+arXiv:2309.14322, figures 1 and 3). The rate's limit is where that line crosses the score at which a
+typical row hardly learns any more: the largest of n normal scores is ``sigma sqrt(2 ln n)`` and
+stands ``sigma / sqrt(2 ln n)`` above the next, and with a gap g the softmax passes ``2 exp(-g)`` of
+a gradient. A tenth is passed at ``g = ln 20``, so at a largest score of ``2 ln(n) ln(20)``: 25 for
+64 keys, 50 for 4096. Scores that are there after a few dozen steps go on growing; in small models
+they came to 2.5 times that, where a thousandth is passed, and the runs failed.
 """
 
 from __future__ import annotations
@@ -34,14 +37,18 @@ class Sweep:
     rates: tuple[float, ...]
     """``[R]`` every run's peak rate."""
     scores: tuple[float, ...]
-    """``[R]`` largest score of any head in a run's last look; inf where the run ended in a loss that is not finite."""
+    """``[R]`` largest score of any head in a run's last look; inf where the run ended in a loss
+    that is not finite.
+    """
     saturated: tuple[float, ...]
     """``[R]`` share of all rows that pass no gradient then."""
     losses: tuple[float, ...]
     """``[R]`` mean loss of a run's last eighth."""
     score_limit: float
     limit: float | None
-    """The rate at which scores reach ``score_limit``; None where they come to it at no rate that was tried."""
+    """The rate at which scores reach ``score_limit``; None where they come to it at no rate that
+    was tried.
+    """
     low: float | None
     """Lower end of a 90 % interval of ``limit``."""
     high: float | None
@@ -55,16 +62,30 @@ class Sweep:
 
     @property
     def full_limit(self) -> float | None:
-        """The limit at full width: it falls as one over the width under Adam (Yang et al. 2022, arXiv:2203.03466)."""
+        """The limit at full width: it falls as one over the width under Adam (Yang et al. 2022,
+        arXiv:2203.03466).
+        """
         return None if self.limit is None else self.limit * self.width / self.full_width
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         runs = [
             {"rate": rate, "largest_score": score, "saturated": share, "loss": loss}
-            for rate, score, share, loss in zip(self.rates, self.scores, self.saturated, self.losses, strict=True)
+            for rate, score, share, loss in zip(
+                self.rates, self.scores, self.saturated, self.losses, strict=True
+            )
         ]
-        names = ("score_limit", "limit", "low", "high", "exponent", "steps", "width", "full_width", "full_limit")
+        names = (
+            "score_limit",
+            "limit",
+            "low",
+            "high",
+            "exponent",
+            "steps",
+            "width",
+            "full_width",
+            "full_limit",
+        )
         return {"runs": runs} | {name: getattr(self, name) for name in names}
 
 
@@ -88,12 +109,14 @@ def sweep_rates(
     widths: tuple[int, int] = (1, 1),
     told: Callable[[ShortRun], None] = lambda run: None,
 ) -> Sweep:
-    """Train at rates around ``around``, coarsely until the limit is bracketed, then finely about it.
+    """Train at rates around ``around``, coarsely until the limit is bracketed, then finely about
+    it.
 
     Args:
         make: seed -> a fresh model.
         batches: (steps, seed) -> keyword arguments of its forward, one a step.
-        recipe: the optimizer; its warm-up is brought down to ``WARMUP`` steps, and it does not fall within these few.
+        recipe: the optimizer; its warm-up is brought down to ``WARMUP`` steps, and it does not fall
+            within these few.
         dtype: precision to train in.
         keys: how many keys a row sees.
         around: the rate to begin with.
@@ -116,7 +139,9 @@ def sweep_rates(
         for share in (1 / 4, 1 / 2, 3 / 4, -1 / 4, 5 / 4):
             run(below * (above / below) ** share)
     runs.sort(key=lambda each: each[0].rate)
-    found, low, high, exponent = fit_limit([each.rate for each, _ in runs], [score for _, score in runs], limit)
+    found, low, high, exponent = fit_limit(
+        [each.rate for each, _ in runs], [score for _, score in runs], limit
+    )
     return Sweep(
         rates=tuple(each.rate for each, _ in runs),
         scores=tuple(score for _, score in runs),
@@ -136,13 +161,17 @@ def sweep_rates(
 def fit_limit(
     rates: Sequence[float], scores: Sequence[float], limit: float
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """Where a power law through (rate, largest score) crosses ``limit``: the rate, a 90 % interval, and the exponent.
+    """Where a power law through (rate, largest score) crosses ``limit``: the rate, a 90 % interval,
+    and the exponent.
 
-    None throughout where no score comes to the limit. Points further than ``NEAR`` from it, in logarithms, are left out as far as four
-    remain. The interval holds the scatter of single runs about the line as well as the line's own uncertainty.
+    None throughout where no score comes to the limit. Points further than ``NEAR`` from it, in
+    logarithms, are left out as far as four remain. The interval holds the scatter of single runs
+    about the line as well as the line's own uncertainty.
     """
     finite = [
-        (math.log(rate), math.log(score / limit)) for rate, score in zip(rates, scores, strict=True) if 0 < score < math.inf
+        (math.log(rate), math.log(score / limit))
+        for rate, score in zip(rates, scores, strict=True)
+        if 0 < score < math.inf
     ]
     if not any(score >= limit for score in scores):
         return None, None, None, None
@@ -157,7 +186,11 @@ def fit_limit(
         return None, None, None, None
     at = -intercept / slope
     scatter = math.sqrt(float(((y - slope * x - intercept) ** 2).sum()) / (len(x) - 2))
-    spread = scatter / slope * math.sqrt(1 + 1 / len(x) + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    spread = (
+        scatter
+        / slope
+        * math.sqrt(1 + 1 / len(x) + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
+    )
     half = _STUDENT.get(len(x) - 2, 1.8) * spread
     return math.exp(at), math.exp(at - half), math.exp(at + half), float(slope)
 
@@ -166,8 +199,12 @@ _STUDENT = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.
 """95 % quantile of Student's t by degrees of freedom."""
 
 
-def _bracket(run: Callable[[float], float], around: float, limit: float) -> tuple[float | None, float | None]:
-    """Rates a factor 4 apart between which the limit is crossed: above, below; None for the one that was not found."""
+def _bracket(
+    run: Callable[[float], float], around: float, limit: float
+) -> tuple[float | None, float | None]:
+    """Rates a factor 4 apart between which the limit is crossed: above, below; None for the one
+    that was not found.
+    """
     rate, score = around, run(around)
     for _ in range(6):
         step = 4.0 if score < limit else 0.25

@@ -11,13 +11,24 @@ from rich.text import Text
 
 def sweep_table(sweep: Mapping[str, Any]) -> Table:
     """A row a rate, and what follows from them; ``sweep`` is :meth:`Sweep.to_dict`."""
-    table = Table(title=f"learning rates, {sweep['steps']} steps each", title_justify="left", box=None, padding=(0, 2))
+    table = Table(
+        title=f"learning rates, {sweep['steps']} steps each",
+        title_justify="left",
+        box=None,
+        padding=(0, 2),
+    )
     for name in ("rate", "largest score", "saturated rows", "loss"):
         table.add_column(name, justify="right")
     for run in sweep["runs"]:
         style = "red" if run["largest_score"] >= sweep["score_limit"] else ""
         share = f"{run['saturated']:.0%}"
-        table.add_row(f"{run['rate']:.3g}", f"{run['largest_score']:.3g}", share, f"{run['loss']:.3f}", style=style)
+        table.add_row(
+            f"{run['rate']:.3g}",
+            f"{run['largest_score']:.3g}",
+            share,
+            f"{run['loss']:.3f}",
+            style=style,
+        )
     table.caption, table.caption_justify = Text(sweep_words(sweep)), "left"
     return table
 
@@ -25,7 +36,10 @@ def sweep_table(sweep: Mapping[str, Any]) -> Table:
 def sweep_words(sweep: Mapping[str, Any]) -> str:
     """What follows, in one sentence."""
     if sweep["limit"] is None:
-        return f"at no rate that was tried do scores reach {sweep['score_limit']:.3g}, where rows stop learning"
+        return (
+            f"at no rate that was tried do scores reach {sweep['score_limit']:.3g}, where rows "
+            "stop learning"
+        )
     words = f"expected to blow up from a rate of {sweep['limit']:.2g} on"
     if sweep["low"] is not None and sweep["high"] is not None:
         words += f" (90 %: {sweep['low']:.2g} to {sweep['high']:.2g})"

@@ -24,14 +24,21 @@ def image_files(source: str, kind: str) -> list[Path]:
     """
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"--text {source}: no such file or folder; {kind} reads images: give a folder of them")
+        raise ValueError(
+            f"--text {source}: no such file or folder; {kind} reads images: give a folder of them"
+        )
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"--text {source}: {kind} reads images; give a folder of them ({', '.join(SUFFIXES[:4])})")
+            raise ValueError(
+                f"--text {source}: {kind} reads images; give a folder of them "
+                f"({', '.join(SUFFIXES[:4])})"
+            )
         return [path]
     files = sorted(each for each in path.iterdir() if each.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"--text {source}: holds no images; give a folder with {', '.join(SUFFIXES[:4])} files")
+        raise ValueError(
+            f"--text {source}: holds no images; give a folder with {', '.join(SUFFIXES[:4])} files"
+        )
     return files
 
 
@@ -58,8 +65,12 @@ def read_images(files: Sequence[Path], target: Target) -> tuple[Tensor, np.ndarr
             with Image.open(file) as read:
                 pictures.append(read.convert("L" if channels == 1 else "RGB"))
         except OSError as error:  # pillow's own error for what is no image is one
-            raise ValueError(f"{file}: is no image that can be read ({error}); take it out of the folder") from None
-    processor = None if target.tokens_from is None else pretrained.image_processor_of(target.tokens_from)
+            raise ValueError(
+                f"{file}: is no image that can be read ({error}); take it out of the folder"
+            ) from None
+    processor = (
+        None if target.tokens_from is None else pretrained.image_processor_of(target.tokens_from)
+    )
     if processor is not None:
         with pretrained.quiet():
             pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
@@ -67,10 +78,18 @@ def read_images(files: Sequence[Path], target: Target) -> tuple[Tensor, np.ndarr
         return pixels, _seen(pixels, mean, std), []
     size: Any = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    arrays = [np.asarray(each.resize((int(width), int(height)), Image.Resampling.BICUBIC), dtype=np.float32) for each in pictures]
+    arrays = [
+        np.asarray(
+            each.resize((int(width), int(height)), Image.Resampling.BICUBIC), dtype=np.float32
+        )
+        for each in pictures
+    ]
     stack = np.stack([each[..., None] if each.ndim == 2 else each for each in arrays]) / 255
     pixels = torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous() * 2 - 1
-    note = f"no image processor was found beside the model: images were resized to {width} × {height} and scaled to [-1, 1]"
+    note = (
+        f"no image processor was found beside the model: images were resized to {width} × "
+        f"{height} and scaled to [-1, 1]"
+    )
     return pixels, _seen(pixels, [0.5] * channels, [0.5] * channels), [note]
 
 

@@ -54,7 +54,8 @@ def make_inputs(target: Target, options: Options) -> Inputs:
         return _from_images(target, options)
     if main not in (None, "input_ids"):
         raise ValueError(
-            f"{type(target.model).__name__} reads {main}, which this command cannot make: use the functions of stabmon.analysis"
+            f"{type(target.model).__name__} reads {main}, which this command cannot make: use the "
+            "functions of stabmon.analysis"
         )
     if source is None:
         raise ValueError("nothing to analyse: give --text FILE, or --ids FILE with token ids")
@@ -64,15 +65,24 @@ def make_inputs(target: Target, options: Options) -> Inputs:
             "or token ids as .json, .npy or .pt"
         )
     if Path(source).is_dir():
-        raise ValueError(f"--text {source}: is a folder, and {type(target.model).__name__} reads tokens; give a text file")
+        raise ValueError(
+            f"--text {source}: is a folder, and {type(target.model).__name__} reads tokens; give "
+            "a text file"
+        )
     if not _reads_tokens(target):
-        raise ValueError(f"{type(target.model).__name__}: takes no token ids; let the callable return (model, sample)")
+        raise ValueError(
+            f"{type(target.model).__name__}: takes no token ids; let the callable return (model, "
+            "sample)"
+        )
     if not Path(source).stat().st_size:
         raise ValueError(f"{source}: is empty; give a text, or token ids")
     text = read_ids(source, options.ids is not None)
     if text is None:
         if options.ids is not None:
-            raise ValueError(f"--ids {source}: holds no token ids; give lists of whole numbers as .json, .npy, .pt or .txt")
+            raise ValueError(
+                f"--ids {source}: holds no token ids; give lists of whole numbers as .json, .npy, "
+                ".pt or .txt"
+            )
         text = read_text(source, target)
     _check_range(text, vocabulary_of(target), source)
     return _from_tokens(target, options, text, source)
@@ -90,18 +100,25 @@ def vocabulary_of(target: Target) -> int | None:
 
 
 def most_positions(target: Target) -> tuple[int | None, bool]:
-    """Return how many positions the model has, and whether it can take no more: learned positions."""
+    """Return how many positions the model has, and whether it can take no more: learned
+    positions.
+    """
     config = target.config
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     said = getattr(inner, "max_position_embeddings", None) or getattr(inner, "n_positions", None)
     learned = []
     for name, each in target.model.named_modules():
         last = name.rpartition(".")[2].lower()
-        if isinstance(each, nn.Embedding) and ("position" in last or last in ("wpe", "pos_emb", "pos_embed")):
-            # RoBERTa and OPT keep the first places for padding: positions count from padding_idx + 1
+        if isinstance(each, nn.Embedding) and (
+            "position" in last or last in ("wpe", "pos_emb", "pos_embed")
+        ):
+            # RoBERTa and OPT keep the first places for padding: positions count from padding_idx +
+            # 1
             offset = each.padding_idx + 1 if each.padding_idx is not None else 0
             learned.append(each.num_embeddings - max(offset, int(getattr(each, "offset", 0))))
-    relative = "bias" in " ".join(name for name, _ in target.model.named_modules() if "relative" in name)
+    relative = "bias" in " ".join(
+        name for name, _ in target.model.named_modules() if "relative" in name
+    )
     if learned and not relative:
         return min([*learned, *([said] if isinstance(said, int) and said > 1 else [])]), True
     return (said, False) if isinstance(said, int) and said > 1 else (None, False)
@@ -125,16 +142,24 @@ def _check_range(text: Text, vocabulary: int | None, source: str) -> None:
 
 def _own_sample(sample: Any) -> Inputs:
     batch = sample if isinstance(sample, dict | tuple | list) else (sample,)
-    tensors = [each for each in (batch.values() if isinstance(batch, dict) else batch) if isinstance(each, Tensor)]
+    tensors = [
+        each
+        for each in (batch.values() if isinstance(batch, dict) else batch)
+        if isinstance(each, Tensor)
+    ]
     if not tensors or not tensors[0].numel():
-        raise ValueError("the callable's own sample holds no tensor, or an empty one; give --text FILE")
+        raise ValueError(
+            "the callable's own sample holds no tensor, or an empty one; give --text FILE"
+        )
     return Inputs(batch, len(tensors[0]), 0, "the callable's own sample", notes=[])
 
 
 def _from_images(target: Target, options: Options) -> Inputs:
     kind = type(target.model).__name__
     if options.ids is not None:
-        raise ValueError(f"--ids {options.ids}: {kind} reads images; give --text FOLDER with images")
+        raise ValueError(
+            f"--ids {options.ids}: {kind} reads images; give --text FOLDER with images"
+        )
     if options.text is None:
         raise ValueError(f"nothing to analyse: {kind} reads images; give --text FOLDER with images")
     if options.length is not None:
@@ -147,7 +172,10 @@ def _from_images(target: Target, options: Options) -> Inputs:
         else [f"the first 8 of {len(files)} images were taken; more with --samples"]
     )
     if options.samples and options.samples > len(files):
-        raise ValueError(f"--samples {options.samples}: {options.text} holds {len(files)} images; give at most that many")
+        raise ValueError(
+            f"--samples {options.samples}: {options.text} holds {len(files)} images; give at most "
+            "that many"
+        )
     pixels, seen, more = read_images(chosen, target)
     described = f"{len(chosen)} image{'s' * (len(chosen) > 1)} of {options.text}"
     return Inputs(
@@ -172,7 +200,8 @@ def _from_tokens(target: Target, options: Options, text: Text, source: str) -> I
     if most is not None and length > most:
         if hard:
             raise ValueError(
-                f"{source}: samples of {length} tokens, and the model has {most} positions; give --length {most} or less"
+                f"{source}: samples of {length} tokens, and the model has {most} positions; give "
+                f"--length {most} or less"
             )
         notes.append(f"{length} tokens are more than the {most} that the model was made for")
     batch = _batch(target, rows, notes)
@@ -182,11 +211,15 @@ def _from_tokens(target: Target, options: Options, text: Text, source: str) -> I
     return Inputs(batch, len(rows), length, described, lengths, limit, words, notes=notes)
 
 
-def _given_rows(text: Text, options: Options, source: str) -> tuple[list[list[int]], list[list[str]], list[str]]:
+def _given_rows(
+    text: Text, options: Options, source: str
+) -> tuple[list[list[int]], list[list[str]], list[str]]:
     """Samples as the file gives them, cut to ``--length``."""
     count = options.samples or min(len(text.rows), 16)
     if count > len(text.rows):
-        raise ValueError(f"--samples {count}: {source} holds {len(text.rows)} rows; give at most that many")
+        raise ValueError(
+            f"--samples {count}: {source} holds {len(text.rows)} rows; give at most that many"
+        )
     notes = (
         []
         if options.samples or count == len(text.rows)
@@ -200,7 +233,9 @@ def _given_rows(text: Text, options: Options, source: str) -> tuple[list[list[in
     )
 
 
-def _stretches(target: Target, text: Text, options: Options, source: str) -> tuple[list[list[int]], list[list[str]]]:
+def _stretches(
+    target: Target, text: Text, options: Options, source: str
+) -> tuple[list[list[int]], list[list[str]]]:
     """Samples of one length, evenly over the text, special tokens around each."""
     ids, words = text.rows[0], text.words[0]
     before, after = text.before, text.after
@@ -210,15 +245,21 @@ def _stretches(target: Target, text: Text, options: Options, source: str) -> tup
     if options.length is not None:
         length = options.length
         if hard and most is not None and length > most:
-            raise ValueError(f"--length {length}: the model has {most} positions; give at most {most}")
+            raise ValueError(
+                f"--length {length}: the model has {most} positions; give at most {most}"
+            )
         if length > len(ids) + around:
-            raise ValueError(f"--length {length}: {source} holds {len(ids)} {text.unit}; give at most {len(ids) + around}")
+            raise ValueError(
+                f"--length {length}: {source} holds {len(ids)} {text.unit}; give at most "
+                f"{len(ids) + around}"
+            )
     else:
         length = min(DEFAULT_LENGTH, len(ids) // count + around, *([most] if most else []))
     body = length - around
     if body < 1:
         raise ValueError(
-            f"{source}: {len(ids)} {text.unit} are too few for {count} samples; give a longer text or fewer --samples"
+            f"{source}: {len(ids)} {text.unit} are too few for {count} samples; give a longer "
+            "text or fewer --samples"
         )
     starts = np.linspace(0, len(ids) - body, count).round().astype(int)
     if len(set(starts.tolist())) < count:
@@ -240,7 +281,10 @@ def _batch(target: Target, rows: list[list[int]], notes: list[str]) -> Any:
     ragged = any(len(row) < longest for row in rows)
     causal = "Causal" in type(target.model).__name__ or "LMHead" in type(target.model).__name__
     if ragged and "attention_mask" not in taken:
-        raise ValueError("the rows differ in length and the model takes no attention_mask; give rows of one length, or --length")
+        raise ValueError(
+            "the rows differ in length and the model takes no attention_mask; give rows of one "
+            "length, or --length"
+        )
     ids = torch.full((len(rows), longest), int(pad))
     mask = torch.zeros(len(rows), longest, dtype=torch.long)
     for place, row in enumerate(rows):
@@ -252,7 +296,10 @@ def _batch(target: Target, rows: list[list[int]], notes: list[str]) -> Any:
     batch: dict[str, Any] = {"input_ids": ids}
     if ragged:
         batch["attention_mask"] = mask
-        notes.append(f"rows differ in length: shorter ones are padded on the {'left' if causal else 'right'} and masked")
+        notes.append(
+            "rows differ in length: shorter ones are padded on the "
+            f"{'left' if causal else 'right'} and masked"
+        )
     if getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = ids
         if ragged:

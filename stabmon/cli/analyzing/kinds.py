@@ -118,7 +118,9 @@ def layer_pattern(text: str | None, layers: Layers) -> str | None:
     try:
         found = any(re.search(text, name) for name in names)
     except re.error as error:
-        raise ValueError(f"--layers {text!r}: neither numbers nor a regular expression ({error})") from None
+        raise ValueError(
+            f"--layers {text!r}: neither numbers nor a regular expression ({error})"
+        ) from None
     if not found:
         raise ValueError(f"--layers {text!r}: matches no layer, {listed}")
     return text
@@ -138,12 +140,16 @@ def chosen_heads(text: str | None, layers: Layers, pattern: str | None) -> list[
             continue
         bad = [head for head in heads if not -count <= head < count]
         if bad:
-            raise ValueError(f"--heads {text}: no head {bad[0]}, {name} has {count} (0 to {count - 1})")
+            raise ValueError(
+                f"--heads {text}: no head {bad[0]}, {name} has {count} (0 to {count - 1})"
+            )
         heads = list(dict.fromkeys(head % count for head in heads))
     return heads
 
 
-def prepared(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
+def prepared(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
     """Check all that can be checked without long work, and return what runs the analysis.
 
     Raises:
@@ -164,11 +170,16 @@ def _targets(options: Options, inputs: Inputs) -> list[int] | None:
     targets = parsed_numbers(options.target, "--target")
     bad = [each for each in targets if inputs.length and not -inputs.length <= each < inputs.length]
     if bad:
-        raise ValueError(f"--target {options.target}: no token {bad[0]}, samples have {inputs.length} (0 to {inputs.length - 1})")
+        raise ValueError(
+            f"--target {options.target}: no token {bad[0]}, samples have {inputs.length} (0 to "
+            f"{inputs.length - 1})"
+        )
     return targets
 
 
-def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
+def _rollout(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.attribution.summary import compute_attention_attribution
     from stabmon.analysis.rollout.api import attention_rollout
 
@@ -177,7 +188,10 @@ def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers)
     notes = []
     if targets is None and inputs.length > WHOLE_MATRIX:
         targets = [-1]
-        notes.append(f"more than {WHOLE_MATRIX} tokens: the last one alone was attributed; name others with --target")
+        notes.append(
+            f"more than {WHOLE_MATRIX} tokens: the last one alone was attributed; name others "
+            "with --target"
+        )
 
     def run() -> AnalysisRecord:
         rollout = attention_rollout(
@@ -189,7 +203,9 @@ def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers)
             stack=options.stack,
             attention_layer_pattern=pattern,
         )
-        numbers = compute_attention_attribution(model, inputs.batch, attention_layer_pattern=pattern, stack=options.stack)
+        numbers = compute_attention_attribution(
+            model, inputs.batch, attention_layer_pattern=pattern, stack=options.stack
+        )
         checked, told = _deletions(model, inputs, rollout)
         record = rollout.to_record(attribution=numbers, faithfulness=checked)
         return AnalysisRecord(record.kind, {**record.values, "notes": notes + told}, record.arrays)
@@ -197,8 +213,12 @@ def _rollout(model: nn.Module, inputs: Inputs, options: Options, layers: Layers)
     return run
 
 
-def _deletions(model: nn.Module, inputs: Inputs, rollout: Rollout) -> tuple[dict[str, Any] | None, list[str]]:
-    """Delete what the rollout ranks first; None, and why, where this model's tokens cannot be taken away."""
+def _deletions(
+    model: nn.Module, inputs: Inputs, rollout: Rollout
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Delete what the rollout ranks first; None, and why, where this model's tokens cannot be taken
+    away.
+    """
     from stabmon.analysis.attribution.faithfulness import deletion_check
 
     if rollout.stack == "joined":
@@ -209,12 +229,16 @@ def _deletions(model: nn.Module, inputs: Inputs, rollout: Rollout) -> tuple[dict
         return None, [f"no deletion check: {reason}"]
 
 
-def _patterns(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
+def _patterns(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.patterns.api import attention_patterns
 
     targets = _targets(options, inputs)
     if targets is not None and len(targets) > 1:
-        raise ValueError(f"--target {options.target}: patterns are told of one query; give one number")
+        raise ValueError(
+            f"--target {options.target}: patterns are told of one query; give one number"
+        )
     pattern = layer_pattern(options.layers, layers)
     heads = chosen_heads(options.heads, layers, pattern)
 
@@ -232,7 +256,9 @@ def _patterns(model: nn.Module, inputs: Inputs, options: Options, layers: Layers
     return run
 
 
-def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
+def _cake(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.kv_cache.budgets import tokens_of
     from stabmon.analysis.kv_cache.checks import check_count, check_sizes
     from stabmon.analysis.kv_cache.policies.cake import Cake
@@ -240,17 +266,25 @@ def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) ->
 
     if not inputs.length:
         raise ValueError(
-            f"--kind cake: {type(model).__name__} generates no text and has no KV cache; use rollout, patterns or heatmap"
+            f"--kind cake: {type(model).__name__} generates no text and has no KV cache; use "
+            "rollout, patterns or heatmap"
         )
     notes: list[str] = []
     window = 32 if options.window is None else options.window
     if options.cache_size is None:
         size: int | float = max(inputs.length // 4, 2 * window)
-        notes.append(f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; --cache-size sets it")
+        notes.append(
+            f"cache size of {size} keys chosen: a quarter of the prompt, at least two windows; "
+            "--cache-size sets it"
+        )
     else:
         size = parsed_size(options.cache_size)
     room = inputs.positions - inputs.length if inputs.positions is not None else NEW_TOKENS
-    if options.max_new_tokens is not None and options.max_new_tokens > room and inputs.positions is not None:
+    if (
+        options.max_new_tokens is not None
+        and options.max_new_tokens > room
+        and inputs.positions is not None
+    ):
         raise ValueError(
             f"--max-new-tokens {options.max_new_tokens}: the model has {inputs.positions} "
             f"positions and the prompt {inputs.length} "
@@ -278,7 +312,9 @@ def _cake(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) ->
             inputs.batch,
             cache_size=size,
             window_size=window,
-            max_new_tokens=min(NEW_TOKENS, room) if options.max_new_tokens is None else options.max_new_tokens,
+            max_new_tokens=min(NEW_TOKENS, room)
+            if options.max_new_tokens is None
+            else options.max_new_tokens,
             **settings,
         )
         record = report.to_record(_perplexities(model, inputs, size, window, settings, notes))
@@ -296,7 +332,9 @@ def _perplexities(
     settings: dict[str, Any],
     notes: list[str],
 ) -> Any:
-    """Score the last quarter of each sample after the rest was compressed; None where it is short."""
+    """Score the last quarter of each sample after the rest was compressed; None where it is
+    short.
+    """
     from stabmon.analysis.kv_cache.perplexity import perplexity_by_cache_size
     from stabmon.analysis.kv_cache.policies.cake import Cake
     from stabmon.analysis.kv_cache.policy import POLICIES
@@ -305,9 +343,13 @@ def _perplexities(
     following = min(64, inputs.length // 4)
     context = inputs.length - following
     keys = size if isinstance(size, int) else max(window + 1, round(size * context))
-    sizes = sorted({each for each in (max(window + 1, keys // 2), keys, 2 * keys) if window < each < context})
+    sizes = sorted(
+        {each for each in (max(window + 1, keys // 2), keys, 2 * keys) if window < each < context}
+    )
     if not following or not sizes:
-        notes.append("no perplexities: the samples are too short beside the cache; give a longer --length")
+        notes.append(
+            "no perplexities: the samples are too short beside the cache; give a longer --length"
+        )
         return None
     names = [name for name in POLICIES if name not in ("full", "cake")]
     mask = inputs.batch.get("attention_mask")
@@ -322,7 +364,9 @@ def _perplexities(
     )
 
 
-def _heatmap(model: nn.Module, inputs: Inputs, options: Options, layers: Layers) -> Callable[[], AnalysisRecord]:
+def _heatmap(
+    model: nn.Module, inputs: Inputs, options: Options, layers: Layers
+) -> Callable[[], AnalysisRecord]:
     from stabmon.analysis.patterns.maps import attention_maps
 
     pattern = layer_pattern(options.layers, layers)
@@ -332,6 +376,8 @@ def _heatmap(model: nn.Module, inputs: Inputs, options: Options, layers: Layers)
         found = attention_maps(model, inputs.batch, layers=pattern, heads=heads)
         notes = [f"the first of {inputs.samples} samples is drawn"] if inputs.samples > 1 else []
         record = found.to_record()
-        return AnalysisRecord(record.kind, {**record.values, "heads": heads, "notes": notes}, record.arrays)
+        return AnalysisRecord(
+            record.kind, {**record.values, "heads": heads, "notes": notes}, record.arrays
+        )
 
     return run

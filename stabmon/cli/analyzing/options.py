@@ -75,18 +75,29 @@ def check_options(options: Options) -> None:
     if options.fail_on not in ("warning", "error"):
         raise ValueError(f"--fail-on {options.fail_on!r}: use warning or error")
     if options.stored is not None:
-        given = [name for name in ("text", "ids", *BELONGS) if getattr(options, name) is not None and name != "surface"]
+        given = [
+            name
+            for name in ("text", "ids", *BELONGS)
+            if getattr(options, name) is not None and name != "surface"
+        ]
         if given:
-            raise ValueError(f"{_flag(given[0])} does not go with --from, which draws stored numbers")
+            raise ValueError(
+                f"{_flag(given[0])} does not go with --from, which draws stored numbers"
+            )
         return
     if options.model is None:
-        raise ValueError("no MODEL: give a model's folder, a config.json, a hub name or module:callable, or --from DIR")
+        raise ValueError(
+            "no MODEL: give a model's folder, a config.json, a hub name or module:callable, or "
+            "--from DIR"
+        )
     if options.text is not None and options.ids is not None:
         raise ValueError("--text and --ids: give one of them")
     kind = options.kind or KINDS[0]
     for name, whose in BELONGS.items():
         if getattr(options, name) is not None and kind not in whose:
-            raise ValueError(f"{_flag(name)} does not apply to --kind {kind}: it is for {' and '.join(whose)}")
+            raise ValueError(
+                f"{_flag(name)} does not apply to --kind {kind}: it is for {' and '.join(whose)}"
+            )
     for name in ("samples", "length"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -132,9 +143,13 @@ def parsed_size(text: str) -> int | float:
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
-        raise ValueError(f"--cache-size {text!r}: give keys, such as 128, or a share of the prompt, such as 0.25") from None
+        raise ValueError(
+            f"--cache-size {text!r}: give keys, such as 128, or a share of the prompt, such as 0.25"
+        ) from None
     if 0 < value < 1:
         return value
     if value >= 1 and value == int(value) and not text.endswith("%"):
         return int(value)
-    raise ValueError(f"--cache-size {text!r}: give a whole number of keys, or a share between 0 and 1")
+    raise ValueError(
+        f"--cache-size {text!r}: give a whole number of keys, or a share between 0 and 1"
+    )

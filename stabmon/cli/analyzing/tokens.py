@@ -54,14 +54,20 @@ def read_ids(source: str, wanted: bool) -> Text | None:
             found: Any = np.load(path, allow_pickle=False).tolist()
         elif suffix == ".pt":
             found = torch.load(path, map_location="cpu", weights_only=True)
-            found = found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
+            found = (
+                found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
+            )
             found = found.tolist() if isinstance(found, torch.Tensor) else found
         elif suffix == ".json":
             found = json.loads(path.read_text())
-            found = found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
+            found = (
+                found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
+            )
         elif wanted:
             found = [
-                [int(word) for word in line.replace(",", " ").split()] for line in path.read_text().splitlines() if line.strip()
+                [int(word) for word in line.replace(",", " ").split()]
+                for line in path.read_text().splitlines()
+                if line.strip()
             ]
         else:
             return None
@@ -69,12 +75,17 @@ def read_ids(source: str, wanted: bool) -> Text | None:
         if suffix == ".json" and not wanted:
             return None
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{source}: token ids cannot be read ({reason}); give whole numbers as .json, .npy or .pt") from None
+        raise ValueError(
+            f"{source}: token ids cannot be read ({reason}); give whole numbers as .json, .npy or "
+            ".pt"
+        ) from None
     rows = found if isinstance(found, list) and found and isinstance(found[0], list) else [found]
     if found == [] or [] in rows:
         raise ValueError(f"{source}: is empty; give at least one token")
     numbers = all(
-        isinstance(row, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in row) for row in rows
+        isinstance(row, list)
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in row)
+        for row in rows
     )
     if not numbers:
         if suffix == ".json" and not wanted:
@@ -101,14 +112,18 @@ def read_text(source: str, target: Target) -> Text:
         around = list(tokenizer("a", verbose=False)["input_ids"])
         inside = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     if not ids:
-        raise ValueError(f"--text {source}: the model's tokenizer makes no token of it; give another text")
+        raise ValueError(
+            f"--text {source}: the model's tokenizer makes no token of it; give another text"
+        )
     notes = []
     unknown = getattr(tokenizer, "unk_token_id", None)
     share = ids.count(unknown) / len(ids) if unknown is not None else 0.0
     if share >= UNKNOWN and (matched := _by_vocabulary(text, str(target.tokens_from))) is not None:
         return matched
     if share >= UNKNOWN:
-        notes.append(f"{share:.0%} of the text's tokens are unknown to the tokenizer beside the model")
+        notes.append(
+            f"{share:.0%} of the text's tokens are unknown to the tokenizer beside the model"
+        )
     at = next((i for i in range(len(around)) if around[i : i + len(inside)] == inside), 0)
     before, after = (around[:at], around[at + len(inside) :]) if inside else ([], [])
     return Text(
@@ -135,7 +150,9 @@ def _tokenizer(source: str | None) -> Any:
 
 
 def _by_vocabulary(text: str, source: str) -> Text | None:
-    """The text by the entries of the vocab.txt beside the model; None where that knows too little."""
+    """The text by the entries of the vocab.txt beside the model; None where that knows too
+    little.
+    """
     path = Path(source) / "vocab.txt"
     if not path.is_file():
         return None
@@ -146,7 +163,8 @@ def _by_vocabulary(text: str, source: str) -> Text | None:
     if not ids or ids.count(unknown) / len(ids) >= UNKNOWN or (unknown < 0 and -1 in ids):
         return None
     around: list[tuple[list[int], list[str]]] = [
-        ([vocabulary[name]], [name]) if name in vocabulary else ([], []) for name in ("[CLS]", "[SEP]")
+        ([vocabulary[name]], [name]) if name in vocabulary else ([], [])
+        for name in ("[CLS]", "[SEP]")
     ]
     note = (
         "the tokenizer beside the model does not know the text: it was split into the longest "

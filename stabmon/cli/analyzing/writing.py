@@ -62,7 +62,9 @@ def write_analysis(
     return names
 
 
-def _drawn(record: AnalysisRecord, page: Page, scratch: Path, form: str, extra: Mapping[str, str]) -> list[str]:
+def _drawn(
+    record: AnalysisRecord, page: Page, scratch: Path, form: str, extra: Mapping[str, str]
+) -> list[str]:
     inside = {}
     names = []
     for picture in page.pictures:
@@ -76,7 +78,9 @@ def _drawn(record: AnalysisRecord, page: Page, scratch: Path, form: str, extra: 
     for name, text in extra.items():
         (scratch / name).write_text(text, encoding="utf-8")
     files = [f"{page.kind}.html", f"{page.kind}.json", f"{page.kind}.safetensors", *names, *extra]
-    save_record(AnalysisRecord(record.kind, {**record.values, "files": files}, record.arrays), scratch)
+    save_record(
+        AnalysisRecord(record.kind, {**record.values, "files": files}, record.arrays), scratch
+    )
     return files
 
 
@@ -89,4 +93,6 @@ def _earlier(out: Path, kind: str) -> set[str]:
     except (OSError, ValueError):
         return set()
     own = (f"{kind}_", f"{kind}.")
-    return {name for name in files if isinstance(name, str) and name.startswith(own) and "/" not in name}
+    return {
+        name for name in files if isinstance(name, str) and name.startswith(own) and "/" not in name
+    }

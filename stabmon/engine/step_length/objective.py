@@ -1,4 +1,6 @@
-"""The function that a backward differentiated, as a function of the model's output, so that it can be evaluated again."""
+"""The function that a backward differentiated, as a function of the model's output, so that it can
+be evaluated again.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +14,23 @@ from stabmon.engine.gradients import tensors_in
 from stabmon.engine.loss_accumulator import loss_in
 
 _VALUES = 1 << 22
-"""Logits of one output that are kept at most: every k-th row of larger ones stands for the others."""
+"""Logits of one output that are kept at most: every k-th row of larger ones stands for the
+others.
+"""
 _RESIDUAL = 0.05
-"""Share of the gradient that cross-entropy may leave unexplained; more means that the objective is another one."""
+"""Share of the gradient that cross-entropy may leave unexplained; more means that the objective is
+another one.
+"""
 
 
 class Objective:
     """What was differentiated through one forward's output, up to a constant.
 
-    Where backward goes through the loss in the output, it is that loss times the gradient that arrives at it (a loss scale, a share of an
-    accumulated step). Where the loss is made outside of the model it is recovered from the gradient at the logits, if that is the
-    gradient of a cross-entropy: :math:`w_i (p_i - e_{y_i})` in each row, which tells the labels and the weights. Any other objective is
-    unknown.
+    Where backward goes through the loss in the output, it is that loss times the gradient that
+    arrives at it (a loss scale, a share of an accumulated step). Where the loss is made outside of
+    the model it is recovered from the gradient at the logits, if that is the gradient of a
+    cross-entropy: :math:`w_i (p_i - e_{y_i})` in each row, which tells the labels and the weights.
+    Any other objective is unknown.
 
     Args:
         output: what the forward returned, with its graph.
@@ -54,10 +61,16 @@ class Objective:
 
     @torch.no_grad()
     def values(self, output: Any) -> tuple[Tensor, Tensor] | None:
-        """Value at the output it was made from, and at another one of the same forward; None where the objective is unknown."""
+        """Value at the output it was made from, and at another one of the same forward; None where
+        the objective is unknown.
+        """
         if self._factor is not None and self._loss is not None:
             loss = loss_in(output)
-            return None if loss is None else (self._loss.double() * self._factor, loss.double() * self._factor)
+            return (
+                None
+                if loss is None
+                else (self._loss.double() * self._factor, loss.double() * self._factor)
+            )
         logits = _logits_in(output)
         if self._logits is None or self._gradient is None or logits is None:
             return None
@@ -66,10 +79,15 @@ class Objective:
             return None
         weights, labels = found
         after = logits.detach().flatten(0, -2)[self._rows].float()
-        return tuple((_cross_entropy(each, labels) * weights).double().sum() / self._share for each in (self._logits, after))  # type: ignore[return-value]
+        return tuple(
+            (_cross_entropy(each, labels) * weights).double().sum() / self._share
+            for each in (self._logits, after)
+        )  # type: ignore[return-value]
 
     def _take_factor(self, gradient: Tensor | None) -> None:
-        """A hook in backward, which must not raise. Compiled code hands over None for an output that nothing used."""
+        """A hook in backward, which must not raise. Compiled code hands over None for an output
+        that nothing used.
+        """
         if gradient is not None:
             with contextlib.suppress(Exception):
                 self._factor = gradient.detach().double().clone()
@@ -82,11 +100,15 @@ class Objective:
 
 
 def _logits_in(output: Any) -> Tensor | None:
-    """The tensor that classes are scored in: ``.logits``, or the first of the output that has a graph."""
+    """The tensor that classes are scored in: ``.logits``, or the first of the output that has a
+    graph.
+    """
     named = getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named if named.ndim >= 2 else None
-    tensor = next((each for each in tensors_in(output) if each.ndim >= 2 and each.is_floating_point()), None)
+    tensor = next(
+        (each for each in tensors_in(output) if each.ndim >= 2 and each.is_floating_point()), None
+    )
     return tensor if tensor is not None and tensor.shape[-1] > 1 else None
 
 
@@ -95,13 +117,19 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cross_entropy_of(logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Weight and label of each row of which ``gradient`` is the cross-entropy's; None where it is no such gradient."""
+    """Weight and label of each row of which ``gradient`` is the cross-entropy's; None where it is
+    no such gradient.
+    """
     share, labels = logits.softmax(-1), gradient.argmin(-1)
     at_label = labels[:, None]
     weights = (gradient.gather(-1, at_label) / (share.gather(-1, at_label) - 1))[:, 0]
-    told = gradient.abs().amax(-1) > 0  # rows that count for nothing, as ignored labels and the last position, have none
+    told = (
+        gradient.abs().amax(-1) > 0
+    )  # rows that count for nothing, as ignored labels and the last position, have none
     weights = torch.where(told, weights.nan_to_num(0.0, 0.0, 0.0), 0.0)
     explained = weights[:, None] * (share - torch.nn.functional.one_hot(labels, share.shape[-1]))
-    if not bool(told.any()) or float((gradient - explained).norm()) > _RESIDUAL * float(gradient.norm()):
+    if not bool(told.any()) or float((gradient - explained).norm()) > _RESIDUAL * float(
+        gradient.norm()
+    ):
         return None
     return weights, labels

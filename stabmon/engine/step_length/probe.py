@@ -16,13 +16,17 @@ from stabmon.engine.gradients import local
 from stabmon.engine.step_length.objective import Objective
 
 COPY_BYTES = 1 << 30
-"""Parameters of at most this size are copied before a step that is probed; of larger models no step is."""
+"""Parameters of at most this size are copied before a step that is probed; of larger models no step
+is.
+"""
 AHEAD = 4.0
 """Times the median share of the other groups that a group must move by to be looked at alone."""
 _FORWARDS = 4
 """Forwards of a step that are replayed at most."""
 _TOO_SMALL = {torch.float64: 1e-9, torch.float32: 1e-5}
-"""Predicted change over the objective below which rounding hides what a step did, by the format of the forward."""
+"""Predicted change over the objective below which rounding hides what a step did, by the format of
+the forward.
+"""
 _SHORT = 1e-2
 """The same for shorter formats."""
 
@@ -33,8 +37,9 @@ class StepQuality:
 
     step: int
     gain_ratio: float
-    """Actual over predicted decrease: 1 for a small step, 1/2 at the minimum of a quadratic along the step, 0 where nothing was gained,
-    below where the objective rose. NaN where the step was too small to tell."""
+    """Actual over predicted decrease: 1 for a small step, 1/2 at the minimum of a quadratic along
+    the step, 0 where nothing was gained, below where the objective rose. NaN where the step was too
+    small to tell."""
     rise: float
     """Actual change of the objective over its size: above 0 where it rose."""
 
@@ -50,7 +55,9 @@ class _Held:
 
     @property
     def has_matrices(self) -> bool:
-        """Whether it holds more than biases and gains, whose size says little of how far they may move."""
+        """Whether it holds more than biases and gains, whose size says little of how far they may
+        move.
+        """
         return any(each.ndim >= 2 for each in self.parameters)
 
     def share(self) -> float:
@@ -62,12 +69,16 @@ class _Held:
 
 
 class StepProbe:
-    r"""Replay a step's batch after the step, and compare the change of its objective with what the gradient foretold.
+    r"""Replay a step's batch after the step, and compare the change of its objective with what the
+    gradient foretold.
 
-    The gain ratio of trust-region methods, :math:`\rho = (f(p + d) - f(p)) / (\nabla f(p)^T d)`, needs neither a scale of the weights nor a
-    history: f is what backward differentiated on the step's own forwards (see :class:`~stabmon.engine.step_length.objective.Objective`), with the
-    random numbers of the first pass. Costs a copy of what is trained and one forward without gradients at the steps that are probed. None
-    is where what is trained is larger than ``COPY_BYTES`` or lies on several ranks, and where somebody's forward hook would notice.
+    The gain ratio of trust-region methods, :math:`\rho = (f(p + d) - f(p)) / (\nabla f(p)^T d)`,
+    needs neither a scale of the weights nor a
+    history: f is what backward differentiated on the step's own forwards (see
+        :class:`~stabmon.engine.step_length.objective.Objective`), with the
+    random numbers of the first pass. Costs a copy of what is trained and one forward without
+    gradients at the steps that are probed. None is where what is trained is larger than
+    ``COPY_BYTES`` or lies on several ranks, and where somebody's forward hook would notice.
 
     Args:
         model: the model, as its forwards were recorded.
@@ -133,18 +144,28 @@ class StepProbe:
         trained = self._trained()
         if len(trained) != len(self._norms):
             return
-        met = {id(each): (was, _norm(each.grad)) for each, was in zip(trained, self._norms, strict=True)}
+        met = {
+            id(each): (was, _norm(each.grad))
+            for each, was in zip(trained, self._norms, strict=True)
+        }
         for group in self._groups:
             if group.key in keys and group.predicted is None:
                 parts = []
                 for parameter, before in zip(group.parameters, group.before, strict=True):
                     if parameter.grad is None or id(parameter) not in met:
                         continue
-                    was, now = met[id(parameter)]  # what was clipped or unscaled in the meantime is put back
-                    change = (local(parameter.grad).float() * (local(parameter.detach()).float() - local(before).float())).sum()
+                    was, now = met[
+                        id(parameter)
+                    ]  # what was clipped or unscaled in the meantime is put back
+                    change = (
+                        local(parameter.grad).float()
+                        * (local(parameter.detach()).float() - local(before).float())
+                    ).sum()
                     parts.append(torch.where(now > 0, change * was / now, 0.0).double())
                 if parts:
-                    group.predicted = torch.stack([each.to(parts[0].device) for each in parts]).sum()
+                    group.predicted = torch.stack(
+                        [each.to(parts[0].device) for each in parts]
+                    ).sum()
 
     @torch.no_grad()
     def quality(self, step: int) -> StepQuality | None:
@@ -157,23 +178,35 @@ class StepProbe:
             return None
         change, size = found
         least = self._too_small()
-        ratio = change / predicted if abs(predicted) > least * size or abs(change) > 10 * least * size else math.nan
+        ratio = (
+            change / predicted
+            if abs(predicted) > least * size or abs(change) > 10 * least * size
+            else math.nan
+        )
         return StepQuality(step, ratio, change / size if size else math.nan)
 
     @torch.no_grad()
     def fitting(self, aim: float = 0.6, most: int = 5) -> dict[str, float]:
-        """By which factor each group's step would have had to be shorter for a gain ratio of ``aim``; only groups that overshoot.
+        """By which factor each group's step would have had to be shorter for a gain ratio of
+        ``aim``; only groups that overshoot.
 
-        One group alone where it moves much further than the others and these fit once it is left out; else all, by the same factor. Found
-        by moving the parameters back along the step, with at most ``most`` forwards. Parameters are afterwards bit for bit where they were.
+        One group alone where it moves much further than the others and these fit once it is left
+        out; else all, by the same factor. Found by moving the parameters back along the step, with
+        at most ``most`` forwards. Parameters are afterwards bit for bit where they were.
         """
         keys = [each.key for each in self._groups if each.predicted is not None]
-        alone = [key for key in self._ahead() if self._fits_without(key, [each for each in keys if each != key], aim)]
+        alone = [
+            key
+            for key in self._ahead()
+            if self._fits_without(key, [each for each in keys if each != key], aim)
+        ]
         return dict.fromkeys(alone or keys, self._search(alone or keys, aim, most))
 
     @torch.no_grad()
     def shorten(self, factors: Mapping[str, float]) -> Callable[[], None] | None:
-        """Shorten the step that was just made, by a factor a group; returns what puts it back, None where nothing was held."""
+        """Shorten the step that was just made, by a factor a group; returns what puts it back, None
+        where nothing was held.
+        """
         moved = []
         for group in self._groups:
             if group.key in factors:
@@ -191,8 +224,14 @@ class StepProbe:
         return put_back
 
     def _ahead(self) -> list[str]:
-        """The group of matrices that moves by the largest share of itself, if that is ``AHEAD`` times as much as the others do."""
-        shares = {group.key: group.share() for group in self._groups if group.predicted is not None and group.has_matrices}
+        """The group of matrices that moves by the largest share of itself, if that is ``AHEAD``
+        times as much as the others do.
+        """
+        shares = {
+            group.key: group.share()
+            for group in self._groups
+            if group.predicted is not None and group.has_matrices
+        }
         if len(shares) < 2:
             return []
         first = max(shares, key=lambda key: shares[key])
@@ -204,18 +243,24 @@ class StepProbe:
         return not rest or (self._ratio({key: 0.0}, rest) or -1.0) >= aim
 
     def _search(self, keys: Sequence[str], aim: float, most: int) -> float:
-        """The longest share of these groups' step with a gain ratio of ``aim``, by halving twice and a quadratic between."""
+        """The longest share of these groups' step with a gain ratio of ``aim``, by halving twice
+        and a quadratic between.
+        """
         share, ratio = 1.0, None
         for _ in range(most):
             share *= 0.25
-            ratio = self._ratio(dict.fromkeys(keys, share), (self._predicted(keys) or 0.0) * share, keys)
+            ratio = self._ratio(
+                dict.fromkeys(keys, share), (self._predicted(keys) or 0.0) * share, keys
+            )
             if ratio is None or ratio >= aim:
                 break
         if ratio is None or ratio >= 1:
             return min(1.0, share * (1.0 if ratio is None else 4.0))
         return min(4 * share, share * (1 - aim) / max(1 - ratio, 1e-3))
 
-    def _ratio(self, shares: Mapping[str, float], predicted: float, only: Sequence[str] = ()) -> float | None:
+    def _ratio(
+        self, shares: Mapping[str, float], predicted: float, only: Sequence[str] = ()
+    ) -> float | None:
         with self._moved(shares, only):
             found = self._change()
         return None if found is None or not predicted else found[0] / predicted
@@ -238,7 +283,11 @@ class StepProbe:
                 parameter.copy_(bits)
 
     def _predicted(self, keys: Sequence[str] | None = None) -> float | None:
-        parts = [each.predicted for each in self._groups if each.predicted is not None and (keys is None or each.key in keys)]
+        parts = [
+            each.predicted
+            for each in self._groups
+            if each.predicted is not None and (keys is None or each.key in keys)
+        ]
         total = sum(float(part) for part in parts)
         return total if parts and math.isfinite(total) else None
 
@@ -261,7 +310,11 @@ class StepProbe:
         """Predicted change over the objective that the format of the forward hides."""
         if any(enabled for call, _ in self._seen for enabled, _ in call.autocast.values()):
             return _SHORT
-        return max(_TOO_SMALL.get(each.dtype, _SHORT) for each in self._model.parameters() if each.is_floating_point())
+        return max(
+            _TOO_SMALL.get(each.dtype, _SHORT)
+            for each in self._model.parameters()
+            if each.is_floating_point()
+        )
 
     def _trained(self) -> list[nn.Parameter]:
         return [each for each in self._model.parameters() if each.grad is not None]

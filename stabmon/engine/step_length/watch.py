@@ -1,4 +1,6 @@
-"""Watch the length of a run's steps: what is told at each mark of a step, and what follows from it."""
+"""Watch the length of a run's steps: what is told at each mark of a step, and what follows from
+it.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +21,18 @@ from stabmon.records import Overshoot
 
 
 class StepLength:
-    """Tells when steps are too long: see :class:`RateWatch` for when, :class:`StepProbe` for how it is measured.
+    """Tells when steps are too long: see :class:`RateWatch` for when, :class:`StepProbe` for how it
+    is measured.
 
-    Changes nothing: parameters are bit for bit where the optimizer left them, gradients and random generators untouched.
+    Changes nothing: parameters are bit for bit where the optimizer left them, gradients and random
+        generators untouched.
 
     Args:
         model: the model that trains.
         view: its optimizers.
         scheduled: the rate of a group as its scheduler has set it.
-        factors: the share of its scheduled rate that each group used in the newest step, where it is not 1.
+        factors: the share of its scheduled rate that each group used in the newest step, where it
+            is not 1.
         safety: told what fails.
     """
 
@@ -54,7 +59,11 @@ class StepLength:
         self.end()
         if not self._hooks:
             self._watch()
-        now = {group.key: rate for group in self._view.groups() if (rate := self._scheduled(group)) is not None}
+        now = {
+            group.key: rate
+            for group in self._view.groups()
+            if (rate := self._scheduled(group)) is not None
+        }
         factors = self._factors()
         now = {key: rate * factors.get(key, 1.0) for key, rate in now.items()}
         self._used = {key: max(rate, self._used.get(key, 0.0)) for key, rate in now.items()}
@@ -70,20 +79,30 @@ class StepLength:
 
     @safely
     def finish(self, step: int, loss: float | Tensor | None) -> Overshoot | None:
-        """The optimizers have made ``step``; what shows that it, or the one before, was too long."""
+        """The optimizers have made ``step``; what shows that it, or the one before, was too
+        long.
+        """
         factors = self._factors()
         self._used = {key: rate * factors.get(key, 1.0) for key, rate in self._used.items()}
         quality = self._probe.quality(step) if self._probe.active else None
-        if self._probe.active and (how := self.rates.judge(quality, self._used)) is not None and quality is not None:
+        if (
+            self._probe.active
+            and (how := self.rates.judge(quality, self._used)) is not None
+            and quality is not None
+        ):
             found = self._probe.fitting()
             if any(factor < 1 for factor in found.values()):
-                news = self.rates.conclude(step, how, self._used, found, gain_ratio=quality.gain_ratio, rise=quality.rise)
+                news = self.rates.conclude(
+                    step, how, self._used, found, gain_ratio=quality.gain_ratio, rise=quality.rise
+                )
                 return None if how == "brisk" else news
         leapt = self._leap(step, loss)
         return None if leapt is None or not self._used else self.rates.torn(step, leapt, self._used)
 
     def shorten(self, factors: Mapping[str, float]) -> Callable[[], None] | None:
-        """Shorten the step that was just made, by a factor a group; returns what puts it back, None where it was not probed."""
+        """Shorten the step that was just made, by a factor a group; returns what puts it back, None
+        where it was not probed.
+        """
         return self._probe.shorten(factors) if self._probe.active else None
 
     def end(self) -> None:
@@ -98,7 +117,9 @@ class StepLength:
             self._hooks.pop().remove()
 
     def _watch(self) -> None:
-        for optimizer in {id(group.optimizer): group.optimizer for group in self._view.groups()}.values():
+        for optimizer in {
+            id(group.optimizer): group.optimizer for group in self._view.groups()
+        }.values():
             if takes_hooks(optimizer):
                 self._hooks += [
                     optimizer.register_step_pre_hook(lambda stepping, *_: self._steps(stepping)),
@@ -108,12 +129,20 @@ class StepLength:
     @safely
     def _steps(self, optimizer: torch.optim.Optimizer) -> None:
         if self._probe.active:
-            self._probe.before({each.key: each.parameters for each in self._view.groups() if each.optimizer is optimizer})
+            self._probe.before(
+                {
+                    each.key: each.parameters
+                    for each in self._view.groups()
+                    if each.optimizer is optimizer
+                }
+            )
 
     @safely
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         groups = [group for group in self._view.groups() if group.optimizer is optimizer]
-        for group in groups:  # not before the step: a loop may set rates in the closure that it calls
+        for (
+            group
+        ) in groups:  # not before the step: a loop may set rates in the closure that it calls
             rate = self._scheduled(group)
             if rate is not None:
                 self._used[group.key] = rate
@@ -125,7 +154,9 @@ class StepLength:
         self._probe.backward_ended()
 
     def _leap(self, step: int, loss: float | Tensor | None) -> float | None:
-        """A loss on another device is looked at one step later, when reading it waits for nothing."""
+        """A loss on another device is looked at one step later, when reading it waits for
+        nothing.
+        """
         if isinstance(loss, Tensor):
             last, self._last_loss = self._last_loss, loss
             loss = None if last is None else float(last)

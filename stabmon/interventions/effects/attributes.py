@@ -35,7 +35,9 @@ class AttributesChanged(Effect):
         self.changes = []
 
 
-def described(changes: Sequence[tuple[str, str, Any, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def described(
+    changes: Sequence[tuple[str, str, Any, Any]],
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """Before and after by ``layer.attribute``, for the record."""
     before = {f"{layer}.{name}": value for layer, name, value, _ in changes}
     after = {f"{layer}.{name}": value for layer, name, _, value in changes}

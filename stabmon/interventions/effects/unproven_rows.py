@@ -1,4 +1,6 @@
-"""Rows that were scaled without a proof that they make a head's scores: what shows in time that they do not."""
+"""Rows that were scaled without a proof that they make a head's scores: what shows in time that
+they do not.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,19 @@ if TYPE_CHECKING:
     from stabmon.interventions.run.training_run import TrainingRun
 
 SHRUNK = 1 / 8
-"""Share of their norm to which rows have come that cannot have left a score where it was: of another batch it may differ by less."""
+"""Share of their norm to which rows have come that cannot have left a score where it was: of
+another batch it may differ by less.
+"""
 FORWARDS = 3
 """Training forwards that must show the same."""
 
 
 class Unproven:
-    """Compares what is left of rows with what is left of their heads' scores, over as long as it takes.
+    """Compares what is left of rows with what is left of their heads' scores, over as long as it
+    takes.
 
-    One batch's scores differ from another's, so that no single clip is judged by them; rows at an eighth of their norm are.
+    One batch's scores differ from another's, so that no single clip is judged by them; rows at an
+    eighth of their norm are.
 
     Args:
         run: the run.
@@ -35,14 +41,19 @@ class Unproven:
         self._scores = dict(scores)
         self._times = 0
 
-    def judge(self, scores: Mapping[int, float]) -> Literal["unknown", "fell", "doubtful", "in vain"]:
+    def judge(
+        self, scores: Mapping[int, float]
+    ) -> Literal["unknown", "fell", "doubtful", "in vain"]:
         """Take the largest scores of a step's forwards, by head; all ranks must call this.
 
         Returns:
-            "fell" once a score has come to half of the largest seen so far, "in vain" once the rows have shrunk and enough forwards
-            have shown that no score has fallen, "doubtful" before it is enough.
+            "fell" once a score has come to half of the largest seen so far, "in vain" once the rows
+            have shrunk and enough forwards have shown that no score has fallen, "doubtful" before
+            it is enough.
         """
-        highest = {head: max(score, self._scores.get(head, score)) for head, score in scores.items()}
+        highest = {
+            head: max(score, self._scores.get(head, score)) for head, score in scores.items()
+        }
         self._scores |= highest
         if any(score < highest[head] / 2 for head, score in scores.items()):
             return "fell"
@@ -59,4 +70,6 @@ class Unproven:
     @torch.no_grad()
     def _norms(self) -> torch.Tensor:
         """Of what is here of each range; a rank may hold nothing of it."""
-        return torch.stack([rows.view(rows.parameter).detach().float().norm() for rows in self._rows])
+        return torch.stack(
+            [rows.view(rows.parameter).detach().float().norm() for rows in self._rows]
+        )

@@ -28,21 +28,26 @@ NEWEST = 3
 
 
 class HealthyStates:
-    """Keeps the newest state that was healthy before it was taken and for a while after, and has a loss to show for it.
+    """Keeps the newest state that was healthy before it was taken and for a while after, and has a
+    loss to show for it.
 
-    A state is a candidate at first. It counts once ``confirm`` more samples were healthy and the loss has kept to its course: below that of
-    the state that is kept, and no higher than the best course so far, by more than its noise. So the state in which training began is kept
-    until the run has proven itself better, and a state that was ruined without an alarm never takes its place. Beside the one that is kept
-    a newer candidate waits: two copies at most.
+    A state is a candidate at first. It counts once ``confirm`` more samples were healthy and the
+    loss has kept to its course: below that of the state that is kept, and no higher than the best
+    course so far, by more than its noise. So the state in which training began is kept until the
+    run has proven itself better, and a state that was ruined without an alarm never takes its
+    place. Beside the one that is kept a newer candidate waits: two copies at most.
 
     Args:
         run: the run.
         every: samples between candidates.
         confirm: healthy samples after which a candidate may count.
-        memory_gb: host memory that both copies may take together; above it they go to ``run.run_dir``, or nowhere.
+        memory_gb: host memory that both copies may take together; above it they go to
+            ``run.run_dir``, or nowhere.
     """
 
-    def __init__(self, run: TrainingRun, *, every: int = 4, confirm: int = 2, memory_gb: float = 8.0) -> None:
+    def __init__(
+        self, run: TrainingRun, *, every: int = 4, confirm: int = 2, memory_gb: float = 8.0
+    ) -> None:
         self.run = run
         self.every, self.confirm, self.memory_gb = every, confirm, memory_gb
         self._healthy: Snapshot | Path | None = None
@@ -69,7 +74,9 @@ class HealthyStates:
         return self._healthy
 
     def offer(self, healthy: bool) -> None:
-        """Say after each sampled step whether the run is healthy: loss and gradients finite, and nothing under way that may ruin it."""
+        """Say after each sampled step whether the run is healthy: loss and gradients finite, and
+        nothing under way that may ruin it.
+        """
         if not healthy:
             self._drop(self._candidate)
             self._candidate = None
@@ -88,26 +95,46 @@ class HealthyStates:
         self._candidate, self._age, self._left_behind = None, 0, self.run.step
 
     def why_not(self, snapshot: Snapshot) -> str:
-        """Why the run would be worse off in a state than where it stands; empty where it would not, or nobody can say."""
+        """Why the run would be worse off in a state than where it stands; empty where it would not,
+        or nobody can say.
+        """
         now, best, noise = self._course()
         if not math.isfinite(now) or not math.isfinite(best) or now > best + noise:
             return ""
-        if any(not bool(tensor.isfinite().all()) for _, tensor in named_tensors(self.run) if tensor.is_floating_point()):
+        if any(
+            not bool(tensor.isfinite().all())
+            for _, tensor in named_tensors(self.run)
+            if tensor.is_floating_point()
+        ):
             return ""
         return (
-            f"the run stands no worse than it ever did (loss {now:.3g}, its best course {best:.3g}): the state after step "
+            f"the run stands no worse than it ever did (loss {now:.3g}, its best course "
+            f"{best:.3g}): the state after step "
             f"{snapshot.step} would only cost {self.run.step - snapshot.step} steps"
         )
 
     def describe(self, snapshot: Snapshot) -> str:
         """What the run is put back to and why, in words."""
         now, best, _ = self._course()
-        which = "the state in which training began" if snapshot.step == 0 else f"the state after step {snapshot.step}"
-        stands = "where the loss is not finite" if not math.isfinite(now) else f"loss {now:.3g} after a course of {best:.3g}"
-        return f"back to {which}, {self.run.step - snapshot.step} steps ago: the run stands at {stands}"
+        which = (
+            "the state in which training began"
+            if snapshot.step == 0
+            else f"the state after step {snapshot.step}"
+        )
+        stands = (
+            "where the loss is not finite"
+            if not math.isfinite(now)
+            else f"loss {now:.3g} after a course of {best:.3g}"
+        )
+        return (
+            f"back to {which}, {self.run.step - snapshot.step} steps ago: the run stands at "
+            f"{stands}"
+        )
 
     def _is_proven(self) -> bool:
-        """Whether the loss since the candidate is below that at the state that is kept, and has kept to its best course."""
+        """Whether the loss since the candidate is below that at the state that is kept, and has
+        kept to its best course.
+        """
         now, best, noise = self._course()
         losses = self._losses()
         if len(losses) < 2:
@@ -117,10 +144,14 @@ class HealthyStates:
         return lower and now <= best + noise
 
     def _course(self) -> tuple[float, float, float]:
-        """(median of the newest losses, lowest such median so far, their noise); NaN where no loss is known."""
+        """(median of the newest losses, lowest such median so far, their noise); NaN where no loss
+        is known.
+        """
         losses = self._losses()[:, 1]
         found = self.run.history.overshoot
-        torn_now = found is not None and found.step == self.run.step and found.how in ("torn", "leap")
+        torn_now = (
+            found is not None and found.step == self.run.step and found.how in ("torn", "leap")
+        )
         newest = [loss for _, loss in self.run.history.losses[-1 if torn_now else -NEWEST :]]
         if len(losses) < 2 or not newest:
             return math.nan, math.nan, 0.0
@@ -143,19 +174,25 @@ class HealthyStates:
         if 2 * snapshot_bytes(self.run) <= self.memory_gb * 1e9:
             return snapshot
         if self.run.run_dir is None:
-            raise MemoryError(f"two copies of the run are more than memory_gb {self.memory_gb:g}: raise it, or give a run_dir")
+            raise MemoryError(
+                f"two copies of the run are more than memory_gb {self.memory_gb:g}: raise it, or "
+                "give a run_dir"
+            )
         self.run.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run.run_dir / f"{name}-{snapshot.step}-rank{_rank()}.pt"
         snapshot.save(path)
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Name of the healthy state's file in the run's folder: plain values. One in memory does not outlive the process."""
+        """Name of the healthy state's file in the run's folder: plain values. One in memory does
+        not outlive the process.
+        """
         return {"healthy": self._healthy.name if isinstance(self._healthy, Path) else None}
 
     @staticmethod
     def parse_state(state: Mapping[str, Any] | Stored, run_dir: Path | None) -> Path | None:
-        """Find the file of a healthy state: one of ours that lies in the run's own folder. What a state names elsewhere is left out.
+        """Find the file of a healthy state: one of ours that lies in the run's own folder. What a
+        state names elsewhere is left out.
 
         Raises:
             ValueError: if it is no state of this.
@@ -166,7 +203,10 @@ class HealthyStates:
             return None
         path = None if run_dir is None else _inside(run_dir, named)
         if path is None:
-            healthy.leave_out(f"{named!r} is no file of a healthy state in the run's own folder {run_dir}, and is not looked at")
+            healthy.leave_out(
+                f"{named!r} is no file of a healthy state in the run's own folder {run_dir}, and "
+                "is not looked at"
+            )
         return path
 
     def take_up(self, healthy: Path | None) -> None:
@@ -188,7 +228,8 @@ class HealthyStates:
         if 2 * snapshot_bytes(self.run) > self.memory_gb * 1e9 and self.run.run_dir is None:
             if not self._said:
                 logger.warning(
-                    "No state is kept to roll back to: two copies need more than memory_gb %g, and there is no run_dir",
+                    "No state is kept to roll back to: two copies need more than memory_gb %g, "
+                    "and there is no run_dir",
                     self.memory_gb,
                 )
             self._said = True
@@ -202,10 +243,14 @@ class HealthyStates:
 
 
 def _inside(run_dir: Path, named: str) -> Path | None:
-    """The file of that name in ``run_dir``; None where it is none of ours, lies or leads elsewhere, or is not there."""
+    """The file of that name in ``run_dir``; None where it is none of ours, lies or leads elsewhere,
+    or is not there.
+    """
     given = Path(named)
     try:
-        if len(given.parts) > 1 and given.parent.resolve() != run_dir.resolve():  # states of before version 1 hold the whole path
+        if (
+            len(given.parts) > 1 and given.parent.resolve() != run_dir.resolve()
+        ):  # states of before version 1 hold the whole path
             return None
         path = run_dir / given.name
         ours = re.fullmatch(r"[a-z-]+-\d+-rank\d+\.pt", given.name) is not None
@@ -215,4 +260,8 @@ def _inside(run_dir: Path, named: str) -> Path | None:
 
 
 def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+    return (
+        torch.distributed.get_rank()
+        if torch.distributed.is_available() and torch.distributed.is_initialized()
+        else 0
+    )

@@ -1,4 +1,6 @@
-"""Factors on the learning rates that no scheduler undoes: there during the optimizer's step and at no other time."""
+"""Factors on the learning rates that no scheduler undoes: there during the optimizer's step and at
+no other time.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ logger = logging.getLogger("stabmon")
 
 
 def step_hook(act: Callable[[], None]) -> Callable[..., None]:
-    """A hook for an optimizer's step that does ``act`` and never raises into the step: what fails is told once, and not done again."""
+    """A hook for an optimizer's step that does ``act`` and never raises into the step: what fails
+    is told once, and not done again.
+    """
     failed = False
 
     def hook(*_: Any) -> None:
@@ -25,7 +29,11 @@ def step_hook(act: Callable[[], None]) -> Callable[..., None]:
             act()
         except Exception as error:
             failed = True
-            logger.error("A held intervention failed at the optimizer's step and is left out: %s", error, exc_info=error)
+            logger.error(
+                "A held intervention failed at the optimizer's step and is left out: %s",
+                error,
+                exc_info=error,
+            )
 
     return hook
 
@@ -35,24 +43,31 @@ Ceilings = Mapping[str, float | Callable[[], float]] | Callable[[ParameterGroup]
 
 
 class LearningRates:
-    """Changes the rates of parameter groups right before their optimizer steps and puts the same objects back right after.
+    """Changes the rates of parameter groups right before their optimizer steps and puts the same
+    objects back right after.
 
-    The rate used of a group is ``min(scheduled * factors, ceilings) * ramps``: factors and ramps multiply, ceilings do not add up, and
-    a warm-up (a ramp) takes its whole length also under a ceiling.
+    The rate used of a group is ``min(scheduled * factors, ceilings) * ramps``: factors and ramps
+    multiply, ceilings do not add up, and a warm-up (a ramp) takes its whole length also under a
+    ceiling.
 
-    Schedulers, checkpoints and loggers see the rates that they themselves set. The step hooks are in the optimizers only
-    while somebody holds something; they come in a pair also where a gradient scaler skips steps (then neither is called) and
-    where the step takes a closure (rates are read after it). A step that raises is mended before the next one.
+    Schedulers, checkpoints and loggers see the rates that they themselves set. The step hooks are
+    in the optimizers only while somebody holds something; they come in a pair also where a gradient
+    scaler skips steps (then neither is called) and where the step takes a closure (rates are read
+    after it). A step that raises is mended before the next one.
 
     Args:
-        optimizers: all of the run, as :func:`~stabmon._torch.optimizer_adapter.innermost` lists them; those that take no hooks keep their rates.
-        on_gradients: given what is to be called when gradients are ready, which may be in the middle of a step; returns what ends that.
+        optimizers: all of the run, as :func:`~stabmon._torch.optimizer_adapter.innermost` lists
+            them; those that take no hooks keep their rates.
+        on_gradients: given what is to be called when gradients are ready, which may be in the
+            middle of a step; returns what ends that.
     """
 
     def __init__(
         self,
         optimizers: Sequence[Any],
-        on_gradients: Callable[[Callable[[], None]], Callable[[], None]] = lambda call: lambda: None,
+        on_gradients: Callable[[Callable[[], None]], Callable[[], None]] = lambda call: (
+            lambda: None
+        ),
     ) -> None:
         self._optimizers = list(optimizers)
         self._on_gradients = on_gradients
@@ -71,12 +86,16 @@ class LearningRates:
 
     @property
     def in_use(self) -> dict[str, float]:
-        """The share of its scheduled rate that each group used in its newest step, by key; groups at 1 are left out."""
+        """The share of its scheduled rate that each group used in its newest step, by key; groups
+        at 1 are left out.
+        """
         return {key: share for key, share in self._in_use.items() if share != 1}
 
     def groups(self) -> list[ParameterGroup]:
         """Every parameter group whose rate can be changed."""
-        return [group for group in parameter_groups(self._optimizers) if takes_hooks(group.optimizer)]
+        return [
+            group for group in parameter_groups(self._optimizers) if takes_hooks(group.optimizer)
+        ]
 
     def scheduled(self, group: ParameterGroup) -> float | None:
         """The rate that the scheduler has set, also in the middle of a step."""
@@ -98,14 +117,18 @@ class LearningRates:
         return self._add(self._ramps if ramp else self._factors, lambda _: factor())
 
     def hold_groups(self, factors: Factors, *, ramp: bool = False) -> Callable[[], None]:
-        """Multiply the rates of some groups, each by its own factor: by key, or by a function that gives None for the others.
+        """Multiply the rates of some groups, each by its own factor: by key, or by a function that
+        gives None for the others.
 
-        Groups named by key are known by their parameters from then on, also where the optimizer's groups are made anew.
+        Groups named by key are known by their parameters from then on, also where the optimizer's
+        groups are made anew.
         """
         return self._add(self._ramps if ramp else self._factors, self._by_parameter(factors))
 
     def cap(self, ceilings: Ceilings) -> Callable[[], None]:
-        """Use no rate above the ceiling of its group: by key, or by a function that gives None for groups that have none."""
+        """Use no rate above the ceiling of its group: by key, or by a function that gives None for
+        groups that have none.
+        """
         return self._add(self._ceilings, self._by_parameter(ceilings))
 
     def _add(self, held: list[_ByGroup], each: _ByGroup) -> Callable[[], None]:
@@ -115,8 +138,12 @@ class LearningRates:
             for optimizer in filter(takes_hooks, self._optimizers):
                 at = id(optimizer)
                 self._hooks += [
-                    optimizer.register_step_pre_hook(step_hook(functools.partial(self._change, at))),
-                    optimizer.register_step_post_hook(step_hook(functools.partial(self._restore, at))),
+                    optimizer.register_step_pre_hook(
+                        step_hook(functools.partial(self._change, at))
+                    ),
+                    optimizer.register_step_post_hook(
+                        step_hook(functools.partial(self._restore, at))
+                    ),
                 ]
 
         def release() -> None:
@@ -133,7 +160,9 @@ class LearningRates:
         return release
 
     def _again(self) -> None:
-        """In the middle of a step: change rates that were set since it began, as by the closure that the step calls."""
+        """In the middle of a step: change rates that were set since it began, as by the closure
+        that the step calls.
+        """
         for at, saved in list(self._saved.items()):
             if any(group.settings.get("lr") is not used for group, _, used in saved):
                 self._change(at)
@@ -141,13 +170,21 @@ class LearningRates:
     def _share(self, group: ParameterGroup) -> float:
         share = _product(self._factors, group)
         ceilings = [most for ceiling in self._ceilings if (most := ceiling(group)) is not None]
-        if ceilings and (rate := self.scheduled(group)) is not None and rate * share > min(ceilings):
+        if (
+            ceilings
+            and (rate := self.scheduled(group)) is not None
+            and rate * share > min(ceilings)
+        ):
             share = min(ceilings) / rate
         return share * _product(self._ramps, group)
 
     def _change(self, at: int) -> None:
         self._restore(at)
-        groups = [group for group in self.groups() if id(group.optimizer) == at and group.settings.get("lr") is not None]
+        groups = [
+            group
+            for group in self.groups()
+            if id(group.optimizer) == at and group.settings.get("lr") is not None
+        ]
         shares = [self._share(group) for group in groups]  # of all before any is changed
         for group, share in zip(groups, shares, strict=True):
             scheduled = group.settings["lr"]
@@ -163,14 +200,26 @@ class LearningRates:
     def _by_parameter(self, given: Factors | Ceilings) -> _ByGroup:
         if callable(given):
             return lambda group: given(group)  # of its own, so that each hold ends by itself
-        members = [(each, given[group.key]) for group in self.groups() if group.key in given for each in group.parameters]
+        members = [
+            (each, given[group.key])
+            for group in self.groups()
+            if group.key in given
+            for each in group.parameters
+        ]
         values = {
             id(each): (each, value) for each, value in members
         }  # held with the parameter: a number is used again once it is gone
 
         def of_group(group: ParameterGroup) -> float | None:
-            own = {id(entry[1]): entry[1] for each in group.parameters if (entry := values.get(id(each))) is not None}
-            return min((float(value() if callable(value) else value) for value in own.values()), default=None)
+            own = {
+                id(entry[1]): entry[1]
+                for each in group.parameters
+                if (entry := values.get(id(each))) is not None
+            }
+            return min(
+                (float(value() if callable(value) else value) for value in own.values()),
+                default=None,
+            )
 
         return of_group
 

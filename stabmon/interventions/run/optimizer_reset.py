@@ -1,4 +1,6 @@
-"""Let an optimizer begin anew on weights that are those of a fresh model: without what it knew of gradients, and with a warm-up."""
+"""Let an optimizer begin anew on weights that are those of a fresh model: without what it knew of
+gradients, and with a warm-up.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,42 @@ if TYPE_CHECKING:
     from stabmon.interventions.run.training_run import TrainingRun
 
 MOMENTS = (
-    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mu_product", "momentum_buffer", "step"),
-    *("square_avg", "grad_avg", "acc_delta", "exp_avg_sq_row", "exp_avg_sq_col", "row_var", "col_var", "variance"),
+    *(
+        "exp_avg",
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "exp_inf",
+        "mu_product",
+        "momentum_buffer",
+        "step",
+    ),
+    *(
+        "square_avg",
+        "grad_avg",
+        "acc_delta",
+        "exp_avg_sq_row",
+        "exp_avg_sq_col",
+        "row_var",
+        "col_var",
+        "variance",
+    ),
 )
-"""What optimizers call running averages of gradients, and the count of steps that corrects their bias."""
+"""What optimizers call running averages of gradients, and the count of steps that corrects their
+bias.
+"""
 
 
 class Anew:
     r"""Every moment of the optimizers set to where training begins, and the rate warmed up.
 
-    The warm-up takes :math:`2 / (1 - \beta_2)` steps, which is what averages of squares need to fill, but no more than have been made.
-    The tensors of before are kept until training has moved on. A run without a torch optimizer has nothing to forget.
+    The warm-up takes :math:`2 / (1 - \beta_2)` steps, which is what averages of squares need to
+    fill, but no more than have been made. The tensors of before are kept until training has moved
+    on. A run without a torch optimizer has nothing to forget.
 
     Args:
         run: the run.
-        first: the step at which it began, where it is taken up again after a restart: then only what is left of the warm-up is held.
+        first: the step at which it began, where it is taken up again after a restart: then only
+            what is left of the warm-up is held.
 
     Source:
         Ma & Yarats 2019, arXiv:1910.04209 (untuned linear warm-up of Adam).
@@ -48,7 +71,14 @@ class Anew:
         if squares:
             self.steps = max(1, min(self.steps, round(2 / (1 - min(float(max(squares)), 0.99999)))))
         if first is None:
-            self._forget([entries for each in run.optimizers for entries in state_of(each).values() if entries])
+            self._forget(
+                [
+                    entries
+                    for each in run.optimizers
+                    for entries in state_of(each).values()
+                    if entries
+                ]
+            )
         if self._factor() < 1:
             self._end = run.rates.hold(self._factor, ramp=True)
 
@@ -78,4 +108,8 @@ class Anew:
                 if name in entries:
                     value, start = entries[name], 1.0 if name == "mu_product" else 0.0
                     self._saved.append((entries, name, value))
-                    entries[name] = torch.full_like(value, start) if isinstance(value, Tensor) else type(value)(start)
+                    entries[name] = (
+                        torch.full_like(value, start)
+                        if isinstance(value, Tensor)
+                        else type(value)(start)
+                    )

@@ -13,15 +13,18 @@ from stabmon.engine.gradients import is_sharded
 from stabmon.projections.head_rows import QueryKey, Rows
 
 STEPS = 8
-"""Newest steps that count. Of the heads of a small Llama, held at a target while Muon made their scores 3% larger a step, some were seen
-above 1.3 times the target in 4 of 200 steps where the newest step alone counted, and in none with eight."""
+"""Newest steps that count. Of the heads of a small Llama, held at a target while Muon made their
+scores 3% larger a step, some were seen above 1.3 times the target in 4 of 200 steps where the
+newest step alone counted, and in none with eight."""
 
 
 class RecentScores:
-    """Carries the scores of a step on by what the norms of their rows have changed since, clips included.
+    """Carries the scores of a step on by what the norms of their rows have changed since, clips
+    included.
 
-    A batch is small, so that its largest score is now well below and now well above what the weights allow: a head that is clipped by
-    the newest alone is found far above its aim by another batch some steps later.
+    A batch is small, so that its largest score is now well below and now well above what the
+    weights allow: a head that is clipped by the newest alone is found far above its aim by another
+    batch some steps later.
     """
 
     def __init__(self) -> None:
@@ -33,18 +36,24 @@ class RecentScores:
 
     def look(self, layer: str, parts: QueryKey) -> None:
         """Attention of ``layer`` is under way; of weights in shards nothing is kept."""
-        if layer not in self._seen and not any(is_sharded(rows.parameter) for rows in parts.query[0]):
+        if layer not in self._seen and not any(
+            is_sharded(rows.parameter) for rows in parts.query[0]
+        ):
             self._seen[layer] = _norms(parts)
 
-    def add(self, scores: Mapping[str, np.ndarray], parts: Mapping[str, QueryKey]) -> dict[str, np.ndarray]:
-        """Take a step's largest scores after the optimizer has stepped, and give those of the newest steps.
+    def add(
+        self, scores: Mapping[str, np.ndarray], parts: Mapping[str, QueryKey]
+    ) -> dict[str, np.ndarray]:
+        """Take a step's largest scores after the optimizer has stepped, and give those of the
+        newest steps.
 
         Args:
             scores: ``[n]`` of the first n heads, by layer.
             parts: what makes queries and keys, by layer.
 
         Returns:
-            The same, as they would be with the weights of now. One that is not finite stays as it is.
+            The same, as they would be with the weights of now. One that is not finite stays as it
+            is.
         """
         seen, self._seen = self._seen, {}
         layers = [layer for layer in scores if layer in seen and layer in parts]
@@ -54,13 +63,23 @@ class RecentScores:
         ratios = [_ratio(seen[layer], self._at.get(layer, seen[layer])) for layer in layers]
         ratios += [_ratio(now[layer], seen[layer]) for layer in layers]
         sizes = [len(each) for each in ratios]
-        host = [part.numpy() for part in torch.cat([each.to(ratios[0].device) for each in ratios]).double().cpu().split(sizes)]
+        host = [
+            part.numpy()
+            for part in torch.cat([each.to(ratios[0].device) for each in ratios])
+            .double()
+            .cpu()
+            .split(sizes)
+        ]
         self._at |= now
         found = dict(scores)
-        for layer, since, step in zip(layers, host[: len(layers)], host[len(layers) :], strict=True):
+        for layer, since, step in zip(
+            layers, host[: len(layers)], host[len(layers) :], strict=True
+        ):
             new, n = scores[layer], len(scores[layer])
             old = [each * since[:n] for each in self._kept.get(layer, ())]
-            together = [each * step[:n] for each in (*old, np.where(np.isfinite(new), new, -np.inf))]
+            together = [
+                each * step[:n] for each in (*old, np.where(np.isfinite(new), new, -np.inf))
+            ]
             self._kept[layer] = deque(together, maxlen=STEPS)
             found[layer] = np.where(np.isfinite(new), np.max(self._kept[layer], axis=0), new)
         return found

@@ -26,7 +26,8 @@ class SavedAct:
 
     @classmethod
     def parse(cls, saved: Stored) -> SavedAct | None:
-        """Read one act. None, and left out, where no intervention of its name is known any more; so is a setting that is not.
+        """Read one act. None, and left out, where no intervention of its name is known any more; so
+        is a setting that is not.
 
         Raises:
             ValueError: if it is no act's state, naming the place.
@@ -34,13 +35,23 @@ class SavedAct:
         name, settings = saved["intervention"].text(), dict(saved["settings"].mapping())
         active, effect = saved["active"].flag(), saved["effect"]
         issues = [stored_issue(each) for each in saved["issues"].parts()]
-        state = {"step": saved["step"].integer(), "record": saved["record"].mapping(), "effect": effect.mapping()}
+        state = {
+            "step": saved["step"].integer(),
+            "record": saved["record"].mapping(),
+            "effect": effect.mapping(),
+        }
         why = saved["why"].text()
-        by_hand, for_one_step = (saved.get(each, False).flag() for each in ("by_hand", "for_one_step"))
+        by_hand, for_one_step = (
+            saved.get(each, False).flag() for each in ("by_hand", "for_one_step")
+        )
         if name not in INTERVENTIONS:
             saved.leave_out(f"no intervention {name!r} is known any more")
             return None
-        kinds = {f.name: f.default for f in fields(INTERVENTIONS[name]) if f.name not in ("issues", "why")}
+        kinds = {
+            f.name: f.default
+            for f in fields(INTERVENTIONS[name])
+            if f.name not in ("issues", "why")
+        }
         for each in settings.keys() - kinds.keys():
             saved["settings"][each].leave_out(f"{name} has no such setting any more")
             del settings[each]
@@ -56,14 +67,18 @@ class SavedAct:
         return cls(act, state, active, by_hand, for_one_step)
 
     def take_up(self, run: TrainingRun) -> None:
-        """Apply it again; where it no longer fits, or was over, it only counts among what was tried. Does not raise."""
+        """Apply it again; where it no longer fits, or was over, it only counts among what was
+        tried. Does not raise.
+        """
         applied = None
         try:
             applied = self.act.resume(run, self.state) if self.active else None
         except CannotApply as error:
             logger.warning("%s is not held any longer: %s", self.act.name, error.reason)
         except Exception as error:
-            logger.error("%s failed and is not held any longer: %s", self.act.name, error, exc_info=error)
+            logger.error(
+                "%s failed and is not held any longer: %s", self.act.name, error, exc_info=error
+            )
         applied = applied or self.act.ended(run, self.state)
         applied.by_hand = self.by_hand
         if applied.active and self.for_one_step:

@@ -1,4 +1,6 @@
-"""Run the newest step's batch again, without a trace, to see what an intervention has really done to the scores."""
+"""Run the newest step's batch again, without a trace, to see what an intervention has really done
+to the scores.
+"""
 
 from __future__ import annotations
 
@@ -25,23 +27,32 @@ def can_replay(run: TrainingRun) -> bool:
 
 
 def replay(run: TrainingRun, on_call: Callable[[AttentionCall], None]) -> None:
-    """Show ``on_call`` every attention call of the newest step's first forward, on the parameters as they are now."""
-    with run.forwards[0].again(run.model) as forward, AttentionCapture(run.model, on_call, thorough=True):
+    """Show ``on_call`` every attention call of the newest step's first forward, on the parameters
+    as they are now.
+    """
+    with (
+        run.forwards[0].again(run.model) as forward,
+        AttentionCapture(run.model, on_call, thorough=True),
+    ):
         forward()
 
 
 def deepest_first(layers: Sequence[str], seen: Sequence[str]) -> list[str]:
-    """The layers in the order in which each can be changed and judged without those still to come seeing anything of it.
+    """The layers in the order in which each can be changed and judged without those still to come
+    seeing anything of it.
 
     Args:
         layers: some layers.
-        seen: all layers in the order in which they attend; a layer that is not among them comes first.
+        seen: all layers in the order in which they attend; a layer that is not among them comes
+            first.
     """
     return sorted(layers, key=lambda layer: -seen.index(layer) if layer in seen else -len(seen))
 
 
 def replayed_scores(run: TrainingRun) -> dict[str, np.ndarray]:
-    """The largest score of each head, ``[H]`` by layer, without position bias; empty where nothing can be replayed."""
+    """The largest score of each head, ``[H]`` by layer, without position bias; empty where nothing
+    can be replayed.
+    """
     if not can_replay(run):
         return {}
     found: dict[str, np.ndarray] = {}
@@ -54,7 +65,9 @@ def replayed_scores(run: TrainingRun) -> dict[str, np.ndarray]:
 
 
 def largest_scores(call: AttentionCall) -> Tensor:
-    """``[H]`` largest score of each head, before softcap and position bias; -inf for a head whose rows see nothing."""
+    """``[H]`` largest score of each head, before softcap and position bias; -inf for a head whose
+    rows see nothing.
+    """
     operator = operator_of(call)
     if operator.visibility.is_bias and call.mask is not None and call.query is not None:
         summary = operator.visibility.summary

@@ -9,14 +9,17 @@ from stabmon.records import StabilityIssue
 from stabmon.rules.evidence.baselines import PAST_READINGS
 
 FORMATS = {"float16": 65504.0 / 4, "bfloat16": 3.0e38, "float32": 3.0e38}
-"""q·k, before the scale, that a head may reach in a format: a quarter of where float16 overflows."""
+"""q·k, before the scale, that a head may reach in a format: a quarter of where float16
+overflows.
+"""
 
 
 def own_past(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:
     """A head's largest score before it grew; NaN where that is not known, or was never better.
 
-    Before it grew is where the issue says that it began, or where the head's score was last at or below the level that the issue was
-    measured against (or below half of what it is now, where the issue names none); of the readings up to there the newest five count.
+    Before it grew is where the issue says that it began, or where the head's score was last at or
+    below the level that the issue was measured against (or below half of what it is now, where the
+    issue names none); of the readings up to there the newest five count.
 
     Args:
         run: the run.
@@ -24,14 +27,25 @@ def own_past(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -
         head: the head, where the issue names its layer alone.
     """
     head = issue.head if issue.head is not None else head
-    if issue.layer is None or head is None or issue.layer not in run.history.layers or issue.evidence.get("from_the_start"):
+    if (
+        issue.layer is None
+        or head is None
+        or issue.layer not in run.history.layers
+        or issue.evidence.get("from_the_start")
+    ):
         return float("nan")
     scores = run.history.signal("max_logit")[:, run.history.of_layer(issue.layer)][:, head]
     if "since_step" in issue.evidence:
         before = np.flatnonzero(run.history.steps <= issue.evidence["since_step"])
-        return float(np.nanmax(scores[: before[-1] + 1][-PAST_READINGS:])) if len(before) else float("nan")
+        return (
+            float(np.nanmax(scores[: before[-1] + 1][-PAST_READINGS:]))
+            if len(before)
+            else float("nan")
+        )
     times = issue.evidence.get("times_own_past", issue.evidence.get("score_times_own_past"))
-    now = issue.evidence.get("max_logit", issue.value if issue.issue_type == "logit_growth" else scores[-1])
+    now = issue.evidence.get(
+        "max_logit", issue.value if issue.issue_type == "logit_growth" else scores[-1]
+    )
     known = isinstance(times, (int, float)) and np.isfinite(times) and times > 1
     level = 1.001 * now / times if known else now / 2
     before = np.flatnonzero(scores <= level)

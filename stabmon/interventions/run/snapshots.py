@@ -24,7 +24,9 @@ SNAPSHOT_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Parameters, buffers, optimizer state, scheduler and gradient scaler after one optimizer step; of this rank's shards."""
+    """Parameters, buffers, optimizer state, scheduler and gradient scaler after one optimizer step;
+    of this rank's shards.
+    """
 
     step: int
     tensors: Mapping[str, Tensor]
@@ -43,8 +45,13 @@ class Snapshot:
         return cls(
             step=run.step,
             tensors={name: _copied(tensor) for name, tensor in named_tensors(run)},
-            optimizer=[{k: _copied(v) for k, v in state.get(p, {}).items()} for p, state in _stepped(run)],
-            groups=[{k: _copied(v) for k, v in group.settings.items() if k != "params"} for group in run.groups],
+            optimizer=[
+                {k: _copied(v) for k, v in state.get(p, {}).items()} for p, state in _stepped(run)
+            ],
+            groups=[
+                {k: _copied(v) for k, v in group.settings.items() if k != "params"}
+                for group in run.groups
+            ],
             scheduler=[_copied(each.state_dict()) for each in run.schedulers],
             scaler=_copied(run.grad_scaler.state_dict()) if run.grad_scaler is not None else None,
         )
@@ -55,13 +62,18 @@ class Snapshot:
 
         Args:
             run: the run that it was taken of.
-            schedule: also the scheduler, and the groups' rates and other settings; without, they stay where they are now.
+            schedule: also the scheduler, and the groups' rates and other settings; without, they
+                stay where they are now.
         """
         for name, tensor in named_tensors(run):
             if name in self.tensors:
                 local(tensor.detach()).copy_(self.tensors[name])
         for (parameter, state), saved in zip(_stepped(run), self.optimizer, strict=True):
-            _restore_entries(state[parameter] if saved or parameter in state else {}, saved, local(parameter).device)
+            _restore_entries(
+                state[parameter] if saved or parameter in state else {},
+                saved,
+                local(parameter).device,
+            )
             if not saved:
                 state.pop(parameter, None)
         if schedule:
@@ -75,7 +87,9 @@ class Snapshot:
     def save(self, path: Path) -> None:
         """Write it to a file, that is there as a whole or not at all."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        replace_whole(path, lambda fresh: torch.save({"version": SNAPSHOT_VERSION, **values}, fresh))
+        replace_whole(
+            path, lambda fresh: torch.save({"version": SNAPSHOT_VERSION, **values}, fresh)
+        )
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
@@ -93,14 +107,27 @@ class Snapshot:
                 return cls(**values)
         except Exception as error:  # what torch raises for a damaged file is of many kinds
             words = str(error).partition("\n")[0]
-            raise ValueError(f"{path} holds no state to go back to ({type(error).__name__}: {words})") from error
-        raise ValueError(f"{path} is of version {version}, but this stabmon reads {SNAPSHOT_VERSION}: update stabmon")
+            raise ValueError(
+                f"{path} holds no state to go back to ({type(error).__name__}: {words})"
+            ) from error
+        raise ValueError(
+            f"{path} is of version {version}, but this stabmon reads {SNAPSHOT_VERSION}: update "
+            "stabmon"
+        )
 
 
 def snapshot_bytes(run: TrainingRun) -> int:
     """How large a snapshot would be now."""
-    state = [value for p, state in _stepped(run) for value in state.get(p, {}).values() if isinstance(value, Tensor)]
-    return sum(local(t).numel() * t.element_size() for t in [*(tensor for _, tensor in named_tensors(run)), *state])
+    state = [
+        value
+        for p, state in _stepped(run)
+        for value in state.get(p, {}).values()
+        if isinstance(value, Tensor)
+    ]
+    return sum(
+        local(t).numel() * t.element_size()
+        for t in [*(tensor for _, tensor in named_tensors(run)), *state]
+    )
 
 
 def named_tensors(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
@@ -113,7 +140,9 @@ def named_tensors(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stepped(run: TrainingRun) -> list[tuple[Tensor, Any]]:
-    """Each parameter of each optimizer, beside that optimizer's whole state, which may hold nothing of it yet."""
+    """Each parameter of each optimizer, beside that optimizer's whole state, which may hold nothing
+    of it yet.
+    """
     return [(each, state_of(group.optimizer)) for group in run.groups for each in group.parameters]
 
 
@@ -128,13 +157,26 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _restore_entries(entries: dict[str, Any], saved: Mapping[str, Any], device: torch.device) -> None:
-    """Make an optimizer's state of one parameter what was saved, in its own tensors where they are still there."""
+def _restore_entries(
+    entries: dict[str, Any], saved: Mapping[str, Any], device: torch.device
+) -> None:
+    """Make an optimizer's state of one parameter what was saved, in its own tensors where they are
+    still there.
+    """
     for name in set(entries) - set(saved):
         del entries[name]
     for name, value in saved.items():
         now = entries.get(name)
-        if isinstance(value, Tensor) and isinstance(now, Tensor) and local(now).shape == value.shape and now.dtype == value.dtype:
+        if (
+            isinstance(value, Tensor)
+            and isinstance(now, Tensor)
+            and local(now).shape == value.shape
+            and now.dtype == value.dtype
+        ):
             local(now).copy_(value)
         else:
-            entries[name] = value.to(device, copy=True) if isinstance(value, Tensor) and value.ndim else _copied(value)
+            entries[name] = (
+                value.to(device, copy=True)
+                if isinstance(value, Tensor) and value.ndim
+                else _copied(value)
+            )

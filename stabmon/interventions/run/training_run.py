@@ -1,4 +1,6 @@
-"""What an intervention may touch of a training run, and the marks of a step at which a held one is called."""
+"""What an intervention may touch of a training run, and the marks of a step at which a held one is
+called.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from stabmon._torch.optimizer_adapter import ParameterGroup, innermost, parameter_groups, takes_hooks
+from stabmon._torch.optimizer_adapter import (
+    ParameterGroup,
+    innermost,
+    parameter_groups,
+    takes_hooks,
+)
 from stabmon.capture import clean_name
 from stabmon.interventions.base import Applied, CannotApply
 from stabmon.interventions.run.learning_rates import LearningRates
@@ -31,18 +38,28 @@ Mark = Literal["attention", "before_optimizer_step", "on_step"]
 class Marks:
     """Callbacks of held interventions at the marks of a step.
 
-    - ``attention``, with the :class:`~stabmon.records.AttentionCall`: in each training forward, once for every attention call.
-    - ``before_optimizer_step``: gradients are ready, parameters not yet stepped; once for each optimizer that steps.
+    - ``attention``, with the :class:`~stabmon.records.AttentionCall`: in each training forward,
+      once for every attention call.
+    - ``before_optimizer_step``: gradients are ready, parameters not yet stepped; once for each
+      optimizer that steps.
     - ``on_step``: the optimizer has stepped, the next forward has not begun.
 
     A callback that raises is told of and taken out; the others go on.
     """
 
     def __init__(self) -> None:
-        self._callbacks: dict[Mark, list[Callable[..., None]]] = {"attention": [], "before_optimizer_step": [], "on_step": []}
+        self._callbacks: dict[Mark, list[Callable[..., None]]] = {
+            "attention": [],
+            "before_optimizer_step": [],
+            "on_step": [],
+        }
 
-    def add(self, mark: Mark, callback: Callable[..., None], *, first: bool = False) -> Callable[[], None]:
-        """Call ``callback`` at ``mark`` from now on, ``first`` or last; returns what takes it out again, which may be called twice."""
+    def add(
+        self, mark: Mark, callback: Callable[..., None], *, first: bool = False
+    ) -> Callable[[], None]:
+        """Call ``callback`` at ``mark`` from now on, ``first`` or last; returns what takes it out
+        again, which may be called twice.
+        """
         self._callbacks[mark].insert(0 if first else len(self._callbacks[mark]), callback)
 
         def remove() -> None:
@@ -52,7 +69,9 @@ class Marks:
         return remove
 
     def wants(self, mark: Mark) -> bool:
-        """Whether anybody waits for ``mark``: where nobody does, there is no need to capture attention at this step."""
+        """Whether anybody waits for ``mark``: where nobody does, there is no need to capture
+        attention at this step.
+        """
         return bool(self._callbacks[mark])
 
     def fire(self, mark: Mark, *args: Any) -> None:
@@ -64,13 +83,18 @@ class Marks:
                 if callback in self._callbacks[mark]:
                     self._callbacks[mark].remove(callback)
                 logger.error(
-                    "A held intervention failed at %s and is left out, training goes on: %s", mark, error, exc_info=error
+                    "A held intervention failed at %s and is left out, training goes on: %s",
+                    mark,
+                    error,
+                    exc_info=error,
                 )
 
 
 @dataclass(eq=False)
 class TrainingRun:
-    """What interventions may touch. Whoever trains keeps ``step``, ``layers``, ``info`` and ``forwards`` up to date."""
+    """What interventions may touch. Whoever trains keeps ``step``, ``layers``, ``info`` and
+    ``forwards`` up to date.
+    """
 
     model: nn.Module
     optimizer: Any = None
@@ -96,13 +120,19 @@ class TrainingRun:
     states: HealthyStates | None = None
     """The healthy states that are kept to roll back to; None where nobody asked for them."""
     by_hand: bool = False
-    """Whether what is being applied was asked for by a person: then what has nothing to do yet is held, and not refused."""
+    """Whether what is being applied was asked for by a person: then what has nothing to do yet is
+    held, and not refused.
+    """
     stop_reason: str | None = None
     """Why training should stop now; None to go on."""
     uneasy: bool = False
-    """Whether something may be wrong with the newest steps that is not known yet: then no state counts as healthy."""
+    """Whether something may be wrong with the newest steps that is not known yet: then no state
+    counts as healthy.
+    """
     shorten_step: Callable[[Mapping[str, float]], Callable[[], None] | None] | None = None
-    """Shortens the step that was just made, by a factor a parameter group, and returns what puts it back; None where it cannot be had."""
+    """Shortens the step that was just made, by a factor a parameter group, and returns what puts it
+    back; None where it cannot be had.
+    """
     on_rollback: list[Callable[[int], None]] = field(default_factory=list)
     """Told the step whose state the run was put back to."""
 
@@ -119,7 +149,11 @@ class TrainingRun:
     @property
     def schedulers(self) -> list[Any]:
         """Every scheduler whose state can be stored."""
-        given = self.lr_scheduler if isinstance(self.lr_scheduler, list | tuple) else [self.lr_scheduler]
+        given = (
+            self.lr_scheduler
+            if isinstance(self.lr_scheduler, list | tuple)
+            else [self.lr_scheduler]
+        )
         return [each for each in given if hasattr(each, "state_dict")]
 
     @functools.cached_property
@@ -130,16 +164,22 @@ class TrainingRun:
             CannotApply: if there is no torch optimizer to be found.
         """
         _ = self.torch_optimizers
-        return LearningRates(self.optimizers, functools.partial(self.marks.add, "before_optimizer_step"))
+        return LearningRates(
+            self.optimizers, functools.partial(self.marks.add, "before_optimizer_step")
+        )
 
     @property
     def rate_factor(self) -> float:
-        """The smallest share of its scheduled rate that any parameter group uses at the next step; 1 where nothing lowers them."""
+        """The smallest share of its scheduled rate that any parameter group uses at the next step;
+        1 where nothing lowers them.
+        """
         return self.rates.factor if "rates" in vars(self) else 1.0
 
     @property
     def rate_factors(self) -> dict[str, float]:
-        """The share of its scheduled rate that each parameter group used in the newest step, by key; groups at 1 are left out."""
+        """The share of its scheduled rate that each parameter group used in the newest step, by
+        key; groups at 1 are left out.
+        """
         return self.rates.in_use if "rates" in vars(self) else {}
 
     def scheduled_rate(self, group: ParameterGroup) -> float | None:
@@ -155,8 +195,15 @@ class TrainingRun:
         """
         found = [each for each in self.optimizers if takes_hooks(each)]
         if not found:
-            kind = "no optimizer" if self.optimizer is None else f"a {type(self.optimizer).__name__} without step hooks"
-            raise CannotApply(f"the run has {kind}", "give the torch optimizer to the monitor: optimizer=optimizer")
+            kind = (
+                "no optimizer"
+                if self.optimizer is None
+                else f"a {type(self.optimizer).__name__} without step hooks"
+            )
+            raise CannotApply(
+                f"the run has {kind}",
+                "give the torch optimizer to the monitor: optimizer=optimizer",
+            )
         return found
 
     @property
@@ -188,7 +235,9 @@ class TrainingRun:
         raise CannotApply(f"no attention module is known under {layer!r}")
 
     def max_logit(self, layer: str, head: int | None = None) -> float:
-        """Largest score of a head (of all heads of the layer for None) at the newest reading; NaN where unknown."""
+        """Largest score of a head (of all heads of the layer for None) at the newest reading; NaN
+        where unknown.
+        """
         if not len(self.history) or layer not in self.history.layers:
             return float("nan")
         values = self.history.now("max_logit")[self.history.of_layer(layer)]
@@ -196,7 +245,9 @@ class TrainingRun:
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied by before each backward: the scaler's scale over the number of micro-batches."""
+        """What the loss is multiplied by before each backward: the scaler's scale over the number
+        of micro-batches.
+        """
         scaler = self.grad_scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         return scale / self.accumulation
@@ -207,7 +258,9 @@ class TrainingRun:
         return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
     def largest_over_ranks(self, values: Tensor) -> Tensor:
-        """The elementwise maximum over all ranks, which must all call this; NaN counts as infinite."""
+        """The elementwise maximum over all ranks, which must all call this; NaN counts as
+        infinite.
+        """
         values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
         if self.ranks > 1:
             values = values.clone()
@@ -218,5 +271,9 @@ class TrainingRun:
         """Whether any rank says so; all ranks must call this."""
         if self.ranks == 1:
             return flag
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if dist.get_backend() == "nccl"
+            else torch.device("cpu")
+        )
         return bool(self.largest_over_ranks(torch.tensor([float(flag)], device=device)).item() > 0)

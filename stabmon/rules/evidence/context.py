@@ -1,4 +1,6 @@
-"""What stands beside a head's own numbers in the evidence of an alarm: the rate, how its weights move, and the loss."""
+"""What stands beside a head's own numbers in the evidence of an alarm: the rate, how its weights
+move, and the loss.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,15 @@ import numpy as np
 from stabmon.rules.tracking.history import History
 
 FROZEN = (
-    "Lower the learning rate: W_q and W_k of this layer are frozen, and its scores grew by what is trained around them (adapters, "
+    "Lower the learning rate: W_q and W_k of this layer are frozen, and its scores grew by what "
+    "is trained around them (adapters, "
     "prompts, layers before it)."
 )
 
 
-def circumstances(history: History, layer: str | None, log_slope: float = math.nan) -> dict[str, float]:
+def circumstances(
+    history: History, layer: str | None, log_slope: float = math.nan
+) -> dict[str, float]:
     """Plain numbers, NaN where unknown.
 
     - ``learning_rate``: the largest over the optimizer's groups;
@@ -31,12 +36,16 @@ def circumstances(history: History, layer: str | None, log_slope: float = math.n
         "learning_rate": math.nan if rate is None else rate,
         "log_slope_per_rate": log_slope / rate if rate else math.nan,
         "query_key_update": math.nan if step is None else step.share,
-        "query_key_gradient": math.nan if step is None or not step.weight else step.gradient / step.weight,
+        "query_key_gradient": math.nan
+        if step is None or not step.weight
+        else step.gradient / step.weight,
         "loss_change": float(np.median(newer) - np.median(older)) if len(known) >= 8 else math.nan,
     }
 
 
 def advice(history: History, layer: str | None, usual: str) -> str:
-    """What to do about scores that grew: ``usual`` is about the layer's W_q and W_k; where these are frozen it is the rate."""
+    """What to do about scores that grew: ``usual`` is about the layer's W_q and W_k; where these
+    are frozen it is the rate.
+    """
     info = history.info.get(layer or "")
     return FROZEN if info is not None and info.adapted else usual

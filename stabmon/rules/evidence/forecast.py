@@ -1,4 +1,6 @@
-"""Where a quantity is heading: a robust line through its newest samples, and the steps left until it meets a level."""
+"""Where a quantity is heading: a robust line through its newest samples, and the steps left until
+it meets a level.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Z_95 = 1.96
 
 @dataclass(frozen=True, eq=False)
 class Trend:
-    """A robust line through each of N columns; every array is ``[N]``, NaN where a column has under ``least`` samples."""
+    """A robust line through each of N columns; every array is ``[N]``, NaN where a column has under
+    ``least`` samples.
+    """
 
     slope: np.ndarray
     """Change per unit of x, the median over all pairs of samples."""
@@ -27,7 +31,8 @@ class Trend:
 
 
 def theil_sen(x: np.ndarray, y: np.ndarray, *, least: int = 8) -> Trend:
-    """Median of the slopes between all pairs of samples: up to 29 % of them may be wild without moving it far.
+    """Median of the slopes between all pairs of samples: up to 29 % of them may be wild without
+    moving it far.
 
     Args:
         x: ``[T]`` increasing abscissae, for example optimizer steps.
@@ -35,11 +40,12 @@ def theil_sen(x: np.ndarray, y: np.ndarray, *, least: int = 8) -> Trend:
         least: samples that a column needs.
 
     Returns:
-        Slopes with Sen's interval, which supposes independent noise; samples of a training run are correlated, so read
-        it as the least uncertainty there is.
+        Slopes with Sen's interval, which supposes independent noise; samples of a training run are
+        correlated, so read it as the least uncertainty there is.
 
     Source:
-        Sen 1968, doi:10.1080/01621459.1968.10480934; the interval is Kendall's variance n(n-1)(2n+5)/18.
+        Sen 1968, doi:10.1080/01621459.1968.10480934; the interval is Kendall's variance
+        n(n-1)(2n+5)/18.
 
     >>> theil_sen(np.arange(9.0), np.array([0, 1, 2, 3, 99, 5, 6, 7, 8.0])[:, None]).slope
     array([1.])
@@ -66,7 +72,8 @@ def theil_sen(x: np.ndarray, y: np.ndarray, *, least: int = 8) -> Trend:
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """Steps until each head's score meets a level, if it goes on as it does; every array is ``[N]``.
+    """Steps until each head's score meets a level, if it goes on as it does; every array is
+    ``[N]``.
 
     NaN for heads below the score from which a forecast is made, or with too few readings.
     """
@@ -86,12 +93,16 @@ class Forecast:
         return warns
 
 
-def forecast_score(history: History, level: float, *, least: float, readings: int = 20, freshest: int = 8) -> Forecast:
-    """Forecast when each head's max_logit meets ``level``, for heads whose newest score is at least ``least``.
+def forecast_score(
+    history: History, level: float, *, least: float, readings: int = 20, freshest: int = 8
+) -> Forecast:
+    """Forecast when each head's max_logit meets ``level``, for heads whose newest score is at least
+    ``least``.
 
-    Scores that run away grow exponentially, so the line is drawn through their logarithms. The line through the ``freshest``
-    readings is taken where it surely rises, since a line through all ``readings`` sees a growth that has just begun only after half
-    of them are part of it; else the line through all.
+    Scores that run away grow exponentially, so the line is drawn through their logarithms. The line
+    through the ``freshest`` readings is taken where it surely rises, since a line through all
+    ``readings`` sees a growth that has just begun only after half of them are part of it; else the
+    line through all.
     """
     score = history.signal("max_logit")[-readings:]
     large = np.flatnonzero(score[-1] >= least)
@@ -103,22 +114,33 @@ def forecast_score(history: History, level: float, *, least: float, readings: in
     steps, target = history.steps[-readings:].astype(np.float64), float(np.log(level))
     line, fresh = theil_sen(steps, log), theil_sen(steps[-freshest:], log[-freshest:])
     rises = fresh.low > 0
-    slope, low, high = (np.where(rises, getattr(fresh, name), getattr(line, name)) for name in ("slope", "low", "high"))
-    eta = np.where(low > 0, steps_until(log[-1], slope, target), np.where(np.isnan(low), np.nan, np.inf))
+    slope, low, high = (
+        np.where(rises, getattr(fresh, name), getattr(line, name))
+        for name in ("slope", "low", "high")
+    )
+    eta = np.where(
+        low > 0, steps_until(log[-1], slope, target), np.where(np.isnan(low), np.nan, np.inf)
+    )
     out.slope[large], out.eta[large] = slope, eta
-    out.low[large], out.high[large] = steps_until(log[-1], high, target), steps_until(log[-1], low, target)
+    out.low[large], out.high[large] = (
+        steps_until(log[-1], high, target),
+        steps_until(log[-1], low, target),
+    )
     return out
 
 
 def steps_until(level: np.ndarray, slope: np.ndarray, target: float | np.ndarray) -> np.ndarray:
-    """Units of x until ``level`` meets ``target`` at ``slope``; 0 where it is there already, inf where it never gets there.
+    """Units of x until ``level`` meets ``target`` at ``slope``; 0 where it is there already, inf
+    where it never gets there.
 
     >>> steps_until(np.array([1.0, 9.0, 1.0]), np.array([2.0, 1.0, -1.0]), 5.0)
     array([ 2.,  0., inf])
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         ahead = np.where(slope > 0, (target - level) / slope, np.inf)
-    return np.where(np.isnan(level) | np.isnan(slope), np.nan, np.where(level >= target, 0.0, ahead))
+    return np.where(
+        np.isnan(level) | np.isnan(slope), np.nan, np.where(level >= target, 0.0, ahead)
+    )
 
 
 def _at(rows: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""Growth of a layer's scores that learning does not make: its weights grow along themselves, or its scale does."""
+"""Growth of a layer's scores that learning does not make: its weights grow along themselves, or its
+scale does.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from stabmon.rules.tracking.history import History
 SPANS = (64, 32, 16, 12, 8, 6, 4, 3, 2)
 """Intervals between readings to look back over, the longest first."""
 LEAST_STEPS, MOST_STEPS = 15, 300
-"""Optimizer steps that they must cover: over fewer the steps of one momentum look like a drive, over more it is no run-away."""
+"""Optimizer steps that they must cover: over fewer the steps of one momentum look like a drive,
+over more it is no run-away.
+"""
 LEAST_OF_TWO = 40
 """The same for two intervals, which are few to tell what is steady."""
 STEADY = 0.4
@@ -21,7 +25,9 @@ STEADY = 0.4
 
 @dataclass(frozen=True)
 class Drive:
-    """How the gain of a layer's scores grew; the gain is the scale times the squared norm of what makes queries and keys."""
+    """How the gain of a layer's scores grew; the gain is the scale times the squared norm of what
+    makes queries and keys.
+    """
 
     since: int
     """The optimizer step of the reading from which on it is measured."""
@@ -30,7 +36,9 @@ class Drive:
     times: float
     """How many times as large the gain is."""
     coherence: float
-    """Growth of its logarithm over all that moved: 1 where every step's whole change goes into the norm, near 0 where weights turn."""
+    """Growth of its logarithm over all that moved: 1 where every step's whole change goes into the
+    norm, near 0 where weights turn.
+    """
     of_scale: bool
     """The scale grew, not the weights."""
 
@@ -61,24 +69,36 @@ class _Course:
 
 
 def _may_be(newest: _Course, grown: float) -> bool:
-    """Whether the newest readings allow for a drive, which they seldom do: each interval must keep up its share of the slowest pace."""
+    """Whether the newest readings allow for a drive, which they seldom do: each interval must keep
+    up its share of the slowest pace.
+    """
     least = STEADY * math.log(grown) / MOST_STEPS * newest.passed
-    return len(least) >= SPANS[-1] and bool((newest.of_scale >= least).all() or (newest.of_weight >= least).all())
+    return len(least) >= SPANS[-1] and bool(
+        (newest.of_scale >= least).all() or (newest.of_weight >= least).all()
+    )
 
 
-def drive(history: History, layer: str, *, grown: float = 1.5, coherence: float = 0.75) -> Drive | None:
-    r"""The longest span over which a layer's gain grew steadily, ``grown`` times at least; None where it did not.
+def drive(
+    history: History, layer: str, *, grown: float = 1.5, coherence: float = 0.75
+) -> Drive | None:
+    r"""The longest span over which a layer's gain grew steadily, ``grown`` times at least; None
+    where it did not.
 
-    What a learner's steps change of W_q and W_k lies for the most part across W: weights turn, and their norm grows by a fraction of
-    the way that they move. Weights that are multiplied, decayed the wrong way or pushed along one direction grow by all of it. With
-    :math:`u = \|\Delta W\| / \|W\|` of a step, coherence is :math:`\Delta\ln\|W\|` over :math:`\sum u`, where the steps between two
-    readings are taken to be like those at them. Over 15 steps and more, healthy runs came to 0.64 at most (heads that learn to copy),
-    and to 0.45 otherwise. A scale is a constant in all but a few models, and moves by less than this in those.
+    What a learner's steps change of W_q and W_k lies for the most part across W: weights turn, and
+    their norm grows by a fraction of the way that they move. Weights that are multiplied, decayed
+    the wrong way or pushed along one direction grow by all of it. With :math:`u = \|\Delta W\| /
+    \|W\|` of a step, coherence is :math:`\Delta\ln\|W\|` over :math:`\sum u`, where the steps
+    between two readings are taken to be like those at them. Over 15 steps and more, healthy runs
+    came to 0.64 at most (heads that learn to copy), and to 0.45 otherwise. A scale is a constant in
+    all but a few models, and moves by less than this in those.
     """
     if not _may_be(_Course.of(history, layer, SPANS[-1]), grown):
         return None
     course = _Course.of(history, layer, SPANS[0])
-    for growth, way in ((course.of_scale, np.abs(course.of_scale)), (course.of_weight, course.way_of_weight)):
+    for growth, way in (
+        (course.of_scale, np.abs(course.of_scale)),
+        (course.of_weight, course.way_of_weight),
+    ):
         for span in SPANS:
             total, newest = float(growth[-span:].sum()), course.passed[-span:]
             least = LEAST_STEPS if span > 2 else LEAST_OF_TWO

@@ -1,4 +1,6 @@
-"""Middle and noise of a quantity from its own past, by measures that a few wild values do not move."""
+"""Middle and noise of a quantity from its own past, by measures that a few wild values do not
+move.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ MAD_TO_SIGMA = 1.4826
 
 
 def median(values: np.ndarray) -> np.ndarray:
-    """Median of the finite values along the first axis, NaN where there is none: NumPy's ``nanmedian``, some 50 times faster.
+    """Median of the finite values along the first axis, NaN where there is none: NumPy's
+    ``nanmedian``, some 50 times faster.
 
     >>> median(np.array([[1.0, np.nan], [9.0, np.nan], [2.0, 5.0]]))
     array([2., 5.])
@@ -23,7 +26,8 @@ def median(values: np.ndarray) -> np.ndarray:
 
 
 def robust_spread(values: np.ndarray) -> np.ndarray:
-    """Standard deviation along the first axis as the median absolute deviation of the finite values tells it.
+    """Standard deviation along the first axis as the median absolute deviation of the finite values
+    tells it.
 
     >>> robust_spread(np.array([[1.0], [2.0], [3.0], [4.0], [500.0]]))
     array([1.4826])

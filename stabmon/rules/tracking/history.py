@@ -16,8 +16,9 @@ from stabmon.rules.tracking.history_table import Columns, Table
 class History:
     """Bounded record of readings.
 
-    T readings (oldest first), N heads over all layers in a fixed order (``heads[n]`` is ``(layer, head)``). A layer that
-    comes late, misses a reading, or has another number of heads in it than at first, is NaN where it is missing.
+    T readings (oldest first), N heads over all layers in a fixed order (``heads[n]`` is ``(layer,
+    head)``). A layer that comes late, misses a reading, or has another number of heads in it than
+    at first, is NaN where it is missing.
 
     Args:
         length: readings kept; older ones are dropped, but a head's ``baseline`` is kept.
@@ -26,7 +27,10 @@ class History:
 
     def __init__(self, length: int = 256, baseline_length: int = 5) -> None:
         if length < 2 or baseline_length < 1:
-            raise ValueError(f"history length {length} and baseline length {baseline_length}: use at least 2 and 1")
+            raise ValueError(
+                f"history length {length} and baseline length {baseline_length}: use at least 2 "
+                "and 1"
+            )
         self.length = length
         self.baseline_length = baseline_length
         self.readings: list[Reading] = []
@@ -68,13 +72,17 @@ class History:
         return newest
 
     def baseline(self, name: str) -> np.ndarray:
-        """``[N]`` each head's own past: the median of its first ``baseline_length`` finite values; NaN where it has fewer."""
+        """``[N]`` each head's own past: the median of its first ``baseline_length`` finite values;
+        NaN where it has fewer.
+        """
         if name not in self._tables:
             return np.full(len(self.heads), np.nan)
         return self._tables[name].baseline()
 
     def seen(self, layer: str | None, head: int | None) -> bool:
-        """Whether the newest reading says anything of this place; always so of the run and of what is no attention layer."""
+        """Whether the newest reading says anything of this place; always so of the run and of what
+        is no attention layer.
+        """
         if layer not in self._index:
             return True
         where = self._index[layer]
@@ -91,30 +99,44 @@ class History:
         return self._index[layer]
 
     def layer_values(self, value_of: Mapping[str, Any] | Any) -> np.ndarray:
-        """``[N]`` from one value a layer: a mapping by layer, or a function of (layer, LayerInfo)."""
+        """``[N]`` from one value a layer: a mapping by layer, or a function of (layer,
+        LayerInfo).
+        """
         out = np.full(len(self.heads), np.nan)
         for layer, where in self._index.items():
-            value = value_of(layer, self.info[layer]) if callable(value_of) else value_of.get(layer, np.nan)
+            value = (
+                value_of(layer, self.info[layer])
+                if callable(value_of)
+                else value_of.get(layer, np.nan)
+            )
             out[where] = value
         return out
 
     def gradients(self, layer: str) -> np.ndarray:
-        """``[T]`` gradient norm of a layer's attention module (``""``: of the whole model), NaN where unknown."""
+        """``[T]`` gradient norm of a layer's attention module (``""``: of the whole model), NaN
+        where unknown.
+        """
         return self._norms.column(layer)
 
     @property
     def group_rates(self) -> dict[str, np.ndarray]:
-        """``[T]`` scheduled learning rate of each parameter group of each optimizer, by key; NaN where unknown. Do not write into it."""
+        """``[T]`` scheduled learning rate of each parameter group of each optimizer, by key; NaN
+        where unknown. Do not write into it.
+        """
         return self._rates.all()
 
     @property
     def used_rates(self) -> dict[str, np.ndarray]:
-        """``[T]`` the rate that each group was stepped with: what is scheduled, times what interventions that are held made of it."""
+        """``[T]`` the rate that each group was stepped with: what is scheduled, times what
+        interventions that are held made of it.
+        """
         return self._used.all()
 
     @property
     def group_updates(self) -> dict[str, np.ndarray]:
-        """``[T]`` share of itself by which a step moved each group's parameters, by key; NaN where unknown."""
+        """``[T]`` share of itself by which a step moved each group's parameters, by key; NaN where
+        unknown.
+        """
         return self._updates.all()
 
     @property
@@ -140,19 +162,27 @@ class History:
         open_ = self._open.get(issue_type, {})
         return np.array([head in open_ for head in self.heads], dtype=bool)
 
-    def is_open_at(self, issue_type: str, layer: str | None = None, head: int | None = None) -> bool:
-        """Whether an issue of this type is open for exactly this layer and head (None, None: for the run)."""
+    def is_open_at(
+        self, issue_type: str, layer: str | None = None, head: int | None = None
+    ) -> bool:
+        """Whether an issue of this type is open for exactly this layer and head (None, None: for
+        the run).
+        """
         return (layer, head) in self._open.get(issue_type, {})
 
-    def open_level_at(self, issue_type: str, layer: str | None = None, head: int | None = None) -> float:
-        """The threshold of the open issue of this type for exactly this layer and head; NaN where none is open, or it is older than the
-        history."""
+    def open_level_at(
+        self, issue_type: str, layer: str | None = None, head: int | None = None
+    ) -> float:
+        """The threshold of the open issue of this type for exactly this layer and head; NaN where
+        none is open, or it is older than the history."""
         return self._open.get(issue_type, {}).get((layer, head), np.nan)
 
     def open_level(self, issue_type: str) -> np.ndarray:
-        """``[N]`` threshold of the head's open issue of this type, NaN where none is open: what hysteresis is measured from.
+        """``[N]`` threshold of the head's open issue of this type, NaN where none is open: what
+        hysteresis is measured from.
 
-        NaN too once the issue is older than the history: what has lasted that long is the head's new normal.
+        NaN too once the issue is older than the history: what has lasted that long is the head's
+        new normal.
         """
         open_ = self._open.get(issue_type, {})
         if not open_:
@@ -160,18 +190,27 @@ class History:
         return np.array([open_.get(head, np.nan) for head in self.heads], dtype=np.float64)
 
     def add(self, reading: Reading) -> None:
-        """Append a reading; new layers extend N. One between samples stands only until the next comes, so that rows are evenly spaced."""
+        """Append a reading; new layers extend N. One between samples stands only until the next
+        comes, so that rows are evenly spaced.
+        """
         self._drop_notice()
         for layer, values in reading.layers.items():
             if layer not in self._index:
-                heads = reading.info[layer].heads if layer in reading.info else max((len(v) for v in values.values()), default=0)
+                heads = (
+                    reading.info[layer].heads
+                    if layer in reading.info
+                    else max((len(v) for v in values.values()), default=0)
+                )
                 self._place(layer, heads)
             if layer in reading.info:
                 self.info[layer] = reading.info[layer]
             for name in values:
                 if name not in self._tables:
                     self._tables[name] = Table(
-                        self.length, self.baseline_length, past=len(self.readings), columns=len(self.heads)
+                        self.length,
+                        self.baseline_length,
+                        past=len(self.readings),
+                        columns=len(self.heads),
                     )
         self.readings.append(reading)
         self._pushed_out = self.readings[: -self.length]
@@ -179,13 +218,19 @@ class History:
         self._overshoot = reading.overshoot or self._overshoot
         for name, table in self._tables.items():
             table.append(self._row(reading, name))
-        self.losses += reading.losses or (((reading.step, reading.loss),) if reading.loss is not None else ())
+        self.losses += reading.losses or (
+            ((reading.step, reading.loss),) if reading.loss is not None else ()
+        )
         del self.losses[: -20 * self.length]
         self._recent_losses = None
         self._add_columns(reading)
 
     def _drop_notice(self) -> None:
-        if not self.readings or self.readings[-1].sampled or self.readings[-1].non_finite is not None:
+        if (
+            not self.readings
+            or self.readings[-1].sampled
+            or self.readings[-1].non_finite is not None
+        ):
             return
         self.readings = [*self._pushed_out, *self.readings[:-1]]
         self._pushed_out = []
@@ -195,7 +240,9 @@ class History:
             columns.drop_newest()
 
     def set_open(self, issues: Iterable[tuple[StabilityIssue, int]]) -> None:
-        """Tell which issues are open, each with the step at which it opened: what ``is_open`` and ``open_level`` answer from."""
+        """Tell which issues are open, each with the step at which it opened: what ``is_open`` and
+        ``open_level`` answer from.
+        """
         self._open = {}
         oldest = self.readings[0].step if self.readings else 0
         for issue, since in issues:
@@ -203,7 +250,9 @@ class History:
             self._open.setdefault(issue.issue_type, {})[issue.layer, issue.head] = level
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as plain values that JSON and ``torch.save`` both take; arrays packed as text."""
+        """Everything a resumed run needs, as plain values that JSON and ``torch.save`` both take;
+        arrays packed as text.
+        """
         return {
             "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
             "info": {layer: asdict(info) for layer, info in self.info.items()},
@@ -213,7 +262,9 @@ class History:
             "signals": {name: table.state_dict() for name, table in self._tables.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | Stored, known: Container[str] | None = None) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any] | Stored, known: Container[str] | None = None
+    ) -> None:
         """Go on where :meth:`state_dict` was taken; what was here before is dropped.
 
         Args:
@@ -227,22 +278,32 @@ class History:
         for layer, heads in saved["heads"].items():
             fresh._place(layer, heads.integer())
         fresh.info = {layer: _info(info) for layer, info in saved["info"].items()}
-        fresh.losses = [_step_and_loss(pair) for pair in saved["losses"].parts()][-20 * self.length :]
+        fresh.losses = [_step_and_loss(pair) for pair in saved["losses"].parts()][
+            -20 * self.length :
+        ]
         readings = saved["readings"].parts()
         for name, table in saved["signals"].items():
             if known is not None and name not in known:
                 table.leave_out("no signal of that name is known any more")
                 continue
-            fresh._tables[name] = Table(self.length, self.baseline_length, past=0, columns=len(fresh.heads))
+            fresh._tables[name] = Table(
+                self.length, self.baseline_length, past=0, columns=len(fresh.heads)
+            )
             fresh._tables[name].load_state_dict(table)
-            if fresh._tables[name].rows.shape != (min(self.length, len(readings)), len(fresh.heads)):
+            if fresh._tables[name].rows.shape != (
+                min(self.length, len(readings)),
+                len(fresh.heads),
+            ):
                 rows, columns = fresh._tables[name].rows.shape
                 raise ValueError(
-                    f"{table.where} has {rows} rows of {columns} values, for {len(readings)} readings of {len(fresh.heads)} heads"
+                    f"{table.where} has {rows} rows of {columns} values, for {len(readings)} "
+                    f"readings of {len(fresh.heads)} heads"
                 )
         readings = readings[-self.length :]
         dropped = saved["signals"].mapping().keys() - fresh._tables.keys()
-        fresh.readings = [fresh._reading(each, row - len(readings), dropped) for row, each in enumerate(readings)]
+        fresh.readings = [
+            fresh._reading(each, row - len(readings), dropped) for row, each in enumerate(readings)
+        ]
         for reading in fresh.readings:
             fresh._add_columns(reading)
         fresh._overshoot = saved.get("overshoot", None).maybe(stored_overshoot)
@@ -255,7 +316,9 @@ class History:
         self.heads += [(layer, head) for head in range(heads)]
 
     def _clear_columns(self) -> None:
-        self._norms, self._rates, self._used, self._updates = (Columns(self.length) for _ in range(4))
+        self._norms, self._rates, self._used, self._updates = (
+            Columns(self.length) for _ in range(4)
+        )
 
     def _add_columns(self, reading: Reading) -> None:
         self._norms.append(reading.gradients)
@@ -272,15 +335,21 @@ class History:
         return out
 
     def _reading(self, saved: Stored, row: int, dropped: Container[str]) -> Reading:
-        """The reading of one row (counted from the end, -1 is the newest) that :func:`_plain` wrote, without signals that are dropped."""
+        """The reading of one row (counted from the end, -1 is the newest) that :func:`_plain`
+        wrote, without signals that are dropped.
+        """
         layers: dict[str, dict[str, np.ndarray]] = {}
         for layer, names in saved["layers"].items():
             if layer not in self._index:
                 raise ValueError(f"{names.where} is no layer of the history")
             kept = [name for name in map(Stored.text, names.parts()) if name not in dropped]
             if odd := [name for name in kept if name not in self._tables]:
-                raise ValueError(f"{names.where} names the signal {odd[0]!r}, of which there are no values")
-            layers[layer] = {name: self._tables[name].rows[row, self._index[layer]].copy() for name in kept}
+                raise ValueError(
+                    f"{names.where} names the signal {odd[0]!r}, of which there are no values"
+                )
+            layers[layer] = {
+                name: self._tables[name].rows[row, self._index[layer]].copy() for name in kept
+            }
         info = [layer.text() for layer in saved["info"].parts()]
         if odd := [layer for layer in info if layer not in self.info]:
             raise ValueError(f"{saved.where}.info names {odd[0]!r}, of which nothing is known")
@@ -298,7 +367,10 @@ class History:
             overhead_fraction=saved["overhead_fraction"].maybe(Stored.number),
             overshoot=saved.get("overshoot", None).maybe(stored_overshoot),
             sampled=saved.get("sampled", True).flag(),
-            **{name: {key: each.number() for key, each in saved.get(name, {}).items()} for name in _BY_GROUP},
+            **{
+                name: {key: each.number() for key, each in saved.get(name, {}).items()}
+                for name in _BY_GROUP
+            },
         )
 
 

@@ -20,7 +20,8 @@ class Table:
     Args:
         length: rows kept.
         baseline_length: how many of a column's first finite values are kept for its baseline.
-        past: rows of NaN that stand before the first row: readings in which the signal was not measured.
+        past: rows of NaN that stand before the first row: readings in which the signal was not
+            measured.
         columns: N at first; a longer row widens the table.
     """
 
@@ -37,7 +38,9 @@ class Table:
         return self._data[max(0, self._end - self._length) : self._end]
 
     def baseline(self) -> np.ndarray:
-        """``[N]`` median of each column's first finite values; NaN where there are fewer than asked for."""
+        """``[N]`` median of each column's first finite values; NaN where there are fewer than asked
+        for.
+        """
         if self._baseline is None:
             self._baseline = np.median(self._first, axis=0)
         return self._baseline
@@ -74,10 +77,14 @@ class Table:
         rows, first = _unpack(saved["rows"]), _unpack(saved["first"])
         if first.shape[0] != self._first.shape[0]:
             raise ValueError(
-                f"saved with a baseline of {first.shape[0]} readings, now {self._first.shape[0]}: use the same baseline_length"
+                f"saved with a baseline of {first.shape[0]} readings, now {self._first.shape[0]}: "
+                "use the same baseline_length"
             )
         if first.shape[1] != rows.shape[1]:
-            raise ValueError(f"{saved.where} has {rows.shape[1]} columns and the first values of {first.shape[1]}")
+            raise ValueError(
+                f"{saved.where} has {rows.shape[1]} columns and the first values of "
+                f"{first.shape[1]}"
+            )
         rows = rows[-self._length :]
         self._data = np.full((2 * self._length, rows.shape[1]), np.nan)
         self._data[: len(rows)] = rows
@@ -93,7 +100,9 @@ class Table:
 
 
 class Columns:
-    """Named columns over the newest ``length`` rows, each of which may lack some and may bring new ones."""
+    """Named columns over the newest ``length`` rows, each of which may lack some and may bring new
+    ones.
+    """
 
     def __init__(self, length: int) -> None:
         self._table = Table(length, 1, past=0, columns=0)
@@ -111,7 +120,9 @@ class Columns:
         """Add the newest row."""
         for name in values:
             self._at.setdefault(name, len(self._at))
-        self._table.append(np.array([values.get(name, np.nan) for name in self._at], dtype=np.float64))
+        self._table.append(
+            np.array([values.get(name, np.nan) for name in self._at], dtype=np.float64)
+        )
 
     def drop_newest(self) -> None:
         """Take the newest row out again."""
@@ -134,7 +145,10 @@ def _widen(data: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:
-    return {"shape": list(array.shape), "float64": base64.b64encode(np.ascontiguousarray(array, dtype="<f8").tobytes()).decode()}
+    return {
+        "shape": list(array.shape),
+        "float64": base64.b64encode(np.ascontiguousarray(array, dtype="<f8").tobytes()).decode(),
+    }
 
 
 def _unpack(packed: Stored) -> np.ndarray:
@@ -146,5 +160,8 @@ def _unpack(packed: Stored) -> np.ndarray:
     except ValueError:
         raise ValueError(f"{packed.where} holds no base64") from None
     if len(raw) != 8 * math.prod(shape):
-        raise ValueError(f"{packed.where} holds {len(raw)} bytes, not the {8 * math.prod(shape)} of shape {shape}: it is cut off")
+        raise ValueError(
+            f"{packed.where} holds {len(raw)} bytes, not the {8 * math.prod(shape)} of shape "
+            f"{shape}: it is cut off"
+        )
     return np.frombuffer(raw, dtype="<f8").reshape(shape).astype(np.float64)

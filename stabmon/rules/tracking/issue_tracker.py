@@ -37,23 +37,26 @@ class _Closed:
 
 
 class IssueTracker:
-    """Runs rules on each reading and emits an issue when it opens, when it worsens and when it closes; never in between.
+    """Runs rules on each reading and emits an issue when it opens, when it worsens and when it
+    closes; never in between.
 
-    One place (type, layer, head) has at most one open issue. It worsens when its severity rises or its value goes far
-    further (see :func:`~stabmon.rules.base.worsened`). It closes, as ``info``, after ``clear_after`` readings in a row
-    that saw the place and did not find it ill; a reading without values for the head counts neither way. What closed does
-    not open again within ``cooldown_steps``, unless it comes back worse than it ever was.
+    One place (type, layer, head) has at most one open issue. It worsens when its severity rises or
+    its value goes far further (see :func:`~stabmon.rules.base.worsened`). It closes, as ``info``,
+    after ``clear_after`` readings in a row that saw the place and did not find it ill; a reading
+    without values for the head counts neither way. What closed does not open again within
+    ``cooldown_steps``, unless it comes back worse than it ever was.
 
-    Issues of one reading come most severe first; each tells in ``evidence["heads_alike"]`` how many heads of its layer were found
-    with the same type at that reading, so that a view can fold a layer that fell ill as a whole into one line.
+    Issues of one reading come most severe first; each tells in ``evidence["heads_alike"]`` how many
+    heads of its layer were found with the same type at that reading, so that a view can fold a
+    layer that fell ill as a whole into one line.
 
     Args:
         rules: what to run, in this order.
         history: the readings so far; the tracker adds each new one.
         clear_after: readings without the issue before it closes.
         cooldown_steps: optimizer steps.
-        on_error: told of the first exception of each rule; a rule that raises is skipped for that reading only,
-            and its open issues stay open.
+        on_error: told of the first exception of each rule; a rule that raises is skipped for that
+            reading only, and its open issues stay open.
     """
 
     def __init__(
@@ -66,7 +69,10 @@ class IssueTracker:
         on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         if clear_after < 1 or cooldown_steps < 0:
-            raise ValueError(f"clear_after {clear_after} and cooldown_steps {cooldown_steps}: use at least 1 and 0")
+            raise ValueError(
+                f"clear_after {clear_after} and cooldown_steps {cooldown_steps}: use at least 1 "
+                "and 0"
+            )
         self.rules = tuple(rules)
         self._names = tuple(rule_name(type(rule)) for rule in self.rules)
         self.history = history
@@ -83,9 +89,13 @@ class IssueTracker:
         return tuple(_in_order(entry.issue for entry in self._open.values()))
 
     def update(self, reading: Reading) -> list[StabilityIssue]:
-        """Add ``reading`` to the history, run every rule, and return only what opened, worsened or closed."""
+        """Add ``reading`` to the history, run every rule, and return only what opened, worsened or
+        closed.
+        """
         self.history.add(reading)
-        self._closed = {k: c for k, c in self._closed.items() if reading.step - c.step < self.cooldown_steps}
+        self._closed = {
+            k: c for k, c in self._closed.items() if reading.step - c.step < self.cooldown_steps
+        }
         found, ran = self._run_rules()
         emitted = self._close(found, ran, reading.step)
         alike = Counter(key[:2] for key in found)
@@ -95,15 +105,20 @@ class IssueTracker:
         return _in_order(emitted)
 
     def state_dict(self) -> dict[str, Any]:
-        """History, open issues and cooldowns as plain values, for JSON (with NaN) or ``torch.save``."""
+        """History, open issues and cooldowns as plain values, for JSON (with NaN) or
+        ``torch.save``.
+        """
         return {
             "history": self.history.state_dict(),
             "open": [_plain(entry) for entry in self._open.values()],
             "closed": [_plain(entry) for entry in self._closed.values()],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | Stored, signals: Container[str] | None = None) -> None:
-        """Go on exactly where :meth:`state_dict` was taken, without the open issues of rules that are not known any more.
+    def load_state_dict(
+        self, state: Mapping[str, Any] | Stored, signals: Container[str] | None = None
+    ) -> None:
+        """Go on exactly where :meth:`state_dict` was taken, without the open issues of rules that
+        are not known any more.
 
         Args:
             state: what it gave.
@@ -114,11 +129,19 @@ class IssueTracker:
         """
         saved = Stored.of(state)
         opened = [
-            _Open(stored_issue(each["issue"]), each["rule"].text(), each["since"].integer(), each["absent"].integer())
+            _Open(
+                stored_issue(each["issue"]),
+                each["rule"].text(),
+                each["since"].integer(),
+                each["absent"].integer(),
+            )
             for each in saved["open"].parts()
             if self._is_known(each["rule"])
         ]
-        closed = [_Closed(stored_issue(each["issue"]), each["step"].integer()) for each in saved["closed"].parts()]
+        closed = [
+            _Closed(stored_issue(each["issue"]), each["step"].integer())
+            for each in saved["closed"].parts()
+        ]
         self.history.load_state_dict(saved["history"], signals)
         self._open = {entry.issue.key: entry for entry in opened}
         self._closed = {entry.issue.key: entry for entry in closed}
@@ -135,13 +158,17 @@ class IssueTracker:
         self.history.set_open((entry.issue, entry.since) for entry in self._open.values())
 
     def _run_rules(self) -> tuple[dict[Key, tuple[StabilityIssue, str]], set[str]]:
-        """The worst issue of each place with its rule's name, and the names of the rules that ran through."""
+        """The worst issue of each place with its rule's name, and the names of the rules that ran
+        through.
+        """
         found: dict[Key, tuple[StabilityIssue, str]] = {}
         ran: set[str] = set()
         for rule, name in zip(self.rules, self._names, strict=True):
             try:
                 issues = list(rule.check(self.history))
-            except Exception as error:  # a rule of anybody's may fail in any way, and the others must go on
+            except (
+                Exception
+            ) as error:  # a rule of anybody's may fail in any way, and the others must go on
                 self._report(name, error)
                 continue
             ran.add(name)
@@ -162,19 +189,25 @@ class IssueTracker:
                 continue
             del self._open[key]
             self._closed[key] = _Closed(entry.issue, step)
-            emitted.append(replace(entry.issue, step=step, severity="info", state="closed", eta_steps=None))
+            emitted.append(
+                replace(entry.issue, step=step, severity="info", state="closed", eta_steps=None)
+            )
         return emitted
 
     def _see(self, key: Key, issue: StabilityIssue, name: str, alike: int) -> list[StabilityIssue]:
         entry, closed = self._open.get(key), self._closed.get(key)
         if entry is not None and _rank(issue) < _rank(entry.issue):
-            issue = replace(issue, severity=entry.issue.severity)  # an open issue may worsen or close, never soften
+            issue = replace(
+                issue, severity=entry.issue.severity
+            )  # an open issue may worsen or close, never soften
         if entry is not None and not worsened(issue, entry.issue):
             self._open[key] = replace(entry, absent=0) if entry.absent else entry
             return []
         if entry is None and closed is not None and not worsened(issue, closed.issue):
             return []
-        evidence = issue.evidence if issue.head is None else {**issue.evidence, "heads_alike": alike}
+        evidence = (
+            issue.evidence if issue.head is None else {**issue.evidence, "heads_alike": alike}
+        )
         issue = replace(issue, state="opened" if entry is None else "worsened", evidence=evidence)
         self._open[key] = _Open(issue, name, issue.step if entry is None else entry.since)
         return [issue]
@@ -203,5 +236,11 @@ def _in_order(issues: Any) -> list[StabilityIssue]:
     """The most severe first, of these the causes, and a layer before its heads."""
     return sorted(
         issues,
-        key=lambda i: (-_rank(i), i.issue_type not in CAUSES, i.issue_type, i.layer or "", -1 if i.head is None else i.head),
+        key=lambda i: (
+            -_rank(i),
+            i.issue_type not in CAUSES,
+            i.issue_type,
+            i.layer or "",
+            -1 if i.head is None else i.head,
+        ),
     )

@@ -1,4 +1,6 @@
-"""Small decoders from configs, and the oracle of a compressed cache: a full forward in which evicted keys are at -inf."""
+"""Small decoders from configs, and the oracle of a compressed cache: a full forward in which
+evicted keys are at -inf.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ SIZES = {
 
 
 def sharpened(model: Any) -> Any:
-    """Widen the query and key weights, each layer's more, so that eviction shows and CAKE gives layers other budgets."""
+    """Widen the query and key weights, each layer's more, so that eviction shows and CAKE gives
+    layers other budgets.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name or "c_attn.weight" in name:
@@ -71,12 +75,22 @@ MAKERS = {"llama": llama, "qwen3": qwen3, "gpt2": gpt2}
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @torch.no_grad()
-def masked_forward(model: Any, ids: Tensor, kept: dict[str, Tensor], prompt: int, attention_mask: Tensor | None = None) -> Tensor:
-    """Logits ``[B, S + T, V]`` of one full forward; queries from ``prompt`` on see none of the prompt's keys that are not kept."""
+def masked_forward(
+    model: Any,
+    ids: Tensor,
+    kept: dict[str, Tensor],
+    prompt: int,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Logits ``[B, S + T, V]`` of one full forward; queries from ``prompt`` on see none of the
+    prompt's keys that are not kept.
+    """
     batch, length = ids.shape
     valid = torch.ones_like(ids) if attention_mask is None else attention_mask
     place = torch.arange(length)
@@ -93,12 +107,16 @@ def masked_forward(model: Any, ids: Tensor, kept: dict[str, Tensor], prompt: int
                 visible[sample, head, prompt:, sorted(gone)] = False
         groups = site.arguments["query"].shape[1] // held.shape[1]
         bias = torch.zeros(visible.shape, dtype=ids_dtype(site)).masked_fill(~visible, -torch.inf)
-        bias[..., torch.arange(length), torch.arange(length)] = 0.0  # padding sees itself, or its row would be NaN
+        bias[..., torch.arange(length), torch.arange(length)] = (
+            0.0  # padding sees itself, or its row would be NaN
+        )
         return site.run(attention_mask=bias.repeat_interleave(groups, dim=1))
 
     positions = (valid.cumsum(1) - 1).clamp(min=0)
     with intercepted(model, around):
-        return model(ids, attention_mask=attention_mask, position_ids=positions, use_cache=False).logits
+        return model(
+            ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+        ).logits
 
 
 def ids_dtype(site: AttentionSite) -> torch.dtype:
@@ -106,11 +124,18 @@ def ids_dtype(site: AttentionSite) -> torch.dtype:
 
 
 @torch.no_grad()
-def compressed(model: Any, ids: Tensor, prompt: int, attention_mask: Tensor | None = None, **settings: Any) -> CompressedCache:
+def compressed(
+    model: Any, ids: Tensor, prompt: int, attention_mask: Tensor | None = None, **settings: Any
+) -> CompressedCache:
     """A cache after the prompt."""
     cache = CompressedCache(model, **({"decode_eviction": False} | settings))
     mask = None if attention_mask is None else attention_mask[:, :prompt]
     positions = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
     with cache.attached():
-        model(ids[:, :prompt], attention_mask=mask, position_ids=positions, past_key_values=cache.key_values)
+        model(
+            ids[:, :prompt],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache.key_values,
+        )
     return cache

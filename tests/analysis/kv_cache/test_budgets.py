@@ -13,19 +13,25 @@ from stabmon.analysis.kv_cache.cache.cascade import Cascade, allot
 
 
 def cases(count: int, seed: int) -> list[tuple[np.ndarray, int, int]]:
-    """(preferences, total, cap): log-normal of any spread, some layers at 0, totals from scarce to more than enough."""
+    """(preferences, total, cap): log-normal of any spread, some layers at 0, totals from scarce to
+    more than enough.
+    """
     random = np.random.default_rng(seed)
     made = []
     for _ in range(count):
         layers = int(random.integers(1, 33))
-        claims = np.exp(random.normal(0, random.choice([0.1, 1.0, 3.0]), layers)) * (random.random(layers) > 0.05)
+        claims = np.exp(random.normal(0, random.choice([0.1, 1.0, 3.0]), layers)) * (
+            random.random(layers) > 0.05
+        )
         cap = int(random.integers(1, 400))
         made.append((claims, int(random.integers(0, math.ceil(1.2 * cap * layers))), cap))
     return made
 
 
 def described(claims: np.ndarray, total: int, cap: int) -> list[int]:
-    """The published rule, from its description, in exact steps: cut, cap, deal the excess once, deal the shortfall once, cap."""
+    """The published rule, from its description, in exact steps: cut, cap, deal the excess once,
+    deal the shortfall once, cap.
+    """
     wish = [int(share * total) for share in claims / claims.sum()]
     have = [min(each, cap) for each in wish]
     for keys in (sum(w - h for w, h in zip(wish, have, strict=True)), None):
@@ -45,7 +51,9 @@ def test_filled_gives_out_every_key_in_proportion() -> None:
         assert budgets.min() >= (1 if total >= layers else 0)
         assert budgets.max() <= cap
         order = np.argsort(claims, kind="stable")
-        assert (np.diff(budgets[order]) >= -1).all(), "more for a larger claim, up to one key of rounding"
+        assert (np.diff(budgets[order]) >= -1).all(), (
+            "more for a larger claim, up to one key of rounding"
+        )
         free = (budgets > 1) & (budgets < cap) & (claims > 0)
         if free.sum() > 1:  # those that neither bound holds are in proportion
             low, high = ((budgets[free] + move) / claims[free] for move in (-1, 1))

@@ -1,4 +1,6 @@
-"""A compressed cache gives the logits of a full forward with the evicted keys at -inf, in every way in which it is used."""
+"""A compressed cache gives the logits of a full forward with the evicted keys at -inf, in every way
+in which it is used.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def agree(given: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("policy", ["cake", "snapkv"])
 @pytest.mark.parametrize("maker", MAKERS)
 @torch.no_grad()
-def test_one_token_and_many_with_and_without_positions(maker: str, policy: str, attention: str) -> None:
+def test_one_token_and_many_with_and_without_positions(
+    maker: str, policy: str, attention: str
+) -> None:
     model, ids = MAKERS[maker](attn_implementation=attention), tokens(2, PROMPT + NEW)
     full = model(ids, use_cache=False).logits[:, PROMPT:]
     for positions in (None, torch.arange(PROMPT + NEW)[None]):
@@ -45,12 +49,20 @@ def test_one_token_and_many_with_and_without_positions(maker: str, policy: str, 
             kept = cache.kept()
             sizes = {name: held.shape[-1] for name, held in kept.items()}
             assert all(size < PROMPT for size in sizes.values())
-            assert (len(set(sizes.values())) > 1) == (policy == "cake"), "CAKE's layers differ in length"
+            assert (len(set(sizes.values())) > 1) == (policy == "cake"), (
+                "CAKE's layers differ in length"
+            )
             made = []
             with cache.attached():
                 for at in range(PROMPT, PROMPT + NEW, step):
-                    given = {} if positions is None else {"position_ids": positions[:, at : at + step]}
-                    made.append(model(ids[:, at : at + step], past_key_values=cache.key_values, **given).logits)
+                    given = (
+                        {} if positions is None else {"position_ids": positions[:, at : at + step]}
+                    )
+                    made.append(
+                        model(
+                            ids[:, at : at + step], past_key_values=cache.key_values, **given
+                        ).logits
+                    )
             expected = masked_forward(model, ids, kept, PROMPT)[:, PROMPT:]
             agree(torch.cat(made, 1), expected)
             assert (full - expected).abs().max() > 100 * WITHIN, "what is evicted must show"
@@ -61,7 +73,9 @@ def test_one_token_and_many_with_and_without_positions(maker: str, policy: str, 
 def test_generate_goes_on_from_a_compressed_prompt(attention: str) -> None:
     model, ids = llama(attn_implementation=attention), tokens(2, PROMPT)
     cache = compressed(model, ids, PROMPT - 1, **SMALL)
-    with cache.attached():  # all ids again: generate must feed the last one only, at its own position
+    with (
+        cache.attached()
+    ):  # all ids again: generate must feed the last one only, at its own position
         made = model.generate(
             ids,
             past_key_values=cache.key_values,
@@ -70,7 +84,9 @@ def test_generate_goes_on_from_a_compressed_prompt(attention: str) -> None:
             output_logits=True,
             return_dict_in_generate=True,
         )
-    expected = masked_forward(model, made.sequences, kept_of_prompt(cache, PROMPT - 1), PROMPT - 1)[:, PROMPT - 1 : -1]
+    expected = masked_forward(model, made.sequences, kept_of_prompt(cache, PROMPT - 1), PROMPT - 1)[
+        :, PROMPT - 1 : -1
+    ]
     agree(torch.stack(made.logits, 1), expected)
 
 
@@ -99,7 +115,9 @@ def test_left_padded_batch(policy: str, attention: str) -> None:
                 made.append(model(ids[:, part], past_key_values=cache.key_values, **given).logits)
         agree(torch.cat(made, 1), masked_forward(model, ids, kept, PROMPT, mask)[:, PROMPT:])
         for sample, start in ((0, 9), (2, 0)):  # and each sample keeps what it keeps alone
-            alone = compressed(model, ids[sample : sample + 1, start:], PROMPT - start, policy=policy, **SMALL).kept()
+            alone = compressed(
+                model, ids[sample : sample + 1, start:], PROMPT - start, policy=policy, **SMALL
+            ).kept()
             for name, held in alone.items():
                 assert [[j + start for j in row if j >= 0] for row in held[0].tolist()] == [
                     [j for j in row if j >= 0] for row in kept[name][sample].tolist()
@@ -117,7 +135,8 @@ def test_sliding_layers_are_left_out_and_counted(attention: str) -> None:
         assert list(kept) == ["model.layers.1.self_attn", "model.layers.3.self_attn"]
         with cache.attached():
             made = [
-                model(ids[:, at : at + step], past_key_values=cache.key_values).logits for at in range(PROMPT, PROMPT + NEW, step)
+                model(ids[:, at : at + step], past_key_values=cache.key_values).logits
+                for at in range(PROMPT, PROMPT + NEW, step)
             ]
         agree(torch.cat(made, 1), masked_forward(model, ids, kept, PROMPT)[:, PROMPT:])
 
@@ -132,13 +151,17 @@ def test_prompt_is_compressed_layer_by_layer_and_the_peak_is_one_full_layer() ->
         peak = max(stage.bytes_before for stage in cache.stages)
         assert peak <= (16 * 3 + PROMPT) * one if cascade else peak == 3 * PROMPT * one
         assert cache.held_bytes() <= 16 * 3 * one
-        assert sum(held.shape[-1] for held in cache.kept().values()) in range(16 * 3 - 3, 16 * 3 + 1)
+        assert sum(held.shape[-1] for held in cache.kept().values()) in range(
+            16 * 3 - 3, 16 * 3 + 1
+        )
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @torch.no_grad()
 def test_generate_in_one_call_evicts_as_a_masked_forward_would(policy: str) -> None:
-    """Every step's logits equal a full forward in which each query misses the keys evicted before it."""
+    """Every step's logits equal a full forward in which each query misses the keys evicted before
+    it.
+    """
     model, ids = llama(), tokens(2, PROMPT)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -169,8 +192,12 @@ def test_generate_in_one_call_evicts_as_a_masked_forward_would(policy: str) -> N
     assert torch.equal(expected.argmax(-1), made.tokens)
 
 
-def stepwise(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: CompressedCache) -> torch.Tensor:
-    """Logits ``[B, T, V]`` by one masked forward for each new token, keys at -inf from the step on at which they went."""
+def stepwise(
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: CompressedCache
+) -> torch.Tensor:
+    """Logits ``[B, T, V]`` by one masked forward for each new token, keys at -inf from the step on
+    at which they went.
+    """
     new = ids.shape[1] - PROMPT
     found = []
     mask = torch.nn.functional.pad(mask, (0, new), value=1)
@@ -183,13 +210,20 @@ def stepwise(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Compresse
                 if each.layer == name and each.step < step:
                     lost = torch.from_numpy(each.positions)
                     gone.scatter_(-1, torch.where(lost < 0, length, lost), True)
-            kept[name] = torch.arange(length).expand(*held.shape[:2], -1).masked_fill(gone[..., :length], -1)
+            kept[name] = (
+                torch.arange(length).expand(*held.shape[:2], -1).masked_fill(gone[..., :length], -1)
+            )
         found.append(earlier_forward(model, ids[:, :length], mask[:, :length], cache, step, kept))
     return torch.stack(found, 1)
 
 
 def earlier_forward(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: CompressedCache, step: int, kept: dict[str, torch.Tensor]
+    model: Any,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: CompressedCache,
+    step: int,
+    kept: dict[str, torch.Tensor],
 ) -> torch.Tensor:
     """The last token's logits, where each query of an earlier step missed what was gone by then."""
     from stabmon.capture.intercept import AttentionSite, intercepted
@@ -198,18 +232,32 @@ def earlier_forward(
     place = torch.arange(length)
 
     def around(site: AttentionSite) -> Any:
-        visible = ((place[None] <= place[:, None]) & mask[:, None, None].bool()).expand(-1, 2, -1, -1).clone()
+        visible = (
+            ((place[None] <= place[:, None]) & mask[:, None, None].bool())
+            .expand(-1, 2, -1, -1)
+            .clone()
+        )
         for each in cache.evictions:
             if each.layer == site.layer and each.step < step:
                 for sample, heads in enumerate(each.positions):
                     for head, row in enumerate(heads):
-                        visible[sample, head, PROMPT + each.step :, [j for j in row.tolist() if 0 <= j < length]] = False
+                        visible[
+                            sample,
+                            head,
+                            PROMPT + each.step :,
+                            [j for j in row.tolist() if 0 <= j < length],
+                        ] = False
         bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
         bias[..., place, place] = 0.0
         return site.run(attention_mask=bias.repeat_interleave(2, dim=1))
 
     with intercepted(model, around):
-        return model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=False).logits[:, -1]
+        return model(
+            ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        ).logits[:, -1]
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -222,7 +270,9 @@ def test_model_and_library_are_left_as_they_were(maker: str) -> None:
     model.lm_head.eval()
     flags = [module.training for module in model.modules()]
     config, lookup = copy.deepcopy(model.config.to_dict()), AttentionInterface.get_interface
-    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    hooks = [
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    ]
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     with torch.random.fork_rng():
@@ -235,7 +285,9 @@ def test_model_and_library_are_left_as_they_were(maker: str) -> None:
     assert [module.training for module in model.modules()] == flags
     assert model.config.to_dict() == config
     assert AttentionInterface.get_interface is lookup
-    assert [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()] == hooks
+    assert [
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    ] == hooks
     torch.manual_seed(0)
     assert torch.equal(model(ids, use_cache=False).logits, first), "bit for bit"
 
@@ -257,7 +309,12 @@ def hybrid() -> Any:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     torch.manual_seed(4)
-    states = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    states = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
     experts = {
         "num_experts": 2,
         "num_experts_per_tok": 1,
@@ -265,7 +322,9 @@ def hybrid() -> Any:
         "shared_expert_intermediate_size": 16,
     }
     kinds = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
-    return sharpened(Qwen3NextForCausalLM(Qwen3NextConfig(**(SIZES | TOKENS | states | experts | kinds))))
+    return sharpened(
+        Qwen3NextForCausalLM(Qwen3NextConfig(**(SIZES | TOKENS | states | experts | kinds)))
+    )
 
 
 def latent() -> Any:
@@ -273,10 +332,25 @@ def latent() -> Any:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(5)
-    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "head_dim": 4}
-    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 2}
+    ranks = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "head_dim": 4,
+    }
+    experts = {
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 2,
+    }
     few = {"num_hidden_layers": 2, "num_key_value_heads": 4}
-    return sharpened(DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | TOKENS | ranks | experts | few))))
+    return sharpened(
+        DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | TOKENS | ranks | experts | few)))
+    )
 
 
 def shared() -> Any:
@@ -284,11 +358,20 @@ def shared() -> Any:
     from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
     torch.manual_seed(6)
-    own = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4, "laurel_rank": 4}
+    own = {
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 4,
+        "laurel_rank": 4,
+    }
     more = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8}
-    kinds = {"layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [32] * 4}
+    kinds = {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [32] * 4,
+    }
     sparse = {"activation_sparsity_pattern": [0.0] * 4}
-    return sharpened(Gemma3nForCausalLM(Gemma3nTextConfig(**(SIZES | TOKENS | own | more | kinds | sparse))))
+    return sharpened(
+        Gemma3nForCausalLM(Gemma3nTextConfig(**(SIZES | TOKENS | own | more | kinds | sparse)))
+    )
 
 
 @pytest.mark.parametrize(
@@ -296,7 +379,10 @@ def shared() -> Any:
     [
         (hybrid, {0: "a state instead of keys", 2: "a state instead of keys"}),
         (latent, {}),
-        (shared, {0: "a sliding window of 8 keys", 2: "another layer's keys", 3: "another layer's keys"}),
+        (
+            shared,
+            {0: "a sliding window of 8 keys", 2: "another layer's keys", 3: "another layer's keys"},
+        ),
     ],
 )
 @torch.no_grad()
@@ -310,11 +396,14 @@ def test_caches_of_other_kinds(maker: Any, left_out: dict[int, str]) -> None:
             kept["model.layers.3.self_attn"] = kept["model.layers.1.self_attn"]
         with cache.attached():
             made = [
-                model(ids[:, at : at + step], past_key_values=cache.key_values).logits for at in range(PROMPT, PROMPT + NEW, step)
+                model(ids[:, at : at + step], past_key_values=cache.key_values).logits
+                for at in range(PROMPT, PROMPT + NEW, step)
             ]
         expected = masked_forward(model, ids, kept, PROMPT)[:, PROMPT:]
         agree(torch.cat(made, 1), expected)
-        assert (model(ids, use_cache=False).logits[:, PROMPT:] - expected).abs().max() > 100 * WITHIN
+        assert (
+            model(ids, use_cache=False).logits[:, PROMPT:] - expected
+        ).abs().max() > 100 * WITHIN
     report = simulate_cake(model, ids, max_new_tokens=3, **SMALL)
     assert len(report.left_out) >= len(left_out) - (maker is shared)
     assert report.layers[0].kept.shape[1] == cache.layers[min(cache.layers)].keys.shape[1]
@@ -324,8 +413,12 @@ def test_caches_of_other_kinds(maker: Any, left_out: dict[int, str]) -> None:
 def test_attention_that_cannot_be_told_is_refused() -> None:
     from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)).eval()
-    with pytest.raises(ValueError, match=r"layer 0 of BloomForCausalLM .* attn_implementation='sdpa'"):
+    bloom = BloomForCausalLM(
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)
+    ).eval()
+    with pytest.raises(
+        ValueError, match=r"layer 0 of BloomForCausalLM .* attn_implementation='sdpa'"
+    ):
         compressed_generate(bloom, tokens(1, PROMPT), **SMALL)
     mistral = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).eval()
     with pytest.raises(ValueError, match="a sliding window of 8 keys"):
@@ -336,7 +429,9 @@ def test_attention_that_cannot_be_told_is_refused() -> None:
 def test_beam_search_carries_positions_with_the_beams() -> None:
     model, ids = llama(), tokens(2, PROMPT)
     made = compressed_generate(model, ids, num_beams=3, max_new_tokens=5, do_sample=False, **SMALL)
-    full = compressed_generate(model, ids, policy="full", num_beams=3, max_new_tokens=5, do_sample=False, **SMALL)
+    full = compressed_generate(
+        model, ids, policy="full", num_beams=3, max_new_tokens=5, do_sample=False, **SMALL
+    )
     stock = model.generate(ids, num_beams=3, max_new_tokens=5, do_sample=False)
     assert torch.equal(full.sequences, stock)
     assert made.sequences.shape == stock.shape
@@ -363,5 +458,7 @@ def test_a_prompt_shorter_than_the_window_generates_as_ever() -> None:
             given = {"policy": policy, "cache_size": size, "window_size": 6}
             made = compressed_generate(model, ids, max_new_tokens=5, do_sample=False, **given)
             if size == 16:
-                assert torch.equal(made.sequences, model.generate(ids, max_new_tokens=5, do_sample=False))
+                assert torch.equal(
+                    made.sequences, model.generate(ids, max_new_tokens=5, do_sample=False)
+                )
             assert made.tokens.shape == (1, 5)

@@ -1,4 +1,6 @@
-"""Perplexity against cache size is the loss of a full forward in which the evicted keys are missing."""
+"""Perplexity against cache size is the loss of a full forward in which the evicted keys are
+missing.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,17 @@ def test_losses_equal_a_masked_forward(chunk: int, policies: list[str]) -> None:
     for row, policy in enumerate(policies):
         for column, size in enumerate((12, 0.5)):
             for part in (slice(0, 2), slice(2, 3)):  # as the batches were: random draws for a batch
-                kept = compressed(model, ids[part], CONTEXT, policy=policy, cache_size=size, window_size=WINDOW).kept()
+                kept = compressed(
+                    model, ids[part], CONTEXT, policy=policy, cache_size=size, window_size=WINDOW
+                ).kept()
                 logits = masked_forward(model, ids[part], kept, CONTEXT)[:, CONTEXT - 1 : -1]
                 expected = -log_probability(logits, ids[part, CONTEXT:]).mean(1)
                 assert np.abs(table.nats[row, column, part] - expected.numpy()).max() < 1e-4
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits[:, CONTEXT - 1 : -1]
-    assert np.abs(table.full + log_probability(logits, ids[:, CONTEXT:]).mean(1).numpy()).max() < 1e-4
+    assert (
+        np.abs(table.full + log_probability(logits, ids[:, CONTEXT:]).mean(1).numpy()).max() < 1e-4
+    )
     assert np.abs(table.cost[:, 0]).max() > 0.01, "what is evicted must show"
     assert table.kept[:, 0] == pytest.approx(12 / CONTEXT, abs=2 / CONTEXT)
 
@@ -53,7 +59,9 @@ def test_a_prefill_gives_the_caches_of_a_real_prompt(maker: object) -> None:
     start = Prefill.of(model, ids, mask, WINDOW)
     for policy in ("cake", "h2o", "random"):
         made = start.compressed(policy, 14)
-        real = compressed(model, ids, CONTEXT, mask, policy=policy, cache_size=14, window_size=WINDOW)
+        real = compressed(
+            model, ids, CONTEXT, mask, policy=policy, cache_size=14, window_size=WINDOW
+        )
         for name, held in real.kept().items():
             assert torch.equal(made.kept()[name], held)
         for index, layer in real.layers.items():
@@ -64,12 +72,21 @@ def test_a_prefill_gives_the_caches_of_a_real_prompt(maker: object) -> None:
 def test_table_is_stored_with_a_report(tmp_path: Path) -> None:
     model, ids = llama(), tokens(2, CONTEXT + NEW)
     table = perplexity_by_cache_size(
-        model, ids[:, :CONTEXT], ids[:, CONTEXT:], sizes=[12], policies=["cake", "recency"], window_size=WINDOW
+        model,
+        ids[:, :CONTEXT],
+        ids[:, CONTEXT:],
+        sizes=[12],
+        policies=["cake", "recency"],
+        window_size=WINDOW,
     )
-    report = simulate_cake(model, ids[:, :CONTEXT], cache_size=12, window_size=WINDOW, continuation=ids[:, CONTEXT:])
+    report = simulate_cake(
+        model, ids[:, :CONTEXT], cache_size=12, window_size=WINDOW, continuation=ids[:, CONTEXT:]
+    )
     save_record(report.to_record(table), tmp_path)
     record = load_record(tmp_path, "cake")
     assert record.values["perplexity_policies"] == ["cake", "recency"]
     assert np.array_equal(record.arrays["perplexity_nats"], table.nats)
-    assert record.values["full_perplexity"] == pytest.approx(float(np.exp(table.full.mean())), rel=1e-4)
+    assert record.values["full_perplexity"] == pytest.approx(
+        float(np.exp(table.full.mean())), rel=1e-4
+    )
     assert table.to_markdown().count("\n") == 3

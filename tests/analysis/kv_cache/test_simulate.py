@@ -22,11 +22,18 @@ WITHIN = 1e-4
 
 
 def near(given: Any, expected: Any) -> None:
-    torch.testing.assert_close(torch.as_tensor(given).double(), torch.as_tensor(expected).double(), rtol=WITHIN, atol=WITHIN)
+    torch.testing.assert_close(
+        torch.as_tensor(given).double(),
+        torch.as_tensor(expected).double(),
+        rtol=WITHIN,
+        atol=WITHIN,
+    )
 
 
 @torch.no_grad()
-def oracle(model: Any, ids: Tensor, key_heads: int, tau1: float, tau2: float, gamma: float) -> list[dict[str, Tensor]]:
+def oracle(
+    model: Any, ids: Tensor, key_heads: int, tau1: float, tau2: float, gamma: float
+) -> list[dict[str, Tensor]]:
     """One sample's numbers of every layer, from attention maps written out in float64."""
     model = model.double()
     model.set_attn_implementation("eager")
@@ -47,7 +54,9 @@ def oracle(model: Any, ids: Tensor, key_heads: int, tau1: float, tau2: float, ga
                 if 0 <= k < raw.shape[1]:
                     smooth[:, j] += raw[:, k] / 5
         groups = len(raw) // key_heads
-        score = torch.stack([smooth[h * groups : (h + 1) * groups].mean(0) for h in range(key_heads)])
+        score = torch.stack(
+            [smooth[h * groups : (h + 1) * groups].mean(0) for h in range(key_heads)]
+        )
         found.append({"dispersion": d, "shift": variance.sum(), "scores": score})
         found[-1]["preference"] = d ** (1 / tau1) * variance.sum() ** (1 / tau2)
     return found
@@ -57,11 +66,15 @@ def oracle(model: Any, ids: Tensor, key_heads: int, tau1: float, tau2: float, ga
 @pytest.mark.parametrize("taus", [(1.0, 1.0), (1.6, 0.7)])
 def test_numbers_equal_a_dense_float64_oracle(maker: str, taus: tuple[float, float]) -> None:
     model, ids = MAKERS[maker](), tokens(2, LENGTH)
-    report = simulate_cake(model, ids, cache_size=CACHE, window_size=WINDOW, tau1=taus[0], tau2=taus[1], gamma=50.0)
+    report = simulate_cake(
+        model, ids, cache_size=CACHE, window_size=WINDOW, tau1=taus[0], tau2=taus[1], gamma=50.0
+    )
     assert len(report.layers) == 3
     before = LENGTH - WINDOW
     for sample in range(2):
-        expected = oracle(model, ids[sample : sample + 1], report.layers[0].kept.shape[1], *taus, 50.0)
+        expected = oracle(
+            model, ids[sample : sample + 1], report.layers[0].kept.shape[1], *taus, 50.0
+        )
         for layer, numbers in zip(report.layers, expected, strict=True):
             near(layer.dispersion[sample], numbers["dispersion"])
             near(layer.shift[sample], numbers["shift"])
@@ -98,7 +111,10 @@ def test_padding_on_either_side_changes_no_number(maker: str) -> None:
         for one, layer in zip(alone.layers, report.layers, strict=True):
             near(layer.dispersion[0], one.dispersion[0])
             near(layer.shift[0], one.shift[0])
-            near(layer.scores[0, :, left : left + LENGTH - WINDOW], one.scores[0, :, : LENGTH - WINDOW])
+            near(
+                layer.scores[0, :, left : left + LENGTH - WINDOW],
+                one.scores[0, :, : LENGTH - WINDOW],
+            )
             assert int(layer.budget[0]) == int(one.budget[0])
             assert [[j - left for j in row if j >= 0] for row in layer.kept[0].tolist()] == [
                 [j for j in row if j >= 0] for row in one.kept[0].tolist()
@@ -118,7 +134,10 @@ def test_preserved_shares_equal_sums_over_dense_maps(policy: str) -> None:
         mass = sum(p[head][:, kept[head // 2]].sum() for head in range(4)) / p.sum()
         near(layer.preserved["kept"]["mass"][0], mass)
         variance = p[..., : LENGTH - WINDOW].var(1)
-        held = sum(variance[head, [j for j in kept[head // 2] if j < LENGTH - WINDOW]].sum() for head in range(4))
+        held = sum(
+            variance[head, [j for j in kept[head // 2] if j < LENGTH - WINDOW]].sum()
+            for head in range(4)
+        )
         near(layer.preserved["kept"]["variance"][0], held / variance.sum())
         group = p.unflatten(0, (2, 2)).sum((1, 2))
         most = sum(group[head].topk(len(kept[head])).values.sum() for head in range(2)) / p.sum()
@@ -135,7 +154,9 @@ def test_report_says_what_decoding_evicts() -> None:
     report = simulate_cake(model, ids, cache_size=CACHE, window_size=WINDOW, max_new_tokens=6)
     assert report.tokens.shape == (2, 6)
     assert report.decode_steps == 5
-    assert report.eviction_frequency == 1.0, "every layer is full, so that each new token drives one out"
+    assert report.eviction_frequency == 1.0, (
+        "every layer is full, so that each new token drives one out"
+    )
     assert report.budget_use == 1.0
     assert report.compression_ratio == pytest.approx(CACHE / LENGTH)
     for layer in report.layers:
@@ -145,7 +166,9 @@ def test_report_says_what_decoding_evicts() -> None:
             assert bool(held[..., LENGTH + step - WINDOW : LENGTH + step].all()), "the newest stay"
             assert not bool(held[..., LENGTH + step :].any())
     with torch.no_grad():
-        logits = model(torch.cat([ids, report.tokens[:, :-1]], 1), use_cache=False).logits[:, LENGTH - 1 :]
+        logits = model(torch.cat([ids, report.tokens[:, :-1]], 1), use_cache=False).logits[
+            :, LENGTH - 1 :
+        ]
     scored = logits.log_softmax(-1).gather(-1, report.tokens[..., None])[..., 0]
     near(report.full_log_probabilities, scored)
     assert report.full_perplexity == pytest.approx(float(torch.exp(-scored.mean())), rel=1e-4)
@@ -177,7 +200,9 @@ class HandWritten(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         q, k, v = self.qkv(self.embed(ids)).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        scores = (q @ k.mT / 8**0.5).masked_fill(~torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(), -torch.inf)
+        scores = (q @ k.mT / 8**0.5).masked_fill(
+            ~torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril(), -torch.inf
+        )
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
@@ -189,12 +214,25 @@ def test_a_hand_written_decoder_is_simulated_and_not_decoded() -> None:
 
 
 def test_refusals_name_the_value_and_the_mend() -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 48}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 48,
+    }
     with pytest.raises(ValueError, match="both directions"):
         simulate_cake(BertModel(BertConfig(**sizes)), tokens(1, 40), cache_size=10, window_size=4)
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
     with pytest.raises(ValueError, match="encoder–decoder"):
-        simulate_cake(t5, {"input_ids": tokens(1, 40), "decoder_input_ids": tokens(1, 4)}, cache_size=10, window_size=4)
+        simulate_cake(
+            t5,
+            {"input_ids": tokens(1, 40), "decoder_input_ids": tokens(1, 4)},
+            cache_size=10,
+            window_size=4,
+        )
     model, ids = llama(), tokens(1, 40)
     for changes, words in (
         ({"window_size": 40}, "a window_size below 40"),
@@ -221,7 +259,10 @@ def test_decoding_is_what_generate_does_with_the_same_cache(policy: str) -> None
     model, ids = llama(), tokens(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
-    batch, sizes = {"input_ids": ids, "attention_mask": mask}, {"cache_size": CACHE, "window_size": WINDOW}
+    batch, sizes = (
+        {"input_ids": ids, "attention_mask": mask},
+        {"cache_size": CACHE, "window_size": WINDOW},
+    )
     report = simulate_cache(model, batch, policy=policy, max_new_tokens=6, **sizes)
     given = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "cascade": False}
     made = compressed_generate(model, ids, attention_mask=mask, policy=policy, **sizes, **given)
@@ -238,14 +279,22 @@ def test_a_model_that_gives_nan_is_named() -> None:
     model = llama()
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"model.layers.1.self_attn has attention weights that are NaN"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.self_attn has attention weights that are NaN"
+    ):
         simulate_cake(model, tokens(1, LENGTH), cache_size=CACHE, window_size=WINDOW)
 
 
 def test_full_keeps_every_key_and_costs_nothing() -> None:
     model, ids = llama(), tokens(1, LENGTH)
-    report = simulate_cache(model, ids, policy="full", cache_size=CACHE, window_size=WINDOW, max_new_tokens=4)
-    assert (report.compression_ratio, report.budget_use, report.eviction_frequency) == (1.0, 1.0, 0.0)
+    report = simulate_cache(
+        model, ids, policy="full", cache_size=CACHE, window_size=WINDOW, max_new_tokens=4
+    )
+    assert (report.compression_ratio, report.budget_use, report.eviction_frequency) == (
+        1.0,
+        1.0,
+        0.0,
+    )
     assert report.perplexity == pytest.approx(report.full_perplexity, rel=1e-5)
 
 
@@ -253,6 +302,8 @@ def test_a_short_sample_keeps_everything() -> None:
     model, ids = llama(), tokens(2, LENGTH)
     mask = torch.ones_like(ids)
     mask[0, : LENGTH - 14] = 0
-    report = simulate_cake(model, {"input_ids": ids, "attention_mask": mask}, cache_size=CACHE, window_size=WINDOW)
+    report = simulate_cake(
+        model, {"input_ids": ids, "attention_mask": mask}, cache_size=CACHE, window_size=WINDOW
+    )
     assert [int((layer.kept[0] >= 0).sum()) for layer in report.layers] == [28] * 3
     assert sum(int((layer.kept[1, 0] >= 0).sum()) for layer in report.layers) == 3 * CACHE

@@ -1,4 +1,6 @@
-"""What a family of models has to tell: how to build a small one, and the float64 attention of one of its calls."""
+"""What a family of models has to tell: how to build a small one, and the float64 attention of one
+of its calls.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,12 @@ class Case:
 
 
 @contextmanager
-def record_calls(model: nn.Module, attention: type[nn.Module] | str, **forced: Any) -> Iterator[list[Call]]:
-    """Collect every run of the modules of class ``attention``; ``forced`` arguments replace the model's own."""
+def record_calls(
+    model: nn.Module, attention: type[nn.Module] | str, **forced: Any
+) -> Iterator[list[Call]]:
+    """Collect every run of the modules of class ``attention``; ``forced`` arguments replace the
+    model's own.
+    """
     calls: list[Call] = []
     handles = []
     runs: dict[str, int] = {}
@@ -62,7 +68,9 @@ def record_calls(model: nn.Module, attention: type[nn.Module] | str, **forced: A
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = inspect.signature(module.forward).bind(*args, **kwargs)
             index = runs[name] = runs.get(name, -1) + 1
-            calls.append(Call(f"{name}#{index}" if index else name, module, model, dict(bound.arguments)))
+            calls.append(
+                Call(f"{name}#{index}" if index else name, module, model, dict(bound.arguments))
+            )
             return args, kwargs | forced
 
         return hook
@@ -71,7 +79,9 @@ def record_calls(model: nn.Module, attention: type[nn.Module] | str, **forced: A
         calls[-1].outputs.append(output)
 
     for name, module in model.named_modules():
-        if type(module).__name__ == attention or (isinstance(attention, type) and isinstance(module, attention)):
+        if type(module).__name__ == attention or (
+            isinstance(attention, type) and isinstance(module, attention)
+        ):
             handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after))
     try:
@@ -82,28 +92,39 @@ def record_calls(model: nn.Module, attention: type[nn.Module] | str, **forced: A
 
 
 def using(implementation: str) -> dict[str, Any]:
-    """The configuration argument that chooses an attention implementation (transformers' types do not know it)."""
+    """The configuration argument that chooses an attention implementation (transformers' types do
+    not know it).
+    """
     return {"attn_implementation": implementation}
 
 
 def liven(model: nn.Module, seed: int = 0) -> None:
-    """Add noise to every vector of parameters (biases and norm gains start at constants, where a slip would not show)."""
+    """Add noise to every vector of parameters (biases and norm gains start at constants, where a
+    slip would not show).
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.1)
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype),
+                    alpha=0.1,
+                )
 
 
 def spread_heads(weight: Tensor, heads: int, low: float, high: float) -> None:
-    """Scale the query heads of a weight ``[H * D, C]`` (or a view of one) from ``low`` to ``high``: diffuse to one-hot."""
+    """Scale the query heads of a weight ``[H * D, C]`` (or a view of one) from ``low`` to ``high``:
+    diffuse to one-hot.
+    """
     factors = torch.logspace(0, 1, heads, base=high / low, dtype=weight.dtype) * low
     with torch.no_grad():
         weight.mul_(factors.repeat_interleave(weight.shape[0] // heads)[:, None])
 
 
 def padded(batch: int, length: int, valid: tuple[int, ...], *, left: bool = False) -> Tensor:
-    """int64 ``[B, S]``: 1 at the ``valid[b]`` real tokens of each row, padding on the right, or on the left."""
+    """int64 ``[B, S]``: 1 at the ``valid[b]`` real tokens of each row, padding on the right, or on
+    the left.
+    """
     positions = torch.arange(length).expand(batch, length)
     real = torch.tensor(valid)[:, None]
     return ((positions >= length - real) if left else (positions < real)).long()
@@ -111,4 +132,6 @@ def padded(batch: int, length: int, valid: tuple[int, ...], *, left: bool = Fals
 
 def tokens(batch: int, length: int, vocabulary: int, seed: int = 1) -> Tensor:
     """int64 ``[B, S]``: random token numbers from 3 on (the first ones tend to be special)."""
-    return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )

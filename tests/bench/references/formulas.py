@@ -1,6 +1,7 @@
 """The formulas of attention, in float64. Nothing of stabmon or of transformers is used here.
 
-B batch, H query heads, G key heads, Q queries, K keys, S sequence, D head dimension, C model dimension.
+B batch, H query heads, G key heads, Q queries, K keys, S sequence, D head dimension, C model
+dimension.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def probabilities(attention: Attention) -> Tensor:
 
 
 def statistics(attention: Attention) -> dict[str, Tensor]:
-    """Per-head values ``[H]`` over all rows that see a key: mean entropy (nats), mean max probability, max raw score."""
+    """Per-head values ``[H]`` over all rows that see a key: mean entropy (nats), mean max
+    probability, max raw score.
+    """
     p = probabilities(attention)
     rows = attention.visible.any(-1).expand(p.shape[:-1])
     entropy = -torch.special.xlogy(p, p).sum(-1)
@@ -52,7 +55,9 @@ def mean_over(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """``[B, H, S, D]``: inputs ``[B, S, C]`` through a linear layer, weight ``[H * D, C]``, and cut into heads."""
+    """``[B, H, S, D]``: inputs ``[B, S, C]`` through a linear layer, weight ``[H * D, C]``, and cut
+    into heads.
+    """
     out = hidden.double() @ weight.double().T
     if bias is not None:
         out = out + bias.double()
@@ -67,10 +72,14 @@ def dot(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def rope(x: Tensor, theta: float) -> Tensor:
-    """Turn each pair (i, i + D/2) of ``[B, H, S, D]`` by position · theta^(−2i/D)  (Su et al. 2021, half-split layout)."""
+    """Turn each pair (i, i + D/2) of ``[B, H, S, D]`` by position · theta^(−2i/D)  (Su et al. 2021,
+    half-split layout).
+    """
     length, width = x.shape[-2:]
     rate = theta ** (-2.0 * torch.arange(width // 2, dtype=torch.float64) / width)
-    turn = torch.polar(torch.ones(()).double(), torch.arange(length, dtype=torch.float64)[:, None] * rate)
+    turn = torch.polar(
+        torch.ones(()).double(), torch.arange(length, dtype=torch.float64)[:, None] * rate
+    )
     turned = torch.complex(*x.chunk(2, -1)) * turn
     return torch.cat([turned.real, turned.imag], -1)
 
@@ -80,7 +89,9 @@ def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * gain.double()
 
 
-def visible(keys: Tensor, queries: int, *, causal: bool = False, window: int | None = None) -> Tensor:
+def visible(
+    keys: Tensor, queries: int, *, causal: bool = False, window: int | None = None
+) -> Tensor:
     """``[B, 1, Q, K]``: what a query may see, from ``keys`` ``[B, K]`` bool (False is padding).
 
     Causal: key j ≤ query i. Window w: i − j < w.
@@ -94,11 +105,14 @@ def visible(keys: Tensor, queries: int, *, causal: bool = False, window: int | N
     return (seen & keys[:, None, :]).unsqueeze(1)
 
 
-def t5_bias(table: Tensor, queries: int, keys: int, *, bidirectional: bool, furthest: int) -> Tensor:
-    """``[1, H, Q, K]``: T5's relative bias, from its table ``[buckets, H]`` (Raffel et al. 2020, section 2.1).
+def t5_bias(
+    table: Tensor, queries: int, keys: int, *, bidirectional: bool, furthest: int
+) -> Tensor:
+    """``[1, H, Q, K]``: T5's relative bias, from its table ``[buckets, H]`` (Raffel et al. 2020,
+    section 2.1).
 
-    One bucket a distance up to half of them, then evenly in the logarithm of the distance up to ``furthest``;
-    looking both ways, later keys take the upper half of the table.
+    One bucket a distance up to half of them, then evenly in the logarithm of the distance up to
+    ``furthest``; looking both ways, later keys take the upper half of the table.
     """
     buckets = table.shape[0] // 2 if bidirectional else table.shape[0]
     near = buckets // 2
@@ -111,7 +125,8 @@ def t5_bias(table: Tensor, queries: int, keys: int, *, bidirectional: bool, furt
         steps = buckets - near
         # (distance / near) >= (furthest / near) ** (step / steps), in whole numbers
         passed: list[bool] = [
-            pow(distance, steps) * pow(near, step) >= pow(near, steps) * pow(furthest, step) for step in range(1, steps)
+            pow(distance, steps) * pow(near, step) >= pow(near, steps) * pow(furthest, step)
+            for step in range(1, steps)
         ]
         return offset + near + sum(passed)
 

@@ -1,4 +1,6 @@
-"""A causal model that writes its attention out, as nanoGPT does without flash: matmul, mask, softmax, dropout, matmul."""
+"""A causal model that writes its attention out, as nanoGPT does without flash: matmul, mask,
+softmax, dropout, matmul.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ class ManualAttention(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         batch, length, _ = x.shape
-        q, k, v = (part.view(batch, length, HEADS, -1).transpose(1, 2) for part in self.qkv(x).split(WIDTH, dim=2))
+        q, k, v = (
+            part.view(batch, length, HEADS, -1).transpose(1, 2)
+            for part in self.qkv(x).split(WIDTH, dim=2)
+        )
         past: Any = self.past
         scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         weights = torch.softmax(scores.masked_fill(~past[:length, :length], float("-inf")), dim=-1)
@@ -42,7 +47,10 @@ class ManualGPT(nn.Module):
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(LAYERS))
         self.attentions = nn.ModuleList(ManualAttention() for _ in range(LAYERS))
-        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 96), nn.GELU(), nn.Linear(96, WIDTH)) for _ in range(LAYERS))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 96), nn.GELU(), nn.Linear(96, WIDTH))
+            for _ in range(LAYERS)
+        )
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -76,5 +84,13 @@ def attend_manual(call: Call, batch: Batch) -> Attention:
 
 
 CASES = (
-    Case("hand-written softmax, training", build_manual, ManualAttention, attend_manual, LAYERS, ("manual",), training=True),
+    Case(
+        "hand-written softmax, training",
+        build_manual,
+        ManualAttention,
+        attend_manual,
+        LAYERS,
+        ("manual",),
+        training=True,
+    ),
 )

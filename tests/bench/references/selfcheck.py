@@ -14,23 +14,40 @@ from references.formulas import probabilities
 
 
 class LiftFloat32(TorchFunctionMode):
-    """Turns every cast to float32 inside a model's code (norms, RoPE, softmax) into one to float64."""
+    """Turns every cast to float32 inside a model's code (norms, RoPE, softmax) into one to
+    float64.
+    """
 
-    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
         if func is torch.Tensor.float:
             return args[0].double()
         lifted = [torch.float64 if value is torch.float32 else value for value in args]
-        options = {name: torch.float64 if value is torch.float32 else value for name, value in (kwargs or {}).items()}
+        options = {
+            name: torch.float64 if value is torch.float32 else value
+            for name, value in (kwargs or {}).items()
+        }
         return func(*lifted, **options)
 
 
 def reference_error(case: Case) -> float:
-    """The largest deviation of any probability from the weights that the model's eager attention returns.
+    """The largest deviation of any probability from the weights that the model's eager attention
+    returns.
 
-    Rows that see no key are left out: eager attention spreads them evenly. Dropout is off, since the returned weights
+    Rows that see no key are left out: eager attention spreads them evenly. Dropout is off, since
+        the returned weights
     would have it in them.
     """
-    options = {"need_weights": True, "average_attn_weights": False} if case.attention is nn.MultiheadAttention else {}
+    options = (
+        {"need_weights": True, "average_attn_weights": False}
+        if case.attention is nn.MultiheadAttention
+        else {}
+    )
     model, batch = build_float64(case)
     model.train(case.training)
     for module in model.modules():
@@ -40,7 +57,9 @@ def reference_error(case: Case) -> float:
     with torch.no_grad(), LiftFloat32(), record_calls(model, case.attention, **options) as calls:
         model(**batch)
     if len(calls) != case.expected:
-        raise RuntimeError(f"{case.name}: {len(calls)} attention calls seen by the reference, not {case.expected}")
+        raise RuntimeError(
+            f"{case.name}: {len(calls)} attention calls seen by the reference, not {case.expected}"
+        )
     worst = 0.0
     for call in calls:
         attention = case.attend(call, batch)
@@ -51,7 +70,9 @@ def reference_error(case: Case) -> float:
 
 
 def build_float64(case: Case) -> tuple[nn.Module, Batch]:
-    """The case's model in float64, constants such as RoPE's frequencies included, and a batch for it."""
+    """The case's model in float64, constants such as RoPE's frequencies included, and a batch for
+    it.
+    """
     torch.manual_seed(0)
     if case.trained:
         model, batch = case.build("eager")

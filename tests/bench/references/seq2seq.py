@@ -15,13 +15,25 @@ BUCKETS, FURTHEST = 16, 24
 
 
 def build_t5(implementation: str) -> tuple[nn.Module, Batch]:
-    """T5 with the second source padded; 16 buckets up to distance 24, so that every kind of bucket is used."""
+    """T5 with the second source padded; 16 buckets up to distance 24, so that every kind of bucket
+    is used.
+    """
     from transformers import T5Config, T5Model
 
-    model: Any = T5Model(T5Config(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=16, d_ff=96, num_layers=LAYERS, num_heads=HEADS,
-        relative_attention_num_buckets=BUCKETS, relative_attention_max_distance=FURTHEST, dropout_rate=0.0,
-        **using(implementation)))  # fmt: skip
+    model: Any = T5Model(
+        T5Config(
+            vocab_size=VOCABULARY,
+            d_model=WIDTH,
+            d_kv=16,
+            d_ff=96,
+            num_layers=LAYERS,
+            num_heads=HEADS,
+            relative_attention_num_buckets=BUCKETS,
+            relative_attention_max_distance=FURTHEST,
+            dropout_rate=0.0,
+            **using(implementation),
+        )
+    )
     liven(model)
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -29,13 +41,22 @@ def build_t5(implementation: str) -> tuple[nn.Module, Batch]:
                 spread_heads(module.q.weight, HEADS, 0.1, 8)
             if name.endswith("relative_attention_bias"):
                 module.weight *= 10.0
-    return model, {"input_ids": tokens(2, SOURCE, VOCABULARY), "attention_mask": padded(2, SOURCE, (SOURCE, 29)),
-                   "decoder_input_ids": tokens(2, TARGET, VOCABULARY, seed=2)}  # fmt: skip
+    return model, {
+        "input_ids": tokens(2, SOURCE, VOCABULARY),
+        "attention_mask": padded(2, SOURCE, (SOURCE, 29)),
+        "decoder_input_ids": tokens(2, TARGET, VOCABULARY, seed=2),
+    }
 
 
 def attend_t5(call: Call, batch: Batch) -> Attention:
-    """No scale; each stack's first layer owns the position bias of all its layers; cross-attention has none."""
-    module, hidden, memory = call.module, call.inputs["hidden_states"], call.inputs.get("key_value_states")
+    """No scale; each stack's first layer owns the position bias of all its layers; cross-attention
+    has none.
+    """
+    module, hidden, memory = (
+        call.module,
+        call.inputs["hidden_states"],
+        call.inputs.get("key_value_states"),
+    )
     query = project(hidden, module.q.weight, None, HEADS)
     key = project(hidden if memory is None else memory, module.k.weight, None, HEADS)
     scores = dot(query, key, 1.0)
@@ -43,9 +64,15 @@ def attend_t5(call: Call, batch: Batch) -> Attention:
     if memory is None:
         stack = call.model.encoder if encoder else call.model.decoder
         table = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-        scores = scores + t5_bias(table, *scores.shape[2:], bidirectional=encoder, furthest=FURTHEST)
+        scores = scores + t5_bias(
+            table, *scores.shape[2:], bidirectional=encoder, furthest=FURTHEST
+        )
     decoding = not encoder and memory is None
-    keys = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool) if decoding else batch["attention_mask"].bool()
+    keys = (
+        torch.ones(key.shape[0], key.shape[2], dtype=torch.bool)
+        if decoding
+        else batch["attention_mask"].bool()
+    )
     return Attention(scores, visible(keys, query.shape[2], causal=decoding))
 
 
@@ -53,27 +80,52 @@ def build_whisper(implementation: str) -> tuple[nn.Module, Batch]:
     """Whisper on 48 frames of 8 mels: 24 encoder positions, 20 decoder tokens, no mask given."""
     from transformers import WhisperConfig, WhisperModel
 
-    model: Any = WhisperModel(WhisperConfig(
-        vocab_size=VOCABULARY, num_mel_bins=8, d_model=WIDTH, encoder_layers=LAYERS, decoder_layers=LAYERS,
-        encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=96, decoder_ffn_dim=96,
-        max_source_positions=24, max_target_positions=32, init_std=0.15, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        decoder_start_token_id=1, **using(implementation)))  # fmt: skip
+    model: Any = WhisperModel(
+        WhisperConfig(
+            vocab_size=VOCABULARY,
+            num_mel_bins=8,
+            d_model=WIDTH,
+            encoder_layers=LAYERS,
+            decoder_layers=LAYERS,
+            encoder_attention_heads=HEADS,
+            decoder_attention_heads=HEADS,
+            encoder_ffn_dim=96,
+            decoder_ffn_dim=96,
+            max_source_positions=24,
+            max_target_positions=32,
+            init_std=0.15,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            **using(implementation),
+        )
+    )
     liven(model)
     for name, module in model.named_modules():
         if name.endswith("_attn"):
             spread_heads(module.q_proj.weight, HEADS, 0.1, 6)
     sound = torch.randn(2, 8, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return model, {"input_features": sound.to(torch.get_default_dtype()), "decoder_input_ids": tokens(2, 20, VOCABULARY)}
+    return model, {
+        "input_features": sound.to(torch.get_default_dtype()),
+        "decoder_input_ids": tokens(2, 20, VOCABULARY),
+    }
 
 
 def attend_whisper(call: Call, batch: Batch) -> Attention:
     """The key projection has no bias; only the decoder's self-attention is causal."""
-    module, hidden, memory = call.module, call.inputs["hidden_states"], call.inputs.get("key_value_states")
+    module, hidden, memory = (
+        call.module,
+        call.inputs["hidden_states"],
+        call.inputs.get("key_value_states"),
+    )
     query = project(hidden, module.q_proj.weight, module.q_proj.bias, HEADS)
     key = project(hidden if memory is None else memory, module.k_proj.weight, None, HEADS)
     keys = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool)
     decoding = call.name.startswith("decoder.") and memory is None
-    return Attention(dot(query, key, (WIDTH // HEADS) ** -0.5), visible(keys, query.shape[2], causal=decoding))
+    return Attention(
+        dot(query, key, (WIDTH // HEADS) ** -0.5), visible(keys, query.shape[2], causal=decoding)
+    )
 
 
 CASES = (

@@ -29,7 +29,9 @@ class Alarm:
 
 
 def thinned(readings: list[Reading], every: int) -> Iterator[Reading]:
-    """What a monitor would have read that looks at one step in ``every``: a multiple of the interval of ``readings``."""
+    """What a monitor would have read that looks at one step in ``every``: a multiple of the
+    interval of ``readings``.
+    """
     losses: list[tuple[int, float]] = []
     for reading in readings:
         losses += reading.losses
@@ -57,8 +59,12 @@ def alarms_of(case: Case, every: int) -> list[Alarm]:
     return found
 
 
-def _first(case: Case, every: int, ill: Callable[[Reading, str], np.ndarray], name: str) -> list[Alarm]:
-    """The first reading, and the first again after something was done, at which a head of a layer is ill."""
+def _first(
+    case: Case, every: int, ill: Callable[[Reading, str], np.ndarray], name: str
+) -> list[Alarm]:
+    """The first reading, and the first again after something was done, at which a head of a layer
+    is ill.
+    """
     found = []
     for reading in thinned(case.run.readings, every):
         for at, layer in enumerate(reading.layers):
@@ -70,12 +76,16 @@ def _first(case: Case, every: int, ill: Callable[[Reading, str], np.ndarray], na
 
 
 def plain_rules(case: Case, every: int) -> list[Alarm]:
-    """Entropy below 0.5 nats, exp(2 x the largest score) above 1e6, or a largest probability above 0.95, in any head."""
+    """Entropy below 0.5 nats, exp(2 x the largest score) above 1e6, or a largest probability above
+    0.95, in any head.
+    """
 
     def ill(reading: Reading, layer: str) -> np.ndarray:
         values = reading.layers[layer]
         wild = 2 * values["max_logit"] > math.log(1e6)
-        found: np.ndarray = (values["attention_entropy"] < 0.5) | wild | (values["max_probability"] > 0.95)
+        found: np.ndarray = (
+            (values["attention_entropy"] < 0.5) | wild | (values["max_probability"] > 0.95)
+        )
         return found
 
     return _first(case, every, ill, "entropy_collapse")
@@ -83,11 +93,15 @@ def plain_rules(case: Case, every: int) -> list[Alarm]:
 
 def score_above_100(case: Case, every: int) -> list[Alarm]:
     """A largest score above 100 in any head."""
-    return _first(case, every, lambda reading, layer: reading.layers[layer]["max_logit"] > 100, "logit_growth")
+    return _first(
+        case, every, lambda reading, layer: reading.layers[layer]["max_logit"] > 100, "logit_growth"
+    )
 
 
 def loss_spikes(case: Case, every: int) -> list[Alarm]:
-    """A loss that is not finite, or four standard deviations above the mean of the fifty before it."""
+    """A loss that is not finite, or four standard deviations above the mean of the fifty before
+    it.
+    """
     losses, found = case.run.losses, []
     for at in range(20, len(losses)):
         past = losses[max(0, at - 50) : at]

@@ -1,4 +1,6 @@
-"""Train recipes and their variants side by side, and keep what became of them: a study goes on where it was stopped."""
+"""Train recipes and their variants side by side, and keep what became of them: a study goes on
+where it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,33 @@ Job = tuple[Recipe, str | None, int]
 
 def options(description: str | None, intervals: Sequence[int]) -> argparse.ArgumentParser:
     """The command line of a study."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--each", type=_count, default=2, help="runs of each kind")
-    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS), metavar="KIND", help="kinds of run")
-    parser.add_argument("--every", type=int, default=intervals[0], choices=intervals, help="steps between readings")
-    parser.add_argument("--half", choices=["held-back", "tuned", "both"], default="held-back", help="which runs to report on")
-    parser.add_argument("--jobs", type=_count, default=2, help="runs trained at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/testbed"), help="where runs and tables are kept")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(KINDS),
+        default=list(KINDS),
+        metavar="KIND",
+        help="kinds of run",
+    )
+    parser.add_argument(
+        "--every", type=int, default=intervals[0], choices=intervals, help="steps between readings"
+    )
+    parser.add_argument(
+        "--half",
+        choices=["held-back", "tuned", "both"],
+        default="held-back",
+        help="which runs to report on",
+    )
+    parser.add_argument(
+        "--jobs", type=_count, default=2, help="runs trained at a time, one thread each"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/testbed"), help="where runs and tables are kept"
+    )
     return parser
 
 
@@ -44,10 +66,16 @@ def _count(text: str) -> int:
 def chosen(args: argparse.Namespace) -> list[Recipe]:
     """The recipes of some kinds, of one half or of both; ends the program where there are none."""
     found = [recipe for recipe in recipes(args.each) if recipe.kind in args.only]
-    found = [recipe for recipe in found if args.half == "both" or recipe.held_back == (args.half == "held-back")]
+    found = [
+        recipe
+        for recipe in found
+        if args.half == "both" or recipe.held_back == (args.half == "held-back")
+    ]
     if not found:
         print(
-            f"error: --each {args.each}: there is no {args.half} run, since every other one is: use at least 2", file=sys.stderr
+            f"error: --each {args.each}: there is no {args.half} run, since every other one is: "
+            "use at least 2",
+            file=sys.stderr,
         )
         sys.exit(2)
     return found
@@ -61,7 +89,9 @@ def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
     if missing:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             waiting = [pool.submit(_train_and_keep, job, path) for path, job in missing.items()]
-            for done in tqdm(as_completed(waiting), total=len(waiting), desc="training", unit="run", disable=None):
+            for done in tqdm(
+                as_completed(waiting), total=len(waiting), desc="training", unit="run", disable=None
+            ):
                 done.result()
     return [pickle.loads(path.read_bytes()) for path in paths]
 

@@ -15,7 +15,9 @@ from testbed.trainer import Run
 
 Cause = Literal["attention", "other", "none"]
 EVERY = 5
-"""Steps between readings as they are kept; alarms can be raised again from every reading, or from fewer."""
+"""Steps between readings as they are kept; alarms can be raised again from every reading, or from
+fewer.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,9 @@ class Case:
     twin: Run
     outcome: Outcome
     cause: Cause
-    """``attention`` where the same run with attention's growth taken away does not fail; ``none`` where it did not fail."""
+    """``attention`` where the same run with attention's growth taken away does not fail; ``none``
+    where it did not fail.
+    """
 
     @property
     def recipe(self) -> Recipe:
@@ -45,7 +49,9 @@ class Case:
 
 def cases(recipes: Sequence[Recipe], folder: Path, processes: int) -> list[Case]:
     """Train every recipe watched, its twin watched too, and the failing ones' counterfactuals."""
-    everything = [(each, "observe", EVERY) for each in (*recipes, *(recipe.healthy() for recipe in recipes))]
+    everything = [
+        (each, "observe", EVERY) for each in (*recipes, *(recipe.healthy() for recipe in recipes))
+    ]
     done = run_all(everything, folder, processes)
     runs, twins = done[: len(recipes)], done[len(recipes) :]
     outcomes = [outcome(run, twin) for run, twin in zip(runs, twins, strict=True)]
@@ -66,6 +72,12 @@ def cases(recipes: Sequence[Recipe], folder: Path, processes: int) -> list[Case]
 
 
 def healthy_twins(found: Sequence[Case]) -> list[Case]:
-    """The twins as cases of their own, where they are other runs than those they are compared with."""
-    own = [case for case in found if case.twin.recipe != case.recipe and math.isfinite(case.twin.validation)]
+    """The twins as cases of their own, where they are other runs than those they are compared
+    with.
+    """
+    own = [
+        case
+        for case in found
+        if case.twin.recipe != case.recipe and math.isfinite(case.twin.validation)
+    ]
     return [Case(case.twin, case.twin, outcome(case.twin, case.twin), "none") for case in own]

@@ -1,4 +1,6 @@
-"""The models of the testbed: a byte-level GPT as people write it by hand, and Llama and GPT-2 of the transformers library."""
+"""The models of the testbed: a byte-level GPT as people write it by hand, and Llama and GPT-2 of
+the transformers library.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Attention(nn.Module):
-    """Causal self-attention ``[B, S, width] -> [B, S, width]``; fused, or by hand with scores in a low precision."""
+    """Causal self-attention ``[B, S, width] -> [B, S, width]``; fused, or by hand with scores in a
+    low precision.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -33,16 +37,27 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (
-            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+            p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = self.q_norm(query), self.k_norm(key)
         if self.shape.position == "rotary":
             query, key = gpt.rotate(query), gpt.rotate(key)
         groups = self.shape.heads // self.shape.kv_heads
-        mask = None if self.shape.window is None else window_mask(x.shape[1], self.shape.window, x.device)
+        mask = (
+            None
+            if self.shape.window is None
+            else window_mask(x.shape[1], self.shape.window, x.device)
+        )
         if self.shape.scores == "fused":
             mixed = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=groups > 1
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scaling,
+                enable_gqa=groups > 1,
             )
         else:
             low = PRECISIONS.get(self.shape.scores, torch.float32)
@@ -62,7 +77,9 @@ class GPT(gpt.GPT):
         super().__init__(gpt.GPTShape(shape.layers, shape.heads, shape.width))
         for block in self.blocks:
             block.attention = Attention(shape)
-        self.positions = nn.Embedding(shape.length, shape.width) if shape.position == "learned" else None
+        self.positions = (
+            nn.Embedding(shape.length, shape.width) if shape.position == "learned" else None
+        )
         for parameter in self.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -99,10 +116,20 @@ def window_mask(length: int, window: int, device: torch.device) -> Tensor:
 def _of_transformers(shape: Shape) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    ends: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
+    ends: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "use_cache": False,
+    }
     if shape.family == "gpt2":
         drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        size = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width, "n_positions": shape.length}
+        size = {
+            "n_layer": shape.layers,
+            "n_head": shape.heads,
+            "n_embd": shape.width,
+            "n_positions": shape.length,
+        }
         return GPT2LMHeadModel(GPT2Config(**size, **drop, **ends))
     return LlamaForCausalLM(
         LlamaConfig(
@@ -120,14 +147,20 @@ def _of_transformers(shape: Shape) -> Any:
 
 
 def _normalised_sdpa() -> str:
-    """Name of an attention implementation that normalises queries and keys first: scores cannot grow with the weights."""
+    """Name of an attention implementation that normalises queries and keys first: scores cannot
+    grow with the weights.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
 
-    def normalised(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def normalised(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         size = query.shape[-1:]
-        return sdpa_attention_forward(module, F.rms_norm(query, size), F.rms_norm(key, size), value, *args, **kwargs)
+        return sdpa_attention_forward(
+            module, F.rms_norm(query, size), F.rms_norm(key, size), value, *args, **kwargs
+        )
 
     AttentionInterface.register("normalised_sdpa", normalised)
     AttentionMaskInterface.register("normalised_sdpa", sdpa_mask)

@@ -1,4 +1,6 @@
-"""Whether and when a run failed, from its losses and its twin's alone; and whether attention was the cause, from two more runs."""
+"""Whether and when a run failed, from its losses and its twin's alone; and whether attention was
+the cause, from two more runs.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Outcome:
     gap: float
     """Validation loss above the twin's, in nats; inf where it is not finite."""
     onset: int | None
-    """The step from which on, to the end, the averaged gap of training losses stays open (half of the margin, or no finite loss)."""
+    """The step from which on, to the end, the averaged gap of training losses stays open (half of
+    the margin, or no finite loss).
+    """
 
 
 def outcome(run: Run, twin: Run) -> Outcome:
@@ -34,9 +38,11 @@ def outcome(run: Run, twin: Run) -> Outcome:
 
 
 def onset(losses: np.ndarray, healthy: np.ndarray) -> int:
-    """The first step from which on the gap stays open; the last step where it only shows on validation text.
+    """The first step from which on the gap stays open; the last step where it only shows on
+    validation text.
 
-    Averages are centred, so that they open some steps early; but never before the runs first differ.
+    Averages are centred, so that they open some steps early; but never before the runs first
+    differ.
     """
     gap = losses - healthy
     gap[~np.isfinite(gap)] = np.inf

@@ -1,6 +1,8 @@
-"""Make a run go wrong for real. Each touches weights, rates, data or gradients, and never a number that is measured.
+"""Make a run go wrong for real. Each touches weights, rates, data or gradients, and never a number
+that is measured.
 
-A provocation is told of four marks of a step, of which it uses what it needs. Steps are counted from 1; ``start=0`` is before the first.
+A provocation is told of four marks of a step, of which it uses what it needs. Steps are counted
+from 1; ``start=0`` is before the first.
 """
 
 from __future__ import annotations
@@ -40,7 +42,14 @@ class Scale(Provocation):
     """Parameters times ``factor`` after each of the steps ``start … start + steps - 1``."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, part: str, factor: float, start: int, steps: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        part: str,
+        factor: float,
+        start: int,
+        steps: int,
     ) -> None:
         super().__init__(model, optimizer)
         self.factor, self.start, self.steps = factor, start, steps
@@ -53,7 +62,11 @@ class Scale(Provocation):
             return [next(p for name, p in named.items() if "emb" in name or "wte" in name)]
         modules = dict(self.model.named_modules())
         mlp = next(m for name, m in modules.items() if name.endswith("mlp"))
-        return [list(mlp.parameters())[-1] if list(mlp.parameters())[-1].ndim > 1 else list(mlp.parameters())[-2]]
+        return [
+            list(mlp.parameters())[-1]
+            if list(mlp.parameters())[-1].ndim > 1
+            else list(mlp.parameters())[-2]
+        ]
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -80,13 +93,20 @@ class ScaleQueryKey(Scale):
 
     def chosen(self, part: str) -> Iterable[Tensor]:
         layers = query_key_weights(self.model)
-        return [p for at, parts in enumerate(layers) if self.layers is None or at in self.layers for p in parts]
+        return [
+            p
+            for at, parts in enumerate(layers)
+            if self.layers is None or at in self.layers
+            for p in parts
+        ]
 
 
 class QueryKeyRate(Provocation):
     """From ``start`` on the steps of W_q and W_k are ``factor`` times as large."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: float, start: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: float, start: int
+    ) -> None:
         super().__init__(model, optimizer)
         self.factor, self.start = factor, start
         self.parameters = [p for parts in query_key_weights(model) for p in parts]
@@ -106,7 +126,14 @@ class Rate(Provocation):
     """The learning rate times ``factor`` for ``steps`` steps, reached within ``over`` steps."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: float, start: int, over: int, steps: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        factor: float,
+        start: int,
+        over: int,
+        steps: int,
     ) -> None:
         super().__init__(model, optimizer)
         self.factor, self.start, self.over, self.steps = factor, start, over, steps
@@ -120,7 +147,15 @@ class Rate(Provocation):
 class Temperature(Provocation):
     """The scale of the scores times ``factor`` after each of ``steps`` steps."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: float, start: int, steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        factor: float,
+        start: int,
+        steps: int,
+    ) -> None:
         super().__init__(model, optimizer)
         self.factor, self.start, self.steps = factor, start, steps
 
@@ -131,9 +166,13 @@ class Temperature(Provocation):
 
 
 class SharedDrift(Provocation):
-    """From ``start`` on the biases of queries and keys grow along one direction a head: all scores of a row grow alike."""
+    """From ``start`` on the biases of queries and keys grow along one direction a head: all scores
+    of a row grow alike.
+    """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: float, start: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: float, start: int
+    ) -> None:
         super().__init__(model, optimizer)
         self.factor, self.start = factor, start
 
@@ -145,7 +184,11 @@ class SharedDrift(Provocation):
             groups = module.q_proj.out_features // module.k_proj.out_features
             size = module.head_dim
             if step == self.start:  # give each head a direction of its own
-                along = torch.randn(module.k_proj.out_features // size, size, generator=torch.Generator().manual_seed(step))
+                along = torch.randn(
+                    module.k_proj.out_features // size,
+                    size,
+                    generator=torch.Generator().manual_seed(step),
+                )
                 along = along / along.norm(dim=-1, keepdim=True)
                 module.k_proj.bias.copy_(along.flatten())
                 module.q_proj.bias.copy_(along.repeat_interleave(groups, 0).flatten())
@@ -156,7 +199,15 @@ class SharedDrift(Provocation):
 class Noise(Provocation):
     """A share of each batch becomes random bytes for ``steps`` steps."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, share: float, start: int, steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        share: float,
+        start: int,
+        steps: int,
+    ) -> None:
         super().__init__(model, optimizer)
         self.share, self.start, self.steps = share, start, steps
 
@@ -176,13 +227,21 @@ class OtherText(Provocation):
         self.start = start
 
     def batch(self, step: int, tokens: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
-        return tokens if step < self.start else torch.cat([other[: len(other) // 2], tokens[len(tokens) // 2 :]])
+        return (
+            tokens
+            if step < self.start
+            else torch.cat([other[: len(other) // 2], tokens[len(tokens) // 2 :]])
+        )
 
 
 class InfiniteGradient(Provocation):
-    """One step's gradient of one value projection overflows, as of a bad batch in a low precision."""
+    """One step's gradient of one value projection overflows, as of a bad batch in a low
+    precision.
+    """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, start: int, layer: int) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, start: int, layer: int
+    ) -> None:
         super().__init__(model, optimizer)
         self.start, self.layer = start, layer
 

@@ -1,7 +1,8 @@
-"""What to train and what goes wrong with it: parameters are drawn, not chosen, and no two runs are alike but in kind.
+"""What to train and what goes wrong with it: parameters are drawn, not chosen, and no two runs are
+alike but in kind.
 
-A recipe says nothing about whether its run fails. That is for the outcome to say: many a provocation is shaken off, and
-some healthy-looking recipes are not.
+A recipe says nothing about whether its run fails. That is for the outcome to say: many a
+provocation is shaken off, and some healthy-looking recipes are not.
 """
 
 from __future__ import annotations
@@ -62,15 +63,25 @@ class Recipe:
         return int(self.name.rpartition("-")[2]) % 2 == 1
 
     def healthy(self) -> Recipe:
-        """The same without what is done to it, and with exact scores: the twin. New data to learn from is no illness."""
-        shape = replace(self.shape, scores="float32") if self.shape.scores in ("bfloat16", "float16") else self.shape
-        return self if self.provoke == "other_text" else replace(self, shape=shape, provoke="none", settings={})
+        """The same without what is done to it, and with exact scores: the twin. New data to learn
+        from is no illness.
+        """
+        shape = (
+            replace(self.shape, scores="float32")
+            if self.shape.scores in ("bfloat16", "float16")
+            else self.shape
+        )
+        return (
+            self
+            if self.provoke == "other_text"
+            else replace(self, shape=shape, provoke="none", settings={})
+        )
 
     def without_growth(self) -> Recipe:
         """The same with attention's growth taken away.
 
-        Queries and keys are normalised; where scores are in a low precision, they are computed in float32 instead; where the
-        scale of the scores is what grows, it stays.
+        Queries and keys are normalised; where scores are in a low precision, they are computed in
+        float32 instead; where the scale of the scores is what grows, it stays.
         """
         if self.shape.scores in ("bfloat16", "float16"):
             return replace(self, shape=replace(self.shape, scores="float32"))
@@ -138,17 +149,35 @@ def _own(recipe: Recipe, **shape: Any) -> Recipe:
 
 def _qk_ramp(recipe: Recipe, rng: random.Random) -> Recipe:
     factor = _log_uniform(rng, 1.012, 1.06)
-    return _with(recipe, "scale_query_key", factor=factor, start=_start(recipe, rng), steps=10**6, layers=_layers(recipe, rng))
+    return _with(
+        recipe,
+        "scale_query_key",
+        factor=factor,
+        start=_start(recipe, rng),
+        steps=10**6,
+        layers=_layers(recipe, rng),
+    )
 
 
 def _qk_jump(recipe: Recipe, rng: random.Random) -> Recipe:
     factor = _log_uniform(rng, 4, 10)
-    return _with(recipe, "scale_query_key", factor=factor, start=_start(recipe, rng), steps=1, layers=_layers(recipe, rng))
+    return _with(
+        recipe,
+        "scale_query_key",
+        factor=factor,
+        start=_start(recipe, rng),
+        steps=1,
+        layers=_layers(recipe, rng),
+    )
 
 
 def _qk_rate(recipe: Recipe, rng: random.Random) -> Recipe:
-    """Queries and keys learn far too fast from some step on, as after a mistake in parameter groups."""
-    return _with(recipe, "query_key_rate", factor=_log_uniform(rng, 30, 300), start=_start(recipe, rng))
+    """Queries and keys learn far too fast from some step on, as after a mistake in parameter
+    groups.
+    """
+    return _with(
+        recipe, "query_key_rate", factor=_log_uniform(rng, 30, 300), start=_start(recipe, rng)
+    )
 
 
 def _rate(recipe: Recipe, rng: random.Random) -> Recipe:
@@ -157,47 +186,98 @@ def _rate(recipe: Recipe, rng: random.Random) -> Recipe:
 
 def _rate_ramp(recipe: Recipe, rng: random.Random) -> Recipe:
     over = rng.choice([1, 40, 120])
-    return _with(recipe, "rate", factor=_log_uniform(rng, 8, 60), start=_start(recipe, rng), over=over, steps=10**6)
+    return _with(
+        recipe,
+        "rate",
+        factor=_log_uniform(rng, 8, 60),
+        start=_start(recipe, rng),
+        over=over,
+        steps=10**6,
+    )
 
 
 def _temperature(recipe: Recipe, rng: random.Random) -> Recipe:
     """The scale of the scores drifts."""
-    return _with(recipe, "temperature", factor=_log_uniform(rng, 1.03, 1.08), start=_start(recipe, rng), steps=120)
+    return _with(
+        recipe,
+        "temperature",
+        factor=_log_uniform(rng, 1.03, 1.08),
+        start=_start(recipe, rng),
+        steps=120,
+    )
 
 
 def _init(recipe: Recipe, rng: random.Random) -> Recipe:
-    return _with(recipe, "scale_query_key", factor=_log_uniform(rng, 8, 30), start=0, steps=1, layers=None)
+    return _with(
+        recipe, "scale_query_key", factor=_log_uniform(rng, 8, 30), start=0, steps=1, layers=None
+    )
 
 
 def _precision(recipe: Recipe, rng: random.Random) -> Recipe:
-    """Queries and keys drift along a direction that all keys share: nothing to a softmax, all to a format's range and digits."""
+    """Queries and keys drift along a direction that all keys share: nothing to a softmax, all to a
+    format's range and digits.
+    """
     recipe = _own(recipe, scores=rng.choice(["float16", "bfloat16"]), bias=True, position="learned")
     start = _start(recipe, rng)
-    product = _log_uniform(rng, 1.5e5, 1.5e6) if recipe.shape.scores == "float16" else _log_uniform(rng, 2e4, 2e5)
-    return _with(recipe, "shared_drift", factor=product ** (0.5 / (recipe.steps - start)), start=start)
+    product = (
+        _log_uniform(rng, 1.5e5, 1.5e6)
+        if recipe.shape.scores == "float16"
+        else _log_uniform(rng, 2e4, 2e5)
+    )
+    return _with(
+        recipe, "shared_drift", factor=product ** (0.5 / (recipe.steps - start)), start=start
+    )
 
 
 def _embedding(recipe: Recipe, rng: random.Random) -> Recipe:
     start, steps = _start(recipe, rng), rng.choice([1, 30])
-    return _with(recipe, "scale", part="embedding", factor=_log_uniform(rng, 8, 60) ** (1 / steps), start=start, steps=steps)
+    return _with(
+        recipe,
+        "scale",
+        part="embedding",
+        factor=_log_uniform(rng, 8, 60) ** (1 / steps),
+        start=start,
+        steps=steps,
+    )
 
 
 def _mlp(recipe: Recipe, rng: random.Random) -> Recipe:
     start, steps = _start(recipe, rng), rng.choice([1, 30])
-    return _with(recipe, "scale", part="mlp", factor=_log_uniform(rng, 10, 100) ** (1 / steps), start=start, steps=steps)
+    return _with(
+        recipe,
+        "scale",
+        part="mlp",
+        factor=_log_uniform(rng, 10, 100) ** (1 / steps),
+        start=start,
+        steps=steps,
+    )
 
 
 def _bad_data(recipe: Recipe, rng: random.Random) -> Recipe:
     """Data of another kind: from some step on a share of each batch is noise."""
-    return _with(recipe, "noise", share=rng.uniform(0.5, 1.0), start=_start(recipe, rng), steps=10**6)
+    return _with(
+        recipe, "noise", share=rng.uniform(0.5, 1.0), start=_start(recipe, rng), steps=10**6
+    )
 
 
 def _rate_spike(recipe: Recipe, rng: random.Random) -> Recipe:
-    return _with(recipe, "rate", factor=_log_uniform(rng, 30, 200), start=_start(recipe, rng), over=1, steps=rng.choice([5, 20]))
+    return _with(
+        recipe,
+        "rate",
+        factor=_log_uniform(rng, 30, 200),
+        start=_start(recipe, rng),
+        over=1,
+        steps=rng.choice([5, 20]),
+    )
 
 
 def _not_finite(recipe: Recipe, rng: random.Random) -> Recipe:
-    return _with(recipe, "infinite_gradient", start=_start(recipe, rng), layer=rng.randrange(recipe.shape.layers))
+    return _with(
+        recipe,
+        "infinite_gradient",
+        start=_start(recipe, rng),
+        layer=rng.randrange(recipe.shape.layers),
+    )
 
 
 def _plain(recipe: Recipe, rng: random.Random) -> Recipe:
@@ -223,15 +303,22 @@ def _windowed(recipe: Recipe, rng: random.Random) -> Recipe:
 
 def _copy(recipe: Recipe, rng: random.Random) -> Recipe:
     """Random bytes said twice: heads that find the first time are one-hot, and right."""
-    recipe = replace(recipe, text="copy", steps=450, rate=3e-3, schedule="constant", weight_decay=0.0)
+    recipe = replace(
+        recipe, text="copy", steps=450, rate=3e-3, schedule="constant", weight_decay=0.0
+    )
     return replace(
-        recipe, shape=replace(recipe.shape, layers=2, length=rng.choice([48, 64]), family=rng.choice(["own", "llama"]))
+        recipe,
+        shape=replace(
+            recipe.shape, layers=2, length=rng.choice([48, 64]), family=rng.choice(["own", "llama"])
+        ),
     )
 
 
 def _large_scores(recipe: Recipe, rng: random.Random) -> Recipe:
     """Scores that are large from the first step on, and stay so."""
-    return _with(recipe, "scale_query_key", factor=_log_uniform(rng, 2, 4), start=0, steps=1, layers=None)
+    return _with(
+        recipe, "scale_query_key", factor=_log_uniform(rng, 2, 4), start=0, steps=1, layers=None
+    )
 
 
 def _hard_batches(recipe: Recipe, rng: random.Random) -> Recipe:
@@ -240,7 +327,14 @@ def _hard_batches(recipe: Recipe, rng: random.Random) -> Recipe:
 
 def _little_push(recipe: Recipe, rng: random.Random) -> Recipe:
     factor = _log_uniform(rng, 1.1, 1.4)
-    return _with(recipe, "scale_query_key", factor=factor, start=_start(recipe, rng), steps=1, layers=_layers(recipe, rng))
+    return _with(
+        recipe,
+        "scale_query_key",
+        factor=factor,
+        start=_start(recipe, rng),
+        steps=1,
+        layers=_layers(recipe, rng),
+    )
 
 
 def _normalised(recipe: Recipe, rng: random.Random) -> Recipe:

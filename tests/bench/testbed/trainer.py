@@ -58,7 +58,9 @@ class Keep(Sink):
 
 
 def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
-    """Train ``recipe`` on one thread; ``config`` and ``log_every`` are the monitor's, None for no monitor."""
+    """Train ``recipe`` on one thread; ``config`` and ``log_every`` are the monitor's, None for no
+    monitor.
+    """
     began = time.perf_counter()
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
@@ -70,8 +72,13 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
     keep, losses = Keep(), np.full(recipe.steps, np.nan)
     monitor = None
     if config is not None:
-        monitor = stabmon.AttentionStabilityMonitor(model, optimizer, config=config, log_every=log_every, sinks=[keep])
-    data, noise = torch.Generator().manual_seed(recipe.seed), torch.Generator().manual_seed(recipe.seed + 1)
+        monitor = stabmon.AttentionStabilityMonitor(
+            model, optimizer, config=config, log_every=log_every, sinks=[keep]
+        )
+    data, noise = (
+        torch.Generator().manual_seed(recipe.seed),
+        torch.Generator().manual_seed(recipe.seed + 1),
+    )
     for step in range(1, recipe.steps + 1):
         tokens, other = (_batch(recipe, text, data) for text in (recipe.text, _other(recipe.text)))
         tokens = provocation.batch(step, tokens, other, noise)
@@ -95,7 +102,9 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
     errors = {} if monitor is None else dict(monitor.errors)
     if monitor is not None:
         monitor.close()
-    return Run(recipe, losses, validation, keep.readings, keep.records, errors, time.perf_counter() - began)
+    return Run(
+        recipe, losses, validation, keep.readings, keep.records, errors, time.perf_counter() - began
+    )
 
 
 def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -112,7 +121,9 @@ def _validation(recipe: Recipe, model: nn.Module, logits: Any) -> float:
     return float(np.mean(losses))
 
 
-def _batch(recipe: Recipe, text: str, generator: torch.Generator, kept_back: bool = False) -> Tensor:
+def _batch(
+    recipe: Recipe, text: str, generator: torch.Generator, kept_back: bool = False
+) -> Tensor:
     """``[batch, S]`` bytes; ``kept_back`` ones are from the last tenth of the text."""
     size, length = recipe.batch, recipe.shape.length
     if text == "copy":

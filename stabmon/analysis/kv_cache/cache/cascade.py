@@ -1,7 +1,9 @@
-"""Share the cache while the prompt goes through the layers, so that no layer's full cache outlives the next layer's.
+"""Share the cache while the prompt goes through the layers, so that no layer's full cache outlives
+the next layer's.
 
-After layer m has been prefilled, the *whole* cache is shared among the layers 0 … m, and every earlier layer shrinks to its new
-share. The cache then never holds more than its final size and one full layer, where sharing at the end holds all full layers.
+After layer m has been prefilled, the *whole* cache is shared among the layers 0 … m, and every
+earlier layer shrinks to its new share. The cache then never holds more than its final size and one
+full layer, where sharing at the end holds all full layers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ class Cascade:
     """Budgets of the layers that have been prefilled so far, for each sample of a batch.
 
     Args:
-        totals: keys before the window that all layers of a sample may keep together, one number a sample.
+        totals: keys before the window that all layers of a sample may keep together, one number a
+            sample.
         caps: keys before the window that a sample has.
         rule: see :mod:`stabmon.analysis.kv_cache.budgets`.
 
@@ -44,8 +47,8 @@ class Cascade:
             preference: ``[B]`` the layer's claim.
 
         Returns:
-            ``[layers so far, B]`` int64. No budget ever grows, since a key that is gone does not come back: where the rule would
-            let one grow, it stays.
+            ``[layers so far, B]`` int64. No budget ever grows, since a key that is gone does not
+            come back: where the rule would let one grow, it stays.
         """
         self.preferences.append(preference.detach().cpu().double().numpy())
         budgets = allot(np.stack(self.preferences), self.totals, self.caps, self.rule)
@@ -55,7 +58,9 @@ class Cascade:
         return budgets
 
 
-def allot(preferences: NDArray[np.float64], totals: Sequence[int], caps: Sequence[int], rule: Rule) -> NDArray[np.int64]:
+def allot(
+    preferences: NDArray[np.float64], totals: Sequence[int], caps: Sequence[int], rule: Rule
+) -> NDArray[np.int64]:
     """Share each sample's cache among all layers at once.
 
     Args:
@@ -73,7 +78,9 @@ def allot(preferences: NDArray[np.float64], totals: Sequence[int], caps: Sequenc
         [[2, 10], [4, 10]]
     """
     columns = [
-        np.full(len(claims), cap, np.int64) if total >= cap * len(claims) else rule(claims, total, cap)
+        np.full(len(claims), cap, np.int64)
+        if total >= cap * len(claims)
+        else rule(claims, total, cap)
         for claims, total, cap in zip(preferences.T, totals, caps, strict=True)
     ]
     return np.stack(columns, axis=1)

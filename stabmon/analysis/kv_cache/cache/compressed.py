@@ -1,4 +1,6 @@
-"""A compressed cache at work: it chooses keys as the prompt goes by, corrects masks, and evicts while decoding."""
+"""A compressed cache at work: it chooses keys as the prompt goes by, corrects masks, and evicts
+while decoding.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,15 @@ from stabmon.signals.reduce import operator_of
 class CompressedCache:
     """A cache of transformers' own kind that keeps a part of its keys, and what happened to it.
 
-    Use it inside :meth:`attached`: outside, masks would speak of keys that are gone, and a forward is refused.
+    Use it inside :meth:`attached`: outside, masks would speak of keys that are gone, and a forward
+    is refused.
 
     Args:
         model: a causal language model of transformers, with sdpa, eager or flex attention.
         policy: which keys stay, a name or a :class:`~stabmon.analysis.kv_cache.policy.Policy`.
-        cache_size: keys that each key head may keep on average over layers: tokens (int), or a share of each sample's prompt
-            (float in (0, 1]). A sample that is no longer than this keeps all.
+        cache_size: keys that each key head may keep on average over layers: tokens (int), or a
+            share of each sample's prompt (float in (0, 1]). A sample that is no longer than this
+            keeps all.
         window_size: newest keys that always stay, and whose queries judge the others; 2 or more.
         cascade: shrink layers while the prompt goes through the model, else after its last layer.
         decode_eviction: evict while decoding too; None for what the policy does as published.
@@ -76,9 +80,16 @@ class CompressedCache:
     ) -> None:
         check_count("window_size", window_size, least=2)
         tokens_of(cache_size, [])
-        self.model, self.policy, self.cache_size, self.window_size = model, policy_of(policy), cache_size, window_size
+        self.model, self.policy, self.cache_size, self.window_size = (
+            model,
+            policy_of(policy),
+            cache_size,
+            window_size,
+        )
         self.cascade = cascade
-        self.decode_eviction = self.policy.evicts_in_decode if decode_eviction is None else decode_eviction
+        self.decode_eviction = (
+            self.policy.evicts_in_decode if decode_eviction is None else decode_eviction
+        )
         self.key_values, self._layers, self.left_out = make_cache(model)
         self.evictions: list[Eviction] = []
         self.stages: list[Stage] = []
@@ -98,7 +109,9 @@ class CompressedCache:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Let the model run with this cache, in evaluation mode; the model is afterwards as it was."""
+        """Let the model run with this cache, in evaluation mode; the model is afterwards as it
+        was.
+        """
         if self._attached:
             yield
             return
@@ -123,7 +136,9 @@ class CompressedCache:
         return self._layers
 
     def kept(self) -> dict[str, Tensor]:
-        """Return the positions that each layer holds, ``[B, H_kv, M]`` ascending, -1 in empty slots."""
+        """Return the positions that each layer holds, ``[B, H_kv, M]`` ascending, -1 in empty
+        slots.
+        """
         return {self._names[index]: self._layers[index].held_positions() for index in self._names}
 
     def budgets(self) -> dict[str, np.ndarray]:
@@ -131,9 +146,15 @@ class CompressedCache:
         return {self._names[index]: budget for index, budget in self._budgets.items()}
 
     def held_bytes(self) -> int:
-        """Return the bytes of all keys and values in the layers that can lose keys, empty slots included."""
+        """Return the bytes of all keys and values in the layers that can lose keys, empty slots
+        included.
+        """
         held = [layer for layer in self._layers.values() if layer.keys is not None]
-        return sum(part.numel() * part.element_size() for layer in held for part in (layer.keys, layer.values))
+        return sum(
+            part.numel() * part.element_size()
+            for layer in held
+            for part in (layer.keys, layer.values)
+        )
 
     def _begin(self) -> None:
         self.step += 1
@@ -145,13 +166,18 @@ class CompressedCache:
     def _refuse_unseen(self) -> None:
         index, self._pending = self._pending, None
         raise ValueError(
-            f"layer {index} of {type(self.model).__name__} attends in a way that cannot be told which keys are missing: load the "
-            "model with attn_implementation='sdpa', or give one that uses transformers' attention interface"
+            f"layer {index} of {type(self.model).__name__} attends in a way that cannot be told "
+            "which keys are missing: load the "
+            "model with attn_implementation='sdpa', or give one that uses transformers' attention "
+            "interface"
         )
 
     def _about_to_use(self, index: int) -> None:
         if not self._attached:
-            raise RuntimeError("a compressed cache is used outside of `with cache.attached():`; put the call inside")
+            raise RuntimeError(
+                "a compressed cache is used outside of `with cache.attached():`; put the call "
+                "inside"
+            )
         if self._pending is not None:
             self._refuse_unseen()
         self._pending = index
@@ -168,10 +194,17 @@ class CompressedCache:
         if index not in self._names:
             result = site.run()
             with isolated():
-                attention, heads = operator_of(replace(site.read(), is_self=True)), layer.keys.shape[1]
+                attention, heads = (
+                    operator_of(replace(site.read(), is_self=True)),
+                    layer.keys.shape[1],
+                )
                 self.take_prompt(index, PromptLayer(site.layer, attention, heads, self.window_size))
         else:
-            changes = {} if positions is None else masked_arguments(site, positions, layer.seen, has_gaps=has_gaps)
+            changes = (
+                {}
+                if positions is None
+                else masked_arguments(site, positions, layer.seen, has_gaps=has_gaps)
+            )
             result = site.run(**changes)
             if is_own:  # else a layer that shares these keys, which have been judged already
                 with isolated():
@@ -181,7 +214,9 @@ class CompressedCache:
         return result
 
     def _layer_of(self, site: AttentionSite) -> int | None:
-        """The layer whose keys a call was given: by the tensor itself, else by the module's own index and the keys' number."""
+        """The layer whose keys a call was given: by the tensor itself, else by the module's own
+        index and the keys' number.
+        """
         key = site.arguments["key"]
         for index, layer in self._layers.items():
             if layer.handed is not None and layer.handed[0] is key:
@@ -208,7 +243,9 @@ class CompressedCache:
         if self.on_prompt is not None:
             self.on_prompt(index, prompt)
         if self._sharing is None:
-            self._sharing = Sharing(self.policy, prompt.lengths, self.cache_size, window, len(self._layers))
+            self._sharing = Sharing(
+                self.policy, prompt.lengths, self.cache_size, window, len(self._layers)
+            )
             self.lengths, self.sizes = self._sharing.lengths, self._sharing.sizes
         if self.policy.keeps_all:
             return
@@ -238,13 +275,19 @@ class CompressedCache:
         self._note(index, layer.keep(chosen | layer.memory["_window"]), step=0)
 
     def _settle(self) -> None:
-        """After the prompt's last layer: forget what decoding does not need, and fix how many keys each head may hold."""
+        """After the prompt's last layer: forget what decoding does not need, and fix how many keys
+        each head may hold.
+        """
         sizes = torch.tensor(self.sizes)
         whole = sizes >= torch.tensor(self.lengths)
         for index, layer in self._layers.items():
-            layer.memory = {name: known for name, known in layer.memory.items() if not name.startswith("_")}
+            layer.memory = {
+                name: known for name, known in layer.memory.items() if not name.startswith("_")
+            }
             held = (layer.held_positions() >= 0).sum(-1)
-            self._limits[index] = torch.where(whole.to(held.device)[:, None], sizes.to(held.device)[:, None], held)
+            self._limits[index] = torch.where(
+                whole.to(held.device)[:, None], sizes.to(held.device)[:, None], held
+            )
 
     def _after_step(self, index: int, site: AttentionSite, changes: dict[str, Any]) -> None:
         if not self.decode_eviction or self.policy.keeps_all:
@@ -255,13 +298,19 @@ class CompressedCache:
         full = bool((held.sum(-1) > limit).any())
         if not full and not self.policy.follows:
             return
-        step = DecodeStep(operator_of(site.read(**changes)), positions, self.window_size, layer.memory)
+        step = DecodeStep(
+            operator_of(site.read(**changes)), positions, self.window_size, layer.memory
+        )
         scores = self.policy.step_scores(step)
         if full:
             slots = torch.arange(positions.shape[-1], device=positions.device)
             safe_slots = limit.clamp(max=self.window_size)
             safe = held & (slots >= positions.shape[-1] - safe_slots[..., None])
-            self._note(index, layer.keep(safe | best(scores, limit - safe_slots, held & ~safe)), step=self.step)
+            self._note(
+                index,
+                layer.keep(safe | best(scores, limit - safe_slots, held & ~safe)),
+                step=self.step,
+            )
 
     def _note(self, index: int, dropped: Tensor, *, step: int) -> None:
         most = int((dropped >= 0).sum(-1).max())

@@ -21,9 +21,11 @@ def decode(
     continuation: Tensor | None = None,
     chunk: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Feed a prompt, then either choose the most likely token ``steps`` times or follow a given continuation.
+    """Feed a prompt, then either choose the most likely token ``steps`` times or follow a given
+    continuation.
 
-    No token ends the text: every sample gets all steps. The prompt is compressed once; with ``chunk`` 1 the cache evicts at each
+    No token ends the text: every sample gets all steps. The prompt is compressed once; with
+        ``chunk`` 1 the cache evicts at each
     step as it does in ``generate``.
 
     Args:
@@ -35,7 +37,8 @@ def decode(
         chunk: tokens of a continuation to feed at once.
 
     Returns:
-        ``[B, T]`` tokens, and their log-probabilities in nats, float32; the cache has seen all but the last.
+        ``[B, T]`` tokens, and their log-probabilities in nats, float32; the cache has seen all but
+        the last.
     """
     feed = Feed(cache.model, input_ids, attention_mask)
     tokens, scored = [], []
@@ -77,8 +80,12 @@ def follow(feed: Feed, key_values: Any, last: Tensor, continuation: Tensor, chun
 
 
 @torch.no_grad()
-def full_log_probabilities(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, continuation: Tensor) -> Tensor:
-    """Return the log-probability of each token of a continuation by one ordinary forward, ``[B, T]`` in nats, float32."""
+def full_log_probabilities(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, continuation: Tensor
+) -> Tensor:
+    """Return the log-probability of each token of a continuation by one ordinary forward, ``[B,
+    T]`` in nats, float32.
+    """
     new = continuation.shape[1]
     if not new:
         return continuation.float()
@@ -99,16 +106,25 @@ def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Feed:
-    """Gives a model the next tokens, with the mask and positions that they have in the whole sequence."""
+    """Gives a model the next tokens, with the mask and positions that they have in the whole
+    sequence.
+    """
 
     def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.model, self.mask, self.seen = model, attention_mask if padded else None, 0
         self.prompt = input_ids.shape[1]
-        self.takes_positions, self.takes_keep = takes(model, "position_ids"), takes(model, "logits_to_keep")
+        self.takes_positions, self.takes_keep = (
+            takes(model, "position_ids"),
+            takes(model, "logits_to_keep"),
+        )
 
     def __call__(self, ids: Tensor, key_values: Any, keep: int | None = None) -> Tensor:
-        given: dict[str, Any] = {"use_cache": False} if key_values is None else {"past_key_values": key_values, "use_cache": True}
+        given: dict[str, Any] = (
+            {"use_cache": False}
+            if key_values is None
+            else {"past_key_values": key_values, "use_cache": True}
+        )
         self.seen += ids.shape[1]
         if self.mask is not None:
             mask = torch.nn.functional.pad(self.mask, (0, self.seen - self.prompt), value=1)

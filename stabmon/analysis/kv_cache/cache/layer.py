@@ -1,12 +1,14 @@
 """A cache layer that holds some of its keys only, and speaks of all that it has seen.
 
-The layer keeps, beside keys and values, the positions of the keys that it still holds. Lengths and masks are told for the *logical*
-sequence, evicted keys included, so that a model builds position ids, masks, padding and windows as it would for a full cache; at
-the attention call the mask's columns are then gathered by these positions (:mod:`stabmon.analysis.kv_cache.cache.masks`).
+The layer keeps, beside keys and values, the positions of the keys that it still holds. Lengths and
+masks are told for the *logical* sequence, evicted keys included, so that a model builds position
+ids, masks, padding and windows as it would for a full cache; at the attention call the mask's
+columns are then gathered by these positions (:mod:`stabmon.analysis.kv_cache.cache.masks`).
 
-Layout: one tensor ``[B, H_kv, M, D]`` a layer, M the most that any head of any sample of the batch holds in that layer. Where
-budgets differ between samples or heads, the others' slots on the left are empty (position -1, never seen by a query), and cost
-memory; slots and kept keys are counted apart. Layers differ in M freely.
+Layout: one tensor ``[B, H_kv, M, D]`` a layer, M the most that any head of any sample of the batch
+holds in that layer. Where budgets differ between samples or heads, the others' slots on the left
+are empty (position -1, never seen by a query), and cost memory; slots and kept keys are counted
+apart. Layers differ in M freely.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ class KeptKeys:
     Attributes:
         keys, values: ``[B, H_kv, M, D]``, or None before the first token.
         seen: tokens that have gone through, evicted ones included.
-        positions: ``[B, H_kv, M]`` int64 positions of the kept keys, ascending, -1 in empty slots; None while nothing is evicted.
+        positions: ``[B, H_kv, M]`` int64 positions of the kept keys, ascending, -1 in empty slots;
+            None while nothing is evicted.
         has_gaps: some slot is empty.
         memory: what the policy remembers of each key, ``[B, H_kv, M]``.
-        handed: the keys that the last forward was given, their positions, and whether some slots were empty.
+        handed: the keys that the last forward was given, their positions, and whether some slots
+            were empty.
     """
 
     keys: Tensor | None
@@ -51,15 +55,21 @@ class KeptKeys:
         self.memory: dict[str, Tensor] = {}
         self.handed: tuple[Tensor, Tensor | None, bool] | None = None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append new keys and values, and return all that are held."""
         self.ready()
         new = key_states.shape[-2]
         keys, values = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
         if self.positions is not None:
             place = torch.arange(self.seen, self.seen + new, device=self.positions.device)
-            self.positions = torch.cat([self.positions, place.expand(*self.positions.shape[:2], -1)], dim=-1)
-        self.memory = {name: torch.nn.functional.pad(known, (0, new)) for name, known in self.memory.items()}
+            self.positions = torch.cat(
+                [self.positions, place.expand(*self.positions.shape[:2], -1)], dim=-1
+            )
+        self.memory = {
+            name: torch.nn.functional.pad(known, (0, new)) for name, known in self.memory.items()
+        }
         self.seen += new
         self.handed = keys, self.positions, self.has_gaps
         return keys, values
@@ -80,7 +90,8 @@ class KeptKeys:
         """
         if tokens_to_remove:
             raise ValueError(
-                "a compressed cache cannot be rolled back, as evicted keys are gone: use no assisted decoding with it"
+                "a compressed cache cannot be rolled back, as evicted keys are gone: use no "
+                "assisted decoding with it"
             )
 
     def reset(self) -> None:
@@ -117,7 +128,9 @@ class KeptKeys:
             return self.positions
         if self.keys is None:
             return torch.zeros(0, 0, 0, dtype=torch.int64)
-        return torch.arange(self.keys.shape[2], device=self.keys.device).expand(*self.keys.shape[:2], -1)
+        return torch.arange(self.keys.shape[2], device=self.keys.device).expand(
+            *self.keys.shape[:2], -1
+        )
 
     def keep(self, kept: Tensor) -> Tensor:
         """Drop all other keys.

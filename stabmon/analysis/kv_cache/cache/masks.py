@@ -10,7 +10,9 @@ from torch import Tensor
 from stabmon.capture.intercept import AttentionSite
 
 
-def masked_arguments(site: AttentionSite, positions: Tensor, seen: int, *, has_gaps: bool) -> dict[str, Any]:
+def masked_arguments(
+    site: AttentionSite, positions: Tensor, seen: int, *, has_gaps: bool
+) -> dict[str, Any]:
     """Return the arguments of a call that depend on which keys are held.
 
     Args:
@@ -36,7 +38,8 @@ def masked_arguments(site: AttentionSite, positions: Tensor, seen: int, *, has_g
     kernel = getattr(site.kernel, "__name__", "")
     if "flash" in kernel:
         raise ValueError(
-            f"{site.layer} runs {kernel}, which takes no mask for each key: load the model with attn_implementation='sdpa'"
+            f"{site.layer} runs {kernel}, which takes no mask for each key: load the model with "
+            "attn_implementation='sdpa'"
         )
     if mask is None:
         visible = held_and_past(positions, seen, query.shape[2]).repeat_interleave(groups, dim=1)
@@ -45,13 +48,16 @@ def masked_arguments(site: AttentionSite, positions: Tensor, seen: int, *, has_g
     elif isinstance(mask, Tensor):
         if mask.ndim != 4 or mask.shape[-1] < seen:
             raise ValueError(
-                f"{site.layer} got a mask of shape {tuple(mask.shape)} where [B, 1 or H, {query.shape[2]}, {seen} or more] was "
+                f"{site.layer} got a mask of shape {tuple(mask.shape)} where [B, 1 or H, "
+                f"{query.shape[2]}, {seen} or more] was "
                 "expected: give attention_mask for the whole sequence, evicted tokens included"
             )
         picked = gathered(mask, positions, groups)
         if has_gaps:
             empty = (positions < 0).repeat_interleave(groups, dim=1)[:, :, None]
-            picked = picked.masked_fill(empty, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+            picked = picked.masked_fill(
+                empty, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            )
         changes["attention_mask"] = picked
     else:
         changes["attention_mask"] = flex_mask(mask, positions, groups, query)
@@ -86,11 +92,15 @@ def held_and_past(positions: Tensor, seen: int, queries: int) -> Tensor:
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """Return 0 where visible, and the lowest number of ``dtype`` elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min
+    )
 
 
 def flex_mask(mask: Any, positions: Tensor, groups: int, query: Tensor) -> Any:
-    """Return a ``BlockMask`` that asks the given one at the held keys' own positions (torch 2.13)."""
+    """Return a ``BlockMask`` that asks the given one at the held keys' own positions (torch
+    2.13).
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     asked = mask.mask_mod
@@ -101,4 +111,11 @@ def flex_mask(mask: Any, positions: Tensor, groups: int, query: Tensor) -> Any:
         return visible & (place >= 0)
 
     heads = query.shape[1]
-    return create_block_mask(at_positions, len(positions), heads, query.shape[2], positions.shape[2], device=str(query.device))
+    return create_block_mask(
+        at_positions,
+        len(positions),
+        heads,
+        query.shape[2],
+        positions.shape[2],
+        device=str(query.device),
+    )

@@ -1,7 +1,9 @@
-"""Make a cache of transformers' own class whose full-attention layers can lose keys; the one file that names transformers.
+"""Make a cache of transformers' own class whose full-attention layers can lose keys; the one file
+that names transformers.
 
-Checked with transformers 5.23: ``DynamicCache(config=…)`` chooses a class for each layer, and a model asks a layer for nothing
-but ``update``, ``get_seq_length`` and ``get_mask_sizes``. If that changes, tests/analysis/kv_cache/test_cache.py shows it.
+Checked with transformers 5.23: ``DynamicCache(config=…)`` chooses a class for each layer, and a
+model asks a layer for nothing but ``update``, ``get_seq_length`` and ``get_mask_sizes``. If that
+changes, tests/analysis/kv_cache/test_cache.py shows it.
 """
 
 from __future__ import annotations
@@ -32,10 +34,16 @@ def check_decoder(model: nn.Module) -> None:
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder–decoder: its prompt lies in the encoder, which has no KV cache; give a decoder")
+        raise ValueError(
+            f"{name} is an encoder–decoder: its prompt lies in the encoder, which has no KV "
+            "cache; give a decoder"
+        )
     can_generate = getattr(model, "can_generate", None)
     if not callable(can_generate) or not can_generate():
-        raise ValueError(f"{name} does not generate from a KV cache: give a causal language model of transformers")
+        raise ValueError(
+            f"{name} does not generate from a KV cache: give a causal language model of "
+            "transformers"
+        )
 
 
 def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
@@ -45,7 +53,8 @@ def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
         model: a decoder of transformers.
 
     Returns:
-        The cache (a ``DynamicCache``), its layers that can lose keys, and why the others cannot, both by the layer's index.
+        The cache (a ``DynamicCache``), its layers that can lose keys, and why the others cannot,
+        both by the layer's index.
 
     Raises:
         ValueError: where no layer can lose keys, or the model keeps no such cache.
@@ -56,7 +65,9 @@ def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
     config: Any = model.config
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     if not cache.layers:
-        raise ValueError(f"{type(model).__name__} says nothing of its layers: its config needs num_hidden_layers")
+        raise ValueError(
+            f"{type(model).__name__} says nothing of its layers: its config needs num_hidden_layers"
+        )
     shrinking, left_out = {}, {}
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
@@ -66,13 +77,15 @@ def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
     if not shrinking:
         told = ", ".join(sorted(set(left_out.values())))
         raise ValueError(
-            f"{type(model).__name__} has no layer whose cache grows with the text ({told}): there is nothing to evict"
+            f"{type(model).__name__} has no layer whose cache grows with the text ({told}): there "
+            "is nothing to evict"
         )
     return cache, shrinking, left_out
 
 
 def left_out_layers(model: nn.Module) -> dict[int, str]:
-    """Return why some layers of a model keep their cache, by index; empty for models that are not of transformers.
+    """Return why some layers of a model keep their cache, by index; empty for models that are not
+    of transformers.
 
     Raises:
         ValueError: for an encoder–decoder.
@@ -85,11 +98,17 @@ def left_out_layers(model: nn.Module) -> dict[int, str]:
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    return {index: reason(layer) for index, layer in enumerate(layers) if type(layer) is not DynamicLayer}
+    return {
+        index: reason(layer)
+        for index, layer in enumerate(layers)
+        if type(layer) is not DynamicLayer
+    }
 
 
 def cached_heads(model: nn.Module, input_ids: Tensor | None) -> dict[int, int]:
-    """Return how many heads each layer's cache holds, found by a forward of one token; empty for models without such a cache."""
+    """Return how many heads each layer's cache holds, found by a forward of one token; empty for
+    models without such a cache.
+    """
     try:
         check_decoder(model)
     except ValueError:
@@ -99,12 +118,19 @@ def cached_heads(model: nn.Module, input_ids: Tensor | None) -> dict[int, int]:
     with undisturbed(model), torch.no_grad():
         layers = model(input_ids=input_ids[:1, :1], use_cache=True).past_key_values.layers
     held = {index: getattr(layer, "keys", None) for index, layer in enumerate(layers)}
-    return {index: keys.shape[1] for index, keys in held.items() if isinstance(keys, Tensor) and keys.ndim == 4}
+    return {
+        index: keys.shape[1]
+        for index, keys in held.items()
+        if isinstance(keys, Tensor) and keys.ndim == 4
+    }
 
 
 def reason(layer: Any) -> str:
     """Say in a few words why a layer of another class keeps its cache."""
     if getattr(layer, "is_sliding", False):
         return f"a sliding window of {layer.sliding_window} keys"
-    known = {"LinearAttentionLayer": "a state instead of keys", "DummyLayer": "another layer's keys"}
+    known = {
+        "LinearAttentionLayer": "a state instead of keys",
+        "DummyLayer": "another layer's keys",
+    }
     return known.get(type(layer).__name__, f"a cache of its own kind ({type(layer).__name__})")

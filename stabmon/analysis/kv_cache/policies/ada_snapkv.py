@@ -15,9 +15,11 @@ from stabmon.analysis.kv_cache.policy import POLICIES, best
 
 @dataclass(frozen=True)
 class AdaSnapKV(SnapKV):
-    """Choose the best keys over all heads of a layer together, so that heads hold different numbers of them.
+    """Choose the best keys over all heads of a layer together, so that heads hold different numbers
+    of them.
 
-    Slots that a head does not use stay empty, and hold memory: the layer is as long as its fullest head.
+    Slots that a head does not use stay empty, and hold memory: the layer is as long as its fullest
+    head.
 
     Args:
         pool: odd width of the average over neighbouring keys.
@@ -39,7 +41,9 @@ class AdaSnapKV(SnapKV):
         check_number("floor", self.floor, least=0.0, most=1.0)
 
     def choose(self, scores: Tensor, budget: Tensor, candidates: Tensor) -> Tensor:
-        """Return each head's sure keys, and the best of all heads for the rest of the budget, ``[B, H_kv, M]`` bool."""
+        """Return each head's sure keys, and the best of all heads for the rest of the budget, ``[B,
+        H_kv, M]`` bool.
+        """
         batch, heads, slots = scores.shape
         sure = best(scores, (budget * self.floor).long()[:, None].expand(batch, heads), candidates)
         rest = budget * heads - sure.sum((1, 2))

@@ -1,4 +1,6 @@
-"""CAKE: layers share the cache by their preference, keys stay by mean and variance of the window's attention."""
+"""CAKE: layers share the cache by their preference, keys stay by mean and variance of the window's
+attention.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 class Cake(Policy):
     """Evict as CAKE does, with positions kept ascending and everything in float32.
 
-    While decoding, the new query's attention alone decides, pooled over neighbouring positions (the published code pools over keys
-    in the order of their scores, which smears unrelated keys into each other).
+    While decoding, the new query's attention alone decides, pooled over neighbouring positions (the
+    published code pools over keys in the order of their scores, which smears unrelated keys into
+    each other).
 
     Args:
         tau1, tau2: positive temperatures of dispersion and shift.
@@ -59,13 +62,18 @@ class Cake(Policy):
 
     def claim(self, layer: PromptLayer) -> Tensor:
         """Return the preference ``D^(1/tau1) V^(1/tau2)``, ``[B]``."""
-        spread, change = scores.dispersion(layer.weights, layer.before), scores.shift(layer.weights, layer.before)
+        spread, change = (
+            scores.dispersion(layer.weights, layer.before),
+            scores.shift(layer.weights, layer.before),
+        )
         return scores.preference(spread, change, self.tau1, self.tau2)
 
     def scores(self, layer: PromptLayer) -> Tensor:
         """Return mean and variance of the window's attention, ``[B, H_kv, S]``."""
         key_heads = layer.key_heads
-        return scores.keep_scores(layer.weights, layer.before, key_heads, gamma=self.gamma, pool=self.pool)
+        return scores.keep_scores(
+            layer.weights, layer.before, key_heads, gamma=self.gamma, pool=self.pool
+        )
 
     def step_scores(self, step: DecodeStep) -> Tensor:
         """Return the new queries' mean attention, pooled, ``[B, H_kv, M]``."""

@@ -23,7 +23,9 @@ class Full(Policy):
     def scores(self, layer: PromptLayer) -> Tensor:
         """Return the same for every key, ``[B, H_kv, S]``."""
         attention = layer.operator
-        return torch.ones(attention.batch, layer.key_heads, attention.keys, device=attention.query.device)
+        return torch.ones(
+            attention.batch, layer.key_heads, attention.keys, device=attention.query.device
+        )
 
     def choose(self, scores: Tensor, budget: Tensor, candidates: Tensor) -> Tensor:
         """Return all candidates, whatever the budget."""

@@ -14,20 +14,25 @@ from stabmon.analysis.kv_cache.scores import over_groups
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Keep the heavy hitters: the keys with the largest attention mass summed over all queries, and the newest.
+    """Keep the heavy hitters: the keys with the largest attention mass summed over all queries, and
+    the newest.
 
-    The sums over all queries of the prompt are one transposed product with the attention, linear in its length. Early keys are
-    seen by more queries than late ones, and the method does not correct for it. While decoding, sums go on growing.
+    The sums over all queries of the prompt are one transposed product with the attention, linear in
+    its length. Early keys are seen by more queries than late ones, and the method does not correct
+    for it. While decoding, sums go on growing.
 
     References:
-        Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models", 2023.
+        Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
+        Models", 2023.
     """
 
     name: ClassVar[str] = "h2o"
     follows: ClassVar[bool] = True
 
     def scores(self, layer: PromptLayer) -> Tensor:
-        """Return the mass that each key has received, mean over the group's heads, ``[B, H_kv, S]``."""
+        """Return the mass that each key has received, mean over the group's heads, ``[B, H_kv,
+        S]``.
+        """
         return over_groups(layer.received, layer.key_heads)
 
     def remember(self, layer: PromptLayer) -> dict[str, Tensor]:

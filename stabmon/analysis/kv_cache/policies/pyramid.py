@@ -12,17 +12,20 @@ from stabmon.analysis.kv_cache.policy import POLICIES
 
 @dataclass(frozen=True)
 class Pyramid(SnapKV):
-    """Give layers budgets that fall in a straight line from the first to the last, and choose keys as SnapKV.
+    """Give layers budgets that fall in a straight line from the first to the last, and choose keys
+    as SnapKV.
 
     Args:
         pool: odd width of the average over neighbouring keys.
-        steepness: the last layer gets ``1 / steepness`` of the mean, the first what makes the mean right; 1 or above.
+        steepness: the last layer gets ``1 / steepness`` of the mean, the first what makes the mean
+            right; 1 or above.
 
     Raises:
         ValueError: for values out of range.
 
     References:
-        Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling", 2024.
+        Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information
+        Funneling", 2024.
     """
 
     name: ClassVar[str] = "pyramid"
@@ -36,7 +39,10 @@ class Pyramid(SnapKV):
     def fixed_claims(self, layers: int) -> list[float]:
         """Return claims from ``2 - 1/steepness`` down to ``1/steepness``."""
         last = 1.0 / self.steepness
-        return [(2.0 - last) - (2.0 - 2.0 * last) * place / max(1, layers - 1) for place in range(layers)]
+        return [
+            (2.0 - last) - (2.0 - 2.0 * last) * place / max(1, layers - 1)
+            for place in range(layers)
+        ]
 
 
 POLICIES.register(Pyramid.name, Pyramid)

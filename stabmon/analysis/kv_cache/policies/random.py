@@ -16,8 +16,9 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 class Random(Policy):
     """Keep keys drawn at random for each key head: what any choice has to beat.
 
-    Every key gets one random number, from a generator of its own that leaves the global one alone, and keeps it while decoding; so
-    a key that is new at each step has the same chance as an old one.
+    Every key gets one random number, from a generator of its own that leaves the global one alone,
+    and keeps it while decoding; so a key that is new at each step has the same chance as an old
+    one.
 
     Args:
         seed: of the draw; layers and prompts of other lengths draw other keys.

@@ -17,7 +17,8 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 class Recency(Policy):
     """Keep the newest keys and the first ones, on which much attention rests, whatever they hold.
 
-    Keys keep their own positions, as everywhere here (the published method counts positions inside the cache instead).
+    Keys keep their own positions, as everywhere here (the published method counts positions inside
+    the cache instead).
 
     Args:
         sinks: first keys of each sample that always stay; 0 for a plain window.
