@@ -123,7 +123,7 @@ class Reading:
     """L2 norm of the gradient of each attention module's own parameters, by layer, and of all
     parameters under ``""``.
     """
-    query_key: Mapping[str, QueryKeyStep] = field(default_factory=dict)
+    query_key: Mapping[str, QKUpdate] = field(default_factory=dict)
     """How W_q and W_k moved, by layer, where they can be told apart."""
     losses: tuple[tuple[int, float], ...] = ()
     """(step, loss) of every step since the last reading, this one included, where the losses are
@@ -174,7 +174,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class QueryKeyStep:
+class QKUpdate:
     """L2 norms over everything that makes the queries and keys of a layer, at one optimizer
     step.
     """

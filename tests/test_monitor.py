@@ -563,7 +563,7 @@ def test_a_monitor_does_not_outlive_its_model(log_every):
 def test_the_bench_of_twins_notices_a_single_draw_and_a_single_hook_left(monkeypatch):
     from stabmon.engine.step_observer import StepObserver
     from stabmon.signals.accumulator import Measurements
-    from tests.bench.do_no_harm import Case, pair
+    from tests.bench.bitwise_neutrality import Case, pair
 
     case, measured = Case("plain", log_every=5, steps=10), Measurements.add
     assert pair(case)[0] == []

@@ -7,7 +7,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from transformers import Adafactor
 
-from stabmon._torch.optimizer_adapter import OptimizerView, innermost
+from stabmon._torch.optimizer_adapter import OptimizerAdapter, innermost
 
 
 def made(count=2):
@@ -60,7 +60,7 @@ def test_what_steps_the_parameters_is_found(way):
     found = innermost(WAYS[way](*optimizers))
     assert len(found) == 2
     assert all(one is other for one, other in zip(found, optimizers, strict=True))
-    view = OptimizerView(WAYS[way](*optimizers))
+    view = OptimizerAdapter(WAYS[way](*optimizers))
     assert view.learning_rates() == {"0.0": 0.1, "1.0": 0.2}
 
 
@@ -73,7 +73,7 @@ class Anything:
 
 def test_an_object_that_answers_to_every_name_is_not_followed_for_ever():
     assert (
-        OptimizerView(
+        OptimizerAdapter(
             Anything(), grad_scaler=torch.amp.GradScaler("cpu", enabled=False)
         ).learning_rates()
         == {}
@@ -81,20 +81,20 @@ def test_an_object_that_answers_to_every_name_is_not_followed_for_ever():
 
 
 def test_no_optimizer_has_no_rates():
-    assert OptimizerView(None).learning_rates() == OptimizerView([]).learning_rates() == {}
+    assert OptimizerAdapter(None).learning_rates() == OptimizerAdapter([]).learning_rates() == {}
 
 
 def test_a_rate_is_read_from_a_tensor_and_one_that_the_optimizer_makes_itself_is_left_out():
     weight, bias = nn.Linear(2, 2).parameters()
     optimizer = torch.optim.Adam([weight], lr=torch.tensor(0.5))
-    assert OptimizerView([Adafactor([bias], relative_step=True), optimizer]).learning_rates() == {
-        "1.0": 0.5
-    }
+    assert OptimizerAdapter(
+        [Adafactor([bias], relative_step=True), optimizer]
+    ).learning_rates() == {"1.0": 0.5}
 
 
 def test_each_optimizer_tells_of_its_own_steps_until_let_go():
     optimizers, told = made(), []
-    view = OptimizerView(optimizers)
+    view = OptimizerAdapter(optimizers)
     view.before_step(told.append)
     view.before_step(told.append)
     for each in optimizers:
@@ -108,7 +108,7 @@ def test_each_optimizer_tells_of_its_own_steps_until_let_go():
 
 def test_rates_noted_before_the_step_are_those_of_the_step():
     (optimizer,) = made(1)
-    view = OptimizerView(optimizer)
+    view = OptimizerAdapter(optimizer)
     view.note_rates(None, lambda group: group.rate)
     optimizer.param_groups[0]["lr"] = 7.0
     assert view.learning_rates() == {"0.0": 0.1}

@@ -41,7 +41,7 @@ class LiveRun:
         self._told_how = False
 
     def new_losses(self) -> list[float]:
-        """Losses of the steps since the last call."""
+        """LossAccumulator of the steps since the last call."""
         return [record["loss"] for record in self._losses()]
 
     def news(self) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon._torch.isolation import traceless
+from stabmon._torch.isolation import side_effect_free
 from stabmon.engine.gradients import is_sharded, tensors_in
 
 _KEEP_BYTES = 1 << 26
@@ -72,7 +72,7 @@ class ForwardCall:
         module = self.module
         while isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module  # the wrapper's forward would wait for other ranks
-        with traceless(model), ExitStack() as stack:
+        with side_effect_free(model), ExitStack() as stack:
             for device_type, (enabled, dtype) in self.autocast.items():
                 stack.enter_context(
                     torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -81,7 +81,7 @@ class ForwardCall:
             yield lambda: module(*self.args, **self.kwargs)
 
 
-class KeptForwards:
+class StepForwards:
     """The forwards of a step so far, those whose inputs fit into a bounded memory to be
     replayed.
     """

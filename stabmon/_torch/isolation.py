@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def traceless(model: nn.Module) -> Iterator[None]:
+def side_effect_free(model: nn.Module) -> Iterator[None]:
     """Forwards of ``model`` in here run uncompiled and without gradients, and are undone.
 
     Undone are: draws from the random generators of Python, NumPy and torch (every device of the

@@ -124,7 +124,7 @@ def state_of(optimizer: Any) -> Any:
     return getattr(local if _is_optimizer(local) else optimizer, "state", {})
 
 
-class OptimizerView:
+class OptimizerAdapter:
     """Reads, and changes nothing.
 
     Args:

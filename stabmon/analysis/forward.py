@@ -75,7 +75,7 @@ def run_model(
 
     arguments, keywords = call_arguments(model, batch)
     capture = AttentionCapture(
-        model, look, modules=attention_modules, on_error=failed, thorough=True
+        model, look, modules=attention_modules, on_error=failed, always_watch_functions=True
     )
     with undisturbed(model), torch.enable_grad() if gradients else torch.no_grad(), capture:
         handle = model.register_forward_hook(lambda _, __, output: capture.witness.end(output))

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.parallel import DistributedDataParallel
 
-from stabmon._torch.isolation import traceless
+from stabmon._torch.isolation import side_effect_free
 from stabmon.capture.adapters.flex import PARAMETERS, record_flex
 from stabmon.capture.protocol import bind, nearest_module
 
@@ -91,7 +91,7 @@ def look_at(capture: AttentionCapture, fn: Any, args: Any, kwargs: Any) -> None:
     """See to the attention in a call ``fn(*args, **kwargs)`` of compiled code that is about to be
     made; never raises.
     """
-    if not capture.listening():
+    if not capture.is_recording():
         return
     try:
         function = inspect.unwrap(fn) if callable(fn) else fn
@@ -133,7 +133,7 @@ def run_shadow(
     """One forward of what is compiled, uncompiled, with the capture watching and no trace left."""
     while isinstance(owner, DistributedDataParallel):  # its forward talks to the other ranks
         owner = function = owner.module
-    with traceless(owner):
+    with side_effect_free(owner):
         function(*args, **kwargs)
 
 

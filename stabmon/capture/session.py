@@ -51,7 +51,7 @@ class AttentionCapture:
             computed from.
         on_error: receives what goes wrong in ``on_call`` or in here; logged once a capture where
             None.
-        thorough: always watch torch functions, also where transformers' attention interface has
+        always_watch_functions: always watch torch functions, also where transformers' attention interface has
             shown everything so far.
         at_once: show a softmax over a product when it is taken, whether or not anything uses it as
             weights.
@@ -72,7 +72,7 @@ class AttentionCapture:
         *,
         modules: Sequence[str] = (),
         on_error: Callable[[Exception], None] | None = None,
-        thorough: bool = False,
+        always_watch_functions: bool = False,
         at_once: bool = False,
     ) -> None:
         self.model = model
@@ -85,7 +85,7 @@ class AttentionCapture:
         self._on_call = on_call
         self._on_error = on_error
         self.at_once = at_once
-        self._thorough = thorough
+        self._always_watch_functions = always_watch_functions
         self._quiet = 0
         self._boundary = ExitStack()
         self._patches = ExitStack()
@@ -133,7 +133,7 @@ class AttentionCapture:
         """What was looked for, in one line, for the error that no attention was found."""
         return "; ".join(part.looks_for for part in (INTERFACE, FunctionWatch, COMPILED))
 
-    def listening(self) -> bool:
+    def is_recording(self) -> bool:
         """Whether a call made right now by this thread is one of the model's own forward, not seen
         further out already.
         """
@@ -243,7 +243,7 @@ class AttentionCapture:
             stack.enter_context(COMPILED.installed(self))
             self._patch()
             self._boundary = stack.pop_all()
-        if self._thorough or due or self._quiet < QUIET:
+        if self._always_watch_functions or due or self._quiet < QUIET:
             self.mode = WitnessedWatch(self) if due else FunctionWatch(self)
             push(self.mode)
         self.thread = thread

@@ -16,7 +16,7 @@ from stabmon.check.judging.judge import judge
 from stabmon.check.judging.precision import precision_table
 from stabmon.check.measuring.expect import LayerView, layer_views
 from stabmon.check.measuring.observe import not_finite_in, observe
-from stabmon.check.region.region import Origin, region_data, stability_region
+from stabmon.check.region.region import OperatingPoint, region_data, stability_region
 from stabmon.check.report.report import StabilityReport
 from stabmon.nonfinite.first_bad_tensor import count_bad, find_in_forward
 
@@ -136,7 +136,7 @@ def _bad_weights(bad: Mapping[str, str]) -> Finding:
 
 
 def _region(views: Sequence[LayerView], settings: CheckConfig) -> dict[str, Any]:
-    origin = Origin.of(views)
+    origin = OperatingPoint.of(views)
     return region_data(origin, stability_region(origin, settings))
 
 

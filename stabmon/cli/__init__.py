@@ -113,10 +113,10 @@ def check(
     """Whether a model's attention is going to be stable, before it is trained, and what to change
     if not.
     """
-    from stabmon.cli.check import Asked, run
+    from stabmon.cli.check import CheckOptions, run
 
     _check_severity(fail_on)
-    asked = Asked(
+    asked = CheckOptions(
         model,
         seq_len,
         dtype,

@@ -17,9 +17,9 @@ from stabmon.check.judging.findings import ranked
 from stabmon.check.judging.judge_rate import judge_rate
 from stabmon.check.loading.inputs import make_sample, sample_length, trained_length
 from stabmon.check.loading.pretrained import quiet
-from stabmon.check.loading.source import Target, load_target
+from stabmon.check.loading.source import LoadedModel, load_target
 from stabmon.check.measuring.short_run import ShortRun
-from stabmon.check.region.region import Origin
+from stabmon.check.region.region import OperatingPoint
 from stabmon.check.region.view import region_plot
 from stabmon.check.report.report import StabilityReport
 from stabmon.check.sweep.proxy import Proxy, make_proxy
@@ -28,7 +28,7 @@ from stabmon.tiny.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckOptions:
     """The command's options."""
 
     model: str
@@ -48,7 +48,7 @@ class Asked:
     fail_on: str = "error"
 
 
-def run(asked: Asked) -> int:
+def run(asked: CheckOptions) -> int:
     """Check, print, and give the exit status: 0 or 1.
 
     Raises:
@@ -72,7 +72,7 @@ def run(asked: Asked) -> int:
     return int(report.finds(asked.fail_on))
 
 
-def check(asked: Asked) -> StabilityReport:
+def check(asked: CheckOptions) -> StabilityReport:
     """The report on what was asked for."""
     _check(asked)
     attention = None if asked.attn is None else ATTENTION[asked.attn]
@@ -105,7 +105,9 @@ def check(asked: Asked) -> StabilityReport:
     return report
 
 
-def _swept(report: StabilityReport, proxy: Proxy, recipe: Recipe, asked: Asked) -> StabilityReport:
+def _swept(
+    report: StabilityReport, proxy: Proxy, recipe: Recipe, asked: CheckOptions
+) -> StabilityReport:
     """The report with a sweep over learning rates."""
 
     def told(run: ShortRun) -> None:
@@ -116,7 +118,7 @@ def _swept(report: StabilityReport, proxy: Proxy, recipe: Recipe, asked: Asked) 
                 file=sys.stderr,
             )
 
-    with told_in_one_line(f"--sweep: training on {proxy.length} tokens a row failed"):
+    with one_line_errors(f"--sweep: training on {proxy.length} tokens a row failed"):
         found = sweep_rates(
             proxy.make,
             proxy.batches,
@@ -137,7 +139,7 @@ def _swept(report: StabilityReport, proxy: Proxy, recipe: Recipe, asked: Asked) 
 
 
 @contextmanager
-def told_in_one_line(what: str) -> Iterator[None]:
+def one_line_errors(what: str) -> Iterator[None]:
     """What a model raises becomes a ValueError of one line; transformers keeps quiet meanwhile."""
     try:
         with quiet():
@@ -154,14 +156,14 @@ def told_in_one_line(what: str) -> Iterator[None]:
 
 def _draw(report: StabilityReport, path: str) -> None:
     try:
-        region_plot(Origin.of(report.views), report.config, path)
+        region_plot(OperatingPoint.of(report.views), report.config, path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--plot {path}: {error}; name a file that can be written, such as region.png"
         ) from None
 
 
-def _checked(target: Target, asked: Asked, settings: CheckConfig) -> StabilityReport:
+def _checked(target: LoadedModel, asked: CheckOptions, settings: CheckConfig) -> StabilityReport:
     length = trained_length(target, asked.seq_len)
     tokens = sample_length(target, length, asked.batch)
     sample, notes = make_sample(target, tokens, asked.batch, asked.text, asked.seed)
@@ -174,14 +176,14 @@ def _checked(target: Target, asked: Asked, settings: CheckConfig) -> StabilityRe
             notes.append(
                 f"the sample has {tokens} tokens; for {length} its scores were carried over"
             )
-    with told_in_one_line(f"{asked.model}: the model failed on a sample of {tokens} tokens"):
+    with one_line_errors(f"{asked.model}: the model failed on a sample of {tokens} tokens"):
         report = check_attention_stability(
             target.model, sample, settings, subject=target.subject, analytic=target.analytic
         )
     return replace(report, notes=(*target.notes, *notes, *report.notes))
 
 
-def _check(asked: Asked) -> None:
+def _check(asked: CheckOptions) -> None:
     if asked.lr is not None and not 0 < asked.lr < 100:
         raise ValueError(f"--lr {asked.lr}: give a positive rate, such as 1e-3")
     if asked.attn is not None and asked.attn not in ATTENTION:

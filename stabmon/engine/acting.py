@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from stabmon._torch.optimizer_adapter import OptimizerView
+from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.rank_reducer import world_size
 from stabmon.guard import Guard
@@ -44,7 +44,7 @@ class Acting:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: OptimizerView,
+        optimizer: OptimizerAdapter,
         lr_scheduler: Any,
         config: StabilityConfig,
         run_dir: Path | None,

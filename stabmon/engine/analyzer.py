@@ -55,7 +55,7 @@ class AttentionAnalyzer:
             model,
             self._measurements.add,
             modules=attention_modules,
-            thorough=True,
+            always_watch_functions=True,
             on_error=self._note,
         )
         self._model, self._in_context = model, False

@@ -16,7 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Safety:
+class ErrorBoundary:
     """One monitor's errors and seconds."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Safety:
                 exc_info=error if traceback else None,
             )
 
-    def timed(self) -> Safety:
+    def timed(self) -> ErrorBoundary:
         """What runs in here counts as overhead, once where it is nested."""
         return self
 
@@ -60,8 +60,8 @@ class Safety:
         return min(1.0, seconds / wall) if wall > 0 else 0.0
 
 
-def safely(method: Callable[P, R]) -> Callable[P, R | None]:
-    """A method of something that has a ``safety``: what fails in it is logged once, counted and
+def contained(method: Callable[P, R]) -> Callable[P, R | None]:
+    """A method of something that has a ``boundary``: what fails in it is logged once, counted and
     skipped.
     """
     where = method.__name__.strip("_")
@@ -69,12 +69,12 @@ def safely(method: Callable[P, R]) -> Callable[P, R | None]:
     @functools.wraps(method)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R | None:
         this: Any = args[0]
-        safety: Safety = this.safety
-        with safety.timed():
+        boundary: ErrorBoundary = this.boundary
+        with boundary.timed():
             try:
                 return method(*args, **kwargs)
             except Exception as error:
-                safety.failed(where, error)
+                boundary.failed(where, error)
                 return None
 
     return guarded

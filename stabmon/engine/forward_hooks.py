@@ -19,7 +19,7 @@ Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, Any], None]
 
 
-class ForwardWatch:
+class ForwardHooks:
     """Calls ``before(module, args, kwargs)`` and ``after(module, output)`` around each outermost
     call into ``model``.
 

@@ -93,7 +93,7 @@ class GradientNorms:
         return found
 
 
-class Sentinels:
+class GradientProbe:
     """A few small parameters, the first and the last of the model: where a non-finite gradient
     arrives, and where it starts.
     """

@@ -13,7 +13,7 @@ from stabmon._storage.stored_value import Stored
 from stabmon.engine.gradients import tensors_in
 
 
-class Losses:
+class LossAccumulator:
     """Adds the losses of micro-batches up to a step's, and keeps those of the steps since the last
     reading.
 

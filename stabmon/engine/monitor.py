@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from stabmon._storage.stored_value import Stored
 from stabmon._torch.forward_call import ForwardCall
-from stabmon._torch.optimizer_adapter import OptimizerView
+from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.acting import Acting, paused
-from stabmon.engine.error_boundary import Safety, safely
+from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.group_updates import GroupUpdates
 from stabmon.engine.monitor_state import (
     STATE_VERSION,
@@ -41,15 +41,15 @@ from stabmon.engine.monitor_state import (
     check_version,
     known_issues,
 )
-from stabmon.engine.qk_updates import QueryKeySteps, with_adapters
+from stabmon.engine.qk_updates import QKUpdates, with_adapters
 from stabmon.engine.rank_reducer import RankReducer, rank, world_size
 from stabmon.engine.recorder import Recorder
 from stabmon.engine.run_metadata import run_meta
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
 from stabmon.interventions import Applied, Intervention
-from stabmon.nonfinite.detector import NonFiniteWatch
-from stabmon.records import Diagnosis, QueryKeyStep, Reading, StabilityIssue
+from stabmon.nonfinite.detector import NonFiniteDetector
+from stabmon.records import Diagnosis, QKUpdate, Reading, StabilityIssue
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 from stabmon.signals import SIGNALS
@@ -120,29 +120,29 @@ class AttentionStabilityMonitor:
         self.step = 0
         """Optimizer steps seen, those before a resume included."""
         self.run_dir = None if run_dir is None else Path(run_dir) / "stabmon"
-        self.safety = Safety()
+        self.boundary = ErrorBoundary()
         writes = rank() == 0 if is_writer is None else is_writer
         self._recorder = Recorder(
-            self.config.make_sinks() if writes else [], self.run_dir, self.safety
+            self.config.make_sinks() if writes else [], self.run_dir, self.boundary
         )
         self._tracker = self._make_tracker()
         self._ranks = RankReducer(model) if reduce_ranks else None
-        self._view = OptimizerView(optimizer, grad_scaler)
+        self._view = OptimizerAdapter(optimizer, grad_scaler)
         audit = self._recorder.write_intervention
         self._acting = Acting(model, self._view, lr_scheduler, self.config, self.run_dir, audit)
         run = self._acting.run
         self._step_length = StepLength(
-            model, self._view, run.scheduled_rate, lambda: run.rate_factors, self.safety
+            model, self._view, run.scheduled_rate, lambda: run.rate_factors, self.boundary
         )
         run.shorten_step = self._step_length.shorten if world_size() == 1 else None
         run.on_rollback.append(lambda step: self._step_length.rates.begin_again())
         follow, drop = self._step_length.follow, self._step_length.end
         self._observer = StepObserver(
-            model, self.config, self.safety, self._view.scale, self._acting.listener, follow, drop
+            model, self.config, self.boundary, self._view.scale, self._acting.listener, follow, drop
         )
-        self._query_key, self._group_updates = QueryKeySteps(), GroupUpdates()
+        self._query_key, self._group_updates = QKUpdates(), GroupUpdates()
         share = self._ranks.share if self._ranks else None
-        self._misfortune = NonFiniteWatch(model, self.safety.failed, share, self._view)
+        self._misfortune = NonFiniteDetector(model, self.boundary.failed, share, self._view)
         self._scaled = self._view.scales
         self._manual = manual_steps
         self._last_reading = self._unseen_told = 0
@@ -156,7 +156,7 @@ class AttentionStabilityMonitor:
 
     # -- the marks of a step
 
-    @safely
+    @contained
     def begin_step(self) -> None:
         """Get ready for the next optimizer step. Only integrations call this: ``on_step`` does it
         in a loop of one's own.
@@ -193,7 +193,7 @@ class AttentionStabilityMonitor:
             self._look_at_gradients()
         self._acting.guard.before_optimizer_step()
 
-    @safely
+    @contained
     def _look_at_weights(self, optimizer: Any, is_first: bool) -> None:
         if not self.is_sampled(self.step + 1):
             return
@@ -203,7 +203,7 @@ class AttentionStabilityMonitor:
             self._group_updates.before(self._view.groups())
         self._query_key.before(seen.modules, seen.info, again=not is_first)
 
-    @safely
+    @contained
     def _look_at_gradients(self) -> None:
         seen, sampled = self._observer, self.is_sampled(self.step + 1)
         if self.config.watch_every_step:
@@ -249,7 +249,7 @@ class AttentionStabilityMonitor:
         """Whether optimizer step ``step``, counted from 1, is sampled."""
         return step % self.config.log_every == 0
 
-    @safely
+    @contained
     def get_intervention(self, diagnosis: Diagnosis) -> Intervention | None:
         """What to do next about the alarms that are open; None where there is nothing to do, or
         nothing left that was not tried.
@@ -259,7 +259,7 @@ class AttentionStabilityMonitor:
         """
         return self._acting.propose(diagnosis, self._observer)
 
-    @safely
+    @contained
     def apply(self, intervention: Intervention, *, hold: bool | None = None) -> Applied | None:
         """Apply an intervention, after the optimizer's step; its ``undo()`` takes it back.
 
@@ -303,7 +303,7 @@ class AttentionStabilityMonitor:
     @property
     def errors(self) -> Counter[str]:
         """What failed inside, by place; each is logged the first time."""
-        return self.safety.errors
+        return self.boundary.errors
 
     @property
     def unseen(self) -> Mapping[str, str]:
@@ -405,7 +405,7 @@ class AttentionStabilityMonitor:
 
         return [self._open, take_up, losses, misfortune, lengths, guard]
 
-    @safely
+    @contained
     def _take_up(self, parts: Sequence[Callable[[], None]]) -> None:
         for take_up in parts:
             take_up()
@@ -414,7 +414,7 @@ class AttentionStabilityMonitor:
 
     # -- for integrations
 
-    @safely
+    @contained
     def add_loss(self, loss: Tensor) -> None:
         """Tell the (part of the) step's loss that a micro-batch is differentiated by; parts are
         added up.
@@ -427,22 +427,22 @@ class AttentionStabilityMonitor:
         """
         self._ranks, self._misfortune = (
             None,
-            NonFiniteWatch(self.model, self.safety.failed, optimizer=self._view),
+            NonFiniteDetector(self.model, self.boundary.failed, optimizer=self._view),
         )
 
     # -- inside a step
 
-    @safely
+    @contained
     def _begin_records(self) -> None:
         self._recorder.begin()
 
-    @safely
+    @contained
     def _end_loss(self, loss: Tensor | float | None) -> float | Tensor | None:
         return self._observer.losses.end_step(
             self.step, loss, shares=self._observer.forwards.shares
         )
 
-    @safely
+    @contained
     def _look_at_end(self, loss: float | Tensor | None, calls: Sequence[ForwardCall]) -> None:
         seen, left_out = self._observer, self._view.left_out()
         scaled, self._scaled = self._scaled, self._view.scales
@@ -458,22 +458,22 @@ class AttentionStabilityMonitor:
                 )  # one on another device is known when a reading needs it
                 self._is_news |= self._misfortune.end_step(self.step, told, calls, left_out)
 
-    @safely
+    @contained
     def _look_at_length(self, loss: float | Tensor | None) -> None:
         if self.config.watch_every_step:
             with paused(self._observer):
                 self._is_news |= self._step_length.finish(self.step, loss) is not None
             self._acting.run.uneasy = self._step_length.rates.uneasy
 
-    @safely
-    def _look_at_update(self) -> tuple[dict[str, QueryKeyStep], dict[str, float]]:
+    @contained
+    def _look_at_update(self) -> tuple[dict[str, QKUpdate], dict[str, float]]:
         if not self.is_sampled(self.step):
             return {}, {}
         return self._query_key.after(scaled=self._view.scales), self._group_updates.after()
 
-    @safely
+    @contained
     def _finish_step(
-        self, micro_batches: int, moved: Mapping[str, QueryKeyStep], updates: Mapping[str, float]
+        self, micro_batches: int, moved: Mapping[str, QKUpdate], updates: Mapping[str, float]
     ) -> Diagnosis | None:
         seen, sampled = self._observer, self.is_sampled(self.step)
         sums = seen.measurements.sums
@@ -487,8 +487,8 @@ class AttentionStabilityMonitor:
             return None
         layers = to_host(sums) if sampled else {}
         self._tell_unseen()
-        if sampled and not layers and (why := seen.why_nothing()):
-            self.safety.failed(
+        if sampled and not layers and (why := seen.explain_missing_attention()):
+            self.boundary.failed(
                 "sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False
             )
         losses, rates = seen.losses.take(), self._view.learning_rates()
@@ -508,7 +508,7 @@ class AttentionStabilityMonitor:
             non_finite=self._misfortune.found_since(self._last_reading),
             overshoot=self._step_length.rates.found_since(self._last_reading),
             sampled=sampled,
-            overhead_fraction=self.safety.overhead_fraction(),
+            overhead_fraction=self.boundary.overhead_fraction(),
             learning_rates=rates,
             rate_factors=self._acting.run.rate_factors,
             updates=updates,
@@ -551,11 +551,11 @@ class AttentionStabilityMonitor:
             logger.warning("%s", told)
         self._recorder.amend({"unseen_attention": dict(unseen)})
 
-    @safely
+    @contained
     def _tell_held(self, micro_batches: int) -> None:
         self._acting.on_step(self.step, micro_batches, self._observer)
 
-    @safely
+    @contained
     def _act(self, diagnosis: Diagnosis | None) -> None:
         self._acting.act(diagnosis, self._tracker, self._observer)
 
@@ -567,7 +567,7 @@ class AttentionStabilityMonitor:
             history=History(self.config.history),
             clear_after=self.config.clear_after,
             cooldown_steps=self.config.cooldown * self.config.log_every,
-            on_error=functools.partial(self.safety.failed, "rule"),
+            on_error=functools.partial(self.boundary.failed, "rule"),
         )
 
     def _open(self) -> None:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.engine.gradients import is_sharded
-from stabmon.interventions import CannotApply
+from stabmon.interventions import NotApplicable
 from stabmon.projections.adapters import EffectiveUpdate
 from stabmon.projections.locate import find_effective, find_query_key, is_adapted
-from stabmon.records import LayerInfo, QueryKeyStep
+from stabmon.records import LayerInfo, QKUpdate
 
 logger = logging.getLogger("stabmon")
 
 
-class QueryKeySteps:
+class QKUpdates:
     """Takes the norms of W_q and W_k before the optimizer's step, and of their change after it.
 
     Where adapters are around frozen projections, W_q and W_k are what these effectively are. Layers
@@ -75,7 +75,7 @@ class QueryKeySteps:
             self._norms[layer] = _norm(gradients), _norm(weights)
 
     @torch.no_grad()
-    def after(self, scaled: bool = False) -> dict[str, QueryKeyStep]:
+    def after(self, scaled: bool = False) -> dict[str, QKUpdate]:
         """The optimizer has stepped; of ``scaled`` gradients it is not known whether they were
         unscaled when they were seen.
         """
@@ -101,9 +101,7 @@ class QueryKeySteps:
             [torch.stack([each.to(device).double() for each in row]) for row in norms]
         ).tolist()
         return {
-            name: QueryKeyStep(
-                gradient=math.nan if scaled else gradient, weight=weight, update=update
-            )
+            name: QKUpdate(gradient=math.nan if scaled else gradient, weight=weight, update=update)
             for name, (gradient, weight, update) in zip(names, table, strict=True)
         }
 
@@ -123,7 +121,7 @@ class QueryKeySteps:
         self._parts[layer] = []
         try:
             effective = find_effective(module, info)
-        except CannotApply:
+        except NotApplicable:
             return
         if effective is None:
             self._parts[layer] = _parts_of(module, info)
@@ -156,7 +154,7 @@ def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parame
     """
     try:
         rows = find_query_key(module, info)[0].all_rows()
-    except CannotApply:
+    except NotApplicable:
         return []
     ranges: dict[tuple[int, int], tuple[nn.Parameter, list[tuple[int, int]]]] = {}
     for each in rows:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stabmon.engine.error_boundary import Safety, safely
+from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks import Sink, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
@@ -19,11 +19,11 @@ class Recorder:
         sinks: where to write to; none on ranks that do not write.
         folder: ``<run_dir>/stabmon``, made with the first record or step; None where nothing goes
             to disk.
-        safety: told what fails.
+        boundary: told what fails.
     """
 
-    def __init__(self, sinks: Sequence[Sink], folder: Path | None, safety: Safety) -> None:
-        self.safety = safety
+    def __init__(self, sinks: Sequence[Sink], folder: Path | None, boundary: ErrorBoundary) -> None:
+        self.boundary = boundary
         self.issues: list[StabilityIssue] = []
         self.alarms = 0
         """How many issues were of severity error or above."""
@@ -83,7 +83,7 @@ class Recorder:
         self._sinks.close()
         self._count_failed()
 
-    @safely
+    @contained
     def _make_folder(self) -> Path | None:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -91,4 +91,4 @@ class Recorder:
 
     def _count_failed(self) -> None:
         if self._sinks.troubled:
-            self.safety.errors["sink"] = len(self._sinks.troubled)
+            self.boundary.errors["sink"] = len(self._sinks.troubled)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon._torch.forward_call import ForwardCall, KeptForwards
+from stabmon._torch.forward_call import ForwardCall, StepForwards
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import StabilityConfig
-from stabmon.engine.error_boundary import Safety, safely
-from stabmon.engine.forward_hooks import ForwardWatch
+from stabmon.engine.error_boundary import ErrorBoundary, contained
+from stabmon.engine.forward_hooks import ForwardHooks
 from stabmon.engine.gradients import AfterBackward, GradientNorms
-from stabmon.engine.loss_accumulator import Losses
+from stabmon.engine.loss_accumulator import LossAccumulator
 from stabmon.records import AttentionCall
 from stabmon.signals.accumulator import Measurements
 
@@ -39,7 +39,7 @@ class StepObserver:
     Args:
         model: the model that trains.
         config: what to measure, and whether to keep forwards for a replay.
-        safety: told what fails.
+        boundary: told what fails.
         scale: what a gradient scaler multiplies gradients by; None where there is none.
         listens: who is told of every attention call of a training forward, sampled or not; None for
             nobody at this time.
@@ -53,24 +53,24 @@ class StepObserver:
         self,
         model: nn.Module,
         config: StabilityConfig,
-        safety: Safety,
+        boundary: ErrorBoundary,
         scale: Callable[[], float | None],
         listens: Callable[[], Callable[[AttentionCall], None] | None] = lambda: None,
         returned: Callable[[ForwardCall | None, Any], None] = lambda call, output: None,
         raised: Callable[[], None] = lambda: None,
     ) -> None:
-        self.safety = safety
-        self.forwards = KeptForwards()
+        self.boundary = boundary
+        self.forwards = StepForwards()
         self.last_forward: list[ForwardCall] = []
         """The first forward of the newest step that has been made, until the next one begins; empty
         where it cannot be replayed.
         """
-        self.losses = Losses(keep=20 * config.history)
+        self.losses = LossAccumulator(keep=20 * config.history)
         self.measurements = Measurements(
             config.signals,
             config.engine,
             config.sample_rows,
-            functools.partial(safety.failed, "signal"),
+            functools.partial(boundary.failed, "signal"),
         )
         self.interrupted = False
         """Whether a forward of this step raised."""
@@ -88,12 +88,12 @@ class StepObserver:
             model,
             self._on_call,
             modules=config.attention_modules,
-            on_error=functools.partial(safety.failed, "capture"),
+            on_error=functools.partial(boundary.failed, "capture"),
         )
         self._norms = GradientNorms()
         self._gradients: dict[str, float] = {}
         self._after_backward = AfterBackward(self._backward_ended)
-        self._watch: ForwardWatch | None = None
+        self._watch: ForwardHooks | None = None
         self._outer: list[nn.Module] | None = None
         """Compiled wrappers around the model; None where it has to be looked for them."""
         self._looks_left = _LOOKS
@@ -110,7 +110,7 @@ class StepObserver:
         else:
             if self._outer is None:
                 self._outer = compiled_around(self._model)
-            self._watch = ForwardWatch(
+            self._watch = ForwardHooks(
                 self._model, self._outer, self._forward_begins, self._forward_ends
             )
         if sampled:
@@ -122,7 +122,7 @@ class StepObserver:
         self._after_backward.let_go()
         self.measurements.start(0)
         self.last_forward = self.forwards.calls[:1] or self.last_forward
-        self.forwards, self._norms, self._gradients = KeptForwards(), GradientNorms(), {}
+        self.forwards, self._norms, self._gradients = StepForwards(), GradientNorms(), {}
         self.losses.start_step()
         self.interrupted, self._current, self._call = False, None, None
 
@@ -132,7 +132,7 @@ class StepObserver:
         self.forget()
         self.last_forward = []
 
-    @safely
+    @contained
     def stop_capture(self) -> None:
         """Close the capture, where a forward never came to its end."""
         if self._capturing:
@@ -152,7 +152,7 @@ class StepObserver:
         """Leave this step's gradient norms unknown."""
         self._norms, self._gradients = GradientNorms(), {}
 
-    @safely
+    @contained
     def _backward_ended(self, added: dict[int, Tensor]) -> None:
         if not self.paused:
             self._gradients = {}
@@ -170,11 +170,11 @@ class StepObserver:
             self._outer = outer
             self._watch.follow(outer)
 
-    def why_nothing(self) -> str | None:
+    def explain_missing_attention(self) -> str | None:
         """Why a sampled step had no attention call, in one line; None where that has been told
         already.
         """
-        if self.interrupted or self.safety.errors["capture"]:
+        if self.interrupted or self.boundary.errors["capture"]:
             return None
         if not self.forwards.count:
             return (
@@ -205,7 +205,7 @@ class StepObserver:
         """The same in one line beside what is seen; None where all is seen, or nothing."""
         return self._capture.witness.describe() if self._capture.witness.seen else None
 
-    @safely
+    @contained
     def _forward_begins(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -223,7 +223,7 @@ class StepObserver:
             self._capture.__enter__()
             self._capturing = True
 
-    @safely
+    @contained
     def _forward_ends(self, module: nn.Module, output: Any) -> None:
         if self._capturing:
             self._capture.witness.end(output)
@@ -239,7 +239,7 @@ class StepObserver:
             self.interrupted = True
 
     def _on_call(self, call: AttentionCall) -> None:
-        with self.safety.timed():
+        with self.boundary.timed():
             if self._sampled:
                 self.measurements.add(call)
             if self._listener is not None:

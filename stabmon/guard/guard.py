@@ -12,9 +12,9 @@ from typing import Any
 import torch.distributed as dist
 
 from stabmon._storage.stored_value import Stored
-from stabmon.guard.policy import Budget, Chooser, stored_key
+from stabmon.guard.policy import Budget, Policy, stored_key
 from stabmon.guard.symptoms import FAMILIES, Key, family_of
-from stabmon.interventions.base import INTERVENTIONS, Applied, CannotApply, Intervention
+from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention, NotApplicable
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.saved_intervention import SavedAct
@@ -79,7 +79,7 @@ class Guard:
     ) -> None:
         self.run = run
         self.automatic = automatic
-        self.chooser = Chooser(acts, budget or Budget())
+        self.policy = Policy(acts, budget or Budget())
         self._told: set[Key] = set()
 
     def begin(self) -> None:
@@ -88,7 +88,7 @@ class Guard:
         """
         if not self.automatic:
             return
-        for act in self.chooser.acts.values():
+        for act in self.policy.acts.values():
             if isinstance(act, Rollback):
                 self.run.states = HealthyStates(
                     self.run, every=act.every, confirm=act.confirm, memory_gb=act.memory_gb
@@ -99,11 +99,11 @@ class Guard:
     def _put_in_place(self) -> None:
         """Apply each standing act that was not applied yet."""
         there = {each.intervention.name for each in self.run.applied}
-        for act in self.chooser.acts.values():
-            if act.standing and act.name not in there and self.automatic:
+        for act in self.policy.acts.values():
+            if act.install_at_start and act.name not in there and self.automatic:
                 try:
                     act.aimed_at((), "in place from the start").apply(self.run)
-                except CannotApply as error:
+                except NotApplicable as error:
                     logger.info("%s is left out: %s", act.name, error.reason)
 
     @property
@@ -111,28 +111,28 @@ class Guard:
         """Whether the next training forward's attention calls are to be captured, sampled or
         not.
         """
-        return self.run.marks.wants("attention")
+        return self.run.step_hooks.wants("attention")
 
     def attention(self, call: AttentionCall) -> None:
         """A training forward attends; for every call, where :attr:`wants_attention`."""
-        self.run.marks.fire("attention", call)
+        self.run.step_hooks.fire("attention", call)
 
     def before_optimizer_step(self) -> None:
         """Gradients are ready, parameters not yet stepped."""
-        self.run.marks.fire("before_optimizer_step")
+        self.run.step_hooks.fire("before_optimizer_step")
 
     def on_step(self, step: int) -> None:
         """The optimizer has made its ``step``-th step; at every step, before :meth:`act`."""
         self.run.step = step
-        self.run.marks.fire("on_step")
+        self.run.step_hooks.fire("on_step")
 
     def get_intervention(self, open_issues: Sequence[StabilityIssue]) -> Intervention | None:
         """What to do next about the open alarms; None for nothing. What nothing can be done about
         any more is written to the audit.
         """
-        act = self.chooser.propose(open_issues, self.run)
+        act = self.policy.propose(open_issues, self.run)
         news: dict[str, list[Key]] = {}
-        for key, words in self.chooser.gave_up.items():
+        for key, words in self.policy.gave_up.items():
             if key not in self._told:
                 self._told.add(key)
                 news.setdefault(words, []).append(key)
@@ -160,18 +160,18 @@ class Guard:
             by_hand: a person does it: only a person ends it.
             hold: see :meth:`~stabmon.engine.monitor.AttentionStabilityMonitor.apply`.
         """
-        applied, refusal = None, CannotApply("it does not fit on another rank")
+        applied, refusal = None, NotApplicable("it does not fit on another rank")
         own = "hold" in intervention.settings
         try:
             if hold and intervention.once:
-                raise CannotApply(
+                raise NotApplicable(
                     f"{intervention.name} is done at once and cannot be held", "leave hold out"
                 )
             if own and hold is not None:
                 intervention = replace(intervention, hold=hold)  # type: ignore[call-arg]
             self.run.by_hand = by_hand
             applied = intervention.apply(self.run)
-        except CannotApply as error:
+        except NotApplicable as error:
             refusal = error
         except Exception as error:
             logger.error(
@@ -180,7 +180,7 @@ class Guard:
                 error,
                 exc_info=error,
             )
-            refusal = CannotApply(f"it failed: {type(error).__name__}: {error}")
+            refusal = NotApplicable(f"it failed: {type(error).__name__}: {error}")
         finally:
             self.run.by_hand = False
         if self.run.any_rank(applied is None):
@@ -188,7 +188,7 @@ class Guard:
                 applied.undo(refusal.reason)
             if by_hand:
                 logger.warning("%s is not applied: %s", intervention.name, refusal.reason)
-            self.chooser.note_refused(intervention, refusal)
+            self.policy.note_refused(intervention, refusal)
             record = {
                 "intervention": intervention.name,
                 "action": "refused",
@@ -205,7 +205,7 @@ class Guard:
         applied.by_hand = by_hand
         if hold is False and not own and not intervention.once:
             applied.hold_for_one_step()
-        self.chooser.note_applied(applied)
+        self.policy.note_applied(applied)
         return applied
 
     def act(self, open_issues: Sequence[StabilityIssue], healthy: bool) -> list[Applied]:
@@ -219,10 +219,10 @@ class Guard:
             What was applied just now.
         """
         if not self.automatic:
-            self.chooser.judge(open_issues, self.run, let_go=False)
+            self.policy.judge(open_issues, self.run, let_go=False)
             return []
         issues, healthy = self._of_first_rank(open_issues, healthy)
-        for failed in self.chooser.judge(issues, self.run):
+        for failed in self.policy.judge(issues, self.run):
             failed.applied.undo(failed.reason)
         done: list[Applied] = []
         while (act := self.get_intervention(issues)) is not None:
@@ -245,7 +245,7 @@ class Guard:
         """Everything a resumed run needs to hold what is held: plain values, for JSON with NaN."""
         return {
             "applied": [each.state_dict() for each in self.run.applied],
-            "chooser": self.chooser.state_dict(self.run.applied),
+            "chooser": self.policy.state_dict(self.run.applied),
             "told": [list(key) for key in self._told],
             "states": None if self.run.states is None else self.run.states.state_dict(),
         }
@@ -263,7 +263,7 @@ class Guard:
         saved = Stored.of(state)
         found = [SavedAct.parse(each) for each in saved["applied"].parts()]
         acts = [each for each in found if each is not None]
-        chooser = self.chooser.parse_state(saved["chooser"], [each is not None for each in found])
+        policy = self.policy.parse_state(saved["chooser"], [each is not None for each in found])
         told = {stored_key(key) for key in saved["told"].parts()}
         states = None
         if saved["states"].value is not None:
@@ -274,7 +274,7 @@ class Guard:
             self.run.applied.clear()
             for each in acts:
                 each.take_up(self.run)
-            chooser(self.run.applied)
+            policy(self.run.applied)
             self._told = told
             if self.run.states is not None and states is not None:
                 self.run.states.take_up(states)

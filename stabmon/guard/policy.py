@@ -19,7 +19,7 @@ from stabmon.guard.symptoms import (
     in_order,
     key_of,
 )
-from stabmon.interventions.base import Applied, CannotApply, Intervention
+from stabmon.interventions.base import Applied, Intervention, NotApplicable
 from stabmon.records import NonFinite, StabilityIssue
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Trial:
 
 
 @dataclass(eq=False)
-class Chooser:
+class Policy:
     """Remembers what was tried, and never repeats for a place what failed there or did not fit."""
 
     acts: Mapping[str, Intervention]
@@ -106,7 +106,7 @@ class Chooser:
         self._renew(alarms)
         pending = [trial for trial in self.trials if trial.outcome == "pending"]
         busy = {key for trial in pending for key in trial.keys}
-        run_wide = any(trial.applied.intervention.run_wide for trial in pending)
+        affects_whole_run = any(trial.applied.intervention.affects_whole_run for trial in pending)
         if again := self._begin_again(alarms, run):
             return self.acts["rollback"].aimed_at(again, self._why("rollback", again))
         families = {family_of(issue) for issue in alarms}
@@ -118,7 +118,9 @@ class Chooser:
             ):
                 return None  # a known cause is being treated
             waiting = dict.fromkeys(key_of(issue) for issue in alarms if family_of(issue) == family)
-            if any(key in busy for key in waiting) and (family == "non_finite" or run_wide):
+            if any(key in busy for key in waiting) and (
+                family == "non_finite" or affects_whole_run
+            ):
                 if family in ("rate", "drive"):
                     continue
                 return None  # wait and see
@@ -131,7 +133,7 @@ class Chooser:
             names = [
                 name
                 for name, _ in choices.values()
-                if name and not (run_wide and self.acts[name].run_wide)
+                if name and not (affects_whole_run and self.acts[name].affects_whole_run)
             ]
             if names:
                 name = min(names, key=self._order(family).index)
@@ -208,7 +210,7 @@ class Chooser:
         )
         self.trials.append(Trial(applied, keys, self.samples))
 
-    def note_refused(self, act: Intervention, error: CannotApply) -> None:
+    def note_refused(self, act: Intervention, error: NotApplicable) -> None:
         """An act did not fit; for these places it is not proposed again. A person's own with other
         settings says nothing of ours.
         """
@@ -270,7 +272,7 @@ class Chooser:
                 and trial.applied.active
                 and age >= self.budget.hold
             ):
-                if trial.applied.effect.at_work():
+                if trial.applied.effect.was_active():
                     trial.since = self.samples
                     trial.applied.relax()
                 else:
@@ -304,7 +306,7 @@ class Chooser:
                 out with them.
 
         Raises:
-            ValueError: if it is no chooser's state.
+            ValueError: if it is no policy's state.
         """
         saved = Stored.of(state)
         number = {at: sum(kept[:at]) for at, known in enumerate(kept) if known}

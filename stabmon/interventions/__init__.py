@@ -8,8 +8,8 @@ is what they may touch; :class:`~stabmon.guard.guard.Guard` chooses, applies, ju
 from stabmon.interventions.base import (
     INTERVENTIONS,
     Applied,
-    CannotApply,
     Intervention,
+    NotApplicable,
     intervention,
 )
 from stabmon.interventions.run.training_run import TrainingRun
@@ -17,8 +17,8 @@ from stabmon.interventions.run.training_run import TrainingRun
 __all__ = [
     "INTERVENTIONS",
     "Applied",
-    "CannotApply",
     "Intervention",
+    "NotApplicable",
     "TrainingRun",
     "intervention",
 ]

@@ -22,7 +22,7 @@ Place = tuple[str | None, int | None]
 """(layer, head); None for the whole run, and for the whole layer."""
 
 
-class CannotApply(Exception):
+class NotApplicable(Exception):
     """An intervention does not fit this run; nothing was changed. Says why, and what a person can
     do instead.
 
@@ -50,7 +50,7 @@ class Effect:
     after: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     """What a reader of the record should know besides."""
-    touches: frozenset[str] = frozenset()
+    resources: frozenset[str] = frozenset()
     """Names of what was changed; effects with a name in common are undone last in, first out."""
     given_up: str = ""
     """Why it is at an end by itself, and is to be taken back; empty while it is not."""
@@ -67,7 +67,7 @@ class Effect:
         be called twice.
         """
 
-    def at_work(self) -> bool:
+    def was_active(self) -> bool:
         """Whether it had something to do since it was last asked: then it is held further."""
         return False
 
@@ -107,7 +107,7 @@ class HeldEffect(Effect):
             remove()
         self._remove = ()
 
-    def at_work(self) -> bool:
+    def was_active(self) -> bool:
         bound, self._bound = self._bound, False
         return bool(bound)
 
@@ -128,11 +128,11 @@ class Intervention(ABC):
     """Nats of final loss that it was seen to cost a healthy run (small byte-level GPT); inf where
     that was not measured.
     """
-    run_wide: ClassVar[bool] = False
+    affects_whole_run: ClassVar[bool] = False
     """Changes the whole run, whatever head it was chosen for, so that no other such act beside it
     could be judged.
     """
-    standing: ClassVar[bool] = False
+    install_at_start: ClassVar[bool] = False
     """Can only help if it is in place before anything is wrong: applied when guarding begins."""
     once: ClassVar[bool] = False
     """Done at once and over: there is nothing that could be held from step to step."""
@@ -173,7 +173,7 @@ class Intervention(ABC):
             issue: what it is to repair, instead of ``self.issues``.
 
         Raises:
-            CannotApply: if it does not fit; then nothing was changed.
+            NotApplicable: if it does not fit; then nothing was changed.
         """
         act = self if issue is None else self.aimed_at([issue])
         return Applied(act, run, act._start(run), step=run.step).noted("applied")
@@ -182,7 +182,7 @@ class Intervention(ABC):
         """Go on with what :meth:`Applied.state_dict` described, after a restart.
 
         Raises:
-            CannotApply: if it no longer fits.
+            NotApplicable: if it no longer fits.
         """
         return Applied(
             self,
@@ -208,7 +208,7 @@ class Intervention(ABC):
 
     @abstractmethod
     def _start(self, run: TrainingRun) -> Effect:
-        """Change the run, or raise :class:`CannotApply` and leave it as it was."""
+        """Change the run, or raise :class:`NotApplicable` and leave it as it was."""
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         """Take up a held effect again; acts whose whole effect is in the weights have nothing to
@@ -282,7 +282,7 @@ class Applied:
         if not self.active:
             return True
         for later in reversed(self._run.applied[self._run.applied.index(self) + 1 :]):
-            if later.active and later.effect.touches & self.effect.touches:
+            if later.active and later.effect.resources & self.effect.resources:
                 later.undo(
                     why and f"{self.intervention.name}, which it came after, is taken back: {why}"
                 )
@@ -318,7 +318,7 @@ class Applied:
             remove()
             self.release("it was to be held for one step (hold=False)")
 
-        remove = self._run.marks.add("on_step", end)
+        remove = self._run.step_hooks.add("on_step", end)
 
     def relax(self) -> None:
         """Hold less tightly what has been held for long without an alarm."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stabmon._storage.stored_value import Stored, stored_numbers
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
 from stabmon.interventions.lower_learning_rate import Held
 from stabmon.interventions.run.training_run import TrainingRun
 
@@ -42,7 +42,7 @@ class CapLearningRate(Intervention):
         evidence = [issue.evidence for issue in self.issues if issue.issue_type == "update_spike"]
         told = [caps for each in evidence if (caps := _told(each, run))]
         if not told:
-            raise CannotApply(
+            raise NotApplicable(
                 "it is not known which rate was too high: give an issue of type update_spike, or "
                 "a cap"
             )
@@ -70,7 +70,7 @@ class CapLearningRate(Intervention):
     ) -> Effect:
         before = _rates(run)
         if not caps.keys() & before.keys():
-            raise CannotApply(f"no parameter group {', '.join(sorted(caps))} is there any more")
+            raise NotApplicable(f"no parameter group {', '.join(sorted(caps))} is there any more")
         groups = {group.key: group for group in run.groups}
 
         def works() -> bool:
@@ -123,7 +123,7 @@ class _Capped(Held):
                     self.put_back = None
                     remove()
 
-            remove = run.marks.add("on_step", forget)
+            remove = run.step_hooks.add("on_step", forget)
 
     def undo(self) -> bool:
         if self.put_back is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
 from stabmon.engine.gradients import is_sharded
-from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
+from stabmon.interventions.base import Effect, HeldEffect, Intervention, NotApplicable, intervention
 from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import Rows
@@ -55,7 +55,7 @@ class CapQueryKeyNorm(Intervention):
 
     def _start(self, run: TrainingRun) -> Effect:
         if all(issue.evidence.get("by") == "scale" for issue in self.issues) and self.issues:
-            raise CannotApply("it is the scale of the scores that grows, not their weights")
+            raise NotApplicable("it is the scale of the scores that grows, not their weights")
         named = [issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None]
         alike = [
             layer.partition("#")[0]
@@ -68,14 +68,14 @@ class CapQueryKeyNorm(Intervention):
         )
         healthy = None if run.states is None else run.states.newest
         caps: dict[str, list[float]] = {}
-        refused: list[CannotApply] = []
+        refused: list[NotApplicable] = []
         for layer in dict.fromkeys([*named, *alike] if named else run.known_layers()):
             try:
                 caps[layer] = self._caps(run, layer, since, healthy)
-            except CannotApply as error:
+            except NotApplicable as error:
                 refused.append(error)
         if not caps:
-            raise refused[0] if refused else CannotApply("no attention layer is known")
+            raise refused[0] if refused else NotApplicable("no attention layer is known")
         held = _Held(run, caps)
         held.note = "; ".join(f"left out: {error.reason}" for error in refused)
         return held
@@ -146,10 +146,10 @@ class _Held(HeldEffect):
             places=[(layer, None) for layer in caps],
             before={"query_key_norm": before},
             after={"query_key_norm": {layer: _whole(run, layer) for layer in caps}},
-            touches=frozenset(f"scores of {layer}" for layer in caps),
+            resources=frozenset(f"scores of {layer}" for layer in caps),
         )
         # before a clip that is held, which is for what scores remain
-        self._remove = [run.marks.add("on_step", self._on_step, first=True)]
+        self._remove = [run.step_hooks.add("on_step", self._on_step, first=True)]
 
     def undo(self) -> bool:
         self.release()
@@ -184,9 +184,9 @@ def _pieces(run: TrainingRun, layer: str) -> list[Rows]:
     """Each head's rows of each parameter that makes the layer's queries and keys."""
     pieces = find_query_key(run.module(layer), run.history.info.get(layer))[0].all_rows()
     if not pieces:
-        raise CannotApply(f"the queries and keys of {layer} could not be told apart", SEPARATE)
+        raise NotApplicable(f"the queries and keys of {layer} could not be told apart", SEPARATE)
     if any(is_sharded(piece.parameter) for piece in pieces):
-        raise CannotApply(f"the parameters of {layer} are sharded")
+        raise NotApplicable(f"the parameters of {layer} are sharded")
     return pieces
 
 

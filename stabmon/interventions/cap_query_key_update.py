@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
 from stabmon.engine.gradients import is_sharded
-from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
+from stabmon.interventions.base import Effect, HeldEffect, Intervention, NotApplicable, intervention
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.adapters import EffectiveUpdate
 from stabmon.projections.head_rows import Rows
@@ -65,7 +65,7 @@ class CapQueryKeyUpdate(Intervention):
             if np.isfinite(cap) and cap > 0:
                 caps[layer] = cap
         if not caps:
-            raise CannotApply(
+            raise NotApplicable(
                 "it is not known what a step used to change of queries and keys: give a share"
             )
         return _Capped(run, caps, None if self.share is not None else _usual_rate(run))
@@ -85,21 +85,21 @@ class _Capped(HeldEffect):
         self._parts: dict[str, list[tuple[Rows, list[Tensor]]]] = {}
         self._adapters: dict[str, EffectiveUpdate] = {}
         refused = []
-        why: CannotApply | None = None
+        why: NotApplicable | None = None
         for layer in caps:
             try:
                 module, info = run.module(layer), run.history.info.get(layer)
                 rows, effective = trained_rows(module, info), find_effective(module, info)
                 if any(is_sharded(each.parameter) for each in rows):
-                    raise CannotApply("its parameters are sharded")
+                    raise NotApplicable("its parameters are sharded")
                 self._parts[layer] = [(each, copies_of(each.parameter, run)) for each in rows]
                 if effective is not None:
                     self._adapters[layer] = effective
-            except CannotApply as error:
+            except NotApplicable as error:
                 refused.append(layer)
                 why = error
         if not self._parts:
-            raise why or CannotApply("no attention layer is known")
+            raise why or NotApplicable("no attention layer is known")
         self.caps = {layer: caps[layer] for layer in self._parts}
         super().__init__(
             places=[(layer, None) for layer in self._parts],
@@ -110,8 +110,8 @@ class _Capped(HeldEffect):
         self._weights: dict[str, Tensor] = {}
         """What adapters effectively made before the step, by its norm."""
         self._remove = [
-            run.marks.add("before_optimizer_step", self._remember),
-            run.marks.add(
+            run.step_hooks.add("before_optimizer_step", self._remember),
+            run.step_hooks.add(
                 "on_step", self._scale, first=True
             ),  # a clip that is held comes after the step that it clips
         ]

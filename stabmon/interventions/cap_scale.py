@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import CannotApply, Effect, HeldEffect, Intervention, intervention
+from stabmon.interventions.base import Effect, HeldEffect, Intervention, NotApplicable, intervention
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.interventions.soften_logits import NAMES, scale_of
 from stabmon.rules.evidence.norm_growth import drive
@@ -46,7 +46,7 @@ class CapScale(Intervention):
         if self.cap is None and not any(
             issue.evidence.get("by") == "scale" for issue in self.issues
         ):
-            raise CannotApply("it is not the scale of the scores that grows")
+            raise NotApplicable("it is not the scale of the scores that grows")
         since = min(
             (int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence),
             default=run.step,
@@ -58,7 +58,7 @@ class CapScale(Intervention):
             if (found := drive(run.history, layer, grown=1.2)) and found.of_scale
         ]
         held: dict[str, tuple[str, float]] = {}
-        refused: list[CannotApply] = []
+        refused: list[NotApplicable] = []
         for layer in dict.fromkeys([*named, *alike]):
             try:
                 name = scale_of(run.module(layer), layer)
@@ -66,13 +66,13 @@ class CapScale(Intervention):
                     name,
                     self._then(run, layer, since, getattr(run.module(layer), name)),
                 )
-            except CannotApply as error:
+            except NotApplicable as error:
                 refused.append(error)
         if not held:
             raise (
                 refused[0]
                 if refused
-                else CannotApply("no layer is named: give an issue that names its layer")
+                else NotApplicable("no layer is named: give an issue that names its layer")
             )
         effect = _Held(run, held)
         effect.note = "; ".join(f"left out: {error.reason}" for error in refused)
@@ -103,7 +103,7 @@ class CapScale(Intervention):
         }
         newest = run.history.info.get(layer)
         if newest is None or since not in read or not 0.5 * newest.scale < now < 2.0 * newest.scale:
-            raise CannotApply(f"what {layer} multiplies its scores by is not what was seen of it")
+            raise NotApplicable(f"what {layer} multiplies its scores by is not what was seen of it")
         return read[since]
 
 
@@ -120,9 +120,9 @@ class _Held(HeldEffect):
             places=[(layer, None) for layer in caps],
             before=before,
             after=self._scales(),
-            touches=frozenset(f"scores of {layer}" for layer in caps),
+            resources=frozenset(f"scores of {layer}" for layer in caps),
         )
-        self._remove = [run.marks.add("on_step", self._set, first=True)]
+        self._remove = [run.step_hooks.add("on_step", self._set, first=True)]
 
     def undo(self) -> bool:
         self.release()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import CannotApply, Effect, Intervention, Place, intervention
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, Place, intervention
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall
@@ -71,7 +71,7 @@ class EntropyRegularization(Intervention):
             )
         )
         if not places:
-            raise CannotApply("no head is named: give an issue that names its layer")
+            raise NotApplicable("no head is named: give an issue that names its layer")
         return _Regularized(self, run, places)
 
     def check_saved(self, effect: Stored) -> None:
@@ -98,8 +98,8 @@ class _Regularized(Effect):
         self._hooks: list[Any] = []
         self._said = False
         self._remove = [
-            run.marks.add("attention", self._attend),
-            run.marks.add("on_step", self._clear),
+            run.step_hooks.add("attention", self._attend),
+            run.step_hooks.add("on_step", self._clear),
         ]
 
     def release(self) -> None:

@@ -22,7 +22,7 @@ class ExtendWarmup(Intervention):
     """
 
     cost: ClassVar[float] = float("inf")
-    run_wide: ClassVar[bool] = True
+    affects_whole_run: ClassVar[bool] = True
 
     steps: int = 100
     start: float = 0.1

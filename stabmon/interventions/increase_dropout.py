@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
 from stabmon.interventions.run.score_replay import can_replay
 from stabmon.interventions.run.training_run import TrainingRun
@@ -68,7 +68,7 @@ class IncreaseDropout(Intervention):
             if after > before and not any(owner is other for _, other, *_ in found):
                 found.append((layer, owner, name, before, after))
         if not found:
-            raise CannotApply(
+            raise NotApplicable(
                 f"dropout is at {self.most} or above already in {', '.join(layers) or 'no layer'}"
             )
         return self._change(run, found)
@@ -104,7 +104,7 @@ class IncreaseDropout(Intervention):
                 )
                 found = [other for other in found if other is not each]
         if not found:
-            raise CannotApply(unread[0])
+            raise NotApplicable(unread[0])
         effect = _Dropout(found)
         effect.note = "; ".join(f"left out: {words}" for words in unread)
         return effect
@@ -117,7 +117,7 @@ class _Dropout(AttributesChanged):
             places=[(layer, None) for layer, *_ in found],
             before=before,
             after=after,
-            touches=frozenset(f"dropout of {layer}" for layer, *_ in found),
+            resources=frozenset(f"dropout of {layer}" for layer, *_ in found),
             changes=[(owner, name, old, new) for _, owner, name, old, new in found],
         )
         self._state = [[layer, old, new] for layer, _, _, old, new in found]
@@ -134,7 +134,7 @@ def _dropout_of(module: nn.Module, layer: str) -> tuple[nn.Module, str]:
             return value, "p"
         if isinstance(value, float):
             return module, name
-    raise CannotApply(
+    raise NotApplicable(
         f"{layer} ({type(module).__name__}) has no attention dropout that is known by its name "
         f"({', '.join(NAMES)})"
     )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
 from stabmon.interventions.run.score_replay import can_replay, replay
 from stabmon.interventions.run.training_run import TrainingRun
@@ -49,16 +49,16 @@ class LogitSoftcap(Intervention):
         )
         advice = CODE.format(cap=self.cap)
         if not layers:
-            raise CannotApply("no layer is named: give an issue that names its layer", advice)
+            raise NotApplicable("no layer is named: give an issue that names its layer", advice)
         found: dict[str, tuple[str, Any]] = {}
-        refused: list[CannotApply] = []
+        refused: list[NotApplicable] = []
         for layer in layers:
             try:
                 found[layer] = self._place(run, layer)
-            except CannotApply as error:
+            except NotApplicable as error:
                 refused.append(error)
         if found and not can_replay(run):
-            raise CannotApply(
+            raise NotApplicable(
                 "there is no batch to run again that could show whether the kernel applies a "
                 "softcap",
                 advice,
@@ -67,7 +67,7 @@ class LogitSoftcap(Intervention):
             shown = self._shown(run, found)
             wrong = "the attention kernel of {} applies no softcap"
             refused += [
-                CannotApply(wrong.format(each), "attn_implementation='eager' does")
+                NotApplicable(wrong.format(each), "attn_implementation='eager' does")
                 for each in found
                 if each not in shown
             ]
@@ -84,14 +84,14 @@ class LogitSoftcap(Intervention):
         name = next((n for n in NAMES if n in vars(module)), None)
         if name is None:
             advice = CODE.format(cap=self.cap)
-            raise CannotApply(
+            raise NotApplicable(
                 f"{layer} ({type(module).__name__}) has no softcap to set: it is a change of "
                 "architecture",
                 advice,
             )
         before = getattr(module, name)
         if before is not None and before <= self.cap:
-            raise CannotApply(f"{layer} caps its scores at {before:g} already")
+            raise NotApplicable(f"{layer} caps its scores at {before:g} already")
         return name, before
 
     def _shown(self, run: TrainingRun, found: Mapping[str, tuple[str, Any]]) -> set[str]:
@@ -130,7 +130,7 @@ class _Capped(AttributesChanged):
             after=after,
             note=f"to keep it, set {', '.join(f'{layer}.{name}' for layer, name, *_ in changes)} "
             f"= {cap:g} in the model's config",
-            touches=frozenset(f"softcap of {layer}" for layer in found),
+            resources=frozenset(f"softcap of {layer}" for layer in found),
             changes=modules,
         )
         self._state = [[layer, name, was] for layer, name, was, _ in changes]

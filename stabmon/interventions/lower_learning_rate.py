@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon._torch.optimizer_adapter import takes_hooks
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
 from stabmon.interventions.run.learning_rates import step_hook
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import Rows
@@ -39,7 +39,7 @@ class LowerLearningRate(Intervention):
     """
 
     cost: ClassVar[float] = 0.17
-    run_wide: ClassVar[bool] = True
+    affects_whole_run: ClassVar[bool] = True
 
     factor: float = 0.5
     """Above 0, at most 1."""
@@ -92,7 +92,7 @@ class Held(Effect):
     def release(self) -> None:
         self.undo_()
 
-    def at_work(self) -> bool:
+    def was_active(self) -> bool:
         return self.works()
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class _StepScale:
         self.factor = factor
         self.layers: list[str] = []
         self.refused: list[str] = []
-        why: CannotApply | None = None
+        why: NotApplicable | None = None
         self._places: dict[int, dict[tuple[Any, ...], tuple[Rows, Tensor]]] = {}
         """What each optimizer steps."""
         self._before: dict[int, list[Tensor]] = {}
@@ -123,11 +123,11 @@ class _StepScale:
                     for _, own in copies
                 ]
                 if any(not takes_hooks(each) for each in by):
-                    raise CannotApply(
+                    raise NotApplicable(
                         "its queries and keys are stepped by an optimizer that was not given",
                         GIVE_ALL,
                     )
-            except CannotApply as error:
+            except NotApplicable as error:
                 self.refused.append(layer)
                 why = error
                 continue
@@ -136,7 +136,7 @@ class _StepScale:
                 places = self._places.setdefault(id(stepping), {})
                 places |= {(*each.key, id(copy)): (each, copy) for copy in own}
         if not self.layers:
-            raise why or CannotApply("no attention layer is known")
+            raise why or NotApplicable("no attention layer is known")
         self._hooks = []
         for optimizer in optimizers:
             if id(optimizer) in self._places:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import CannotApply, Effect, Intervention, Place, intervention
-from stabmon.interventions.effects.score_clip import HeldClip
-from stabmon.interventions.run.score_targets import FORMATS, own_past
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, Place, intervention
+from stabmon.interventions.effects.score_clip import ScoreClip
+from stabmon.interventions.run.score_targets import FORMATS, baselines
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.scaling import check_saved_rows
 from stabmon.records import StabilityIssue
@@ -94,19 +94,19 @@ class QkClip(Intervention):
             self._check("target", 0.0, 1e30)
 
     def _start(self, run: TrainingRun) -> Effect:
-        aims: dict[Place, float] = {}
+        targets: dict[Place, float] = {}
         limits: dict[Place, float] = {}
         for issue in self.issues:
             for place in _heads(run, issue):
                 aim = self.aim(run, issue, place[1])
-                aims[place] = min(aim, aims.get(place, np.inf))
+                targets[place] = min(aim, targets.get(place, np.inf))
                 fixed = self.target is not None or issue.issue_type == "precision_insufficient"
                 limits[place] = min(
                     aim if fixed else max(aim, self.widest), limits.get(place, np.inf)
                 )
-        if not aims:
-            raise CannotApply("no head is named: give an issue that names its layer")
-        clip = HeldClip(run, aims, limits, ceiling=self.target is not None)
+        if not targets:
+            raise NotApplicable("no head is named: give an issue that names its layer")
+        clip = ScoreClip(run, targets, limits, ceiling=self.target is not None)
         new = {
             place: self.fresh
             for issue in self.issues
@@ -124,7 +124,7 @@ class QkClip(Intervention):
         return clip
 
     def check_saved(self, effect: Stored) -> None:
-        for name in ("aims", "limits"):
+        for name in ("targets", "limits"):
             for place in effect[name].parts():
                 layer, head, score = place.parts(3)
                 _ = layer.text(), head.integer(), score.number()
@@ -135,9 +135,9 @@ class QkClip(Intervention):
         check_saved_rows(effect["rows"])
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        clip = HeldClip(
+        clip = ScoreClip(
             run,
-            _by_place(state["aims"]),
+            _by_place(state["targets"]),
             _by_place(state["limits"]),
             ceiling=self.target is not None,
         )
@@ -164,7 +164,7 @@ class QkClip(Intervention):
             return max(self.floor, now * fitting)
         if issue.evidence.get("from_the_start"):
             return max(self.floor, self.widest)  # nothing drives it, and it must learn
-        past = own_past(run, issue, head)
+        past = baselines(run, issue, head)
         aim = max(self.floor, self.times_own_past * past if np.isfinite(past) else 0.0)
         info = run.history.info.get(issue.layer or "")
         return aim if info is None else min(aim, FORMATS.get(info.dtype, 3.0e38) * info.scale)

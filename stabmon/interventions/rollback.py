@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
@@ -38,7 +38,7 @@ class Rollback(Intervention):
     added to the run since the state was taken keeps its value.
     """
 
-    run_wide: ClassVar[bool] = True
+    affects_whole_run: ClassVar[bool] = True
     renews: ClassVar[bool] = True
     once: ClassVar[bool] = True
 
@@ -60,14 +60,14 @@ class Rollback(Intervention):
 
     def _start(self, run: TrainingRun) -> Effect:
         if run.states is None:
-            raise CannotApply(
+            raise NotApplicable(
                 "no states are kept: name rollback among the interventions from the start"
             )
         snapshot = run.states.newest
         if snapshot is None:
-            raise CannotApply("no healthy state has been seen yet")
+            raise NotApplicable("no healthy state has been seen yet")
         if not self._begins_again(run, snapshot) and (why := run.states.why_not(snapshot)):
-            raise CannotApply(why)
+            raise NotApplicable(why)
         return _RolledBack(run, run.states, snapshot, self.rewind_schedule)
 
     def _begins_again(self, run: TrainingRun, snapshot: Snapshot) -> bool:
@@ -93,7 +93,7 @@ class _RolledBack(Effect):
             after={"state_of_step": snapshot.step},
             note=f"{states.describe(snapshot)}"
             + ("" if schedule else "; data, schedule and random generators go on"),
-            touches=frozenset(["everything"]),
+            resources=frozenset(["everything"]),
         )
         self.run, self._schedule = run, schedule
         self._spoilt: Snapshot | Path | None = states.keep(Snapshot.take(run), "before-rollback")

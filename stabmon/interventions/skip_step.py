@@ -10,7 +10,7 @@ import torch
 
 from stabmon._storage.stored_value import Stored
 from stabmon.engine.gradients import local
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
 from stabmon.interventions.run.training_run import TrainingRun
 
 
@@ -28,8 +28,8 @@ class SkipStep(Intervention):
     one is found at work.
     """
 
-    standing: ClassVar[bool] = True
-    run_wide: ClassVar[bool] = True
+    install_at_start: ClassVar[bool] = True
+    affects_whole_run: ClassVar[bool] = True
 
     most: int = 10
 
@@ -41,7 +41,7 @@ class SkipStep(Intervention):
 
     def _start(self, run: TrainingRun) -> Effect:
         if _scales(run):
-            raise CannotApply("the gradient scaler skips such steps by itself")
+            raise NotApplicable("the gradient scaler skips such steps by itself")
         return _Skipping(run, self.most)
 
     def check_saved(self, effect: Stored) -> None:
@@ -63,7 +63,7 @@ class _Skipping(Effect):
         """After which step it skipped last: with several optimizers it is called for each of them
         in a step.
         """
-        self._remove = run.marks.add("before_optimizer_step", self._look)
+        self._remove = run.step_hooks.add("before_optimizer_step", self._look)
 
     def release(self) -> None:
         self._remove()

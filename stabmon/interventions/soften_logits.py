@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import CannotApply, Effect, Intervention, intervention
+from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
 from stabmon.interventions.run.score_replay import can_replay, deepest_first, replayed_scores
 from stabmon.interventions.run.training_run import TrainingRun
@@ -49,21 +49,21 @@ class SoftenLogits(Intervention):
             )
         )
         if not layers:
-            raise CannotApply("no layer is named: give an issue that names its layer")
+            raise NotApplicable("no layer is named: give an issue that names its layer")
         if not can_replay(run):
-            raise CannotApply(
+            raise NotApplicable(
                 "there is no batch to run again that could show whether the module's scale is read"
             )
         before = replayed_scores(run)
         proven: dict[str, Effect] = {}
-        refused: list[CannotApply] = []
+        refused: list[NotApplicable] = []
         try:
             for layer in deepest_first(
                 layers, list(before)
             ):  # what is judged later does not see what was changed before
                 try:
                     proven[layer] = self._proven(run, layer, before.get(layer))
-                except CannotApply as error:
+                except NotApplicable as error:
                     refused.append(error)
         finally:
             for each in proven.values():
@@ -78,13 +78,13 @@ class SoftenLogits(Intervention):
         return effect
 
     def _proven(self, run: TrainingRun, layer: str, before: np.ndarray | None) -> Effect:
-        """Soften one layer, or raise :class:`CannotApply` where its scores do not show it on the
+        """Soften one layer, or raise :class:`NotApplicable` where its scores do not show it on the
         step's batch.
         """
         module = run.module(layer)
         name = scale_of(module, layer)
         if before is None:
-            raise CannotApply(f"{layer} does not attend on the step's batch")
+            raise NotApplicable(f"{layer} does not attend on the step's batch")
         effect = self._set(run, {layer: (name, getattr(module, name))})
         try:
             after = replayed_scores(run).get(layer)
@@ -95,7 +95,7 @@ class SoftenLogits(Intervention):
             after * self.temperature, before, rtol=0.02, equal_nan=True
         ):
             effect.undo()
-            raise CannotApply(f"{layer} does not multiply its scores by its {name}")
+            raise NotApplicable(f"{layer} does not multiply its scores by its {name}")
         return effect
 
     def check_saved(self, effect: Stored) -> None:
@@ -132,7 +132,7 @@ class _Softened(AttributesChanged):
                 f"to keep it, set {layer}.{name} = {now!r} in the model"
                 for layer, name, _, now in changes
             ),
-            touches=frozenset(f"scores of {layer}" for layer in scales),
+            resources=frozenset(f"scores of {layer}" for layer in scales),
             changes=[(run.module(layer), name, was, now) for layer, name, was, now in changes],
         )
         self._state = [[layer, name, was] for layer, name, was, _ in changes]
@@ -145,12 +145,12 @@ def scale_of(module: nn.Module, layer: str) -> str:
     """The attribute that holds what a module multiplies its scores by.
 
     Raises:
-        CannotApply: if it holds none that is known by its name.
+        NotApplicable: if it holds none that is known by its name.
     """
     for name in NAMES:
         if isinstance(getattr(module, name, None), float):
             return name
-    raise CannotApply(
+    raise NotApplicable(
         f"{layer} ({type(module).__name__}) holds no scale that could be lowered "
         f"({', '.join(NAMES)})",
         "pass scale=… to scaled_dot_product_attention, and read it from an attribute of the module",

@@ -16,7 +16,7 @@ class Stop(Intervention):
     checkpoints and callbacks run as ever.
     """
 
-    run_wide: ClassVar[bool] = True
+    affects_whole_run: ClassVar[bool] = True
     once: ClassVar[bool] = True
 
     def _start(self, run: TrainingRun) -> Effect:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from stabmon._storage.stored_value import Stored, stored_non_finite
 from stabmon._torch.forward_call import ForwardCall
-from stabmon._torch.optimizer_adapter import OptimizerView
-from stabmon.engine.gradients import Sentinels, local
+from stabmon._torch.optimizer_adapter import OptimizerAdapter
+from stabmon.engine.gradients import GradientProbe, local
 from stabmon.nonfinite.skipped_steps import SkippedSteps
 from stabmon.nonfinite.tracer import Seen, Tracer
 from stabmon.records import NonFinite
@@ -28,7 +28,7 @@ _TOUCHED = ("", "nothing", "gradients", "weights")
 """How far a misfortune has come, in this order."""
 
 
-class NonFiniteWatch:
+class NonFiniteDetector:
     """Looks at a step's losses and a few of its gradients and weights, and replays the step's
     forwards when a misfortune begins.
 
@@ -49,13 +49,13 @@ class NonFiniteWatch:
         model: nn.Module,
         on_error: Callable[[str, Exception], None],
         share: Callable[[NonFinite | None, int], NonFinite | None] | None = None,
-        optimizer: OptimizerView | None = None,
+        optimizer: OptimizerAdapter | None = None,
     ) -> None:
         self._model = model
-        self._view = optimizer or OptimizerView(None)
+        self._view = optimizer or OptimizerAdapter(None)
         self._tracer = Tracer(model, on_error, share, self._view.scalers.optimizers)
         self._skipped = SkippedSteps(self._view)
-        self._sentinels: Sentinels | None = None
+        self._sentinels: GradientProbe | None = None
         self._found: NonFinite | None = None
         self._last_bad, self._reached = -math.inf, 0
         self._after: list[Tensor] = []
@@ -89,7 +89,7 @@ class NonFiniteWatch:
         Returns:
             Whether a misfortune began here, or went further.
         """
-        self._sentinels = self._sentinels or Sentinels(self._model)
+        self._sentinels = self._sentinels or GradientProbe(self._model)
         shown = self._sentinels.gradients() if gradients else []
         after, self._after = self._after, []
         largest = largest_of([*losses, *shown], after)
@@ -124,7 +124,7 @@ class NonFiniteWatch:
             loss: its loss, where that is known already.
             calls: its forwards.
             left_out: whether the optimizer did not make it, see
-                :meth:`~stabmon._torch.optimizer_adapter.OptimizerView.left_out`.
+                :meth:`~stabmon._torch.optimizer_adapter.OptimizerAdapter.left_out`.
 
         Returns:
             Whether a misfortune began here, or went further.
@@ -154,7 +154,7 @@ class NonFiniteWatch:
         if self._began:
             spoilt, untold = (
                 self._spoilt(),
-                seen is None and not _finite(largest_of(Sentinels(self._model).gradients())),
+                seen is None and not _finite(largest_of(GradientProbe(self._model).gradients())),
             )
             self._touch(
                 "weights"

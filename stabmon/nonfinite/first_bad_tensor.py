@@ -418,7 +418,9 @@ def _watched(
             stack.callback(before.remove)
             after = module.register_forward_hook(lambda module, _, output: leave(module, output))
             stack.callback(after.remove)
-        stack.enter_context(AttentionCapture(model, attend, thorough=True, at_once=True))
+        stack.enter_context(
+            AttentionCapture(model, attend, always_watch_functions=True, at_once=True)
+        )
         yield
 
 

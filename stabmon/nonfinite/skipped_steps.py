@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stabmon._torch.optimizer_adapter import OptimizerView
+from stabmon._torch.optimizer_adapter import OptimizerAdapter
 
 _WAIT = 8
 """Steps of which a fused optimizer's word is left on the device before it is asked for."""
@@ -21,7 +21,7 @@ class SkippedSteps:
     not its scale.
     """
 
-    def __init__(self, view: OptimizerView) -> None:
+    def __init__(self, view: OptimizerAdapter) -> None:
         self._view = view
         self.in_a_row = 0
         self.search = 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.engine.gradients import is_sharded
-from stabmon.interventions.base import CannotApply
+from stabmon.interventions.base import NotApplicable
 
 _ADDED = ("lora_E", "hada_w1_a", "lokr_w1", "lokr_w1_a", "vera_lambda_b")
 """What AdaLoRA, LoHa, LoKr and VeRA call a part of what they add to W."""
@@ -103,7 +103,7 @@ class EffectiveWeight:
         rows: which of its output features.
 
     Raises:
-        CannotApply: for an adapter of another kind, or a base that is trained, sharded, or no
+        NotApplicable: for an adapter of another kind, or a base that is trained, sharded, or no
             linear map.
     """
 
@@ -116,7 +116,7 @@ class EffectiveWeight:
         self._squares: Tensor | None = None
         self._before: _Seen | None = None
         if isinstance(weight, Tensor) and (weight.requires_grad or is_sharded(weight)):
-            raise CannotApply(
+            raise NotApplicable(
                 "some of its queries and keys are trained without an adapter, or sharded"
             )
         self._state()
@@ -172,7 +172,7 @@ class EffectiveWeight:
                     True,
                 )
             elif getattr(self.module, "lora_variant", {}).get(name) is not None:
-                raise CannotApply(
+                raise NotApplicable(
                     "an adapter of a kind that is not known "
                     f"({type(self.module.lora_variant[name]).__name__})"
                 )
@@ -186,7 +186,7 @@ class EffectiveWeight:
                 or down.ndim != 2
                 or is_sharded(down)
             ):
-                raise CannotApply(
+                raise NotApplicable(
                     f"an adapter of a kind that is not known ({type(self.module).__name__})"
                 )
             downs.append(down.detach().float())
@@ -209,7 +209,7 @@ class EffectiveWeight:
         if self._width() > _WIDEST or getattr(self.module, "rank_dropout", {}).get(
             name
         ):  # which some versions draw as they form it
-            raise CannotApply(
+            raise NotApplicable(
                 f"an adapter whose product is not formed ({type(self.module).__name__})"
             )
         with torch.no_grad():
@@ -268,7 +268,7 @@ class EffectiveUpdate:
             {id(each): each for weight in weights for each in trained_in(weight.module)}.values()
         )
         if not self.trained:
-            raise CannotApply("its queries and keys are frozen, with no adapter around them")
+            raise NotApplicable("its queries and keys are frozen, with no adapter around them")
 
     @torch.no_grad()
     def before(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.engine.gradients import is_sharded, local
-from stabmon.interventions.base import CannotApply
+from stabmon.interventions.base import NotApplicable
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +36,14 @@ class Rows:
         those that are here.
 
         Raises:
-            CannotApply: if the shard here is no unbroken range.
+            NotApplicable: if the shard here is no unbroken range.
         """
         if not is_sharded(tensor):
             return tensor.narrow(self.dim, self.start, self.stop - self.start)
         here = _rows_here(tensor, self.dim)
         part = local(tensor.detach())
         if len(here) != part.shape[self.dim] or not bool((here.diff() == 1).all()):
-            raise CannotApply(
+            raise NotApplicable(
                 "the parameter is sharded in a way in which its rows cannot be told apart"
             )
         first = int(here[0]) if len(here) else 0

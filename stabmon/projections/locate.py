@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from stabmon.capture.protocol import HEADS
-from stabmon.interventions.base import CannotApply
+from stabmon.interventions.base import NotApplicable
 from stabmon.projections.adapters import (
     EffectiveUpdate,
     EffectiveWeight,
@@ -94,7 +94,7 @@ def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[Que
             its config.
 
     Raises:
-        CannotApply: naming what is missing or in the way.
+        NotApplicable: naming what is missing or in the way.
     """
     heads, width = _heads(module, info)
     if isinstance(module, nn.MultiheadAttention):
@@ -106,7 +106,7 @@ def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[Que
     else:
         name, fused = _child(module, FUSED)
         if fused is None:
-            raise CannotApply(
+            raise NotApplicable(
                 f"{type(module).__name__} has no projection of queries that is known by its name",
                 SEPARATE,
             )
@@ -124,7 +124,7 @@ def find_effective(module: nn.Module, info: LayerInfo | None = None) -> Effectiv
     adapters.
 
     Raises:
-        CannotApply: for adapters of a kind that is not known.
+        NotApplicable: for adapters of a kind that is not known.
     """
     _, query = _child(module, QUERY)
     _, key = _child(module, KEY)
@@ -173,7 +173,7 @@ def trained_rows(module: nn.Module, info: LayerInfo | None = None) -> list[Rows]
     around them.
 
     Raises:
-        CannotApply: naming what is missing or in the way.
+        NotApplicable: naming what is missing or in the way.
     """
     effective = find_effective(module, info)
     if effective is not None:
@@ -194,7 +194,7 @@ def _heads(module: nn.Module, info: LayerInfo | None) -> tuple[int, int | None]:
                     None,
                 )
                 return heads, width
-    raise CannotApply(
+    raise NotApplicable(
         f"{type(module).__name__} does not tell how many heads it has",
         "give it an attribute num_heads",
     )
@@ -215,14 +215,14 @@ def _parts(name: str, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
     """Weight, bias and the weight's output dimension of a projection.
 
     Raises:
-        CannotApply: if it is no plain linear map, or not trained.
+        NotApplicable: if it is no plain linear map, or not trained.
     """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if is_adapter(module) or hasattr(module, "lora_A"):
         gain = row_gain(module)
         if gain is not None:
             return gain, None, 0
-        raise CannotApply(
+        raise NotApplicable(
             f"{name} is an adapter around a frozen weight, and clipping that would be lost when "
             "only adapters are saved",
             "lower the learning rate of the adapters",
@@ -232,10 +232,10 @@ def _parts(name: str, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
         or not isinstance(weight, nn.Parameter)
         or weight.ndim != 2
     ):
-        raise CannotApply(f"{name} ({type(module).__name__}) is no plain matrix of weights")
+        raise NotApplicable(f"{name} ({type(module).__name__}) is no plain matrix of weights")
     if not weight.is_floating_point() or not weight.requires_grad:
         kind = "quantised" if not weight.is_floating_point() else "frozen"
-        raise CannotApply(
+        raise NotApplicable(
             f"{name} is {kind}: it is not what grew",
             "lower the learning rate of what is trained around it",
         )
@@ -264,7 +264,7 @@ def _separate(
     out = weight.shape[dim]
     width = width or out // heads
     if out != heads * width:
-        raise CannotApply(f"{name} makes {out} features, which are not {heads} heads of {width}")
+        raise NotApplicable(f"{name} makes {out} features, which are not {heads} heads of {width}")
     sliced = _slices(name, query, range(0, out, width), width)
     features = None if key is None else _out(key)
     if key is None or features is None or features % width:
@@ -286,7 +286,7 @@ def _out(module: nn.Module) -> int | None:
     """
     try:
         weight, _, dim = _parts("key projection", module)
-    except CannotApply:
+    except NotApplicable:
         return None
     return weight.shape[dim]
 
@@ -314,7 +314,7 @@ def _orders(
     width = width or out // (3 * heads)
     key_heads = (out // width - heads) // 2 if width else 0
     if key_heads < 1 or (heads + 2 * key_heads) * width != out or heads % key_heads:
-        raise CannotApply(
+        raise NotApplicable(
             f"{name} makes {out} features, which are not {heads} heads of {width} with keys and "
             "values",
             SEPARATE,
@@ -348,7 +348,7 @@ def _torch_multihead(module: nn.MultiheadAttention) -> QueryKey:
     else:
         query_weight, key_weight, shift = module.q_proj_weight, module.k_proj_weight, 0
     if not (query_weight.requires_grad and key_weight.requires_grad):
-        raise CannotApply("in_proj is frozen: it is not what grew")
+        raise NotApplicable("in_proj is frozen: it is not what grew")
     query = [[Rows(query_weight, 0, at, at + width)] for at in starts]
     key = [[Rows(key_weight, 0, shift + at, shift + at + width)] for at in starts]
     bias = module.in_proj_bias

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.optimizer_adapter import state_of
-from stabmon.interventions.base import CannotApply
+from stabmon.interventions.base import NotApplicable
 
 if TYPE_CHECKING:
     from stabmon.interventions.run.training_run import TrainingRun
@@ -28,7 +28,7 @@ def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
     bit for bit. What an optimizer that was not given steps has no copy here.
 
     Raises:
-        CannotApply: if the optimizers step something else in which the parameter is not to be found
+        NotApplicable: if the optimizers step something else in which the parameter is not to be found
             (flattened or sharded copies).
     """
     states: list[dict[str, Any]] = [state_of(each).get(parameter, {}) for each in run.optimizers]
@@ -57,7 +57,7 @@ def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
             if each.shape == parameter.shape and torch.equal(each.to(parameter.dtype), parameter)
         ]
     if len(alike) != 1:
-        raise CannotApply(
+        raise NotApplicable(
             "none of the optimizers that were given steps this parameter, nor one copy of it that "
             "could be told: masters are flattened or "
             "sharded, or an optimizer was not given",

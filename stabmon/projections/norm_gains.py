@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from stabmon.interventions.base import CannotApply
+from stabmon.interventions.base import NotApplicable
 from stabmon.projections.head_rows import QueryKey, Rows
 
 QUERY_NORM = (
@@ -52,11 +52,11 @@ def behind_norm(
     for part in parts:
         whole = gain_and_bias(part)
         if not whole:
-            raise CannotApply(
+            raise NotApplicable(
                 f"{name} ({type(norm).__name__}) has no gain that could be lowered", RMS_NORM
             )
         if any(not each.parameter.requires_grad for each in whole):
-            raise CannotApply(f"{name} is frozen: it is not what grew")
+            raise NotApplicable(f"{name} is frozen: it is not what grew")
         rows.append(
             [
                 Rows(each.parameter, 0, each.start, each.stop, _offset(part, each.parameter))
@@ -84,7 +84,7 @@ def behind_norm(
             others=others,
         )
     else:
-        raise CannotApply(
+        raise NotApplicable(
             f"{name} has a gain of shape {tuple(gain.shape)}, which fits neither {heads} heads "
             f"nor {width} features"
         )
@@ -106,7 +106,7 @@ def _offset(norm: nn.Module, parameter: nn.Parameter) -> float:
     fixed input.
 
     Raises:
-        CannotApply: if its output is proportional to neither.
+        NotApplicable: if its output is proportional to neither.
     """
     trained = dict(norm.named_parameters(recurse=False))
     name = next(name for name, each in trained.items() if each is parameter)
@@ -128,4 +128,4 @@ def _offset(norm: nn.Module, parameter: nn.Parameter) -> float:
             after = torch.func.functional_call(norm, halved, (probe,))
             if torch.allclose(2 * after, before, rtol=1e-4, atol=1e-6):
                 return offset
-    raise CannotApply(f"{type(norm).__name__}'s output is not proportional to its gain")
+    raise NotApplicable(f"{type(norm).__name__}'s output is not proportional to its gain")

@@ -53,7 +53,7 @@ class ScaledRows:
         """Multiply all of them, or none.
 
         Raises:
-            CannotApply: if a copy that the optimizer keeps, or the rows of a shard, cannot be
+            NotApplicable: if a copy that the optimizer keeps, or the rows of a shard, cannot be
                 found.
         """
         copies = [

@@ -78,7 +78,7 @@ class EntropyCollapse:
     """Share of the first loss that must have been lost: what has been trained before has little
     left to lose.
     """
-    still_ill: float = 0.6
+    hysteresis: float = 0.6
     """An open issue stays open until the entropy is above its opening level divided by this."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
@@ -107,7 +107,7 @@ class EntropyCollapse:
             & (entropy < np.minimum(self.floor, 0.2 * start))
         )
         rank[slow], level[slow], past[slow] = 0, self.floor, start[slow]
-        still = (rank < 0) & (entropy <= open_level / self.still_ill)
+        still = (rank < 0) & (entropy <= open_level / self.hysteresis)
         rank[still], level[still] = 0, open_level[still]
         return [
             self._issue(

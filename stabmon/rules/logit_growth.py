@@ -86,7 +86,7 @@ class LogitGrowth:
     """
     coherence: float = 0.75
     """Share of what its weights moved that must have gone into their norm, in [0, 1]."""
-    still_ill: float = 0.6
+    hysteresis: float = 0.6
     """Share of the opening level above which an open issue stays open."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
@@ -109,7 +109,7 @@ class LogitGrowth:
             "forecast",
         )
         level = history.open_level("logit_growth")
-        found.add(score >= self.still_ill * level, 0, level, np.nan, np.nan, "still")
+        found.add(score >= self.hysteresis * level, 0, level, np.nan, np.nan, "still")
         layers = [
             issue
             for layer in history.layers

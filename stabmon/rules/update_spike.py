@@ -61,7 +61,7 @@ class UpdateSpike:
     """Share that the first readings of healthy runs come to."""
     least_past: int = 4
     """Readings that must be known before any is judged."""
-    still_ill: float = 0.6
+    hysteresis: float = 0.6
     """Share of the opening levels above which an open issue stays open."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
@@ -162,7 +162,7 @@ class UpdateSpike:
             float(np.median(past[np.isfinite(past)])) if np.isfinite(past).any() else float("nan")
         )
         is_open = history.is_open_at("update_spike")
-        level = np.fmax(self.update_jump * usual * (self.still_ill if is_open else 1.0), 0.0)
+        level = np.fmax(self.update_jump * usual * (self.hysteresis if is_open else 1.0), 0.0)
         return bool(moves[-1] >= level) and bool(moves[-1] > 0)
 
     def _from_the_start(self, history: History) -> list[StabilityIssue]:
@@ -183,7 +183,7 @@ class UpdateSpike:
             return []
         worst = int(np.nanargmax(shares))
         fitting = float((rates[worst] or now) * self.fitting / shares[worst])
-        if not (moved >= self.still_ill * self.update and now > fitting):
+        if not (moved >= self.hysteresis * self.update and now > fitting):
             return []
         return [
             _issue(
@@ -219,7 +219,7 @@ class UpdateSpike:
         is_open = np.isfinite(level)
         if not is_open:
             level = max(self.update, self.layer_jump * usual)
-        if not (shares[-1] >= self.still_ill * level if is_open else (shares >= level).all()):
+        if not (shares[-1] >= self.hysteresis * level if is_open else (shares >= level).all()):
             return []
         return [
             _issue(
@@ -243,7 +243,7 @@ class UpdateSpike:
         """
         highest, jumped = 0.0, False
         for known, rate in enumerate(rates[np.isfinite(rates)].tolist()):
-            level = self.rate_jump * highest * (self.still_ill if jumped else 1.0)
+            level = self.rate_jump * highest * (self.hysteresis if jumped else 1.0)
             jumped = known >= self.least_past and 0 < level <= rate
             if not jumped:
                 highest = max(highest, rate)

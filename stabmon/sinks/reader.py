@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from stabmon._storage import strict_json
-from stabmon.records import LayerInfo, NonFinite, QueryKeyStep, Reading, StabilityIssue
+from stabmon.records import LayerInfo, NonFinite, QKUpdate, Reading, StabilityIssue
 from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
         learning_rate=values.get("learning_rate"),
         gradients=values.get("gradients", {}),
         query_key={
-            layer: QueryKeyStep(**moved) for layer, moved in values.get("query_key", {}).items()
+            layer: QKUpdate(**moved) for layer, moved in values.get("query_key", {}).items()
         },
         losses=tuple((step, loss) for step, loss in values.get("losses", ())),
         micro_batches=values.get("micro_batches", 1),

@@ -29,7 +29,7 @@ class Phase(TrainingSettings):
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FitResult:
     """How a training ended; losses in nats a byte."""
 
     held_out: float
@@ -55,7 +55,7 @@ def fit(
     phase: Phase,
     seed: int,
     watch: Watch | None = None,
-) -> Fitted:
+) -> FitResult:
     """Train ``parameters`` of ``model``, all others being left alone, and leave it with those that
     did best.
 
@@ -98,7 +98,7 @@ def fit(
         with torch.no_grad():
             for each, value in zip(parameters, kept, strict=True):
                 each.copy_(value)
-    return Fitted(
+    return FitResult(
         loss_on(model, held_out), best, step, best_step, sum(each.numel() for each in parameters)
     )
 

@@ -348,7 +348,7 @@ def _masked(ids: Tensor, visible: Tensor, generator: torch.Generator, mask: int)
 def train(
     case: Case, make: Callable[[], Any], dtype: str, seed: int, seconds: float, most: int
 ) -> tuple[list[float], int]:
-    """Losses step by step, and how many gradients were skipped as not finite."""
+    """LossAccumulator step by step, and how many gradients were skipped as not finite."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().train()

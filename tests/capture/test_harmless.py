@@ -312,12 +312,12 @@ def test_two_captures_see_the_same_calls() -> None:
 
 def test_torch_functions_are_watched_no_longer_once_the_interface_shows_everything() -> None:
     model, inputs = ZOO["gpt2-sdpa"]()
-    quick, thorough = (
+    quick, always_watch_functions = (
         AttentionCapture(model, ignore),
-        AttentionCapture(model, ignore, thorough=True),
+        AttentionCapture(model, ignore, always_watch_functions=True),
     )
     for opening in range(4):
-        for capture, watched in ((quick, opening < 2), (thorough, True)):
+        for capture, watched in ((quick, opening < 2), (always_watch_functions, True)):
             with capture:
                 assert bool(_get_current_function_mode_stack()) == watched
                 model(**inputs)

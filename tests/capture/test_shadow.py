@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stabmon._torch.isolation import has_hooks_of_others, traceless
+from stabmon._torch.isolation import has_hooks_of_others, side_effect_free
 
 
 class Holds(nn.Module):
@@ -42,7 +42,7 @@ def test_generators_and_containers_that_modules_hold_are_put_back():
     model, other = Holds(), Holds()
     for each in (model, other):
         each(torch.ones(3))
-    with traceless(model):
+    with side_effect_free(model):
         model(torch.ones(3))
         model.notes.pop(0)
     assert (model.notes, model.table, model.names, model.count) == (

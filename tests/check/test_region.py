@@ -7,18 +7,25 @@ import pytest
 
 import stabmon
 from stabmon.check.config import CheckConfig
-from stabmon.check.region.region import CAUSES, Origin, grid, place, region_data, stability_region
+from stabmon.check.region.region import (
+    CAUSES,
+    OperatingPoint,
+    grid,
+    place,
+    region_data,
+    stability_region,
+)
 from stabmon.check.region.view import region_plot, region_table
 from tests.check import models
 
-GPT2 = Origin(spread=0.307, head_dim=64, seq_len=1024, scale=0.125, fused=False)
+GPT2 = OperatingPoint(spread=0.307, head_dim=64, seq_len=1024, scale=0.125, fused=False)
 CONFIG = CheckConfig()
 
 
 def at(
     temperature: float,
     dtype: str = "fp16",
-    origin: Origin = GPT2,
+    origin: OperatingPoint = GPT2,
     head_dim: int = 64,
     seq_len: int = 1024,
 ):  # type: ignore[no-untyped-def]
@@ -49,10 +56,10 @@ def test_formats_differ_by_their_bits_in_precision_alone() -> None:
 
 
 def test_overflow_binds_on_the_path_that_writes_products_in_float16_alone() -> None:
-    wide = Origin(spread=1.0, head_dim=64, seq_len=1024, scale=1e-4, fused=False)
+    wide = OperatingPoint(spread=1.0, head_dim=64, seq_len=1024, scale=1e-4, fused=False)
     assert at(1.0, "fp16", wide).cause == "overflow"
     assert at(1.0, "bf16", wide).margins[3] == math.inf
-    assert at(1.0, "fp16", Origin(1.0, 64, 1024, 1e-4, fused=True)).margins[3] == math.inf
+    assert at(1.0, "fp16", OperatingPoint(1.0, 64, 1024, 1e-4, fused=True)).margins[3] == math.inf
 
 
 def test_longer_rows_bear_wider_scores_before_they_saturate() -> None:
@@ -61,7 +68,7 @@ def test_longer_rows_bear_wider_scores_before_they_saturate() -> None:
 
 
 def test_the_grid_holds_the_models_own_place_and_reads_by_row() -> None:
-    origin = Origin(0.3, 48, 1000, 48**-0.5, True)
+    origin = OperatingPoint(0.3, 48, 1000, 48**-0.5, True)
     places = stability_region(
         origin, CONFIG, temperatures=(0.5, 1.0), head_dims=(16, 64), lengths=(128, 4096)
     )
@@ -80,7 +87,7 @@ def test_the_grid_holds_the_models_own_place_and_reads_by_row() -> None:
 def test_a_check_gives_the_region_as_data_a_table_and_a_picture(tmp_path: Path) -> None:
     report = stabmon.check_attention_stability(models.gpt2(), models.tokens(), {"region": True})
     assert report["region"]["model"]["head_dim"] == 32
-    origin = Origin.of(report.views)
+    origin = OperatingPoint.of(report.views)
     table = region_table(origin, stability_region(origin, CONFIG), "bf16")
     assert table.row_count == 12
     figure = region_plot(origin, CONFIG, tmp_path / "region.png")

@@ -60,13 +60,13 @@ def train_step(run: TrainingRun, inputs: Mapping[str, Any] | None = None) -> flo
     """One step with the marks fired where a monitor fires them."""
     inputs = inputs if inputs is not None else run.inputs  # type: ignore[attr-defined]
     run.optimizer.zero_grad()
-    with AttentionCapture(run.model, lambda call: run.marks.fire("attention", call)):
+    with AttentionCapture(run.model, lambda call: run.step_hooks.fire("attention", call)):
         loss = loss_of(run.model, inputs)
     loss.backward()
-    run.marks.fire("before_optimizer_step")
+    run.step_hooks.fire("before_optimizer_step")
     run.optimizer.step()
     run.step += 1
-    run.marks.fire("on_step")
+    run.step_hooks.fire("on_step")
     return loss.item()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from interventions.runs import growth, make_run, scores_of, train_step
-from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
 from stabmon.interventions.qk_clip import QkClip
@@ -89,7 +89,7 @@ def test_norms_are_those_of_the_matrices_that_are_formed(name: str) -> None:
 
 def test_an_adapter_of_another_kind_is_told_by_its_name_and_its_updates_are_left_out() -> None:
     _, module = adapted("oft", peft.OFTConfig(oft_block_size=4, target_modules=SEPARATE))
-    with pytest.raises(CannotApply, match="a kind that is not known"):
+    with pytest.raises(NotApplicable, match="a kind that is not known"):
         find_effective(module)
     assert is_adapted(module)
 
@@ -130,7 +130,7 @@ def test_a_model_without_adapters_has_none_and_one_under_prompts_is_frozen() -> 
     module = peft.get_peft_model(llama(), config).base_model.model.layers[0].self_attn
     assert find_effective(module) is None
     assert is_adapted(module)
-    with pytest.raises(CannotApply, match="q_proj is frozen"):
+    with pytest.raises(NotApplicable, match="q_proj is frozen"):
         find_query_key(module)
 
 
@@ -146,7 +146,7 @@ def test_a_clip_of_lora_is_refused_in_the_users_terms_and_names_no_cause_that_is
     name: str,
 ) -> None:
     run, _, layer = run_of(name)
-    with pytest.raises(CannotApply, match="adapter around a frozen weight") as error:
+    with pytest.raises(NotApplicable, match="adapter around a frozen weight") as error:
         QkClip(target=1e-4).apply(run, growth(layer))
     assert error.value.advice == "lower the learning rate of the adapters"
 
@@ -206,7 +206,7 @@ def test_a_lower_rate_where_everything_is_frozen_says_so() -> None:
         [each for each in model.parameters() if each.requires_grad], lr=0.1
     )
     for act in (LowerLearningRate(where="query_key"), CapQueryKeyUpdate(share=0.1)):
-        with pytest.raises(CannotApply, match="q_proj is frozen"):
+        with pytest.raises(NotApplicable, match="q_proj is frozen"):
             act.apply(run)
 
 

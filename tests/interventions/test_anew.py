@@ -14,7 +14,7 @@ from interventions.runs import (
     train_step,
 )
 from stabmon.interventions.qk_clip import QkClip
-from stabmon.interventions.run.optimizer_reset import Anew
+from stabmon.interventions.run.optimizer_reset import OptimizerReset
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_warm_up_of_an_optimizer_that_begins_anew_is_what_its_averages_need(
     for group in run.optimizer.param_groups:
         group["betas"] = (0.9, beta)
     run.step = made
-    anew = Anew(run)
+    anew = OptimizerReset(run)
     assert anew.steps == steps
     assert run.rate_factor == pytest.approx(1 / steps)
     run.step += steps
@@ -97,7 +97,7 @@ def test_every_optimizer_of_the_run_begins_anew_and_the_warm_up_takes_its_whole_
     run.step = 9
     before = [(state, dict(state)) for each in run.optimizers for state in each.state.values()]
     run.rates.cap({"0.0": 0.1})
-    anew = Anew(run)
+    anew = OptimizerReset(run)
     assert all(
         float(torch.as_tensor(value).abs().max()) == 0
         for state, _ in before

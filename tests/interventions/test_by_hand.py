@@ -107,7 +107,7 @@ def test_held_before_any_head_has_grown_it_clips_the_one_that_grows_later(tmp_pa
     applied = monitor.apply(QkClip(target=2.0).aimed_at(issues))
     assert applied is not None
     assert all(torch.equal(p, b) for p, b in zip(monitor.model.parameters(), before, strict=True))
-    assert len(applied.effect.aims) == 8
+    assert len(applied.effect.targets) == 8
     with torch.no_grad():
         monitor.model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(30)
     train(monitor.model, monitor, monitor.optimizer, batches(3, seed=2))
@@ -190,8 +190,8 @@ def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(
     guard = guard_of(by_hand)
     run = guard.run
     alarm = replace(growth(first_layer(run)), issue_type="overflow_risk")
-    guard.chooser.trials[0].keys = (("scores", alarm.layer, alarm.head),)
-    guard.chooser.budget = replace(guard.chooser.budget, per_place=1)
+    guard.policy.trials[0].keys = (("scores", alarm.layer, alarm.head),)
+    guard.policy.budget = replace(guard.policy.budget, per_place=1)
     for _ in range(4):
         train_step(run)
         guard.act([alarm], True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.cap_learning_rate import CapLearningRate
 from stabmon.records import StabilityIssue
 
@@ -43,7 +43,7 @@ def test_rates_are_scaled_to_the_cap_and_seen_as_they_were() -> None:
     assert [group["lr"] for group in run.optimizer.param_groups] == [2.0, 1.0]
     assert applied.record["before"] == {"lr": [2.0, 1.0]}
     assert applied.record["after"]["lr"] == pytest.approx([0.1, 0.05])
-    assert applied.effect.at_work()
+    assert applied.effect.was_active()
     assert applied.undo()
     assert moved(run) == pytest.approx([2.0, 1.0], abs=1e-6)
 
@@ -54,7 +54,7 @@ def test_rates_below_the_cap_are_used_as_they_are() -> None:
     for group, rate in zip(run.optimizer.param_groups, (0.15, 0.01), strict=True):
         group["lr"] = rate
     assert moved(run) == pytest.approx([0.15, 0.01], abs=1e-6)
-    assert not applied.effect.at_work()
+    assert not applied.effect.was_active()
 
 
 def test_a_cap_of_ones_own_takes_no_issue() -> None:
@@ -81,7 +81,7 @@ def test_it_is_held_again_after_a_restart() -> None:
 
 @pytest.mark.parametrize("highest", [None, 0.0])
 def test_without_a_rate_before_it_does_not_fit(highest: float | None) -> None:
-    with pytest.raises(CannotApply, match="update_spike"):
+    with pytest.raises(NotApplicable, match="update_spike"):
         CapLearningRate().apply(make(), issue(highest))
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from interventions.runs import all_bits, differences, first_layer, growth, run_of, train_step
-from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.projections.head_rows import Rows
 from stabmon.projections.locate import find_query_key
-from stabmon.records import QueryKeyStep, StabilityIssue
+from stabmon.records import QKUpdate, StabilityIssue
 
 MODELS = ["gpt2-sdpa", "llama-sdpa", "bert-sdpa", "gemma3-sdpa", "transformer_encoder"]
 
@@ -64,7 +64,7 @@ def with_state(model: str) -> TrainingRun:
     run.states.offer(True)
     run.history.readings[-1] = replace(
         run.history.latest,
-        query_key={first_layer(run): QueryKeyStep(1.0, whole(run), 0.01 * whole(run))},
+        query_key={first_layer(run): QKUpdate(1.0, whole(run), 0.01 * whole(run))},
     )
     return run
 
@@ -99,7 +99,7 @@ def test_a_piece_that_was_driven_alone_is_brought_back_alone() -> None:
     run.states.offer(True)
     run.history.readings[-1] = replace(
         run.history.latest,
-        query_key={first_layer(run): QueryKeyStep(1.0, whole(run), 0.01 * whole(run))},
+        query_key={first_layer(run): QKUpdate(1.0, whole(run), 0.01 * whole(run))},
     )
     issue, healthy = driven(run), norms(run)
     multiply(run, 50.0, only=1)
@@ -122,7 +122,7 @@ def test_it_is_held_through_what_goes_on_driving(model: str) -> None:
         train_step(run)
         run.optimizer.zero_grad()
     assert whole(run) <= 1.41 * before + 0.2 * before
-    assert applied.effect.at_work()
+    assert applied.effect.was_active()
     applied.release()
     multiply(run, 1.2)
     train_step(run)
@@ -136,7 +136,7 @@ def test_what_stays_below_is_trained_as_without_it() -> None:
         torch.manual_seed(0)
         train_step(run)
     assert differences(all_bits(free), all_bits(held)) == []
-    assert not applied.effect.at_work()
+    assert not applied.effect.was_active()
 
 
 def test_without_a_healthy_state_growth_ends_where_it_is() -> None:
@@ -145,14 +145,14 @@ def test_without_a_healthy_state_growth_ends_where_it_is() -> None:
     CapQueryKeyNorm().apply(run, driven(run))
     assert norms(run) == now
     multiply(run, 2.0)
-    run.marks.fire("on_step")
+    run.step_hooks.fire("on_step")
     assert norms(run) == pytest.approx(now, rel=1e-5)
 
 
 def test_a_scale_that_grows_is_not_for_it() -> None:
     run = run_of("gpt2-sdpa", steps=2)
     before = all_bits(run)
-    with pytest.raises(CannotApply, match="scale"):
+    with pytest.raises(NotApplicable, match="scale"):
         CapQueryKeyNorm().apply(run, replace(driven(run), evidence={"by": "scale"}))
     assert differences(before, all_bits(run)) == []
 
@@ -164,7 +164,7 @@ def test_it_is_held_again_after_a_restart() -> None:
     CapQueryKeyNorm().resume(run, state)
     before = whole(run)
     multiply(run, 5.0)
-    run.marks.fire("on_step")
+    run.step_hooks.fire("on_step")
     assert whole(run) <= 1.6 * before
 
 

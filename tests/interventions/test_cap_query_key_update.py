@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from interventions.runs import first_layer, growth, run_of, train_step
-from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
 from stabmon.projections.locate import find_query_key
 
@@ -38,7 +38,7 @@ def step(run: TrainingRun, times: float = 1.0) -> tuple[float, dict[str, Tensor]
             for was, now in zip(before, query_key(run), strict=True):
                 now.copy_(was + times * (now - was))
 
-    remove = run.marks.add("on_step", grow, first=True)
+    remove = run.step_hooks.add("on_step", grow, first=True)
     torch.manual_seed(0)
     train_step(run)
     remove()
@@ -60,8 +60,8 @@ def test_a_step_is_scaled_to_the_cap_and_nothing_else_is_touched(model: str, tim
     wild, plain = step(free, times)
     share, capped = step(held, times)
     assert share == pytest.approx(min(0.5 * usual, wild), rel=1e-3)
-    assert applied.effect.at_work()
-    assert not applied.effect.at_work(), "since it was last asked"
+    assert applied.effect.was_active()
+    assert not applied.effect.was_active(), "since it was last asked"
     rows = find_query_key(held.module(first_layer(held)), held.history.info.get(first_layer(held)))[
         0
     ].all_rows()
@@ -76,7 +76,7 @@ def test_a_step_below_the_cap_is_left_as_it_is() -> None:
     applied = CapQueryKeyUpdate(share=10.0).apply(held, growth(first_layer(held)))
     (_, plain), (_, capped) = step(free), step(held)
     assert [name for name in plain if not torch.equal(plain[name], capped[name])] == []
-    assert not applied.effect.at_work()
+    assert not applied.effect.was_active()
 
 
 def test_a_step_that_is_not_finite_is_left_to_others() -> None:
@@ -108,7 +108,7 @@ def test_it_is_held_again_after_a_restart() -> None:
 
 def test_without_a_past_it_does_not_fit() -> None:
     run = run_of("gpt2-sdpa", steps=2)
-    with pytest.raises(CannotApply, match="give a share"):
+    with pytest.raises(NotApplicable, match="give a share"):
         CapQueryKeyUpdate().apply(run, growth(first_layer(run)))
 
 

@@ -16,7 +16,7 @@ from interventions.runs import (
     scores_of,
     train_step,
 )
-from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.cap_scale import CapScale
 from stabmon.records import StabilityIssue
 
@@ -49,8 +49,8 @@ def test_the_scale_is_what_it_was_and_held_and_scores_with_it_and_undone_to_ever
         train_step(run)
         assert run.module(layer).scaling == scale
     assert run.module(other).scaling == pytest.approx(scale * 1.1**3)
-    assert applied.effect.at_work()
-    assert not applied.effect.at_work()
+    assert applied.effect.was_active()
+    assert not applied.effect.was_active()
     applied.release()
     run.module(layer).scaling *= 1.1
     train_step(run)
@@ -60,13 +60,13 @@ def test_the_scale_is_what_it_was_and_held_and_scores_with_it_and_undone_to_ever
 @pytest.mark.parametrize("model", ["llama-sdpa", "bert-sdpa", "gpt2-sdpa"])
 def test_weights_that_are_driven_are_not_for_it(model: str) -> None:
     run = run_of(model, steps=2)
-    with pytest.raises(CannotApply, match="not the scale"):
+    with pytest.raises(NotApplicable, match="not the scale"):
         CapScale().apply(run, growth(first_layer(run), by="weights", since_step=1))
 
 
 def test_a_module_without_a_scale_of_its_own_is_told() -> None:
     run = run_of("transformer_encoder", steps=2)
-    with pytest.raises(CannotApply, match="holds no scale"):
+    with pytest.raises(NotApplicable, match="holds no scale"):
         CapScale().apply(
             run, replace(growth(first_layer(run), by="scale", since_step=run.step), head=None)
         )
@@ -76,7 +76,7 @@ def test_a_number_of_that_name_that_is_something_else_is_left_alone() -> None:
     run = run_of("llama-sdpa", steps=2)
     issue = driven(run, first_layer(run), 2.0)
     run.module(first_layer(run)).scaling = 64.0
-    with pytest.raises(CannotApply, match="not what was seen"):
+    with pytest.raises(NotApplicable, match="not what was seen"):
         CapScale().apply(run, issue)
     assert run.module(first_layer(run)).scaling == 64.0
 
@@ -89,7 +89,7 @@ def test_it_is_held_again_after_a_restart() -> None:
     scale = run.module(layer).scaling
     CapScale().resume(run, state)
     run.module(layer).scaling *= 3
-    run.marks.fire("on_step")
+    run.step_hooks.fire("on_step")
     assert run.module(layer).scaling == pytest.approx(scale)
 
 

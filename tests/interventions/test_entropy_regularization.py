@@ -79,7 +79,7 @@ def test_gradients_are_those_of_loss_and_term_written_by_hand(grouped: bool) -> 
         loss + 0.7 * term, [*model.attention.q.parameters(), *model.attention.k.parameters()]
     )
     act.apply(run)
-    with AttentionCapture(model, lambda call: run.marks.fire("attention", call)):
+    with AttentionCapture(model, lambda call: run.step_hooks.fire("attention", call)):
         loss = model(x).square().mean()
     loss.backward()
     found = [p.grad for p in [*model.attention.q.parameters(), *model.attention.k.parameters()]]
@@ -144,10 +144,10 @@ def test_in_models_as_they_are_the_gradient_is_the_slope_of_loss_plus_term(name:
 
 def gradient_along(run: TrainingRun, inputs: dict[str, Tensor], directions: list[Tensor]) -> float:
     run.model.zero_grad()
-    with AttentionCapture(run.model, lambda call: run.marks.fire("attention", call)):
+    with AttentionCapture(run.model, lambda call: run.step_hooks.fire("attention", call)):
         loss = loss_of(run.model, inputs)
     loss.backward()
-    run.marks.fire("on_step")
+    run.step_hooks.fire("on_step")
     return sum(
         (p.grad * d).sum().item()
         for p, d in zip(run.model.parameters(), directions, strict=True)
@@ -189,7 +189,7 @@ def test_the_term_is_scaled_as_the_loss_is() -> None:
         run = make_run(model, {"x": x}, torch.optim.SGD)
         prepare(run)
         EntropyRegularization(coefficient=0.7, floor=0.9).apply(run, growth("attention"))
-        with AttentionCapture(model, lambda call: run.marks.fire("attention", call)):
+        with AttentionCapture(model, lambda call: run.step_hooks.fire("attention", call)):
             loss = model(x).square().mean() * scale
         loss.backward()
         assert model.attention.q.weight.grad is not None
@@ -209,7 +209,7 @@ def test_where_nothing_is_differentiated_it_says_so_once(caplog: pytest.LogCaptu
     EntropyRegularization().apply(run, growth(first_layer(run)))
     with caplog.at_level(logging.WARNING), torch.no_grad():
         for _ in range(2):
-            with AttentionCapture(run.model, lambda call: run.marks.fire("attention", call)):
+            with AttentionCapture(run.model, lambda call: run.step_hooks.fire("attention", call)):
                 run.model(**run.inputs)
     assert caplog.text.count("does not reach") == 1
 

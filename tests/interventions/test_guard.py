@@ -21,7 +21,7 @@ from interventions.runs import (
 )
 from stabmon.guard import Budget, Guard, make_interventions
 from stabmon.guard.symptoms import FAMILIES, ORDER, PREVENTIVE
-from stabmon.interventions import CannotApply, Intervention, TrainingRun
+from stabmon.interventions import Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.base import Effect
 from stabmon.records import NonFinite, Reading, StabilityIssue
 from stabmon.rules import RULES
@@ -50,12 +50,12 @@ class Fake(Intervention):
         return self.price
 
     @property
-    def run_wide(self) -> bool:  # type: ignore[override]
+    def affects_whole_run(self) -> bool:  # type: ignore[override]
         return self.called in ("rollback", "lower_learning_rate", "stop")
 
     def _start(self, run: TrainingRun) -> Effect:
         if not self.fits:
-            raise CannotApply("it does not fit", "change this line")
+            raise NotApplicable("it does not fit", "change this line")
         return Effect()
 
 
@@ -86,7 +86,7 @@ def test_every_rule_s_issue_has_its_place() -> None:
 def test_every_act_in_the_orders_exists_and_skip_step_stands_from_the_start() -> None:
     named = {name for order in ORDER.values() for name in order} | set(PREVENTIVE)
     acts = make_interventions(dict.fromkeys([*named, "skip_step"]))
-    assert [name for name, act in acts.items() if act.standing] == ["skip_step"]
+    assert [name for name, act in acts.items() if act.install_at_start] == ["skip_step"]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_what_is_held_and_still_at_work_is_held_less_tightly_when_all_has_been_w
     class Busy(Effect):
         relaxed = 0
 
-        def at_work(self) -> bool:
+        def was_active(self) -> bool:
             return True
 
         def relax(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler as schedules
 
 from interventions.runs import first_layer, loss_of, run_of, train_step
-from stabmon.interventions import CannotApply, Intervention, TrainingRun
+from stabmon.interventions import Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.extend_warmup import ExtendWarmup
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
 
@@ -74,7 +74,7 @@ def go(
         elif scheduler is not None:
             scheduler.step()
         run.step += 1
-        run.marks.fire("on_step")
+        run.step_hooks.fire("on_step")
     return run.optimizer.used, seen
 
 
@@ -164,7 +164,7 @@ def test_it_reaches_the_optimizer_inside_accelerates() -> None:
 
 
 def test_without_a_torch_optimizer_it_refuses_and_says_what_to_do() -> None:
-    with pytest.raises(CannotApply, match="no optimizer") as error:
+    with pytest.raises(NotApplicable, match="no optimizer") as error:
         LowerLearningRate().apply(TrainingRun(nn.Linear(2, 2)))
     assert "optimizer=" in error.value.advice
 
@@ -302,7 +302,7 @@ def test_a_rate_that_is_set_in_the_middle_of_a_step_is_lowered_too() -> None:
     def closure() -> None:
         first.param_groups[0]["lr"] = 5.0
         assert [run.scheduled_rate(group) for group in run.groups] == [5.0, 0.3, 0.02]
-        run.marks.fire("before_optimizer_step")
+        run.step_hooks.fire("before_optimizer_step")
         assert [run.scheduled_rate(group) for group in run.groups] == [5.0, 0.3, 0.02]
 
     first.step(closure)
@@ -341,6 +341,6 @@ def test_queries_and_keys_of_an_optimizer_that_was_not_given_keep_their_rate_and
     run.optimizer = torch.optim.SGD(
         [p for name, p in run.model.named_parameters() if "self_attn" not in name], 0.1
     )
-    with pytest.raises(CannotApply, match="an optimizer that was not given") as error:
+    with pytest.raises(NotApplicable, match="an optimizer that was not given") as error:
         LowerLearningRate(where="query_key").apply(run)
     assert "optimizer=[" in error.value.advice

@@ -21,10 +21,10 @@ from interventions.runs import (
     scores_of,
     train_step,
 )
-from stabmon.interventions import CannotApply, TrainingRun
-from stabmon.interventions.effects.score_clip import HeldClip
+from stabmon.interventions import NotApplicable, TrainingRun
+from stabmon.interventions.effects.score_clip import ScoreClip
 from stabmon.interventions.qk_clip import QkClip
-from stabmon.interventions.run.score_targets import own_past
+from stabmon.interventions.run.score_targets import baselines
 from stabmon.records import Reading
 from stabmon.rules.tracking.history import History
 
@@ -158,12 +158,12 @@ def test_where_no_weight_scales_the_scores_it_refuses_and_leaves_every_bit_alone
         else run_of("hand_written-cosine")
     )
     layer, before = first_layer(run), all_bits(run)
-    with pytest.raises(CannotApply, match=reason) as error:
+    with pytest.raises(NotApplicable, match=reason) as error:
         QkClip(target=0.01).apply(run, growth(layer))
     assert "rms_norm" in error.value.advice
     assert differences(before, all_bits(run)) == []
     assert run.applied == []
-    assert not run.marks.wants("attention")
+    assert not run.step_hooks.wants("attention")
 
 
 class Swapped(nn.Module):
@@ -259,10 +259,10 @@ def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_
         run, growth(layer, from_the_start=True)
     )
     assert scores_of(run)[layer][1] == pytest.approx(before[1] / 100, rel=0.01)
-    assert isinstance(applied.effect, HeldClip)
-    assert applied.effect.aims == {(layer, 1): before[1] / 2}
+    assert isinstance(applied.effect, ScoreClip)
+    assert applied.effect.targets == {(layer, 1): before[1] / 2}
     bits = all_bits(run)
-    run.marks.fire("on_step")
+    run.step_hooks.fire("on_step")
     assert differences(bits, all_bits(run)) == [], "it is below what it may come to"
 
 
@@ -287,7 +287,7 @@ def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "kind", "aims"),
+    ("settings", "kind", "targets"),
     [
         ({"floor": 0.01, "widest": 0.05}, "logit_growth", [0.01, 0.02, 0.04, 0.05, 0.05]),
         ({"floor": 0.01, "widest": 0.0}, "logit_growth", [0.01, 0.01]),
@@ -296,25 +296,25 @@ def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
     ],
 )
 def test_what_is_held_without_an_alarm_is_held_less_tightly_unless_a_limit_says_otherwise(
-    settings: dict[str, float], kind: str, aims: list[float]
+    settings: dict[str, float], kind: str, targets: list[float]
 ) -> None:
     run = run_of("llama-sdpa")
     layer = first_layer(run)
     alarm = replace(growth(layer, times_own_past=1e6), issue_type=kind, value=50.0, threshold=1.0)
     applied = QkClip(**settings).apply(run, alarm)
     held = applied.effect
-    assert isinstance(held, HeldClip)
+    assert isinstance(held, ScoreClip)
     found = []
-    for _ in aims:
-        found.append(held.aims[layer, 1])
+    for _ in targets:
+        found.append(held.targets[layer, 1])
         applied.relax()
-    assert found == pytest.approx(aims)
+    assert found == pytest.approx(targets)
     told = [record for record in run.records if record["action"] == "relaxed"]
-    assert len(told) == len(set(aims)) - 1
-    assert HeldClip(run, {}).relax() == {}
+    assert len(told) == len(set(targets)) - 1
+    assert ScoreClip(run, {}).relax() == {}
     assert (
-        QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["aims"]
-        == held.state_dict()["aims"]
+        QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["targets"]
+        == held.state_dict()["targets"]
     )
 
 
@@ -327,7 +327,7 @@ def test_scores_that_are_negative_or_not_finite_are_never_clipped(scores: list[f
     layer = first_layer(run)
     run.history.latest.layers[layer]["max_logit"][:2] = scores
     run.history.add(run.history.latest)
-    with pytest.raises(CannotApply, match="nothing to clip"):
+    with pytest.raises(NotApplicable, match="nothing to clip"):
         QkClip(target=1.0).aimed_at([growth(layer, 0), growth(layer, 1)]).apply(run)
 
 
@@ -359,7 +359,7 @@ def test_flattened_masters_that_cannot_be_told_apart_are_refused() -> None:
         [nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))]
     )
     before = all_bits(run)
-    with pytest.raises(CannotApply, match="steps this parameter"):
+    with pytest.raises(NotApplicable, match="steps this parameter"):
         QkClip(target=0.1).apply(run, growth(first_layer(run)))
     assert differences(before, all_bits(run)) == []
 
@@ -368,7 +368,7 @@ def test_frozen_and_adapted_projections_are_refused() -> None:
     run = run_of("llama-sdpa")
     layer = first_layer(run)
     run.layers[layer].q_proj.weight.requires_grad_(False)
-    with pytest.raises(CannotApply, match="frozen"):
+    with pytest.raises(NotApplicable, match="frozen"):
         QkClip(target=0.1).apply(run, growth(layer))
 
 
@@ -419,13 +419,13 @@ def test_tau_is_twice_the_heads_own_past_and_no_lower_than_the_floor_and_no_high
     layer = first_layer(run)
     with_scores(run, layer, 1, [3, 20, 21, 22, 21, 20, 100])
     jumped = growth(layer, times_own_past=100 / 22)
-    assert own_past(run, jumped) == 22.0
+    assert baselines(run, jumped) == 22.0
     assert QkClip().aim(run, jumped) == 44.0
     assert QkClip(target=3.0).aim(run, jumped) == 3.0
     assert QkClip(times_own_past=1).aim(run, jumped) == 22.0
     with_scores(run, layer, 1, [3, 4, 4.2, 100])
     floored = growth(layer, times_own_past=10.0)  # rules count scores below 10 as 10
-    assert own_past(run, floored) == 4.2
+    assert baselines(run, floored) == 4.2
     assert QkClip().aim(run, floored) == 10.0
     info = run.history.info[layer]
     run.history.info[layer] = type(info)(info.heads, 64, 0.125, "float16")
@@ -436,10 +436,10 @@ def test_where_the_issue_names_no_past_it_is_where_the_score_was_last_half_of_wh
     run = run_of("gpt2-sdpa")
     layer = first_layer(run)
     with_scores(run, layer, 1, [2, 3, 30, 60, 100])
-    assert own_past(run, growth(layer)) == 30.0
+    assert baselines(run, growth(layer)) == 30.0
     with_scores(run, layer, 1, [80, 90, 90, 95, 100])
-    assert own_past(run, growth(layer)) == 90.0
-    assert np.isnan(own_past(run, growth("nowhere")))
+    assert baselines(run, growth(layer)) == 90.0
+    assert np.isnan(baselines(run, growth("nowhere")))
 
 
 def test_several_layers_are_clipped_and_proven_each_by_itself_and_one_that_does_not_fit_is_left_out() -> (
@@ -450,23 +450,23 @@ def test_several_layers_are_clipped_and_proven_each_by_itself_and_one_that_does_
     before = scores_of(run)
     run.layers[second].c_attn.weight.requires_grad_(False)
     issues = [growth(layer, head) for layer in (first, second) for head in range(4)]
-    aims = 0.3 * float(min(before[first].min(), before[second].min()))
-    applied = QkClip(target=aims, hold=False).aimed_at(issues).apply(run)
-    np.testing.assert_allclose(scores_of(run)[first], aims, rtol=1e-5)
+    targets = 0.3 * float(min(before[first].min(), before[second].min()))
+    applied = QkClip(target=targets, hold=False).aimed_at(issues).apply(run)
+    np.testing.assert_allclose(scores_of(run)[first], targets, rtol=1e-5)
     assert "left out: c_attn is frozen" in applied.record["note"]
     applied.undo()
     run.layers[second].c_attn.weight.requires_grad_(True)
-    applied = QkClip(target=aims, hold=False).aimed_at(issues).apply(run)
-    np.testing.assert_allclose(scores_of(run)[first], aims, rtol=1e-5)
+    applied = QkClip(target=targets, hold=False).aimed_at(issues).apply(run)
+    np.testing.assert_allclose(scores_of(run)[first], targets, rtol=1e-5)
     assert "left out" not in applied.record["note"]
     assert len(applied.record["places"]) == 8
 
 
 def test_unknown_layers_and_nameless_heads_are_refused_in_a_sentence() -> None:
     run = run_of("gpt2-sdpa")
-    with pytest.raises(CannotApply, match="no head is named"):
+    with pytest.raises(NotApplicable, match="no head is named"):
         QkClip().apply(run)
-    with pytest.raises(CannotApply, match=r"nowhere"):
+    with pytest.raises(NotApplicable, match=r"nowhere"):
         QkClip().apply(run, growth("nowhere"))
 
 

@@ -89,7 +89,7 @@ def skip_together(rank: int) -> list[bool]:
     kept = []
     for bad_rank in (None, 0, 1):
         model.weight.grad = torch.full_like(model.weight, float("nan") if rank == bad_rank else 1.0)
-        run.marks.fire("before_optimizer_step")
+        run.step_hooks.fire("before_optimizer_step")
         kept.append(model.weight.grad is not None)
     return kept
 
@@ -149,9 +149,9 @@ def hold_together(rank: int) -> list[float]:
     from stabmon.capture import AttentionCapture
 
     ids = torch.roll(inputs["input_ids"], 5 * rank, dims=1)
-    with AttentionCapture(model, lambda call: run.marks.fire("attention", call)):
+    with AttentionCapture(model, lambda call: run.step_hooks.fire("attention", call)):
         model(input_ids=ids)
-    run.marks.fire("on_step")
+    run.step_hooks.fire("on_step")
     look(run, {"input_ids": ids})
     return [run.max_logit(layer, 2), *run.layers[layer].q_proj.weight.flatten().tolist()]
 

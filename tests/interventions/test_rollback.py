@@ -17,7 +17,7 @@ from interventions.runs import (
     scores_of,
     train_step,
 )
-from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.run.healthy_states import HealthyStates
@@ -143,7 +143,7 @@ def test_without_memory_and_folder_nothing_is_kept_and_that_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run, _ = spoilt({"memory_gb": 0.0})
-    with pytest.raises(CannotApply, match="no healthy state"):
+    with pytest.raises(NotApplicable, match="no healthy state"):
         Rollback().apply(run)
     assert caplog.text.count("No state is kept") == 1
 
@@ -190,7 +190,7 @@ def test_a_snapshot_is_as_large_as_it_says() -> None:
 
 
 def test_without_states_it_refuses() -> None:
-    with pytest.raises(CannotApply, match="from the start"):
+    with pytest.raises(NotApplicable, match="from the start"):
         Rollback().apply(run_of("gpt2-sdpa"))
 
 
@@ -242,7 +242,7 @@ def test_begun_again_the_first_state_is_back_bit_for_bit() -> None:
 
 def test_no_rollback_goes_to_a_state_that_is_worse_than_where_the_run_stands() -> None:
     states = course([5.0 - 0.1 * step for step in range(30)])
-    with pytest.raises(CannotApply, match="the run stands no worse than it ever did"):
+    with pytest.raises(NotApplicable, match="the run stands no worse than it ever did"):
         Rollback().apply(states.run)
     states.run.history.add(Reading(31, 9.0, {}))
     states.run.history.add(Reading(32, 8.0, {}))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from interventions.runs import all_bits, differences, growth, make_run, run_of
-from stabmon.interventions import CannotApply, Intervention
+from stabmon.interventions import Intervention, NotApplicable
 from stabmon.interventions.increase_dropout import IncreaseDropout
 from stabmon.interventions.logit_softcap import LogitSoftcap
 from stabmon.interventions.qk_clip import QkClip
@@ -39,7 +39,7 @@ def test_all_layers_are_softened_at_once_and_put_back_to_the_bit(
     for layer in layers:
         try:
             applied = SoftenLogits().apply(run, growth(layer))
-        except CannotApply:
+        except NotApplicable:
             continue
         alone[layer] = dict(applied.record["after"])
         assert applied.undo()
@@ -101,7 +101,7 @@ def test_a_layer_that_does_not_fit_is_left_out_alone_and_named(act: Intervention
     assert applied.record["note"].count("left out") == 1
     assert "b does" in applied.record["note"] or "of b does" in applied.record["note"]
     assert applied.undo()
-    with pytest.raises(CannotApply, match=r"\bb does not"):
+    with pytest.raises(NotApplicable, match=r"\bb does not"):
         act.apply(run, growth("b"))
     assert differences(before, all_bits(run)) == []
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from interventions.runs import all_bits, differences, run_of, train_step
-from stabmon.interventions import CannotApply, TrainingRun
+from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.skip_step import SkipStep
 
 
@@ -21,7 +21,7 @@ def test_a_bad_step_leaves_weights_moments_and_decay_alone(
 ) -> None:
     run = run_of("gpt2-sdpa", optimizer, steps=2)
     run.optimizer.zero_grad()
-    run.marks.add("before_optimizer_step", lambda: spoil(run, value))
+    run.step_hooks.add("before_optimizer_step", lambda: spoil(run, value))
     applied = SkipStep().apply(run)
     before = all_bits(run)
     train_step(run)
@@ -33,7 +33,7 @@ def test_a_bad_step_leaves_weights_moments_and_decay_alone(
 
 def test_without_it_the_same_step_spoils_the_weights() -> None:
     run = run_of("gpt2-sdpa")
-    run.marks.add("before_optimizer_step", lambda: spoil(run, float("nan")))
+    run.step_hooks.add("before_optimizer_step", lambda: spoil(run, float("nan")))
     train_step(run)
     assert not all(p.isfinite().all() for p in run.model.parameters())
 
@@ -52,7 +52,9 @@ def test_it_says_once_that_skipping_does_not_help_and_starts_to_count_anew_after
 ):
     run = run_of("gpt2-sdpa")
     bad = [True] * 5 + [False] + [True]
-    run.marks.add("before_optimizer_step", lambda: spoil(run, float("nan")) if bad.pop(0) else None)
+    run.step_hooks.add(
+        "before_optimizer_step", lambda: spoil(run, float("nan")) if bad.pop(0) else None
+    )
     applied = SkipStep(most=3).apply(run)
     for _ in range(7):
         train_step(run)
@@ -67,7 +69,7 @@ def test_with_a_gradient_scaler_it_refuses() -> None:
     run = TrainingRun(
         model, torch.optim.SGD(model.parameters(), lr=0.1), grad_scaler=torch.amp.GradScaler("cpu")
     )
-    with pytest.raises(CannotApply, match="scaler"):
+    with pytest.raises(NotApplicable, match="scaler"):
         SkipStep().apply(run)
 
 
@@ -76,7 +78,7 @@ def test_sparse_gradients_are_looked_into() -> None:
     run = TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1))
     SkipStep().apply(run)
     (model(torch.tensor([1, 1])) * float("nan")).sum().backward()
-    run.marks.fire("before_optimizer_step")
+    run.step_hooks.fire("before_optimizer_step")
     assert model.weight.grad is None
 
 
@@ -92,11 +94,11 @@ def test_the_gradients_of_a_second_optimizer_that_come_after_the_firsts_step_are
     for _ in range(3):
         for value, part, optimizer in zip((1.0, float("nan")), model, optimizers, strict=True):
             (part(torch.full((1, 2), value)).sum()).backward()
-            run.marks.fire("before_optimizer_step")
+            run.step_hooks.fire("before_optimizer_step")
             optimizer.step()
             optimizer.zero_grad()
         run.step += 1
-        run.marks.fire("on_step")
+        run.step_hooks.fire("on_step")
     assert all(torch.equal(p, was) for p, was in zip(model[1].parameters(), before, strict=True))
     assert applied.state_dict()["effect"] == {"skipped": 3, "in_a_row": 3}
     assert [record["action"] for record in records] == ["applied", "skipped", "skipped"]

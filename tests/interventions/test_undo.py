@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from interventions.runs import all_bits, differences, first_layer, growth, run_of, train_step
-from stabmon.interventions import INTERVENTIONS, CannotApply, Intervention, TrainingRun
+from stabmon.interventions import INTERVENTIONS, Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.cap_learning_rate import CapLearningRate
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
@@ -80,7 +80,7 @@ def test_applied_and_undone_every_bit_is_as_it_was(name: str) -> None:
     assert applied.undo() is True, "a second call does nothing"
     assert [record["action"] for record in run.records] == ["applied", "undone"]
     assert not any(
-        run.marks.wants(mark) for mark in ("attention", "before_optimizer_step", "on_step")
+        run.step_hooks.wants(mark) for mark in ("attention", "before_optimizer_step", "on_step")
     )
 
 
@@ -132,7 +132,7 @@ def test_a_held_act_is_held_again_after_a_resume_and_let_go_of_without_a_trace(n
     held.release()
     assert differences(untouched, all_bits(fresh)) == []
     assert not any(
-        fresh.marks.wants(mark) for mark in ("attention", "before_optimizer_step", "on_step")
+        fresh.step_hooks.wants(mark) for mark in ("attention", "before_optimizer_step", "on_step")
     )
 
 
@@ -167,7 +167,7 @@ def test_an_attribute_that_somebody_set_since_is_left_to_them() -> None:
 def test_dropout_that_the_fused_path_does_not_read_is_refused() -> None:
     run = ready("falcon-sdpa")
     before = all_bits(run)
-    with pytest.raises(CannotApply, match="does not read"):
+    with pytest.raises(NotApplicable, match="does not read"):
         IncreaseDropout().apply(run, growth(first_layer(run)))
     assert differences(before, all_bits(run)) == []
 
@@ -177,7 +177,7 @@ def test_dropout_is_never_raised_above_its_most() -> None:
     run.layers[first_layer(run)].attention_dropout = 0.45
     IncreaseDropout(by=0.1, most=0.5).apply(run, growth(first_layer(run)))
     assert run.layers[first_layer(run)].attention_dropout == 0.5
-    with pytest.raises(CannotApply, match="or above already"):
+    with pytest.raises(NotApplicable, match="or above already"):
         IncreaseDropout(by=0.1, most=0.5).apply(run, growth(first_layer(run)))
 
 
@@ -208,10 +208,10 @@ def test_a_temperature_divides_every_head_of_the_layer(name: str) -> None:
 def test_a_scale_that_the_attention_does_not_read_and_one_that_is_not_there_are_refused() -> None:
     run = ready("hand_written-fused")
     layer = first_layer(run)
-    with pytest.raises(CannotApply, match="holds no scale"):
+    with pytest.raises(NotApplicable, match="holds no scale"):
         SoftenLogits().apply(run, growth(layer))
     run.layers[layer].scaling = 0.5
-    with pytest.raises(CannotApply, match="does not multiply"):
+    with pytest.raises(NotApplicable, match="does not multiply"):
         SoftenLogits().apply(run, growth(layer))
     assert run.layers[layer].scaling == 0.5
 
@@ -222,7 +222,7 @@ def test_a_scale_that_the_attention_does_not_read_and_one_that_is_not_there_are_
 )
 def test_a_softcap_is_never_pretended(name: str, reason: str) -> None:
     run = ready(name)
-    with pytest.raises(CannotApply, match=reason) as error:
+    with pytest.raises(NotApplicable, match=reason) as error:
         LogitSoftcap().apply(run, growth(first_layer(run)))
     assert "torch.tanh" in error.value.advice
 
@@ -248,8 +248,8 @@ def test_stop_is_asked_for_and_taken_back() -> None:
 def test_a_callback_that_fails_is_left_out_and_the_others_go_on() -> None:
     run = TrainingRun(nn.Linear(1, 1))
     called = []
-    run.marks.add("on_step", lambda: 1 / 0)
-    run.marks.add("on_step", lambda: called.append(1))
-    run.marks.fire("on_step")
-    run.marks.fire("on_step")
+    run.step_hooks.add("on_step", lambda: 1 / 0)
+    run.step_hooks.add("on_step", lambda: called.append(1))
+    run.step_hooks.fire("on_step")
+    run.step_hooks.fire("on_step")
     assert called == [1, 1]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from stabmon.records import QueryKeyStep, Reading
+from stabmon.records import QKUpdate, Reading
 from stabmon.rules import History
 from stabmon.rules.evidence.norm_growth import drive
 from stabmon.rules.logit_growth import LogitGrowth
@@ -52,8 +52,8 @@ def watched(
         replace(
             each,
             query_key={
-                LAYERS[0]: QueryKeyStep(1.0, float(weight[t]), float(weight[t] * share[t])),
-                LAYERS[1]: QueryKeyStep(1.0, 4.0, 0.08),
+                LAYERS[0]: QKUpdate(1.0, float(weight[t]), float(weight[t] * share[t])),
+                LAYERS[1]: QKUpdate(1.0, 4.0, 0.08),
             },
             info={
                 LAYERS[0]: replace(info(), scale=info().scale * float(scale[t])),
@@ -204,7 +204,7 @@ def test_weights_that_learn_turn_more_than_they_grow(
                     loss.item(),
                     {"a": {}},
                     {"a": replace(info(), heads=4)},
-                    query_key={"a": QueryKeyStep(1.0, norm, moved)},
+                    query_key={"a": QKUpdate(1.0, norm, moved)},
                 )
             )
             assert drive(history, "a") is None

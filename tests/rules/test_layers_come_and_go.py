@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stabmon.records import LayerInfo, QueryKeyStep, Reading
+from stabmon.records import LayerInfo, QKUpdate, Reading
 from stabmon.rules import RULES, History
 from tests.rules.trajectories import falling_loss, shape, signals, tracker
 
@@ -49,7 +49,7 @@ def come_and_go(seed: int, count: int = 60) -> list[Reading]:
             for n, h in heads.items()
         }
         moved = {
-            n: QueryKeyStep(1.0, 1.1**t, float(rng.choice([0.01, 0.2])) * 1.1**t)
+            n: QKUpdate(1.0, 1.1**t, float(rng.choice([0.01, 0.2])) * 1.1**t)
             for n in present
             if rng.random() < 0.8
         }

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stabmon.records import Overshoot, QueryKeyStep, Reading
+from stabmon.records import Overshoot, QKUpdate, Reading
 from stabmon.rules.logit_growth import LogitGrowth
 from stabmon.rules.update_spike import UpdateSpike
 from tests.rules.trajectories import alarms, readings, run, shape, signals
@@ -21,7 +21,7 @@ def watched(rates, shares, every=10):
             learning_rate=rate,
             query_key={}
             if share is None
-            else {layer: QueryKeyStep(1.0, 4.0, 4.0 * share) for layer in "ab"},
+            else {layer: QKUpdate(1.0, 4.0, 4.0 * share) for layer in "ab"},
         )
         for i, (rate, share) in enumerate(zip(rates, shares, strict=True))
     ]
@@ -81,8 +81,7 @@ def test_a_high_rate_that_goes_on_is_one_issue_as_long_as_it_moves_much():
 def test_queries_and_keys_that_alone_move_too_far_twice_blame_their_layer(share):
     course = watched([1e-3] * 14, [0.02] * 8 + [share] * 6)
     course = [
-        replace(r, query_key={"a": r.query_key["a"], "b": QueryKeyStep(1.0, 4.0, 0.08)})
-        for r in course
+        replace(r, query_key={"a": r.query_key["a"], "b": QKUpdate(1.0, 4.0, 0.08)}) for r in course
     ]
     found = run(course, [UpdateSpike()])
     assert [(issue.step, issue.layer, issue.head, issue.state) for issue in found] == [
@@ -127,10 +126,10 @@ def test_a_layer_closes_when_its_steps_are_small_again():
 
 def test_weights_that_were_made_smaller_and_are_moved_as_ever_are_no_sign_of_a_rate():
     course = [
-        replace(r, query_key={"a": QueryKeyStep(1.0, 4.0, 0.08)})
+        replace(r, query_key={"a": QKUpdate(1.0, 4.0, 0.08)})
         for r in watched([1e-3] * 14, [0.02] * 14)
     ]
-    course[8:] = [replace(r, query_key={"a": QueryKeyStep(1.0, 0.2, 0.08)}) for r in course[8:]]
+    course[8:] = [replace(r, query_key={"a": QKUpdate(1.0, 0.2, 0.08)}) for r in course[8:]]
     assert not run(course, [UpdateSpike()])
 
 

@@ -107,7 +107,7 @@ def test_heads_come_as_histogram_and_heatmap_on_request(tmp_path: Path) -> None:
     assert histogram[0].histogram_value.max == pytest.approx(13.01)
 
 
-def test_heads_that_are_all_nan_do_no_harm(tmp_path: Path) -> None:
+def test_heads_that_are_all_nan_bitwise_neutrality(tmp_path: Path) -> None:
     ill = reading(1, layers={"a": {"max_logit": np.array([np.nan, np.inf])}})
     group = SinkGroup([TensorboardSink(per_head=True)])
     group.open(tmp_path, META)

@@ -238,7 +238,7 @@ def patterns_over_generation(
             steps[-1][call.layer] = _newest(call, reads_other_sequence(call, reader))
 
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    capture = AttentionCapture(model, look, on_error=errors.append, thorough=True)
+    capture = AttentionCapture(model, look, on_error=errors.append, always_watch_functions=True)
     with undisturbed(model), torch.no_grad(), capture:
         output = model.generate(**given, max_new_tokens=max_new_tokens, **generate)
     if errors:

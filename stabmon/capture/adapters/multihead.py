@@ -39,13 +39,13 @@ def handle_multihead(
     sdpa, softmax = functional.scaled_dot_product_attention, functional.softmax
 
     def watched_sdpa(*args: Any, **kwargs: Any) -> Any:
-        if capture.listening():
+        if capture.is_recording():
             with capture.guarded():
                 record_sdpa(capture, module, bind(PARAMETERS, args, kwargs), adapter="multihead")
         return sdpa(*args, **kwargs)
 
     def watched_softmax(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if capture.listening():
+        if capture.is_recording():
             with capture.guarded():
                 dtype = kernel_dtype(input)
                 capture.record(

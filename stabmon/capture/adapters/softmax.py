@@ -25,7 +25,7 @@ from stabmon.capture.protocol import bind, kernel_dtype, layout, nearest_module
 from stabmon.capture.provenance.axes import Axes
 from stabmon.capture.provenance.manual_softmax import Made
 from stabmon.capture.provenance.mode import Provenance
-from stabmon.capture.provenance.products import Product
+from stabmon.capture.provenance.products import ScoreProvenance
 from stabmon.capture.provenance.weights import Softmax, Weights
 from stabmon.records import AttentionCall
 
@@ -62,7 +62,7 @@ def handle_softmax(
 
 def product_under(
     capture: AttentionCapture, provenance: Provenance, given: Mapping[str, Any]
-) -> tuple[Tensor, int, Product] | None:
+) -> tuple[Tensor, int, ScoreProvenance] | None:
     """The scores, the axis and the product of a softmax that may be attention, and is not recorded
     yet.
     """
@@ -71,12 +71,12 @@ def product_under(
         return None
     axis %= max(1, logits.ndim)
     product = provenance.get(logits)
-    known = isinstance(product, Product) and axis in product.axes.all
+    known = isinstance(product, ScoreProvenance) and axis in product.axes.all
     if capture.modules and logits.ndim > 2:
         module = nearest_module(capture.names)
         if module is not None and capture.names.matches(module, capture.modules):
             row = logits.ndim - 2 if axis == logits.ndim - 1 else logits.ndim - 1
-            unknown = Product(
+            unknown = ScoreProvenance(
                 None, None, kernel_dtype(logits), Axes(frozenset({row}), frozenset({axis}))
             )
             record_softmax(
@@ -100,7 +100,9 @@ def record_softmax(capture: AttentionCapture, softmax: Softmax, weights: Weights
         )
 
 
-def sink_of(product: Product, logits: Tensor, axis: int, weights: Weights | None) -> int | None:
+def sink_of(
+    product: ScoreProvenance, logits: Tensor, axis: int, weights: Weights | None
+) -> int | None:
     """Which column is a sink: one that was joined to the scores alone, and whose weight was left
     out again.
     """
@@ -120,7 +122,7 @@ def read_softmax(
     layer: str,
     module: nn.Module,
     logits: Tensor,
-    product: Product,
+    product: ScoreProvenance,
     axis: int,
     sink: int | None = None,
 ) -> AttentionCall:
@@ -186,7 +188,7 @@ def read_softmax(
 def explained(
     call: AttentionCall,
     scores: Tensor,
-    product: Product,
+    product: ScoreProvenance,
     query: Tensor,
     key: Tensor,
     cells: Tensor | None,
@@ -204,12 +206,12 @@ def explained(
     return None if full is None or (product.gated and is_additive(full)) else full
 
 
-def opposite(product: Product, axis: int) -> frozenset[int]:
+def opposite(product: ScoreProvenance, axis: int) -> frozenset[int]:
     """The axes of the rows, where ``axis`` is one of the columns', and the other way round."""
     return product.axes.rows if axis in product.axes.columns else product.axes.columns
 
 
-def fits(product: Product, scores: Tensor) -> bool:
+def fits(product: ScoreProvenance, scores: Tensor) -> bool:
     """Whether query and key are as many as the scores ``[..., Q, K]`` have rows and columns."""
     assert product.query is not None
     assert product.key is not None
@@ -217,7 +219,7 @@ def fits(product: Product, scores: Tensor) -> bool:
 
 
 def of_scores(
-    call: AttentionCall, scores: Tensor, product: Product, cells: Tensor | None
+    call: AttentionCall, scores: Tensor, product: ScoreProvenance, cells: Tensor | None
 ) -> AttentionCall:
     """The call by its scores alone ``[B, H, Q, K]``, keys that are hidden at -inf."""
     shown = hide(scores, product.fills)

@@ -60,7 +60,7 @@ class FunctionWatch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.capture.listening():
+        if not self.capture.is_recording():
             return func(*args, **kwargs)
         made = operation(func, args, kwargs)
         if made.name == "softmax":

@@ -35,7 +35,7 @@ class TransformersInterface:
         """Replaces the class's lookup for as long as it is entered."""
 
         def look(kernel: Kernel, plain: Kernel, default: Kernel) -> Kernel:
-            if not capture.listening():
+            if not capture.is_recording():
                 return kernel
             read = reader(plain, default)
             if read is None:
@@ -95,7 +95,7 @@ def watched(kernel: Kernel, read: Reader, capture: AttentionCapture) -> Kernel:
         module: Any = given.get("module")
         query: Any = given.get("query")
         owned = isinstance(module, nn.Module) and module in capture.names
-        if not owned or not capture.listening() or given.get("cache") is not None:
+        if not owned or not capture.is_recording() or given.get("cache") is not None:
             return kernel(*args, **kwargs)
         if not isinstance(query, Tensor) or query.ndim != 4:
             capture.declined()

@@ -219,7 +219,7 @@ class WitnessedWatch(FunctionWatch):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         capture, trace = self.capture, self.capture.witness.trace
-        if trace is None or not capture.listening():
+        if trace is None or not capture.is_recording():
             return super().__torch_function__(func, types, args, kwargs)
         start, before = sequence_number(), sum(capture.calls.values())
         result = super().__torch_function__(func, types, args, kwargs)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from stabmon.capture.provenance.products import FILL, Product
+from stabmon.capture.provenance.products import FILL, ScoreProvenance
 from stabmon.records import AttentionCall
 
 BLOCK = 2**24
@@ -23,7 +23,7 @@ are above them, hidden keys.
 
 
 def explain(
-    call: AttentionCall, scores: Tensor, product: Product, query: Tensor, key: Tensor
+    call: AttentionCall, scores: Tensor, product: ScoreProvenance, query: Tensor, key: Tensor
 ) -> AttentionCall | None:
     """``call`` with query, key and mask whose scores are the model's own; None where the difference
     has no explanation.
@@ -81,7 +81,7 @@ def explain(
     )
 
 
-def difference(call: AttentionCall, scores: Tensor, product: Product) -> Tensor:
+def difference(call: AttentionCall, scores: Tensor, product: ScoreProvenance) -> Tensor:
     """All that the model has added, ``[B, H, Q, K]``, hidden keys at -inf."""
     mask = torch.empty_like(scores, dtype=torch.promote_types(torch.float32, scores.dtype))
     for entries, heads, _, rest, hidden in blocks(call, scores, product):
@@ -89,7 +89,7 @@ def difference(call: AttentionCall, scores: Tensor, product: Product) -> Tensor:
     return mask
 
 
-def blocks(call: AttentionCall, scores: Tensor, product: Product) -> Iterator[Block]:
+def blocks(call: AttentionCall, scores: Tensor, product: ScoreProvenance) -> Iterator[Block]:
     """The scores a few heads, or all heads of a few batch entries, at a time, beside those that
     query and key give.
     """

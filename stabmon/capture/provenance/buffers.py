@@ -10,30 +10,32 @@ from torch import Tensor
 
 from stabmon.capture.masks.masking import Cells, written
 from stabmon.capture.provenance.axes import Axes, covers, is_advanced, modes_off
-from stabmon.capture.provenance.products import Product, is_number, step
+from stabmon.capture.provenance.products import ScoreProvenance, is_number, step
 from stabmon.capture.provenance.weights import Weights, united
 
 
 def after_set_item(
     target: Tensor, index: Any, value: Any, own: Any, given: Any
-) -> Product | Weights | None:
+) -> ScoreProvenance | Weights | None:
     """What ``target`` is after ``target[index] = value``; ``own`` and ``given`` are what was known
     of the two.
     """
     if isinstance(given, Weights):
         axes = axes_written(target, index, value, given.axes)
         return united([given, own], axes) if axes is not None else None
-    if isinstance(own, Weights) or not (isinstance(own, Product) or isinstance(given, Product)):
+    if isinstance(own, Weights) or not (
+        isinstance(own, ScoreProvenance) or isinstance(given, ScoreProvenance)
+    ):
         return own if isinstance(own, Weights) else None
 
     def put(whole: Tensor, new: Tensor) -> None:
         whole[index] = new
 
-    if not isinstance(given, Product):
+    if not isinstance(given, ScoreProvenance):
         after = step("setitem", own, [value]) if is_number(value) else own.opaque()
         cells = written(target.shape, target.device, own.cells, put, everywhere(target.device))
         return None if after is None else replace(after, cells=cells, masked=True)
-    known = own if isinstance(own, Product) else None
+    known = own if isinstance(own, ScoreProvenance) else None
     axes = axes_written(target, index, value, given.axes)
     if known is not None:
         axes = known.axes if axes is None else known.axes | axes
@@ -72,12 +74,12 @@ def onto(whole: Tensor, part: Tensor, axes: Axes) -> Axes:
 
 
 def base_after_write(
-    view: Tensor, record: Product, base: Tensor, own: Any, *, filled: bool
-) -> Product | None:
+    view: Tensor, record: ScoreProvenance, base: Tensor, own: Any, *, filled: bool
+) -> ScoreProvenance | None:
     """What the tensor ``base`` is after ``view`` of it became ``record``; ``filled`` where it was
     masked, not written anew.
     """
-    known = own if isinstance(own, Product) else None
+    known = own if isinstance(own, ScoreProvenance) else None
     if own is not known or not base.is_contiguous() or not base.is_floating_point():
         return None
     if record.shift is not None or (known is not None and known.shift is not None):

@@ -12,7 +12,7 @@ from torch import Tensor
 from stabmon.capture.protocol import bind
 from stabmon.capture.provenance.axes import VIEWS, Axes
 from stabmon.capture.provenance.operations import Operation
-from stabmon.capture.provenance.products import KEEPS, TIMES, Product
+from stabmon.capture.provenance.products import KEEPS, TIMES, ScoreProvenance
 from stabmon.capture.provenance.weights import dimensions
 
 SMALL = 1e-6
@@ -25,7 +25,7 @@ class Exponential:
     """exp of scores."""
 
     logits: Tensor
-    product: Product
+    product: ScoreProvenance
     axes: Axes
 
 
@@ -51,7 +51,7 @@ class Made:
     """What a softmax is taken of; or, of its logarithm, what its exponential will be."""
 
     logits: Tensor
-    product: Product
+    product: ScoreProvenance
     axis: int
 
 
@@ -75,7 +75,7 @@ def next_by_hand(
         get: gives what is known of a tensor.
         copy: the scores, where the operation has overwritten them.
     """
-    if isinstance(record, Product):
+    if isinstance(record, ScoreProvenance):
         return of_scores(operation, tensor, record, get, copy)
     if isinstance(record, Exponential):
         return of_exponential(operation, tensor, record, get)
@@ -95,7 +95,7 @@ def next_by_hand(
 def of_scores(
     operation: Operation,
     tensor: Tensor,
-    product: Product,
+    product: ScoreProvenance,
     get: Callable[[object], Any],
     copy: Tensor | None,
 ) -> HandMade | None:
@@ -162,7 +162,7 @@ def next_total(total: Total, name: str, others: list[Any]) -> Total | None:
 def scores_overwritten(operation: Operation, record: Any) -> Tensor | None:
     """A copy of scores that ``exp_`` is about to overwrite."""
     changed = operation.changed
-    if operation.name != "exp" or changed is None or not isinstance(record, Product):
+    if operation.name != "exp" or changed is None or not isinstance(record, ScoreProvenance):
         return None
     with torch.no_grad():
         return changed.detach().clone()

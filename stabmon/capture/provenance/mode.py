@@ -28,7 +28,7 @@ from stabmon.capture.provenance.manual_softmax import (
 from stabmon.capture.provenance.multiply import PRODUCTS, sums
 from stabmon.capture.provenance.operations import Operation
 from stabmon.capture.provenance.outer import Outer, outer_of, summed_outer
-from stabmon.capture.provenance.products import Product, moved, product_of, step
+from stabmon.capture.provenance.products import ScoreProvenance, moved, product_of, step
 from stabmon.capture.provenance.weights import (
     READS,
     Attend,
@@ -40,7 +40,7 @@ from stabmon.capture.provenance.weights import (
     united,
 )
 
-Record = Product | Weights | HandMade | Outer
+Record = ScoreProvenance | Weights | HandMade | Outer
 Tracked = list[tuple[int, Tensor, Any]]
 """Operands of which something is known: place among all of them, tensor, record."""
 JOINS = {"cat", "concat", "concatenate", "stack"}
@@ -140,7 +140,7 @@ class Provenance:
         if base is None or record is None:
             return
         filled = operation.name != "copy" and "out" not in operation.kwargs
-        if isinstance(record, Product):
+        if isinstance(record, ScoreProvenance):
             own = self.get(base)
             filled = filled and not (
                 operation.name == "setitem" and isinstance(operation.args[2], Tensor)
@@ -201,14 +201,15 @@ class Provenance:
 
     def _moved(
         self, operation: Operation, tracked: Tracked, carried: Carried, part: int | None
-    ) -> Product | None:
+    ) -> ScoreProvenance | None:
         """What scores become by a view, by arithmetic, or by a choice of their elements."""
         position, tensor = tracked[0][:2]
-        product: Product = tracked[0][2]
+        product: ScoreProvenance = tracked[0][2]
         name, args, kwargs = operation.name, operation.args, operation.kwargs
         if len({id(record) for _, _, record in tracked}) > 1:
             if not all(
-                isinstance(record, Product) and record.shift is None for _, _, record in tracked
+                isinstance(record, ScoreProvenance) and record.shift is None
+                for _, _, record in tracked
             ):
                 return None
             together: Cells = nothing
@@ -235,14 +236,18 @@ class Provenance:
         )
 
     def _joined(
-        self, operation: Operation, tensor: Tensor, product: Product, carried: Carried | None
-    ) -> Product | None:
+        self,
+        operation: Operation,
+        tensor: Tensor,
+        product: ScoreProvenance,
+        carried: Carried | None,
+    ) -> ScoreProvenance | None:
         """What tensors of scores, and others, become when they are joined."""
         args, kwargs = operation.args, operation.kwargs
         tensors = args[0] if args else kwargs["tensors"]
         records = [self.get(each) for each in tensors]
         if carried is None or not all(
-            r is None or (isinstance(r, Product) and r.shift is None) for r in records
+            r is None or (isinstance(r, ScoreProvenance) and r.shift is None) for r in records
         ):
             return None
         pieces = [
@@ -258,7 +263,7 @@ class Provenance:
         fills = tuple(fill for r in records if r is not None for fill in r.fills)
         wide = [r for r, width in zip(records, widths, strict=False) if width > 1]
         alone = len(wide) == 1 and isinstance(
-            wide[0], Product
+            wide[0], ScoreProvenance
         )  # the others are a column each, as a sink is
         first = wide[0] if alone else product.opaque()
         cells = joined(operation.function, pieces, args, kwargs)
@@ -268,13 +273,13 @@ class Provenance:
 
     def _multiplied(
         self, operation: Operation, tracked: Tracked, result: Tensor
-    ) -> Product | Weights | None:
+    ) -> ScoreProvenance | Weights | None:
         """What a product with something known is: a new one, or the old one with its heads
         mixed.
         """
         name, args, kwargs = operation.name, operation.args, operation.kwargs
         for _, tensor, record in tracked:
-            if not isinstance(record, Product | Weights):
+            if not isinstance(record, ScoreProvenance | Weights):
                 continue
             for each in sums(name, args, kwargs, tensor):
                 if not each.over & record.axes.all and record.axes.all <= each.places.keys():

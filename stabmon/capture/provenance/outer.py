@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabmon.capture.protocol import kernel_dtype
 from stabmon.capture.provenance.axes import Axes
-from stabmon.capture.provenance.products import TIMES, Product
+from stabmon.capture.provenance.products import TIMES, ScoreProvenance
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,9 @@ def outer_of(name: str, args: tuple[Any, ...], result: Tensor) -> Outer | None:
     return Outer(left, right, rows[0], columns[0]) if len(rows) == len(columns) == 1 else None
 
 
-def summed_outer(outer: Outer, over: frozenset[int], kwargs: Mapping[str, Any]) -> Product | None:
+def summed_outer(
+    outer: Outer, over: frozenset[int], kwargs: Mapping[str, Any]
+) -> ScoreProvenance | None:
     """The product that a sum over one more dimension gives."""
     if len(over) != 1 or over & {outer.row, outer.column} or kwargs.get("keepdim"):
         return None
@@ -56,4 +58,4 @@ def summed_outer(outer: Outer, over: frozenset[int], kwargs: Mapping[str, Any]) 
     left = outer.left.permute(*batch, outer.column, outer.row, inner).squeeze(len(batch))
     right = outer.right.permute(*batch, outer.row, outer.column, inner).squeeze(len(batch))
     axes = Axes(*(frozenset({d - (d > inner)}) for d in (outer.row, outer.column)))
-    return Product(left, right, kernel_dtype(outer.left), axes)
+    return ScoreProvenance(left, right, kernel_dtype(outer.left), axes)

@@ -22,7 +22,7 @@ every format.
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class ScoreProvenance:
     """A tensor that came of ``query @ key.T``, and how."""
 
     query: Tensor | None
@@ -51,20 +51,20 @@ class Product:
     were.
     """
 
-    def opaque(self) -> Product:
+    def opaque(self) -> ScoreProvenance:
         """The same where only the scores can be told from now on."""
         return replace(self, query=None, key=None)
 
 
 def product_of(
     name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor
-) -> Product | None:
+) -> ScoreProvenance | None:
     """The product of queries and keys that an operation forms, if it does."""
     found = factors(name, args, kwargs, result)
     if found is None:
         return None
     made, scale, masked = found
-    return Product(
+    return ScoreProvenance(
         made.left, made.right, kernel_dtype(made.left), made.axes, scale=scale, masked=masked
     )
 
@@ -100,14 +100,16 @@ SCALES = {
 TIMES = {"mul", "rmul", "imul", "multiply"}
 
 
-def moved(name: str, product: Product, carried: Carried, cells: Cells) -> Product:
+def moved(name: str, product: ScoreProvenance, carried: Carried, cells: Cells) -> ScoreProvenance:
     """What a product becomes by a view, or by another choice and order of its elements."""
     kept = product if carried.in_order and name in VIEWS else product.opaque()
     pieces = () if name in VIEWS - RESHAPES else product.pieces
     return replace(kept, axes=carried.axes, cells=cells, pieces=pieces)
 
 
-def step(name: str, product: Product, others: list[Any], position: int = 0) -> Product | None:
+def step(
+    name: str, product: ScoreProvenance, others: list[Any], position: int = 0
+) -> ScoreProvenance | None:
     """What a product becomes by one operation; None where nothing can be told of it any more.
 
     Args:
@@ -141,7 +143,7 @@ def times(name: str, number: float) -> float:
     return number if SCALES[name] > 0 else 1 / number if number else math.inf
 
 
-def scaled(product: Product, factor: float) -> Product:
+def scaled(product: ScoreProvenance, factor: float) -> ScoreProvenance:
     """The product times a number."""
     if factor == 0 or not math.isfinite(factor):  # which no scale of query and key can be
         product = product.opaque()
@@ -175,7 +177,7 @@ def is_shift(value: object) -> bool:
     return is_column(value) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
-def can_take(product: Product, gain: Tensor) -> bool:
+def can_take(product: ScoreProvenance, gain: Tensor) -> bool:
     """Whether a gain a head or a query, ``[..., H, Q or 1, 1]``, can be multiplied into the query
     instead of the scores.
     """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stabmon.capture.provenance.axes import Axes, Carried
 from stabmon.capture.provenance.multiply import PRODUCTS, sums
-from stabmon.capture.provenance.products import Product
+from stabmon.capture.provenance.products import ScoreProvenance
 
 READS = {
     *(
@@ -99,13 +99,15 @@ READS = {
 class Softmax:
     """A softmax over scores that nothing has used yet."""
 
-    def __init__(self, logits: Tensor, product: Product, axis: int, module: nn.Module) -> None:
+    def __init__(
+        self, logits: Tensor, product: ScoreProvenance, axis: int, module: nn.Module
+    ) -> None:
         self.logits: Tensor | None = logits
-        self.product: Product | None = product
+        self.product: ScoreProvenance | None = product
         self.axis = axis
         self.module = module
 
-    def take(self) -> tuple[Tensor, Product] | None:
+    def take(self) -> tuple[Tensor, ScoreProvenance] | None:
         """The scores and what is known of them, once; they are held no longer."""
         logits, product = self.logits, self.product
         self.logits = self.product = None

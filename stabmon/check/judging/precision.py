@@ -21,7 +21,7 @@ from stabmon.check.measuring.rounding import PATHS
 
 
 @dataclass(frozen=True)
-class Fit:
+class FormatVerdict:
     """One format on one path, at the layer where it fits worst."""
 
     path: str
@@ -48,12 +48,12 @@ class Fit:
 
 def precision_table(
     views: Sequence[LayerView], config: CheckConfig, overflowed: bool = False
-) -> tuple[Fit, ...]:
-    """A :class:`Fit` for each path and format. ``overflowed``: a forward in the format to train in
+) -> tuple[FormatVerdict, ...]:
+    """A :class:`FormatVerdict` for each path and format. ``overflowed``: a forward in the format to train in
     was not finite.
     """
     used = "fused" if all(view.info.fused for view in views) else "eager"
-    table: list[Fit] = []
+    table: list[FormatVerdict] = []
     for path in PATHS:
         for name, dtype in DTYPES.items():
             kept = MANTISSA_BITS[str(dtype).removeprefix("torch.")]
@@ -82,7 +82,9 @@ def precision_table(
                 if name == "fp32"
                 else _need(judged, limit, kept, bound)
             )
-            table.append(Fit(path, name, safe, path == used, need, kept, share, limit, headroom))
+            table.append(
+                FormatVerdict(path, name, safe, path == used, need, kept, share, limit, headroom)
+            )
     return tuple(table)
 
 

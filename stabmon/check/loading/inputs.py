@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.check.loading import pretrained
-from stabmon.check.loading.source import Target
+from stabmon.check.loading.source import LoadedModel
 from stabmon.tiny.corpus import read_text
 
 BUDGET = 3e11
@@ -23,7 +23,7 @@ DEFAULT_LENGTH = 512
 """Tokens to check for where neither the user nor the config says."""
 
 
-def trained_length(target: Target, asked: int | None) -> int:
+def trained_length(target: LoadedModel, asked: int | None) -> int:
     """The length to train at: as asked, else the config's own.
 
     Raises:
@@ -51,7 +51,7 @@ def trained_length(target: Target, asked: int | None) -> int:
     return length
 
 
-def sample_length(target: Target, length: int, batch: int) -> int:
+def sample_length(target: LoadedModel, length: int, batch: int) -> int:
     """The longest sample, at most ``length``, whose forward and backward this machine makes in
     seconds; a power of two if shorter.
     """
@@ -75,7 +75,7 @@ def _cost(tokens: int, batch: int, parameters: int, width: int, layers: int) -> 
 
 
 def make_sample(
-    target: Target, tokens: int, batch: int, text: str | None, seed: int
+    target: LoadedModel, tokens: int, batch: int, text: str | None, seed: int
 ) -> tuple[dict[str, Any] | tuple[Any, ...], list[str]]:
     """Arguments for the model's forward, and what must be said of them.
 
@@ -135,7 +135,7 @@ def _text_config(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _vocabulary(target: Target) -> int | None:
+def _vocabulary(target: LoadedModel) -> int | None:
     size = getattr(_text_config(target.config), "vocab_size", None)
     if isinstance(size, int):
         return size
@@ -173,7 +173,7 @@ def _floats(model: nn.Module, tokens: int, batch: int, generator: torch.Generato
 
 
 def _read(
-    target: Target, text: str, tokens: int, batch: int, vocabulary: int, notes: list[str]
+    target: LoadedModel, text: str, tokens: int, batch: int, vocabulary: int, notes: list[str]
 ) -> Tensor:
     raw = read_text(text)[1]
     tokenizer = None if target.tokens_from is None else pretrained.tokenizer_of(target.tokens_from)

@@ -26,7 +26,7 @@ layers are alike at random.
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class LoadedModel:
     """A model to check, and how it came about."""
 
     model: nn.Module
@@ -49,7 +49,7 @@ class Target:
     notes: tuple[str, ...] = ()
 
 
-def load_target(source: str, attention: str | None, seed: int) -> Target:
+def load_target(source: str, attention: str | None, seed: int) -> LoadedModel:
     """The model that ``source`` stands for, in evaluation mode.
 
     Args:
@@ -84,7 +84,7 @@ def load_target(source: str, attention: str | None, seed: int) -> Target:
     tokens_from = str(path.parent) if path.is_file() else source
     if stored and count * 8 <= room:
         model = pretrained.from_weights(source, config, attention)
-        return Target(
+        return LoadedModel(
             model,
             f"{kind} of {source} with its weights ({count:,} parameters)",
             False,
@@ -104,7 +104,7 @@ def load_target(source: str, attention: str | None, seed: int) -> Target:
     if count <= LARGE and count * 8 <= room:
         model = pretrained.from_config(config, attention, seed)
         subject = f"{kind} of {source} as its config initialises it ({count:,} parameters)"
-        return Target(model, subject, True, config, None, tokens_from, count, notes=notes)
+        return LoadedModel(model, subject, True, config, None, tokens_from, count, notes=notes)
     small, made, layers = pretrained.one_of_each_layer(config)
     model = pretrained.from_config(small, attention, seed)
     subject = f"{kind} of {source} from its config alone ({count:,} parameters)"
@@ -112,10 +112,12 @@ def load_target(source: str, attention: str | None, seed: int) -> Target:
         f"{made} of {layers} layers made, one of each kind, full width, small vocabulary and "
         "feed-forward"
     )
-    return Target(model, subject, True, small, config, tokens_from, count, notes=(*notes, said))
+    return LoadedModel(
+        model, subject, True, small, config, tokens_from, count, notes=(*notes, said)
+    )
 
 
-def _from_callable(source: str, attention: str | None, seed: int) -> Target:
+def _from_callable(source: str, attention: str | None, seed: int) -> LoadedModel:
     module_name, _, name = source.partition(":")
     if attention is not None:
         raise ValueError(
@@ -156,7 +158,7 @@ def _from_callable(source: str, attention: str | None, seed: int) -> Target:
         new: nn.Module = found[0] if isinstance(found, tuple) else found
         return new
 
-    return Target(
+    return LoadedModel(
         model,
         f"{type(model).__name__} of {source} ({count:,} parameters)",
         False,

@@ -137,7 +137,9 @@ def _observe(
     gradients: dict[str, float] = {}
     with call.again(model) as forward, torch.set_grad_enabled(backward):
         torch.manual_seed(config.seed)
-        with AttentionCapture(model, watch.add, thorough=True, on_error=errors.append) as capture:
+        with AttentionCapture(
+            model, watch.add, always_watch_functions=True, on_error=errors.append
+        ) as capture:
             output = forward()
         loss = loss_in(output)
         parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}

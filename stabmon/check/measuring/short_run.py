@@ -69,7 +69,7 @@ def train_briefly(
     optimizer = recipe.optimizer(model, rate)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
     measurements = Measurements(SIGNALS)
-    capture = AttentionCapture(model, measurements.add, thorough=True)
+    capture = AttentionCapture(model, measurements.add, always_watch_functions=True)
     losses: list[float] = []
     looked: list[int] = []
     scores: list[np.ndarray] = []

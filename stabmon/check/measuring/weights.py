@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.interventions.base import CannotApply
+from stabmon.interventions.base import NotApplicable
 from stabmon.projections.head_rows import QueryKey, Rows
 from stabmon.projections.locate import find_query_key
 from stabmon.projections.norm_gains import KEY_NORM, gain_and_bias
@@ -65,7 +65,7 @@ def head_weights(module: nn.Module | None, info: LayerInfo) -> HeadWeights | str
         if found.how.startswith("gain of"):
             return _normed(module, info, found)
         return _plain(info, found)
-    except CannotApply as reason:
+    except NotApplicable as reason:
         return str(reason)
 
 

@@ -40,7 +40,7 @@ LENGTHS = tuple(2**power for power in range(7, 18))
 
 
 @dataclass(frozen=True)
-class Origin:
+class OperatingPoint:
     """The model's own place: its layer of widest scores."""
 
     spread: float
@@ -50,7 +50,7 @@ class Origin:
     fused: bool
 
     @classmethod
-    def of(cls, views: Sequence[LayerView]) -> Origin:
+    def of(cls, views: Sequence[LayerView]) -> OperatingPoint:
         """Of the layers of a model; the one whose scores are widest."""
         view = max(views, key=lambda each: float(each.spread[each.widest]))
         scale = abs(view.scale) or 1.0
@@ -60,7 +60,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Place:
+class GridPoint:
     """One place of the grid."""
 
     temperature: float
@@ -87,8 +87,13 @@ class Place:
 
 
 def place(
-    origin: Origin, temperature: float, head_dim: int, seq_len: int, dtype: str, config: CheckConfig
-) -> Place:
+    origin: OperatingPoint,
+    temperature: float,
+    head_dim: int,
+    seq_len: int,
+    dtype: str,
+    config: CheckConfig,
+) -> GridPoint:
     """The margins at one place."""
     spread = origin.spread / temperature
     scale = origin.scale * math.sqrt(origin.head_dim / head_dim) / temperature
@@ -103,18 +108,18 @@ def place(
     saturation = (
         math.log2(_widest(seq_len, config.condensed_warning) / spread) if spread > 0 else math.inf
     )
-    return Place(
+    return GridPoint(
         temperature, head_dim, seq_len, dtype, (saturation, precision, curvature, overflow)
     )
 
 
 def stability_region(
-    origin: Origin,
+    origin: OperatingPoint,
     config: CheckConfig,
     temperatures: Sequence[float] = TEMPERATURES,
     head_dims: Sequence[int] = HEAD_DIMS,
     lengths: Sequence[int] = LENGTHS,
-) -> list[Place]:
+) -> list[GridPoint]:
     """Every place of the grid, the model's own head dimension and length put in where they are
     missing.
     """
@@ -129,7 +134,7 @@ def stability_region(
     ]
 
 
-def region_data(origin: Origin, places: Sequence[Place]) -> dict[str, Any]:
+def region_data(origin: OperatingPoint, places: Sequence[GridPoint]) -> dict[str, Any]:
     """The region in plain values, one row a place."""
     columns = [
         "temperature",
@@ -160,8 +165,8 @@ def region_data(origin: Origin, places: Sequence[Place]) -> dict[str, Any]:
 
 
 def grid(
-    places: Sequence[Place], dtype: str, across: str, fixed: int
-) -> Iterator[tuple[float, list[Place]]]:
+    places: Sequence[GridPoint], dtype: str, across: str, fixed: int
+) -> Iterator[tuple[float, list[GridPoint]]]:
     """Rows of places, a temperature each, over ``seq_len`` or ``head_dim``, the other one being
     ``fixed``.
     """

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stabmon.check.config import DTYPES, CheckConfig
-from stabmon.check.region.region import Origin, Place, grid, place
+from stabmon.check.region.region import GridPoint, OperatingPoint, grid, place
 from stabmon.figures.signals import new_figure, saved
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ LEGEND = (
 )
 
 
-def region_table(origin: Origin, places: Sequence[Place], dtype: str) -> Table:
+def region_table(origin: OperatingPoint, places: Sequence[GridPoint], dtype: str) -> Table:
     """Temperatures downwards; lengths, then head dimensions, across."""
     over = (("seq_len", origin.head_dim), ("head_dim", origin.seq_len))
     halves = [dict(grid(places, dtype, across, fixed)) for across, fixed in over]
@@ -59,7 +59,9 @@ def region_table(origin: Origin, places: Sequence[Place], dtype: str) -> Table:
     return table
 
 
-def region_plot(origin: Origin, config: CheckConfig, path: str | Path | None = None) -> Figure:
+def region_plot(
+    origin: OperatingPoint, config: CheckConfig, path: str | Path | None = None
+) -> Figure:
     """Contours of the margin in bits, a column a format, over length and over head dimension; the
     line at 0 is the region's edge.
 
@@ -131,6 +133,6 @@ def short(length: int) -> str:
     return f"{length // 1024}k" if length >= 1024 and length % 1024 == 0 else str(length)
 
 
-def _cell(each: Place, own: bool) -> Text:
+def _cell(each: GridPoint, own: bool) -> Text:
     mark = "·" if each.stable or math.isnan(each.margin) else MARKS[each.cause]
     return Text(f"[{mark}]" if own else mark, style="green" if mark == "·" else "red")

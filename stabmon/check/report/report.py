@@ -12,7 +12,7 @@ import numpy as np
 
 from stabmon.check.config import CheckConfig
 from stabmon.check.judging.findings import Finding
-from stabmon.check.judging.precision import Fit
+from stabmon.check.judging.precision import FormatVerdict
 from stabmon.check.measuring.arithmetic import expected_entropy
 from stabmon.check.measuring.expect import LayerView
 from stabmon.records import SEVERITIES
@@ -43,7 +43,7 @@ class StabilityReport(Mapping[str, Any]):
     views: tuple[LayerView, ...]
     findings: tuple[Finding, ...]
     """Ranked, the most severe first."""
-    precision: tuple[Fit, ...]
+    precision: tuple[FormatVerdict, ...]
     analytic: bool
     """Weights were made for the check from a config: nothing was measured on weights of the model's
     own.

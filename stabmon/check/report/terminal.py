@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from stabmon.check.region.region import Origin, stability_region
+from stabmon.check.region.region import OperatingPoint, stability_region
 from stabmon.check.region.view import region_table
 from stabmon.check.report.markdown import head_columns, head_rows, number
 from stabmon.check.report.report import StabilityReport
@@ -62,7 +62,7 @@ def _parts(report: StabilityReport) -> Iterator[Any]:
         yield Text("")
         yield _heads(report)
     if "region" in report.extra:
-        origin = Origin.of(report.views)
+        origin = OperatingPoint.of(report.views)
         yield Text("")
         yield region_table(origin, stability_region(origin, report.config), report.config.dtype)
     if "sweep" in report.extra:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.check.loading import pretrained
-from stabmon.check.loading.source import Target
+from stabmon.check.loading.source import LoadedModel
 from stabmon.tiny.corpus import default_text, read_text
 
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 4, 4, 256
@@ -40,7 +40,7 @@ class Proxy:
     note: str
 
 
-def make_proxy(target: Target, attention: str | None, text: str | None, length: int) -> Proxy:
+def make_proxy(target: LoadedModel, attention: str | None, text: str | None, length: int) -> Proxy:
     """The cousin of a model of transformers, at most ``WIDTH`` wide; a callable's model as it is.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon.check.loading import pretrained
-from stabmon.check.loading.source import Target
+from stabmon.check.loading.source import LoadedModel
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
@@ -42,7 +42,7 @@ def image_files(source: str, kind: str) -> list[Path]:
     return files
 
 
-def read_images(files: Sequence[Path], target: Target) -> tuple[Tensor, np.ndarray, list[str]]:
+def read_images(files: Sequence[Path], target: LoadedModel) -> tuple[Tensor, np.ndarray, list[str]]:
     """Read images with the processor beside the model, or resized and scaled to [-1, 1].
 
     Returns:

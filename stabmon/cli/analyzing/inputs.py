@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.check.loading.source import Target
+from stabmon.check.loading.source import LoadedModel
 from stabmon.cli.analyzing.images import image_files, read_images
 from stabmon.cli.analyzing.options import Options
 from stabmon.cli.analyzing.tokens import Text, read_ids, read_text
@@ -39,7 +39,7 @@ class Inputs:
     notes: list[str] = field(default_factory=list)
 
 
-def make_inputs(target: Target, options: Options) -> Inputs:
+def make_inputs(target: LoadedModel, options: Options) -> Inputs:
     """Read what the user gave and make a batch of it.
 
     Raises:
@@ -88,7 +88,7 @@ def make_inputs(target: Target, options: Options) -> Inputs:
     return _from_tokens(target, options, text, source)
 
 
-def vocabulary_of(target: Target) -> int | None:
+def vocabulary_of(target: LoadedModel) -> int | None:
     """Return how many token ids the model knows, or None."""
     config = target.config
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -99,7 +99,7 @@ def vocabulary_of(target: Target) -> int | None:
     return tables[0].num_embeddings if tables else None
 
 
-def most_positions(target: Target) -> tuple[int | None, bool]:
+def most_positions(target: LoadedModel) -> tuple[int | None, bool]:
     """Return how many positions the model has, and whether it can take no more: learned
     positions.
     """
@@ -124,7 +124,7 @@ def most_positions(target: Target) -> tuple[int | None, bool]:
     return (said, False) if isinstance(said, int) and said > 1 else (None, False)
 
 
-def _reads_tokens(target: Target) -> bool:
+def _reads_tokens(target: LoadedModel) -> bool:
     return any(isinstance(each, nn.Embedding) for each in target.model.modules())
 
 
@@ -154,7 +154,7 @@ def _own_sample(sample: Any) -> Inputs:
     return Inputs(batch, len(tensors[0]), 0, "the callable's own sample", notes=[])
 
 
-def _from_images(target: Target, options: Options) -> Inputs:
+def _from_images(target: LoadedModel, options: Options) -> Inputs:
     kind = type(target.model).__name__
     if options.ids is not None:
         raise ValueError(
@@ -188,7 +188,7 @@ def _from_images(target: Target, options: Options) -> Inputs:
     )
 
 
-def _from_tokens(target: Target, options: Options, text: Text, source: str) -> Inputs:
+def _from_tokens(target: LoadedModel, options: Options, text: Text, source: str) -> Inputs:
     notes = list(text.notes)
     if len(text.rows) > 1:
         rows, words, more = _given_rows(text, options, source)
@@ -234,7 +234,7 @@ def _given_rows(
 
 
 def _stretches(
-    target: Target, text: Text, options: Options, source: str
+    target: LoadedModel, text: Text, options: Options, source: str
 ) -> tuple[list[list[int]], list[list[str]]]:
     """Samples of one length, evenly over the text, special tokens around each."""
     ids, words = text.rows[0], text.words[0]
@@ -273,7 +273,7 @@ def _stretches(
     return rows, named
 
 
-def _batch(target: Target, rows: list[list[int]], notes: list[str]) -> Any:
+def _batch(target: LoadedModel, rows: list[list[int]], notes: list[str]) -> Any:
     longest = max(len(row) for row in rows)
     taken = inspect.signature(target.model.forward).parameters
     config = target.config

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from stabmon.check.loading import pretrained
-from stabmon.check.loading.source import Target
+from stabmon.check.loading.source import LoadedModel
 from stabmon.tiny.corpus import read_text as read_bytes
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.model", "*.tiktoken")
@@ -94,7 +94,7 @@ def read_ids(source: str, wanted: bool) -> Text | None:
     return Text(rows, [[str(token) for token in row] for row in rows], "tokens")
 
 
-def read_text(source: str, target: Target) -> Text:
+def read_text(source: str, target: LoadedModel) -> Text:
     """Read a text with the tokenizer beside the model, or byte by byte.
 
     Raises:
@@ -214,7 +214,7 @@ def written(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return words
 
 
-def _bytes(raw: bytes, target: Target) -> Text:
+def _bytes(raw: bytes, target: LoadedModel) -> Text:
     from stabmon.cli.analyzing.inputs import vocabulary_of
 
     notes = ["no tokenizer was found beside the model: the text was read byte by byte"]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall
-from stabmon._torch.optimizer_adapter import OptimizerView, ParameterGroup, takes_hooks
-from stabmon.engine.error_boundary import Safety, safely
+from stabmon._torch.optimizer_adapter import OptimizerAdapter, ParameterGroup, takes_hooks
+from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.gradients import AfterBackward
 from stabmon.engine.step_length.probe import StepProbe
 from stabmon.engine.step_length.rate_watch import RateWatch
@@ -33,18 +33,18 @@ class StepLength:
         scheduled: the rate of a group as its scheduler has set it.
         factors: the share of its scheduled rate that each group used in the newest step, where it
             is not 1.
-        safety: told what fails.
+        boundary: told what fails.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        view: OptimizerView,
+        view: OptimizerAdapter,
         scheduled: Callable[[ParameterGroup], float | None],
         factors: Callable[[], Mapping[str, float]],
-        safety: Safety,
+        boundary: ErrorBoundary,
     ) -> None:
-        self.safety = safety
+        self.boundary = boundary
         self.rates = RateWatch()
         self._model, self._view, self._scheduled, self._factors = model, view, scheduled, factors
         self._probe = StepProbe(model)
@@ -53,7 +53,7 @@ class StepLength:
         self._used: dict[str, float] = {}
         self._last_loss: Tensor | None = None
 
-    @safely
+    @contained
     def begin(self, step: int, probe: bool) -> None:
         """``step`` begins; without ``probe`` it is only followed by its rates and its loss."""
         self.end()
@@ -72,12 +72,12 @@ class StepLength:
             self._after_backward.watch(self._model)
         self._used = {}
 
-    @safely
+    @contained
     def follow(self, call: ForwardCall | None, output: Any) -> None:
         """A training forward has returned; ``call`` makes it again, where it was kept."""
         self._probe.follow(call, output)
 
-    @safely
+    @contained
     def finish(self, step: int, loss: float | Tensor | None) -> Overshoot | None:
         """The optimizers have made ``step``; what shows that it, or the one before, was too
         long.
@@ -126,7 +126,7 @@ class StepLength:
                     optimizer.register_step_post_hook(lambda stepping, *_: self._stepped(stepping)),
                 ]
 
-    @safely
+    @contained
     def _steps(self, optimizer: torch.optim.Optimizer) -> None:
         if self._probe.active:
             self._probe.before(
@@ -137,7 +137,7 @@ class StepLength:
                 }
             )
 
-    @safely
+    @contained
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
         groups = [group for group in self._view.groups() if group.optimizer is optimizer]
         for (
@@ -149,7 +149,7 @@ class StepLength:
         if self._probe.active:
             self._probe.after([group.key for group in groups])
 
-    @safely
+    @contained
     def _backward_ended(self, _: dict[int, Tensor]) -> None:
         self._probe.backward_ended()
 

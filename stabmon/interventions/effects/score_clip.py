@@ -1,5 +1,5 @@
 """Heads whose scores are clipped by way of their weights, each guess of the rows proven, and kept
-at or below their aims.
+at or below their targets.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabmon.interventions.base import CannotApply, HeldEffect, Place
+from stabmon.interventions.base import HeldEffect, NotApplicable, Place
 from stabmon.interventions.effects.unproven_rows import Unproven
-from stabmon.interventions.run.optimizer_reset import Anew
+from stabmon.interventions.run.optimizer_reset import OptimizerReset
 from stabmon.interventions.run.recent_scores import RecentScores
 from stabmon.interventions.run.score_replay import deepest_first, largest_scores, replayed_scores
 from stabmon.interventions.run.training_run import TrainingRun
@@ -25,23 +25,24 @@ from stabmon.projections.scaling import ScaledRows
 from stabmon.records import AttentionCall
 
 
-class HeldClip(HeldEffect):
-    """Heads held at or below their aims. A module that attends several times in a forward
+class ScoreClip(HeldEffect):
+    """Heads held at or below their targets. A module that attends several times in a forward
     (``name#1`` …) is one module here.
     """
 
     def __init__(
         self,
         run: TrainingRun,
-        aims: dict[Place, float],
+        targets: dict[Place, float],
         limits: Mapping[Place, float] | None = None,
         *,
         ceiling: bool = False,
     ) -> None:
         super().__init__(
-            places=list(aims), touches=frozenset(f"scores of {_module(layer)}" for layer, _ in aims)
+            places=list(targets),
+            resources=frozenset(f"scores of {_module(layer)}" for layer, _ in targets),
         )
-        self.run, self.aims, self.limits = run, aims, dict(limits or {})
+        self.run, self.targets, self.limits = run, targets, dict(limits or {})
         self.proven: dict[str, str] = {}
         """The proposal that holds in each module, by its words."""
         self.rows = ScaledRows(run)
@@ -49,13 +50,13 @@ class HeldClip(HeldEffect):
         self._unproven: dict[str, Unproven] = {}
         """Modules clipped without a proof, until their scores have fallen."""
         self._recent = RecentScores() if ceiling else None
-        """Where the aims are not to be exceeded by one batch because they were met on another."""
+        """Where the targets are not to be exceeded by one batch because they were met on another."""
         self._parts: dict[str, QueryKey] = {}
         """What was taken for a module's queries and keys."""
         self._again: dict[tuple[str, int], list[float]] = {}
         """Factors of the clips that have not been told of yet."""
         self._told_at: int | None = None
-        self._anew: Anew | None = None
+        self._anew: OptimizerReset | None = None
 
     def first(self, fresh: Mapping[Place, float] | None = None, *, wait: bool = False) -> None:
         """Clip each head that is above its aim, prove it where that can be, and describe it. What
@@ -63,7 +64,7 @@ class HeldClip(HeldEffect):
 
         Heads in ``fresh`` are brought to what it gives, now and not again. The deepest module comes
         first: its clip does not change what the others see, so that one measurement serves all.
-        Heads below their aims are kept to be held later where one is clipped in their module, and
+        Heads below their targets are kept to be held later where one is clipped in their module, and
         everywhere if ``wait``.
         """
         measured = replayed_scores(self.run)
@@ -73,18 +74,18 @@ class HeldClip(HeldEffect):
                 for layer in self._layers()
             }
         )
-        todo = self._factors(scores, {**self.aims, **(fresh or {})})
+        todo = self._factors(scores, {**self.targets, **(fresh or {})})
         waiting = (
             [_module(layer) for layer in self._layers() if _module(layer) not in todo]
             if wait
             else []
         )
         if not todo and not waiting:
-            raise CannotApply(
+            raise NotApplicable(
                 "every head named is at or below its aim already, or its score is not finite: "
                 "there is nothing to clip"
             )
-        refused: list[CannotApply] = []
+        refused: list[NotApplicable] = []
         notes = []
         for name in deepest_first([*todo, *dict.fromkeys(waiting)], list(measured)):
             try:
@@ -93,7 +94,7 @@ class HeldClip(HeldEffect):
                     if name in todo
                     else self._ready(name, measured)
                 )
-            except CannotApply as error:
+            except NotApplicable as error:
                 refused.append(error)
                 todo.pop(name, None)
                 waiting = [each for each in waiting if each != name]
@@ -103,13 +104,13 @@ class HeldClip(HeldEffect):
             )
         if not todo and not waiting:
             raise refused[0]
-        self.aims = {
+        self.targets = {
             (layer, head): aim
-            for (layer, head), aim in self.aims.items()
+            for (layer, head), aim in self.targets.items()
             if _module(layer) in (*todo, *waiting)
         }
         self.places = [(name, head) for name, factors in todo.items() for head in factors]
-        self.places += [(layer, head) for layer, head in self.aims if _module(layer) in waiting]
+        self.places += [(layer, head) for layer, head in self.targets if _module(layer) in waiting]
         self.before, self.after = self._describe(todo, scores)
         proof = (
             "proven on the step's batch"
@@ -124,7 +125,7 @@ class HeldClip(HeldEffect):
         """Let the optimizer begin anew with these heads; ``first`` is the step at which it did,
         after a restart.
         """
-        self._anew = Anew(self.run, first)
+        self._anew = OptimizerReset(self.run, first)
         self.note += f"; the optimizer begins anew, with a warm-up of {self._anew.steps} steps"
 
     def watch(self, hold: bool) -> None:
@@ -132,8 +133,8 @@ class HeldClip(HeldEffect):
         hold.
         """
         self._told_at = self.run.history.latest.step if len(self.run.history) else None
-        looking = [self.run.marks.add("attention", self._look)] if hold else []
-        self._remove = [self.run.marks.add("on_step", self._on_step), *looking]
+        looking = [self.run.step_hooks.add("attention", self._look)] if hold else []
+        self._remove = [self.run.step_hooks.add("on_step", self._on_step), *looking]
 
     def undo(self) -> bool:
         self.release()
@@ -143,10 +144,10 @@ class HeldClip(HeldEffect):
 
     def relax(self) -> Mapping[str, Any]:
         known = {
-            place: min(2 * aim, self.limits.get(place, aim)) for place, aim in self.aims.items()
+            place: min(2 * aim, self.limits.get(place, aim)) for place, aim in self.targets.items()
         }
-        wider = {place: aim for place, aim in known.items() if aim > self.aims[place]}
-        self.aims |= wider
+        wider = {place: aim for place, aim in known.items() if aim > self.targets[place]}
+        self.targets |= wider
         return (
             {"max_logit": {f"{layer} head {head}": aim for (layer, head), aim in wider.items()}}
             if wider
@@ -164,11 +165,11 @@ class HeldClip(HeldEffect):
 
     def state_dict(self) -> dict[str, Any]:
         names = {id(p): name for name, p in self.run.model.named_parameters()}
-        aims = [[layer, head, aim] for (layer, head), aim in self.aims.items()]
+        targets = [[layer, head, aim] for (layer, head), aim in self.targets.items()]
         limits = [[layer, head, limit] for (layer, head), limit in self.limits.items()]
         anew = None if self._anew is None else self._anew.first
         return {
-            "aims": aims,
+            "targets": targets,
             "limits": limits,
             "anew": anew,
             "proven": dict(self.proven),
@@ -176,23 +177,23 @@ class HeldClip(HeldEffect):
         }
 
     def _layers(self) -> list[str]:
-        return list(dict.fromkeys(str(layer) for layer, _ in self.aims))
+        return list(dict.fromkeys(str(layer) for layer, _ in self.targets))
 
     def _last_read(self, layer: str) -> np.ndarray:
         history = self.run.history
         if not len(history) or layer not in history.layers:
-            raise CannotApply(f"the scores of {layer} are not known")
+            raise NotApplicable(f"the scores of {layer} are not known")
         values: np.ndarray = history.now("max_logit")[history.of_layer(layer)]
         return values
 
     def _factors(
-        self, scores: Mapping[str, np.ndarray], aims: Mapping[Place, float]
+        self, scores: Mapping[str, np.ndarray], targets: Mapping[Place, float]
     ) -> dict[str, dict[int, float]]:
         """For each module, the factor of each head that is above its aim; the smallest over a
         module's calls.
         """
         found: dict[str, dict[int, float]] = {}
-        for (layer, head), aim in aims.items():
+        for (layer, head), aim in targets.items():
             values = scores.get(str(layer))
             if (
                 values is None
@@ -236,7 +237,9 @@ class HeldClip(HeldEffect):
         proposals = find_query_key(self.run.module(name), self.run.history.info.get(name))
         if name not in measured:
             return proposals[0]
-        heads = [head for layer, head in self.aims if _module(layer) == name and head is not None]
+        heads = [
+            head for layer, head in self.targets if _module(layer) == name and head is not None
+        ]
         return self._prove(name, proposals, dict.fromkeys(heads, 0.5), measured[name])
 
     def _prove(
@@ -262,7 +265,7 @@ class HeldClip(HeldEffect):
                 self.proven[name], self._parts[name] = proposal.how, proposal
                 return proposal
             failures.append(f"{proposal.how}: {wrong}")
-        raise CannotApply(
+        raise NotApplicable(
             f"scaling weights does not scale the scores of {name} ({'; '.join(failures)})", RMS_NORM
         )
 
@@ -271,7 +274,7 @@ class HeldClip(HeldEffect):
         return 0.01 if weight is None or weight.dtype in (torch.float32, torch.float64) else 0.03
 
     def _look(self, call: AttentionCall) -> None:
-        if any(call.layer == layer for layer, _ in self.aims):
+        if any(call.layer == layer for layer, _ in self.targets):
             scores = largest_scores(call)
             known = self._seen.get(call.layer)
             self._seen[call.layer] = scores if known is None else torch.maximum(known, scores)
@@ -283,7 +286,7 @@ class HeldClip(HeldEffect):
         self.rows.moved_on()
         if self._anew is not None:
             self._anew.moved_on()
-        if not self.run.marks.wants("attention"):
+        if not self.run.step_hooks.wants("attention"):
             return
         scores = self._over_ranks()
         vain = {
@@ -298,7 +301,7 @@ class HeldClip(HeldEffect):
                 if _module(layer) in self._parts
             }
             scores = self._recent.add(scores, parts)
-        for name, factors in self._factors(scores, self.aims).items():
+        for name, factors in self._factors(scores, self.targets).items():
             if name in vain or self.given_up:
                 continue
             self._apply(name, factors, {}, scores)
@@ -355,7 +358,7 @@ class HeldClip(HeldEffect):
         seen, self._seen = self._seen, {}
         layers = sorted(self._layers())
         heads = [
-            1 + max(head or 0 for layer, head in self.aims if layer == name) for name in layers
+            1 + max(head or 0 for layer, head in self.targets if layer == name) for name in layers
         ]
         device = next((each.device for each in seen.values()), torch.device("cpu"))
         unseen = torch.full((max(heads),), -torch.inf, device=device)
@@ -390,7 +393,7 @@ class HeldClip(HeldEffect):
         calls.
         """
         found: dict[int, float] = {}
-        for layer, head in self.aims:
+        for layer, head in self.targets:
             values = scores.get(str(layer), np.array([]))
             if (
                 _module(layer) == name
@@ -406,7 +409,7 @@ class HeldClip(HeldEffect):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Scores before and after, by place."""
         places = [
-            (layer, head) for layer, head in self.aims if head in todo.get(_module(layer), {})
+            (layer, head) for layer, head in self.targets if head in todo.get(_module(layer), {})
         ]
         before = {
             f"{layer} head {head}": float(scores[str(layer)][head or 0]) for layer, head in places

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("stabmon")
 
 NEAR = 8
-"""Losses whose median is a point of the course."""
+"""LossAccumulator whose median is a point of the course."""
 NEWEST = 3
-"""Losses whose median tells where the run stands."""
+"""LossAccumulator whose median tells where the run stands."""
 
 
 class HealthyStates:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon._torch.optimizer_adapter import state_of
-from stabmon.interventions.base import CannotApply
+from stabmon.interventions.base import NotApplicable
 
 if TYPE_CHECKING:
     from stabmon.interventions.run.training_run import TrainingRun
@@ -42,7 +42,7 @@ bias.
 """
 
 
-class Anew:
+class OptimizerReset:
     r"""Every moment of the optimizers set to where training begins, and the rate warmed up.
 
     The warm-up takes :math:`2 / (1 - \beta_2)` steps, which is what averages of squares need to
@@ -65,7 +65,7 @@ class Anew:
         self._end: Callable[[], None] = lambda: None
         try:
             _ = run.torch_optimizers
-        except CannotApply:
+        except NotApplicable:
             return
         squares = [group.settings["betas"][1] for group in run.groups if "betas" in group.settings]
         if squares:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from stabmon._storage.stored_value import Stored, stored_issue
-from stabmon.interventions.base import INTERVENTIONS, CannotApply, Intervention
+from stabmon.interventions.base import INTERVENTIONS, Intervention, NotApplicable
 from stabmon.interventions.run.training_run import TrainingRun
 
 logger = logging.getLogger("stabmon")
@@ -73,7 +73,7 @@ class SavedAct:
         applied = None
         try:
             applied = self.act.resume(run, self.state) if self.active else None
-        except CannotApply as error:
+        except NotApplicable as error:
             logger.warning("%s is not held any longer: %s", self.act.name, error.reason)
         except Exception as error:
             logger.error(

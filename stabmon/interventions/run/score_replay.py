@@ -32,7 +32,7 @@ def replay(run: TrainingRun, on_call: Callable[[AttentionCall], None]) -> None:
     """
     with (
         run.forwards[0].again(run.model) as forward,
-        AttentionCapture(run.model, on_call, thorough=True),
+        AttentionCapture(run.model, on_call, always_watch_functions=True),
     ):
         forward()
 

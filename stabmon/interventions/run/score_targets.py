@@ -14,7 +14,7 @@ overflows.
 """
 
 
-def own_past(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:
+def baselines(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:
     """A head's largest score before it grew; NaN where that is not known, or was never better.
 
     Before it grew is where the issue says that it began, or where the head's score was last at or

@@ -22,7 +22,7 @@ from stabmon._torch.optimizer_adapter import (
     takes_hooks,
 )
 from stabmon.capture import clean_name
-from stabmon.interventions.base import Applied, CannotApply
+from stabmon.interventions.base import Applied, NotApplicable
 from stabmon.interventions.run.learning_rates import LearningRates
 from stabmon.rules.tracking.history import History
 
@@ -35,7 +35,7 @@ logger = logging.getLogger("stabmon")
 Mark = Literal["attention", "before_optimizer_step", "on_step"]
 
 
-class Marks:
+class StepHooks:
     """Callbacks of held interventions at the marks of a step.
 
     - ``attention``, with the :class:`~stabmon.records.AttentionCall`: in each training forward,
@@ -116,7 +116,7 @@ class TrainingRun:
     """Receives each audit record."""
     applied: list[Applied] = field(default_factory=list)
     """Everything applied so far, in order."""
-    marks: Marks = field(default_factory=Marks)
+    step_hooks: StepHooks = field(default_factory=StepHooks)
     states: HealthyStates | None = None
     """The healthy states that are kept to roll back to; None where nobody asked for them."""
     by_hand: bool = False
@@ -161,11 +161,11 @@ class TrainingRun:
         """The factors and ceilings that held interventions put on the learning rates.
 
         Raises:
-            CannotApply: if there is no torch optimizer to be found.
+            NotApplicable: if there is no torch optimizer to be found.
         """
         _ = self.torch_optimizers
         return LearningRates(
-            self.optimizers, functools.partial(self.marks.add, "before_optimizer_step")
+            self.optimizers, functools.partial(self.step_hooks.add, "before_optimizer_step")
         )
 
     @property
@@ -191,7 +191,7 @@ class TrainingRun:
         """The optimizers around whose steps hooks can be put.
 
         Raises:
-            CannotApply: if there is none.
+            NotApplicable: if there is none.
         """
         found = [each for each in self.optimizers if takes_hooks(each)]
         if not found:
@@ -200,7 +200,7 @@ class TrainingRun:
                 if self.optimizer is None
                 else f"a {type(self.optimizer).__name__} without step hooks"
             )
-            raise CannotApply(
+            raise NotApplicable(
                 f"the run has {kind}",
                 "give the torch optimizer to the monitor: optimizer=optimizer",
             )
@@ -211,7 +211,7 @@ class TrainingRun:
         """The first of them.
 
         Raises:
-            CannotApply: if there is none.
+            NotApplicable: if there is none.
         """
         return self.torch_optimizers[0]
 
@@ -223,7 +223,7 @@ class TrainingRun:
         """The attention module of a layer.
 
         Raises:
-            CannotApply: if the model has no such module.
+            NotApplicable: if the model has no such module.
         """
         if layer in self.layers:
             return self.layers[layer]
@@ -232,7 +232,7 @@ class TrainingRun:
             if (clean_name(own) or type(each).__name__) == name:
                 found: nn.Module = each
                 return found
-        raise CannotApply(f"no attention module is known under {layer!r}")
+        raise NotApplicable(f"no attention module is known under {layer!r}")
 
     def max_logit(self, layer: str, head: int | None = None) -> float:
         """Largest score of a head (of all heads of the layer for None) at the newest reading; NaN

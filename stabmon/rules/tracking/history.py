@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stabmon._storage.stored_value import Stored, stored_non_finite, stored_overshoot
-from stabmon.records import LayerInfo, NonFinite, Overshoot, QueryKeyStep, Reading, StabilityIssue
+from stabmon.records import LayerInfo, NonFinite, Overshoot, QKUpdate, Reading, StabilityIssue
 from stabmon.rules.tracking.history_table import Columns, Table
 
 
@@ -379,8 +379,8 @@ def _step_and_loss(pair: Stored) -> tuple[int, float]:
     return step.integer(), loss.number()
 
 
-def _moved(saved: Stored) -> QueryKeyStep:
-    return QueryKeyStep(*(saved[name].number() for name in ("gradient", "weight", "update")))
+def _moved(saved: Stored) -> QKUpdate:
+    return QKUpdate(*(saved[name].number() for name in ("gradient", "weight", "update")))
 
 
 def _info(saved: Stored) -> LayerInfo:

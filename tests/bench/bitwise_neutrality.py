@@ -1,7 +1,7 @@
 """Train twins with and without a monitor, and tell whether a single bit differs or anything is left
 behind.
 
-python tests/bench/do_no_harm.py [--steps 200] [--only TEXT]
+python tests/bench/bitwise_neutrality.py [--steps 200] [--only TEXT]
 
 Every row trains the same small model from the same seed, unwatched and watched with ``observe``, on
 one thread, with dropout, gradient clipping and a schedule. Compared bit for bit: the loss of every

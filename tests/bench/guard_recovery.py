@@ -1,9 +1,9 @@
 """Does "guard" repair what fails, and leave alone what does not? Each run without and with it,
 beside its healthy twin.
 
-    python tests/bench/cure.py                 two runs of each kind, about half an hour after
-    foresight.py has trained them unguarded python tests/bench/cure.py --every 10      look at, and
-    act after, every tenth step python tests/bench/cure.py --all           train under guard also
+    python tests/bench/guard_recovery.py                 two runs of each kind, about half an hour after
+    alarm_lead_time.py has trained them unguarded python tests/bench/guard_recovery.py --every 10      look at, and
+    act after, every tenth step python tests/bench/guard_recovery.py --all           train under guard also
     what gave no alarm
 
 A run is repaired if its final validation loss is within 0.10 nats of the twin's. What is done to a
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from foresight import INTERVALS, share
+from alarm_lead_time import INTERVALS, share
 from rich.console import Console
 from rich.table import Table
 from testbed.alarms import alarms_of

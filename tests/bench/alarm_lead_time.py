@@ -1,8 +1,8 @@
 """Does stabmon see failures coming? Alarms on real small runs, against what became of them.
 
-    python tests/bench/foresight.py                 two runs of each kind, about 40 minutes on two
-    cores python tests/bench/foresight.py --each 4        four of each python
-    tests/bench/foresight.py --only init     some kinds python tests/bench/foresight.py --half tuned
+    python tests/bench/alarm_lead_time.py                 two runs of each kind, about 40 minutes on two
+    cores python tests/bench/alarm_lead_time.py --each 4        four of each python
+    tests/bench/alarm_lead_time.py --only init     some kinds python tests/bench/alarm_lead_time.py --half tuned
     the half of the runs that levels may be tuned on
 
 Every run is trained watched at each fifth step, and so is its healthy twin; alarms are then raised
