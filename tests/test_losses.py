@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from stabmon import AttentionStabilityMonitor
-from stabmon.engine.loss_accumulator import loss_in
+from stabmon._torch.outputs import loss_in
 from tests.small import BATCH, LENGTH, Floats
 
 LOGITS = torch.randn(2, 3, requires_grad=True) * 1.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.isolation import side_effect_free
-from stabmon.engine.gradients import is_sharded, tensors_in
+from stabmon._torch.tensors import is_sharded, tensors_in, without_graph
 
 _KEEP_BYTES = 1 << 26
 """Inputs of one step that are kept for a replay, its first forward's in any case."""
@@ -112,19 +112,6 @@ class StepForwards:
         self._bytes += size
         self.calls.append(ForwardCall.of(module, args, kwargs))
         return self.calls[-1]
-
-
-def without_graph(value: Any) -> Any:
-    """The same with every tensor detached; what is neither a tensor nor a plain tuple, list or dict
-    of them stays as it is.
-    """
-    if isinstance(value, Tensor):
-        return value.detach() if value.grad_fn is not None else value
-    if type(value) in (tuple, list):
-        return type(value)(without_graph(each) for each in value)
-    if type(value) is dict:
-        return {name: without_graph(each) for name, each in value.items()}
-    return value
 
 
 def is_split(model: nn.Module) -> bool:

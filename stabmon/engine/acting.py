@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
+from stabmon._torch.process_group import world_size
 from stabmon.config import StabilityConfig, load_config
-from stabmon.engine.rank_reducer import world_size
 from stabmon.guard import Guard
 from stabmon.interventions import Applied, Intervention, TrainingRun
 from stabmon.records import AttentionCall, Diagnosis

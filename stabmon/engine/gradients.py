@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stabmon.capture import clean_name
-
-_SMALL = 1 << 16
-"""Parameters of at most this many values can be looked at in every step."""
+from stabmon._torch.tensors import is_sharded
+from stabmon.capture.names import clean_name
 
 
 class GradientNorms:
@@ -93,56 +91,6 @@ class GradientNorms:
         return found
 
 
-class GradientProbe:
-    """A few small parameters, the first and the last of the model: where a non-finite gradient
-    arrives, and where it starts.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._parameters = self._choose()
-
-    def gradients(self) -> list[Tensor]:
-        """Up to four gradients, of this rank's shards where they are sharded."""
-        first = _first_two(self._parameters)
-        if not first:  # what is trained has changed
-            self._parameters = self._choose()
-            first = _first_two(self._parameters)
-        last = _first_two(reversed(self._parameters))
-        return [*first, *(grad for grad in last if all(grad is not other for other in first))]
-
-    def weights(self) -> list[Tensor]:
-        """Up to four parameters as they are now, of this rank's shards where they are sharded."""
-        chosen = {id(each): each for each in (*self._parameters[:2], *self._parameters[-2:])}
-        return [local(parameter.detach()) for parameter in chosen.values()]
-
-    def _choose(self) -> list[nn.Parameter]:
-        trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        small = [parameter for parameter in trainable if parameter.numel() <= _SMALL]
-        return small or sorted(trainable, key=lambda parameter: parameter.numel())[:4]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether only a part of the tensor is here (a DTensor)."""
-    return type(tensor).__name__ == "DTensor"
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, without a word to other ranks."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
-    return part
-
-
-def _first_two(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is not None:
-            found.append(local(parameter.grad))
-            if len(found) == 2:
-                break
-    return found
-
-
 class AfterBackward:
     """Calls ``tell(added)`` at the end of each backward that adds to a gradient of the model,
     before anything can clip it.
@@ -202,18 +150,6 @@ class AfterBackward:
         self.reset()
         if self._handles:
             self._tell(added)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and model outputs."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from tensors_in(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from tensors_in(each)
 
 
 def _queue(callback: Callable[[], None]) -> None:

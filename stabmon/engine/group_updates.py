@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stabmon._torch.optimizer_adapter import ParameterGroup
-from stabmon.engine.gradients import local
+from stabmon._torch.tensors import local
 
 MOST_VALUES = 1 << 20
 """Values of a group that are copied."""

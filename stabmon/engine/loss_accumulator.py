@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
-from stabmon.engine.gradients import tensors_in
+from stabmon._torch.outputs import loss_in
 
 
 class LossAccumulator:
@@ -108,52 +108,3 @@ class LossAccumulator:
 
 def _number(loss: Tensor | float) -> float:
     return loss.item() if isinstance(loss, Tensor) else float(loss)
-
-
-def loss_in(output: Any) -> Tensor | None:
-    """Find the loss in a forward's output: a single number, told by its name or by being the only
-    one that gradients reach.
-
-    Returns:
-        The number called ``loss``, else the one whose name holds ``total`` and ``loss``, else the
-        only one whose name holds ``loss``, else the only one that gradients reach (the only one
-        without a name, where they reach nothing); each time only among those that gradients reach,
-        if there are such. None where several would do: a wrong loss is worse than none.
-    """
-    numbers = list(_numbers_in(output))
-    reached = [(name, number) for name, number in numbers if number.requires_grad]
-    among = reached or numbers
-    names = [name.lower() for name, _ in among]
-    for fits in (
-        lambda name: name == "loss",
-        lambda name: "loss" in name and "total" in name,
-        lambda name: "loss" in name,
-    ):
-        found = [number for name, (_, number) in zip(names, among, strict=True) if fits(name)]
-        if found:
-            return found[0] if len(found) == 1 else None
-    if not reached and any(tensor.requires_grad for tensor in tensors_in(output)):
-        return None  # what there is may be a metric
-    found = [number for name, number in among if reached or not name]
-    return found[0] if len(found) == 1 else None
-
-
-def _numbers_in(output: Any, name: str = "", depth: int = 2) -> Iterator[tuple[str, Tensor]]:
-    """Every single floating-point number of an output and the name it has there, ``""`` for
-    none.
-    """
-    if isinstance(output, Tensor):
-        if output.dim() == 0 and output.is_floating_point():
-            yield name, output
-    elif depth and isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from _numbers_in(value, str(key), depth - 1)
-    elif depth and isinstance(output, tuple | list):
-        names = getattr(output, "_fields", ("",) * len(output))
-        for key, value in zip(names, output, strict=True):
-            yield from _numbers_in(value, key or name, depth - 1)
-    elif depth and hasattr(output, "__dict__"):
-        for key, value in vars(output).items():
-            yield from _numbers_in(value, key, depth - 1)
-        if "loss" not in vars(output):  # a property
-            yield from _numbers_in(getattr(output, "loss", None), "loss", depth - 1)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from stabmon._storage.stored_value import Stored
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
+from stabmon._torch.process_group import rank, world_size
 from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.acting import Acting, paused
 from stabmon.engine.error_boundary import ErrorBoundary, contained
@@ -42,7 +43,7 @@ from stabmon.engine.monitor_state import (
     known_issues,
 )
 from stabmon.engine.qk_updates import QKUpdates, with_adapters
-from stabmon.engine.rank_reducer import RankReducer, rank, world_size
+from stabmon.engine.rank_reducer import RankReducer
 from stabmon.engine.recorder import Recorder
 from stabmon.engine.run_metadata import run_meta
 from stabmon.engine.step_length.watch import StepLength

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from stabmon.engine.gradients import is_sharded
+from stabmon._torch.tensors import is_sharded
 from stabmon.interventions import NotApplicable
 from stabmon.projections.adapters import EffectiveUpdate
 from stabmon.projections.locate import find_effective, find_query_key, is_adapted

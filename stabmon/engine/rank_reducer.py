@@ -9,12 +9,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stabmon._torch.process_group import collective_device, default_store, gather, rank, world_size
 from stabmon.records import NonFinite
 from stabmon.signals import SIGNALS, HeadSums
 
@@ -24,25 +24,6 @@ Sums = Mapping[str, Mapping[str, HeadSums]]
 _WAIT = timedelta(seconds=10)
 """How long rank 0 waits for the findings of others, once a misfortune."""
 _monitors = itertools.count()
-
-
-def rank() -> int:
-    """This process's rank; 0 outside of torch.distributed."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """How many processes train together; 1 outside of torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def on_all_ranks(ready: bool) -> bool:
-    """Whether every rank is ``ready``; one collective, which every rank must call."""
-    return (
-        ready
-        if world_size() == 1
-        else bool(_gather(torch.tensor([float(ready)], dtype=torch.float64)).all())
-    )
 
 
 class RankReducer:
@@ -92,7 +73,7 @@ class RankReducer:
 
         The rank that found it is named in ``detail``.
         """
-        store = _store() if world_size() > 1 else None
+        store = default_store() if world_size() > 1 else None
         if store is None:
             return found
         keys = [f"stabmon/{self._number}/{step}/{each}" for each in range(world_size())]
@@ -119,7 +100,7 @@ class RankReducer:
     def _agree(self, layout: list[tuple[str, str, int]]) -> bool:
         """Compare layouts; put off while some rank has none."""
         digest = int.from_bytes(hashlib.sha256(repr(layout).encode()).digest()[:6], "big")
-        gathered = _gather(torch.tensor([float(len(layout)), float(digest)], dtype=torch.float64))
+        gathered = gather(torch.tensor([float(len(layout)), float(digest)], dtype=torch.float64))
         if not bool(gathered[:, 0].all()):
             return False
         self._layout, self._agreed = layout, bool((gathered == gathered[0]).all())
@@ -154,7 +135,7 @@ class RankReducer:
                 largest = torch.where(self._is_max & ~totals.isnan(), totals, -torch.inf)
             except Exception as error:  # others wait for this rank's vector
                 logger.error("this rank's readings are left out of a sampled step: %s", error)
-        device = _device()
+        device = collective_device()
         return added.to(device), largest.to(device)
 
     def _unpack(
@@ -179,25 +160,3 @@ def has_split_heads(model: nn.Module) -> bool:
     """Whether the model is tensor parallel: then head 0 of one rank is not head 0 of another."""
     meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
     return any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes if mesh is not None)
-
-
-def _gather(vector: Tensor) -> Tensor:
-    """``[ranks, length]`` on the CPU."""
-    vector = vector.to(_device())
-    parts = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, vector)
-    return torch.stack(parts).cpu()
-
-
-def _device() -> torch.device:
-    """Where the default process group takes its tensors."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None or "gloo" in str(dist.get_backend_config()):
-        return torch.device("cpu")
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
-
-
-def _store() -> Any:
-    """The key-value store through which the process group was set up."""
-    get = getattr(dist.distributed_c10d, "_get_default_store", None)
-    return None if get is None else get()

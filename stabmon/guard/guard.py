@@ -14,11 +14,12 @@ import torch.distributed as dist
 from stabmon._storage.stored_value import Stored
 from stabmon.guard.policy import Budget, Policy, stored_key
 from stabmon.guard.symptoms import FAMILIES, Key, family_of
-from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention, NotApplicable
+from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.saved_intervention import SavedAct
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import AttentionCall, StabilityIssue
 
 logger = logging.getLogger("stabmon")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from stabmon._storage.stored_value import Stored
 from stabmon.guard.symptoms import (
@@ -19,11 +19,10 @@ from stabmon.guard.symptoms import (
     in_order,
     key_of,
 )
-from stabmon.interventions.base import Applied, Intervention, NotApplicable
+from stabmon.interventions.base import Applied, Intervention
+from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import NonFinite, StabilityIssue
-
-if TYPE_CHECKING:
-    from stabmon.interventions.run.training_run import TrainingRun
 
 logger = logging.getLogger("stabmon")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from stabmon._torch.process_group import on_all_ranks
 from stabmon.engine.monitor import AttentionStabilityMonitor
-from stabmon.engine.rank_reducer import on_all_ranks
 
 logger = logging.getLogger("stabmon")
 

@@ -5,14 +5,9 @@ file.
 is what they may touch; :class:`~stabmon.guard.guard.Guard` chooses, applies, judges and takes back.
 """
 
-from stabmon.interventions.base import (
-    INTERVENTIONS,
-    Applied,
-    Intervention,
-    NotApplicable,
-    intervention,
-)
+from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention, intervention
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 __all__ = [
     "INTERVENTIONS",

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stabmon._storage.stored_value import Stored, stored_numbers
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.lower_learning_rate import Held
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 
 @intervention

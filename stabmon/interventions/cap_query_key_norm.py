@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
-from stabmon.engine.gradients import is_sharded
-from stabmon.interventions.base import Effect, HeldEffect, Intervention, NotApplicable, intervention
+from stabmon._torch.tensors import is_sharded
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect, HeldEffect
 from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import Rows
 from stabmon.projections.locate import SEPARATE, find_query_key
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import ScaledRows, check_saved_rows
 from stabmon.rules.evidence.norm_growth import drive
 

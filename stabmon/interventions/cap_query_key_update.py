@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
-from stabmon.engine.gradients import is_sharded
-from stabmon.interventions.base import Effect, HeldEffect, Intervention, NotApplicable, intervention
+from stabmon._torch.tensors import is_sharded
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect, HeldEffect
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.adapters import EffectiveUpdate
 from stabmon.projections.head_rows import Rows
 from stabmon.projections.locate import find_effective, trained_rows
 from stabmon.projections.master_weights import copies_of
+from stabmon.projections.not_applicable import NotApplicable
 
 PAST = 20
 """Newest readings whose median is what a step used to change."""

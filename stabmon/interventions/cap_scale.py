@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Effect, HeldEffect, Intervention, NotApplicable, intervention
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect, HeldEffect
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.interventions.soften_logits import NAMES, scale_of
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.rules.evidence.norm_growth import drive
 
 

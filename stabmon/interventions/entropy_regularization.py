@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, Place, intervention
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect, Place
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.operator import AttentionOperator
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import AttentionCall
 from stabmon.signals.reduce import operator_of
 

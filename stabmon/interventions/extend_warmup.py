@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Effect, Intervention, intervention
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.training_run import TrainingRun
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
+from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
+from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.score_replay import can_replay
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 NAMES = (
     "attention_dropout",

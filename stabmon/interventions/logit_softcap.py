@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
+from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
+from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.score_replay import can_replay, replay
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 NAMES = ("attn_logit_softcapping", "attn_logit_softcap", "logit_softcap", "softcap", "attn_softcap")
 """What models with a softcap call it on their attention modules."""

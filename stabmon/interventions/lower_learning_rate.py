@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from stabmon._torch.optimizer_adapter import takes_hooks
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.learning_rates import step_hook
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import Rows
 from stabmon.projections.locate import trained_rows
 from stabmon.projections.master_weights import copies_of
+from stabmon.projections.not_applicable import NotApplicable
 
 GIVE_ALL = "give every optimizer to the monitor: optimizer=[one, other]"
 Where = Literal["all", "query_key"]

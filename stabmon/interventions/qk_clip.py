@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, Place, intervention
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect, Place
 from stabmon.interventions.effects.score_clip import ScoreClip
 from stabmon.interventions.run.score_targets import FORMATS, baselines
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import check_saved_rows
 from stabmon.records import StabilityIssue
 

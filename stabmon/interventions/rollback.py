@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 FEW = 100
 """Steps that a run which was broken from the start may be put back by though its loss keeps to its

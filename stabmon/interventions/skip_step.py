@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from stabmon._storage.stored_value import Stored
-from stabmon.engine.gradients import local
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
+from stabmon._torch.tensors import local
+from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 
 @intervention

@@ -10,10 +10,12 @@ import numpy as np
 from torch import nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Effect, Intervention, NotApplicable, intervention
+from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
+from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.score_replay import can_replay, deepest_first, replayed_scores
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 NAMES = ("scaling", "scale", "softmax_scale", "norm_factor", "inv_norm_factor")
 """What attention modules call the number that scores are multiplied by."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall
-from stabmon.engine.gradients import local
+from stabmon._torch.tensors import local
 from stabmon.operator import AttentionOperator
 from stabmon.records import Cause
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from stabmon._storage.stored_value import Stored, stored_non_finite
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
-from stabmon.engine.gradients import GradientProbe, local
+from stabmon._torch.tensors import local
+from stabmon.nonfinite.gradient_probe import GradientProbe
 from stabmon.nonfinite.skipped_steps import SkippedSteps
 from stabmon.nonfinite.tracer import Seen, Tracer
 from stabmon.records import NonFinite

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall
+from stabmon._torch.outputs import loss_in
+from stabmon._torch.tensors import local, tensors_in
 from stabmon.capture import AttentionCapture, clean_name
-from stabmon.engine.gradients import local, tensors_in
-from stabmon.engine.loss_accumulator import loss_in
 from stabmon.nonfinite.causes import HiddenRows, of_input, of_values, unused_labels
 from stabmon.records import AttentionCall, Cause, NonFinite
 from stabmon.signals.reduce import operator_of

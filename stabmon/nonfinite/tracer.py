@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from stabmon._torch.forward_call import ForwardCall, is_split
+from stabmon._torch.tensors import local
 from stabmon.capture import clean_name
-from stabmon.engine.gradients import local
 from stabmon.nonfinite.causes import of_values, of_weights
 from stabmon.nonfinite.first_bad_tensor import (
     find_in_backward,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.engine.gradients import is_sharded
-from stabmon.interventions.base import NotApplicable
+from stabmon._torch.tensors import is_sharded
+from stabmon.projections.not_applicable import NotApplicable
 
 _ADDED = ("lora_E", "hada_w1_a", "lokr_w1", "lokr_w1_a", "vera_lambda_b")
 """What AdaLoRA, LoHa, LoKr and VeRA call a part of what they add to W."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.engine.gradients import is_sharded, local
-from stabmon.interventions.base import NotApplicable
+from stabmon._torch.tensors import is_sharded, local
+from stabmon.projections.not_applicable import NotApplicable
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from stabmon.capture.protocol import HEADS
-from stabmon.interventions.base import NotApplicable
 from stabmon.projections.adapters import (
     EffectiveUpdate,
     EffectiveWeight,
@@ -26,6 +25,7 @@ from stabmon.projections.adapters import (
 )
 from stabmon.projections.head_rows import QueryKey, Rows
 from stabmon.projections.norm_gains import KEY_NORM, QUERY_NORM, behind_norm, gain_and_bias
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import LayerInfo
 
 QUERY = (

@@ -4,22 +4,44 @@ the model's own are overwritten.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stabmon._torch.optimizer_adapter import state_of
-from stabmon.interventions.base import NotApplicable
-
-if TYPE_CHECKING:
-    from stabmon.interventions.run.training_run import TrainingRun
+from stabmon._torch.optimizer_adapter import ParameterGroup, state_of
+from stabmon.projections.not_applicable import NotApplicable
 
 IN_STATE = ("master_param", "master_params", "master_weight", "master", "fp32_param", "exp_master")
 """What optimizers call a parameter's full-precision copy in its state."""
 
 
-def copies_of(parameter: nn.Parameter, run: TrainingRun) -> list[Tensor]:
+class SteppedRun(Protocol):
+    """A model under training, as far as an edit of its weights must know it."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that trains."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+        ...
+
+    @property
+    def optimizers(self) -> Sequence[Any]:
+        """Every optimizer, without its wrappers."""
+        ...
+
+    @property
+    def groups(self) -> Sequence[ParameterGroup]:
+        """Every parameter group of every optimizer."""
+        ...
+
+
+def copies_of(parameter: nn.Parameter, run: SteppedRun) -> list[Tensor]:
     """The parameter itself, then every master copy of it; an edit must reach them all, or the next
     step undoes it.
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from stabmon.interventions.base import NotApplicable
 from stabmon.projections.head_rows import QueryKey, Rows
+from stabmon.projections.not_applicable import NotApplicable
 
 QUERY_NORM = (
     "q_norm",

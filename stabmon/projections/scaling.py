@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
 from stabmon.projections.head_rows import Rows
-from stabmon.projections.master_weights import copies_of
-
-if TYPE_CHECKING:
-    from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.master_weights import SteppedRun, copies_of
 
 
 @dataclass(eq=False)
@@ -44,7 +41,7 @@ class ScaledRows:
     where the scores grew, which is why a clip is held and not done once.
     """
 
-    def __init__(self, run: TrainingRun) -> None:
+    def __init__(self, run: SteppedRun) -> None:
         self.run = run
         self._entries: dict[tuple[Any, ...], _Scaled] = {}
 

@@ -52,11 +52,11 @@ class LossSpike:
     coming down: no alarm.
     """
     past: int = 100
-    """LossAccumulator from which the noise is taken."""
+    """Losses from which the noise is taken."""
     near: int = 32
-    """LossAccumulator that make up the recent course: fewer, since it may be falling."""
+    """Losses that make up the recent course: fewer, since it may be falling."""
     least_past: int = 24
-    """LossAccumulator that must be known before any is judged."""
+    """Losses that must be known before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """At most one issue, for the run. NaN and inf are left to ``non_finite``."""

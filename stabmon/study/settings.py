@@ -51,7 +51,7 @@ class TrainingSettings:
     save_every: int | None = None
     """Steps between checkpoints; None for one at the end alone."""
     threads: int | None = None
-    """CPU threads; None for PyTorch's choice. LossAccumulator are compared bit for bit only at the same
+    """CPU threads; None for PyTorch's choice. Losses are compared bit for bit only at the same
     number.
     """
 

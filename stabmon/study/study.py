@@ -3,7 +3,7 @@ controls of the same size.
 
 For every seed the base is trained first. Then each variant's own parameters are trained on that
 base, which is frozen; and each variant is trained from scratch, base and all, on the same data in
-the same order as the base was. LossAccumulator are compared within a seed. Tasks run side by side in
+the same order as the base was. Losses are compared within a seed. Tasks run side by side in
 processes of their own; each leaves a file when it is done, and a resumed study skips those.
 """
 

@@ -22,7 +22,7 @@ from interventions.runs import (
 from stabmon.guard import Budget, Guard, make_interventions
 from stabmon.guard.symptoms import FAMILIES, ORDER, PREVENTIVE
 from stabmon.interventions import Intervention, NotApplicable, TrainingRun
-from stabmon.interventions.base import Effect
+from stabmon.interventions.effects.effect import Effect
 from stabmon.records import NonFinite, Reading, StabilityIssue
 from stabmon.rules import RULES
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall
+from stabmon._torch.outputs import loss_in
+from stabmon._torch.tensors import tensors_in
 from stabmon.capture import AttentionCapture
 from stabmon.check.config import DTYPES, CheckConfig
 from stabmon.check.measuring.rounding import PATHS, moved, rows_of
-from stabmon.engine.gradients import tensors_in
-from stabmon.engine.loss_accumulator import loss_in
 from stabmon.operator.dense import DenseAttention
 from stabmon.records import AttentionCall, LayerInfo
 from stabmon.signals.accumulator import Measurements, to_host

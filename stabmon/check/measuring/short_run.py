@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.isolation import random_state_kept
+from stabmon._torch.outputs import loss_in
 from stabmon.capture import AttentionCapture
 from stabmon.check.config import DTYPES
-from stabmon.engine.loss_accumulator import loss_in
 from stabmon.signals.accumulator import Measurements, to_host
 from stabmon.tiny.recipe import Recipe
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.interventions.base import NotApplicable
 from stabmon.projections.head_rows import QueryKey, Rows
 from stabmon.projections.locate import find_query_key
 from stabmon.projections.norm_gains import KEY_NORM, gain_and_bias
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import LayerInfo
 
 RANDOM = 1.1

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabmon.engine.gradients import tensors_in
-from stabmon.engine.loss_accumulator import loss_in
+from stabmon._torch.outputs import loss_in
+from stabmon._torch.tensors import tensors_in
 
 _VALUES = 1 << 22
 """Logits of one output that are kept at most: every k-th row of larger ones stands for the

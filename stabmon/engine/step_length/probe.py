@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall, is_split
 from stabmon._torch.isolation import has_hooks_of_others
-from stabmon.engine.gradients import local
+from stabmon._torch.tensors import local
 from stabmon.engine.step_length.objective import Objective
 
 COPY_BYTES = 1 << 30

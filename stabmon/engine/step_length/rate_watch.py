@@ -63,7 +63,7 @@ rate's doing.
 How = Literal["first_step", "brisk", "steps", "torn", "leap"]
 """See :class:`~stabmon.records.Overshoot`."""
 _KNOWN = 12
-"""LossAccumulator that must be known before one can leap."""
+"""Losses that must be known before one can leap."""
 _BACK = 0.25
 """Share of the rate that tore a run that is told to fit it, where no step could be probed."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from stabmon.interventions.base import Effect
+from stabmon.interventions.effects.effect import Effect
 
 
 @dataclass

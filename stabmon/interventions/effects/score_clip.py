@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabmon.interventions.base import HeldEffect, NotApplicable, Place
+from stabmon.interventions.effects.effect import HeldEffect, Place
 from stabmon.interventions.effects.unproven_rows import Unproven
 from stabmon.interventions.run.optimizer_reset import OptimizerReset
 from stabmon.interventions.run.recent_scores import RecentScores
@@ -21,6 +21,7 @@ from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import QueryKey
 from stabmon.projections.locate import find_query_key
 from stabmon.projections.norm_gains import RMS_NORM
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import ScaledRows
 from stabmon.records import AttentionCall
 

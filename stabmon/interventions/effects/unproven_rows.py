@@ -5,14 +5,12 @@ they do not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import Rows
-
-if TYPE_CHECKING:
-    from stabmon.interventions.run.training_run import TrainingRun
 
 SHRUNK = 1 / 8
 """Share of their norm to which rows have come that cannot have left a score where it was: of

@@ -7,24 +7,22 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.run.snapshots import Snapshot, named_tensors, snapshot_bytes
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.rules.evidence.robust_stats import robust_spread
-
-if TYPE_CHECKING:
-    from stabmon.interventions.run.training_run import TrainingRun
 
 logger = logging.getLogger("stabmon")
 
 NEAR = 8
-"""LossAccumulator whose median is a point of the course."""
+"""Losses whose median is a point of the course."""
 NEWEST = 3
-"""LossAccumulator whose median tells where the run stands."""
+"""Losses whose median tells where the run stands."""
 
 
 class HealthyStates:

@@ -5,16 +5,14 @@ gradients, and with a warm-up.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stabmon._torch.optimizer_adapter import state_of
-from stabmon.interventions.base import NotApplicable
-
-if TYPE_CHECKING:
-    from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 MOMENTS = (
     *(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabmon.engine.gradients import is_sharded
+from stabmon._torch.tensors import is_sharded
 from stabmon.projections.head_rows import QueryKey, Rows
 
 STEPS = 8

@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from stabmon._storage.stored_value import Stored, stored_issue
-from stabmon.interventions.base import INTERVENTIONS, Intervention, NotApplicable
+from stabmon.interventions.base import INTERVENTIONS, Intervention
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.not_applicable import NotApplicable
 
 logger = logging.getLogger("stabmon")
 

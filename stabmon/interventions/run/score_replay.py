@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +13,9 @@ from torch import Tensor
 
 from stabmon._torch.forward_call import is_split
 from stabmon.capture import AttentionCapture
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.records import AttentionCall
 from stabmon.signals.reduce import operator_of
-
-if TYPE_CHECKING:
-    from stabmon.interventions.run.training_run import TrainingRun
 
 
 def can_replay(run: TrainingRun) -> bool:

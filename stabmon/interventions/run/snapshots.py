@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stabmon._storage.atomic_write import replace_whole
 from stabmon._torch.optimizer_adapter import state_of
-from stabmon.engine.gradients import local
-
-if TYPE_CHECKING:
-    from stabmon.interventions.run.training_run import TrainingRun
-
+from stabmon._torch.tensors import local
+from stabmon.interventions.run.training_run import TrainingRun
 
 SNAPSHOT_VERSION = 1
 """Of a snapshot's file; one without is of before there were any, and the same."""

@@ -21,9 +21,10 @@ from stabmon._torch.optimizer_adapter import (
     parameter_groups,
     takes_hooks,
 )
-from stabmon.capture import clean_name
-from stabmon.interventions.base import Applied, NotApplicable
+from stabmon.capture.names import clean_name
+from stabmon.interventions.base import Applied
 from stabmon.interventions.run.learning_rates import LearningRates
+from stabmon.projections.not_applicable import NotApplicable
 from stabmon.rules.tracking.history import History
 
 if TYPE_CHECKING:

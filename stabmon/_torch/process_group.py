@@ -1,0 +1,50 @@
+"""Ask the default process group of torch.distributed, where there is one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's rank; 0 outside of torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 outside of torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def on_all_ranks(ready: bool) -> bool:
+    """Whether every rank is ``ready``; one collective, which every rank must call."""
+    return (
+        ready
+        if world_size() == 1
+        else bool(gather(torch.tensor([float(ready)], dtype=torch.float64)).all())
+    )
+
+
+def gather(vector: Tensor) -> Tensor:
+    """``[ranks, length]`` on the CPU."""
+    vector = vector.to(collective_device())
+    parts = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, vector)
+    return torch.stack(parts).cpu()
+
+
+def collective_device() -> torch.device:
+    """Where the default process group takes its tensors."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or "gloo" in str(dist.get_backend_config()):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def default_store() -> Any:
+    """The key-value store through which the process group was set up."""
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()

@@ -1,0 +1,44 @@
+"""Handle tensors: sharded ones, and those inside nested values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether only a part of the tensor is here (a DTensor)."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, without a word to other ranks."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return part
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists, mappings and model outputs."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from tensors_in(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_in(each)
+
+
+def without_graph(value: Any) -> Any:
+    """The same with every tensor detached; what is neither a tensor nor a plain tuple, list or dict
+    of them stays as it is.
+    """
+    if isinstance(value, Tensor):
+        return value.detach() if value.grad_fn is not None else value
+    if type(value) in (tuple, list):
+        return type(value)(without_graph(each) for each in value)
+    if type(value) is dict:
+        return {name: without_graph(each) for name, each in value.items()}
+    return value
