@@ -13,6 +13,7 @@ from interventions.runs import run_of
 
 import stabmon.controllers.serialization as store
 from stabmon._storage.atomic_write import replace_whole, write_text
+from stabmon._storage.stored_value import Stored
 from stabmon.controllers import attach_controllers, load_controllers, save_controllers
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.snapshots import Snapshot
@@ -45,7 +46,7 @@ def test_a_damaged_snapshot_is_told_of_and_not_gone_back_to(
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     states = HealthyStates(run)
-    states.load_state_dict({"healthy": path.name})
+    states.parse_state(Stored({"healthy": path.name}))()
     assert states.newest is None
     assert states.newest is None
     assert caplog.text.count("holds no state to go back to") == 1

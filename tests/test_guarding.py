@@ -169,7 +169,7 @@ def test_a_resumed_monitor_holds_what_was_held(tmp_path):
         budget={"patience": 50},
     )
     go(model, monitor, optimizer, ILL_AT + 3)
-    assert monitor._acting.run.rate_factor == 0.25
+    assert monitor._guard.run.rate_factor == 0.25
     state = json.loads(json.dumps(monitor.state_dict()))
     kept_model, kept_optimizer = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     rest = go(model, monitor, optimizer, 4, start=ILL_AT + 3)
@@ -188,7 +188,7 @@ def test_a_resumed_monitor_holds_what_was_held(tmp_path):
     )
     resumed.load_state_dict(state)
     assert [each.intervention.name for each in resumed.applied] == ["lower_learning_rate"]
-    assert resumed._acting.run.rate_factor == 0.25
+    assert resumed._guard.run.rate_factor == 0.25
     assert go(again, resumed, other, 4, start=ILL_AT + 3) == rest
     assert not resumed.errors
     resumed.close()

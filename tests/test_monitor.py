@@ -572,7 +572,7 @@ def test_the_bench_of_twins_notices_a_single_draw_and_a_single_hook_left(monkeyp
     )
     assert "torch generator" in pair(case)[0]
     monkeypatch.undo()
-    monkeypatch.setattr(StepObserver, "let_go", lambda self: None)
+    monkeypatch.setattr(StepObserver, "close", lambda self: None)
     assert any(each.startswith("left behind: ") for each in pair(case)[0])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import stabmon
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions import INTERVENTIONS
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.snapshots import Snapshot
@@ -282,7 +283,7 @@ def test_what_is_no_longer_known_is_left_out_alone_and_told_of_once(caplog, stor
     for word in ("'qk_klip'", "softness", "'melting'", "heat"):
         assert word in told
     assert names(monitor) == ["skip_step", "qk_clip", "lower_learning_rate"]
-    assert [trial.applied.intervention.name for trial in monitor._acting.guard.policy.trials] == [
+    assert [trial.applied.intervention.name for trial in monitor._guard.policy.trials] == [
         "qk_clip",
         "lower_learning_rate",
     ]
@@ -343,13 +344,13 @@ def test_a_healthy_state_in_the_runs_folder_is_found_by_its_name_and_by_the_whol
     tmp_path,
 ):
     monitor = guarded(folder=tmp_path)
-    run = monitor._acting.run
+    run = monitor._guard.run
     run.run_dir.mkdir(exist_ok=True)
     path = run.run_dir / "healthy-2-rank0.pt"
     Snapshot.take(run).save(path)
     for named in (path.name, str(path)):
         states = HealthyStates(run)
-        states.load_state_dict({"healthy": named})
+        states.parse_state(Stored({"healthy": named}))()
         assert states.newest is not None
         assert states.state_dict() == {"healthy": path.name}
     monitor.close()

@@ -1,17 +1,10 @@
-"""The engine: when to sample, whom to ask, and where the answers go. Knows no signal, rule or sink
-by name.
+"""The monitor: samples steps, asks rules about each reading, and passes answers to sinks and guard.
 
-One optimizer step, with what a monitor does at each mark::
+It knows no signal, rule, sink or intervention by name. :mod:`stabmon.listeners` shows the moments
+of a step; :class:`~stabmon.engine.clock.StepClock` fires them to the listeners: weight updates,
+non-finite detector, step length, guard. After a sampled step::
 
-    begin_step()             <- wait for forwards
-      forward (micro-batch)  <- if sampled: capture attention calls, reduce each to one number a head
-      backward               <- if sampled: gradient norms, before they are clipped
-      …                         more micro-batches
-    before_optimizer_step()  <- replay the forwards, if something is not finite
-      optimizer.step()
-    on_step(loss)            <- if sampled: one reading -> rules -> issues -> sinks -> interventions -> Diagnosis
-
-Interventions that are held are told of every mark.
+    reading -> rules -> issues -> sinks -> interventions -> Diagnosis
 """
 
 from __future__ import annotations
@@ -20,78 +13,79 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from stabmon._storage.stored_value import Stored
-from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import rank, world_size
 from stabmon.config import StabilityConfig, load_config
-from stabmon.engine.acting import Acting, paused
+from stabmon.engine import monitor_state
+from stabmon.engine.clock import Phase, StepClock
 from stabmon.engine.error_boundary import ErrorBoundary, contained
-from stabmon.engine.group_updates import GroupUpdates
-from stabmon.engine.monitor_state import (
-    STATE_VERSION,
-    attention_of,
-    check_model,
-    check_version,
-    known_issues,
-)
-from stabmon.engine.qk_updates import QKUpdates, with_adapters
 from stabmon.engine.rank_reducer import RankReducer
+from stabmon.engine.reading_builder import ReadingBuilder
 from stabmon.engine.recorder import Recorder
 from stabmon.engine.run_metadata import run_meta
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
-from stabmon.interventions import Applied, Intervention
+from stabmon.engine.weight_updates import UpdatesOfStep, WeightUpdates
+from stabmon.guard import Guard
+from stabmon.interventions import Applied, Intervention, TrainingRun
+from stabmon.listeners import StepContext, StepListener
 from stabmon.nonfinite.detector import NonFiniteDetector
-from stabmon.records import Diagnosis, QKUpdate, Reading, StabilityIssue
+from stabmon.records import Diagnosis, Reading, StabilityIssue
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
-from stabmon.signals import SIGNALS
-from stabmon.signals.accumulator import to_host
 from stabmon.sinks import Sink
 
 logger = logging.getLogger("stabmon")
 
 
 class AttentionStabilityMonitor:
-    """Watches the attention of a model in training, and changes nothing about it unless the
-    configuration names interventions.
+    """Monitor of the attention of a model in training.
 
-    Call :meth:`on_step` once after each optimizer step and :meth:`close` (or leave the context) at
-    the end. Nothing here raises into the training loop but bad arguments to the constructor.
+    Call :meth:`on_step` once after each optimizer step, and :meth:`close` (or leave the context) at
+    the end. Training is not changed unless the configuration names interventions, and nothing here
+    raises into the training loop but bad arguments to the constructor.
 
     Args:
         model: the model as it is called in training: plain, compiled, wrapped by DDP or FSDP.
-        optimizer: the torch optimizer, a wrapper around one, or a list of all where there are
-            several. Just before its step is when failing batches are replayed; without one none is.
-            Of what an optimizer steps that is not given, rates are unknown.
-        lr_scheduler: what a rollback with ``rewind_schedule`` sets back, or a list; its rates are
-            read from the optimizer.
-        config: a preset's name, a YAML file's path, or a
-            :class:`~stabmon.config.schema.StabilityConfig`.
-        log_every: sample every N-th optimizer step; the first is step 1, so N = 50 samples 50, 100,
-            …
+        optimizer: the torch optimizer, a wrapper around one, or a list of all. Failing batches are
+            replayed just before its step, and learning rates are read from it; both are left out
+            without one.
+        lr_scheduler: the scheduler, or a list; a rollback with ``rewind_schedule`` sets it back.
+        config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.StabilityConfig`.
+        log_every: sample every N-th optimizer step, so that N = 50 samples 50, 100, ...
         sinks: names or :class:`~stabmon.sinks.Sink` objects, instead of the configuration's.
         run_dir: records go to ``<run_dir>/stabmon``; None keeps them in memory only.
         reduce_ranks: under torch.distributed, reduce sampled steps over all ranks. Every rank must
             then have a monitor; interventions need it, since all ranks must do the same.
-        is_writer: whether this process writes to the sinks; None for rank 0 only.
+        is_writer: this process writes to the sinks; None for rank 0 only.
         manual_steps: :meth:`begin_step` and :meth:`before_optimizer_step` are called from outside,
             as the integrations do.
-        grad_scaler: the gradient scaler in use, whose single overflows are not reported and whose
-            scale is taken out of gradient norms; None to find it, if there is one.
+        grad_scaler: the gradient scaler in use; None to find it, if there is one.
         **overrides: other fields of the configuration.
 
     Raises:
         ValueError: for a configuration, name or value that cannot be, naming it and the mend.
         TypeError: if ``model`` is no ``nn.Module``.
+
+    Example:
+        >>> import stabmon, torch
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        >>> monitor = stabmon.AttentionStabilityMonitor(layer, optimizer, log_every=1, sinks=[])
+        >>> with monitor:
+        ...     loss = layer(torch.randn(2, 5, 8)).square().mean()
+        ...     loss.backward()
+        ...     optimizer.step()
+        ...     diagnosis = monitor.on_step(loss)
+        >>> diagnosis.step, sorted(diagnosis.stats)
+        (1, ['self_attn'])
     """
 
     def __init__(
@@ -123,165 +117,185 @@ class AttentionStabilityMonitor:
         self.run_dir = None if run_dir is None else Path(run_dir) / "stabmon"
         self.boundary = ErrorBoundary()
         writes = rank() == 0 if is_writer is None else is_writer
-        self._recorder = Recorder(
-            self.config.make_sinks() if writes else [], self.run_dir, self.boundary
-        )
+        own_sinks = self.config.make_sinks() if writes else []
+        self._recorder = Recorder(own_sinks, self.run_dir, self.boundary)
         self._tracker = self._make_tracker()
-        self._ranks = RankReducer(model) if reduce_ranks else None
-        self._view = OptimizerAdapter(optimizer, grad_scaler)
-        audit = self._recorder.write_intervention
-        self._acting = Acting(model, self._view, lr_scheduler, self.config, self.run_dir, audit)
-        run = self._acting.run
+        self._manual, self._is_resumed = manual_steps, False
+        self._optimizers = OptimizerAdapter(optimizer, grad_scaler)
+        run = TrainingRun(
+            model,
+            self._optimizers.optimizer,
+            lr_scheduler,
+            self._optimizers.grad_scaler,
+            run_dir=self.run_dir,
+            audit=self._recorder.write_intervention,
+        )
+        self._guard = Guard(
+            run,
+            self.config.make_interventions(),
+            self.config.make_budget(),
+            automatic=bool(self.config.interventions),
+        )
+        self._clock = StepClock(self.boundary)
+        self._observer = StepObserver(model, self.config, self._clock, self._optimizers.scale)
+        ranks = RankReducer(model) if reduce_ranks else None
+        self._detector = NonFiniteDetector(
+            model, self.boundary.failed, ranks.share if ranks else None, self._optimizers
+        )
         self._step_length = StepLength(
-            model, self._view, run.scheduled_rate, lambda: run.rate_factors, self.boundary
+            self._optimizers, run.scheduled_rate, lambda: run.rate_factors, self.boundary, model
         )
         run.shorten_step = self._step_length.shorten if world_size() == 1 else None
         run.on_rollback.append(lambda step: self._step_length.rates.begin_again())
-        follow, drop = self._step_length.follow, self._step_length.end
-        self._observer = StepObserver(
-            model, self.config, self.boundary, self._view.scale, self._acting.listener, follow, drop
+        self._updates = WeightUpdates(
+            self._optimizers, run.scheduled_rate, self._observer.measurements
         )
-        self._query_key, self._group_updates = QKUpdates(), GroupUpdates()
-        share = self._ranks.share if self._ranks else None
-        self._misfortune = NonFiniteDetector(model, self.boundary.failed, share, self._view)
-        self._scaled = self._view.scales
-        self._manual = manual_steps
-        self._last_reading = self._unseen_told = 0
-        self._opened = self._closed = self._is_news = self._resumed = False
-        self._looked: set[int] = set()
+        every_step: list[StepListener] = [self._detector, self._step_length]
+        self._clock.listeners = [
+            self._updates,
+            *(every_step if self.config.watch_every_step else []),
+            self._guard,
+        ]
+        self._readings = ReadingBuilder(
+            self._observer,
+            self._optimizers,
+            self._detector,
+            self._step_length.rates,
+            lambda: run.rate_factors,
+            self.boundary,
+            self._recorder.amend,
+        )
+        self._readings.ranks = ranks
+        self._scaled = self._optimizers.scales
+        self._stepping: set[int] = set()
         """Optimizers that are about to step or have, by id, in this step."""
         self._made = (0, 0)
-        """Forwards and losses of this step when they were looked at last."""
+        """Forwards and losses of this step at the last ``before_optimizer_step``."""
         if not manual_steps:
             self.begin_step()
 
-    # -- the marks of a step
+    # -- the moments of a step
 
     @contained
     def begin_step(self) -> None:
-        """Get ready for the next optimizer step. Only integrations call this: ``on_step`` does it
-        in a loop of one's own.
+        """Prepare for the next optimizer step; only integrations call this.
+
+        In a loop of one's own the constructor and :meth:`on_step` do.
         """
-        self._is_news = False
-        self._looked.clear()
-        self._view.start_step()
-        if self._closed:
+        self._stepping.clear()
+        self._optimizers.start_step()
+        if self._clock.phase is Phase.CLOSED:
             return
         self._open()
-        self._view.scalers.watch()
+        self._optimizers.scalers.watch()
         if not self._manual:
-            self._view.before_step(self.before_optimizer_step)
+            self._optimizers.before_step(self.before_optimizer_step)
         self._start_observing()
 
+    @contained
     def before_optimizer_step(self, optimizer: Any = None) -> None:
-        """Look at gradients while they and the parameters that made them are still there.
+        """Inspect gradients while they and the weights that made them are still there.
 
         Args:
-            optimizer: the one that is about to step, where there are several. What comes again
+            optimizer: the one that is about to step, where there are several. The same again
                 without a forward in between is one step, as where an optimizer's step calls its
                 parent's.
         """
-        made = (self._observer.forwards.count, len(self._observer.losses.parts))
-        is_first, is_new = not self._looked, made != self._made
-        if self._closed or (id(optimizer) in self._looked and not is_new):
+        seen = self._observer
+        made = (seen.forwards.count, len(seen.losses.parts))
+        is_first, is_new = not self._stepping, made != self._made
+        closed = self._clock.phase is Phase.CLOSED
+        if closed or (id(optimizer) in self._stepping and not is_new):
             return
-        self._looked.add(id(optimizer))
+        self._stepping.add(id(optimizer))
         self._made = made
-        self._look_at_weights(optimizer, is_first)
-        if (
-            is_first or is_new
-        ):  # with several optimizers, gradients may be made anew between their steps
-            self._look_at_gradients()
-        self._acting.guard.before_optimizer_step()
-
-    @contained
-    def _look_at_weights(self, optimizer: Any, is_first: bool) -> None:
-        if not self.is_sampled(self.step + 1):
-            return
-        seen = self._observer.measurements
-        self._view.note_rates(optimizer, self._acting.run.scheduled_rate)
-        if is_first:
-            self._group_updates.before(self._view.groups())
-        self._query_key.before(seen.modules, seen.info, again=not is_first)
-
-    @contained
-    def _look_at_gradients(self) -> None:
-        seen, sampled = self._observer, self.is_sampled(self.step + 1)
-        if self.config.watch_every_step:
-            norm = seen.gradients.get("") if sampled else None
-            gradients = not self._view.skips_bad_steps
-            with paused(seen):
-                calls, losses = seen.forwards.calls, seen.losses.parts
-                self._is_news |= self._misfortune.look(
-                    self.step + 1, calls, losses, gradients=gradients, norm=norm
-                )
+        sampled = self.is_sampled(self.step + 1)
+        measured = sampled and self.config.watch_every_step and (is_first or is_new)
+        ctx = StepContext(
+            self.step + 1,
+            sampled,
+            forwards=seen.forwards.calls,
+            losses=seen.losses.parts,
+            gradient_norm=seen.gradients.get("") if measured else None,
+            optimizer=optimizer,
+            is_first=is_first,
+            has_new_gradients=is_new,
+        )
+        self._clock.before_optimizer_step(ctx)
 
     def on_step(self, loss: Tensor | float | None = None) -> Diagnosis | None:
-        """Take note that an optimizer step has been made.
+        """Report that an optimizer step has been made.
 
         Args:
             loss: the step's loss; a tensor is detached, and read only when a sampled step needs it.
 
         Returns:
-            A :class:`~stabmon.records.Diagnosis` on sampled steps, and on a step at which a NaN or
-            inf first comes up or which shows that the rate is too high; else None.
+            A :class:`~stabmon.records.Diagnosis` on sampled steps, on a step at which a NaN or inf
+            first comes up, and on one which shows that the rate is too high; else None.
         """
-        if self._closed:
+        if self._clock.phase is Phase.CLOSED:
             return None
         self.step += 1
         self._begin_records()
-        self._observer.stop_capture()
-        micro_batches = len(self._observer.losses.parts) or self._observer.forwards.count
-        calls = self._observer.forwards.calls
-        ended = self._end_loss(loss)
-        self._look_at_end(ended, calls)
-        self._look_at_length(ended)
-        self._tell_held(micro_batches)
-        moved, updates = self._look_at_update() or ({}, {})
-        diagnosis = self._finish_step(micro_batches, moved, updates)
-        if self.is_sampled(self.step) or (diagnosis is not None and world_size() == 1):
-            self._act(diagnosis)
+        ctx = self._end_step(loss) or StepContext(self.step, self.is_sampled(self.step))
+        self._clock.on_step_end(ctx)
+        updates = self._measure_updates(ctx) or UpdatesOfStep()
+        diagnosis = self._diagnose(ctx, updates)
+        if ctx.sampled or (diagnosis is not None and world_size() == 1):
+            self._intervene(diagnosis)
         self._observer.forget()
         if not self._manual:
             self.begin_step()
         return diagnosis
 
     def is_sampled(self, step: int) -> bool:
-        """Whether optimizer step ``step``, counted from 1, is sampled."""
+        """Return whether optimizer step ``step``, counted from 1, is sampled."""
         return step % self.config.log_every == 0
 
     @contained
     def get_intervention(self, diagnosis: Diagnosis) -> Intervention | None:
-        """What to do next about the alarms that are open; None where there is nothing to do, or
-        nothing left that was not tried.
+        """Propose an intervention for the open alarms of a diagnosis.
 
-        Proposes what the configuration allows, or, where it names no interventions, what the preset
-        ``guard`` allows.
+        Args:
+            diagnosis: what :meth:`on_step` returned.
+
+        Returns:
+            One that the configuration allows, or, where it names none, one that the preset
+            ``guard`` allows; None where nothing is to be done, or nothing left that was not tried.
         """
-        return self._acting.propose(diagnosis, self._observer)
+        if not self._guard.policy.interventions:
+            preset = load_config("guard")
+            self._guard.allow(preset.make_interventions(), preset.make_budget())
+        with self._clock.own_work():
+            return self._guard.get_intervention(diagnosis.open_issues)
 
     @contained
     def apply(self, intervention: Intervention, *, hold: bool | None = None) -> Applied | None:
-        """Apply an intervention, after the optimizer's step; its ``undo()`` takes it back.
+        """Apply an intervention, after the optimizer's step.
 
-        What is applied here stays until its ``undo()`` or ``release()``: nothing of stabmon judges
-        it by later batches, takes it back, loosens it or lets it go, under any configuration. Its
-        effect is proven on the step's own batch, run again before and after; where that batch is
-        not to be had it is not judged, and ``record["note"]`` says so. Under torch.distributed,
-        every rank must apply the same.
+        It stays until its ``undo()`` or ``release()``: stabmon does not judge it by later batches,
+        take it back, loosen it or release it, under any configuration. Its effect is proven on the
+        step's own batch, run again before and after; without that batch it is not judged, and
+        ``record["note"]`` says so. Under torch.distributed, every rank must apply the same.
 
         Args:
-            intervention: what to do.
+            intervention: the intervention.
             hold: True to hold it from step to step until it is undone or released. False to do it
-                once and let it go: a change of weights is made once, and what is in force only
-                while it is held (a rate, a temperature, a cap) is in force for one optimizer step.
-                None for the intervention's own way, which for most is to hold.
+                once and release it: a change of weights is made once, and a rate, temperature or
+                cap is in force for one optimizer step. None for the intervention's own way, which
+                for most is to hold.
 
         Returns:
-            None where it does not fit this run; the log and the audit record in
-            ``interventions.jsonl`` say why.
+            A record of it, whose ``undo()`` takes it back. None where it does not fit this run; the
+            log and the audit record in ``interventions.jsonl`` say why.
         """
-        applied = self._acting.apply(intervention, self.step, self._observer, hold)
+        run, seen = self._guard.run, self._observer
+        run.step, run.forwards = self.step, seen.forwards.calls or seen.last_forward
+        try:
+            with self._clock.own_work():
+                applied = self._guard.apply(intervention, by_hand=True, hold=hold)
+        finally:
+            run.forwards = ()
         if not self._manual:
             self._start_observing()
         return applied
@@ -294,23 +308,21 @@ class AttentionStabilityMonitor:
     @property
     def applied(self) -> tuple[Applied, ...]:
         """Every intervention applied so far, in order."""
-        return tuple(self._acting.run.applied)
+        return tuple(self._guard.run.applied)
 
     @property
     def stop_reason(self) -> str | None:
-        """Why training should stop now, where an intervention says so; None to go on."""
-        return self._acting.stop_reason
+        """The reason to stop training now, where an intervention gives one; None to go on."""
+        return self._guard.stop_reason
 
     @property
     def errors(self) -> Counter[str]:
-        """What failed inside, by place; each is logged the first time."""
+        """Failures inside stabmon, by place; each is logged the first time."""
         return self.boundary.errors
 
     @property
     def unseen(self) -> Mapping[str, str]:
-        """Modules of whose attention some is not seen, and what of it: name -> words. Known from
-        the first sampled step on.
-        """
+        """Modules with attention that is not seen, by name, in words; from the first sample on."""
         return dict(self._observer.unseen)
 
     @property
@@ -320,13 +332,11 @@ class AttentionStabilityMonitor:
 
     def close(self) -> None:
         """Leave the model as it was found and close the sinks; may be called twice."""
-        if self._closed:
+        if self._clock.phase is Phase.CLOSED:
             return
-        self._closed = True
-        self._acting.close()
-        self._observer.let_go()
-        self._step_length.let_go()
-        self._view.let_go()
+        self._clock.close()
+        self._observer.close()
+        self._optimizers.let_go()
         self._recorder.close()
 
     def __enter__(self) -> AttentionStabilityMonitor:
@@ -341,75 +351,62 @@ class AttentionStabilityMonitor:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed monitor needs to go on where this one is: plain values, for JSON with
-        NaN or ``torch.save``.
+        """Return all that a resumed monitor needs to go on: plain values.
+
+        They are for ``torch.save``, or for JSON with NaN.
         """
         return {
-            "version": STATE_VERSION,
-            "model": attention_of(self.model, self._tracker.history.layers),
+            "version": monitor_state.STATE_VERSION,
+            "model": monitor_state.attention_of(self.model, self._tracker.history.layers),
             "step": self.step,
-            "last_reading": self._last_reading,
+            "last_reading": self._readings.last_step,
             "issues": [issue.to_dict() for issue in self.issues],
             "tracker": self._tracker.state_dict(),
             "losses": self._observer.losses.state_dict(),
-            "non_finite": self._misfortune.state_dict(),
+            "non_finite": self._detector.state_dict(),
             "step_length": self._step_length.rates.state_dict(),
-            "guard": self._acting.guard.state_dict(),
+            "guard": self._guard.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Go on from where :meth:`state_dict` was taken.
 
         The state is read whole before anything is changed. Interventions, settings, signals and
-        rules that are no longer known are left out, which is told of, and the rest is taken.
+        rules that are no longer known are left out with a warning, and the rest is taken.
+
+        Args:
+            state: what :meth:`state_dict` returned, in this version or an earlier one.
 
         Raises:
             ValueError: if ``state`` is no monitor's state, one of another model, or of a later
                 version of stabmon; nothing has changed then.
         """
-        self._take_up(self._parse_state(state))
-
-    def _parse_state(self, state: Mapping[str, Any]) -> list[Callable[[], None]]:
-        """What takes up each part of a state, in order; changes nothing."""
-        saved, tracker = Stored(state), self._make_tracker()
-        check_version(saved)
-        try:
-            tracker.load_state_dict(saved["tracker"], SIGNALS)
-            issues = known_issues(saved["issues"], tracker)
-            step, last_reading = saved["step"].integer(), saved["last_reading"].integer()
-            losses = self._observer.losses.parse_state(saved["losses"])
-            misfortune = self._misfortune.parse_state(saved["non_finite"])
-            lengths = self._step_length.rates.parse_state(saved.get("step_length", None))
-            guard = self._acting.guard.parse_state(saved["guard"])
-            told = (
-                {name: each.mapping() for name, each in saved["model"].items()}
-                if "model" in saved
-                else None
-            )
-        except Exception as error:
-            words = " ".join(
-                f"{'' if isinstance(error, ValueError) else type(error).__name__ + ': '}{error}".split()
-            )
-            raise ValueError(
-                f"no monitor's state ({words}): give what state_dict() returned"
-            ) from error
-        check_model(self.model, tracker.history.layers, told)
-
-        def take_up() -> None:
-            self.step, self._last_reading, self._tracker = step, last_reading, tracker
-            self._recorder.issues, self._recorder.alarms = [], 0
-            self._recorder.keep(issues)
-            self._resumed = True
-            self._acting.run.step, self._acting.run.history = step, tracker.history
-            if saved.left_out:
-                logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
-
-        return [self._open, take_up, losses, misfortune, lengths, guard]
+        tracker = self._make_tracker()
+        saved = monitor_state.parse(
+            state,
+            self.model,
+            tracker,
+            {
+                "losses": self._observer.losses.parse_state,
+                "non_finite": self._detector.parse_state,
+                "step_length": self._step_length.rates.parse_state,
+                "guard": self._guard.parse_state,
+            },
+        )
+        self._resume(saved, tracker)
 
     @contained
-    def _take_up(self, parts: Sequence[Callable[[], None]]) -> None:
-        for take_up in parts:
-            take_up()
+    def _resume(self, saved: monitor_state.SavedState, tracker: IssueTracker) -> None:
+        self._open()
+        self.step, self._readings.last_step = saved.step, saved.last_reading
+        self._tracker, self._is_resumed = tracker, True
+        self._recorder.issues, self._recorder.alarms = [], 0
+        self._recorder.keep(saved.issues)
+        self._guard.run.step, self._guard.run.history = saved.step, tracker.history
+        if saved.left_out:
+            logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
+        for restore in saved.restore:
+            restore()
         if not self._manual:
             self.begin_step()
 
@@ -417,19 +414,17 @@ class AttentionStabilityMonitor:
 
     @contained
     def add_loss(self, loss: Tensor) -> None:
-        """Tell the (part of the) step's loss that a micro-batch is differentiated by; parts are
-        added up.
+        """Add a micro-batch's share of the loss that is differentiated.
+
+        Args:
+            loss: a scalar tensor; the shares of a step are added up.
         """
         self._observer.losses.tell(loss)
 
     def leave_ranks(self) -> None:
-        """Report this rank's readings alone, since not every rank has a monitor. To be called
-        before the first step.
-        """
-        self._ranks, self._misfortune = (
-            None,
-            NonFiniteDetector(self.model, self.boundary.failed, optimizer=self._view),
-        )
+        """Report this rank's readings alone, before the first step: not every rank has a monitor."""
+        self._readings.ranks = None
+        self._detector.report_alone()
 
     # -- inside a step
 
@@ -438,129 +433,87 @@ class AttentionStabilityMonitor:
         self._recorder.begin()
 
     @contained
-    def _end_loss(self, loss: Tensor | float | None) -> float | Tensor | None:
-        return self._observer.losses.end_step(
-            self.step, loss, shares=self._observer.forwards.shares
-        )
-
-    @contained
-    def _look_at_end(self, loss: float | Tensor | None, calls: Sequence[ForwardCall]) -> None:
-        seen, left_out = self._observer, self._view.left_out()
-        scaled, self._scaled = self._scaled, self._view.scales
-        if scaled != self._scaled or (
-            left_out is True and not math.isfinite(seen.gradients.get("", 0.0))
-        ):
+    def _end_step(self, loss: Tensor | float | None) -> StepContext:
+        """Close the capture and the loss, and drop gradient norms that a scaler has spoilt."""
+        seen = self._observer
+        seen.stop_capture()
+        micro_batches = len(seen.losses.parts) or seen.forwards.count
+        calls, ended = seen.forwards.calls, self._end_loss(loss)
+        left_out = self._optimizers.left_out()
+        scaled, self._scaled = self._scaled, self._optimizers.scales
+        bad = left_out is True and not math.isfinite(seen.gradients.get("", 0.0))
+        if scaled != self._scaled or bad:
             # a scale that was not known is in them, or they have changed nothing
             seen.forget_gradients()
-        if self.config.watch_every_step:
-            with paused(seen):
-                told = (
-                    loss if isinstance(loss, float) else None
-                )  # one on another device is known when a reading needs it
-                self._is_news |= self._misfortune.end_step(self.step, told, calls, left_out)
-
-    @contained
-    def _look_at_length(self, loss: float | Tensor | None) -> None:
-        if self.config.watch_every_step:
-            with paused(self._observer):
-                self._is_news |= self._step_length.finish(self.step, loss) is not None
-            self._acting.run.uneasy = self._step_length.rates.uneasy
-
-    @contained
-    def _look_at_update(self) -> tuple[dict[str, QKUpdate], dict[str, float]]:
-        if not self.is_sampled(self.step):
-            return {}, {}
-        return self._query_key.after(scaled=self._view.scales), self._group_updates.after()
-
-    @contained
-    def _finish_step(
-        self, micro_batches: int, moved: Mapping[str, QKUpdate], updates: Mapping[str, float]
-    ) -> Diagnosis | None:
-        seen, sampled = self._observer, self.is_sampled(self.step)
-        sums = seen.measurements.sums
-        if (
-            sampled and self._ranks is not None
-        ):  # before all that may fail, since other ranks wait for it
-            sums = self._ranks.reduce(sums)
-        if not seen.forwards.count:
-            seen.look_for_compiled()
-        if not sampled and not self._is_news:
-            return None
-        layers = to_host(sums) if sampled else {}
-        self._tell_unseen()
-        if sampled and not layers and (why := seen.explain_missing_attention()):
-            self.boundary.failed(
-                "sampling", RuntimeError(f"step {self.step}: {why}"), traceback=False
-            )
-        losses, rates = seen.losses.take(), self._view.learning_rates()
-        for step, loss in losses if self.config.watch_every_step else ():
-            if not math.isfinite(loss):
-                self._misfortune.note_loss(step, loss)
-        reading = Reading(
-            step=self.step,
-            loss=losses[-1][1] if losses and losses[-1][0] == self.step else None,
-            layers=layers,
-            info=with_adapters(seen.measurements.info, seen.measurements.modules),
-            learning_rate=max(rates.values(), default=None),
-            gradients=seen.gradients,
-            query_key=moved,
-            losses=losses,
-            micro_batches=max(1, micro_batches),
-            non_finite=self._misfortune.found_since(self._last_reading),
-            overshoot=self._step_length.rates.found_since(self._last_reading),
-            sampled=sampled,
-            overhead_fraction=self.boundary.overhead_fraction(),
-            learning_rates=rates,
-            rate_factors=self._acting.run.rate_factors,
-            updates=updates,
+        self._guard.run.grad_scaler = self._optimizers.grad_scaler  # found in the meantime, maybe
+        return StepContext(
+            self.step,
+            self.is_sampled(self.step),
+            forwards=calls,
+            loss=ended,
+            micro_batches=micro_batches,
+            was_skipped=left_out,
         )
-        self._last_reading = self.step
-        return self._judge(reading, sampled)
 
-    def _judge(self, reading: Reading, sampled: bool) -> Diagnosis:
+    @contained
+    def _end_loss(self, loss: Tensor | float | None) -> float | Tensor | None:
+        shares = self._observer.forwards.shares
+        return self._observer.losses.end_step(self.step, loss, shares=shares)
+
+    @contained
+    def _measure_updates(self, ctx: StepContext) -> UpdatesOfStep | None:
+        return self._updates.measure() if ctx.sampled else None
+
+    @contained
+    def _diagnose(self, ctx: StepContext, updates: UpdatesOfStep) -> Diagnosis | None:
+        """Make the step's reading, run the rules on it and write both to the sinks."""
+        reading = self._readings.build(
+            ctx,
+            updates,
+            has_news=self._clock.has_news,
+            watches_losses=self.config.watch_every_step,
+        )
+        if reading is None:
+            return None
         issues = self._tracker.update(reading)
         self._recorder.keep(issues)
         open_issues = self._tracker.open_issues
-        if sampled:
-            factor = self._acting.run.rate_factor
-            more = (
-                {"learning_rate_factor": factor}
-                if self._acting.guard.automatic or factor != 1
-                else {}
-            )
-            self._recorder.write_reading(reading, open_issues, **more)
+        if ctx.sampled:
+            self._write(reading, open_issues)
         self._recorder.write_issues(issues)
-        readings = tuple(self._tracker.history.readings)
         return Diagnosis(
             reading.step,
             tuple(issues),
             reading.layers,
-            readings,
+            tuple(self._tracker.history.readings),
             open_issues,
             dict(self._observer.unseen),
         )
 
-    def _tell_unseen(self) -> None:
-        """Warn of attention that is not seen, and write it to the run's metadata, where more of it
-        is known than at the last step.
-        """
-        unseen, told = self._observer.unseen, self._observer.describe_unseen()
-        if told is None or len(unseen) == self._unseen_told:
-            return
-        self._unseen_told = len(unseen)
-        if rank() == 0:
-            logger.warning("%s", told)
-        self._recorder.amend({"unseen_attention": dict(unseen)})
+    def _write(self, reading: Reading, open_issues: Sequence[StabilityIssue]) -> None:
+        factor = self._guard.run.rate_factor
+        shown = self._guard.automatic or factor != 1
+        more = {"learning_rate_factor": factor} if shown else {}
+        self._recorder.write_reading(reading, open_issues, **more)
 
     @contained
-    def _tell_held(self, micro_batches: int) -> None:
-        self._acting.on_step(self.step, micro_batches, self._observer)
+    def _intervene(self, diagnosis: Diagnosis | None) -> None:
+        """Let the guard judge and act; on all ranks alike, also on one without a diagnosis."""
+        run, history = self._guard.run, self._tracker.history
+        run.layers = {**run.layers, **self._observer.measurements.modules}
+        run.history = history
+        run.uneasy = self.config.watch_every_step and self._step_length.rates.uneasy
+        open_issues = self._tracker.open_issues
+        if any(issue.is_alarm for issue in open_issues):
+            run.forwards = self._observer.forwards.calls
+        newest = history.latest if len(history) else None
+        fine = (
+            newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
+        )
+        with self._clock.own_work():
+            self._guard.intervene(open_issues, healthy=fine and diagnosis is not None)
 
-    @contained
-    def _act(self, diagnosis: Diagnosis | None) -> None:
-        self._acting.act(diagnosis, self._tracker, self._observer)
-
-    # -- set-up and small things
+    # -- set-up
 
     def _make_tracker(self) -> IssueTracker:
         return IssueTracker(
@@ -572,23 +525,19 @@ class AttentionStabilityMonitor:
         )
 
     def _open(self) -> None:
-        """Once, before the first step: open the sinks, and put in place what has to be there before
-        anything is wrong.
-        """
-        if self._opened:
+        """Open the sinks and prepare the guard; once, before the first step."""
+        if self._clock.phase is not Phase.NEW:
             return
-        self._opened = True
-        self._recorder.open(
-            lambda: {
-                **run_meta(self.model, self.config),
-                "continues": self._resumed or self.step > 1,
-            }
-        )
-        self._acting.begin(together=self._ranks is not None)
+        self._clock.phase = Phase.TRAINING
+        self._recorder.open(self._describe_run)
+        self._guard.begin(ranks_agree=self._readings.ranks is not None)
+
+    def _describe_run(self) -> Mapping[str, Any]:
+        continues = self._is_resumed or self.step > 1
+        return {**run_meta(self.model, self.config), "continues": continues}
 
     def _start_observing(self) -> None:
-        sampled = self.is_sampled(self.step + 1)
-        watched = sampled or self.config.watch_every_step or self._acting.guard.wants_attention
-        self._observer.start(self.step + 1, sampled=sampled, watched=watched)
-        if self.config.watch_every_step:
-            self._step_length.begin(self.step + 1, probe=not self._observer.paused)
+        ctx = StepContext(self.step + 1, self.is_sampled(self.step + 1))
+        self._clock.on_step_begin(ctx)
+        every = self.config.watch_every_step or self._clock.wants_attention
+        self._observer.start(ctx.step, sampled=ctx.sampled, watched=ctx.sampled or every)

@@ -4,7 +4,8 @@ still known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from stabmon.capture.protocol import HEADS
 from stabmon.records import StabilityIssue
 from stabmon.rules import RULES
 from stabmon.rules.tracking.issue_tracker import IssueTracker
+from stabmon.signals import SIGNALS
 
 STATE_VERSION = 1
 """Of what ``state_dict`` gives; a state without one is of before there were any, and is read the
@@ -103,3 +105,64 @@ def _about(module: nn.Module, split: bool) -> dict[str, Any]:
             if not is_lazy(each)
         }
     return about
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A stored state that has been read whole."""
+
+    step: int
+    last_reading: int
+    """The step of the newest reading."""
+    issues: Sequence[StabilityIssue]
+    restore: Sequence[Callable[[], None]]
+    """Each sets one part of the monitor to its stored state, and does not raise."""
+    left_out: Sequence[str]
+    """Everything that is no longer known, in words."""
+
+
+Parser = Callable[[Any], Callable[[], None]]
+
+
+def parse(
+    state: Mapping[str, Any], model: nn.Module, tracker: IssueTracker, parts: Mapping[str, Parser]
+) -> SavedState:
+    """Read a stored state whole, and change nothing but ``tracker``.
+
+    Args:
+        state: what ``state_dict`` returned.
+        model: this monitor's model.
+        tracker: a new tracker, which takes the stored history and open issues.
+        parts: for each further key of the state a function that reads its value and returns one
+            that restores it.
+
+    Raises:
+        ValueError: if it is no monitor's state, one of another model, or of a later version.
+    """
+    saved = Stored(state)
+    check_version(saved)
+    try:
+        tracker.load_state_dict(saved["tracker"], SIGNALS)
+        issues = known_issues(saved["issues"], tracker)
+        step, last_reading = saved["step"].integer(), saved["last_reading"].integer()
+        restore = [
+            read(saved.get(key, None) if key in OPTIONAL else saved[key])
+            for key, read in parts.items()
+        ]
+        layers = (
+            {name: each.mapping() for name, each in saved["model"].items()}
+            if "model" in saved
+            else None
+        )
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        words = " ".join(f"{kind}{error}".split())
+        raise ValueError(
+            f"no monitor's state ({words}): give what state_dict() returned"
+        ) from error
+    check_model(model, tracker.history.layers, layers)
+    return SavedState(step, last_reading, issues, restore, saved.left_out)
+
+
+OPTIONAL = frozenset({"step_length"})
+"""Parts that states of the first versions do not have."""

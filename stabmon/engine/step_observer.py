@@ -16,7 +16,8 @@ from stabmon._torch.forward_call import ForwardCall, StepForwards
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import StabilityConfig
-from stabmon.engine.error_boundary import ErrorBoundary, contained
+from stabmon.engine.clock import StepClock
+from stabmon.engine.error_boundary import contained
 from stabmon.engine.forward_hooks import ForwardHooks
 from stabmon.engine.gradients import AfterBackward, GradientNorms
 from stabmon.engine.loss_accumulator import LossAccumulator
@@ -30,36 +31,28 @@ the meantime.
 
 
 class StepObserver:
-    """What the present step has shown so far.
+    """The attention, losses and gradients that the present step has shown so far.
 
+    It is the source of the clock's ``on_attention``, ``on_forward_end`` and ``on_backward_end``.
     Hooks are on the model from :meth:`start` of a step that is watched to that of one that is not,
-    or to :meth:`let_go`. The capture is open in training forwards of sampled steps only, and of
-    others where somebody ``listens``.
+    or to :meth:`close`. The capture is open in training forwards of sampled steps, and of others
+    where a listener wants attention.
 
     Args:
         model: the model that trains.
         config: what to measure, and whether to keep forwards for a replay.
-        boundary: told what fails.
-        scale: what a gradient scaler multiplies gradients by; None where there is none.
-        listens: who is told of every attention call of a training forward, sampled or not; None for
-            nobody at this time.
-        returned: told of each training forward that has returned: what makes it again, where it was
-            kept, and its output.
-        raised: told of each forward that raised: nothing may be left in the model, since nobody may
-            come to close us.
+        clock: fires what happens in forwards and backwards.
+        scale: returns the factor by which a gradient scaler multiplies gradients; None without one.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: StabilityConfig,
-        boundary: ErrorBoundary,
+        clock: StepClock,
         scale: Callable[[], float | None],
-        listens: Callable[[], Callable[[AttentionCall], None] | None] = lambda: None,
-        returned: Callable[[ForwardCall | None, Any], None] = lambda call, output: None,
-        raised: Callable[[], None] = lambda: None,
     ) -> None:
-        self.boundary = boundary
+        boundary = self.boundary = clock.boundary
         self.forwards = StepForwards()
         self.last_forward: list[ForwardCall] = []
         """The first forward of the newest step that has been made, until the next one begins; empty
@@ -74,14 +67,10 @@ class StepObserver:
         )
         self.interrupted = False
         """Whether a forward of this step raised."""
-        self.paused = False
-        """Whether forwards are none of training's: a replay is under way."""
         self._model = model
         self._keeps = config.watch_every_step
-        self._scale = scale
-        self._listens, self._returned, self._raised = listens, returned, raised
-        self._listener: Callable[[AttentionCall], None] | None = None
-        self._sampled = self._capturing = False
+        self._clock, self._scale = clock, scale
+        self._sampled = self._forwards_attention = self._capturing = False
         self._current: nn.Module | None = None
         self._call: ForwardCall | None = None
         self._capture = AttentionCapture(
@@ -113,7 +102,7 @@ class StepObserver:
             self._watch = ForwardHooks(
                 self._model, self._outer, self._forward_begins, self._forward_ends
             )
-        if sampled:
+        if sampled or self._clock.wants_backward_end:
             self._after_backward.watch(self._model)
 
     def forget(self) -> None:
@@ -126,7 +115,7 @@ class StepObserver:
         self.losses.start_step()
         self.interrupted, self._current, self._call = False, None, None
 
-    def let_go(self) -> None:
+    def close(self) -> None:
         """Take everything out of the model."""
         self._unwatch()
         self.forget()
@@ -154,9 +143,12 @@ class StepObserver:
 
     @contained
     def _backward_ended(self, added: dict[int, Tensor]) -> None:
-        if not self.paused:
+        if not self._clock.is_recording:
+            return
+        if self._sampled:
             self._gradients = {}
             self._norms.measure(self._model, added, self._scale())
+        self._clock.on_backward_end()
 
     def look_for_compiled(self) -> None:
         """Where no forward was seen: follow a model that has been compiled since; what is called
@@ -211,15 +203,15 @@ class StepObserver:
     ) -> None:
         self.stop_capture()
         training = self._model.training or any(each.training for each in module.modules())
-        if not training or not torch.is_grad_enabled() or self.paused:
+        if not training or not torch.is_grad_enabled() or not self._clock.is_recording:
             return
         if torch._C._current_graph_task_id() == -1:
             self._after_backward.reset()  # an earlier backward may have raised
         self.last_forward = []
         self._call = self.forwards.add(module, args, kwargs, keep=self._keeps)
         self._current = module
-        self._listener = self._listens()
-        if self._sampled or self._listener is not None:
+        self._forwards_attention = self._clock.wants_attention
+        if self._sampled or self._forwards_attention:
             self._capture.__enter__()
             self._capturing = True
 
@@ -231,19 +223,19 @@ class StepObserver:
         if self._current is module:
             self._current = None
             self.losses.find(output)
-            self._returned(self._call, output)
-        if output is None and sys.exc_info()[0] is not None and not self.paused:
+            self._clock.on_forward_end(self._call, output)
+        if output is None and sys.exc_info()[0] is not None and self._clock.is_recording:
             # the forward raised, and nobody may come to close us; the next step arms again
-            self.let_go()
-            self._raised()
+            self.close()
+            self._clock.on_forward_error()
             self.interrupted = True
 
     def _on_call(self, call: AttentionCall) -> None:
         with self.boundary.timed():
             if self._sampled:
                 self.measurements.add(call)
-            if self._listener is not None:
-                self._listener(call)
+            if self._forwards_attention:
+                self._clock.on_attention(call)
 
     def _unwatch(self) -> None:
         if self._watch is not None:

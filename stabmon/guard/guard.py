@@ -15,10 +15,9 @@ from stabmon._storage.stored_value import Stored
 from stabmon.guard.policy import Budget, Policy, stored_key
 from stabmon.guard.symptoms import FAMILIES, Key, family_of
 from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
-from stabmon.interventions.rollback import Rollback
-from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.saved_intervention import SavedAct
-from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.interventions.run.training_run import Prepared, TrainingRun
+from stabmon.listeners import StepContext, StepListener
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import AttentionCall, StabilityIssue
 
@@ -56,7 +55,7 @@ def make_interventions(
     return made
 
 
-class Guard:
+class Guard(StepListener):
     """Chooses, applies, judges and takes back interventions on one run.
 
     Nothing in here draws from the global random generators. With several ranks, all call every
@@ -82,25 +81,36 @@ class Guard:
         self.automatic = automatic
         self.policy = Policy(acts, budget or Budget())
         self._told: set[Key] = set()
+        self._stop_reason: str | None = None
+        self._prepared: dict[str, Prepared] = {}
+        """State that interventions keep from before the first step on, by its stored key."""
 
-    def begin(self) -> None:
+    def allow(self, interventions: Mapping[str, Intervention], budget: Budget) -> None:
+        """Propose these from now on, to a person who asks."""
+        self.policy.interventions, self.policy.budget = interventions, budget
+
+    def begin(self, *, ranks_agree: bool = True) -> None:
         """Put in place what only helps if it is there before anything is wrong; before the first
         step, and before ``load_state_dict``.
         """
+        if self.automatic and not ranks_agree and self.run.ranks > 1:
+            logger.warning(
+                "Interventions are off: all ranks must do the same, so give every rank a monitor "
+                "with reduce_ranks=True"
+            )
+            self.automatic = False
         if not self.automatic:
             return
-        for act in self.policy.acts.values():
-            if isinstance(act, Rollback):
-                self.run.states = HealthyStates(
-                    self.run, every=act.every, confirm=act.confirm, memory_gb=act.memory_gb
-                )
-                self.run.states.begin()
+        for act in self.policy.interventions.values():
+            if (prepared := act.prepare(self.run)) is not None:
+                self._prepared[act.state_key or act.name] = prepared
+        self.run.prepared = list(self._prepared.values())
         self._put_in_place()
 
     def _put_in_place(self) -> None:
         """Apply each standing act that was not applied yet."""
         there = {each.intervention.name for each in self.run.applied}
-        for act in self.policy.acts.values():
+        for act in self.policy.interventions.values():
             if act.install_at_start and act.name not in there and self.automatic:
                 try:
                     act.aimed_at((), "in place from the start").apply(self.run)
@@ -114,17 +124,15 @@ class Guard:
         """
         return self.run.step_hooks.wants("attention")
 
-    def attention(self, call: AttentionCall) -> None:
-        """A training forward attends; for every call, where :attr:`wants_attention`."""
+    def on_attention(self, call: AttentionCall) -> None:
         self.run.step_hooks.fire("attention", call)
 
-    def before_optimizer_step(self) -> None:
-        """Gradients are ready, parameters not yet stepped."""
+    def before_optimizer_step(self, ctx: StepContext) -> None:
         self.run.step_hooks.fire("before_optimizer_step")
 
-    def on_step(self, step: int) -> None:
-        """The optimizer has made its ``step``-th step; at every step, before :meth:`act`."""
-        self.run.step = step
+    def on_step_end(self, ctx: StepContext) -> None:
+        self.run.step = ctx.step
+        self.run.accumulation, self.run.forwards = max(1, ctx.micro_batches), ()
         self.run.step_hooks.fire("on_step")
 
     def get_intervention(self, open_issues: Sequence[StabilityIssue]) -> Intervention | None:
@@ -209,8 +217,8 @@ class Guard:
         self.policy.note_applied(applied)
         return applied
 
-    def act(self, open_issues: Sequence[StabilityIssue], healthy: bool) -> list[Applied]:
-        """Judge what was done, and do what is next; once a sampled step, after :meth:`on_step`.
+    def intervene(self, open_issues: Sequence[StabilityIssue], healthy: bool) -> list[Applied]:
+        """Judge what was done, and do what is next; once a sampled step, after :meth:`on_step_end`.
 
         Args:
             open_issues: every issue that is open now.
@@ -230,17 +238,18 @@ class Guard:
             applied = self.apply(act)
             if applied is not None:
                 done.append(applied)
-                if isinstance(act, Rollback):
+                if act.ends_round:
                     break  # what is ill was so in a state that is left behind
-        if self.run.states is not None:
+        if self._prepared:
             calm = not self.run.uneasy and not any(_may_ruin(issue) for issue in issues)
-            self.run.states.offer(healthy and calm and not done)
+            for prepared in self._prepared.values():
+                prepared.offer(healthy and calm and not done)
         return done
 
     @property
     def stop_reason(self) -> str | None:
         """Why training should stop after this step; None to go on."""
-        return self.run.stop_reason
+        return self._stop_reason or self.run.stop_reason
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to hold what is held: plain values, for JSON with NaN."""
@@ -248,7 +257,7 @@ class Guard:
             "applied": [each.state_dict() for each in self.run.applied],
             "chooser": self.policy.state_dict(self.run.applied),
             "told": [list(key) for key in self._told],
-            "states": None if self.run.states is None else self.run.states.state_dict(),
+            **{key: prepared.state_dict() for key, prepared in self._prepared.items()},
         }
 
     def parse_state(self, state: Mapping[str, Any] | Stored) -> Callable[[], None]:
@@ -266,19 +275,22 @@ class Guard:
         acts = [each for each in found if each is not None]
         policy = self.policy.parse_state(saved["chooser"], [each is not None for each in found])
         told = {stored_key(key) for key in saved["told"].parts()}
-        states = None
-        if saved["states"].value is not None:
-            states = HealthyStates.parse_state(saved["states"], self.run.run_dir)
+        prepared = [
+            each.parse_state(saved[key])
+            for key, each in self._prepared.items()
+            if key in saved and saved[key].value is not None
+        ]
 
         def take_up() -> None:
             self.close()
+            self._stop_reason = None
             self.run.applied.clear()
             for each in acts:
                 each.take_up(self.run)
             policy(self.run.applied)
             self._told = told
-            if self.run.states is not None and states is not None:
-                self.run.states.take_up(states)
+            for restore in prepared:
+                restore()
             self._put_in_place()
 
         return take_up
@@ -298,6 +310,7 @@ class Guard:
         """Take every hook out and put every attribute back; weights stay as they were trained and
         clipped. May be called twice.
         """
+        self._stop_reason = self.stop_reason
         for applied in reversed(self.run.applied):
             if applied.active:
                 applied.active = False

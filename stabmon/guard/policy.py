@@ -83,7 +83,7 @@ class Trial:
 class Policy:
     """Remembers what was tried, and never repeats for a place what failed there or did not fit."""
 
-    acts: Mapping[str, Intervention]
+    interventions: Mapping[str, Intervention]
     """What may be done, by name, with its settings."""
     budget: Budget = field(default_factory=Budget)
     trials: list[Trial] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Policy:
         busy = {key for trial in pending for key in trial.keys}
         affects_whole_run = any(trial.applied.intervention.affects_whole_run for trial in pending)
         if again := self._begin_again(alarms, run):
-            return self.acts["rollback"].aimed_at(again, self._why("rollback", again))
+            return self.interventions["rollback"].aimed_at(again, self._why("rollback", again))
         families = {family_of(issue) for issue in alarms}
         for family in in_order(families):
             if (
@@ -132,13 +132,13 @@ class Policy:
             names = [
                 name
                 for name, _ in choices.values()
-                if name and not (affects_whole_run and self.acts[name].affects_whole_run)
+                if name and not (affects_whole_run and self.interventions[name].affects_whole_run)
             ]
             if names:
                 name = min(names, key=self._order(family).index)
                 chosen = {key for key, (each, _) in choices.items() if each == name}
                 issues = [issue for issue in alarms if key_of(issue) in chosen]
-                return self.acts[name].aimed_at(issues, self._why(name, issues))
+                return self.interventions[name].aimed_at(issues, self._why(name, issues))
             waits = any(key in busy for key in waiting)
             if not (
                 family in ("rate", "drive")
@@ -213,7 +213,7 @@ class Policy:
         """An act did not fit; for these places it is not proposed again. A person's own with other
         settings says nothing of ours.
         """
-        if act.name in self.acts and act != self.acts[act.name]:
+        if act.name in self.interventions and act != self.interventions[act.name]:
             return
         for key in map(key_of, act.issues):
             self._ruled_out.setdefault(key, set()).add(act.name)
@@ -359,7 +359,7 @@ class Policy:
         spent = sum(key in trial.keys for trial in self.trials)
         if spent >= self.budget.per_place:
             return "", f"{spent} acts were tried here already"
-        allowed = [name for name in self._order(key[0]) if name in self.acts]
+        allowed = [name for name in self._order(key[0]) if name in self.interventions]
         if key[0] == "non_finite" and (found := _weights_finite(run)) is not None:
             if found.skipped > 2 * found.search and self._may_be_tried("stop", key, run):
                 return "stop", ""
@@ -382,14 +382,14 @@ class Policy:
         )
         return (
             within
-            and name in self.acts
+            and name in self.interventions
             and name not in self._ruled_out.get(key, ())
             and self._fits(name, key, run)
         )
 
     def _fits(self, name: str, key: Key, run: TrainingRun) -> bool:
         """Whether an act is one for such a place, and can be afforded."""
-        act, family = self.acts[name], key[0]
+        act, family = self.interventions[name], key[0]
         if name == "rollback":
             return (
                 sum(trial.applied.intervention.name == name for trial in self.trials)

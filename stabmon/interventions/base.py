@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.effects.effect import Effect
-from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.interventions.run.training_run import Prepared, TrainingRun
 from stabmon.records import StabilityIssue
 from stabmon.registry import Registry
 
@@ -43,6 +43,10 @@ class Intervention(ABC):
     once: ClassVar[bool] = False
     """Done at once and over: there is nothing that could be held from step to step."""
 
+    state_key: ClassVar[str] = ""
+    """Key of the prepared state in a stored guard; empty for the intervention's name."""
+    ends_round: ClassVar[bool] = False
+    """Nothing else is done at the same sample: open issues are of a state that is left behind."""
     renews: ClassVar[bool] = False
     """May be done again for an issue that rests on something found after it was last done
     (``found_at`` in the evidence).
@@ -83,6 +87,10 @@ class Intervention(ABC):
         """
         act = self if issue is None else self.aimed_at([issue])
         return Applied(act, run, act._start(run), step=run.step).noted("applied")
+
+    def prepare(self, run: TrainingRun) -> Prepared | None:
+        """Keep what it needs from before the first step on; None where that is nothing."""
+        return None
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Applied:
         """Go on with what :meth:`Applied.state_dict` described, after a restart.

@@ -14,6 +14,7 @@ from stabmon._storage.stored_value import Stored
 from stabmon._torch.tensors import is_sharded
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, HeldEffect
+from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import Rows
@@ -68,7 +69,8 @@ class CapQueryKeyNorm(Intervention):
             (int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence),
             default=run.step,
         )
-        healthy = None if run.states is None else run.states.newest
+        states = run.find_prepared(HealthyStates)
+        healthy = None if states is None else states.newest
         caps: dict[str, list[float]] = {}
         refused: list[NotApplicable] = []
         for layer in dict.fromkeys([*named, *alike] if named else run.known_layers()):

@@ -42,7 +42,9 @@ class Rollback(Intervention):
 
     affects_whole_run: ClassVar[bool] = True
     renews: ClassVar[bool] = True
+    ends_round: ClassVar[bool] = True
     once: ClassVar[bool] = True
+    state_key: ClassVar[str] = "states"
 
     every: int = 4
     """Samples between the states that are kept."""
@@ -61,16 +63,24 @@ class Rollback(Intervention):
                 )
 
     def _start(self, run: TrainingRun) -> Effect:
-        if run.states is None:
+        states = run.find_prepared(HealthyStates)
+        if states is None:
             raise NotApplicable(
                 "no states are kept: name rollback among the interventions from the start"
             )
-        snapshot = run.states.newest
+        snapshot = states.newest
         if snapshot is None:
             raise NotApplicable("no healthy state has been seen yet")
-        if not self._begins_again(run, snapshot) and (why := run.states.why_not(snapshot)):
+        if not self._begins_again(run, snapshot) and (why := states.why_not(snapshot)):
             raise NotApplicable(why)
-        return _RolledBack(run, run.states, snapshot, self.rewind_schedule)
+        return _RolledBack(run, states, snapshot, self.rewind_schedule)
+
+    def prepare(self, run: TrainingRun) -> HealthyStates:
+        states = HealthyStates(
+            run, every=self.every, confirm=self.confirm, memory_gb=self.memory_gb
+        )
+        states.begin()
+        return states
 
     def _begins_again(self, run: TrainingRun, snapshot: Snapshot) -> bool:
         """Whether the rate was too high from the start and heads broke: what they learned since is

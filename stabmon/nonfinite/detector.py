@@ -16,6 +16,7 @@ from stabmon._storage.stored_value import Stored, stored_non_finite
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.tensors import local
+from stabmon.listeners import StepContext, StepListener
 from stabmon.nonfinite.gradient_probe import GradientProbe
 from stabmon.nonfinite.skipped_steps import SkippedSteps
 from stabmon.nonfinite.tracer import Seen, Tracer
@@ -29,7 +30,7 @@ _TOUCHED = ("", "nothing", "gradients", "weights")
 """How far a misfortune has come, in this order."""
 
 
-class NonFiniteDetector:
+class NonFiniteDetector(StepListener):
     """Looks at a step's losses and a few of its gradients and weights, and replays the step's
     forwards when a misfortune begins.
 
@@ -65,31 +66,32 @@ class NonFiniteDetector:
         """What the present step showed before the optimizer made it; None where nobody looked."""
         self._was_fine = self._began = False
 
+    def report_alone(self) -> None:
+        """Report the findings of this rank alone."""
+        self._tracer.share = None
+
     def found_since(self, step: int | float) -> NonFinite | None:
         """Where the present misfortune began, if it showed after ``step``."""
         return self._found if self._last_bad > step else None
 
-    def look(
-        self,
-        step: int,
-        calls: Sequence[ForwardCall],
-        losses: Sequence[Tensor],
-        gradients: bool,
-        norm: float | None,
-    ) -> bool:
-        """Look at a step before the optimizer makes it.
+    def before_optimizer_step(self, ctx: StepContext) -> None:
+        # with several optimizers, gradients may be made anew between their steps
+        if ctx.is_first or ctx.has_new_gradients:
+            self.has_news |= self._inspect(ctx)
 
-        Args:
-            step: its number.
-            calls: its forwards.
-            losses: those of its micro-batches, as far as they are known.
-            gradients: whether to look at gradients; a gradient scaler meets bad ones daily, and
-                skips the step by itself.
-            norm: the norm of all gradients, where it has been computed.
+    def on_step_end(self, ctx: StepContext) -> None:
+        # a loss on another device is read when a reading needs it
+        loss = ctx.loss if isinstance(ctx.loss, float) else None
+        self.has_news |= self._end_step(ctx.step, loss, ctx.forwards, ctx.was_skipped)
+
+    def _inspect(self, ctx: StepContext) -> bool:
+        """Inspect losses, gradients and weights before the optimizer steps.
 
         Returns:
-            Whether a misfortune began here, or went further.
+            Whether a non-finite episode began here, or went further.
         """
+        # a gradient scaler meets bad gradients daily, and skips the step by itself
+        gradients, losses, norm = not self._view.skips_bad_steps, ctx.losses, ctx.gradient_norm
         self._sentinels = self._sentinels or GradientProbe(self._model)
         shown = self._sentinels.gradients() if gradients else []
         after, self._after = self._after, []
@@ -112,10 +114,11 @@ class NonFiniteDetector:
         )
         if not self._seen.loss and self._was_fine:
             return False
-        news = self._take(step, _LOSS if self._was_fine else _GRADIENTS, calls, self._seen)
+        reached = _LOSS if self._was_fine else _GRADIENTS
+        news = self._take(ctx.step, reached, ctx.forwards, self._seen)
         return (bad_weights and self._touch("weights")) or news
 
-    def end_step(
+    def _end_step(
         self, step: int, loss: float | None, calls: Sequence[ForwardCall], left_out: bool | Tensor
     ) -> bool:
         """Take note of a step that is over, and how far a misfortune has come.

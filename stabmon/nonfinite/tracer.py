@@ -56,7 +56,7 @@ class Tracer:
         share: Callable[[NonFinite | None, int], NonFinite | None] | None,
         optimizers: Sequence[Any],
     ) -> None:
-        self._model, self._on_error, self._share, self._optimizers = (
+        self._model, self._on_error, self.share, self._optimizers = (
             model,
             on_error,
             share,
@@ -75,9 +75,9 @@ class Tracer:
         if found is not None and found.kind == "parameter":
             found = self._who_made(found, seen.after_step)
         found = found or self._outside(step, replayed, seen)
-        if self._share is not None and seen.gradient:
+        if self.share is not None and seen.gradient:
             try:
-                found = self._share(found, step) or found
+                found = self.share(found, step) or found
             except Exception as error:
                 self._on_error("share", error)
         return found

@@ -575,7 +575,7 @@ def test_a_ceiling_holds_also_where_the_rate_is_set_in_the_training_step(tmp_pat
     class Cap(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 3:
-                callback.monitor._acting.run.rates.cap({"0.0": 1e-2})
+                callback.monitor._guard.run.rates.cap({"0.0": 1e-2})
 
     def last(slips, *more):
         module = slips()

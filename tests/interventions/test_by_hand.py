@@ -130,7 +130,7 @@ def test_not_held_it_is_in_force_for_one_step(
     train(monitor.model, monitor, monitor.optimizer, batches(1))
     assert not applied.active
     assert attention.scaling == scale
-    assert monitor._acting.run.rate_factor == 1.0
+    assert monitor._guard.run.rate_factor == 1.0
     released = lines(tmp_path / "stabmon" / "interventions.jsonl")[-1]
     assert (released["action"], "hold=False" in released["why"]) == ("released", True)
     monitor.close()
@@ -140,7 +140,7 @@ def test_a_clip_that_is_not_held_is_made_once_and_can_still_be_undone() -> None:
     monitor = watched()
     applied = monitor.apply(QkClip(target=0.01, hold=True).aimed_at([growth(FIRST)]), hold=False)
     assert applied is not None
-    assert not monitor._acting.guard.wants_attention
+    assert not monitor._guard.wants_attention
     train(monitor.model, monitor, monitor.optimizer, batches(1))
     assert applied.active
     applied.undo()
@@ -194,7 +194,7 @@ def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(
     guard.policy.budget = replace(guard.policy.budget, per_place=1)
     for _ in range(4):
         train_step(run)
-        guard.act([alarm], True)
+        guard.intervene([alarm], True)
     (applied,) = run.applied
     undone = [each for each in run.records if each["action"] == "undone"]  # type: ignore[attr-defined]
     assert applied.active == by_hand
@@ -210,7 +210,7 @@ def test_guard_lets_go_of_its_own_when_nothing_is_wrong_and_never_of_a_persons(
     guard = guard_of(by_hand)
     for _ in range(8):
         train_step(guard.run)
-        guard.act([], True)
+        guard.intervene([], True)
     assert guard.run.applied[0].active == by_hand
     told = [each for each in guard.run.records if each["action"] == "released"]  # type: ignore[attr-defined]
     assert len(told) == (not by_hand)
@@ -224,7 +224,7 @@ def test_a_persons_clip_that_does_nothing_is_told_of_and_stays(
     guard.run.applied[0].effect.given_up = "the rows are others"
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            guard.act([], True)
+            guard.intervene([], True)
     assert caplog.text.count("does nothing any more: the rows are others; undo it") == 1
     assert guard.run.applied[0].active
 
@@ -234,4 +234,4 @@ def test_a_persons_settings_that_do_not_fit_rule_out_nothing_of_guards() -> None
     guard = Guard(run, make_interventions({"qk_clip": {"target": 0.1}}))
     alarm = replace(growth(first_layer(run)), threshold=0.01)
     assert guard.apply(QkClip(target=1e9, hold=False).aimed_at([alarm]), by_hand=True) is None
-    assert [each.intervention.name for each in guard.act([alarm], True)] == ["qk_clip"]
+    assert [each.intervention.name for each in guard.intervene([alarm], True)] == ["qk_clip"]

@@ -59,9 +59,9 @@ def driven(run: TrainingRun, **evidence: Any) -> StabilityIssue:
 def with_state(model: str) -> TrainingRun:
     """A run with a healthy state behind it, whose norms the history knows."""
     run = run_of(model, steps=2)
-    run.states = HealthyStates(run, every=1, confirm=0)
-    run.states.offer(True)
-    run.states.offer(True)
+    run.prepared = [HealthyStates(run, every=1, confirm=0)]
+    run.prepared[0].offer(True)
+    run.prepared[0].offer(True)
     run.history.readings[-1] = replace(
         run.history.latest,
         query_key={first_layer(run): QKUpdate(1.0, whole(run), 0.01 * whole(run))},
@@ -96,7 +96,7 @@ def test_a_piece_that_was_driven_alone_is_brought_back_alone() -> None:
         for piece in pieces(run):
             if piece.parameter.ndim == 1:
                 piece.view(piece.parameter).fill_(0.05)
-    run.states.offer(True)
+    run.prepared[0].offer(True)
     run.history.readings[-1] = replace(
         run.history.latest,
         query_key={first_layer(run): QKUpdate(1.0, whole(run), 0.01 * whole(run))},

@@ -128,13 +128,13 @@ def test_what_drives_a_layer_is_held_beside_what_it_did(
     issues: list[StabilityIssue], expected: list[str]
 ) -> None:
     guard = guard_of(*ALL, *CAPS, NORM)
-    assert names(guard.act(issues, True)) == expected
-    assert names(guard.act(issues, True)) == []
+    assert names(guard.intervene(issues, True)) == expected
+    assert names(guard.intervene(issues, True)) == []
 
 
 def test_a_drive_that_goes_on_is_met_by_what_is_next() -> None:
     guard = guard_of(*ALL, NORM, patience=2)
-    did = [name for _ in range(8) for name in names(guard.act([LAYER], True))]
+    did = [name for _ in range(8) for name in names(guard.intervene([LAYER], True))]
     assert did == ["cap_query_key_norm", "qk_clip", "soften_logits"]
 
 
@@ -161,8 +161,8 @@ def test_steps_that_are_too_large_are_bounded_beside_what_they_did(
     issues: list[StabilityIssue], expected: list[str]
 ) -> None:
     guard = guard_of(*ALL, *CAPS)
-    assert names(guard.act(issues, True))[: len(expected)] == expected
-    assert "rollback" not in names(guard.act(issues, True)), "once"
+    assert names(guard.intervene(issues, True))[: len(expected)] == expected
+    assert "rollback" not in names(guard.intervene(issues, True)), "once"
 
 
 @pytest.mark.parametrize("budget", [{"rollbacks": 0}, {"acts": 1}, {"per_place": 1}])
@@ -176,7 +176,7 @@ def test_after_a_rollback_nothing_else_is_done_about_what_was_ill_before() -> No
     guard.begin()
     train_step(run)
     ill = growth(first_layer(run))
-    assert names(guard.act([TOO_HIGH, ill], True)) == ["cap_learning_rate", "rollback"]
+    assert names(guard.intervene([TOO_HIGH, ill], True)) == ["cap_learning_rate", "rollback"]
     assert guard.run.applied[-1].record["after"] == {"state_of_step": 1}
 
 
@@ -193,15 +193,15 @@ def test_all_heads_that_are_ill_at_once_are_one_act() -> None:
     ill = [issue("logit_growth", "a", head) for head in range(8)] + [
         issue("entropy_collapse", "a", 3)
     ]
-    (applied,) = guard.act(ill, True)
+    (applied,) = guard.intervene(ill, True)
     assert len(applied.intervention.issues) == 9
     assert "9 places" in applied.record["why"]
-    assert guard.act(ill, True) == [], "then wait and see"
+    assert guard.intervene(ill, True) == [], "then wait and see"
 
 
 def test_what_failed_is_not_repeated_and_the_next_is_tried_until_none_is_left() -> None:
     guard = guard_of(*ALL, per_place=10)
-    done = [names(guard.act([HEAD], True)) for _ in range(12)]
+    done = [names(guard.intervene([HEAD], True)) for _ in range(12)]
     assert done[::2] == [["qk_clip"], ["soften_logits"], ["lower_learning_rate"], [], [], []]
     assert not any(done[1::2])
     gave_up = [record for record in guard.run.records if record["action"] == "gave_up"]
@@ -213,7 +213,7 @@ def test_what_failed_is_not_repeated_and_the_next_is_tried_until_none_is_left() 
 
 def test_what_does_not_fit_is_told_and_the_next_is_tried_at_once() -> None:
     guard = guard_of(Fake(called="qk_clip", fits=False), Fake(called="soften_logits"))
-    assert names(guard.act([HEAD], True)) == ["soften_logits"]
+    assert names(guard.intervene([HEAD], True)) == ["soften_logits"]
     refused = guard.run.records[0]
     assert (refused["action"], refused["why"], refused["note"]) == (
         "refused",
@@ -229,7 +229,7 @@ def test_an_act_with_a_fault_of_its_own_is_no_fault_of_training() -> None:
             raise ZeroDivisionError("oops")
 
     guard = guard_of(Broken(called="qk_clip"), Fake(called="soften_logits"))
-    assert names(guard.act([HEAD], True)) == ["soften_logits"]
+    assert names(guard.intervene([HEAD], True)) == ["soften_logits"]
     assert "oops" in guard.run.records[0]["why"]
 
 
@@ -237,9 +237,9 @@ def test_what_worked_may_be_used_again_within_the_budget() -> None:
     guard = guard_of(*ALL, per_place=2)
     done = []
     for _ in range(4):
-        done += names(guard.act([HEAD], True))
+        done += names(guard.intervene([HEAD], True))
         for _ in range(3):
-            guard.act([], True)
+            guard.intervene([], True)
     assert done == ["qk_clip", "qk_clip"]
     (gave_up,) = [record for record in guard.run.records if record["action"] == "gave_up"]
     assert "2 acts were tried here already" in gave_up["why"]
@@ -250,7 +250,7 @@ def test_a_failed_act_that_costs_a_healthy_run_something_is_taken_back_and_a_fre
 ):
     guard = guard_of(Fake(called="qk_clip"), Fake(called="lower_learning_rate", price=0.17))
     for _ in range(7):
-        guard.act([HEAD], True)
+        guard.intervene([HEAD], True)
     assert [(each.intervention.name, each.active) for each in guard.run.applied] == [
         ("qk_clip", True),
         ("lower_learning_rate", False),
@@ -259,10 +259,10 @@ def test_a_failed_act_that_costs_a_healthy_run_something_is_taken_back_and_a_fre
 
 def test_what_is_held_is_let_go_when_all_has_been_well_for_a_while() -> None:
     guard = guard_of(*ALL)
-    (applied,) = guard.act([HEAD], True)
+    (applied,) = guard.intervene([HEAD], True)
     active = []
     for _ in range(6):
-        guard.act([], True)
+        guard.intervene([], True)
         active.append(applied.active)
     assert active == [True] * 4 + [False] * 2
     assert guard.run.records[-1]["action"] == "released"
@@ -282,24 +282,24 @@ def test_what_is_held_and_still_at_work_is_held_less_tightly_when_all_has_been_w
             return {"score": self.relaxed} if self.relaxed < 3 else {}
 
     guard = guard_of(*ALL)
-    (applied,) = guard.act([HEAD], True)
+    (applied,) = guard.intervene([HEAD], True)
     applied.effect = Busy()
     for _ in range(16):
-        guard.act([], True)
+        guard.intervene([], True)
     assert applied.active
     assert [(r["action"], r["after"]) for r in guard.run.records[1:]] == [
         ("relaxed", {"score": 1}),
         ("relaxed", {"score": 2}),
     ]
     for _ in range(16):
-        guard.act([HEAD], True)
+        guard.intervene([HEAD], True)
     assert applied.effect.relaxed == 4, "not while an alarm is open"
 
 
 def test_no_more_acts_than_the_budget_in_all() -> None:
     guard = guard_of(*ALL, acts=2)
     for n in range(5):
-        guard.act([issue("logit_growth", "a", n)], True)
+        guard.intervene([issue("logit_growth", "a", n)], True)
     assert len(guard.run.applied) == 2
     assert "all 2 acts of the budget are spent" in guard.run.records[-1]["why"]
 
@@ -309,13 +309,13 @@ def test_rollbacks_are_counted_and_then_the_run_is_stopped_only_if_that_is_allow
     done = []
     guard = guard_of(*ALL, rollbacks=2, per_place=10)
     for _ in range(3):
-        done += names(guard.act([bad], True))
+        done += names(guard.intervene([bad], True))
         for _ in range(3):
-            guard.act([], True)
+            guard.intervene([], True)
     assert done == ["rollback", "rollback", "stop"]
     guard = guard_of(Fake(called="rollback"), rollbacks=1)
     for _ in range(5):
-        guard.act([bad], True)
+        guard.intervene([bad], True)
     assert "first bad tensor" in guard.run.records[-1]["why"]
 
 
@@ -349,7 +349,7 @@ def test_nothing_is_gone_back_from_while_weights_are_finite(
     bad = replace(
         issue("non_finite"), suggestion="Clamp the ratio.", evidence={"cause": "objective"}
     )
-    assert names(guard.act([bad], False)) == expected
+    assert names(guard.intervene([bad], False)) == expected
     said = [record["why"] for record in guard.run.records if record["action"] == "gave_up"]  # type: ignore[attr-defined]
     assert said == (
         []
@@ -360,8 +360,8 @@ def test_nothing_is_gone_back_from_while_weights_are_finite(
 
 def test_one_act_on_the_whole_run_at_a_time() -> None:
     guard = guard_of(Fake(called="rollback"), Fake(called="lower_learning_rate"))
-    assert names(guard.act([issue("loss_spike")], True)) == ["rollback"]
-    assert names(guard.act([issue("loss_spike"), HEAD], True)) == []
+    assert names(guard.intervene([issue("loss_spike")], True)) == ["rollback"]
+    assert names(guard.intervene([issue("loss_spike"), HEAD], True)) == []
 
 
 def test_the_rate_is_never_brought_below_the_least() -> None:
@@ -372,8 +372,8 @@ def test_the_rate_is_never_brought_below_the_least() -> None:
         Budget(least_rate=0.1, per_place=10, patience=1),
     )
     for n in range(4):
-        guard.act([issue("logit_growth", "somewhere", n)], True)
-        guard.act([], True)
+        guard.intervene([issue("logit_growth", "somewhere", n)], True)
+        guard.intervene([], True)
     assert run.rates.factor == pytest.approx(0.3)
     assert len(run.applied) == 1
 
@@ -382,13 +382,13 @@ def test_a_head_on_its_way_back_is_not_treated_again() -> None:
     guard = guarded()
     layer = first_layer(guard.run)
     now = guard.run.max_logit(layer, 1)
-    assert guard.act([replace(growth(layer), threshold=now * 1.1)], True) == []
-    assert len(guard.act([replace(growth(layer), threshold=now * 0.9)], True)) == 1
+    assert guard.intervene([replace(growth(layer), threshold=now * 1.1)], True) == []
+    assert len(guard.intervene([replace(growth(layer), threshold=now * 0.9)], True)) == 1
 
 
 def test_dropout_and_the_like_are_chosen_only_if_they_are_named_and_only_last() -> None:
     guard = guard_of(Fake(called="increase_dropout"), Fake(called="qk_clip"))
-    done = [names(guard.act([HEAD], True)) for _ in range(4)]
+    done = [names(guard.intervene([HEAD], True)) for _ in range(4)]
     assert [name for each in done for name in each] == ["qk_clip", "increase_dropout"]
 
 
@@ -414,7 +414,7 @@ def test_on_a_real_run_it_clips_holds_and_leaves_the_model_as_it_was_on_close() 
     layer = first_layer(run)
     before = float(scores_of(run)[layer][1])
     alarm = replace(growth(layer), threshold=before / 2)
-    (applied,) = guard.act([alarm], True)
+    (applied,) = guard.intervene([alarm], True)
     assert applied.intervention.name == "qk_clip"
     assert scores_of(run)[layer][1] == pytest.approx(0.5, rel=1e-5)
     assert guard.wants_attention
@@ -431,7 +431,7 @@ def test_all_goes_on_after_a_restart() -> None:
     layer = first_layer(run)
     before = float(scores_of(run)[layer][1])
     alarm = replace(growth(layer), threshold=before / 2)
-    guard.act([alarm], True)
+    guard.intervene([alarm], True)
     state = json.loads(json.dumps(guard.state_dict()))
     fresh = guarded()
     fresh.run.model.load_state_dict(run.model.state_dict())
@@ -448,16 +448,16 @@ def test_all_goes_on_after_a_restart() -> None:
 def test_healthy_states_are_kept_only_while_nothing_is_wrong() -> None:
     guard = guarded()
     run = guard.run
-    assert run.states is not None
-    began = run.states.newest
+    assert run.prepared
+    began = run.prepared[0].newest
     assert began is not None, "that in which training begins"
-    guard.act([growth("elsewhere", None)], True)
-    guard.act([], False)
-    assert run.states.newest is began
-    guard.act([], True)
-    guard.act([], True)
-    guard.act([], True)
-    assert run.states.newest not in (began, None)
+    guard.intervene([growth("elsewhere", None)], True)
+    guard.intervene([], False)
+    assert run.prepared[0].newest is began
+    guard.intervene([], True)
+    guard.intervene([], True)
+    guard.intervene([], True)
+    assert run.prepared[0].newest not in (began, None)
 
 
 def test_an_idle_guard_changes_no_bit_of_training() -> None:
@@ -465,7 +465,7 @@ def test_an_idle_guard_changes_no_bit_of_training() -> None:
     for _ in range(3):
         train_step(plain)
         train_step(guard.run)
-        guard.act([], True)
+        guard.intervene([], True)
     assert differences(all_bits(plain), all_bits(guard.run)) == []
 
 
@@ -501,5 +501,5 @@ def test_a_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
 def test_the_global_random_generator_is_left_alone() -> None:
     guard = guarded()
     state = torch.get_rng_state()
-    guard.act([growth(first_layer(guard.run))], True)
+    guard.intervene([growth(first_layer(guard.run))], True)
     assert torch.equal(state, torch.get_rng_state())

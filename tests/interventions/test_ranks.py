@@ -111,13 +111,14 @@ def decide_together(rank: int) -> dict[str, Any]:
     guard = Guard(run, make_interventions({"qk_clip": {"target": 0.5}, "soften_logits": {}}))
     guard.begin()
     issues = [growth(layer)] if rank == 0 else []  # what rank 1 believes does not count
-    first = [each.intervention.name for each in guard.act(issues, True)]
+    first = [each.intervention.name for each in guard.intervene(issues, True)]
     if rank == 1:
         run.layers = {}  # an act that fits on one rank only
         run.model = nn.Linear(1, 1)
     weights = [p.clone() for p in model.parameters()]
     second = [
-        each.intervention.name for each in guard.act([growth(list(run.history.layers)[1], 0)], True)
+        each.intervention.name
+        for each in guard.intervene([growth(list(run.history.layers)[1], 0)], True)
     ]
     same = all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
     return {"first": first, "second": second, "same": same, "weights": weights}

@@ -17,6 +17,7 @@ from interventions.runs import (
     scores_of,
     train_step,
 )
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
@@ -33,20 +34,20 @@ def spoilt(
     run = run_of("gpt2-sdpa", steps=2)
     run.run_dir = folder
     run.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.9)
-    run.states = HealthyStates(run, every=1, confirm=1, **(states or {}))
-    run.states.offer(True)
+    run.prepared = [HealthyStates(run, every=1, confirm=1, **(states or {}))]
+    run.prepared[0].offer(True)
     run.optimizer.zero_grad()
     healthy = all_bits(run)
     train_step(run)
     run.lr_scheduler.step()
-    run.states.offer(True)
+    run.prepared[0].offer(True)
     train_step(run)
     run.lr_scheduler.step()
     with torch.no_grad():
         next(run.model.parameters()).fill_(float("nan"))
     train_step(run)
     run.lr_scheduler.step()
-    run.states.offer(False)
+    run.prepared[0].offer(False)
     run.optimizer.zero_grad()
     torch.manual_seed(99)
     return run, healthy
@@ -119,13 +120,14 @@ def test_undone_the_spoilt_state_is_back_bit_for_bit() -> None:
 
 def test_states_too_large_for_memory_go_to_disk_and_survive_a_restart(tmp_path: Path) -> None:
     run, healthy = spoilt({"memory_gb": 0.0}, tmp_path)
-    assert run.states is not None
-    state = run.states.state_dict()
+    assert run.prepared
+    state = run.prepared[0].state_dict()
     assert (tmp_path / state["healthy"]).is_file()
     assert len(list(tmp_path.glob("*.pt"))) == 1, "older ones are deleted"
     fresh = run_of("gpt2-sdpa", steps=4)
-    fresh.run_dir, fresh.states = tmp_path, HealthyStates(fresh, memory_gb=0.0)
-    fresh.states.load_state_dict(state)
+    fresh.run_dir = tmp_path
+    fresh.prepared = [HealthyStates(fresh, memory_gb=0.0)]
+    fresh.prepared[0].parse_state(Stored(state))()
     fresh.optimizer.zero_grad()
     applied = Rollback().apply(fresh)
     assert (
@@ -198,7 +200,8 @@ def course(losses: list[float], healthy: bool = True) -> HealthyStates:
     """States of a run that began at step 0 and had these losses since, offered at every step."""
     run = run_of("gpt2-sdpa")
     run.history = History()
-    states = run.states = HealthyStates(run, every=2, confirm=1)
+    states = HealthyStates(run, every=2, confirm=1)
+    run.prepared = [states]
     states.begin()
     for step, loss in enumerate(losses, start=1):
         run.step = step
@@ -225,7 +228,8 @@ def test_begun_again_the_first_state_is_back_bit_for_bit() -> None:
     run = run_of("gpt2-sdpa")
     run.optimizer.zero_grad()
     before = all_bits(run)
-    states = run.states = HealthyStates(run, every=1, confirm=1)
+    states = HealthyStates(run, every=1, confirm=1)
+    run.prepared = [states]
     states.begin()
     train_step(run)
     states.offer(False)

@@ -61,9 +61,9 @@ ACTS: dict[str, tuple[str, Callable[[], Intervention]]] = {
 def ready(name: str) -> TrainingRun:
     """A run some steps old, with a healthy state behind it."""
     run = run_of(name, steps=2)
-    run.states = HealthyStates(run, every=1, confirm=0)
-    run.states.offer(True)
-    run.states.offer(True)
+    run.prepared = [HealthyStates(run, every=1, confirm=0)]
+    run.prepared[0].offer(True)
+    run.prepared[0].offer(True)
     train_step(run)
     run.optimizer.zero_grad()
     return run

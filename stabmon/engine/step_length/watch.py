@@ -1,6 +1,4 @@
-"""Watch the length of a run's steps: what is told at each mark of a step, and what follows from
-it.
-"""
+"""Measure at each step of a run whether it was too long, and conclude which rate fits."""
 
 from __future__ import annotations
 
@@ -14,49 +12,50 @@ from torch import Tensor, nn
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import OptimizerAdapter, ParameterGroup, takes_hooks
 from stabmon.engine.error_boundary import ErrorBoundary, contained
-from stabmon.engine.gradients import AfterBackward
 from stabmon.engine.step_length.probe import StepProbe
 from stabmon.engine.step_length.rate_watch import RateWatch
+from stabmon.listeners import StepContext, StepListener
 from stabmon.records import Overshoot
 
 
-class StepLength:
-    """Tells when steps are too long: see :class:`RateWatch` for when, :class:`StepProbe` for how it
-    is measured.
+class StepLength(StepListener):
+    """Finds steps that are too long; :class:`RateWatch` decides which to look at, and
+    :class:`StepProbe` measures.
 
     Changes nothing: parameters are bit for bit where the optimizer left them, gradients and random
-        generators untouched.
+    generators untouched.
 
     Args:
+        optimizers: the run's optimizers.
+        scheduled: returns the rate of a group as its scheduler has set it.
+        factors: returns the share of its scheduled rate that each group used in the newest step,
+            where it is not 1.
+        boundary: counts what fails in the optimizers' hooks.
         model: the model that trains.
-        view: its optimizers.
-        scheduled: the rate of a group as its scheduler has set it.
-        factors: the share of its scheduled rate that each group used in the newest step, where it
-            is not 1.
-        boundary: told what fails.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        view: OptimizerAdapter,
+        optimizers: OptimizerAdapter,
         scheduled: Callable[[ParameterGroup], float | None],
         factors: Callable[[], Mapping[str, float]],
         boundary: ErrorBoundary,
+        model: nn.Module,
     ) -> None:
         self.boundary = boundary
         self.rates = RateWatch()
-        self._model, self._view, self._scheduled, self._factors = model, view, scheduled, factors
+        self._view, self._scheduled, self._factors = optimizers, scheduled, factors
         self._probe = StepProbe(model)
-        self._after_backward = AfterBackward(self._backward_ended)
         self._hooks: list[Any] = []
         self._used: dict[str, float] = {}
         self._last_loss: Tensor | None = None
 
-    @contained
-    def begin(self, step: int, probe: bool) -> None:
-        """``step`` begins; without ``probe`` it is only followed by its rates and its loss."""
-        self.end()
+    @property
+    def wants_backward_end(self) -> bool:
+        return self._probe.active
+
+    def on_step_begin(self, ctx: StepContext) -> None:
+        self._probe.end()
         if not self._hooks:
             self._watch()
         now = {
@@ -67,21 +66,23 @@ class StepLength:
         factors = self._factors()
         now = {key: rate * factors.get(key, 1.0) for key, rate in now.items()}
         self._used = {key: max(rate, self._used.get(key, 0.0)) for key, rate in now.items()}
-        self._probe.begin(probe and bool(self._hooks) and self.rates.wants(step, self._used))
-        if self._probe.active:
-            self._after_backward.watch(self._model)
+        self._probe.begin(bool(self._hooks) and self.rates.wants(ctx.step, self._used))
         self._used = {}
 
-    @contained
-    def follow(self, call: ForwardCall | None, output: Any) -> None:
-        """A training forward has returned; ``call`` makes it again, where it was kept."""
+    def on_forward_end(self, call: ForwardCall | None, output: Any) -> None:
         self._probe.follow(call, output)
 
-    @contained
-    def finish(self, step: int, loss: float | Tensor | None) -> Overshoot | None:
-        """The optimizers have made ``step``; what shows that it, or the one before, was too
-        long.
-        """
+    def on_forward_error(self) -> None:
+        self._probe.end()
+
+    def on_backward_end(self) -> None:
+        self._probe.backward_ended()
+
+    def on_step_end(self, ctx: StepContext) -> None:
+        self.has_news = self._judge(ctx.step, ctx.loss) is not None
+
+    def _judge(self, step: int, loss: float | Tensor | None) -> Overshoot | None:
+        """Return what shows that ``step``, or the one before, was too long; None if nothing."""
         factors = self._factors()
         self._used = {key: rate * factors.get(key, 1.0) for key, rate in self._used.items()}
         quality = self._probe.quality(step) if self._probe.active else None
@@ -105,14 +106,8 @@ class StepLength:
         """
         return self._probe.shorten(factors) if self._probe.active else None
 
-    def end(self) -> None:
-        """Keep nothing of the step."""
-        self._after_backward.let_go()
+    def close(self) -> None:
         self._probe.end()
-
-    def let_go(self) -> None:
-        """Take every hook out again; may be called twice."""
-        self.end()
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -148,10 +143,6 @@ class StepLength:
                 self._used[group.key] = rate
         if self._probe.active:
             self._probe.after([group.key for group in groups])
-
-    @contained
-    def _backward_ended(self, _: dict[int, Tensor]) -> None:
-        self._probe.backward_ended()
 
     def _leap(self, step: int, loss: float | Tensor | None) -> float | None:
         """A loss on another device is looked at one step later, when reading it waits for

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from stabmon._storage.stored_value import Stored
+from stabmon._torch.process_group import rank
 from stabmon.interventions.run.snapshots import Snapshot, named_tensors, snapshot_bytes
-from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.interventions.run.training_run import Prepared, TrainingRun
 from stabmon.rules.evidence.robust_stats import robust_spread
 
 logger = logging.getLogger("stabmon")
@@ -25,7 +25,7 @@ NEWEST = 3
 """Losses whose median tells where the run stands."""
 
 
-class HealthyStates:
+class HealthyStates(Prepared):
     """Keeps the newest state that was healthy before it was taken and for a while after, and has a
     loss to show for it.
 
@@ -177,7 +177,7 @@ class HealthyStates:
                 "give a run_dir"
             )
         self.run.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run.run_dir / f"{name}-{snapshot.step}-rank{_rank()}.pt"
+        path = self.run.run_dir / f"{name}-{snapshot.step}-rank{rank()}.pt"
         snapshot.save(path)
         return path
 
@@ -187,40 +187,27 @@ class HealthyStates:
         """
         return {"healthy": self._healthy.name if isinstance(self._healthy, Path) else None}
 
-    @staticmethod
-    def parse_state(state: Mapping[str, Any] | Stored, run_dir: Path | None) -> Path | None:
-        """Find the file of a healthy state: one of ours that lies in the run's own folder. What a
-        state names elsewhere is left out.
+    def parse_state(self, state: Stored) -> Callable[[], None]:
+        """Find the file of a healthy state: one of ours, in the run's own folder.
+
+        A file that a state names elsewhere is left out.
 
         Raises:
             ValueError: if it is no state of this.
         """
-        healthy = Stored.of(state)["healthy"]
-        named = healthy.maybe(Stored.text)
-        if named is None:
-            return None
-        path = None if run_dir is None else _inside(run_dir, named)
-        if path is None:
+        healthy = state["healthy"]
+        named, run_dir = healthy.maybe(Stored.text), self.run.run_dir
+        path = None if run_dir is None or named is None else _inside(run_dir, named)
+        if named is not None and path is None:
             healthy.leave_out(
                 f"{named!r} is no file of a healthy state in the run's own folder {run_dir}, and "
                 "is not looked at"
             )
-        return path
 
-    def take_up(self, healthy: Path | None) -> None:
-        """Go on with what :meth:`parse_state` has found."""
-        self._healthy, self._from = healthy, max(1, self.run.step)
+        def restore() -> None:
+            self._healthy, self._from = path, max(1, self.run.step)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Find the healthy state on disk again.
-
-        Raises:
-            ValueError: if it is no state of this; nothing is changed then.
-        """
-        saved = Stored(state)
-        self.take_up(self.parse_state(saved, self.run.run_dir))
-        if saved.left_out:
-            logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
+        return restore
 
     def _keep(self) -> Snapshot | Path | None:
         if 2 * snapshot_bytes(self.run) > self.memory_gb * 1e9 and self.run.run_dir is None:
@@ -255,11 +242,3 @@ def _inside(run_dir: Path, named: str) -> Path | None:
         return path if ours and path.is_file() and not path.is_symlink() else None
     except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
         return None
-
-
-def _rank() -> int:
-    return (
-        torch.distributed.get_rank()
-        if torch.distributed.is_available() and torch.distributed.is_initialized()
-        else 0
-    )

@@ -9,27 +9,25 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stabmon._storage.stored_value import Stored
+from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import (
     ParameterGroup,
     innermost,
     parameter_groups,
     takes_hooks,
 )
+from stabmon._torch.process_group import collective_device, world_size
 from stabmon.capture.names import clean_name
-from stabmon.interventions.base import Applied
 from stabmon.interventions.run.learning_rates import LearningRates
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.rules.tracking.history import History
-
-if TYPE_CHECKING:
-    from stabmon._torch.forward_call import ForwardCall
-    from stabmon.interventions.run.healthy_states import HealthyStates
 
 logger = logging.getLogger("stabmon")
 
@@ -91,6 +89,32 @@ class StepHooks:
                 )
 
 
+class Prepared:
+    """State that an intervention keeps from before the first step on, to be there when it acts."""
+
+    def offer(self, healthy: bool) -> None:
+        """Take note of a sampled step, once its issues are known.
+
+        Args:
+            healthy: loss and gradients are finite, and no issue is open that may ruin the run.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on: plain values, for JSON."""
+        return {}
+
+    def parse_state(self, state: Stored) -> Callable[[], None]:
+        """Read a state whole, change nothing, and return what restores it.
+
+        Raises:
+            ValueError: if it is no state of this.
+        """
+        return lambda: None
+
+
+P = TypeVar("P", bound=Prepared)
+
+
 @dataclass(eq=False)
 class TrainingRun:
     """What interventions may touch. Whoever trains keeps ``step``, ``layers``, ``info`` and
@@ -115,11 +139,11 @@ class TrainingRun:
     """Micro-batches a step, by whose number the loss is divided before it is differentiated."""
     audit: Callable[[Mapping[str, Any]], None] = lambda record: None
     """Receives each audit record."""
-    applied: list[Applied] = field(default_factory=list)
-    """Everything applied so far, in order."""
+    applied: list[Any] = field(default_factory=list)
+    """Everything applied so far, in order: :class:`~stabmon.interventions.base.Applied`."""
     step_hooks: StepHooks = field(default_factory=StepHooks)
-    states: HealthyStates | None = None
-    """The healthy states that are kept to roll back to; None where nobody asked for them."""
+    prepared: list[Prepared] = field(default_factory=list)
+    """What interventions keep from before the first step on, to be there when they act."""
     by_hand: bool = False
     """Whether what is being applied was asked for by a person: then what has nothing to do yet is
     held, and not refused.
@@ -136,6 +160,10 @@ class TrainingRun:
     """
     on_rollback: list[Callable[[int], None]] = field(default_factory=list)
     """Told the step whose state the run was put back to."""
+
+    def find_prepared(self, kind: type[P]) -> P | None:
+        """Return what was prepared of this kind; None where no intervention asked for it."""
+        return next((each for each in self.prepared if isinstance(each, kind)), None)
 
     @property
     def optimizers(self) -> list[Any]:
@@ -256,7 +284,7 @@ class TrainingRun:
     @property
     def ranks(self) -> int:
         """Processes that train together."""
-        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return world_size()
 
     def largest_over_ranks(self, values: Tensor) -> Tensor:
         """The elementwise maximum over all ranks, which must all call this; NaN counts as
@@ -272,9 +300,5 @@ class TrainingRun:
         """Whether any rank says so; all ranks must call this."""
         if self.ranks == 1:
             return flag
-        device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if dist.get_backend() == "nccl"
-            else torch.device("cpu")
-        )
-        return bool(self.largest_over_ranks(torch.tensor([float(flag)], device=device)).item() > 0)
+        flags = torch.tensor([float(flag)], device=collective_device())
+        return bool(self.largest_over_ranks(flags).item() > 0)

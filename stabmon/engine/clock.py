@@ -1,0 +1,120 @@
+"""Fire the moments of an optimizer step to the listeners, in one fixed order."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from stabmon._torch.forward_call import ForwardCall
+from stabmon.engine.error_boundary import ErrorBoundary
+from stabmon.listeners import StepContext, StepListener
+from stabmon.records import AttentionCall
+
+
+class Phase(enum.Enum):
+    """The state of a monitor."""
+
+    NEW = "new"
+    """Made; neither the sinks are open nor is anything in the model."""
+    TRAINING = "training"
+    """Forwards and backwards are those of training."""
+    OWN_WORK = "own work"
+    """stabmon runs the model itself (a replay, a proof): nothing is recorded."""
+    CLOSED = "closed"
+    """The model is as it was found."""
+
+
+class StepClock:
+    """Calls every listener at each moment of a step; one that raises stops no other.
+
+    Args:
+        boundary: counts what fails, by listener and moment.
+        listeners: in the order in which they are called; they are closed in reverse order.
+    """
+
+    def __init__(self, boundary: ErrorBoundary, listeners: Sequence[StepListener] = ()) -> None:
+        self.boundary = boundary
+        self.listeners = list(listeners)
+        self.phase = Phase.NEW
+
+    @property
+    def is_recording(self) -> bool:
+        """Return whether a forward that begins now is one of training's."""
+        return self.phase is not Phase.OWN_WORK
+
+    @property
+    def has_news(self) -> bool:
+        """Return whether a listener has something to judge though the step is not sampled."""
+        return any(listener.has_news for listener in self.listeners)
+
+    @property
+    def wants_attention(self) -> bool:
+        """Return whether a listener needs the attention calls of the next forward."""
+        return any(listener.wants_attention for listener in self.listeners)
+
+    @property
+    def wants_backward_end(self) -> bool:
+        """Return whether a listener needs the end of the backward in this step."""
+        return any(listener.wants_backward_end for listener in self.listeners)
+
+    @contextmanager
+    def own_work(self) -> Iterator[None]:
+        """Mark forwards inside as stabmon's own: they are not recorded as training's."""
+        before, self.phase = self.phase, Phase.OWN_WORK
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def on_step_begin(self, ctx: StepContext) -> None:
+        """Fire the moment before a step's first forward."""
+        for listener in self.listeners:
+            listener.has_news = False
+        self._fire(lambda listener: listener.on_step_begin(ctx), "on_step_begin")
+
+    def on_attention(self, call: AttentionCall) -> None:
+        """Fire an attention call of a training forward."""
+        self._fire(lambda listener: listener.on_attention(call), "on_attention")
+
+    def on_forward_end(self, call: ForwardCall | None, output: Any) -> None:
+        """Fire the return of an outermost training forward."""
+        self._fire(lambda listener: listener.on_forward_end(call, output), "on_forward_end")
+
+    def on_forward_error(self) -> None:
+        """Fire that a training forward raised."""
+        self._fire(lambda listener: listener.on_forward_error(), "on_forward_error")
+
+    def on_backward_end(self) -> None:
+        """Fire the end of a backward."""
+        self._fire(lambda listener: listener.on_backward_end(), "on_backward_end")
+
+    def before_optimizer_step(self, ctx: StepContext) -> None:
+        """Fire the moment before an optimizer steps."""
+        with self.own_work():
+            self._fire(
+                lambda listener: listener.before_optimizer_step(ctx), "before_optimizer_step"
+            )
+
+    def on_step_end(self, ctx: StepContext) -> None:
+        """Fire the moment after the optimizers have stepped."""
+        with self.own_work():
+            self._fire(lambda listener: listener.on_step_end(ctx), "on_step_end")
+
+    def close(self) -> None:
+        """Close the listeners, the last first."""
+        self.phase = Phase.CLOSED
+        for listener in reversed(self.listeners):
+            self._contain(listener.close, f"{type(listener).__name__}.close")
+
+    def _fire(self, call: Callable[[StepListener], None], moment: str) -> None:
+        for listener in self.listeners:
+            self._contain(lambda: call(listener), f"{type(listener).__name__}.{moment}")  # noqa: B023
+
+    def _contain(self, call: Callable[[], None], place: str) -> None:
+        with self.boundary.timed():
+            try:
+                call()
+            except Exception as error:
+                self.boundary.failed(place, error)
