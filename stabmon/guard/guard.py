@@ -12,9 +12,10 @@ from typing import Any
 import torch.distributed as dist
 
 from stabmon._storage.stored_value import Stored
-from stabmon.guard.policy import Budget, Policy, stored_key
-from stabmon.guard.symptoms import FAMILIES, Key, family_of
+from stabmon.guard.policy import Policy, stored_key
+from stabmon.guard.symptoms import Key, may_ruin
 from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
+from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.saved_intervention import SavedAct
 from stabmon.interventions.run.training_run import Prepared, TrainingRun
 from stabmon.listeners import StepContext, StepListener
@@ -241,7 +242,7 @@ class Guard(StepListener):
                 if act.ends_round:
                     break  # what is ill was so in a state that is left behind
         if self._prepared:
-            calm = not self.run.uneasy and not any(_may_ruin(issue) for issue in issues)
+            calm = not self.run.uneasy and not any(may_ruin(issue) for issue in issues)
             for prepared in self._prepared.values():
                 prepared.offer(healthy and calm and not done)
         return done
@@ -332,12 +333,3 @@ class Guard(StepListener):
         told: list[Any] = [[issue.to_dict() for issue in issues], healthy]
         dist.broadcast_object_list(told)
         return [StabilityIssue.from_dict(issue) for issue in told[0]], bool(told[1])
-
-
-def _may_ruin(issue: StabilityIssue) -> bool:
-    """Whether a run with this issue open may be on its way to ruin: an alarm, or any word of rates,
-    losses or what is not finite.
-    """
-    return issue.is_alarm or (
-        issue.issue_type in FAMILIES and family_of(issue) in ("rate", "loss", "non_finite", "step")
-    )

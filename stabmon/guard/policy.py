@@ -1,4 +1,4 @@
-"""Which intervention next: by what is ill, what was tried already, and what is left to spend."""
+"""Choose the next intervention: by open alarms, by what was tried, and by what is left to spend."""
 
 from __future__ import annotations
 
@@ -9,66 +9,31 @@ from typing import Any, Literal, cast, get_args
 
 from stabmon._storage.stored_value import Stored
 from stabmon.guard.symptoms import (
-    ADVICE,
-    FAMILIES,
-    ORDER,
-    PREVENTIVE,
-    Family,
+    RENAMED,
     Key,
-    family_of,
-    in_order,
+    alarms_now,
     key_of,
+    keys_of,
+    promoted_among,
+    treated_in_order,
+    without_symptom,
 )
 from stabmon.interventions.base import Applied, Intervention
+from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
-from stabmon.records import NonFinite, StabilityIssue
+from stabmon.records import StabilityIssue
+from stabmon.rules.symptoms import Symptom
 
 logger = logging.getLogger("stabmon")
 
 Outcome = Literal["pending", "worked", "failed"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much may be done to one run. Samples are sampled optimizer steps."""
-
-    acts: int = 20
-    """Acts in a run."""
-    per_place: int = 3
-    """Acts on one head, or on the run as a whole for one kind of issue."""
-    rollbacks: int = 3
-    least_rate: float = 0.05
-    """The learning rate is never brought below this share of what the scheduler says."""
-    patience: int = 4
-    """Samples after which an act is judged: whether the alarm that it was for is still open."""
-    hold: int = 20
-    """Samples without an alarm after which what is held is let go, if it had nothing to do in them,
-    and held less tightly if it had.
-    """
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("acts", 0),
-            ("per_place", 0),
-            ("rollbacks", 0),
-            ("patience", 1),
-            ("hold", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"budget.{name}: {value!r} must be a whole number of at least {least}"
-                )
-        if not isinstance(self.least_rate, (int, float)) or not 0 < self.least_rate <= 1:
-            raise ValueError(
-                f"budget.least_rate: {self.least_rate!r} must be above 0 and at most 1"
-            )
+Alarm = tuple[StabilityIssue, Symptom]
 
 
 @dataclass(eq=False)
 class Trial:
-    """An act that was applied, and what became of what it was for."""
+    """An intervention that was applied, and its outcome."""
 
     applied: Applied
     keys: tuple[Key, ...]
@@ -81,7 +46,7 @@ class Trial:
 
 @dataclass(eq=False)
 class Policy:
-    """Remembers what was tried, and never repeats for a place what failed there or did not fit."""
+    """Remembers what was tried, and repeats nothing where it failed or did not fit."""
 
     interventions: Mapping[str, Intervention]
     """What may be done, by name, with its settings."""
@@ -89,142 +54,77 @@ class Policy:
     trials: list[Trial] = field(default_factory=list)
     samples: int = 0
     gave_up: dict[Key, str] = field(default_factory=dict)
-    """What nothing more will be done about, and what a person can do."""
+    """Locations about which nothing more will be done, and advice to a person."""
     _ruled_out: dict[Key, set[str]] = field(default_factory=dict)
     _advice: dict[Key, str] = field(default_factory=dict)
 
     def propose(
         self, open_issues: Sequence[StabilityIssue], run: TrainingRun
     ) -> Intervention | None:
-        """The next act, aimed at every alarm that it is the next choice for; None where there is
-        nothing to do or nothing left.
+        """Choose the next intervention, for every alarm that it is the next choice for.
 
-        What is left without a choice is noted in ``gave_up``, once.
+        Alarms that are left without a choice are noted in ``gave_up``, once.
+
+        Args:
+            open_issues: every issue that is open now.
+            run: the run.
+
+        Returns:
+            The intervention, aimed at its alarms; None where nothing is to be done, or nothing left.
         """
         alarms = alarms_now(open_issues, run)
         self._renew(alarms)
+        self._note_untreated(open_issues)
         pending = [trial for trial in self.trials if trial.outcome == "pending"]
         busy = {key for trial in pending for key in trial.keys}
-        affects_whole_run = any(trial.applied.intervention.affects_whole_run for trial in pending)
-        if again := self._begin_again(alarms, run):
-            return self.interventions["rollback"].aimed_at(again, self._why("rollback", again))
-        families = {family_of(issue) for issue in alarms}
-        for family in in_order(families):
-            if (
-                family == "loss"
-                and "rate" not in families
-                and any(key[0] == "drive" for key in busy)
-            ):
+        whole_run = any(trial.applied.intervention.affects_whole_run for trial in pending)
+        if (due := self._due(alarms, run)) is not None:
+            return due
+        present = {symptom.name: symptom for _, symptom in alarms}
+        promoted = promoted_among(present.values())
+        for symptom in treated_in_order(present.values()):
+            waits = symptom.name not in promoted and any(
+                key[0] in symptom.waits_for for key in busy
+            )
+            if waits:
                 return None  # a known cause is being treated
-            waiting = dict.fromkeys(key_of(issue) for issue in alarms if family_of(issue) == family)
-            if any(key in busy for key in waiting) and (
-                family == "non_finite" or affects_whole_run
-            ):
-                if family in ("rate", "drive"):
+            own = [issue for issue, each in alarms if each.name == symptom.name]
+            keys = dict.fromkeys(key_of(issue, symptom) for issue in own)
+            is_busy = any(key in busy for key in keys)
+            if is_busy and (symptom.exclusive or whole_run):
+                if symptom.passes_on == "always":
                     continue
                 return None  # wait and see
-            choices = {key: self._next(key, run) for key in waiting if key not in busy}
-            for key, (_, why) in choices.items():
-                if not choices[key][0] and key not in self.gave_up:
-                    self.gave_up[key] = (
-                        f"{why}; {self._advice.get(key) or _mend(alarms, key) or ADVICE[family]}"
-                    )
-            names = [
-                name
-                for name, _ in choices.values()
-                if name and not (affects_whole_run and self.interventions[name].affects_whole_run)
-            ]
-            if names:
-                name = min(names, key=self._order(family).index)
-                chosen = {key for key, (each, _) in choices.items() if each == name}
-                issues = [issue for issue in alarms if key_of(issue) in chosen]
-                return self.interventions[name].aimed_at(issues, self._why(name, issues))
-            waits = any(key in busy for key in waiting)
-            if not (
-                family in ("rate", "drive")
-                or (family == "loss" and not waits)
-                or (family == "scores" and "step" in families)
-            ):
-                # a known cause is being treated, or nothing can be done: no act on its consequences
-                return None
+            chosen = self._choose(symptom, own, busy, whole_run, run)
+            if chosen is not None:
+                return chosen
+            beside = any(name in present for name in symptom.passes_on_beside)
+            idle = symptom.passes_on == "idle" and not is_busy
+            if not (symptom.passes_on == "always" or idle or beside):
+                return None  # nothing is done about its consequences
         return None
 
-    def _begin_again(
-        self, alarms: Sequence[StabilityIssue], run: TrainingRun
-    ) -> list[StabilityIssue]:
-        """Alarms of a rate that was too high from the start, or of a layer that is moved too far,
-        once that is capped: what was trained so is not worth keeping."""
-        return [
-            issue
-            for issue in alarms
-            if (family_of(issue) == "step" or issue.evidence.get("fitting_rate") is not None)
-            and any(self._capped(trial) for trial in self._trials_of(issue))
-            and all(
-                trial.applied.intervention.name != "rollback" for trial in self._trials_of(issue)
-            )
-            and self._may_be_tried("rollback", key_of(issue), run)
-        ]
-
-    def _capped(self, trial: Trial) -> bool:
-        """Whether an act holds what was too fast, and left the steps that were already made as they
-        are.
-        """
-        caps = ("cap_learning_rate", "cap_query_key_update")
-        return trial.applied.intervention.name in caps and not trial.applied.effect.after.get(
-            "shortened"
-        )
-
-    def _trials_of(self, issue: StabilityIssue) -> list[Trial]:
-        """What was tried for an issue since what it rests on was found."""
-        since = _found_at(issue)
-        return [
-            trial
-            for trial in self.trials
-            if key_of(issue) in trial.keys and trial.applied.step >= since
-        ]
-
-    def _renew(self, alarms: Sequence[StabilityIssue]) -> None:
-        """Acts that may be done again for something newly found: what came of them before does not
-        count against them.
-        """
-        for issue in alarms:
-            since, key = _found_at(issue), key_of(issue)
-            old = [
-                t
-                for t in self.trials
-                if key in t.keys and t.applied.step < since and t.applied.intervention.renews
-            ]
-            for trial in old:
-                trial.keys = tuple(each for each in trial.keys if each != key)
-                self._ruled_out.get(key, set()).discard(trial.applied.intervention.name)
-            if old:
-                self.gave_up.pop(key, None)
-
     def note_applied(self, applied: Applied) -> None:
-        """An act that :meth:`propose` gave, or a person's own, was applied."""
-        keys = tuple(
-            dict.fromkeys(
-                key_of(i) for i in applied.intervention.issues if i.issue_type in FAMILIES
-            )
-        )
-        self.trials.append(Trial(applied, keys, self.samples))
+        """Take note of an intervention that was applied, proposed here or by a person."""
+        self.trials.append(Trial(applied, keys_of(applied.intervention.issues), self.samples))
 
-    def note_refused(self, act: Intervention, error: NotApplicable) -> None:
-        """An act did not fit; for these places it is not proposed again. A person's own with other
-        settings says nothing of ours.
+    def note_refused(self, intervention: Intervention, error: NotApplicable) -> None:
+        """Do not propose again, for these locations, an intervention that did not fit.
+
+        A person's own with other settings does not count against ours.
         """
-        if act.name in self.interventions and act != self.interventions[act.name]:
+        name = intervention.name
+        if name in self.interventions and intervention != self.interventions[name]:
             return
-        for key in map(key_of, act.issues):
-            self._ruled_out.setdefault(key, set()).add(act.name)
+        for key in keys_of(intervention.issues):
+            self._ruled_out.setdefault(key, set()).add(name)
             if error.advice:
                 self._advice[key] = f"{error.reason}: {error.advice}"
 
     def judge(
         self, open_issues: Sequence[StabilityIssue], run: TrainingRun, *, let_go: bool = True
     ) -> list[Trial]:
-        """Once a sample: say of each act whether it worked. What a person applied is neither taken
-        back nor released.
+        """Decide at a sample which interventions worked; a person's own are left as they are.
 
         Returns:
             Trials whose act is to be taken back for their ``reason``: it is at an end by itself, or
@@ -232,7 +132,7 @@ class Policy:
             if ``let_go``.
         """
         self.samples += 1
-        ill = {key_of(issue) for issue in alarms_now(open_issues, run)}
+        open_keys = {key_of(issue, symptom) for issue, symptom in alarms_now(open_issues, run)}
         failed = []
         for trial in self.trials:
             age = self.samples - trial.since
@@ -249,7 +149,7 @@ class Policy:
                         trial.reason,
                     )
             if trial.outcome == "pending" and age >= self.budget.patience:
-                trial.outcome = self._outcome(trial, ill)
+                trial.outcome = self._outcome(trial, open_keys)
                 if (
                     trial.outcome == "failed"
                     and ours
@@ -262,14 +162,14 @@ class Policy:
                     )
                     failed.append(trial)
                 trial.since = self.samples
-            elif trial.outcome != "pending" and ill & set(trial.keys):
+            elif trial.outcome != "pending" and open_keys & set(trial.keys):
                 trial.since = self.samples
             elif (
                 let_go
                 and ours
                 and trial.outcome != "pending"
                 and trial.applied.active
-                and age >= self.budget.hold
+                and age >= self.budget.release_after
             ):
                 if trial.applied.effect.was_active():
                     trial.since = self.samples
@@ -281,9 +181,7 @@ class Policy:
         return failed
 
     def state_dict(self, applied: Sequence[Applied]) -> dict[str, Any]:
-        """Everything but the acts' own states, as plain values; ``applied`` gives each act its
-        number.
-        """
+        """Everything but the interventions' own states; ``applied`` gives each its number."""
         return {
             "samples": self.samples,
             "trials": [
@@ -338,8 +236,77 @@ class Policy:
 
         return take_up
 
-    def _outcome(self, trial: Trial, ill: Collection[Key]) -> Outcome:
-        still = [key for key in trial.keys if key in ill]
+    def _choose(
+        self,
+        symptom: Symptom,
+        alarms: Sequence[StabilityIssue],
+        busy: Collection[Key],
+        whole_run: bool,
+        run: TrainingRun,
+    ) -> Intervention | None:
+        """Choose for the alarms of one symptom, and note those without a choice."""
+        keys = dict.fromkeys(key_of(issue, symptom) for issue in alarms)
+        choices = {key: self._next(key, run) for key in keys if key not in busy}
+        for key, (name, why) in choices.items():
+            if not name and key not in self.gave_up:
+                advice = self._advice.get(key) or _said(alarms, symptom) or symptom.advice
+                self.gave_up[key] = f"{why}; {advice}"
+        names = {name for name, _ in choices.values() if name}
+        names -= {each for each in names if whole_run and self._affects_whole_run(each)}
+        if not names:
+            return None
+        name = min(names, key=lambda each: (self._order(each, symptom.name), each))
+        chosen = {key for key, (each, _) in choices.items() if each == name}
+        return self._aim(name, [i for i in alarms if key_of(i, symptom) in chosen])
+
+    def _due(self, alarms: Sequence[Alarm], run: TrainingRun) -> Intervention | None:
+        """Return an intervention that comes next whatever the order, for the alarms it is due for."""
+        for name, intervention in self.interventions.items():
+            due = [
+                issue
+                for issue, symptom in alarms
+                if intervention.is_due(issue, self._tried_for(issue, symptom))
+                and self._may_be_tried(name, key_of(issue, symptom), run)
+            ]
+            if due:
+                return self._aim(name, due)
+        return None
+
+    def _tried_for(self, issue: StabilityIssue, symptom: Symptom) -> list[Applied]:
+        """Return what was applied for an issue since its cause was found."""
+        since, key = _found_at(issue), key_of(issue, symptom)
+        tried = (trial.applied for trial in self.trials if key in trial.keys)
+        return [applied for applied in tried if applied.step >= since]
+
+    def _renew(self, alarms: Sequence[Alarm]) -> None:
+        """Allow interventions that may be repeated for an alarm whose cause was found anew."""
+        for issue, symptom in alarms:
+            since, key = _found_at(issue), key_of(issue, symptom)
+            old = [
+                trial
+                for trial in self.trials
+                if key in trial.keys
+                and trial.applied.step < since
+                and trial.applied.intervention.renews
+            ]
+            for trial in old:
+                trial.keys = tuple(each for each in trial.keys if each != key)
+                self._ruled_out.get(key, set()).discard(trial.applied.intervention.name)
+            if old:
+                self.gave_up.pop(key, None)
+
+    def _note_untreated(self, open_issues: Sequence[StabilityIssue]) -> None:
+        """Note alarms whose rule declares no symptom: they are not dropped without a word."""
+        for issue in without_symptom(open_issues):
+            key = (issue.issue_type, issue.layer, issue.head)
+            if key not in self.gave_up:
+                self.gave_up[key] = (
+                    f"the rule of {issue.issue_type} declares no symptom, so that no intervention "
+                    f"treats it; {issue.suggestion}"
+                )
+
+    def _outcome(self, trial: Trial, open_keys: Collection[Key]) -> Outcome:
+        still = [key for key in trial.keys if key in open_keys]
         self._rule_out(trial, still)
         return "failed" if still and len(still) == len(trial.keys) else "worked"
 
@@ -347,143 +314,91 @@ class Policy:
         for key in keys:
             self._ruled_out.setdefault(key, set()).add(trial.applied.intervention.name)
 
-    def _order(self, family: Family) -> tuple[str, ...]:
-        return (*ORDER[family], *PREVENTIVE)
-
     def _next(self, key: Key, run: TrainingRun) -> tuple[str, str]:
-        """The first act for a place that may still be tried; else an empty name, and why there is
-        none.
-        """
-        if len(self.trials) >= self.budget.acts:
-            return "", f"all {self.budget.acts} acts of the budget are spent"
+        """Return the first intervention to try at a location, and "", else "" and why there is none."""
+        if len(self.trials) >= self.budget.max_interventions:
+            return "", f"all {self.budget.max_interventions} interventions of the budget are spent"
         spent = sum(key in trial.keys for trial in self.trials)
-        if spent >= self.budget.per_place:
-            return "", f"{spent} acts were tried here already"
-        allowed = [name for name in self._order(key[0]) if name in self.interventions]
-        if key[0] == "non_finite" and (found := _weights_finite(run)) is not None:
-            if found.skipped > 2 * found.search and self._may_be_tried("stop", key, run):
-                return "stop", ""
-            return "", "the weights are finite, so that going back mends nothing"
+        if spent >= self.budget.max_per_location:
+            return "", f"{spent} interventions were tried here already"
+        allowed = [name for name in self.interventions if self._order(name, key[0]) < NEVER]
+        allowed.sort(key=lambda name: (self._order(name, key[0]), name))
         left = [name for name in allowed if self._may_be_tried(name, key, run)]
         if left:
             return left[0], ""
-        return (
-            "",
-            f"{', '.join(allowed)} failed or did not fit"
-            if allowed
-            else "no act that is allowed repairs this",
-        )
+        reasons = [self.interventions[name].unsuited(run, key[0]) for name in allowed]
+        if why := next(filter(None, reasons), ""):
+            return "", why
+        if allowed:
+            return "", f"{', '.join(allowed)} failed or did not fit"
+        return "", "no intervention that is allowed treats this"
 
     def _may_be_tried(self, name: str, key: Key, run: TrainingRun) -> bool:
-        """Whether an act is allowed, has not failed here, fits and can be afforded."""
-        within = (
-            len(self.trials) < self.budget.acts
-            and sum(key in t.keys for t in self.trials) < self.budget.per_place
-        )
-        return (
-            within
-            and name in self.interventions
-            and name not in self._ruled_out.get(key, ())
-            and self._fits(name, key, run)
+        """Return whether an intervention has not failed at a location, suits it and is affordable."""
+        if len(self.trials) >= self.budget.max_interventions:
+            return False
+        if sum(key in trial.keys for trial in self.trials) >= self.budget.max_per_location:
+            return False
+        if name in self._ruled_out.get(key, ()):
+            return False
+        intervention = self.interventions[name]
+        uses = sum(trial.applied.intervention.name == name for trial in self.trials)
+        return not intervention.unsuited(run, key[0]) and intervention.affordable(
+            run, self.budget, uses
         )
 
-    def _fits(self, name: str, key: Key, run: TrainingRun) -> bool:
-        """Whether an act is one for such a place, and can be afforded."""
-        act, family = self.interventions[name], key[0]
-        if name == "rollback":
-            return (
-                sum(trial.applied.intervention.name == name for trial in self.trials)
-                < self.budget.rollbacks
-            )
-        if name == "lower_learning_rate":
-            if getattr(act, "where", None) == "query_key":
-                return family in ("drive", "scores", "step")
-            return run.rate_factor * float(getattr(act, "factor", 1.0)) >= self.budget.least_rate
-        return True
+    def _order(self, name: str, symptom: str) -> float:
+        """Return the place of an intervention among what treats a symptom."""
+        order = self.interventions[name].order_for(symptom)
+        return NEVER if order is None else order
 
-    def _why(self, name: str, issues: Sequence[StabilityIssue]) -> str:
+    def _affects_whole_run(self, name: str) -> bool:
+        return self.interventions[name].affects_whole_run
+
+    def _aim(self, name: str, issues: Sequence[StabilityIssue]) -> Intervention:
+        return self.interventions[name].aimed_at(issues, self._why(issues))
+
+    def _why(self, issues: Sequence[StabilityIssue]) -> str:
         kinds = ", ".join(dict.fromkeys(issue.issue_type for issue in issues))
-        where = (
-            issues[0].where
-            if len(issues) == 1
-            else f"{len(issues)} places, first {issues[0].where}"
-        )
-        before = sorted(
-            {each for issue in issues for each in self._ruled_out.get(key_of(issue), ())}
-        )
+        where = issues[0].where
+        if len(issues) > 1:
+            where = f"{len(issues)} places, first {where}"
+        ruled_out = (self._ruled_out.get(key, ()) for key in keys_of(issues))
+        before = sorted({name for names in ruled_out for name in names})
         return f"{kinds} at {where}" + (
             f"; {', '.join(before)} failed or did not fit" if before else ""
         )
 
 
-BACK_WHEN: Mapping[str, tuple[str, int, float]] = {
-    "entropy_collapse": ("normalized_entropy", 1, 0.5),
-    "logit_growth": ("max_logit", -1, 1.0),
-}
-"""Signal of an issue, whether it is well above (1) or below (-1), and of what share of the issue's
-threshold. A clipped head sits at twice its old scores, so at less than its old entropy; half of the
-threshold is far from saturated, and training takes it from there."""
-
-
-def alarms_now(open_issues: Sequence[StabilityIssue], run: TrainingRun) -> list[StabilityIssue]:
-    """The open alarms that something can be done about, without those whose head is on its way back
-    (see :data:`BACK_WHEN`).
-
-    An issue closes only well beyond its threshold and some samples later; to act on a head that is
-    on its way there costs, and repairs nothing.
-    """
-    alarms = [issue for issue in open_issues if issue.is_alarm and issue.issue_type in FAMILIES]
-    return [issue for issue in alarms if not _is_back(issue, run)]
+NEVER = float("inf")
+"""Place of an intervention that does not treat a symptom."""
 
 
 def _found_at(issue: StabilityIssue) -> int:
-    """The step at which what an issue rests on was found; 0 where it does not say."""
+    """Return the step at which an issue's cause was found; 0 where it does not say."""
     found = issue.evidence.get("found_at", 0)
     return int(found) if isinstance(found, (int, float)) else 0
 
 
-def _weights_finite(run: TrainingRun) -> NonFinite | None:
-    """The newest finding of what is not finite, where it has not reached the weights; else None."""
-    found = next(
-        (each.non_finite for each in reversed(run.history.readings) if each.non_finite is not None),
-        None,
-    )
-    return found if found is not None and found.touched in ("nothing", "gradients") else None
-
-
-def _mend(alarms: Sequence[StabilityIssue], key: Key) -> str:
-    """What an alarm of something that is not finite says of its cause."""
-    said = [
-        issue.suggestion
-        for issue in alarms
-        if key_of(issue) == key and key[0] == "non_finite" and issue.evidence.get("cause")
-    ]
-    return said[0] if said else ""
-
-
-def _is_back(issue: StabilityIssue, run: TrainingRun) -> bool:
-    if (
-        issue.issue_type not in BACK_WHEN
-        or issue.head is None
-        or issue.layer not in run.history.layers
-    ):
-        return False
-    signal, side, share = BACK_WHEN[issue.issue_type]
-    share = (
-        1.0 if issue.evidence.get("from_the_start") else share
-    )  # there is no better past that it is on its way to
-    now = run.history.now(signal)[run.history.of_layer(issue.layer)][issue.head]
-    return bool(side * now > side * share * issue.threshold)
+def _said(alarms: Sequence[StabilityIssue], symptom: Symptom) -> str:
+    """Return what an alarm of an exclusive symptom says of its own cause."""
+    said = (issue.suggestion for issue in alarms if issue.evidence.get("cause"))
+    return next(said, "") if symptom.exclusive else ""
 
 
 def stored_key(saved: Stored) -> Key:
-    """A key as it is stored.
+    """Read a key as it is stored.
 
     Raises:
         ValueError: if it is none.
     """
-    family, layer, head = saved.parts(3)
-    return cast(Family, family.text()), layer.maybe(Stored.text), head.maybe(Stored.integer)
+    name, layer, head = saved.parts(3)
+    symptom = name.text()
+    return (
+        RENAMED.get(symptom, symptom),
+        layer.maybe(Stored.text),
+        head.maybe(Stored.integer),
+    )
 
 
 def _pairs(saved: Stored) -> list[tuple[Stored, Stored]]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.effects.effect import Effect
+from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.training_run import Prepared, TrainingRun
 from stabmon.records import StabilityIssue
 from stabmon.registry import Registry
@@ -19,6 +20,10 @@ logger = logging.getLogger("stabmon")
 
 
 Self = TypeVar("Self", bound="Intervention")
+
+
+ATTENTION_AND_LOSS = ("rate", "sustained_growth", "scores", "step", "loss")
+"""Every symptom of stabmon's own rules but that of NaN and inf."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class Intervention(ABC):
         ValueError: for a setting that cannot be, naming it.
     """
 
+    treats: ClassVar[Mapping[str, int]] = {}
+    """Symptoms that it treats, by name, and its place among what treats them: the smallest first."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Interventions of which one must have been applied before :meth:`is_due` can hold."""
     cost: ClassVar[float] = 0.0
     """Nats of final loss that it was seen to cost a healthy run (small byte-level GPT); inf where
     that was not measured.
@@ -87,6 +96,33 @@ class Intervention(ABC):
         """
         act = self if issue is None else self.aimed_at([issue])
         return Applied(act, run, act._start(run), step=run.step).noted("applied")
+
+    def order_for(self, symptom: str) -> int | None:
+        """Return its place among what treats a symptom; None where it does not treat it."""
+        return self.treats.get(symptom)
+
+    def unsuited(self, run: TrainingRun, symptom: str) -> str:
+        """Return why it cannot help against a symptom at this time; empty where it may."""
+        return ""
+
+    def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
+        """Return whether the budget allows it once more.
+
+        Args:
+            run: the run.
+            budget: the limits.
+            uses: times that it was applied so far.
+        """
+        return True
+
+    def is_due(self, issue: StabilityIssue, tried: Sequence[Applied]) -> bool:
+        """Return whether it comes next for an alarm, whatever the order.
+
+        Args:
+            issue: an open alarm.
+            tried: interventions applied for it since its cause was found.
+        """
+        return False
 
     def prepare(self, run: TrainingRun) -> Prepared | None:
         """Keep what it needs from before the first step on; None where that is nothing."""

@@ -27,6 +27,8 @@ class CapLearningRate(Intervention):
     group do not add up. Schedulers, checkpoints and loggers see the rates that they set.
     """
 
+    treats: ClassVar[Mapping[str, int]] = {"rate": 10}
+
     renews: ClassVar[bool] = True
 
     times: float = 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class CapQueryKeyNorm(Intervention):
         Weights held at a norm: Franke et al. 2023, arXiv:2311.09058 (a bound on the norm of each
             weight matrix).
     """
+
+    treats: ClassVar[Mapping[str, int]] = {"sustained_growth": 10}
 
     times: float = 1.4
     """Times a piece's own past: then scores may come to about twice theirs, which cost repaired

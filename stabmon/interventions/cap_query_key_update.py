@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ class CapQueryKeyUpdate(Intervention):
         Rates for queries and keys in proportion to 1 / ||W||: Anson & Aitchison, arXiv:2511.21377;
         clipping of updates: Adafactor, arXiv:1804.04235.
     """
+
+    treats: ClassVar[Mapping[str, int]] = {"step": 10}
 
     times: float = 1.25
     """Times its own past that a step's share may be. Where the rate is wrong every step is this

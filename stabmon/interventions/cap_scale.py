@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -34,6 +34,8 @@ class CapScale(Intervention):
         The project's own failing runs: of four whose scale drifted, clipping left gaps to the
         healthy twin of 0.02 to 0.11 nats.
     """
+
+    treats: ClassVar[Mapping[str, int]] = {"sustained_growth": 20}
 
     cap: float | None = None
     """The scale itself; None for what it was when the growth began, as the issue tells it

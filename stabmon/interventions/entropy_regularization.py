@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.base import ATTENTION_AND_LOSS, Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, Place
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.operator import AttentionOperator
@@ -45,6 +45,9 @@ class EntropyRegularization(Intervention):
         ``no_grad``, and queries that are cast to
     another type on their way into the kernel.
     """
+
+    treats: ClassVar[Mapping[str, int]] = dict.fromkeys(ATTENTION_AND_LOSS, 110)
+    # it prevents and does not repair: last of all, and only where the configuration names it
 
     cost: ClassVar[float] = float("inf")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.base import ATTENTION_AND_LOSS, Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.training_run import TrainingRun
 
@@ -21,6 +21,9 @@ class ExtendWarmup(Intervention):
     A longer warm-up delays the growth of scores in every published run (Wortsman et al. 2023,
     arXiv:2309.14322); how well it repairs one that has grown already was not measured.
     """
+
+    treats: ClassVar[Mapping[str, int]] = dict.fromkeys(ATTENTION_AND_LOSS, 100)
+    # it prevents and does not repair: last of all, and only where the configuration names it
 
     cost: ClassVar[float] = float("inf")
     affects_whole_run: ClassVar[bool] = True

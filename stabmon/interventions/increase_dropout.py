@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.base import ATTENTION_AND_LOSS, Intervention, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.score_replay import can_replay
@@ -49,6 +49,9 @@ class IncreaseDropout(Intervention):
     ``torch.compile`` the first forward compiles anew. Evaluation is untouched, as the module's
     training flag decides.
     """
+
+    treats: ClassVar[Mapping[str, int]] = dict.fromkeys(ATTENTION_AND_LOSS, 120)
+    # it prevents and does not repair: last of all, and only where the configuration names it
 
     cost: ClassVar[float] = 0.22
 

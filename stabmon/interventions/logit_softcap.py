@@ -36,6 +36,9 @@ class LogitSoftcap(Intervention):
     is no weight, so the model trained so must keep it.
     """
 
+    treats: ClassVar[Mapping[str, int]] = {"scores": 30}
+    # it closed the gap in 1 of the same ten runs
+
     cost: ClassVar[float] = 0.0
 
     cap: float = 50.0

@@ -13,6 +13,7 @@ from torch import Tensor
 from stabmon._torch.optimizer_adapter import takes_hooks
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
+from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.learning_rates import step_hook
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import Rows
@@ -40,6 +41,15 @@ class LowerLearningRate(Intervention):
     them schedulers and checkpoints alone. It costs a copy of these rows during the step.
     """
 
+    treats: ClassVar[Mapping[str, int]] = {
+        "rate": 20,
+        "sustained_growth": 50,
+        "scores": 40,
+        "step": 20,
+        "loss": 20,
+    }
+    # a tenth of the rate for queries and keys helped where the rate itself was the cause
+
     cost: ClassVar[float] = 0.17
     affects_whole_run: ClassVar[bool] = True
 
@@ -56,6 +66,13 @@ class LowerLearningRate(Intervention):
             raise ValueError(
                 f"{self.name}.where: {self.where!r} must be one of {', '.join(get_args(Where))}"
             )
+
+    def order_for(self, symptom: str) -> int | None:
+        scores = ("sustained_growth", "scores", "step")
+        return super().order_for(symptom) if self.where == "all" or symptom in scores else None
+
+    def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
+        return self.where == "query_key" or run.rate_factor * self.factor >= budget.min_lr_scale
 
     def _start(self, run: TrainingRun) -> Effect:
         _ = run.torch_optimizers

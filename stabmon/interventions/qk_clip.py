@@ -67,6 +67,9 @@ class QkClip(Intervention):
         runs.
     """
 
+    treats: ClassVar[Mapping[str, int]] = {"scores": 10, "sustained_growth": 30}
+    # on ten small runs that failed from attention it closed the gap in 7, and cost nothing
+
     cost: ClassVar[float] = 0.0
 
     target: float | None = None

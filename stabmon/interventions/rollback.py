@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from stabmon.interventions.base import Intervention, intervention
+from stabmon.interventions.base import Applied, Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
+from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
+from stabmon.records import StabilityIssue
+from stabmon.rules.base import symptom_of
 
 FEW = 100
 """Steps that a run which was broken from the start may be put back by though its loss keeps to its
@@ -40,6 +44,9 @@ class Rollback(Intervention):
     added to the run since the state was taken keeps its value.
     """
 
+    treats: ClassVar[Mapping[str, int]] = {"non_finite": 10, "loss": 10}
+    after: ClassVar[tuple[str, ...]] = ("cap_learning_rate", "cap_query_key_update")
+
     affects_whole_run: ClassVar[bool] = True
     renews: ClassVar[bool] = True
     ends_round: ClassVar[bool] = True
@@ -61,6 +68,29 @@ class Rollback(Intervention):
                 raise ValueError(
                     f"{self.name}.{name}: {value!r} must be a whole number of at least {least}"
                 )
+
+    def unsuited(self, run: TrainingRun, symptom: str) -> str:
+        if symptom == "non_finite" and run.newest_harmless_nonfinite() is not None:
+            return "the weights are finite, so that going back mends nothing"
+        return ""
+
+    def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
+        return uses < budget.max_rollbacks
+
+    def is_due(self, issue: StabilityIssue, tried: Sequence[Applied]) -> bool:
+        """The rate was too high from the start, or a layer was moved too far, and a cap holds that
+        now: what was trained so is not worth keeping. A cap that shortened the step has left none.
+        """
+        symptom = symptom_of(issue)
+        too_fast = issue.evidence.get("fitting_rate") is not None or (
+            symptom is not None and symptom.name == "step"
+        )
+        capped = any(
+            each.intervention.name in self.after and not each.effect.after.get("shortened")
+            for each in tried
+        )
+        again = any(each.intervention.name == self.name for each in tried)
+        return too_fast and capped and not again
 
     def _start(self, run: TrainingRun) -> Effect:
         states = run.find_prepared(HealthyStates)

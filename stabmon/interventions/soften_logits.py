@@ -36,6 +36,9 @@ class SoftenLogits(Intervention):
     without a batch to run again it is refused.
     """
 
+    treats: ClassVar[Mapping[str, int]] = {"scores": 20, "sustained_growth": 40}
+    # it closed the gap in 6 of the same ten runs
+
     cost: ClassVar[float] = 0.01
 
     temperature: float = 4.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +18,16 @@ class Stop(Intervention):
     checkpoints and callbacks run as ever.
     """
 
+    treats: ClassVar[Mapping[str, int]] = {"non_finite": 20}
+
     affects_whole_run: ClassVar[bool] = True
     once: ClassVar[bool] = True
+
+    def unsuited(self, run: TrainingRun, symptom: str) -> str:
+        found = run.newest_harmless_nonfinite()
+        if symptom == "non_finite" and found is not None and found.skipped <= 2 * found.search:
+            return "the weights are finite, and training may go on by itself"
+        return ""
 
     def _start(self, run: TrainingRun) -> Effect:
         return _Stopping(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from stabmon._torch.snippets import QK_NORM
 from stabmon.projections.head_rows import QueryKey, Rows
 from stabmon.projections.not_applicable import NotApplicable
 
@@ -32,10 +33,6 @@ KEY_NORM = (
     "key_layer_norm",
     "k_layer_norm",
 )
-RMS_NORM = (
-    "q, k = F.rms_norm(q, q.shape[-1:], q_gain), F.rms_norm(k, k.shape[-1:], k_gain)  # in "
-    "the attention's forward, before scores"
-)
 
 
 def behind_norm(
@@ -53,7 +50,7 @@ def behind_norm(
         whole = gain_and_bias(part)
         if not whole:
             raise NotApplicable(
-                f"{name} ({type(norm).__name__}) has no gain that could be lowered", RMS_NORM
+                f"{name} ({type(norm).__name__}) has no gain that could be lowered", QK_NORM
             )
         if any(not each.parameter.requires_grad for each in whole):
             raise NotApplicable(f"{name} is frozen: it is not what grew")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
+from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
 
 
 @rule
 @dataclass(frozen=True)
-class AttentionSpike:
+class AttentionSpike(Rule):
     """A head's mean largest probability, or the mass on its first key, jumped up between two
     readings.
 
@@ -23,6 +25,8 @@ class AttentionSpike:
         attention that collapses is
     ``entropy_collapse``. Read it as the time and place at which a head changed what it does.
     """
+
+    symptom: ClassVar[Symptom] = SCORES
 
     rise: float = 0.4
     """Rise of the probability, in [0, 1], over the largest of the readings before."""

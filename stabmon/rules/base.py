@@ -5,31 +5,68 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import ClassVar, TypeVar
 
 from stabmon.records import SEVERITIES, StabilityIssue
 from stabmon.registry import Registry
+from stabmon.rules.symptoms import Symptom
+from stabmon.rules.tracking.history import History
 
-if TYPE_CHECKING:
-    from stabmon.rules.tracking.history import History
 
+class Rule:
+    """Base class of rules: frozen dataclasses whose fields are their levels.
 
-class Rule(Protocol):
-    """A frozen dataclass whose fields are its levels, and whose ``check`` says what is ill now."""
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from stabmon.rules.symptoms import SCORES
+        >>> @dataclass(frozen=True)
+        ... class UniformAttention(Rule):
+        ...     symptom = SCORES
+        ...     above: float = 0.99
+        ...     def check(self, history):
+        ...         entropy = history.now("normalized_entropy")
+        ...         for n in (entropy > self.above).nonzero()[0]:
+        ...             layer, head = history.heads[n]
+        ...             yield StabilityIssue(
+        ...                 history.latest.step, layer, head, "uniform_attention", "warning",
+        ...                 entropy[n], self.above, "Train longer, or with a higher rate.")
+        >>> UniformAttention().symptom.name
+        'scores'
+    """
+
+    symptom: ClassVar[Symptom | None] = None
+    """The failure mode of its issues; None if no intervention treats it."""
+    issue_types: ClassVar[tuple[str, ...]] = ()
+    """The types of its issues; empty for its own name alone."""
+    explains_others: ClassVar[bool] = False
+    """Its issues explain others of the same step and severity, and are listed before them."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """Every issue of this rule's type that holds at the history's newest reading.
+        """Return every issue that holds at the newest reading.
 
         Called once a sampled step for all heads of the model at once: compute on whole ``[T, N]``
-        arrays and build a :class:`StabilityIssue` only for the heads that are ill. Hysteresis: for
-        a head whose issue is open already (``history.is_open(issue_type)``) use the milder, closing
-        level. Never raises on NaN, inf or a short history.
+        arrays, and build an issue only for anomalous heads. Where an issue is open already
+        (``history.is_open(issue_type)``), use the milder, closing level. Must not raise on NaN, inf
+        or a short history.
+
+        Args:
+            history: the readings so far; T readings, N heads over all layers.
         """
-        ...
+        raise NotImplementedError
+
+    @classmethod
+    def symptom_of(cls, issue: StabilityIssue) -> Symptom | None:
+        """Return the failure mode of one of its issues; :attr:`symptom` unless overridden."""
+        return cls.symptom
+
+    @classmethod
+    def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
+        """Return whether an open issue needs no intervention: its head is on its way back."""
+        return False
 
 
 RULES: Registry[type[Rule]] = Registry("rule", package="stabmon.rules")
-R = TypeVar("R", bound=type)
+R = TypeVar("R", bound=type[Rule])
 
 
 def rule(cls: R) -> R:
@@ -43,6 +80,21 @@ def rule(cls: R) -> R:
 def rule_name(cls: type) -> str:
     """The config name of a rule's class: its name in snake case."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+def rule_of(issue_type: str) -> type[Rule] | None:
+    """Return the rule that reports issues of a type; None where no installed one does."""
+    if issue_type in RULES:
+        return RULES[issue_type]
+    named = ((cls, getattr(cls, "issue_types", ())) for _, cls in RULES.items())
+    return next((cls for cls, types in named if issue_type in types), None)
+
+
+def symptom_of(issue: StabilityIssue) -> Symptom | None:
+    """Return the symptom that an issue's rule declares; None where it declares none."""
+    found = rule_of(issue.issue_type)
+    # rules of other packages need not be subclasses of Rule
+    return found.symptom_of(issue) if found and hasattr(found, "symptom_of") else None
 
 
 def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import SCORE_FLOOR, Change, changes, jump_needed
 from stabmon.rules.evidence.context import advice, circumstances
+from stabmon.rules.evidence.recovery import rose_above
 from stabmon.rules.evidence.robust_stats import robust_spread
+from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
 
 START_READINGS = 32
@@ -27,7 +30,7 @@ FROM_THE_START = (
 
 @rule
 @dataclass(frozen=True)
-class EntropyCollapse:
+class EntropyCollapse(Rule):
     """A head that suddenly lost the spread it used to have.
 
     Low entropy is no disease: local heads, sinks, copying and retrieval heads are nearly one-hot
@@ -45,6 +48,8 @@ class EntropyCollapse:
     only, nothing has been learned that could call for it: the initialisation is too large, and that
     is an alarm.
     """
+
+    symptom: ClassVar[Symptom] = SCORES
 
     kept: float = 0.4
     """Share of its own past entropy that a collapsed head keeps at most."""
@@ -80,6 +85,10 @@ class EntropyCollapse:
     """
     hysteresis: float = 0.6
     """An open issue stays open until the entropy is above its opening level divided by this."""
+
+    @classmethod
+    def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
+        return rose_above(issue, history, "normalized_entropy", share=0.5)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue a head; ``value`` is its normalised entropy, ``threshold`` the entropy at which

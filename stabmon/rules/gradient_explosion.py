@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import loss_rose
 from stabmon.rules.evidence.robust_stats import robust_spread
+from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
 
 
 @rule
 @dataclass(frozen=True)
-class GradientExplosion:
+class GradientExplosion(Rule):
     """The norm of the whole model's gradient has left its own recent range upwards, and stays
     there.
 
@@ -25,6 +27,8 @@ class GradientExplosion:
     ``stays`` readings in a row while the loss rises: then steps of the wrong size or direction are
     being taken. Blames no head; the layer that grew most is in the evidence.
     """
+
+    symptom: ClassVar[Symptom] = LOSS
 
     deviations: float = 6.0
     """Spreads of the log norm above its recent median."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.context import advice
 from stabmon.rules.evidence.robust_stats import median
+from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
 
 
 @rule
 @dataclass(frozen=True)
-class GradientVanishing:
+class GradientVanishing(Rule):
     """The gradient of one layer's attention collapsed against its own past and against the model's,
     while its rows saturated.
 
@@ -28,6 +30,8 @@ class GradientVanishing:
     layer's value and output weights still receive gradient when its rows saturate, so this comes
     late; ``logit_growth`` comes first.
     """
+
+    symptom: ClassVar[Symptom] = SCORES
 
     warning: float = 0.02
     """Share of its own past share of the model's gradient norm at which a layer is worth a look."""

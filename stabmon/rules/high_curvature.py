@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
+from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
 
 
 @rule
 @dataclass(frozen=True)
-class HighCurvature:
+class HighCurvature(Rule):
     """The bound on a head's curvature in query and key jumped far above the head's own past.
 
     The curvature is polynomial in the norms of query and key and vanishes as rows saturate, so no
@@ -23,6 +25,8 @@ class HighCurvature:
     step of the usual size moves this head's attention much further than before. The card's
     exponential bound (``hnf_log_curvature_bound``) is not used: it only orders heads by score.
     """
+
+    symptom: ClassVar[Symptom] = SCORES
 
     jump: float = 2.5
     """Rise of the natural logarithm over the largest of the readings before: twelvefold."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import Severity, StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import (
     PAST_READINGS,
     SCORE_FLOOR,
@@ -20,7 +21,9 @@ from stabmon.rules.evidence.baselines import (
 from stabmon.rules.evidence.context import advice, circumstances
 from stabmon.rules.evidence.forecast import Forecast, forecast_score
 from stabmon.rules.evidence.norm_growth import drive
+from stabmon.rules.evidence.recovery import fell_below
 from stabmon.rules.evidence.robust_stats import largest
+from stabmon.rules.symptoms import SCORES, SUSTAINED_GROWTH, Symptom
 from stabmon.rules.tracking.history import History
 
 LEAST_SCORE = 2 * SCORE_FLOOR
@@ -33,7 +36,7 @@ has something to clip, and then ends the alarm."""
 
 @rule
 @dataclass(frozen=True)
-class LogitGrowth:
+class LogitGrowth(Rule):
     """A head's largest score grew manifold over its own past, faster than heads that learn grow,
     and its rows lost their spread.
 
@@ -62,6 +65,8 @@ class LogitGrowth:
     a warning with a forecast.
     """
 
+    symptom: ClassVar[Symptom] = SCORES
+
     jump: float = 4.0
     """Times its own past within one step; plus ``jump`` again for each 100 steps in between, up to
     three times ``jump``.
@@ -88,6 +93,14 @@ class LogitGrowth:
     """Share of what its weights moved that must have gone into their norm, in [0, 1]."""
     hysteresis: float = 0.6
     """Share of the opening level above which an open issue stays open."""
+
+    @classmethod
+    def symptom_of(cls, issue: StabilityIssue) -> Symptom:
+        return SUSTAINED_GROWTH if issue.head is None else SCORES
+
+    @classmethod
+    def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
+        return issue.head is not None and fell_below(issue, history, "max_logit")
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue a head, and one a layer that is driven; ``value`` is the largest score,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import robust_spread
+from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
 
 
 @rule
 @dataclass(frozen=True)
-class LossSpike:
+class LossSpike(Rule):
     """The loss jumped above what its own recent noise explains; an alarm only where it stays up
     there.
 
@@ -28,6 +30,8 @@ class LossSpike:
     while steps are too large (``update_spike``), which no hard batch explains. Blames no head: a
     bad batch, a rate too high and broken attention look alike here.
     """
+
+    symptom: ClassVar[Symptom] = LOSS
 
     deviations: float = 8.0
     """Spreads above the recent median from which a loss counts as a spike; noise of heavy tails

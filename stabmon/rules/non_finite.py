@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from stabmon.records import Cause, Severity, StabilityIssue
 from stabmon.records import NonFinite as Finding
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
+from stabmon.rules.symptoms import NON_FINITE, Symptom
 from stabmon.rules.tracking.history import History
 
 CAUSES: Mapping[Cause, str] = {
@@ -75,7 +76,7 @@ ROLL_BACK = (
 
 @rule
 @dataclass(frozen=True)
-class NonFinite:
+class NonFinite(Rule):
     """A NaN or inf in a parameter, input, activation, score, gradient or loss, told by what made it
     and what it has touched.
 
@@ -89,6 +90,8 @@ class NonFinite:
     a row were left out than a gradient scaler's search takes, and critical where twice as many
     were: then nothing is trained.
     """
+
+    symptom: ClassVar[Symptom] = NON_FINITE
 
     gradient_readings: int = 3
     """Readings in a row with a bad gradient, and nothing known of the weights, from which it is

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import LayerInfo, StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
+from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
 
 
 @rule
 @dataclass(frozen=True)
-class OverflowRisk:
+class OverflowRisk(Rule):
     """A float16 layer whose query-key product comes near 65504, beyond which it is inf and the
     softmax NaN.
 
@@ -23,6 +25,8 @@ class OverflowRisk:
     fused kernel accumulates in float32. bfloat16 and float32 reach 3e38; what runs out there is
     precision, see ``precision_insufficient``.
     """
+
+    symptom: ClassVar[Symptom] = SCORES
 
     warning: float = 16_384.0
     """Largest query-key product before scaling, a quarter of float16's range."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from stabmon.records import LayerInfo, StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
+from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
 
 MANTISSA_BITS = {"bfloat16": 8.0, "float16": 11.0, "float32": 24.0, "float64": 53.0}
@@ -16,7 +18,7 @@ MANTISSA_BITS = {"bfloat16": 8.0, "float16": 11.0, "float32": 24.0, "float64": 5
 
 @rule
 @dataclass(frozen=True)
-class PrecisionInsufficient:
+class PrecisionInsufficient(Rule):
     """Rounding moves this head's attention: its scores outgrew the mantissa of the layer's dtype.
 
     ``precision_bits`` says how many bits a score needs so that rounding it moves at most 10 % of a
@@ -30,6 +32,8 @@ class PrecisionInsufficient:
     from the first readings is only a warning; an alarm is a shortage of ``error_shortage`` bits
     that grew up during this run by ``growth`` bits.
     """
+
+    symptom: ClassVar[Symptom] = SCORES
 
     warning_shortage: float = 1.0
     """Bits short, at 1 rounding may move 20 % of a row's probability."""

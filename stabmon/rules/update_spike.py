@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from stabmon.records import Overshoot, Reading, StabilityIssue
-from stabmon.rules.base import rule
+from stabmon.rules.base import Rule, rule
+from stabmon.rules.symptoms import RATE, STEP, Symptom
 from stabmon.rules.tracking.history import History
 
 PAST = 22
@@ -26,7 +27,7 @@ SLACK = 1.1
 
 @rule
 @dataclass(frozen=True)
-class UpdateSpike:
+class UpdateSpike(Rule):
     """A step changes more of the weights than they bear.
 
     - Steps were seen to gain far less on their own batch than the gradient foretold, or tore the
@@ -47,6 +48,9 @@ class UpdateSpike:
       a step would have changed ``fitting`` of them.
     """
 
+    symptom: ClassVar[Symptom] = RATE
+    explains_others: ClassVar[bool] = True
+
     rate_jump: float = 4.0
     """Times the largest rate so far."""
     update: float = 0.08
@@ -63,6 +67,10 @@ class UpdateSpike:
     """Readings that must be known before any is judged."""
     hysteresis: float = 0.6
     """Share of the opening levels above which an open issue stays open."""
+
+    @classmethod
+    def symptom_of(cls, issue: StabilityIssue) -> Symptom:
+        return RATE if issue.layer is None else STEP
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue for the run, of which ``value`` and ``threshold`` are the rate and the rate at

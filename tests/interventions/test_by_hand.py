@@ -191,7 +191,7 @@ def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(
     run = guard.run
     alarm = replace(growth(first_layer(run)), issue_type="overflow_risk")
     guard.policy.trials[0].keys = (("scores", alarm.layer, alarm.head),)
-    guard.policy.budget = replace(guard.policy.budget, per_place=1)
+    guard.policy.budget = replace(guard.policy.budget, max_per_location=1)
     for _ in range(4):
         train_step(run)
         guard.intervene([alarm], True)

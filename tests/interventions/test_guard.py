@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,8 +21,7 @@ from interventions.runs import (
     train_step,
 )
 from stabmon.guard import Budget, Guard, make_interventions
-from stabmon.guard.symptoms import FAMILIES, ORDER, PREVENTIVE
-from stabmon.interventions import Intervention, NotApplicable, TrainingRun
+from stabmon.interventions import INTERVENTIONS, Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.effects.effect import Effect
 from stabmon.records import NonFinite, Reading, StabilityIssue
 from stabmon.rules import RULES
@@ -49,9 +49,21 @@ class Fake(Intervention):
     def cost(self) -> float:  # type: ignore[override]
         return self.price
 
+    def __getattribute__(self, name: str) -> Any:
+        """Declarations are those of the intervention that it is called after."""
+        if name in ("affects_whole_run", "ends_round", "renews", "treats", "after"):
+            return getattr(INTERVENTIONS[self.called], name)
+        if name in ("unsuited", "affordable", "is_due"):
+            return functools.partial(getattr(INTERVENTIONS[self.called], name), self)
+        return super().__getattribute__(name)
+
     @property
-    def affects_whole_run(self) -> bool:  # type: ignore[override]
-        return self.called in ("rollback", "lower_learning_rate", "stop")
+    def where(self) -> str:
+        return "all"
+
+    @property
+    def factor(self) -> float:
+        return 1.0
 
     def _start(self, run: TrainingRun) -> Effect:
         if not self.fits:
@@ -64,7 +76,9 @@ def guard_of(*acts: Fake, **budget: Any) -> Guard:
     run = TrainingRun(nn.Linear(1, 1), audit=lambda record: records.append(dict(record)))
     run.records = records  # type: ignore[attr-defined]
     return Guard(
-        run, {act.called: act for act in acts}, Budget(**{"patience": 2, "hold": 3, **budget})
+        run,
+        {act.called: act for act in acts},
+        Budget(**{"patience": 2, "release_after": 3, **budget}),
     )
 
 
@@ -79,14 +93,23 @@ ALL = [
 HEAD = issue("logit_growth", "a", 1)
 
 
-def test_every_rule_s_issue_has_its_place() -> None:
-    assert set(FAMILIES) == set(RULES)
+def test_every_rule_declares_a_symptom_that_some_intervention_treats() -> None:
+    treated = {symptom for _, cls in INTERVENTIONS.items() for symptom in cls.treats}
+    for name, cls in RULES.items():
+        found = cls.symptom_of(issue(name, "a", 1))
+        assert found is not None
+        assert found.name in treated, name
 
 
-def test_every_act_in_the_orders_exists_and_skip_step_stands_from_the_start() -> None:
-    named = {name for order in ORDER.values() for name in order} | set(PREVENTIVE)
-    acts = make_interventions(dict.fromkeys([*named, "skip_step"]))
-    assert [name for name, act in acts.items() if act.install_at_start] == ["skip_step"]
+def test_every_intervention_treats_a_symptom_or_is_installed_at_the_start() -> None:
+    idle = [name for name, cls in INTERVENTIONS.items() if not cls.treats]
+    assert idle == ["skip_step"]
+    assert INTERVENTIONS["skip_step"].install_at_start
+
+
+def test_no_two_interventions_claim_the_same_place_for_a_symptom() -> None:
+    places = [each for _, cls in INTERVENTIONS.items() for each in cls.treats.items()]
+    assert len(places) == len(set(places))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +129,7 @@ def test_every_act_in_the_orders_exists_and_skip_step_stands_from_the_start() ->
     ],
 )
 def test_the_first_choice(issues: list[StabilityIssue], expected: list[str]) -> None:
-    assert names(guard_of(*ALL).act(issues, True)) == expected
+    assert names(guard_of(*ALL).intervene(issues, True)) == expected
 
 
 CAPS = [Fake(called=name) for name in ("cap_learning_rate", "cap_query_key_update")]
@@ -165,9 +188,13 @@ def test_steps_that_are_too_large_are_bounded_beside_what_they_did(
     assert "rollback" not in names(guard.intervene(issues, True)), "once"
 
 
-@pytest.mark.parametrize("budget", [{"rollbacks": 0}, {"acts": 1}, {"per_place": 1}])
+@pytest.mark.parametrize(
+    "budget", [{"max_rollbacks": 0}, {"max_interventions": 1}, {"max_per_location": 1}]
+)
 def test_to_begin_again_is_within_the_budget(budget: dict[str, int]) -> None:
-    assert names(guard_of(*ALL, *CAPS, **budget).act([TOO_HIGH], True)) == ["cap_learning_rate"]
+    assert names(guard_of(*ALL, *CAPS, **budget).intervene([TOO_HIGH], True)) == [
+        "cap_learning_rate"
+    ]
 
 
 def test_after_a_rollback_nothing_else_is_done_about_what_was_ill_before() -> None:
@@ -182,7 +209,7 @@ def test_after_a_rollback_nothing_else_is_done_about_what_was_ill_before() -> No
 
 def test_where_nothing_healthy_is_there_to_go_back_to_heads_are_treated_all_the_same() -> None:
     acts = [each for each in ALL if each.called not in ("rollback", "lower_learning_rate")] + CAPS
-    done = guard_of(*acts, Fake(called="rollback", fits=False)).act(
+    done = guard_of(*acts, Fake(called="rollback", fits=False)).intervene(
         [TOO_HIGH, HEAD, issue("loss_spike")], True
     )
     assert "qk_clip" in names(done)
@@ -200,7 +227,7 @@ def test_all_heads_that_are_ill_at_once_are_one_act() -> None:
 
 
 def test_what_failed_is_not_repeated_and_the_next_is_tried_until_none_is_left() -> None:
-    guard = guard_of(*ALL, per_place=10)
+    guard = guard_of(*ALL, max_per_location=10)
     done = [names(guard.intervene([HEAD], True)) for _ in range(12)]
     assert done[::2] == [["qk_clip"], ["soften_logits"], ["lower_learning_rate"], [], [], []]
     assert not any(done[1::2])
@@ -234,7 +261,7 @@ def test_an_act_with_a_fault_of_its_own_is_no_fault_of_training() -> None:
 
 
 def test_what_worked_may_be_used_again_within_the_budget() -> None:
-    guard = guard_of(*ALL, per_place=2)
+    guard = guard_of(*ALL, max_per_location=2)
     done = []
     for _ in range(4):
         done += names(guard.intervene([HEAD], True))
@@ -242,7 +269,7 @@ def test_what_worked_may_be_used_again_within_the_budget() -> None:
             guard.intervene([], True)
     assert done == ["qk_clip", "qk_clip"]
     (gave_up,) = [record for record in guard.run.records if record["action"] == "gave_up"]
-    assert "2 acts were tried here already" in gave_up["why"]
+    assert "2 interventions were tried here already" in gave_up["why"]
 
 
 def test_a_failed_act_that_costs_a_healthy_run_something_is_taken_back_and_a_free_one_stays() -> (
@@ -297,23 +324,23 @@ def test_what_is_held_and_still_at_work_is_held_less_tightly_when_all_has_been_w
 
 
 def test_no_more_acts_than_the_budget_in_all() -> None:
-    guard = guard_of(*ALL, acts=2)
+    guard = guard_of(*ALL, max_interventions=2)
     for n in range(5):
         guard.intervene([issue("logit_growth", "a", n)], True)
     assert len(guard.run.applied) == 2
-    assert "all 2 acts of the budget are spent" in guard.run.records[-1]["why"]
+    assert "all 2 interventions of the budget are spent" in guard.run.records[-1]["why"]
 
 
 def test_rollbacks_are_counted_and_then_the_run_is_stopped_only_if_that_is_allowed() -> None:
     bad = issue("non_finite", severity="critical")
     done = []
-    guard = guard_of(*ALL, rollbacks=2, per_place=10)
+    guard = guard_of(*ALL, max_rollbacks=2, max_per_location=10)
     for _ in range(3):
         done += names(guard.intervene([bad], True))
         for _ in range(3):
             guard.intervene([], True)
     assert done == ["rollback", "rollback", "stop"]
-    guard = guard_of(Fake(called="rollback"), rollbacks=1)
+    guard = guard_of(Fake(called="rollback"), max_rollbacks=1)
     for _ in range(5):
         guard.intervene([bad], True)
     assert "first bad tensor" in guard.run.records[-1]["why"]
@@ -369,7 +396,7 @@ def test_the_rate_is_never_brought_below_the_least() -> None:
     guard = Guard(
         run,
         make_interventions({"lower_learning_rate": {"factor": 0.3}}),
-        Budget(least_rate=0.1, per_place=10, patience=1),
+        Budget(min_lr_scale=0.1, max_per_location=10, patience=1),
     )
     for n in range(4):
         guard.intervene([issue("logit_growth", "somewhere", n)], True)
@@ -438,7 +465,7 @@ def test_all_goes_on_after_a_restart() -> None:
     fresh.load_state_dict(state)
     assert [each.intervention.name for each in fresh.run.applied] == ["skip_step", "qk_clip"]
     assert fresh.wants_attention
-    assert fresh.act([alarm], True) == [], "it still waits to see what the clip did"
+    assert fresh.intervene([alarm], True) == [], "it still waits to see what the clip did"
     assert json.loads(json.dumps(fresh.state_dict()))["applied"] == state["applied"]
     held = fresh.run.applied[1]
     assert not held.undo(), "the bits of before are gone with the old process"
@@ -491,7 +518,7 @@ def test_false_leaves_one_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"acts": -1}, {"patience": 0}, {"least_rate": 0}, {"least_rate": 2}]
+    "wrong", [{"max_interventions": -1}, {"patience": 0}, {"min_lr_scale": 0}, {"min_lr_scale": 2}]
 )
 def test_a_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"budget.{next(iter(wrong))}"):

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import math
 
+from stabmon._torch.snippets import QK_NORM
 from stabmon.check.config import CheckConfig
 from stabmon.check.judging.findings import Recommendation
 from stabmon.check.measuring.expect import LayerView
-from stabmon.projections.norm_gains import RMS_NORM
 
 
 def lower_init(view: LayerView, config: CheckConfig) -> Recommendation:
@@ -22,7 +22,7 @@ def lower_init(view: LayerView, config: CheckConfig) -> Recommendation:
     return Recommendation(
         f"initialise W_q and W_k {1 / factor:.3g} times smaller, or normalise queries and keys",
         view.layer,
-        f"config.initializer_range = {factor:.2g} * config.initializer_range  # or {RMS_NORM}",
+        f"config.initializer_range = {factor:.2g} * config.initializer_range  # or {QK_NORM}",
         f"scores of standard deviation {aim:.2g} instead of {spread:.3g}; qk-norm: 1 whatever the "
         "weights",
         "score deviation M s^2; condensation at sqrt(2 ln n) (Derrida 1981); qk-norm: Dehghani et "

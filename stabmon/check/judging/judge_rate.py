@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from stabmon._torch.snippets import QK_NORM
 from stabmon.check.judging.findings import Finding, Recommendation
 from stabmon.check.sweep.sweep import Sweep
-from stabmon.projections.norm_gains import RMS_NORM
 
 
 def judge_rate(found: Sweep, rate: float | None) -> Finding | None:
@@ -40,7 +40,7 @@ def judge_rate(found: Sweep, rate: float | None) -> Finding | None:
         Recommendation(
             f"lower the peak rate to {low / 2:.2g}, or normalise queries and keys",
             "optimizer",
-            f"lr={low / 2:.2g}  # or {RMS_NORM}",
+            f"lr={low / 2:.2g}  # or {QK_NORM}",
             f"largest scores {(rate * 2 / low) ** (found.exponent or 1.0):.3g} times smaller "
             "early on; qk-norm: bounded at any rate",
             "Wortsman et al. 2023, arXiv:2309.14322; rates over width: Yang et al. 2022, "

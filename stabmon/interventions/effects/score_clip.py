@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabmon._torch.snippets import QK_NORM
 from stabmon.interventions.effects.effect import HeldEffect, Place
 from stabmon.interventions.effects.unproven_rows import Unproven
 from stabmon.interventions.run.optimizer_reset import OptimizerReset
@@ -20,7 +21,6 @@ from stabmon.interventions.run.score_replay import deepest_first, largest_scores
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import QueryKey
 from stabmon.projections.locate import find_query_key
-from stabmon.projections.norm_gains import RMS_NORM
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import ScaledRows
 from stabmon.records import AttentionCall
@@ -267,7 +267,7 @@ class ScoreClip(HeldEffect):
                 return proposal
             failures.append(f"{proposal.how}: {wrong}")
         raise NotApplicable(
-            f"scaling weights does not scale the scores of {name} ({'; '.join(failures)})", RMS_NORM
+            f"scaling weights does not scale the scores of {name} ({'; '.join(failures)})", QK_NORM
         )
 
     def _tolerance(self, name: str) -> float:

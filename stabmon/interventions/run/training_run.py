@@ -27,6 +27,7 @@ from stabmon._torch.process_group import collective_device, world_size
 from stabmon.capture.names import clean_name
 from stabmon.interventions.run.learning_rates import LearningRates
 from stabmon.projections.not_applicable import NotApplicable
+from stabmon.records import NonFinite
 from stabmon.rules.tracking.history import History
 
 logger = logging.getLogger("stabmon")
@@ -243,6 +244,12 @@ class TrainingRun:
             NotApplicable: if there is none.
         """
         return self.torch_optimizers[0]
+
+    def newest_harmless_nonfinite(self) -> NonFinite | None:
+        """Return the newest NaN or inf, if it has not reached the weights; else None."""
+        known = (reading.non_finite for reading in reversed(self.history.readings))
+        found = next((each for each in known if each is not None), None)
+        return found if found is not None and found.touched in ("nothing", "gradients") else None
 
     def known_layers(self) -> list[str]:
         """Names of all attention layers seen so far, those of before a resume included."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from stabmon._storage.stored_value import Stored, stored_issue
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
-from stabmon.rules.base import RULES, Rule, rule_name, worsened
+from stabmon.rules.base import RULES, Rule, rule_name, rule_of, worsened
 from stabmon.rules.tracking.history import History
 
 Key = tuple[str, str | None, int | None]
@@ -228,19 +228,21 @@ def _rank(issue: StabilityIssue) -> int:
     return SEVERITIES.index(issue.severity)
 
 
-CAUSES = ("update_spike",)
-"""Types of issue that explain others of the same step."""
-
-
 def _in_order(issues: Any) -> list[StabilityIssue]:
     """The most severe first, of these the causes, and a layer before its heads."""
     return sorted(
         issues,
         key=lambda i: (
             -_rank(i),
-            i.issue_type not in CAUSES,
+            not _explains(i),
             i.issue_type,
             i.layer or "",
             -1 if i.head is None else i.head,
         ),
     )
+
+
+def _explains(issue: StabilityIssue) -> bool:
+    """Return whether an issue explains others of the same step."""
+    found = rule_of(issue.issue_type)
+    return bool(getattr(found, "explains_others", False))

@@ -1,0 +1,91 @@
+"""Symptoms: the failure modes that rules report and interventions treat.
+
+A rule declares the symptom of its issues, an intervention the symptoms that it treats; neither
+knows the other by name. A rule of another package may declare one of these, or its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from stabmon._torch.snippets import QK_NORM
+
+
+@dataclass(frozen=True)
+class Symptom:
+    """A failure mode, and how its treatment goes together with that of others."""
+
+    name: str
+    """Its name, as interventions declare it in ``treats``."""
+    advice: str
+    """What a person can do once no intervention is left."""
+    order: int = 35
+    """Symptoms are treated in this order, the smallest first."""
+    per_location: bool = True
+    """It is treated and judged for each layer and head by itself; else for the run as a whole."""
+    exclusive: bool = False
+    """Nothing else is done while one of its treatments has not been judged."""
+    threatens_run: bool = False
+    """A state of the run is not kept as healthy while it is open, whatever its severity."""
+    passes_on: Literal["always", "idle", "never"] = "always"
+    """Later symptoms are treated at the same sample: always, unless a treatment of this one has not
+    been judged yet (idle), or never, since they are likely to follow from this one.
+    """
+    passes_on_beside: tuple[str, ...] = ()
+    """Symptoms beside which it passes on in any case."""
+    waits_for: tuple[str, ...] = ()
+    """Symptoms whose treatments must be judged first, unless another symptom promotes this one."""
+    promotes: tuple[str, ...] = ()
+    """Symptoms that are treated right after this one where both are open."""
+
+
+NON_FINITE = Symptom(
+    "non_finite",
+    "find the first bad tensor in issues.jsonl (evidence.first_bad), mend it, and start from a "
+    "checkpoint before it",
+    order=0,
+    per_location=False,
+    exclusive=True,
+    threatens_run=True,
+    passes_on="never",
+)
+RATE = Symptom(
+    "rate",
+    "look at the schedule and the parameter groups around the step, and start from a checkpoint "
+    "before it",
+    order=10,
+    per_location=False,
+    threatens_run=True,
+    # all weights have moved: the loss comes before the scores, and is gone back from
+    promotes=("loss",),
+)
+SUSTAINED_GROWTH = Symptom(
+    "sustained_growth",
+    "look for what multiplies the layer's W_q and W_k, or the scale of its scores",
+    order=20,
+)
+SCORES = Symptom(
+    "scores",
+    f"change the architecture so that scores cannot grow: {QK_NORM}",
+    order=30,
+    passes_on="never",
+    passes_on_beside=("step",),
+)
+STEP = Symptom(
+    "step",
+    "look at the rate of the parameter group that queries and keys are in",
+    order=40,
+    threatens_run=True,
+    passes_on="never",
+)
+LOSS = Symptom(
+    "loss",
+    "look at the batches around the spike, and start from a checkpoint before it with a lower rate "
+    "or tighter clipping",
+    order=50,
+    per_location=False,
+    threatens_run=True,
+    passes_on="idle",
+    waits_for=("sustained_growth",),
+)
