@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stabmon._torch.number_formats import LARGEST
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.tracking.history import History
@@ -65,7 +66,7 @@ class OverflowRisk:
             evidence={
                 "max_logit": float(history.now("max_logit")[n]),
                 "scale": history.info[layer].scale,
-                "limit": 65_504.0,
+                "limit": LARGEST["float16"],
             },
         )
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from stabmon.study.statistics import mean_and_interval
 from stabmon.study.study import StudySettings
 from stabmon.study.variants import BASE
+from stabmon.tiny.statistics import mean_and_interval
 
 HEADERS = (
     "variant",

@@ -14,11 +14,11 @@ from stabmon.sinks.reader import read_records
 from stabmon.study.fit import Phase, fit, split
 from stabmon.study.report import markdown, summary
 from stabmon.study.settings import SettingsError, WatchSettings, read_settings
-from stabmon.study.statistics import mean_and_interval
 from stabmon.study.study import StudySettings, Task, finished, perform, prepare, run_study, tasks
 from stabmon.study.variants import VARIANTS, put_variant
 from stabmon.tiny.corpus import load_corpus
 from stabmon.tiny.language_models import Shape, make_model
+from stabmon.tiny.statistics import mean_and_interval, student_t
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "controllers").glob("*.yaml"))
 TINY = [
@@ -182,7 +182,16 @@ def test_intervals_are_those_of_students_t() -> None:
     values = [1.61, 1.68, 1.55, 1.70]
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
     mean, half = mean_and_interval(values)
-    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-9)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+def test_quantiles_of_students_t_are_scipys(confidence: float) -> None:
+    from scipy import stats
+
+    for freedom in (1, 2, 3, 4, 5, 8, 30, 101):
+        expected = stats.t.ppf((1 + confidence) / 2, freedom)
+        assert student_t(confidence, freedom) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+from stabmon._torch.number_formats import LARGEST
 from stabmon.check.config import CheckConfig
 from stabmon.check.judging.findings import Recommendation
 from stabmon.check.measuring.expect import LayerView
@@ -100,7 +101,7 @@ def avoid_overflow(view: LayerView) -> Recommendation:
         'attn_implementation="sdpa"  # or torch.autocast(..., dtype=torch.bfloat16), or scores = (q * scale) @ k.mT',
         f"fused: no product is written in float16; scaled first: {1 / view.info.scale:.3g} times "
         "more head-room",
-        "float16 ends at 65504; a score of +inf makes its row NaN",
+        f"float16 ends at {LARGEST['float16']:.0f}; a score of +inf makes its row NaN",
     )
 
 

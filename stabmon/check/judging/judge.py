@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from stabmon._torch.number_formats import FLOAT16_OVERFLOW, LARGEST
 from stabmon.check.config import CheckConfig
 from stabmon.check.judging import advice
 from stabmon.check.judging.findings import Basis, Finding, ranked
-from stabmon.check.measuring.arithmetic import FLOAT16_MAX
 from stabmon.check.measuring.expect import LayerView
 
 ALLOWANCE = {"fused": 2.0, "eager": 1.0}
@@ -200,12 +200,12 @@ def overflow_risk(
         limit = 2 * config.product_warning
         yield Finding(
             "overflow_risk",
-            "critical" if value >= FLOAT16_MAX else "error" if value >= limit else "warning",
+            "critical" if value >= LARGEST["float16"] else "error" if value >= limit else "warning",
             basis,
             value,
             limit if value >= limit else config.product_warning,
             f"the product of query and key reaches {value:.5g} before it is scaled, and float16 "
-            "is inf from 65520 on",
+            f"is inf from {FLOAT16_OVERFLOW:.0f} on",
             view.layer,
             head,
             advice.avoid_overflow(view),

@@ -8,14 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stabmon._torch.number_formats import LARGEST, MANTISSA_BITS, bits_averaged, format_of
 from stabmon.check.config import DTYPES, CheckConfig
 from stabmon.check.judging.judge import ALLOWANCE
-from stabmon.check.measuring.arithmetic import (
-    FLOAT16_MAX,
-    MANTISSA_BITS,
-    bits_averaged,
-    bits_needed,
-)
+from stabmon.check.measuring.arithmetic import bits_needed
 from stabmon.check.measuring.expect import LayerView
 from stabmon.check.measuring.rounding import PATHS
 
@@ -56,14 +52,14 @@ def precision_table(
     table: list[FormatVerdict] = []
     for path in PATHS:
         for name, dtype in DTYPES.items():
-            kept = MANTISSA_BITS[str(dtype).removeprefix("torch.")]
+            kept = MANTISSA_BITS[format_of(dtype)]
             share = 0.0 if name == "fp32" else _worst_moved(views, path, name)
             headroom = math.inf
             if path == "eager" and name == "fp16":
                 product = max(
                     float(np.nan_to_num(view.largest_product, nan=0.0).max()) for view in views
                 )
-                headroom = FLOAT16_MAX / product if product > 0 else math.inf
+                headroom = LARGEST["float16"] / product if product > 0 else math.inf
             limit = 2 * config.moved_warning * ALLOWANCE[path]
             judged = (
                 0.0

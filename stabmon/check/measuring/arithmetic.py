@@ -15,12 +15,7 @@ import torch
 from torch import Tensor
 from torch.special import ndtri
 
-TOTAL_VARIATION = 0.1
-"""Share of a row's probability that rounding may move."""
-MANTISSA_BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
-"""Bits of precision of a format, the implicit one included."""
-FLOAT16_MAX = 65_504.0
-"""Largest float16; a product of query and key beyond it is inf."""
+from stabmon._torch.number_formats import SCORE_ERROR, TOTAL_VARIATION
 
 
 def critical_spread(keys: int) -> float:
@@ -71,17 +66,7 @@ def bits_needed(largest: float) -> float:
     >>> round(bits_needed(100.0), 2)
     8.96
     """
-    return math.log2(largest / (2 * math.atanh(TOTAL_VARIATION))) if largest > 0 else -math.inf
-
-
-def bits_averaged(head_dim: int) -> float:
-    """Bits that a kernel gains that accumulates in float32: query and key are rounded ``head_dim``
-    times with independent signs.
-
-    >>> bits_averaged(128)
-    3.0
-    """
-    return 0.5 * math.log2(max(head_dim, 2) / 2)
+    return math.log2(largest / SCORE_ERROR) if largest > 0 else -math.inf
 
 
 def curvature_bits(curvature: float, squared_size: float) -> float:

@@ -21,10 +21,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stabmon._torch.number_formats import MANTISSA_BITS, bits_averaged, format_of
 from stabmon.check.config import DTYPES, CheckConfig
 from stabmon.check.measuring.arithmetic import (
-    MANTISSA_BITS,
-    bits_averaged,
     bits_needed,
     curvature_bits,
     expected_curvature,
@@ -97,7 +96,7 @@ def place(
     """The margins at one place."""
     spread = origin.spread / temperature
     scale = origin.scale * math.sqrt(origin.head_dim / head_dim) / temperature
-    kept = MANTISSA_BITS[str(DTYPES[dtype]).removeprefix("torch.")]
+    kept = MANTISSA_BITS[format_of(DTYPES[dtype])]
     largest = expected_maximum(spread, seq_len)
     averaged = bits_averaged(head_dim) if origin.fused else 0.0
     precision = kept - (bits_needed(largest) - averaged)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stabmon.check.measuring.short_run import ShortRun, train_briefly
 from stabmon.tiny.recipe import Recipe
+from stabmon.tiny.statistics import student_t
 
 PASSES = 0.1
 """Share of a gradient that a typical row passes at the limit."""
@@ -191,12 +192,8 @@ def fit_limit(
         / slope
         * math.sqrt(1 + 1 / len(x) + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
     )
-    half = _STUDENT.get(len(x) - 2, 1.8) * spread
+    half = student_t(0.9, len(x) - 2) * spread
     return math.exp(at), math.exp(at - half), math.exp(at + half), float(slope)
-
-
-_STUDENT = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.86}
-"""95 % quantile of Student's t by degrees of freedom."""
 
 
 def _bracket(
