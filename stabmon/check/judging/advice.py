@@ -98,7 +98,8 @@ def avoid_overflow(view: LayerView) -> Recommendation:
     return Recommendation(
         "use a fused kernel or bfloat16, or scale the query before the product",
         view.layer,
-        'attn_implementation="sdpa"  # or torch.autocast(..., dtype=torch.bfloat16), or scores = (q * scale) @ k.mT',
+        'attn_implementation="sdpa"  # or torch.autocast(..., dtype=torch.bfloat16), '
+        "or scores = (q * scale) @ k.mT",
         f"fused: no product is written in float16; scaled first: {1 / view.info.scale:.3g} times "
         "more head-room",
         f"float16 ends at {LARGEST['float16']:.0f}; a score of +inf makes its row NaN",

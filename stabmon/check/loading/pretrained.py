@@ -233,7 +233,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            'transformers is not installed: pip install "stabmon[transformers]", or give module:callable'
+            'transformers is not installed: pip install "stabmon[transformers]", '
+            "or give module:callable"
         ) from error
     return transformers
 

@@ -169,7 +169,7 @@ def _as_given(
     table = next((each for each in model.modules() if isinstance(each, nn.Embedding)), None)
     if table is None:
         raise ValueError(
-            "--sweep: the model has no token embeddings and so reads no text: give a model that does"
+            "--sweep: the model has no token embeddings and so reads no text: give one that does"
         )
     width = table.embedding_dim
     note = f"sweep on the model as it is, {size} bytes of text a row, batch {BATCH}"

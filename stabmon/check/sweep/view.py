@@ -46,5 +46,8 @@ def sweep_sentence(sweep: Mapping[str, Any]) -> str:
     if sweep["exponent"] is not None:
         words += f", scores growing as rate^{sweep['exponent']:.1f}"
     if sweep["width"] != sweep["full_width"]:
-        words += f"; at the full width of {sweep['full_width']}, by 1 / width, from {sweep['full_limit']:.2g} on"
+        words += (
+            f"; at the full width of {sweep['full_width']}, by 1 / width, "
+            f"from {sweep['full_limit']:.2g} on"
+        )
     return words
