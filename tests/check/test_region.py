@@ -1,4 +1,4 @@
-"""The stability region: what binds where, the model's own place, and its picture."""
+"""The stability region: binding limits, the model's own position, the picture."""
 
 import math
 from pathlib import Path
