@@ -1,7 +1,7 @@
 """Measure the memory of attribution above a plain forward.
 
 python tests/bench/analysis_memory.py [--part batch|length|gradient] [--layers 28 --heads 16
---tokens 256 --samples 32]
+    --tokens 256 --samples 32]
 
 Each way runs in a process of its own. ``batch``: the rollout of a batch, by all maps kept
 (``output_attentions``, eager), by a loop over kept maps that frees each, and by stabmon.

@@ -199,6 +199,7 @@ def run_plain(case: Case, watched: bool, folder: Path) -> Outcome:
     before = surroundings(model)
     called: nn.Module = model
     if "compiled" in case.variant:
+        # drops all compiled code (torch.compiler.reset calls it); checked with torch 2.13
         torch._dynamo.reset()
         called = torch.compile(
             model, backend="inductor" if "inductor" in case.variant else "aot_eager"
@@ -554,6 +555,11 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
 
     Compared by identity.
     """
+    # Private names of torch, checked with torch 2.13; where one is renamed, an AttributeError, or
+    # None on both sides for those read by getattr or get, and that leftover goes unseen:
+    # torch._dynamo.eval_frame._maybe_set_eval_frame sets the frame evaluation of compiled code,
+    # _get_current_function_mode is the innermost TorchFunctionMode, _..._hooks are the tables of
+    # hooks of modules, parameters and optimizers, _compiled_call_impl is Module.compile's forward.
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     things: dict[str, Any] = {
         "AttentionInterface.get_interface": AttentionInterface.__dict__["get_interface"],

@@ -128,6 +128,7 @@ def gpt2(attention: str = "sdpa", **changes: Any) -> Callable[[], Any]:
     drops = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "loss_type": "ForCausalLM"}
     tokens = {"bos_token_id": 1, "eos_token_id": 2}
     config = GPT2Config(**(sizes | drops | tokens | changes))
+    # _from_config: the constructor with an attention implementation; checked with transformers 5.23
     return lambda: GPT2LMHeadModel._from_config(config, attn_implementation=attention)
 
 
@@ -148,6 +149,7 @@ def of_llama_kind(name: str, attention: str = "sdpa", **changes: Any) -> Callabl
         "head_dim": 64,
     }
     config = getattr(transformers, f"{name}Config")(**(sizes | more | changes))
+    # see above for _from_config
     return lambda: getattr(transformers, f"{name}ForCausalLM")._from_config(
         config, attn_implementation=attention
     )

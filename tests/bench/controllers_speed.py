@@ -2,8 +2,7 @@
 
 python tests/bench/controllers_speed.py           the tables, in about seven minutes
 python tests/bench/controllers_speed.py --quick   a look, in about two
-python tests/bench/controllers_speed.py --worst   a narrow model with hardly a vocabulary, where
-attention takes most
+python tests/bench/controllers_speed.py --worst   a narrow model, where attention takes most
 python tests/bench/controllers_speed.py --json    one JSON object instead
 python tests/bench/controllers_speed.py --threads 1 --clock cpu   on a machine in use by others
 
@@ -92,6 +91,7 @@ def largest_of(what: str, length: int) -> float:
         "vocab_size": 8,
     }
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    # _from_config: the constructor with an attention implementation; checked with transformers 5.23
     model = GPT2Model._from_config(
         GPT2Config(**sizes, **dropout, use_cache=False), attn_implementation="sdpa"
     ).train()

@@ -1,11 +1,11 @@
 """Compare stabmon's numbers on unmodified models with float64 references.
 
-python tests/bench/exactness.py                      the table; exit status 1 if an aim is missed
-(under a minute)
+python tests/bench/exactness.py                      the table, under a minute
 python tests/bench/exactness.py --json               the same as one JSON object
 python tests/bench/exactness.py --only llama         the models whose name contains a word
-python tests/bench/exactness.py --check-references   the references against the models' own
-attention, in float64
+python tests/bench/exactness.py --check-references   the references against the models, in float64
+
+Exit status 1 if an aim is missed.
 
 Each model is run on one batch with plain forward hooks that hand each attention module's input to a
 float64 reference (``references/``: its own formulas, the module's weights, nothing of stabmon),

@@ -1,7 +1,6 @@
 """Measure "guard" on learning rates 3, 5, 10 or 30 times too high.
 
-python tests/bench/guard_rates.py                                  the whole table, three seeds,
-half an hour on two cores
+python tests/bench/guard_rates.py       the whole table, three seeds, half an hour on two cores
 python tests/bench/guard_rates.py --kinds start --times 10 --seeds 1
 
 Final losses without guard, with it, and at the right rate. Four kinds of run: a fresh model without

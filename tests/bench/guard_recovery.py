@@ -1,7 +1,6 @@
 """Measure how "guard" repairs failing runs and leaves healthy ones alone.
 
-python tests/bench/guard_recovery.py              two runs of each kind, half an hour after
-alarm_lead_time.py
+python tests/bench/guard_recovery.py              two runs of each kind, about half an hour
 python tests/bench/guard_recovery.py --every 10   sample, and intervene after, every tenth step
 python tests/bench/guard_recovery.py --all        train under guard also runs without an alarm
 

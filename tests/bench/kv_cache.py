@@ -1,7 +1,7 @@
 """Measure perplexity against cache size for every eviction policy.
 
 python tests/bench/kv_cache.py FOLDER [--task text|recall] [--prompts 24] [--context 1536]
-[--continuation 256] [--out kv_cache.png]
+    [--continuation 256] [--out kv_cache.png]
 
 On a model trained to use its context. FOLDER holds a model that tests/bench/long_model.py saved;
 where it is missing, the model is trained first (90 minutes). Each prompt is a stretch of held-out

@@ -39,6 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+# private path of a documented class that sees every operator below autograd; torch 2.13
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [
@@ -156,6 +158,7 @@ class Dispatched(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        # the operator's qualified name; checked with torch 2.13
         name = func._schema.name.removeprefix("aten::")
         given = [
             a
@@ -232,6 +235,7 @@ class Dispatched(TorchDispatchMode):
 
 def storage(tensor: Tensor) -> int:
     """Return the key of a tensor's memory, common to its views."""
+    # address of the StorageImpl, unique while it lives; checked with torch 2.13
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -2,8 +2,7 @@
 
 python tests/bench/overhead.py           the tables, in about twelve minutes on two free cores
 python tests/bench/overhead.py --quick   a look, in about four
-python tests/bench/overhead.py --worst   a narrow model with hardly a vocabulary: attention takes
-more of a step than anywhere
+python tests/bench/overhead.py --worst   a narrow model with hardly a vocabulary, where attention takes most
 python tests/bench/overhead.py --json    one JSON object instead
 python tests/bench/overhead.py --threads 1 --clock cpu   on a machine in use by others
 
@@ -41,6 +40,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "
 import torch
 from rich.console import Console
 from rich.table import Table
+
+# private paths, checked with torch 2.13: a documented class that sees operators below autograd,
+# and the leaves of nested arguments; without them no memory is counted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -78,6 +80,7 @@ class Run:
         config = GPT2Config(
             **shape, **dropout, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss"
         )
+        # _from_config: the constructor with an attention implementation; transformers 5.23
         self.model = GPT2LMHeadModel._from_config(config, attn_implementation=attention).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
         self.ids = torch.randint(0, vocabulary, (batch, length) if tokens is None else (1, tokens))

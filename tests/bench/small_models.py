@@ -204,6 +204,7 @@ def build(
     config = CONFIG_MAPPING[model_type]()
     shrink(config, thoroughly=thoroughly)
     if attention is not None:
+        # the attribute behind attn_implementation, set without a check; transformers 5.23
         config._attn_implementation = attention
     with torch.device("meta"):
         size = sum(
@@ -212,6 +213,7 @@ def build(
     if size > LARGEST:
         raise NotSmallError(f"{size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
+    # _from_config: the constructor with an attention implementation; checked with transformers 5.23
     model: nn.Module = cls._from_config(config)
     return model.train()
 
