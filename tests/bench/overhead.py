@@ -2,7 +2,7 @@
 
 python tests/bench/overhead.py           the tables, in about twelve minutes on two free cores
 python tests/bench/overhead.py --quick   a look, in about four
-python tests/bench/overhead.py --worst   a narrow model with hardly a vocabulary, where attention takes most
+python tests/bench/overhead.py --worst   a narrow model with few tokens: attention takes most
 python tests/bench/overhead.py --json    one JSON object instead
 python tests/bench/overhead.py --threads 1 --clock cpu   on a machine in use by others
 
