@@ -1,9 +1,10 @@
-"""Compare learned attention controllers on a small corpus: what ``stabmon train`` does, from a
-checkout.
+r"""Compare learned attention controllers on a small corpus.
+
+The same as ``stabmon train``, from a checkout.
 
 python train/controllers.py configs/controllers/info_density.yaml
-python train/controllers.py configs/controllers/info_density.yaml run_dir=runs/quick base.steps=50
-seeds='[0]' --text FILE
+python train/controllers.py configs/controllers/info_density.yaml run_dir=runs/quick \
+    base.steps=50 seeds='[0]' --text FILE
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from stabmon.cli.train import train
 
 
 def main() -> int:
-    """Read the command line and train. Returns the exit status: 2 for a wrong call, with one line
-    that says why.
+    """Read the command line and train.
+
+    Returns:
+        The exit status: 2 for a wrong call, with one line of explanation.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -1,15 +1,14 @@
-"""stabmon at work: a healthy run, its provoked twin and the same under guard; first under the
-Hugging Face Trainer, then under Lightning.
+"""Demonstrate stabmon on three runs per framework: healthy, provoked, guarded.
 
-    make demo
-    python train/demo.py --only lightning --out runs/demo-lightning training.steps=300
+make demo
+python train/demo.py --only lightning --out runs/demo-lightning training.steps=300
 
-All share seed, weights and batches. In two of them W_q and W_k go wrong in mid-training
+First under the Hugging Face Trainer, then under Lightning. All runs share seed, weights and
+batches. In the provoked and the guarded one W_q and W_k grow wrongly from mid-training on
 (``scale_qk`` in the recipe): a real state of the weights, from which scores, entropy and, later,
-the loss go wrong by themselves. One of these is only watched, as the healthy run is; in the other
-stabmon may act (``guard``), while the weights go on being spoilt at every step. One thread each.
-Nothing leaves the
-machine: W&B runs offline.
+the loss deteriorate by themselves. The healthy and the provoked run are only watched; in the
+guarded one stabmon intervenes (``guard``), while the weights are still corrupted at every step. One
+thread each. Nothing leaves the machine: W&B runs offline.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from typing import Any
 
 from live import LiveRun
 from losses import read_losses
+from paired_runs import WINDOW, departure
 from tqdm import tqdm  # type: ignore[import-untyped]
-from twins import WINDOW, departure
 
 from stabmon._storage import strict_json
 from stabmon.records import StabilityIssue
@@ -41,7 +40,7 @@ FRAMEWORKS = {"hf": ("Hugging Face Trainer", "hf_gpt"), "lightning": ("Lightning
 RUNS = {
     "healthy": ["provoke=none"],
     "provoked": ["provoke=scale_qk"],
-    "guarded": ["provoke=scale_qk", "stabmon.config.schema=guard"],
+    "guarded": ["provoke=scale_qk", "stabmon.config=guard"],
 }
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -55,7 +54,7 @@ OFFLINE = {
 
 
 def main() -> int:
-    """Run the twins of each framework and compare them. Returns the exit status."""
+    """Run and compare the runs of each framework. Returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,8 +77,8 @@ def main() -> int:
     for name in [args.only] if args.only else FRAMEWORKS:
         framework, script = FRAMEWORKS[name]
         print(
-            f"\n=== {framework}: a healthy run, its provoked twin, and the same under guard "
-            f"(train/{script}.py)",
+            f"\n=== {framework}: a healthy run, the same with an injected fault, and that under "
+            f"guard (train/{script}.py)",
             flush=True,
         )
         try:
@@ -89,16 +88,24 @@ def main() -> int:
             return 1
         print(f"\n--- {framework}: what came first")
         print(compare(out / name), flush=True)
-    print(f"\n=== Where everything is ({time.monotonic() - began:.0f} s in all)\n{where(out)}")
+    print(
+        f"\n=== Where everything is ({time.monotonic() - began:.0f} s in all)\n{list_outputs(out)}"
+    )
     return 0
 
 
 def run_all(out: Path, script: str, overrides: Sequence[str]) -> None:
-    """Train all runs at once, with a bar each, and print what stabmon finds, and does, as it
-    happens.
+    """Train all runs at once and print findings and interventions as they happen.
+
+    A progress bar for each run.
+
+    Args:
+        out: folder of the runs.
+        script: name of the training script.
+        overrides: settings for all runs.
 
     Raises:
-        ChildProcessError: if a run fails, with the end of what it printed.
+        ChildProcessError: if a run fails, with the end of its output.
     """
     runs, bars = [], []
     try:
@@ -116,14 +123,14 @@ def run_all(out: Path, script: str, overrides: Sequence[str]) -> None:
             bars.append(
                 tqdm(desc=f"{name:<9}", position=position, unit="step", leave=False, disable=None)
             )
-        going = True
-        while going:
-            going = any(
+        running = True
+        while running:
+            running = any(
                 run.process.poll() is None for run in runs
             )  # asked first, so that the last lines are read after the end
             for run, bar in zip(runs, bars, strict=True):
                 if (run.folder / "run.json").exists():
-                    bar.total = settings_of(run.folder)["training"]["steps"]
+                    bar.total = read_settings_of(run.folder)["training"]["steps"]
                 if losses := run.new_losses():
                     bar.update(len(losses))
                     bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -148,11 +155,11 @@ def run_all(out: Path, script: str, overrides: Sequence[str]) -> None:
 
 
 def compare(out: Path) -> str:
-    """The comparison of the runs in ``out``, in words."""
+    """Compare the runs in ``out``, in words."""
     healthy, provoked, guarded = (out / name for name in RUNS)
-    settings = settings_of(provoked)
+    settings = read_settings_of(provoked)
     scale, every = settings["scale_qk"], settings["stabmon"]["log_every"]
-    gone = departure(*(read_losses(run / "losses.jsonl") for run in (healthy, provoked)))
+    departed = departure(*(read_losses(run / "losses.jsonl") for run in (healthy, provoked)))
     false = alarms(healthy)
     early = [issue for issue in alarms(provoked) if issue.step < scale["start"]]
     first = next((issue for issue in alarms(provoked) if issue.step >= scale["start"]), None)
@@ -172,19 +179,19 @@ def compare(out: Path) -> str:
         else f"step {first.step}, {first.severity}: {first.issue_type}, {first.where}"
     )
     lines = [
-        f"provocation    from step {scale['start']} on, W_q and W_k of {layers} times "
+        f"fault          from step {scale['start']} on, W_q and W_k of {layers} times "
         f"{scale['factor']:g} a step",
         f"first alarm    {alarm} (one step in {every} is looked at)",
-        f"first sign     {against_alarm(gone.first_sign)} [1]",
-        f"loss departs   {against_alarm(gone.step)} [2]",
+        f"first sign     {against_alarm(departed.first_sign)} [1]",
+        f"loss departs   {against_alarm(departed.step)} [2]",
         f"false alarms   {len(false)} in the healthy run, {len(early)} in the provoked one before "
-        "the provocation",
-        f"[1] from here on the gap to the twin, averaged over {WINDOW} steps, stays above "
-        f"{gone.first_sign_limit:.3f} nats, "
-        "3 x its own noise;\n    a run without a twin on the same batches cannot show it",
-        f"[2] from here on the same gap stays above {gone.limit:.3f} nats, 3 x the noise of such "
-        "an average of the healthy loss",
-        f"under guard    {what_was_done(guarded)}",
+        "the fault",
+        f"[1] from here on the gap between the pair, averaged over {WINDOW} steps, stays above "
+        f"{departed.first_sign_limit:.3f} nats, "
+        "3 x its own noise;\n    a run without a paired one on the same batches cannot show it",
+        f"[2] from here on the same gap stays above {departed.limit:.3f} nats, 3 x the noise of "
+        "such an average of the healthy loss",
+        f"under guard    {summarise_interventions(guarded)}",
         f"{'final loss':<14} {'train':>7} {'validation':>11}",
     ]
     for run in (healthy, provoked, guarded):
@@ -195,8 +202,8 @@ def compare(out: Path) -> str:
     return "\n".join(lines)
 
 
-def what_was_done(run: Path) -> str:
-    """The acts of a guarded run, in a line."""
+def summarise_interventions(run: Path) -> str:
+    """Summarise the interventions of a guarded run in a line."""
     records = [
         record
         for record in read_records(run).interventions
@@ -205,9 +212,9 @@ def what_was_done(run: Path) -> str:
     applied = [record for record in records if record["action"] == "applied"]
     if not applied:
         return "nothing was done"
-    acts = Counter(record["intervention"] for record in applied)
+    counts = Counter(record["intervention"] for record in applied)
     words = ", ".join(
-        f"{name} {'once' if count == 1 else f'{count} times'}" for name, count in acts.items()
+        f"{name} {'once' if count == 1 else f'{count} times'}" for name, count in counts.items()
     )
     places = {tuple(place) for record in applied for place in record["places"]}
     kinds = {
@@ -220,8 +227,8 @@ def what_was_done(run: Path) -> str:
     return f"{words}, first at step {applied[0]['step']}, on {where} in all (interventions.jsonl)"
 
 
-def where(out: Path) -> str:
-    """What was written, and how to look at it."""
+def list_outputs(out: Path) -> str:
+    """List the written records, with the commands to open them."""
     bin_ = Path(sys.executable).parent
     with contextlib.suppress(ValueError):
         bin_ = bin_.relative_to(Path.cwd())
@@ -243,14 +250,14 @@ def where(out: Path) -> str:
 
 
 def alarms(run: Path) -> list[StabilityIssue]:
-    """Issues of a run that are alarms, in the order of steps."""
+    """Return the alarms of a run, in the order of steps."""
     return [
         issue for issue in read_records(run).issues if issue.is_alarm and issue.state != "closed"
     ]
 
 
-def settings_of(run: Path) -> dict[str, Any]:
-    """What a run was told."""
+def read_settings_of(run: Path) -> dict[str, Any]:
+    """Read the settings of a run."""
     settings: dict[str, Any] = json.loads((run / "run.json").read_text())["settings"]
     return settings
 

@@ -1,5 +1,6 @@
-"""A small GPT of our own, as people write it by hand: one fused projection, rotary positions,
-scaled_dot_product_attention.
+"""A small GPT as people write it by hand.
+
+One fused projection, rotary positions, scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -11,22 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stabmon.tiny.corpus import VOCABULARY
+from stabmon.tiny.language_models import ShapeError
 
 
 @dataclass(frozen=True)
 class GPTShape:
-    """B batch, S tokens, H heads, D = width / heads."""
+    """Size of a GPT. B batch, S tokens, H heads, D = width / heads."""
 
     layers: int = 4
     heads: int = 4
     width: int = 128
     qk_norm: bool = False
-    """RMS-normalise queries and keys, a head at a time: scores cannot grow with the weights."""
+    """RMS-normalise queries and keys per head: scores cannot grow with the weights."""
 
     def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
-            raise ValueError(
-                f"width {self.width} must be a multiple of twice the {self.heads} heads"
+            raise ShapeError(
+                f"width {self.width} must be a multiple of twice the {self.heads} heads: use "
+                f"{2 * self.heads * max(1, self.width // (2 * self.heads))}"
             )
 
 
@@ -54,9 +57,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then two layers with a GELU between them, each behind a norm and added to its
-    input.
-    """
+    """Attention and an MLP with a GELU, each behind a norm and a residual."""
 
     def __init__(self, shape: GPTShape) -> None:
         super().__init__()
@@ -76,8 +77,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Bytes ``[B, S]`` -> logits of the next byte ``[B, S, 256]``; the embedding is also the last
-    layer.
+    """Bytes ``[B, S]`` -> logits of the next byte ``[B, S, 256]``.
+
+    The embedding is also the last layer.
     """
 
     def __init__(self, shape: GPTShape) -> None:
@@ -96,18 +98,19 @@ class GPT(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the first block reads, ``[B, S, width]``."""
+        """Return the input of the first block, ``[B, S, width]``."""
         embedded: Tensor = self.embedding(tokens)
         return embedded
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy of the next byte in nats, over ``tokens`` ``[B, S]``."""
+        """Return the mean cross-entropy of the next byte in nats over ``[B, S]``."""
         return F.cross_entropy(self(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864) on ``[B, H, S, D]``: each pair of
-    features turned by its position.
+    """Apply rotary positions to ``[B, H, S, D]``.
+
+    Each pair of features is turned by its position (Su et al. 2021, arXiv:2104.09864).
     """
     length, size = x.shape[-2:]
     frequencies = 10000.0 ** (-torch.arange(0, size, 2, device=x.device) / size)

@@ -1,4 +1,4 @@
-"""Train a small Llama or GPT-2 of the transformers library with its own Trainer, under watch.
+"""Train a small Llama or GPT-2 with the Hugging Face Trainer, monitored.
 
 python train/hf_gpt.py configs/train_hf_gpt.yaml run_dir=runs/hf
 python train/hf_gpt.py configs/train_hf_gpt.yaml run_dir=runs/hf resume=true training.steps=800
@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from inject_fault import ScaleQk
 from losses import LossLog
-from provoke import ScaleQk
 from run import Outcome, finish, main, start
 from settings import RunSettings
 from torch import Tensor
@@ -27,13 +27,13 @@ from stabmon.tiny.recipe import BETAS, MIN_RATE
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """``loggers`` go to ``report_to`` of the Trainer."""
+    """Settings of the script; ``loggers`` go to the Trainer's ``report_to``."""
 
     model: Shape = field(default_factory=Shape)
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Blocks as the Trainer wants them; ``order`` ``[n]`` says which, one after the other."""
+    """Blocks in the Trainer's form, in the given order ``[n]``."""
 
     def __init__(self, blocks: Tensor, order: Tensor) -> None:
         self.blocks = blocks
@@ -48,8 +48,9 @@ class Blocks(Dataset[dict[str, Tensor]]):
 
 
 class LoggedTrainer(Trainer):
-    """The Trainer, with every step's loss written down just as it was: its own log averages and
-    comes later.
+    """Trainer with a log of every step's exact loss.
+
+    The Trainer's own log averages and comes later.
     """
 
     def __init__(self, losses: LossLog, **kwargs: Any) -> None:
@@ -73,7 +74,7 @@ class ScaleQkCallback(TrainerCallback):
 
 
 def train(settings: Settings) -> Outcome:
-    """Train as told; returns how it ended."""
+    """Train by the settings; return the outcome."""
     run = start(settings, "checkpoint-*")
     set_seed(settings.seed)
     trainer = LoggedTrainer(
@@ -89,7 +90,7 @@ def train(settings: Settings) -> Outcome:
 
 
 def make_arguments(settings: Settings) -> TrainingArguments:
-    """Our settings in the Trainer's words."""
+    """Translate the settings into the Trainer's arguments."""
     training = settings.training
     os.environ["TENSORBOARD_LOGGING_DIR"] = f"{settings.run_dir}/tensorboard"
     os.environ.setdefault("WANDB_DIR", settings.run_dir)
@@ -109,7 +110,7 @@ def make_arguments(settings: Settings) -> TrainingArguments:
         adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
         max_grad_norm=training.clip,
-        # the stream is shuffled already; so a resumed run and a twin see the same batches
+        # the stream is shuffled already; so resumed and paired runs see the same batches
         train_sampling_strategy="sequential",
         eval_strategy="steps" if training.validate_every else "no",
         eval_steps=training.validate_every,
@@ -126,7 +127,7 @@ def make_arguments(settings: Settings) -> TrainingArguments:
 
 
 def make_callbacks(settings: Settings) -> list[TrainerCallback]:
-    """The provocation, if one is asked for, and stabmon's eyes."""
+    """Make the callbacks: the fault, if one is asked for, and the monitor."""
     callbacks: list[TrainerCallback] = []
     if settings.provoke == "scale_qk":
         callbacks.append(ScaleQkCallback(settings.scale_qk))

@@ -1,9 +1,10 @@
-"""Train a small GPT of our own with Lightning's Trainer, under watch.
+r"""Train a small GPT with Lightning's Trainer, monitored.
 
 python train/lightning_gpt.py configs/train_lightning_gpt.yaml run_dir=runs/lightning
-python train/lightning_gpt.py configs/train_lightning_gpt.yaml run_dir=runs/lightning resume=true
-training.steps=800 python train/lightning_gpt.py configs/train_lightning_gpt.yaml
-run_dir=runs/lightning-provoked provoke=scale_qk
+python train/lightning_gpt.py configs/train_lightning_gpt.yaml run_dir=runs/lightning \
+    resume=true training.steps=800
+python train/lightning_gpt.py configs/train_lightning_gpt.yaml run_dir=runs/lightning-provoked \
+    provoke=scale_qk
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import Any
 
 import lightning as L
 from gpt import GPT, GPTShape
+from inject_fault import ScaleQk
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from losses import LossLog
-from provoke import ScaleQk
 from run import Outcome, Run, finish, main, start
 from settings import RunSettings, SettingsError
 from torch import Tensor
@@ -32,7 +33,7 @@ from stabmon.study.optimizer import make_optimizer, make_schedule
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """``loggers`` are Lightning's."""
+    """Settings of the script; ``loggers`` are Lightning's."""
 
     model: GPTShape = field(default_factory=GPTShape)
 
@@ -51,8 +52,9 @@ class Blocks(Dataset[Tensor]):
 
 
 class StreamSampler(Sampler[list[int]]):
-    """The blocks of each step, from the step on that a resumed run is at; its length is that of the
-    whole run, as Lightning counts.
+    """The blocks of each remaining step.
+
+    A resumed run starts at its step; the length is that of the whole run, as Lightning counts.
     """
 
     def __init__(self, stream: Tensor, done: int) -> None:
@@ -90,7 +92,7 @@ class GPTModule(L.LightningModule):
 
 
 class LossCallback(L.Callback):
-    """Writes down every step's loss just as it was."""
+    """Logs every step's exact loss."""
 
     def __init__(self, losses: LossLog) -> None:
         self.losses = losses
@@ -114,7 +116,7 @@ class ScaleQkCallback(L.Callback):
 
 
 def train(settings: Settings) -> Outcome:
-    """Train as told; returns how it ended."""
+    """Train by the settings; return the outcome."""
     run = start(settings, "checkpoints/step=*.ckpt")
     training = settings.training
     L.seed_everything(settings.seed, verbose=False)
@@ -152,10 +154,10 @@ def train(settings: Settings) -> Outcome:
 
 
 def make_loggers(settings: Settings) -> list[Logger]:
-    """Lightning's loggers of the names in the settings.
+    """Make Lightning's loggers of the names in the settings.
 
     Raises:
-        SettingsError: for a name that is neither tensorboard nor wandb.
+        SettingsError: for a name other than tensorboard and wandb.
     """
     folder = settings.run_dir
     known: dict[str, Callable[[], Logger]] = {
@@ -174,7 +176,7 @@ def make_loggers(settings: Settings) -> list[Logger]:
 
 
 def make_callbacks(settings: Settings, run: Run) -> list[L.Callback]:
-    """Checkpoints, the loss log, the provocation, if one is asked for, and stabmon's eyes."""
+    """Make the callbacks: loss log, fault, monitor and checkpoints."""
     callbacks: list[L.Callback] = [LossCallback(run.losses)]
     if settings.provoke == "scale_qk":
         callbacks.append(ScaleQkCallback(settings.scale_qk))

@@ -1,5 +1,6 @@
-"""A training run in a process of its own, followed through what it writes: losses, issues as they
-open, and what is done about them.
+"""A training run in its own process, followed through its files.
+
+Losses, issues as they open, and interventions.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from stabmon.records import SEVERITIES, StabilityIssue
 
 
 class LiveRun:
-    """Start a command and follow it.
+    """A running command and its new records.
 
     Args:
-        name: how lines about the run begin.
-        folder: the run's; what the command prints goes to ``output.log`` in it.
-        command: what to run.
+        name: beginning of lines about the run.
+        folder: the run's; the command's output goes to ``output.log`` in it.
+        command: the command to run.
         env: its environment.
     """
 
@@ -36,17 +37,18 @@ class LiveRun:
             )
         self._losses = follow(folder / "losses.jsonl")
         self._issues = follow(folder / "stabmon" / "issues.jsonl")
-        self._acts = follow(folder / "stabmon" / "interventions.jsonl")
+        self._interventions = follow(folder / "stabmon" / "interventions.jsonl")
         self._severity: dict[tuple[str, str | None, int | None], int] = defaultdict(lambda: -1)
-        self._told_how = False
+        self._suggested = False
 
     def new_losses(self) -> list[float]:
-        """LossAccumulator of the steps since the last call."""
+        """Return the losses of the steps since the last call."""
         return [record["loss"] for record in self._losses()]
 
     def news(self) -> Iterator[str]:
-        """A line for each kind of issue that opened, turned more severe or closed since the last
-        call, and for each act.
+        """Yield a line for each new event since the last call.
+
+        Events are kinds of issue that opened, turned more severe or closed, and interventions.
         """
         groups: dict[tuple[int, str, str], list[StabilityIssue]] = defaultdict(list)
         for record in self._issues():
@@ -65,30 +67,34 @@ class LiveRun:
                 line += (
                     ""
                     if first.eta_steps is None
-                    else f", harm in about {first.eta_steps:.0f} steps"
+                    else f", damage in about {first.eta_steps:.0f} steps"
                 )
             yield line + (f"  (and {len(issues) - 1} more)" if len(issues) > 1 else "")
-            if first.is_alarm and not self._told_how:
-                self._told_how = True
+            if first.is_alarm and not self._suggested:
+                self._suggested = True
                 yield f"{'':<9} what to do: {first.suggestion}"
 
-        for record in self._acts():
+        for record in self._interventions():
             if (
                 record["action"] in ("applied", "undone", "released")
                 and record["intervention"] != "skip_step"
             ):
-                yield f"{self.name:<9} step {record['step']:<4} {record['action']:<8} {record['intervention']:<17} {record['why']}"
+                yield (
+                    f"{self.name:<9} step {record['step']:<4} {record['action']:<8} "
+                    f"{record['intervention']:<17} {record['why']}"
+                )
 
     def stop(self) -> None:
-        """End the process, if it is still going."""
+        """End the process, if it is still running."""
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait()
 
 
 def follow(path: Path) -> Callable[[], list[dict[str, Any]]]:
-    """A function that returns the records written to ``path`` since it was last called; none while
-    there is no such file.
+    """Make a reader of the records added to a file since its last call.
+
+    None while there is no such file.
     """
     at = 0
 

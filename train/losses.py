@@ -1,6 +1,4 @@
-"""Every step's training loss as a line of ``losses.jsonl``, so that runs can be compared step by
-step.
-"""
+"""Log of every step's training loss, for comparing runs step by step."""
 
 from __future__ import annotations
 
@@ -10,12 +8,12 @@ from stabmon._storage import strict_json
 
 
 class LossLog:
-    """Appends ``{"step": N, "loss": x}``, flushed a line at a time.
+    """Appends ``{"step": N, "loss": x}``, flushed line by line.
 
     Args:
         path: the file; its folder exists.
-        resume_step: what an earlier run wrote beyond this step is dropped; the resumed run writes
-            it again.
+        resume_step: an earlier run's lines beyond this step are dropped; the resumed run writes
+            them again.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
@@ -29,8 +27,9 @@ class LossLog:
             self.write(step, loss)
 
     def write(self, step: int, loss: float) -> None:
-        """Add one step; a NaN or an infinity is kept as such (see
-        :mod:`stabmon._storage.strict_json`).
+        """Add one step; a NaN or an infinity is kept as such.
+
+        See :mod:`stabmon._storage.strict_json`.
         """
         self._file.write(strict_json.dumps({"step": step, "loss": loss}) + "\n")
         self._file.flush()
@@ -41,8 +40,9 @@ class LossLog:
 
 
 def read_losses(path: Path) -> dict[int, float]:
-    """Step -> loss, in the order of steps; a last line that a killed run left unfinished is
-    ignored.
+    """Read step -> loss, in the order of steps.
+
+    An unfinished last line of a killed run is ignored.
     """
     whole = path.read_text().rpartition("\n")[0].splitlines()
     records = [strict_json.loads(line) for line in whole]

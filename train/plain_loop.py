@@ -1,9 +1,10 @@
-"""Train a small GPT of our own with a plain PyTorch loop, under watch.
+r"""Train a small GPT with a plain PyTorch loop, monitored.
 
 python train/plain_loop.py configs/train_plain_loop.yaml run_dir=runs/plain
-python train/plain_loop.py configs/train_plain_loop.yaml run_dir=runs/plain resume=true
-training.steps=800 python train/plain_loop.py configs/train_plain_loop.yaml
-run_dir=runs/plain-provoked provoke=scale_qk
+python train/plain_loop.py configs/train_plain_loop.yaml run_dir=runs/plain resume=true \
+    training.steps=800
+python train/plain_loop.py configs/train_plain_loop.yaml run_dir=runs/plain-provoked \
+    provoke=scale_qk
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ from stabmon.study.optimizer import make_optimizer, make_schedule
 
 @dataclass(frozen=True)
 class Settings(RunSettings):
-    """``loggers`` are stabmon's sinks of these names here: there is no framework that has its
-    own.
+    """Settings of the script; ``loggers`` name stabmon's sinks.
+
+    A plain loop has no framework with loggers of its own.
     """
 
     model: GPTShape = field(default_factory=GPTShape)
 
 
 def train(settings: Settings) -> Outcome:
-    """Train as told; returns how it ended."""
+    """Train by the settings; return the outcome."""
     run = start(settings, "checkpoints/step=*.pt")
     training = settings.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -91,7 +93,7 @@ def make_monitor(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LambdaLR,
 ) -> stabmon.AttentionStabilityMonitor | None:
-    """stabmon's monitor as the settings tell; None for an unwatched run."""
+    """Make stabmon's monitor by the settings; None for an unwatched run."""
     watch = settings.stabmon
     if watch is None:
         return None
@@ -109,7 +111,7 @@ def make_monitor(
 
 @torch.no_grad()
 def validate(model: GPT, blocks: Tensor, batch: int) -> float:
-    """Mean loss over all ``blocks``; leaves the model training."""
+    """Return the mean loss over all ``blocks``; leave the model training."""
     model.eval()
     device = next(model.parameters()).device
     total = math.fsum(
@@ -120,7 +122,7 @@ def validate(model: GPT, blocks: Tensor, batch: int) -> float:
 
 
 def save(run: Run, step: int, parts: dict[str, Any]) -> None:
-    """Write a checkpoint that is there as a whole or not at all."""
+    """Write a checkpoint atomically."""
     path = run.folder / "checkpoints" / f"step={step}.pt"
     path.parent.mkdir(exist_ok=True)
     torch.save({name: part.state_dict() for name, part in parts.items()}, path.with_suffix(".tmp"))
@@ -128,9 +130,7 @@ def save(run: Run, step: int, parts: dict[str, Any]) -> None:
 
 
 def load(path: Path, parts: dict[str, Any], device: torch.device) -> None:
-    """Put every part back to where the checkpoint was saved; one that it does not hold stays
-    new.
-    """
+    """Restore every part from a checkpoint; parts missing in it stay new."""
     states = torch.load(path, map_location=device, weights_only=False)
     for name, part in parts.items():
         if name in states:

@@ -1,5 +1,6 @@
-"""What every training script does around its own loop: read settings, prepare the run's folder, say
-how it ended.
+"""Common frame of the training scripts.
+
+Read settings, prepare the run's folder, report the outcome.
 """
 
 from __future__ import annotations
@@ -24,30 +25,31 @@ from torch import Tensor
 from stabmon._storage import strict_json
 from stabmon.config import load_config
 from stabmon.tiny.corpus import Corpus, CorpusError, load_corpus
+from stabmon.tiny.language_models import ShapeError
 
 R = TypeVar("R", bound=RunSettings)
 LAST = 20
-"""Steps over which the final training loss is averaged."""
+"""Steps of the average for the final training loss."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run about to start or to go on."""
+    """A new or resumed run."""
 
     folder: Path
     corpus: Corpus
     stream: Tensor
-    """``[steps, batch]`` indices of the blocks that each step learns from."""
+    """Indices of each step's blocks, ``[steps, batch]``."""
     checkpoint: Path | None
-    """What to go on from; None for a run from scratch."""
+    """Checkpoint to resume from; None for a run from scratch."""
     done: int
-    """Optimizer steps that the checkpoint has behind it."""
+    """Optimizer steps before the checkpoint."""
     losses: LossLog
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended."""
+    """Final losses of a run."""
 
     step: int
     train_loss: float
@@ -56,11 +58,11 @@ class Outcome:
 
 
 def start(settings: RunSettings, checkpoints: str) -> Run:
-    """Load the corpus and open the run's folder, new or to be gone on with.
+    """Load the corpus and open the run's folder, new or to resume.
 
     Args:
         settings: the run's.
-        checkpoints: how the script's checkpoints lie in the folder, such as
+        checkpoints: pattern of the script's checkpoints in the folder, such as
             ``checkpoints/step=*.pt``: a number stands for ``*``.
 
     Raises:
@@ -115,7 +117,7 @@ def start(settings: RunSettings, checkpoints: str) -> Run:
 
 
 def finish(run: Run, validation_loss: float) -> Outcome:
-    """Close the loss log and sum the run up, also in ``outcome.json``."""
+    """Close the loss log and write the run's outcome, also to ``outcome.json``."""
     run.losses.close()
     losses = read_losses(run.folder / "losses.jsonl")
     last = list(losses.values())[-LAST:]
@@ -127,8 +129,10 @@ def finish(run: Run, validation_loss: float) -> Outcome:
 
 
 def main(cls: type[R], train: Callable[[R], Outcome], doc: str) -> int:
-    """Read the command line, train, print the final line. Returns the exit status: 2 for a wrong
-    call, with one line that says why.
+    """Read the command line, train, print the final line.
+
+    Returns:
+        The exit status: 2 for a wrong call, with one line of explanation.
     """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -150,7 +154,7 @@ def main(cls: type[R], train: Callable[[R], Outcome], doc: str) -> int:
     try:
         settings = read_settings(cls, args.config, overrides)
         outcome = train(settings)
-    except (SettingsError, CorpusError) as error:
+    except (SettingsError, CorpusError, ShapeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(

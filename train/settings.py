@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from provoke import HighLr, ScaleQk
+from inject_fault import HighLr, ScaleQk
 
 from stabmon.study.settings import (
     CorpusSettings,

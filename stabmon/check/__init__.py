@@ -1,4 +1,4 @@
-"""Before training: is this model's attention going to be stable, and if not, what to change?"""
+"""Predict before training whether a model's attention will be stable."""
 
 from stabmon.check.api import check_attention_stability
 from stabmon.check.config import CheckConfig

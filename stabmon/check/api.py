@@ -1,4 +1,4 @@
-"""The check itself: a model and a sample in, a report out, and nothing left behind."""
+"""The check: a model and a sample in, a report out, the model unchanged."""
 
 from __future__ import annotations
 
@@ -31,33 +31,40 @@ def check_attention_stability(
     subject: str | None = None,
     analytic: bool = False,
 ) -> StabilityReport:
-    """Say before training whether a model's attention is going to be stable, from its weights and
-    one forward and backward.
+    """Predict whether a model's attention will be stable in training.
 
-    The model, its gradients, its training mode, its buffers and the random generators are left
-    exactly as they were.
+    The prediction follows from the weights and from one forward and backward. The model, its
+    gradients, its training mode, its buffers and the random generators are left exactly as they
+    were.
 
     Args:
-        model: any module that attends; as it is going to be trained.
-        sample_input: what its forward takes: a mapping of keyword arguments, a tuple of positional
-            ones, or one tensor. With labels, the backward starts at the model's own loss, else at
-            the mean square of its output.
+        model: any module that attends, as it is going to be trained.
+        sample_input: arguments of its forward: a mapping of keyword arguments, a tuple of
+            positional ones, or one tensor. With labels the backward starts at the model's own loss,
+            else at the mean square of its output.
         config: a :class:`CheckConfig`, a mapping of its fields (``{"dtype": "bf16", "seq_len":
             4096}``), a dtype's name, or None.
-        subject: what the report calls the model; its class if None.
-        analytic: the weights were made for this check, so that findings are to be called analytic.
+        subject: the model's name in the report; its class if None.
+        analytic: True where the weights were made for this check; findings are then called
+            analytic.
 
     Returns:
         The report, also a mapping with ``expected_logit_max`` (largest score to expect of a row),
         ``curvature_bound`` (the tight bound on the softmax's curvature in query and keys, not its
-        logarithm), ``precision_bits_needed`` (mantissa bits, on the path that the model takes; 8
-        are bfloat16's, 11 float16's), ``float16_safe``, ``bfloat16_safe``, ``recommendations``
+        logarithm), ``precision_bits_needed`` (mantissa bits on the path that the model takes;
+        bfloat16 has 8, float16 has 11), ``float16_safe``, ``bfloat16_safe``, ``recommendations``
         (empty for a healthy model), ``findings``, ``precision`` and ``heads``.
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: for a configuration that cannot be, or if no attention was seen; what the model
-            itself raises is passed on.
+        ValueError: for an invalid configuration, or if no attention was seen. Errors of the model
+            itself are passed on.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(32, 2, batch_first=True)
+        >>> report = check_attention_stability(layer, torch.randn(1, 16, 32), "bf16")
+        >>> report["verdict"], report["bfloat16_safe"]
+        ('pass', True)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: give a torch.nn.Module")
@@ -72,9 +79,9 @@ def check_attention_stability(
     views = tuple(layer_views(seen, settings.seq_len))
     basis: Basis = "analytic" if analytic else "measured"
     findings = judge(views, settings, basis)
-    trouble = not_finite_in(model, args, kwargs, settings)
-    if trouble is not None:
-        found = find_in_forward(model, [trouble], 0)
+    broken_call = not_finite_in(model, args, kwargs, settings)
+    if broken_call is not None:
+        found = find_in_forward(model, [broken_call], 0)
         where = "the output" if found is None else f"{found.tensor} ({found.detail})"
         findings.append(
             Finding(
@@ -83,7 +90,7 @@ def check_attention_stability(
                 basis,
                 float("inf"),
                 float(torch.finfo(settings.torch_dtype).max),
-                f"a forward in {settings.dtype} is not finite; first in {where}",
+                f"a forward in {settings.dtype} is not finite, first in {where}",
                 None if found is None else found.layer,
                 None if found is None else found.head,
             )
@@ -94,7 +101,7 @@ def check_attention_stability(
         length=settings.seq_len or max(seen.keys.values()),
         views=views,
         findings=ranked(findings),
-        precision=precision_table(views, settings, trouble is not None),
+        precision=precision_table(views, settings, broken_call is not None),
         analytic=analytic,
         loss=seen.loss,
         gradients=seen.gradients,
@@ -104,8 +111,10 @@ def check_attention_stability(
 
 
 def bad_weights(model: nn.Module) -> dict[str, str]:
-    """Every parameter that is not finite, and every buffer with a NaN, by name, with how many of
-    its values are bad.
+    """Return the parameters and buffers with non-finite values.
+
+    Every parameter that is not finite and every buffer with a NaN, by name, with the number of its
+    bad values in words.
     """
     found = {
         clean_name(name): bad for name, each in model.named_parameters() if (bad := count_bad(each))
@@ -156,6 +165,6 @@ def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _unknown(views: Sequence[LayerView]) -> list[str]:
     reasons = dict.fromkeys(view.unknown for view in views if view.unknown)
     return [
-        f"weights are not told apart by head, so nothing is expected of them: {reason}"
+        f"no scores are predicted, since weights cannot be assigned to heads: {reason}"
         for reason in reasons
     ]

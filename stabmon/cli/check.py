@@ -127,7 +127,7 @@ def _swept(
             proxy.length,
             around=1e-3 if asked.lr is None else asked.lr * proxy.full_width / proxy.width,
             widths=(proxy.width, proxy.full_width),
-            told=told,
+            on_run=told,
         )
     judged = judge_rate(found, asked.lr)
     return replace(

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from stabmon.study.plan import StudySettings
 from stabmon.study.report import markdown, summary, tables
 from stabmon.study.settings import read_settings
-from stabmon.study.study import StudySettings, run_study
+from stabmon.study.study import run_study
 
 
 def train(

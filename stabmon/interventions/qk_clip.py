@@ -12,7 +12,7 @@ from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, Place
 from stabmon.interventions.effects.score_clip import ScoreClip
-from stabmon.interventions.run.score_targets import FORMATS, baselines
+from stabmon.interventions.run.score_targets import baselines, largest_product
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import check_saved_rows
@@ -172,7 +172,7 @@ class QkClip(Intervention):
         past = baselines(run, issue, head)
         aim = max(self.floor, self.times_own_past * past if np.isfinite(past) else 0.0)
         info = run.history.info.get(issue.layer or "")
-        return aim if info is None else min(aim, FORMATS.get(info.dtype, 3.0e38) * info.scale)
+        return aim if info is None else min(aim, largest_product(info.dtype) * info.scale)
 
 
 def _by_place(values: Sequence[tuple[str, int, float]]) -> dict[Place, float]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from stabmon._torch.number_formats import LARGEST
 from stabmon.records import Cause, Severity, StabilityIssue
 from stabmon.records import NonFinite as Finding
 from stabmon.rules.base import Rule, rule
@@ -24,7 +25,8 @@ CAUSES: Mapping[Cause, str] = {
         "added twice is -inf, and 0 * -inf is NaN)"
     ),
     "overflow": (
-        "A value is beyond what its number format holds (float16 ends at 65504): run this part in "
+        f"A value is beyond what its number format holds (float16 ends at {LARGEST['float16']:.0f}): "
+        "run this part in "
         "bfloat16 or float32, scale queries "
         "before they meet keys, and look for an exp, or a division by almost 0, of what is not "
         "bounded"
@@ -226,7 +228,7 @@ class NonFinite(Rule):
         words: str,
         evidence: dict[str, Any],
     ) -> StabilityIssue:
-        threshold = float(np.finfo(np.float32).max)
+        threshold = LARGEST["float32"]
         return StabilityIssue(
             step,
             layer,

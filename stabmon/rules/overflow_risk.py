@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._torch.number_formats import LARGEST
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import SCORES, Symptom
@@ -69,7 +70,7 @@ class OverflowRisk(Rule):
             evidence={
                 "max_logit": float(history.now("max_logit")[n]),
                 "scale": history.info[layer].scale,
-                "limit": 65_504.0,
+                "limit": LARGEST["float16"],
             },
         )
 

@@ -8,12 +8,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._torch.number_formats import MANTISSA_BITS, bits_averaged
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
-
-MANTISSA_BITS = {"bfloat16": 8.0, "float16": 11.0, "float32": 24.0, "float64": 53.0}
 
 
 @rule
@@ -97,4 +96,4 @@ def _more_bits(info: LayerInfo) -> str:
 
 def _averaging(_: str, info: LayerInfo) -> float:
     """Bits that a fused kernel gains because its roundings average out."""
-    return 0.5 * float(np.log2(max(info.head_dim, 2) / 2)) if info.fused else 0.0
+    return bits_averaged(info.head_dim) if info.fused else 0.0

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from stabmon._torch.number_formats import format_of
 from stabmon.operator import AttentionOperator
 from stabmon.records import AttentionCall, LayerInfo
 from stabmon.signals.reduce import HeadSums, measure, operator_of
@@ -71,7 +72,7 @@ class Measurements:
             heads=operator.heads,
             head_dim=operator.head_dim,
             scale=call.scale,
-            dtype=str(call.dtype).removeprefix("torch."),
+            dtype=format_of(call.dtype),
             fused=call.fused,
             softcap=call.softcap,
         )

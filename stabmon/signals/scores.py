@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from stabmon._torch.number_formats import SCORE_ERROR
 from stabmon.operator import AttentionOperator
 from stabmon.signals.base import signal
-
-_TOTAL_VARIATION = 0.1
-"""The error of a row's probabilities, in total variation, that rounding of scores may cause."""
 
 
 @signal(unit="score", reduction="max", needs=("max_score",))
@@ -73,7 +69,7 @@ def precision_bits(attention: AttentionOperator) -> Tensor:
         The sharp form of the precision bound of the HNF programme; replaces log2(kappa D^2 / eps),
         which no input can meet.
     """
-    return (_largest_magnitude(attention) / (2 * math.atanh(_TOTAL_VARIATION))).log2()
+    return (_largest_magnitude(attention) / SCORE_ERROR).log2()
 
 
 def _largest_magnitude(attention: AttentionOperator) -> Tensor:

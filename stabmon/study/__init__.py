@@ -1,1 +1,1 @@
-"""Train controllers on a corpus and compare them over seeds."""
+"""Training of controllers on a corpus, compared over seeds."""

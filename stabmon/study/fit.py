@@ -1,5 +1,6 @@
-"""Train some parameters of a small model on a corpus, stop where a validation part says so, and
-measure on another.
+"""Training of some parameters of a small model, with early stopping.
+
+One part of the corpus trains, one chooses when to stop, and one is reported.
 """
 
 from __future__ import annotations
@@ -20,32 +21,33 @@ from stabmon.tiny.corpus import Corpus
 
 @dataclass(frozen=True)
 class Phase(TrainingSettings):
-    """How long and how fast, and when to stop."""
+    """Length, rate and stopping rule of a training."""
 
     patience: int = 3
-    """Validations in a row without a better loss after which training stops; the best parameters
-    are kept.
+    """Validations in a row without a better loss before training stops.
+
+    The best parameters are kept.
     """
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a training ended; losses in nats a byte."""
+    """Outcome of a training; losses in nats per byte."""
 
     held_out: float
-    """On blocks that neither trained nor chose anything."""
+    """Loss on blocks used neither for training nor for choosing anything."""
     validation: float
-    """The best on the blocks that choose when to stop."""
+    """Best loss on the blocks for choosing when to stop."""
     steps: int
     best_step: int
     parameters: int
-    """How many numbers were trained."""
+    """Number of trained parameters."""
 
 
-Watch = Callable[
+MonitorFactory = Callable[
     [torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler], AttentionStabilityMonitor
 ]
-"""Makes the monitor of a training from its optimizer and schedule."""
+"""Function from a training's optimizer and schedule to its monitor."""
 
 
 def fit(
@@ -54,13 +56,20 @@ def fit(
     corpus: Corpus,
     phase: Phase,
     seed: int,
-    watch: Watch | None = None,
+    make_monitor: MonitorFactory | None = None,
 ) -> FitResult:
-    """Train ``parameters`` of ``model``, all others being left alone, and leave it with those that
-    did best.
+    """Train ``parameters`` of ``model`` and keep the best.
 
-    Batches depend on ``seed`` and the phase alone, so that variants see the same data in the same
-    order.
+    All other parameters are left alone. Batches depend on ``seed`` and the phase alone, so that
+    variants see the same data in the same order.
+
+    Args:
+        model: a model of transformers with a loss.
+        parameters: the parameters to train.
+        corpus: the text.
+        phase: length, rate and stopping rule.
+        seed: of the order of the data.
+        make_monitor: makes the monitor; None to train unwatched.
     """
     validation, held_out = split(corpus)
     wanted = {id(each) for each in parameters}
@@ -71,7 +80,7 @@ def fit(
     if parameters and phase.steps:
         optimizer = make_optimizer(model, phase)
         schedule = make_schedule(optimizer, phase)
-        monitor = watch(optimizer, schedule) if watch else None
+        monitor = make_monitor(optimizer, schedule) if make_monitor else None
         every = phase.validate_every or phase.steps
         for step, index in enumerate(corpus.stream(phase.steps, phase.batch, seed), start=1):
             tokens = corpus.train[index]
@@ -104,8 +113,9 @@ def fit(
 
 
 def split(corpus: Corpus) -> tuple[Tensor, Tensor]:
-    """The held-out blocks of a corpus, ``[M, S]``: the half that chooses when to stop, and the half
-    that is reported.
+    """Split the held-out blocks of a corpus, ``[M, S]``, into two halves.
+
+    The first half chooses when to stop, the second is reported.
     """
     half = len(corpus.validation) // 2
     return corpus.validation[:half], corpus.validation[half:]
@@ -113,7 +123,10 @@ def split(corpus: Corpus) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def loss_on(model: Any, blocks: Tensor) -> float:
-    """Mean loss a byte over ``blocks`` ``[M, S]``; leaves the model training."""
+    """Return the mean loss per byte over ``blocks`` ``[M, S]``.
+
+    Leaves the model in training mode.
+    """
     model.eval()
     total = math.fsum(
         model(input_ids=part, labels=part).loss.item() * len(part) for part in blocks.split(64)

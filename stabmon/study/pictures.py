@@ -1,4 +1,4 @@
-"""Pictures of trained controllers at work."""
+"""Pictures of trained controllers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ logger = logging.getLogger("stabmon")
 
 
 def draw(watch: ControllerWatch, folder: Path) -> None:
-    """``grid.png`` and ``series.png`` of what was watched; where they cannot be drawn the records
-    are there all the same.
+    """Draw ``grid.png`` and ``series.png`` of the recorded controllers.
+
+    Where they cannot be drawn the records remain, and a warning is logged.
+
+    Args:
+        watch: the records.
+        folder: folder of the pictures.
     """
     try:
         watch.plot_grid("controller_kl", folder / "grid.png")
@@ -30,14 +35,15 @@ def draw(watch: ControllerWatch, folder: Path) -> None:
 def draw_generation(
     shape: Shape, corpus: CorpusSettings, folder: Path, name: str, seed: int
 ) -> None:
-    """Let a base with trained controllers go on with a held-out text, and draw what they do at each
-    byte, into ``generate/``.
+    """Continue a held-out text with trained controllers and draw them per byte.
+
+    The pictures lie in ``generate/``.
 
     Args:
         shape: of the base.
-        corpus: as it was trained on.
+        corpus: as in the base's training.
         folder: the study's.
-        name: of the task whose controllers are meant.
+        name: of the task with the controllers.
         seed: of its base.
     """
     model = make_model(shape, corpus.block)

@@ -1,4 +1,4 @@
-"""The table of a study, from the files that its tasks left."""
+"""The table of a study, from the files of its tasks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from stabmon.study.statistics import mean_and_interval
-from stabmon.study.study import StudySettings
+from stabmon.study.plan import StudySettings
 from stabmon.study.variants import BASE
+from stabmon.tiny.statistics import mean_and_interval
 
 HEADERS = (
     "variant",
@@ -24,7 +24,7 @@ TITLES = {"frozen": "on a frozen base", "joint": "trained from scratch with the 
 
 
 def results_of(folder: Path) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
-    """Results by (kind, variant), then by seed."""
+    """Read the results by (kind, variant), then by seed."""
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for path in sorted((folder / "results").glob("*.json")):
         result = json.loads(path.read_text())
@@ -33,8 +33,15 @@ def results_of(folder: Path) -> dict[tuple[str, str], dict[int, dict[str, Any]]]
 
 
 def summary(settings: StudySettings, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """For each kind of training a row a variant: means over seeds with half 95% intervals,
-    differences taken within a seed.
+    """Summarise each kind of training, one row per variant.
+
+    Args:
+        settings: the study.
+        folder: its results.
+
+    Returns:
+        Rows by kind: means over seeds with half of their 95 % intervals, differences taken within a
+            seed.
     """
     results = results_of(folder)
     bases = results[("joint", BASE)]
@@ -51,7 +58,14 @@ def summary(settings: StudySettings, folder: Path) -> dict[str, list[dict[str, A
 def row_of(
     name: str, results: Mapping[int, Any], bases: Mapping[int, Any], settings: StudySettings
 ) -> dict[str, Any]:
-    """One row."""
+    """Summarise one variant.
+
+    Args:
+        name: the variant.
+        results: its results by seed.
+        bases: the base's results by seed.
+        settings: the study.
+    """
     losses = [results[seed]["held_out"] for seed in settings.seeds]
     gains = [results[seed]["held_out"] - bases[seed]["held_out"] for seed in settings.seeds]
     loss, loss_half = mean_and_interval(losses)
@@ -70,7 +84,7 @@ def row_of(
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row as text."""
+    """Format a row."""
     base = row["variant"] == BASE
     difference = "" if base else f"{row['minus_base']:+.4f} ± {row['minus_base_half_interval']:.4f}"
     steps = ", ".join(map(str, row["best_steps"]))
@@ -79,7 +93,12 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def tables(found: Mapping[str, list[dict[str, Any]]], seeds: int) -> list[Table]:
-    """For the terminal."""
+    """Render the summary for the terminal.
+
+    Args:
+        found: from :func:`summary`.
+        seeds: their number.
+    """
     made = []
     for kind, rows in found.items():
         if rows:
@@ -96,7 +115,12 @@ def tables(found: Mapping[str, list[dict[str, Any]]], seeds: int) -> list[Table]
 
 
 def markdown(found: Mapping[str, list[dict[str, Any]]], seeds: int) -> str:
-    """For a file."""
+    """Render the summary as Markdown.
+
+    Args:
+        found: from :func:`summary`.
+        seeds: their number.
+    """
     lines = []
     for kind, rows in found.items():
         if rows:

@@ -1,6 +1,6 @@
-"""Do controllers help? Each trained on a frozen base, and with it from scratch, over seeds, beside
-controls of the same size.
+"""Do controllers help? Train and compare them over seeds.
 
+Each variant is trained on a frozen base and from scratch with it, beside controls of the same size.
 For every seed the base is trained first. Then each variant's own parameters are trained on that
 base, which is frozen; and each variant is trained from scratch, base and all, on the same data in
 the same order as the base was. Losses are compared within a seed. Tasks run side by side in
@@ -15,111 +15,42 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from stabmon.config import load_config
-from stabmon.controllers import ControllerWatch, save_controllers
-from stabmon.controllers.attach import find_controllers
-from stabmon.engine.monitor import AttentionStabilityMonitor
-from stabmon.study.fit import Phase, Watch, fit
-from stabmon.study.pictures import draw, draw_generation
-from stabmon.study.settings import CorpusSettings, SettingsError, WatchSettings
-from stabmon.study.variants import BASE, VARIANTS, put_variant
+from stabmon.study.pictures import draw_generation
+from stabmon.study.plan import StudySettings, Task, tasks
+from stabmon.study.settings import SettingsError
+from stabmon.study.task import run_task
+from stabmon.study.variants import BASE, VARIANTS
 from stabmon.tiny.corpus import load_corpus
-from stabmon.tiny.language_models import Shape, make_model
-
-Kind = Literal["frozen", "joint"]
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """What ``configs/controllers/*.yaml`` say."""
-
-    run_dir: str
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    """Each is a base of its own: weights, and order of the data."""
-    workers: int = 2
-    """Processes at a time, each of one thread; 0 to do everything in this one."""
-    resume: bool = False
-    """Skip the tasks that ``run_dir`` holds results of."""
-    corpus: CorpusSettings = field(default_factory=CorpusSettings)
-    model: Shape = field(default_factory=Shape)
-    bias_max: float = 1.0
-    """See :class:`stabmon.controllers.info_density.InfoDensity`."""
-    gain_max: float = 4.0
-    base: Phase = field(default_factory=Phase)
-    """Training from scratch, of the base and in the joint comparison."""
-    controllers: Phase = field(default_factory=lambda: Phase(learning_rate=1e-2, weight_decay=0.0))
-    """Training of what a variant adds to the frozen base."""
-    stabmon: WatchSettings | None = None
-    """Train the first seed from scratch under watch, records in ``<run_dir>/watched/<task>``; None
-    to train unwatched.
-    """
-    watch_every: int | None = 10
-    """Training steps between looks at what the first seed's controllers do; None for none."""
-    frozen: list[str] = field(default_factory=list)
-    """Variants that are trained on the frozen base."""
-    joint: list[str] = field(default_factory=list)
-    """Variants that are trained from scratch with their base."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One training."""
-
-    kind: Kind
-    variant: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its files."""
-        return f"{self.kind}-{self.variant}-{self.seed}"
-
-
-def tasks(settings: StudySettings) -> list[Task]:
-    """Every training of a study: bases first, then what needs none, then what needs them."""
-    found = [Task("joint", BASE, seed) for seed in settings.seeds]
-    found += [
-        Task("joint", each, seed)
-        for each in settings.joint
-        if each != BASE
-        for seed in settings.seeds
-    ]
-    return found + [
-        Task("frozen", each, seed)
-        for each in settings.frozen
-        if each != BASE
-        for seed in settings.seeds
-    ]
+from stabmon.tiny.language_models import make_model
 
 
 def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda line: None) -> Path:
-    """Train everything that has no result yet.
+    """Train everything without a result.
 
     Args:
         settings: the study.
-        progress: told a line after each task.
+        progress: called with a line after each task.
 
     Returns:
-        The folder of results, one JSON file a task.
+        The folder of results, one JSON file per task.
 
     Raises:
-        SettingsError: if the settings are wrong, or do not fit what ``run_dir`` holds.
+        SettingsError: if the settings are wrong, or do not fit those in ``run_dir``.
         CorpusError: if the text cannot be used.
     """
     folder = prepare(settings)
     everything = tasks(settings)
-    waiting = [
+    remaining = [
         task for task in everything if not (folder / "results" / f"{task.name}.json").exists()
     ]
-    began, done = time.monotonic(), len(everything) - len(waiting)
-    for task, result in finished(settings, waiting):
+    began, done = time.monotonic(), len(everything) - len(remaining)
+    for task, result in run_tasks(settings, remaining):
         done += 1
         elapsed = time.monotonic() - began
         progress(
@@ -136,23 +67,28 @@ def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda 
     return folder
 
 
-def finished(settings: StudySettings, waiting: list[Task]) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Run tasks, and give each as it ends; those on a frozen base wait for their base."""
+def run_tasks(
+    settings: StudySettings, remaining: list[Task]
+) -> Iterator[tuple[Task, dict[str, Any]]]:
+    """Run tasks and yield each result as its task ends.
+
+    Those on a frozen base wait for their base.
+    """
     if settings.workers == 0:
-        yield from ((task, perform(settings, task)) for task in waiting)
+        yield from ((task, run_task(settings, task)) for task in remaining)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         settings.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        bases = {task for task in waiting if task.variant == BASE}
+        bases = {task for task in remaining if task.variant == BASE}
         blocked = [
             task
-            for task in waiting
+            for task in remaining
             if task.kind == "frozen" and Task("joint", BASE, task.seed) in bases
         ]
         running: dict[Future[dict[str, Any]], Task] = {
-            pool.submit(perform, settings, task): task for task in waiting if task not in blocked
+            pool.submit(run_task, settings, task): task for task in remaining if task not in blocked
         }
         try:
             while running:
@@ -161,14 +97,14 @@ def finished(settings: StudySettings, waiting: list[Task]) -> Iterator[tuple[Tas
                 yield task, future.result()
                 ready = [each for each in blocked if task == Task("joint", BASE, each.seed)]
                 blocked = [each for each in blocked if each not in ready]
-                running |= {pool.submit(perform, settings, each): each for each in ready}
+                running |= {pool.submit(run_task, settings, each): each for each in ready}
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def prepare(settings: StudySettings) -> Path:
-    """The study's folder, with its settings in it."""
+    """Check the settings and write them into the study's folder; return the folder."""
     for name in (*settings.frozen, *settings.joint):
         if name not in VARIANTS:
             raise SettingsError(f"variants: unknown {name!r}. Known: {', '.join(VARIANTS)}")
@@ -200,7 +136,7 @@ def prepare(settings: StudySettings) -> Path:
                 f"run_dir {folder} holds a study already: go on with resume=true, or name another "
                 "run_dir"
             )
-        if what_matters(json.loads(known.read_text())) != what_matters(about):
+        if result_settings(json.loads(known.read_text())) != result_settings(about):
             raise SettingsError(
                 f"run_dir {folder} holds a study with other settings: name another run_dir"
             )
@@ -209,8 +145,8 @@ def prepare(settings: StudySettings) -> Path:
     return folder
 
 
-def what_matters(about: dict[str, Any]) -> dict[str, Any]:
-    """The part of a study's description that its single results depend on."""
+def result_settings(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a study's description with influence on single results."""
     left_out = {
         "run_dir",
         "resume",
@@ -227,79 +163,3 @@ def what_matters(about: dict[str, Any]) -> dict[str, Any]:
             name: value for name, value in about["settings"].items() if name not in left_out
         },
     }
-
-
-def perform(settings: StudySettings, task: Task) -> dict[str, Any]:
-    """One task: train, write the weights, then the result."""
-    folder = Path(settings.run_dir)
-    corpus = load_corpus(**dataclasses.asdict(settings.corpus))
-    torch.manual_seed(task.seed)
-    model = make_model(settings.model, settings.corpus.block)
-    limits = {"bias_max": settings.bias_max, "gain_max": settings.gain_max}
-    base_file = folder / "weights" / f"base-{task.seed}.pt"
-    if task.kind == "frozen":
-        model.load_state_dict(torch.load(base_file, weights_only=True))
-    added = put_variant(model, task.variant, limits)
-    parameters = added if task.kind == "frozen" else list(model.parameters())
-    phase = settings.controllers if task.kind == "frozen" else settings.base
-    first = bool(parameters) and task.seed == settings.seeds[0]
-    with watched(model, folder / "series" / task.name, settings.watch_every if first else None):
-        fitted = fit(model, parameters, corpus, phase, task.seed, make_watch(settings, task, model))
-    if task.variant == BASE:
-        base_file.parent.mkdir(exist_ok=True)
-        torch.save(model.state_dict(), base_file.with_suffix(".tmp"))
-        base_file.with_suffix(".tmp").replace(base_file)
-    keep_controllers(model, folder / "controllers" / task.name, task)
-    result = (
-        dataclasses.asdict(task)
-        | dataclasses.asdict(fitted)
-        | {"added_parameters": sum(each.numel() for each in added)}
-    )
-    path = folder / "results" / f"{task.name}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(result) + "\n")
-    path.with_suffix(".tmp").replace(path)
-    return result
-
-
-def make_watch(settings: StudySettings, task: Task, model: torch.nn.Module) -> Watch | None:
-    """How to watch the training of a task; None for not at all."""
-    watch = settings.stabmon
-    if watch is None or task.kind != "joint" or task.seed != settings.seeds[0]:
-        return None
-    folder = Path(settings.run_dir) / "watched" / task.name
-    return lambda optimizer, schedule: AttentionStabilityMonitor(
-        model,
-        optimizer,
-        schedule,
-        config=watch.config,
-        log_every=watch.log_every,
-        sinks=["jsonl"],
-        run_dir=folder,
-    )
-
-
-@contextmanager
-def watched(model: torch.nn.Module, folder: Path, every: int | None) -> Iterator[None]:
-    """Time series of a model's controllers in training, and their pictures; nothing where ``every``
-    is None or there are none.
-    """
-    if every is None or not find_controllers(model):
-        yield
-        return
-    with ControllerWatch(model, every=every, training_only=True, run_dir=folder) as watch:
-        yield
-    draw(watch, folder)
-
-
-def keep_controllers(model: torch.nn.Module, folder: Path, task: Task) -> None:
-    """Save the controllers of a variant that has some; a joint base beside them, which they are
-    worth nothing without.
-    """
-    if not find_controllers(model):
-        return
-    save_controllers(model, folder)
-    if task.kind == "joint":
-        torch.save(
-            {name: value for name, value in model.state_dict().items() if "stabmon" not in name},
-            folder / "base.pt",
-        )

@@ -1,5 +1,6 @@
-"""What a study compares: a model as it is, with controllers, and with as many parameters of another
-kind. H heads, D width.
+"""The models of a study: as they are, with controllers, with matched controls.
+
+A matched control adds as many parameters of another kind. H heads, D width.
 """
 
 from __future__ import annotations
@@ -41,16 +42,19 @@ VARIANTS: dict[str, Variant] = {
     "matched_control": Variant(None, rank=1),
     "matched_control_of_both": Variant(None, rank=2),
 }
-"""A matched control adds ``x A B`` of so low a rank to queries and keys, with about as many
-parameters as a controller: 4 D a layer and rank where queries and keys are as wide as the model,
-against H D + H for one form of info_density: as many where H is 4."""
+"""Variants by name.
+
+A matched control adds ``x A B`` of so low a rank to queries and keys, with about as many parameters
+as a controller: 4 D per layer and rank where queries and keys are as wide as the model, against H D
++ H for one form of info_density: as many where H is 4.
+"""
 
 
-def put_variant(model: nn.Module, name: str, limits: dict[str, float]) -> list[nn.Parameter]:
-    """Make ``model`` the variant; gives the parameters that it adds.
+def apply_variant(model: nn.Module, name: str, limits: dict[str, float]) -> list[nn.Parameter]:
+    """Turn ``model`` into the variant; return the added parameters.
 
     Args:
-        model: a model of the library.
+        model: a model of transformers.
         name: one of :data:`VARIANTS`.
         limits: ``bias_max`` and ``gain_max`` of info_density.
 
@@ -63,12 +67,13 @@ def put_variant(model: nn.Module, name: str, limits: dict[str, float]) -> list[n
     if variant.controller is not None:
         options = variant.options | (limits if variant.controller == "info_density" else {})
         return list(attach_controllers(model, variant.controller, **options).parameters())
-    return put_low_rank(model, variant.rank) if variant.rank else []
+    return add_low_rank(model, variant.rank) if variant.rank else []
 
 
 class LowRank(nn.Module):
-    """``x A B`` added to what a projection gives, 0 at first: the smallest thing that can learn
-    about queries or keys.
+    """``x A B``, added to the output of a projection; 0 at first.
+
+    The smallest addition to queries or keys that can learn.
     """
 
     def __init__(self, inputs: int, outputs: int, rank: int) -> None:
@@ -77,23 +82,28 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(outputs, rank))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., inputs] -> [..., outputs]``."""
+        """Map ``[..., inputs]`` to ``[..., outputs]``."""
         return F.linear(F.linear(x, self.down), self.up)
 
 
-def put_low_rank(model: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Add :class:`LowRank` to every projection of queries and of keys; ``x`` is what the projection
-    is given.
+def add_low_rank(model: nn.Module, rank: int) -> list[nn.Parameter]:
+    """Add :class:`LowRank` to every projection of queries and of keys.
+
+    ``x`` is the projection's input.
+
+    Args:
+        model: a module with projections named q_proj and k_proj.
+        rank: of the additions.
 
     Raises:
-        SettingsError: if the model has no projections named q_proj and k_proj.
+        SettingsError: if the model has no such projections.
     """
     added: list[nn.Parameter] = []
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in ("q_proj", "k_proj") and isinstance(module, nn.Linear):
             addition = LowRank(module.in_features, module.out_features, rank)
             module.add_module("low_rank", addition)
-            module.register_forward_hook(_add)
+            module.register_forward_hook(_add_low_rank)
             added += addition.parameters()
     if not added:
         raise SettingsError(
@@ -103,5 +113,5 @@ def put_low_rank(model: nn.Module, rank: int) -> list[nn.Parameter]:
     return added
 
 
-def _add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output + module.get_submodule("low_rank")(args[0])  # type: ignore[no-any-return]

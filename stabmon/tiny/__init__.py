@@ -1,1 +1,1 @@
-"""Provide small models, texts and recipes for checks and studies."""
+"""Small models, texts and recipes for checks and studies."""

@@ -1,9 +1,9 @@
-"""The text that small models learn, byte by byte: found on every machine, the same for all runs of
-one Python version.
+"""The text learned by small models, byte by byte.
 
-By default the help topics of Python's own documentation (``pydoc_data.topics``, about 0.45 MB of
-English and code), joined in the order of their names; where a Python ships without them, the
-modules of its standard library. A file of yours takes their place.
+The same for all runs of one Python version: by default the help topics of Python's own
+documentation (``pydoc_data.topics``, about 0.45 MB of English and code), joined in the order of
+their names; where a Python ships without them, the modules of its standard library. A file of the
+user's takes their place.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 256
-"""One token a byte."""
+"""Number of tokens, one per byte."""
 
 
 class CorpusError(ValueError):
-    """The text cannot be trained on; the message is one line and names the mend."""
+    """An unusable text; the message is one line and names the mend."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,20 +29,24 @@ class Corpus:
     """Blocks of bytes to train and to validate on. N and M blocks of S bytes."""
 
     source: str
-    """Where the text is from."""
+    """Origin of the text."""
     sha256: str
-    """Of the whole text, before it is cut."""
+    """Hash of the whole text, before it is cut."""
     train: Tensor
-    """``[N, S]`` int64."""
+    """Training blocks, ``[N, S]`` int64."""
     validation: Tensor
-    """``[M, S]`` int64; no block of it is in ``train``."""
+    """Validation blocks, ``[M, S]`` int64; none of them is in ``train``."""
 
     def stream(self, steps: int, batch: int, seed: int) -> Tensor:
-        """``[steps, batch]`` indices into ``train``: each step's blocks, shuffled anew for every
-        pass by an own generator.
+        """Return the training blocks of each step, ``[steps, batch]`` indices.
 
-        A step's batch depends on nothing but the arguments, so that twins see the same data and a
-        resumed run goes on exactly.
+        Shuffled anew for every pass by an own generator. A step's batch depends on nothing but the
+        arguments, so that paired runs see the same data and a resumed run continues exactly.
+
+        Args:
+            steps: optimizer steps.
+            batch: blocks per step.
+            seed: of the shuffles.
         """
         generator = torch.Generator().manual_seed(seed)
         passes = -(-steps * batch // len(self.train))
@@ -55,11 +59,11 @@ class Corpus:
 def load_corpus(
     text: str | Path | None = None, *, block: int, validation_share: float = 0.1, seed: int = 0
 ) -> Corpus:
-    """Read the text, cut it into blocks, shuffle them and split off a validation part.
+    """Read a text, cut it into blocks, shuffle them and split off a validation part.
 
     Args:
         text: a file in place of the default text, read as bytes.
-        block: bytes a block; a rest shorter than that is dropped.
+        block: bytes per block; a shorter rest is dropped.
         validation_share: share of the blocks kept for validation, in (0, 1); at least one block.
         seed: of the shuffle alone; the global generators are not touched.
 
@@ -93,7 +97,7 @@ def load_corpus(
 
 
 def read_text(path: str | Path) -> tuple[str, bytes]:
-    """A file's name and bytes.
+    """Read a file; return its name and bytes.
 
     Raises:
         CorpusError: if it cannot be read, or is empty.
@@ -113,7 +117,7 @@ def read_text(path: str | Path) -> tuple[str, bytes]:
 
 
 def default_text() -> tuple[str, bytes]:
-    """Where the text that every Python brings along is from, and its bytes."""
+    """Return the origin and the bytes of the text shipped with every Python."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -122,7 +126,7 @@ def default_text() -> tuple[str, bytes]:
 
 
 def library_text() -> tuple[str, bytes]:
-    """The same of the modules of the standard library."""
+    """Return origin and bytes of the standard library's modules."""
     library = Path(sysconfig.get_path("stdlib"))
     return f"the standard library in {library}", b"\n\n".join(
         path.read_bytes() for path in sorted(library.glob("*.py"))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stabmon.study.settings import SettingsError
 from stabmon.tiny.corpus import VOCABULARY
+
+
+class ShapeError(ValueError):
+    """An impossible size of a model; the message is one line and names the mend."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model of the library, from its configuration; no weights are loaded."""
+    """Size of a transformers model; no weights are loaded."""
 
     architecture: Literal["llama", "gpt2"] = "llama"
     layers: int = 4
@@ -22,10 +25,14 @@ class Shape:
 
 
 def make_model(shape: Shape, block: int) -> Any:
-    """The model, untrained.
+    """Make the untrained model.
+
+    Args:
+        shape: its size.
+        block: largest number of positions.
 
     Raises:
-        SettingsError: if GPT-2 is asked for fewer key heads than query heads.
+        ShapeError: if GPT-2 is asked for fewer key heads than query heads.
     """
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -37,7 +44,7 @@ def make_model(shape: Shape, block: int) -> Any:
     }
     if shape.architecture == "gpt2":
         if shape.kv_heads not in (None, shape.heads):
-            raise SettingsError(
+            raise ShapeError(
                 f"model.kv_heads is {shape.kv_heads}, but GPT-2 has no grouped heads: leave it "
                 "out, or use llama"
             )

@@ -1,4 +1,4 @@
-"""How small models are trained here: AdamW and a schedule."""
+"""Training recipe of small models: AdamW and a schedule."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import nn
 
 SCHEDULES = ("constant", "linear", "cosine")
 MIN_RATE = 0.1
-"""The end of a line or a cosine, as a share of the peak rate."""
+"""End of a line or a cosine, as a share of the peak rate."""
 BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW, linear warm-up, then constant, or down to a tenth by a line or a cosine."""
+    """AdamW with linear warm-up, then constant or falling to a tenth."""
 
     schedule: str = "constant"
     warmup: int = 10
-    """Steps."""
+    """Warm-up steps."""
     total: int = 400
     """Steps of the whole run, over which the schedule falls."""
     weight_decay: float = 0.1
@@ -30,14 +30,16 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str) -> Recipe:
-        """``constant``, ``linear`` or ``cosine``, with warm-up steps and the run's steps:
-        ``cosine:20`` or ``cosine:20:400``.
+        """Parse a schedule with its warm-up steps and the run's steps.
+
+        ``constant``, ``linear`` or ``cosine``, as in ``cosine:20`` or ``cosine:20:400``.
 
         Raises:
             ValueError: for anything else.
 
-        >>> Recipe.parse("cosine:20").warmup
-        20
+        Example:
+            >>> Recipe.parse("cosine:20").warmup
+            20
         """
         name, *numbers = text.split(":")
         if name not in SCHEDULES or len(numbers) > 2 or not all(each.isdigit() for each in numbers):
@@ -49,7 +51,12 @@ class Recipe:
         return cls(name, warmup, total)
 
     def optimizer(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
-        """AdamW that decays matrices and leaves vectors alone."""
+        """Make an AdamW with weight decay on matrices, not on vectors.
+
+        Args:
+            model: the module; only its trainable parameters are taken.
+            rate: the learning rate.
+        """
         trained = [each for each in model.parameters() if each.requires_grad]
         matrices, vectors = (
             [each for each in trained if each.ndim >= 2],
@@ -64,7 +71,12 @@ class Recipe:
         )
 
     def rate_at(self, step: int, peak: float) -> float:
-        """The rate of a step, counted from 0."""
+        """Return the learning rate of a step.
+
+        Args:
+            step: counted from 0.
+            peak: the peak rate.
+        """
         if step < self.warmup:
             return peak * (step + 1) / self.warmup
         progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))

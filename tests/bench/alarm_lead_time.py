@@ -1,17 +1,17 @@
-"""Does stabmon see failures coming? Alarms on real small runs, against what became of them.
+"""Measure how long before a failure stabmon raises an alarm, on real small runs.
 
-    python tests/bench/alarm_lead_time.py                 two runs of each kind, about 40 minutes on two
-    cores python tests/bench/alarm_lead_time.py --each 4        four of each python
-    tests/bench/alarm_lead_time.py --only init     some kinds python tests/bench/alarm_lead_time.py --half tuned
-    the half of the runs that levels may be tuned on
+python tests/bench/alarm_lead_time.py               two runs of each kind, 40 minutes on two cores
+python tests/bench/alarm_lead_time.py --each 4      four of each
+python tests/bench/alarm_lead_time.py --only init   some kinds
+python tests/bench/alarm_lead_time.py --half tuned  the half for tuning levels on
 
-Every run is trained watched at each fifth step, and so is its healthy twin; alarms are then raised
-again from the readings of every ``--every``-th step, by the rules and the configuration as they are
-shipped (the same code that runs in training). A run has failed if its final validation loss is not
-finite or lies 0.10 nats above its twin's; attention was the cause if the same run with attention's
-growth taken away does not fail. The onset of a failure is where the gap to the twin first stays
-open. Levels of rules were set on one half of the runs (and on others before); what is printed is
-the other half. Runs are kept in ``--out`` and not trained twice.
+Every run is trained watched at each fifth step, and so is its healthy paired run; alarms are then
+raised again from the readings of every ``--every``-th step, by the rules and the configuration as
+they are shipped (the same code that runs in training). A run has failed if its final validation
+loss is not finite or lies 0.10 nats above its paired run's; attention was the cause if the same run
+with attention's growth taken away does not fail. The onset of a failure is where the gap between
+the two first stays open. Levels of rules were set on one half of the runs (and on others before);
+what is printed is the other half. Runs are kept in ``--out`` and not trained twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from testbed.alarms import BASELINES, Alarm, alarms_of
 from testbed.bench import chosen, options
-from testbed.cases import Case, cases, healthy_twins
+from testbed.cases import Case, cases, healthy_paired_runs
 
 ATTENTION = (
     "entropy_collapse",
@@ -53,16 +53,16 @@ class Row:
     cause: str
     gap: float
     onset: int | None
-    provoked: int
+    fault_step: int
     alarm: int | None
-    """Step of the first alarm that is not before anything was done."""
+    """Step of the first alarm after the fault."""
     early: int | None
-    """Step of an alarm before anything was done: a false one."""
+    """Step of an alarm before the fault: a false one."""
     lead: int | None
     type: str | None
     where: str | None
     layer_right: bool | None
-    """Whether the blamed layer is one of those that were provoked; None where all were."""
+    """True if the alarm's layer is one with the fault; None where all were."""
     type_right: bool | None
     """For attention: a type of attention's. Otherwise: none of these."""
 
@@ -82,7 +82,7 @@ def row(case: Case, judge: Judge, every: int) -> Row:
         cause=case.cause,
         gap=round(case.outcome.gap, 3),
         onset=onset,
-        provoked=case.start,
+        fault_step=case.start,
         alarm=None if first is None else first.step,
         early=None if early is None else early.step,
         lead=None if first is None or onset is None else onset - first.step,
@@ -97,12 +97,12 @@ def row(case: Case, judge: Judge, every: int) -> Row:
 
 def _type_right(case: Case, alarm: Alarm) -> bool:
     of_queries_and_keys = alarm.type == "update_spike" and alarm.layer is not None
-    blames_attention = alarm.type in ATTENTION or of_queries_and_keys
-    return blames_attention if case.cause == "attention" else not blames_attention
+    names_attention = alarm.type in ATTENTION or of_queries_and_keys
+    return names_attention if case.cause == "attention" else not names_attention
 
 
 def share(hits: int, of: int) -> str:
-    """A share with its exact 95% interval."""
+    """Format a share with its exact 95% interval."""
     if not of:
         return "none to judge"
     low, high = scipy.stats.binomtest(hits, of).proportion_ci(method="exact")
@@ -110,13 +110,18 @@ def share(hits: int, of: int) -> str:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, str]:
-    """The figures of one judge."""
-    ill = [r for r in rows if r.cause == "attention"]
-    mid, start = [r for r in ill if r.provoked > 1], [r for r in ill if r.provoked <= 1]
+    """Summarise the alarms of one set of rules."""
+    attention = [r for r in rows if r.cause == "attention"]
+    mid, start = (
+        [r for r in attention if r.fault_step > 1],
+        [r for r in attention if r.fault_step <= 1],
+    )
     other, healthy = [r for r in rows if r.cause == "other"], [r for r in rows if not r.failed]
     leads = [r for r in mid if r.lead is not None]
     text = {
-        "attention failures alarmed": share(sum(r.alarm is not None for r in ill), len(ill)),
+        "attention failures alarmed": share(
+            sum(r.alarm is not None for r in attention), len(attention)
+        ),
         "  in mid-run": share(sum(r.alarm is not None for r in mid), len(mid)),
         "  in mid-run, before the onset": share(sum((r.lead or 0) > 0 for r in mid), len(mid)),
         "  at initialisation": share(sum(r.alarm is not None for r in start), len(start)),
@@ -125,38 +130,39 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
             sum(r.alarm is not None or r.early is not None for r in healthy), len(healthy)
         ),
         "failing runs alarmed before anything was done": share(
-            sum(r.early is not None for r in ill + other), len(ill + other)
+            sum(r.early is not None for r in attention + other), len(attention + other)
         ),
     }
     if leads:
         steps = [r.lead or 0 for r in leads]
-        shares = [(r.lead or 0) / max(1, (r.onset or 1) - r.provoked) for r in leads]
+        shares = [(r.lead or 0) / max(1, (r.onset or 1) - r.fault_step) for r in leads]
         whole = [(r.lead or 0) / max(1, r.onset or 1) for r in leads]
         text["lead in mid-run, steps"] = f"median {np.median(steps):.0f}, worst {min(steps)}"
         text["  of the steps before the onset"] = f"median {np.median(whole):.2f}"
         text["  of the steps between cause and onset"] = f"median {np.median(shares):.2f}"
-    named = [r for r in ill if r.type_right is not None]
-    text["attention blamed where it was the cause"] = share(
+    named = [r for r in attention if r.type_right is not None]
+    text["attention named where it was the cause"] = share(
         sum(bool(r.type_right) for r in named), len(named)
     )
-    placed = [r for r in ill if r.layer_right is not None]
-    text["blamed layer is one that was provoked"] = share(
+    placed = [r for r in attention if r.layer_right is not None]
+    text["attributed layer is one with the fault"] = share(
         sum(bool(r.layer_right) for r in placed), len(placed)
     )
     spared = [r for r in other if r.type_right is not None]
-    text["no attention blamed where it was not the cause"] = share(
+    text["no attention named where it was not the cause"] = share(
         sum(bool(r.type_right) for r in spared), len(spared)
     )
     return text
 
 
 def main() -> int:
-    """Print the tables and write the per-run ones. Returns the exit status: 0, since aims are told,
-    not enforced.
+    """Print the tables and write the per-run ones.
+
+    Returns the exit status: 0, since aims are reported, not enforced.
     """
     args = options(__doc__, INTERVALS).parse_args()
     found = cases(chosen(args), args.out, args.jobs)
-    found += healthy_twins(found)
+    found += healthy_paired_runs(found)
     judges: dict[str, Judge] = {"stabmon": alarms_of, **BASELINES}
     rows = {
         name: [row(case, judge, args.every) for case in found] for name, judge in judges.items()
@@ -210,7 +216,7 @@ def _print_runs(rows: Sequence[Row]) -> None:
         "shape",
         "cause",
         "gap",
-        "provoked",
+        "fault_step",
         "onset",
         "alarm",
         "lead",

@@ -1,8 +1,8 @@
-"""A small transformer with real, trained weights that pip can fetch: RXNMapper's ALBERT (12 layers
-of 8 heads, shared).
+"""A small transformer with real, trained weights from pip: RXNMapper's ALBERT.
 
-It reads reaction SMILES; its weights (3 MB, MIT licence) lie inside the wheel ``rxnmapper==0.4.3``.
-The wheel's own code is not run: weights and vocabulary are all that is taken out of it.
+12 layers of 8 heads, shared. It reads reaction SMILES; its weights (3 MB, MIT licence) lie inside
+the wheel ``rxnmapper==0.4.3``. The wheel's own code is not run: weights and vocabulary are all that
+is taken out of it.
 """
 
 from __future__ import annotations
@@ -25,33 +25,35 @@ WHEEL = "rxnmapper==0.4.3"
 FOLDER = "rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k"
 FILES = ("config.json", "vocab.txt", "pytorch_model.bin")
 TOKEN = re.compile(r"\[[^\]]+\]|Br|Cl|>>|%[0-9]{2}|.")
-"""One SMILES token: a bracket atom, a two-letter element, the reaction arrow, a two-digit ring
-bond, or one character.
+"""Pattern of one SMILES token.
+
+A bracket atom, a two-letter element, the reaction arrow, a two-digit ring bond, or one character.
 """
 
 REACTIONS = (
     "CC(=O)O.OCC>>CC(=O)OCC",
     "COC(=O)c1ccccc1.[Na+].[OH-]>>OC(=O)c1ccccc1",
     "Brc1ccc(C(=O)OC)cc1.OB(O)c1ccccc1.[K+].[K+].[O-]C(=O)[O-]>>COC(=O)c1ccc(-c2ccccc2)cc1",
-    "CC(C)(C)OC(=O)N[C@@H](Cc1ccccc1)C(=O)O.NCc1ccc(F)cc1>>CC(C)(C)OC(=O)N[C@@H](Cc1ccccc1)C(=O)NCc1ccc(F)cc1",
+    "CC(C)(C)OC(=O)N[C@@H](Cc1ccccc1)C(=O)O.NCc1ccc(F)cc1"
+    ">>CC(C)(C)OC(=O)N[C@@H](Cc1ccccc1)C(=O)NCc1ccc(F)cc1",
 )
-"""Four textbook reactions of different length: esterification, saponification, Suzuki coupling,
-amide coupling.
+"""Four textbook reactions of different length.
+
+Esterification, saponification, Suzuki coupling, amide coupling.
 """
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 class AlbertUnavailable(RuntimeError):
-    """The weights are neither in the cache nor to be had from the package index."""
+    """Weights neither in the cache nor in the package index."""
 
 
 def load_albert(attn_implementation: str = "sdpa") -> tuple[nn.Module, Encode]:
-    """The trained ``AlbertForMaskedLM`` in eval mode and float32, and the function that turns
-    SMILES into its batch.
+    """Load the trained ``AlbertForMaskedLM`` and its encoder.
 
-    ``encode(texts)`` gives ``input_ids`` and ``attention_mask``, int64 ``[B, S]``, padded on the
-    right.
+    In eval mode and float32. ``encode(texts)`` turns SMILES into ``input_ids`` and
+    ``attention_mask``, int64 ``[B, S]``, padded on the right.
 
     Raises:
         AlbertUnavailable: the wheel is not in the cache and cannot be downloaded; the message names
@@ -72,8 +74,9 @@ def load_albert(attn_implementation: str = "sdpa") -> tuple[nn.Module, Encode]:
 
 
 def albert_folder() -> Path:
-    """The folder with the files, fetched on first use into ``$STABMON_CACHE`` or ``stabmon`` in the
-    user's cache folder.
+    """Return the folder with the files, fetched on first use.
+
+    ``$STABMON_CACHE``, or ``stabmon`` in the user's cache folder.
     """
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("STABMON_CACHE") or Path(user_cache) / "stabmon")
@@ -108,7 +111,7 @@ def albert_folder() -> Path:
 
 
 def encoder(vocabulary: Sequence[str]) -> Encode:
-    """The function from SMILES texts to the batch of a model with this vocabulary."""
+    """Make the function from SMILES texts to the batch of a model."""
     number = {token: i for i, token in enumerate(vocabulary)}
     pad, unknown, first, last = (number[token] for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
 

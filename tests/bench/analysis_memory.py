@@ -1,14 +1,14 @@
-"""Print how much memory attribution takes above a plain forward, each way in a process of its own.
+"""Measure the memory of attribution above a plain forward.
 
-    python tests/bench/analysis_memory.py [--part batch|length|gradient] [--layers 28 --heads 16
+python tests/bench/analysis_memory.py [--part batch|length|gradient] [--layers 28 --heads 16
     --tokens 256 --samples 32]
 
-``batch``: the rollout of a batch, by all maps kept (``output_attentions``, eager), by a loop over
-kept maps that frees each, and by stabmon. ``length``: one target at growing lengths, beside the
-queries and keys of all layers. ``gradient``: the same weighted by gradients, beside queries, keys,
-values and gradients (the graph of the forward comes on top). Memory is the peak of the resident set
-(VmHWM, reset before each measurement) less that of a plain forward under sdpa in the same process,
-in MB of 2**20 bytes.
+Each way runs in a process of its own. ``batch``: the rollout of a batch, by all maps kept
+(``output_attentions``, eager), by a loop over kept maps that frees each, and by stabmon.
+``length``: one target at growing lengths, beside the queries and keys of all layers. ``gradient``:
+the same weighted by gradients, beside queries, keys, values and gradients (the graph of the forward
+comes on top). Memory is the peak of the resident set (VmHWM, reset before each measurement) less
+that of a plain forward under sdpa in the same process, in MB of 2**20 bytes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def main() -> None:
         ):
             row = child({"way": name, **shape, "tokens": given.tokens, "samples": given.samples})
             print(
-                f"{name:34}{row['above']:10.1f}{row['forward_mb']:12.1f}{row['seconds']:8.1f}{row['forward_s']:11.1f}"
+                f"{name:34}{row['above']:10.1f}{row['forward_mb']:12.1f}"
+                f"{row['seconds']:8.1f}{row['forward_s']:11.1f}"
                 f"{row['error']:11.1e}",
                 flush=True,
             )
@@ -100,13 +101,14 @@ def main() -> None:
             row = child({"way": way, **shape})
             kept = 8 * tokens * heads * 64 * 4 / MB
             print(
-                f"{tokens:8}{row['above']:10.1f}{kept:12.1f}{row['above'] - kept:11.1f}{row['seconds']:8.1f}{row['forward_s']:11.1f}",
+                f"{tokens:8}{row['above']:10.1f}{kept:12.1f}{row['above'] - kept:11.1f}"
+                f"{row['seconds']:8.1f}{row['forward_s']:11.1f}",
                 flush=True,
             )
 
 
 def child(options: dict[str, Any]) -> dict[str, float]:
-    """Measure in a fresh process whose allocator gives large blocks back at once."""
+    """Measure in a fresh process whose allocator returns large blocks at once."""
     root = Path(__file__).parents[2]
     own = {
         "MALLOC_MMAP_THRESHOLD_": "131072",
@@ -180,16 +182,14 @@ def forward(model: Any, batch: dict[str, Tensor]) -> None:
 
 
 def keep_all(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The textbook: all maps, then their product."""
+    """Roll out the textbook way: keep all maps, then multiply them."""
     with torch.no_grad():
         maps = model(**batch, output_attentions=True, use_cache=False).attentions
         return product([each.mean(1) for each in maps])
 
 
 def loop(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The older tool's way, in the right order: the maps come all together, and a loop frees one
-    after another.
-    """
+    """Roll out the older tool's way: keep all maps, free one after another."""
     with torch.no_grad():
         maps = list(model(**batch, output_attentions=True, use_cache=False).attentions)
         rollout = None
@@ -256,9 +256,7 @@ WAYS: dict[str, Callable[[Any, dict[str, Tensor]], Any]] = {
 
 
 def peak(run: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Return the largest resident set while ``run`` ran in bytes, the seconds, and what it
-    returned.
-    """
+    """Return the largest resident set of ``run`` in bytes, its seconds and its value."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (Linux)
     start = time.perf_counter()

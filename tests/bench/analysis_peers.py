@@ -1,6 +1,6 @@
-"""What other tools take for the same work: time, peak memory, size of a page.
+"""Measure other tools on the same work: time, peak memory, size of a page.
 
-    python tests/bench/analysis_peers.py [--venv FOLDER] [--lengths 256 2048] [--only NAME ...]
+python tests/bench/analysis_peers.py [--venv FOLDER] [--lengths 256 2048] [--only NAME ...]
 
 Each figure is made in a process of its own, on one thread, of the same random Llama (8 layers, 8
 heads of 64, 4 key heads). Seconds are those of the work alone, megabytes the peak of resident
@@ -67,7 +67,10 @@ def bridge(model: Any) -> Any:
 
 
 def prepare(name: str, length: int) -> Callable[[], int | None]:
-    """Load everything, and return the work to be measured; what it returns is a size in bytes."""
+    """Load everything and return the work to measure.
+
+    What the work returns is a size in bytes.
+    """
     batch = 1 if "view" in name or "heatmap" in name else BATCHES.get(length, 1)
     eager = name.startswith(("bertviz", "TransformerLens", "output_attentions", "forward, eager"))
     model, ids = model_and_batch(length, batch, "eager" if eager else "sdpa")
@@ -137,7 +140,7 @@ PLAIN = ("forward, sdpa", "forward, eager", "output_attentions + rollout")
 
 
 def rollout_of_maps(maps: Any) -> None:
-    """Roll out maps that are all there, as tools do."""
+    """Roll out kept maps, as tools do."""
     rolled = None
     for each in maps:
         mixed = 0.5 * each.mean(1) + 0.5 * torch.eye(each.shape[-1])
@@ -145,7 +148,7 @@ def rollout_of_maps(maps: Any) -> None:
 
 
 def peak() -> float:
-    """Return the peak of resident memory in MB since the last :func:`forget_peak` (Linux)."""
+    """Return the peak of resident memory in MB since :func:`reset_peak` (Linux)."""
     line = next(
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -154,8 +157,8 @@ def peak() -> float:
     return int(line.split()[1]) / 1e3
 
 
-def forget_peak() -> None:
-    """Let the peak of resident memory begin anew."""
+def reset_peak() -> None:
+    """Reset the peak of resident memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -164,7 +167,7 @@ def measure(name: str, length: int) -> dict[str, float | None]:
     """Measure one work in this process."""
     torch.set_num_threads(1)
     work = prepare(name, length)
-    forget_peak()
+    reset_peak()
     before, began = peak(), time.perf_counter()
     size = work()
     return {
@@ -175,7 +178,7 @@ def measure(name: str, length: int) -> dict[str, float | None]:
 
 
 def environment(folder: Path) -> Path:
-    """Return the Python of the peers' environment; made and filled if it is missing."""
+    """Return the Python of the peers' environment, made if it is missing."""
     python = folder / "bin" / "python"
     if not python.exists():
         print(f"installing bertviz and TransformerLens into {folder} ...", file=sys.stderr)

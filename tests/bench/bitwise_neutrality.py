@@ -1,5 +1,4 @@
-"""Train twins with and without a monitor, and tell whether a single bit differs or anything is left
-behind.
+"""Train with and without a monitor; find any bit that differs or is left behind.
 
 python tests/bench/bitwise_neutrality.py [--steps 200] [--only TEXT]
 
@@ -81,23 +80,23 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a run leaves."""
+    """State left by a run."""
 
     losses: list[Tensor] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     readings: int = 0
-    """Sampled steps of which something was measured."""
+    """Number of sampled steps with measurements."""
     complaints: dict[str, int] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
 
 
 class Accident(RuntimeError):
-    """What goes wrong in the rows of accidents."""
+    """The error of the rows of accidents."""
 
 
 class Corpus(Dataset[dict[str, Tensor]]):
-    """Random tokens, the same at each index; raises at the so-and-so-many-th row where told."""
+    """Random tokens, the same at each index; optionally raises at one row."""
 
     def __init__(self, rows: int, fails_at: int | None = None) -> None:
         self.tokens = torch.randint(
@@ -129,7 +128,7 @@ class Fails(torch.autograd.Function):
 
 
 class Mlp(nn.Module):
-    """Stands before a model's first MLP and brings the accident about, in mid-forward."""
+    """Wrapper of a model's first MLP with an accident in mid-forward."""
 
     def __init__(self, inner: nn.Module, accident: str) -> None:
         super().__init__()
@@ -146,7 +145,7 @@ class Mlp(nn.Module):
 
 
 def make_model(case: Case) -> Any:
-    """GPT-2 with every dropout on, or a Llama with grouped heads."""
+    """Make a GPT-2 with every dropout on, or a Llama with grouped heads."""
     torch.manual_seed(0)
     model: Any
     if "llama" in case.variant:
@@ -192,13 +191,15 @@ def fails_at(case: Case) -> int | None:
 
 
 def run_plain(case: Case, watched: bool, folder: Path) -> Outcome:
-    """A loop of one's own, with accumulation, autocast, compiling or DDP where the variant says
-    so.
+    """Train in a plain loop.
+
+    With accumulation, autocast, compiling or DDP where the variant names it.
     """
     model, outcome = make_model(case), Outcome()
     before = surroundings(model)
     called: nn.Module = model
     if "compiled" in case.variant:
+        # drops all compiled code (torch.compiler.reset calls it); checked with torch 2.13
         torch._dynamo.reset()
         called = torch.compile(
             model, backend="inductor" if "inductor" in case.variant else "aot_eager"
@@ -258,7 +259,7 @@ def run_plain(case: Case, watched: bool, folder: Path) -> Outcome:
 
 
 def run_accelerate(case: Case, watched: bool, folder: Path) -> Outcome:
-    """A loop of one's own under Accelerate, two micro-batches a step."""
+    """Train in a plain loop under Accelerate, two micro-batches per step."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     plain, outcome = make_model(case).train(), Outcome()
     before = surroundings(plain)
@@ -297,7 +298,7 @@ def run_accelerate(case: Case, watched: bool, folder: Path) -> Outcome:
 
 
 class Recorded(Trainer):
-    """Keeps the loss of every micro-batch."""
+    """Record of every micro-batch's loss."""
 
     seen: list[Tensor]
 
@@ -308,7 +309,7 @@ class Recorded(Trainer):
 
 
 def run_transformers(case: Case, watched: bool, folder: Path) -> Outcome:
-    """The Hugging Face Trainer."""
+    """Train with the Hugging Face Trainer."""
     model, outcome = make_model(case), Outcome()
     before = surroundings(model)
     compiled = "compiled" in case.variant
@@ -355,7 +356,7 @@ def run_transformers(case: Case, watched: bool, folder: Path) -> Outcome:
 
 
 def words() -> Any:
-    """A tokenizer of words ``w4`` … ``w63``."""
+    """Make a tokenizer of words ``w4`` … ``w63``."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -369,8 +370,9 @@ def words() -> Any:
 
 
 def run_trl(case: Case, watched: bool, folder: Path) -> Outcome:
-    """TRL's trainers, whose losses are their own; the norm before clipping that TRL reports must be
-    the reading's too.
+    """Train with TRL's trainers and their own losses.
+
+    The norm before clipping that TRL reports must be the reading's too.
     """
     import trl
     from datasets import Dataset as Rows
@@ -460,7 +462,7 @@ class Module(pl.LightningModule):
 
 
 class ByHand(Module):
-    """The same by manual optimisation, with an optimizer for each layer, clipped by hand."""
+    """The same with manual optimisation: an optimizer per layer, clipped by hand."""
 
     def __init__(self, model: nn.Module, steps: int, seen: list[Tensor]) -> None:
         super().__init__(model, steps, seen)
@@ -480,7 +482,7 @@ class ByHand(Module):
 
 
 def run_lightning(case: Case, watched: bool, folder: Path) -> Outcome:
-    """The Lightning Trainer."""
+    """Train with the Lightning Trainer."""
     model, outcome = make_model(case), Outcome()
     by_hand = "by hand" in case.variant
     module = (ByHand if by_hand else Module)(model.train(), case.steps, outcome.losses)
@@ -520,7 +522,7 @@ OTHERS = {"accelerate": run_accelerate, "trl": run_trl}
 
 
 def ended(outcome: Outcome, train: Callable[[], object]) -> None:
-    """Train, and take note of how it ended."""
+    """Train and record the end."""
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
@@ -531,7 +533,7 @@ def ended(outcome: Outcome, train: Callable[[], object]) -> None:
 
 
 def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Everything that training changes, by name."""
+    """Return everything that training changes, by name."""
     state: dict[str, Any] = {
         name: tensor.detach().clone() for name, tensor in model.state_dict().items()
     }
@@ -549,7 +551,15 @@ def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 def surroundings(model: nn.Module) -> dict[str, Any]:
-    """What a monitor could have changed and forgotten, by name; compared by identity."""
+    """Return everything a monitor could leave changed, by name.
+
+    Compared by identity.
+    """
+    # Private names of torch, checked with torch 2.13; where one is renamed, an AttributeError, or
+    # None on both sides for those read by getattr or get, and that leftover goes unseen:
+    # torch._dynamo.eval_frame._maybe_set_eval_frame sets the frame evaluation of compiled code,
+    # _get_current_function_mode is the innermost TorchFunctionMode, _..._hooks are the tables of
+    # hooks of modules, parameters and optimizers, _compiled_call_impl is Module.compile's forward.
     dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     things: dict[str, Any] = {
         "AttentionInterface.get_interface": AttentionInterface.__dict__["get_interface"],
@@ -587,8 +597,9 @@ def surroundings(model: nn.Module) -> dict[str, Any]:
 
 
 def left_behind(before: dict[str, Any], after: dict[str, Any], optimizer: Any) -> list[str]:
-    """Names of what is not as it was; what the framework itself changes is told apart by running
-    unwatched.
+    """Return the names of everything not restored.
+
+    Changes by the framework itself are known from the unwatched run.
     """
     changed = [
         name
@@ -605,7 +616,7 @@ def left_behind(before: dict[str, Any], after: dict[str, Any], optimizer: Any) -
 
 
 def differences(plain: Outcome, watched: Outcome, case: Case) -> list[str]:
-    """What differs between the twins; empty where nothing does."""
+    """Return the differences between the paired runs; empty where there are none."""
     found = (
         [f"ended with {watched.error or 'no error'}, not {plain.error}"]
         if plain.error != watched.error
@@ -635,7 +646,7 @@ def differences(plain: Outcome, watched: Outcome, case: Case) -> list[str]:
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two values are the same to the last bit; NaN is the same as NaN."""
+    """Return whether two values are the same to the last bit, NaN included."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         if left.dtype != right.dtype or left.shape != right.shape:
             return False
@@ -648,7 +659,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def pair(case: Case) -> tuple[list[str], Outcome]:
-    """Run the twins and compare."""
+    """Run the pair and compare."""
     with tempfile.TemporaryDirectory() as folder:
         run = (RUNS | OTHERS)[case.loop]
         plain = run(case, False, Path(folder) / "plain")
@@ -657,7 +668,7 @@ def pair(case: Case) -> tuple[list[str], Outcome]:
 
 
 def pair_over_ranks(case: Case) -> tuple[list[str], Outcome]:
-    """The twins on two processes that talk by gloo; what differs on either."""
+    """Run the pair on two processes over gloo; return the differences on either."""
     context = torch.multiprocessing.get_context("spawn")
     queue: Any = context.SimpleQueue()
     with tempfile.NamedTemporaryFile() as store:
@@ -695,7 +706,7 @@ def _on_rank(rank: int, store: str, case: Case, queue: Any) -> None:
 
 
 def cases(steps: int) -> Iterator[Case]:
-    """Every row."""
+    """Return every row."""
     few = partial(replace, steps=max(14, steps // 4))
     for loop in RUNS:
         for log_every in (1, 7, 10):
@@ -725,7 +736,7 @@ def cases(steps: int) -> Iterator[Case]:
 
 
 def quiet() -> None:
-    """One thread, and no word from the frameworks."""
+    """Set one thread and silence the frameworks."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning", "transformers", "torch"):
@@ -760,7 +771,8 @@ def main() -> int:
         )
         seconds = time.perf_counter() - started
         print(
-            f"{case.name:<48}{case.log_every:>6}{case.steps:>6}{watched.readings:>9}{seconds:>9.1f}  {result}",
+            f"{case.name:<48}{case.log_every:>6}{case.steps:>6}{watched.readings:>9}"
+            f"{seconds:>9.1f}  {result}",
             flush=True,
         )
     print(f"{failed} rows differ; {time.perf_counter() - begun:.0f} s")

@@ -1,13 +1,10 @@
-"""Run every script of a folder that says what is right of stabmon, one after the other, and print
-what each came to.
+"""Run every script of a folder of stated cases and print each outcome.
 
-    python tests/bench/cases.py FOLDER                 scripts ``NN_*.py`` and those of its
-    sub-folders python tests/bench/cases.py FOLDER --only 07 cat   some of them, by the beginning of
-    their names
+python tests/bench/cases.py FOLDER                 scripts ``NN_*.py``, in sub-folders too
+python tests/bench/cases.py FOLDER --only 07 cat   some of them, by the beginning of their names
 
-A script ends in a line with PASS or FAIL, or prints values of which a person says whether they are
-right; those are shown whole. Each runs in a process of its own, with the stabmon that this
-interpreter imports.
+A script ends in a line with PASS or FAIL, or prints values for a person to judge; those are shown
+whole. Each runs in a process of its own, with the stabmon that this interpreter imports.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 SHARED = ("common.py",)
-"""Files that are no scripts."""
+"""Names of files without a case."""
 
 
 def main() -> int:
@@ -60,8 +57,10 @@ def main() -> int:
 
 
 def run(path: Path, timeout: float) -> tuple[str, str]:
-    """PASS, FAIL, values, raised or too slow, and what was printed: the last line where it has a
-    verdict, else all of it.
+    """Run a script; return its verdict and output.
+
+    PASS, FAIL, values, raised or too slow; the last line where it has a verdict, else all of the
+    output.
     """
     try:
         done = subprocess.run(

@@ -1,18 +1,17 @@
-"""Does the learning rate that a sweep of a few dozen steps names as the limit agree with where real
-runs fail?
+"""Compare the predicted limit of the learning rate with real failures.
 
-    python tests/bench/check_sweep.py [--steps 200] [--seeds 2] [--only NAME ...]
+python tests/bench/check_sweep.py [--steps 200] [--seeds 2] [--only NAME ...]
 
 For four small architectures without query/key normalisation, the sweep of `stabmon check --sweep`
-predicts a limit. Then real runs are trained for longer over rates a factor 2 apart and several
-seeds. A run has *failed* where its final loss is 0.15 nats above the best that any rate reached
-with that seed (the gap from which check_table.py calls a run harmed); the rate at which runs begin
-to fail is interpolated between neighbours. Beside it stands the rate at which the loss is half-way
-to the text's unigram entropy, which is all that can be learnt without attention: a stricter word
-for failure, and a noisier one. The sweep's share of a gradient (a tenth) was settled on the first
-three architectures; the fourth was not looked at for it. A model with query/key normalisation is
-shown for comparison: scores stay bounded until its gains grow, and what fails below that is not
-attention.
+(a few dozen steps) predicts a limit. Then real runs are trained for longer over rates a factor 2
+apart and several seeds. A run has *failed* where its final loss is 0.15 nats above the best that
+any rate reached with that seed (the gap from which check_table.py calls a run damaged); the rate at
+which runs begin to fail is interpolated between neighbours. Beside it stands the rate at which the
+loss is half-way to the text's unigram entropy, which is all that can be learnt without attention: a
+stricter word for failure, and a noisier one. The sweep's share of a gradient (a tenth) was settled
+on the first three architectures; the fourth was not used for it. A model with query/key
+normalisation is shown for comparison: scores stay bounded until its gains grow, and what fails
+below that is not attention.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from stabmon.check.sweep.sweep import Sweep, sweep_rates
 from stabmon.tiny.recipe import Recipe
 
 TRAIN = Path(__file__).parents[2] / "train"
-"""Where the training scripts lie, with their text and their GPT."""
+"""Folder of the training scripts, with their text and their GPT."""
 WIDTH, LAYERS, HEADS, LENGTH, BATCH = 64, 2, 2, 64, 8
 GAP = 0.15
 """Nats above the best loss from which a run counts as failed."""
@@ -189,8 +188,9 @@ def main() -> int:
 
 
 def failing_rate(finals: Sequence[float], level: float) -> float | None:
-    """The rate at which the final loss rises past ``level`` beyond the best rate; None where it
-    does at none.
+    """Interpolate the rate at which the final loss rises past ``level``.
+
+    Beyond the best rate; None where it does at none.
     """
     for place in range(int(np.argmin(finals)) + 1, len(finals)):
         before, after = finals[place - 1], finals[place]

@@ -1,15 +1,14 @@
-"""Does what `stabmon check` says before training come true in training? Healthy and broken configs,
-each in a precision.
+"""Compare the verdicts of `stabmon check` with real training.
 
-    python tests/bench/check_table.py [--seconds 40] [--only NAME ...]
+python tests/bench/check_table.py [--seconds 40] [--only NAME ...]
 
-Each config is checked at its length and precision, then trained for real in that precision
-(autocast, float32 weights, a gradient scaler for float16, AdamW) for a number of steps that fits
-the time. Its *gap* is its final training loss minus that of its twin: the same family as it should
-be, in float32, on the same data from the same seed. "Trains" is a finite loss and a gap below 0.15
-nats; beside the gap stands by how much two seeds of the twin differ. A pass is borne out by a run
-that trains, a fail by one that does not; a warning claims neither. Nothing here is fed back into
-the check.
+Healthy and broken configs, each in a precision. Each config is checked at its length and precision,
+then trained for real in that precision (autocast, float32 weights, a gradient scaler for float16,
+AdamW) for a number of steps that fits the time. Its *gap* is its final training loss minus that of
+its paired run: the same family as it should be, in float32, on the same data from the same seed.
+"Trains" is a finite loss and a gap below 0.15 nats; beside the gap stands by how much two seeds of
+the paired run differ. A pass is borne out by a run that trains, a fail by one that does not; a
+warning claims neither. Nothing here is fed back into the check.
 """
 
 from __future__ import annotations
@@ -33,17 +32,18 @@ from torch import Tensor, nn
 import stabmon
 
 TRAIN = Path(__file__).parents[2] / "train"
-"""Where the training scripts lie, with their text."""
+"""Folder of the training scripts, with their text."""
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 2, 2, 256
 GAP = 0.15
-"""Nats by which the final loss may exceed the twin's before a run counts as harmed."""
+"""Nats above the paired run's final loss from which a run counts as damaged."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Batch = dict[str, Tensor]
 
 
 class Attention(nn.Module):
-    """By hand, with torch's own initialisation of linear maps, and without a scale where somebody
-    forgot it.
+    """Attention by hand with torch's own initialisation of linear maps.
+
+    Optionally without a scale, as where somebody forgot it.
     """
 
     def __init__(self, scaled: bool) -> None:
@@ -64,8 +64,9 @@ class Attention(nn.Module):
 
 
 class HandWritten(nn.Module):
-    """A causal transformer by hand; without ``norm`` attention reads the bare residual stream,
-    embeddings of size 3.
+    """A causal transformer by hand.
+
+    Without ``norm`` attention reads the bare residual stream, embeddings of size 3.
     """
 
     def __init__(self, *, scaled: bool = True, norm: bool = True) -> None:
@@ -104,13 +105,13 @@ class Case:
     make: Callable[[], Any]
     dtype: str
     expect: str | None
-    """The finding that must be named; None for a healthy config, which must pass."""
-    twin: Callable[[], Any]
+    """Finding to be named; None for a healthy config, which must pass."""
+    paired: Callable[[], Any]
     length: int = 128
     rate: float = 1e-3
     batch: int = 8
     checked_for: int | None = None
-    """A length to check for that is beyond what can be trained here."""
+    """Length to check for, where it is beyond what can be trained here."""
 
 
 def gpt2(attention: str = "sdpa", **changes: Any) -> Callable[[], Any]:
@@ -127,6 +128,7 @@ def gpt2(attention: str = "sdpa", **changes: Any) -> Callable[[], Any]:
     drops = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "loss_type": "ForCausalLM"}
     tokens = {"bos_token_id": 1, "eos_token_id": 2}
     config = GPT2Config(**(sizes | drops | tokens | changes))
+    # _from_config: the constructor with an attention implementation; checked with transformers 5.23
     return lambda: GPT2LMHeadModel._from_config(config, attn_implementation=attention)
 
 
@@ -147,13 +149,14 @@ def of_llama_kind(name: str, attention: str = "sdpa", **changes: Any) -> Callabl
         "head_dim": 64,
     }
     config = getattr(transformers, f"{name}Config")(**(sizes | more | changes))
+    # see above for _from_config
     return lambda: getattr(transformers, f"{name}ForCausalLM")._from_config(
         config, attn_implementation=attention
     )
 
 
 def wider(make: Callable[[], Any]) -> Callable[[], Any]:
-    """Queries and keys made of weights ten times as large, everything else as it should be."""
+    """Make queries and keys with weights ten times as large."""
 
     def changed() -> Any:
         model = make()
@@ -206,7 +209,8 @@ def vit() -> Any:
 
 def albert(factor: float = 1.0) -> Any:
     model, _ = load_albert()
-    attention = model.albert.encoder.albert_layer_groups[0].albert_layers[0].attention  # type: ignore[union-attr,index]
+    groups: Any = model.albert.encoder.albert_layer_groups
+    attention = groups[0].albert_layers[0].attention
     rows = slice(3 * 32, 4 * 32)
     with torch.no_grad():
         attention.query.weight[rows] *= factor
@@ -306,7 +310,7 @@ def cases() -> list[Case]:
 
 
 def batches(case: Case, model: Any, count: int, seed: int) -> list[Batch]:
-    """The same data for a case and its twin."""
+    """Return the same data for a case and its paired run."""
     generator = torch.Generator().manual_seed(seed)
     name = type(model).__name__
     if name.startswith("ViT"):
@@ -334,7 +338,7 @@ def batches(case: Case, model: Any, count: int, seed: int) -> list[Batch]:
 
 
 def _masked(ids: Tensor, visible: Tensor, generator: torch.Generator, mask: int) -> Batch:
-    """A sixth of the visible tokens hidden and asked for."""
+    """Hide a sixth of the visible tokens and ask for them."""
     hidden = (torch.rand(ids.shape, generator=generator) < 0.15) & visible.bool()
     hidden[:, 1] = True
     labels = torch.where(hidden, ids, -100)
@@ -348,7 +352,10 @@ def _masked(ids: Tensor, visible: Tensor, generator: torch.Generator, mask: int)
 def train(
     case: Case, make: Callable[[], Any], dtype: str, seed: int, seconds: float, most: int
 ) -> tuple[list[float], int]:
-    """LossAccumulator step by step, and how many gradients were skipped as not finite."""
+    """Train; return the loss of each step and the number of skipped gradients.
+
+    Gradients that are not finite are skipped.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().train()
@@ -386,7 +393,7 @@ def train(
 
 
 def final(losses: list[float], steps: int) -> float:
-    """Mean of the last quarter of the first ``steps`` losses."""
+    """Return the mean of the last quarter of the first ``steps`` losses."""
     tail = losses[:steps][-max(1, steps // 4) :]
     return statistics.fmean(tail) if all(map(math.isfinite, tail)) else math.nan
 
@@ -398,11 +405,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="words that a row's name must hold")
     asked = parser.parse_args()
     sys.path.append(str(TRAIN))
-    twins: dict[tuple[str, int, float], list[list[float]]] = {}
+    paired_runs: dict[tuple[str, int, float], list[list[float]]] = {}
     wrong, unborne = 0, 0
     print(
-        "| config | precision | verdict | finding named | trained | steps | loss | gap to twin "
-        "(twin's own spread) | borne out |"
+        "| config | precision | verdict | finding named | trained | steps | loss | "
+        "gap to paired run "
+        "(its own spread) | borne out |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for case in cases():
@@ -418,22 +426,26 @@ def main() -> int:
             f"{each.name} ({each.severity})" for each in report.findings if each.severity != "info"
         ]
         healthy = next(
-            (other.name for other in cases() if other.make is case.twin or other.twin is case.twin),
+            (
+                other.name
+                for other in cases()
+                if other.make is case.paired or other.paired is case.paired
+            ),
             case.name,
         )
         key = (healthy, case.length, case.rate)
-        if key not in twins:
-            twins[key] = [
-                train(case, case.twin, "fp32", seed, asked.seconds, asked.steps)[0]
+        if key not in paired_runs:
+            paired_runs[key] = [
+                train(case, case.paired, "fp32", seed, asked.seconds, asked.steps)[0]
                 for seed in (0, 1)
             ]
         losses, skipped = train(case, case.make, case.dtype, 0, asked.seconds, asked.steps)
         steps = (
-            min(len(losses), *(len(each) for each in twins[key]))
+            min(len(losses), *(len(each) for each in paired_runs[key]))
             if all(map(math.isfinite, losses))
             else len(losses)
         )
-        ends = [final(each, min(steps, len(each))) for each in twins[key]]
+        ends = [final(each, min(steps, len(each))) for each in paired_runs[key]]
         gap = final(losses, steps) - ends[0]
         trains = math.isfinite(gap) and gap < GAP
         borne = (

@@ -1,18 +1,17 @@
-"""What controllers cost: controlled against plain training steps, interleaved in one process.
+"""Measure the cost of controllers: controlled against plain training steps.
 
-    python tests/bench/controllers_speed.py               the tables, in about seven minutes
-    python tests/bench/controllers_speed.py --quick       a look, in about two
-    python tests/bench/controllers_speed.py --worst       a narrow model with hardly a vocabulary,
-    where attention takes most python tests/bench/controllers_speed.py --json        one JSON object
-    instead python tests/bench/controllers_speed.py --threads 1 --clock cpu        on a machine that
-    others use too
+python tests/bench/controllers_speed.py           the tables, in about seven minutes
+python tests/bench/controllers_speed.py --quick   a look, in about two
+python tests/bench/controllers_speed.py --worst   a narrow model, where attention takes most
+python tests/bench/controllers_speed.py --json    one JSON object instead
+python tests/bench/controllers_speed.py --threads 1 --clock cpu   on a machine in use by others
 
-The model and the step are those of overhead.py: GPT-2 cut down in proportion, forward, backward and
-AdamW, fused attention. A figure is the median over rounds of (controlled / plain). The null row is
-plain against plain: what differs from 1 there is noise. Memory is the peak of live tensor bytes of
-a step, made inside it, over that of the plain step, by a dispatch mode that counts allocations;
-"largest" is the largest single tensor that one attention module makes forward and backward, over
-one H x S x S tensor.
+Interleaved in one process. The model and the step are those of overhead.py: GPT-2 cut down in
+proportion, forward, backward and AdamW, fused attention. A figure is the median over rounds of
+(controlled / plain). The null row is plain against plain: what differs from 1 there is noise.
+Memory is the peak of live tensor bytes of a step, made inside it, over that of the plain step, by a
+dispatch mode that counts allocations; "largest" is the largest single tensor that one attention
+module makes forward and backward, over one H x S x S tensor.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LENGTHS = (512, 2048)
 AIMS = {"time": 1.10, "memory": 1.05}
-"""Of info_density, over plain fused attention."""
+"""Aims of info_density, over plain fused attention."""
 
 
 def controlled(length: int, what: str) -> Run:
-    """A run whose model has controllers, in its optimizer too."""
+    """Make a run with controllers in its model and optimizer."""
     run = Run(length)
     kind, options = KINDS[what]
     attach_controllers(run.model, kind, **options)
@@ -65,7 +64,7 @@ def controlled(length: int, what: str) -> Run:
 
 
 def memory_of(run: Run) -> int:
-    """Peak bytes of one step's own tensors."""
+    """Return the peak bytes of one step's own tensors."""
     run.seconds_of(1)
     run.optimizer.zero_grad()
     with counted() as mode:
@@ -77,8 +76,9 @@ def memory_of(run: Run) -> int:
 
 
 def largest_of(what: str, length: int) -> float:
-    """The largest tensor that one controlled attention call makes, forward and backward, over one H
-    x S x S float32 tensor.
+    """Return the largest tensor of one controlled attention call.
+
+    Forward and backward, over one H x S x S float32 tensor.
     """
     from transformers import GPT2Config, GPT2Model
 
@@ -91,6 +91,7 @@ def largest_of(what: str, length: int) -> float:
         "vocab_size": 8,
     }
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    # _from_config: the constructor with an attention implementation; checked with transformers 5.23
     model = GPT2Model._from_config(
         GPT2Config(**sizes, **dropout, use_cache=False), attn_implementation="sdpa"
     ).train()
@@ -112,7 +113,7 @@ def largest_of(what: str, length: int) -> float:
 
 
 def rows_of(length: int, seconds: float, kinds: list[str]) -> Iterator[dict[str, Any]]:
-    """Every figure of one length."""
+    """Measure every figure of one length."""
     plain = Run(length)
     low, middle, high = statistics.quantiles(
         (b / a for a, b in rounds(plain, Run(length), seconds)), n=4
@@ -133,7 +134,10 @@ def rows_of(length: int, seconds: float, kinds: list[str]) -> Iterator[dict[str,
 
 
 def main() -> int:
-    """Print the table. Returns the exit status: 0, since aims are told, not enforced."""
+    """Print the table.
+
+    Returns the exit status: 0, since aims are reported, not enforced.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

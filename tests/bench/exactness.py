@@ -1,10 +1,11 @@
-"""Does stabmon see every attention call of an unmodified model, and are its numbers right?
+"""Compare stabmon's numbers on unmodified models with float64 references.
 
-    python tests/bench/exactness.py                       the table; exit status 1 if an aim is
-    missed (under a minute) python tests/bench/exactness.py --json                the same as one
-    JSON object python tests/bench/exactness.py --only llama          the models whose name contains
-    a word python tests/bench/exactness.py --check-references    the references against the models'
-    own attention, in float64
+python tests/bench/exactness.py                      the table, under a minute
+python tests/bench/exactness.py --json               the same as one JSON object
+python tests/bench/exactness.py --only llama         the models whose name contains a word
+python tests/bench/exactness.py --check-references   the references against the models, in float64
+
+Exit status 1 if an aim is missed.
 
 Each model is run on one batch with plain forward hooks that hand each attention module's input to a
 float64 reference (``references/``: its own formulas, the module's weights, nothing of stabmon),
@@ -43,9 +44,12 @@ CASES = (*decoders.CASES, *encoders.CASES, *seq2seq.CASES, *handwritten.CASES)
 AUTOCAST_CASE = next(case for case in CASES if case.name == "Llama, grouped heads")
 AIM = 1e-4
 AUTOCAST_AIMS = {"attention_entropy": 0.02, "max_logit": 2.0**-7, "max_probability": 0.01}
-"""Under bf16 autocast the model rounds weights, inputs, queries and keys to 8 bits (2^-9 of each at
-worst); the float64 reference does not. This row tells how far apart that puts them, and that
-nothing worse happens."""
+"""Aims under bf16 autocast.
+
+The model rounds weights, inputs, queries and keys to 8 bits there (2^-9 of each at worst); the
+float64 reference does not. This row shows how far apart that puts them, and that nothing worse
+happens.
+"""
 REFERENCE_AIM = 1e-9
 SIGNALS = {"attention_entropy": "entropy", "max_logit": "max score", "max_probability": "max prob"}
 
@@ -61,28 +65,27 @@ class Row:
     captured_calls: int | None = None
     heads: int = 0
     deviations: dict[str, float] = field(default_factory=dict)
-    """Largest over layers and heads, analyzer's and monitor's."""
+    """Largest deviation over layers and heads, analyzer's and monitor's."""
     worst: dict[str, str] = field(default_factory=dict)
-    """The layer and head of each largest deviation."""
+    """Layer and head of each largest deviation."""
     entropy_span: tuple[float, float] | None = None
     """Smallest and largest mean entropy of a head, by the reference, nats."""
     entropy_limit: float = 0.0
-    """Mean of ln n over the rows, n the keys a row sees: a uniform head's mean entropy in the layer
-    where it is largest.
+    """Mean of ln n over the rows, n the keys of a row.
+
+    A uniform head's mean entropy in the layer where it is largest.
     """
     problems: list[str] = field(default_factory=list)
     skipped: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether all calls were seen and every deviation is within its aim."""
+        """Return whether all calls were seen and every deviation is within its aim."""
         return not self.problems
 
 
 def measure(case: Case, implementation: str, *, autocast: bool = False) -> Row:
-    """Run one model with the reference's hooks, with the capture and with the analyzer, and
-    compare.
-    """
+    """Run one model with the references, the capture and the analyzer, and compare."""
     import stabmon
     from stabmon.capture import AttentionCapture
 
@@ -145,7 +148,7 @@ def measure(case: Case, implementation: str, *, autocast: bool = False) -> Row:
 
 
 def run(model: nn.Module, batch: Batch, autocast: bool, *, gradients: bool = False) -> Tensor:
-    """One forward from a fixed random state; the model's main output."""
+    """Run one forward from a fixed random state; return the model's main output."""
     torch.manual_seed(1)
     with torch.set_grad_enabled(gradients), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = model(**batch)
@@ -159,7 +162,7 @@ Stats = Mapping[str, Mapping[str, Any]]
 def compare(
     row: Row, source: str, stats: Stats, reference: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Enter into the row how far ``stats`` are from the reference, and what is wrong with that."""
+    """Enter the deviations and faults of ``stats`` into the row."""
     for title, layers in (
         ("not reported", set(reference) - set(stats)),
         ("reported, but do not attend", set(stats) - set(reference)),
@@ -192,7 +195,7 @@ def compare(
 
 
 def rows(only: str) -> Iterator[Row]:
-    """Every model in every implementation, and one under autocast."""
+    """Measure every model in every implementation, and one under autocast."""
     for case in CASES:
         if only.lower() in case.name.lower():
             for implementation in case.implementations:
@@ -216,7 +219,7 @@ HEADER = LINE.format(
 
 
 def line(row: Row) -> str:
-    """The row as text."""
+    """Format the row."""
     if row.skipped:
         return LINE.format(
             row.model, row.implementation, "-", "-", "-", "-", "-", "-", f"SKIPPED: {row.skipped}"
@@ -236,7 +239,7 @@ def line(row: Row) -> str:
 
 
 def compare_all(arguments: argparse.Namespace) -> int:
-    """Measure, print, and say whether all aims were met."""
+    """Measure and print; return whether all aims were met."""
     began, measured = time.perf_counter(), []
     if not arguments.json:
         print(
@@ -272,7 +275,7 @@ def compare_all(arguments: argparse.Namespace) -> int:
 
 
 def finite(value: Any) -> Any:
-    """The value with NaN and infinities as strings, which JSON has no numbers for."""
+    """Return the value with NaN and infinities as strings, for JSON."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,14 +1,13 @@
-"""What does "guard" make of a rate that is 3, 5, 10 or 30 times too high? Final losses without
-guard, with it, and at the right rate.
+"""Measure "guard" on learning rates 3, 5, 10 or 30 times too high.
 
-    python tests/bench/guard_rates.py                       the whole table over three seeds, about
-    half an hour on two cores python tests/bench/guard_rates.py --kinds start --times 10 --seeds 1
+python tests/bench/guard_rates.py       the whole table, three seeds, half an hour on two cores
+python tests/bench/guard_rates.py --kinds start --times 10 --seeds 1
 
-Four kinds of run: a fresh model without a warm-up (``start``), with one (``warmup``), a trained
-model that is tuned on another text (``trained``), and the same through LoRA (``lora``). The right
-rate of a kind is the best of a grid of factors of two, by the final loss of seed 0. A loss is the
-mean over the last 30 steps. ``worse`` marks rows where guard ends more than 0.02 nats above doing
-nothing.
+Final losses without guard, with it, and at the right rate. Four kinds of run: a fresh model without
+a warm-up (``start``), with one (``warmup``), a trained model that is tuned on another text
+(``trained``), and the same through LoRA (``lora``). The right rate of a kind is the best of a grid
+of factors of two, by the final loss of seed 0. A loss is the mean over the last 30 steps. ``worse``
+marks rows where guard ends more than 0.02 nats above doing nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ GRIDS = {
     "trained": (5e-5, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3),
     "lora": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
 }
-"""Rates that are tried for each kind."""
+"""Learning rates tried for each kind."""
 MARGIN = 0.02
 """Nats by which two runs may differ and count as equal."""
 
@@ -50,19 +49,19 @@ class Job:
     rate: float
     seed: int
     config: str | None = None
-    """Of the monitor; None for none."""
+    """Configuration of the monitor; None for none."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of it."""
+    """Final loss and interventions of a run."""
 
     loss: float
     alarm: int | None
     """Step of the first alarm."""
-    told: float | None
-    """The first rate that was told to fit."""
-    acts: str
+    fitting_rate: float | None
+    """First learning rate reported to fit."""
+    interventions: str
 
 
 def train(job: Job) -> Outcome:
@@ -96,20 +95,25 @@ def train(job: Job) -> Outcome:
     if monitor is None:
         return Outcome(fmean(losses[-TAIL:]), None, None, "")
     alarms = [issue for issue in monitor.issues if issue.is_alarm]
-    told = [issue.evidence["fitting_rate"] for issue in alarms if "fitting_rate" in issue.evidence]
-    acts = ", ".join(
+    fitting_rate = [
+        issue.evidence["fitting_rate"] for issue in alarms if "fitting_rate" in issue.evidence
+    ]
+    interventions = ", ".join(
         f"{each.intervention.name}@{each.step}"
         for each in monitor.applied
         if each.intervention.name != "skip_step"
     )
     monitor.close()
     return Outcome(
-        fmean(losses[-TAIL:]), alarms[0].step if alarms else None, told[0] if told else None, acts
+        fmean(losses[-TAIL:]),
+        alarms[0].step if alarms else None,
+        fitting_rate[0] if fitting_rate else None,
+        interventions,
     )
 
 
 def _loss(model: nn.Module, tokens: Tensor, inside: bool) -> Tensor:
-    """Of the model's own output, or made outside of it as most loops do."""
+    """Return the loss of the model's own output, or of a loop's own function."""
     if inside:
         loss: Tensor = model(input_ids=tokens, labels=tokens).loss
         return loss
@@ -151,7 +155,10 @@ def _fresh() -> nn.Module:
 
 @functools.cache
 def _trained() -> dict[str, Tensor]:
-    """Weights after 800 steps at a good rate that comes down, the same in every process."""
+    """Return the weights after 800 steps at a good, falling rate.
+
+    The same in every process.
+    """
     torch.manual_seed(0)
     model = _fresh()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -208,7 +215,7 @@ def _table(args: argparse.Namespace, run_all: Callable[[list[Job]], dict[Job, Ou
         )
     print(
         f"{'kind':8s} {'times':>5s} {'without':>8s} {'guard':>8s} {'right':>8s}  first alarms, "
-        "told and acts of seed 0",
+        "fitting rate and interventions of seed 0",
         flush=True,
     )
     worse, rows = 0, [(kind, times) for kind in args.kinds for times in (1.0, *args.times)]
@@ -227,12 +234,12 @@ def _table(args: argparse.Namespace, run_all: Callable[[list[Job]], dict[Job, Ou
         means = [fmean(each.loss for each in runs) for runs in (without, guarded, best)]
         bad = any(not g.loss <= w.loss + MARGIN for g, w in zip(guarded, without, strict=True))
         worse += bad
-        told = "-" if guarded[0].told is None else f"{guarded[0].told:.2g}"
+        fitting_rate = "-" if guarded[0].fitting_rate is None else f"{guarded[0].fitting_rate:.2g}"
         marks = " ".join(f"{value:8.3f}" for value in means)
         alarms = [each.alarm for each in guarded]
         print(
-            f"{kind:8s} {times:5.0f} {marks}  {alarms} {told} "
-            f"{guarded[0].acts}{'  worse' if bad else ''}",
+            f"{kind:8s} {times:5.0f} {marks}  {alarms} {fitting_rate} "
+            f"{guarded[0].interventions}{'  worse' if bad else ''}",
             flush=True,
         )
     print(

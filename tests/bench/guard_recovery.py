@@ -1,17 +1,16 @@
-"""Does "guard" repair what fails, and leave alone what does not? Each run without and with it,
-beside its healthy twin.
+"""Measure how "guard" repairs failing runs and leaves healthy ones alone.
 
-    python tests/bench/guard_recovery.py                 two runs of each kind, about half an hour after
-    alarm_lead_time.py has trained them unguarded python tests/bench/guard_recovery.py --every 10      look at, and
-    act after, every tenth step python tests/bench/guard_recovery.py --all           train under guard also
-    what gave no alarm
+python tests/bench/guard_recovery.py              two runs of each kind, about half an hour
+python tests/bench/guard_recovery.py --every 10   sample, and intervene after, every tenth step
+python tests/bench/guard_recovery.py --all        train under guard also runs without an alarm
 
-A run is repaired if its final validation loss is within 0.10 nats of the twin's. What is done to a
-run goes on being done: weights that are scaled at each step are scaled at each step under guard
-too. What gave no alarm is not acted on, and a run under guard that is not acted on is bit for bit
-the run without it (tests/test_guarding.py), so it counts as it was, unless ``--all`` says to see
-for oneself. The order and the targets of the acts were set on the tuned half of the runs (``--half
-tuned``) and on others before; what is printed is the other half.
+Each run without and with it, beside its healthy paired run. alarm_lead_time.py trains the runs
+unguarded. A run is repaired if its final validation loss is within 0.10 nats of the paired run's.
+The fault continues under guard: weights scaled at each step are scaled at each step under guard
+too. Runs without an alarm get no intervention, and such a run under guard is bit for bit the run
+without it (tests/test_guarding.py), so it counts as it was, unless ``--all`` asks to train it. The
+order and the targets of the interventions were set on the tuned half of the runs (``--half tuned``)
+and on others before; what is printed is the other half.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from testbed.alarms import alarms_of
 from testbed.bench import chosen, options, run_all
-from testbed.cases import Case, cases, healthy_twins
+from testbed.cases import Case, cases, healthy_paired_runs
 from testbed.outcome import MARGIN, outcome
 from testbed.trainer import Run
 
@@ -43,29 +42,29 @@ class Row:
     final: float
     """Validation loss without guard."""
     guarded: float
-    """With it."""
-    twin: float
+    """Validation loss with guard."""
+    paired: float
     gap: float
     gap_guarded: float
     repaired: bool
-    acts: str
-    """What was applied, how often."""
+    interventions: str
+    """Applied interventions, with their numbers."""
     taken_back: int
-    """Undone or let go, as the audit says."""
+    """Interventions undone or released, by the audit."""
     audited: int
     """Records in the audit."""
     first_act: int | None
 
 
 def row(case: Case, guarded: Run) -> Row:
-    after = outcome(guarded, case.twin)
+    after = outcome(guarded, case.paired)
     did = Counter(record["action"] for record in guarded.records)
-    acts = Counter(
+    interventions = Counter(
         record["intervention"] for record in guarded.records if record["action"] == "applied"
     )
-    acts.pop("skip_step", None)  # in place from the start
+    interventions.pop("skip_step", None)  # in place from the start
     if did["skipped"]:
-        acts["skip_step"] = did["skipped"]
+        interventions["skip_step"] = did["skipped"]
     steps = [
         record["step"]
         for record in guarded.records
@@ -76,11 +75,11 @@ def row(case: Case, guarded: Run) -> Row:
         cause=case.cause,
         final=round(case.run.validation, 3),
         guarded=round(guarded.validation, 3),
-        twin=round(case.twin.validation, 3),
+        paired=round(case.paired.validation, 3),
         gap=round(case.outcome.gap, 3),
         gap_guarded=round(after.gap, 3),
         repaired=not after.failed,
-        acts=", ".join(f"{name} x{count}" for name, count in acts.items()),
+        interventions=", ".join(f"{name} x{count}" for name, count in interventions.items()),
         taken_back=did["undone"] + did["released"],
         audited=len(guarded.records),
         first_act=min(steps, default=None),
@@ -88,8 +87,9 @@ def row(case: Case, guarded: Run) -> Row:
 
 
 def main() -> int:
-    """Print the tables and write the per-run one. Returns the exit status: 0, since aims are told,
-    not enforced.
+    """Print the tables and write the per-run one.
+
+    Returns the exit status: 0, since aims are reported, not enforced.
     """
     parser = options(__doc__, INTERVALS)
     parser.add_argument(
@@ -97,16 +97,24 @@ def main() -> int:
     )
     args = parser.parse_args()
     found = cases(chosen(args), args.out, args.jobs)
-    found += healthy_twins(found)
-    ill = [args.all or case.outcome.failed or bool(alarms_of(case, args.every)) for case in found]
+    found += healthy_paired_runs(found)
+    alarmed = [
+        args.all or case.outcome.failed or bool(alarms_of(case, args.every)) for case in found
+    ]
     trained = iter(
         run_all(
-            [(c.recipe, "guard", args.every) for c, each in zip(found, ill, strict=True) if each],
+            [
+                (c.recipe, "guard", args.every)
+                for c, each in zip(found, alarmed, strict=True)
+                if each
+            ],
             args.out,
             args.jobs,
         )
     )
-    guarded = [next(trained) if each else case.run for case, each in zip(found, ill, strict=True)]
+    guarded = [
+        next(trained) if each else case.run for case, each in zip(found, alarmed, strict=True)
+    ]
     rows = [row(case, run) for case, run in zip(found, guarded, strict=True)]
     table = Table(
         title=f"{args.half} runs under guard, one step in {args.every} looked at",
@@ -115,7 +123,7 @@ def main() -> int:
     for name in asdict(rows[0]):
         table.add_column(name, overflow="fold")
     for each in rows:
-        if each.cause != "none" or each.acts:
+        if each.cause != "none" or each.interventions:
             table.add_row(*("" if value is None else str(value) for value in asdict(each).values()))
     console = Console(width=max(170, Console().width))
     console.print(table)
@@ -126,8 +134,8 @@ def main() -> int:
     cost = [each.guarded - each.final for each in well if math.isfinite(each.guarded)]
     worse = [each for each in well if not each.guarded - each.final <= MARGIN / 5]
     print(
-        f"healthy: {sum(bool(each.acts) for each in well)} of {len(well)} were acted on; guard "
-        "changed the final loss by "
+        f"healthy: {sum(bool(each.interventions) for each in well)} of {len(well)} had interventions; "
+        "guard changed the final loss by "
         f"{np.median(cost):+.3f} nats (median), {max(cost):+.3f} (worst); worse by more than "
         f"{MARGIN / 5:g}: {len(worse)}"
     )
@@ -145,7 +153,7 @@ def main() -> int:
 def _gaps(rows: Sequence[Row]) -> str:
     before, after = [each.gap for each in rows], [each.gap_guarded for each in rows]
     return (
-        f"gap to the twin {np.median(before):.2f} -> {np.median(after):.2f} nats (median)"
+        f"gap to the paired run {np.median(before):.2f} -> {np.median(after):.2f} nats (median)"
         if rows
         else ""
     )

@@ -1,17 +1,17 @@
-"""Perplexity against cache size for every eviction policy, on a model that was trained to use its
-context.
+"""Measure perplexity against cache size for every eviction policy.
 
-    python tests/bench/kv_cache.py FOLDER [--task text|recall] [--prompts 24] [--context 1536]
+python tests/bench/kv_cache.py FOLDER [--task text|recall] [--prompts 24] [--context 1536]
     [--continuation 256] [--out kv_cache.png]
 
-FOLDER holds a model that tests/bench/long_model.py saved; where it is missing, the model is trained
-first (90 minutes). Each prompt is a stretch of held-out text; each policy compresses it once, and
-the text that follows is scored with what is left: what really follows, or, to recall, the rest of a
-passage that stood somewhere in the prompt and whose beginning ends it. Where a model does not copy,
-recall says nothing; the loss of the same passage without its earlier copy is printed beside. The
-packaged ALBERT is an encoder: it has no KV cache, and does not apply.
+On a model trained to use its context. FOLDER holds a model that tests/bench/long_model.py saved;
+where it is missing, the model is trained first (90 minutes). Each prompt is a stretch of held-out
+text; each policy compresses it once, and the text that follows is scored with what is left: what
+really follows, or, to recall, the rest of a passage that stood somewhere in the prompt and whose
+beginning ends it. Where a model does not copy, recall says nothing; the loss of the same passage
+without its earlier copy is printed beside. The packaged ALBERT is an encoder: it has no KV cache,
+and does not apply.
 
-Prints perplexity with the mean cost in nats a byte against the full cache and its spread over
+Prints perplexity with the mean cost in nats per byte against the full cache and its spread over
 prompts, how often each policy is the best, and CAKE against each other policy prompt by prompt;
 draws the curves; prints time and the cache's peak at several lengths.
 """
@@ -53,17 +53,17 @@ POLICIES = ("cake", "snapkv", "pyramid", "ada_snapkv", "h2o", "recency", "random
 
 
 CUE = 48
-"""Bytes of a passage that are given again before the rest of it is asked for."""
+"""Bytes of a passage repeated before the rest of it is asked for."""
 
 
 def prompts(
     count: int, context: int, continuation: int, task: str = "text"
 ) -> tuple[Tensor, Tensor]:
-    """Return contexts and what follows them, from held-out text, without overlap where there is
-    enough of it.
+    """Return contexts and their continuations from held-out text.
 
-    In the task ``recall`` the context ends with the first bytes of a passage that stood somewhere
-    in it before, and what follows is the rest of that passage, so that it pays to have kept it.
+    Without overlap where there is enough text. In the task ``recall`` the context ends with the
+    first bytes of a passage that stood somewhere in it before, and what follows is the rest of that
+    passage, so that it pays to have kept it.
     """
     held_out, random = texts()[1], np.random.default_rng(0)
     starts = np.linspace(0, len(held_out) - context - continuation, count).astype(int)
@@ -76,8 +76,9 @@ def prompts(
 
 
 def without_copy(model: Any, contexts: Tensor, continuations: Tensor) -> float:
-    """Return the mean loss of the continuations where another prompt goes before their cue, in nats
-    a byte.
+    """Return the mean loss of continuations after another prompt, in nats per byte.
+
+    Another prompt stands before their cue.
     """
     others = torch.cat([contexts.roll(1, 0)[:, :-CUE], contexts[:, -CUE:]], 1)
     scored = [
@@ -98,8 +99,9 @@ def variants() -> list[tuple[str, Policy]]:
 
 
 def compare(table: PerplexityTable) -> None:
-    """Print who is best, and CAKE against each other policy: the mean difference with its standard
-    error over prompts.
+    """Print the best policies, and CAKE against each other one.
+
+    The mean difference with its standard error over prompts.
     """
     names = list(table.policies)
     cake = names.index("cake")
@@ -129,8 +131,9 @@ def compare(table: PerplexityTable) -> None:
 
 
 def draw(table: PerplexityTable, path: Path) -> None:
-    """Draw perplexity against cache size; a band is the standard error over prompts of the cost
-    against the full cache.
+    """Draw perplexity against cache size.
+
+    A band is the standard error over prompts of the cost against the full cache.
     """
     import matplotlib
 
@@ -162,9 +165,7 @@ def draw(table: PerplexityTable, path: Path) -> None:
 
 
 def cost(model: Any, lengths: tuple[int, ...] = (1024, 4096, 8192)) -> None:
-    """Print the time of a prefill, of a simulation and of the compressed prefill, and what the
-    cache holds at most.
-    """
+    """Print the time of prefill, simulation and compression, and the cache's peak."""
     columns = ("length", "forward s", "simulate_cake s", "compressed prefill s")
     held = ("cache's peak with the cascade, MB", "without (the full cache)", "after the prompt")
     print("\n" + " | ".join((*columns, *held)))
@@ -199,7 +200,7 @@ def peer(
     table: PerplexityTable,
     args: Any,
 ) -> None:
-    """Print kvpress' losses beside ours, on the same prompts and sizes."""
+    """Print kvpress' losses beside stabmon's, on the same prompts and sizes."""
     with tempfile.TemporaryDirectory() as place:
         data, out = Path(place) / "data.npz", Path(place) / "out.json"
         plain = {"sizes": np.array(table.sizes), "window": args.window, "batch": args.batch}
@@ -232,8 +233,9 @@ def peer(
 
 
 def speed(model: Any, length: int = 1536, new: int = 48) -> None:
-    """Print the time of a decoded token with the stock cache, and with compressed ones that evict
-    at every step.
+    """Print the time of a decoded token, with stock and with compressed caches.
+
+    The compressed ones evict at every step.
     """
     ids = texts()[1][None, :length]
     settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}

@@ -1,8 +1,9 @@
-"""Score continuations with kvpress' caches; run by kv_cache.py --peer in a virtual environment of
-its own.
+"""Score continuations with kvpress' caches.
 
-    python -m venv peer && peer/bin/pip install kvpress==0.5.5 "transformers==5.2.0" torch
-    python tests/bench/kv_cache.py FOLDER --peer peer/bin/python
+Run by kv_cache.py --peer in a virtual environment of its own.
+
+python -m venv peer && peer/bin/pip install kvpress==0.5.5 "transformers==5.2.0" torch
+python tests/bench/kv_cache.py FOLDER --peer peer/bin/python
 
 kvpress 0.5.5 does not run beside transformers 5.23. Its CAKE does not exist; the other methods do.
 After a press, a model of transformers takes the shortened cache for a shorter text, so the true

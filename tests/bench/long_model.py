@@ -1,12 +1,11 @@
-"""Train a small Llama on bytes until it attends over thousands of them: the model that caches are
-compared on.
+"""Train a small Llama on bytes until it attends over thousands of them.
 
-    python tests/bench/long_model.py FOLDER [--minutes 90] [--threads 1] [--start FOLDER]
+python tests/bench/long_model.py FOLDER [--minutes 90] [--threads 1] [--start FOLDER]
 
-Grouped heads (4 query, 2 key, four layers), rotary positions, 2048 bytes of context. The text is
-the standard library's own source: much of it repeats over long distances. Short sequences first,
-then longer ones. Prints the held-out loss by position: where it goes on falling with the position
-the model makes use of its context.
+The model for comparing caches. Grouped heads (4 query, 2 key, four layers), rotary positions, 2048
+bytes of context. The text is the standard library's own source: much of it repeats over long
+distances. Short sequences first, then longer ones. Prints the held-out loss by position: where it
+goes on falling with the position the model makes use of its context.
 
 Two runs after each other (40 minutes, then 50 with --start, on one shared core) end at 1.48 nats in
 the first eighth of the context and 1.42 in the last. Such a model looks at its last few hundred
@@ -53,7 +52,7 @@ def make_model(seed: int = 0) -> torch.nn.Module:
 
 
 def texts() -> tuple[Tensor, Tensor, str]:
-    """Return training bytes, held-out bytes (other files, at the end) and the hash of both."""
+    """Return training bytes, held-out bytes (other files) and the hash of both."""
     raw = library_text()[1]
     data = torch.frombuffer(bytearray(raw), dtype=torch.uint8).long()
     held_out = 40 * (CONTEXT + 1024)
@@ -62,7 +61,7 @@ def texts() -> tuple[Tensor, Tensor, str]:
 
 @torch.no_grad()
 def loss_by_position(model: torch.nn.Module, data: Tensor, rows: int = 8) -> Tensor:
-    """Return the mean held-out loss in nats of each of eight stretches of the context, ``[8]``."""
+    """Return the mean held-out loss in nats of each eighth of the context, ``[8]``."""
     model.eval()
     blocks = data[: rows * CONTEXT].view(rows, CONTEXT)
     losses = []
@@ -80,10 +79,9 @@ def loss_by_position(model: torch.nn.Module, data: Tensor, rows: int = 8) -> Ten
 def train(
     folder: Path, minutes: float, seed: int = 0, start: Path | None = None
 ) -> torch.nn.Module:
-    """Train for some minutes of wall time, save into ``folder`` at each stage's end, and return the
-    model.
+    """Train for some minutes; save into ``folder`` at each stage's end.
 
-    With ``start`` the weights in that folder are trained on, with other batches.
+    Returns the model. With ``start`` the weights in that folder are trained on, with other batches.
     """
     from transformers import AutoModelForCausalLM
 

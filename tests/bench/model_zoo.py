@@ -1,7 +1,6 @@
-"""Every model class of transformers that builds small, trained with and without stabmon: what is
-seen, what is said, what is changed.
+"""Train every small model class of transformers with and without stabmon.
 
-    python tests/bench/model_zoo.py [--only NAME...] [--sample N] [--bare] [--jobs N] [--json FILE]
+python tests/bench/model_zoo.py [--only NAME...] [--sample N] [--bare] [--jobs N] [--json FILE]
 
 One class at a time makes two training steps plain and two watched, which must agree bit for bit.
 Then its attention is compared with what the dispatcher shows of one more forward: every softmax of
@@ -40,6 +39,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+# private path of a documented class that sees every operator below autograd; torch 2.13
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path[:0] = [
@@ -52,38 +53,39 @@ from capture.oracle import probabilities  # noqa: E402
 from small_models import NotSmallError, batch_for, build, class_names  # noqa: E402
 
 SECONDS, BYTES, CLASSES = 60, 5 << 30, 40
-"""Processor time and memory that a class may take, and classes that one process tries."""
+"""Processor time and memory of a class, and number of classes per process."""
 MUST_BE_NONE = ("SILENT", "WRONG", "HARM", "FALSE")
 NEAR = 1e-3
 
 
 class TooSlow(BaseException):
-    """A class takes too long; no ``except Exception`` on the way swallows it."""
+    """Error of a class beyond its time; not an Exception, so that nothing swallows it."""
 
 
 class Fused(TorchFunctionMode):
-    """Tells a dispatch mode while ``scaled_dot_product_attention`` runs."""
+    """Marker of a running ``scaled_dot_product_attention``, for a dispatch mode."""
 
-    def __init__(self, told: Dispatched) -> None:
+    def __init__(self, record: Dispatched) -> None:
         super().__init__()
-        self.told = told
+        self.record = record
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        before, self.told.fused = (
-            self.told.fused,
-            self.told.fused or func is nn.functional.scaled_dot_product_attention,
+        before, self.record.fused = (
+            self.record.fused,
+            self.record.fused or func is nn.functional.scaled_dot_product_attention,
         )
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            self.told.fused = before
+            self.record.fused = before
 
 
 class Dispatched(TorchDispatchMode):
-    """Every softmax of a product of two tensors whose result weighs another one, as the dispatcher
-    shows it.
+    """Record of every softmax of a product of two tensors with a weighted result.
+
+    As the dispatcher shows it.
     """
 
     KEEP = (
@@ -137,7 +139,7 @@ class Dispatched(TorchDispatchMode):
         "_softmax",
         "native_group_norm",
     )
-    """What comes out of these is no score any more."""
+    """Operations after which a tensor is no score any more."""
 
     def __init__(self, parameters: set[int]) -> None:
         super().__init__()
@@ -147,7 +149,7 @@ class Dispatched(TorchDispatchMode):
         self._softmax: dict[int, Tensor] = {}
         self._parameters = parameters
         self.fused = False
-        """Whether torch's own attention runs, which is attention whatever it is given."""
+        """True while torch's own attention runs, which is attention whatever its inputs."""
         self._kept: list[Tensor] = []
         self._sums: dict[int, Tensor] = {}
         self._outputs: dict[int, tuple[Tensor, frozenset[int]]] = {}
@@ -156,6 +158,7 @@ class Dispatched(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        # the operator's qualified name; checked with torch 2.13
         name = func._schema.name.removeprefix("aten::")
         given = [
             a
@@ -207,8 +210,9 @@ class Dispatched(TorchDispatchMode):
         return result
 
     def _scale(self, name: str, given: list[Tensor], result: Any) -> None:
-        """A sink may come after the softmax: as a factor of what it weighs, made of the logsumexp
-        of the scores.
+        """Apply a sink after the softmax.
+
+        A factor of the weighted values, made of the logsumexp of the scores.
         """
         if not given or not isinstance(result, Tensor):
             return
@@ -230,13 +234,15 @@ class Dispatched(TorchDispatchMode):
 
 
 def storage(tensor: Tensor) -> int:
-    """What tells the memory of a tensor, which its views share, from any other that lives."""
+    """Return the key of a tensor's memory, common to its views."""
+    # address of the StorageImpl, unique while it lives; checked with torch 2.13
     return int(tensor.untyped_storage()._cdata)
 
 
 def rows_of(p: Tensor, keys: int, direction: Tensor) -> Tensor:
-    """One number a row of probabilities, sorted, so that it does not matter how batch and heads are
-    laid out.
+    """Return one number per row of probabilities, sorted.
+
+    So the layout of batch and heads does not matter.
     """
     rows = p.reshape(-1, p.shape[-1]).double()
     rows = torch.where(
@@ -246,7 +252,7 @@ def rows_of(p: Tensor, keys: int, direction: Tensor) -> Tensor:
 
 
 def unmatched(found: list[Tensor], captured: list[Tensor]) -> tuple[int, int]:
-    """How many softmaxes no captured call equals, and how many captured calls no softmax."""
+    """Count softmaxes without an equal captured call, and the reverse."""
     direction = (
         torch.rand(1 << 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) + 0.5
     )
@@ -269,7 +275,7 @@ def unmatched(found: list[Tensor], captured: list[Tensor]) -> tuple[int, int]:
 
 
 def loss_of(output: Any) -> Tensor:
-    """A number to differentiate: the mean square of every float tensor that the model returns."""
+    """Return the mean square of every float tensor in the model's output."""
     from stabmon.capture.coverage.op_trace import tensors_in
 
     parts = [
@@ -285,9 +291,7 @@ def loss_of(output: Any) -> Tensor:
 def train(
     model: nn.Module, batch: Mapping[str, Any], monitor: Any = None, steps: int = 2
 ) -> list[Tensor]:
-    """All losses, gradients and weights of some steps, and what the random generator gives
-    afterwards.
-    """
+    """Return losses, gradients, weights and the next random numbers of some steps."""
     torch.manual_seed(2)
     optimizer = monitor.optimizer if monitor else torch.optim.AdamW(model.parameters(), lr=1e-3)
     kept = []
@@ -303,14 +307,14 @@ def train(
 
 
 def alike(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether two runs agree to the bit, NaN included."""
+    """Return whether two runs agree to the bit, NaN included."""
     return len(one) == len(other) and all(
         torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(one, other, strict=True)
     )
 
 
 def examine(name: str, model_type: str) -> tuple[str, str]:
-    """What became of one class, and why."""
+    """Examine one class; return its outcome and the reason."""
     made: tuple[Any, ...] = ()
     reasons = []
     for thoroughly, images in ((True, False), (True, True), (False, False)):
@@ -365,14 +369,16 @@ def examine(name: str, model_type: str) -> tuple[str, str]:
     missing, extra = unmatched(list(dispatched.weights.values()), calls)
     said = bool(unseen) or bool(capture.witness.unseen) or "sampling" in errors
     detail = f"{len(dispatched.weights) - missing} of {len(dispatched.weights)}"
-    told = "; ".join(f"{module}: {words}" for module, words in list(unseen.items())[:2])
+    named = "; ".join(f"{module}: {words}" for module, words in list(unseen.items())[:2])
     if not dispatched.weights and not calls:
-        return ("FALSE", told) if unseen else ("no attention", "")
+        return ("FALSE", named) if unseen else ("no attention", "")
     if extra:
         return "WRONG", f"{detail}; {extra} captured calls equal no softmax"
     if missing:
-        return ("partly, said" if calls else "none, said") if said else "SILENT", f"{detail} {told}"
-    return ("FALSE", told) if unseen else ("exact", detail)
+        return (
+            "partly, said" if calls else "none, said"
+        ) if said else "SILENT", f"{detail} {named}"
+    return ("FALSE", named) if unseen else ("exact", detail)
 
 
 def work(names: list[str]) -> None:
@@ -409,7 +415,7 @@ def work(names: list[str]) -> None:
 
 
 def results(names: list[str], jobs: int) -> Iterator[dict[str, Any]]:
-    """A row for each class, from processes of which none can take another down."""
+    """Return a row for each class, from processes isolated from each other."""
     waiting, running = list(names), []
     while waiting or running:
         while waiting and len(running) < jobs:

@@ -1,24 +1,23 @@
-"""What watching costs: monitored against plain training steps, interleaved in one process.
+"""Measure the cost of monitoring: monitored against plain training steps.
 
-    python tests/bench/overhead.py               the tables, in about twelve minutes on two free
-    cores python tests/bench/overhead.py --quick       a look, in about four python
-    tests/bench/overhead.py --worst       a narrow model with hardly a vocabulary: attention takes
-    more of a step than anywhere python tests/bench/overhead.py --json        one JSON object
-    instead python tests/bench/overhead.py --threads 1 --clock cpu        on a machine that others
-    use too
+python tests/bench/overhead.py           the tables, in about twelve minutes on two free cores
+python tests/bench/overhead.py --quick   a look, in about four
+python tests/bench/overhead.py --worst   a narrow model with few tokens: attention takes most
+python tests/bench/overhead.py --json    one JSON object instead
+python tests/bench/overhead.py --threads 1 --clock cpu   on a machine in use by others
 
-A step is forward, backward and AdamW of GPT-2's smallest model cut down in proportion: its width,
-heads and MLP, a sixth of its layers and of its vocabulary, so that attention and everything else
-take the shares of a step that they take in the whole model. Weights are random and there is no
-dropout (with it, torch's CPU kernel is slow and watching looks cheaper than it is). Plain and
-watched steps alternate; a figure is the median over rounds of (watched / plain), so that whatever
-else the machine does hits both. The null row is plain against plain: what differs from 1 there is
-noise. "every 1" is measured as it stands, and so is "every 10" in the row that says so, over runs
-of ten steps. Elsewhere every 10 and 50 are derived: ((N - 1) x an unsampled step + a sampled one) /
-N. What an unsampled step adds is too little to show in a ratio: it is the median difference in
-seconds for the same model on eight tokens, over the seconds of a plain step. Memory is the peak of
-live tensor bytes that measuring one call adds, by a dispatch mode that counts allocations, as a
-share of one H x S x S float32 tensor.
+Interleaved in one process. A step is forward, backward and AdamW of GPT-2's smallest model cut down
+in proportion: its width, heads and MLP, a sixth of its layers and of its vocabulary, so that
+attention and everything else take the shares of a step that they take in the whole model. Weights
+are random and there is no dropout (with it, torch's CPU kernel is slow and watching looks cheaper
+than it is). Plain and watched steps alternate; a figure is the median over rounds of (watched /
+plain), so that whatever else the machine does hits both. The null row is plain against plain: what
+differs from 1 there is noise. "every 1" is measured as it stands, and so is "every 10" in the row
+that says so, over runs of ten steps. Elsewhere every 10 and 50 are derived: ((N - 1) x an unsampled
+step + a sampled one) / N. What an unsampled step adds is too little to show in a ratio: it is the
+median difference in seconds for the same model on eight tokens, over the seconds of a plain step.
+Memory is the peak of live tensor bytes that measuring one call adds, by a dispatch mode that counts
+allocations, as a share of one H x S x S float32 tensor.
 """
 
 from __future__ import annotations
@@ -41,6 +40,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "
 import torch
 from rich.console import Console
 from rich.table import Table
+
+# private paths, checked with torch 2.13: a documented class that sees operators below autograd,
+# and the leaves of nested arguments; without them no memory is counted
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -59,9 +61,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 class Run:
-    """One model in training; ``seconds_of`` makes optimizer steps and returns how long they
-    took.
-    """
+    """One model in training."""
 
     clock: Callable[[], float] = staticmethod(time.perf_counter)
     shape = SHAPES["gpt2"]
@@ -80,6 +80,7 @@ class Run:
         config = GPT2Config(
             **shape, **dropout, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLMLoss"
         )
+        # _from_config: the constructor with an attention implementation; transformers 5.23
         self.model = GPT2LMHeadModel._from_config(config, attn_implementation=attention).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4)
         self.ids = torch.randint(0, vocabulary, (batch, length) if tokens is None else (1, tokens))
@@ -88,7 +89,7 @@ class Run:
         self.options: dict[str, Any] = {}
 
     def seconds_of(self, steps: int) -> float:
-        """Seconds of so many whole steps."""
+        """Return the seconds of so many whole steps."""
         began = self.clock()
         for _ in range(steps):
             self.optimizer.zero_grad()
@@ -101,7 +102,7 @@ class Run:
 
 
 def rounds(plain: Run, other: Run, seconds: float, steps: int = 1) -> list[tuple[float, float]]:
-    """(plain, other) seconds of rounds of ``steps`` each, by turns first."""
+    """Return (plain, other) seconds of rounds of ``steps`` each, in alternating order."""
     plain.seconds_of(2)
     other.seconds_of(
         max(2, steps)
@@ -116,7 +117,7 @@ def rounds(plain: Run, other: Run, seconds: float, steps: int = 1) -> list[tuple
 
 
 def ratios(plain: Run, other: Run, seconds: float, steps: int = 1) -> tuple[float, float]:
-    """Median of other / plain, and its spread (half the interquartile range)."""
+    """Return the median of other / plain, and half its interquartile range."""
     low, middle, high = statistics.quantiles(
         (b / a for a, b in rounds(plain, other, seconds, steps)), n=4
     )
@@ -126,7 +127,7 @@ def ratios(plain: Run, other: Run, seconds: float, steps: int = 1) -> tuple[floa
 def watched(
     length: int, every: int, tokens: int | None = None, **config: Any
 ) -> tuple[Run, stabmon.AttentionStabilityMonitor]:
-    """A run with a monitor that samples every ``every``-th step."""
+    """Make a run with a monitor of every ``every``-th step."""
     run = Run(length, tokens=tokens)
     monitor = stabmon.AttentionStabilityMonitor(
         run.model, run.optimizer, config="observe", log_every=every, sinks=[], **config
@@ -136,7 +137,7 @@ def watched(
 
 
 def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
-    """Every figure of one length."""
+    """Measure every figure of one length."""
     plain = Run(length)
 
     null = rounds(plain, Run(length), seconds)
@@ -190,7 +191,7 @@ def rows_of(length: int, seconds: float) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def entropy_and_maximum(output: Any) -> list[tuple[list[float], list[float]]]:
-    """What one would compute from returned weights: two statistics a head."""
+    """Compute two statistics per head from returned weights."""
     return [
         (
             torch.special.entr(p).sum(-1).mean(dim=(0, 2)).tolist(),
@@ -203,7 +204,7 @@ def entropy_and_maximum(output: Any) -> list[tuple[list[float], list[float]]]:
 def others(
     length: int, plain: Run, seconds: float, row: Callable[..., dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Other tools, where they are installed."""
+    """Measure other tools, where they are installed."""
     try:
         import wandb
     except ImportError:
@@ -241,7 +242,7 @@ def others(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages made inside that are alive at once."""
+    """Count of the live bytes of storages made inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -278,15 +279,16 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def counted() -> Iterator[LiveBytes]:
-    """A dispatch mode that counts, with the garbage collector out of the way."""
+    """Return a counting dispatch mode, with the garbage collector out of the way."""
     gc.collect()
     with LiveBytes() as mode:
         yield mode
 
 
 def memory(length: int, engine: str) -> float:
-    """Peak of what measuring one call of 8 heads adds, as a share of one H x S x S float32
-    tensor.
+    """Return the peak memory of measuring one call of 8 heads.
+
+    As a share of one H x S x S float32 tensor.
     """
     query, key = torch.randn(1, 8, length, 64), torch.randn(1, 8, length, 64)
     with counted() as mode:
@@ -296,7 +298,10 @@ def memory(length: int, engine: str) -> float:
 
 
 def main() -> int:
-    """Print the tables. Returns the exit status: 0, since aims are told, not enforced."""
+    """Print the tables.
+
+    Returns the exit status: 0, since aims are reported, not enforced.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

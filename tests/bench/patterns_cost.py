@@ -1,4 +1,6 @@
-"""Time and memory of attention patterns against the forward alone and against eager maps.
+"""Measure time and memory of attention patterns.
+
+Against the forward alone and against eager maps.
 
     python tests/bench/patterns_cost.py [--lengths 1024 4096 8192]
 
@@ -20,7 +22,7 @@ from pathlib import Path
 
 KINDS = ("forward", "eager maps", "statistics and roles", "with similarity", "maps", "with advice")
 LONGEST = {"eager maps": 2048, "with advice": 1024}
-"""Longer ones take gigabytes, or half an hour."""
+"""Largest length per kind; longer ones take gigabytes, or half an hour."""
 
 
 def peak() -> float:

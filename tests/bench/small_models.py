@@ -1,8 +1,7 @@
-"""Model classes of transformers, each made small from its own default configuration, and a batch
-for each.
+"""Small models of transformers from their default configurations, with batches.
 
-No class is named here: sizes are recognised by what configurations call them. What cannot be made
-small in this way says why.
+No class is named here: sizes are recognised by what configurations call them. A class that cannot
+be made small in this way gives the reason.
 """
 
 from __future__ import annotations
@@ -32,19 +31,24 @@ TASKS = (
         "MODEL_FOR_UNIVERSAL_SEGMENTATION",
     ),
 )
-"""The auto classes whose models are tried; ``MODEL`` has the bare models of every kind besides."""
+"""Auto classes to try; ``MODEL`` has the bare models of every kind besides."""
 BATCH, LENGTH, WIDTH, HEADS, VOCABULARY, IMAGE = 2, 12, 32, 4, 99, 64
 LARGEST = 40_000_000
-"""Parameters above which a model is not small."""
+"""Number of parameters above which a model is not small."""
 
-WIDTHS = r"hidden_size|d_model|embed_dim|n_embd|dim|hidden_dim|d_hidden|emb_dim|embedding_size|word_embed_proj_dim|out_hidden_size|width"
+WIDTHS = (
+    r"hidden_size|d_model|embed_dim|n_embd|dim|hidden_dim|d_hidden|emb_dim|embedding_size|"
+    r"word_embed_proj_dim|out_hidden_size|width"
+)
 SIZES: tuple[tuple[str, int], ...] = (
     (
-        rf"(encoder_|decoder_|text_|vision_)?({WIDTHS})|projection_dim|pooler_hidden_size|cross_(attention_)?hidden_size",
+        rf"(encoder_|decoder_|text_|vision_)?({WIDTHS})|projection_dim|pooler_hidden_size|"
+        r"cross_(attention_)?hidden_size",
         WIDTH,
     ),
     (
-        r".*(intermediate_size|ffn_dim|inner_dim|d_ff|ffn_hidden_size|mlp_dim|dim_feedforward|intermediate_dim)",
+        r".*(intermediate_size|ffn_dim|inner_dim|d_ff|ffn_hidden_size|mlp_dim|dim_feedforward|"
+        r"intermediate_dim)",
         48,
     ),
     (r".*(num_.*layers|_layers|n_layer|n_layers|num_blocks|depth)|num_hidden_layers", 2),
@@ -55,13 +59,15 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(.*_)?num_key_value_heads|num_kv_heads|multi_query_group_num", 2),
     (r"qk_head_dim|mamba_d_head|mamba_head_dim|linear_(key|value)_head_dim", 16),
     (
-        r"(.*_)?head_dim|d_kv|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|attention_head_size|rotary_dim",
+        r"(.*_)?head_dim|d_kv|v_head_dim|qk_nope_head_dim|qk_rope_head_dim|attention_head_size|"
+        r"rotary_dim",
         8,
     ),
     (r"kv_lora_rank|q_lora_rank|lora_rank|o_lora_rank|.*low_rank.*", 16),
     (r"vocab_size|(.*_)?vocab_size(_per_layer_input)?|entity_vocab_size|n_vocab", VOCABULARY),
     (
-        r"max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx|max_seq_len|max_sequence_length",
+        r"max_position_embeddings|n_positions|max_source_positions|max_target_positions|n_ctx|"
+        r"max_seq_len|max_sequence_length",
         128,
     ),
     (r"image_size|pretrain_image_size|img_size|input_size", IMAGE),
@@ -70,16 +76,19 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"num_queries|num_query_tokens|num_latents", 8),
     (r"d_latents|mamba_d_state|state_size|num_mel_bins", 16),
 )
-"""What a size is called, and what it becomes where it is larger."""
+"""Patterns of the names of sizes, with their small values."""
 KEPT = r".*(_token_id|_token_index|_index|patch_size|num_labels|num_channels|group_size)$"
 
 
 class NotSmallError(Exception):
-    """Why a class cannot be made small."""
+    """Reason for a class that cannot be made small."""
 
 
 def class_names(*more: str) -> dict[str, str]:
-    """Class name -> model type, of every model of the tasks and of ``more`` auto classes."""
+    """Return class name -> model type of every model of the tasks and of ``more``.
+
+    ``more`` are further auto classes.
+    """
     from transformers.models.auto import modeling_auto
 
     names: dict[str, str] = {}
@@ -91,8 +100,9 @@ def class_names(*more: str) -> dict[str, str]:
 
 
 def shrink(config: Any, *, thoroughly: bool, depth: int = 0) -> None:
-    """Make every size that is recognised small; only the number of layers, words and positions
-    where not ``thoroughly``.
+    """Make every recognised size small.
+
+    Only the number of layers, words and positions where not ``thoroughly``.
     """
     rows = SIZES if thoroughly else [row for row in SIZES if "layer" in row[0] or "vocab" in row[0]]
     heads = next(
@@ -167,7 +177,7 @@ def shrink(config: Any, *, thoroughly: bool, depth: int = 0) -> None:
 
 
 def _small_backbone(config: Any) -> Any:
-    """A small ResNet in the place of one that needs a package or weights that are not there."""
+    """Return a small ResNet in place of a backbone with missing packages or weights."""
     from transformers import ResNetConfig
 
     wanted = getattr(config, "out_indices", None) or [4]
@@ -186,7 +196,7 @@ def _set(config: Any, name: str, value: Any) -> None:
 def build(
     name: str, model_type: str, *, attention: str | None = None, thoroughly: bool = True
 ) -> nn.Module:
-    """The model of a class with random weights, in training mode."""
+    """Build the model of a class with random weights, in training mode."""
     import transformers
     from transformers import CONFIG_MAPPING
 
@@ -194,6 +204,7 @@ def build(
     config = CONFIG_MAPPING[model_type]()
     shrink(config, thoroughly=thoroughly)
     if attention is not None:
+        # the attribute behind attn_implementation, set without a check; transformers 5.23
         config._attn_implementation = attention
     with torch.device("meta"):
         size = sum(
@@ -202,12 +213,13 @@ def build(
     if size > LARGEST:
         raise NotSmallError(f"{size / 1e6:.0f} million parameters")
     torch.manual_seed(0)
+    # _from_config: the constructor with an attention implementation; checked with transformers 5.23
     model: nn.Module = cls._from_config(config)
     return model.train()
 
 
 def batch_for(model: Any, *, images: bool = False) -> dict[str, Any]:
-    """Inputs by the names of the forward's parameters; ``images`` beside text as well."""
+    """Make inputs by the names of the forward's parameters; ``images`` beside text."""
     config, names = model.config, inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(1)
 

@@ -1,10 +1,10 @@
-"""Time a watched forward of models that fold windows into the batch, as a multiple of a plain one.
+"""Time a watched forward of models with windows folded into the batch.
 
 python tests/bench/windows.py [--windows 128 512 2048] [--repeats 5]
 
-One thread; plain and watched forwards take turns, and each figure is a ratio of medians of
-processor time. A whole training step is about three forwards, so that a sampled step costs a third
-of what is above 1.
+As a multiple of a plain one. One thread; plain and watched forwards take turns, and each figure is
+a ratio of medians of processor time. A whole training step is about three forwards, so that a
+sampled step costs a third of what is above 1.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ WINDOWS_AN_IMAGE = 64
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Processor time of one call."""
+    """Return the processor time of one call."""
     begun = time.process_time()
     run()
     return time.process_time() - begun
 
 
 def ratio(make: Callable[[], torch.nn.Module], windows: int, repeats: int) -> tuple[float, float]:
-    """Median seconds of a plain forward, and of a watched one as its multiple."""
+    """Return the median seconds of a plain forward, and a watched one as its multiple."""
     torch.manual_seed(0)
     model = make().train()
     pixels = torch.randn(windows // WINDOWS_AN_IMAGE, 3, 256, 256)

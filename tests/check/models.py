@@ -1,4 +1,4 @@
-"""Small models, healthy and broken in one way each, that a check has to tell apart."""
+"""Small models, healthy or broken in one way each, for a check to tell apart."""
 
 from __future__ import annotations
 
@@ -112,14 +112,15 @@ def image() -> dict[str, Tensor]:
 
 
 class HandWritten(nn.Module):
-    """One block of attention with nn.Linear's own initialisation, over normalised inputs; gives a
-    scalar loss.
+    """One block of attention over normalised inputs with a scalar loss.
+
+    With nn.Linear's own initialisation.
 
     Args:
-        scale: what scores are multiplied by; None for 1 / sqrt(D).
-        where: ``kernel`` hands it to the fused kernel, ``query`` multiplies queries before the
+        scale: factor of the scores; None for 1 / sqrt(D).
+        where: ``kernel`` passes it to the fused kernel, ``query`` multiplies queries before the
             product, ``scores`` the product.
-        gain: times the inputs that the projections read.
+        gain: factor of the projections' inputs.
     """
 
     def __init__(
@@ -159,17 +160,17 @@ def noise(length: int = 256) -> Tensor:
 
 
 def narrow() -> Any:
-    """64 heads of two dimensions."""
+    """Make a model with 64 heads of two dimensions."""
     return gpt2(n_head=64)
 
 
 def with_sample() -> tuple[HandWritten, Tensor]:
-    """What a callable on the command line may give."""
+    """Make a model and a sample, as a callable on the command line may return."""
     return hand_written(), noise(48)
 
 
 def tiny() -> Any:
-    """For a sweep in seconds."""
+    """Make a model for a sweep in seconds."""
     return gpt2(
         n_embd=32,
         n_head=1,
@@ -182,7 +183,7 @@ def tiny() -> Any:
 
 
 def fails() -> nn.Module:
-    """Raise something that is no TypeError."""
+    """Raise something other than a TypeError."""
     raise RuntimeError("no weights\nunder this name")
 
 

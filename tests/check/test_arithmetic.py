@@ -4,9 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy.special import softmax
 from scipy.stats import entropy
 
+from stabmon._torch.number_formats import FLOAT16_OVERFLOW, LARGEST, MANTISSA_BITS
 from stabmon.check.measuring.arithmetic import (
     bits_needed,
     critical_spread,
@@ -66,3 +68,16 @@ def test_expected_curvature_is_the_bound_at_a_typical_row() -> None:
     measured = float(hnf_log_curvature(attention_operator(query, key, scale=width**-0.5)).median())
     bound, _ = expected_curvature(sigma, keys, width, width**-0.5)
     assert math.log(bound) == pytest.approx(measured, abs=0.5)
+
+
+@pytest.mark.parametrize("name", MANTISSA_BITS)
+def test_a_format_keeps_its_bits_and_no_more(name: str) -> None:
+    dtype, bits = getattr(torch, name), MANTISSA_BITS[name]
+    whole = torch.tensor([2**bits, 2**bits + 1])
+    assert (whole.to(dtype).to(torch.int64) == whole).tolist() == [True, False]
+
+
+def test_float16_rounds_to_infinity_from_its_overflow_on() -> None:
+    overflow = torch.tensor(FLOAT16_OVERFLOW)
+    below = torch.nextafter(overflow, torch.tensor(0.0))
+    assert [below.half().item(), overflow.half().item()] == [LARGEST["float16"], math.inf]

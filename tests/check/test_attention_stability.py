@@ -1,4 +1,4 @@
-"""A check tells healthy models from broken ones, names what is broken, and leaves no trace."""
+"""A check distinguishes healthy from broken models, names faults, leaves no trace."""
 
 from typing import Any
 
@@ -144,8 +144,9 @@ def test_rounding_a_position_bias_is_a_warning_at_most() -> None:
 
 
 def test_a_format_is_enough_where_it_keeps_the_bits_that_are_needed() -> None:
-    """Queries and keys with a common part, so that scores are large and close to each other: the
-    worst case for rounding.
+    """Test queries and keys with a common part.
+
+    So scores are large and close to each other: the worst case for rounding.
     """
     verdicts = set()
     for common in (0.0, 3.0, 30.0):

@@ -35,14 +35,14 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A saved model."""
+    """Save a model."""
     models.llama().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command; gives exit status, standard output and standard error."""
+    """Run the command; return exit status, standard output and standard error."""
 
     def run(*args: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["stabmon", "check", *map(str, args)])

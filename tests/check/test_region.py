@@ -1,4 +1,4 @@
-"""The stability region: what binds where, the model's own place, and its picture."""
+"""The stability region: binding limits, the model's own position, the picture."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from stabmon.check.region.region import (
     CAUSES,
     OperatingPoint,
     grid,
-    place,
+    grid_point,
     region_data,
     stability_region,
 )
@@ -29,7 +29,7 @@ def at(
     head_dim: int = 64,
     seq_len: int = 1024,
 ):  # type: ignore[no-untyped-def]
-    return place(origin, temperature, head_dim, seq_len, dtype, CONFIG)
+    return grid_point(origin, temperature, head_dim, seq_len, dtype, CONFIG)
 
 
 def test_a_healthy_model_is_inside_in_every_format_and_hot_ones_are_not() -> None:
@@ -69,14 +69,14 @@ def test_longer_rows_bear_wider_scores_before_they_saturate() -> None:
 
 def test_the_grid_holds_the_models_own_place_and_reads_by_row() -> None:
     origin = OperatingPoint(0.3, 48, 1000, 48**-0.5, True)
-    places = stability_region(
+    points = stability_region(
         origin, CONFIG, temperatures=(0.5, 1.0), head_dims=(16, 64), lengths=(128, 4096)
     )
-    assert len(places) == 3 * 2 * 3 * 3
-    rows = dict(grid(places, "bf16", "seq_len", 48))
+    assert len(points) == 3 * 2 * 3 * 3
+    rows = dict(grid(points, "bf16", "seq_len", 48))
     assert [p.seq_len for p in rows[1.0]] == [128, 1000, 4096]
-    data = region_data(origin, places)
-    assert len(data["rows"]) == len(places)
+    data = region_data(origin, points)
+    assert len(data["rows"]) == len(points)
     assert set(dict(zip(data["columns"], data["rows"][0], strict=True))) >= {
         "stable",
         "cause",

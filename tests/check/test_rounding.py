@@ -1,4 +1,4 @@
-"""Trying a format out: against a plain calculation, the bound of theory, and overflow."""
+"""Rounding to a format against a plain calculation, theory's bound, and overflow."""
 
 import math
 

@@ -57,7 +57,7 @@ def test_at_the_score_limit_a_typical_normal_row_passes_a_tenth() -> None:
 def test_a_sweep_brackets_the_limit_in_a_real_model() -> None:
     heard = []
     found = sweep_rates(
-        lambda seed: models.tiny(), batches, Recipe(), "fp32", 16, around=2e-2, told=heard.append
+        lambda seed: models.tiny(), batches, Recipe(), "fp32", 16, around=2e-2, on_run=heard.append
     )
     assert len(heard) == len(found.rates)
     assert found.limit is not None
@@ -84,7 +84,7 @@ def test_short_runs_are_the_same_each_time_and_leave_nothing() -> None:
 
 
 @pytest.mark.parametrize("config", ["gpt2", "llama", "qwen3"])
-def test_the_narrow_cousin_keeps_the_spread_of_scores(config: str) -> None:
+def test_the_narrow_proxy_keeps_the_spread_of_scores(config: str) -> None:
     wide = getattr(models, config)(
         **({"n_embd": 512} if config == "gpt2" else {"hidden_size": 512})
     ).config

@@ -1,4 +1,4 @@
-"""What weights alone say: expected scores, and whether they were trained."""
+"""Predictions from weights alone: expected scores, and random weights."""
 
 from typing import Any
 

@@ -12,13 +12,15 @@ import torch
 
 from stabmon.sinks.reader import read_records
 from stabmon.study.fit import Phase, fit, split
+from stabmon.study.plan import StudySettings, Task, tasks
 from stabmon.study.report import markdown, summary
 from stabmon.study.settings import SettingsError, WatchSettings, read_settings
-from stabmon.study.statistics import mean_and_interval
-from stabmon.study.study import StudySettings, Task, finished, perform, prepare, run_study, tasks
-from stabmon.study.variants import VARIANTS, put_variant
+from stabmon.study.study import prepare, run_study, run_tasks
+from stabmon.study.task import run_task
+from stabmon.study.variants import VARIANTS, apply_variant
 from stabmon.tiny.corpus import load_corpus
 from stabmon.tiny.language_models import Shape, make_model
+from stabmon.tiny.statistics import mean_and_interval, student_t
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "controllers").glob("*.yaml"))
 TINY = [
@@ -68,7 +70,7 @@ def test_a_study_leaves_a_table_series_and_pictures_and_goes_on_where_it_was(
 ) -> None:
     folder = prepare(settings)
     for task in tasks(settings):
-        perform(settings, task)
+        run_task(settings, task)
     found = summary(settings, folder)
     assert [row["variant"] for row in found["frozen"]] == [
         "base",
@@ -109,8 +111,12 @@ def read_settings_again(settings: StudySettings, **changes: Any) -> StudySetting
 
 def test_a_task_is_the_same_whenever_it_is_run(settings: StudySettings) -> None:
     prepare(settings)
-    first = [perform(settings, Task("joint", name, 1))["held_out"] for name in ("base", "key_bias")]
-    again = [perform(settings, Task("joint", name, 1))["held_out"] for name in ("base", "key_bias")]
+    first = [
+        run_task(settings, Task("joint", name, 1))["held_out"] for name in ("base", "key_bias")
+    ]
+    again = [
+        run_task(settings, Task("joint", name, 1))["held_out"] for name in ("base", "key_bias")
+    ]
     assert first == again
 
 
@@ -119,9 +125,9 @@ def test_a_model_trained_under_watch_is_the_same_and_leaves_records(
 ) -> None:
     prepare(settings)
     task = Task("joint", "key_bias", 0)
-    unwatched = perform(settings, task)["held_out"]
+    unwatched = run_task(settings, task)["held_out"]
     watched = dataclasses.replace(settings, stabmon=WatchSettings("observe", log_every=2))
-    assert perform(watched, task)["held_out"] == unwatched
+    assert run_task(watched, task)["held_out"] == unwatched
     records = read_records(Path(settings.run_dir) / "watched" / task.name)
     assert [reading.step for reading in records.readings] == [2, 4, 6]
     with pytest.raises(SettingsError, match="stabmon: "):
@@ -133,7 +139,7 @@ def test_a_frozen_base_is_frozen_and_the_best_parameters_are_kept(settings: Stud
     torch.manual_seed(0)
     model = make_model(Shape(layers=2, heads=2, width=16), 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    added = put_variant(model, "both", {"bias_max": 1.0, "gain_max": 4.0})
+    added = apply_variant(model, "both", {"bias_max": 1.0, "gain_max": 4.0})
     fitted = fit(
         model,
         added,
@@ -166,7 +172,7 @@ def test_a_matched_control_starts_as_the_identity_and_has_about_as_many_paramete
         tokens = torch.arange(32).view(2, 16)
         with torch.no_grad():
             before = model(input_ids=tokens).logits
-            counts[name] = sum(each.numel() for each in put_variant(model, name, {}))
+            counts[name] = sum(each.numel() for each in apply_variant(model, name, {}))
             torch.testing.assert_close(model(input_ids=tokens).logits, before, atol=1e-5, rtol=1e-5)
     assert (
         counts["key_bias"]
@@ -182,7 +188,16 @@ def test_intervals_are_those_of_students_t() -> None:
     values = [1.61, 1.68, 1.55, 1.70]
     low, high = stats.t.interval(0.95, 3, loc=sum(values) / 4, scale=stats.sem(values))
     mean, half = mean_and_interval(values)
-    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-3)
+    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-9)
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+def test_quantiles_of_students_t_are_scipys(confidence: float) -> None:
+    from scipy import stats
+
+    for freedom in (1, 2, 3, 4, 5, 8, 30, 101):
+        expected = stats.t.ppf((1 + confidence) / 2, freedom)
+        assert student_t(confidence, freedom) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -244,11 +259,11 @@ def test_tasks_run_side_by_side_and_those_on_a_frozen_base_wait_for_it(
     monkeypatch.setattr("stabmon.study.study.ProcessPoolExecutor", without_processes)
     order: list[str] = []
     monkeypatch.setattr(
-        "stabmon.study.study.perform",
+        "stabmon.study.study.run_task",
         lambda settings, task: order.append(task.name) or {"held_out": 1.0},
     )
     side_by_side = dataclasses.replace(settings, workers=2)
-    found = [task for task, _ in finished(side_by_side, tasks(settings))]
+    found = [task for task, _ in run_tasks(side_by_side, tasks(settings))]
     assert (
         sorted(task.name for task in found)
         == sorted(task.name for task in tasks(settings))

@@ -1,5 +1,6 @@
-"""The training scripts lie in a folder, not in a package: put it on the path, and run them
-small.
+"""Fixtures for the training scripts: on the path, and small.
+
+The scripts lie in a folder, not in a package.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TINY = (
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    """A text of 40 blocks of 32 bytes."""
+    """Write a text of 40 blocks of 32 bytes."""
     path = tmp_path / "text.txt"
     path.write_bytes(bytes(range(256)) * 5)
     return path
@@ -43,8 +44,9 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, text: Path) -> Callable[..., dict[int, float]]:
-    """Train with one of the scripts in a folder of its own, tiny and unwatched unless told
-    otherwise; returns loss by step.
+    """Train with one of the scripts in a folder of its own; return loss by step.
+
+    Tiny and unwatched by default.
     """
 
     def train(script: str, folder: str, *overrides: str) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""The demo's parts on small records of known content, and the whole of it on a tiny model."""
+"""The demo's parts on small known records, and the whole of it on a tiny model."""
 
 from __future__ import annotations
 
@@ -34,31 +34,31 @@ def test_following_returns_each_whole_line_once(tmp_path: Path) -> None:
     assert read() == [{"step": 2}]
 
 
-def test_an_issue_is_told_when_it_opens_grows_more_severe_or_closes_and_not_again(
+def test_an_issue_is_reported_when_it_opens_grows_more_severe_or_closes_and_not_again(
     tmp_path: Path,
 ) -> None:
-    run = LiveRun("ill", tmp_path / "run", [sys.executable, "-c", ""], os.environ)
+    run = LiveRun("bad", tmp_path / "run", [sys.executable, "-c", ""], os.environ)
     issues = tmp_path / "run" / "stabmon" / "issues.jsonl"
     issues.parent.mkdir()
 
-    def told(*lines: str) -> list[str]:
+    def new_lines(*lines: str) -> list[str]:
         with issues.open("a") as file:
             file.writelines(lines)
         return list(run.news())
 
     first = (
-        "ill       step 5    warning  logit_growth      h.0 head 0  value 80, limit 60  (and "
+        "bad       step 5    warning  logit_growth      h.0 head 0  value 80, limit 60  (and "
         "1 more)"
     )
-    assert told(issue(5, 0, "warning"), issue(5, 1, "warning")) == [first]
-    assert told(issue(6, 0, "warning", "worsened")) == []
-    alarm, mend = told(issue(7, 1, "error", "worsened"))
-    assert alarm == "ill       step 7    error    logit_growth      h.0 head 1  value 81, limit 60"
+    assert new_lines(issue(5, 0, "warning"), issue(5, 1, "warning")) == [first]
+    assert new_lines(issue(6, 0, "warning", "worsened")) == []
+    alarm, mend = new_lines(issue(7, 1, "error", "worsened"))
+    assert alarm == "bad       step 7    error    logit_growth      h.0 head 1  value 81, limit 60"
     assert mend.strip() == "what to do: Clip it."
-    assert told(issue(8, 1, "info", "closed")) == [
-        "ill       step 8    closed   logit_growth      h.0 head 1"
+    assert new_lines(issue(8, 1, "info", "closed")) == [
+        "bad       step 8    closed   logit_growth      h.0 head 1"
     ]
-    assert len(told(issue(9, 1, "error"))) == 1
+    assert len(new_lines(issue(9, 1, "error"))) == 1
     run.stop()
 
 
@@ -82,9 +82,9 @@ def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, text: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for expected in (
         "provoked  step ",
-        "provocation    from step 20 on, W_q and W_k of all layers times 1.3 a step",
+        "fault          from step 20 on, W_q and W_k of all layers times 1.3 a step",
         "first alarm    step ",
-        "0 in the provoked one before the provocation",
+        "0 in the provoked one before the fault",
         "records      out/lightning/provoked/stabmon",
         "under guard    ",
         "  guarded ",

@@ -1,4 +1,4 @@
-"""The corpus is the same for all runs, and no byte block is both learnt and validated on."""
+"""The corpus is the same for all runs; no block is both learnt and validated on."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Each script trains, goes on exactly where it was, and provokes what it says; all on a tiny
-model.
-"""
+"""Each script trains, resumes exactly and injects its faults, on a tiny model."""
 
 from __future__ import annotations
 
@@ -50,9 +48,11 @@ def test_a_resumed_run_goes_on_as_if_never_interrupted(
 
 
 @every_script
-def test_twins_have_the_same_losses_and_another_seed_has_others(script: str, run: Train) -> None:
+def test_paired_runs_have_the_same_losses_and_another_seed_has_others(
+    script: str, run: Train
+) -> None:
     healthy = run(script, "healthy")
-    assert run(script, "twin") == healthy
+    assert run(script, "paired") == healthy
     assert run(script, "other", "seed=1") != healthy
 
 

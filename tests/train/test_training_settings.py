@@ -1,6 +1,4 @@
-"""Settings come from YAML and the command line; what is wrong is named with its place and its
-key.
-"""
+"""Settings come from YAML and the command line; errors name place and key."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Turn measurements into findings and advice."""
+"""Findings and advice from measurements."""

@@ -1,11 +1,10 @@
-"""What to change: specific, with the line that does it, the effect to expect, and where that is
-known from.
-"""
+"""Recommendations: the change, the line of code, the expected effect, the source."""
 
 from __future__ import annotations
 
 import math
 
+from stabmon._torch.number_formats import LARGEST
 from stabmon._torch.snippets import QK_NORM
 from stabmon.check.config import CheckConfig
 from stabmon.check.judging.findings import Recommendation
@@ -13,8 +12,10 @@ from stabmon.check.measuring.expect import LayerView
 
 
 def lower_init(view: LayerView, config: CheckConfig) -> Recommendation:
-    """Weights small enough for scores of a third of the critical spread, or a norm that makes their
-    size irrelevant.
+    """Recommend smaller initial weights, or normalised queries and keys.
+
+    The weights are to give scores of a third of the critical spread; behind a norm their size does
+    not matter.
     """
     spread = float(view.spread[view.widest])
     aim = min(1.0, view.critical / 3)
@@ -31,7 +32,7 @@ def lower_init(view: LayerView, config: CheckConfig) -> Recommendation:
 
 
 def add_scale(view: LayerView) -> Recommendation:
-    """The usual scale."""
+    """Recommend the usual scale of scores."""
     wanted = view.info.head_dim**-0.5
     return Recommendation(
         "divide scores by the root of the head dimension",
@@ -45,7 +46,7 @@ def add_scale(view: LayerView) -> Recommendation:
 
 
 def fewer_heads(view: LayerView, config: CheckConfig) -> Recommendation:
-    """Heads of a usual width over the same model width."""
+    """Recommend wider heads over the same model width."""
     width = view.info.heads * view.info.head_dim
     wanted = next(
         (
@@ -67,9 +68,9 @@ def fewer_heads(view: LayerView, config: CheckConfig) -> Recommendation:
 
 
 def add_norm(view: LayerView) -> Recommendation:
-    """A norm before the projections."""
+    """Recommend a norm before the projections."""
     return Recommendation(
-        "normalise what the projections of queries and keys read",
+        "normalise the inputs of the query and key projections",
         view.layer,
         "x = x + attention(norm(x))  # norm = nn.RMSNorm(width) or nn.LayerNorm(width)",
         f"scores {view.input_size**2:.3g} times smaller at initialisation, and none that grow "
@@ -79,33 +80,34 @@ def add_norm(view: LayerView) -> Recommendation:
 
 
 def repair_head(view: LayerView, head: int, side: str, ratio: float) -> Recommendation:
-    """The head's own weights back to the size of its siblings'."""
+    """Recommend bringing a head's weights back to the size of the other heads'."""
     width = view.info.head_dim
     return Recommendation(
         f"restore the head from an earlier checkpoint, or divide its {side} by {ratio:.3g}",
         f"{view.layer} head {head}",
         f"{side}[{head * width}:{(head + 1) * width}] /= {ratio:.3g}  # weight and bias rows of "
         "this head's projection",
-        "its scores come back to the size of its siblings'; while saturated, its rows pass no "
+        "its scores come back to the size of the other heads'; while saturated, its rows pass no "
         "gradient and cannot repair themselves",
         "QK-clip: Kimi K2, arXiv:2507.20534",
     )
 
 
 def avoid_overflow(view: LayerView) -> Recommendation:
-    """Scale before the product, a fused kernel, or a wider format."""
+    """Recommend an earlier scale, a fused kernel or a wider format."""
     return Recommendation(
         "use a fused kernel or bfloat16, or scale the query before the product",
         view.layer,
-        'attn_implementation="sdpa"  # or torch.autocast(..., dtype=torch.bfloat16), or scores = (q * scale) @ k.mT',
+        'attn_implementation="sdpa"  # or torch.autocast(..., dtype=torch.bfloat16), '
+        "or scores = (q * scale) @ k.mT",
         f"fused: no product is written in float16; scaled first: {1 / view.info.scale:.3g} times "
         "more head-room",
-        "float16 ends at 65504; a score of +inf makes its row NaN",
+        f"float16 ends at {LARGEST['float16']:.0f}; a score of +inf makes its row NaN",
     )
 
 
 def keep_bits(view: LayerView, head: int, config: CheckConfig) -> Recommendation:
-    """More bits where scores are formed, or smaller scores."""
+    """Recommend more bits for forming scores, or smaller scores."""
     share = float(view.measured[f"moved/fused/{config.dtype}"][head])
     if view.info.fused:
         use, code = (
@@ -126,7 +128,7 @@ def keep_bits(view: LayerView, head: int, config: CheckConfig) -> Recommendation
 
 
 def finite_weights(names: str) -> Recommendation:
-    """Weights from elsewhere."""
+    """Recommend loading finite weights."""
     return Recommendation(
         "load the last checkpoint whose weights are finite",
         names,

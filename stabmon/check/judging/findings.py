@@ -1,4 +1,4 @@
-"""One thing that a check has found, and what to do about it."""
+"""Findings of a check, and recommendations."""
 
 from __future__ import annotations
 
@@ -13,52 +13,68 @@ Basis = Literal["analytic", "measured", "analytic and measured"]
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to change, specifically."""
+    """One specific change.
+
+    Example:
+        >>> Recommendation("halve the rate", "optimizer", "lr=5e-4", "smaller scores", "-").code
+        'lr=5e-4'
+    """
 
     what: str
     where: str
     code: str
-    """The line of code or of the config that does it."""
+    """The line of code or of the config to write."""
     effect: str
-    """What it is expected to change, in numbers where there are any."""
+    """The expected effect, in numbers where there are any."""
     source: str
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is, or will be, wrong with a model's attention."""
+    """One present or expected fault of a model's attention.
+
+    Example:
+        >>> Finding("overflow_risk", "error", "measured", 4e4, 3.3e4, "q·k is 4e4", "h.0", 1).where
+        'h.0 head 1'
+    """
 
     name: str
-    """One of ``non_finite, overflow_risk, precision_insufficient, saturated_softmax, scale_missing,
-    damaged_head, head_dim_too_small, inputs_not_normalised, learning_rate_too_high``."""
+    """Name of the failure mode.
+
+    One of ``non_finite, overflow_risk, precision_insufficient, saturated_softmax, scale_missing,
+    damaged_head, head_dim_too_small, inputs_not_normalised, learning_rate_too_high``.
+    """
     severity: Severity
     basis: Basis
-    """Whether it follows from shapes and weights alone, or from a forward that was made."""
+    """The evidence: shapes and weights alone, a forward of the model, or both."""
     value: float
     limit: float
     text: str
-    """In one sentence, with the numbers."""
+    """One sentence with the numbers."""
     layer: str | None = None
     head: int | None = None
     recommendation: Recommendation | None = None
     also: int = 0
-    """How many more places are like this one, the worst."""
+    """Number of further places with this finding; this one is the worst."""
 
     @property
     def where(self) -> str:
-        """The place in words."""
+        """Return the place in words."""
         if self.layer is None:
             return "model"
         place = self.layer if self.head is None else f"{self.layer} head {self.head}"
         return f"{place} and {self.also} more" if self.also else place
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self) | {"where": self.where}
 
 
 def ranked(findings: list[Finding]) -> tuple[Finding, ...]:
-    """The most severe first; among equals those that are furthest beyond their limit."""
+    """Sort findings, the most severe first.
+
+    Among equals those furthest beyond their limit come first.
+    """
 
     def excess(finding: Finding) -> float:
         if finding.limit == 0 or finding.value != finding.value:
@@ -72,7 +88,7 @@ def ranked(findings: list[Finding]) -> tuple[Finding, ...]:
 
 
 def counts(findings: tuple[Finding, ...]) -> Mapping[str, int]:
-    """How many there are of each severity that there is."""
+    """Count the findings of each severity present, the most severe first."""
     found = [each.severity for each in findings]
     return {
         severity: found.count(severity) for severity in reversed(SEVERITIES) if severity in found

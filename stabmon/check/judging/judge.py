@@ -1,4 +1,4 @@
-"""From what was expected and measured to findings: one function a disease."""
+"""Findings from expectations and measurements, one function per failure mode."""
 
 from __future__ import annotations
 
@@ -8,31 +8,39 @@ from dataclasses import replace
 
 import numpy as np
 
+from stabmon._torch.number_formats import FLOAT16_OVERFLOW, LARGEST
 from stabmon.check.config import CheckConfig
 from stabmon.check.judging import advice
 from stabmon.check.judging.findings import Basis, Finding, ranked
-from stabmon.check.measuring.arithmetic import FLOAT16_MAX
 from stabmon.check.measuring.expect import LayerView
 
 ALLOWANCE = {"fused": 2.0, "eager": 1.0}
-"""Times ``moved_warning`` that a path may move: a fused kernel's rounding is the same in forward
-and backward, and averages out.
+"""Multiple of ``moved_warning`` allowed on each path.
+
+A fused kernel's rounding is the same in forward and backward, and averages out.
 """
 
 
 def judge(views: Sequence[LayerView], config: CheckConfig, basis: Basis) -> list[Finding]:
-    """Everything that is wrong with these layers, ranked; of each disease the worst place, with the
-    number of others like it.
+    """Return all findings on these layers, ranked.
+
+    Of each failure mode only the worst place is kept, with the number of the others.
+
+    Args:
+        views: the layers, expected and measured.
+        config: levels and the format to train in.
+        basis: the evidence of the measurements.
     """
-    found = [finding for disease in DISEASES for finding in disease(views, config, basis)]
+    found = [finding for mode in FAILURE_MODES for finding in mode(views, config, basis)]
     return list(ranked([_worst(group) for group in _groups(found)]))
 
 
 def saturated_softmax(
     views: Sequence[LayerView], config: CheckConfig, basis: Basis
 ) -> Iterable[Finding]:
-    """Scores so wide at initialisation that rows look at a few keys only, and no gradient passes
-    the softmax.
+    """Find scores too wide at initialisation.
+
+    Rows then look at a few keys only, and no gradient passes the softmax.
     """
     for view in views:
         head, spread = view.widest, float(view.spread[view.widest])
@@ -66,8 +74,9 @@ def saturated_softmax(
 def scale_missing(
     views: Sequence[LayerView], config: CheckConfig, basis: Basis
 ) -> Iterable[Finding]:
-    """Scores are not divided by the root of the head dimension, and no norm or small initialisation
-    makes up for it.
+    """Find scores not divided by the root of the head dimension.
+
+    Layers with a norm or a small initialisation that makes up for it are left out.
     """
     for view in views:
         factor = abs(view.scale) * math.sqrt(view.info.head_dim)
@@ -100,7 +109,7 @@ def scale_missing(
 def head_dim_too_small(
     views: Sequence[LayerView], config: CheckConfig, basis: Basis
 ) -> Iterable[Finding]:
-    """Heads of so few dimensions that most patterns over a row are out of their reach."""
+    """Find heads with too few dimensions to express most patterns over a row."""
     for view in views:
         width = view.info.head_dim
         if width >= config.least_head_dim or "query_size" not in view.measured:
@@ -122,8 +131,9 @@ def head_dim_too_small(
 def inputs_not_normalised(
     views: Sequence[LayerView], config: CheckConfig, basis: Basis
 ) -> Iterable[Finding]:
-    """The projections read inputs far from unit size, so that scores are larger than the weights
-    say.
+    """Find projections with inputs far from unit size.
+
+    Scores are then larger than the weights suggest.
     """
     for view in views:
         if view.untrained is not True or not view.input_size >= 3:
@@ -134,7 +144,7 @@ def inputs_not_normalised(
             "measured" if basis != "analytic" else basis,
             view.input_size,
             3.0,
-            "the projections of queries and keys read inputs of root mean square "
+            "the inputs of the query and key projections have a root mean square of "
             f"{view.input_size:.3g}, and scores grow with its square",
             view.layer,
             None,
@@ -145,7 +155,7 @@ def inputs_not_normalised(
 def damaged_head(
     views: Sequence[LayerView], config: CheckConfig, basis: Basis
 ) -> Iterable[Finding]:
-    """One head's weights are far from those of its siblings."""
+    """Find heads with weights far from those of the layer's other heads."""
     for view in views:
         weights = view.weights
         if weights is None or weights.normed or view.info.heads < 3:
@@ -172,7 +182,7 @@ def damaged_head(
                 _both(view, basis),
                 float(size[head] / median),
                 config.damaged,
-                f"|W_q| |W_k| is {size[head] / median:.3g} times that of its siblings (mostly "
+                f"|W_q| |W_k| is {size[head] / median:.3g} times that of the other heads (mostly "
                 f"{side}), its largest score "
                 f"{score[head]:.3g} where theirs is {others:.3g}",
                 view.layer,
@@ -184,8 +194,9 @@ def damaged_head(
 def overflow_risk(
     views: Sequence[LayerView], config: CheckConfig, basis: Basis
 ) -> Iterable[Finding]:
-    """float16 products of query and key come near the largest float16, on a path that writes them
-    down.
+    """Find float16 products of query and key near the largest float16.
+
+    They overflow only on a path that writes them in float16.
     """
     if config.dtype != "fp16":
         return
@@ -200,12 +211,12 @@ def overflow_risk(
         limit = 2 * config.product_warning
         yield Finding(
             "overflow_risk",
-            "critical" if value >= FLOAT16_MAX else "error" if value >= limit else "warning",
+            "critical" if value >= LARGEST["float16"] else "error" if value >= limit else "warning",
             basis,
             value,
             limit if value >= limit else config.product_warning,
             f"the product of query and key reaches {value:.5g} before it is scaled, and float16 "
-            "is inf from 65520 on",
+            f"is inf from {FLOAT16_OVERFLOW:.0f} on",
             view.layer,
             head,
             advice.avoid_overflow(view),
@@ -215,10 +226,10 @@ def overflow_risk(
 def precision_insufficient(
     views: Sequence[LayerView], config: CheckConfig, basis: Basis
 ) -> Iterable[Finding]:
-    """Rounding to the format in which to train moves attention.
+    """Find heads with attention moved by rounding to the training format.
 
-    Where a position bias is added to scores (absolute ALiBi), it is mostly the bias that is
-    rounded, alike in every row and step, and models are known to train so: a warning at most.
+    Where a position bias is added to scores (absolute ALiBi), mostly the bias is rounded, alike in
+    every row and step, and models are known to train so: a warning at most.
     """
     if config.dtype == "fp32":
         return
@@ -245,15 +256,15 @@ def precision_insufficient(
         )
 
 
-Disease = Callable[[Sequence[LayerView], CheckConfig, Basis], Iterable[Finding]]
-DISEASES: tuple[Disease, ...] = (
+FailureMode = Callable[[Sequence[LayerView], CheckConfig, Basis], Iterable[Finding]]
+FAILURE_MODES: tuple[FailureMode, ...] = (
     *(overflow_risk, saturated_softmax, scale_missing, damaged_head, precision_insufficient),
     *(inputs_not_normalised, head_dim_too_small),
 )
 
 
 def _both(view: LayerView, basis: Basis) -> Basis:
-    """Analytic, or both where weights were at hand and a forward of the model itself was made."""
+    """Return the basis of a finding from both weights and measurements."""
     if basis == "analytic":
         return basis
     return "measured" if view.weights is None else "analytic and measured"

@@ -1,4 +1,4 @@
-"""From a sweep to a finding on the learning rate that was asked about."""
+"""A finding on the learning rate asked about, from a sweep."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from stabmon.check.sweep.sweep import Sweep
 
 
 def judge_rate(found: Sweep, rate: float | None) -> Finding | None:
-    """A rate beyond the limit's interval is an error, one within it a warning; None for a rate
-    below it, or where none was asked about.
+    """Judge a learning rate by the limit from a sweep.
+
+    Args:
+        found: the sweep.
+        rate: the peak rate at full width, or None.
+
+    Returns:
+        An error for a rate above the limit's interval, a warning within it; None below it, or
+        without a rate or a limit.
     """
     limit = found.full_limit
     if rate is None or limit is None:

@@ -1,4 +1,4 @@
-"""Which number format is enough, on the eager and on the fused path."""
+"""Sufficient number formats, on the eager and on the fused path."""
 
 from __future__ import annotations
 
@@ -8,62 +8,65 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stabmon._torch.number_formats import LARGEST, MANTISSA_BITS, bits_averaged, format_of
 from stabmon.check.config import DTYPES, CheckConfig
 from stabmon.check.judging.judge import ALLOWANCE
-from stabmon.check.measuring.arithmetic import (
-    FLOAT16_MAX,
-    MANTISSA_BITS,
-    bits_averaged,
-    bits_needed,
-)
+from stabmon.check.measuring.arithmetic import bits_needed
 from stabmon.check.measuring.expect import LayerView
 from stabmon.check.measuring.rounding import PATHS
 
 
 @dataclass(frozen=True)
 class FormatVerdict:
-    """One format on one path, at the layer where it fits worst."""
+    """Verdict on one format on one path, at the layer with the worst fit."""
 
     path: str
     dtype: str
     safe: bool
     used: bool
-    """It is the path that the model takes."""
+    """True for the model's own path."""
     bits_needed: float
-    """What keeps ``moved`` within ``allowed``: more than ``bits_kept`` exactly where rounding moves
-    too much.
+    """Bits needed to keep ``moved`` within ``allowed``.
+
+    Above ``bits_kept`` exactly where rounding moves too much.
     """
     bits_kept: int
     moved: float
-    """Probability that rounding moves in the mean row of the worst head, in [0, 1]; NaN where a
-    score is inf.
+    """Probability moved by rounding in the worst head's mean row, in [0, 1].
+
+    NaN where a score is inf.
     """
     allowed: float
-    """Below this much ``moved`` the format is enough."""
+    """Limit of ``moved`` for a sufficient format, exclusive."""
     headroom: float
-    """By how much products of query and key may grow before they overflow; inf on the fused path,
-    where none is written down.
+    """Factor left for products of query and key to grow before they overflow.
+
+    inf on the fused path, where no product is written.
     """
 
 
 def precision_table(
     views: Sequence[LayerView], config: CheckConfig, overflowed: bool = False
 ) -> tuple[FormatVerdict, ...]:
-    """A :class:`FormatVerdict` for each path and format. ``overflowed``: a forward in the format to train in
-    was not finite.
+    """Return a :class:`FormatVerdict` for each path and format.
+
+    Args:
+        views: the layers.
+        config: levels and the format to train in.
+        overflowed: True where a forward in the format to train in was not finite.
     """
     used = "fused" if all(view.info.fused for view in views) else "eager"
     table: list[FormatVerdict] = []
     for path in PATHS:
         for name, dtype in DTYPES.items():
-            kept = MANTISSA_BITS[str(dtype).removeprefix("torch.")]
+            kept = MANTISSA_BITS[format_of(dtype)]
             share = 0.0 if name == "fp32" else _worst_moved(views, path, name)
             headroom = math.inf
             if path == "eager" and name == "fp16":
                 product = max(
                     float(np.nan_to_num(view.largest_product, nan=0.0).max()) for view in views
                 )
-                headroom = FLOAT16_MAX / product if product > 0 else math.inf
+                headroom = LARGEST["float16"] / product if product > 0 else math.inf
             limit = 2 * config.moved_warning * ALLOWANCE[path]
             judged = (
                 0.0
@@ -89,12 +92,12 @@ def precision_table(
 
 
 def _need(moved: float, allowed: float, kept: int, bound: float) -> float:
-    """Bits at which rounding moves just what is allowed, given what it moves at ``kept``: a bit
-    more halves it.
+    """Return the bits for rounding to move just the allowed probability.
 
-    Where more is moved than is allowed, the need is at least the ``bound`` by the largest score:
-    what moves ends at 1, and says no more of large needs. Below, the bound does not count, since it
-    takes the largest score for all of a row.
+    A bit more halves the probability ``moved`` at ``kept`` bits. Where more is moved than allowed,
+    the need is at least the ``bound`` by the largest score: the moved probability ends at 1 and
+    does not tell large needs apart. Below, the bound does not count, since it takes the largest
+    score for the whole row.
     """
     if math.isnan(moved):
         return max(bound, kept + 1.0)

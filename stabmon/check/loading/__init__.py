@@ -1,1 +1,1 @@
-"""Load the model and the inputs of a check."""
+"""Models and inputs of a check."""

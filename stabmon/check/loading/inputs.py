@@ -1,6 +1,4 @@
-"""Something to run a model on: random tokens, a text, or noise of the shape that it takes. B batch,
-S tokens.
-"""
+"""Inputs for a model: random tokens, a text, or noise. B batch, S tokens."""
 
 from __future__ import annotations
 
@@ -15,16 +13,22 @@ from stabmon.check.loading.source import LoadedModel
 from stabmon.tiny.corpus import read_text
 
 BUDGET = 3e11
-"""Floating-point operations that one forward and backward on the sample may cost: some seconds of
-one core. A third of it for weights that were made for the check, whose scores follow from their
-spread at any length."""
+"""Floating-point operations of one forward and backward on the sample.
+
+Some seconds of one core. Weights made for the check get a third of it, since their scores follow
+from their spread at any length.
+"""
 LEAST = 64
 DEFAULT_LENGTH = 512
-"""Tokens to check for where neither the user nor the config says."""
+"""Tokens to check for where neither the user nor the config names a length."""
 
 
 def trained_length(target: LoadedModel, asked: int | None) -> int:
-    """The length to train at: as asked, else the config's own.
+    """Return the length to train at, in tokens.
+
+    Args:
+        target: the model.
+        asked: the length asked for; None for the config's own.
 
     Raises:
         ValueError: if the model has learned positions and fewer of them.
@@ -36,12 +40,7 @@ def trained_length(target: LoadedModel, asked: int | None) -> int:
         learned = [
             each
             for name, each in target.model.named_modules()
-            if isinstance(each, nn.Embedding) and "pos" in name.lower()
-        ]
-        learned += [
-            each
-            for name, each in target.model.named_modules()
-            if isinstance(each, nn.Embedding) and name.endswith("wpe")
+            if isinstance(each, nn.Embedding) and ("pos" in name.lower() or name.endswith("wpe"))
         ]
         if any(each.num_embeddings <= most + 2 for each in learned):
             raise ValueError(
@@ -52,8 +51,15 @@ def trained_length(target: LoadedModel, asked: int | None) -> int:
 
 
 def sample_length(target: LoadedModel, length: int, batch: int) -> int:
-    """The longest sample, at most ``length``, whose forward and backward this machine makes in
-    seconds; a power of two if shorter.
+    """Return the longest sample for this machine to process in seconds.
+
+    Args:
+        target: the model.
+        length: upper limit in tokens.
+        batch: rows of the sample.
+
+    Returns:
+        ``length``, or a power of two below it.
     """
     made = sum(each.numel() for each in target.model.parameters())
     text = _text_config(target.config)
@@ -77,11 +83,21 @@ def _cost(tokens: int, batch: int, parameters: int, width: int, layers: int) -> 
 def make_sample(
     target: LoadedModel, tokens: int, batch: int, text: str | None, seed: int
 ) -> tuple[dict[str, Any] | tuple[Any, ...], list[str]]:
-    """Arguments for the model's forward, and what must be said of them.
+    """Make the arguments of a model's forward.
+
+    Args:
+        target: the model.
+        tokens: length of a row.
+        batch: rows.
+        text: a file to read; None for random tokens.
+        seed: of the random tokens.
+
+    Returns:
+        The arguments, by keyword or by position, and notes for the report.
 
     Raises:
-        ValueError: if the text is too short or cannot be read, or if nothing can be made up that
-            the model takes.
+        ValueError: if the text is too short or cannot be read, or if no input can be made for the
+            model.
     """
     if target.sample is not None:
         sample = target.sample
@@ -127,8 +143,8 @@ def make_sample(
 
 
 def _predicts_tokens(model: nn.Module) -> bool:
-    kinds = ("ForCausalLM", "LMHead", "ForMaskedLM", "ForConditionalGeneration", "ForPreTraining")
-    return any(kind in type(model).__name__ for kind in kinds[:4])
+    kinds = ("ForCausalLM", "LMHead", "ForMaskedLM", "ForConditionalGeneration")
+    return any(kind in type(model).__name__ for kind in kinds)
 
 
 def _text_config(config: Any) -> Any:

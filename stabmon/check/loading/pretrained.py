@@ -1,5 +1,6 @@
-"""Models of transformers: from a config alone, or with their weights; whole, or one layer of each
-kind at full width.
+"""Models of transformers, from a config alone or with their weights.
+
+A model too large is reduced to one layer of each kind at full width.
 """
 
 from __future__ import annotations
@@ -41,17 +42,15 @@ NARROW = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64),
     "vocab_size": 1024,
 }
-"""What has no part in attention, and what it is made where one layer has to do for all; only ever
-made smaller.
-"""
+"""Upper limits of the sizes without a part in attention, for one-layer models."""
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def read_config(source: str) -> Any:
-    """The config in a folder or a config.json, or that of a name on the hub.
+    """Read the config in a folder or a config.json, or of a name on the hub.
 
     Raises:
-        ValueError: saying what is wrong with it, in one line.
+        ValueError: naming the fault in one line.
         ImportError: if transformers is not installed.
     """
     transformers = _transformers()
@@ -72,8 +71,9 @@ def read_config(source: str) -> Any:
 
 
 def model_class(config: Any) -> Any:
-    """The class that the config names, else the one with a loss that its type has, else the bare
-    model.
+    """Return the model class of a config.
+
+    The class named in the config, else the one with a loss for its type, else the bare model.
     """
     transformers = _transformers()
     for name in getattr(config, "architectures", None) or ():
@@ -85,6 +85,9 @@ def model_class(config: Any) -> Any:
         "AutoModelForSeq2SeqLM",
         "AutoModel",
     ):
+        # _model_mapping: each config class with its model class, or a tuple of them. No public
+        # name has it; checked with transformers 5.23. Without it only configs with
+        # ``architectures`` could be checked.
         known = getattr(transformers, auto)._model_mapping
         if type(config) in known:
             found = known[type(config)]
@@ -96,8 +99,14 @@ def model_class(config: Any) -> Any:
 
 
 def from_config(config: Any, attention: str | None, seed: int) -> nn.Module:
-    """A model with the weights that its own initialisation gives, in float32 and evaluation mode;
-    the global generators are not touched.
+    """Make a model with the weights of its own initialisation.
+
+    The model is in float32 and evaluation mode; the global generators are not touched.
+
+    Args:
+        config: a config of transformers.
+        attention: the attention implementation; None for the model's own choice.
+        seed: of the weights.
 
     Raises:
         ValueError: if the model cannot be made, or not with this attention.
@@ -106,6 +115,9 @@ def from_config(config: Any, attention: str | None, seed: int) -> nn.Module:
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
+            # _from_config: the constructor with a dtype and an attention implementation; the auto
+            # classes' public from_config calls it, but does not take a class named in the config.
+            # Checked with transformers 5.23.
             model: nn.Module = model_class(config)._from_config(
                 copy.deepcopy(config), dtype=torch.float32, **options
             )
@@ -118,10 +130,15 @@ def from_config(config: Any, attention: str | None, seed: int) -> nn.Module:
 
 
 def from_weights(source: str, config: Any, attention: str | None) -> nn.Module:
-    """The model with its stored weights, in float32 and evaluation mode.
+    """Load a model with its stored weights, in float32 and evaluation mode.
+
+    Args:
+        source: folder or hub name.
+        config: its config.
+        attention: the attention implementation; None for the model's own choice.
 
     Raises:
-        ValueError: if they cannot be loaded.
+        ValueError: if the weights cannot be loaded.
     """
     options = {} if attention is None else {"attn_implementation": attention}
     try:
@@ -137,18 +154,19 @@ def from_weights(source: str, config: Any, attention: str | None) -> nn.Module:
 
 
 def count_parameters(config: Any) -> int:
-    """How many parameters the model has, found without making them (meta device)."""
+    """Count the parameters of a model without making them (meta device)."""
     with torch.device("meta"):
         model = from_config(config, None, 0)
     return sum(each.numel() for each in model.parameters())
 
 
 def one_of_each_layer(config: Any) -> tuple[Any, int, int]:
-    """The config with one layer of each kind at full width, and all that has no part in attention
-    made small.
+    """Reduce a config to one layer of each kind at full width.
+
+    All sizes without a part in attention are made small.
 
     Returns:
-        The new config, how many layers it has and how many the old one had.
+        The new config, its number of layers and that of the old one.
     """
     small = copy.deepcopy(config)
     text = small.get_text_config() if hasattr(small, "get_text_config") else small
@@ -175,12 +193,12 @@ def one_of_each_layer(config: Any) -> tuple[Any, int, int]:
 
 
 def has_weights(folder: str) -> bool:
-    """Whether a local folder holds weights in a form that transformers loads."""
+    """Return whether a local folder holds weights for transformers to load."""
     return any(next(Path(folder).glob(pattern), None) is not None for pattern in WEIGHTS)
 
 
 def available_memory() -> float:
-    """Bytes of memory that are free on this machine; inf where the system does not tell."""
+    """Return the free memory of this machine in bytes; inf where unknown."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -191,7 +209,7 @@ def available_memory() -> float:
 
 
 def tokenizer_of(source: str) -> Any:
-    """The tokenizer beside a model, or None where there is none that loads."""
+    """Return the tokenizer beside a model, or None where none can be loaded."""
     try:
         with quiet():
             return _transformers().AutoTokenizer.from_pretrained(source)
@@ -202,7 +220,7 @@ def tokenizer_of(source: str) -> Any:
 
 
 def image_processor_of(source: str) -> Any:
-    """Return the image processor beside a model, or None where there is none that loads."""
+    """Return the image processor beside a model, or None where none can be loaded."""
     try:
         with quiet():
             return _transformers().AutoImageProcessor.from_pretrained(source)
@@ -215,15 +233,17 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            'transformers is not installed: pip install "stabmon[transformers]", or give module:callable'
+            'transformers is not installed: pip install "stabmon[transformers]", '
+            "or give module:callable"
         ) from error
     return transformers
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings and progress bars of transformers and its hub are held back, where in use: standard
-    error is for one line of ours.
+    """Silence warnings and progress bars of transformers and its hub.
+
+    Standard error is for one line of stabmon's. Does nothing where transformers is not imported.
     """
     if "transformers" not in sys.modules:
         yield

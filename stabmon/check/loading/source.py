@@ -1,5 +1,6 @@
-"""What MODEL on the command line stands for: a folder, a config.json, a hub name, or
-package.module:callable.
+"""The model behind MODEL on the command line.
+
+A folder, a config.json, a hub name, or package.module:callable.
 """
 
 from __future__ import annotations
@@ -20,46 +21,46 @@ from torch import nn
 from stabmon.check.loading import pretrained
 
 LARGE = 300_000_000
-"""Parameters from which on a model without stored weights is checked by one layer of each kind: its
-layers are alike at random.
+"""Least number of parameters for reducing a model without stored weights.
+
+One layer of each kind is checked then: at random weights the layers are alike.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model to check, and how it came about."""
+    """A model to check, and its origin."""
 
     model: nn.Module
     subject: str
-    """What it is, in words."""
+    """Description of the model."""
     analytic: bool = False
-    """Its weights were made for the check."""
+    """True where the weights were made for the check."""
     config: Any = None
-    """Its config, where it is one of transformers."""
+    """Config of transformers, where there is one."""
     whole: Any = None
-    """The config of the whole model, where ``config`` is that of one layer of each kind."""
+    """Config of the whole model, where ``config`` is of one layer of each kind."""
     tokens_from: str | None = None
-    """Where to look for its tokenizer."""
+    """Folder or hub name of the tokenizer."""
     parameters: int = 0
-    """How many the whole model has, made or not."""
+    """Number of parameters of the whole model, made or not."""
     sample: Any = None
-    """What to run it on, where it came with one."""
+    """Input delivered with the model, if any."""
     make: Callable[[int], nn.Module] | None = None
-    """Seed -> the model anew, as a callable makes it."""
+    """Function from a seed to a fresh model, for models made by a callable."""
     notes: tuple[str, ...] = ()
 
 
 def load_target(source: str, attention: str | None, seed: int) -> LoadedModel:
-    """The model that ``source`` stands for, in evaluation mode.
+    """Load the model behind ``source``, in evaluation mode.
 
     Args:
         source: see the module.
-        attention: the implementation to take, in transformers' words; None for the model's own
-            choice.
+        attention: attention implementation by transformers' name; None for the model's own choice.
         seed: of weights that have to be made.
 
     Raises:
-        ValueError: in one line, naming what is wrong and the mend.
+        ValueError: in one line, naming the fault and the mend.
     """
     path = Path(source)
     if not path.exists() and ":" in source:
@@ -173,8 +174,9 @@ def _from_callable(source: str, attention: str | None, seed: int) -> LoadedModel
 
 @contextmanager
 def _one_line(source: str, what: str, mend: str) -> Iterator[None]:
-    """Turn whatever somebody's code raises, its leaving the process too, into a ValueError of one
-    line, and what it prints into stderr.
+    """Turn any error or exit of foreign code into a ValueError of one line.
+
+    Its output goes to standard error.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):

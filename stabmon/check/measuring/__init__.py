@@ -1,1 +1,1 @@
-"""Measure and predict the attention of a model."""
+"""Measurements and predictions of a model's attention."""

@@ -1,9 +1,9 @@
-"""What scores, entropies and number formats do, in closed form. n keys, D head dimension, sigma the
-standard deviation of a row's scores.
+"""Closed forms for scores, entropies and rounding.
 
-The scores of a row at initialisation are close to normal and independent, so a row is a random
-energy model: its softmax spreads over about ``n exp(-sigma^2)`` keys until sigma reaches ``sqrt(2
-ln n)``, where it condenses on a few (Derrida 1981).
+n keys, D head dimension, sigma the standard deviation of a row's scores. The scores of a row at
+initialisation are close to normal and independent, so a row is a random energy model: its softmax
+spreads over about ``n exp(-sigma^2)`` keys until sigma reaches ``sqrt(2 ln n)``, where it condenses
+on a few (Derrida 1981).
 """
 
 from __future__ import annotations
@@ -15,27 +15,24 @@ import torch
 from torch import Tensor
 from torch.special import ndtri
 
-TOTAL_VARIATION = 0.1
-"""Share of a row's probability that rounding may move."""
-MANTISSA_BITS = {"bfloat16": 8, "float16": 11, "float32": 24}
-"""Bits of precision of a format, the implicit one included."""
-FLOAT16_MAX = 65_504.0
-"""Largest float16; a product of query and key beyond it is inf."""
+from stabmon._torch.number_formats import SCORE_ERROR, TOTAL_VARIATION
 
 
 def critical_spread(keys: int) -> float:
-    """The sigma at which a softmax over ``keys`` condenses, ``sqrt(2 ln n)``: from here on a row
-    looks at a few keys whatever n is.
+    """Return the critical sigma of a softmax over ``keys``, ``sqrt(2 ln n)``.
 
-    >>> round(critical_spread(1024), 2)
-    3.72
+    From here on the softmax condenses: a row looks at a few keys whatever n is.
+
+        >>> round(critical_spread(1024), 2)
+        3.72
     """
     return math.sqrt(2 * math.log(max(keys, 2)))
 
 
 def expected_maximum(sigma: float, count: float) -> float:
-    """Largest of ``count`` independent scores of standard deviation ``sigma``: ``sigma sqrt(2 ln
-    count)``, an upper bound of the mean.
+    """Return the largest of ``count`` independent normal scores.
+
+    ``sigma sqrt(2 ln count)``, an upper bound of the mean.
 
     >>> round(expected_maximum(0.307, 1024), 2)
     1.14
@@ -44,14 +41,21 @@ def expected_maximum(sigma: float, count: float) -> float:
 
 
 def expected_entropy(sigma: float, keys: int, softcap: float | None = None) -> float:
-    """Entropy in nats of a softmax over ``keys`` normal scores, at the quantiles ``(j - 1/2) / n``;
-    exact for large n and small sigma.
+    """Return the entropy in nats of a softmax over ``keys`` normal scores.
+
+    The scores are taken at the quantiles ``(j - 1/2) / n``; exact for large n and small sigma.
+
+    Args:
+        sigma: standard deviation of the scores.
+        keys: n.
+        softcap: cap of the scores, ``c tanh(z / c)``; None for none.
 
     Returns:
         In ``[0, ln n]``; close to ``ln n - sigma^2 / 2`` well below :func:`critical_spread`.
 
-    >>> round(math.log(4096) - expected_entropy(1.0, 4096), 2)
-    0.5
+    Example:
+        >>> round(math.log(4096) - expected_entropy(1.0, 4096), 2)
+        0.5
     """
     if keys < 2:
         return 0.0
@@ -63,49 +67,52 @@ def expected_entropy(sigma: float, keys: int, softcap: float | None = None) -> f
 
 
 def bits_needed(largest: float) -> float:
-    """Mantissa bits that hold scores up to ``largest`` in magnitude so that rounding moves a
-    softmax by at most ``TOTAL_VARIATION``.
+    """Return the mantissa bits for scores up to ``largest`` in magnitude.
 
-    ``log2(max|z| / (2 artanh eps))``; negative for small scores, -inf for 0.
+    With ``log2(max|z| / (2 artanh eps))`` bits rounding moves a softmax by at most eps =
+    ``TOTAL_VARIATION``. Negative for small scores, -inf for 0.
 
     >>> round(bits_needed(100.0), 2)
     8.96
     """
-    return math.log2(largest / (2 * math.atanh(TOTAL_VARIATION))) if largest > 0 else -math.inf
-
-
-def bits_averaged(head_dim: int) -> float:
-    """Bits that a kernel gains that accumulates in float32: query and key are rounded ``head_dim``
-    times with independent signs.
-
-    >>> bits_averaged(128)
-    3.0
-    """
-    return 0.5 * math.log2(max(head_dim, 2) / 2)
+    return math.log2(largest / SCORE_ERROR) if largest > 0 else -math.inf
 
 
 def curvature_bits(curvature: float, squared_size: float) -> float:
-    """Bits at which rounding query and keys of squared norm ``squared_size`` stays within the
-    softmax's linear regime.
+    """Return the bits for rounding within the softmax's linear regime.
 
     The second-order term of a relative rounding ``2^-b`` is at most ``curvature 4^-b
     squared_size``; asking that it stay below ``TOTAL_VARIATION`` gives b. Half of the HNF
     programme's ``log2(kappa D^2 / eps)``, whose error term is of first order.
 
-    >>> curvature_bits(0.1, 4.0)
-    1.0
+    Args:
+        curvature: of the softmax in query and keys.
+        squared_size: squared norm of query and keys together.
+
+    Example:
+        >>> curvature_bits(0.1, 4.0)
+        1.0
     """
     product = curvature * squared_size / TOTAL_VARIATION
     return 0.5 * math.log2(product) if product > 0 else -math.inf
 
 
 def expected_curvature(sigma: float, keys: int, head_dim: int, scale: float) -> tuple[float, float]:
-    """Tight bound on a typical row's curvature in (query, keys) at initialisation, and the squared
-    norm of query and keys together.
+    """Return a tight bound on a typical row's curvature at initialisation.
 
     ``lambda [scale^2 (|q|^2 + |K|_2^2) / sqrt 2 + scale / 2]`` with the largest probability m in
     ``lambda <= min(m, 2m(1-m))``; query and keys are taken alike in size, ``|q|^2 = D s^2`` with
     ``scale sqrt(D) s^2 = sigma``, and ``|K|_2 = s (sqrt n + sqrt D)``.
+
+    Args:
+        sigma: standard deviation of the scores.
+        keys: n.
+        head_dim: D.
+        scale: factor of the scores.
+
+    Returns:
+        The bound on the curvature in (query, keys), and the squared norm of query and keys
+        together.
     """
     size = sigma / (abs(scale) * math.sqrt(head_dim))
     query, keys_spectral = head_dim * size, size * (math.sqrt(keys) + math.sqrt(head_dim)) ** 2
@@ -118,6 +125,6 @@ def expected_curvature(sigma: float, keys: int, head_dim: int, scale: float) -> 
 
 @functools.lru_cache(maxsize=32)
 def _quantiles(keys: int) -> Tensor:
-    """``[n]`` normal quantiles at ``(j - 1/2) / n``, ascending, float64."""
+    """Return normal quantiles ``[n]`` at ``(j - 1/2) / n``, ascending, float64."""
     found: Tensor = ndtri((torch.arange(keys, dtype=torch.float64) + 0.5) / keys)
     return found

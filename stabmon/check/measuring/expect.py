@@ -1,6 +1,4 @@
-"""What a layer's attention should look like, from its weights and shapes, beside what a forward has
-shown of it.
-"""
+"""The attention expected from a layer's weights beside the measured one."""
 
 from __future__ import annotations
 
@@ -18,41 +16,47 @@ from stabmon.records import LayerInfo
 
 @dataclass(frozen=True, eq=False)
 class LayerView:
-    """One attention layer, expected and measured. H query heads; arrays are float64 ``[H]``."""
+    """One attention layer, expected and measured.
+
+    H query heads; arrays are float64 ``[H]``.
+    """
 
     layer: str
     info: LayerInfo
     keys: int
-    """Keys that a row sees at the length to train at."""
+    """Keys visible to a row at the length to train at."""
     limited: bool
-    """A window, not the length, sets how many."""
+    """True where a window, not the length, sets ``keys``."""
     measured: Mapping[str, np.ndarray]
     weights: HeadWeights | None
     unknown: str
-    """Why there are no weights to tell of, where there are none."""
+    """Reason for missing weights."""
     scale: float
-    """What scores are multiplied by in effect, a query that was scaled before the product included;
-    the call's own where unknown.
+    """Effective factor of the scores.
+
+    Includes a scaling of queries before the product; the call's own factor where unknown.
     """
     input_size: float
-    """Root mean square of what the projections read, as keys show it; NaN where unknown."""
+    """Root mean square of the projections' inputs, as keys show it; NaN where unknown."""
 
     @property
     def biased(self) -> bool:
-        """Whether a position bias is added to scores, or may have been where nothing but scores was
-        seen.
+        """Return whether a position bias is, or may have been, added to scores.
+
+        It may have been where only scores were seen.
         """
         return bool(self.measured["biased"].any())
 
     @property
     def untrained(self) -> bool | None:
-        """Whether the weights look as drawn at random; None where they are not known."""
+        """Return whether the weights look random; None where they are unknown."""
         return None if self.weights is None else self.weights.untrained
 
     @property
     def expected_spread(self) -> np.ndarray:
-        """``[H]`` standard deviation of scores that weights give inputs of unit mean square without
-        correlations; NaN where unknown.
+        """Return the standard deviation ``[H]`` of scores expected from the weights.
+
+        For inputs of unit mean square without correlations; NaN where unknown.
         """
         if self.weights is None:
             return np.full(self.info.heads, np.nan)
@@ -61,23 +65,23 @@ class LayerView:
 
     @property
     def spread(self) -> np.ndarray:
-        """``[H]`` standard deviation of a row's scores: measured where it could be."""
+        """Return the standard deviation ``[H]`` of a row's scores, measured if possible."""
         measured = self.measured["score_spread"]
         return np.where(np.isfinite(measured), measured, self.expected_spread)
 
     @property
     def critical(self) -> float:
-        """The spread at which rows of this length condense."""
+        """Return the critical spread of rows of this length."""
         return critical_spread(self.keys)
 
     @property
     def widest(self) -> int:
-        """The head with the largest spread."""
+        """Return the head with the largest spread."""
         return int(np.nanargmax(self.spread)) if np.isfinite(self.spread).any() else 0
 
     @property
     def expected_share(self) -> float:
-        """Entropy expected of the widest head's rows, as a share of ln n, in [0, 1]."""
+        """Return the expected entropy of the widest head's rows over ln n, in [0, 1]."""
         sigma = float(self.spread[self.widest])
         return (
             expected_entropy(sigma, self.keys, self.info.softcap) / math.log(max(self.keys, 2))
@@ -87,8 +91,9 @@ class LayerView:
 
     @property
     def expected_max(self) -> float:
-        """Largest score to expect of a row of this length: for random weights from their spread,
-        for trained ones as measured.
+        """Return the largest score to expect of a row of this length.
+
+        From the spread for random weights, as measured for trained ones.
         """
         measured = float(np.nanmax(self.measured["max_logit"], initial=-math.inf))
         if self.untrained and np.isfinite(self.expected_spread).all():
@@ -97,7 +102,7 @@ class LayerView:
 
     @property
     def largest_product(self) -> np.ndarray:
-        """``[H]`` largest product of query and key before scaling, as measured."""
+        """Return the largest measured ``q·k`` before scaling, ``[H]``."""
         return (
             self.measured["max_logit"] / self.info.scale
             if self.info.scale > 0
@@ -106,15 +111,18 @@ class LayerView:
 
 
 def layer_views(seen: Observation, length: int | None) -> list[LayerView]:
-    """One view a layer, in the order of the forward; ``length`` is the one to train at, None for
-    the sample's own.
+    """Return one view per layer, in the order of the forward.
+
+    Args:
+        seen: the measurements.
+        length: the length to train at in tokens; None for the sample's own.
     """
     views = []
     for layer, measured in seen.layers.items():
         info, module = seen.info[layer], seen.modules.get(layer)
         weights = head_weights(module, info)
         known = weights if isinstance(weights, HeadWeights) else None
-        before, size = _as_made(known, measured)
+        before, size = _effective_scale(known, measured)
         limited = seen.visible[layer] < seen.keys[layer]
         keys = seen.visible[layer]
         if length is not None:
@@ -135,12 +143,10 @@ def layer_views(seen: Observation, length: int | None) -> list[LayerView]:
     return views
 
 
-def _as_made(
+def _effective_scale(
     weights: HeadWeights | None, measured: Mapping[str, np.ndarray]
 ) -> tuple[float, float]:
-    """By what queries were multiplied on their way from the projection to the product, and the size
-    of its inputs.
-    """
+    """Return the factor of queries before the product, and the inputs' size."""
     if weights is None or "key_size" not in measured:
         return 1.0, math.nan
     with np.errstate(divide="ignore", invalid="ignore"):

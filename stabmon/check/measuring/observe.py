@@ -1,5 +1,6 @@
-"""One forward and one backward of a model, looked at from all sides, that leave no trace. H query
-heads, D head dimension.
+"""Measurements of one forward and one backward without a trace in the model.
+
+H query heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -37,35 +38,36 @@ SIGNALS = (
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What one forward and backward showed."""
+    """Measurements of one forward and backward."""
 
     layers: Mapping[str, Mapping[str, np.ndarray]]
-    """``layers[layer][name]`` is float64 ``[H]``: the signals, and
+    """``layers[layer][name]``, float64 ``[H]``: the signals, and
 
-    - ``score_spread``, the mean over rows of the standard deviation of a row's visible scores, any
-      bias apart; NaN where unknown;
+    - ``score_spread``, the mean over rows of the standard deviation of a row's visible scores
+      without bias; NaN where unknown;
     - ``query_size`` and ``key_size``, the root mean square of an entry;
-    - ``biased``, 1 where a position bias is added to scores, or may have been;
-    - ``moved/<path>/<dtype>``, the mean over rows of the probability that rounding moves; NaN where
-      a rounded score is inf.
+    - ``biased``, 1 where a position bias is, or may have been, added to scores;
+    - ``moved/<path>/<dtype>``, the mean over rows of the probability moved by rounding; NaN where a
+      rounded score is inf.
     """
     info: Mapping[str, LayerInfo]
     modules: Mapping[str, nn.Module]
     keys: Mapping[str, int]
-    """How many keys each layer's calls had."""
+    """Number of keys of each layer's calls."""
     visible: Mapping[str, int]
-    """How many of them the row that sees most saw: fewer under a window."""
+    """Largest number of keys visible to one row: smaller under a window."""
     loss: float | None
     gradients: Mapping[str, float]
-    """L2 norm of the gradient of each attention module's own parameters; empty where no backward
-    was made.
+    """L2 norm of the gradient of each attention module's own parameters.
+
+    Empty where no backward was made.
     """
     notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Watch:
-    """Takes each call of a forward apart."""
+    """Measures each attention call of a forward."""
 
     config: CheckConfig
     measurements: Measurements
@@ -102,15 +104,20 @@ class _Watch:
 def observe(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: CheckConfig
 ) -> Observation:
-    """Run ``model`` forward and backward on one sample and measure every attention call, in the
-    precision that its weights have.
+    """Measure every attention call of one forward and backward.
 
-    The model, its gradients, buffers and mode and the global random generators are left as they
-    were.
+    In the precision of the weights. The model, its gradients, buffers and mode and the global
+    random generators are left as they were.
+
+    Args:
+        model: the module.
+        args: positional arguments of its forward.
+        kwargs: keyword arguments of its forward.
+        config: seed and number of rows.
 
     Raises:
-        ValueError: if no attention was seen, or measuring it failed; what the model itself raises
-            is passed on.
+        ValueError: if no attention was seen, or measuring it failed. Errors of the model itself are
+            passed on.
     """
     notes: list[str] = []
     call = ForwardCall.of(model, args, kwargs)
@@ -173,8 +180,17 @@ def _observe(
 def not_finite_in(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: CheckConfig
 ) -> ForwardCall | None:
-    """The forward in the precision to train in, for a look at where it breaks down, if it gives
-    anything but finite values.
+    """Run a forward in the training precision; return it if it is not finite.
+
+    Args:
+        model: the module.
+        args: positional arguments of its forward.
+        kwargs: keyword arguments of its forward.
+        config: precision and seed.
+
+    Returns:
+        The call, for a search where it breaks down; None where its loss, or every output, is
+        finite.
     """
     device = next((each.device.type for each in model.parameters()), "cpu")
     call = ForwardCall.of(model, args, kwargs)
@@ -197,7 +213,10 @@ def not_finite_in(
 
 
 def _stand_in(output: Any) -> Tensor | None:
-    """A loss for a model that gives none: half the mean square of its first floating output."""
+    """Return a loss for a model without one.
+
+    Half the mean square of its first floating output.
+    """
     first = next(
         (each for each in tensors_in(output) if each.is_floating_point() and each.requires_grad),
         None,
@@ -221,8 +240,9 @@ def _norms(
 
 
 def _spread(exact: DenseAttention) -> Tensor:
-    """``[H]`` mean over rows of the standard deviation of the visible scores without bias; rows of
-    fewer than 4 are left out.
+    """Return the mean standard deviation ``[H]`` of a row's scores without bias.
+
+    Rows of fewer than 4 visible keys are left out.
     """
     scores, visible = exact._raw, exact.logits > -torch.inf
     count = visible.sum(-1)

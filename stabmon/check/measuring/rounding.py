@@ -1,9 +1,9 @@
-"""Try a number format out on a call's own queries and keys. B batch, H query heads, R sampled rows,
-K keys, D head dimension.
+"""The effect of a number format on a call's own queries and keys.
 
-Two paths lead from query and key to probabilities. A *fused* kernel multiplies rounded queries and
-keys and sums in float32; an *eager* one also rounds the product to the format, there can be inf,
-and then the scaled score. Both take the softmax in float32.
+B batch, H query heads, R sampled rows, K keys, D head dimension. Two paths lead from query and key
+to probabilities. A *fused* kernel multiplies rounded queries and keys and sums in float32; an
+*eager* one also rounds the product to the format, where it can be inf, and then the scaled score.
+Both take the softmax in float32.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ _ENTRIES = 1 << 22
 
 
 def rows_of(call: AttentionCall, rows: int) -> DenseAttention:
-    """The call's operator on ``rows`` query rows, spread evenly and the last among them, and as few
-    batch elements as memory asks.
+    """Return the call's operator on evenly spread query rows, the last included.
+
+    As many batch elements are kept as memory allows.
+
+    Args:
+        call: the attention call.
+        rows: number of query rows.
     """
     operator = operator_of(_first(call, rows), "dense")
     index = (
@@ -36,13 +41,15 @@ def rows_of(call: AttentionCall, rows: int) -> DenseAttention:
 
 
 def moved(exact: DenseAttention, dtype: torch.dtype, path: str) -> Tensor:
-    """``[B, H, R]`` probability that rounding to ``dtype`` moves in each row, in total variation,
-    in [0, 1]; NaN where a score is inf.
+    """Return the probability ``[B, H, R]`` moved by rounding to ``dtype``.
 
     Args:
         exact: the operator of the rows, in float64.
         dtype: the format.
         path: ``eager`` or ``fused``.
+
+    Returns:
+        Total variation of each row, in [0, 1]; NaN where a score is inf.
     """
     hidden, bias = exact._hidden_and_bias
     if exact.given_scores is not None:
@@ -72,8 +79,9 @@ def moved(exact: DenseAttention, dtype: torch.dtype, path: str) -> Tensor:
 
 
 def _first(call: AttentionCall, rows: int) -> AttentionCall:
-    """The same call of its first batch elements only, on the CPU, which alone can be trusted to
-    have float64.
+    """Return the same call of its first batch elements, on the CPU.
+
+    Only the CPU is sure to have float64.
     """
     whole = call.scores if call.scores is not None else call.query
     assert whole is not None

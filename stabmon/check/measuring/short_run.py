@@ -1,4 +1,4 @@
-"""Train a model for a few dozen real steps and watch its scores."""
+"""A few dozen real training steps, with the scores sampled."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ SIGNALS = ("max_logit", "normalized_entropy", "saturated_fraction")
 
 @dataclass(frozen=True, eq=False)
 class ShortRun:
-    """What a few steps at one rate showed. L looks; a look is a sampled step's forward, before the
-    step is made.
+    """Losses and scores of a few steps at one rate.
+
+    L samples; a sample is a step's forward, before the step is made. N heads in all layers.
     """
 
     rate: float
     losses: tuple[float, ...]
-    """One a step; it ends where a loss is not finite."""
+    """Loss of each step, up to the first non-finite one."""
     steps: tuple[int, ...]
-    """``[L]`` at which scores were looked at, counted from 0."""
+    """Sampled steps ``[L]``, counted from 0."""
     scores: np.ndarray
-    """``[L, N]`` largest score of each head of the model."""
+    """Largest score of each head, ``[L, N]``."""
     saturated: np.ndarray
-    """``[L, N]`` share of rows of each head that pass no gradient."""
+    """Share of each head's rows without a gradient, ``[L, N]``."""
 
     @property
     def finite(self) -> bool:
-        """Whether every loss was."""
+        """Return whether every loss was finite."""
         return all(map(math.isfinite, self.losses))
 
 
@@ -52,17 +53,22 @@ def train_briefly(
     every: int = 4,
     seed: int = 0,
 ) -> ShortRun:
-    """Train a fresh model on ``batches``, one a step, with AdamW at ``rate`` by the recipe's
-    schedule; neither model nor graph outlive it.
+    """Train a fresh model with AdamW for a few steps and sample its scores.
+
+    Neither model nor graph outlive the call.
 
     Args:
-        make: gives the model, with the same weights each time.
-        batches: keyword arguments of its forward, with which it gives a loss.
+        make: returns the model, with the same weights each time.
+        batches: keyword arguments of its forward, one mapping per step, for which it returns a
+            loss.
         recipe: optimizer and schedule.
         rate: the peak rate.
         dtype: ``fp32``, or ``bf16`` or ``fp16`` for autocast, the latter with a gradient scaler.
-        every: look at each so many steps, and at the last.
+        every: sample each so many steps, and the last.
         seed: of dropout; the global generators are left as they were.
+
+    Raises:
+        ValueError: if the model returns no loss.
     """
     model = make().train()
     device = next(model.parameters()).device
@@ -71,7 +77,7 @@ def train_briefly(
     measurements = Measurements(SIGNALS)
     capture = AttentionCapture(model, measurements.add, always_watch_functions=True)
     losses: list[float] = []
-    looked: list[int] = []
+    sampled_steps: list[int] = []
     scores: list[np.ndarray] = []
     saturated: list[np.ndarray] = []
     with random_state_kept(model):
@@ -79,26 +85,26 @@ def train_briefly(
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(step, rate)
-            looks = step % every == 0 or step == len(batches) - 1
+            sampled = step % every == 0 or step == len(batches) - 1
             measurements.start(step)
             with contextlib.ExitStack() as stack:
-                if looks:
+                if sampled:
                     stack.enter_context(capture)
                 if dtype != "fp32":
                     stack.enter_context(torch.autocast(device.type, dtype=DTYPES[dtype]))
                 loss = loss_in(model(**{name: value.to(device) for name, value in batch.items()}))
             if loss is None:
                 raise ValueError(
-                    f"{type(model).__name__} gives no loss for {', '.join(batch)}: a sweep needs "
-                    "a model that does"
+                    f"{type(model).__name__} returns no loss for {', '.join(batch)}: sweep a "
+                    "model that does"
                 )
             losses.append(float(loss.detach()))
-            if looks:
-                seen = to_host(measurements.sums)
-                looked.append(step)
-                scores.append(np.concatenate([each["max_logit"] for each in seen.values()]))
+            if sampled:
+                measured = to_host(measurements.sums)
+                sampled_steps.append(step)
+                scores.append(np.concatenate([each["max_logit"] for each in measured.values()]))
                 saturated.append(
-                    np.concatenate([each["saturated_fraction"] for each in seen.values()])
+                    np.concatenate([each["saturated_fraction"] for each in measured.values()])
                 )
             if not math.isfinite(losses[-1]):
                 break
@@ -108,4 +114,6 @@ def train_briefly(
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             scaler.step(optimizer)
             scaler.update()
-    return ShortRun(rate, tuple(losses), tuple(looked), np.array(scores), np.array(saturated))
+    return ShortRun(
+        rate, tuple(losses), tuple(sampled_steps), np.array(scores), np.array(saturated)
+    )

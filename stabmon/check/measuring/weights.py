@@ -1,8 +1,9 @@
-"""What the weights alone say of each head. H query heads, D head dimension, M width of the input.
+"""Scores expected from the weights alone, per head.
 
-For inputs of unit mean square without correlations, ``q = W_q x`` and ``k = W_k y`` give scores of
-standard deviation ``scale |W_q^T W_k|_F``, which is ``M s^2`` for random weights of standard
-deviation s and a scale of ``1 / sqrt(D)``.
+H query heads, D head dimension, M width of the input. For inputs of unit mean square without
+correlations, ``q = W_q x`` and ``k = W_k y`` give scores of standard deviation ``scale |W_q^T
+W_k|_F``, which is ``M s^2`` for random weights of standard deviation s and a scale of ``1 /
+sqrt(D)``.
 """
 
 from __future__ import annotations
@@ -22,42 +23,53 @@ from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import LayerInfo
 
 RANDOM = 1.1
-"""Largest singular value of a matrix, over that of random weights of its size, up to which it
-counts as untrained: independent entries stay within 1 and a few hundredths, and training grows
-single directions first."""
+"""Largest ``randomness`` of an untrained matrix.
+
+Independent entries stay within 1 and a few hundredths, and training grows single directions first.
+"""
 _ITERATIONS = 24
 
 
 @dataclass(frozen=True, eq=False)
 class HeadWeights:
-    """Of one layer; arrays are float64 ``[H]``, one value a query head."""
+    """Sizes of one layer's weights; arrays are float64 ``[H]``, per query head."""
 
     product: np.ndarray
-    """``|W_q^T W_k|_F`` (behind norms: of their gains), by the model's ``scale`` the standard
-    deviation of scores.
+    """``|W_q^T W_k|_F`` (behind norms: of their gains).
+
+    Times the model's ``scale`` it is the standard deviation of scores.
     """
     query: np.ndarray
-    """Spectral norm of W_q; behind a norm, the root of the mean square of its gain."""
+    """Spectral norm of W_q; behind a norm, the root mean square of its gain."""
     key: np.ndarray
-    """Spectral norm of the W_k that the query head reads; behind a norm, as above."""
+    """Spectral norm of the query head's W_k; behind a norm, as above."""
     query_size: np.ndarray
     """Root mean square of q for inputs of unit mean square: ``|W_q|_F / sqrt(D)``."""
     key_size: np.ndarray
     randomness: float
-    """Largest singular value of W_q or W_k, heads brought to one size, over that of random weights:
-    1 if untrained.
+    """Largest singular value of W_q or W_k over that of random weights.
+
+    Heads are brought to one size first; 1 if untrained.
     """
     normed: bool
-    """Queries and keys are normalised, so that scores are bounded by the gains."""
+    """True where queries and keys are normalised, and gains bound the scores."""
 
     @property
     def untrained(self) -> bool:
-        """Whether the layer's weights look as drawn at random, whatever their size."""
+        """Return whether the layer's weights look random, whatever their size."""
         return self.randomness <= RANDOM
 
 
 def head_weights(module: nn.Module | None, info: LayerInfo) -> HeadWeights | str:
-    """What the weights of an attention module say, or why they cannot be told apart by head."""
+    """Measure the weights of an attention module per head.
+
+    Args:
+        module: the module; None where it is not known.
+        info: its heads and head dimension.
+
+    Returns:
+        The sizes, or the reason why the weights cannot be assigned to heads.
+    """
     if module is None:
         return "the module that attends is not known"
     try:
@@ -103,7 +115,10 @@ def _plain(info: LayerInfo, found: QueryKey) -> HeadWeights | str:
 
 
 def _randomness(heads: Sequence[Tensor]) -> float:
-    """Of the heads' matrices ``[D, M]``, each taken once; 0 for weights that are all zero."""
+    """Return the randomness of the heads' matrices ``[D, M]``, each taken once.
+
+    0 for weights that are all zero.
+    """
     once = {id(head): head / head.square().mean().sqrt() for head in heads if head.any()}
     if not once:
         return 0.0
@@ -112,8 +127,9 @@ def _randomness(heads: Sequence[Tensor]) -> float:
 
 
 def _largest_singular_value(matrix: Tensor) -> float:
-    """By power iteration: within a few hundredths below it for random weights, closer where one
-    direction stands out.
+    """Return the largest singular value by power iteration.
+
+    Within a few hundredths below it for random weights, closer where one direction stands out.
     """
     vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
     for _ in range(_ITERATIONS):
@@ -123,7 +139,10 @@ def _largest_singular_value(matrix: Tensor) -> float:
 
 
 def _normed(module: nn.Module, info: LayerInfo, found: QueryKey) -> HeadWeights | str:
-    """Behind a norm, q is its gain times a vector of D entries of unit mean square."""
+    """Measure queries and keys behind a norm.
+
+    q is then its gain times a vector of D entries of unit mean square.
+    """
     norm = next(
         (child for name in KEY_NORM if isinstance(child := getattr(module, name, None), nn.Module)),
         None,
@@ -152,7 +171,7 @@ def _normed(module: nn.Module, info: LayerInfo, found: QueryKey) -> HeadWeights 
 
 
 def _of_size(rows: Rows, width: int, offset: float) -> Rows:
-    """The first ``width`` entries of a gain, stored as the query's is."""
+    """Return the first ``width`` entries of a gain, stored as the query's is."""
     return Rows(rows.parameter, 0, 0, min(width, rows.parameter.shape[0]), offset)
 
 
@@ -166,6 +185,6 @@ def _matrix(head: Sequence[Rows]) -> Tensor:
 
 
 def _oriented(rows: Rows) -> Tensor:
-    """``[D, M]`` in float64 on the CPU, where no finite weight overflows."""
+    """Return ``[D, M]`` in float64 on the CPU, where no finite weight overflows."""
     view = rows.view(rows.parameter.detach()).cpu().double()
     return view if rows.dim == 0 else view.T

@@ -1,1 +1,1 @@
-"""Map where attention stays stable."""
+"""The region of stable attention around a model."""

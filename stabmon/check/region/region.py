@@ -1,16 +1,15 @@
-"""Where attention like a model's stays stable: over temperature, head dimension, length and number
-format.
+"""The region of stable attention over temperature, size, length and format.
 
 A temperature T divides scores, 1 being the model as it is; the head dimension changes alone, with a
-scale of ``1 / sqrt(D)`` as far as the model's own is one. At every place four margins are taken, in
-bits (powers of two to the limit, above 0 being stable):
+scale of ``1 / sqrt(D)`` as far as the model's own is one. At every grid point four margins are
+taken, in bits (powers of two to the limit, above 0 being stable):
 
 - *saturation*: up to the spread at which half of a row's entropy is gone at initialisation;
-- *precision*: mantissa bits of the format, less those that the largest score to expect of a row
-needs on the model's path;
+- *precision*: mantissa bits of the format, less those needed by the largest score to expect of a
+  row on the model's path;
 - *curvature*: the same, less those that keep rounding within the softmax's linear regime;
 - *overflow*: up to a quarter of float16's range for the product of query and key, where it is
-written down.
+  written.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stabmon._torch.number_formats import MANTISSA_BITS, bits_averaged, format_of
 from stabmon.check.config import DTYPES, CheckConfig
 from stabmon.check.measuring.arithmetic import (
-    MANTISSA_BITS,
-    bits_averaged,
     bits_needed,
     curvature_bits,
     expected_curvature,
@@ -41,7 +39,7 @@ LENGTHS = tuple(2**power for power in range(7, 18))
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """The model's own place: its layer of widest scores."""
+    """The model's own position: its layer of widest scores."""
 
     spread: float
     head_dim: int
@@ -51,7 +49,7 @@ class OperatingPoint:
 
     @classmethod
     def of(cls, views: Sequence[LayerView]) -> OperatingPoint:
-        """Of the layers of a model; the one whose scores are widest."""
+        """Return the operating point of the layer with the widest scores."""
         view = max(views, key=lambda each: float(each.spread[each.widest]))
         scale = abs(view.scale) or 1.0
         return cls(
@@ -61,32 +59,32 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One place of the grid."""
+    """One point of the grid."""
 
     temperature: float
     head_dim: int
     seq_len: int
     dtype: str
     margins: tuple[float, float, float, float]
-    """In bits, in the order of :data:`CAUSES`; inf where one cannot bind."""
+    """Margins in bits, in the order of :data:`CAUSES`; inf where one cannot bind."""
 
     @property
     def margin(self) -> float:
-        """The smallest."""
+        """Return the smallest margin."""
         return min(self.margins)
 
     @property
     def stable(self) -> bool:
-        """Whether no limit is crossed."""
+        """Return whether no limit is crossed."""
         return self.margin >= 0
 
     @property
     def cause(self) -> str:
-        """What binds first."""
+        """Return the binding limit."""
         return CAUSES[self.margins.index(self.margin)]
 
 
-def place(
+def grid_point(
     origin: OperatingPoint,
     temperature: float,
     head_dim: int,
@@ -94,10 +92,19 @@ def place(
     dtype: str,
     config: CheckConfig,
 ) -> GridPoint:
-    """The margins at one place."""
+    """Compute the margins at one grid point.
+
+    Args:
+        origin: the model's own position.
+        temperature: divisor of the model's scores.
+        head_dim: D.
+        seq_len: keys of a row.
+        dtype: ``fp16``, ``bf16`` or ``fp32``.
+        config: levels.
+    """
     spread = origin.spread / temperature
     scale = origin.scale * math.sqrt(origin.head_dim / head_dim) / temperature
-    kept = MANTISSA_BITS[str(DTYPES[dtype]).removeprefix("torch.")]
+    kept = MANTISSA_BITS[format_of(DTYPES[dtype])]
     largest = expected_maximum(spread, seq_len)
     averaged = bits_averaged(head_dim) if origin.fused else 0.0
     precision = kept - (bits_needed(largest) - averaged)
@@ -120,13 +127,19 @@ def stability_region(
     head_dims: Sequence[int] = HEAD_DIMS,
     lengths: Sequence[int] = LENGTHS,
 ) -> list[GridPoint]:
-    """Every place of the grid, the model's own head dimension and length put in where they are
-    missing.
+    """Compute every point of the grid.
+
+    Args:
+        origin: the model's own position.
+        config: levels.
+        temperatures: divisors of the model's scores.
+        head_dims: head dimensions; the model's own is added.
+        lengths: lengths in tokens; the model's own is added.
     """
     dims = sorted({*head_dims, origin.head_dim})
     sizes = sorted({*lengths, origin.seq_len})
     return [
-        place(origin, temperature, dim, size, dtype, config)
+        grid_point(origin, temperature, dim, size, dtype, config)
         for dtype in DTYPES
         for temperature in temperatures
         for dim in dims
@@ -134,8 +147,8 @@ def stability_region(
     ]
 
 
-def region_data(origin: OperatingPoint, places: Sequence[GridPoint]) -> dict[str, Any]:
-    """The region in plain values, one row a place."""
+def region_data(origin: OperatingPoint, points: Sequence[GridPoint]) -> dict[str, Any]:
+    """Return the region in plain values, one row per point."""
     columns = [
         "temperature",
         "head_dim",
@@ -148,7 +161,7 @@ def region_data(origin: OperatingPoint, places: Sequence[GridPoint]) -> dict[str
     ]
     rows = [
         [p.temperature, p.head_dim, p.seq_len, p.dtype, p.stable, p.cause, p.margin, *p.margins]
-        for p in places
+        for p in points
     ]
     here = {
         "temperature": 1.0,
@@ -165,13 +178,18 @@ def region_data(origin: OperatingPoint, places: Sequence[GridPoint]) -> dict[str
 
 
 def grid(
-    places: Sequence[GridPoint], dtype: str, across: str, fixed: int
+    points: Sequence[GridPoint], dtype: str, across: str, fixed: int
 ) -> Iterator[tuple[float, list[GridPoint]]]:
-    """Rows of places, a temperature each, over ``seq_len`` or ``head_dim``, the other one being
-    ``fixed``.
+    """Yield rows of points by temperature.
+
+    Args:
+        points: the region.
+        dtype: format of the points.
+        across: ``seq_len`` or ``head_dim``, the axis along a row.
+        fixed: value of the other axis.
     """
     other = "head_dim" if across == "seq_len" else "seq_len"
-    chosen = [p for p in places if p.dtype == dtype and getattr(p, other) == fixed]
+    chosen = [p for p in points if p.dtype == dtype and getattr(p, other) == fixed]
     for temperature in dict.fromkeys(p.temperature for p in chosen):
         yield (
             temperature,
@@ -182,14 +200,12 @@ def grid(
         )
 
 
-@functools.lru_cache(maxsize=4096)
-def _curvature(spread: float, keys: int, head_dim: int, scale: float) -> tuple[float, float]:
-    return expected_curvature(spread, keys, head_dim, scale)
+_curvature = functools.lru_cache(maxsize=4096)(expected_curvature)
 
 
 @functools.lru_cache(maxsize=256)
 def _widest(keys: int, share: float) -> float:
-    """The spread at which ``share`` of a row's entropy is left, by bisection."""
+    """Return the spread of rows with ``share`` of their entropy left, by bisection."""
     low, high = 0.0, 4 * math.sqrt(2 * math.log(max(keys, 2)))
     for _ in range(24):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""A stability region in the terminal, in Markdown, and as a contour plot with the model marked."""
+"""A stability region as a table in the terminal and as a contour plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stabmon.check.config import DTYPES, CheckConfig
-from stabmon.check.region.region import GridPoint, OperatingPoint, grid, place
+from stabmon.check.region.region import GridPoint, OperatingPoint, grid, grid_point
 from stabmon.figures.signals import new_figure, saved
 
 if TYPE_CHECKING:
@@ -26,10 +26,16 @@ LEGEND = (
 )
 
 
-def region_table(origin: OperatingPoint, places: Sequence[GridPoint], dtype: str) -> Table:
-    """Temperatures downwards; lengths, then head dimensions, across."""
+def region_table(origin: OperatingPoint, points: Sequence[GridPoint], dtype: str) -> Table:
+    """Draw a table with temperatures down, lengths and head dimensions across.
+
+    Args:
+        origin: the model's own position.
+        points: the region.
+        dtype: format to show.
+    """
     over = (("seq_len", origin.head_dim), ("head_dim", origin.seq_len))
-    halves = [dict(grid(places, dtype, across, fixed)) for across, fixed in over]
+    halves = [dict(grid(points, dtype, across, fixed)) for across, fixed in over]
     table = Table(
         title=f"stability region in {dtype}", title_justify="left", box=None, padding=(0, 1)
     )
@@ -62,8 +68,14 @@ def region_table(origin: OperatingPoint, places: Sequence[GridPoint], dtype: str
 def region_plot(
     origin: OperatingPoint, config: CheckConfig, path: str | Path | None = None
 ) -> Figure:
-    """Contours of the margin in bits, a column a format, over length and over head dimension; the
-    line at 0 is the region's edge.
+    """Plot the margin in bits over length and over head dimension.
+
+    A column per format; the black line at 0 is the region's edge, the star the model.
+
+    Args:
+        origin: the model's own position.
+        config: levels.
+        path: file to write; None for none.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -81,7 +93,7 @@ def region_plot(
             margins = np.array(
                 [
                     [
-                        place(
+                        grid_point(
                             origin,
                             t,
                             v if row else origin.head_dim,
@@ -125,7 +137,7 @@ def region_plot(
 
 
 def short(length: int) -> str:
-    """A length in few characters.
+    """Format a length in few characters.
 
     >>> short(131_072), short(100)
     ('128k', '100')

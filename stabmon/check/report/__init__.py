@@ -1,1 +1,1 @@
-"""Present the result of a check."""
+"""The report of a check."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from stabmon.check.report.report import StabilityReport
-from stabmon.check.sweep.view import sweep_words
+from stabmon.check.report.results import CheckResults
+from stabmon.check.sweep.view import sweep_sentence
 from stabmon.figures.signals import short_names
 
 MOST_HEADS = 12
 
 
-def to_markdown(report: StabilityReport) -> str:
-    """Verdict, findings with what to do, formats, and the worst heads."""
+def to_markdown(report: CheckResults) -> str:
+    """Render verdict, findings with advice, formats and the worst heads."""
     parts = [
         f"# Stability check: {report.verdict}",
         f"{report.subject}, {report.length} tokens, {report.config.dtype}.",
@@ -55,7 +55,7 @@ def to_markdown(report: StabilityReport) -> str:
         rows = [tuple(f"{value:.3g}" for value in run.values()) for run in sweep["runs"]]
         parts += [
             "## Learning rates",
-            f"{sweep_words(sweep)}.",
+            f"{sweep_sentence(sweep)}.",
             _table(("rate", "largest score", "saturated rows", "loss"), rows),
         ]
     if report.notes:
@@ -63,21 +63,30 @@ def to_markdown(report: StabilityReport) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def head_columns(report: StabilityReport) -> tuple[str, ...]:
-    """What :func:`head_rows` tells."""
+def head_columns(report: CheckResults) -> tuple[str, ...]:
+    """Return the column names of :func:`head_rows`."""
     pattern = _short(report)[1]
     dtype = report.config.dtype if report.config.dtype != "fp32" else "bf16"
     return (f"layer {pattern}".strip(), *HEAD_COLUMNS, f"{dtype} moves")
 
 
 HEAD_COLUMNS = ("head", "spread", "expected", "max", "H/ln n", "saturated", "bits")
-"""``spread`` is the standard deviation of a row's scores, measured and expected; ``max`` the
-largest score; H the entropy.
+"""Names of the columns of the table of heads.
+
+``spread`` is the standard deviation of a row's scores, measured and expected; ``max`` the largest
+score; H the entropy.
 """
 
 
-def head_rows(report: StabilityReport, most: int) -> list[tuple[str, ...]]:
-    """The worst heads, a row each, as words; ``moved`` is for the format to train in."""
+def head_rows(report: CheckResults, most: int) -> list[tuple[str, ...]]:
+    """Return the worst heads as rows of text.
+
+    The last column is for the format to train in.
+
+    Args:
+        report: the results.
+        most: number of heads.
+    """
     dtype = report.config.dtype if report.config.dtype != "fp32" else "bf16"
     short = _short(report)[0]
     return [
@@ -101,9 +110,10 @@ def head_rows(report: StabilityReport, most: int) -> list[tuple[str, ...]]:
     ]
 
 
-def _short(report: StabilityReport) -> tuple[dict[str, str], str]:
-    """What each layer is called in the table, and the pattern that it fills; a lone layer's name is
-    the pattern itself.
+def _short(report: CheckResults) -> tuple[dict[str, str], str]:
+    """Return each layer's short name, and the pattern to complete with it.
+
+    A lone layer's name is the pattern itself.
     """
     layers = [each.layer for each in report.views]
     if len(layers) == 1:
@@ -113,11 +123,11 @@ def _short(report: StabilityReport) -> tuple[dict[str, str], str]:
 
 
 def number(value: float) -> str:
-    """Three digits, or a dash for what is not known."""
+    """Format three digits, or a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.3g}"
 
 
-def _findings(report: StabilityReport) -> Iterable[str]:
+def _findings(report: CheckResults) -> Iterable[str]:
     if not report.findings:
         yield "No finding."
         return

@@ -1,116 +1,42 @@
-"""What a check found, as a mapping of plain values and as something to read."""
+"""The report of a check: a mapping of plain values and a page of Markdown."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from stabmon.check.config import CheckConfig
-from stabmon.check.judging.findings import Finding
-from stabmon.check.judging.precision import FormatVerdict
 from stabmon.check.measuring.arithmetic import expected_entropy
-from stabmon.check.measuring.expect import LayerView
-from stabmon.records import SEVERITIES
+from stabmon.check.report.markdown import to_markdown
+from stabmon.check.report.results import CheckResults
 
 LENGTHS = (128, 512, 2048, 8192, 32_768, 131_072)
-COLUMNS = (
-    "score_spread",
-    "max_logit",
-    "normalized_entropy",
-    "saturated_fraction",
-    "precision_bits",
-    "hnf_log_curvature",
-)
-"""What the table of heads tells of each, besides what was expected and what rounding moves."""
 
 
 @dataclass(frozen=True, eq=False)
-class StabilityReport(Mapping[str, Any]):
-    """What a check found. A mapping of plain values (see :meth:`to_dict`), a text (``str``), and
-    :meth:`to_markdown`.
+class StabilityReport(CheckResults, Mapping[str, Any]):
+    """Report of a check.
+
+    A mapping of plain values (see :meth:`to_dict`), a text (``str``), and :meth:`to_markdown`.
+
+    Example:
+        >>> import torch, stabmon
+        >>> layer = torch.nn.TransformerEncoderLayer(32, 2, batch_first=True)
+        >>> report = stabmon.check_attention_stability(layer, torch.randn(1, 16, 32))
+        >>> report.verdict, report["float16_safe"], report.recommendations
+        ('pass', True, [])
     """
-
-    subject: str
-    """What was checked, in words."""
-    config: CheckConfig
-    length: int
-    """The length that it was checked for, in tokens."""
-    views: tuple[LayerView, ...]
-    findings: tuple[Finding, ...]
-    """Ranked, the most severe first."""
-    precision: tuple[FormatVerdict, ...]
-    analytic: bool
-    """Weights were made for the check from a config: nothing was measured on weights of the model's
-    own.
-    """
-    loss: float | None = None
-    gradients: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """Further parts in plain values, as a stability region or a sweep of learning rates."""
-
-    @property
-    def verdict(self) -> str:
-        """``fail`` with an error, ``warn`` with a warning, else ``pass``."""
-        if self.finds("error"):
-            return "fail"
-        return "warn" if self.finds("warning") else "pass"
-
-    def finds(self, severity: str) -> bool:
-        """Whether there is a finding of at least this severity."""
-        least = SEVERITIES.index(severity)
-        return any(SEVERITIES.index(each.severity) >= least for each in self.findings)
-
-    @property
-    def recommendations(self) -> list[str]:
-        """What to change, the most urgent first; empty for a healthy model."""
-        advised = [
-            each
-            for each in self.findings
-            if each.recommendation is not None and each.severity != "info"
-        ]
-        return list(
-            dict.fromkeys(
-                f"{each.recommendation.what} ({each.where})"
-                for each in advised
-                if each.recommendation
-            )
-        )
-
-    def safe(self, dtype: str) -> bool:
-        """Whether ``fp16``, ``bf16`` or ``fp32`` is enough on the path that the model takes, and
-        its weights are finite.
-        """
-        fits = [fit.safe for fit in self.precision if fit.used and fit.dtype == dtype]
-        return bool(fits) and all(fits)
-
-    def heads(self, most: int | None = None) -> list[dict[str, Any]]:
-        """One entry a head, the worst first: saturated, far from what was expected, or moved by
-        rounding.
-        """
-        rows = [self._head(view, head) for view in self.views for head in range(view.info.heads)]
-        named = {(each.layer, each.head) for each in self.findings}
-
-        def badness(row: dict[str, Any]) -> tuple[bool, float]:
-            return (row["layer"], row["head"]) in named, np.nan_to_num(
-                row["max_logit"], nan=math.inf
-            )
-
-        return sorted(rows, key=badness, reverse=True)[:most]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, NaN and infinities among them."""
+        """Return plain values, NaN and infinities included."""
         return dict(self._plain)
 
     def to_markdown(self) -> str:
-        """The report as a page of Markdown."""
-        from stabmon.check.report.markdown import to_markdown
-
+        """Return the report as a page of Markdown."""
         return to_markdown(self)
 
     def __str__(self) -> str:
@@ -163,8 +89,9 @@ class StabilityReport(Mapping[str, Any]):
         }
 
     def _entropy_share(self, keys: int) -> float:
-        """Entropy to expect of rows of so many keys at the widest layer's spread, as a share of ln
-        n.
+        """Return the entropy to expect of rows of ``keys`` keys, as a share of ln n.
+
+        At the spread of the widest layer.
         """
         view = max(self.views, key=lambda each: float(np.nan_to_num(each.spread[each.widest])))
         return expected_entropy(
@@ -172,8 +99,9 @@ class StabilityReport(Mapping[str, Any]):
         ) / math.log(keys)
 
     def _bits_needed(self) -> float:
-        """On the path that the model takes, by the format to train in; by bfloat16 for float32,
-        whose rounding is not tried.
+        """Return the bits needed by the format to train in, on the model's path.
+
+        bfloat16 stands in for float32, whose rounding is not tried.
         """
         dtype = "bf16" if self.config.dtype == "fp32" else self.config.dtype
         return max(
@@ -186,20 +114,3 @@ class StabilityReport(Mapping[str, Any]):
 
     def _over(self, value: Any) -> float:
         return float(np.nanmax([value(view) for view in self.views])) if self.views else math.nan
-
-    def _head(self, view: LayerView, head: int) -> dict[str, Any]:
-        path = "fused" if view.info.fused else "eager"
-        entry: dict[str, Any] = {
-            "layer": view.layer,
-            "head": head,
-            "expected_score_std": float(view.expected_spread[head]),
-        }
-        entry |= {name: float(view.measured[name][head]) for name in COLUMNS}
-        for dtype in ("fp16", "bf16"):
-            entry[f"moved_by_{dtype}"] = float(view.measured[f"moved/{path}/{dtype}"][head])
-        if view.weights is not None:
-            entry |= {
-                "query_weight_norm": float(view.weights.query[head]),
-                "key_weight_norm": float(view.weights.key[head]),
-            }
-        return entry

@@ -29,7 +29,7 @@ MOST_HEADS = 6
 
 
 def view(report: StabilityReport) -> Group:
-    """Verdict, findings, formats and the worst heads."""
+    """Render verdict, findings, formats and the worst heads."""
     return Group(*_parts(report))
 
 

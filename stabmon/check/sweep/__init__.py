@@ -1,1 +1,1 @@
-"""Sweep learning rates on a narrow proxy model."""
+"""Sweep over learning rates on a narrow proxy model."""

@@ -1,5 +1,6 @@
-"""A model's narrow cousin and something to train it on, for a sweep over learning rates. B batch, S
-tokens.
+"""A narrow proxy of a model and its batches, for a sweep over learning rates.
+
+B batch, S tokens.
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from stabmon.tiny.corpus import default_text, read_text
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 4, 4, 256
 LENGTH, BATCH = 128, 8
 HIDDEN = 0.15
-"""Share of bytes that a masked model has to guess; a hidden one is read as 0, which no text
-holds.
+"""Share of bytes for a masked model to guess.
+
+A hidden one is read as 0, which no text holds.
 """
 
 
 @dataclass(frozen=True, eq=False)
 class Proxy:
-    """What a sweep trains."""
+    """The model and the data of a sweep."""
 
     make: Callable[[int], nn.Module]
-    """Seed -> a fresh model."""
+    """Function from a seed to a fresh model."""
     batches: Callable[[int, int], Sequence[dict[str, Tensor]]]
-    """(steps, seed) -> keyword arguments of its forward, one a step."""
+    """Function from (steps, seed) to keyword arguments of the forward, one per step."""
     width: int
     full_width: int
     length: int
@@ -41,10 +43,18 @@ class Proxy:
 
 
 def make_proxy(target: LoadedModel, attention: str | None, text: str | None, length: int) -> Proxy:
-    """The cousin of a model of transformers, at most ``WIDTH`` wide; a callable's model as it is.
+    """Make the proxy of a model.
+
+    A model of transformers is narrowed to ``WIDTH``, a callable's model stays as it is.
+
+    Args:
+        target: the model.
+        attention: attention implementation; None for the model's own choice.
+        text: file to train on; None for the default text.
+        length: length of a row in tokens, cut to ``LENGTH``.
 
     Raises:
-        ValueError: if the model does not read tokens and give a loss, or the text is too short.
+        ValueError: if the model does not read tokens and return a loss, or the text is too short.
     """
     size = min(length, LENGTH)
     if target.make is not None:
@@ -56,15 +66,19 @@ def make_proxy(target: LoadedModel, attention: str | None, text: str | None, len
 
     parameters = sum(each.numel() for each in make(0).parameters())
     note = (
-        f"sweep on a cousin of width {width} ({parameters:,} parameters), {size} bytes of text "
+        f"sweep on a proxy of width {width} ({parameters:,} parameters), {size} bytes of text "
         f"a row, batch {BATCH}"
     )
     return Proxy(make, _Batches(make(0), text, size, VOCABULARY), width, full, size, note)
 
 
 def narrow(config: Any) -> tuple[Any, int, int]:
-    """The config at ``WIDTH``, its initialisation widened so that activations and scores keep their
-    size; both widths beside it.
+    """Narrow a config to ``WIDTH``.
+
+    The initialisation is widened so that activations and scores keep their size.
+
+    Returns:
+        The config, its width and the full width.
     """
     small = copy.deepcopy(config)
     part = small.get_text_config() if hasattr(small, "get_text_config") else small
@@ -117,9 +131,7 @@ def narrow(config: Any) -> tuple[Any, int, int]:
 
 
 class _Batches:
-    """Rows of bytes drawn from a text by an own generator, in whatever names the model takes
-    them.
-    """
+    """Rows of bytes drawn from a text, as arguments of the model's forward."""
 
     def __init__(self, model: nn.Module, text: str | None, length: int, vocabulary: int) -> None:
         raw = (default_text() if text is None else read_text(text))[1]
@@ -134,8 +146,8 @@ class _Batches:
         taken = inspect.signature(model.forward).parameters
         if "input_ids" not in taken or "labels" not in taken:
             raise ValueError(
-                f"--sweep: {type(model).__name__}.forward must take input_ids and labels and give "
-                "a loss"
+                f"--sweep: {type(model).__name__}.forward must take input_ids and labels and "
+                "return a loss"
             )
 
     def __call__(self, steps: int, seed: int) -> list[dict[str, Tensor]]:
@@ -157,7 +169,7 @@ def _as_given(
     table = next((each for each in model.modules() if isinstance(each, nn.Embedding)), None)
     if table is None:
         raise ValueError(
-            "--sweep: the model has no table of token embeddings, and so reads no text"
+            "--sweep: the model has no token embeddings and so reads no text: give one that does"
         )
     width = table.embedding_dim
     note = f"sweep on the model as it is, {size} bytes of text a row, batch {BATCH}"

@@ -1,13 +1,13 @@
-"""From which learning rate on a recipe's attention blows up: a few dozen real steps at each of
-several rates, and a fit.
+"""The largest learning rate of a recipe with stable attention.
 
-The largest score after so many steps grows with the rate as a power law (Wortsman et al. 2023,
-arXiv:2309.14322, figures 1 and 3). The rate's limit is where that line crosses the score at which a
-typical row hardly learns any more: the largest of n normal scores is ``sigma sqrt(2 ln n)`` and
-stands ``sigma / sqrt(2 ln n)`` above the next, and with a gap g the softmax passes ``2 exp(-g)`` of
-a gradient. A tenth is passed at ``g = ln 20``, so at a largest score of ``2 ln(n) ln(20)``: 25 for
-64 keys, 50 for 4096. Scores that are there after a few dozen steps go on growing; in small models
-they came to 2.5 times that, where a thousandth is passed, and the runs failed.
+A few dozen real steps at each of several rates, and a fit. The largest score after so many steps
+grows with the rate as a power law (Wortsman et al. 2023, arXiv:2309.14322, figures 1 and 3). The
+rate's limit is where that line crosses the score at which a typical row hardly learns any more: the
+largest of n normal scores is ``sigma sqrt(2 ln n)`` and stands ``sigma / sqrt(2 ln n)`` above the
+next, and with a gap g the softmax passes ``2 exp(-g)`` of a gradient. A tenth is passed at ``g = ln
+20``, so at a largest score of ``2 ln(n) ln(20)``: 25 for 64 keys, 50 for 4096. Scores go on growing
+after a few dozen steps: in small models they came to 2.5 times that, where a thousandth is passed,
+and the runs failed.
 """
 
 from __future__ import annotations
@@ -22,53 +22,57 @@ from torch import Tensor, nn
 
 from stabmon.check.measuring.short_run import ShortRun, train_briefly
 from stabmon.tiny.recipe import Recipe
+from stabmon.tiny.statistics import student_t
 
 PASSES = 0.1
-"""Share of a gradient that a typical row passes at the limit."""
+"""Share of a gradient passed by a typical row at the limit."""
 STEPS, WARMUP = 48, 16
 NEAR = 3.0
-"""Powers of e from the limit within which scores count in the fit: the law bends further away."""
+"""Largest logarithmic distance from the limit of scores in the fit.
+
+Powers of e; the law bends further away.
+"""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What was tried and what follows."""
+    """Runs of a sweep and the limit fitted to them. R runs."""
 
     rates: tuple[float, ...]
-    """``[R]`` every run's peak rate."""
+    """Peak rates ``[R]``."""
     scores: tuple[float, ...]
-    """``[R]`` largest score of any head in a run's last look; inf where the run ended in a loss
-    that is not finite.
+    """Largest score of any head at each run's last sample, ``[R]``.
+
+    inf where the run ended in a loss that is not finite.
     """
     saturated: tuple[float, ...]
-    """``[R]`` share of all rows that pass no gradient then."""
+    """Share of all rows without a gradient then, ``[R]``."""
     losses: tuple[float, ...]
-    """``[R]`` mean loss of a run's last eighth."""
+    """Mean loss over each run's last eighth, ``[R]``."""
     score_limit: float
     limit: float | None
-    """The rate at which scores reach ``score_limit``; None where they come to it at no rate that
-    was tried.
-    """
+    """Rate for scores of ``score_limit``; None where no tried rate reaches them."""
     low: float | None
     """Lower end of a 90 % interval of ``limit``."""
     high: float | None
     exponent: float | None
-    """Scores grow as the rate to this power."""
+    """Exponent of the rate in the growth of scores."""
     steps: int
     width: int
-    """Of the model that was trained."""
+    """Width of the trained model."""
     full_width: int
-    """Of the model that is meant."""
+    """Width of the model asked about."""
 
     @property
     def full_limit(self) -> float | None:
-        """The limit at full width: it falls as one over the width under Adam (Yang et al. 2022,
-        arXiv:2203.03466).
+        """Return the limit at full width.
+
+        It falls as one over the width under Adam (Yang et al. 2022, arXiv:2203.03466).
         """
         return None if self.limit is None else self.limit * self.width / self.full_width
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         runs = [
             {"rate": rate, "largest_score": score, "saturated": share, "loss": loss}
             for rate, score, share, loss in zip(
@@ -90,7 +94,7 @@ class Sweep:
 
 
 def score_limit(keys: int) -> float:
-    """The largest score at which a typical row of ``keys`` passes a tenth of a gradient.
+    """Return the largest score of rows typically passing a tenth of a gradient.
 
     >>> round(score_limit(64), 1)
     24.9
@@ -107,21 +111,22 @@ def sweep_rates(
     *,
     around: float = 1e-3,
     widths: tuple[int, int] = (1, 1),
-    told: Callable[[ShortRun], None] = lambda run: None,
+    on_run: Callable[[ShortRun], None] = lambda run: None,
 ) -> Sweep:
-    """Train at rates around ``around``, coarsely until the limit is bracketed, then finely about
-    it.
+    """Train at several rates around ``around`` and fit the limit.
+
+    Coarse steps of the rate until the limit is bracketed, then fine ones about it.
 
     Args:
-        make: seed -> a fresh model.
-        batches: (steps, seed) -> keyword arguments of its forward, one a step.
-        recipe: the optimizer; its warm-up is brought down to ``WARMUP`` steps, and it does not fall
+        make: from a seed to a fresh model.
+        batches: from (steps, seed) to keyword arguments of its forward, one mapping per step.
+        recipe: the optimizer; its warm-up is cut to ``WARMUP`` steps, and its rate does not fall
             within these few.
         dtype: precision to train in.
-        keys: how many keys a row sees.
+        keys: number of keys of a row.
         around: the rate to begin with.
-        widths: of the model that is trained, and of the one that is meant.
-        told: hears of each run as it ends.
+        widths: of the trained model, and of the one asked about.
+        on_run: called with each run as it ends.
     """
     short = replace(recipe, schedule="constant", warmup=min(WARMUP, max(recipe.warmup, 1)))
     limit = score_limit(keys)
@@ -131,7 +136,7 @@ def sweep_rates(
         seed = len(runs)
         done = train_briefly(lambda: make(seed), batches(STEPS, seed), short, rate, dtype)
         runs.append((done, _last_score(done)))
-        told(done)
+        on_run(done)
         return runs[-1][1]
 
     above, below = _bracket(run, around, limit)
@@ -161,12 +166,20 @@ def sweep_rates(
 def fit_limit(
     rates: Sequence[float], scores: Sequence[float], limit: float
 ) -> tuple[float | None, float | None, float | None, float | None]:
-    """Where a power law through (rate, largest score) crosses ``limit``: the rate, a 90 % interval,
-    and the exponent.
+    """Fit the rate for a score of ``limit``, by a power law.
 
-    None throughout where no score comes to the limit. Points further than ``NEAR`` from it, in
-    logarithms, are left out as far as four remain. The interval holds the scatter of single runs
-    about the line as well as the line's own uncertainty.
+    Points further than ``NEAR`` from the limit, in logarithms, are left out as far as four remain.
+    The interval holds the scatter of single runs about the line as well as the line's own
+    uncertainty.
+
+    Args:
+        rates: peak rates ``[R]``.
+        scores: largest score of each run, ``[R]``.
+        limit: the score to reach.
+
+    Returns:
+        The rate, the lower and upper end of its 90 % interval, and the exponent; None throughout
+        where no score reaches the limit.
     """
     finite = [
         (math.log(rate), math.log(score / limit))
@@ -191,19 +204,16 @@ def fit_limit(
         / slope
         * math.sqrt(1 + 1 / len(x) + (at - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum())
     )
-    half = _STUDENT.get(len(x) - 2, 1.8) * spread
+    half = student_t(0.9, len(x) - 2) * spread
     return math.exp(at), math.exp(at - half), math.exp(at + half), float(slope)
-
-
-_STUDENT = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.86}
-"""95 % quantile of Student's t by degrees of freedom."""
 
 
 def _bracket(
     run: Callable[[float], float], around: float, limit: float
 ) -> tuple[float | None, float | None]:
-    """Rates a factor 4 apart between which the limit is crossed: above, below; None for the one
-    that was not found.
+    """Bracket the limit by two rates a factor 4 apart.
+
+    Above, below; None for the one that was not found.
     """
     rate, score = around, run(around)
     for _ in range(6):

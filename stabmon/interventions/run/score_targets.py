@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from stabmon._torch.number_formats import LARGEST
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.records import StabilityIssue
 from stabmon.rules.evidence.baselines import PAST_READINGS
 
-FORMATS = {"float16": 65504.0 / 4, "bfloat16": 3.0e38, "float32": 3.0e38}
-"""q·k, before the scale, that a head may reach in a format: a quarter of where float16
-overflows.
-"""
+
+def largest_product(dtype: str) -> float:
+    """Return the ``q·k`` before the scale that a head may reach in a format.
+
+    A quarter of the largest value of the format, of float32 where the format is not known.
+    """
+    return LARGEST.get(dtype, LARGEST["float32"]) / 4
 
 
 def baselines(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:

@@ -1,3 +1,4 @@
-"""Attention recomputed in float64 from a model's own weights, by formulas written out here and
-shared with nobody.
+"""Attention recomputed in float64 from a model's own weights.
+
+By formulas written out here and shared with nobody.
 """

@@ -1,6 +1,4 @@
-"""What a family of models has to tell: how to build a small one, and the float64 attention of one
-of its calls.
-"""
+"""Cases of model families: a small model, and the float64 attention of its calls."""
 
 from __future__ import annotations
 
@@ -23,14 +21,14 @@ class Call:
     """One run of an attention module in a forward."""
 
     name: str
-    """Qualified module name; ``name#1``… from the module's second run of the forward on."""
+    """Qualified module name; ``name#1``… from the module's second run on."""
     module: Any
     model: Any
-    """The model it belongs to."""
+    """Model of the module."""
     inputs: Mapping[str, Any]
-    """The arguments of the module's forward, by parameter name."""
+    """Arguments of the module's forward, by parameter name."""
     outputs: list[Any] = field(default_factory=list)
-    """What the module returned, filled in once it has."""
+    """Output of the module, once it has run."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +37,30 @@ class Case:
 
     name: str
     build: Callable[[str], tuple[nn.Module, Batch]]
-    """From an implementation's name to a model and one batch for it, in the default dtype."""
+    """Function from an implementation's name to a model and one batch.
+
+    In the default dtype.
+    """
     attention: type[nn.Module] | str
-    """The class, or the class name, of the modules that attend."""
+    """Class, or class name, of the attention modules."""
     attend: Callable[[Call, Batch], Attention]
-    """The float64 reference of one call, from the call's inputs and the module's own weights."""
+    """Float64 reference of one call, from its inputs and the module's own weights."""
     expected: int
     """Attention calls in one forward, known from the architecture."""
     implementations: tuple[str, ...] = ("sdpa", "eager")
     training: bool = False
     """Run the model in training mode, with its dropout."""
     trained: bool = False
-    """The weights come from a file, in float32."""
+    """True for weights from a file, in float32."""
 
 
 @contextmanager
 def record_calls(
     model: nn.Module, attention: type[nn.Module] | str, **forced: Any
 ) -> Iterator[list[Call]]:
-    """Collect every run of the modules of class ``attention``; ``forced`` arguments replace the
-    model's own.
+    """Collect every run of the modules of class ``attention``.
+
+    ``forced`` arguments replace the model's own.
     """
     calls: list[Call] = []
     handles = []
@@ -92,15 +94,17 @@ def record_calls(
 
 
 def using(implementation: str) -> dict[str, Any]:
-    """The configuration argument that chooses an attention implementation (transformers' types do
-    not know it).
+    """Return the configuration argument that chooses an attention implementation.
+
+    transformers' types do not know it.
     """
     return {"attn_implementation": implementation}
 
 
 def liven(model: nn.Module, seed: int = 0) -> None:
-    """Add noise to every vector of parameters (biases and norm gains start at constants, where a
-    slip would not show).
+    """Add noise to every vector of parameters.
+
+    Biases and norm gains start at constants, where a slip would not show.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -113,8 +117,9 @@ def liven(model: nn.Module, seed: int = 0) -> None:
 
 
 def spread_heads(weight: Tensor, heads: int, low: float, high: float) -> None:
-    """Scale the query heads of a weight ``[H * D, C]`` (or a view of one) from ``low`` to ``high``:
-    diffuse to one-hot.
+    """Scale the query heads of a weight ``[H * D, C]`` from ``low`` to ``high``.
+
+    From diffuse to one-hot; also a view of a weight.
     """
     factors = torch.logspace(0, 1, heads, base=high / low, dtype=weight.dtype) * low
     with torch.no_grad():
@@ -122,8 +127,9 @@ def spread_heads(weight: Tensor, heads: int, low: float, high: float) -> None:
 
 
 def padded(batch: int, length: int, valid: tuple[int, ...], *, left: bool = False) -> Tensor:
-    """int64 ``[B, S]``: 1 at the ``valid[b]`` real tokens of each row, padding on the right, or on
-    the left.
+    """Return int64 ``[B, S]``: 1 at the ``valid[b]`` real tokens of each row.
+
+    Padding on the right, or on the left.
     """
     positions = torch.arange(length).expand(batch, length)
     real = torch.tensor(valid)[:, None]
@@ -131,7 +137,10 @@ def padded(batch: int, length: int, valid: tuple[int, ...], *, left: bool = Fals
 
 
 def tokens(batch: int, length: int, vocabulary: int, seed: int = 1) -> Tensor:
-    """int64 ``[B, S]``: random token numbers from 3 on (the first ones tend to be special)."""
+    """Return int64 ``[B, S]``: random token numbers from 3 on.
+
+    The first ones tend to be special.
+    """
     return torch.randint(
         3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)
     )

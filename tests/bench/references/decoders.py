@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
 
 
 def key_mask(batch: Batch) -> Tensor:
-    """bool ``[B, S]``: the real tokens."""
+    """Return bool ``[B, S]``: the real tokens."""
     return (
         batch["attention_mask"].bool()
         if "attention_mask" in batch
@@ -33,7 +33,10 @@ def key_mask(batch: Batch) -> Tensor:
 
 
 def build_gpt2(implementation: str, dropout: float = 0.0) -> tuple[nn.Module, Batch]:
-    """GPT-2 with left padding: the first rows of a padded sequence see no key at all."""
+    """Build a GPT-2 with left padding.
+
+    The first rows of a padded sequence see no key at all.
+    """
     from transformers import GPT2Config, GPT2Model
 
     model: Any = GPT2Model(
@@ -61,7 +64,9 @@ def build_gpt2(implementation: str, dropout: float = 0.0) -> tuple[nn.Module, Ba
 
 
 def attend_gpt2(call: Call, batch: Batch) -> Attention:
-    """q and k are the first two thirds of one fused projection; layer l divides the scores by l + 1
+    """Attend as GPT-2.
+
+    q and k are the first two thirds of one fused projection; layer l divides the scores by l + 1
     besides √D.
     """
     module, hidden = call.module, call.inputs["hidden_states"]
@@ -74,7 +79,7 @@ def attend_gpt2(call: Call, batch: Batch) -> Attention:
 
 
 def build_llama(implementation: str, steepest: float = 6.0) -> tuple[nn.Module, Batch]:
-    """Llama with two query heads a key head and no mask at all: causality is all there is."""
+    """Build a Llama with two query heads per key head and no mask but causality."""
     from transformers import LlamaConfig, LlamaModel
 
     model: Any = LlamaModel(LlamaConfig(**SMALL, attention_bias=True, **using(implementation)))
@@ -85,7 +90,10 @@ def build_llama(implementation: str, steepest: float = 6.0) -> tuple[nn.Module, 
 
 
 def build_mistral(implementation: str) -> tuple[nn.Module, Batch]:
-    """Mistral with a window of 50 in sequences of 200, the second one padded on the left."""
+    """Build a Mistral with a window of 50 in sequences of 200.
+
+    The second one is padded on the left.
+    """
     from transformers import MistralConfig, MistralModel
 
     config = MistralConfig(**SMALL, sliding_window=WINDOW, **using(implementation))
@@ -98,8 +106,9 @@ def build_mistral(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def build_qwen3(implementation: str) -> tuple[nn.Module, Batch]:
-    """Qwen3: RMS norms on query and key, head width 24 that is not model width over heads, padding
-    on the right.
+    """Build a Qwen3 with RMS norms on query and key and padding on the right.
+
+    Its head width is 24, not model width over heads.
     """
     from transformers import Qwen3Config, Qwen3Model
 
@@ -113,8 +122,9 @@ def build_qwen3(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def build_gemma2(implementation: str) -> tuple[nn.Module, Batch]:
-    """Gemma 2: scores capped at 20, a scale that is not 1/√D, a window of 50 in the first layer and
-    none in the second.
+    """Build a Gemma 2 with a softcap of 20 and a window in one layer.
+
+    The scale is not 1/√D; a window of 50 in the first layer and none in the second.
     """
     from transformers import Gemma2Config, Gemma2Model
 
@@ -136,8 +146,9 @@ def build_gemma2(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def attend_rotary(call: Call, batch: Batch) -> Attention:
-    """The Llama line: linear q and k, norms on them where the model has them, RoPE, grouped
-    heads.
+    """Attend as the Llama line.
+
+    Linear q and k, norms on them where the model has them, RoPE, grouped heads.
     """
     module, hidden, config = call.module, call.inputs["hidden_states"], call.module.config
     query = project(hidden, module.q_proj.weight, module.q_proj.bias, HEADS)
@@ -156,7 +167,7 @@ def attend_rotary(call: Call, batch: Batch) -> Attention:
 
 
 def width_under_root(config: Any, head_width: int) -> int:
-    """What the scores are divided by the root of: Gemma 2 sets its own number."""
+    """Return the number under the root in the scale: Gemma 2 sets its own."""
     return 24 if config.model_type == "gemma2" else head_width
 
 

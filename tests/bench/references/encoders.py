@@ -1,6 +1,4 @@
-"""BERT, ViT, the trained ALBERT and torch's own TransformerEncoder: self-attention that looks both
-ways.
-"""
+"""BERT, ViT, the trained ALBERT and torch's TransformerEncoder: bidirectional."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ SMALL: dict[str, Any] = {
 
 
 def build_bert(implementation: str) -> tuple[nn.Module, Batch]:
-    """BERT with the second sequence padded on the right."""
+    """Build a BERT with the second sequence padded on the right."""
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
@@ -41,13 +39,13 @@ def build_bert(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def build_albert(implementation: str) -> tuple[nn.Module, Batch]:
-    """RXNMapper's ALBERT on four reactions: one module that attends twelve times."""
+    """Build RXNMapper's ALBERT on four reactions: one module with twelve calls."""
     model, encode = load_albert(implementation)
     return model, encode(REACTIONS)
 
 
 def attend_bert(call: Call, batch: Batch) -> Attention:
-    """Scores q·k/√D over the keys that are not padding."""
+    """Attend as BERT: scores q·k/√D over the keys that are not padding."""
     module, hidden = call.module, call.inputs["hidden_states"]
     return plain(
         hidden, module.query, module.key, module.num_attention_heads, batch["attention_mask"].bool()
@@ -55,7 +53,7 @@ def attend_bert(call: Call, batch: Batch) -> Attention:
 
 
 def build_vit(implementation: str) -> tuple[nn.Module, Batch]:
-    """ViT on 24 × 24 images in patches of 4: 37 tokens, all visible."""
+    """Build a ViT on 24 × 24 images in patches of 4: 37 tokens, all visible."""
     from transformers import ViTConfig, ViTModel
 
     model: Any = ViTModel(ViTConfig(**SMALL, image_size=24, patch_size=4, **using(implementation)))
@@ -69,7 +67,7 @@ def build_vit(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def attend_vit(call: Call, batch: Batch) -> Attention:
-    """Scores q·k/√D over all keys."""
+    """Attend as ViT: scores q·k/√D over all keys."""
     module, hidden = call.module, call.inputs["hidden_states"]
     return plain(
         hidden, module.q_proj, module.k_proj, HEADS, torch.ones(hidden.shape[:2], dtype=torch.bool)
@@ -77,7 +75,10 @@ def attend_vit(call: Call, batch: Batch) -> Attention:
 
 
 def build_torch(implementation: str) -> tuple[nn.Module, Batch]:
-    """``nn.TransformerEncoder`` in training mode, with dropout 0.1 and padding on the right."""
+    """Build an ``nn.TransformerEncoder`` in training mode.
+
+    With dropout 0.1 and padding on the right.
+    """
     layer = nn.TransformerEncoderLayer(
         WIDTH, HEADS, 96, dropout=0.1, batch_first=True, norm_first=True
     )
@@ -95,7 +96,7 @@ def build_torch(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def attend_torch(call: Call, batch: Batch) -> Attention:
-    """q and k are the first two thirds of one stacked projection."""
+    """Attend as torch: q and k are the first two thirds of one stacked projection."""
     module = call.module
     q_weight, k_weight, _ = module.in_proj_weight.chunk(3)
     q_bias, k_bias, _ = module.in_proj_bias.chunk(3)
@@ -107,7 +108,7 @@ def attend_torch(call: Call, batch: Batch) -> Attention:
 
 
 def plain(hidden: Tensor, query: nn.Linear, key: nn.Linear, heads: int, keys: Tensor) -> Attention:
-    """Self-attention with two linear layers and nothing else."""
+    """Attend with two linear layers and nothing else."""
     q, k = (
         project(hidden, query.weight, query.bias, heads),
         project(hidden, key.weight, key.bias, heads),

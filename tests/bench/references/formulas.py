@@ -1,4 +1,4 @@
-"""The formulas of attention, in float64. Nothing of stabmon or of transformers is used here.
+"""Formulas of attention in float64, without stabmon or transformers.
 
 B batch, H query heads, G key heads, Q queries, K keys, S sequence, D head dimension, C model
 dimension.
@@ -18,14 +18,17 @@ class Attention:
     """One attention call, recomputed."""
 
     scores: Tensor
-    """``[B, H, Q, K]`` float64: scale and bias included, before softcap and mask."""
+    """Scores ``[B, H, Q, K]`` float64 with scale and bias, before softcap and mask."""
     visible: Tensor
-    """``[B, 1, Q, K]`` bool: the keys a query may see."""
+    """Visible keys of each query, ``[B, 1, Q, K]`` bool."""
     softcap: float | None = None
 
 
 def probabilities(attention: Attention) -> Tensor:
-    """``[B, H, Q, K]``: the softmax over the visible keys; NaN in rows that see none."""
+    """Return ``[B, H, Q, K]``, the softmax over the visible keys.
+
+    NaN in rows that see none.
+    """
     scores, cap = attention.scores, attention.softcap
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
@@ -35,8 +38,9 @@ def probabilities(attention: Attention) -> Tensor:
 
 
 def statistics(attention: Attention) -> dict[str, Tensor]:
-    """Per-head values ``[H]`` over all rows that see a key: mean entropy (nats), mean max
-    probability, max raw score.
+    """Return per-head values ``[H]`` over all rows that see a key.
+
+    Mean entropy (nats), mean max probability, max raw score.
     """
     p = probabilities(attention)
     rows = attention.visible.any(-1).expand(p.shape[:-1])
@@ -50,13 +54,14 @@ def statistics(attention: Attention) -> dict[str, Tensor]:
 
 
 def mean_over(values: Tensor, rows: Tensor) -> Tensor:
-    """``[H]``: the mean of ``values`` ``[B, H, Q]`` over the rows that count."""
+    """Return the mean ``[H]`` of ``values`` ``[B, H, Q]`` over the counted rows."""
     return values.masked_fill(~rows, 0.0).sum((0, 2)) / rows.sum((0, 2))
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """``[B, H, S, D]``: inputs ``[B, S, C]`` through a linear layer, weight ``[H * D, C]``, and cut
-    into heads.
+    """Project inputs ``[B, S, C]`` and cut them into heads, ``[B, H, S, D]``.
+
+    By a linear layer's weight ``[H * D, C]``.
     """
     out = hidden.double() @ weight.double().T
     if bias is not None:
@@ -65,15 +70,19 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> 
 
 
 def dot(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """``[B, H, Q, K]``: scaled products; query head h reads key head ``h // (H / G)``."""
+    """Return scaled products ``[B, H, Q, K]``.
+
+    Query head h reads key head ``h // (H / G)``.
+    """
     group = query.shape[1] // key.shape[1]
     reads = [head // group for head in range(query.shape[1])]
     return scale * torch.einsum("bhqd,bhkd->bhqk", query, key[:, reads])
 
 
 def rope(x: Tensor, theta: float) -> Tensor:
-    """Turn each pair (i, i + D/2) of ``[B, H, S, D]`` by position · theta^(−2i/D)  (Su et al. 2021,
-    half-split layout).
+    """Turn each pair (i, i + D/2) of ``[B, H, S, D]`` by position · theta^(−2i/D).
+
+    Su et al. 2021, half-split layout.
     """
     length, width = x.shape[-2:]
     rate = theta ** (-2.0 * torch.arange(width // 2, dtype=torch.float64) / width)
@@ -85,16 +94,16 @@ def rope(x: Tensor, theta: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """``x`` over its root mean square along the last axis, times ``gain``."""
+    """Divide ``x`` by its root mean square along the last axis, times ``gain``."""
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + epsilon) * gain.double()
 
 
 def visible(
     keys: Tensor, queries: int, *, causal: bool = False, window: int | None = None
 ) -> Tensor:
-    """``[B, 1, Q, K]``: what a query may see, from ``keys`` ``[B, K]`` bool (False is padding).
+    """Return the visible keys of each query, ``[B, 1, Q, K]``.
 
-    Causal: key j ≤ query i. Window w: i − j < w.
+    From ``keys`` ``[B, K]`` bool (False is padding). Causal: key j ≤ query i. Window w: i − j < w.
     """
     distance = torch.arange(queries)[:, None] - torch.arange(keys.shape[1])
     seen = torch.ones_like(distance, dtype=torch.bool)
@@ -108,11 +117,11 @@ def visible(
 def t5_bias(
     table: Tensor, queries: int, keys: int, *, bidirectional: bool, furthest: int
 ) -> Tensor:
-    """``[1, H, Q, K]``: T5's relative bias, from its table ``[buckets, H]`` (Raffel et al. 2020,
-    section 2.1).
+    """Return T5's relative bias ``[1, H, Q, K]`` from its table ``[buckets, H]``.
 
-    One bucket a distance up to half of them, then evenly in the logarithm of the distance up to
-    ``furthest``; looking both ways, later keys take the upper half of the table.
+    Raffel et al. 2020, section 2.1. One bucket per distance up to half of them, then evenly in the
+    logarithm of the distance up to ``furthest``; looking both ways, later keys take the upper half
+    of the table.
     """
     buckets = table.shape[0] // 2 if bidirectional else table.shape[0]
     near = buckets // 2

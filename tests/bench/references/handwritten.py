@@ -1,5 +1,6 @@
-"""A causal model that writes its attention out, as nanoGPT does without flash: matmul, mask,
-softmax, dropout, matmul.
+"""A causal model with written-out attention, as nanoGPT without flash.
+
+Matmul, mask, softmax, dropout, matmul.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ VOCABULARY, LAYERS, HEADS, WIDTH, LENGTH = 96, 2, 4, 64, 48
 
 
 class ManualAttention(nn.Module):
-    """Returns the output and the weights before dropout."""
+    """Attention with the output and the weights before dropout as results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class ManualGPT(nn.Module):
 
 
 def build_manual(implementation: str) -> tuple[nn.Module, Batch]:
-    """The model above, its heads spread."""
+    """Build the model above with its heads spread."""
     model = ManualGPT()
     liven(model)
     for module in model.modules():
@@ -74,7 +75,7 @@ def build_manual(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def attend_manual(call: Call, batch: Batch) -> Attention:
-    """q and k are the first two thirds of one fused projection."""
+    """Attend: q and k are the first two thirds of one fused projection."""
     hidden, fused = call.inputs["x"], call.module.qkv
     q_weight, k_weight, _ = fused.weight.chunk(3)
     q_bias, k_bias, _ = fused.bias.chunk(3)

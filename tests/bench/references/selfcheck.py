@@ -14,8 +14,9 @@ from references.formulas import probabilities
 
 
 class LiftFloat32(TorchFunctionMode):
-    """Turns every cast to float32 inside a model's code (norms, RoPE, softmax) into one to
-    float64.
+    """Replacement of casts to float32 in a model's code by casts to float64.
+
+    Norms, RoPE, softmax.
     """
 
     def __torch_function__(
@@ -36,12 +37,10 @@ class LiftFloat32(TorchFunctionMode):
 
 
 def reference_error(case: Case) -> float:
-    """The largest deviation of any probability from the weights that the model's eager attention
-    returns.
+    """Return the largest deviation of a probability from eager attention's weights.
 
     Rows that see no key are left out: eager attention spreads them evenly. Dropout is off, since
-        the returned weights
-    would have it in them.
+    the returned weights would have it in them.
     """
     options = (
         {"need_weights": True, "average_attn_weights": False}
@@ -70,8 +69,9 @@ def reference_error(case: Case) -> float:
 
 
 def build_float64(case: Case) -> tuple[nn.Module, Batch]:
-    """The case's model in float64, constants such as RoPE's frequencies included, and a batch for
-    it.
+    """Build the case's model and a batch in float64.
+
+    Constants such as RoPE's frequencies included.
     """
     torch.manual_seed(0)
     if case.trained:

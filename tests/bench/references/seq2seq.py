@@ -1,4 +1,4 @@
-"""T5 and Whisper: encoder self-attention, decoder self-attention and cross-attention."""
+"""T5 and Whisper: self-attention of encoder and decoder, and cross-attention."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ BUCKETS, FURTHEST = 16, 24
 
 
 def build_t5(implementation: str) -> tuple[nn.Module, Batch]:
-    """T5 with the second source padded; 16 buckets up to distance 24, so that every kind of bucket
-    is used.
+    """Build a T5 with the second source padded.
+
+    16 buckets up to distance 24, so that every kind of bucket is used.
     """
     from transformers import T5Config, T5Model
 
@@ -49,8 +50,9 @@ def build_t5(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def attend_t5(call: Call, batch: Batch) -> Attention:
-    """No scale; each stack's first layer owns the position bias of all its layers; cross-attention
-    has none.
+    """Attend as T5, without a scale.
+
+    Each stack's first layer owns the position bias of all its layers; cross-attention has none.
     """
     module, hidden, memory = (
         call.module,
@@ -77,7 +79,10 @@ def attend_t5(call: Call, batch: Batch) -> Attention:
 
 
 def build_whisper(implementation: str) -> tuple[nn.Module, Batch]:
-    """Whisper on 48 frames of 8 mels: 24 encoder positions, 20 decoder tokens, no mask given."""
+    """Build a Whisper on 48 frames of 8 mels, without a mask.
+
+    24 encoder positions, 20 decoder tokens.
+    """
     from transformers import WhisperConfig, WhisperModel
 
     model: Any = WhisperModel(
@@ -113,7 +118,10 @@ def build_whisper(implementation: str) -> tuple[nn.Module, Batch]:
 
 
 def attend_whisper(call: Call, batch: Batch) -> Attention:
-    """The key projection has no bias; only the decoder's self-attention is causal."""
+    """Attend as Whisper.
+
+    The key projection has no bias; only the decoder's self-attention is causal.
+    """
     module, hidden, memory = (
         call.module,
         call.inputs["hidden_states"],

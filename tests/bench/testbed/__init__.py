@@ -1,7 +1,7 @@
-"""Small real training runs, healthy and failing, to measure foresight and cures on.
+"""Small real training runs, healthy and failing, to measure alarms and guard on.
 
-``recipes`` says what to train and what goes wrong with it, ``models`` builds it, ``provoke`` makes
-it go wrong, ``trainer`` trains it (watched, guarded, or neither), ``outcome`` says from losses
+``recipes`` says what to train and which fault to inject, ``models`` builds it, ``inject_fault``
+makes it fail, ``trainer`` trains it (watched, guarded, or neither), ``outcome`` decides from losses
 alone whether and when it failed, ``bench`` runs and caches all of it.
 """
 

@@ -1,4 +1,4 @@
-"""When an alarm would have been raised: by stabmon's rules, and by plainer ones."""
+"""Alarms by stabmon's rules and by plainer ones, from kept readings."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class Alarm:
     step: int
     type: str
     layer: int | None = None
-    """Number of the attention layer; None where the run, or something else, is blamed."""
+    """Number of the attention layer; None for the run or anything else."""
     head: int | None = None
     where: str = ""
 
 
 def thinned(readings: list[Reading], every: int) -> Iterator[Reading]:
-    """What a monitor would have read that looks at one step in ``every``: a multiple of the
-    interval of ``readings``.
+    """Yield the readings of a monitor that samples one step in ``every``.
+
+    ``every`` is a multiple of the interval of ``readings``.
     """
     losses: list[tuple[int, float]] = []
     for reading in readings:
@@ -41,7 +42,7 @@ def thinned(readings: list[Reading], every: int) -> Iterator[Reading]:
 
 
 def alarms_of(case: Case, every: int) -> list[Alarm]:
-    """Every alarm that stabmon raises, in order."""
+    """Return every alarm of stabmon's rules, in order."""
     config = load_config("observe", log_every=every)
     tracker = IssueTracker(
         config.make_rules(),
@@ -60,15 +61,13 @@ def alarms_of(case: Case, every: int) -> list[Alarm]:
 
 
 def _first(
-    case: Case, every: int, ill: Callable[[Reading, str], np.ndarray], name: str
+    case: Case, every: int, alarmed: Callable[[Reading, str], np.ndarray], name: str
 ) -> list[Alarm]:
-    """The first reading, and the first again after something was done, at which a head of a layer
-    is ill.
-    """
+    """Return an alarm at the first reading with an alarmed head, once per reading."""
     found = []
     for reading in thinned(case.run.readings, every):
         for at, layer in enumerate(reading.layers):
-            heads = np.flatnonzero(ill(reading, layer))
+            heads = np.flatnonzero(alarmed(reading, layer))
             if len(heads):
                 found.append(Alarm(reading.step, name, at, int(heads[0])))
                 break
@@ -76,11 +75,13 @@ def _first(
 
 
 def plain_rules(case: Case, every: int) -> list[Alarm]:
-    """Entropy below 0.5 nats, exp(2 x the largest score) above 1e6, or a largest probability above
-    0.95, in any head.
+    """Alarm on low entropy, large scores or large probabilities in any head.
+
+    Entropy below 0.5 nats, exp(2 x the largest score) above 1e6, or a largest probability above
+    0.95.
     """
 
-    def ill(reading: Reading, layer: str) -> np.ndarray:
+    def alarmed(reading: Reading, layer: str) -> np.ndarray:
         values = reading.layers[layer]
         wild = 2 * values["max_logit"] > math.log(1e6)
         found: np.ndarray = (
@@ -88,19 +89,20 @@ def plain_rules(case: Case, every: int) -> list[Alarm]:
         )
         return found
 
-    return _first(case, every, ill, "entropy_collapse")
+    return _first(case, every, alarmed, "entropy_collapse")
 
 
 def score_above_100(case: Case, every: int) -> list[Alarm]:
-    """A largest score above 100 in any head."""
+    """Alarm on a largest score above 100 in any head."""
     return _first(
         case, every, lambda reading, layer: reading.layers[layer]["max_logit"] > 100, "logit_growth"
     )
 
 
 def loss_spikes(case: Case, every: int) -> list[Alarm]:
-    """A loss that is not finite, or four standard deviations above the mean of the fifty before
-    it.
+    """Alarm on a loss spike.
+
+    A loss that is not finite, or four standard deviations above the mean of the fifty before it.
     """
     losses, found = case.run.losses, []
     for at in range(20, len(losses)):

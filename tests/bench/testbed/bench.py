@@ -1,5 +1,6 @@
-"""Train recipes and their variants side by side, and keep what became of them: a study goes on
-where it was stopped.
+"""Train recipes and their variants side by side and keep the outcomes.
+
+A stopped study continues from the kept runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Job = tuple[Recipe, str | None, int]
 
 
 def options(description: str | None, intervals: Sequence[int]) -> argparse.ArgumentParser:
-    """The command line of a study."""
+    """Make the command line of a study."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,14 +58,17 @@ def options(description: str | None, intervals: Sequence[int]) -> argparse.Argum
 
 
 def _count(text: str) -> int:
-    """A number of runs, as it is typed."""
+    """Parse a number of runs."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
 
 
 def chosen(args: argparse.Namespace) -> list[Recipe]:
-    """The recipes of some kinds, of one half or of both; ends the program where there are none."""
+    """Return the recipes of some kinds, of one half or of both.
+
+    Ends the program where there are none.
+    """
     found = [recipe for recipe in recipes(args.each) if recipe.kind in args.only]
     found = [
         recipe
@@ -82,7 +86,7 @@ def chosen(args: argparse.Namespace) -> list[Recipe]:
 
 
 def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
-    """Train what is not in ``folder`` yet, one thread each; one run a job, in their order."""
+    """Train the runs missing in ``folder``, one thread each; return all in order."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / _name(*job) for job in jobs]
     missing = {path: job for path, job in zip(paths, jobs, strict=True) if not path.exists()}
@@ -103,5 +107,6 @@ def _train_and_keep(job: Job, path: Path) -> None:
 
 
 def _name(recipe: Recipe, config: str | None, every: int) -> str:
-    told = json.dumps([asdict(recipe) | {"kind": ""}, config, every], sort_keys=True)
-    return f"{recipe.name}-{config or 'plain'}-{every}-{hashlib.sha256(told.encode()).hexdigest()[:12]}.pickle"
+    settings = json.dumps([asdict(recipe) | {"kind": ""}, config, every], sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return f"{recipe.name}-{config or 'plain'}-{every}-{digest}.pickle"

@@ -15,21 +15,20 @@ from testbed.trainer import Run
 
 Cause = Literal["attention", "other", "none"]
 EVERY = 5
-"""Steps between readings as they are kept; alarms can be raised again from every reading, or from
-fewer.
-"""
+"""Steps between kept readings; alarms can be raised from every one or from fewer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One watched run, beside its twin."""
+    """One watched run beside its paired run without the fault."""
 
     run: Run
-    twin: Run
+    paired: Run
     outcome: Outcome
     cause: Cause
-    """``attention`` where the same run with attention's growth taken away does not fail; ``none``
-    where it did not fail.
+    """Cause of the failure; ``none`` where the run did not fail.
+
+    ``attention`` where the same run with attention's growth taken away does not fail.
     """
 
     @property
@@ -38,46 +37,53 @@ class Case:
 
     @property
     def start(self) -> int:
-        """The step from which something is done to it; 0 from the beginning."""
+        """Return the step of the fault; 0 for one from the beginning."""
         return int(self.recipe.settings.get("start", 0))
 
     @property
     def at_start(self) -> bool:
-        """Whether it was ill from its first steps on, so that an alarm is no foresight."""
+        """Return whether the run was unstable from its first steps on.
+
+        An alarm is then no forecast.
+        """
         return self.start <= 1
 
 
 def cases(recipes: Sequence[Recipe], folder: Path, processes: int) -> list[Case]:
-    """Train every recipe watched, its twin watched too, and the failing ones' counterfactuals."""
+    """Train every recipe, its paired run, and the failing ones' counterfactuals."""
     everything = [
         (each, "observe", EVERY) for each in (*recipes, *(recipe.healthy() for recipe in recipes))
     ]
     done = run_all(everything, folder, processes)
-    runs, twins = done[: len(recipes)], done[len(recipes) :]
-    outcomes = [outcome(run, twin) for run, twin in zip(runs, twins, strict=True)]
+    runs, paired_runs = done[: len(recipes)], done[len(recipes) :]
+    outcomes = [outcome(run, paired) for run, paired in zip(runs, paired_runs, strict=True)]
     failed = [recipe for recipe, each in zip(recipes, outcomes, strict=True) if each.failed]
     counter = [(each.without_growth(), None, 1) for each in failed] + [
         (each.healthy().without_growth(), None, 1) for each in failed
     ]
     more = run_all(counter, folder, processes)
-    cured = {
-        recipe.name: not outcome(run, twin).failed
-        for recipe, run, twin in zip(failed, more[: len(failed)], more[len(failed) :], strict=True)
+    repaired = {
+        recipe.name: not outcome(run, paired).failed
+        for recipe, run, paired in zip(
+            failed, more[: len(failed)], more[len(failed) :], strict=True
+        )
     }
     found = []
-    for recipe, run, twin, each in zip(recipes, runs, twins, outcomes, strict=True):
-        cause: Cause = "none" if not each.failed else "attention" if cured[recipe.name] else "other"
-        found.append(Case(run, twin, each, cause))
+    for recipe, run, paired, each in zip(recipes, runs, paired_runs, outcomes, strict=True):
+        cause: Cause = (
+            "none" if not each.failed else "attention" if repaired[recipe.name] else "other"
+        )
+        found.append(Case(run, paired, each, cause))
     return found
 
 
-def healthy_twins(found: Sequence[Case]) -> list[Case]:
-    """The twins as cases of their own, where they are other runs than those they are compared
-    with.
-    """
+def healthy_paired_runs(found: Sequence[Case]) -> list[Case]:
+    """Return the paired runs as cases of their own, where they are distinct runs."""
     own = [
         case
         for case in found
-        if case.twin.recipe != case.recipe and math.isfinite(case.twin.validation)
+        if case.paired.recipe != case.recipe and math.isfinite(case.paired.validation)
     ]
-    return [Case(case.twin, case.twin, outcome(case.twin, case.twin), "none") for case in own]
+    return [
+        Case(case.paired, case.paired, outcome(case.paired, case.paired), "none") for case in own
+    ]

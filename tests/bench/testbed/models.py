@@ -1,5 +1,6 @@
-"""The models of the testbed: a byte-level GPT as people write it by hand, and Llama and GPT-2 of
-the transformers library.
+"""Models of the testbed: a hand-written byte-level GPT, and transformers' own.
+
+Llama and GPT-2.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class Attention(nn.Module):
-    """Causal self-attention ``[B, S, width] -> [B, S, width]``; fused, or by hand with scores in a
-    low precision.
+    """Causal self-attention ``[B, S, width] -> [B, S, width]``.
+
+    Fused, or by hand with scores in a low precision.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -71,7 +73,7 @@ class Attention(nn.Module):
 
 
 class GPT(gpt.GPT):
-    """That of ``train/gpt.py`` with this attention, and learned positions on request."""
+    """The GPT of ``train/gpt.py`` with this attention, and optional learned positions."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__(gpt.GPTShape(shape.layers, shape.heads, shape.width))
@@ -90,7 +92,7 @@ class GPT(gpt.GPT):
 
 
 def build(shape: Shape) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """The model, and its logits ``[B, S, 256]`` as a function of bytes ``[B, S]``."""
+    """Build the model and its logits ``[B, S, 256]`` as a function of bytes."""
     if shape.family == "own":
         own = GPT(shape)
         return own, own
@@ -101,14 +103,14 @@ def build(shape: Shape) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of each attention layer, in order."""
+    """Yield (name, module) of each attention layer, in order."""
     for name, module in model.named_modules():
         if hasattr(module, "q_proj") or hasattr(module, "c_attn"):
             yield name, module
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """``[S, S]`` bool: which keys each query sees."""
+    """Return the visible keys of each query, ``[S, S]`` bool."""
     back = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
     return (back >= 0) & (back < window)
 
@@ -147,8 +149,9 @@ def _of_transformers(shape: Shape) -> Any:
 
 
 def _normalised_sdpa() -> str:
-    """Name of an attention implementation that normalises queries and keys first: scores cannot
-    grow with the weights.
+    """Register attention with normalised queries and keys; return its name.
+
+    Scores cannot grow with the weights.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward

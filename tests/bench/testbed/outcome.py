@@ -1,6 +1,4 @@
-"""Whether and when a run failed, from its losses and its twin's alone; and whether attention was
-the cause, from two more runs.
-"""
+"""Outcome of a run beside its paired run, from losses alone."""
 
 from __future__ import annotations
 
@@ -12,37 +10,37 @@ import numpy as np
 from testbed.trainer import Run
 
 MARGIN = 0.10
-"""Nats above the healthy twin's final validation loss from which a run has failed."""
+"""Nats above the paired run's final validation loss from which a run has failed."""
 WINDOW = 15
-"""Steps that the gap of training losses is averaged over."""
+"""Steps of the average of the gap of training losses."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended beside its twin."""
+    """Failure of a run beside its paired run."""
 
     failed: bool
     gap: float
-    """Validation loss above the twin's, in nats; inf where it is not finite."""
+    """Validation loss above the paired run's, in nats; inf where it is not finite."""
     onset: int | None
-    """The step from which on, to the end, the averaged gap of training losses stays open (half of
-    the margin, or no finite loss).
+    """First step of the lasting averaged gap of training losses.
+
+    Half of the margin, or no finite loss; it stays open to the end.
     """
 
 
-def outcome(run: Run, twin: Run) -> Outcome:
-    """Compare a run with its twin on the same batches."""
-    gap = run.validation - twin.validation if math.isfinite(run.validation) else math.inf
+def outcome(run: Run, paired: Run) -> Outcome:
+    """Compare a run with its paired run on the same batches."""
+    gap = run.validation - paired.validation if math.isfinite(run.validation) else math.inf
     failed = gap > MARGIN
-    return Outcome(failed, gap, onset(run.losses, twin.losses) if failed else None)
+    return Outcome(failed, gap, onset(run.losses, paired.losses) if failed else None)
 
 
 def onset(losses: np.ndarray, healthy: np.ndarray) -> int:
-    """The first step from which on the gap stays open; the last step where it only shows on
-    validation text.
+    """Return the first step of the lasting gap.
 
-    Averages are centred, so that they open some steps early; but never before the runs first
-    differ.
+    The last step where the gap only shows on validation text. Averages are centred, so that they
+    open some steps early; but never before the runs first differ.
     """
     gap = losses - healthy
     gap[~np.isfinite(gap)] = np.inf

@@ -1,8 +1,7 @@
-"""What to train and what goes wrong with it: parameters are drawn, not chosen, and no two runs are
-alike but in kind.
+"""Recipes of runs and their faults; parameters are drawn, not chosen.
 
-A recipe says nothing about whether its run fails. That is for the outcome to say: many a
-provocation is shaken off, and some healthy-looking recipes are not.
+No two runs are alike but in kind. A recipe does not say whether its run fails. That is for the
+outcome to say: many a run recovers from its fault, and some healthy-looking recipes fail.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class Shape:
     width: int = 64
     length: int = 128
     position: str = "rotary"
-    """``rotary`` or ``learned``; of ``own`` alone, as is what follows."""
+    """``rotary`` or ``learned``; like the fields below for ``own`` alone."""
     bias: bool = False
-    """Of queries, keys and values."""
+    """Biases of queries, keys and values."""
     qk_norm: bool = False
     window: int | None = None
     scores: str = "fused"
@@ -37,13 +36,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run: what is trained, on what, how fast, and what is done to it."""
+    """One run: model, data, rate and fault."""
 
     name: str
     kind: str
     shape: Shape
     text: str = "topics"
-    """``topics``, ``library`` (Python modules) or ``copy`` (random bytes, said twice)."""
+    """``topics``, ``library`` (Python modules) or ``copy`` (repeated random bytes)."""
     batch: int = 8
     steps: int = 400
     rate: float = 1e-3
@@ -53,18 +52,19 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    provoke: str = "none"
-    """A function of :mod:`testbed.provoke`."""
+    fault: str = "none"
+    """Name of a fault in :mod:`testbed.inject_fault`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def held_back(self) -> bool:
-        """Whether nothing may be tuned on this run: every other one of its kind."""
+        """Return whether nothing may be tuned on this run: every other one of its kind."""
         return int(self.name.rpartition("-")[2]) % 2 == 1
 
     def healthy(self) -> Recipe:
-        """The same without what is done to it, and with exact scores: the twin. New data to learn
-        from is no illness.
+        """Return the paired run: the same without the fault and with exact scores.
+
+        New data to learn from is no fault.
         """
         shape = (
             replace(self.shape, scores="float32")
@@ -73,24 +73,24 @@ class Recipe:
         )
         return (
             self
-            if self.provoke == "other_text"
-            else replace(self, shape=shape, provoke="none", settings={})
+            if self.fault == "other_text"
+            else replace(self, shape=shape, fault="none", settings={})
         )
 
     def without_growth(self) -> Recipe:
-        """The same with attention's growth taken away.
+        """Return the same run with attention's growth taken away.
 
         Queries and keys are normalised; where scores are in a low precision, they are computed in
-        float32 instead; where the scale of the scores is what grows, it stays.
+        float32 instead; where the scale of the scores grows, it stays.
         """
         if self.shape.scores in ("bfloat16", "float16"):
             return replace(self, shape=replace(self.shape, scores="float32"))
-        still = {"provoke": "none", "settings": {}} if self.provoke == "temperature" else {}
+        still = {"fault": "none", "settings": {}} if self.fault == "temperature" else {}
         return replace(self, shape=replace(self.shape, qk_norm=True), **still)
 
 
 def recipes(each: int = 4) -> list[Recipe]:
-    """``each`` runs of each kind; the same on every machine."""
+    """Return ``each`` runs of each kind; the same on every machine."""
     return [_draw(kind, number) for kind in KINDS for number in range(each)]
 
 
@@ -131,7 +131,7 @@ def _log_uniform(rng: random.Random, low: float, high: float) -> float:
 
 
 def _start(recipe: Recipe, rng: random.Random) -> int:
-    """A step in mid-run."""
+    """Draw a step in mid-run."""
     return int(recipe.steps * rng.uniform(0.2, 0.5))
 
 
@@ -139,8 +139,8 @@ def _layers(recipe: Recipe, rng: random.Random) -> list[int] | None:
     return rng.choice([None, None, [rng.randrange(recipe.shape.layers)]])
 
 
-def _with(recipe: Recipe, provoke: str, **settings: Any) -> Recipe:
-    return replace(recipe, provoke=provoke, settings=settings)
+def _with(recipe: Recipe, fault: str, **settings: Any) -> Recipe:
+    return replace(recipe, fault=fault, settings=settings)
 
 
 def _own(recipe: Recipe, **shape: Any) -> Recipe:
@@ -172,8 +172,9 @@ def _qk_jump(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _qk_rate(recipe: Recipe, rng: random.Random) -> Recipe:
-    """Queries and keys learn far too fast from some step on, as after a mistake in parameter
-    groups.
+    """Let queries and keys learn far too fast from some step on.
+
+    As after a mistake in parameter groups.
     """
     return _with(
         recipe, "query_key_rate", factor=_log_uniform(rng, 30, 300), start=_start(recipe, rng)
@@ -197,7 +198,7 @@ def _rate_ramp(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _temperature(recipe: Recipe, rng: random.Random) -> Recipe:
-    """The scale of the scores drifts."""
+    """Let the scale of the scores drift."""
     return _with(
         recipe,
         "temperature",
@@ -214,8 +215,9 @@ def _init(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _precision(recipe: Recipe, rng: random.Random) -> Recipe:
-    """Queries and keys drift along a direction that all keys share: nothing to a softmax, all to a
-    format's range and digits.
+    """Let queries and keys drift along a direction common to all keys.
+
+    Nothing to a softmax, all to a format's range and digits.
     """
     recipe = _own(recipe, scores=rng.choice(["float16", "bfloat16"]), bias=True, position="learned")
     start = _start(recipe, rng)
@@ -254,7 +256,7 @@ def _mlp(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _bad_data(recipe: Recipe, rng: random.Random) -> Recipe:
-    """Data of another kind: from some step on a share of each batch is noise."""
+    """Replace a share of each batch by noise from some step on."""
     return _with(
         recipe, "noise", share=rng.uniform(0.5, 1.0), start=_start(recipe, rng), steps=10**6
     )
@@ -302,7 +304,10 @@ def _windowed(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _copy(recipe: Recipe, rng: random.Random) -> Recipe:
-    """Random bytes said twice: heads that find the first time are one-hot, and right."""
+    """Repeat random bytes once.
+
+    Heads that find the first time are one-hot, and right.
+    """
     recipe = replace(
         recipe, text="copy", steps=450, rate=3e-3, schedule="constant", weight_decay=0.0
     )
@@ -315,7 +320,7 @@ def _copy(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _large_scores(recipe: Recipe, rng: random.Random) -> Recipe:
-    """Scores that are large from the first step on, and stay so."""
+    """Make scores large from the first step on, and for good."""
     return _with(
         recipe, "scale_query_key", factor=_log_uniform(rng, 2, 4), start=0, steps=1, layers=None
     )
@@ -342,7 +347,7 @@ def _normalised(recipe: Recipe, rng: random.Random) -> Recipe:
 
 
 def _new_data(recipe: Recipe, rng: random.Random) -> Recipe:
-    """Another text from some step on: harder for a while, and then learned."""
+    """Switch to another text at some step: harder for a while, and then learned."""
     return _with(recipe, "other_text", start=_start(recipe, rng))
 
 

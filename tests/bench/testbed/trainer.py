@@ -18,33 +18,33 @@ import stabmon.tiny.recipe as optimizing
 from stabmon.records import Reading
 from stabmon.sinks import Sink
 from stabmon.tiny.corpus import default_text, library_text
+from testbed.inject_fault import FAULTS
 from testbed.models import build
-from testbed.provoke import PROVOCATIONS
 from testbed.recipes import Recipe
 
 GIVEN_UP = 40
-"""Steps in a row without a finite loss after which a run is over."""
+"""Steps in a row without a finite loss before a run is given up."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What became of a recipe."""
+    """Outcome of training a recipe."""
 
     recipe: Recipe
     losses: np.ndarray
-    """``[steps]`` training losses; NaN from where it was given up."""
+    """Training losses ``[steps]``; NaN after the run was given up."""
     validation: float
-    """Loss on text that was kept back, the same for all variants of a recipe."""
+    """Loss on held-back text, the same for all variants of a recipe."""
     readings: list[Reading] = field(default_factory=list)
-    """One a sampled step, where it was watched."""
+    """Reading of each sampled step, where the run was watched."""
     records: list[dict[str, Any]] = field(default_factory=list)
-    """The audit of interventions, where it was guarded."""
+    """Audit of interventions, where the run was guarded."""
     errors: Mapping[str, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
 class Keep(Sink):
-    """Keeps what a monitor writes."""
+    """Sink that keeps readings and interventions."""
 
     def __init__(self) -> None:
         self.readings: list[Reading] = []
@@ -58,8 +58,9 @@ class Keep(Sink):
 
 
 def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
-    """Train ``recipe`` on one thread; ``config`` and ``log_every`` are the monitor's, None for no
-    monitor.
+    """Train ``recipe`` on one thread.
+
+    ``config`` and ``log_every`` are the monitor's; None for no monitor.
     """
     began = time.perf_counter()
     torch.set_num_threads(1)
@@ -67,8 +68,8 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
     model, logits = build(recipe.shape)
     how = optimizing.Recipe(recipe.schedule, recipe.warmup, recipe.steps, recipe.weight_decay)
     optimizer = how.optimizer(model, recipe.rate)
-    provocation = PROVOCATIONS[recipe.provoke](model, optimizer, **recipe.settings)
-    provocation.after_step(0)
+    fault = FAULTS[recipe.fault](model, optimizer, **recipe.settings)
+    fault.after_step(0)
     keep, losses = Keep(), np.full(recipe.steps, np.nan)
     monitor = None
     if config is not None:
@@ -81,16 +82,16 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
     )
     for step in range(1, recipe.steps + 1):
         tokens, other = (_batch(recipe, text, data) for text in (recipe.text, _other(recipe.text)))
-        tokens = provocation.batch(step, tokens, other, noise)
+        tokens = fault.batch(step, tokens, other, noise)
         for group in optimizer.param_groups:
-            group["lr"] = how.rate_at(step - 1, recipe.rate) * provocation.rate_factor(step)
+            group["lr"] = how.rate_at(step - 1, recipe.rate) * fault.rate_factor(step)
         optimizer.zero_grad()
         loss = _loss(logits(tokens), tokens)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        provocation.before_step(step)
+        fault.before_step(step)
         optimizer.step()
-        provocation.after_step(step)
+        fault.after_step(step)
         losses[step - 1] = loss.item()
         if monitor is not None:
             monitor.on_step(loss=loss)
@@ -113,7 +114,7 @@ def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _validation(recipe: Recipe, model: nn.Module, logits: Any) -> float:
-    """Mean loss on eight batches that training never sees."""
+    """Return the mean loss on eight batches never trained on."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     batches = [_batch(recipe, recipe.text, generator, kept_back=True) for _ in range(8)]
@@ -124,7 +125,7 @@ def _validation(recipe: Recipe, model: nn.Module, logits: Any) -> float:
 def _batch(
     recipe: Recipe, text: str, generator: torch.Generator, kept_back: bool = False
 ) -> Tensor:
-    """``[batch, S]`` bytes; ``kept_back`` ones are from the last tenth of the text."""
+    """Return bytes ``[batch, S]``; ``kept_back`` ones from the last tenth of the text."""
     size, length = recipe.batch, recipe.shape.length
     if text == "copy":
         half = torch.randint(0, 64, (size, length // 2), generator=generator)
@@ -142,6 +143,6 @@ def _other(text: str) -> str:
 
 @cache
 def _bytes(text: str) -> Tensor:
-    """The text, one byte a number, 2 MB at most."""
+    """Return the text, one byte per number, 2 MB at most."""
     _, raw = default_text() if text == "topics" else library_text()
     return torch.frombuffer(bytearray(raw[:2_000_000]), dtype=torch.uint8)

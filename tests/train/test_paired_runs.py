@@ -1,10 +1,10 @@
-"""The departure of a loss is dated right where it is known, and never seen where there is none."""
+"""The departure of a loss is dated right where known, and absent without one."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from twins import WINDOW, departure, noise_of_average
+from paired_runs import WINDOW, departure, noise_of_average
 
 STEPS = np.arange(1, 401)
 

@@ -1,8 +1,8 @@
-"""Make a run go wrong for real. Each touches weights, rates, data or gradients, and never a number
-that is measured.
+"""Faults injected into real runs.
 
-A provocation is told of four marks of a step, of which it uses what it needs. Steps are counted
-from 1; ``start=0`` is before the first.
+Each touches weights, rates, data or gradients, and never a measured number. A fault is called at
+four points of a step and overrides those that it needs. Steps are counted from 1; ``start=0`` is
+before the first.
 """
 
 from __future__ import annotations
@@ -11,35 +11,38 @@ import math
 from collections.abc import Iterable
 
 import torch
-from provoke import query_key_weights
+from inject_fault import query_key_weights
 from torch import Tensor, nn
 
 from testbed.models import attention_modules
 
 
-class Provocation:
-    """Does nothing."""
+class Fault:
+    """No fault."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
 
     def batch(self, step: int, tokens: Tensor, other: Tensor, generator: torch.Generator) -> Tensor:
-        """The batch to learn from; ``other`` is one of another text."""
+        """Return the batch to learn from; ``other`` is one of another text."""
         return tokens
 
     def rate_factor(self, step: int) -> float:
-        """What the learning rate is multiplied by."""
+        """Return the factor of the learning rate."""
         return 1.0
 
     def before_step(self, step: int) -> None:
-        """Gradients are ready."""
+        """Called when gradients are ready."""
 
     def after_step(self, step: int) -> None:
-        """The optimizer has stepped; called with 0 before the first step."""
+        """Called after the optimizer's step, and with 0 before the first step."""
 
 
-class Scale(Provocation):
-    """Parameters times ``factor`` after each of the steps ``start … start + steps - 1``."""
+class Scale(Fault):
+    """Parameters times ``factor`` after each step of an interval.
+
+    The steps ``start … start + steps - 1``.
+    """
 
     def __init__(
         self,
@@ -56,7 +59,7 @@ class Scale(Provocation):
         self.parameters = list(self.chosen(part))
 
     def chosen(self, part: str) -> Iterable[Tensor]:
-        """The parameters of the embedding, or of the first MLP's last layer."""
+        """Return the parameters of the embedding, or of the first MLP's last layer."""
         named = dict(self.model.named_parameters())
         if part == "embedding":
             return [next(p for name, p in named.items() if "emb" in name or "wte" in name)]
@@ -101,8 +104,8 @@ class ScaleQueryKey(Scale):
         ]
 
 
-class QueryKeyRate(Provocation):
-    """From ``start`` on the steps of W_q and W_k are ``factor`` times as large."""
+class QueryKeyRate(Fault):
+    """Steps of W_q and W_k ``factor`` times as large from ``start`` on."""
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: float, start: int
@@ -122,8 +125,11 @@ class QueryKeyRate(Provocation):
         self.before = []
 
 
-class Rate(Provocation):
-    """The learning rate times ``factor`` for ``steps`` steps, reached within ``over`` steps."""
+class Rate(Fault):
+    """Learning rate times ``factor`` for ``steps`` steps.
+
+    Reached within ``over`` steps.
+    """
 
     def __init__(
         self,
@@ -144,8 +150,8 @@ class Rate(Provocation):
         return math.exp(math.log(self.factor) * min(1.0, (step - self.start + 1) / self.over))
 
 
-class Temperature(Provocation):
-    """The scale of the scores times ``factor`` after each of ``steps`` steps."""
+class Temperature(Fault):
+    """Scale of the scores times ``factor`` after each of ``steps`` steps."""
 
     def __init__(
         self,
@@ -165,9 +171,10 @@ class Temperature(Provocation):
                 module.scaling *= self.factor
 
 
-class SharedDrift(Provocation):
-    """From ``start`` on the biases of queries and keys grow along one direction a head: all scores
-    of a row grow alike.
+class SharedDrift(Fault):
+    """Biases of queries and keys growing along one direction per head.
+
+    From ``start`` on; all scores of a row grow alike.
     """
 
     def __init__(
@@ -196,8 +203,8 @@ class SharedDrift(Provocation):
             module.q_proj.bias.mul_(self.factor)
 
 
-class Noise(Provocation):
-    """A share of each batch becomes random bytes for ``steps`` steps."""
+class Noise(Fault):
+    """A share of random bytes in each batch for ``steps`` steps."""
 
     def __init__(
         self,
@@ -219,8 +226,8 @@ class Noise(Provocation):
         return torch.cat([noise, tokens[rows:]])
 
 
-class OtherText(Provocation):
-    """Another text from ``start`` on, half of each batch."""
+class OtherText(Fault):
+    """Another text in half of each batch from ``start`` on."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, start: int) -> None:
         super().__init__(model, optimizer)
@@ -234,9 +241,10 @@ class OtherText(Provocation):
         )
 
 
-class InfiniteGradient(Provocation):
-    """One step's gradient of one value projection overflows, as of a bad batch in a low
-    precision.
+class InfiniteGradient(Fault):
+    """One step's overflowing gradient of one value projection.
+
+    As of a bad batch in a low precision.
     """
 
     def __init__(
@@ -252,8 +260,8 @@ class InfiniteGradient(Provocation):
             projection.weight.grad[0, 0] = torch.inf
 
 
-PROVOCATIONS: dict[str, type[Provocation]] = {
-    "none": Provocation,
+FAULTS: dict[str, type[Fault]] = {
+    "none": Fault,
     "scale": Scale,
     "scale_query_key": ScaleQueryKey,
     "query_key_rate": QueryKeyRate,

@@ -1,5 +1,6 @@
-"""Scaling W_q and W_k is a real state of the weights: scores grow with the factor's square, and
-nothing else is touched.
+"""Scaling W_q and W_k is a real state of the weights.
+
+Scores grow with the factor's square, and nothing else is touched.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ import pytest
 import torch
 from gpt import GPT, GPTShape
 from hf_gpt import Shape, make_model
-from provoke import ScaleQk, query_key_weights
+from inject_fault import ScaleQk, query_key_weights
 from torch import nn
 
 SMALL = {"layers": 2, "heads": 2, "width": 16}
@@ -55,7 +56,7 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
 
 
 def projections(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Query, key and value of each layer's own projections, for one fixed input."""
+    """Return query, key and value of each layer's projections for one fixed input."""
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     out: dict[str, torch.Tensor] = {}
     layer = 0

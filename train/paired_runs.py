@@ -1,4 +1,4 @@
-"""When did a provoked run's loss leave that of its healthy twin?"""
+"""Compare a provoked run's loss with that of its healthy paired run."""
 
 from __future__ import annotations
 
@@ -8,30 +8,42 @@ from dataclasses import dataclass
 import numpy as np
 
 WINDOW = 21
-"""Steps that are averaged, centred on the step in question: looking ahead dates a departure early
-rather than late.
+"""Steps of an average, centred on the step in question.
+
+Looking ahead dates a departure early rather than late.
 """
 NOISES = 3.0
 
 
 @dataclass(frozen=True)
 class Departure:
-    """How a provoked run's loss left its twin's. Steps are None where it did not."""
+    """Departure of a provoked run's loss from its paired run's.
+
+    Steps are None where there was no departure.
+    """
 
     step: int | None
-    """The first step from which on, to the end, the averaged gap stays above ``limit``: what a look
-    at the loss can show.
+    """First step of a lasting averaged gap above ``limit``.
+
+    It stays above to the end: as seen from the loss alone.
     """
     limit: float
-    """``NOISES`` times the noise of an average of the healthy run's losses, in nats."""
+    """``NOISES`` times the noise of an averaged healthy loss, in nats."""
     first_sign: int | None
-    """The same for ``first_sign_limit``: what only a healthy twin on the same batches can show."""
+    """The same for ``first_sign_limit``.
+
+    Only a healthy paired run on the same batches can show it.
+    """
     first_sign_limit: float
-    """``NOISES`` times the noise of an average of the gap, in nats: the batches' own scatter is
-    gone from it.
+    """``NOISES`` times the noise of an averaged gap, in nats.
+
+    The batches' own scatter is gone from it.
     """
     final_gap: float
-    """Gap over the last ``WINDOW`` steps, in nats: positive where the provoked run is worse."""
+    """Gap over the last ``WINDOW`` steps, in nats.
+
+    Positive where the provoked run is worse.
+    """
 
 
 def departure(healthy: Mapping[int, float], provoked: Mapping[int, float]) -> Departure:
@@ -66,7 +78,7 @@ def departure(healthy: Mapping[int, float], provoked: Mapping[int, float]) -> De
 
 
 def noise_of_average(values: np.ndarray) -> float:
-    """How far averages of ``WINDOW`` values scatter by chance, as a standard deviation.
+    """Return the standard deviation of averages of ``WINDOW`` values by chance.
 
     From the values' spread (1.4826 times the median absolute deviation) around their own moving
     average, so that a trend does not count; NaN for fewer than ``WINDOW`` values.
@@ -81,14 +93,15 @@ def noise_of_average(values: np.ndarray) -> float:
 
 
 def _averages(values: np.ndarray) -> np.ndarray:
-    """Centred moving average, shorter than ``values`` by ``WINDOW - 1``; infinite where a value
-    is.
+    """Return the centred moving average, infinite where a value is.
+
+    Shorter than ``values`` by ``WINDOW - 1``.
     """
     return np.asarray(np.lib.stride_tricks.sliding_window_view(values, WINDOW).mean(axis=-1))
 
 
 def _stays_above(steps: np.ndarray, values: np.ndarray, limit: float) -> int | None:
-    """The first step from which on no value is at or below ``limit``."""
+    """Return the first step with all values above ``limit`` to the end."""
     below = np.flatnonzero(~(values > limit))
     first = 0 if len(below) == 0 else int(below[-1]) + 1
     return int(steps[first]) if first < len(steps) else None

@@ -1,5 +1,6 @@
-"""Make attention fail for real, so that the watching has something to find. No measured number is
-ever written by hand.
+"""Make attention fail for real, as something to detect.
+
+No measured number is ever written by hand.
 
 ``high_lr``: a learning rate far too high for a model without query/key normalisation.
 ``scale_qk``: the query and key projections are multiplied by a factor, once (a wrong merge of
@@ -18,15 +19,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class HighLr:
-    """Every learning rate of the run, from its first step on, multiplied by ``factor``."""
+    """Every learning rate of the run, from its first step on, times ``factor``."""
 
     factor: float = 30.0
 
 
 @dataclass(frozen=True)
 class ScaleQk:
-    """W_q and W_k (and their biases) times ``factor`` right after each of the optimizer's steps
-    ``start … start + steps - 1``.
+    """W_q and W_k (and their biases) times ``factor`` after each of some steps.
+
+    The optimizer's steps ``start … start + steps - 1``.
     """
 
     factor: float = 1.02
@@ -34,14 +36,14 @@ class ScaleQk:
     """Optimizer step, counted from 1."""
     steps: int = 1000
     layers: list[int] | None = None
-    """Which attention layers, counted from 0; None for all."""
+    """Attention layers, counted from 0; None for all."""
 
     def apply(self, model: nn.Module, step: int) -> None:
-        """Do what is due after optimizer step ``step``.
+        """Scale the weights if due after optimizer step ``step``.
 
         Raises:
-            ValueError: if the model has no query and key projections that we know, or fewer layers
-                than named.
+            ValueError: if the model has no known query and key projections, or fewer layers than
+                named.
         """
         if not self.start <= step < self.start + self.steps:
             return
@@ -59,8 +61,9 @@ class ScaleQk:
 
 
 def query_key_weights(model: nn.Module) -> Iterator[list[Tensor]]:
-    """For each attention layer, views of all that makes its queries and keys: two projections, or
-    the front of a fused one.
+    """Yield views of each attention layer's query and key weights.
+
+    Two projections, or the front of a fused one.
     """
     for module in model.modules():
         children = dict(module.named_children())
