@@ -17,7 +17,8 @@ TABLE = TESTS / "states" / "choices_1.json"
 
 
 def test_guard_chooses_as_before(tmp_path: Path) -> None:
-    files = [str(path) for name in ("test_guard.py", "test_guarding.py") for path in TESTS.rglob(name)]
+    names = ("test_guard.py", "test_guarding.py")
+    files = [str(path) for name in names for path in TESTS.rglob(name)]
     after = tmp_path / "after.json"
     run(str(after), *files)
     run("--compare", str(TABLE), str(after))
