@@ -170,7 +170,10 @@ def run_child(
 ) -> list[dict[str, Any]]:
     """Run a section in a process of its own, and read its rows even where it had to be ended."""
     if seconds < 15:
-        return [_row(name, "section", "SKIP", "the budget is used up")]
+        row = _row(name, "section", "SKIP", "the budget is used up")
+        with _printing:
+            print(f"{name:<12}{'section':<50} SKIP         {row['words']}", flush=True)
+        return [row]
     command = [
         sys.executable,
         __file__,
