@@ -65,7 +65,7 @@ def records_of(folder: Path) -> Any:
 
     if hasattr(stabmon, "read_records"):
         return stabmon.read_records(folder)
-    from stabmon.sinks.records_reader import read_records
+    from stabmon.sinks.reader import read_records
 
     return read_records(folder)
 

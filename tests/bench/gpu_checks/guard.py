@@ -202,7 +202,7 @@ def undo_capturable(place: Place) -> Found:
 def first_state(place: Place) -> Found:
     """Restore a state without optimizer entries, then one with them, and compare every bit."""
     from stabmon.interventions import TrainingRun
-    from stabmon.interventions.snapshots import Snapshot
+    from stabmon.interventions.run.snapshots import Snapshot
 
     run = Run(place, optimizer_options={"fused": True})
     training = TrainingRun(run.model, run.optimizer)

@@ -97,7 +97,7 @@ def checks(place: Place) -> Iterator[Check]:
 
 def replayed(place: Place, compiled: bool) -> Found:
     """A forward made again has the random numbers of the first, and leaves the generators alone."""
-    from stabmon.replay import ForwardCall
+    from stabmon._torch.forward_call import ForwardCall
 
     if compiled:
         place.need_cuda("inductor's own random numbers are those of CUDA here")
