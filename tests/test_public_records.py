@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from stabmon.sinks.records_reader import read_records
 
 import stabmon
 from stabmon.sinks import Sink
-from stabmon.sinks.records_reader import read_records
 from tests.small import gpt2, lines, llama, optimizer_of
 
 SURFACE = Path(__file__).parent / "states" / "surface_1.json"

@@ -13,7 +13,7 @@ from typing import Any
 
 import guard_rates as rates
 import torch
-from testbed.provoke import PROVOCATIONS
+from testbed.inject_fault import FAULTS as INJECTED
 from torch import nn
 
 import stabmon
@@ -53,7 +53,7 @@ class Run:
             options["lr"] = options["lr"].clone()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), **options)
         kind, settings = FAULTS[self.fault]
-        self.fault_now = PROVOCATIONS[kind](self.model, self.optimizer, **settings)
+        self.fault_now = INJECTED[kind](self.model, self.optimizer, **settings)
         self.data = torch.Generator().manual_seed(100)
         self.losses: list[float] = []
         self.monitor: Any = None
