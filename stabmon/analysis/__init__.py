@@ -1,5 +1,4 @@
-"""Look into the attention of any model: attribution, patterns, and what a compressed KV cache
-loses.
+"""Analysis of any model's attention: attribution, patterns, compressed KV caches.
 
 >>> import torch
 >>> from stabmon.analysis import attention_rollout
