@@ -1,4 +1,4 @@
-"""Run a batch in parts that halve when memory runs out."""
+"""Runs of a batch in parts, halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -19,14 +19,18 @@ MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_v
 SHARED = frozenset({"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position"})
 """Inputs without a batch dimension, at any size."""
 SMALL_WORK = 10**10
-"""Parameters times tokens of a forward that one thread does within about a second."""
+"""Parameters times tokens of a forward of about one second on one thread."""
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "DefaultCPUAllocator",
     "Cannot allocate memory",
 )
-"""Messages of allocators; torch's CPU allocator raises a plain RuntimeError (checked in 2.13)."""
+"""Messages of allocators at the end of memory.
+
+torch's CPU allocator raises a plain RuntimeError (checked with torch 2.13); a changed message would
+end the run instead of halving the batch.
+"""
 
 
 def in_chunks(
@@ -130,7 +134,7 @@ def reproducible(model: nn.Module, batch: Any) -> Iterator[None]:
 def _attempt(
     run: Callable[[Any, int], T], part: Any, start: int
 ) -> tuple[T | None, BaseException | None]:
-    """Return the result of ``run``, or the out-of-memory error; keep nothing of a failed run."""
+    """Return the result of ``run``, or the out-of-memory error without its frames."""
     try:
         return run(part, start), None
     except (MemoryError, RuntimeError) as error:
@@ -204,7 +208,7 @@ def part_of(batch: Any, start: int, stop: int, dim: int = 0) -> Any:
 
 
 def named_inputs(batch: Any) -> dict[str, Any]:
-    """Return the inputs of a batch by name; by position where they have none."""
+    """Return the inputs of a batch by name, else by position."""
     if isinstance(batch, Tensor):
         return {"0": batch}
     if isinstance(batch, Mapping):

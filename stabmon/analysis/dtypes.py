@@ -1,4 +1,4 @@
-"""Number formats in which an analysis computes and sums."""
+"""Number formats of an analysis, for computing and for summing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the format of long sums on a tensor's device: float64, but float32 on MPS.
+    """Return the format of long sums on a tensor's device: float64, or float32 on MPS.
 
     Example:
         >>> sum_dtype(torch.zeros(1))

@@ -1,4 +1,4 @@
-"""One forward of an unmodified model, with its attention calls reported as they happen."""
+"""One forward of an unmodified model, with a report of its attention calls."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def mask_positions(mask: Tensor) -> Tensor:
-    """Return the position ids that ``generate`` derives from an attention mask.
+    """Return the position ids of ``generate`` for an attention mask.
 
     Args:
         mask: ``[B, S]``, 0 at padding.

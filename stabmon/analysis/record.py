@@ -25,7 +25,8 @@ class AnalysisRecord:
         arrays: name -> array; arrays of one layer are named ``<content>/<layer>``.
 
     Example:
-        >>> AnalysisRecord("heatmap", {"sample": 0}, {"maps/h.0": np.eye(2)}).arrays["maps/h.0"].shape
+        >>> record = AnalysisRecord("heatmap", {"sample": 0}, {"maps/h.0": np.eye(2)})
+        >>> record.arrays["maps/h.0"].shape
         (2, 2)
     """
 
@@ -64,8 +65,11 @@ def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]
     numbers, text = folder / f"{record.kind}.safetensors", folder / f"{record.kind}.json"
     packed = save(arrays, metadata={"kind": record.kind})
 
-    # safetensors' own writer would leave the file readable by its owner alone
-    replace_whole(numbers, lambda path: path.write_bytes(packed))
+    def write(path: Path) -> None:
+        # safetensors' own writer would leave the file readable by its owner alone
+        path.write_bytes(packed)
+
+    replace_whole(numbers, write)
     head = {
         "schema_version": SCHEMA_VERSION,
         "kind": record.kind,

@@ -24,9 +24,9 @@ def filled(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
 
     Keys that capped layers leave are shared among the rest, likewise. The budget of layer l is
     ``clip(c P_l, 1, cap)`` for the one c with the right sum, rounded down; the keys that rounding
-    leaves go to the largest remainders. The sum is always ``min(total, L cap)``. No layer gets 0 while
-    there is a key for each; with fewer keys than layers, the largest claims get one. Budgets rise with
-    P, up to the one key of rounding.
+    leaves go to the largest remainders. The sum is always ``min(total, L cap)``. No layer gets 0
+    while there is a key for each; with fewer keys than layers, the largest claims get one. Budgets
+    rise with P, up to the one key of rounding.
 
     Args:
         claims: ``[L]`` the layers' preferences, 0 or above; all 0 shares alike.

@@ -63,8 +63,8 @@ class PerplexityTable:
 
         Values: ``perplexity_policies``, ``perplexity_sizes``, ``perplexity_context``,
         ``perplexity_continuation``. Arrays: ``perplexity_nats`` ``[policies, sizes, prompts]``,
-        ``perplexity_full_nats`` ``[prompts]``, ``perplexity_kept`` ``[policies, sizes]``; a figure draws
-        ``exp`` of their means over prompts, and the spread between prompts.
+        ``perplexity_full_nats`` ``[prompts]``, ``perplexity_kept`` ``[policies, sizes]``; a figure
+        draws ``exp`` of their means over prompts, and the spread between prompts.
         """
         values = {
             "perplexity_policies": list(self.policies),

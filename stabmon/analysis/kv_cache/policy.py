@@ -57,9 +57,9 @@ class DecodeStep:
 class Policy(ABC):
     """Strategy of choosing the keys of a cache.
 
-    A policy defines each layer's claim on the cache, the worth of each key after the prompt, and its
-    worth while decoding. The window's own keys always stay. Parameters of a policy are dataclass
-    fields; ``checks`` holds a range check for each.
+    A policy defines each layer's claim on the cache, the worth of each key after the prompt, and
+    its worth while decoding. The window's own keys always stay. Parameters of a policy are
+    dataclass fields; ``checks`` holds a range check for each.
 
     Example:
         >>> from dataclasses import dataclass
@@ -160,8 +160,8 @@ def best(scores: Tensor, count: Tensor, candidates: Tensor) -> Tensor:
         ``[..., M]`` bool; the earlier of two equal ones is marked.
 
     Example:
-        >>> scores, candidates = torch.tensor([3.0, 9, 3, 5]), torch.tensor([True, False, True, True])
-        >>> best(scores, torch.tensor(2), candidates).tolist()
+        >>> candidates = torch.tensor([True, False, True, True])
+        >>> best(torch.tensor([3.0, 9.0, 3.0, 5.0]), torch.tensor(2), candidates).tolist()
         [True, False, False, True]
     """
     ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

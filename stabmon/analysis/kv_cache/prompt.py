@@ -16,8 +16,8 @@ from stabmon.operator import AttentionOperator
 class PromptLayer:
     """One layer's attention over a prompt, in float32 and per sample.
 
-    Padding on either side counts nowhere. B batch, H query heads, H_kv key heads, S prompt positions,
-    w queries of the window.
+    Padding on either side counts nowhere. B batch, H query heads, H_kv key heads, S prompt
+    positions, w queries of the window.
     """
 
     name: str

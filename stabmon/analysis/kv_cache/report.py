@@ -158,8 +158,8 @@ class CakeReport:
     def budget_use(self) -> float:
         """Compute keys kept after the prompt over keys allowed by the cache size.
 
-        In [0, 1]; no more keys are allowed than there are. Below 1 if the allotment leaves keys unused, as
-        ``published`` may.
+        In [0, 1]; no more keys are allowed than there are. Below 1 if the allotment leaves keys
+        unused, as ``published`` may.
         """
         allowed = sum(min(pair) for pair in zip(self.sizes, self.lengths, strict=True))
         return self._kept_per_head / allowed
@@ -181,18 +181,18 @@ class CakeReport:
     def to_record(self, perplexities: Any = None) -> AnalysisRecord:
         """Return the record of kind ``cake``.
 
-        Values: ``policy``, ``settings``, ``cache_size``, ``window_size``, ``layers`` (names, in order),
-        ``left_out``, ``lengths``, ``sizes``, ``steps`` (tokens fed after the prompt, F),
+        Values: ``policy``, ``settings``, ``cache_size``, ``window_size``, ``layers`` (names, in
+        order), ``left_out``, ``lengths``, ``sizes``, ``steps`` (tokens fed after the prompt, F),
         ``compression_ratio``, ``eviction_frequency``, ``budget_use``, ``perplexity``,
-        ``full_perplexity``, ``choices`` and ``measures`` (the axes of ``preserved``), ``notes``; with a
-        table of perplexities also its own, see :meth:`.perplexity.PerplexityTable.entries`.
+        ``full_perplexity``, ``choices`` and ``measures`` (the axes of ``preserved``), ``notes``;
+        with a table of perplexities also its own, see :meth:`.perplexity.PerplexityTable.entries`.
 
-        Arrays (L layers, B samples): ``dispersion``, ``shift``, ``preference``, ``budget`` ``[L, B]``;
-        ``preserved`` ``[L, choices, measures, B]``; ``stages`` ``[L, L, B]``; ``token_ids`` ``[B, S]``;
-        ``new_token_ids``, ``log_probabilities``, ``full_log_probabilities`` ``[B, T]``; for each layer
-        ``scores/<layer>`` ``[B, H_kv, S]``, ``kept/<layer>`` ``[B, H_kv, M]`` and
-        ``evicted_at/<layer>`` ``[B, H_kv, S + F]``, from which the keys held at any step follow, see
-        :meth:`LayerCache.kept_at`.
+        Arrays (L layers, B samples): ``dispersion``, ``shift``, ``preference``, ``budget`` ``[L,
+        B]``; ``preserved`` ``[L, choices, measures, B]``; ``stages`` ``[L, L, B]``; ``token_ids``
+        ``[B, S]``; ``new_token_ids``, ``log_probabilities``, ``full_log_probabilities`` ``[B, T]``;
+        for each layer ``scores/<layer>`` ``[B, H_kv, S]``, ``kept/<layer>`` ``[B, H_kv, M]`` and
+        ``evicted_at/<layer>`` ``[B, H_kv, S + F]``, from which the keys held at any step follow,
+        see :meth:`LayerCache.kept_at`.
 
         Args:
             perplexities: a :class:`.perplexity.PerplexityTable` to store beside, or None.

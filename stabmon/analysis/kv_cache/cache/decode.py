@@ -23,7 +23,8 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Feed a prompt, then decode greedily or follow a given continuation.
 
-    No token ends the text: every sample gets all steps. The prompt is compressed once; with ``chunk``
+    No token ends the text: every sample gets all steps. The prompt is compressed once; with
+        ``chunk``
     1 the cache evicts at each step as it does in ``generate``.
 
     Args:
