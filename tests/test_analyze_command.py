@@ -338,7 +338,7 @@ REFUSED = [
     ("llama --text text.txt --kind cake --length 64 --window 8 --tau1 0", "tau1 0.0"),
     (
         "llama --text text.txt --kind cake --length 64 --window 8 --allotment x",
-        "use filled or published",
+        "give filled or published",
     ),
     (
         "gpt2 --text text.txt --kind cake --length 64 --window 8 --max-new-tokens 9",
