@@ -338,7 +338,7 @@ REFUSED = [
     ("llama --text text.txt --kind cake --length 64 --window 8 --tau1 0", "tau1 0.0"),
     (
         "llama --text text.txt --kind cake --length 64 --window 8 --allotment x",
-        "use filled or published",
+        "give filled or published",
     ),
     (
         "gpt2 --text text.txt --kind cake --length 64 --window 8 --max-new-tokens 9",
@@ -424,7 +424,7 @@ def test_corrupt_records_are_refused(run: Run, quick: None, tmp_path: Path) -> N
     numbers.write_bytes(whole)
     text.write_text(words[:-20])
     status, _, err = run("--from", tmp_path)
-    assert (status, "is no valid record" in err) == (2, True)
+    assert (status, "not a valid record" in err) == (2, True)
     values = json.loads(words)
     del values["sizes"]
     text.write_text(json.dumps(values))

@@ -1,5 +1,4 @@
-"""Look into the attention of any model: attribution, patterns, and what a compressed KV cache
-loses.
+"""Analysis of any model's attention: attribution, patterns, compressed KV caches.
 
 >>> import torch
 >>> from stabmon.analysis import attention_rollout
@@ -14,11 +13,8 @@ from stabmon.analysis.attribution.summary import (
     aggregate_attribution,
     compute_attention_attribution,
 )
-from stabmon.analysis.compression.advice import (
-    CompressionAdvice,
-    Recommendation,
-    compression_advice,
-)
+from stabmon.analysis.compression.advice import compression_advice
+from stabmon.analysis.compression.recommendation import CompressionAdvice, Recommendation
 from stabmon.analysis.kv_cache import (
     CakeReport,
     CompressedCache,
@@ -33,9 +29,9 @@ from stabmon.analysis.patterns.api import attention_patterns
 from stabmon.analysis.patterns.evolution import (
     PatternEvolution,
     patterns_over_checkpoints,
-    patterns_over_generation,
     patterns_over_training,
 )
+from stabmon.analysis.patterns.generation import patterns_over_generation
 from stabmon.analysis.patterns.head_roles import HeadRole
 from stabmon.analysis.patterns.insights import Insight
 from stabmon.analysis.patterns.maps import AttentionMaps, attention_maps

@@ -1,4 +1,4 @@
-"""Tell what a captured call reads: which sequence, and which tokens."""
+"""Facts of a captured call: the sequence and the tokens it reads."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from stabmon.records import AttentionCall
 
 
 def reads_other_sequence(call: AttentionCall, reader: CallReader) -> bool:
-    """Return whether a call attends to another sequence; ask while its forward runs.
+    """Return whether a call attends to another sequence.
+
+    Call it while the model's forward runs.
 
     Args:
-        call: a captured call. A single query over several keys is taken for a decoding step
-            unless its module's name says otherwise.
-        reader: of the model's calls.
+        call: a captured call. A single query over several keys counts as a decoding step unless its
+            module's name says otherwise.
+        reader: reader of this model's calls.
     """
     if call.is_causal or call.is_self:
         return False
@@ -29,14 +31,15 @@ def reads_other_sequence(call: AttentionCall, reader: CallReader) -> bool:
 
 
 def token_ids(model: nn.Module, batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the token ids ``[B, S]`` that a batch gives to the model, and those of its decoder.
+    """Return the token ids of a batch, and those of its decoder.
 
     Args:
         model: the model.
-        batch: what its forward takes.
+        batch: the input of its forward.
 
     Returns:
-        Ids of the model's own sequence, and of the decoder of an encoder–decoder; None for none.
+        Ids ``[B, S]`` of the model's own sequence, and of the decoder of an encoder–decoder; None
+        for none.
 
     Example:
         >>> token_ids(nn.Linear(1, 1), {"input_ids": torch.tensor([[1, 2]])})

@@ -1,4 +1,4 @@
-"""Run a batch in parts that halve when memory runs out."""
+"""Runs of a batch in parts, halved when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ logger = logging.getLogger("stabmon")
 
 T = TypeVar("T")
 MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-"""Inputs whose first dimension is the batch, before others are asked."""
+"""Inputs with the batch as first dimension, consulted before all others."""
 SHARED = frozenset({"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position"})
-"""Inputs without a batch dimension, whatever their size."""
+"""Inputs without a batch dimension, at any size."""
 SMALL_WORK = 10**10
-"""Parameters times tokens up to which one thread does a forward within about a second."""
+"""Parameters times tokens of a forward of about one second on one thread."""
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
     "DefaultCPUAllocator",
     "Cannot allocate memory",
 )
-"""Messages of allocators; torch's CPU allocator raises a plain RuntimeError (checked in 2.13)."""
+"""Messages of allocators at the end of memory.
+
+torch's CPU allocator raises a plain RuntimeError (checked with torch 2.13); a changed message would
+end the run instead of halving the batch.
+"""
 
 
 def in_chunks(
@@ -37,26 +41,30 @@ def in_chunks(
     *,
     dim: int = 0,
 ) -> T:
-    """Return what ``run`` makes of a batch, in parts where one run needs too much memory.
+    """Run a function on a batch, in parts if one run needs too much memory.
 
     Args:
         batch: a mapping of arguments, a tuple of them, or a tensor.
-        run: is given a part of the batch and the number of its first sample.
-        merge: makes one result of the parts'.
+        run: takes a part of the batch and the number of its first sample.
+        merge: makes one result of the parts' results.
         chunk_size: samples in a part; None for all. A part that runs out of memory is halved, and
             so are the later ones.
         dim: dimension of the samples in tensors of three dimensions, 1 for ``[S, B, C]``.
 
+    Returns:
+        The result of ``run``, or the merged results.
+
     Raises:
-        ValueError: for a chunk size below 1, or a batch that cannot be parted.
+        ValueError: for a chunk size below 1, or a batch that cannot be divided.
         RuntimeError: the allocator's own, if one sample is too much.
 
     Example:
-        >>> in_chunks(torch.arange(6).view(3, 2), lambda part, start: part.sum(1), torch.cat, chunk_size=2)
+        >>> batch = torch.arange(6).view(3, 2)
+        >>> in_chunks(batch, lambda part, start: part.sum(1), torch.cat, chunk_size=2)
         tensor([1, 5, 9])
     """
     if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size {chunk_size!r}: give at least one sample")
+        raise ValueError(f"chunk_size {chunk_size!r}: give 1 or more samples")
     if chunk_size is None:
         result, error = _attempt(run, batch, 0)
         if error is None:
@@ -88,15 +96,18 @@ def in_chunks(
 
 @contextmanager
 def reproducible(model: nn.Module, batch: Any) -> Iterator[None]:
-    """Let small work on a CPU run on one thread, so that a sample's numbers do not depend on the
-    samples beside it.
+    """Let small work on a CPU run on one thread, for results independent of the batch.
 
     With one thread a row of a matrix product has the same bits however many rows there are
     (measured with MKL, torch 2.13: 2 to 16 samples of 5 to 128 tokens, widths 32 to 256). With
-    several, the rows are shared out by their number, and with it the last bits change (up to 1e-6
-    in logits); larger work keeps its threads, and so does work on other devices.
+    several threads, rows are distributed by their number, and the last bits change with it (up to
+    1e-6 in logits). Larger work keeps its threads, and so does work on other devices.
+
+    Args:
+        model: the model; its parameters count for the size of the work.
+        batch: the model's input.
     """
-    tensors = [each for each in _named(batch).values() if isinstance(each, Tensor)]
+    tensors = [each for each in named_inputs(batch).values() if isinstance(each, Tensor)]
     parameters = sum(each.numel() for each in model.parameters())
     tokens = max(
         (
@@ -123,7 +134,7 @@ def reproducible(model: nn.Module, batch: Any) -> Iterator[None]:
 def _attempt(
     run: Callable[[Any, int], T], part: Any, start: int
 ) -> tuple[T | None, BaseException | None]:
-    """Return the result of ``run``, or the out-of-memory error; hold nothing of a failed run."""
+    """Return the result of ``run``, or the out-of-memory error without its frames."""
     try:
         return run(part, start), None
     except (MemoryError, RuntimeError) as error:
@@ -143,7 +154,7 @@ def _halved(size: int, samples: int, *, quiet: bool = False) -> int:
     half = -(-size // 2)
     if not quiet:
         logger.warning(
-            "memory ran out with %d samples at once: going on with %d of %d", size, half, samples
+            "memory ran out with %d samples at once: continuing with %d of %d", size, half, samples
         )
     return half
 
@@ -158,10 +169,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 def sample_count(batch: Any, dim: int = 0) -> int:
     """Return the number of samples in a batch.
 
+    Args:
+        batch: a mapping of arguments, a tuple of them, or a tensor.
+        dim: dimension of the samples in tensors of three dimensions.
+
     Raises:
-        ValueError: if no tensor tells it.
+        ValueError: if no tensor has a batch dimension.
     """
-    named = _named(batch)
+    named = named_inputs(batch)
     for name in (*MAIN, *named):
         value = named.get(name)
         if isinstance(value, Tensor) and value.ndim and name not in SHARED:
@@ -170,8 +185,14 @@ def sample_count(batch: Any, dim: int = 0) -> int:
 
 
 def part_of(batch: Any, start: int, stop: int, dim: int = 0) -> Any:
-    """Return samples ``start`` to ``stop`` of a batch, in its own form."""
-    samples, named = sample_count(batch, dim), _named(batch)
+    """Return samples ``start`` to ``stop`` of a batch, in its own form.
+
+    Args:
+        batch: a mapping of arguments, a tuple of them, or a tensor.
+        start, stop: first sample, and the one after the last.
+        dim: dimension of the samples in tensors of three dimensions.
+    """
+    samples, named = sample_count(batch, dim), named_inputs(batch)
 
     def part(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim or name in SHARED:
@@ -186,7 +207,8 @@ def part_of(batch: Any, start: int, stop: int, dim: int = 0) -> Any:
     return parts if isinstance(batch, Mapping) else type(batch)(parts.values())
 
 
-def _named(batch: Any) -> dict[str, Any]:
+def named_inputs(batch: Any) -> dict[str, Any]:
+    """Return the inputs of a batch by name, else by position."""
     if isinstance(batch, Tensor):
         return {"0": batch}
     if isinstance(batch, Mapping):

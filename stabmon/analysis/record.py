@@ -1,6 +1,4 @@
-"""What an analysis found, as plain values and arrays that are stored and drawn again without the
-model.
-"""
+"""Stored result of an analysis: plain values and arrays, drawn without the model."""
 
 from __future__ import annotations
 
@@ -19,12 +17,17 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class AnalysisRecord:
-    """Everything that figures and pages of one analysis are drawn from.
+    """Values and arrays behind the figures and pages of one analysis.
 
     Attributes:
-        kind: ``rollout``, ``patterns``, ``cake`` or ``heatmap``.
+        kind: ``rollout``, ``patterns``, ``cake``, ``heatmap``, ``neurons`` or ``evolution``.
         values: numbers, strings, lists and mappings; NaN and infinities are kept.
-        arrays: name -> array; where a layer is meant the name is ``<what>/<layer>``.
+        arrays: name -> array; arrays of one layer are named ``<content>/<layer>``.
+
+    Example:
+        >>> record = AnalysisRecord("heatmap", {"sample": 0}, {"maps/h.0": np.eye(2)})
+        >>> record.arrays["maps/h.0"].shape
+        (2, 2)
     """
 
     kind: str
@@ -33,26 +36,26 @@ class AnalysisRecord:
 
 
 def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]:
-    """Write ``<kind>.json`` and ``<kind>.safetensors``, each as a whole.
+    """Write ``<kind>.json`` and ``<kind>.safetensors``, each in one atomic step.
 
     The JSON is strict: NaN and infinities follow :data:`stabmon._storage.strict_json.ENCODING`.
 
     Args:
         record: the record.
-        folder: where to; made if it is missing.
+        folder: target folder; created if it is missing.
 
     Returns:
-        The two files.
+        The paths of the two files.
 
     Raises:
         OSError: if they cannot be written.
 
     Example:
         >>> import tempfile
+        >>> record = AnalysisRecord("heatmap", {"n": 1}, {"maps/h.0": np.eye(2)})
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = save_record(AnalysisRecord("heatmap", {"n": 1}, {"maps/h.0": np.eye(2)}), folder)
-        ...     load_record(folder, "heatmap").arrays["maps/h.0"].tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
+        ...     [path.name for path in save_record(record, folder)]
+        ['heatmap.json', 'heatmap.safetensors']
     """
     from safetensors.numpy import save
 
@@ -63,9 +66,8 @@ def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]
     packed = save(arrays, metadata={"kind": record.kind})
 
     def write(path: Path) -> None:
-        path.write_bytes(
-            packed
-        )  # with the usual permissions; safetensors' own writer lets only the owner read
+        # safetensors' own writer would leave the file readable by its owner alone
+        path.write_bytes(packed)
 
     replace_whole(numbers, write)
     head = {
@@ -78,11 +80,26 @@ def save_record(record: AnalysisRecord, folder: str | Path) -> tuple[Path, Path]
 
 
 def load_record(folder: str | Path, kind: str) -> AnalysisRecord:
-    """Read what :func:`save_record` wrote.
+    """Read a record written by :func:`save_record`.
+
+    Args:
+        folder: the folder with both files.
+        kind: the record's kind, such as ``rollout``.
+
+    Returns:
+        The record.
 
     Raises:
         ValueError: naming the file, if one is missing, corrupt, of another kind or of a later
             version.
+
+    Example:
+        >>> import tempfile
+        >>> record = AnalysisRecord("heatmap", {"n": 1}, {"maps/h.0": np.eye(2)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save_record(record, folder)
+        ...     load_record(folder, "heatmap").arrays["maps/h.0"].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -92,18 +109,18 @@ def load_record(folder: str | Path, kind: str) -> AnalysisRecord:
         values = strict_json.loads(text.read_text())
     except OSError as error:
         raise ValueError(
-            f"{text}: {error.strerror or error}; give a folder that stabmon analyze --kind {kind} "
-            "wrote"
+            f"{text}: {error.strerror or error}; give a folder written by stabmon analyze --kind "
+            f"{kind}"
         ) from None
     except ValueError as error:
         raise ValueError(
-            f"{text}: is no valid record ({error}); run stabmon analyze --kind {kind} again"
+            f"{text}: not a valid record ({error}); run stabmon analyze --kind {kind} again"
         ) from None
     version = values.pop("schema_version", None)
     if not isinstance(version, int) or version > SCHEMA_VERSION or values.pop("kind", None) != kind:
         raise ValueError(
-            f"{text}: is no {kind} record of schema_version {SCHEMA_VERSION} or before; update "
-            "stabmon or run it again"
+            f"{text}: not a {kind} record of schema_version {SCHEMA_VERSION} or earlier; update "
+            f"stabmon or run stabmon analyze --kind {kind} again"
         )
     shapes = values.pop("arrays", {})
     try:

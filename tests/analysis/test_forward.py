@@ -49,7 +49,7 @@ def test_a_pattern_chooses_layers_and_one_that_matches_nothing_lists_them() -> N
         match=r"'decoder' matches none of the layers: transformer.h.0.attn, transformer.h.1.attn",
     ):
         run_model(gpt2(), {"input_ids": IDS}, lambda call: None, pattern="decoder")
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a valid regular expression"):
         run_model(gpt2(), {"input_ids": IDS}, lambda call: None, pattern="(")
 
 

@@ -18,7 +18,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from stabmon.analysis.compression.advice import _Trial, compression_advice
+from stabmon.analysis.compression.advice import compression_advice
 from stabmon.analysis.compression.key_choices import (
     AllKeys,
     DiverseKeys,
@@ -28,6 +28,7 @@ from stabmon.analysis.compression.key_choices import (
     RecentKeys,
     TopKeys,
 )
+from stabmon.analysis.compression.loss_trial import LossTrial
 from stabmon.analysis.compression.restricted_attention import restricted_attention
 from stabmon.analysis.patterns.api import attention_patterns
 from stabmon.operator import attention_operator
@@ -152,7 +153,7 @@ def llama() -> LlamaForCausalLM:
 def test_the_loss_is_the_models_own_under_a_band_mask() -> None:
     model, keep = llama(), 9
     ids = torch.randint(3, 50, (2, 40), generator=torch.Generator().manual_seed(0))
-    trial = _Trial(model, {"input_ids": ids}, None, 0)
+    trial = LossTrial(model, {"input_ids": ids}, None, 0)
     losses = trial._losses(RecentKeys(keep))
     place = torch.arange(40)
     band = (place[:, None] >= place) & (place[:, None] - place < keep)

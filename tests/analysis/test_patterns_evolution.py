@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from stabmon.analysis.patterns.api import attention_patterns
 from stabmon.analysis.patterns.evolution import (
     patterns_over_checkpoints,
-    patterns_over_generation,
     patterns_over_training,
 )
+from stabmon.analysis.patterns.generation import patterns_over_generation
 from stabmon.analysis.patterns.neurons import score_contributions
 from stabmon.records import Reading
 

@@ -281,7 +281,7 @@ def test_record_holds_what_figures_need(tmp_path: Any) -> None:
         ({"residual": 1.0}, "residual 1.0"),
         ({"start_layer": 3}, "start_layer 3: there are 3 layers"),
         ({"start_layer": -1}, "start_layer -1"),
-        ({"head_fusion": "sum"}, "head_fusion 'sum': use mean, max or min"),
+        ({"head_fusion": "sum"}, "head_fusion 'sum': give mean, max or min"),
         ({"weighting": "lrp"}, "weighting 'lrp'"),
         ({"objective": 1}, "objective is given"),
         ({"stack": "tower"}, "stack 'tower' is none"),
@@ -341,7 +341,7 @@ def test_refuses_windows_and_merged_tokens() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layers[1](self.layers[0](x)[:, ::2])
 
-    with pytest.raises(ValueError, match="tokens that are merged or regrouped have no rollout"):
+    with pytest.raises(ValueError, match="merged or regrouped tokens have no rollout"):
         attention_rollout(Merging(), torch.randn(2, 6, 8))
 
 

@@ -130,7 +130,7 @@ def test_frozen_models_and_torch_s_encoder() -> None:
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (models.vit, {"objective": 5}, "objective 5 is no class: there are 5"),
+        (models.vit, {"objective": 5}, "objective 5 is not a class: there are 5"),
         (models.llama, {"objective": lambda output: output.logits}, "must return one number"),
         (
             functools.partial(models.Case, models.TinyGPT(), models.ids(), torch.ones(3, 11)),

@@ -1,1 +1,1 @@
-"""Sum up, check and follow attributions."""
+"""Attribution of a model's outputs to its input tokens."""

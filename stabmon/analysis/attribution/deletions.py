@@ -1,8 +1,9 @@
-"""Take tokens away from a model's input."""
+"""Removal of tokens from a model's input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from stabmon.analysis.forward import takes
 
 Delete = Callable[[Any, Tensor], Any]
-"""``(batch, positions [B, k]) -> batch`` without the tokens at these positions."""
+"""Function ``(batch, positions [B, k]) -> batch`` without these tokens."""
 
 
 def deletion_of(
     model: nn.Module, batch: Any, replacement: int | None, grid: Mapping[str, int] | None
 ) -> tuple[Delete, str]:
-    """Return how tokens are taken away from such a batch, and what to call it.
+    """Return a function to remove tokens from such a batch, and its description.
 
     Args:
         model: the model.
@@ -26,29 +27,26 @@ def deletion_of(
         grid: see :func:`stabmon.analysis.attribution.image_grid.image_grid`.
 
     Raises:
-        ValueError: if the input is none of those that are known.
+        ValueError: if the input is of an unknown kind.
     """
     named = batch if isinstance(batch, Mapping) else {}
     if replacement is not None:
         ids = named.get("input_ids", batch)
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.ndim != 2:
             raise ValueError(
-                "replacement is a token id, and the batch has no input_ids [B, S]: give delete=, "
-                "a function"
+                "replacement is a token id, and the batch has no input_ids [B, S]: give a function "
+                "as delete="
             )
-        return lambda given, places: _with_ids(
-            given, places, replacement
-        ), f"replaced by token {replacement}"
+        described = f"replaced by token {replacement}"
+        return partial(_with_ids, replacement=replacement), described
     if grid is not None:
-        return lambda given, places: _without_patches(
-            given, places, grid
-        ), "patches at the image's mean colour"
+        return partial(_without_patches, grid=grid), "patches at the image's mean colour"
     text = named.get("input_ids", named.get("inputs_embeds"))
     if isinstance(text, Tensor) and takes(model, "attention_mask"):
-        return lambda given, places: _hidden(given, places), "hidden from attention"
+        return _hidden, "hidden from attention"
     raise ValueError(
-        "it is not known how to take tokens away from this input: give replacement=, a token id, "
-        "or delete=, a function"
+        "tokens of this input cannot be removed: give replacement=, a token id, or "
+        "delete=, a function"
     )
 
 
@@ -67,7 +65,7 @@ def _hidden(batch: Any, places: Tensor) -> Any:
 
 
 def _without_patches(batch: Any, places: Tensor, grid: Mapping[str, int]) -> Any:
-    """Pixels of the patches at their image's mean, channel by channel."""
+    """Set the pixels of patches to their image's mean, channel by channel."""
     name, images = next(
         (name, value)
         for name, value in (batch.items() if isinstance(batch, Mapping) else [("", batch)])

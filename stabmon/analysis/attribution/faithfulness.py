@@ -1,6 +1,4 @@
-"""Check an attribution on the model itself: take away the tokens that it ranks first, against
-random ones.
-"""
+"""Deletion check of an attribution: its top tokens against random ones."""
 
 from __future__ import annotations
 
@@ -20,21 +18,20 @@ from stabmon.analysis.rollout.result import Rollout
 
 @dataclass(frozen=True)
 class DeletionEffect:
-    """Hold the drop of the model's own log-probability, in nats, when k tokens are deleted.
+    """Drop of the model's own log-probability, in nats, after deleting k tokens.
 
-    A drop is the log-probability with all tokens less that without k of them: positive where they
+    A drop is the log-probability with all tokens less that without k of them: positive if they
     mattered.
 
     Attributes:
-        k: tokens taken away from each sample; a sample with fewer candidates loses those that it
-            has.
-        top_drop: mean over samples, the tokens of the largest attribution taken away.
+        k: tokens deleted from each sample; a sample with fewer candidates loses all of these.
+        top_drop: mean over samples, with the tokens of the largest attribution deleted.
         top_std: standard deviation over samples; NaN for one.
-        random_drop: mean over draws and samples, random tokens taken away.
+        random_drop: mean over draws and samples, with random tokens deleted.
         random_std: standard deviation over draws of the mean over samples.
-        better_than_random: share of (sample, draw) pairs in which the top tokens' drop is the
-            larger one, ties half.
-        samples, draws: how many of each.
+        better_than_random: share of (sample, draw) pairs with the larger drop for the top tokens,
+            ties half.
+        samples, draws: their numbers.
     """
 
     k: int
@@ -49,18 +46,23 @@ class DeletionEffect:
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """The effect of deletions of growing size.
+    """Effect of deletions of growing size.
 
     Attributes:
-        way: how tokens were taken away, in words.
+        way: method of deletion, in words.
         effects: one for each k.
+
+    Example:
+        >>> effect = DeletionEffect(1, 0.9, 0.1, 0.2, 0.05, 1.0, samples=4, draws=8)
+        >>> Faithfulness("hidden from attention", (effect,)).to_values()["effects"][0]["top_drop"]
+        0.9
     """
 
     way: str
     effects: tuple[DeletionEffect, ...]
 
     def to_values(self) -> dict[str, Any]:
-        """Return plain values, for a record: ``way``, and ``effects`` as a list of mappings."""
+        """Return plain values for a record: ``way``, and ``effects`` as mappings."""
         return {"way": self.way, "effects": [asdict(each) for each in self.effects]}
 
 
@@ -76,37 +78,39 @@ def deletion_check(
     draws: int = 8,
     seed: int = 0,
 ) -> Faithfulness:
-    """Compare the loss of the attribution's top k tokens with that of k random ones.
+    """Compare deleting the attribution's top k tokens with deleting k random ones.
 
     The model predicts with all tokens; then its log-probability of that same class or token is
-    taken without some. Candidates are the tokens that are no padding and not the target itself.
+    computed without some. Candidates are the tokens that are neither padding nor the target itself.
 
     Args:
-        model: a model that gives logits ``[B, classes]`` or ``[B, N, tokens]``.
+        model: a model with logits ``[B, classes]`` or ``[B, N, tokens]``.
         batch: its input.
-        attribution: a rollout of that batch, of which the targets' last row counts; of a rollout
-            without targets, the last token's, or the first one's where attention is bidirectional
-            and the output is one row a sample. Or scores ``[B, S]``.
-        k: how many tokens are taken away.
+        attribution: a rollout of that batch; its last target's row counts, or without targets the
+            last token's, or the first one's if attention is bidirectional and the output is one row
+            per sample. Or scores ``[B, S]``.
+        k: number of tokens to delete, or several numbers.
         replacement: a token id to put in their place. None hides them: text by the attention mask,
             image patches by their image's mean colour.
-        delete: takes tokens away in some other way.
-        targets: the position whose prediction counts, one for all or one a sample; None for the
-            rollout's last target, or the last token. Unused where the output is one row a sample.
-        draws: random choices.
-        seed: of their own generator.
+        delete: function ``(batch, positions [B, k]) -> batch`` for any other deletion.
+        targets: position of the prediction, one for all or one per sample; None for the rollout's
+            last target, or the last token. Unused if the output is one row per sample.
+        draws: number of random choices.
+        seed: seed of their own generator.
 
     Returns:
         For each k the drops in nats, with their spread.
 
     Raises:
-        ValueError: if the input is none that tokens can be taken from, or a number is out of range.
+        ValueError: if tokens of this input cannot be deleted, or a number is out of range.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> from stabmon.analysis.rollout.api import attention_rollout
-        >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-        >>> model = BertForSequenceClassification(BertConfig(vocab_size=20, **sizes))
+        >>> model = BertForSequenceClassification(BertConfig(
+        ...     vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        ...     intermediate_size=8,
+        ... ))
         >>> batch = {"input_ids": torch.arange(12).view(2, 6)}
         >>> found = deletion_check(model, batch, attention_rollout(model, batch), k=2, draws=3)
         >>> found.way, found.effects[0].samples, found.effects[0].draws
@@ -160,21 +164,16 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _log_p(logits: Tensor, place: Tensor) -> Tensor:
-    """``[B, classes]`` log-probabilities at a position of each sample."""
-    rows = (
-        logits
-        if logits.ndim == 2
-        else rows_of(logits, Positions(place[:, None], "target"), None)[:, 0]
-    )
-    return rows.float().log_softmax(-1)
+    """Return the log-probabilities at a position of each sample, ``[B, classes]``."""
+    if logits.ndim == 3:
+        logits = rows_of(logits, Positions(place[:, None], "target"), None)[:, 0]
+    return logits.float().log_softmax(-1)
 
 
 def _scores(
     attribution: Rollout | Tensor, logits: Tensor, targets: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores ``[B, S]``, the tokens that may be taken away ``[B, S]``, and the position that
-    predicts ``[B]``.
-    """
+    """Return scores and candidates ``[B, S]``, and the predicting position ``[B]``."""
     if isinstance(attribution, Tensor):
         if attribution.ndim != 2 or len(attribution) != len(logits):
             raise ValueError(
@@ -185,7 +184,7 @@ def _scores(
         return attribution, _without(valid, place), place
     if attribution.sources is not None:
         raise ValueError(
-            "the rollout is of some sources only: give one of all tokens, or of targets"
+            "the rollout is of some sources only: give one of all tokens, or with targets"
         )
     valid, matrix = attribution.valid, attribution.matrix
     if attribution.targets is not None:
@@ -200,18 +199,15 @@ def _scores(
     candidates = attribution.source_valid
     if attribution.stack != "joined":
         candidates = _without(candidates, row)
-    if attribution.image_grid is not None:  # special tokens have no pixels to take away
-        candidates = candidates.index_fill(
-            1, torch.arange(attribution.image_grid["leading"], device=candidates.device), False
-        )
+    if attribution.image_grid is not None:  # special tokens have no pixels to delete
+        special = torch.arange(attribution.image_grid["leading"], device=candidates.device)
+        candidates = candidates.index_fill(1, special, False)
     return scores, candidates, place
 
 
 def _place(targets: Any, valid: Tensor) -> Tensor:
-    wanted = Positions(
-        torch.as_tensor(targets).reshape(-1, 1) if torch.as_tensor(targets).ndim else targets,
-        "target",
-    )
+    places = torch.as_tensor(targets)
+    wanted = Positions(places.reshape(-1, 1) if places.ndim else targets, "target")
     wanted.check(len(valid))
     return torch.stack([wanted.of(index, row)[0] for index, row in enumerate(valid)])
 
@@ -221,8 +217,9 @@ def _without(valid: Tensor, place: Tensor) -> Tensor:
 
 
 def _first(scores: Tensor, candidates: Tensor, k: int) -> Tensor:
-    """Positions ``[B, k]`` of the largest scores among the candidates; a sample with fewer repeats
-    its last.
+    """Return positions ``[B, k]`` of the largest scores among the candidates.
+
+    A sample with fewer candidates repeats its last.
     """
     ranked = (
         scores.masked_fill(~candidates, -torch.inf)

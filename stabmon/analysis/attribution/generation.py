@@ -1,4 +1,4 @@
-"""Attribute every generated token to the tokens before it."""
+"""Attribution of every generated token to the tokens before it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.forward import takes, undisturbed
+from stabmon.analysis.forward import mask_positions, takes, undisturbed
 from stabmon.analysis.rollout.api import attention_rollout
 from stabmon.analysis.rollout.mixing import HeadFusion
 from stabmon.analysis.rollout.result import Rollout
@@ -17,15 +17,21 @@ from stabmon.analysis.rollout.result import Rollout
 
 @dataclass(frozen=True, eq=False)
 class GenerationAttribution:
-    """Hold each generated token's attribution to the tokens before it.
+    """Attribution of each generated token to the tokens before it.
 
     Attributes:
         tokens: ``[B, S]`` ids, prompt and generated; of an encoder–decoder the decoder's.
-        prompt_length: how many of them were given.
-        rollout: ``matrix [B, n, S]`` for n generated tokens, or over the encoder's tokens where
-            stacks are joined. The target of a generated token is the position before it, whose
-            output predicts it.
-        generated: ``[B, n]`` bool; False after a sample has ended, where rows are NaN.
+        prompt_length: number of given tokens.
+        rollout: ``matrix [B, n, S]`` for n generated tokens, or over the encoder's tokens if stacks
+            are joined. The target of a generated token is the position before it, whose output
+            predicts it.
+        generated: ``[B, n]`` bool; False after a sample has ended, in rows of NaN.
+
+    Example:
+        >>> from stabmon.analysis import attention_rollout
+        >>> rollout = attention_rollout([torch.eye(4)], targets=[2])
+        >>> GenerationAttribution(torch.arange(4)[None], 3, rollout, torch.tensor([[True]])).tokens
+        tensor([[0, 1, 2, 3]])
     """
 
     tokens: Tensor
@@ -44,19 +50,19 @@ def generation_attribution(
     head_fusion: HeadFusion = "mean",
     **generate: Any,
 ) -> GenerationAttribution:
-    """Generate tokens and attribute each to what came before it, one row a token.
+    """Generate tokens and attribute each to the tokens before it.
 
     Under a causal mask the maps of a forward over prompt and continuation are those of every step,
-    so that one forward serves all
-    steps: memory is linear in the length, n rows of it. Nothing of S x n x layers x heads is kept.
+    so that one forward serves all steps. Memory is linear in the length, with n rows for n tokens;
+    no S x n x layers x heads array is kept.
 
     Args:
         model: a transformers model with ``generate``.
         batch: the prompt, with ``input_ids`` and, where there is padding, ``attention_mask``.
-        max_new_tokens: how many at most.
+        max_new_tokens: largest number of new tokens.
         residual, start_layer, head_fusion: see
             :func:`stabmon.analysis.rollout.api.attention_rollout`.
-        generate: more for ``generate``; greedy without.
+        generate: further arguments of ``generate``; greedy by default.
 
     Returns:
         Tokens and their rows; an encoder–decoder's rows are over the encoder's tokens
@@ -67,8 +73,11 @@ def generation_attribution(
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=None))
-        >>> found = generation_attribution(model, {"input_ids": torch.tensor([[3, 4, 5]])}, max_new_tokens=2)
+        >>> model = GPT2LMHeadModel(GPT2Config(
+        ...     vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=None
+        ... ))
+        >>> batch = {"input_ids": torch.tensor([[3, 4, 5]])}
+        >>> found = generation_attribution(model, batch, max_new_tokens=2)
         >>> found.tokens.shape, found.rollout.matrix.shape, found.rollout.targets.tolist()
         (torch.Size([1, 5]), torch.Size([1, 2, 5]), [[2, 3]])
     """
@@ -92,9 +101,8 @@ def generation_attribution(
         )
     generated = _before_end(tokens[:, start:], model)
     places = torch.arange(start - 1, tokens.shape[1] - 1, device=tokens.device)
-    last = (
-        generated.sum(1, keepdim=True) + start - 2
-    )  # a sample that ended repeats its last row, struck out below
+    # an ended sample repeats its last row, which becomes NaN below
+    last = generated.sum(1, keepdim=True) + start - 2
     targets = places[None].minimum(last)
     options: dict[str, Any] = {
         "residual": residual,
@@ -102,17 +110,10 @@ def generation_attribution(
         "head_fusion": head_fusion,
     }
     if is_joined:
-        rollout = attention_rollout(
-            model,
-            {**batch, "decoder_input_ids": tokens},
-            targets=targets,
-            stack="joined",
-            **options,
-        )
+        given, options["stack"] = {**batch, "decoder_input_ids": tokens}, "joined"
     else:
-        rollout = attention_rollout(
-            model, _continued(model, batch, tokens, generated), targets=targets, **options
-        )
+        given = _continued(model, batch, tokens, generated)
+    rollout = attention_rollout(model, given, targets=targets, **options)
     blank = ~generated
     matrix = rollout.matrix.masked_fill(blank[..., None], torch.nan)
     share = rollout.first_token_share.masked_fill(blank, torch.nan)
@@ -122,7 +123,7 @@ def generation_attribution(
 
 
 def _before_end(new: Tensor, model: Any) -> Tensor:
-    """``[B, n]`` bool: tokens up to and with the first that ends the text."""
+    """Mark the tokens up to and including the first end of text, ``[B, n]`` bool."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:
         ends = getattr(getattr(model, "config", None), "eos_token_id", None)
@@ -135,12 +136,12 @@ def _before_end(new: Tensor, model: Any) -> Tensor:
 def _continued(
     model: nn.Module, batch: Mapping[str, Any], tokens: Tensor, generated: Tensor
 ) -> dict[str, Any]:
-    """The batch with its continuation, at the positions that ``generate`` gave it."""
+    """Return the batch with its continuation, at the positions used by ``generate``."""
     prompt = batch.get("attention_mask")
     if prompt is None:
         prompt = torch.ones_like(batch["input_ids"])
     mask = torch.cat([prompt, generated.to(prompt.dtype)], dim=1)
     out = {**batch, "input_ids": tokens, "attention_mask": mask}
     if takes(model, "position_ids") and not bool(mask.all()):
-        out["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        out["position_ids"] = mask_positions(mask)
     return out

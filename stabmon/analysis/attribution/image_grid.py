@@ -1,32 +1,34 @@
-"""Find the grid of image patches that a model's tokens are."""
+"""Grid of image patches behind a model's tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from stabmon.analysis.chunks import named_inputs
 from stabmon.capture.names import clean_name
 
 MOST_LEADING = 16
-"""Special tokens before the patches: class and distillation tokens, registers."""
+"""Largest number of special tokens before the patches.
+
+These are class and distillation tokens, and registers.
+"""
 
 
 def image_grid(
     model: nn.Module, batch: Any, tokens: int, stack: str | None = None
 ) -> dict[str, int] | None:
-    """Return ``{"rows", "cols", "leading"}`` where the tokens are patches of the batch's images;
-    None elsewhere.
+    """Return the grid ``{"rows", "cols", "leading"}`` of image patches, or None.
 
-    Patches are what a convolution makes whose stride is its own width; the tokens that the grid
-    leaves over are taken to stand before.
+    Patches are the output of a convolution with a stride of its own width; the tokens left over by
+    the grid are assumed to stand before.
 
     Args:
         model: the model.
         batch: its input.
-        tokens: how many tokens the attention has.
-        stack: part of the convolution's name, where the model has several stacks.
+        tokens: number of tokens of the attention.
+        stack: part of the convolution's name, for a model with several stacks.
 
     Example:
         >>> import torch
@@ -34,18 +36,11 @@ def image_grid(
         >>> image_grid(model, torch.randn(1, 3, 16, 32), 33)
         {'rows': 4, 'cols': 8, 'leading': 1}
     """
-    behind = (
-        getattr(getattr(model, "config", None), "num_detection_tokens", 0) or 0
-    )  # YOLOS: detection tokens stand last
-    tokens -= int(behind)
-    values = (
-        [batch]
-        if isinstance(batch, Tensor)
-        else list(batch.values() if isinstance(batch, Mapping) else batch)
-    )
+    # YOLOS: detection tokens stand last
+    tokens -= int(getattr(getattr(model, "config", None), "num_detection_tokens", 0) or 0)
     images = [
         each
-        for each in values
+        for each in named_inputs(batch).values()
         if isinstance(each, Tensor) and each.ndim == 4 and each.is_floating_point()
     ]
     for name, module in model.named_modules():

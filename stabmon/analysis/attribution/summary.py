@@ -1,6 +1,4 @@
-"""Sum up one layer's attention and the rollout of all layers in eight numbers, for a batch or over
-a loader.
-"""
+"""Summary of one layer's attention and the rollout of all layers in eight numbers."""
 
 from __future__ import annotations
 
@@ -15,11 +13,11 @@ from torch import Tensor, nn
 
 from stabmon.analysis.chunks import part_of
 from stabmon.analysis.rollout.api import check_residual
-from stabmon.analysis.rollout.mixing import Look
+from stabmon.analysis.rollout.mixing import Observer
 from stabmon.analysis.rollout.result import Rollout
 from stabmon.analysis.rollout.run import roll_model, sample_dimension
-from stabmon.analysis.rollout.stack_walk import Settings, choose, seen_calls
-from stabmon.analysis.rollout.stacks import stacks_of
+from stabmon.analysis.rollout.stack_walk import Settings, seen_calls
+from stabmon.analysis.rollout.stacks import choose, stacks_of
 
 MEASURED = (
     "mean_attention",
@@ -29,7 +27,7 @@ MEASURED = (
     "rollout_max",
     "rollout_entropy",
 )
-"""The keys that are measured; batch_size and seq_length are the batch's own."""
+"""Keys of the measured numbers; batch_size and seq_length are the batch's own."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -43,27 +41,26 @@ def compute_attention_attribution(
     residual: float = 0.5,
     chunk_size: int | None = None,
 ) -> dict[str, float | int]:
-    """Sum up the attention of one layer and the rollout of all in eight numbers.
+    """Summarize the attention of one layer and the rollout of all in eight numbers.
 
     Rows are the queries that see a key and are no padding; a row's weights are a_1 … a_S in [0, 1].
 
     Args:
-        model: any model whose attention is seen.
+        model: any model with captured attention.
         input_batch: its input, as in :func:`stabmon.analysis.forward.run_model`.
-        layer_idx: which of the layers the attention is of; negative ones count from the last.
+        layer_idx: index of the layer for the attention; negative ones count from the last.
         attention_layer_pattern: regular expression that a layer's name must contain.
         stack, residual, chunk_size: see :func:`stabmon.analysis.rollout.api.attention_rollout`.
 
     Returns:
         mean_attention: mean over heads, rows and all S keys. As a row sums to 1 it is 1/S whatever
-            the model does (less only beside
-        a learned sink); kept for comparison with earlier tools, and uninformative.
+            the model does (less only beside a learned sink); kept for comparison with earlier
+            tools, and uninformative.
         max_attention: the largest weight.
         attention_entropy: mean over heads and rows of -sum a ln a, in nats, from 0 to ln S.
         attention_concentration: mean over heads and rows of the row's largest weight, from 1/S to
             1.
-        rollout_max: the largest entry of the rollout; 1 under a causal mask, whose first token owes
-            to itself alone.
+        rollout_max: the largest entry of the rollout; 1 under a causal mask, by the first token.
         rollout_entropy: mean over rows of the rollout of -sum r ln r, in nats.
         batch_size, seq_length: samples, and tokens of the stack.
         Numbers are NaN where the model is NaN; nothing is clamped.
@@ -87,11 +84,11 @@ def compute_attention_attribution(
 def attribution_of(
     model: nn.Module, batch: Any, layer_idx: int, settings: Settings, chunk_size: int | None = None
 ) -> tuple[dict[str, float | int], Rollout]:
-    """Return the eight numbers and the rollout that they are of.
+    """Return the eight numbers and their rollout.
 
     Args:
         model, batch, layer_idx, chunk_size: see :func:`compute_attention_attribution`.
-        settings: how the rollout is made; without targets.
+        settings: settings of the rollout, without targets.
     """
     names = layers_of(model, batch, settings)
     if not -len(names) <= layer_idx < len(names):
@@ -101,13 +98,13 @@ def attribution_of(
         )
     found: dict[int, RowSums] = {}
 
-    def look(layer: str, sample: int, valid: Tensor) -> Look | None:
+    def observer(layer: str, sample: int, valid: Tensor) -> Observer | None:
         if layer != names[layer_idx]:
             return None
         found[sample] = RowSums(valid)
         return found[sample].add
 
-    rollout = roll_model(model, batch, settings, chunk_size=chunk_size, look=look)
+    rollout = roll_model(model, batch, settings, chunk_size=chunk_size, observers=observer)
     rows = rollout.matrix[rollout.valid]
     result: dict[str, float | int] = dict(
         zip(MEASURED, (*merged(found.values()), *of_rollout(rows)), strict=True)
@@ -120,22 +117,26 @@ def attribution_of(
 
 
 def layers_of(model: nn.Module, batch: Any, settings: Settings) -> list[str]:
-    """Return the layers of the stack that is rolled out, by a forward of the first sample; of all
-    where that cannot be had.
+    """Return the layers of the stack to roll out.
+
+    Found by a forward of the first sample; by one of the whole batch if it cannot be divided.
+
+    Args:
+        model, batch: see :func:`compute_attention_attribution`.
+        settings: settings of the rollout.
     """
     try:
         first = part_of(batch, 0, 1, sample_dimension(model))
         seen = seen_calls(model, first, settings)
     except (ValueError, RuntimeError, IndexError):
         seen = seen_calls(model, batch, settings)
-    stacks = stacks_of(seen)
-    own = [call for call in seen if call.kind == "self"]
     if settings.stack is None:
+        own = [call for call in seen if call.kind == "self"]
         return [call.layer for call in own if call.prefix == own[-1].prefix]
     chosen = choose(seen, settings.stack)
-    return (
-        [layer for each in stacks for layer in each.layers] if chosen is None else chosen[0].layers
-    )
+    if chosen is not None:
+        return chosen[0].layers
+    return [layer for each in stacks_of(seen) for layer in each.layers]
 
 
 @dataclass
@@ -145,7 +146,7 @@ class RowSums:
     valid: Tensor
     """``[Q]`` bool."""
     rows: int = 0
-    """Rows times heads."""
+    """Number of rows times heads."""
     keys: int = 0
     total: float = 0.0
     entropy: float = 0.0
@@ -155,7 +156,12 @@ class RowSums:
     parts: list[Tensor] = field(default_factory=list)
 
     def add(self, weights: Tensor, rows: slice) -> None:
-        """Take ``[H, rows, cols]`` weights of some rows."""
+        """Add the weights ``[H, rows, cols]`` of some rows.
+
+        Args:
+            weights: ``[H, rows, cols]``.
+            rows: the query rows.
+        """
         own = self.valid[rows]
         self.keys = max(self.keys, len(self.valid))
         if not weights.shape[-1]:
@@ -169,7 +175,7 @@ class RowSums:
             self.parts.append(torch.stack([*wide, tops.double().amax()]))
 
     def close(self) -> RowSums:
-        """Bring the sums to the host, once a sample."""
+        """Copy the sums to the host, once per sample."""
         if self.parts:
             stacked = torch.stack(self.parts)
             self.total, self.entropy, self.largest = (
@@ -181,9 +187,7 @@ class RowSums:
 
 
 def merged(sums: Iterable[RowSums]) -> tuple[float, float, float, float]:
-    """Return mean weight, largest weight, mean entropy and mean of the largest weights over
-    samples.
-    """
+    """Return mean and largest weight, mean entropy and mean of the rows' maxima."""
     closed = [each.close() for each in sums]
     rows = sum(each.rows for each in closed)
     if rows == 0:
@@ -191,27 +195,20 @@ def merged(sums: Iterable[RowSums]) -> tuple[float, float, float, float]:
     entries = sum(each.rows * each.keys for each in closed)
     peaks = [each.peak for each in closed if each.rows]
     peak = math.nan if any(math.isnan(each) for each in peaks) else max(peaks)
-    return (
-        math.fsum(each.total for each in closed) / entries
-        if _finite(closed, "total")
-        else math.nan,
-        peak,
-        math.fsum(each.entropy for each in closed) / rows
-        if _finite(closed, "entropy")
-        else math.nan,
-        math.fsum(each.largest for each in closed) / rows
-        if _finite(closed, "largest")
-        else math.nan,
-    )
+    total, entropy, largest = (_sum(closed, name) for name in ("total", "entropy", "largest"))
+    return total / entries, peak, entropy / rows, largest / rows
 
 
-def _finite(sums: Iterable[RowSums], name: str) -> bool:
-    return all(math.isfinite(getattr(each, name)) for each in sums)
+def _sum(sums: Iterable[RowSums], name: str) -> float:
+    """Return the exact sum of a field, NaN if any term is not finite."""
+    terms = [getattr(each, name) for each in sums]
+    return math.fsum(terms) if all(map(math.isfinite, terms)) else math.nan
 
 
 def of_rollout(rows: Tensor) -> tuple[float, float]:
-    """Return the largest entry and the mean entropy of rows ``[n, S]`` of a rollout; NaN without
-    rows.
+    """Return the largest entry and the mean entropy of a rollout's rows ``[n, S]``.
+
+    NaN without rows.
     """
     if not len(rows):
         return math.nan, math.nan
@@ -224,10 +221,14 @@ class AttributionSummary:
     """The eight numbers over the batches of a loader.
 
     Attributes:
-        n: samples.
-        batches: what each batch gave, in order.
+        n: number of samples.
+        batches: numbers of each batch, in order.
         mean, std: by key, weighted by samples; std over batches with n - 1, NaN for one batch.
         quantiles: by key, ``{q: value}`` over batches.
+
+    Example:
+        >>> AttributionSummary(2, ({"rollout_max": 1.0},), {"rollout_max": 1.0}, {}, {}).mean
+        {'rollout_max': 1.0}
     """
 
     n: int
@@ -246,20 +247,19 @@ def aggregate_attribution(
     stack: str | None = None,
     max_batches: int | None = None,
 ) -> AttributionSummary:
-    """Sum up attention and rollout over the batches of a loader.
+    """Summarize attention and rollout over the batches of a loader.
 
     Args:
-        model: any model whose attention is seen.
-        loader: gives batches; labels beside the input are for the loader's maker to leave out,
-            unless the model takes them.
+        model: any model with captured attention.
+        loader: its batches; labels beside the input must be left out, unless the model takes them.
         layer_idx, attention_layer_pattern, stack: see :func:`compute_attention_attribution`.
-        max_batches: stop after so many; None for all.
+        max_batches: largest number of batches; None for all.
 
     Returns:
         Mean, standard deviation and quantiles of each of the six measured keys.
 
     Raises:
-        ValueError: if the loader gives no batch, and as ``compute_attention_attribution``.
+        ValueError: if the loader has no batch, and as ``compute_attention_attribution``.
 
     Example:
         >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 2)

@@ -1,1 +1,1 @@
-"""Measure on a model's own loss how its KV cache may be compressed."""
+"""Compression of the KV cache, measured on the model's own loss."""

@@ -1,7 +1,7 @@
-"""Ways of keeping only some keys for a query, as a compressed KV cache would.
+"""Choices of some keys for each query, as of a compressed KV cache.
 
-Each is asked for the keys of a block of query rows at a time. ``keep`` counts keys, the query's own
-included; a query that sees no more than these keeps all it sees.
+A choice returns the keys of a block of query rows at a time. ``keep`` counts keys, the query's own
+included; a query with no more visible keys keeps them all.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch.nn import functional
 from stabmon.operator import AttentionOperator
 
 SINKS = 4
-"""First keys that recency with sinks keeps (Xiao et al. 2023, arXiv 2309.17453)."""
+"""Number of first keys of recency with sinks (Xiao et al. 2023, arXiv 2309.17453)."""
 
 
 class KeyChoice(ABC):
-    """Which keys each query keeps."""
+    """Choice of the kept keys of each query."""
 
     keep: int
 
     def begin(self, attention: AttentionOperator) -> None:  # noqa: B027
-        """Look at a layer before its rows are asked for."""
+        """Prepare for a layer before its rows are processed."""
 
     def ends(self, start: int) -> int | None:
-        """Return the row at which a block that starts at ``start`` must end; None for anywhere."""
+        """Return the last possible end of a block from row ``start`` on; None for any."""
         return None
 
     @abstractmethod
     def kept(self, rows: slice, visible: Tensor, logits: Tensor) -> Tensor:
-        """Return the keys that are kept, broadcasting to ``[B, H, rows, K]``, bool.
+        """Return the kept keys, broadcasting to ``[B, H, rows, K]``, bool.
 
         Args:
             rows: query rows.
@@ -43,7 +43,7 @@ class KeyChoice(ABC):
 
 
 class AllKeys(KeyChoice):
-    """Keep everything: a full cache."""
+    """All keys: a full cache."""
 
     keep = 1 << 62
 
@@ -53,7 +53,7 @@ class AllKeys(KeyChoice):
 
 @dataclass
 class RecentKeys(KeyChoice):
-    """Keep the newest keys, and the first ``sinks`` of a sample."""
+    """The newest keys, and the first ``sinks`` of a sample."""
 
     keep: int
     sinks: int = 0
@@ -66,7 +66,7 @@ class RecentKeys(KeyChoice):
 
 @dataclass
 class RandomKeys(KeyChoice):
-    """Keep the query's own key and others drawn anew for every row; alike in all heads."""
+    """The query's own key and others drawn anew for every row, alike in all heads."""
 
     keep: int
     seed: int = 0
@@ -84,10 +84,10 @@ class RandomKeys(KeyChoice):
 
 @dataclass
 class TopKeys(KeyChoice):
-    """Keep the keys with the largest weights of each query and head.
+    """The keys with the largest weights of each query and head.
 
-    What no cache can know beforehand: a bound on what choosing by weight can reach, and what
-    kernels that select keys a query (Quest, arXiv 2406.10774) aim at.
+    No cache knows these beforehand: they bound any choice by weight, and are the aim of kernels
+    that select keys per query (Quest, arXiv 2406.10774).
     """
 
     keep: int
@@ -98,7 +98,7 @@ class TopKeys(KeyChoice):
 
 @dataclass
 class DiverseKeys(KeyChoice):
-    """Keep the newest half, and of the older keys those least like their mean.
+    """The newest half, and of the older keys those least like their mean.
 
     The choice (KeyDiff, Park et al. 2025, arXiv 2504.15364) is per key head, and made anew every
     ``keep // 4`` queries from the keys that are then older than the newest half.
@@ -142,7 +142,7 @@ class DiverseKeys(KeyChoice):
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Return which ``count`` entries of each row are largest, exactly so many; bool."""
+    """Mark exactly ``count`` largest entries of each row."""
     count = min(count, values.shape[-1])
     place = values.topk(count, dim=-1, sorted=False).indices
     return torch.zeros(values.shape, dtype=torch.bool, device=values.device).scatter(
@@ -152,7 +152,7 @@ def _largest(values: Tensor, count: int) -> Tensor:
 
 @dataclass
 class GroupedKeys(KeyChoice):
-    """Merge older neighbours: a group of ``size`` keys becomes its mean key and mean value.
+    """Merged older neighbours: ``size`` keys become their mean key and mean value.
 
     The newest ``keep // 2`` keys stay single. A merged key counts as often as it has members (its
     logit gets the logarithm of their number).
@@ -162,13 +162,13 @@ class GroupedKeys(KeyChoice):
     size: int
 
     def kept(self, rows: slice, visible: Tensor, logits: Tensor) -> Tensor:
-        """Return the keys that stay single; the others are in the groups of :meth:`merged`."""
+        """Return the single keys; see :meth:`merged` for the others."""
         groups = self.grouped(visible)
         single = ~groups.repeat_interleave(self.size, dim=-1)
         return visible & single[..., : visible.shape[-1]]
 
     def grouped(self, visible: Tensor) -> Tensor:
-        """Return the groups that a row sees merged: whole, visible, and older than the newest.
+        """Return the merged groups of each row: whole, visible, and older than the newest.
 
         Args:
             visible: ``[…, rows, K]`` bool.
@@ -193,7 +193,7 @@ class GroupedKeys(KeyChoice):
             x: ``[B, H, K, D]``.
             seen: ``[B, H, K]`` bool, keys that are no padding.
         """
-        missing = -x.shape[2] % self.size
+        missing = -x.shape[2] % self.size  # entries of padding at the end
         total = functional.pad(x * seen[..., None], (0, 0, 0, missing))
         mean: Tensor = (
             total.unflatten(2, (-1, self.size)).sum(3) / self.counts(seen).clamp(min=1)[..., None]
@@ -201,7 +201,7 @@ class GroupedKeys(KeyChoice):
         return mean
 
     def counts(self, seen: Tensor) -> Tensor:
-        """Return how many members of each group are no padding, ``[B, H, groups]``."""
+        """Return the number of real members of each group, ``[B, H, groups]``."""
         missing = -seen.shape[-1] % self.size
         counts: Tensor = functional.pad(seen, (0, missing)).unflatten(-1, (-1, self.size)).sum(-1)
         return counts

@@ -1,4 +1,4 @@
-"""Attention of queries to a part of their keys, a block of rows at a time."""
+"""Attention of queries to some of their keys, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stabmon.analysis.compression.key_choices import GroupedKeys, KeyChoice
+from stabmon.analysis.dtypes import compute_dtype
 from stabmon.analysis.patterns.context_rows import visible_keys
 from stabmon.operator import AttentionOperator
 
@@ -13,7 +14,7 @@ from stabmon.operator import AttentionOperator
 def restricted_attention(
     attention: AttentionOperator, value: Tensor, choice: KeyChoice, *, elements: int = 1 << 20
 ) -> Tensor:
-    """Compute the output of attention in which each query sees only the keys that it keeps.
+    """Compute the output of attention restricted to the kept keys of each query.
 
     The softmax runs over the kept keys alone (and a learned sink); soft cap, bias, mask and window
     count as in the model.
@@ -21,14 +22,14 @@ def restricted_attention(
     Args:
         attention: the operator of a call.
         value: ``[B, H_kv, K, E]``.
-        choice: which keys are kept.
+        choice: the choice of keys.
         elements: weights in one block.
 
     Returns:
         ``[B, H, Q, E]`` float32 (float64 for float64 inputs).
     """
     a = attention
-    value = value.to(a.query.dtype if a.query.dtype == torch.float64 else torch.float32)
+    value = value.to(compute_dtype(a.query))
     value = value.expand(a.batch, -1, -1, -1)
     value = value.repeat_interleave(a.heads // value.shape[1], dim=1)
     out = value.new_zeros(a.batch, a.heads, a.queries, value.shape[-1])
@@ -61,7 +62,7 @@ def restricted_attention(
 
 
 class _Merged:
-    """Mean keys and values of groups, and what rows see of them."""
+    """Mean keys and values of groups, and their visibility to rows."""
 
     def __init__(self, attention: AttentionOperator, value: Tensor, choice: GroupedKeys) -> None:
         a = attention
@@ -78,7 +79,7 @@ class _Merged:
     def join(
         self, rows: slice, visible: Tensor, logits: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Append the groups that the rows see to their keys."""
+        """Append the groups visible to the rows to their keys."""
         a = self._attention
         groups = self._choice.grouped(visible)
         count = groups.shape[-1]

@@ -1,6 +1,4 @@
-"""What a KV cache loses: eviction policies, CAKE's budgets, and real generation with a compressed
-cache on stock models.
-"""
+"""Effects of a smaller KV cache: eviction policies, budgets, real generation."""
 
 from __future__ import annotations
 

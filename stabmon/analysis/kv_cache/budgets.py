@@ -1,8 +1,8 @@
-"""Share one cache among layers: how many keys before the window each layer may keep.
+"""Division of one cache among layers: keys before the window for each layer.
 
 Two rules take the same claims P and give whole numbers. ``filled`` uses every key there is, in
-proportion to P. ``published`` is what CAKE's own code does; it leaves keys unused where capped
-layers hand on more than their neighbours can take.
+proportion to P. ``published`` follows CAKE's own code; it leaves keys unused where capped layers
+pass on more than their neighbours can take.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stabmon.analysis.kv_cache.checks import check_count
+
 Rule = Callable[[ArrayLike, int, int], NDArray[np.int64]]
-"""``(claims [L], total, cap) -> budgets [L]``."""
+"""Rule of allotment: ``(claims [L], total, cap) -> budgets [L]``."""
 
 
 def filled(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
-    """Share ``total`` keys in proportion to the claims, and what capped layers leave among the
-    rest, likewise.
+    """Share ``total`` keys in proportion to the claims.
 
-    The budget of layer l is ``clip(c P_l, 1, cap)`` for the one c at which the sum is right,
-    rounded down; the keys that rounding leaves go to the largest remainders. The sum is
-    ``min(total, L cap)``, always. No layer gets 0 where there is a key for each; where there is
-    not, the largest claims get one. Budgets rise with P, up to the one key of rounding.
+    Keys that capped layers leave are shared among the rest, likewise. The budget of layer l is
+    ``clip(c P_l, 1, cap)`` for the one c with the right sum, rounded down; the keys that rounding
+    leaves go to the largest remainders. The sum is always ``min(total, L cap)``. No layer gets 0
+    while there is a key for each; with fewer keys than layers, the largest claims get one. Budgets
+    rise with P, up to the one key of rounding.
 
     Args:
         claims: ``[L]`` the layers' preferences, 0 or above; all 0 shares alike.
@@ -38,7 +40,7 @@ def filled(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
         ValueError: for claims that are negative, NaN or infinite.
 
     Example:
-        >>> filled([6.0, 1.0, 1.0], total=24, cap=10).tolist()  # 8 keys over: 4 to each of the others
+        >>> filled([6.0, 1.0, 1.0], total=24, cap=10).tolist()  # 14 keys for the two others
         [10, 7, 7]
     """
     share = _checked(claims)
@@ -61,8 +63,9 @@ def filled(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
 def _clipped(
     share: NDArray[np.float64], total: int, least: float, cap: float
 ) -> NDArray[np.float64]:
-    """``clip(c share, least, cap)`` with the c at which the sum is ``total``, found where the sum
-    bends.
+    """Return ``clip(c share, least, cap)`` for the c with sum ``total``.
+
+    The c is found exactly, between the two bends of the sum around it.
     """
 
     def amounts(factor: float) -> NDArray[np.float64]:
@@ -85,14 +88,14 @@ def _clipped(
 def published(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
     """Share ``total`` keys as the code published with CAKE does.
 
-    Each share P / sum(P) total is cut to a whole number and to the cap. What the caps cut off goes
-    in *equal* parts to the layers that are below the cap, the rest of that division to the first of
-    them; once. What is then missing from the total goes the same way, once. Budgets are cut to the
+    Each share P / sum(P) total is cut to a whole number and to the cap. The keys cut off by the cap
+    go in *equal* parts to the layers below the cap, the remainder of that division to the first of
+    them; once. The keys then missing from the total go the same way, once. Budgets are cut to the
     cap again, and keys lost by that stay unused: the sum is at most ``total``.
 
     Args:
-        claims: ``[L]`` the layers' preferences, 0 or above; all 0 shares alike (there the published
-            code fails).
+        claims: ``[L]`` the layers' preferences, 0 or above; all 0 shares alike (the published code
+            fails there).
         total: keys to share, 0 or above.
         cap: the most that a layer can use, 0 or above.
 
@@ -118,8 +121,9 @@ def published(claims: ArrayLike, total: int, cap: int) -> NDArray[np.int64]:
 
 
 def _deal(budgets: NDArray[np.int64], keys: int, cap: int) -> None:
-    """Hand ``keys`` out in equal parts to the layers below the cap, even beyond it; the remainder
-    to the first.
+    """Give ``keys`` in equal parts to the layers below the cap, even beyond it.
+
+    The remainder goes to the first layers.
     """
     open_layers = np.flatnonzero(budgets < cap)
     if keys > 0 and len(open_layers):
@@ -141,7 +145,10 @@ ALLOTMENTS: dict[str, Rule] = {"filled": filled, "published": published}
 
 
 def allotment_rule(name: str) -> Rule:
-    """Return the rule of that name.
+    """Return an allotment rule by name.
+
+    Args:
+        name: ``filled`` or ``published``.
 
     Raises:
         ValueError: for another name.
@@ -151,12 +158,31 @@ def allotment_rule(name: str) -> Rule:
         True
     """
     if name not in ALLOTMENTS:
-        raise ValueError(f"allotment {name!r}: use {' or '.join(ALLOTMENTS)}")
+        raise ValueError(f"allotment {name!r}: give {' or '.join(ALLOTMENTS)}")
     return ALLOTMENTS[name]
 
 
+def check_cache(cache_size: int | float, window_size: int) -> None:
+    """Raise an error for a cache size or window size out of range.
+
+    Args:
+        cache_size: a number of tokens, or a share in (0, 1] of each prompt.
+        window_size: number of newest keys, 2 or more.
+
+    Raises:
+        ValueError: naming the range.
+
+    Example:
+        >>> check_cache(64, 1)
+        Traceback (most recent call last):
+        ValueError: window_size 1: give a whole number of 2 or more
+    """
+    check_count("window_size", window_size, least=2)
+    tokens_of(cache_size, [])
+
+
 def tokens_of(cache_size: int | float, lengths: Sequence[int]) -> list[int]:
-    """Return the keys that each sample may keep in each layer and head.
+    """Return the number of keys of each sample in each layer and head.
 
     Args:
         cache_size: a number of tokens, or a share in (0, 1] of each sample's own prompt, rounded to
@@ -164,7 +190,7 @@ def tokens_of(cache_size: int | float, lengths: Sequence[int]) -> list[int]:
         lengths: tokens of each sample's prompt.
 
     Returns:
-        One number a sample.
+        One number per sample.
 
     Raises:
         ValueError: for a size that is neither.

@@ -1,4 +1,4 @@
-"""Refuse parameters out of range in one line that names the value and the mend."""
+"""Range checks of parameters, with one-line errors naming value and remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ def check_number(
     least: float | None = None,
     most: float = math.inf,
 ) -> None:
-    """Refuse a number outside its range.
+    """Raise an error for a number outside its range.
+
+    Args:
+        name: the parameter's name, for the error.
+        value: its value.
+        above: exclusive lower bound, or None.
+        least: inclusive lower bound, or None.
+        most: inclusive upper bound.
 
     Raises:
         ValueError: naming the range.
@@ -35,7 +42,12 @@ def check_number(
 
 
 def check_count(name: str, value: int, *, least: int) -> None:
-    """Refuse what is no whole number of ``least`` or more.
+    """Raise an error for anything but a whole number of ``least`` or more.
+
+    Args:
+        name: the parameter's name, for the error.
+        value: its value.
+        least: inclusive lower bound.
 
     Raises:
         ValueError: naming the range.
@@ -49,34 +61,40 @@ def check_count(name: str, value: int, *, least: int) -> None:
         raise ValueError(f"{name} {value!r}: give a whole number of {least} or more")
 
 
-def check_pool(value: int) -> None:
-    """Refuse a width that has no middle.
+def check_pool(name: str, value: int) -> None:
+    """Raise an error for a pooling width without a middle.
+
+    Args:
+        name: the parameter's name, for the error.
+        value: its value.
 
     Raises:
         ValueError: for an even number, or one below 1.
 
     Example:
-        >>> check_pool(4)
+        >>> check_pool("pool", 4)
         Traceback (most recent call last):
         ValueError: pool 4: give an odd number of 1 or more
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or value % 2 == 0:
-        raise ValueError(f"pool {value!r}: give an odd number of 1 or more")
+        raise ValueError(f"{name} {value!r}: give an odd number of 1 or more")
 
 
 def check_sizes(sizes: Sequence[int], lengths: Sequence[int], window: int) -> None:
-    """Refuse a cache that has no room beside the window in a sample that needs eviction.
+    """Raise an error for a cache without room beside the window.
+
+    Samples that fit whole are not checked.
 
     Args:
         sizes: keys that each sample may keep.
         lengths: tokens of each sample.
-        window: newest keys that always stay.
+        window: number of newest keys, which always stay.
 
     Raises:
         ValueError: naming the sample.
 
     Example:
-        >>> check_sizes([8], [100], 32)
+        >>> check_sizes([8], [100], 32)  # doctest: +NORMALIZE_WHITESPACE
         Traceback (most recent call last):
         ValueError: cache_size of 8 tokens (sample 0) leaves no room beside window_size 32: give
             more than 32, or a smaller window
@@ -85,6 +103,5 @@ def check_sizes(sizes: Sequence[int], lengths: Sequence[int], window: int) -> No
         if length > size <= window:
             raise ValueError(
                 f"cache_size of {size} tokens (sample {sample}) leaves no room beside window_size "
-                f"{window}: "
-                f"give more than {window}, or a smaller window"
+                f"{window}: give more than {window}, or a smaller window"
             )

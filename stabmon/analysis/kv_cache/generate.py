@@ -1,4 +1,4 @@
-"""Generate with a compressed cache, on a stock model of transformers."""
+"""Generation with a compressed cache, on a stock model of transformers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stabmon.analysis.kv_cache.policy import Policy
 
 @dataclass(frozen=True, eq=False)
 class CompressedGeneration:
-    """Hold generated tokens and the cache that they were generated with."""
+    """Generated tokens and the cache they were generated with."""
 
     sequences: Tensor
-    """``[B, S + T]`` prompt and new tokens, as ``generate`` returns them."""
+    """Prompt and new tokens, ``[B, S + T]``, as ``generate`` returns them."""
     tokens: Tensor
-    """``[B, T]`` the new tokens alone."""
+    """New tokens alone, ``[B, T]``."""
     cache: CompressedCache
 
 
@@ -36,11 +36,11 @@ def compressed_generate(
     decode_eviction: bool | None = None,
     **options: Any,
 ) -> CompressedGeneration:
-    """Generate with a cache that keeps a part of the prompt's keys.
+    """Generate with a cache of limited size.
 
     The model's own ``generate`` runs, with a cache of transformers' own class; no file or class of
     the model is touched, and model and library are afterwards as they were. Layers with a sliding
-    window or a recurrent state keep what they hold; they are named in ``.cache.left_out``.
+    window or a recurrent state keep their whole cache; they are named in ``.cache.left_out``.
 
     Args:
         model: a causal language model of transformers, with sdpa, eager or flex attention.
@@ -50,36 +50,41 @@ def compressed_generate(
         cache_size: keys that each key head keeps, on average over layers, the window included:
             tokens (int), or a share of each sample's prompt (float in (0, 1]). Samples no longer
             than this keep all.
-        window_size: newest keys that always stay, and whose queries judge the others; 2 or more.
+        window_size: number of newest keys, which always stay and whose queries judge the others; 2
+            or more.
         attention_mask: ``[B, S]``, 0 at padding.
         max_new_tokens: tokens to generate at most.
         cascade: shrink layers while the prompt goes through the model, so that the peak of the
             cache is one full layer above its final size; else after the last layer.
         decode_eviction: evict while decoding too, so that the cache stays within its size; None for
-            what the policy does as published (SnapKV and its kin let it grow).
-        options: anything else that ``generate`` takes.
+            the policy's published behaviour (SnapKV and its variants let it grow).
+        options: further arguments of ``generate``.
 
     Returns:
         The sequences, and the cache with its evictions.
 
     Raises:
-        ValueError: for encoders and encoder–decoders, padding on the right, a prompt in chunks, or
+        ValueError: for encoders and encoder–decoders, padding on the right, a chunked prefill, or
             values out of range.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-        >>> config = LlamaConfig(**sizes, eos_token_id=None)
-        >>> ids = torch.arange(30)[None]
-        >>> made = compressed_generate(LlamaForCausalLM(config), ids, cache_size=12, window_size=4, max_new_tokens=5, do_sample=False)
-        >>> made.sequences.shape, {len(kept[0, 0]) for kept in made.cache.kept().values()} <= set(range(5, 21))
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2, eos_token_id=None,
+        ... )
+        >>> made = compressed_generate(
+        ...     LlamaForCausalLM(config), torch.arange(30)[None], cache_size=12, window_size=4,
+        ...     max_new_tokens=5, do_sample=False,
+        ... )
+        >>> kept = made.cache.kept().values()
+        >>> made.sequences.shape, {len(layer[0, 0]) for layer in kept} <= set(range(5, 21))
         (torch.Size([1, 35]), True)
     """
     check_prompt(input_ids, attention_mask)
     if options.get("prefill_chunk_size"):
         raise ValueError(
-            "prefill_chunk_size: keys are chosen once the whole prompt has gone through, leave it "
-            "out"
+            "prefill_chunk_size: keys are chosen after the whole prompt, leave this argument out"
         )
     cache = CompressedCache(
         model,
@@ -91,9 +96,9 @@ def compressed_generate(
     )
     if attention_mask is not None:
         options["attention_mask"] = attention_mask
-    generate: Any = getattr(model, "generate")  # noqa: B009  (a model of transformers, checked above)
+    generator: Any = model  # CompressedCache has checked that it is a model of transformers
     with cache.attached(), torch.no_grad():
-        made = generate(
+        made = generator.generate(
             input_ids, past_key_values=cache.key_values, max_new_tokens=max_new_tokens, **options
         )
     sequences = made if isinstance(made, Tensor) else made.sequences
@@ -101,13 +106,18 @@ def compressed_generate(
 
 
 def check_prompt(input_ids: Tensor, attention_mask: Tensor | None) -> None:
-    """Refuse a prompt that cannot be gone on from.
+    """Raise an error for a prompt in a shape or padding unfit for generation.
+
+    Args:
+        input_ids: ``[B, S]``.
+        attention_mask: ``[B, S]``, 0 at padding, or None.
 
     Raises:
         ValueError: for another shape, an empty prompt, or padding at its end.
 
     Example:
-        >>> check_prompt(torch.ones(1, 3), torch.tensor([[1, 1, 0]]))
+        >>> mask = torch.tensor([[1, 1, 0]])
+        >>> check_prompt(torch.ones(1, 3), mask)  # doctest: +NORMALIZE_WHITESPACE
         Traceback (most recent call last):
         ValueError: sample 0 of attention_mask ends in padding: pad on the left
             (tokenizer.padding_side = 'left')

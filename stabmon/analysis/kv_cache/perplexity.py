@@ -1,4 +1,4 @@
-"""Perplexity of real text against the size of the cache that its context was compressed to."""
+"""Perplexity of real text against the size of its context's compressed cache."""
 
 from __future__ import annotations
 
@@ -20,44 +20,51 @@ from stabmon.analysis.kv_cache.prefill import Prefill
 
 @dataclass(frozen=True, eq=False)
 class PerplexityTable:
-    """Mean negative log-probability of each continuation, by policy, cache size and prompt, in nats
-    a token.
+    """Loss of each continuation by policy, cache size and prompt, in nats per token.
+
+    The loss is the mean negative log-probability of the continuation's tokens.
+
+    Example:
+        >>> losses, full = np.log([[[4.0]]]), np.log([2.0])
+        >>> table = PerplexityTable(("h2o",), (8,), losses, full, 32, 4, np.array([[0.25]]))
+        >>> table.perplexity.round(6).tolist(), table.cost.round(3).tolist()
+        ([[4.0]], [[[0.693]]])
     """
 
     policies: tuple[str, ...]
     sizes: tuple[int | float, ...]
     nats: NDArray[np.float64]
-    """``[policies, sizes, prompts]``."""
+    """Loss with the compressed cache, ``[policies, sizes, prompts]``."""
     full: NDArray[np.float64]
-    """``[prompts]`` with the full cache."""
+    """Loss with the full cache, ``[prompts]``."""
     context: int
     """Tokens of each prompt."""
     continuation: int
-    """Tokens that are scored after each prompt."""
+    """Scored tokens after each prompt."""
     kept: NDArray[np.float64]
-    """``[policies, sizes]`` share of the context's keys that were kept, over layers, heads and
-    prompts.
+    """Kept share of the context's keys, ``[policies, sizes]``.
+
+    The share is over layers, heads and prompts.
     """
 
     @property
     def perplexity(self) -> NDArray[np.float64]:
-        """``[policies, sizes]`` exp of the mean over prompts."""
+        """Compute exp of the mean loss over prompts, ``[policies, sizes]``."""
         perplexity: NDArray[np.float64] = np.exp(self.nats.mean(-1))
         return perplexity
 
     @property
     def cost(self) -> NDArray[np.float64]:
-        """``[policies, sizes, prompts]`` nats lost against the same prompt's full cache."""
+        """Compute the nats lost against the full cache, ``[policies, sizes, prompts]``."""
         return self.nats - self.full
 
     def entries(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Return values and arrays for a record.
 
         Values: ``perplexity_policies``, ``perplexity_sizes``, ``perplexity_context``,
-            ``perplexity_continuation``. Arrays:
-        ``perplexity_nats`` ``[policies, sizes, prompts]``, ``perplexity_full_nats`` ``[prompts]``,
-        ``perplexity_kept`` ``[policies, sizes]``; a figure draws ``exp`` of their means over
-        prompts, and the spread between prompts.
+        ``perplexity_continuation``. Arrays: ``perplexity_nats`` ``[policies, sizes, prompts]``,
+        ``perplexity_full_nats`` ``[prompts]``, ``perplexity_kept`` ``[policies, sizes]``; a figure
+        draws ``exp`` of their means over prompts, and the spread between prompts.
         """
         values = {
             "perplexity_policies": list(self.policies),
@@ -73,11 +80,13 @@ class PerplexityTable:
         return values, arrays
 
     def to_markdown(self) -> str:
-        """Return a table: perplexity, and the mean cost in nats with its 10% and 90% quantiles over
-        prompts.
+        """Return a table of perplexities, with the cost in nats.
+
+        The cost is the mean over prompts, with its 10% and 90% quantiles.
 
         Example:
-            >>> table = PerplexityTable(("h2o",), (8,), np.log([[[4.0]]]), np.log([2.0]), 32, 4, np.array([[0.25]]))
+            >>> losses, full = np.log([[[4.0]]]), np.log([2.0])
+            >>> table = PerplexityTable(("h2o",), (8,), losses, full, 32, 4, np.array([[0.25]]))
             >>> print(table.to_markdown())
             | cache | h2o |
             |---|---|
@@ -113,11 +122,11 @@ def perplexity_by_cache_size(
     batch_size: int = 4,
     progress: Callable[[str], None] = lambda _: None,
 ) -> PerplexityTable:
-    """Score real continuations with caches to which their contexts were compressed once.
+    """Score real continuations of contexts compressed to each cache size.
 
     Each context goes through the model once; each policy then chooses its keys, and the
-    continuation is fed some tokens at a time, growing the cache: what is measured is the choice
-    after the prompt, exactly, and no eviction while decoding.
+    continuation is fed some tokens at a time, growing the cache. This measures exactly the choice
+    after the prompt, and no eviction while decoding.
 
     Args:
         model: a causal language model of transformers.
@@ -125,7 +134,7 @@ def perplexity_by_cache_size(
         continuations: ``[N, T]`` the tokens that really follow.
         sizes: cache sizes, tokens (int) or shares of the context (float).
         policies: names or policies; None for all but ``full``, which is always measured.
-        window_size: newest keys that always stay.
+        window_size: number of newest keys, which always stay.
         attention_mask: ``[N, S]``, 0 at padding on the left.
         chunk: tokens to feed at once.
         batch_size: prompts to run together.
@@ -139,12 +148,16 @@ def perplexity_by_cache_size(
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> config = LlamaConfig(
+        ...     vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        ...     num_attention_heads=2,
+        ... )
         >>> ids = torch.arange(80).view(2, 40) % 32
         >>> table = perplexity_by_cache_size(
-        ...     LlamaForCausalLM(config), ids[:, :30], ids[:, 30:], sizes=[8, 1.0], policies=["cake"], window_size=4
+        ...     LlamaForCausalLM(config), ids[:, :30], ids[:, 30:], sizes=[8, 1.0],
+        ...     policies=["cake"], window_size=4,
         ... )
-        >>> table.nats.shape, bool(abs(table.cost[:, 1]).max() < 1e-5)  # a cache for all keys costs nothing
+        >>> table.nats.shape, bool(abs(table.cost[:, 1]).max() < 1e-5)  # a full-size cache is exact
         ((1, 2, 2), True)
     """
     check_count("chunk", chunk, least=1)
@@ -159,12 +172,9 @@ def perplexity_by_cache_size(
             f"contexts {tuple(contexts.shape)} and continuations {tuple(continuations.shape)}: "
             "give [N, S] and [N, T] token ids"
         )
-    chosen = [
-        policy_of(each)
-        for each in (
-            policies if policies is not None else [name for name in POLICIES if name != "full"]
-        )
-    ]
+    if policies is None:
+        policies = [name for name in POLICIES if name != "full"]
+    chosen = [policy_of(each) for each in policies]
     nats = np.zeros((len(chosen), len(sizes), len(contexts)))
     full, kept = np.zeros(len(contexts)), np.zeros((len(chosen), len(sizes)))
     for at in range(0, len(contexts), batch_size):
@@ -175,16 +185,9 @@ def perplexity_by_cache_size(
         for row, policy in enumerate(chosen):
             for column, size in enumerate(sizes):
                 cache = start.compressed(policy, size, decode_eviction=False)
-                held = sum(
-                    float((positions >= 0).sum()) / positions.shape[1]
-                    for positions in cache.kept().values()
-                )
-                kept[row, column] += (
-                    held
-                    / (len(cache.layers) * sum(cache.lengths))
-                    * len(contexts[part])
-                    / len(contexts)
-                )
+                held = sum(float((p >= 0).sum()) / p.shape[1] for p in cache.kept().values())
+                share = held / (len(cache.layers) * sum(cache.lengths))
+                kept[row, column] += share * len(contexts[part]) / len(contexts)
                 nats[row, column, part] = _score(start, cache, continuations[part], chunk)
         progress(f"{min(at + batch_size, len(contexts))} of {len(contexts)} prompts")
     names = tuple(policy.name for policy in chosen)
@@ -195,7 +198,7 @@ def perplexity_by_cache_size(
 
 @torch.no_grad()
 def _score(start: Prefill, cache: Any, continuation: Tensor, chunk: int) -> NDArray[np.float64]:
-    """Mean negative log-probability of each continuation, ``[B]`` in nats."""
+    """Return the mean negative log-probability of each continuation, ``[B]`` in nats."""
     with undisturbed(start.model), cache.attached():
         scored = follow(start.feed(), cache.key_values, start.logits, continuation, chunk)
     return -scored.cpu().double().mean(1).numpy()

@@ -1,6 +1,4 @@
-"""One prompt's prefill, from which any number of compressed caches can be made without running the
-prompt again.
-"""
+"""One prompt's prefill, shared by any number of compressed caches."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 
 @dataclass(frozen=True, eq=False)
 class Prefill:
-    """Keys, values and attention of a batch of prompts; holds queries and keys of all layers,
-    linear in the length.
+    """Keys, values and attention of a batch of prompts.
+
+    Holds queries and keys of all layers, linear in the length.
     """
 
     model: nn.Module
@@ -38,13 +37,13 @@ class Prefill:
     def of(
         cls, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, window_size: int
     ) -> Prefill:
-        """Run the prompts once.
+        """Run the prompts once and keep every layer's queries and keys.
 
         Args:
             model: a causal language model of transformers.
             input_ids: ``[B, S]``.
             attention_mask: ``[B, S]``, 0 at padding on the left, or None.
-            window_size: of the caches to be made.
+            window_size: number of newest keys, which always stay, in the caches to be made.
         """
         cache = CompressedCache(model, policy="full", cache_size=1.0, window_size=window_size)
         layers: dict[int, PromptLayer] = {}
@@ -58,10 +57,10 @@ class Prefill:
     def compressed(
         self, policy: str | Policy, cache_size: int | float, **settings: Any
     ) -> CompressedCache:
-        """Return a cache after the prompt, with a policy's choice of keys.
+        """Make a cache after the prompt, with the keys chosen by a policy.
 
         Args:
-            policy, cache_size, settings: as :class:`CompressedCache` takes them.
+            policy, cache_size, settings: see :class:`CompressedCache`.
         """
         made = CompressedCache(
             self.model,
@@ -83,7 +82,7 @@ class Prefill:
         return made
 
     def feed(self) -> Feed:
-        """Return what feeds tokens after the prompt."""
+        """Return a :class:`Feed` positioned after the prompt."""
         feed = Feed(self.model, self.input_ids, self.attention_mask)
         feed.seen = self.input_ids.shape[1]
         return feed

@@ -1,4 +1,4 @@
-"""What the kept keys preserve of the window's attention, against other choices of as many keys."""
+"""Attention preserved by the kept keys, against other choices of as many keys."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from stabmon.analysis.kv_cache.policy import best
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 
 MEASURES = ("mass", "entropy", "variance")
-"""``mass``: the share of the window queries' attention that rests on kept keys, over all keys, the
-window's own included. ``entropy``: the share of the dispersion D that kept keys contribute;
+"""Measures of the preserved attention, each in [0, 1].
+
+``mass``: the share of the window queries' attention that rests on kept keys, over all keys, the
+window's own included. ``entropy``: the share of the dispersion D that kept keys contribute.
 ``variance``: the share of the shift V. The last two, like D and V, are over keys before the window,
-and NaN where that is 0. Each is summed over heads before the division, and in [0, 1]."""
+and NaN where D or V is 0. Each is summed over heads before the division.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class KeyTerms:
-    """Hold each key's contribution to each measure, to judge any choice of keys later; ``[B, H,
-    S]`` each.
-    """
+    """Contribution of each key to each measure, ``[B, H, S]``, to judge any choice."""
 
     mass: Tensor
     entropy: Tensor
@@ -35,7 +36,7 @@ class KeyTerms:
         return cls(weights.mean(2), entropy, weights.var(2, correction=1).masked_fill(outside, 0.0))
 
     def shares(self, kept: Tensor) -> dict[str, Tensor]:
-        """Return the share of each measure that lies on kept keys.
+        """Return the share of each measure on the kept keys.
 
         Args:
             kept: ``[B, H_kv, S]`` bool.
@@ -52,12 +53,11 @@ class KeyTerms:
         return found
 
     def best_mass(self, kept: Tensor, valid: Tensor) -> Tensor:
-        """Return the choice of as many keys in each head that preserves the most mass, ``[B, H_kv,
-        S]`` bool.
+        """Choose as many keys in each head with the most mass, ``[B, H_kv, S]`` bool.
 
         Args:
-            kept: ``[B, H_kv, S]`` bool, for the numbers of keys.
-            valid: ``[B, S]`` bool, of which to choose.
+            kept: ``[B, H_kv, S]`` bool; only its number of keys per head counts.
+            valid: ``[B, S]`` bool, the candidates.
         """
         mass = self.mass.unflatten(1, (kept.shape[1], -1)).sum(2)
         return best(mass, kept.sum(-1), valid[:, None].expand_as(kept))

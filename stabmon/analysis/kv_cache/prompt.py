@@ -1,6 +1,4 @@
-"""Everything that is known of one layer once its prompt has gone through it: the ground on which
-keys are chosen.
-"""
+"""Attention of one layer over a whole prompt, the basis of every choice of keys."""
 
 from __future__ import annotations
 
@@ -10,65 +8,65 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from stabmon.analysis.dtypes import compute_dtype
 from stabmon.operator import AttentionOperator
 
 
 @dataclass(frozen=True, eq=False)
 class PromptLayer:
-    """One layer's attention over a prompt, in float32 and per sample; padding on either side counts
-    nowhere.
+    """One layer's attention over a prompt, in float32 and per sample.
 
-    B batch, H query heads, H_kv key heads, S prompt positions, w queries of the window.
+    Padding on either side counts nowhere. B batch, H query heads, H_kv key heads, S prompt
+    positions, w queries of the window.
     """
 
     name: str
-    """Qualified name of the module that attends."""
+    """Qualified name of the attending module."""
     operator: AttentionOperator
     """Causal self-attention over the prompt, S queries by S keys."""
     key_heads: int
-    """H_kv, the heads that the cache holds; fewer than the kernel's where keys are stored in
-    another form (latent attention).
+    """Number of heads in the cache, H_kv.
+
+    Fewer than the kernel's where keys are stored in another form (latent attention).
     """
     window: int
-    """The last real queries of each sample, whose attention is looked at and whose own keys are
-    kept.
+    """Number of each sample's last real queries.
+
+    Their attention judges the other keys, and their own keys are kept.
     """
 
     @cached_property
     def valid(self) -> Tensor:
-        """``[B, S]`` bool: the position holds a token."""
+        """Return ``[B, S]`` bool: the position holds a token."""
         return self.operator.is_counted.any(dim=1)
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each sample, padding not counted."""
+        """Return the number of tokens of each sample, padding not counted."""
         return [int(n) for n in self.valid.sum(1).tolist()]
 
     @cached_property
     def in_window(self) -> Tensor:
-        """``[B, S]`` bool: one of the last ``window`` tokens of its sample."""
+        """Return ``[B, S]`` bool: one of the last ``window`` tokens of its sample."""
         later = self.valid.flip(1).cumsum(1).flip(1)
         return self.valid & (later <= self.window)
 
     @cached_property
     def before(self) -> Tensor:
-        """``[B, S]`` bool: a token before the window."""
+        """Return ``[B, S]`` bool: a token before the window."""
         return self.valid & ~self.in_window
 
     @cached_property
     def weights(self) -> Tensor:
-        """``[B, H, w, S]`` attention weights of the window's queries; rows of 0 where a sample is
-        shorter than the window.
+        """Compute the attention weights of the window's queries, ``[B, H, w, S]``.
+
+        Rows are 0 where a sample is shorter than the window.
         """
         attention = self.operator
-        last = [
-            int(n)
-            for n in (self.valid * torch.arange(1, attention.queries + 1, device=self.valid.device))
-            .amax(1)
-            .tolist()
-        ]
+        places = torch.arange(1, attention.queries + 1, device=self.valid.device)
+        last = [int(n) for n in (self.valid * places).amax(1).tolist()]
         shape = (attention.batch, attention.heads, self.window, attention.keys)
-        dtype = torch.float64 if attention.query.dtype == torch.float64 else torch.float32
+        dtype = compute_dtype(attention.query)
         weights = torch.zeros(shape, dtype=dtype, device=attention.query.device)
         for samples, end in _runs(last):
             rows = slice(max(0, end - shape[2]), end)
@@ -83,14 +81,15 @@ class PromptLayer:
 
     @cached_property
     def received(self) -> Tensor:
-        """``[B, H, S]`` attention mass that each key receives from all queries of its sample,
-        without any S by S.
+        """Compute the attention mass of each key over all queries, ``[B, H, S]``.
+
+        No S by S map is formed.
         """
         counted = self.operator.is_counted.to(self.weights.dtype)[..., None]
         return self.operator.rmatvec(counted)[..., 0]
 
     def check(self) -> None:
-        """Refuse what is not causal self-attention, or cannot be ranked.
+        """Raise an error for non-causal attention or NaN weights.
 
         Raises:
             ValueError: naming the layer.
@@ -100,13 +99,12 @@ class PromptLayer:
         if attention.queries != attention.keys or bool((attention.n_visible() > place).any()):
             raise ValueError(
                 f"{self.name} attends in both directions or to another sequence, as encoders do: "
-                "a KV cache exists in causal "
-                "decoders only, give a decoder"
+                "a KV cache exists in causal decoders only, give a decoder"
             )
         if not bool(self.weights.isfinite().all()):
             raise ValueError(
-                f"{self.name} has attention weights that are NaN: nothing can be ranked by them, "
-                "mend the model first"
+                f"{self.name} has NaN attention weights: keys cannot be ranked by them, repair "
+                "the model first"
             )
 
     @property
@@ -117,7 +115,7 @@ class PromptLayer:
 
 
 def _runs(ends: list[int]) -> list[tuple[slice, int]]:
-    """Neighbouring samples with the same value, as slices."""
+    """Return neighbouring samples with the same value as slices."""
     runs: list[tuple[slice, int]] = []
     for index, end in enumerate(ends):
         if runs and runs[-1][1] == end:

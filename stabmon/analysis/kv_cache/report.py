@@ -1,4 +1,4 @@
-"""What a simulated cache holds, loses and preserves."""
+"""Report of a simulated cache: held keys, losses and preserved attention."""
 
 from __future__ import annotations
 
@@ -16,44 +16,62 @@ from stabmon.analysis.record import AnalysisRecord
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's numbers; B samples, H_kv key heads, S prompt positions, all tensors on the
-    CPU.
+    """One layer's numbers, all tensors on the CPU.
+
+    B samples, H_kv key heads, S prompt positions.
+
+    Example:
+        >>> from stabmon.analysis import simulate_cache
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+        >>> ids = torch.arange(12)[None]
+        >>> report = simulate_cache(model, ids, policy="recency", cache_size=8, window_size=2)
+        >>> report.layers[0].kept_at(0)[0, 0].nonzero()[:, 0].tolist()
+        [0, 1, 2, 3, 8, 9, 10, 11]
     """
 
     layer: str
-    """Qualified name of the module that attends."""
+    """Qualified name of the attending module."""
     dispersion: Tensor
-    """``[B]`` D in nats, summed over query heads and window queries."""
+    """Dispersion D in nats, ``[B]``, summed over query heads and window queries."""
     shift: Tensor
-    """``[B]`` V, summed over query heads."""
+    """Shift V, ``[B]``, summed over query heads."""
     preference: Tensor
-    """``[B]`` ``D^(1/tau1) V^(1/tau2)``; with both temperatures at 1 for other policies, which make
-    no use of it.
+    """Claim on the cache, ``[B]``: ``D^(1/tau1) V^(1/tau2)``.
+
+    Policies with fixed claims make no use of it; for these both temperatures are 1.
     """
     budget: Tensor
-    """``[B]`` int64 keys *before the window* that each key head may keep, on average over heads;
-    the window's come on top.
+    """Keys *before the window* per key head, ``[B]`` int64, on average over heads.
+
+    The window's keys come on top.
     """
     scores: Tensor
-    """``[B, H_kv, S]`` what each key is worth; NaN for keys in the window and padding."""
+    """Worth of each key, ``[B, H_kv, S]``; NaN for keys in the window and padding."""
     kept: Tensor
-    """``[B, H_kv, M]`` int64 positions after the prompt, ascending, the window's included; -1 in
-    slots that stay empty.
+    """Positions after the prompt, the window's included: ``[B, H_kv, M]``, ascending.
+
+    int64; empty slots are -1.
+
+    Empty slots are -1.
     """
     preserved: Mapping[str, Mapping[str, Tensor]]
-    """``preserved[choice][measure]`` is ``[B]``, see :data:`.preservation.MEASURES`; choices of as
-    many keys in each head.
+    """Preserved attention, ``preserved[choice][measure]`` ``[B]``.
+
+    The measures are :data:`.preservation.MEASURES`; all choices keep as many keys in each head.
     """
     evicted_at: Tensor
-    """``[B, H_kv, S + F]`` int32: the step at which a key went (0 the prompt, then 1 … F), -1 if it
-    stayed, -2 for padding.
+    """Step of each key's eviction, ``[B, H_kv, S + F]`` int32.
 
-    F is the number of tokens that were fed after the prompt: all decoded tokens but the last.
+    0 is the prompt, then 1 … F; -1 if the key stayed, -2 for padding.
+
+    F is the number of tokens fed after the prompt: all decoded tokens but the last.
     """
 
     def kept_at(self, step: int) -> Tensor:
-        """Return which keys are held after a decoding step, ``[B, H_kv, S + F]`` bool; step 0 is
-        the prompt.
+        """Return the keys held after a decoding step, ``[B, H_kv, S + F]`` bool.
+
+        Step 0 is the prompt.
         """
         positions = torch.arange(self.evicted_at.shape[-1])
         there = positions < self.scores.shape[-1] + step
@@ -62,54 +80,72 @@ class LayerCache:
 
 @dataclass(frozen=True, eq=False)
 class CakeReport:
-    """Report the effect of one cache size on a prompt and the tokens that follow."""
+    """Effect of one cache size on a prompt and the tokens after it.
+
+    Example:
+        >>> from stabmon.analysis import simulate_cache
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+        >>> ids = torch.arange(12)[None]
+        >>> report = simulate_cache(model, ids, policy="recency", cache_size=6, window_size=2)
+        >>> report.compression_ratio, report.budget_use, report.eviction_frequency
+        (0.5, 1.0, 1.0)
+    """
 
     policy: str
     settings: Mapping[str, Any]
-    """The policy's own parameters."""
+    """Parameters of the policy."""
     cache_size: int | float
     window_size: int
     layers: tuple[LayerCache, ...]
     left_out: Mapping[str, str]
-    """Layers that keep their cache, and why."""
+    """Layers with an uncompressed cache, and the reason for each."""
     lengths: tuple[int, ...]
     """Tokens of each sample's prompt, padding not counted."""
     sizes: tuple[int, ...]
-    """Keys that each sample may keep in a layer, on average over layers."""
+    """Keys for each sample in a layer, on average over layers."""
     stages: Tensor
-    """``[L, L, B]`` int64: row m is the budgets after layer m's prefill under the cascade; -1 for
-    layers still to come.
+    """Budgets under the cascade, ``[L, L, B]`` int64; row m: after layer m's prefill.
+
+    Entries of layers still to come are -1.
     """
     token_ids: Tensor
-    """``[B, S]`` int64, or ``[0, 0]`` where the batch holds none."""
+    """Token ids ``[B, S]`` int64, or ``[0, 0]`` for a batch without any."""
     tokens: Tensor
-    """``[B, T]`` int64 tokens decoded with the compressed cache: the most likely ones, or the given
-    continuation.
+    """Tokens decoded with the compressed cache, ``[B, T]`` int64.
+
+    They are the most likely ones, or the given continuation.
     """
     log_probabilities: Tensor
-    """``[B, T]`` of these tokens, in nats, with the compressed cache."""
+    """Log-probabilities of ``tokens`` with the compressed cache, ``[B, T]`` in nats."""
     full_log_probabilities: Tensor
-    """``[B, T]`` of the same tokens with the full cache."""
+    """Log-probabilities of ``tokens`` with the full cache, ``[B, T]`` in nats."""
     notes: tuple[str, ...] = field(default=())
 
     @property
     def decode_steps(self) -> int:
-        """Tokens that were fed after the prompt: all decoded tokens but the last."""
+        """Return the number of tokens fed after the prompt: all decoded ones but the last."""
         return max(0, self.tokens.shape[1] - 1)
 
     @property
     def compression_ratio(self) -> float:
-        """Keys kept after the prompt over keys of the full cache, in (0, 1]; over samples, heads
-        and the layers in ``layers``.
+        """Compute keys kept after the prompt over keys of the full cache, in (0, 1].
+
+        Both are over samples, heads and the layers in ``layers``.
         """
+        return self._kept_per_head / sum(self.lengths)
+
+    @property
+    def _kept_per_head(self) -> float:
+        """Return the keys kept after the prompt over all samples, averaged over heads."""
         kept = sum(float((layer.kept >= 0).sum()) for layer in self.layers)
-        heads = sum(layer.kept.shape[1] for layer in self.layers)
-        return kept / (heads * sum(self.lengths))
+        return kept / sum(layer.kept.shape[1] for layer in self.layers)
 
     @property
     def eviction_frequency(self) -> float:
-        """Share of (sample, layer, step) at which some key was evicted, in [0, 1]; the prompt is a
-        step, then each token fed.
+        """Compute the share of steps with an eviction, in [0, 1].
+
+        The steps are over samples and layers; the prompt is a step, then each token fed.
         """
         steps = 1 + self.decode_steps
         happened = 0
@@ -120,52 +156,46 @@ class CakeReport:
 
     @property
     def budget_use(self) -> float:
-        """Keys kept after the prompt over keys that the cache size allows (never more than there
-        are), in [0, 1].
+        """Compute keys kept after the prompt over keys allowed by the cache size.
 
-        Below 1 where the allotment leaves keys unused, as ``published`` may.
+        In [0, 1]; no more keys are allowed than there are. Below 1 if the allotment leaves keys
+        unused, as ``published`` may.
         """
-        allowed = sum(
-            min(size, length) for size, length in zip(self.sizes, self.lengths, strict=True)
-        )
-        heads = sum(layer.kept.shape[1] for layer in self.layers)
-        return sum(float((layer.kept >= 0).sum()) for layer in self.layers) / (heads * allowed)
+        allowed = sum(min(pair) for pair in zip(self.sizes, self.lengths, strict=True))
+        return self._kept_per_head / allowed
 
     @property
     def perplexity(self) -> float:
-        """``exp`` of the mean negative log-probability of ``tokens`` with the compressed cache; NaN
-        where none were decoded.
+        """Compute the perplexity of ``tokens`` with the compressed cache; NaN without any.
 
-        Of tokens that the model chose itself this is low by construction: it is meant to be held
-        against ``full_perplexity``, or taken on a given continuation.
+        The perplexity of the model's own choices is low by construction: compare it with
+        ``full_perplexity``, or take it on a given continuation.
         """
         return float(torch.exp(-self.log_probabilities.mean()))
 
     @property
     def full_perplexity(self) -> float:
-        """The same tokens' perplexity with the full cache."""
+        """Compute the perplexity of the same tokens with the full cache."""
         return float(torch.exp(-self.full_log_probabilities.mean()))
 
     def to_record(self, perplexities: Any = None) -> AnalysisRecord:
         """Return the record of kind ``cake``.
 
         Values: ``policy``, ``settings``, ``cache_size``, ``window_size``, ``layers`` (names, in
-            order), ``left_out``, ``lengths``,
-        ``sizes``, ``steps`` (tokens fed after the prompt, F), ``compression_ratio``,
-        ``eviction_frequency``, ``budget_use``, ``perplexity``, ``full_perplexity``, ``choices`` and
-        ``measures`` (the axes of ``preserved``), ``notes``; with a table of perplexities also its
-        own, see :meth:`.perplexity.PerplexityTable.entries`.
+        order), ``left_out``, ``lengths``, ``sizes``, ``steps`` (tokens fed after the prompt, F),
+        ``compression_ratio``, ``eviction_frequency``, ``budget_use``, ``perplexity``,
+        ``full_perplexity``, ``choices`` and ``measures`` (the axes of ``preserved``), ``notes``;
+        with a table of perplexities also its own, see :meth:`.perplexity.PerplexityTable.entries`.
 
         Arrays (L layers, B samples): ``dispersion``, ``shift``, ``preference``, ``budget`` ``[L,
-            B]``; ``preserved``
-        ``[L, choices, measures, B]``; ``stages`` ``[L, L, B]``; ``token_ids`` ``[B, S]``;
-        ``new_token_ids``, ``log_probabilities``, ``full_log_probabilities`` ``[B, T]``; for each
-        layer ``scores/<layer>`` ``[B, H_kv, S]``, ``kept/<layer>`` ``[B, H_kv, M]`` and
+        B]``; ``preserved`` ``[L, choices, measures, B]``; ``stages`` ``[L, L, B]``; ``token_ids``
+        ``[B, S]``; ``new_token_ids``, ``log_probabilities``, ``full_log_probabilities`` ``[B, T]``;
+        for each layer ``scores/<layer>`` ``[B, H_kv, S]``, ``kept/<layer>`` ``[B, H_kv, M]`` and
         ``evicted_at/<layer>`` ``[B, H_kv, S + F]``, from which the keys held at any step follow,
         see :meth:`LayerCache.kept_at`.
 
         Args:
-            perplexities: a :class:`.perplexity.PerplexityTable` to store beside.
+            perplexities: a :class:`.perplexity.PerplexityTable` to store beside, or None.
         """
         names = [layer.layer for layer in self.layers]
         choices = list(self.layers[0].preserved)
@@ -206,9 +236,8 @@ class CakeReport:
             "full_log_probabilities": self.full_log_probabilities.numpy(),
         }
         for layer in self.layers:
-            arrays[f"scores/{layer.layer}"] = layer.scores.numpy()
-            arrays[f"kept/{layer.layer}"] = layer.kept.numpy()
-            arrays[f"evicted_at/{layer.layer}"] = layer.evicted_at.numpy()
+            for name in ("scores", "kept", "evicted_at"):
+                arrays[f"{name}/{layer.layer}"] = getattr(layer, name).numpy()
         if perplexities is not None:
             more_values, more_arrays = perplexities.entries()
             values |= more_values

@@ -1,4 +1,4 @@
-"""CAKE's numbers of one layer: dispersion, shift, preference, and the score by which a key is kept.
+"""CAKE's numbers of one layer: dispersion, shift, preference, and key scores.
 
 All are taken from the attention weights ``p`` of the *window*, the last w queries of a prompt, over
 the keys before it. The weights are the softmax over all n keys that a query sees, and are not
@@ -13,9 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stabmon.analysis.dtypes import sum_dtype
+from stabmon.analysis.kv_cache.prompt import PromptLayer
+
 
 def dispersion(weights: Tensor, before: Tensor) -> Tensor:
-    """Sum how widely the window's queries spread their attention.
+    """Sum the entropy of the window queries' attention to the keys before the window.
 
     ``D = sum over heads h, queries i in W, keys j before W of -p_hij ln p_hij``, with 0 ln 0 = 0.
 
@@ -33,11 +36,11 @@ def dispersion(weights: Tensor, before: Tensor) -> Tensor:
         0.6931
     """
     terms = -torch.xlogy(weights, weights)
-    return terms.masked_fill_(~before[:, None, None], 0.0).sum((1, 2, 3), dtype=_widest(weights))
+    return terms.masked_fill_(~before[:, None, None], 0.0).sum((1, 2, 3), dtype=sum_dtype(weights))
 
 
 def shift(weights: Tensor, before: Tensor) -> Tensor:
-    """Sum how much the attention to each key changes from query to query of the window.
+    """Sum the variance of the attention to each key over the window's queries.
 
     ``V = sum over heads h, keys j before W of Var_{i in W}(p_hij)``, unbiased (divided by w - 1).
     The published code takes this variance of weights rounded to float16, in which it vanishes on
@@ -56,16 +59,18 @@ def shift(weights: Tensor, before: Tensor) -> Tensor:
         0.08
     """
     variance = weights.var(dim=2, correction=1)
-    return variance.masked_fill_(~before[:, None], 0.0).sum((1, 2), dtype=_widest(weights))
+    return variance.masked_fill_(~before[:, None], 0.0).sum((1, 2), dtype=sum_dtype(weights))
 
 
-def _widest(values: Tensor) -> torch.dtype:
-    """What sums are taken in: float64, but for devices that have none."""
-    return torch.float32 if values.device.type == "mps" else torch.float64
+def spread_and_change(layer: PromptLayer) -> tuple[Tensor, Tensor]:
+    """Return a layer's :func:`dispersion` and :func:`shift`, ``[B]`` each."""
+    return dispersion(layer.weights, layer.before), shift(layer.weights, layer.before)
 
 
 def preference(spread: Tensor, change: Tensor, tau1: float = 1.0, tau2: float = 1.0) -> Tensor:
-    """Combine dispersion and shift into a layer's claim on the cache, ``D^(1/tau1) V^(1/tau2)``.
+    """Combine dispersion and shift into a layer's claim on the cache.
+
+    The claim is ``D^(1/tau1) V^(1/tau2)``.
 
     Args:
         spread: ``[B]`` the layer's :func:`dispersion`.
@@ -85,7 +90,7 @@ def preference(spread: Tensor, change: Tensor, tau1: float = 1.0, tau2: float = 
 def keep_scores(
     weights: Tensor, before: Tensor, key_heads: int, *, gamma: float = 200.0, pool: int = 5
 ) -> Tensor:
-    """Score each key before the window by how much, and how unsteadily, the window attends to it.
+    """Score each key before the window by mean and variance of the window's attention.
 
     ``mean_i p + gamma Var_i p`` (unbiased) for each query head, averaged over ``pool`` neighbouring
     keys with zeros beyond the edges (so the outermost keys get 3/5 and 4/5 of a plain mean), then
@@ -95,7 +100,7 @@ def keep_scores(
         weights: ``[B, H, w, K]`` attention weights of the window's queries; w is 2 or more where
             ``gamma`` is not 0.
         before: ``[B, K]`` bool, the keys before the window.
-        key_heads: H_kv.
+        key_heads: number of key heads, H_kv.
         gamma: weight of the variance.
         pool: odd width of the average; 1 for none.
 
@@ -115,8 +120,7 @@ def keep_scores(
 
 
 def pooled(values: Tensor, width: int) -> Tensor:
-    """Average over ``width`` neighbours along the last dimension of ``[B, H, K]``, zeros beyond the
-    edges.
+    """Average over ``width`` neighbouring keys, with zeros beyond the edges.
 
     Args:
         values: ``[B, H, K]``.
@@ -136,10 +140,10 @@ def pooled(values: Tensor, width: int) -> Tensor:
 
 
 def over_groups(values: Tensor, key_heads: int) -> Tensor:
-    """Average over the query heads that share a key head.
+    """Average over the query heads of each key head.
 
     Args:
-        values: ``[B, H, K]``, one row a query head.
+        values: ``[B, H, K]``, one row per query head.
         key_heads: H_kv; query head h reads key head h // (H / H_kv).
 
     Returns:

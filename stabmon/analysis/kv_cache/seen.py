@@ -1,6 +1,4 @@
-"""What is kept of one layer once its prompt has gone by, to choose its keys when all layers are
-known.
-"""
+"""Summary of each layer after its prompt, for a choice once all layers are known."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.report import LayerCache
 
 COMPARED: tuple[Policy, ...] = (Recency(), H2O())
-"""Whose choices of as many keys a policy's own is held against."""
+"""Policies for comparison; each chooses as many keys as the policy under test."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +41,13 @@ class SeenLayer:
 
     @classmethod
     def of(cls, layer: PromptLayer, policy: Policy) -> SeenLayer:
-        """Return what is needed of a layer whose attention is at hand."""
-        spread = scores.dispersion(layer.weights, layer.before)
-        change = scores.shift(layer.weights, layer.before)
+        """Summarize a layer while its attention is at hand.
+
+        Args:
+            layer: the layer's attention over the prompt.
+            policy: scores its keys.
+        """
+        spread, change = scores.spread_and_change(layer)
         is_fixed = policy.fixed_claims(1) is not None
         claim = scores.preference(spread, change) if is_fixed else policy.claim(layer)
         terms = KeyTerms.of(layer)
@@ -63,10 +65,10 @@ class SeenLayer:
         )
 
     def choose(self, policy: Policy, budget: NDArray[np.int64]) -> Tensor:
-        """Return the keys that stay, ``[B, H_kv, S]`` bool, the window's included.
+        """Choose the remaining keys, ``[B, H_kv, S]`` bool, the window's included.
 
         Args:
-            policy: which chooses.
+            policy: makes the choice.
             budget: ``[B]`` keys before the window.
         """
         candidates = self.before[:, None].expand(self.scores.shape)
@@ -84,19 +86,17 @@ class SeenLayer:
             budget: ``[B]`` keys before the window.
             kept: ``[B, H_kv, S]`` bool.
             fed: tokens fed after the prompt.
-            lost: evictions of all layers; those of the prompt, and of other layers, are passed
-                over.
+            lost: evictions of all layers; those of the prompt and of other layers are ignored.
         """
         before = self.before[:, None].expand(kept.shape)
         counts = (kept & before).sum(-1)
-        window = self.in_window[:, None]
+        window, valid = self.in_window[:, None], self.before | self.in_window
         choices = {"kept": kept}
         choices |= {
             name: best(values, counts, before) | window for name, values in self.rivals.items()
         }
-        choices["best"] = self.terms.best_mass(kept, self.before | self.in_window)
-        valid = (self.before | self.in_window)[:, None]
-        gone = torch.where(kept, -1, 0).masked_fill(~valid, -2)
+        choices["best"] = self.terms.best_mass(kept, valid)
+        gone = torch.where(kept, -1, 0).masked_fill(~valid[:, None], -2)
         gone = torch.nn.functional.pad(gone, (0, fed), value=-1).to(torch.int32)
         for eviction in lost:
             if eviction.layer == self.name and eviction.step:
@@ -119,8 +119,13 @@ class SeenLayer:
 
 
 def positions_of(kept: Tensor) -> Tensor:
-    """Return the positions of the marked keys, ``[B, H_kv, M]`` ascending, -1 first where a row has
-    fewer than M.
+    """Return the positions of the marked keys.
+
+    Args:
+        kept: ``[B, H_kv, S]`` bool.
+
+    Returns:
+        ``[B, H_kv, M]`` int64 ascending, -1 first where a row has fewer than M.
 
     Example:
         >>> positions_of(torch.tensor([[[True, False, True], [False, False, True]]])).tolist()
@@ -131,11 +136,13 @@ def positions_of(kept: Tensor) -> Tensor:
 
 
 def stages_of(claims: NDArray[np.float64], cascade: Cascade) -> Tensor:
-    """Return the budgets after each layer's turn, ``[L, L, B]`` int64, -1 for layers still to come.
+    """Return the budgets after each layer's turn, ``[L, L, B]`` int64.
+
+    Entries of layers still to come are -1.
 
     Args:
         claims: ``[L, B]``.
-        cascade: one that has seen no layer.
+        cascade: a new cascade, without any layer.
     """
     layers, batch = claims.shape
     stages = torch.full((layers, layers, batch), -1, dtype=torch.int64)

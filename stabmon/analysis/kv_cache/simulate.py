@@ -1,4 +1,4 @@
-"""Simulate a compressed cache on the attention of an unmodified model, layer by layer."""
+"""Simulation of a compressed cache on the attention of an unmodified model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.forward import run_model, takes
-from stabmon.analysis.kv_cache.budgets import tokens_of
+from stabmon.analysis.forward import mask_positions, run_model, takes
+from stabmon.analysis.kv_cache.budgets import check_cache
 from stabmon.analysis.kv_cache.cache.compressed import CompressedCache
 from stabmon.analysis.kv_cache.cache.decode import decode, full_log_probabilities
 from stabmon.analysis.kv_cache.cache.stock_cache import cached_heads, left_out_layers
@@ -44,37 +44,39 @@ def simulate_cake(
     """Simulate CAKE's cache on the attention of an unmodified model.
 
     The prompt goes through the model once, with whatever attention kernel it has; queries and keys
-    are looked at as they pass, and no S by S is formed. With ``max_new_tokens`` or a continuation,
+    are read as they pass, and no S by S map is formed. With ``max_new_tokens`` or a continuation,
     tokens are then really decoded with the compressed cache.
 
     Args:
-        model: a causal decoder. Decoding needs one of transformers.
+        model: a causal decoder. Decoding needs a model of transformers.
         batch: the prompts: a mapping with ``input_ids`` ``[B, S]`` and, where samples are padded,
-            ``attention_mask``; or a tensor. Positions of a sample that is padded on the left start
-            at its first token, as in ``generate``.
+            ``attention_mask``; or a tensor. Positions of a sample padded on the left start at its
+            first token, as in ``generate``.
         cache_size: keys that each key head keeps, on average over layers, the window included:
             tokens (int), or a share of each sample's prompt (float in (0, 1]).
-        window_size: last queries that judge the other keys, and whose own keys always stay; 2 or
-            more, below the cache size.
+        window_size: number of last queries, which judge the other keys and whose own keys always
+            stay; 2 or more, below the cache size.
         tau1, tau2: temperatures of dispersion and shift in the preference, above 0.
         gamma: weight of the variance in a key's score, 0 or above.
         pool: odd width of the average over neighbouring keys.
-        allotment: ``filled`` uses the whole cache, ``published`` shares as the paper's code does.
-        max_new_tokens: tokens to decode, the most likely ones.
+        allotment: ``filled`` uses the whole cache, ``published`` follows the paper's code.
+        max_new_tokens: number of most likely tokens to decode.
         continuation: ``[B, T]`` tokens to follow instead, for a perplexity on real text.
 
     Returns:
-        The report. Numbers differ from the published code's where that rounds weights to float16,
-        sums over the batch, and pools over keys in the order of their scores.
+        The report. Numbers differ from the published code's, which rounds weights to float16, sums
+        over the batch, and pools over keys in the order of their scores.
 
     Raises:
         ValueError: for an encoder, a window as long as the shortest prompt, or values out of range.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> report = simulate_cake(LlamaForCausalLM(config), torch.arange(30)[None], cache_size=12, window_size=4)
-        >>> int(sum(layer.budget for layer in report.layers)), report.compression_ratio, report.budget_use
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
+        >>> ids = torch.arange(30)[None]
+        >>> report = simulate_cake(model, ids, cache_size=12, window_size=4)
+        >>> budgets = [int(layer.budget) for layer in report.layers]
+        >>> sum(budgets), report.compression_ratio, report.budget_use
         (16, 0.4, 1.0)
 
     References:
@@ -103,42 +105,40 @@ def simulate_cache(
     max_new_tokens: int = 0,
     continuation: Tensor | None = None,
 ) -> CakeReport:
-    """Simulate any policy's cache on the attention of an unmodified model; see
-    :func:`simulate_cake`.
+    """Simulate any policy's cache on the attention of an unmodified model.
 
     Args:
-        model, batch, cache_size, window_size, max_new_tokens, continuation: as in
-        :func:`simulate_cake`.
+        model, batch, cache_size, window_size, max_new_tokens, continuation: see
+            :func:`simulate_cake`.
         policy: a name, or a :class:`~stabmon.analysis.kv_cache.policy.Policy`.
 
     Returns:
-        The report; dispersion and shift are there for every policy.
+        The report, with dispersion and shift for every policy.
 
     Raises:
         ValueError: as :func:`simulate_cake`.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
         >>> ids = torch.arange(30)[None]
-        >>> report = simulate_cache(LlamaForCausalLM(config), ids, policy="recency", cache_size=10, window_size=4)
+        >>> report = simulate_cache(model, ids, policy="recency", cache_size=10, window_size=4)
         >>> report.layers[0].kept[0, 0].tolist()
         [0, 1, 2, 3, 24, 25, 26, 27, 28, 29]
     """
     chosen = policy_of(policy)
-    check_count("window_size", window_size, least=2)
+    check_cache(cache_size, window_size)
     check_count("max_new_tokens", max_new_tokens, least=0)
-    tokens_of(cache_size, [])
     ids, mask = prompt_of(batch)
     batch = with_positions(model, batch, mask)
     outside, heads = left_out_layers(model), cached_heads(model, ids)
     seen: list[SeenLayer] = []
     left_out: dict[str, str] = {}
-    shown: set[int] = set()
+    reported: set[int] = set()
 
-    def look(call: AttentionCall) -> None:
+    def summarize(call: AttentionCall) -> None:
         index = getattr(call.module, "layer_idx", -1)
-        shown.add(index)
+        reported.add(index)
         why = outside.get(index)
         if why is None:
             attention = operator_of(replace(call, is_self=True))
@@ -153,18 +153,17 @@ def simulate_cache(
         if (shortest := min(layer.lengths)) <= window_size:
             raise ValueError(
                 f"window_size {window_size} leaves nothing to evict of a prompt of {shortest} "
-                "tokens (sample "
-                f"{layer.lengths.index(shortest)}): give a longer text, or a window_size below "
-                f"{shortest}"
+                f"tokens (sample {layer.lengths.index(shortest)}): give a longer text, or a "
+                f"window_size below {shortest}"
             )
         seen.append(SeenLayer.of(layer, chosen))
 
-    run_model(model, batch, look)
+    run_model(model, batch, summarize)
     if not seen:
         raise ValueError(
             f"{type(model).__name__} has no layer whose cache grows with the text: {left_out}"
         )
-    left_out |= {f"layer {index}": why for index, why in outside.items() if index not in shown}
+    left_out |= {f"layer {index}": why for index, why in outside.items() if index not in reported}
     sharing = Sharing(chosen, seen[0].lengths, cache_size, window_size, len(seen))
     fixed = chosen.fixed_claims(len(seen)) is not None
     claims = sharing.fixed() if fixed else np.stack([one.claim.numpy() for one in seen])
@@ -207,7 +206,10 @@ def simulate_cache(
 
 
 def prompt_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return token ids and attention mask of a batch, where it holds them.
+    """Return token ids and attention mask of a batch; None for each one missing.
+
+    Args:
+        batch: a mapping, a tuple of arguments, or a tensor.
 
     Example:
         >>> prompt_of({"input_ids": torch.ones(1, 3)})[1] is None
@@ -221,10 +223,16 @@ def prompt_of(batch: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def with_positions(model: nn.Module, batch: Any, mask: Tensor | None) -> Any:
-    """Return the batch with the position ids that ``generate`` would use, where samples are padded
-    on the left and none are given.
+    """Return the batch with the position ids of ``generate``.
+
+    They are added if samples are padded on the left and the batch has none.
+
+    Args:
+        model: the model; one without ``position_ids`` keeps its batch.
+        batch: the model's input.
+        mask: the batch's attention mask ``[B, S]``, or None.
     """
     padded = mask is not None and mask.ndim == 2 and not bool(mask[:, 0].all())
     if mask is None or not padded or "position_ids" in batch or not takes(model, "position_ids"):
         return batch
-    return {**batch, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+    return {**batch, "position_ids": mask_positions(mask)}

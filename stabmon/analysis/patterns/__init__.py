@@ -1,1 +1,1 @@
-"""Describe where every head of a model looks."""
+"""Attention patterns of every head: statistics, roles, insights and advice."""

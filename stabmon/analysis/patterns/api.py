@@ -1,4 +1,4 @@
-"""Describe where every head of a model looks: statistics, roles, insights and checked advice."""
+"""Entry point of attention patterns: statistics, roles, insights, tested advice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from stabmon.records import AttentionCall
 from stabmon.signals.reduce import operator_of
 
 ADVICE_WEIGHTS = 1 << 28
-"""Attention weights of a forward, over all layers, up to which advice is given unasked."""
+"""Largest number of attention weights per forward, over all layers, for advice.
+
+With more, advice must be requested.
+"""
 __all__ = ["AttentionPatterns", "attention_patterns"]
 
 
@@ -44,24 +47,24 @@ def attention_patterns(
     """Measure the attention patterns of every layer and head of a model on a batch.
 
     One forward, and one pass over each layer's rows in memory linear in the length. ``similarity``
-    keeps queries and keys of all layers and passes over them again; ``advice`` costs up to some
-    two dozen forwards more.
+    keeps queries and keys of all layers and passes over them again; ``advice`` costs up to two
+    dozen more forwards.
 
     Args:
         model: any model; left as it was.
-        batch: what its forward takes: a mapping of arguments, a tuple of them, or one tensor.
-        query: the query asked about: from 0 on a column of the batch, padding included; below 0
-            counted from the end of each sample's own tokens, whichever side the padding is on.
+        batch: the input of its forward: a mapping of arguments, a tuple of them, or one tensor.
+        query: the query of ``statistics``: from 0 on a column of the batch, padding included;
+            below 0 counted from the end of each sample's own tokens, whatever the padding's side.
         attention_layer_pattern: regular expression that a layer's name must contain.
         custom_roles: name -> an offset k (key i - k), or a function (i, j, ids) -> bool of query
             positions ``[rows, 1]``, key positions ``[1, cols]`` and token ids ``[B, K]`` or None.
-        similarity: whether to compare the layers' maps.
-        advice: whether to measure how the KV cache of a causal language model may be compressed;
-            None for yes unless the model forms more than 2.7e8 attention weights in a forward
-            (16 layers of 16 heads at 1024 tokens), where it would take long.
+        similarity: True to compare the layers' maps.
+        advice: True to measure ways of compressing a causal language model's KV cache; None for
+            the same unless the model forms more than 2.7e8 attention weights in a forward (16
+            layers of 16 heads at 1024 tokens), which would take long.
         loss_fn: (output, batch) -> loss of each token ``[B, S]`` or of each sample ``[B]`` in
             nats, for ``advice``; by default the next token's cross-entropy.
-        map_size: take maps of the first sample too, pooled to at most so many pixels a side.
+        map_size: take maps of the first sample too, pooled to this many pixels per side at most.
         attention_modules: patterns of modules whose hand-written softmax is attention.
 
     Returns:
@@ -69,7 +72,7 @@ def attention_patterns(
 
     Raises:
         ValueError: if no attention is found, no layer matches, no sample has such a query, or a
-            custom role is none.
+            custom role is of another kind.
 
     Example:
         >>> import torch
@@ -93,14 +96,14 @@ def attention_patterns(
 
     reader = CallReader(model)
 
-    def look(call: AttentionCall) -> None:
+    def measure(call: AttentionCall) -> None:
         nonlocal weights
         attention = operator_of(call)
         weights += attention.batch * attention.heads * attention.queries * attention.keys
         is_cross = reads_other_sequence(call, reader)
         size = attention.batch, attention.queries
         valid = attention.is_counted.any(1)
-        if is_cross:  # whose padded queries show in the self-attention before it only
+        if is_cross:  # its padded queries are only known from the self-attention before it
             valid = valid & padding.get(size, valid)
         else:
             padding[size] = valid
@@ -126,7 +129,7 @@ def attention_patterns(
     run_model(
         model,
         batch,
-        look,
+        measure,
         pattern=attention_layer_pattern,
         attention_modules=attention_modules,
     )
@@ -145,8 +148,8 @@ def attention_patterns(
     )
     if advice is None and weights > ADVICE_WEIGHTS:
         found.notes.append(
-            f"no compression advice: {weights:.2g} attention weights a forward are many for its "
-            f"two dozen forwards (limit {ADVICE_WEIGHTS:.2g}); ask for it with advice=True"
+            f"no compression advice: {weights:.2g} attention weights per forward are many for its "
+            f"two dozen forwards (limit {ADVICE_WEIGHTS:.2g}); request it with advice=True"
         )
     elif advice is not False:
         _add_advice(found, model, batch, loss_fn, asked=bool(advice))
@@ -156,7 +159,7 @@ def attention_patterns(
 def _add_advice(
     found: AttentionPatterns, model: nn.Module, batch: Any, loss_fn: Any, *, asked: bool
 ) -> None:
-    """Add advice; where nobody asked for it and it fails, say so instead."""
+    """Add advice; note a failure unless the advice was requested."""
     try:
         advised = compression_advice(model, batch, loss_fn=loss_fn)
     except RuntimeError as error:  # of torch: a kernel that cannot be rebuilt, or no memory left

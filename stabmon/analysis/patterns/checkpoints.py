@@ -1,4 +1,4 @@
-"""Read checkpoints into a model, and give it its own weights back."""
+"""Temporary loading of checkpoints into a model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 def step_of(checkpoint: Any, index: int) -> int:
     """Return the last number in the name of a path, else ``index``.
 
+    Args:
+        checkpoint: a path, or anything else.
+        index: the checkpoint's place in its list.
+
     Example:
         >>> step_of("runs/a/checkpoint-500", 3), step_of({}, 3)
         (500, 3)
@@ -28,10 +32,10 @@ def step_of(checkpoint: Any, index: int) -> int:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Give ``model`` its parameters and buffers back, bit for bit, whatever is loaded in here.
+    """Restore a model's parameters and buffers, bit for bit, at the end of a block.
 
     Yields:
-        A function that gives them back at once.
+        A function that restores them at once.
     """
     tensors = [*model.parameters(), *model.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
@@ -53,7 +57,7 @@ def read_checkpoint(model: nn.Module, checkpoint: Mapping[str, Tensor] | str | P
     Args:
         model: the model.
         checkpoint: a state dict, a file, or a folder with ``model*.safetensors`` or
-            ``pytorch_model*.bin``. Weights that share memory with others may be missing.
+            ``pytorch_model*.bin``. Tied weights may be missing.
 
     Raises:
         ValueError: if it cannot be read, or does not fit the model.

@@ -16,7 +16,7 @@ from stabmon.operator import AttentionOperator
 
 
 def visible_keys(attention: AttentionOperator, rows: slice, cols: slice) -> Tensor:
-    """Return which keys a block of rows sees, ``[B or 1, H or 1, rows, cols]`` bool.
+    """Return the visible keys of a block, ``[B or 1, H or 1, rows, cols]`` bool.
 
     Args:
         attention: the operator of the call.
@@ -32,13 +32,26 @@ def visible_keys(attention: AttentionOperator, rows: slice, cols: slice) -> Tens
 
 
 def own_positions(attention: AttentionOperator, rows: slice) -> Tensor:
-    """Return the key index of each query's own token, ``[rows]`` int64, the last aligned."""
+    """Return the key index of each query's own token, ``[rows]`` int64.
+
+    The last query is aligned with the last key.
+
+    Args:
+        attention: the operator of the call.
+        rows: query rows.
+    """
     start = attention.visibility.offset + rows.start
     return torch.arange(start, start + rows.stop - rows.start, device=attention.query.device)
 
 
 def without_own(visible: Tensor, own: Tensor | None, cols: slice) -> Tensor:
-    """Return the context: ``visible`` without each row's own key (all of it where None)."""
+    """Return the context: ``visible`` without each row's own key.
+
+    Args:
+        visible: ``[B or 1, H or 1, rows, cols]`` bool.
+        own: ``[rows]`` key index of each query's own token; None for the whole of ``visible``.
+        cols: key columns of the block.
+    """
     if own is None:
         return visible
     keys = torch.arange(cols.start, cols.stop, device=visible.device)
@@ -46,7 +59,7 @@ def without_own(visible: Tensor, own: Tensor | None, cols: slice) -> Tensor:
 
 
 def row_sums(p: Tensor, context: Tensor, own: Tensor | None, cols: slice) -> dict[str, Tensor]:
-    """Compute what means over many queries are made of, in few passes over a block.
+    """Compute the terms of means over many queries, in few passes over a block.
 
     ``context_size`` n, ``context_mass`` sum p, ``entropy`` -sum p ln p in nats,
     ``normalized_entropy`` entropy / ln n (NaN below two keys), ``recent`` and ``distant`` the mean
@@ -59,7 +72,7 @@ def row_sums(p: Tensor, context: Tensor, own: Tensor | None, cols: slice) -> dic
         p: ``[B, H, rows, cols]`` probabilities; 0 where hidden.
         context: ``[B or 1, H or 1, rows, cols]`` bool.
         own: ``[rows]`` key index of each query's own token, or None.
-        cols: which keys the block holds.
+        cols: key columns of the block.
 
     Returns:
         Each ``[B, H, rows]``.
@@ -88,7 +101,7 @@ def row_sums(p: Tensor, context: Tensor, own: Tensor | None, cols: slice) -> dic
 
 
 def query_statistics(p: Tensor, context: Tensor) -> dict[str, Tensor]:
-    """Compute the statistics of single queries, as :class:`AttentionPatterns` names them.
+    """Compute the statistics of single queries, as in :class:`AttentionPatterns`.
 
     Args:
         p: ``[B, H, rows, cols]``.
@@ -129,8 +142,8 @@ def query_statistics(p: Tensor, context: Tensor) -> dict[str, Tensor]:
 def masked_sums(p: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
     """Sum rows over several sets of keys, ``[B, H, rows]`` each.
 
-    Masks that all heads share are products of small matrices: ten times as fast as to multiply
-    and add.
+    Masks shared by all heads are products of small matrices: ten times as fast as multiplying and
+    adding.
 
     Args:
         p: ``[B, H, rows, cols]``.
@@ -149,14 +162,14 @@ def masked_sums(p: Tensor, masks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _ranks(context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank of each key of the context from 1, how many there are, and how many are a quarter."""
+    """Return each context key's rank from 1, their number, and a quarter of it."""
     rank = context.cumsum(-1, dtype=torch.int32)
     n = rank[..., -1:] if rank.shape[-1] else rank.new_zeros((*rank.shape[:-1], 1))
     return rank, n, (n // 4).clamp(min=1)
 
 
 def _own_weight(p: Tensor, own: Tensor | None, cols: slice, shift: int) -> Tensor:
-    """Weight of the key ``shift`` after each query's own; 0 where the block has none."""
+    """Return the weight of the key ``shift`` after each query's own; else 0."""
     if own is None:
         return torch.zeros_like(p[..., 0])
     place = own[:, None] + shift - cols.start
@@ -172,7 +185,7 @@ def mean_distance(p: Tensor, own: Tensor | None, cols: slice, *, is_causal: bool
         p: ``[B, H, rows, cols]``.
         own: ``[rows]`` key index of each query's own token, or None.
         cols: which keys the block holds.
-        is_causal: no query sees a later key, so that one product of matrix and vector will do.
+        is_causal: True if no query sees a later key; one matrix-vector product is then enough.
     """
     if own is None:
         return torch.full_like(p[..., 0], torch.nan)
@@ -185,7 +198,7 @@ def mean_distance(p: Tensor, own: Tensor | None, cols: slice, *, is_causal: bool
 
 
 def first_keys(attention: AttentionOperator) -> Tensor:
-    """Return each head's first key that the mask lets any query see, ``[B, H]`` int64."""
+    """Return each head's first key visible to any query, ``[B, H]`` int64."""
     first = attention.visibility.first_visible
     if first is None:
         device = attention.query.device
@@ -194,7 +207,7 @@ def first_keys(attention: AttentionOperator) -> Tensor:
 
 
 def mass_at(p: Tensor, keys: Tensor, cols: slice) -> Tensor:
-    """Pick the probability of one key a head, ``[B, H, rows]``; 0 outside of the block.
+    """Return the probability of one key per head, ``[B, H, rows]``; else 0.
 
     Args:
         p: ``[B, H, rows, cols]``.

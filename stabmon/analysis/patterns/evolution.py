@@ -1,4 +1,4 @@
-"""Follow attention patterns over checkpoints of a run, and over the steps of generation."""
+"""Attention patterns over the checkpoints of a run, and over its stored readings."""
 
 from __future__ import annotations
 
@@ -8,25 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.call_facts import reads_other_sequence
-from stabmon.analysis.forward import compiled_pattern, undisturbed
 from stabmon.analysis.patterns.api import attention_patterns
 from stabmon.analysis.patterns.checkpoints import read_checkpoint, restored, step_of
-from stabmon.analysis.patterns.context_rows import (
-    first_keys,
-    mass_at,
-    mean_distance,
-    query_statistics,
-    visible_keys,
-)
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.analysis.rollout.stacks import CallReader
-from stabmon.capture import AttentionCapture
-from stabmon.records import AttentionCall, Reading
-from stabmon.signals.reduce import operator_of
+from stabmon.records import Reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +24,19 @@ class PatternEvolution:
         over: ``checkpoints``, ``generation`` or ``training`` (stored readings).
         steps: number of each step: a checkpoint's training step; in generation 0 is the prompt,
             whose last query makes the first new token.
-        statistics: ``[layer][name]`` ``[T, B, H]`` float64, of the query that was asked about (in
-            generation of the newest token); see :class:`AttentionPatterns`.
-        over_queries: the same of means over all valid queries; empty for generation.
-        rows: layer -> ``[T, B, K]`` float32, head mean of the query's weights; NaN where a step
-            has no such key. Empty for stored readings.
-        roles: of checkpoints, for each step [layer, head, role].
-        tokens: of generation, ``[B, S]`` ids of prompt and new tokens.
-        notes: what was left out.
+        statistics: ``[layer][name]`` ``[T, B, H]`` float64 of the chosen query (in generation the
+            newest token); see :class:`AttentionPatterns`.
+        over_queries: the same, means over all valid queries; empty for generation.
+        rows: layer -> ``[T, B, K]`` float32, head mean of the query's weights; NaN for keys missing
+            at a step. Empty for stored readings.
+        roles: for each checkpoint [layer, head, role].
+        tokens: in generation ``[B, S]`` ids of prompt and new tokens.
+        notes: omissions and their reasons.
+
+    Example:
+        >>> statistics = {"h.0": {"entropy": np.ones((1, 1, 2))}}
+        >>> PatternEvolution("training", (0,), statistics).to_record().kind
+        'evolution'
     """
 
     over: str
@@ -98,15 +90,15 @@ def patterns_over_checkpoints(
     query: int = -1,
     attention_layer_pattern: str | None = None,
 ) -> PatternEvolution:
-    """Measure the patterns of a batch at each of several checkpoints of one model.
+    """Measure the patterns of a batch at each checkpoint of a model.
 
     Args:
-        model: the model that takes the weights; afterwards it has its own back.
+        model: the model that takes the weights; its own are restored afterwards.
         checkpoints: state dicts, models, files (safetensors, or ``torch.load`` without code) or
-            folders that ``save_pretrained`` or a Trainer wrote; with their steps as a mapping or
+            folders written by ``save_pretrained`` or a Trainer; with their steps as a mapping or
             as pairs, else with the last number in a path's name, else counted from 0.
-        batch: what its forward takes.
-        query: which of each sample's valid queries is asked about.
+        batch: the input of its forward.
+        query: index of the query among each sample's own tokens.
         attention_layer_pattern: regular expression that a layer's name must contain.
 
     Returns:
@@ -116,6 +108,7 @@ def patterns_over_checkpoints(
         ValueError: if there are no checkpoints, or one cannot be read or does not fit.
 
     Example:
+        >>> import torch
         >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
         >>> state = {name: 2 * weight for name, weight in layer.state_dict().items()}
         >>> x = torch.randn(1, 6, 8)
@@ -155,8 +148,8 @@ def patterns_over_checkpoints(
     return PatternEvolution(
         "checkpoints",
         tuple(steps),
-        {n: _stacked([each.statistics[n] for each in found]) for n in layers},
-        {n: _stacked([each.over_queries[n] for each in found]) for n in layers},
+        {n: stacked([each.statistics[n] for each in found]) for n in layers},
+        {n: stacked([each.over_queries[n] for each in found]) for n in layers},
         {n: np.stack([each.rows[n].mean(1) for each in found]) for n in layers},
         [[(role.layer, role.head, role.role) for role in each.roles] for each in found],
     )
@@ -173,9 +166,15 @@ def patterns_over_training(readings: Sequence[Reading]) -> PatternEvolution:
 
     Raises:
         ValueError: if there are no readings.
+
+    Example:
+        >>> readings = [Reading(step, None, {"h.0": {"entropy": np.ones(2)}}) for step in (0, 50)]
+        >>> found = patterns_over_training(readings)
+        >>> found.steps, found.statistics["h.0"]["entropy"].shape
+        ((0, 50), (2, 1, 2))
     """
     if not readings:
-        raise ValueError("no readings: give those of a run, stabmon.read_records(run_dir).readings")
+        raise ValueError("no readings: give stabmon.read_records(run_dir).readings of a run")
     sizes: dict[tuple[str, str], int] = {}
     for reading in readings:
         for layer, signals in reading.layers.items():
@@ -192,120 +191,6 @@ def patterns_over_training(readings: Sequence[Reading]) -> PatternEvolution:
     return PatternEvolution("training", tuple(r.step for r in readings), statistics)
 
 
-def patterns_over_generation(
-    model: Any,
-    inputs: Mapping[str, Any] | Tensor,
-    *,
-    max_new_tokens: int = 32,
-    attention_layer_pattern: str | None = None,
-    **generate: Any,
-) -> PatternEvolution:
-    """Generate, and measure at each step what the newest token attends to.
-
-    Of every forward of ``generate`` the last query's row is taken: of the prompt, and then of each
-    new token. Memory grows with steps times keys for one row a layer (the head mean), and with
-    steps times heads for the statistics. Layers that do not run at every step (an encoder) are
-    left out.
-
-    Args:
-        model: a model with ``generate``.
-        inputs: its prompt: a mapping such as a tokenizer's, or ids ``[B, S]``; padding stands on
-            the left, as generation needs it.
-        max_new_tokens: new tokens at most.
-        attention_layer_pattern: regular expression that a layer's name must contain.
-        generate: further arguments of ``generate``. Sampling draws from the global random state,
-            which afterwards is as it was.
-
-    Returns:
-        The patterns step by step.
-
-    Raises:
-        ValueError: if the model cannot generate, no attention is seen, or no layer matches.
-    """
-    if not callable(getattr(model, "generate", None)):
-        raise ValueError(f"{type(model).__name__} has no generate: give a language model with one")
-    steps: list[dict[str, _Step]] = [{}]
-    wanted = compiled_pattern(attention_layer_pattern)
-    errors: list[Exception] = []
-    seen: list[str] = []
-    reader = CallReader(model)
-
-    def look(call: AttentionCall) -> None:
-        seen.append(call.layer)
-        if wanted is None or wanted.search(call.layer):
-            if call.layer in steps[-1]:
-                steps.append({})
-            steps[-1][call.layer] = _newest(call, reads_other_sequence(call, reader))
-
-    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    capture = AttentionCapture(model, look, on_error=errors.append, always_watch_functions=True)
-    with undisturbed(model), torch.no_grad(), capture:
-        output = model.generate(**given, max_new_tokens=max_new_tokens, **generate)
-    if errors:
-        raise errors[0]
-    if not seen:
-        raise ValueError(f"no attention was found in {type(model).__name__}'s generation")
-    layers = [name for name in steps[-1] if all(name in step for step in steps)]
-    if not layers:
-        names = ", ".join(dict.fromkeys(seen))
-        raise ValueError(
-            f"attention_layer_pattern {attention_layer_pattern!r} matches none of the layers that "
-            f"run at every step: {names}"
-        )
-    tokens = output if isinstance(output, Tensor) else output.sequences
-    dropped = sorted({name for step in steps for name in step} - set(layers))
-    notes = []
-    if dropped:
-        notes.append(f"{len(dropped)} layers do not run at every step, such as {dropped[0]}")
-    return PatternEvolution(
-        "generation",
-        tuple(range(len(steps))),
-        {name: _stacked([step[name].statistics for step in steps]) for name in layers},
-        rows={name: _padded([step[name].row for step in steps]) for name in layers},
-        tokens=tokens.cpu().numpy(),
-        notes=notes,
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """The newest query of one call: statistics ``[B, H]`` and head-mean row ``[B, K]``."""
-
-    statistics: dict[str, np.ndarray]
-    row: np.ndarray
-
-
-def _newest(call: AttentionCall, is_cross: bool) -> _Step:
-    a = operator_of(call)
-    last, everything = slice(a.queries - 1, a.queries), slice(0, a.keys)
-    cols, p = a.probabilities_of(last)
-    row = torch.zeros(a.batch, a.heads, 1, a.keys, dtype=p.dtype, device=p.device)
-    row[..., cols] = p
-    visible = visible_keys(a, last, everything)
-    context, own = visible, None
-    if not is_cross:  # the newest visible key is the query's own
-        places = torch.arange(a.keys, device=p.device)
-        newest = torch.where(visible, places, -1).amax(-1, keepdim=True)
-        context = visible & (places != newest)
-        own = newest.amax().reshape(1)
-    exact = row if row.device.type == "mps" else row.double()
-    found = query_statistics(exact, context)
-    found["sink_mass"] = mass_at(exact, first_keys(a), everything)
-    found["mean_distance"] = mean_distance(exact, own, everything, is_causal=False)
-    numbers = {
-        name: value[..., 0].expand(a.batch, a.heads).cpu().double().numpy()
-        for name, value in found.items()
-    }
-    return _Step(numbers, row.mean(1)[:, 0].float().cpu().numpy())
-
-
-def _stacked(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def stacked(steps: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Stack the statistics of several steps, ``[T, ...]`` each."""
     return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
-
-
-def _padded(rows: list[np.ndarray]) -> np.ndarray:
-    longest = max(row.shape[-1] for row in rows)
-    out = np.full((len(rows), rows[0].shape[0], longest), np.nan, dtype=np.float32)
-    for step, row in enumerate(rows):
-        out[step, :, : row.shape[-1]] = row
-    return out

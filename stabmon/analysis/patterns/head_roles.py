@@ -1,9 +1,9 @@
-"""Name what each head attends to, with the mass that proves it.
+"""Roles of heads, each with the proving mass.
 
-A role holds where its mass (see :mod:`stabmon.analysis.patterns.role_masses`) is at least its share
-on the rows that can prove it, and at least twice that of a head that attends evenly. A head may
-hold several roles, if they do not compete: where two of them each take 0.3 of the same rows, the
-head is ``mixed`` and neither of them.
+A role holds if its mass (see :mod:`stabmon.analysis.patterns.role_masses`) is at least its share on
+the rows that can prove it, and at least twice that of a head with even attention. A head may hold
+several roles, if they do not compete: if two of them each take 0.3 of the same rows, the head is
+``mixed`` and neither of them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ import torch
 from stabmon.analysis.patterns.role_masses import CONTENT, LEAST_VISIBLE, RoleMasses
 
 SHARE = 0.5
-"""Mass from which a role holds."""
+"""Smallest mass of a role."""
 SINK_SHARE = 0.3
-"""The same for ``sink`` (Gu et al. 2024), and the mass from which a second role competes."""
+"""Smallest mass of ``sink`` (Gu et al. 2024), and of a competing second role."""
 EVENLY = 0.9
-"""Effective keys exp(entropy) over visible keys from which a head is ``uniform``."""
+"""Smallest share of effective keys exp(entropy) in visible keys for ``uniform``."""
 LEAST_ROWS = 4
-"""Rows that can prove a role, below which nothing is said."""
+"""Smallest number of rows to prove a role."""
 TOGETHER = 0.8
-"""Mass of two offsets from which they are two roles, and no band."""
+"""Smallest joint mass of two offsets to be two roles, and no band."""
 APART = 0.2
-"""Part of a content role's mass that must lie on keys which no other role names."""
+"""Smallest share of a content role's mass on keys of no other role."""
 REST_OF_BAND = 0.25
-"""Mass that a band must have beside its largest offset, or it is that offset and no band."""
+"""Smallest mass of a band beside its largest offset.
+
+With less, the head has the role of that offset.
+"""
 
 NOT_TESTABLE = {
     "induction": "no token comes again after one that stands apart from the other roles",
@@ -51,13 +54,17 @@ class HeadRole:
             the name of a custom role.
         evidence: ``mass``, the mean probability on the role's keys, in [0, 1] (of ``uniform``:
             effective keys over visible keys; of ``mixed``: the largest mass of any role);
-            ``expected``, the same of a head that attends evenly; ``rows``, how many query rows
-            could prove it; ``share``, the mass asked for; ``least_visible``, keys that these
-            rows see at least; ``masses``, ``all_rows`` and ``all_expected``: every role's;
+            ``expected``, the same of a head with even attention; ``rows``, the number of query
+            rows that could prove it; ``share``, the required mass; ``least_visible``, the fewest
+            visible keys of these rows; ``masses``, ``all_rows`` and ``all_expected``: every role's;
             ``effective_share``: effective keys over visible keys; ``not_testable``: role ->
-            reason; of ``mixed`` ``between``: the two roles that compete, if two do; of
-            ``induction`` and ``duplicate_token`` in a text with a short period
-            ``indistinguishable_from``: the offset that would explain it as well.
+            reason; of ``mixed`` ``between``: the two competing roles, if any; of ``induction`` and
+            ``duplicate_token`` in a text with a short period ``indistinguishable_from``: the offset
+            that would explain it as well.
+
+    Example:
+        >>> HeadRole("h.0", 3, "sink", {"mass": 0.8}).role
+        'sink'
     """
 
     layer: str
@@ -77,9 +84,9 @@ class _Head:
     """On the rows of the first role, the mass of the second."""
     offsets: tuple[str, ...]
     overlap: dict[str, dict[str, float]]
-    """Of a content role, the mass of each offset's key where it is one of the role's apart."""
+    """Mass of each offset's key on a content role's rows, if it is the role's alone."""
     elsewhere: dict[str, dict[str, float]]
-    """Of a content role, the mass of each offset's key in all other rows; NaN if these are few."""
+    """Mass of each offset's key in all other rows, by content role; NaN if few."""
 
     def holds(self, role: str) -> bool:
         """Return whether the role's mass alone is large enough."""
@@ -99,10 +106,10 @@ class _Head:
         return mass >= (SINK_SHARE if role == "sink" else SHARE)
 
     def lookalike(self, role: str) -> str | None:
-        """Return the offset that explains a content role as well on its rows, if one does.
+        """Return the offset behind a content role's mass on its rows, or None.
 
-        So in a text with a period. Then other rows decide which of the two it is; where there are
-        none, the content role is named, and the offset in its evidence.
+        This occurs in periodic text. Other rows then decide between the two; without other rows,
+        the content role is named, and the offset in its evidence.
         """
         by_offset = self.overlap[role]
         offset = max(by_offset, key=lambda name: by_offset[name])
@@ -122,7 +129,7 @@ class _Head:
         return self.holds("local") and rest >= max(REST_OF_BAND, self.expected["local"])
 
     def shares_band(self, role: str) -> bool:
-        """Return whether the band has a second part as large as this offset's."""
+        """Return whether another offset of the band is large too."""
         others = [self.masses[name] for name in self.offsets if name != role]
         return role in self.offsets and max(others, default=0.0) >= SINK_SHARE
 
@@ -147,11 +154,11 @@ def head_roles(layer: str, sums: RoleMasses) -> list[HeadRole]:
 
     Args:
         layer: the layer's name.
-        sums: what was measured.
+        sums: the measured masses.
 
     Returns:
-        At least one role a head where enough rows see enough keys, else none; the most specific
-        role of a head first.
+        At least one role per head if enough rows see enough keys, else none; the most specific role
+        of a head first.
 
     Example:
         >>> import torch
@@ -234,7 +241,7 @@ def _roles_of(layer: str, head: int, sums: RoleMasses) -> list[HeadRole]:
 
 
 def _untestable(one: _Head, sums: RoleMasses, names: Sequence[str]) -> dict[str, str]:
-    """Return the roles that this text and batch cannot show, each with the reason."""
+    """Return the reasons of roles not testable on this text and batch, by role."""
     asked = [name for name in names if not name.startswith("offset_")]
     if not sums.is_cross:
         asked = list(dict.fromkeys([*asked, *CONTENT]))
@@ -246,12 +253,12 @@ def _untestable(one: _Head, sums: RoleMasses, names: Sequence[str]) -> dict[str,
                 "the batch has no token ids" if no_ids else NOT_TESTABLE.get(name, TOO_FEW)
             )
     if "local" in asked and sums.longest < LEAST_VISIBLE:
-        found["local"] = f"a quarter of {sums.longest} keys is too narrow a band to tell"
+        found["local"] = f"a quarter of {sums.longest} keys is too narrow a band to test"
     return found
 
 
 def _rivals(one: _Head, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return pairs of roles that share their rows, counted on the rows of the rarer one."""
+    """Return pairs of roles on the same rows, counted on the rows of the rarer one."""
     pairs = []
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
@@ -283,7 +290,7 @@ def _means(head: int, sums: RoleMasses) -> _Head:
 
 
 def _ratio(sums: RoleMasses, role: str, head: int) -> tuple[list[float], list[float]]:
-    """Mean mass of each offset's key on a content role's rows, and on all other rows."""
+    """Return each offset key's mean mass on a content role's rows, and elsewhere."""
     places = [sums.names.index(name) for name in sums.offset_names]
     both, count = sums.overlap[role][:, head], sums.coincide[role][:, head]
     rows = sums.rows[places, head] - count

@@ -1,4 +1,4 @@
-"""Say in words what stands out in attention patterns, each with its numbers, threshold and n."""
+"""Insights into attention patterns, in words with numbers, threshold and n."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ import numpy as np
 from stabmon.analysis.patterns.similarity import LayerSimilarity
 
 LEAST_QUERIES = 32
-"""Queries of a head, over all samples, below which nothing is said about it."""
+"""Smallest number of a head's queries, over all samples, for an insight."""
 LEAST_CONTEXT = 16
-"""Mean keys of context below which nothing is said: short rows look alike whatever the head."""
+"""Smallest mean number of context keys: short rows are alike whatever the head."""
 RECENCY = 0.8
-"""Weight of the newest quarter among newest and oldest; 0.5 is even, 0.8 is four to one."""
+"""Smallest share of the newest quarter's weight; 0.5 is even, 0.8 four to one.
+
+The share is in the weight of the newest and the oldest quarter.
+"""
 SPARSE = 0.4
-"""Normalised entropy below which a head looks at few keys."""
+"""Largest normalised entropy of a head with few attended keys."""
 UNIFORM = 0.9
-"""Normalised entropy above which a head looks at nearly all keys alike."""
+"""Smallest normalised entropy of a head with nearly even attention."""
 CLUSTERED = 0.5
-"""Share of a head's overlap with itself that remains when moved by one key, above chance."""
+"""Smallest overlap of a row with itself moved by one key, above chance.
+
+As a share of the overlap without moving.
+"""
 SINK = 0.3
-"""Mean weight on the first key (Gu et al. 2024)."""
+"""Smallest mean weight on the first key (Gu et al. 2024)."""
 REDUNDANT = 0.95
-"""Cosine of two layers' maps from which they look alike."""
+"""Smallest cosine of two layers' maps for a redundant pair."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +42,15 @@ class Insight:
         kind: ``recency``, ``sparse``, ``uniform``, ``clustered``, ``sinks`` or
             ``redundant_layers``.
         text: the finding in words.
-        layers: layers it is about.
-        numbers: what it rests on: ``heads`` (how many it holds for), ``all_heads`` (of how many),
-            ``median`` over the heads it holds for, and ``where`` [[layer, head, value], …].
-        threshold: what the value was held against.
-        n: queries of a head, over all samples; of ``redundant_layers``, samples.
+        layers: the layers concerned.
+        numbers: its evidence: ``heads`` (number of heads concerned), ``all_heads`` (number of all
+            heads), ``median`` over the heads concerned, and ``where`` [[layer, head, value], …].
+        threshold: the threshold of the value.
+        n: queries per head, over all samples; of ``redundant_layers``, samples.
+
+    Example:
+        >>> Insight("sinks", "1 of 2 heads rests on the first key.", ("h.0",), threshold=0.3).kind
+        'sinks'
     """
 
     kind: str
@@ -71,12 +81,12 @@ def find_insights(
 ) -> list[Insight]:
     """Draw insights from means over all valid queries.
 
-    Nothing is said about heads with fewer than 32 queries, or with fewer than 16 keys of context
-    on average; nothing about recency and sinks in cross attention.
+    There are no insights about heads with fewer than 32 queries or fewer than 16 keys of context on
+    average, and none about recency and sinks in cross attention.
 
     Args:
         over_queries: ``[layer][name]`` ``[B, H]``, means over the valid queries.
-        queries: layer -> ``[B]``, how many queries these are over.
+        queries: layer -> ``[B]``, number of queries behind each mean.
         kinds: layer -> ``causal``, ``bidirectional`` or ``cross``.
         similarity: cosines of the layers' maps.
 
@@ -93,8 +103,8 @@ def find_insights(
             "recent_share",
             lambda x: x >= RECENCY,
             RECENCY,
-            "look mostly at recent keys: of the weight on the newest and the oldest quarter of the "
-            "context, {median:.0%} is on the newest (even would be 50%)",
+            "attend mostly to recent keys: of the weight on the newest and the oldest quarter of "
+            "the context, {median:.0%} is on the newest (even would be 50%)",
         ),
         _about(
             "sparse",
@@ -102,7 +112,7 @@ def find_insights(
             "normalized_entropy",
             lambda x: x <= SPARSE,
             SPARSE,
-            "look at few keys: their entropy is {median:.0%} of the largest possible",
+            "attend to few keys: their entropy is {median:.0%} of the largest possible",
         ),
         _about(
             "uniform",
@@ -110,7 +120,8 @@ def find_insights(
             "normalized_entropy",
             lambda x: x >= UNIFORM,
             UNIFORM,
-            "look at nearly all keys alike: their entropy is {median:.0%} of the largest possible",
+            "attend to nearly all keys alike: their entropy is {median:.0%} of the largest "
+            "possible",
         ),
         _about(
             "clustered",
@@ -152,7 +163,10 @@ def _heads(
 
 
 def _mean(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Mean over samples by their number of queries, ``[H]``; samples without any left out."""
+    """Return the mean over samples by their number of queries, ``[H]``.
+
+    Samples without queries are left out.
+    """
     if not weight.sum():
         return np.full(values.shape[1], np.nan)
     some = weight > 0
@@ -177,7 +191,7 @@ def _about(
     where = [[head.layer, head.head, head.values[name]] for head in hits]
     text = (
         f"{len(hits)} of {len(heads)} heads, in {len(layers)} layer{'s' * (len(layers) > 1)}, "
-        f"{words.format(median=median)} (median; threshold {threshold:g}, {n} queries a head)."
+        f"{words.format(median=median)} (median; threshold {threshold:g}, {n} queries per head)."
     )
     numbers = {
         "heads": len(hits),
@@ -190,7 +204,7 @@ def _about(
 
 
 def _redundant(similarity: LayerSimilarity | None, heads: list[_Head]) -> list[Insight]:
-    """Pairs of layers whose maps look alike, if they differ from even attention at all."""
+    """Return the pairs of layers with similar maps, unless all attention is even."""
     if similarity is None:
         return []
     enough = {head.layer for head in heads}

@@ -1,4 +1,4 @@
-"""Measure one attention call in one pass over blocks of its rows, in linear memory."""
+"""Measurement of one attention call in one pass over its rows, in linear memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabmon.analysis.dtypes import compute_dtype, sum_dtype
 from stabmon.analysis.patterns.context_rows import (
     first_keys,
     mass_at,
@@ -29,39 +30,42 @@ OVER_QUERIES = (
     "recent_distant_ratio",
     "context_mass",
 )
-"""Statistics whose mean over all valid queries with a context is taken."""
+"""Statistics averaged over all valid queries with a context."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerScan:
-    """Hold the results of one pass over a layer; B samples, H heads, K keys; float64 on the CPU."""
+    """Results of one pass over a layer, float64 on the CPU.
+
+    B samples, H heads, K keys.
+    """
 
     is_cross: bool
     is_causal: bool
     positions: Tensor
-    """``[B]`` int64 row of the query that was asked about, -1 where the sample has none such."""
+    """Row of the chosen query, ``[B]`` int64; -1 in samples without it."""
     statistics: dict[str, Tensor]
-    """``[B, H]`` of that query."""
+    """Statistics of the chosen query, ``[B, H]`` each."""
     over_queries: dict[str, Tensor]
-    """``[B, H]``, over all valid queries."""
+    """Means over all valid queries, ``[B, H]`` each."""
     queries: Tensor
-    """``[B]`` int64, valid queries with a context of at least two keys."""
+    """Number of valid queries with at least two context keys, ``[B]`` int64."""
     row: Tensor
-    """``[B, H, K]`` the query's weights, its own key included."""
+    """Weights of the query, its own key included, ``[B, H, K]``."""
     received: Tensor
-    """``[B, H, K]`` weights that each key receives, summed over valid queries."""
+    """Weights received by each key, summed over valid queries, ``[B, H, K]``."""
     seen_by: Tensor
-    """``[B, K]`` int64, valid queries that see each key, in the head that sees most."""
+    """Number of valid queries for each key, the most of any head, ``[B, K]`` int64."""
     roles: RoleMasses | None
 
 
 def chosen_queries(valid: Tensor, query: int) -> Tensor:
-    """Return the row of each sample's query, ``[B]`` int64; -1 where the sample has none there.
+    """Return the row of each sample's query, ``[B]`` int64; -1 in samples without it.
 
     Args:
         valid: ``[B, Q]`` bool, rows that are no padding.
         query: from 0 on a column of the batch, padding included; below 0 counted from the end of
-            the sample's own queries, so that -1 is the last on whichever side the padding is.
+            the sample's own queries, so that -1 is the last whatever the padding's side.
 
     Example:
         >>> valid = torch.tensor([[False, True, True, True], [True, True, False, False]])
@@ -100,20 +104,20 @@ def scan_layer(
     roles: bool = True,
     elements: int = 1 << 21,
 ) -> LayerScan:
-    """Pass once over an operator's rows.
+    """Measure an operator in one pass over its rows.
 
     Args:
         attention: the operator of one call.
         valid: ``[B, Q]`` bool, queries that count.
         query: see :func:`chosen_queries`.
-        is_cross: the keys are of another sequence.
+        is_cross: True if the keys are of another sequence.
         ids: ``[B, K]`` token ids of the keys.
         custom_roles: further roles to measure.
-        roles: whether to measure roles at all.
+        roles: True to measure roles at all.
         elements: weights in one block.
 
     Returns:
-        What was found.
+        The layer's measurements.
     """
     a, device = attention, attention.query.device
     is_causal = not is_cross and is_causal_call(a)
@@ -130,8 +134,7 @@ def scan_layer(
     first = first_keys(a)
     positions = chosen_queries(valid, query)
     chosen = positions.tolist()
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    kind = torch.float64 if a.query.dtype == torch.float64 else torch.float32
+    exact, kind = sum_dtype(a.query), compute_dtype(a.query)
     row = torch.zeros(a.batch, a.heads, a.keys, dtype=kind, device=device)
     received = torch.zeros(a.batch, a.heads, a.keys, dtype=exact, device=device)
     seen_by = torch.zeros(a.batch, a.keys, dtype=torch.int64, device=device)
@@ -152,8 +155,8 @@ def scan_layer(
         rows_of.add(found, counts)
         weights = p if bool(counts.all()) else p.masked_fill(~counts[:, None, :, None], 0.0)
         received[:, :, cols] += weights.sum(2).to(exact)
-        looked = visible & counts[:, None, :, None]
-        seen_by[:, cols] += looked.sum(2).amax(1)
+        seen = visible & counts[:, None, :, None]
+        seen_by[:, cols] += seen.sum(2).amax(1)
         for sample, position in enumerate(chosen):
             if rows.start <= position < rows.stop:
                 row[sample, :, cols] = p[sample, :, position - rows.start]
@@ -179,7 +182,7 @@ def scan_layer(
 def _of_query(
     a: AttentionOperator, row: Tensor, positions: Tensor, first: Tensor, is_cross: bool
 ) -> dict[str, Tensor]:
-    """Statistics ``[B, H]`` of each sample's query; NaN where it has none."""
+    """Return statistics ``[B, H]`` of each sample's query; NaN in samples without it."""
     parts: list[dict[str, Tensor]] = []
     everything = slice(0, a.keys)
     for sample, position in enumerate(positions.tolist()):
@@ -188,11 +191,7 @@ def _of_query(
         visible = visible_keys(a, one, everything)
         context = without_own(visible, own, everything)
         context = context[sample : sample + 1] if len(context) > 1 else context
-        p = (
-            row[sample, None, :, None].double()
-            if row.device.type != "mps"
-            else row[sample, None, :, None]
-        )
+        p = row[sample, None, :, None].to(sum_dtype(row))
         found = query_statistics(p, context)
         found["sink_mass"] = mass_at(p, first[sample : sample + 1], everything)
         found["mean_distance"] = mean_distance(p, own, everything, is_causal=False)
@@ -204,7 +203,7 @@ def _of_query(
 
 
 class _Rows:
-    """Sums of row statistics over the valid queries with a context of at least two keys."""
+    """Sums of row statistics over the valid queries with at least two context keys."""
 
     def __init__(self, batch: int, heads: int, exact: torch.dtype, device: torch.device) -> None:
         self._sums: dict[str, Tensor] = {}

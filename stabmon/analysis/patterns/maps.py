@@ -1,4 +1,4 @@
-"""Attention maps for pictures: exact where they are small, pooled where they are not."""
+"""Attention maps for pictures, exact or pooled to a limited size."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stabmon.analysis.dtypes import compute_dtype
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.operator import AttentionOperator
 from stabmon.signals.reduce import operator_of
 
 MAX_SIZE = 512
-"""Pixels of a map in each direction."""
+"""Largest number of pixels of a map in each direction."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +27,15 @@ class AttentionMaps:
 
     Attributes:
         maps: layer -> ``[H, P, R]`` float32 in [0, 1]: queries down, keys across.
-        factors: layer -> (queries, keys) that one pixel stands for; a pixel holds their largest
-            weight. (1, 1) is exact.
+        factors: layer -> (queries, keys) of one pixel; a pixel holds their largest weight. (1, 1)
+            is exact.
         sizes: layer -> (Q, K) before pooling.
-        sample: which sample of the batch.
+        sample: index of the sample in the batch.
+
+    Example:
+        >>> maps = {"h.0": np.ones((2, 3, 3), np.float32)}
+        >>> AttentionMaps(maps, {"h.0": (2, 2)}, {"h.0": (6, 6)}).to_record().values["pooling"]
+        {'h.0': [2, 2]}
     """
 
     maps: dict[str, np.ndarray]
@@ -62,17 +68,17 @@ def attention_maps(
     heads: Sequence[int] | None = None,
     attention_modules: tuple[str, ...] = (),
 ) -> AttentionMaps:
-    """Take the attention maps of one sample, pooled to at most ``max_size`` pixels a side.
+    """Take one sample's attention maps, with at most ``max_size`` pixels per side.
 
     Beyond that each pixel is the largest weight in a block of queries and keys, formed a few rows
     at a time: no map is ever held in full.
 
     Args:
         model: any model.
-        batch: what its forward takes.
+        batch: the input of its forward.
         layers: regular expression that a layer's name must contain; None for all.
-        sample: which sample of the batch.
-        max_size: pixels a side, at least 1.
+        sample: index of the sample in the batch.
+        max_size: pixels per side, at least 1.
         heads: query heads to keep; None for all.
         attention_modules: patterns of modules whose hand-written softmax is attention.
 
@@ -80,7 +86,7 @@ def attention_maps(
         The maps.
 
     Raises:
-        ValueError: for a sample or head that is not there, a size below 1, or no such layer.
+        ValueError: for a missing sample or head, a size below 1, or no matching layer.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
@@ -92,7 +98,7 @@ def attention_maps(
         raise ValueError(f"max_size {max_size}: give at least 1 pixel, 512 is usual")
     found = AttentionMaps({}, {}, {}, sample)
 
-    def look(call: Any) -> None:
+    def take(call: Any) -> None:
         attention = operator_of(call)
         if not -attention.batch <= sample < attention.batch:
             raise ValueError(f"sample {sample}: {call.layer} has {attention.batch} samples")
@@ -106,7 +112,7 @@ def attention_maps(
             chosen = chosen[list(heads)]
         found.maps[call.layer] = chosen.float().cpu().numpy()
 
-    run_model(model, batch, look, pattern=layers, attention_modules=attention_modules)
+    run_model(model, batch, take, pattern=layers, attention_modules=attention_modules)
     return found
 
 
@@ -117,12 +123,12 @@ def pooled_map(
 
     Args:
         attention: the operator.
-        sample: which sample.
-        query_factor, key_factor: queries and keys a pixel.
+        sample: index of the sample.
+        query_factor, key_factor: queries and keys per pixel.
     """
     a = attention
     rows_out, cols_out = -(-a.queries // query_factor), -(-a.keys // key_factor)
-    kind = torch.float64 if a.query.dtype == torch.float64 else torch.float32
+    kind = compute_dtype(a.query)
     out = torch.zeros(a.heads, rows_out, cols_out, dtype=kind, device=a.query.device)
     step = max(1, (1 << 20) // max(1, a.heads * a.keys * query_factor)) * query_factor
     for start in range(0, a.queries, step):

@@ -1,4 +1,4 @@
-"""Take one attention score apart: what each feature of query and key adds to it."""
+"""Contribution of each feature of query and key to one attention score."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ from stabmon.signals.reduce import operator_of
 
 @dataclass(frozen=True, eq=False)
 class ScoreContributions:
-    """The scores of one query with one key, feature by feature; H query heads, D features.
+    """Scores of one query with one key, feature by feature; H query heads, D features.
 
     Attributes:
         layer, sample, query: the layer's name, the sample, and the query's row.
-        keys: ``[H]``, index of the key that each head was asked about.
+        keys: ``[H]``, index of each head's key.
         contributions: ``[H, D]`` float64, scale * q_d * k_d, after rotary embeddings and
             normalisation of queries and keys.
         scores: ``[H]``, their sums: the score before soft cap, bias and mask.
-        weights: ``[H]``, the attention weight that the query gives to the key.
-        top: of each head (feature, contribution), the largest in size first.
+        weights: ``[H]``, the attention weight between query and key.
+        top: per head (feature, contribution), the largest in size first.
+
+    Example:
+        >>> one, parts = np.ones(1), np.array([[0.25, 0.75]])
+        >>> found = ScoreContributions("h.0", 0, 3, one, parts, parts.sum(1), one, [[(1, 0.75)]])
+        >>> found.to_record().values["top"]
+        [[[1, 0.75]]]
     """
 
     layer: str
@@ -65,19 +71,19 @@ def score_contributions(
 
     Args:
         model: any model.
-        batch: what its forward takes.
-        layer: regular expression that exactly one layer's name contains.
+        batch: the input of its forward.
+        layer: regular expression contained in exactly one layer's name.
         query: from 0 on a column of the batch; below 0 counted from the sample's own last token.
-        key: index of the key, counted as Python counts; None for each head's strongest.
-        sample: which sample of the batch.
-        top: how many features to list.
+        key: index of the key, from the end below 0; None for each head's strongest.
+        sample: index of the sample in the batch.
+        top: number of features to list.
 
     Returns:
         The contributions.
 
     Raises:
         ValueError: if no layer or several match, there is no such sample, query or key, or the
-            model forms its scores itself, so that queries and keys are not seen.
+            model forms its scores itself, without visible queries and keys.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
@@ -87,14 +93,14 @@ def score_contributions(
     """
     found: list[ScoreContributions] = []
 
-    def look(call: AttentionCall) -> None:
+    def split(call: AttentionCall) -> None:
         if found:
             raise ValueError(
                 f"layer {layer!r} matches {found[0].layer} and {call.layer}: name one of them"
             )
         found.append(_contributions(call, query, key, sample, top))
 
-    run_model(model, batch, look, pattern=layer)
+    run_model(model, batch, split, pattern=layer)
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Hold attention patterns, and put them into a record that figures are drawn from."""
+"""Result of an analysis of attention patterns, and its record for figures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stabmon.analysis.compression.advice import Recommendation
+from stabmon.analysis.compression.recommendation import Recommendation
 from stabmon.analysis.patterns.head_roles import HeadRole
 from stabmon.analysis.patterns.insights import Insight
 from stabmon.analysis.patterns.maps import AttentionMaps
@@ -19,14 +19,16 @@ from stabmon.analysis.record import AnalysisRecord
 
 @dataclass(frozen=True, eq=False)
 class AttentionPatterns:
-    """Patterns of one batch; B samples, H query heads, K keys; float64 NumPy arrays by layer.
+    """Patterns of one batch, float64 NumPy arrays by layer.
+
+    B samples, H query heads, K keys.
 
     The context of a query is every key that it sees but its own: the keys before it under
     causality, the keys on both sides in bidirectional attention, all visible keys in cross
     attention. Probabilities are the model's own, not renormalised over the context.
 
     Attributes:
-        statistics: ``[layer][name]`` ``[B, H]`` of the asked query: ``mean``, ``variance`` (over
+        statistics: ``[layer][name]`` ``[B, H]`` of the chosen query: ``mean``, ``variance`` (over
             the n keys of the context, divided by n), ``std``, ``max``, ``argmax`` (index of a
             key, -1 without a context), ``entropy`` (-sum p ln p, nats), ``max_entropy`` (ln n),
             ``normalized_entropy`` (entropy / ln n), ``focus`` (1 / entropy; inf where one key
@@ -40,19 +42,26 @@ class AttentionPatterns:
             ``sink_mass``, ``mean_distance``, ``context_mass``, ``context_size``; and pooled over
             these queries ``pooled_recent_distant_ratio``, ``recent_share`` (newest over newest
             and oldest quarter, 0.5 is even) and ``clustering`` (sum p_j p_{j+1} / sum p_j^2).
-        queries: layer -> ``[B]``, how many queries these means are over.
-        positions: layer -> ``[B]``, the row of the asked query, -1 where there is none.
-        rows: layer -> ``[B, H, K]`` float32, the asked query's weights, its own key included.
-        received: layer -> ``[B, H, K]``, weight that each key receives from all valid queries.
-        seen_by: layer -> ``[B, K]``, how many valid queries see each key.
+        queries: layer -> ``[B]``, number of queries behind these means.
+        positions: layer -> ``[B]``, row of the chosen query, -1 in samples without it.
+        rows: layer -> ``[B, H, K]`` float32, the chosen query's weights, its own key included.
+        received: layer -> ``[B, H, K]``, weight received by each key from all valid queries.
+        seen_by: layer -> ``[B, K]``, number of valid queries that see each key.
         kinds: layer -> ``causal``, ``bidirectional`` or ``cross``.
-        roles: at least one a head, see :class:`HeadRole`; none where the text is too short.
-        insights: what stands out, in words with numbers.
-        recommendations: how the KV cache may be compressed, each measured on the model's loss.
-        rejected: what was measured too and costs too much, each with its reason.
+        roles: at least one per head, see :class:`HeadRole`; none if the text is too short.
+        insights: remarkable findings, in words with numbers.
+        recommendations: ways of compressing the KV cache, each measured on the model's loss.
+        rejected: measured ways of too high a cost, each with its reason.
         similarity: cosines of the layers' maps, or None.
-        maps: maps of the first sample, where asked for.
-        notes: what could not be told, in words.
+        maps: maps of the first sample, or None.
+        notes: limits of the analysis, in words.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> from stabmon.analysis import attention_patterns
+        >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+        >>> attention_patterns(layer, randn(3, 6, 8), advice=False).layers
+        ('self_attn',)
     """
 
     statistics: dict[str, dict[str, np.ndarray]]
@@ -73,11 +82,16 @@ class AttentionPatterns:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers, in the order of the forward."""
+        """Return the names of the layers, in the order of the forward."""
         return tuple(self.statistics)
 
     def roles_of(self, layer: str, head: int) -> list[str]:
-        """Return the names of a head's roles, the most specific first."""
+        """Return the names of a head's roles, the most specific first.
+
+        Args:
+            layer: the layer's name.
+            head: the query head.
+        """
         return [r.role for r in self.roles if r.layer == layer and r.head == head]
 
     def over_samples(self) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -93,7 +107,7 @@ class AttentionPatterns:
         }
 
     def to_record(self) -> AnalysisRecord:
-        """Return a record of kind ``patterns``; see :func:`patterns_record` for its entries."""
+        """Return a record of kind ``patterns``; see :func:`patterns_record`."""
         return patterns_record(self)
 
 

@@ -1,11 +1,12 @@
-"""Sum up how much of its attention each head spends on the keys of each role.
+"""Attention mass of each head on the keys of each role.
 
-A *role* names keys for every query: the first key, the key k positions back, the newest few, the
-keys after earlier occurrences of the query's token, its earlier occurrences, or whatever a
-function of (i, j, ids) says. Its *mass* in a row is the probability on these keys.
+A *role* defines keys for every query: the first key, the key k positions back, the newest few, the
+keys after earlier occurrences of the query's token, its earlier occurrences, or those chosen by a
+function of (i, j, ids). Its *mass* in a row is the probability on these keys.
 
-A row can prove a role only if the role's keys are at most a quarter of what it sees: on any other
-row a head that attends evenly would look like it. Rows with few visible keys are left out too.
+A row can prove a role only if the role's keys are at most a quarter of its visible keys: on any
+other row a head with even attention would have the role too. Rows with few visible keys are left
+out.
 """
 
 from __future__ import annotations
@@ -15,26 +16,36 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from stabmon.analysis.dtypes import sum_dtype
 from stabmon.analysis.patterns.context_rows import first_keys, masked_sums, mass_at
 from stabmon.operator import AttentionOperator
 
 RolePattern = int | Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""An offset k (key i - k), or a function of query positions ``[rows, 1]``, key positions
-``[1, cols]`` and token ids ``[B, K]`` or None, to bool ``[rows, cols]`` or ``[B, rows, cols]``."""
+"""Definition of a role: an offset k (key i - k), or a function.
+
+The function takes query positions ``[rows, 1]``, key positions ``[1, cols]`` and token ids
+``[B, K]`` or None, and returns bool ``[rows, cols]`` or ``[B, rows, cols]``.
+"""
 
 LEAST_VISIBLE = 16
-"""Visible keys of a row that counts, where the text is long enough."""
+"""Fewest visible keys of a counted row, in a long text."""
 FEWEST_VISIBLE = 4
-"""Visible keys of a row that counts in the shortest text; a quarter of them is one key."""
+"""Fewest visible keys of a counted row, in the shortest text.
+
+A quarter of them is one key.
+"""
 LOCAL_WIDTH = 16
-"""Keys of the band of ``local`` at most; in a row with n visible keys it has n // 4."""
+"""Largest number of keys in the band of ``local``; a row with n keys has n // 4."""
 CONTENT = ("induction", "duplicate_token")
 NOWHERE = -(1 << 62)
-"""An id that no token has."""
+"""Id of no token."""
 
 
 def least_visible(longest: int) -> int:
-    """Return how many keys a row must see to count, in a text whose longest row sees ``longest``.
+    """Return the fewest visible keys of a counted row.
+
+    Args:
+        longest: largest number of visible keys of any row.
 
     Example:
         >>> [least_visible(n) for n in (1000, 24, 6)]
@@ -44,25 +55,25 @@ def least_visible(longest: int) -> int:
 
 
 class RoleMasses:
-    """Sums over the rows of one layer, added a block at a time.
+    """Sums over the rows of one layer, added block by block.
 
     Args:
         attention: the operator of the call.
         valid: ``[B, Q]`` bool, queries that are no padding.
-        is_cross: the keys are of another sequence, so that no role that compares positions or
-            tokens applies.
-        is_causal: no query sees a later key.
+        is_cross: True if the keys are of another sequence; roles by position or token do not
+            apply then.
+        is_causal: True if no query sees a later key.
         ids: ``[B, K]`` token ids of the keys, or None.
         custom: further roles by name.
 
     Attributes:
         names: the R roles.
         together: ``[R, R, H]`` float64: on the rows of the first, the summed mass of the second.
-        expected: ``[R, H]`` float64, summed mass of a head that attends evenly.
+        expected: ``[R, H]`` float64, summed mass of a head with even attention.
         rows: ``[R, H]`` int64, rows that can prove each role.
         overlap: of ``induction`` and ``duplicate_token``: ``[K, H]`` float64, on its rows the
             summed mass of each offset's key where that is one of its own apart from other roles.
-        coincide: ``[K, H]`` int64, in how many rows that is so.
+        coincide: ``[K, H]`` int64, number of these rows.
         spread: ``[H]`` float64, summed exp(entropy) / visible keys over ``counted`` rows.
     """
 
@@ -96,7 +107,7 @@ class RoleMasses:
             self.names += [name, f"{name}_alone"]
         self.names += list(self._functions)
         count, heads, device = len(self.names), attention.heads, attention.query.device
-        exact = torch.float32 if device.type == "mps" else torch.float64
+        exact = sum_dtype(attention.query)
         self.together = torch.zeros(count, count, heads, dtype=exact, device=device)
         self.expected = torch.zeros(count, heads, dtype=exact, device=device)
         self.rows = torch.zeros(count, heads, dtype=torch.int64, device=device)
@@ -129,7 +140,7 @@ class RoleMasses:
         Args:
             p: ``[B, H, rows, cols]`` probabilities.
             visible: ``[B or 1, H or 1, rows, cols]`` bool.
-            rows, cols: where the block lies.
+            rows, cols: query rows and key columns of the block.
             entropy: ``[B, H, rows]`` of all visible keys, in nats.
             own: ``[rows]`` key index of each query's own token; of the row in cross attention.
         """
@@ -175,7 +186,7 @@ class RoleMasses:
         return [(mass_at(p, self._first, cols), self.attention.visibility.sees_first[..., rows])]
 
     def _places(self, p: Tensor, cols: slice, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Column of the key at each offset, ``[rows, K]``, and whether the block has it."""
+        """Return the column of the key at each offset, ``[rows, K]``, and its presence."""
         offsets = torch.tensor(list(self._offsets), device=p.device)
         place = own[:, None] - offsets - cols.start
         inside = (place >= 0) & (place < p.shape[-1])
@@ -184,7 +195,7 @@ class RoleMasses:
     def _by_offset(
         self, p: Tensor, visible: Tensor, cols: slice, own: Tensor, seen: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """Masses of single offsets and of the band."""
+        """Return the masses of single offsets and of the band."""
         if self.is_cross:
             return []
         place, inside = self._places(p, cols, own)
@@ -197,11 +208,10 @@ class RoleMasses:
         return [*found, ((mass * near).sum(-1), (size & near).sum(-1))]
 
     def _is_near(self, back: Tensor, seen: Tensor) -> Tensor:
-        """Return which keys, ``back`` positions before the query, lie in its band, ``[…, rows,
-        cols]``.
+        """Return whether keys lie in the query's band, ``[…, rows, cols]``.
 
         Args:
-            back: ``[cols]`` or ``[rows, cols]``.
+            back: ``[cols]`` or ``[rows, cols]``, positions before the query.
             seen: ``[…, rows]`` visible keys.
         """
         width = (seen // 4).clamp(max=LOCAL_WIDTH)[..., None]
@@ -212,8 +222,13 @@ class RoleMasses:
     def _at_offsets(
         self, p: Tensor, mask: Tensor, cols: slice, own: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return each offset's mass within ``mask`` ``[B, rows, cols]``, and whether its key is in
-        it.
+        """Return each offset's mass within ``mask``, and whether its key is in it.
+
+        Args:
+            p: ``[B, H, rows, cols]`` probabilities.
+            mask: ``[B, rows, cols]`` bool.
+            cols: key columns of the block.
+            own: ``[rows]`` key index of each query's own token.
 
         Returns:
             ``[B, H, rows, K]`` and ``[B, rows, K]``.
@@ -223,9 +238,9 @@ class RoleMasses:
         return p.gather(-1, place.expand(*p.shape[:3], -1)) * hit[:, None], hit
 
     def _by_content(self, cols: slice, own: Tensor, seen: Tensor) -> list[Tensor]:
-        """Mark keys of induction and duplicate tokens, each all and those of its alone.
+        """Mark keys of induction and duplicate tokens: all of each, then the role's alone.
 
-        Not alone are keys of the query's band, the first key, and keys of the other of the two.
+        Keys of the query's band, the first key, and keys of the other role do not count as alone.
         """
         if not self._content or self.ids is None:
             return []

@@ -1,4 +1,4 @@
-"""Compare the attention maps of layers by their cosine, without keeping a map."""
+"""Cosines between the attention maps of layers, without storing a map."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from stabmon.analysis.dtypes import compute_dtype, sum_dtype
 from stabmon.operator import AttentionOperator
 
 
@@ -18,8 +18,12 @@ class LayerSimilarity:
 
     Attributes:
         layers: names of the L layers.
-        cosine: ``[B, L, L]`` float64 in [0, 1]; NaN between maps of different shapes, and where a
-            map is empty.
+        cosine: ``[B, L, L]`` float64 in [0, 1]; NaN between maps of different shapes, and for empty
+            maps.
+
+    Example:
+        >>> LayerSimilarity(("h.0",), np.ones((1, 1, 1))).cosine.shape
+        (1, 1, 1)
     """
 
     layers: tuple[str, ...]
@@ -32,10 +36,11 @@ def layer_similarity(
     *,
     elements: int = 1 << 20,
 ) -> LayerSimilarity:
-    """Compute <A_l, A_m>_F / (|A_l| |A_m|) of head-mean maps A over the valid queries, exactly.
+    """Compute the cosines of the layers' head-mean maps, exactly.
 
-    A few rows of all layers are formed at once, so memory is linear in the length; queries and
-    keys of all layers are kept by the caller.
+    The cosine of maps A over the valid queries is <A_l, A_m>_F / (|A_l| |A_m|). A few rows of all
+    layers are formed at once, so memory is linear in the length; queries and keys of all layers are
+    kept by the caller.
 
     Args:
         layers: the operator of each layer.
@@ -46,6 +51,7 @@ def layer_similarity(
         The cosines.
 
     Example:
+        >>> import torch
         >>> from stabmon.operator import attention_operator
         >>> query = torch.randn(1, 2, 6, 4)
         >>> attention = attention_operator(query, query, scale=0.5, is_causal=True)
@@ -72,15 +78,14 @@ def layer_similarity(
 
 def _cosines(members: list[AttentionOperator], valid: list[Tensor], elements: int) -> np.ndarray:
     one = members[0]
-    exact = torch.float32 if one.query.device.type == "mps" else torch.float64
+    exact = sum_dtype(one.query)
     gram = one.query.new_zeros(one.batch, len(members), len(members), dtype=exact)
     step = max(1, elements // max(1, one.batch * max(a.heads for a in members) * one.keys))
     step = max(1, min(step, elements // max(1, one.batch * len(members) * one.keys)))
     for start in range(0, one.queries, step):
         rows = slice(start, min(start + step, one.queries))
         shape = (one.batch, rows.stop - start, len(members), one.keys)
-        kind = torch.float64 if one.query.dtype == torch.float64 else torch.float32
-        maps = one.query.new_zeros(shape, dtype=kind)
+        maps = one.query.new_zeros(shape, dtype=compute_dtype(one.query))
         for place, (a, counts) in enumerate(zip(members, valid, strict=True)):
             cols, p = a.probabilities_of(rows)
             mean = p.mean(1).masked_fill(~counts[:, rows, None], 0.0)

@@ -1,1 +1,1 @@
-"""Roll out attention: which token after the last layer owes to which token of the input."""
+"""Attention rollout: shares of the input's tokens in each token of the last layer."""

@@ -1,4 +1,4 @@
-"""Attention rollout of any model, in the memory of its result."""
+"""Entry point of attention rollout, in the memory of its result."""
 
 from __future__ import annotations
 
@@ -38,50 +38,49 @@ def attention_rollout(
     layer's attention, its heads fused; the later layer multiplies from the left, and the first
     layer has a residual like the others. Where the rows of A_l sum to 1 and residual is 1/2 this is
     (A_l + I) / 2, Abnar and Zuidema's. Rows of maxima and minima, and those beside a learned sink,
-    sum to something else and are normalised. A row that sees nothing becomes the identity's.
+    have other sums and are normalised. A row without visible keys becomes the identity's.
 
     The full matrix is made during the forward and nothing is kept of a layer, so that beside the
     result (B S^2 numbers) there is one block of rows. With ``targets`` the queries and keys of all
-    layers are kept and vectors walk down: linear in S. With ``sources`` vectors walk up and nothing
-    is kept. No map of a head is ever held.
+    layers are kept and vectors are carried down: linear in S. With ``sources`` vectors are carried
+    up and nothing is kept. No map of a head is ever held.
+
+    ``stack="joined"`` is our own: the rollout over the tokens of both stacks. A cross-attention
+    layer mixes as a self-attention layer does, so that R = sum_l w_l R_dec(after l) C_l R_enc, w_l
+    the residual's share; rows are normalised over the encoder's tokens.
 
     Args:
-        model: any model whose attention is seen (``docs/capture.md``); or a list of maps, first
+        model: any model with captured attention (``docs/capture.md``); or a list of maps, first
             layer first, each ``[B, H, S, S]``, ``[B, S, S]`` with the heads fused, or ``[S, S]``.
         batch: the model's input, as in :func:`stabmon.analysis.forward.run_model`.
         targets: rows to compute: a position, several, or ``[B, n]``. Negative ones count from the
             end of the sample's own tokens.
-        sources: columns to compute, likewise: what those tokens reach.
+        sources: columns to compute, likewise: the influence of these tokens.
         residual: weight of the residual path, in [0, 1).
         start_layer: the first layer that counts, from 0.
         head_fusion: ``mean``, ``max`` or ``min`` over the heads.
         weighting: ``gradient`` weights A by relu of its gradient, entry by entry: see
             :mod:`stabmon.analysis.rollout.gradient`.
-        objective: with ``gradient``: what is differentiated. A class or token id, ``[B]`` of them,
-            or a function of the model's output that returns a number; None for the log-probability
+        objective: with ``gradient``: the number to differentiate. A class or token id, ``[B]`` of
+            them, or a function from the model's output to a number; None for the log-probability
             of the model's own top class, or of its top token at the last target (at the last token
             without targets).
-        stack: which stack of a model with several: its name, or ``joined`` for an encoder and its
-            decoder (below), or ``all`` for every self-attention layer in the order of the forward.
-            None for the one that attends last.
+        stack: the stack of a model with several: its name, or ``joined`` for an encoder and its
+            decoder, or ``all`` for every self-attention layer in the order of the forward. None
+            for the one that attends last.
         attention_layer_pattern: regular expression that a layer's name must contain; it selects
             before ``start_layer``.
         attention_modules: ``fnmatch`` patterns of modules whose hand-written softmax is attention,
-            where that is not found.
+            in case it is not found.
         chunk_size: samples in one forward; None for all. Halved when memory runs out.
-
-    ``joined`` is our own: the rollout over the tokens of both stacks, where a cross-attention layer
-        mixes as a self-attention layer
-    does, so that R = sum_l w_l R_dec(after l) C_l R_enc, w_l the residual's share; rows are
-    normalised over the encoder's tokens.
 
     Returns:
         The rollout: ``matrix [B, T, S]``, float32 (float64 of a float64 model), rows sum to 1. NaN
-            where the model is NaN.
+        where the model is NaN.
 
     Raises:
         ValueError: if nothing attends, a pattern, stack, position or number does not fit, or tokens
-            are merged or regrouped between layers (windows), which no rollout describes.
+            are merged or regrouped between layers (windows), which have no rollout.
 
     Example:
         >>> import torch
@@ -107,7 +106,7 @@ def attention_rollout(
         attention_modules,
     )
     if weighting not in (None, "gradient"):
-        raise ValueError(f"weighting {weighting!r}: use None or 'gradient'")
+        raise ValueError(f"weighting {weighting!r}: give None or 'gradient'")
     if weighting is None and objective is not None:
         raise ValueError("objective is given and weighting is None: use weighting='gradient'")
     if is_given(model):
@@ -128,14 +127,14 @@ def attention_rollout(
 
 
 def check_residual(residual: float) -> float:
-    """Return the weight, or raise ``ValueError`` where it is none."""
+    """Return the weight, or raise ``ValueError`` for one outside [0, 1)."""
     if not 0 <= residual < 1:
         raise ValueError(f"residual {residual!r}: give a weight from 0 up to, not including, 1")
     return float(residual)
 
 
 def check_fusion(fusion: HeadFusion) -> HeadFusion:
-    """Return the fusion, or raise ``ValueError`` where there is none of that name."""
+    """Return the fusion, or raise ``ValueError`` for an unknown one."""
     if fusion not in FUSIONS:
-        raise ValueError(f"head_fusion {fusion!r}: use mean, max or min")
+        raise ValueError(f"head_fusion {fusion!r}: give mean, max or min")
     return fusion

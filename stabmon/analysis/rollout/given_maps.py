@@ -1,4 +1,4 @@
-"""Attention maps that a user holds already, as layers of a path."""
+"""Given attention maps as layers of a path."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ def given_layers(maps: Sequence[Any]) -> Iterator[Layer]:
         if (len(each), each.shape[-1]) != (len(first), first.shape[-1]):
             raise ValueError(
                 f"map {index} is of {len(each)} x {each.shape[-1]} tokens and map 0 of "
-                f"{len(first)} x {first.shape[-1]}: give "
-                "maps of the same batch and tokens"
+                f"{len(first)} x {first.shape[-1]}: give maps of the same batch and tokens"
             )
         yield _layer(each, index)
 
 
 def is_given(model: Any) -> bool:
-    """Return whether the argument is a list of maps and no model."""
+    """Return whether the argument is a list of maps, not a model."""
     return isinstance(model, list | tuple) and not any(
         callable(getattr(each, "forward", None)) for each in model
     )
@@ -60,7 +59,10 @@ def _tensor(given: Any, index: int) -> Tensor:
 
 
 def _four(tensor: Tensor, batch: int) -> Tensor:
-    """``[B, H, S, S]``; beside maps of one sample, three dimensions are that sample's heads."""
+    """Return the map as ``[B, H, S, S]``.
+
+    Beside maps of one sample, three dimensions are that sample's heads.
+    """
     if tensor.ndim == 3 and batch == 1 and len(tensor) != 1:
         return tensor[None]
     if tensor.ndim == 3:
@@ -73,11 +75,8 @@ def _layer(weights: Tensor, index: int) -> Layer:
 
     def maps(sample: int) -> tuple[SampleMaps, Tensor]:
         own = weights[sample]
-        last_seen = (
-            torch.where(own.amax(0) != 0, torch.arange(tokens, device=own.device), -1)
-            .amax(-1)
-            .tolist()
-        )
+        places = torch.arange(tokens, device=own.device)
+        last_seen = torch.where(own.amax(0) != 0, places, -1).amax(-1).tolist()
         seen = slice(0, tokens)
 
         def block(rows: slice) -> tuple[slice, Tensor]:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon.analysis.dtypes import compute_dtype
 from stabmon.analysis.forward import call_arguments, undisturbed
-from stabmon.analysis.rollout.mixing import SampleMaps, sample_of
+from stabmon.analysis.rollout.mixing import SampleMaps, maps_of, sample_of
 from stabmon.analysis.rollout.objectives import Objective, objective_of
 from stabmon.analysis.rollout.positions import Positions
 from stabmon.capture.intercept import AttentionSite, intercepted
@@ -34,18 +35,18 @@ from stabmon.signals.reduce import operator_of
 
 @dataclass(frozen=True, eq=False)
 class Weighed:
-    """One attention call with what its gradient is made of."""
+    """One attention call with the operands of its gradient."""
 
     call: AttentionCall
     value: Tensor
-    """``[B, H or H_kv, K, E]``."""
+    """Values, ``[B, H or H_kv, K, E]``."""
     gradient: Tensor
-    """``[B, H, Q, E]``, of the objective by the attention's output."""
+    """Gradient of the objective by the attention's output, ``[B, H, Q, E]``."""
 
     def maps(self, index: int) -> tuple[SampleMaps, Tensor]:
-        """Return relu(A * dL/dA) of one sample, and its valid rows."""
+        """Return the maps relu(A * dL/dA) of one sample, and its valid rows."""
         operator = operator_of(sample_of(self.call, index))
-        value = self.value[index].to(operator_dtype(self.value))
+        value = self.value[index].to(compute_dtype(self.value))
         gradient = self.gradient[index].to(value.dtype)
         heads = len(value)
 
@@ -55,17 +56,7 @@ class Weighed:
             slope = (folded @ value[:, cols].mT).view(found[0].shape)
             return cols, slope.mul_(found[0]).relu_()
 
-        def ends(start: int, stop: int) -> int:
-            return operator.visibility.key_range(start, stop)[1]
-
-        return SampleMaps(
-            operator.queries, operator.keys, operator.heads, weights, ends
-        ), operator.is_counted[0].any(0)
-
-
-def operator_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which weights are computed."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return maps_of(operator, weights), operator.is_counted[0].any(0)
 
 
 def weighed_calls(
@@ -81,14 +72,17 @@ def weighed_calls(
     One forward and one backward. Parameters take no part in it: their ``grad`` is as it was.
 
     Args:
-        model, batch: as in :func:`stabmon.analysis.forward.run_model`.
+        model, batch: see :func:`stabmon.analysis.forward.run_model`.
         layers: names of the layers, in order, and whether each query is known to be of the same
             token as a key.
-        last: likewise the self-attention layer that runs last, whose tokens the output's are.
         objective, targets: see :func:`stabmon.analysis.rollout.objectives.objective_of`.
+        last: likewise the self-attention layer that runs last; its tokens are the output's.
+
+    Returns:
+        The calls by layer.
 
     Raises:
-        ValueError: if the attention of a layer is written by hand, so that its output is not known.
+        ValueError: if the attention of a layer is written by hand, so that its output is unknown.
     """
     sites: dict[str, tuple[AttentionCall, Tensor, Tensor, Callable[[Tensor], Tensor]]] = {}
     valid: Tensor | None = None
@@ -118,9 +112,8 @@ def weighed_calls(
         if missing := [layer for layer in layers if layer not in sites]:
             raise ValueError(
                 "weighting='gradient' needs attention through transformers' interface or "
-                "scaled_dot_product_attention, and "
-                f"{missing[0]} has its own: use weighting=None, or layers that have not by "
-                "attention_layer_pattern"
+                f"scaled_dot_product_attention, and {missing[0]} has its own: use weighting=None, "
+                "or choose other layers by attention_layer_pattern"
             )
         value = objective_of(output, objective, targets, valid)
         if not value.requires_grad:
@@ -141,7 +134,7 @@ def weighed_calls(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter needs a gradient in here, so that the graph holds nothing for theirs."""
+    """Turn the gradients of all parameters off, to keep their terms out of the graph."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, needed in flags:
@@ -168,7 +161,7 @@ def _value_of(site: AttentionSite) -> Tensor:
 
 
 def _lay_out_of(site: AttentionSite) -> Callable[[Tensor], Tensor]:
-    """Return what lays out a gradient at the kernel's result as ``[B, H, Q, E]``."""
+    """Return a function from the result's gradient to the layout ``[B, H, Q, E]``."""
     if site.kind == "transformers":
         return lambda gradient: gradient.transpose(1, 2)
     query = site.arguments["query"].detach()

@@ -1,4 +1,4 @@
-"""Mix one layer's attention with the residual path, a few query rows of one sample at a time."""
+"""Mixing of one layer's attention with the residual path, in blocks of query rows."""
 
 from __future__ import annotations
 
@@ -16,39 +16,41 @@ from stabmon.signals.reduce import operator_of
 HeadFusion = Literal["mean", "max", "min"]
 FUSIONS: frozenset[str] = frozenset(get_args(HeadFusion))
 BLOCK_ELEMENTS = 1 << 18
-"""Attention weights in one block of rows: 1 MB in float32, so that a block and its copies stay in a
-core's cache.
+"""Attention weights in one block of rows, 1 MB in float32.
+
+A block and its copies then stay in a core's cache.
 """
 WIDE_ROWS = 64
+"""Largest number of rows of a widened block."""
 
-Look = Callable[[Tensor, slice], None]
-"""Receives every block of weights ``[H, rows, cols]`` before its heads are fused, and its rows."""
+Observer = Callable[[Tensor, slice], None]
+"""Receiver of the weights ``[H, rows, cols]`` of each block, and its rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Some rows of a layer's mixing matrix ``(residual * I + (1 - residual) * A) / row sum``, A
-    fused over the heads.
+    """Some rows of a layer's mixing matrix.
 
-    A row of A that sees nothing is 0, so that its row of the mixture is the identity's.
+    The matrix is ``(residual * I + (1 - residual) * A) / row sum``, A fused over the heads. A row
+    of A without visible keys is 0, so that its row of the mixture is the identity's.
     """
 
     rows: slice
     cols: slice
     attended: Tensor
-    """``[rows, cols]``: the share that comes of each attended token."""
+    """Share of each attended token, ``[rows, cols]``."""
     kept: Tensor
-    """``[rows, 1]``: the share that stays with the row's own token."""
+    """Share of the row's own token, ``[rows, 1]``."""
 
 
 class SampleMaps:
     """The attention maps of one sample in one layer.
 
     Args:
-        queries, keys: Q and K.
-        weights: gives for a slice of query rows the keys that they see and their weights ``[H,
-            rows, cols]``.
-        ends: gives for a slice of query rows the end of the keys that they may see.
+        queries, keys, heads: Q, K and H.
+        weights: function from a slice of query rows to their visible keys and their weights
+            ``[H, rows, cols]``.
+        ends: function from the bounds of a slice of query rows to the end of their visible keys.
     """
 
     def __init__(
@@ -64,10 +66,9 @@ class SampleMaps:
         self.step = max(1, min(queries, BLOCK_ELEMENTS // max(1, heads * keys)))
 
     def widen(self, elements: int) -> None:
-        """Let a block have up to ``WIDE_ROWS`` rows where it holds no more than ``elements``
-        weights.
+        """Allow blocks of up to ``WIDE_ROWS`` rows, with at most ``elements`` weights.
 
-        A product with a wide state reads all of the state once a block.
+        A product with a wide state reads all of the state once per block.
         """
         self.step = min(
             self.queries, max(self.step, min(WIDE_ROWS, elements // (self.heads * self.keys)))
@@ -83,24 +84,24 @@ class SampleMaps:
         fusion: HeadFusion,
         residual: float,
         *,
-        look: Look | None = None,
+        observer: Observer | None = None,
         only: Callable[[slice], bool] | None = None,
     ) -> Iterator[Mixture]:
         """Yield the mixing matrix from the last rows to the first.
 
         Args:
-            fusion: how heads become one.
+            fusion: fusion of the heads.
             residual: weight of the residual path, in [0, 1).
-            look: is shown the weights of each block.
-            only: says for a slice of rows whether they are wanted.
+            observer: receives the weights of each block.
+            only: function from a slice of rows to whether they are needed.
         """
         for start, stop in reversed(self._bounds()):
             rows = slice(start, stop)
             if only is not None and not only(rows):
                 continue
             cols, weights = self._weights(rows)
-            if look is not None:
-                look(weights, rows)
+            if observer is not None:
+                observer(weights, rows)
             yield mix(rows, cols, fuse(weights, fusion), residual)
 
     def _bounds(self) -> list[tuple[int, int]]:
@@ -111,14 +112,25 @@ class SampleMaps:
 
 
 def fuse(weights: Tensor, fusion: HeadFusion) -> Tensor:
-    """Return ``[rows, cols]`` of ``[H, rows, cols]``."""
+    """Fuse the heads of ``[H, rows, cols]`` to ``[rows, cols]``.
+
+    Args:
+        weights: ``[H, rows, cols]``.
+        fusion: ``mean``, ``max`` or ``min``.
+    """
     if fusion == "mean":
         return weights.mean(0)
     return weights.amax(0) if fusion == "max" else weights.amin(0)
 
 
 def mix(rows: slice, cols: slice, fused: Tensor, residual: float) -> Mixture:
-    """Return ``residual * I + (1 - residual) * fused``, each row divided by its sum."""
+    """Compute ``residual * I + (1 - residual) * fused``, each row divided by its sum.
+
+    Args:
+        rows, cols: query rows and key columns of the block.
+        fused: ``[rows, cols]`` weights.
+        residual: weight of the residual path, in [0, 1).
+    """
     total = fused.sum(-1, keepdim=True).mul_(1 - residual).add_(residual)
     empty = total == 0
     attended = fused.mul_(1 - residual).div_(total.masked_fill(empty, 1.0))
@@ -127,8 +139,11 @@ def mix(rows: slice, cols: slice, fused: Tensor, residual: float) -> Mixture:
 
 
 def sample_of(call: AttentionCall, index: int) -> AttentionCall:
-    """Return the call of one sample alone: what is computed of it then does not depend on the
-    samples beside it.
+    """Return one sample of a call, with results independent of the samples beside it.
+
+    Args:
+        call: the call of a batch.
+        index: the sample.
     """
     one = slice(index, index + 1)
 
@@ -138,8 +153,9 @@ def sample_of(call: AttentionCall, index: int) -> AttentionCall:
         )
 
     def copy(tensor: Tensor | None) -> Tensor | None:
-        """A fresh tensor: products round otherwise by strides and by where in memory a sample
-        begins.
+        """Return a fresh tensor.
+
+        Products round differently by strides and by the alignment of a sample in memory.
         """
         return None if tensor is None else tensor[one].clone(memory_format=torch.contiguous_format)
 
@@ -148,22 +164,36 @@ def sample_of(call: AttentionCall, index: int) -> AttentionCall:
     return replace(call, query=query, key=key, mask=part(call.mask), scores=scores, sinks=sinks)
 
 
-def maps_of(operator: AttentionOperator) -> SampleMaps:
-    """Return the maps of an operator of one sample."""
+def maps_of(
+    operator: AttentionOperator, weights: Callable[[slice], tuple[slice, Tensor]] | None = None
+) -> SampleMaps:
+    """Return the maps of an operator of one sample.
 
-    def weights(rows: slice) -> tuple[slice, Tensor]:
+    Args:
+        operator: the operator.
+        weights: see :class:`SampleMaps`; None for the operator's own probabilities.
+    """
+
+    def probabilities(rows: slice) -> tuple[slice, Tensor]:
         cols, found = operator.probabilities_of(rows)
         return cols, found[0]
 
     def ends(start: int, stop: int) -> int:
         return operator.visibility.key_range(start, stop)[1]
 
-    return SampleMaps(operator.queries, operator.keys, operator.heads, weights, ends)
+    return SampleMaps(
+        operator.queries, operator.keys, operator.heads, weights or probabilities, ends
+    )
 
 
 def call_maps(call: AttentionCall, index: int) -> tuple[SampleMaps, Tensor]:
-    """Return the maps of one sample of a call, and ``[Q]`` bool: the rows that see a key and are
-    not padding.
+    """Return the maps of one sample of a call, and its valid rows ``[Q]`` bool.
+
+    A valid row sees a key and is no padding.
+
+    Args:
+        call: the call of a batch.
+        index: the sample.
     """
     operator = operator_of(sample_of(call, index))
     return maps_of(operator), operator.is_counted[0].any(0)

@@ -1,4 +1,4 @@
-"""The number whose gradient weights a rollout."""
+"""Objective of a gradient-weighted rollout."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from torch import Tensor
 from stabmon.analysis.rollout.positions import Positions
 
 Objective = Callable[[Any], Tensor] | int | Tensor
-"""A function of the model's output that returns a number, a class or token id, or ``[B]`` of
-them.
-"""
+"""A class or token id, ``[B]`` ids, or a function from the output to a number."""
 
 
 def objective_of(
     output: Any, wanted: Objective | None, targets: Positions | None, valid: Tensor | None
 ) -> Tensor:
-    """Return the objective as a scalar, summed over the samples, which do not touch each other's
-    gradients.
+    """Return the objective as a scalar, summed over the samples.
+
+    Samples do not affect each other's gradients.
 
     Args:
-        output: what the model returned.
+        output: the model's output.
         wanted: see :data:`Objective`; None for the model's own top class or token.
-        targets: positions whose tokens' log-probabilities are added up, where the output has a row
-            a token; None for the last.
-        valid: ``[B, N]`` bool, the tokens that are not padding; None where unknown.
+        targets: positions of the added log-probabilities, if the output has a row per token; None
+            for the last.
+        valid: ``[B, N]`` bool, the tokens that are not padding; None if unknown.
 
     Raises:
         ValueError: if the output has no logits, or the function returns no number.
@@ -51,14 +50,14 @@ def objective_of(
         classes = given.expand(log_p.shape[:2])
         if bool((classes < 0).any()) or bool((classes >= log_p.shape[-1]).any()):
             raise ValueError(
-                f"objective {wanted!r} is no class: there are {log_p.shape[-1]}, 0 to "
+                f"objective {wanted!r} is not a class: there are {log_p.shape[-1]}, 0 to "
                 f"{log_p.shape[-1] - 1}"
             )
     return log_p.gather(-1, classes[..., None]).sum()
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return ``[B, classes]`` or ``[B, N, tokens]`` of a model's output.
+    """Return the logits in a model's output, ``[B, classes]`` or ``[B, N, tokens]``.
 
     Raises:
         ValueError: if there are none.
@@ -81,8 +80,12 @@ def logits_of(output: Any) -> Tensor:
 
 
 def rows_of(logits: Tensor, targets: Positions | None, valid: Tensor | None) -> Tensor:
-    """Return ``[B, n, classes]``: the rows of the targets, or the last token's, or the sample's one
-    row.
+    """Return the logits of the targets, ``[B, n, classes]``.
+
+    Args:
+        logits: ``[B, classes]``, whose one row is returned, or ``[B, N, classes]``.
+        targets: positions; None for the last token.
+        valid: ``[B, N]`` bool, the tokens that are not padding; None if unknown.
     """
     if logits.ndim == 2:
         return logits[:, None]

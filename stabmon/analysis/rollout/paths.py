@@ -1,4 +1,4 @@
-"""Follow the tokens of a stack through its layers: up from the input, or down from the output."""
+"""Paths of tokens through a stack's layers, upwards from the input or downwards."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from stabmon.analysis.rollout.mixing import HeadFusion, Look, SampleMaps
+from stabmon.analysis.rollout.mixing import HeadFusion, Observer, SampleMaps
 from stabmon.analysis.rollout.positions import Positions, first_of
 from stabmon.analysis.rollout.walks import step_down, step_up
 
 Part = Literal["self", "encoder", "cross"]
-"""``self``: a layer of the stack whose tokens are the rows. Joined, its encoder's layers and its
-cross attention as well.
+"""Part of a layer in the rollout.
+
+``self``: a layer of the stack whose tokens are the rows. If stacks are joined, ``encoder`` and
+``cross``: its encoder's layers and its cross attention.
 """
 
 
@@ -30,40 +32,47 @@ class Layer:
     queries: int
     keys: int
     maps: Callable[[int], tuple[SampleMaps, Tensor]]
-    """For a sample its maps, and ``[Q]`` bool: the rows that see a key and are not padding."""
+    """Function from a sample to its maps, and its valid rows ``[Q]`` bool."""
     device: torch.device
     dtype: torch.dtype = torch.float32
 
 
+ObserverMaker = Callable[[str, int, Tensor], Observer | None]
+"""Function from a layer, a sample and its valid rows to an observer, or None."""
+
+
 class Path(ABC):
-    """Carry rows or columns of the rollout through the layers of one stack, for every sample."""
+    """Path of rows or columns of the rollout through one stack, for every sample."""
 
     def __init__(self, fusion: HeadFusion, residual: float) -> None:
         self.fusion, self.residual = fusion, residual
         self.layers: list[str] = []
         self.valid: Tensor | None = None
-        """``[B, T]``: rows that see a key and are not padding."""
+        """Valid rows ``[B, T]``: they see a key and are no padding."""
         self.source_valid: Tensor | None = None
-        """``[B, S]``: the same of the encoder's tokens, where stacks are joined."""
+        """Valid rows of the encoder's tokens, ``[B, S]``, if stacks are joined."""
 
-    def add(
-        self, layer: Layer, look: Callable[[str, int, Tensor], Look | None] | None = None
-    ) -> None:
+    def add(self, layer: Layer, observers: ObserverMaker | None = None) -> None:
         """Take the next layer of the forward.
 
         Args:
             layer: the layer.
-            look: for a layer's name, a sample and its valid rows, what looks at the weights.
+            observers: makes an observer of the weights for each sample.
 
         Raises:
             ValueError: if its tokens are not those of the layer before.
         """
         self._check(layer)
         self.layers.append(layer.name)
-        self._add(layer, look)
+        self._add(layer, observers)
 
     def note_valid(self, part: Part, rows: list[Tensor]) -> None:
-        """Count a row as valid where every layer does."""
+        """Count a row as valid if every layer does.
+
+        Args:
+            part: part of the layer.
+            rows: ``[N]`` bool of each sample.
+        """
         found = torch.stack(rows)
         if part == "encoder":
             self.source_valid = found if self.source_valid is None else self.source_valid & found
@@ -71,30 +80,33 @@ class Path(ABC):
             self.valid = found if self.valid is None else self.valid & found
 
     @abstractmethod
-    def _add(
-        self, layer: Layer, look: Callable[[str, int, Tensor], Look | None] | None
-    ) -> None: ...
+    def _add(self, layer: Layer, observers: ObserverMaker | None) -> None: ...
+
+    def first_share(self, matrix: Tensor) -> Tensor:
+        """Return the share ``[B, T]`` of each sample's first token in ``[B, T, S]``."""
+        valid = self.valid if self.source_valid is None else self.source_valid
+        assert valid is not None
+        place = first_of(valid)[:, None, None].expand(-1, matrix.shape[1], 1)
+        return matrix.gather(-1, place)[..., 0]
 
     def _check(self, layer: Layer) -> None:
         if layer.part != "cross" and layer.queries != layer.keys:
             raise ValueError(
                 f"{layer.name} has {layer.queries} queries and {layer.keys} keys: rollout needs "
-                "all tokens as both, without a "
-                "cache, a prefix or merged keys; name other layers by attention_layer_pattern"
+                "all tokens as both, without a cache, a prefix or merged keys; choose other layers "
+                "by attention_layer_pattern"
             )
         known = self.source_valid if layer.part == "encoder" else self.valid
         if known is not None and known.shape != (layer.batch, layer.queries):
             raise ValueError(
                 f"{layer.name} attends over {layer.batch} x {layer.queries} tokens and the layer "
-                "before over "
-                f"{known.shape[0]} x {known.shape[1]}: tokens that are merged or regrouped have "
-                "no rollout; name layers over the "
-                "same tokens by attention_layer_pattern"
+                f"before over {known.shape[0]} x {known.shape[1]}: merged or regrouped tokens have "
+                "no rollout; choose layers over the same tokens by attention_layer_pattern"
             )
 
 
 class UpPath(Path):
-    """Columns of the rollout: all of them, or those of some sources. Nothing is kept of a layer.
+    """Columns of the rollout, all or some, carried up without keeping any layer.
 
     Args:
         fusion, residual: see :func:`stabmon.analysis.rollout.api.attention_rollout`.
@@ -109,7 +121,7 @@ class UpPath(Path):
         self.source_state: Tensor | None = None
         self._triangular: dict[Part, list[bool]] = {}
 
-    def _add(self, layer: Layer, look: Callable[[str, int, Tensor], Look | None] | None) -> None:
+    def _add(self, layer: Layer, observers: ObserverMaker | None) -> None:
         valid: list[Tensor] = []
         is_first = (self.source_state if layer.part == "encoder" else self.state) is None
         for index in range(layer.batch):
@@ -125,23 +137,20 @@ class UpPath(Path):
                 self.state = torch.zeros(
                     layer.batch, layer.queries, width, dtype=layer.dtype, device=layer.device
                 )
-            self._step(layer, index, maps, None if look is None else look(layer.name, index, rows))
+            observer = None if observers is None else observers(layer.name, index, rows)
+            self._step(layer, index, maps, observer)
         self.note_valid(layer.part, valid)
 
-    def _step(self, layer: Layer, index: int, maps: SampleMaps, look: Look | None) -> None:
+    def _step(self, layer: Layer, index: int, maps: SampleMaps, observer: Observer | None) -> None:
         state = self.source_state if layer.part == "encoder" else self.state
         assert state is not None
-        source = (
-            self.source_state[index]
-            if layer.part == "cross" and self.source_state is not None
-            else None
-        )
+        is_cross = layer.part == "cross" and self.source_state is not None
+        source = self.source_state[index] if is_cross else None  # type: ignore[index]
         flags = self._triangular.setdefault(
             layer.part, [self._choose is None and self.source_state is None] * layer.batch
         )
-        work = (
-            state[index].clone() if len(state) > 1 else state[index]
-        )  # begins where memory is aligned, as alone
+        # a clone is aligned in memory as a single sample is
+        work = state[index].clone() if len(state) > 1 else state[index]
         flags[index] = step_up(
             work,
             maps,
@@ -149,14 +158,15 @@ class UpPath(Path):
             self.residual,
             source=source,
             triangular=flags[index],
-            look=look,
+            observer=observer,
         )
         if len(state) > 1:
             state[index] = work
 
     def _start(self, layer: Layer, index: int, valid: Tensor, state: Tensor | None) -> Tensor:
-        """The state before the first layer: the identity, or columns of it, first token and ones
-        last.
+        """Return the state before the first layer: the identity, or columns of it.
+
+        Chosen columns are followed by the first token's and a column of ones.
         """
         tokens = layer.queries
         if self._choose is None:
@@ -182,8 +192,9 @@ class UpPath(Path):
         return state
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Return the matrix ``[B, T, S]``, or the columns of it that were asked for, and the first
-        token's share ``[B, T]``.
+        """Return the matrix ``[B, T, S]``, or chosen columns, and the first token's share.
+
+        The share is ``[B, T]``.
         """
         assert self.state is not None
         assert self.valid is not None
@@ -196,16 +207,13 @@ class UpPath(Path):
             return matrix.contiguous(), first.contiguous()
         if joined:
             self.state /= self.state.sum(-1, keepdim=True)
-        place = first_of(self.source_valid if joined else self.valid)  # type: ignore[arg-type]
-        share = self.state.gather(-1, place[:, None, None].expand(-1, self.state.shape[1], 1))[
-            ..., 0
-        ]
-        return self.state, share
+        return self.state, self.first_share(self.state)
 
 
 class DownPath(Path):
-    """Rows of the rollout for some targets. Every layer is kept until the forward ends: queries and
-    keys, no map.
+    """Rows of the rollout for some targets, carried down at the end of the forward.
+
+    Queries and keys of every layer are kept until then, no map.
 
     Args:
         fusion, residual: see :func:`stabmon.analysis.rollout.api.attention_rollout`.
@@ -215,42 +223,33 @@ class DownPath(Path):
         super().__init__(fusion, residual)
         self._kept: list[Layer] = []
 
-    def _add(self, layer: Layer, look: Callable[[str, int, Tensor], Look | None] | None) -> None:
+    def _add(self, layer: Layer, observers: ObserverMaker | None) -> None:
         self._kept.append(layer)
         self.note_valid(layer.part, [layer.maps(index)[1] for index in range(layer.batch)])
 
     def finish(self, wanted: Positions) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the rows ``[B, n, S]`` of the targets, the first token's share ``[B, n]`` and the
-        targets ``[B, n]``.
+        """Return the targets' rows ``[B, n, S]``, first token's shares and positions.
+
+        Shares and positions are ``[B, n]``.
         """
         assert self.valid is not None
         targets = torch.stack([wanted.of(index, row) for index, row in enumerate(self.valid)])
         rows = [self._rows_of(index, targets[index]) for index in range(len(targets))]
         matrix = torch.stack(rows)
-        place = first_of(self.valid if self.source_valid is None else self.source_valid)
-        share = matrix.gather(-1, place[:, None, None].expand(-1, matrix.shape[1], 1))[..., 0]
-        return matrix, share, targets
+        return matrix, self.first_share(matrix), targets
 
     def _rows_of(self, index: int, targets: Tensor) -> Tensor:
         last = self._kept[-1]
         own = torch.zeros(len(targets), last.queries, dtype=last.dtype, device=last.device)
         own[torch.arange(len(targets), device=last.device), targets] = 1.0
-        joined = self.source_valid is not None
-        owed = (
-            own.new_zeros(len(targets), self.source_valid.shape[1])
-            if self.source_valid is not None
-            else own
-        )
+        owed = own
+        if self.source_valid is not None:
+            owed = own.new_zeros(len(targets), self.source_valid.shape[1])
         for layer in reversed(self._kept):
             maps, _ = layer.maps(index)
             if layer.part == "encoder":
                 owed = step_down(owed, maps, self.fusion, self.residual)
             else:
-                own = step_down(
-                    own,
-                    maps,
-                    self.fusion,
-                    self.residual,
-                    source=owed if layer.part == "cross" else None,
-                )
-        return owed / owed.sum(-1, keepdim=True) if joined else own
+                source = owed if layer.part == "cross" else None
+                own = step_down(own, maps, self.fusion, self.residual, source=source)
+        return own if self.source_valid is None else owed / owed.sum(-1, keepdim=True)

@@ -1,6 +1,4 @@
-"""Which tokens of each sample are meant: positions, counted from the end where they are
-negative.
-"""
+"""Positions of tokens in each sample, counted from the end if negative."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ Wanted = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
 class Positions:
-    """Positions of tokens, for every sample alike or one by one.
+    """Positions of tokens, for all samples alike or one by one.
 
     A position from 0 on counts from the first column of the batch, padding included. A negative one
     counts from the end of the sample's own tokens: -1 is the last token that is not padding, on
@@ -22,11 +20,11 @@ class Positions:
 
     Args:
         wanted: see :data:`Wanted`.
-        what: what they are called in errors.
+        what: their name in errors.
         start: number of the first sample, where a batch is run in parts.
 
     Raises:
-        ValueError: if they are no integers, or none.
+        ValueError: if they are not integers, or there are none.
     """
 
     def __init__(self, wanted: Wanted, what: str, start: int = 0) -> None:
@@ -45,18 +43,18 @@ class Positions:
             self.grid = self.grid[None]
 
     def beginning(self, start: int) -> Positions:
-        """Return the same for a part of the batch that begins with sample ``start``."""
+        """Return the positions of the part of the batch from sample ``start`` on."""
         return Positions(self._wanted, self._what, start)
 
     def check(self, samples: int, *, is_part: bool = False) -> None:
-        """Check the number of samples that positions are given for.
+        """Raise an error for positions of another number of samples.
 
         Args:
             samples: samples in the batch, or in the part of it.
-            is_part: more may follow.
+            is_part: True if more may follow.
 
         Raises:
-            ValueError: if there are others than ``samples``.
+            ValueError: naming both numbers.
         """
         given = len(self.grid) - self._start
         if self.grid.ndim == 2 and (given < samples or (given > samples and not is_part)):
@@ -96,5 +94,5 @@ class Positions:
 
 
 def first_of(valid: Tensor) -> Tensor:
-    """Return the first valid token of each row of ``[..., N]`` bool; 0 where there is none."""
+    """Return the first valid token of each row of ``[..., N]`` bool; else 0."""
     return valid.to(torch.uint8).argmax(-1)

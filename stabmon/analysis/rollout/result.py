@@ -1,4 +1,4 @@
-"""The result of a rollout."""
+"""Result of a rollout."""
 
 from __future__ import annotations
 
@@ -13,27 +13,33 @@ from stabmon.analysis.record import AnalysisRecord
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
-    """Hold the shares that each token after the last layer owes to the input's tokens.
+    """Shares of the input's tokens in each token after the last layer.
 
-    B samples, T tokens that owe, S tokens that are owed to.
+    B samples, T tokens after the last layer (rows), S tokens of the input (columns).
 
     Attributes:
         matrix: ``[B, T, S]`` float, in [0, 1]; a row sums to 1. T are all tokens or the targets, S
             all tokens or the sources.
-        targets: ``[B, T]`` positions; None where all tokens are rows.
-        sources: ``[B, S]`` positions; None where all tokens are columns.
-        first_token_share: ``[B, T]``, what each row owes to the sample's first token that is not
+        targets: ``[B, T]`` positions; None if all tokens are rows.
+        sources: ``[B, S]`` positions; None if all tokens are columns.
+        first_token_share: ``[B, T]``, each row's share of the sample's first token that is not
             padding. Under a causal mask it grows with depth whatever the model does, so show it
             beside the picture.
         valid: ``[B, N]`` bool, the tokens that see a key and are not padding; the rows of others
             mean nothing.
-        source_valid: the same of the columns' tokens; another sequence's where stacks are joined.
+        source_valid: the same of the columns' tokens; another sequence's if stacks are joined.
         layers: names of the layers, first to last.
         stack: the stack of layers.
         stacks: all stacks of the model that attended.
-        residual, start_layer, head_fusion, weighting: how it was made.
-        image_grid: ``{"rows", "cols", "leading"}`` where the columns are image patches after
+        residual, start_layer, head_fusion, weighting: settings of the rollout.
+        image_grid: ``{"rows", "cols", "leading"}`` if the columns are image patches after
             ``leading`` special tokens.
+
+    Example:
+        >>> import torch
+        >>> from stabmon.analysis import attention_rollout
+        >>> attention_rollout([torch.full((4, 4), 0.25)] * 2).method
+        'rollout of 2 layers from layer 0, heads by mean, residual 0.5'
     """
 
     matrix: Tensor
@@ -53,12 +59,11 @@ class Rollout:
 
     @property
     def method(self) -> str:
-        """Describe the method in words."""
+        """Return the method in words."""
         weighted = f", {self.weighting}-weighted" if self.weighting else ""
         return (
             f"rollout of {len(self.layers)} layers from layer {self.start_layer}{weighted}, heads "
-            f"by {self.head_fusion}, "
-            f"residual {self.residual:g}"
+            f"by {self.head_fusion}, residual {self.residual:g}"
         )
 
     def __repr__(self) -> str:
@@ -70,19 +75,18 @@ class Rollout:
         attribution: Mapping[str, Any] | None = None,
         faithfulness: Mapping[str, Any] | None = None,
     ) -> AnalysisRecord:
-        """Return what figures and pages are drawn from, of kind ``rollout``.
+        """Return a record of kind ``rollout``, for figures and pages.
 
         Values: stack, stacks, layers, residual, start_layer, head_fusion, weighting, method
-            (words), targets and sources (``[B][T]``
-        or None), first_token_share ``[B][T]``, batch_size, image_grid, attribution and faithfulness
-        (None where not given).
+        (words), targets and sources (``[B][T]`` or None), first_token_share ``[B][T]``, batch_size,
+        image_grid, attribution and faithfulness (None if not given).
         Arrays: matrix ``[B, T, S]`` float32, valid ``[B, N]`` and source_valid ``[B, S]`` uint8.
 
         Args:
-            attribution: what
-                :func:`stabmon.analysis.attribution.summary.compute_attention_attribution` returned.
-            faithfulness: what :func:`stabmon.analysis.attribution.faithfulness.deletion_check`
-                found, as values.
+            attribution: result of
+                :func:`stabmon.analysis.attribution.summary.compute_attention_attribution`.
+            faithfulness: result of
+                :func:`stabmon.analysis.attribution.faithfulness.deletion_check`, as values.
         """
         values = {
             "stack": self.stack,

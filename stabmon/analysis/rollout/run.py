@@ -1,6 +1,4 @@
-"""Run a rollout: during a forward, from gradients, or over given maps, in chunks where memory asks
-for it.
-"""
+"""Rollout of a model or of given maps, in chunks if memory runs out."""
 
 from __future__ import annotations
 
@@ -12,25 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.analysis.chunks import in_chunks, reproducible, sample_count
+from stabmon.analysis.dtypes import compute_dtype
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.rollout.given_maps import given_layers
-from stabmon.analysis.rollout.gradient import operator_dtype, weighed_calls
+from stabmon.analysis.rollout.gradient import weighed_calls
 from stabmon.analysis.rollout.mixing import call_maps
 from stabmon.analysis.rollout.objectives import Objective
-from stabmon.analysis.rollout.paths import DownPath, Layer, Part
+from stabmon.analysis.rollout.paths import DownPath, Layer, ObserverMaker, Part
 from stabmon.analysis.rollout.result import Rollout
 from stabmon.analysis.rollout.stack_walk import (
-    Chosen,
-    LookMaker,
     Settings,
     Walk,
     batch_sizes,
     check_start,
-    choose,
     finish_path,
     seen_calls,
 )
-from stabmon.analysis.rollout.stacks import SeenCall, stacks_of
+from stabmon.analysis.rollout.stacks import Chosen, SeenCall, choose, stacks_of
 from stabmon.records import AttentionCall
 
 
@@ -42,30 +38,30 @@ def roll_model(
     weighting: str | None = None,
     objective: Objective | None = None,
     chunk_size: int | None = None,
-    look: LookMaker | None = None,
+    observers: ObserverMaker | None = None,
 ) -> Rollout:
-    """Return the rollout of a model, in chunks where memory asks for it.
+    """Return the rollout of a model, in chunks if memory runs out.
 
     Args:
         model, batch, weighting, objective, chunk_size: see :func:`attention_rollout`.
-        settings: the rest.
-        look: is asked for what looks at the weights of a sample's layer: ``(layer, sample, valid
-            rows)``.
+        settings: all other settings.
+        observers: makes an observer of the weights from ``(layer, sample, valid rows)``.
     """
 
     dim = sample_dimension(model)
 
     def run(part: Any, start: int) -> Rollout:
         mine = settings.part(start)
-        shifted = (
-            None if look is None else lambda layer, index, valid: look(layer, index + start, valid)
-        )
         if weighting is not None:
             wanted = objective
             if isinstance(wanted, Tensor) and wanted.ndim and part is not batch:
                 wanted = wanted[start : start + sample_count(part, dim)]
             return roll_gradient(model, part, mine, wanted)
-        return roll_forward(model, part, mine, shifted)
+        if observers is None:
+            return roll_forward(model, part, mine, None)
+        return roll_forward(
+            model, part, mine, lambda layer, at, valid: observers(layer, at + start, valid)
+        )
 
     with reproducible(model, batch):
         rollout = in_chunks(batch, run, merge_rollouts, chunk_size, dim=dim)
@@ -74,21 +70,25 @@ def roll_model(
 
 
 def roll_forward(
-    model: nn.Module, batch: Any, settings: Settings, look: LookMaker | None
+    model: nn.Module, batch: Any, settings: Settings, observers: ObserverMaker | None
 ) -> Rollout:
-    """Return the rollout of one forward."""
-    chosen = (
-        None
-        if settings.stack is None
-        else choose(seen_calls(model, batch, settings), settings.stack)
-    )
+    """Return the rollout of one forward.
+
+    Args:
+        model, batch: see :func:`attention_rollout`.
+        settings: all other settings.
+        observers: makes observers of the weights, or None.
+    """
+    chosen = None
+    if settings.stack is not None:
+        chosen = choose(seen_calls(model, batch, settings), settings.stack)
     walk = Walk(model, settings, chosen, batch_sizes(batch))
 
     def on_call(call: AttentionCall) -> None:
         seen = walk.reader.describe(call)
         part = walk.part_of(seen)
         if part is not None:
-            walk.take(layer_of(seen, part, call, keep=isinstance(walk.path, DownPath)), look)
+            walk.take(layer_of(seen, part, call, keep=isinstance(walk.path, DownPath)), observers)
 
     run_model(
         model,
@@ -103,8 +103,13 @@ def roll_forward(
 def roll_gradient(
     model: nn.Module, batch: Any, settings: Settings, objective: Objective | None
 ) -> Rollout:
-    """Return the rollout of attention weighted by its gradient: a forward to see the stacks, then
-    one with its backward.
+    """Return the rollout of attention weighted by its gradient.
+
+    One forward finds the stacks, a second one has the backward.
+
+    Args:
+        model, batch, objective: see :func:`attention_rollout`.
+        settings: all other settings.
     """
     seen = seen_calls(model, batch, settings)
     own = [call for call in seen if call.kind == "self"]
@@ -134,14 +139,19 @@ def roll_gradient(
                     call.keys,
                     found.maps,
                     found.value.device,
-                    operator_dtype(found.value),
+                    compute_dtype(found.value),
                 )
             )
     return replace(walk.finish(batch), weighting="gradient")
 
 
 def roll_given(maps: Sequence[Any], settings: Settings) -> Rollout:
-    """Return the rollout of given maps."""
+    """Return the rollout of given maps, first layer first.
+
+    Args:
+        maps: see :func:`attention_rollout`.
+        settings: settings of the rollout.
+    """
     path, layers = settings.path(), list(given_layers(maps))
     check_start(settings.start_layer, [layer.name for layer in layers])
     for layer in layers[settings.start_layer :]:
@@ -152,8 +162,13 @@ def roll_given(maps: Sequence[Any], settings: Settings) -> Rollout:
 
 
 def layer_of(seen: SeenCall, part: Part, call: AttentionCall, *, keep: bool) -> Layer:
-    """Return a call as a layer; with ``keep`` it holds copies, as the call's own tensors die with
-    the forward.
+    """Return a call as a layer.
+
+    Args:
+        seen: the call's description.
+        part: its part in the rollout.
+        call: the call.
+        keep: True to copy its tensors, which do not outlive the forward.
     """
     if keep:
         query, key = (
@@ -163,7 +178,6 @@ def layer_of(seen: SeenCall, part: Part, call: AttentionCall, *, keep: bool) -> 
         call = replace(call, query=query, key=key, scores=scores, module=None)
     tensor = call.scores if call.scores is not None else call.query
     assert tensor is not None
-    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return Layer(
         seen.layer,
         part,
@@ -172,12 +186,12 @@ def layer_of(seen: SeenCall, part: Part, call: AttentionCall, *, keep: bool) -> 
         seen.keys,
         lambda index: call_maps(call, index),
         tensor.device,
-        dtype,
+        compute_dtype(tensor),
     )
 
 
 def merge_rollouts(parts: Sequence[Rollout]) -> Rollout:
-    """Return the rollout of a batch whose parts were rolled out one after the other."""
+    """Join the rollouts of a batch's parts."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -192,8 +206,9 @@ def merge_rollouts(parts: Sequence[Rollout]) -> Rollout:
 
 
 def sample_dimension(model: nn.Module) -> int:
-    """Return the dimension of the samples in a tensor of three: 1 for torch's own attention over
-    ``[S, B, C]``.
+    """Return the dimension of the samples in a tensor of three dimensions.
+
+    It is 1 for torch's own attention over ``[S, B, C]``.
     """
     first = next((m for m in model.modules() if isinstance(m, nn.MultiheadAttention)), None)
     return 1 if first is not None and not first.batch_first else 0

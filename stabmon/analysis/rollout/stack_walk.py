@@ -1,9 +1,9 @@
-"""Choose a stack of layers while a forward runs, and walk through it."""
+"""Choice of a stack of layers during a forward, and the walk through it."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
@@ -12,28 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from stabmon.analysis.attribution.image_grid import image_grid
+from stabmon.analysis.chunks import named_inputs
 from stabmon.analysis.forward import run_model
-from stabmon.analysis.rollout.mixing import HeadFusion, Look
-from stabmon.analysis.rollout.paths import DownPath, Layer, Part, UpPath
+from stabmon.analysis.rollout.mixing import HeadFusion
+from stabmon.analysis.rollout.paths import DownPath, Layer, ObserverMaker, Part, UpPath
 from stabmon.analysis.rollout.positions import Positions
 from stabmon.analysis.rollout.result import Rollout
 from stabmon.analysis.rollout.stacks import (
     CallReader,
+    Chosen,
     SeenCall,
     Stack,
-    choose_stack,
-    encoder_of,
     listed,
-    role_of,
     stacks_of,
 )
 
 logger = logging.getLogger("stabmon")
 
-_told: WeakSet[nn.Module] = WeakSet()
-"""Models whose choice of a stack has been reported."""
-LookMaker = Callable[[str, int, Tensor], Look | None]
-"""For a layer, a sample and its valid rows, what looks at the weights; None for nothing."""
+_reported: WeakSet[nn.Module] = WeakSet()
+"""Models with a reported choice of stack."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +47,14 @@ class Settings:
     attention_modules: tuple[str, ...] = ()
 
     def part(self, start: int) -> Settings:
-        """Return the settings of a part of the batch that begins with sample ``start``."""
+        """Return the settings of the part of the batch from sample ``start`` on."""
         targets, sources = (
             None if each is None else each.beginning(start) for each in (self.targets, self.sources)
         )
         return replace(self, targets=targets, sources=sources)
 
     def check(self, samples: int) -> None:
-        """Raise ``ValueError`` where positions are given for another number of samples."""
+        """Raise ``ValueError`` for positions of another number of samples."""
         for each in (self.targets, self.sources):
             if each is not None:
                 each.check(samples)
@@ -69,12 +66,13 @@ class Settings:
         return UpPath(self.head_fusion, self.residual, self.sources)
 
 
-Chosen = tuple[Stack, Stack | None]
-"""A stack, and its encoder where the two are joined."""
-
-
 def seen_calls(model: nn.Module, batch: Any, settings: Settings) -> list[SeenCall]:
-    """Return the attention calls of one more forward, in order; nothing is computed of them."""
+    """Return the attention calls of one more forward, in order, without computing any.
+
+    Args:
+        model, batch: see :func:`stabmon.analysis.forward.run_model`.
+        settings: choose the layers.
+    """
     reader, seen = CallReader(model), list[SeenCall]()
     run_model(
         model,
@@ -86,36 +84,14 @@ def seen_calls(model: nn.Module, batch: Any, settings: Settings) -> list[SeenCal
     return seen
 
 
-def choose(calls: Sequence[SeenCall], wanted: str) -> Chosen | None:
-    """Return the stack that is wanted, and its encoder for ``joined``; None for ``all``.
-
-    Raises:
-        ValueError: listing the stacks, if there is none of that name.
-    """
-    if wanted == "all":
-        return None
-    stacks = stacks_of(calls)
-    if wanted != "joined":
-        return choose_stack(stacks, wanted), None
-    decoders = [each for each in stacks if role_of(each, stacks) == "decoder"]
-    encoder = encoder_of(decoders[-1], stacks) if decoders else None
-    if encoder is None:
-        raise ValueError(
-            "stack 'joined' needs an encoder and a decoder that attends to it in one forward; "
-            f"found {listed(stacks)}"
-        )
-    return decoders[-1], encoder
-
-
 class Walk:
     """One path through the layers of one stack, chosen while the forward runs.
 
     Args:
         model: the model.
-        settings: how the rollout is made.
-        chosen: the stack and its encoder, as :func:`choose` found them; None for the stack that
-            attends last, or for all.
-        batches: numbers of samples that the batch can have.
+        settings: settings of the rollout.
+        chosen: result of :func:`choose`; None for the stack that attends last, or for all.
+        batches: possible numbers of samples of the batch.
     """
 
     def __init__(
@@ -130,15 +106,12 @@ class Walk:
         self._count: dict[Part, int] = {"self": 0, "encoder": 0}
 
     def part_of(self, call: SeenCall) -> Part | None:
-        """Return what part a call has in the rollout; None for none."""
+        """Return a call's part in the rollout, or None."""
         self.seen.append(call)
         stack, encoder = self.chosen or (None, None)
         if call.kind == "cross":
-            return (
-                "cross"
-                if encoder is not None and stack is not None and call.layer in stack.cross
-                else None
-            )
+            is_joined = encoder is not None and stack is not None and call.layer in stack.cross
+            return "cross" if is_joined else None
         if stack is not None:
             if encoder is not None and call.layer in encoder.layers:
                 return "encoder"
@@ -148,7 +121,7 @@ class Walk:
         return "self"
 
     def _follow(self, call: SeenCall) -> None:
-        """Begin anew with another stack's first layer."""
+        """Start again with another stack's first layer."""
         if call.prefix == self._prefix:
             return
         if call.prefix in self._left:
@@ -160,8 +133,12 @@ class Walk:
             self.path, self._count = self.settings.path(), {"self": 0, "encoder": 0}
         self._prefix = call.prefix
 
-    def take(self, layer: Layer, look: LookMaker | None = None) -> None:
+    def take(self, layer: Layer, observers: ObserverMaker | None = None) -> None:
         """Walk through a layer, unless it lies before ``start_layer``.
+
+        Args:
+            layer: the layer.
+            observers: makes observers of its weights, or None.
 
         Raises:
             ValueError: if it attends over another batch than the input's.
@@ -169,9 +146,8 @@ class Walk:
         if layer.batch not in self.batches:
             raise ValueError(
                 f"{layer.name} attends within {layer.batch} groups of {layer.queries} tokens, "
-                "which are not the "
-                "batch's samples: windows have no rollout; name layers over whole samples by "
-                "attention_layer_pattern"
+                "which are not the batch's samples: windows have no rollout; choose layers over "
+                "whole samples by attention_layer_pattern"
             )
         if layer.part == "cross":
             if self._count["self"] <= self.settings.start_layer and self.settings.start_layer:
@@ -180,10 +156,10 @@ class Walk:
             self._count[layer.part] += 1
             if self._count[layer.part] <= self.settings.start_layer:
                 return
-        self.path.add(layer, look)
+        self.path.add(layer, observers)
 
     def finish(self, batch: Any) -> Rollout:
-        """Return the rollout, and say which stack it is of where there are several."""
+        """Return the rollout; log its stack if the model has several."""
         stacks = stacks_of(self.seen)
         mine = self._mine(stacks)
         check_start(
@@ -194,8 +170,8 @@ class Walk:
         name = (
             mine.name if self.settings.stack not in ("joined", "all") else str(self.settings.stack)
         )
-        if self.settings.stack is None and len(stacks) > 1 and self.model not in _told:
-            _told.add(self.model)
+        if self.settings.stack is None and len(stacks) > 1 and self.model not in _reported:
+            _reported.add(self.model)
             logger.warning(
                 "%s has the stacks %s: the rollout is of %s, which attends last; choose another "
                 "by stack=",
@@ -228,7 +204,12 @@ class Walk:
 
 
 def finish_path(path: UpPath | DownPath, settings: Settings) -> Rollout:
-    """Return the rollout at the end of a path."""
+    """Return the rollout at the end of a path.
+
+    Args:
+        path: a path through all layers.
+        settings: settings of the rollout.
+    """
     assert path.valid is not None
     sources: Tensor | None = None
     targets: Tensor | None = None
@@ -263,21 +244,23 @@ def finish_path(path: UpPath | DownPath, settings: Settings) -> Rollout:
 
 
 def batch_sizes(batch: Any) -> frozenset[int]:
-    """Return the numbers of samples that a batch can have; the second dimension of ``[S, B, C]`` is
-    one.
+    """Return the possible numbers of samples of a batch.
+
+    The second dimension of ``[S, B, C]`` is one of them.
     """
-    values = (
-        [batch]
-        if isinstance(batch, Tensor)
-        else list(batch.values() if hasattr(batch, "values") else batch)
-    )
+    values = named_inputs(batch).values()
     tensors = [each for each in values if isinstance(each, Tensor) and each.ndim]
     first = {each.shape[0] for each in tensors if each.ndim > 1}
     return frozenset(first | {each.shape[1] for each in tensors if each.ndim == 3} | {1})
 
 
 def check_start(start_layer: int, layers: Sequence[str]) -> None:
-    """Raise ``ValueError`` where there is no such layer."""
+    """Raise ``ValueError`` for a first layer out of range.
+
+    Args:
+        start_layer: the first layer that counts.
+        layers: names of all layers.
+    """
     if not 0 <= start_layer < len(layers):
         raise ValueError(
             f"start_layer {start_layer!r}: there are {len(layers)} layers, 0 to "

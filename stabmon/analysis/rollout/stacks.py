@@ -1,6 +1,4 @@
-"""Tell which attention calls of a forward belong to one stack of layers over one sequence of
-tokens.
-"""
+"""Stacks of layers over one sequence of tokens, found from a forward's calls."""
 
 from __future__ import annotations
 
@@ -18,13 +16,14 @@ from stabmon.records import AttentionCall
 CROSS_NAME = re.compile(
     r"cross|enc_?dec|encoder_?attn|encoder_?attention|src_?attn|memory_?attn", re.I
 )
-"""Name of a block's attention over another sequence: ``crossattention``, ``EncDecAttention``,
-``encoder_attn`` …
+"""Names of a block's attention over another sequence.
+
+``crossattention``, ``EncDecAttention``, ``encoder_attn`` …
 """
 TOWER_NAME = re.compile(
     r"enc|dec|text|vision|visual|image|audio|language|query_tower|key_tower", re.I
 )
-"""Names of parts that are stacks of their own where no list of blocks says so."""
+"""Names of parts to take as stacks in models without lists of blocks."""
 NUMBERED = re.compile(r"^\D*\d+$")
 """``0`` in ``layers.0``, ``block1``."""
 
@@ -38,23 +37,27 @@ class SeenCall:
     layer: str
     """Name of the layer, as captured."""
     kind: CallKind
-    """``self``: keys are the queries' own tokens. ``cross``: they are another sequence's."""
+    """``self``: keys are the queries' own tokens. ``cross``: another sequence's."""
     prefix: str
-    """Qualified name of the list of blocks that the layer lies in; empty for the model itself."""
+    """Qualified name of the layer's list of blocks; empty for the model itself."""
     batch: int
     queries: int
     keys: int
     is_self: bool = False
-    """Each query is known to be of the same token as a key, so that hidden keys tell of padding."""
+    """True if each query is known to be of the same token as a key.
+
+    Hidden keys then show padding.
+    """
 
 
 @dataclass
 class Stack:
-    """Layers that attend over one sequence of tokens, one after the other."""
+    """Consecutive layers with attention over one sequence of tokens."""
 
     name: str
-    """What tells it from the model's other stacks: ``encoder``, ``text_model``; the blocks' own
-    name where there is one.
+    """Name to distinguish the model's stacks, such as ``encoder`` or ``text_model``.
+
+    The blocks' own name for a single stack.
     """
     prefix: str
     tokens: int
@@ -65,8 +68,12 @@ class Stack:
     cross_keys: int | None = None
 
 
+Chosen = tuple[Stack, Stack | None]
+"""A stack, and its encoder if the two are joined."""
+
+
 class CallReader:
-    """Describe the attention calls of one forward while it runs.
+    """Reader of the attention calls of one forward while it runs.
 
     Args:
         model: the model; its modules give the layers their names.
@@ -77,11 +84,13 @@ class CallReader:
         self._first_of_block: dict[str, str] = {}
 
     def describe(self, call: AttentionCall) -> SeenCall:
-        """Return what a call is; to be asked while the attending module's forward runs."""
+        """Describe a call; use it while the attending module's forward runs."""
         sides = call.scores if call.scores is not None else call.query
         assert sides is not None
         batch, queries = sides.shape[0], sides.shape[2]
-        keys = call.scores.shape[3] if call.scores is not None else call.key.shape[2]  # type: ignore[union-attr]
+        side = call.scores if call.scores is not None else call.key
+        assert side is not None
+        keys = side.shape[3 if call.scores is not None else 2]
         name = call.layer.split("#")[0]
         prefix, tail, block = split_name(name)
         first = self._first_of_block.setdefault(block, name)
@@ -101,8 +110,10 @@ class CallReader:
         is_second: bool,
         is_numbered: bool,
     ) -> CallKind:
-        """Other keys than queries are another sequence's, but for a block's first attention: there
-        they are merged or cached.
+        """Return whether a call's keys are the queries' own tokens or another sequence's.
+
+        Keys of another number than the queries are another sequence's, except in a block's first
+        attention: there they are merged or cached.
         """
         says = getattr(call.module, "is_cross_attention", None)
         if says is True or CROSS_NAME.search(tail):
@@ -138,13 +149,16 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def stacks_of(calls: Sequence[SeenCall]) -> list[Stack]:
-    """Return the stacks of a forward, in the order in which they first attend.
+    """Return the stacks of a forward, in the order of their first attention.
 
     Args:
         calls: all attention calls, in order.
 
     Example:
-        >>> calls = [SeenCall(f"{part}.layers.{i}.attn", "self", f"{part}.layers", 1, 4, 4) for part in ("text", "image") for i in (0, 1)]
+        >>> calls = [
+        ...     SeenCall(f"{part}.layers.{i}.attn", "self", f"{part}.layers", 1, 4, 4)
+        ...     for part in ("text", "image") for i in (0, 1)
+        ... ]
         >>> [(stack.name, len(stack.layers)) for stack in stacks_of(calls)]
         [('text', 2), ('image', 2)]
     """
@@ -164,8 +178,10 @@ def stacks_of(calls: Sequence[SeenCall]) -> list[Stack]:
 
 
 def distinct_names(prefixes: Sequence[str]) -> list[str]:
-    """Return for each qualified name the first part in which they differ, where that is its own;
-    else all of it.
+    """Return for each qualified name its first distinctive part, else the whole name.
+
+    Args:
+        prefixes: qualified names of lists of blocks.
 
     Example:
         >>> distinct_names(["model.encoder.layers", "model.decoder.layers"])
@@ -185,14 +201,15 @@ def distinct_names(prefixes: Sequence[str]) -> list[str]:
 
 
 def choose_stack(stacks: Sequence[Stack], wanted: str) -> Stack:
-    """Return the stack that ``wanted`` names: its name, the blocks' qualified name, or a part of
-    that.
+    """Return the stack with the wanted name.
 
-    ``encoder`` and ``decoder`` also name the stacks by their part: a decoder attends across to an
-    encoder.
+    Args:
+        stacks: all stacks of a forward.
+        wanted: a stack's name, the blocks' qualified name, or a part of that; ``encoder`` and
+            ``decoder`` also stand for a stack that is attended across to, and the attending one.
 
     Raises:
-        ValueError: listing the stacks, where none or several fit.
+        ValueError: listing the stacks, if none or several fit.
     """
     for fits in (
         [s for s in stacks if wanted in (s.name, s.prefix)],
@@ -207,9 +224,39 @@ def choose_stack(stacks: Sequence[Stack], wanted: str) -> Stack:
     )
 
 
+def choose(calls: Sequence[SeenCall], wanted: str) -> Chosen | None:
+    """Return the wanted stack, and its encoder for ``joined``; None for ``all``.
+
+    Args:
+        calls: all attention calls of a forward.
+        wanted: a stack's name, ``joined`` or ``all``.
+
+    Raises:
+        ValueError: listing the stacks, if there is none of that name.
+    """
+    if wanted == "all":
+        return None
+    stacks = stacks_of(calls)
+    if wanted != "joined":
+        return choose_stack(stacks, wanted), None
+    decoders = [each for each in stacks if role_of(each, stacks) == "decoder"]
+    encoder = encoder_of(decoders[-1], stacks) if decoders else None
+    if encoder is None:
+        raise ValueError(
+            "stack 'joined' needs an encoder and a decoder that attends to it in one forward; "
+            f"found {listed(stacks)}"
+        )
+    return decoders[-1], encoder
+
+
 def role_of(stack: Stack, stacks: Sequence[Stack]) -> str | None:
-    """Return ``decoder`` for a stack that attends across to another, ``encoder`` for that other,
-    else None.
+    """Return ``decoder`` for a stack with cross attention, ``encoder`` for its source.
+
+    None for other stacks.
+
+    Args:
+        stack: the stack.
+        stacks: all stacks of the forward.
     """
     if stack.cross:
         return "decoder"
@@ -218,8 +265,13 @@ def role_of(stack: Stack, stacks: Sequence[Stack]) -> str | None:
 
 
 def encoder_of(decoder: Stack, stacks: Sequence[Stack]) -> Stack | None:
-    """Return the stack that ``decoder`` attends across to: the last one before it over as many
-    tokens as it has keys.
+    """Return the source of a decoder's cross attention, or None.
+
+    It is the last stack before it over as many tokens as its cross attention has keys.
+
+    Args:
+        decoder: a stack with cross attention.
+        stacks: all stacks of the forward.
     """
     before = [each for each in stacks[: list(stacks).index(decoder)] if not each.cross]
     fitting = [each for each in before if each.tokens == decoder.cross_keys]

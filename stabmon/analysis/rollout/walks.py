@@ -1,16 +1,17 @@
-"""Carry vectors through a layer's mixing matrix: up from the tokens of the input, or down from
-those of the output.
-"""
+"""Products of vectors with a layer's mixing matrix, upwards or downwards."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from stabmon.analysis.rollout.mixing import HeadFusion, Look, SampleMaps
+from stabmon.analysis.rollout.mixing import HeadFusion, Observer, SampleMaps
 
 LONG_BLOCK = 1 << 22
-"""Attention weights in a block of long rows, 16 MB in float32: fewer rows multiply too slowly."""
+"""Attention weights in a block of long rows, 16 MB in float32.
+
+Fewer rows multiply too slowly.
+"""
 
 
 def step_up(
@@ -21,7 +22,7 @@ def step_up(
     *,
     source: Tensor | None = None,
     triangular: bool = False,
-    look: Look | None = None,
+    observer: Observer | None = None,
 ) -> bool:
     """Multiply ``state`` by a layer's mixing matrix from the left, in place.
 
@@ -29,10 +30,10 @@ def step_up(
         state: ``[Q, C]``.
         maps: the layer's attention maps of this sample.
         fusion, residual: see :class:`stabmon.analysis.rollout.mixing.Mixture`.
-        source: ``[K, C]``, what the keys carry where they are another sequence's; None for
+        source: ``[K, C]``, the state of the keys if they are another sequence's; None for
             self-attention.
-        triangular: state is square and lower triangular.
-        look: is shown the weights of each block.
+        triangular: True if the state is square and lower triangular.
+        observer: receives the weights of each block.
 
     Returns:
         Whether the state is lower triangular now.
@@ -42,7 +43,7 @@ def step_up(
     in_place = source is not None or maps.is_causal
     narrow = triangular and source is None and maps.is_causal
     room = state if in_place else torch.empty_like(state)
-    for block in maps.mixtures(fusion, residual, look=look):
+    for block in maps.mixtures(fusion, residual, observer=observer):
         columns = slice(0, block.rows.stop if narrow else state.shape[1])
         kept = state[block.rows, columns] * block.kept
         room[block.rows, columns] = kept.add_(product(block.attended, keys[block.cols, columns]))
@@ -62,13 +63,13 @@ def step_down(
     """Multiply ``relevance`` by a layer's mixing matrix from the right.
 
     Args:
-        relevance: ``[T, Q]``; what each of T targets owes to the tokens after the layer.
-        maps, fusion, residual: as above.
-        source: ``[T, K]``: receives what is owed to keys of another sequence; None for
+        relevance: ``[T, Q]``, shares of the tokens after the layer in each of T targets.
+        maps, fusion, residual: see :func:`step_up`.
+        source: ``[T, K]``, to which the shares of another sequence's keys are added; None for
             self-attention.
 
     Returns:
-        ``[T, Q]``: what the targets owe to the queries' tokens before the layer.
+        ``[T, Q]``: shares of the queries' tokens before the layer in each target.
     """
     maps.widen(LONG_BLOCK)
     before = torch.zeros_like(relevance)
@@ -85,8 +86,13 @@ def step_down(
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return the matrix product in which 0 times NaN is 0: what a token does not see, it does not
-    catch NaN from.
+    """Return the matrix product with 0 times NaN as 0.
+
+    An invisible token then passes no NaN on.
+
+    Args:
+        left: ``[N, K]``, without NaN.
+        right: ``[K, M]``.
     """
     out: Tensor = left @ right
     if not bool(out.sum().isnan()) or not bool(right.isnan().any()):

@@ -1,1 +1,1 @@
-"""A compressed cache on stock models of transformers."""
+"""Compressed cache on stock models of transformers."""

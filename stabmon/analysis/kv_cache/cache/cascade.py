@@ -1,9 +1,8 @@
-"""Share the cache while the prompt goes through the layers, so that no layer's full cache outlives
-the next layer's.
+"""Sharing of the cache while the prompt goes through the layers.
 
 After layer m has been prefilled, the *whole* cache is shared among the layers 0 … m, and every
 earlier layer shrinks to its new share. The cache then never holds more than its final size and one
-full layer, where sharing at the end holds all full layers.
+full layer; sharing after the last layer would hold all full layers.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from stabmon.analysis.kv_cache.budgets import Rule
 
 
 class Cascade:
-    """Budgets of the layers that have been prefilled so far, for each sample of a batch.
+    """Budgets of the layers prefilled so far, for each sample of a batch.
 
     Args:
-        totals: keys before the window that all layers of a sample may keep together, one number a
-            sample.
-        caps: keys before the window that a sample has.
+        totals: keys before the window for all layers of a sample together, one number per sample.
+        caps: keys before the window that a sample has, one number per sample.
         rule: see :mod:`stabmon.analysis.kv_cache.budgets`.
 
     Example:
@@ -38,17 +36,17 @@ class Cascade:
         self.totals, self.caps, self.rule = list(totals), list(caps), rule
         self.preferences: list[NDArray[np.float64]] = []
         self.stages: list[NDArray[np.int64]] = []
-        """``[m + 1, B]`` budgets after each layer m."""
+        """Budgets after each layer m, ``[m + 1, B]``."""
 
     def add(self, preference: Tensor) -> NDArray[np.int64]:
-        """Give the next layer its share, and take it from the earlier ones.
+        """Give the next layer its share, at the cost of the earlier ones.
 
         Args:
             preference: ``[B]`` the layer's claim.
 
         Returns:
-            ``[layers so far, B]`` int64. No budget ever grows, since a key that is gone does not
-            come back: where the rule would let one grow, it stays.
+            ``[layers so far, B]`` int64. No budget ever grows, since an evicted key does not come
+            back: a budget that the rule would raise stays.
         """
         self.preferences.append(preference.detach().cpu().double().numpy())
         budgets = allot(np.stack(self.preferences), self.totals, self.caps, self.rule)
@@ -65,12 +63,12 @@ def allot(
 
     Args:
         preferences: ``[L, B]``.
-        totals: keys to share, one number a sample.
-        caps: the most that a layer can use, one number a sample.
+        totals: keys to share, one number per sample.
+        caps: the most that a layer can use, one number per sample.
         rule: see :mod:`stabmon.analysis.kv_cache.budgets`.
 
     Returns:
-        ``[L, B]`` int64. A sample whose total is enough for all its keys keeps them all.
+        ``[L, B]`` int64. A sample with a total for all its keys keeps them all.
 
     Example:
         >>> from stabmon.analysis.kv_cache.budgets import filled

@@ -1,6 +1,4 @@
-"""A compressed cache at work: it chooses keys as the prompt goes by, corrects masks, and evicts
-while decoding.
-"""
+"""Compressed cache for transformers models: choice of keys, masks and evictions."""
 
 from __future__ import annotations
 
@@ -14,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.kv_cache.budgets import tokens_of
+from stabmon.analysis.kv_cache.budgets import check_cache
 from stabmon.analysis.kv_cache.cache.masks import masked_arguments
 from stabmon.analysis.kv_cache.cache.stock_cache import make_cache
 from stabmon.analysis.kv_cache.cache.trace import Eviction, Stage
-from stabmon.analysis.kv_cache.checks import check_count
 from stabmon.analysis.kv_cache.policy import DecodeStep, Policy, best, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.sharing import Sharing
@@ -28,43 +25,44 @@ from stabmon.signals.reduce import operator_of
 
 
 class CompressedCache:
-    """A cache of transformers' own kind that keeps a part of its keys, and what happened to it.
+    """A cache of transformers' own kind with a part of the keys, and its history.
 
-    Use it inside :meth:`attached`: outside, masks would speak of keys that are gone, and a forward
-    is refused.
+    Use it inside :meth:`attached`; outside, masks would cover evicted keys, and a forward raises an
+    error.
 
     Args:
         model: a causal language model of transformers, with sdpa, eager or flex attention.
-        policy: which keys stay, a name or a :class:`~stabmon.analysis.kv_cache.policy.Policy`.
+        policy: the eviction policy, a name or a :class:`~stabmon.analysis.kv_cache.policy.Policy`.
         cache_size: keys that each key head may keep on average over layers: tokens (int), or a
-            share of each sample's prompt (float in (0, 1]). A sample that is no longer than this
-            keeps all.
-        window_size: newest keys that always stay, and whose queries judge the others; 2 or more.
+            share of each sample's prompt (float in (0, 1]). A sample no longer than this keeps all.
+        window_size: number of newest keys, which always stay and whose queries judge the others; 2
+            or more.
         cascade: shrink layers while the prompt goes through the model, else after its last layer.
-        decode_eviction: evict while decoding too; None for what the policy does as published.
+        decode_eviction: evict while decoding too; None for the policy's published behaviour.
 
     Attributes:
-        key_values: what a model takes as ``past_key_values``.
-        left_out: layers that keep their cache, by index, and why.
-        evictions: keys lost, in order.
-        stages: how much the cache held around each layer's turn in the prompt.
+        key_values: the model's ``past_key_values``.
+        layers: layers that can lose keys, by index.
+        left_out: reasons of the layers that keep their cache, by index.
+        evictions: lost keys, in order.
+        stages: the cache's size around each layer's turn in the prompt.
         lengths: tokens of each sample's prompt, padding not counted.
         sizes: keys that each sample may keep in a layer, on average over layers.
         step: forwards since the prompt.
-        on_prompt: called with each layer's index and attention as its prompt goes by.
+        on_prompt: called with each layer's index and attention during the prompt.
 
     Raises:
         ValueError: for a model without such a cache, or values out of range.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> model, ids = LlamaForCausalLM(config), torch.arange(30)[None]
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2))
+        >>> ids = torch.arange(30)[None]
         >>> cache = CompressedCache(model, policy="snapkv", cache_size=8, window_size=4)
         >>> with cache.attached(), torch.no_grad():
         ...     _ = model(ids, past_key_values=cache.key_values)
-        ...     output = model(ids[:, :3], past_key_values=cache.key_values)  # goes on at position 30
-        >>> cache.kept()["model.layers.0.self_attn"].shape, cache.key_values.get_seq_length()
+        ...     output = model(ids[:, :3], past_key_values=cache.key_values)  # from position 30 on
+        >>> cache.kept()["transformer.h.0.attn"].shape, cache.key_values.get_seq_length()
         (torch.Size([1, 2, 11]), 33)
     """
 
@@ -78,19 +76,12 @@ class CompressedCache:
         cascade: bool = True,
         decode_eviction: bool | None = None,
     ) -> None:
-        check_count("window_size", window_size, least=2)
-        tokens_of(cache_size, [])
-        self.model, self.policy, self.cache_size, self.window_size = (
-            model,
-            policy_of(policy),
-            cache_size,
-            window_size,
-        )
-        self.cascade = cascade
-        self.decode_eviction = (
-            self.policy.evicts_in_decode if decode_eviction is None else decode_eviction
-        )
-        self.key_values, self._layers, self.left_out = make_cache(model)
+        check_cache(cache_size, window_size)
+        self.model, self.policy = model, policy_of(policy)
+        self.cache_size, self.window_size, self.cascade = cache_size, window_size, cascade
+        evicts = self.policy.evicts_in_decode if decode_eviction is None else decode_eviction
+        self.decode_eviction = evicts
+        self.key_values, self.layers, self.left_out = make_cache(model)
         self.evictions: list[Eviction] = []
         self.stages: list[Stage] = []
         self.lengths: list[int] = []
@@ -104,13 +95,14 @@ class CompressedCache:
         self._attached = False
         self._pending: int | None = None
         self._keys_are_shared = any("another layer" in why for why in self.left_out.values())
-        for index, layer in self._layers.items():
+        for index, layer in self.layers.items():
             layer.ready = functools.partial(self._about_to_use, index)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Let the model run with this cache, in evaluation mode; the model is afterwards as it
-        was.
+        """Let the model run with this cache, in evaluation mode.
+
+        The model is afterwards as it was.
         """
         if self._attached:
             yield
@@ -130,31 +122,21 @@ class CompressedCache:
                 for module, training in flags:
                     module.training = training
 
-    @property
-    def layers(self) -> dict[int, Any]:
-        """The layers that can lose keys, by index."""
-        return self._layers
-
     def kept(self) -> dict[str, Tensor]:
-        """Return the positions that each layer holds, ``[B, H_kv, M]`` ascending, -1 in empty
-        slots.
+        """Return the positions held by each layer, ``[B, H_kv, M]`` ascending.
+
+        Empty slots are -1.
         """
-        return {self._names[index]: self._layers[index].held_positions() for index in self._names}
+        return {self._names[index]: self.layers[index].held_positions() for index in self._names}
 
     def budgets(self) -> dict[str, np.ndarray]:
-        """Return the keys before the window that each layer was given, ``[B]`` int64."""
+        """Return each layer's number of keys before the window, ``[B]`` int64."""
         return {self._names[index]: budget for index, budget in self._budgets.items()}
 
     def held_bytes(self) -> int:
-        """Return the bytes of all keys and values in the layers that can lose keys, empty slots
-        included.
-        """
-        held = [layer for layer in self._layers.values() if layer.keys is not None]
-        return sum(
-            part.numel() * part.element_size()
-            for layer in held
-            for part in (layer.keys, layer.values)
-        )
+        """Return the bytes of all keys and values in ``layers``, empty slots included."""
+        held = [layer for layer in self.layers.values() if layer.keys is not None]
+        return sum(part.nbytes for layer in held for part in (layer.keys, layer.values))
 
     def _begin(self) -> None:
         self.step += 1
@@ -166,16 +148,15 @@ class CompressedCache:
     def _refuse_unseen(self) -> None:
         index, self._pending = self._pending, None
         raise ValueError(
-            f"layer {index} of {type(self.model).__name__} attends in a way that cannot be told "
-            "which keys are missing: load the "
-            "model with attn_implementation='sdpa', or give one that uses transformers' attention "
-            "interface"
+            f"layer {index} of {type(self.model).__name__} attends in a way that takes no mask of "
+            "the missing keys: load the model with attn_implementation='sdpa', or give one that "
+            "uses transformers' attention interface"
         )
 
     def _about_to_use(self, index: int) -> None:
         if not self._attached:
             raise RuntimeError(
-                "a compressed cache is used outside of `with cache.attached():`; put the call "
+                "a compressed cache is used outside of `with cache.attached():`; move the call "
                 "inside"
             )
         if self._pending is not None:
@@ -183,28 +164,24 @@ class CompressedCache:
         self._pending = index
 
     def _attend(self, site: AttentionSite) -> Any:
-        """Run one attention call, with the right mask, and let the layer lose keys after it."""
+        """Run one attention call with the right mask, then evict keys of its layer."""
         index = self._layer_of(site)
         if index is None:
             return site.run()
-        layer, is_own = self._layers[index], self._pending == index
+        layer, is_own = self.layers[index], self._pending == index
         if is_own:
             self._pending = None
         _, positions, has_gaps = layer.handed
         if index not in self._names:
             result = site.run()
             with isolated():
-                attention, heads = (
-                    operator_of(replace(site.read(), is_self=True)),
-                    layer.keys.shape[1],
-                )
+                attention = operator_of(replace(site.read(), is_self=True))
+                heads = layer.keys.shape[1]
                 self.take_prompt(index, PromptLayer(site.layer, attention, heads, self.window_size))
         else:
-            changes = (
-                {}
-                if positions is None
-                else masked_arguments(site, positions, layer.seen, has_gaps=has_gaps)
-            )
+            changes: dict[str, Any] = {}
+            if positions is not None:
+                changes = masked_arguments(site, positions, layer.seen, has_gaps=has_gaps)
             result = site.run(**changes)
             if is_own:  # else a layer that shares these keys, which have been judged already
                 with isolated():
@@ -214,37 +191,42 @@ class CompressedCache:
         return result
 
     def _layer_of(self, site: AttentionSite) -> int | None:
-        """The layer whose keys a call was given: by the tensor itself, else by the module's own
-        index and the keys' number.
+        """Return the index of the layer behind a call's keys, or None.
+
+        Found by the tensor itself, else by the module's own index and the number of keys.
         """
         key = site.arguments["key"]
-        for index, layer in self._layers.items():
+        for index, layer in self.layers.items():
             if layer.handed is not None and layer.handed[0] is key:
                 return index
         own = getattr(site.module, "layer_idx", None)
-        layer = self._layers.get(own) if isinstance(own, int) else None
+        layer = self.layers.get(own) if isinstance(own, int) else None
         if layer is None or layer.handed is None or layer.handed[0].shape[-2] != key.shape[-2]:
             return None
         return own
 
     def accept(self, index: int) -> None:
-        """Note that a layer's keys were used in full, as no attention call will show it."""
-        self._pending, self._layers[index].handed = None, None
+        """Mark a layer's keys as used in full without an attention call."""
+        self._pending, self.layers[index].handed = None, None
 
     def take_prompt(self, index: int, prompt: PromptLayer) -> None:
-        """Let a layer lose keys after its prompt; its keys are those of the whole prompt.
+        """Let a layer lose keys after its prompt; it must hold the whole prompt's keys.
+
+        Args:
+            index: the layer's index.
+            prompt: the layer's attention over the prompt.
 
         Raises:
             ValueError: if the layer is not causal, or the cache has no room beside the window.
         """
-        layer, window = self._layers[index], self.window_size
+        layer, window = self.layers[index], self.window_size
         prompt.check()
         self._names[index] = prompt.name
         if self.on_prompt is not None:
             self.on_prompt(index, prompt)
         if self._sharing is None:
             self._sharing = Sharing(
-                self.policy, prompt.lengths, self.cache_size, window, len(self._layers)
+                self.policy, prompt.lengths, self.cache_size, window, len(self.layers)
             )
             self.lengths, self.sizes = self._sharing.lengths, self._sharing.sizes
         if self.policy.keeps_all:
@@ -260,7 +242,7 @@ class CompressedCache:
         for place, budget in self._sharing.add(prompt, at_once=self.cascade).items():
             self._shrink(order[place], budget)
         self.stages.append(Stage(prompt.name, before, self.held_bytes()))
-        if len(self._names) == len(self._layers):
+        if len(self._names) == len(self.layers):
             self._settle()
 
     @staticmethod
@@ -268,19 +250,17 @@ class CompressedCache:
         return flags[:, None].expand(-1, prompt.key_heads, -1)
 
     def _shrink(self, index: int, budget: np.ndarray) -> None:
-        layer, self._budgets[index] = self._layers[index], budget
+        layer, self._budgets[index] = self.layers[index], budget
         candidates = layer.memory["_before"] & (layer.held_positions() >= 0)
         allowed = torch.from_numpy(budget).to(candidates.device)
         chosen = self.policy.choose(layer.memory["_score"], allowed, candidates)
         self._note(index, layer.keep(chosen | layer.memory["_window"]), step=0)
 
     def _settle(self) -> None:
-        """After the prompt's last layer: forget what decoding does not need, and fix how many keys
-        each head may hold.
-        """
+        """Clear the prompt's memory after its last layer, and fix each head's limit."""
         sizes = torch.tensor(self.sizes)
         whole = sizes >= torch.tensor(self.lengths)
-        for index, layer in self._layers.items():
+        for index, layer in self.layers.items():
             layer.memory = {
                 name: known for name, known in layer.memory.items() if not name.startswith("_")
             }
@@ -292,7 +272,7 @@ class CompressedCache:
     def _after_step(self, index: int, site: AttentionSite, changes: dict[str, Any]) -> None:
         if not self.decode_eviction or self.policy.keeps_all:
             return
-        layer, limit = self._layers[index], self._limits[index]
+        layer, limit = self.layers[index], self._limits[index]
         positions = layer.held_positions()
         held = positions >= 0
         full = bool((held.sum(-1) > limit).any())

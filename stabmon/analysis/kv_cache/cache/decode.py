@@ -1,4 +1,4 @@
-"""Run tokens through a model with a compressed cache, and score them."""
+"""Decoding with a compressed cache, and the log-probabilities of its tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.forward import takes, undisturbed
+from stabmon.analysis.forward import mask_positions, takes, undisturbed
 from stabmon.analysis.kv_cache.cache.compressed import CompressedCache
 
 
@@ -21,24 +21,23 @@ def decode(
     continuation: Tensor | None = None,
     chunk: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Feed a prompt, then either choose the most likely token ``steps`` times or follow a given
-    continuation.
+    """Feed a prompt, then decode greedily or follow a given continuation.
 
     No token ends the text: every sample gets all steps. The prompt is compressed once; with
-        ``chunk`` 1 the cache evicts at each
-    step as it does in ``generate``.
+        ``chunk``
+    1 the cache evicts at each step as it does in ``generate``.
 
     Args:
-        cache: a cache that has seen nothing.
+        cache: a new cache.
         input_ids: ``[B, S]``.
         attention_mask: ``[B, S]``, 0 at padding on the left.
-        steps: tokens to choose.
+        steps: number of most likely tokens to decode.
         continuation: ``[B, T]`` tokens to follow instead.
         chunk: tokens of a continuation to feed at once.
 
     Returns:
-        ``[B, T]`` tokens, and their log-probabilities in nats, float32; the cache has seen all but
-        the last.
+        ``[B, T]`` tokens, and their log-probabilities in nats, float32; all but the last token are
+        in the cache.
     """
     feed = Feed(cache.model, input_ids, attention_mask)
     tokens, scored = [], []
@@ -61,9 +60,9 @@ def follow(feed: Feed, key_values: Any, last: Tensor, continuation: Tensor, chun
     """Feed a continuation, some tokens at a time, and score each.
 
     Args:
-        feed: which has fed the prompt.
+        feed: the feed that has fed the prompt.
         key_values: the cache after the prompt.
-        last: ``[B, 1 or more, V]`` logits, of which the last are the prompt's last token's.
+        last: ``[B, 1 or more, V]`` logits; the last ones are those of the prompt's last token.
         continuation: ``[B, T]``.
         chunk: tokens to feed at once.
 
@@ -83,8 +82,18 @@ def follow(feed: Feed, key_values: Any, last: Tensor, continuation: Tensor, chun
 def full_log_probabilities(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, continuation: Tensor
 ) -> Tensor:
-    """Return the log-probability of each token of a continuation by one ordinary forward, ``[B,
-    T]`` in nats, float32.
+    """Compute the log-probability of each token of a continuation with a full cache.
+
+    One ordinary forward over the whole text.
+
+    Args:
+        model: a causal language model of transformers.
+        input_ids: ``[B, S]`` prompt.
+        attention_mask: ``[B, S]``, 0 at padding on the left, or None.
+        continuation: ``[B, T]``.
+
+    Returns:
+        ``[B, T]`` in nats, float32.
     """
     new = continuation.shape[1]
     if not new:
@@ -96,7 +105,14 @@ def full_log_probabilities(
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-probability of each token, ``[B, T]`` float32, from logits ``[B, T, V]``.
+    """Return the log-probability of each token.
+
+    Args:
+        logits: ``[B, T, V]``.
+        tokens: ``[B, T]``.
+
+    Returns:
+        ``[B, T]`` float32, in nats.
 
     Example:
         >>> log_probability(torch.zeros(1, 1, 4), torch.tensor([[2]])).exp()
@@ -106,31 +122,41 @@ def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Feed:
-    """Gives a model the next tokens, with the mask and positions that they have in the whole
-    sequence.
+    """Feeder of a model's next tokens, with mask and positions of the whole sequence.
+
+    Args:
+        model: a causal language model of transformers.
+        input_ids: ``[B, S]`` prompt.
+        attention_mask: ``[B, S]``, 0 at padding on the left, or None.
     """
 
     def __init__(self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         padded = attention_mask is not None and not bool(attention_mask.all())
         self.model, self.mask, self.seen = model, attention_mask if padded else None, 0
         self.prompt = input_ids.shape[1]
-        self.takes_positions, self.takes_keep = (
-            takes(model, "position_ids"),
-            takes(model, "logits_to_keep"),
-        )
+        self.takes_positions = takes(model, "position_ids")
+        self.takes_keep = takes(model, "logits_to_keep")
 
     def __call__(self, ids: Tensor, key_values: Any, keep: int | None = None) -> Tensor:
-        given: dict[str, Any] = (
-            {"use_cache": False}
-            if key_values is None
-            else {"past_key_values": key_values, "use_cache": True}
-        )
+        """Feed the next tokens and return their logits.
+
+        Args:
+            ids: ``[B, n]``.
+            key_values: the cache, or None for a forward without one.
+            keep: number of last logits to compute, in models that can; None for all.
+
+        Returns:
+            ``[B, n or keep, V]``.
+        """
+        given: dict[str, Any] = {"use_cache": key_values is not None}
+        if key_values is not None:
+            given["past_key_values"] = key_values
         self.seen += ids.shape[1]
         if self.mask is not None:
             mask = torch.nn.functional.pad(self.mask, (0, self.seen - self.prompt), value=1)
             given["attention_mask"] = mask
             if self.takes_positions:
-                given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                given["position_ids"] = mask_positions(mask)[:, -ids.shape[1] :]
         if keep is not None and self.takes_keep:
             given["logits_to_keep"] = keep
         logits: Tensor = self.model(input_ids=ids, **given).logits

@@ -1,14 +1,14 @@
-"""A cache layer that holds some of its keys only, and speaks of all that it has seen.
+"""Cache layer with a part of its keys and the length of the whole sequence.
 
-The layer keeps, beside keys and values, the positions of the keys that it still holds. Lengths and
-masks are told for the *logical* sequence, evicted keys included, so that a model builds position
-ids, masks, padding and windows as it would for a full cache; at the attention call the mask's
-columns are then gathered by these positions (:mod:`stabmon.analysis.kv_cache.cache.masks`).
+The layer keeps, beside keys and values, the positions of the keys it still holds. Lengths and masks
+are reported for the *logical* sequence, evicted keys included, so that a model builds position ids,
+masks, padding and windows as it would for a full cache; at the attention call the mask's columns
+are then gathered by these positions (:mod:`stabmon.analysis.kv_cache.cache.masks`).
 
-Layout: one tensor ``[B, H_kv, M, D]`` a layer, M the most that any head of any sample of the batch
-holds in that layer. Where budgets differ between samples or heads, the others' slots on the left
-are empty (position -1, never seen by a query), and cost memory; slots and kept keys are counted
-apart. Layers differ in M freely.
+Layout: one tensor ``[B, H_kv, M, D]`` per layer, M the largest number held by any head of any
+sample. Where budgets differ between samples or heads, the slots on the left of the others are empty
+(position -1, never seen by a query), and cost memory; slots and kept keys are counted apart. Layers
+differ in M freely.
 """
 
 from __future__ import annotations
@@ -20,22 +20,17 @@ import torch
 from torch import Tensor
 
 
-def _at_once() -> None:
-    """Nothing has to stand ready."""
-
-
 class KeptKeys:
-    """Let a ``DynamicLayer`` of transformers lose keys; mixed into it by :mod:`.stock_cache`.
+    """Mix-in for transformers' ``DynamicLayer`` to drop keys; see :mod:`.stock_cache`.
 
     Attributes:
         keys, values: ``[B, H_kv, M, D]``, or None before the first token.
-        seen: tokens that have gone through, evicted ones included.
+        seen: number of tokens so far, evicted ones included.
         positions: ``[B, H_kv, M]`` int64 positions of the kept keys, ascending, -1 in empty slots;
             None while nothing is evicted.
-        has_gaps: some slot is empty.
-        memory: what the policy remembers of each key, ``[B, H_kv, M]``.
-        handed: the keys that the last forward was given, their positions, and whether some slots
-            were empty.
+        has_gaps: True if some slot is empty.
+        memory: the policy's memory of each key, ``[B, H_kv, M]``.
+        handed: keys given to the last forward, their positions, and whether some slots were empty.
     """
 
     keys: Tensor | None
@@ -44,11 +39,11 @@ class KeptKeys:
 
     def __init__(self) -> None:
         super().__init__()
-        self._forget()
-        self.ready: Callable[[], None] = _at_once
-        """Called before each use; raises where nothing stands ready to gather masks."""
+        self._clear()
+        self.ready: Callable[[], None] | None = None
+        """Check before each use; raises if nothing is prepared to gather masks."""
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self.seen = 0
         self.positions: Tensor | None = None
         self.has_gaps = False
@@ -58,10 +53,17 @@ class KeptKeys:
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values, and return all that are held."""
-        self.ready()
+        """Append new keys and values, and return all held ones.
+
+        Args:
+            key_states, value_states: ``[B, H_kv, n, D]`` of the new tokens.
+            args, kwargs: passed on to ``DynamicLayer.update``.
+        """
+        if self.ready is not None:
+            self.ready()
         new = key_states.shape[-2]
-        keys, values = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        whole: Any = super()
+        keys, values = whole.update(key_states, value_states, *args, **kwargs)
         if self.positions is not None:
             place = torch.arange(self.seen, self.seen + new, device=self.positions.device)
             self.positions = torch.cat(
@@ -75,32 +77,32 @@ class KeptKeys:
         return keys, values
 
     def get_seq_length(self) -> int:
-        """Return how many tokens have gone through, evicted ones included."""
+        """Return the number of tokens so far, evicted ones included."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of the mask over all that has been seen."""
+        """Return length and offset of the mask over all tokens so far."""
         return self.seen + query_length, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to go back, where something was evicted.
+        """Raise an error for a rollback, since evicted keys are gone.
 
         Raises:
             ValueError: always, but for 0 tokens.
         """
         if tokens_to_remove:
             raise ValueError(
-                "a compressed cache cannot be rolled back, as evicted keys are gone: use no "
-                "assisted decoding with it"
+                "a compressed cache cannot be rolled back, as evicted keys are gone: switch "
+                "assisted decoding off"
             )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear the layer."""
         super().reset()  # type: ignore[misc]
-        self._forget()
+        self._clear()
 
     def _per_sample(self, take: Any) -> None:
-        """Take samples of everything that is held a sample."""
+        """Apply a selection of samples to all tensors."""
         assert self.keys is not None
         assert self.values is not None
         self.keys, self.values = take(self.keys), take(self.values)
@@ -108,7 +110,7 @@ class KeptKeys:
         self.memory = {name: take(known) for name, known in self.memory.items()}
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the samples that a beam search goes on with."""
+        """Select the samples of a beam search's next step."""
         if self.seen:
             self._per_sample(lambda held: held.index_select(0, beam_idx.to(held.device)))
 
@@ -123,7 +125,7 @@ class KeptKeys:
             self._per_sample(lambda held: held[indices])
 
     def held_positions(self) -> Tensor:
-        """Return the positions of the keys that are held, ``[B, H_kv, M]``, -1 in empty slots."""
+        """Return the positions of the held keys, ``[B, H_kv, M]``, -1 in empty slots."""
         if self.positions is not None:
             return self.positions
         if self.keys is None:
@@ -139,7 +141,7 @@ class KeptKeys:
             kept: ``[B, H_kv, M]`` bool; at least one in some row.
 
         Returns:
-            ``[B, H_kv, M]`` the positions that were dropped, -1 elsewhere.
+            ``[B, H_kv, M]`` the dropped positions, -1 elsewhere.
         """
         assert self.keys is not None
         assert self.values is not None

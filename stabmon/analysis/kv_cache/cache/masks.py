@@ -1,4 +1,4 @@
-"""The mask of an attention call over the keys that a compressed cache still holds."""
+"""Masks of attention calls over the keys still held by a compressed cache."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stabmon.capture.intercept import AttentionSite
 def masked_arguments(
     site: AttentionSite, positions: Tensor, seen: int, *, has_gaps: bool
 ) -> dict[str, Any]:
-    """Return the arguments of a call that depend on which keys are held.
+    """Return the call's arguments, adapted to the held keys.
 
     Args:
-        site: the call, whose mask speaks of all ``seen`` keys and whose key tensor holds M of them.
+        site: the call; its mask covers all ``seen`` keys and its key tensor holds M of them.
         positions: ``[B, H_kv, M]`` of the keys, -1 for empty slots.
         seen: keys in all, the new queries' own included; the queries are the last of them.
-        has_gaps: some slot is empty.
+        has_gaps: True if some slot is empty.
 
     Returns:
-        Changes for ``site.run`` and ``site.read``; empty where the call is right as it is.
+        Changes for ``site.run`` and ``site.read``; empty if the call is right as it is.
 
     Raises:
-        ValueError: for a kernel or mask that cannot be told which keys are missing.
+        ValueError: for a kernel or mask that cannot express the missing keys.
     """
     given = site.arguments
     query, mask = given["query"], given.get("attention_mask")
@@ -38,7 +38,7 @@ def masked_arguments(
     kernel = getattr(site.kernel, "__name__", "")
     if "flash" in kernel:
         raise ValueError(
-            f"{site.layer} runs {kernel}, which takes no mask for each key: load the model with "
+            f"{site.layer} runs {kernel}, which takes no mask per key: load the model with "
             "attn_implementation='sdpa'"
         )
     if mask is None:
@@ -49,8 +49,8 @@ def masked_arguments(
         if mask.ndim != 4 or mask.shape[-1] < seen:
             raise ValueError(
                 f"{site.layer} got a mask of shape {tuple(mask.shape)} where [B, 1 or H, "
-                f"{query.shape[2]}, {seen} or more] was "
-                "expected: give attention_mask for the whole sequence, evicted tokens included"
+                f"{query.shape[2]}, {seen} or more] was expected: give attention_mask for the "
+                "whole sequence, evicted tokens included"
             )
         picked = gathered(mask, positions, groups)
         if has_gaps:
@@ -65,12 +65,12 @@ def masked_arguments(
 
 
 def gathered(values: Tensor, positions: Tensor, groups: int) -> Tensor:
-    """Pick the columns of the held keys.
+    """Select the mask columns of the held keys.
 
     Args:
         values: ``[B or 1, 1 or H, Q, K]``.
-        positions: ``[B, H_kv, M]``; for empty slots any column is picked.
-        groups: query heads to a key head.
+        positions: ``[B, H_kv, M]``; for empty slots any column is taken.
+        groups: query heads per key head.
 
     Returns:
         ``[B, H, Q, M]``.
@@ -84,22 +84,40 @@ def gathered(values: Tensor, positions: Tensor, groups: int) -> Tensor:
 
 
 def held_and_past(positions: Tensor, seen: int, queries: int) -> Tensor:
-    """Mark the keys that lie at or before each query, ``[B, H_kv, Q, M]`` bool."""
+    """Mark the held keys at or before each query, ``[B, H_kv, Q, M]`` bool.
+
+    Args:
+        positions: ``[B, H_kv, M]``, -1 for empty slots.
+        seen: keys in all; the queries are the last of them.
+        queries: number of queries, Q.
+    """
     own = torch.arange(seen - queries, seen, device=positions.device)
     place = positions[:, :, None]
     return (place >= 0) & (place <= own[:, None])
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return 0 where visible, and the lowest number of ``dtype`` elsewhere."""
+    """Return 0 for visible keys, and the lowest number of ``dtype`` for others.
+
+    Args:
+        visible: bool mask of any shape.
+        dtype: format of the result.
+    """
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, torch.finfo(dtype).min
     )
 
 
 def flex_mask(mask: Any, positions: Tensor, groups: int, query: Tensor) -> Any:
-    """Return a ``BlockMask`` that asks the given one at the held keys' own positions (torch
-    2.13).
+    """Return a ``BlockMask`` with the given one's values at the held keys' positions.
+
+    ``create_block_mask`` and ``BlockMask.mask_mod`` were checked with torch 2.13.
+
+    Args:
+        mask: the model's own ``BlockMask``.
+        positions: ``[B, H_kv, M]``, -1 for empty slots.
+        groups: query heads per key head.
+        query: ``[B, H, Q, D]``, for its shape and device.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 

@@ -1,9 +1,9 @@
-"""Make a cache of transformers' own class whose full-attention layers can lose keys; the one file
-that names transformers.
+"""Caches of transformers' own class with removable keys in full-attention layers.
 
-Checked with transformers 5.23: ``DynamicCache(config=…)`` chooses a class for each layer, and a
-model asks a layer for nothing but ``update``, ``get_seq_length`` and ``get_mask_sizes``. If that
-changes, tests/analysis/kv_cache/test_cache.py shows it.
+No other file of this package names transformers. Checked with transformers 5.23:
+``DynamicCache(config=…)`` chooses a class for each layer, and a model calls nothing of a layer but
+``update``, ``get_seq_length`` and ``get_mask_sizes``. If that changes,
+tests/analysis/kv_cache/test_cache.py fails.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from stabmon.analysis.kv_cache.cache.layer import KeptKeys
 
 @functools.cache
 def layer_class() -> type[Any]:
-    """Return the class of a layer that can lose keys."""
+    """Return the class of a layer with removable keys."""
     from transformers.cache_utils import DynamicLayer
 
     return type("CompressedLayer", (KeptKeys, DynamicLayer), {"__doc__": KeptKeys.__doc__})
 
 
 def check_decoder(model: nn.Module) -> None:
-    """Refuse a model that generates nothing token by token from one sequence.
+    """Raise an error for a model without token-by-token generation from one sequence.
 
     Raises:
-        ValueError: for encoders, encoder–decoders, and models that are not of transformers.
+        ValueError: for encoders, encoder–decoders, and models of other libraries.
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name} is an encoder–decoder: its prompt lies in the encoder, which has no KV "
-            "cache; give a decoder"
+            f"{name} is an encoder–decoder: its prompt is in the encoder, which has no KV cache; "
+            "give a decoder"
         )
     can_generate = getattr(model, "can_generate", None)
     if not callable(can_generate) or not can_generate():
@@ -53,11 +53,11 @@ def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
         model: a decoder of transformers.
 
     Returns:
-        The cache (a ``DynamicCache``), its layers that can lose keys, and why the others cannot,
-        both by the layer's index.
+        The cache (a ``DynamicCache``), its layers that can lose keys, and the reasons of the
+        others, both by the layer's index.
 
     Raises:
-        ValueError: where no layer can lose keys, or the model keeps no such cache.
+        ValueError: if no layer can lose keys, or the model has no such cache.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -66,7 +66,7 @@ def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
     cache = DynamicCache(config=config.get_text_config(decoder=True))
     if not cache.layers:
         raise ValueError(
-            f"{type(model).__name__} says nothing of its layers: its config needs num_hidden_layers"
+            f"{type(model).__name__} has no layers in its config: set num_hidden_layers there"
         )
     shrinking, left_out = {}, {}
     for index, layer in enumerate(cache.layers):
@@ -75,17 +75,18 @@ def make_cache(model: nn.Module) -> tuple[Any, dict[int, Any], dict[int, str]]:
         else:
             left_out[index] = reason(layer)
     if not shrinking:
-        told = ", ".join(sorted(set(left_out.values())))
+        reasons = ", ".join(sorted(set(left_out.values())))
         raise ValueError(
-            f"{type(model).__name__} has no layer whose cache grows with the text ({told}): there "
-            "is nothing to evict"
+            f"{type(model).__name__} has no layer whose cache grows with the text ({reasons}): "
+            "there is nothing to evict"
         )
     return cache, shrinking, left_out
 
 
 def left_out_layers(model: nn.Module) -> dict[int, str]:
-    """Return why some layers of a model keep their cache, by index; empty for models that are not
-    of transformers.
+    """Return the reasons of layers with an uncompressed cache, by index.
+
+    Empty for models of other libraries than transformers.
 
     Raises:
         ValueError: for an encoder–decoder.
@@ -106,8 +107,15 @@ def left_out_layers(model: nn.Module) -> dict[int, str]:
 
 
 def cached_heads(model: nn.Module, input_ids: Tensor | None) -> dict[int, int]:
-    """Return how many heads each layer's cache holds, found by a forward of one token; empty for
-    models without such a cache.
+    """Return the number of heads in each layer's cache.
+
+    Found by a forward of one token.
+
+    Empty for models without such a cache.
+
+    Args:
+        model: the model.
+        input_ids: ``[B, S]``, or None.
     """
     try:
         check_decoder(model)
@@ -126,9 +134,10 @@ def cached_heads(model: nn.Module, input_ids: Tensor | None) -> dict[int, int]:
 
 
 def reason(layer: Any) -> str:
-    """Say in a few words why a layer of another class keeps its cache."""
+    """Describe in a few words an unchanged layer's kind of cache."""
     if getattr(layer, "is_sliding", False):
         return f"a sliding window of {layer.sliding_window} keys"
+    # class names of transformers.cache_utils; an unknown one is named as it is
     known = {
         "LinearAttentionLayer": "a state instead of keys",
         "DummyLayer": "another layer's keys",

@@ -1,4 +1,4 @@
-"""What happened to a compressed cache."""
+"""Trace of a compressed cache: evictions, and its size during the prefill."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Eviction:
-    """Keys that one layer lost at one step."""
+    """Keys lost by one layer at one step."""
 
     step: int
-    """0 for the prompt, then 1, 2, … for each forward after it."""
+    """Step of the eviction: 0 for the prompt, then 1, 2, … for each forward after it."""
     layer: str
     positions: np.ndarray
-    """``[B, H_kv, r]`` int64, ascending; -1 where a head lost fewer than r."""
+    """``[B, H_kv, r]`` int64, ascending; -1 in heads with fewer than r losses."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Record the cache's size around one layer's prefill, over the layers that can lose keys."""
+    """The cache's size around one layer's prefill, over layers with removable keys."""
 
     layer: str
     bytes_before: int
-    """With this layer's full cache, the most at this stage."""
+    """Bytes with this layer's full cache, the most at this stage."""
     bytes_after: int

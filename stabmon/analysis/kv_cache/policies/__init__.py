@@ -1,1 +1,1 @@
-"""Eviction policies, one a file; importing any of them registers it."""
+"""Eviction policies, one per file; importing a file registers its policy."""

@@ -1,8 +1,9 @@
-"""Ada-KV on SnapKV: the heads of a layer share their keys by what these are worth."""
+"""Ada-KV on SnapKV: a layer's heads share one budget by the worth of their keys."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -10,20 +11,20 @@ from torch import Tensor
 
 from stabmon.analysis.kv_cache.checks import check_number
 from stabmon.analysis.kv_cache.policies.snapkv import SnapKV
-from stabmon.analysis.kv_cache.policy import POLICIES, best
+from stabmon.analysis.kv_cache.policy import POLICIES, Checks, best
 
 
 @dataclass(frozen=True)
 class AdaSnapKV(SnapKV):
-    """Choose the best keys over all heads of a layer together, so that heads hold different numbers
-    of them.
+    """Choice of the best keys over all heads of a layer together.
 
-    Slots that a head does not use stay empty, and hold memory: the layer is as long as its fullest
-    head.
+    Heads hold different numbers of keys.
+
+    Unused slots of a head stay empty and cost memory: the layer is as long as its fullest head.
 
     Args:
         pool: odd width of the average over neighbouring keys.
-        floor: share of the even budget that every head gets before, in [0, 1].
+        floor: share of the even budget guaranteed to every head, in [0, 1].
 
     Raises:
         ValueError: for values out of range.
@@ -34,15 +35,14 @@ class AdaSnapKV(SnapKV):
 
     name: ClassVar[str] = "ada_snapkv"
 
+    checks: ClassVar[Checks] = SnapKV.checks | {"floor": partial(check_number, least=0.0, most=1.0)}
+
     floor: float = 0.2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("floor", self.floor, least=0.0, most=1.0)
-
     def choose(self, scores: Tensor, budget: Tensor, candidates: Tensor) -> Tensor:
-        """Return each head's sure keys, and the best of all heads for the rest of the budget, ``[B,
-        H_kv, M]`` bool.
+        """Choose each head's guaranteed keys, then the best of all heads.
+
+        See :meth:`Policy.choose`.
         """
         batch, heads, slots = scores.shape
         sure = best(scores, (budget * self.floor).long()[:, None].expand(batch, heads), candidates)

@@ -1,10 +1,12 @@
-"""CAKE: layers share the cache by their preference, keys stay by mean and variance of the window's
-attention.
+"""CAKE: layers share the cache by preference, keys stay by the window's attention.
+
+A key's worth is mean and variance of the window's attention to it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -12,17 +14,16 @@ from torch import Tensor
 from stabmon.analysis.kv_cache import scores
 from stabmon.analysis.kv_cache.budgets import Rule, allotment_rule
 from stabmon.analysis.kv_cache.checks import check_number, check_pool
-from stabmon.analysis.kv_cache.policy import POLICIES, DecodeStep, Policy
+from stabmon.analysis.kv_cache.policy import POLICIES, Checks, DecodeStep, Policy
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 
 
 @dataclass(frozen=True)
 class Cake(Policy):
-    """Evict as CAKE does, with positions kept ascending and everything in float32.
+    """Eviction of CAKE, with positions kept ascending and everything in float32.
 
     While decoding, the new query's attention alone decides, pooled over neighbouring positions (the
-    published code pools over keys in the order of their scores, which smears unrelated keys into
-    each other).
+    published code pools over keys in the order of their scores, which mixes unrelated keys).
 
     Args:
         tau1, tau2: positive temperatures of dispersion and shift.
@@ -34,10 +35,18 @@ class Cake(Policy):
         ValueError: for values out of range.
 
     References:
-        Qin et al., ICLR 2025.
+        Qin et al., "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", ICLR
+        2025.
     """
 
     name: ClassVar[str] = "cake"
+    checks: ClassVar[Checks] = {
+        "tau1": partial(check_number, above=0.0),
+        "tau2": partial(check_number, above=0.0),
+        "gamma": partial(check_number, least=0.0),
+        "pool": check_pool,
+        "allotment": lambda _, value: allotment_rule(value),
+    }
 
     tau1: float = 1.0
     tau2: float = 1.0
@@ -45,28 +54,17 @@ class Cake(Policy):
     pool: int = 5
     allotment: str = "filled"
 
-    def __post_init__(self) -> None:
-        check_number("tau1", self.tau1, above=0.0)
-        check_number("tau2", self.tau2, above=0.0)
-        check_number("gamma", self.gamma, least=0.0)
-        check_pool(self.pool)
-        allotment_rule(self.allotment)
-
     @property
     def rule(self) -> Rule:
-        """The allotment that was asked for."""
+        """Return the chosen allotment rule."""
         return allotment_rule(self.allotment)
 
     def fixed_claims(self, layers: int) -> None:
-        """Return None: claims come of the prompt."""
+        """Return None: claims depend on the prompt."""
 
     def claim(self, layer: PromptLayer) -> Tensor:
         """Return the preference ``D^(1/tau1) V^(1/tau2)``, ``[B]``."""
-        spread, change = (
-            scores.dispersion(layer.weights, layer.before),
-            scores.shift(layer.weights, layer.before),
-        )
-        return scores.preference(spread, change, self.tau1, self.tau2)
+        return scores.preference(*scores.spread_and_change(layer), self.tau1, self.tau2)
 
     def scores(self, layer: PromptLayer) -> Tensor:
         """Return mean and variance of the window's attention, ``[B, H_kv, S]``."""

@@ -1,4 +1,4 @@
-"""H2O: keys stay by all the attention that they have received so far."""
+"""H2O: keys stay by the sum of all attention received so far."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from stabmon.analysis.kv_cache.scores import over_groups
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Keep the heavy hitters: the keys with the largest attention mass summed over all queries, and
-    the newest.
+    """Keys with the largest attention mass summed over all queries, and the newest.
 
     The sums over all queries of the prompt are one transposed product with the attention, linear in
     its length. Early keys are seen by more queries than late ones, and the method does not correct
-    for it. While decoding, sums go on growing.
+    for it. While decoding, the sums keep growing.
 
     References:
         Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
@@ -30,17 +29,15 @@ class H2O(Policy):
     follows: ClassVar[bool] = True
 
     def scores(self, layer: PromptLayer) -> Tensor:
-        """Return the mass that each key has received, mean over the group's heads, ``[B, H_kv,
-        S]``.
-        """
+        """Return the mass received by each key, ``[B, H_kv, S]``, averaged over the group."""
         return over_groups(layer.received, layer.key_heads)
 
     def remember(self, layer: PromptLayer) -> dict[str, Tensor]:
-        """Return the masses, to be gone on with."""
+        """Return the masses, for decoding to continue."""
         return {"received": self.scores(layer)}
 
     def step_scores(self, step: DecodeStep) -> Tensor:
-        """Add what the new queries give, and return the sums, ``[B, H_kv, M]``."""
+        """Add the new queries' attention and return the sums, ``[B, H_kv, M]``."""
         step.memory["received"] += over_groups(step.weights.sum(2), step.key_heads)
         return step.memory["received"]
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from stabmon.analysis.kv_cache.checks import check_number
 from stabmon.analysis.kv_cache.policies.snapkv import SnapKV
-from stabmon.analysis.kv_cache.policy import POLICIES
+from stabmon.analysis.kv_cache.policy import POLICIES, Checks
 
 
 @dataclass(frozen=True)
 class Pyramid(SnapKV):
-    """Give layers budgets that fall in a straight line from the first to the last, and choose keys
-    as SnapKV.
+    """Linearly falling budgets from first to last layer, with SnapKV's keys.
 
     Args:
         pool: odd width of the average over neighbouring keys.
-        steepness: the last layer gets ``1 / steepness`` of the mean, the first what makes the mean
-            right; 1 or above.
+        steepness: the last layer gets ``1 / steepness`` of the mean, the first the complement to
+            the right mean; 1 or above.
 
     Raises:
         ValueError: for values out of range.
@@ -30,11 +30,9 @@ class Pyramid(SnapKV):
 
     name: ClassVar[str] = "pyramid"
 
-    steepness: float = 20.0
+    checks: ClassVar[Checks] = SnapKV.checks | {"steepness": partial(check_number, least=1.0)}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("steepness", self.steepness, least=1.0)
+    steepness: float = 20.0
 
     def fixed_claims(self, layers: int) -> list[float]:
         """Return claims from ``2 - 1/steepness`` down to ``1/steepness``."""

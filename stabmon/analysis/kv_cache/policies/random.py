@@ -1,4 +1,4 @@
-"""Random: any keys stay, and the newest."""
+"""Random: arbitrary keys stay, and the newest."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Keep keys drawn at random for each key head: what any choice has to beat.
+    """Keys drawn at random for each key head, a lower bound for any choice.
 
     Every key gets one random number, from a generator of its own that leaves the global one alone,
-    and keeps it while decoding; so a key that is new at each step has the same chance as an old
-    one.
+    and keeps it while decoding; so new and old keys have the same chance.
 
     Args:
-        seed: of the draw; layers and prompts of other lengths draw other keys.
+        seed: seed of the draw; layers and prompts of other lengths draw other keys.
     """
 
     name: ClassVar[str] = "random"
@@ -41,9 +40,9 @@ class Random(Policy):
         return {"draw": self.scores(layer)}
 
     def step_scores(self, step: DecodeStep) -> Tensor:
-        """Return the draw, with a number for each key that is new, ``[B, H_kv, M]``."""
+        """Return the draw, completed for the new keys, ``[B, H_kv, M]``."""
         draw = step.memory["draw"]
-        fresh = draw == 0  # what a key has that came after the prompt
+        fresh = draw == 0  # keys after the prompt have no draw yet
         if bool(fresh.any()):
             generator = torch.Generator().manual_seed(self.seed + int(step.positions.max().item()))
             numbers = 1 - torch.rand(draw.shape, generator=generator).to(draw)

@@ -8,14 +8,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from stabmon.analysis.kv_cache.checks import check_pool
-from stabmon.analysis.kv_cache.policy import POLICIES, Policy
+from stabmon.analysis.kv_cache.policy import POLICIES, Checks, Policy
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.scores import keep_scores
 
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Keep the keys that the prompt's last queries attend to, chosen for each key head.
+    """Keys with the most attention of the prompt's last queries, for each key head.
 
     Args:
         pool: odd width of the average over neighbouring keys.
@@ -29,11 +29,9 @@ class SnapKV(Policy):
 
     name: ClassVar[str] = "snapkv"
     evicts_in_decode: ClassVar[bool] = False
+    checks: ClassVar[Checks] = {"pool": check_pool}
 
     pool: int = 5
-
-    def __post_init__(self) -> None:
-        check_pool(self.pool)
 
     def scores(self, layer: PromptLayer) -> Tensor:
         """Return the window's mean attention, pooled, ``[B, H_kv, S]``."""
