@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from stabmon.capture.masks.recover import explain
 from stabmon.capture.provenance.axes import Axes
-from stabmon.capture.provenance.products import Product
+from stabmon.capture.provenance.products import ScoreProvenance
 from stabmon.records import AttentionCall
 from stabmon.signals import SIGNALS
 from stabmon.signals.reduce import measure, operator_of
@@ -44,7 +44,7 @@ def of_windows(windows, kind):
     scores = query @ key.mT + added
     call = AttentionCall("a", None, None, scale=1.0)
     axes = Axes(frozenset({2}), frozenset({3}))
-    return call, scores, Product(query, key, torch.float32, axes, masked=True), query, key
+    return call, scores, ScoreProvenance(query, key, torch.float32, axes, masked=True), query, key
 
 
 @pytest.mark.parametrize("kind", ["mask", "bias"])
