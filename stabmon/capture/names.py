@@ -8,21 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-WRAPPERS = frozenset(
-    {
-        "_orig_mod",
-        "_fsdp_wrapped_module",
-        "_checkpoint_wrapped_module",
-        "_forward_module",
-        "_dp_module",
-    }
-)
-"""Attribute names that only wrappers use: left out wherever they appear in a qualified name."""
-
-LEADING = frozenset({"m", "module"})
-"""Attribute names that wrappers use at the root (an own ``m``, DDP's ``module``): left out at the
-head of a name only.
-"""
+from stabmon.model_names import LEADING_WRAPPERS, PEFT_WRAPPERS, WRAPPERS
 
 
 def clean_name(name: str) -> str:
@@ -33,9 +19,9 @@ def clean_name(name: str) -> str:
     """
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while parts:
-        if parts[0] in LEADING:
+        if parts[0] in LEADING_WRAPPERS:
             parts = parts[1:]
-        elif parts[:2] == ["base_model", "model"]:
+        elif tuple(parts[:2]) == PEFT_WRAPPERS:
             parts = parts[2:]
         else:
             break

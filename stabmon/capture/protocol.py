@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from stabmon.model_names import HEAD_COUNTS
+
 if TYPE_CHECKING:
     from stabmon.capture.names import ModuleNames
     from stabmon.capture.session import AttentionCapture
-
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads")
-"""What models call a module's number of heads."""
 
 
 def bind(
@@ -95,7 +94,7 @@ def nearest_module(names: ModuleNames) -> nn.Module | None:
 
 def head_count(module: nn.Module) -> int | None:
     """How many heads a module says that it has."""
-    for name in HEADS:
+    for name in HEAD_COUNTS:
         heads = getattr(module, name, None)
         if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
             return heads

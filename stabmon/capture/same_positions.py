@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from types import FrameType
@@ -10,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from stabmon.model_names import NOT_HIDDEN_STATES
+
 if TYPE_CHECKING:
     from stabmon.capture.names import ModuleNames
 
-NO_SOURCE = re.compile(
-    r"mask|bias|pos|rotary|rope|freqs|cos|sin|rel|residual|^value|^v$|alibi|object_quer"
-)
-"""Names of tensors that no queries or keys are made of."""
 MODULES = 3
 """Modules from the attending one outward that are asked; an inner one may be given only finished
 queries and keys.
@@ -78,6 +75,6 @@ def _sources(frame: FrameType) -> Iterator[Tensor]:
             isinstance(value, Tensor)
             and value.ndim == 3
             and value.is_floating_point()
-            and not NO_SOURCE.search(str(name))
+            and not NOT_HIDDEN_STATES.search(str(name))
         ):
             yield value

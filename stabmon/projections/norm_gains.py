@@ -10,28 +10,6 @@ from torch import nn
 from stabmon.interventions.base import NotApplicable
 from stabmon.projections.head_rows import QueryKey, Rows
 
-QUERY_NORM = (
-    "q_norm",
-    "query_norm",
-    "q_layernorm",
-    "query_layernorm",
-    "norm_q",
-    "ln_q",
-    "q_ln",
-    "query_layer_norm",
-    "q_layer_norm",
-)
-KEY_NORM = (
-    "k_norm",
-    "key_norm",
-    "k_layernorm",
-    "key_layernorm",
-    "norm_k",
-    "ln_k",
-    "k_ln",
-    "key_layer_norm",
-    "k_layer_norm",
-)
 RMS_NORM = (
     "q, k = F.rms_norm(q, q.shape[-1:], q_gain), F.rms_norm(k, k.shape[-1:], k_gain)  # in "
     "the attention's forward, before scores"

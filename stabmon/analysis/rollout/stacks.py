@@ -13,18 +13,9 @@ from torch import nn
 
 from stabmon.capture.names import ModuleNames
 from stabmon.capture.same_positions import attends_itself
+from stabmon.model_names import CROSS_ATTENTION, TOWER
 from stabmon.records import AttentionCall
 
-CROSS_NAME = re.compile(
-    r"cross|enc_?dec|encoder_?attn|encoder_?attention|src_?attn|memory_?attn", re.I
-)
-"""Name of a block's attention over another sequence: ``crossattention``, ``EncDecAttention``,
-``encoder_attn`` …
-"""
-TOWER_NAME = re.compile(
-    r"enc|dec|text|vision|visual|image|audio|language|query_tower|key_tower", re.I
-)
-"""Names of parts that are stacks of their own where no list of blocks says so."""
 NUMBERED = re.compile(r"^\D*\d+$")
 """``0`` in ``layers.0``, ``block1``."""
 
@@ -105,7 +96,7 @@ class CallReader:
         they are merged or cached.
         """
         says = getattr(call.module, "is_cross_attention", None)
-        if says is True or CROSS_NAME.search(tail):
+        if says is True or CROSS_ATTENTION.search(tail):
             return "cross"
         if keys != queries:
             return "cross" if is_second or not is_numbered else "self"
@@ -132,7 +123,7 @@ def split_name(name: str) -> tuple[str, str, str]:
             prefix = ".".join(parts[:at] + ([stem] if stem else []))
             return prefix, ".".join(parts[at + 1 :]), ".".join(parts[: at + 1])
     for at, part in enumerate(parts[:-1]):
-        if TOWER_NAME.search(part):
+        if TOWER.search(part):
             return ".".join(parts[: at + 1]), ".".join(parts[at + 1 :]), ".".join(parts[: at + 1])
     return "", name, ""
 
