@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabmon.capture.layout import head_count
 from stabmon.capture.names import clean_name
-from stabmon.capture.protocol import head_count
 from stabmon.controllers.attention_function import (
     CHILD,
     ControlledConfig,

@@ -150,9 +150,9 @@ def test_windows_are_batch_and_heads_are_heads(heads: int | None, shape: tuple[i
 
 
 def test_large_scores_are_explained_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stabmon.capture.masks import recover as explain
+    from stabmon.capture.masks import recover
 
-    monkeypatch.setattr(explain, "BLOCK", 40)
+    monkeypatch.setattr(recover, "BLOCK", 40)
     for form in ("bias and mask", "where", "baddbmm", "capped"):
         own: list[Tensor] = []
         (call,) = calls_of(

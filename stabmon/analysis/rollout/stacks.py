@@ -11,8 +11,8 @@ from typing import Literal
 
 from torch import nn
 
+from stabmon.capture.callers import attends_itself
 from stabmon.capture.names import ModuleNames
-from stabmon.capture.same_positions import attends_itself
 from stabmon.model_names import CROSS_ATTENTION, TOWER
 from stabmon.records import AttentionCall
 
