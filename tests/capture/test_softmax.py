@@ -117,6 +117,13 @@ def test_whatever_happens_between_product_and_softmax_the_probabilities_come_out
     assert (call.scores is None) == (call.query is not None)
 
 
+@pytest.mark.parametrize("divide", [torch.div, torch.divide, torch.true_divide, Tensor.__truediv__])
+def test_every_division_of_scores_is_read_as_their_scale(divide) -> None:
+    (call,) = calls_of(Module(lambda q, k: used(divide(q @ k.mT, 4.0).softmax(-1))), Q, K)
+    assert call.scale == 0.25
+    torch.testing.assert_close(call.query, Q)
+
+
 GROUPED, SHARED = noise(2, 3, 2, 5, 8, seed=3), noise(2, 3, 7, 8, seed=4)
 GROUPINGS = {
     "einsum": lambda q, k: torch.einsum("bghid,bgjd->bghij", q, k).softmax(-1),
