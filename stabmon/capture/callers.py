@@ -56,12 +56,12 @@ def attends_itself(module: nn.Module, names: ModuleNames, queries: int, keys: in
     # the extra keys of nn.MultiheadAttention stand at the end
     if keys < queries or (keys != queries and isinstance(module, nn.MultiheadAttention)):
         return False
-    asked = 0
+    examined = 0
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and asked < MODULES:
+    while frame is not None and examined < MODULES:
         owner = _owner(frame)
-        if isinstance(owner, nn.Module) and owner in names and (asked or owner is module):
-            asked += 1
+        if isinstance(owner, nn.Module) and owner in names and (examined or owner is module):
+            examined += 1
             sources = {(each.data_ptr(), each.shape): each for each in _hidden_states(frame)}
             if sources:
                 return len(sources) == 1 and queries in next(iter(sources.values())).shape[:2]
