@@ -40,6 +40,7 @@ def reader(kernel: Kernel, default: Kernel) -> Reader | None:
         return None
     if kernel is default:
         return functools.partial(read_eager, kernel)
+    # checked with transformers 5.23: under other names they are watched as torch functions
     known = {
         "sdpa_attention_forward": read_sdpa,
         "flex_attention_forward": read_flex,
@@ -51,9 +52,8 @@ def reader(kernel: Kernel, default: Kernel) -> Reader | None:
 def read_eager(kernel: Kernel, layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
     """Read a call of a model's own eager function.
 
-    It adds its mask, and is causal only by it.
-
-    Softcap, bias and sinks count where the source of that function uses them.
+    It adds its mask, and is causal only by it. Softcap, bias and sinks count where the code of that
+    function uses them.
     """
     code = kernel.__code__
     taken = {
