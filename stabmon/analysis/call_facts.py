@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stabmon.analysis.rollout.stacks import CROSS_NAME, CallReader
+from stabmon.analysis.rollout.stacks import CallReader
+from stabmon.model_names import CROSS_ATTENTION
 from stabmon.records import AttentionCall
 
 
@@ -25,7 +26,7 @@ def reads_other_sequence(call: AttentionCall, reader: CallReader) -> bool:
     if call.is_causal or call.is_self:
         return False
     seen = reader.describe(call)
-    if seen.queries == 1 < seen.keys and not CROSS_NAME.search(call.layer):
+    if seen.queries == 1 < seen.keys and not CROSS_ATTENTION.search(call.layer):
         return bool(getattr(call.module, "is_cross_attention", False))
     return seen.kind == "cross"
 

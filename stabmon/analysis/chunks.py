@@ -11,13 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stabmon.model_names import BATCHED_INPUTS, UNBATCHED_INPUTS
+
 logger = logging.getLogger("stabmon")
 
 T = TypeVar("T")
-MAIN = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-"""Inputs with the batch as first dimension, consulted before all others."""
-SHARED = frozenset({"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position"})
-"""Inputs without a batch dimension, at any size."""
 SMALL_WORK = 10**10
 """Parameters times tokens of a forward of about one second on one thread."""
 OUT_OF_MEMORY = (
@@ -177,9 +175,9 @@ def sample_count(batch: Any, dim: int = 0) -> int:
         ValueError: if no tensor has a batch dimension.
     """
     named = named_inputs(batch)
-    for name in (*MAIN, *named):
+    for name in (*BATCHED_INPUTS, *named):
         value = named.get(name)
-        if isinstance(value, Tensor) and value.ndim and name not in SHARED:
+        if isinstance(value, Tensor) and value.ndim and name not in UNBATCHED_INPUTS:
             return int(value.shape[dim if value.ndim == 3 else 0])
     raise ValueError("the batch holds no tensor with samples: it cannot be run in parts")
 
@@ -195,7 +193,7 @@ def part_of(batch: Any, start: int, stop: int, dim: int = 0) -> Any:
     samples, named = sample_count(batch, dim), named_inputs(batch)
 
     def part(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim or name in SHARED:
+        if not isinstance(value, Tensor) or not value.ndim or name in UNBATCHED_INPUTS:
             return value
         if dim == 1 and value.ndim == 3 and value.shape[1] == samples:
             return value[:, start:stop]

@@ -1,6 +1,6 @@
-"""An unmodified model in, a stream of its attention calls out."""
+"""Attention calls of an unmodified model, shown one by one as they happen."""
 
-from stabmon.capture.compiled import compiled_modules
+from stabmon.capture.adapters.compiled import compiled_modules
 from stabmon.capture.names import clean_name
 from stabmon.capture.session import AttentionCapture
 

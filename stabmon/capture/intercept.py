@@ -1,6 +1,4 @@
-"""Act around the attention calls of an unmodified model: read them, change their arguments, replace
-their result.
-"""
+"""Attention calls of an unmodified model, read, changed or replaced."""
 
 from __future__ import annotations
 
@@ -19,20 +17,22 @@ from stabmon.capture.adapters.sdpa import PARAMETERS as SDPA_PARAMETERS
 from stabmon.capture.adapters.sdpa import read_sdpa
 from stabmon.capture.adapters.transformers import wrapped_lookup
 from stabmon.capture.adapters.transformers_kernels import PARAMETERS, Kernel, Reader, reader
+from stabmon.capture.callers import nearest_module
+from stabmon.capture.function_mode import isolated, kernel_dtype
 from stabmon.capture.names import ModuleNames
-from stabmon.capture.protocol import bind, isolated, kernel_dtype, nearest_module
+from stabmon.capture.protocol import bind
 from stabmon.records import AttentionCall
 
 STANDARD = {"attn_mask": "attention_mask", "dropout_p": "dropout", "scale": "scaling"}
-"""Names of torch's arguments -> names of transformers'."""
+"""Names of arguments in torch -> names in transformers."""
 TORCH = {standard: name for name, standard in STANDARD.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionSite:
-    """One attention call that is about to be made.
+    """An attention call that is about to be made.
 
-    B batch, H query heads, H_kv key heads, Q queries, K keys, D and E features of a key and a
+    B is batch, H query heads, H_kv key heads, Q queries, K keys, D and E features of a key and a
     value.
     """
 
@@ -53,15 +53,21 @@ class AttentionSite:
     reader: Reader
 
     def read(self, **changes: Any) -> AttentionCall:
-        """Return the record of the call, as it would be with some arguments changed; without
-        gradients.
+        """Return the record of the call, made without gradients.
+
+        Args:
+            **changes: arguments to replace, by the names of ``arguments``.
         """
         given = {**self.arguments, **changes}
         with isolated():
             return self.reader(self.layer, given, kernel_dtype(given["query"]))
 
     def run(self, **changes: Any) -> Any:
-        """Make the call, with some arguments changed, and return what the kernel returns."""
+        """Make the call, and return the kernel's result.
+
+        Args:
+            **changes: arguments to replace, by the names of ``arguments``.
+        """
         given = {**self.arguments, **changes}
         if self.kind == "sdpa":
             return self.kernel(**{TORCH.get(name, name): value for name, value in given.items()})
@@ -69,26 +75,22 @@ class AttentionSite:
         return self.kernel(*leading, **given)
 
     def output(self, result: Any) -> Tensor:
-        """Return the attention output ``[B, H, Q, E]`` in what the kernel returned."""
+        """Return the attention output ``[B, H, Q, E]`` out of the kernel's result."""
         output: Tensor = result if self.kind == "sdpa" else result[0].transpose(1, 2)
         return output
 
     def result(self, output: Tensor) -> Any:
-        """Return an attention output ``[B, H, Q, E]`` in the form in which the kernel would return
-        it.
-        """
+        """Return an attention output ``[B, H, Q, E]`` in the form of the kernel's result."""
         return output if self.kind == "sdpa" else (output.transpose(1, 2).contiguous(), None)
 
 
 Around = Callable[[AttentionSite], Any]
-"""Takes the place of one attention call, and returns what the call must return: ``site.run()``, for
-example.
-"""
+"""Takes the place of one attention call, and returns its result: ``site.run()``, for example."""
 
 
 @contextmanager
 def intercepted(model: nn.Module, around: Around) -> Iterator[None]:
-    """Let ``around`` stand in for every attention call that ``model`` makes in here.
+    """Replace every attention call of ``model`` in here by a call of ``around``.
 
     Seen are transformers' attention interface with its own kernels (eager, sdpa, flex, flash) and
     torch's ``scaled_dot_product_attention``, also inside ``nn.MultiheadAttention`` that returns no
@@ -103,7 +105,10 @@ def intercepted(model: nn.Module, around: Around) -> Iterator[None]:
         >>> from torch import nn
         >>> layer = nn.TransformerEncoderLayer(8, 2, batch_first=True)
         >>> shapes = []
-        >>> with intercepted(layer, lambda site: shapes.append(tuple(site.arguments["query"].shape)) or site.run()):
+        >>> def around(site):
+        ...     shapes.append(tuple(site.arguments["query"].shape))
+        ...     return site.run()
+        >>> with intercepted(layer, around):
         ...     _ = layer(torch.randn(1, 5, 8))
         >>> shapes
         [(1, 2, 5, 4)]
@@ -167,7 +172,7 @@ def _interface(names: ModuleNames, around: Around, inside: _Depth) -> AbstractCo
 
 
 class _Functions(TorchFunctionMode):
-    """Hands calls of torch's fused attention to ``around``."""
+    """Function mode that hands calls of torch's fused attention to ``around``."""
 
     def __init__(self, names: ModuleNames, around: Around, inside: _Depth) -> None:
         super().__init__()
@@ -216,8 +221,9 @@ class _Functions(TorchFunctionMode):
     def _multihead(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Function modes are off inside of it (torch 2.13), so the kernel is replaced in its own
-        namespace while it runs.
+        """Replace the kernel inside ``F.multi_head_attention_forward`` while it runs.
+
+        Function modes are off there (checked with torch 2.13).
         """
         module, kernel = nearest_module(self._names), functional.scaled_dot_product_attention
 

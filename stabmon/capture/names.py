@@ -1,4 +1,4 @@
-"""What the modules of a model are called, whatever wraps the model or lies in between."""
+"""Names of a model's modules, whatever wraps the model or lies in between."""
 
 from __future__ import annotations
 
@@ -8,34 +8,28 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-WRAPPERS = frozenset(
-    {
-        "_orig_mod",
-        "_fsdp_wrapped_module",
-        "_checkpoint_wrapped_module",
-        "_forward_module",
-        "_dp_module",
-    }
-)
-"""Attribute names that only wrappers use: left out wherever they appear in a qualified name."""
-
-LEADING = frozenset({"m", "module"})
-"""Attribute names that wrappers use at the root (an own ``m``, DDP's ``module``): left out at the
-head of a name only.
-"""
+from stabmon.model_names import LEADING_WRAPPERS, PEFT_WRAPPERS, WRAPPERS
 
 
 def clean_name(name: str) -> str:
-    """The qualified name of a module as its author wrote it, without what wrappers put in.
+    """Return a qualified name as the model's author wrote it, without wrappers' parts.
 
-    >>> clean_name("module._orig_mod.base_model.model.transformer.h.0.attn")
-    'transformer.h.0.attn'
+    Args:
+        name: qualified name of a module or parameter, from ``named_modules`` of a wrapped model.
+
+    Returns:
+        The name without parts that only wrappers use, wherever they are, and without those that
+        wrappers use at the root (``module``, ``m``, PEFT's ``base_model.model``).
+
+    Example:
+        >>> clean_name("module._orig_mod.base_model.model.transformer.h.0.attn")
+        'transformer.h.0.attn'
     """
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     while parts:
-        if parts[0] in LEADING:
+        if parts[0] in LEADING_WRAPPERS:
             parts = parts[1:]
-        elif parts[:2] == ["base_model", "model"]:
+        elif tuple(parts[:2]) == PEFT_WRAPPERS:
             parts = parts[2:]
         else:
             break
@@ -43,16 +37,17 @@ def clean_name(name: str) -> str:
 
 
 class ModuleNames:
-    """Which modules belong to a model, what each is called, and how often each has attended in this
-    forward.
+    """Names of a model's modules, and the number of calls of each in this forward.
+
+    Args:
+        model: the model; modules that it makes later are found when they are asked for.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._names: dict[int, str] = {}
         self._others: dict[int, nn.Module] = {}
-        """Modules that were asked for and are none of the model's; kept, so that no new one takes
-        their id.
+        """Modules asked for that are none of the model's; kept, so that no new one takes their id.
         """
         self._calls: Counter[int] = Counter()
         self._walk()
@@ -68,23 +63,25 @@ class ModuleNames:
         return id(module) in self._names
 
     def name_of(self, module: nn.Module) -> str | None:
-        """What ``module`` is called; None where it is none of the model's."""
+        """Return the name of ``module``, None where it is none of the model's."""
         return self._names[id(module)] if module in self else None
 
     def matches(self, module: nn.Module, patterns: Sequence[str]) -> bool:
-        """Whether the module's name matches one of the ``fnmatch`` patterns."""
+        """Return whether the module's name matches one of the ``fnmatch`` patterns."""
         return any(fnmatchcase(self._names[id(module)], pattern) for pattern in patterns)
 
     def new_forward(self) -> None:
-        """Count calls from nought again; modules that were none of the model's may have become
-        so.
+        """Count calls from 0 again, and forget which modules are none of the model's.
+
+        They may have become the model's since.
         """
         self._calls.clear()
         self._others.clear()
 
     def next_layer(self, module: nn.Module) -> str:
-        """The name of this call of ``module``: its own name, then ``name#1``, ``name#2`` … within
-        one forward.
+        """Return the name of this call of ``module`` within one forward.
+
+        The first has the module's own name, then come ``name#1``, ``name#2`` ...
         """
         calls = self._calls[id(module)]
         self._calls[id(module)] += 1

@@ -1,166 +1,82 @@
-"""What all adapters share."""
+"""The session of a capture as adapters see it."""
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode, _pop_mode, _push_mode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import nn
 
-if TYPE_CHECKING:
-    from stabmon.capture.names import ModuleNames
-    from stabmon.capture.session import AttentionCapture
+from stabmon.capture.names import ModuleNames
+from stabmon.records import AttentionCall
 
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads")
-"""What models call a module's number of heads."""
+
+class CaptureSession(Protocol):
+    """An open capture: whose calls are recorded, and where.
+
+    :class:`stabmon.capture.AttentionCapture` is one. Adapters and the coverage check depend on this
+    alone, so that they lie below it.
+
+    Attributes:
+        model: the model whose attention is captured.
+        names: its modules.
+        modules: ``fnmatch`` patterns of modules whose softmax is attention in any case.
+        at_once: whether a softmax over a product is recorded when it is taken.
+        calls: adapter name -> calls recorded.
+        unseen: calls of compiled code that were not looked into.
+        thread: identity of the thread whose calls are recorded; None while closed.
+    """
+
+    model: nn.Module
+    names: ModuleNames
+    modules: tuple[str, ...]
+    at_once: bool
+    calls: dict[str, int]
+    unseen: int
+    thread: int | None
+
+    def is_recording(self) -> bool:
+        """Return whether a call made right now is to be recorded."""
+
+    def record(
+        self, adapter: str, module: nn.Module, describe: Callable[[str], AttentionCall]
+    ) -> None:
+        """Count a call of ``module`` and hand its record to the receiver; never raises."""
+
+    def inside(self) -> AbstractContextManager[None]:
+        """Record nothing in here: it belongs to a call that has been recorded."""
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """Report errors raised in here, and keep them from the model."""
+
+    def failed(self, error: Exception) -> None:
+        """Report an error; never raises."""
+
+    def require_functions(self) -> None:
+        """Note that only watching torch functions can show some of the model's attention."""
+
+    def pause(self) -> None:
+        """Take out everything but the watch over compiled code."""
+
+    def resume(self) -> None:
+        """Put back what :meth:`pause` took out."""
+
+
+Handler = Callable[[CaptureSession, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""Runs one torch function for the model, and records it: ``(session, function, args, kwargs) ->
+result``.
+"""
 
 
 def bind(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by name; ``names`` are those of the leading parameters, in order."""
-    return dict(zip(names, args, strict=False), **kwargs)
-
-
-@contextmanager
-def function_modes_off() -> Iterator[None]:
-    """No TorchFunctionMode is on, ours or another's; those entered in here work as usual."""
-    modes = []
-    while _get_current_function_mode() is not None:
-        modes.append(_pop_mode())
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)
-
-
-@functools.cache
-def autocast_devices() -> tuple[str, ...]:
-    """The kinds of device that this build of torch can autocast on."""
-    return tuple(
-        kind
-        for kind in ("cpu", "cuda", "mps", "xpu", "hpu")
-        if torch.amp.is_autocast_available(kind)
-    )
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """Nothing run in here is differentiated, autocast, or seen by any mode (selective checkpointing
-    caches by one).
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(function_modes_off())
-        stack.enter_context(_disable_current_modes())
-        for device_type in autocast_devices():
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
-
-
-def kernel_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which a matrix product of ``tensor`` is computed right here: autocast's, where
-    it is on.
-    """
-    device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
-        return tensor.dtype
-    return torch.get_autocast_dtype(device_type)
-
-
-def nearest_module(names: ModuleNames) -> nn.Module | None:
-    """The module whose method called this; None where the nearest module is none of the model's (a
-    teacher, a criterion).
-
-    A bare ``nn.Softmax`` stands for the module that holds it.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, nn.Module) and not isinstance(owner, nn.Softmax):
-            return owner if owner in names else None
-        frame = frame.f_back
-    return None
-
-
-def head_count(module: nn.Module) -> int | None:
-    """How many heads a module says that it has."""
-    for name in HEADS:
-        heads = getattr(module, name, None)
-        if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
-            return heads
-    return None
-
-
-Layout = Callable[[Tensor], Tensor]
-"""Lays out ``[..., L, D]`` as ``[B, H, L, D]``."""
-
-
-def layout(
-    shape: torch.Size, module: nn.Module, *, grouped: bool = False, operand: Tensor | None = None
-) -> Layout:
-    """How tensors of ``shape`` and of its like are laid out by batch and head.
-
-    One leading dimension is batch times the heads that ``module`` has, or batch alone. Of three or
-    more, the first is batch and the others are heads where they make up the module's number of
-    heads or ``grouped`` says so; else one of them is heads, and the others (windows, blocks) are
-    batch: see :func:`head_dimension`.
+    """Return the arguments of a call by name.
 
     Args:
-        shape: ``[..., L, D]``.
-        module: which attends.
-        grouped: whether all but the first leading dimension are heads.
-        operand: a query or key with these leading dimensions, if there is one.
+        names: names of the leading parameters, in order.
+        args: positional arguments.
+        kwargs: named arguments.
     """
-    heads = head_count(module)
-    if len(shape) == 3:
-        folded = heads if heads is not None and shape[0] % heads == 0 else 1
-        return lambda tensor: tensor.reshape(-1, folded, *tensor.shape[1:])
-    if len(shape) > 4:
-        if grouped or (heads == shape[1:-2].numel() and heads not in shape[1:-2]):
-            return lambda tensor: tensor.flatten(1, -3)
-        place = head_dimension(shape, heads, operand)
-        return lambda tensor: with_heads(tensor.movedim(place, -3))
-    return with_heads
-
-
-def head_dimension(shape: torch.Size, heads: int | None, operand: Tensor | None) -> int:
-    """Which of several leading dimensions is the heads.
-
-    It is the one of the size that the module says. Among equals, and where it says nothing, it is
-    the one that lies beside the head dimension in the memory of ``operand``, as a projection has
-    put it there; else the last.
-    """
-    fitting = [d for d in range(len(shape) - 2) if shape[d] == heads] or list(range(len(shape) - 2))
-    if operand is not None and operand.ndim == len(shape) and operand.stride(-1) == 1:
-        beside = [d for d in fitting if shape[d] > 1 and operand.stride(d) == operand.shape[-1]]
-        if len(beside) == 1:
-            return beside[0]
-    return fitting[-1]
-
-
-def with_heads(tensor: Tensor) -> Tensor:
-    """``[..., H, L, D]`` as ``[B, H, L, D]``: what comes before the heads is batch, and what is
-    missing has size 1.
-    """
-    while tensor.ndim < 4:
-        tensor = tensor.unsqueeze(0)
-    return tensor.flatten(0, -4)
-
-
-Handler = Callable[
-    ["AttentionCapture", Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any
-]
-"""Runs one torch function for the model, and records what it learns: ``(capture, function, args,
-kwargs) -> result``.
-"""
+    return dict(zip(names, args, strict=False), **kwargs)

@@ -1,6 +1,4 @@
-"""One capture: adapters installed in a model's way for as long as it is open, and taken out again
-without trace.
-"""
+"""One capture: adapters installed around a model while it is open."""
 
 from __future__ import annotations
 
@@ -13,34 +11,37 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from stabmon.capture.adapters.torch_functions import FunctionWatch, push, remove, taken_off
+from stabmon.capture.adapters.compiled import CompiledCode
+from stabmon.capture.adapters.torch_functions import FunctionWatch
 from stabmon.capture.adapters.transformers import TransformersInterface
-from stabmon.capture.compiled import CompiledCode
+from stabmon.capture.callers import attends_itself
 from stabmon.capture.coverage.op_trace import sequence_number
 from stabmon.capture.coverage.witness import Witness, WitnessedWatch, is_due
+from stabmon.capture.function_mode import isolated, push, remove, taken_off
 from stabmon.capture.masks.unreachable import hide_unreachable
 from stabmon.capture.names import ModuleNames
-from stabmon.capture.protocol import isolated
-from stabmon.capture.same_positions import attends_itself
 from stabmon.records import AttentionCall
 
 logger = logging.getLogger(__name__)
 
+# Private, checked with torch 2.13: id of the backward that runs in this thread, -1 for none. It
+# distinguishes a forward that activation checkpoints run again inside a backward from the model's
+# own. If it goes, such calls are recorded twice.
+_graph_task = torch._C._current_graph_task_id
 
 INTERFACE, COMPILED = TransformersInterface(), CompiledCode()
-QUIET = 2
-"""Openings in a row that transformers' interface explained alone, after which torch functions are
-watched no longer.
+CONFIRMATIONS = 2
+"""Openings in a row in which transformers' interface showed all attention, after which torch
+functions are watched no longer.
 """
 
 
 class AttentionCapture:
-    """Shows every attention call that an unmodified model makes while this is open, and changes
-    nothing.
+    """Show every attention call that an unmodified model makes while this is open.
 
-    A context manager that can be entered any number of times, one after the other. Only calls that
-    the entering thread makes are seen, and none that a backward begun since makes (activation
-    checkpoints run a forward again there).
+    A context manager that can be entered any number of times, one after the other. Nothing of the
+    model is changed. Only calls that the entering thread makes are seen, and none that a backward
+    begun since makes (activation checkpoints run a forward again there).
 
     Args:
         model: the model as it trains; compiled, wrapped or plain.
@@ -49,10 +50,10 @@ class AttentionCapture:
             not draw from the global random generators.
         modules: ``fnmatch`` patterns of module names whose softmax is attention, whatever it was
             computed from.
-        on_error: receives what goes wrong in ``on_call`` or in here; logged once a capture where
+        on_error: receives what goes wrong in ``on_call`` or in here; logged once per capture where
             None.
-        always_watch_functions: always watch torch functions, also where transformers' attention interface has
-            shown everything so far.
+        always_watch_functions: always watch torch functions, also where transformers' attention
+            interface has shown everything so far.
         at_once: show a softmax over a product when it is taken, whether or not anything uses it as
             weights.
 
@@ -61,8 +62,18 @@ class AttentionCapture:
         unseen: calls of compiled code since it was last entered that were not looked into: a
             compiled function that is no module's forward, or a compiled module run without
             gradients. Where ``calls`` stays empty besides, the whole training step is compiled.
-        witness: tells which attention of the model was seen and which was not, as far as some
-            openings show it.
+        witness: reports attention of the model that was not seen, as far as some openings show it.
+
+    Raises:
+        RuntimeError: on entering, where it is open already.
+
+    Example:
+        >>> model = nn.TransformerEncoderLayer(8, 2, batch_first=True)
+        >>> shapes = []
+        >>> with AttentionCapture(model, lambda call: shapes.append(tuple(call.query.shape))):
+        ...     _ = model(torch.randn(1, 5, 8))
+        >>> shapes
+        [(1, 2, 5, 4)]
     """
 
     def __init__(
@@ -86,7 +97,7 @@ class AttentionCapture:
         self._on_error = on_error
         self.at_once = at_once
         self._always_watch_functions = always_watch_functions
-        self._quiet = 0
+        self._confirmations = 0
         self._boundary = ExitStack()
         self._patches = ExitStack()
         self._paused_mode = False
@@ -106,7 +117,7 @@ class AttentionCapture:
         self.names = ModuleNames(self.model)
         self.calls, self.unseen, self._inside = {}, 0, 0
         self._openings += 1
-        self._graph_task = torch._C._current_graph_task_id()
+        self._graph_task = _graph_task()
         self._install(threading.get_ident())
         return self
 
@@ -114,13 +125,13 @@ class AttentionCapture:
         self._uninstall()
         self.names.new_forward()  # which keeps no module that is not the model's
         if self.calls.keys() == {TransformersInterface.name}:
-            self._quiet += 1
+            self._confirmations += 1
         else:
-            self._quiet = 0
+            self._confirmations = 0
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Everything taken out for a while, then put back."""
+        """Take everything out in here, then put it back."""
         thread = self.thread
         self._uninstall()
         try:
@@ -130,22 +141,23 @@ class AttentionCapture:
                 self._install(thread)
 
     def looked_for(self) -> str:
-        """What was looked for, in one line, for the error that no attention was found."""
+        """Return in one line which kinds of attention are looked for, for error messages."""
         return "; ".join(part.looks_for for part in (INTERFACE, FunctionWatch, COMPILED))
 
     def is_recording(self) -> bool:
-        """Whether a call made right now by this thread is one of the model's own forward, not seen
-        further out already.
+        """Return whether a call made right now by this thread is to be recorded.
+
+        It must be one of the model's own forward, and not inside one that has been recorded.
         """
         return (
             not self._inside
             and self.thread == threading.get_ident()
-            and torch._C._current_graph_task_id() == self._graph_task
+            and _graph_task() == self._graph_task
         )
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """While a call that has been recorded runs: what it does inside is not looked at."""
+        """Record nothing in here: it belongs to a call that has been recorded."""
         self._inside += 1
         start = sequence_number()
         try:
@@ -173,30 +185,27 @@ class AttentionCapture:
             self._on_call(self._with_positions(hide_unreachable(describe(layer)), module))
 
     def _with_positions(self, call: AttentionCall, module: nn.Module) -> AttentionCall:
-        """The call with ``is_self`` set, where it makes a difference: where some key may be
-        hidden.
-        """
+        """Set ``is_self`` where it makes a difference: where some key may be hidden."""
         if call.mask is None and call.scores is None:
             return call
-        query, key = (
-            (call.query, call.key) if call.scores is None else (call.scores, call.scores.mT)
-        )
-        assert query is not None
-        assert key is not None
-        return replace(
-            call, is_self=attends_itself(module, self.names, query.shape[2], key.shape[2])
-        )
+        if call.scores is not None:
+            queries, keys = call.scores.shape[-2:]
+        else:
+            assert call.query is not None
+            assert call.key is not None
+            queries, keys = call.query.shape[2], call.key.shape[2]
+        return replace(call, is_self=attends_itself(module, self.names, queries, keys))
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """What goes wrong in here is reported and does not reach the model."""
+        """Report errors raised in here, and keep them from the model."""
         try:
             yield
         except Exception as error:
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """Report what went wrong in here; never raises."""
+        """Report an error to ``on_error``, or log the first one; never raises."""
         if self._on_error is not None:
             try:
                 self._on_error(error)
@@ -209,9 +218,9 @@ class AttentionCapture:
                 "attention capture failed, and goes on without this call: %s", error, exc_info=error
             )
 
-    def declined(self) -> None:
-        """Attention has been met that only watching torch functions can show."""
-        self._quiet = -1
+    def require_functions(self) -> None:
+        """Watch torch functions again: they alone can show some of the model's attention."""
+        self._confirmations = -1
 
     def pause(self) -> None:
         """Take out all but the watch over compiled code, which is about to run."""
@@ -227,11 +236,11 @@ class AttentionCapture:
     def _patch(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(INTERFACE.installed(self))
-            handle = self.model.register_forward_pre_hook(lambda *_: self._begins(), prepend=True)
+            handle = self.model.register_forward_pre_hook(lambda *_: self._begin(), prepend=True)
             stack.callback(handle.remove)
             self._patches = stack.pop_all()
 
-    def _begins(self) -> None:
+    def _begin(self) -> None:
         with self.guarded():
             self.names.new_forward()
             self.witness.begin()
@@ -243,8 +252,8 @@ class AttentionCapture:
             stack.enter_context(COMPILED.installed(self))
             self._patch()
             self._boundary = stack.pop_all()
-        if self._always_watch_functions or due or self._quiet < QUIET:
-            self.mode = WitnessedWatch(self) if due else FunctionWatch(self)
+        if self._always_watch_functions or due or self._confirmations < CONFIRMATIONS:
+            self.mode = WitnessedWatch(self, self.witness) if due else FunctionWatch(self)
             push(self.mode)
         self.thread = thread
 

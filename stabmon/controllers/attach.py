@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabmon.capture.layout import head_count
 from stabmon.capture.names import clean_name
-from stabmon.capture.protocol import head_count
 from stabmon.controllers.attention_function import (
     CHILD,
     ControlledConfig,
@@ -20,9 +20,8 @@ from stabmon.controllers.attention_function import (
     unregister,
 )
 from stabmon.controllers.base import CONTROLLERS, Controller, Site
+from stabmon.model_names import CROSS_PARTS
 
-CROSS = ("cross", "encoder_attn", "encdecattention", "enc_attn")
-"""Parts of names of attention over another sequence's keys."""
 Layers = str | int | Sequence[str | int] | None
 
 
@@ -151,7 +150,7 @@ def is_cross(name: str, module: nn.Module) -> bool:
     """Whether a module attends over the keys of another sequence."""
     words = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
     return bool(getattr(module, "is_cross_attention", False)) or any(
-        word in words for word in CROSS
+        word in words for word in CROSS_PARTS
     )
 
 

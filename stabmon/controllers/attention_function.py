@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stabmon.capture.adapters.transformers_kernels import PARAMETERS, Kernel, Reader, biased, reader
-from stabmon.capture.protocol import bind, isolated
+from stabmon.capture.function_mode import isolated
+from stabmon.capture.protocol import bind
 from stabmon.controllers.cache import RememberingCache, is_cache
 from stabmon.controllers.call import ControlledCall
 from stabmon.controllers.features import changed_query, key_features, query_features

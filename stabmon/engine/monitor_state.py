@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from stabmon._storage.stored_value import Stored, stored_issue
 from stabmon._torch.forward_call import is_split
 from stabmon.capture import clean_name
-from stabmon.capture.protocol import HEADS
+from stabmon.model_names import HEAD_COUNTS
 from stabmon.records import StabilityIssue
 from stabmon.rules import RULES
 from stabmon.rules.tracking.issue_tracker import IssueTracker
@@ -96,7 +96,7 @@ def check_model(
 
 def _about(module: nn.Module, split: bool) -> dict[str, Any]:
     owners = (module, getattr(module, "config", None))
-    told = [getattr(owner, name, None) for owner in owners for name in HEADS]
+    told = [getattr(owner, name, None) for owner in owners for name in HEAD_COUNTS]
     about: dict[str, Any] = {"heads": next((each for each in told if type(each) is int), None)}
     if not split:
         about |= {

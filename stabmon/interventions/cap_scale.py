@@ -12,7 +12,8 @@ from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, HeldEffect
 from stabmon.interventions.run.training_run import TrainingRun
-from stabmon.interventions.soften_logits import NAMES, scale_of
+from stabmon.interventions.soften_logits import scale_of
+from stabmon.model_names import SCALES
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.rules.evidence.norm_growth import drive
 
@@ -85,7 +86,7 @@ class CapScale(Intervention):
     def check_saved(self, effect: Stored) -> None:
         for each in effect["caps"].parts():
             layer, name, value = each.parts(3)
-            _ = layer.text(), name.one_of(NAMES), value.number()
+            _ = layer.text(), name.one_of(SCALES), value.number()
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return _Held(

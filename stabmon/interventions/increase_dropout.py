@@ -15,20 +15,8 @@ from stabmon.interventions.effects.attributes import AttributesChanged, describe
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.score_replay import can_replay
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.model_names import DROPOUTS
 from stabmon.projections.not_applicable import NotApplicable
-
-NAMES = (
-    "attention_dropout",
-    "attn_dropout",
-    "attn_dropout_p",
-    "attention_dropout_prob",
-    "attn_drop",
-    "dropout_p",
-    "dropout",
-)
-"""What attention modules call their dropout: a number read at each forward, or an
-``nn.Dropout``.
-"""
 
 
 @intervention
@@ -133,7 +121,7 @@ class _Dropout(AttributesChanged):
 
 def _dropout_of(module: nn.Module, layer: str) -> tuple[nn.Module, str]:
     """Where the number is: the module and attribute that hold it."""
-    for name in NAMES:
+    for name in DROPOUTS:
         value = getattr(module, name, None)
         if isinstance(value, nn.Dropout):
             return value, "p"
@@ -141,7 +129,7 @@ def _dropout_of(module: nn.Module, layer: str) -> tuple[nn.Module, str]:
             return module, name
     raise NotApplicable(
         f"{layer} ({type(module).__name__}) has no attention dropout that is known by its name "
-        f"({', '.join(NAMES)})"
+        f"({', '.join(DROPOUTS)})"
     )
 
 

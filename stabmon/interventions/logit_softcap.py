@@ -14,10 +14,9 @@ from stabmon.interventions.effects.attributes import AttributesChanged, describe
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.score_replay import can_replay, replay
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.model_names import SOFTCAPS
 from stabmon.projections.not_applicable import NotApplicable
 
-NAMES = ("attn_logit_softcapping", "attn_logit_softcap", "logit_softcap", "softcap", "attn_softcap")
-"""What models with a softcap call it on their attention modules."""
 CODE = (
     "scores = {cap:g} * torch.tanh(scores / {cap:g})  # in the attention's forward, before the "
     "mask is added"
@@ -86,7 +85,7 @@ class LogitSoftcap(Intervention):
     def _place(self, run: TrainingRun, layer: str) -> tuple[str, Any]:
         """The attribute that holds a layer's softcap, and what is there."""
         module = run.module(layer)
-        name = next((n for n in NAMES if n in vars(module)), None)
+        name = next((n for n in SOFTCAPS if n in vars(module)), None)
         if name is None:
             advice = CODE.format(cap=self.cap)
             raise NotApplicable(
@@ -114,7 +113,7 @@ class LogitSoftcap(Intervention):
     def check_saved(self, effect: Stored) -> None:
         for each in effect["caps"].parts():
             layer, name, before = each.parts(3)
-            _ = layer.text(), name.one_of(NAMES), before.maybe(Stored.number)
+            _ = layer.text(), name.one_of(SOFTCAPS), before.maybe(Stored.number)
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return _Capped(

@@ -15,10 +15,8 @@ from stabmon.interventions.effects.attributes import AttributesChanged, describe
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.score_replay import can_replay, deepest_first, replayed_scores
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.model_names import SCALES
 from stabmon.projections.not_applicable import NotApplicable
-
-NAMES = ("scaling", "scale", "softmax_scale", "norm_factor", "inv_norm_factor")
-"""What attention modules call the number that scores are multiplied by."""
 
 
 @intervention
@@ -106,7 +104,7 @@ class SoftenLogits(Intervention):
     def check_saved(self, effect: Stored) -> None:
         for each in effect["scales"].parts():
             layer, name, value = each.parts(3)
-            _ = layer.text(), name.one_of(NAMES), value.number()
+            _ = layer.text(), name.one_of(SCALES), value.number()
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         return self._set(
@@ -152,11 +150,11 @@ def scale_of(module: nn.Module, layer: str) -> str:
     Raises:
         NotApplicable: if it holds none that is known by its name.
     """
-    for name in NAMES:
+    for name in SCALES:
         if isinstance(getattr(module, name, None), float):
             return name
     raise NotApplicable(
         f"{layer} ({type(module).__name__}) holds no scale that could be lowered "
-        f"({', '.join(NAMES)})",
+        f"({', '.join(SCALES)})",
         "pass scale=… to scaled_dot_product_attention, and read it from an attribute of the module",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +13,15 @@ from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.tensors import local
+from stabmon.model_names import LABELS, MASKS
 from stabmon.operator import AttentionOperator
 from stabmon.records import Cause
-
-_LABELS = re.compile(r"label|target|^y$|^tgt", re.IGNORECASE)
-_MASK = re.compile(r"mask|bias", re.IGNORECASE)
 
 
 def of_input(call: ForwardCall, name: str) -> Cause:
     """The cause where an input of the model is not finite, by the argument's name."""
     name = _in_signature(call, name)
-    return "labels" if _LABELS.search(name) else "mask" if _MASK.search(name) else "data"
+    return "labels" if LABELS.search(name) else "mask" if MASKS.search(name) else "data"
 
 
 def of_values(tensor: Tensor, modules: Iterable[nn.Module] = ()) -> Cause:
@@ -64,7 +61,7 @@ def unused_labels(call: ForwardCall) -> str:
             and tensor.dtype != torch.bool
         )
         name = _in_signature(call, name)
-        if not whole or not tensor.numel() or not _LABELS.search(name):
+        if not whole or not tensor.numel() or not LABELS.search(name):
             continue
         counted = tensor[..., 1:] if tensor.dim() > 1 and tensor.shape[-1] > 1 else tensor
         if bool((counted < 0).all()):

@@ -14,7 +14,16 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from stabmon.capture.protocol import HEADS
+from stabmon.model_names import (
+    FUSED_PROJECTIONS,
+    HEAD_COUNTS,
+    HEAD_WIDTHS,
+    INTERLEAVED_PROJECTIONS,
+    KEY_NORMS,
+    KEY_PROJECTIONS,
+    QUERY_NORMS,
+    QUERY_PROJECTIONS,
+)
 from stabmon.projections.adapters import (
     EffectiveUpdate,
     EffectiveWeight,
@@ -24,61 +33,10 @@ from stabmon.projections.adapters import (
     row_gain,
 )
 from stabmon.projections.head_rows import QueryKey, Rows
-from stabmon.projections.norm_gains import KEY_NORM, QUERY_NORM, behind_norm, gain_and_bias
+from stabmon.projections.norm_gains import behind_norm, gain_and_bias
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import LayerInfo
 
-QUERY = (
-    *(
-        "q_proj",
-        "query",
-        "q",
-        "q_lin",
-        "wq",
-        "to_q",
-        "q_linear",
-        "query_proj",
-        "linear_q",
-        "q_b_proj",
-        "q_attn",
-        "query_layer",
-    ),
-    *("W_q", "w_q", "Wq", "fc_q"),
-)
-KEY = (
-    *("k_proj", "key", "k", "k_lin", "wk", "to_k", "k_linear", "key_proj", "linear_k", "key_layer"),
-    *("W_k", "w_k", "Wk", "fc_k"),
-)
-FUSED = (
-    *(
-        "c_attn",
-        "qkv",
-        "qkv_proj",
-        "query_key_value",
-        "Wqkv",
-        "W_pack",
-        "to_qkv",
-        "in_proj",
-        "attn_qkv",
-        "wqkv",
-        "c_qkv",
-    ),
-    *("linear_qkv", "q_k_v"),
-)
-"""What models call one projection for queries, keys and values."""
-INTERLEAVED = ("query_key_value", "linear_qkv", "wqkv")
-"""Those of them that usually hold a group's queries, its key and its value side by side (GPT-NeoX,
-Bloom, Falcon, Megatron, InternLM).
-"""
-WIDTHS = (
-    "qk_head_dim",
-    "head_dim",
-    "head_size",
-    "attention_head_size",
-    "key_value_proj_dim",
-    "d_kv",
-)
-"""What models call D."""
 SEPARATE = (
     "give the attention module projections named q_proj and k_proj, or one named qkv in "
     "the order q, k, v"
@@ -99,22 +57,22 @@ def find_query_key(module: nn.Module, info: LayerInfo | None = None) -> list[Que
     heads, width = _heads(module, info)
     if isinstance(module, nn.MultiheadAttention):
         return [_torch_multihead(module)]
-    query_name, query = _child(module, QUERY)
+    query_name, query = _child(module, QUERY_PROJECTIONS)
     if query is not None:
-        _, key = _child(module, KEY)
+        _, key = _child(module, KEY_PROJECTIONS)
         found = [_separate(query_name, query, key, heads, width)]
     else:
-        name, fused = _child(module, FUSED)
+        name, fused = _child(module, FUSED_PROJECTIONS)
         if fused is None:
             raise NotApplicable(
                 f"{type(module).__name__} has no projection of queries that is known by its name",
                 SEPARATE,
             )
         found = _fused(name, fused, heads, width)
-    name, norm = _child(module, QUERY_NORM)
+    name, norm = _child(module, QUERY_NORMS)
     if norm is None or isinstance(norm, nn.Identity):
         return found
-    _, key_norm = _child(module, KEY_NORM)
+    _, key_norm = _child(module, KEY_NORMS)
     others = [*found[0].all_rows(), *([] if key_norm is None else gain_and_bias(key_norm))]
     return [behind_norm(name, norm, heads, width or _width(found[0]), others)]
 
@@ -126,9 +84,9 @@ def find_effective(module: nn.Module, info: LayerInfo | None = None) -> Effectiv
     Raises:
         NotApplicable: for adapters of a kind that is not known.
     """
-    _, query = _child(module, QUERY)
-    _, key = _child(module, KEY)
-    name, fused = _child(module, FUSED)
+    _, query = _child(module, QUERY_PROJECTIONS)
+    _, key = _child(module, KEY_PROJECTIONS)
+    name, fused = _child(module, FUSED_PROJECTIONS)
     if not any(is_adapter(each) for each in ((query, key) if query is not None else (fused,))):
         return None
     if query is not None:
@@ -161,7 +119,10 @@ def is_adapted(module: nn.Module) -> bool:
             module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
         )
         return not weight.requires_grad
-    query, key, fused = (_child(module, names)[1] for names in (QUERY, KEY, FUSED))
+    query, key, fused = (
+        _child(module, names)[1]
+        for names in (QUERY_PROJECTIONS, KEY_PROJECTIONS, FUSED_PROJECTIONS)
+    )
     return any(
         each is not None and is_frozen(each)
         for each in ((query, key) if query is not None else (fused,))
@@ -186,11 +147,15 @@ def _heads(module: nn.Module, info: LayerInfo | None) -> tuple[int, int | None]:
     if info is not None:
         return info.heads, info.head_dim
     for owner in (module, getattr(module, "config", None)):
-        for name in HEADS:
+        for name in HEAD_COUNTS:
             heads = getattr(owner, name, None)
             if isinstance(heads, int) and not isinstance(heads, bool) and heads > 0:
                 width = next(
-                    (each for n in WIDTHS if isinstance(each := getattr(module, n, None), int)),
+                    (
+                        each
+                        for n in HEAD_WIDTHS
+                        if isinstance(each := getattr(module, n, None), int)
+                    ),
                     None,
                 )
                 return heads, width
@@ -329,7 +294,7 @@ def _orders(
         [(at * (group + 2) + group) * width for at in range(key_heads)],
     )
     orders = {"q, k, v in turn": one_after_the_other, "group by group": by_group}
-    if name in INTERLEAVED:
+    if name in INTERLEAVED_PROJECTIONS:
         orders = dict(reversed(orders.items()))
     if by_group == one_after_the_other:
         orders = dict(list(orders.items())[:1])

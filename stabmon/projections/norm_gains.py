@@ -11,29 +11,6 @@ from stabmon._torch.snippets import QK_NORM
 from stabmon.projections.head_rows import QueryKey, Rows
 from stabmon.projections.not_applicable import NotApplicable
 
-QUERY_NORM = (
-    "q_norm",
-    "query_norm",
-    "q_layernorm",
-    "query_layernorm",
-    "norm_q",
-    "ln_q",
-    "q_ln",
-    "query_layer_norm",
-    "q_layer_norm",
-)
-KEY_NORM = (
-    "k_norm",
-    "key_norm",
-    "k_layernorm",
-    "key_layernorm",
-    "norm_k",
-    "ln_k",
-    "k_ln",
-    "key_layer_norm",
-    "k_layer_norm",
-)
-
 
 def behind_norm(
     name: str, norm: nn.Module, heads: int, width: int, others: Sequence[Rows]

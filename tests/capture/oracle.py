@@ -1,4 +1,4 @@
-"""What a model's attention probabilities are, by ways that share nothing with the capture."""
+"""Attention probabilities of a model, computed in ways that share nothing with the capture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stabmon.records import AttentionCall
 
 
 def probabilities(call: AttentionCall) -> Tensor:
-    """``[B, H, Q, K]`` in float64 as a record says; a row with no visible key is NaN."""
+    """Return a record's probabilities ``[B, H, Q, K]`` in float64; rows that see no key are NaN."""
     if call.scores is not None:
         scores = call.scores.double()
     else:
@@ -46,7 +46,7 @@ def probabilities(call: AttentionCall) -> Tensor:
 def captured(
     model: nn.Module, inputs: dict[str, Any], **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, int], list[AttentionCall]]:
-    """Layer -> probabilities of one forward, calls by adapter, and the calls."""
+    """Return probabilities by layer, calls by adapter, and the calls of one forward."""
     calls: list[AttentionCall] = []
     errors: list[Exception] = []
     with AttentionCapture(model, calls.append, on_error=errors.append, **options) as capture:
@@ -57,7 +57,7 @@ def captured(
 
 
 def returned(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """The probabilities that an eager transformers model returns, in the order of its calls."""
+    """Return the probabilities that an eager transformers model returns, in the order of calls."""
     with torch.no_grad():
         outputs = model(**inputs, output_attentions=True)
     parts = [outputs.get(name) for name in ("attentions", "encoder_attentions")]
@@ -71,7 +71,7 @@ def returned(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
 def of_fused_kernel(
     model: nn.Module, inputs: dict[str, Any], patch: pytest.MonkeyPatch
 ) -> list[Tensor]:
-    """What torch's fused function itself does: its output for the identity matrix as values."""
+    """Return the output of torch's fused function for the identity matrix as values."""
     found: list[Tensor] = []
     kernel = nn.functional.scaled_dot_product_attention
 
@@ -88,7 +88,7 @@ def of_fused_kernel(
 
 
 def of_multihead(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """The weights that each ``nn.MultiheadAttention`` of a model gives when asked for them."""
+    """Return the weights that each ``nn.MultiheadAttention`` of a model returns on request."""
     asked: list[tuple[nn.MultiheadAttention, Any, Any]] = []
     hooks = [
         module.register_forward_pre_hook(
@@ -108,7 +108,7 @@ def of_multihead(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
 
 
 def of_hand_written(model: nn.Module, inputs: dict[str, Any], how: str) -> list[Tensor]:
-    """The causal attention of the zoo's own ``Attention``, from its input in float64."""
+    """Return the causal attention of the zoo's own ``Attention``, from its input in float64."""
     seen: list[Tensor] = []
     blocks = list(model.blocks)  # type: ignore[arg-type]
     hooks = [

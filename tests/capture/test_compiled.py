@@ -29,9 +29,7 @@ def counter(backend: str = "aot_eager") -> Any:
 
 
 class Noisy(nn.Module):
-    """A tower with dropout, a running mean, a counter of its own, and a draw from Python's
-    generator.
-    """
+    """A tower with dropout, a running mean, a counter, and a draw from Python's generator."""
 
     def __init__(self, how: str = "fused") -> None:
         super().__init__()
@@ -145,7 +143,7 @@ def test_a_first_opening_before_anything_was_compiled_changes_nothing() -> None:
     assert backend.frame_count == 1
 
 
-def test_what_a_shadow_shows_is_the_batch_of_the_real_forward() -> None:
+def test_a_shadow_shows_the_batch_of_the_real_forward() -> None:
     model = seeded(lambda: Tower(lambda: Attention("fused")))
     calls: list[AttentionCall] = []
     x = noise(BATCH, LENGTH, WIDTH)

@@ -1,6 +1,4 @@
-"""Of each family, in each implementation: every call is seen once, and what is seen gives the
-model's own probabilities.
-"""
+"""Each family and implementation: every call is seen once, with the model's own probabilities."""
 
 import pytest
 import torch
@@ -29,7 +27,7 @@ def compare(found: dict[str, torch.Tensor], expected: list[torch.Tensor]) -> Non
 @pytest.mark.parametrize(
     "name", [n for n in ZOO if is_from_transformers(n) and n != "falcon_alibi-sdpa"]
 )
-def test_what_is_seen_of_a_transformers_model_is_what_its_eager_twin_returns(name: str) -> None:
+def test_probabilities_seen_of_a_transformers_model_are_those_of_its_eager_copy(name: str) -> None:
     model, inputs = ZOO[name]()
     with torch.set_grad_enabled("flex" not in name):
         found, calls, records = captured(model, inputs)
@@ -41,7 +39,7 @@ def test_what_is_seen_of_a_transformers_model_is_what_its_eager_twin_returns(nam
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.endswith(("-sdpa", "-fused"))])
-def test_what_is_seen_of_a_fused_call_is_what_the_kernel_does_to_the_identity(
+def test_probabilities_seen_of_a_fused_call_are_its_output_for_the_identity(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs = ZOO[name]()
@@ -51,7 +49,7 @@ def test_what_is_seen_of_a_fused_call_is_what_the_kernel_does_to_the_identity(
 
 
 @pytest.mark.parametrize("name", ["multihead-fused", "multihead-weights", "transformer_encoder"])
-def test_what_is_seen_of_torch_s_multihead_attention_is_what_it_returns(name: str) -> None:
+def test_probabilities_seen_of_torch_s_multihead_attention_are_those_it_returns(name: str) -> None:
     model, inputs = ZOO[name]()
     found, calls, _ = captured(model, inputs)
     compare(found, of_multihead(model, inputs))
@@ -59,7 +57,7 @@ def test_what_is_seen_of_torch_s_multihead_attention_is_what_it_returns(name: st
 
 
 @pytest.mark.parametrize("how", HAND_WRITTEN)
-def test_what_is_seen_of_hand_written_attention_is_its_formula(how: str) -> None:
+def test_probabilities_seen_of_hand_written_attention_are_those_of_its_formula(how: str) -> None:
     model, inputs = ZOO[f"hand_written-{how}"]()
     with torch.set_grad_enabled("flex" not in how):
         found, calls, _ = captured(model, inputs)

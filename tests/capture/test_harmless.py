@@ -1,4 +1,4 @@
-"""A capture changes nothing of a model's training and leaves nothing behind."""
+"""Neutrality: a capture changes nothing of a model's training and leaves nothing behind."""
 
 import copy
 import logging
@@ -35,13 +35,13 @@ TRAINED = [
 
 
 def ignore(call: AttentionCall) -> None:
-    """A receiver that computes what a monitor would, and keeps nothing."""
+    """Compute the statistics that a monitor would, and keep nothing."""
     if call.query is not None and call.key is not None:
         (call.query.float().norm() * call.key.float().norm() * call.scale).exp()
 
 
 def surroundings(model: nn.Module) -> tuple[Any, ...]:
-    """All that a capture could leave behind."""
+    """Return all state in which a capture could leave something behind."""
     import torch._dynamo.eval_frame as dynamo
 
     hooks = [
@@ -220,7 +220,7 @@ class Checkpointed(nn.Module):
 
 
 def selective() -> Any:
-    """Selective checkpointing that keeps the results of every second operation."""
+    """Return selective checkpointing that keeps the results of every second operation."""
     return create_selective_checkpoint_contexts(
         lambda ctx, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE
     )
@@ -328,7 +328,7 @@ def test_torch_functions_are_watched_no_longer_once_the_interface_shows_everythi
         assert _get_current_function_mode_stack()
 
 
-def test_an_attention_function_of_somebody_else_is_seen_as_what_it_computes() -> None:
+def test_an_attention_function_of_another_package_is_seen_by_its_torch_functions() -> None:
     def doubled(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
     ) -> Any:
@@ -352,7 +352,7 @@ def test_an_attention_function_of_somebody_else_is_seen_as_what_it_computes() ->
     torch.testing.assert_close(calls[2].query, 2 * calls[0].query)
 
 
-def test_a_model_without_attention_says_what_was_looked_for() -> None:
+def test_a_model_without_attention_gets_the_list_of_kinds_looked_for() -> None:
     with AttentionCapture(nn.Linear(2, 2), ignore) as capture:
         capture.model(torch.ones(1, 2))
     assert capture.calls == {}

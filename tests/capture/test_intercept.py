@@ -1,6 +1,4 @@
-"""Acting around attention calls: all of them, with the model's own results where nothing is
-changed, and nothing left behind.
-"""
+"""Interception of every attention call: it changes what it is asked to, and leaves nothing."""
 
 from __future__ import annotations
 
@@ -133,7 +131,7 @@ def test_every_call_is_seen_and_the_output_is_rebuilt_from_weights_and_values(na
 
 
 @torch.no_grad()
-def test_what_around_raises_reaches_the_caller_and_leaves_nothing_behind() -> None:
+def test_an_error_of_around_reaches_the_caller_and_leaves_nothing_behind() -> None:
     model, interface = llama(), AttentionInterface.get_interface
 
     def around(site: AttentionSite) -> object:

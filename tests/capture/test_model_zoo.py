@@ -1,6 +1,4 @@
-"""Twenty classes of transformers from the bench over all of them: what is not exact is said, and
-nothing is changed.
-"""
+"""Twenty classes of transformers from the bench: what is not seen is said, nothing is changed."""
 
 import sys
 import warnings

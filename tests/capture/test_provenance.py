@@ -1,6 +1,4 @@
-"""Scores reach a softmax in many ways, and weights are used in many ways: what is told of each is
-what the model computes.
-"""
+"""Many ways of scores to a softmax and of weights to a use, each recorded as the model computes."""
 
 import weakref
 
@@ -22,7 +20,7 @@ SCORES = Q @ K.mT / 2
 
 
 class Attends(nn.Module):
-    """Runs a function that attends with a number of heads."""
+    """Module that runs a function that attends with a number of heads."""
 
     def __init__(self, function, heads: int | None = H) -> None:
         super().__init__()
@@ -67,7 +65,7 @@ NAMES = (
 
 
 def expected(scores: Tensor, hidden: Tensor | None = None) -> dict[str, list[float]]:
-    """The signals of scores ``[B, H, Q, K]``, from their definitions in float64."""
+    """Return the signals of scores ``[B, H, Q, K]``, from their definitions in float64."""
     z = scores.double()
     seen = torch.ones_like(z, dtype=torch.bool) if hidden is None else ~hidden.expand(z.shape)
     p = z.masked_fill(~seen, -torch.inf).softmax(-1)
@@ -548,7 +546,7 @@ def test_softmax_off_by_one_has_a_sink_at_zero() -> None:
         "vmap",
     ],
 )
-def test_what_is_no_softmax_over_keys_or_cannot_be_told_is_not_shown(function) -> None:
+def test_a_softmax_over_no_keys_or_of_unknown_origin_is_not_shown(function) -> None:
     assert calls_of(function, Q, K, V) == []
 
 
@@ -561,7 +559,7 @@ def test_a_joined_column_that_has_a_value_is_a_key() -> None:
     agree(only(attend, Q, K, V), torch.cat([Q @ null.mT / 2, SCORES], -1))
 
 
-def test_scores_changed_after_the_softmax_are_told_as_they_were() -> None:
+def test_scores_changed_after_the_softmax_are_recorded_as_they_were() -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.mT / 2
         p = scores.softmax(-1)
@@ -582,9 +580,7 @@ WINDOWS = {
 @pytest.mark.parametrize("heads", [H, None])
 @pytest.mark.parametrize("how", WINDOWS)
 def test_heads_are_found_beside_windows(how: str, heads: int | None) -> None:
-    """Projected ``[B, windows, L, H * D]`` as models do, so that heads lie beside the head
-    dimension in memory.
-    """
+    """Project to ``[B, windows, L, H * D]``: heads lie beside the head dimension in memory."""
     windows = H if how.startswith("as many") else 4
     q, k = (
         noise(2, windows, n, H * 4, seed=n).view(2, windows, n, H, 4).transpose(2, 3)

@@ -10,7 +10,7 @@ from stabmon._torch.isolation import has_hooks_of_others, side_effect_free
 
 
 class Holds(nn.Module):
-    """Draws from generators of its own and keeps notes of each forward."""
+    """Module that draws from generators of its own and keeps notes of each forward."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ def test_generators_and_containers_that_modules_hold_are_put_back():
     assert model.draw() == other.draw()
 
 
-def test_a_hook_of_a_person_s_is_told_from_one_of_torch():
+def test_a_hook_of_a_user_is_distinguished_from_one_of_torch():
     model = nn.utils.spectral_norm(nn.Linear(2, 2))
     assert not has_hooks_of_others(model)
     handle = model.register_forward_hook(lambda *_: None)

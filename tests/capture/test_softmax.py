@@ -1,4 +1,4 @@
-"""Which softmax is attention, and what is told of it."""
+"""Softmaxes that are attention, and the record of each."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from stabmon.records import AttentionCall
 
 
 class Module(nn.Module):
-    """Runs a function in its forward."""
+    """Module that runs a function in its forward."""
 
     def __init__(self, function, **attributes: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def calls_of(module: nn.Module, *tensors: Tensor, **options) -> list[AttentionCa
 
 
 def used(weights: Tensor) -> Tensor:
-    """The weights, after something was summed with them."""
+    """Return the weights after something was summed with them."""
     weights @ weights.new_ones(weights.shape[-1], 2)
     return weights
 
@@ -108,13 +108,20 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_whatever_happens_between_product_and_softmax_the_probabilities_come_out(form: str) -> None:
+def test_probabilities_are_exact_whatever_lies_between_product_and_softmax(form: str) -> None:
     own: list[Tensor] = []
     (call,) = calls_of(Module(lambda q, k: own.append(used(FORMS[form](q, k)))), Q, K)
     torch.testing.assert_close(probabilities(call), own[0].double(), atol=1e-6, rtol=1e-5)
     assert call.layer == "a"
     assert not call.fused
     assert (call.scores is None) == (call.query is not None)
+
+
+@pytest.mark.parametrize("divide", [torch.div, torch.divide, torch.true_divide, Tensor.__truediv__])
+def test_every_division_of_scores_is_read_as_their_scale(divide) -> None:
+    (call,) = calls_of(Module(lambda q, k: used(divide(q @ k.mT, 4.0).softmax(-1))), Q, K)
+    assert call.scale == 0.25
+    torch.testing.assert_close(call.query, Q)
 
 
 GROUPED, SHARED = noise(2, 3, 2, 5, 8, seed=3), noise(2, 3, 7, 8, seed=4)
@@ -149,10 +156,10 @@ def test_windows_are_batch_and_heads_are_heads(heads: int | None, shape: tuple[i
     torch.testing.assert_close(call.query @ call.key.mT, (GROUPED @ key.mT).reshape(shape))
 
 
-def test_large_scores_are_explained_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stabmon.capture.masks import recover as explain
+def test_masks_of_many_scores_are_recovered_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stabmon.capture.masks import recover
 
-    monkeypatch.setattr(explain, "BLOCK", 40)
+    monkeypatch.setattr(recover, "BLOCK", 40)
     for form in ("bias and mask", "where", "baddbmm", "capped"):
         own: list[Tensor] = []
         (call,) = calls_of(
@@ -161,7 +168,7 @@ def test_large_scores_are_explained_in_blocks(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(probabilities(call), own[0].double(), atol=1e-6, rtol=1e-5)
 
 
-def test_keys_hidden_from_one_head_only_are_told() -> None:
+def test_keys_hidden_from_one_head_only_are_in_the_mask() -> None:
     hidden = torch.zeros(3, 5, 7, dtype=torch.bool)
     hidden[1, 2, 3] = True
     (call,) = calls_of(
@@ -170,7 +177,7 @@ def test_keys_hidden_from_one_head_only_are_told() -> None:
     assert torch.equal(call.mask, ~hidden.expand(2, 3, 5, 7))
 
 
-def test_a_constant_that_hides_keys_is_told_from_scores() -> None:
+def test_a_constant_that_hides_keys_is_not_taken_for_scores() -> None:
     for form in ("where", "added constant"):
         (call,) = calls_of(Module(lambda q, k, form=form: used(FORMS[form](q, k))), Q, K)
         assert call.scale == pytest.approx(0.5)
@@ -186,7 +193,7 @@ def test_scores_that_are_large_are_not_taken_for_hidden_keys() -> None:
 
 
 @pytest.mark.parametrize(("attributes", "heads"), [({"num_heads": 3}, 3), ({}, 1)])
-def test_folded_heads_are_told_by_the_module(attributes: dict[str, int], heads: int) -> None:
+def test_folded_heads_are_counted_by_the_module(attributes: dict[str, int], heads: int) -> None:
     def attend(q: Tensor, k: Tensor) -> Tensor:
         return used(torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1))
 
@@ -229,7 +236,7 @@ def test_a_named_module_s_softmax_is_attention_whatever_it_is_taken_of() -> None
     torch.testing.assert_close(call.scores, -torch.cdist(Q, K))
 
 
-def test_half_precision_scores_are_told_by_query_and_key() -> None:
+def test_half_precision_scores_are_recorded_as_query_and_key() -> None:
     (call,) = calls_of(
         Module(lambda q, k: used((q @ k.mT * 8**-0.5).softmax(-1))), Q.bfloat16(), K.bfloat16()
     )

@@ -1,6 +1,4 @@
-"""Models of transformers whose scores reach the softmax by detours: each softmax that is used is
-seen, exactly, with the right heads.
-"""
+"""Models of transformers with detours between scores and softmax, each seen exactly."""
 
 from collections.abc import Callable
 from typing import Any
@@ -119,7 +117,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], list[int]]] = {
 
 
 class Softmaxes(TorchDispatchMode):
-    """The results of all softmaxes, as the kernels give them."""
+    """Dispatch mode that keeps the results of all softmaxes, as the kernels return them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +133,7 @@ class Softmaxes(TorchDispatchMode):
 
 
 def entropies(p: Tensor) -> Tensor:
-    """Those of all rows, sorted."""
+    """Return the entropies of all rows, sorted."""
     return torch.special.entr(p.double()).sum(-1).flatten().sort().values
 
 

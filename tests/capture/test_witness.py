@@ -1,4 +1,4 @@
-"""Attention that no adapter records is named, and what is no attention is not."""
+"""Attention that no adapter records is named, and nothing else is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer(nn.Module):
-    """Self-attention whose core is given; ``core`` takes and gives ``[B, H, L, D]``."""
+    """Self-attention with a given core, which takes and returns ``[B, H, L, D]``."""
 
     def __init__(self, core: Core) -> None:
         super().__init__()
@@ -37,21 +37,19 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def over_slots(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A softmax over the queries that is normalised over the keys again, as slot attention is."""
+    """Attend by a softmax over queries, normalised over keys again, as slot attention does."""
     weights = (q @ k.mT).softmax(-2)
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scores picked by a bool mask into one list and laid out again, which loses where their rows
-    and keys lie.
-    """
+    """Attend by scores picked into one list and laid out again, which loses their axes."""
     scores = q @ k.mT
     return scores[torch.ones_like(scores, dtype=torch.bool)].view(scores.shape).softmax(-1) @ v
 
 
 class Opaque(torch.autograd.Function):
-    """A kernel of somebody's, by the name that such kernels have."""
+    """A kernel of another package, by the name that such kernels have."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -92,7 +90,7 @@ def batch() -> Tensor:
 
 
 def unseen(model: nn.Module, x: Tensor | None = None, *, gradients: bool = True) -> dict[str, str]:
-    """What the witness says of one forward."""
+    """Return the attention of one forward that the witness reports as not seen."""
     capture = AttentionCapture(model, lambda call: None, on_error=pytest.fail)
     with torch.set_grad_enabled(gradients), capture:
         capture.witness.end(model(batch() if x is None else x))
@@ -105,7 +103,7 @@ def test_a_layer_that_is_not_seen_is_named_beside_one_that_is(core: Core, gradie
     assert unseen(Tower(plain, core), gradients=gradients) == {"layers.1": "a softmax of a product"}
 
 
-def test_what_is_seen_is_not_named() -> None:
+def test_attention_that_is_seen_is_not_named() -> None:
     fused = F.scaled_dot_product_attention
     assert unseen(Tower(plain, fused)) == {}
     assert unseen(nn.TransformerEncoderLayer(WIDTH, HEADS, 16, batch_first=True)) == {}
@@ -147,7 +145,7 @@ def test_a_model_that_runs_in_another_thread_is_said_to() -> None:
 
 
 class NoAttention(nn.Module):
-    """Everything that takes a softmax and attends to nothing."""
+    """Model with every kind of softmax that is no attention."""
 
     def __init__(self) -> None:
         super().__init__()

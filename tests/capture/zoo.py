@@ -29,8 +29,9 @@ BERT_SIZES = {
 
 
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model with the same weights each time, and large enough ones to tell one attention pattern
-    from another.
+    """Build a model with the same weights each time.
+
+    They are large enough to make one attention pattern differ from another.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -47,7 +48,7 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
 def tokens(
     length: int = LENGTH, *, seed: int = 1, padding: int = 0, side: str = "right"
 ) -> dict[str, Any]:
-    """Token numbers and their mask, the second row padded."""
+    """Return token numbers and their mask, the second row padded."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (BATCH, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -58,12 +59,12 @@ def tokens(
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
-    """Normal numbers."""
+    """Return normal numbers."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def llama_like(name: str, implementation: str, **changes: Any) -> Built:
-    """A decoder of the Llama family, grouped heads 4:2."""
+    """Return a decoder of the Llama family, grouped heads 4:2."""
     import transformers
 
     sizes: dict[str, Any] = dict(
@@ -82,7 +83,7 @@ def llama_like(name: str, implementation: str, **changes: Any) -> Built:
 
 
 def decoder(config: Any, implementation: str, inputs: dict[str, Any] | None = None) -> Built:
-    """A causal language model of a config."""
+    """Return the causal language model of a config."""
     from transformers import AutoModelForCausalLM
 
     build = seeded(
@@ -243,7 +244,7 @@ def mpt() -> Built:
 
 
 def encoder(name: str, implementation: str, **changes: Any) -> Built:
-    """A BERT-like encoder with padding."""
+    """Return a BERT-like encoder with padding."""
     import transformers
 
     sizes: dict[str, Any] = BERT_SIZES
@@ -463,11 +464,10 @@ def transformer_encoder() -> Built:
 
 
 def zoo() -> dict[str, Callable[[], Built]]:
-    """Name -> builder of (model in training mode without dropout, keyword arguments of its
-    forward).
+    """Return builders by name, of a model and the keyword arguments of its forward.
 
-    FlexAttention has no backward on CPU: run the models with ``flex`` in their name without
-        gradients.
+    Models are in training mode without dropout. FlexAttention has no backward on CPU: run those
+    with ``flex`` in their name without gradients.
     """
     models: dict[str, Callable[[], Built]] = {}
 

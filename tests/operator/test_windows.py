@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stabmon.capture.masks.recover import explain
+from stabmon.capture.masks.recover import recover_mask
 from stabmon.capture.provenance.axes import Axes
-from stabmon.capture.provenance.products import Product
+from stabmon.capture.provenance.products import ScoreProvenance
 from stabmon.records import AttentionCall
 from stabmon.signals import SIGNALS
 from stabmon.signals.reduce import measure, operator_of
@@ -44,7 +44,7 @@ def of_windows(windows, kind):
     scores = query @ key.mT + added
     call = AttentionCall("a", None, None, scale=1.0)
     axes = Axes(frozenset({2}), frozenset({3}))
-    return call, scores, Product(query, key, torch.float32, axes, masked=True), query, key
+    return call, scores, ScoreProvenance(query, key, torch.float32, axes, masked=True), query, key
 
 
 @pytest.mark.parametrize("kind", ["mask", "bias"])
@@ -53,7 +53,7 @@ def test_windows_are_explained_together_and_rightly(kind):
     for windows in (16, 128):
         given = of_windows(windows, kind)
         with Work() as work:
-            full = explain(*given)
+            full = recover_mask(*given)
         counts.append(work.operations)
     assert counts[1] <= counts[0] + 8
     mask = full.mask if kind == "bias" else torch.where(full.mask, 0.0, -torch.inf)
@@ -64,7 +64,7 @@ def test_windows_are_explained_together_and_rightly(kind):
 def test_the_work_of_measuring_grows_with_the_windows_and_no_faster(kind):
     elements = []
     for windows in (128, 512):
-        call = explain(*of_windows(windows, kind))
+        call = recover_mask(*of_windows(windows, kind))
         with Work() as work:
             measure(operator_of(call, "blockwise"), list(SIGNALS))
         elements.append(work.elements)

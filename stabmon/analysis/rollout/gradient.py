@@ -28,7 +28,7 @@ from stabmon.analysis.rollout.mixing import SampleMaps, maps_of, sample_of
 from stabmon.analysis.rollout.objectives import Objective, objective_of
 from stabmon.analysis.rollout.positions import Positions
 from stabmon.capture.intercept import AttentionSite, intercepted
-from stabmon.capture.protocol import layout
+from stabmon.capture.layout import layout
 from stabmon.records import AttentionCall
 from stabmon.signals.reduce import operator_of
 

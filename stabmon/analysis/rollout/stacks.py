@@ -9,21 +9,11 @@ from typing import Literal
 
 from torch import nn
 
+from stabmon.capture.callers import attends_itself
 from stabmon.capture.names import ModuleNames
-from stabmon.capture.same_positions import attends_itself
+from stabmon.model_names import CROSS_ATTENTION, TOWER
 from stabmon.records import AttentionCall
 
-CROSS_NAME = re.compile(
-    r"cross|enc_?dec|encoder_?attn|encoder_?attention|src_?attn|memory_?attn", re.I
-)
-"""Names of a block's attention over another sequence.
-
-``crossattention``, ``EncDecAttention``, ``encoder_attn`` …
-"""
-TOWER_NAME = re.compile(
-    r"enc|dec|text|vision|visual|image|audio|language|query_tower|key_tower", re.I
-)
-"""Names of parts to take as stacks in models without lists of blocks."""
 NUMBERED = re.compile(r"^\D*\d+$")
 """``0`` in ``layers.0``, ``block1``."""
 
@@ -116,7 +106,7 @@ class CallReader:
         attention: there they are merged or cached.
         """
         says = getattr(call.module, "is_cross_attention", None)
-        if says is True or CROSS_NAME.search(tail):
+        if says is True or CROSS_ATTENTION.search(tail):
             return "cross"
         if keys != queries:
             return "cross" if is_second or not is_numbered else "self"
@@ -143,7 +133,7 @@ def split_name(name: str) -> tuple[str, str, str]:
             prefix = ".".join(parts[:at] + ([stem] if stem else []))
             return prefix, ".".join(parts[at + 1 :]), ".".join(parts[: at + 1])
     for at, part in enumerate(parts[:-1]):
-        if TOWER_NAME.search(part):
+        if TOWER.search(part):
             return ".".join(parts[: at + 1]), ".".join(parts[at + 1 :]), ".".join(parts[: at + 1])
     return "", name, ""
 

@@ -1,1 +1,1 @@
-"""Record attention calls: one file a way in which models attend."""
+"""Recorders of attention calls, one file for each way in which models attend."""

@@ -1,37 +1,36 @@
-"""``nn.MultiheadAttention`` and all that is built of it, ``nn.TransformerEncoder`` foremost.
+"""Calls of ``nn.MultiheadAttention``, and of all that is built of it.
 
-Torch's function modes are off inside ``F.multi_head_attention_forward``, so that the two functions
-it attends by are replaced in its own namespace while it runs.
+Torch's function modes are off inside ``F.multi_head_attention_forward``, so the two functions by
+which it attends are replaced in its own namespace while it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from stabmon.capture.adapters.sdpa import PARAMETERS, record_sdpa
-from stabmon.capture.masks.recover import hide
-from stabmon.capture.protocol import bind, kernel_dtype, nearest_module
+from stabmon.capture.callers import nearest_module
+from stabmon.capture.function_mode import kernel_dtype
+from stabmon.capture.masks.recover import is_hidden
+from stabmon.capture.protocol import CaptureSession, bind
 from stabmon.records import AttentionCall
-
-if TYPE_CHECKING:
-    from stabmon.capture.session import AttentionCapture
 
 LEADING = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
 def handle_multihead(
-    capture: AttentionCapture,
+    session: CaptureSession,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Make a call of ``F.multi_head_attention_forward``, and record the attention inside it."""
-    owner = nearest_module(capture.names)
+    """Make a call of ``F.multi_head_attention_forward`` and record its attention."""
+    owner = nearest_module(session.names)
     if owner is None:
         return function(*args, **kwargs)
     module = owner
@@ -39,16 +38,16 @@ def handle_multihead(
     sdpa, softmax = functional.scaled_dot_product_attention, functional.softmax
 
     def watched_sdpa(*args: Any, **kwargs: Any) -> Any:
-        if capture.is_recording():
-            with capture.guarded():
-                record_sdpa(capture, module, bind(PARAMETERS, args, kwargs), adapter="multihead")
+        if session.is_recording():
+            with session.guarded():
+                record_sdpa(session, module, bind(PARAMETERS, args, kwargs), adapter="multihead")
         return sdpa(*args, **kwargs)
 
     def watched_softmax(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if capture.is_recording():
-            with capture.guarded():
+        if session.is_recording():
+            with session.guarded():
                 dtype = kernel_dtype(input)
-                capture.record(
+                session.record(
                     "multihead",
                     module,
                     lambda layer: read_scores(layer, module, input, heads, dtype),
@@ -66,8 +65,9 @@ def handle_multihead(
 def read_scores(
     layer: str, module: nn.Module, scores: Tensor, heads: int, dtype: torch.dtype
 ) -> AttentionCall:
-    """The scores that are formed where the weights are asked for, ``[B * H, Q, K]``."""
-    shown = hide(scores.unflatten(0, (-1, heads)))
+    """Read the scores ``[B * H, Q, K]``, formed where weights are asked for."""
+    scores = scores.unflatten(0, (-1, heads))
+    shown = scores.masked_fill(is_hidden(scores), -torch.inf)
     return AttentionCall(
         layer, None, None, scale=1.0, scores=shown, dtype=dtype, fused=False, module=module
     )

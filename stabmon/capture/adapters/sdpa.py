@@ -1,49 +1,62 @@
-"""Calls of torch's own fused attention function."""
+"""Calls of torch's own fused attention, ``scaled_dot_product_attention``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stabmon.capture.protocol import bind, kernel_dtype, layout, nearest_module
+from stabmon.capture.callers import nearest_module
+from stabmon.capture.function_mode import kernel_dtype
+from stabmon.capture.layout import layout
+from stabmon.capture.protocol import CaptureSession, bind
 from stabmon.records import AttentionCall
-
-if TYPE_CHECKING:
-    from stabmon.capture.session import AttentionCapture
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 def handle_sdpa(
-    capture: AttentionCapture,
+    session: CaptureSession,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Record a call of ``scaled_dot_product_attention``, then make it."""
-    with capture.guarded():
-        module = nearest_module(capture.names)
+    with session.guarded():
+        module = nearest_module(session.names)
         if module is not None:
-            record_sdpa(capture, module, bind(PARAMETERS, args, kwargs))
+            record_sdpa(session, module, bind(PARAMETERS, args, kwargs))
     return function(*args, **kwargs)
 
 
 def record_sdpa(
-    capture: AttentionCapture, module: nn.Module, given: Mapping[str, Any], *, adapter: str = "sdpa"
+    session: CaptureSession, module: nn.Module, given: Mapping[str, Any], *, adapter: str = "sdpa"
 ) -> None:
-    """Record one call of ``scaled_dot_product_attention`` that ``module`` makes."""
+    """Record one call of ``scaled_dot_product_attention`` by ``module``."""
     dtype = kernel_dtype(given["query"])
-    capture.record(adapter, module, lambda layer: read_sdpa(layer, module, given, dtype))
+    session.record(adapter, module, lambda layer: read_sdpa(layer, module, given, dtype))
 
 
 def read_sdpa(
     layer: str, module: nn.Module, given: Mapping[str, Any], dtype: torch.dtype
 ) -> AttentionCall:
-    """The call as documented: its causal mask is aligned at the top left, which is the same for as
-    many keys as queries.
+    """Read a call as torch documents it: ``is_causal`` is aligned at the top left.
+
+    With as many keys as queries, that is the alignment of every other causal mask.
+
+    Args:
+        layer: name of the call.
+        module: the module that attends.
+        given: the call's arguments by name; query ``[..., Q, D]``, key ``[..., K, D]``.
+        dtype: dtype in which the kernel multiplies query and key.
+
+    Returns:
+        The record, laid out by batch and head.
+
+    Raises:
+        ValueError: for nested tensors.
     """
     query, key, mask = given["query"], given["key"], given.get("attn_mask")
     if query.is_nested:
@@ -60,10 +73,10 @@ def read_sdpa(
     queries, keys = query.shape[-2], key.shape[-2]
     is_causal = bool(given.get("is_causal", False))
     if is_causal and queries != keys:
-        mask, is_causal = (
-            torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(),
-            False,
-        )
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+        is_causal = False
+    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
+        mask = mask.float()  # other numbers are added
     scale = given.get("scale")
     return AttentionCall(
         layer=layer,
@@ -71,16 +84,7 @@ def read_sdpa(
         key=key.to(dtype),
         scale=float(scale if scale is not None else query.shape[-1] ** -0.5),
         is_causal=is_causal,
-        mask=additive(mask),
+        mask=mask,
         dtype=dtype,
         module=module,
-    )
-
-
-def additive(mask: Tensor | None) -> Tensor | None:
-    """A mask of bools or floats as it is, other numbers as floats to be added."""
-    return (
-        mask
-        if mask is None or mask.dtype == torch.bool or mask.is_floating_point()
-        else mask.float()
     )

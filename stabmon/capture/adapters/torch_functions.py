@@ -1,31 +1,22 @@
-"""Attention of any model, seen as the torch functions it calls."""
+"""Attention of any model, seen in the torch functions that it calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import (
-    TorchFunctionMode,
-    _get_current_function_mode,
-    _get_current_function_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
+from torch.overrides import TorchFunctionMode
 
 from stabmon.capture.adapters.flex import flex_operator, handle_flex
 from stabmon.capture.adapters.multihead import handle_multihead
 from stabmon.capture.adapters.sdpa import handle_sdpa
 from stabmon.capture.adapters.softmax import handle_softmax, record_softmax
-from stabmon.capture.protocol import Handler, nearest_module
-from stabmon.capture.provenance.mode import Provenance
+from stabmon.capture.callers import nearest_module
+from stabmon.capture.protocol import CaptureSession, Handler
 from stabmon.capture.provenance.operations import operation
-
-if TYPE_CHECKING:
-    from stabmon.capture.session import AttentionCapture
+from stabmon.capture.provenance.tracker import Provenance
 
 HANDLERS: dict[Any, Handler] = {
     functional.scaled_dot_product_attention: handle_sdpa,
@@ -35,8 +26,9 @@ HANDLERS: dict[Any, Handler] = {
 
 
 class FunctionWatch(TorchFunctionMode):
-    """Hands every call of a known function to what reads it; changes nothing. Acts in the thread
-    that pushed it.
+    """Function mode that hands every call of a known function to its reader.
+
+    It changes nothing, and works in the thread that pushed it alone.
     """
 
     looks_for = (
@@ -44,12 +36,12 @@ class FunctionWatch(TorchFunctionMode):
         "a softmax over a product of queries and keys, whose result is used as weights"
     )
 
-    def __init__(self, capture: AttentionCapture) -> None:
+    def __init__(self, session: CaptureSession) -> None:
         super().__init__()
-        self.capture = capture
+        self.session = session
         self.provenance = Provenance(
-            lambda softmax, weights: record_softmax(capture, softmax, weights),
-            lambda: nearest_module(capture.names),
+            lambda softmax, weights: record_softmax(session, softmax, weights),
+            lambda: nearest_module(session.names),
         )
 
     def __torch_function__(
@@ -60,53 +52,22 @@ class FunctionWatch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.capture.is_recording():
+        if not self.session.is_recording():
             return func(*args, **kwargs)
         made = operation(func, args, kwargs)
         if made.name == "softmax":
-            return handle_softmax(self.capture, self.provenance, func, args, kwargs)
+            return handle_softmax(self.session, self.provenance, func, args, kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
-            return handler(self.capture, func, args, kwargs)
-        if (
-            torch._C._functorch.peek_interpreter_stack() is not None
-        ):  # private: vmap and grad wrap tensors; checked in torch 2.13
+            return handler(self.session, func, args, kwargs)
+        # Private, checked with torch 2.13: the innermost of vmap and grad, None outside of both.
+        # They wrap tensors, whose memory and strides say nothing then. If it goes, attention inside
+        # vmap would be followed by wrong strides.
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
-        with self.capture.guarded():
+        with self.session.guarded():
             self.provenance.before(made)
         result = func(*args, **kwargs)
-        with self.capture.guarded():
+        with self.session.guarded():
             self.provenance.after(made, result)
         return result
-
-
-@contextmanager
-def taken_off(mode: TorchFunctionMode | None) -> Iterator[None]:
-    """``mode`` is off, where it lies on top of torch's stack."""
-    if mode is None or _get_current_function_mode() is not mode:
-        yield
-        return
-    _pop_mode()
-    try:
-        yield
-    finally:
-        _push_mode(mode)
-
-
-def push(mode: TorchFunctionMode) -> None:
-    """Put ``mode`` on top of torch's stack."""
-    _push_mode(mode)
-
-
-def remove(mode: TorchFunctionMode | None) -> bool:
-    """Take ``mode`` off torch's stack, leave what others have put on top of it, and tell whether it
-    was there.
-    """
-    if mode is None or not any(mode is other for other in _get_current_function_mode_stack()):
-        return False
-    above = []
-    while (top := _pop_mode()) is not mode:
-        above.append(top)
-    for other in reversed(above):
-        _push_mode(other)
-    return True

@@ -1,5 +1,6 @@
-"""Attention of transformers models, seen where they look up their attention function at every
-forward.
+"""Attention of transformers models, seen in their attention interface.
+
+They look their attention function up at every forward, by ``AttentionInterface.get_interface``.
 """
 
 from __future__ import annotations
@@ -8,48 +9,45 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from stabmon.capture.adapters.transformers_kernels import PARAMETERS, Kernel, Reader, reader
-from stabmon.capture.protocol import bind, kernel_dtype
-
-if TYPE_CHECKING:
-    from stabmon.capture.session import AttentionCapture
+from stabmon.capture.function_mode import kernel_dtype
+from stabmon.capture.protocol import CaptureSession, bind
 
 
 class TransformersInterface:
-    """Wraps what ``AttentionInterface.get_interface`` returns, where transformers has been
-    imported.
+    """Adapter that wraps what ``AttentionInterface.get_interface`` returns.
 
     An attention function that is neither the model's own eager one nor one of the library's is left
-    alone: what it does is seen as torch functions.
+    alone: it is seen as torch functions. Nothing is done where transformers has not been imported.
     """
 
     name = "transformers"
     looks_for = "transformers' AttentionInterface (eager, sdpa, flex, flash)"
 
     @contextmanager
-    def installed(self, capture: AttentionCapture) -> Iterator[None]:
-        """Replaces the class's lookup for as long as it is entered."""
+    def installed(self, session: CaptureSession) -> Iterator[None]:
+        """Replace the class's lookup in here."""
 
-        def look(kernel: Kernel, plain: Kernel, default: Kernel) -> Kernel:
-            if not capture.is_recording():
+        def wrap(kernel: Kernel, plain: Kernel, default: Kernel) -> Kernel:
+            if not session.is_recording():
                 return kernel
             read = reader(plain, default)
             if read is None:
-                capture.declined()
+                session.require_functions()
                 return kernel
-            return watched(kernel, read, capture)
+            return watched(kernel, read, session)
 
-        with wrapped_lookup(look):
+        with wrapped_lookup(wrap):
             yield
 
 
 Wrap = Callable[[Kernel, Kernel, Kernel], Kernel]
-"""``(what is looked up, the same without our wrappers, the model's eager function) -> what the
-model gets``.
+"""``(function looked up, the same without our wrappers, the model's eager function) -> function for
+the model``.
 """
 WRAPPED = "_stabmon_wraps"
 """Attribute of our wrappers: the kernel that they stand for."""
@@ -57,10 +55,13 @@ WRAPPED = "_stabmon_wraps"
 
 @contextmanager
 def wrapped_lookup(wrap: Wrap) -> Iterator[None]:
-    """Hand every attention function that models of transformers look up in here through ``wrap``.
+    """Pass every attention function looked up in transformers through ``wrap``.
 
     Replaces ``AttentionInterface.get_interface``, a class attribute that is read at each forward
-    (checked in transformers 5.23). Does nothing where transformers has not been imported.
+    (checked with transformers 5.23). Does nothing where transformers has not been imported.
+
+    Args:
+        wrap: see :data:`Wrap`; runs at every lookup, which is once per module and forward.
     """
     interface: Any = getattr(
         sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None
@@ -86,24 +87,24 @@ def wrapped_lookup(wrap: Wrap) -> Iterator[None]:
         interface.get_interface = original
 
 
-def watched(kernel: Kernel, read: Reader, capture: AttentionCapture) -> Kernel:
-    """``kernel``, preceded by a look at what it is called with."""
+def watched(kernel: Kernel, read: Reader, session: CaptureSession) -> Kernel:
+    """Return ``kernel`` preceded by the recording of its arguments."""
 
     @functools.wraps(kernel)
     def attention(*args: Any, **kwargs: Any) -> Any:
         given = bind(PARAMETERS, args, kwargs)
         module: Any = given.get("module")
         query: Any = given.get("query")
-        owned = isinstance(module, nn.Module) and module in capture.names
-        if not owned or not capture.is_recording() or given.get("cache") is not None:
+        owned = isinstance(module, nn.Module) and module in session.names
+        if not owned or not session.is_recording() or given.get("cache") is not None:
             return kernel(*args, **kwargs)
         if not isinstance(query, Tensor) or query.ndim != 4:
-            capture.declined()
+            session.require_functions()
             return kernel(*args, **kwargs)
-        with capture.guarded():
+        with session.guarded():
             dtype = kernel_dtype(query)
-            capture.record("transformers", module, lambda layer: read(layer, given, dtype))
-        with capture.inside():
+            session.record("transformers", module, lambda layer: read(layer, given, dtype))
+        with session.inside():
             return kernel(*args, **kwargs)
 
     return attention

@@ -1,4 +1,4 @@
-"""What the attention functions of transformers make of their arguments."""
+"""Arguments of transformers' attention functions, read as each function uses them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ Reader = Callable[[str, Arguments, torch.dtype], AttentionCall]
 """``(layer, arguments by name, dtype of the product) -> call``."""
 
 PARAMETERS = ("module", "query", "key", "value", "attention_mask", "scaling", "dropout")
-"""What the leading parameters of every attention function of transformers are called, in order."""
+"""Leading parameters of every attention function of transformers, in order (5.23)."""
 
 
 def reader(kernel: Kernel, default: Kernel) -> Reader | None:
-    """How to read a call of ``kernel``; None where its meaning is not known, so that torch
-    functions have to be watched.
+    """Return the reader of calls of ``kernel``, None where its meaning is not known.
 
-    ``default`` is the model's own eager function. A kernel that changes attention before it runs
-    says itself what it makes of a call, by a method ``read_call``.
+    Torch functions have to be watched then. A kernel that changes attention before it runs reads
+    its calls itself, by a method ``read_call``.
+
+    Args:
+        kernel: the attention function that the model has looked up.
+        default: the model's own eager function.
     """
     own: Reader | None = getattr(kernel, "read_call", None)
     if own is not None:
@@ -37,6 +40,7 @@ def reader(kernel: Kernel, default: Kernel) -> Reader | None:
         return None
     if kernel is default:
         return functools.partial(read_eager, kernel)
+    # checked with transformers 5.23: under other names they are watched as torch functions
     known = {
         "sdpa_attention_forward": read_sdpa,
         "flex_attention_forward": read_flex,
@@ -46,8 +50,10 @@ def reader(kernel: Kernel, default: Kernel) -> Reader | None:
 
 
 def read_eager(kernel: Kernel, layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """The mask is added and says everything; soft cap, bias and sinks count where the model's own
-    function reads them.
+    """Read a call of a model's own eager function.
+
+    It adds its mask, and is causal only by it. Softcap, bias and sinks count where the code of that
+    function uses them.
     """
     code = kernel.__code__
     taken = {
@@ -70,27 +76,24 @@ def read_eager(kernel: Kernel, layer: str, given: Arguments, dtype: torch.dtype)
 
 
 def read_sdpa(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """As ``sdpa_attention_forward`` resolves it: causal only without a mask and with more than one
-    query.
+    """Read a call as ``sdpa_attention_forward`` resolves it.
+
+    It is causal only without a mask and with more than one query.
     """
-    query, key, mask, bias = (
-        given["query"],
-        given["key"],
-        given.get("attention_mask"),
-        given.get("position_bias"),
-    )
+    query, key = given["query"], given["key"]
+    mask, bias = given.get("attention_mask"), given.get("position_bias")
     is_causal = causal_flag(given) and query.shape[2] > 1 and mask is None
-    if (
-        is_causal and key.shape[2] > query.shape[2]
-    ):  # an empty static cache: the kernel gets the first keys alone
+    # an empty static cache: the kernel gets the first keys alone
+    if is_causal and key.shape[2] > query.shape[2]:
         key = key[:, :, : query.shape[2]]
         bias = bias[..., : query.shape[2]] if bias is not None else None
     return make_call(layer, given, dtype, key=key, mask=biased(mask, bias), is_causal=is_causal)
 
 
 def read_flex(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """A BlockMask written out, or an additive mask of which only the first head's is read; soft cap
-    and sinks.
+    """Read a call of FlexAttention, its block mask written out.
+
+    Of an additive mask the kernel reads the first head's alone.
     """
     mask, query, key = given.get("attention_mask"), given["query"], given["key"]
     mask = (
@@ -105,18 +108,16 @@ def read_flex(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall
 
 
 def read_flash(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCall:
-    """A padding mask ``[B, K]``, packed sequences and a window; causal at the bottom right."""
+    """Read a call of FlashAttention with padding ``[B, K]``, packing and a window.
+
+    Its causal mask is aligned at the bottom right.
+    """
     query, key, window = given["query"], given["key"], given.get("sliding_window")
     queries, keys = query.shape[2], key.shape[2]
-    if (
-        dtype == torch.float32
-    ):  # these kernels take half precision only, and transformers casts to the weights' dtype
-        weights = (
-            child.weight.dtype
-            for child in given["module"].modules()
-            if isinstance(child, nn.Linear)
-        )
-        dtype = next(weights, dtype)
+    # these kernels take half precision only, and transformers casts to the weights' dtype
+    if dtype == torch.float32:
+        linear = (each for each in given["module"].modules() if isinstance(each, nn.Linear))
+        dtype = next((each.weight.dtype for each in linear), dtype)
     padding, segments = given.get("attention_mask"), packed_segments(given)
     mask = None
     if padding is not None:
@@ -144,9 +145,7 @@ def read_flash(layer: str, given: Arguments, dtype: torch.dtype) -> AttentionCal
 
 
 def packed_segments(given: Arguments) -> Tensor | None:
-    """The number of the packed sequence that each key belongs to, ``[K]``; None where a row is one
-    sequence.
-    """
+    """Return the index of each key's packed sequence ``[K]``, None where there is one."""
     ends, positions = given.get("cu_seq_lens_k"), given.get("position_ids")
     if ends is not None and given.get("max_length_k") is not None:
         place = torch.arange(given["key"].shape[2], device=ends.device)
@@ -163,13 +162,13 @@ def packed_segments(given: Arguments) -> Tensor | None:
 
 
 def causal_flag(given: Arguments) -> bool:
-    """The caller's word on causality, else the module's, else True."""
+    """Return causality as the caller states it, else as the module does, else True."""
     given_flag = given.get("is_causal")
     return bool(getattr(given["module"], "is_causal", True) if given_flag is None else given_flag)
 
 
 def biased(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Mask and position bias as one additive mask."""
+    """Return mask and position bias as one additive mask."""
     if bias is None or mask is None:
         return mask if bias is None else bias
     if mask.dtype == torch.bool:
@@ -186,8 +185,15 @@ def make_call(
     sinks: Tensor | None = None,
     **read: Any,
 ) -> AttentionCall:
-    """The record of one call, with query and key in the dtype in which the kernel multiplies
-    them.
+    """Return the record of one call.
+
+    Args:
+        layer: name of the call.
+        given: the call's arguments by name.
+        dtype: dtype in which the kernel multiplies query and key.
+        key: replaces the key among the arguments.
+        sinks: sink logits, see :func:`sinks_of`.
+        **read: further fields of the record.
     """
     query = given["query"]
     key = given["key"] if key is None else key
@@ -206,10 +212,10 @@ def make_call(
 
 
 def sinks_of(layer: str, sinks: Tensor, query: Tensor, batch: int) -> Tensor:
-    """One sink logit a head ``[H]``, or one a row ``[B, H, Q]``.
+    """Return sink logits as ``[H]``, one per head, or ``[B, H, Q]``, one per row.
 
     Raises:
-        ValueError: for any other number of them.
+        ValueError: for sink logits of any other shape.
     """
     rows = query.shape[:3]
     if sinks.numel() == query.shape[1]:
@@ -217,6 +223,6 @@ def sinks_of(layer: str, sinks: Tensor, query: Tensor, batch: int) -> Tensor:
     if sinks.shape in (rows, (*rows, 1)):
         return sinks.reshape(rows).expand(batch, -1, -1)
     raise ValueError(
-        f"{layer} has sink logits of shape {tuple(sinks.shape)}: only one a head or one a row "
-        f"{list(rows)} can be read"
+        f"{layer} has sink logits of shape {tuple(sinks.shape)}: only one per head or one "
+        f"per row {list(rows)} can be read"
     )

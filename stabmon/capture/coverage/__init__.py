@@ -1,1 +1,1 @@
-"""Find attention that no adapter recorded."""
+"""Search for attention that no adapter has recorded."""

@@ -1,9 +1,7 @@
-"""The operations of a forward as autograd kept them, whoever called them, for
-:mod:`stabmon.capture.coverage.op_graph`.
+"""Operations of a forward as autograd kept them, whoever called them.
 
-Read are the names, numbers and edges of the nodes, never what they saved: unpacking that may
-recompute a checkpoint. ``_sequence_nr`` and ``_input_metadata`` are private (torch 2.13); where
-they are missing, nothing is found here.
+They are searched by :mod:`stabmon.capture.coverage.op_graph`. Read are the names, numbers and edges
+of the nodes, never the tensors that they saved: unpacking these may recompute a checkpoint.
 """
 
 from __future__ import annotations
@@ -35,11 +33,11 @@ is a weight.
 """
 
 ANEW = 4
-"""Nodes that autograd makes anew at most for the views that one operation takes."""
+"""Most nodes that autograd makes anew for the views that one operation takes."""
 
 
 def kind_of(name: str) -> Kind:
-    """Name the operation of a node in the forward: its own name without ``Backward0``."""
+    """Return the kind of a node, by its name without ``Backward0``."""
     if name in KINDS:
         return KINDS[name]
     low = name.lower()
@@ -73,9 +71,8 @@ def graph_of(output: Any, parameters: Mapping[int, str]) -> tuple[list[Op], dict
         edges[node] = following
         order.append(node)
         waiting += [each for each in following if each is not None]
-    for node in sorted(
-        order, key=_number
-    ):  # what a node's inputs were made by has a lower number, leaves have the highest
+    # a node's inputs have lower numbers than it has; leaves have the highest
+    for node in sorted(order, key=_number):
         _make(node, edges, nodes, parameters)
     named = {
         op: _nearest(node, edges, parameters)
@@ -88,8 +85,9 @@ def graph_of(output: Any, parameters: Mapping[int, str]) -> tuple[list[Op], dict
 def _make(
     node: Any, edges: Mapping[Any, list[Any]], nodes: dict[Any, Op], parameters: Mapping[int, str]
 ) -> Op:
-    """The operation of a node, those of its inputs first; not by recursion, which deep graphs would
-    exhaust.
+    """Return the operation of a node, after making those of its inputs.
+
+    Not by recursion, which deep graphs would exhaust.
     """
     waiting = [node]
     while waiting:
@@ -120,6 +118,8 @@ def _operation(
     weighs = any(each is not None and not nodes[each].fixed for each in factors)
     frozen: Kind = "parameter" if name in FLAT and weighs else "tensor"
     made = tuple(nodes[each] if each is not None else Op(frozen) for each in factors)
+    # Private, checked with torch 2.13: shapes of the gradients that a node receives, so those of
+    # its results. Without them a softmax over one dimension is not left out.
     shape = tuple(node._input_metadata[0].shape) if getattr(node, "_input_metadata", None) else ()
     numel = 1
     for size in shape:
@@ -133,7 +133,7 @@ def _operation(
 def _nearest(
     node: Any, edges: Mapping[Any, list[Any]], parameters: Mapping[int, str], count: int = 2
 ) -> list[str]:
-    """The names of the parameters fewest nodes above ``node``."""
+    """Return the names of the parameters that are fewest nodes above ``node``."""
     found: list[str] = []
     level, known = [node], {node}
     while level and len(found) < count:
@@ -151,7 +151,9 @@ def _nearest(
 
 
 def common_module(names: Iterable[str]) -> str | None:
-    """The innermost module that holds all parameters of these names; None where there are none.
+    """Return the innermost module that holds all parameters of these names.
+
+    None where there are no names.
 
     >>> common_module(["layers.0.attention.query.weight", "layers.0.attention.key.bias"])
     'layers.0.attention'
@@ -165,20 +167,22 @@ def common_module(names: Iterable[str]) -> str | None:
             break
         shared.append(parts[0])
     if len({tuple(path) for path in paths}) == 1 and len(shared) > 1:
-        shared = shared[:-1]  # one projection makes queries and keys: what holds it attends
+        shared = shared[:-1]  # one projection makes queries and keys: its holder attends
     return ".".join(shared)
 
 
 def _number(node: Any) -> int:
+    # Private, checked with torch 2.13: the number that a node took when it was made. Without it all
+    # are 0, and a recorded call is no longer recognised in the graph.
     number = getattr(node, "_sequence_nr", None)
     return int(number()) if callable(number) else 0
 
 
 def is_from_another_thread(op: Op) -> bool:
-    """Tell a node of another thread: its number is clearly below that of one it was computed from,
-    since each thread counts by itself.
+    """Return whether a node was made in another thread than one of its inputs.
 
-    A view of what was written to in place gets its node anew while that of its user is being made,
-    so right after it.
+    Its number is then clearly below that input's, since each thread counts by itself. A view of a
+    tensor that was written in place gets its node anew while that of its user is made, so right
+    after it: hence ``ANEW``.
     """
     return any(each.kind != "parameter" and each.span[0] > op.span[0] + ANEW for each in op.inputs)

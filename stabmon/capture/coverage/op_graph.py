@@ -1,10 +1,9 @@
-"""Find attention in a graph of operations: a softmax of a product, whose result weighs what it is
-multiplied with.
+"""Attention in a graph of operations: a softmax of a product, used as weights.
 
-Where scores come from and where weights go is followed through every operation that neither
-multiplies two tensors nor has parameters of its own, so through joining, splitting, slicing,
-padding and copying as well. A classifier, a router, a gate or a loss is none: the scores of the
-first three are products with parameters, and a loss weighs nothing.
+Scores are followed back, and weights forward, through every operation that neither multiplies two
+tensors nor has parameters of its own, so through joining, splitting, slicing, padding and copying
+as well. A classifier, a router, a gate or a loss is none: the scores of the first three are
+products with parameters, and a loss weighs nothing.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ Kind = Literal[
 
 @dataclass(eq=False)
 class Op:
-    """One operation, or a tensor that no operation is known of.
+    """One operation, or a tensor of unknown origin.
 
     Attributes:
         kind: ``product`` multiplies its inputs, ``parametric`` has parameters of its own (a norm,
             an embedding), a ``fused`` kernel is attention by itself, a ``normaliser`` divides or
             takes a logsumexp, ``other`` is all the rest.
         name: the operation as torch or its author calls it.
-        inputs: where its operands come from.
+        inputs: the operations that made its operands.
         numel: numbers in its result; 0 where unknown.
         ndim: dimensions of its result; 0 where unknown.
         seen: whether an adapter has recorded an attention call while it ran.
@@ -55,8 +54,8 @@ class Op:
     span: tuple[int, int] = (0, 0)
     module: object = None
     fixed: bool = field(init=False)
-    """Whether it is a parameter, cut or changed elementwise. What is looked up or multiplied is
-    none: learned queries attend.
+    """Whether it is a parameter, cut or changed elementwise. A row looked up in one, or a product
+    with one, is not: learned queries attend.
     """
 
     def __post_init__(self) -> None:
@@ -67,7 +66,7 @@ class Op:
 
     @property
     def multiplies(self) -> bool:
-        """Whether it is a product of two tensors neither of which is made of parameters alone."""
+        """Whether it is a product of two tensors, neither made of parameters alone."""
         if self.kind == "product":
             return sum(not each.fixed for each in self.inputs) > 1
         factors = self.inputs[0] if self.kind == "sum" and self.inputs else None
@@ -79,7 +78,7 @@ class Op:
 
     @property
     def words(self) -> str:
-        """What attention it is, in words."""
+        """Description of the attention that it is."""
         if self.kind == "fused":
             return f"kernel {self.name}"
         return (
@@ -113,7 +112,7 @@ class Site:
 
 
 def find_attention(ops: Iterable[Op]) -> Iterator[Site]:
-    """Every place at which a graph of operations, given in any order, attends."""
+    """Yield every place at which a graph of operations, given in any order, attends."""
     ops = list(ops)
     users: dict[Op, list[Op]] = defaultdict(list)
     for op in ops:
@@ -133,9 +132,7 @@ def find_attention(ops: Iterable[Op]) -> Iterator[Site]:
 
 
 def _products_before(softmax: Op) -> tuple[list[Op], bool]:
-    """The products that scores were made of, and whether a normaliser was taken of them on the
-    way.
-    """
+    """Return the products under a softmax, and whether a logsumexp lay in between."""
     found, normalised, waiting, known = [], False, list(softmax.inputs), set()
     while waiting:
         op = waiting.pop()
@@ -151,7 +148,7 @@ def _products_before(softmax: Op) -> tuple[list[Op], bool]:
 
 
 def _products_after(softmax: Op, users: dict[Op, list[Op]]) -> tuple[list[Op], list[Op]]:
-    """The products in which a softmax weighs something, and the operations that lead there."""
+    """Return the products in which a softmax is used, and the operations in between."""
     found: list[Op] = []
     between: list[Op] = []
     waiting, known = [softmax], {softmax}
@@ -168,9 +165,8 @@ def _products_after(softmax: Op, users: dict[Op, list[Op]]) -> tuple[list[Op], l
                 and user.numel > op.numel
                 and any(each.multiplies and each.ndim > 1 for each in users[user])
             ):
-                found.append(
-                    user
-                )  # weights broadcast over what they weigh, then summed; a loss multiplies like by like
+                # weights broadcast over values, then summed; a loss multiplies like by like
+                found.append(user)
             elif user.is_passed:
                 between.append(user)
                 waiting.append(user)

@@ -1,5 +1,6 @@
-"""The operations of a forward as torch functions that Python calls, for
-:mod:`stabmon.capture.coverage.op_graph`.
+"""Operations of a forward, as the torch functions that Python calls.
+
+They are searched by :mod:`stabmon.capture.coverage.op_graph`.
 """
 
 from __future__ import annotations
@@ -12,52 +13,26 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from stabmon.capture.coverage.op_graph import Kind, Op
+from stabmon.capture.provenance import multiply
+from stabmon.capture.provenance.products import DIVIDES, TIMES
 
-PRODUCTS = {
-    "matmul",
-    "rmatmul",
-    "bmm",
-    "mm",
-    "baddbmm",
-    "addbmm",
-    "addmm",
-    "einsum",
-    "tensordot",
-    "inner",
-    "linear",
-    "mv",
-    "vecdot",
-} | {*("cdist", "cosine_similarity", "linalg_vecdot")}
+PRODUCTS = multiply.PRODUCTS | {
+    *("inner", "mv", "vecdot", "cdist", "cosine_similarity", "linalg_vecdot"),
+}
 SOFTMAXES = {
-    "softmax",
-    "log_softmax",
-    "special_softmax",
-    "special_log_softmax",
-    "safe_softmax",
-    "softmin",
-    "gumbel_softmax",
+    *("softmax", "log_softmax", "special_softmax", "special_log_softmax", "safe_softmax"),
+    *("softmin", "gumbel_softmax"),
 }
 PARAMETRIC = {"embedding", "embedding_bag", "bilinear", "lstm", "gru", "rnn_tanh", "rnn_relu"}
-NORMALISERS = {
-    "div",
-    "truediv",
-    "true_divide",
-    "divide",
-    "reciprocal",
-    "logsumexp",
-    "normalize",
-    "itruediv",
-    "rtruediv",
-}
-MULTIPLIES = {"mul", "rmul", "imul", "multiply"}
+NORMALISERS = DIVIDES | {"reciprocal", "logsumexp", "normalize", "rtruediv"}
 FLAT = {"mm", "addmm", "linear", "mv"}
-"""Products of which an operand that is not known is taken for a weight: a sharded one is no
-``nn.Parameter`` in the forward.
+"""Products of which an unknown operand is taken for a weight: a sharded one is no ``nn.Parameter``
+in the forward.
 """
 
 
 def kind_of(name: str) -> Kind:
-    """What a torch function does, by its name without underscores around it."""
+    """Return the kind of a torch function, by its name without underscores around it."""
     if name in SOFTMAXES:
         return "softmax"
     if name in ("exp", "exp2"):
@@ -66,7 +41,7 @@ def kind_of(name: str) -> Kind:
         return "product"
     if name in NORMALISERS:
         return "normaliser"
-    if name in MULTIPLIES:
+    if name in TIMES:
         return "mul"
     if name in ("sum", "nansum"):
         return "sum"
@@ -78,13 +53,14 @@ def kind_of(name: str) -> Kind:
 
 
 class OpTrace:
-    """Notes each torch function of a forward, with where its operands came from; keeps none of its
-    tensors.
+    """Note each torch function of a forward, with the origins of its operands.
+
+    None of its tensors is kept.
 
     Args:
         constants: the model's parameters and buffers.
-        module_of: finds the module that a softmax or a fused kernel is called by; None where it is
-            none of the model's.
+        module_of: returns the module that calls a softmax or a fused kernel, None where it is none
+            of the model's.
     """
 
     def __init__(
@@ -106,7 +82,16 @@ class OpTrace:
         span: tuple[int, int],
         seen: bool,
     ) -> None:
-        """Learn from one call that has been made."""
+        """Note one call that has been made.
+
+        Args:
+            func: the torch function.
+            args: its positional arguments.
+            kwargs: its named arguments.
+            result: its result.
+            span: autograd's sequence numbers before and after it.
+            seen: whether an adapter has recorded attention in it.
+        """
         name = str(getattr(func, "__name__", "")).partition(".")[0].strip("_")
         made = [args[0]] if name == "setitem" else list(tensors_in(result))
         made = [
@@ -134,10 +119,11 @@ class OpTrace:
         self.ops.append(op)
         for tensor in made:
             self._origin[tensor] = op
+            # Private, checked with torch 2.13: the tensor that a view is of. Without it scores
+            # written into a buffer part by part are lost, and attention over it goes unnoticed.
             base = tensor._base
-            if base is not None and any(
-                tensor is operand for operand in operands
-            ):  # written in place into a view
+            # written in place into a view
+            if base is not None and any(tensor is operand for operand in operands):
                 self._origin[base] = Op(
                     "other", name, (self._of(base, "tensor"), op), base.numel(), base.ndim
                 )
@@ -155,7 +141,7 @@ class OpTrace:
 
 
 def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and objects such as a model's output."""
+    """Yield every tensor in nested tuples, lists and mappings (a model's output)."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, Mapping):
@@ -167,7 +153,7 @@ def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 
 def sequence_number() -> int:
-    """How many autograd nodes this thread has made so far (private; torch 2.13: each node takes the
-    number as it is made).
-    """
+    """Return the number of autograd nodes that this thread has made so far."""
+    # Private, checked with torch 2.13: each node takes the number as it is made. If it goes, nodes
+    # cannot be assigned to calls, and everything recorded would be reported as missing.
     return torch._C._autograd._get_sequence_nr()

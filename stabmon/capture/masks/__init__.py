@@ -1,1 +1,1 @@
-"""Recover masks from scores."""
+"""Masks recovered from the scores of a model."""

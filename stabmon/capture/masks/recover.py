@@ -1,13 +1,15 @@
-"""Which mask makes scores of query and key come out as those that a model has formed."""
+"""Masks recovered by comparing a model's scores with those of query and key."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from stabmon.capture.provenance.cells import NEGLIGIBLE
 from stabmon.capture.provenance.products import FILL, ScoreProvenance
 from stabmon.records import AttentionCall
 
@@ -17,16 +19,18 @@ memory it takes.
 """
 
 Block = tuple[slice, slice, Tensor, Tensor, Tensor]
-"""Batch entries, heads, and ``[b, h, Q, K]`` each: scores by query and key alone, what the model's
-are above them, hidden keys.
+"""Batch entries, heads, and ``[b, h, Q, K]`` each: scores by query and key alone, the model's minus
+these, hidden keys.
 """
 
 
-def explain(
+def recover_mask(
     call: AttentionCall, scores: Tensor, product: ScoreProvenance, query: Tensor, key: Tensor
 ) -> AttentionCall | None:
-    """``call`` with query, key and mask whose scores are the model's own; None where the difference
-    has no explanation.
+    """Return ``call`` with the query, key and mask whose scores are the model's own.
+
+    The mask is none (up to the rounding of their dtypes), one of hidden keys, or, where the model
+    has added something, an additive one in float32.
 
     Args:
         call: the record to complete.
@@ -35,8 +39,8 @@ def explain(
         query: ``[B, H, Q, D]``.
         key: ``[B, H_kv, K, D]``.
 
-    The difference is none (to the rounding of their dtypes), a mask of hidden keys, or, where the
-    model has added something, an additive mask in float32.
+    Returns:
+        The completed record; None where scores differ though the model has added nothing.
     """
     scale = product.scale if product.cap is None else product.scale * product.cap
     call = replace(call, query=query, key=key, scale=scale, softcap=product.cap)
@@ -51,7 +55,7 @@ def explain(
         )
         return ((rest.abs() <= noise) | hidden).all()
 
-    if scores.shape[0] > 1:  # one entry is enough to tell most biases, and spares the others
+    if scores.shape[0] > 1:  # most biases show in one entry, which spares the others
         one = replace(call, query=query[:1], key=key[:1])
         if not all(bool(has_no_bias(block)) for block in blocks(one, scores[:1], product)):
             return replace(call, mask=difference(call, scores, product)) if product.masked else None
@@ -74,15 +78,13 @@ def explain(
         return call
     queries, keys = scores.shape[-2:]
     lower = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)
-    return (
-        replace(call, is_causal=True)
-        if bool((visible == lower).all().item())
-        else replace(call, mask=visible)
-    )
+    if bool((visible == lower).all().item()):
+        return replace(call, is_causal=True)
+    return replace(call, mask=visible)
 
 
 def difference(call: AttentionCall, scores: Tensor, product: ScoreProvenance) -> Tensor:
-    """All that the model has added, ``[B, H, Q, K]``, hidden keys at -inf."""
+    """Return all that the model has added, ``[B, H, Q, K]``, hidden keys at -inf."""
     mask = torch.empty_like(scores, dtype=torch.promote_types(torch.float32, scores.dtype))
     for entries, heads, _, rest, hidden in blocks(call, scores, product):
         mask[entries, heads] = rest.masked_fill(hidden, -torch.inf)
@@ -90,8 +92,9 @@ def difference(call: AttentionCall, scores: Tensor, product: ScoreProvenance) ->
 
 
 def blocks(call: AttentionCall, scores: Tensor, product: ScoreProvenance) -> Iterator[Block]:
-    """The scores a few heads, or all heads of a few batch entries, at a time, beside those that
-    query and key give.
+    """Yield the model's scores block by block, beside those that query and key give.
+
+    A block is a few heads of one batch entry, or all heads of a few entries.
     """
     assert call.query is not None
     assert call.key is not None
@@ -114,18 +117,16 @@ def blocks(call: AttentionCall, scores: Tensor, product: ScoreProvenance) -> Ite
             part = scores[entries, some]
             rest = part.to(wide) - plain
             hidden = is_hidden(part, product.fills)
-            yield (
-                entries,
-                some,
-                plain,
-                rest,
-                hidden | (rest <= 0.9 * FILL) if product.masked else hidden,
-            )
+            if product.masked:
+                hidden = hidden | (rest <= 0.9 * FILL)
+            yield entries, some, plain, rest, hidden
 
 
 def is_hidden(scores: Tensor, fills: tuple[float, ...] = ()) -> Tensor:
-    """Where a key is hidden: at -inf, beyond half of the lowest number, or at one of the constants
-    filled in.
+    """Return where scores hide a key, as bool of their shape.
+
+    A key is hidden at -inf, beyond half of the lowest number of the dtype, or at a constant that
+    the model has filled in.
     """
     hidden = scores <= torch.finfo(scores.dtype).min / 2
     for fill in fills:
@@ -133,6 +134,19 @@ def is_hidden(scores: Tensor, fills: tuple[float, ...] = ()) -> Tensor:
     return hidden
 
 
-def hide(scores: Tensor, fills: tuple[float, ...] = ()) -> Tensor:
-    """Scores with the hidden keys at -inf."""
-    return scores.masked_fill(is_hidden(scores, fills), -torch.inf)
+def conceal(scores: Tensor, cells: Tensor) -> Tensor:
+    """Return scores with masked cells at -inf where no softmax shows the difference.
+
+    Args:
+        scores: ``[B, H, Q, K]``.
+        cells: where the model has masked them, bool, broadcastable to that shape.
+    """
+    shown = scores.clone()
+    margin = NEGLIGIBLE + math.log(max(1, scores.shape[-1]))
+    for entry, masked in zip(shown, cells.expand(scores.shape), strict=True):
+        free = ~masked & (entry > torch.finfo(entry.dtype).min / 2)
+        top = entry.masked_fill(~free, -torch.inf).amax(-1, keepdim=True)
+        least = entry.masked_fill(~free, torch.inf).amin((-1, -2), keepdim=True)
+        limit = torch.where(top.isneginf(), least, top) - margin
+        entry.masked_fill_(masked & (entry <= limit) & ~least.isposinf(), -torch.inf)
+    return shown

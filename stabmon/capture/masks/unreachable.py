@@ -1,4 +1,4 @@
-"""Masks that hide keys by a finite number, which no score of the row can make up for."""
+"""Masks that hide keys by a finite number too low for any score to make up for."""
 
 from __future__ import annotations
 
@@ -8,52 +8,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from stabmon.capture.provenance.cells import NEGLIGIBLE, far_below
 from stabmon.records import AttentionCall
-
-NEGLIGIBLE = 16.0
-"""A masked key this many nats, and ln of the number of keys, below the largest visible score of its
-row has no influence: together they hold less than 2e-7 of the probability."""
-
-CLEAR = 10.0
-"""Values fall into visible and masked ones where the gap between the two is this many times as wide
-as the visible ones are spread.
-"""
-
-LEVELS = 4
-"""Masks that were added to each other give several levels of masked values; this many are looked
-for.
-"""
-
-
-def far_below(values: Tensor) -> Tensor | None:
-    """Where an additive mask masks: far below all other values, which differ little among
-    themselves (0 and -1e4); None for nowhere.
-
-    A bias that falls steadily, as one by distance does, has no such gap.
-    """
-    masked = values <= torch.finfo(values.dtype).min / 2
-    high = values.amax()
-    left = torch.where(masked, high, values)
-    found = False
-    for _ in range(LEVELS):
-        low = left.amin()
-        if not bool((high - low > NEGLIGIBLE).item()):
-            break
-        upper = left > high - (high - low) / 4
-        least = left.masked_fill(~upper, torch.inf).amin()
-        most = left.masked_fill(upper, -torch.inf).amax()
-        if not bool((least - most > CLEAR * (high - least)).item()):
-            break
-        masked, left, found = masked | ~upper, torch.where(upper, left, high), True
-    return masked if found else None
 
 
 def hide_unreachable(call: AttentionCall) -> AttentionCall:
-    """The call with those masked keys hidden that no score of their row can bring back, however
-    query and key may lie.
+    """Hide the masked keys of a call that no score of their row can bring back.
 
-    A score is at most scale * |q| * |k| in size, so that a key whose mask lies that much below
-    another's twice over, and :data:`NEGLIGIBLE` below that, has no influence.
+    A score is at most scale * |q| * |k| in size. So a key has no influence whose mask lies below
+    another's by twice that, and by :data:`NEGLIGIBLE` more, whatever query and key are.
+
+    Args:
+        call: a record with an additive mask; every other is returned as it is.
+
+    Returns:
+        The record with a bool mask where nothing but hidden keys is left of it, else with those
+        keys at -inf.
     """
     mask = call.mask
     if (
@@ -79,8 +49,9 @@ def hide_unreachable(call: AttentionCall) -> AttentionCall:
 
 
 def reach(call: AttentionCall, mask: Tensor) -> Tensor:
-    """The largest size that scores of a row can have, ``[B, H, Q, 1]``, of size 1 where the mask's
-    is.
+    """Return the largest size that scores of a row can have.
+
+    Its shape is ``[B, H, Q, 1]``, with size 1 where the mask's is.
     """
     assert call.query is not None
     assert call.key is not None

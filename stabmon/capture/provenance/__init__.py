@@ -1,1 +1,1 @@
-"""Follow the scores of hand-written attention from a product to its softmax and use."""
+"""Products of queries and keys, followed through a forward to a softmax's use."""

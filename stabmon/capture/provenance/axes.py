@@ -1,68 +1,32 @@
-"""Follow the query and key dimensions of scores through views, joins and arithmetic."""
+"""Query and key dimensions of scores, followed from operation to operation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from stabmon.capture.function_mode import modes_off
 
 RESHAPES = {
-    "view",
-    "view_as",
-    "reshape",
-    "reshape_as",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "expand",
-    "expand_as",
+    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    *("expand", "expand_as"),
 }
 """Views that keep the order of the elements."""
 
 VIEWS = RESHAPES | {
-    *(
-        "permute",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "mT",
-        "T",
-        "mH",
-        "H",
-        "adjoint",
-        "getitem",
-    ),
-    *(
-        "narrow",
-        "select",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-        "diagonal",
-        "unfold",
-    ),
+    *("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis"),
+    *("mT", "T", "mH", "H", "adjoint", "getitem", "narrow", "select", "chunk", "split"),
+    *("split_with_sizes", "tensor_split", "unbind", "diagonal", "unfold"),
 }
 
 RESIZES = {
-    "cat",
-    "concat",
-    "concatenate",
-    "pad",
-    "getitem",
-    "index_select",
-    "gather",
-    "take_along_dim",
-} | {*("topk", "sort", "repeat", "repeat_interleave", "tile")}
+    *("cat", "concat", "concatenate", "pad", "getitem", "index_select", "gather"),
+    *("take_along_dim", "topk", "sort", "repeat", "repeat_interleave", "tile"),
+}
 """Operations that change the size of a dimension and keep its place."""
 
 MAKES = {f"{what}_like" for what in ("full", "zeros", "ones", "empty", "rand", "randn", "randint")}
@@ -71,35 +35,35 @@ MAKES = {f"{what}_like" for what in ("full", "zeros", "ones", "empty", "rand", "
 
 @dataclass(frozen=True)
 class Axes:
-    """The dimensions of a tensor along which its rows (of the left factor) and its columns (of the
-    right factor) lie.
-    """
+    """Dimensions of a tensor along which its rows and its columns lie."""
 
     rows: frozenset[int]
+    """Dimensions along which the rows of the product's left factor lie."""
     columns: frozenset[int]
+    """Dimensions along which the rows of its right factor lie."""
 
     @property
     def all(self) -> frozenset[int]:
-        """Both."""
+        """Dimensions of both."""
         return self.rows | self.columns
 
     def __or__(self, other: Axes) -> Axes:
         return Axes(self.rows | other.rows, self.columns | other.columns)
 
     def at(self, place: Callable[[int], int]) -> Axes:
-        """The axes with each dimension moved to its ``place``."""
+        """Return the axes with each dimension moved to its ``place``."""
         return Axes(frozenset(map(place, self.rows)), frozenset(map(place, self.columns)))
 
 
 @dataclass(frozen=True)
 class Carried:
-    """Where a tensor's axes lie after an operation."""
+    """A tensor's axes after an operation."""
 
     axes: Axes
     in_order: bool = True
-    """True while batch and heads are all there, in their order."""
+    """Whether batch and heads are all there, in their order."""
     start: int = 0
-    """The first of the old columns that is still there, where there was one dimension of them."""
+    """First of the old columns that is still there, where one dimension holds them."""
 
 
 def carry(
@@ -111,7 +75,20 @@ def carry(
     axes: Axes,
     results: list[Any],
 ) -> list[Carried | None]:
-    """Follow the axes of ``tensor`` into each result of an operation; None where they are lost."""
+    """Follow the axes of a tensor into each result of an operation.
+
+    Args:
+        name: the operation's, without underscores.
+        function: the operation.
+        args: its positional arguments.
+        kwargs: its named arguments.
+        tensor: the argument that is followed.
+        axes: its axes.
+        results: the results.
+
+    Returns:
+        One entry per result, None where the axes are lost.
+    """
     if name in MAKES:
         return [None]
     if name in VIEWS and not (name == "getitem" and is_advanced(args[1])):
@@ -120,7 +97,7 @@ def carry(
 
 
 def is_advanced(index: Any) -> bool:
-    """Whether an index copies instead of giving a view."""
+    """Return whether an index copies instead of giving a view."""
     parts = index if isinstance(index, tuple) else (index,)
     return any(
         isinstance(part, list)
@@ -137,7 +114,7 @@ def in_place(
     axes: Axes,
     result: Any,
 ) -> Carried | None:
-    """Axes of a result whose dimensions stand where they stood, new ones left of them."""
+    """Return the axes of a result with its dimensions in place, new ones left of them."""
     if not isinstance(result, Tensor):
         return None
     if name == "stack":
@@ -159,7 +136,7 @@ def through_view(
     tensor: Tensor,
     axes: Axes,
 ) -> list[Carried | None]:
-    """Axes of a view, told by the strides of the same view of a tensor without data."""
+    """Return the axes of a view, read from the strides of the same view without data."""
     with modes_off():
         probe = torch.empty(tensor.shape, device="meta")
         seen = function(
@@ -173,11 +150,10 @@ def through_view(
 
 
 def seen_through(whole: Tensor, part: Tensor, axes: Axes) -> Carried | None:
-    """Axes of a view ``part`` of the contiguous tensor ``whole``."""
+    """Return the axes of a view ``part`` of the contiguous tensor ``whole``."""
     covered = [covers(whole, part.stride(d), part.shape[d]) for d in range(part.ndim)]
-    for lost in axes.all - set().union(
-        *covered
-    ):  # cut to one row or column: told by its stride alone
+    # cut to one row or column: its stride alone shows where it lies
+    for lost in axes.all - set().union(*covered):
         for d in range(part.ndim):
             if part.shape[d] == 1 and part.stride(d) == whole.stride(lost):
                 covered[d] = covered[d] | {lost}
@@ -199,7 +175,7 @@ def seen_through(whole: Tensor, part: Tensor, axes: Axes) -> Carried | None:
 
 
 def covers(whole: Tensor, stride: int, size: int) -> set[int]:
-    """The dimensions of a contiguous tensor that one dimension of a view runs through."""
+    """Return the dimensions of a contiguous tensor that one of a view runs through."""
     if size == 1:
         return {d for d in range(whole.ndim) if whole.shape[d] == 1 and whole.stride(d) == stride}
     span = stride * (size - 1)
@@ -210,15 +186,3 @@ def covers(whole: Tensor, stride: int, size: int) -> set[int]:
         and whole.stride(d) <= span
         and stride < whole.stride(d) * whole.shape[d]
     }
-
-
-@contextmanager
-def modes_off() -> Iterator[None]:
-    """No mode of torch sees what is done in here."""
-    with ExitStack() as stack:
-        stack.enter_context(torch._C.DisableTorchFunction())
-        if (
-            torch._C._len_torch_dispatch_stack()
-        ):  # private: as torch.utils._python_dispatch uses it in 2.13
-            stack.enter_context(_disable_current_modes())
-        yield

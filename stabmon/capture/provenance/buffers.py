@@ -1,4 +1,4 @@
-"""Scores and weights that are written into part of another tensor."""
+"""Scores and weights written into part of another tensor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stabmon.capture.masks.masking import Cells, written
-from stabmon.capture.provenance.axes import Axes, covers, is_advanced, modes_off
+from stabmon.capture.function_mode import modes_off
+from stabmon.capture.provenance.axes import Axes, covers, is_advanced
+from stabmon.capture.provenance.cells import Cells, written
 from stabmon.capture.provenance.products import ScoreProvenance, is_number, step
 from stabmon.capture.provenance.weights import Weights, united
 
@@ -17,8 +18,14 @@ from stabmon.capture.provenance.weights import Weights, united
 def after_set_item(
     target: Tensor, index: Any, value: Any, own: Any, given: Any
 ) -> ScoreProvenance | Weights | None:
-    """What ``target`` is after ``target[index] = value``; ``own`` and ``given`` are what was known
-    of the two.
+    """Return what is known of ``target`` after ``target[index] = value``.
+
+    Args:
+        target: the tensor that was written.
+        index: the part of it.
+        value: the values written.
+        own: the record of ``target`` until then.
+        given: the record of ``value``.
     """
     if isinstance(given, Weights):
         axes = axes_written(target, index, value, given.axes)
@@ -48,12 +55,12 @@ def after_set_item(
 
 
 def everywhere(device: torch.device) -> Cells:
-    """All cells."""
+    """Return all cells."""
     return lambda: torch.ones((), dtype=torch.bool, device=device)
 
 
 def axes_written(target: Tensor, index: Any, value: Tensor, axes: Axes) -> Axes | None:
-    """The axes of ``target`` after ``target[index] = value``."""
+    """Return the axes of ``target`` after ``target[index] = value``."""
     if is_advanced(index):
         return axes if value.ndim == target.ndim else None
     with modes_off():
@@ -66,7 +73,7 @@ def axes_written(target: Tensor, index: Any, value: Tensor, axes: Axes) -> Axes 
 
 
 def onto(whole: Tensor, part: Tensor, axes: Axes) -> Axes:
-    """The axes of a contiguous tensor of whose view ``part`` they are known."""
+    """Return the axes of a contiguous tensor from those of its view ``part``."""
     place = [covers(whole, part.stride(d), part.shape[d]) for d in range(part.ndim)]
     return Axes(
         *(frozenset(d for v in some for d in place[v]) for some in (axes.rows, axes.columns))
@@ -76,8 +83,14 @@ def onto(whole: Tensor, part: Tensor, axes: Axes) -> Axes:
 def base_after_write(
     view: Tensor, record: ScoreProvenance, base: Tensor, own: Any, *, filled: bool
 ) -> ScoreProvenance | None:
-    """What the tensor ``base`` is after ``view`` of it became ``record``; ``filled`` where it was
-    masked, not written anew.
+    """Return what is known of a tensor after a view of it was written.
+
+    Args:
+        view: the part that was written.
+        record: what is known of it now.
+        base: the tensor that it is a view of.
+        own: the record of ``base`` until then.
+        filled: whether the view was masked, not written anew.
     """
     known = own if isinstance(own, ScoreProvenance) else None
     if own is not known or not base.is_contiguous() or not base.is_floating_point():

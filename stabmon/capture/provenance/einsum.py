@@ -1,4 +1,4 @@
-"""What an einsum does to its two operands."""
+"""Einsums, read as products of batched rows and columns."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ class Einsum:
 
 @dataclass(frozen=True)
 class Factors:
-    """Left ``[*batch, rows, D]`` and right ``[*batch, columns, D]`` of a product, and where the two
-    lie in the result.
-    """
+    """The two factors of a product, and their places in the result."""
 
     left: Tensor
+    """``[*batch, rows, D]``."""
     right: Tensor
+    """``[*batch, columns, D]``."""
     axes: Axes
+    """Dimensions of the result that rows and columns lie along."""
 
 
 def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
-    """The letters and operands of an einsum, in any format; None where a letter comes twice in an
-    operand.
+    """Return the letters and operands of an einsum, given in any format.
+
+    None where a letter comes twice in an operand.
 
     >>> import torch
     >>> q = torch.ones(2, 5, 3, 4)
@@ -67,7 +69,7 @@ def read_einsum(args: tuple[Any, ...]) -> Einsum | None:
 
 
 def spelled(numbers: Sequence[Any]) -> str:
-    """The letters of a list of numbers."""
+    """Return the letters of a list of numbers."""
     return "".join(
         "..." if number is Ellipsis else (ascii_lowercase + ascii_uppercase)[number]
         for number in numbers
@@ -75,8 +77,9 @@ def spelled(numbers: Sequence[Any]) -> str:
 
 
 def spelled_out(equation: str, tensors: tuple[Tensor, ...]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result, with unused capital letters for an
-    ellipsis.
+    """Return the letters of each operand and of the result.
+
+    Unused capital letters stand for an ellipsis.
     """
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     if not arrow:
@@ -85,28 +88,27 @@ def spelled_out(equation: str, tensors: tuple[Tensor, ...]) -> tuple[list[str], 
     free = [letter for letter in reversed(ascii_uppercase) if letter not in equation]
     letters, longest = [], ""
     for part, tensor in zip(inputs.split(","), tensors, strict=True):
-        hidden = (
-            "".join(reversed(free[: tensor.ndim - len(part.replace("...", ""))]))
-            if "..." in part
-            else ""
-        )
-        letters.append(part.replace("...", hidden))
-        longest = max(longest, hidden, key=len)
+        count = tensor.ndim - len(part.replace("...", "")) if "..." in part else 0
+        filled = "".join(reversed(free[:count]))
+        letters.append(part.replace("...", filled))
+        longest = max(longest, filled, key=len)
     return letters, output.replace("...", longest)
 
 
 def factors_of(einsum: Einsum) -> Factors | None:
-    """The factors of an einsum that is a product of batched rows and columns, in whatever order it
-    gives their dimensions.
+    """Return the factors of an einsum that is a product of batched rows and columns.
 
-    The operands share a batch letter and one more, which is summed over. A batch letter that one of
-    them lacks (grouped heads) has size 1 there. None for every other einsum.
+    The operands share a batch letter and one more, which is summed over; their dimensions stand in
+    any order. A batch letter that one of them lacks (grouped heads) has size 1 there. None for
+    every other einsum.
 
     >>> import torch
     >>> q, k = torch.ones(2, 5, 3, 4), torch.ones(2, 7, 3, 4)
     >>> def shapes(equation, q, k):
     ...     found = factors_of(read_einsum((equation, q, k)))
-    ...     return found and (tuple(found.left.shape), tuple(found.right.shape), *map(sorted, (found.axes.rows, found.axes.columns)))
+    ...     if found is not None:
+    ...         rows, columns = map(sorted, (found.axes.rows, found.axes.columns))
+    ...         return tuple(found.left.shape), tuple(found.right.shape), rows, columns
     >>> shapes("b q h d, b k h d -> b h q k", q, k)
     ((2, 3, 5, 4), (2, 3, 7, 4), [2], [3])
     >>> shapes("...qhd,...khd->...qhk", q, k)
@@ -132,9 +134,8 @@ def factors_of(einsum: Einsum) -> Factors | None:
     ):
         return None
     row, column = own[-1], other[-1]
-    if (
-        column != output[-1] and row == output[-1]
-    ):  # the operand named second comes first in the result
+    # the operand named second comes first in the result
+    if column != output[-1] and row == output[-1]:
         left, right, query, key, row, column = right, left, key, query, column, row
     batch, inner = "".join(letter for letter in output if letter not in row + column), summed.pop()
     axes = Axes(frozenset({output.index(row)}), frozenset({output.index(column)}))
@@ -146,7 +147,7 @@ def factors_of(einsum: Einsum) -> Factors | None:
 
 
 def arranged(tensor: Tensor, letters: str, wanted: str) -> Tensor:
-    """``tensor`` with its dimensions in the order of ``wanted``, of size 1 where it has none."""
+    """Return ``tensor`` with the dimensions ``wanted``, of size 1 where it has none."""
     present = [letter for letter in wanted if letter in letters]
     tensor = tensor.permute([letters.index(letter) for letter in present])
     for place, letter in enumerate(wanted):

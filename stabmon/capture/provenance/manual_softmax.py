@@ -1,4 +1,4 @@
-"""Softmaxes that are made by hand: exp over its sum, or exp of what logsumexp was taken off."""
+"""Softmaxes made by hand: exp over its sum, or exp of scores minus logsumexp."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from torch import Tensor
 from stabmon.capture.protocol import bind
 from stabmon.capture.provenance.axes import VIEWS, Axes
 from stabmon.capture.provenance.operations import Operation
-from stabmon.capture.provenance.products import KEEPS, TIMES, ScoreProvenance
+from stabmon.capture.provenance.products import DIVIDES, KEEPS, TIMES, ScoreProvenance
 from stabmon.capture.provenance.weights import dimensions
 
 SMALL = 1e-6
-"""What is added to a sum of exponentials against division by zero is at most this."""
-DIVIDES = {"div", "truediv", "itruediv", "divide", "true_divide"}
+"""Most that is added to a sum of exponentials against division by zero."""
 
 
 @dataclass(frozen=True, eq=False)
 class Exponential:
-    """exp of scores."""
+    """Exponentials of scores."""
 
     logits: Tensor
     product: ScoreProvenance
@@ -31,7 +30,7 @@ class Exponential:
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """The sum of exponentials along one dimension, or one over it."""
+    """The sum of exponentials along one dimension, or its inverse."""
 
     of: Exponential
     axis: int
@@ -48,7 +47,7 @@ class LogTotal:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """What a softmax is taken of; or, of its logarithm, what its exponential will be."""
+    """A softmax that is complete, or whose logarithm is."""
 
     logits: Tensor
     product: ScoreProvenance
@@ -65,15 +64,18 @@ def next_by_hand(
     get: Callable[[object], Any],
     copy: Tensor | None,
 ) -> HandMade | tuple[Made] | None:
-    """What a part of a hand-made softmax becomes; the softmax, as ``(made,)``, where it is
-    complete; None for anything else.
+    """Follow a part of a hand-made softmax through one operation.
 
     Args:
-        operation: what the model has done.
+        operation: the operation that the model has made.
         tensor: the first of its operands of which something is known.
         record: what is known of it.
-        get: gives what is known of a tensor.
+        get: returns what is known of a tensor.
         copy: the scores, where the operation has overwritten them.
+
+    Returns:
+        The part that it becomes; the softmax as ``(made,)`` where it is complete; None for anything
+        else.
     """
     if isinstance(record, ScoreProvenance):
         return of_scores(operation, tensor, record, get, copy)
@@ -85,11 +87,8 @@ def next_by_hand(
         return next_total(record, operation.name, operation.others(tensor))
     if isinstance(record, Made) and operation.name == "exp":
         return (record,)
-    return (
-        record
-        if isinstance(record, Made | LogTotal) and operation.name in KEEPS | {"unsqueeze"}
-        else None
-    )
+    kept = isinstance(record, Made | LogTotal) and operation.name in KEEPS | {"unsqueeze"}
+    return record if kept else None
 
 
 def of_scores(
@@ -99,7 +98,7 @@ def of_scores(
     get: Callable[[object], Any],
     copy: Tensor | None,
 ) -> HandMade | None:
-    """What an operation on scores makes that leads to a softmax."""
+    """Return the part of a softmax that an operation on scores makes, if any."""
     name = operation.name
     if name == "exp":
         return Exponential(tensor if copy is None else copy, product, product.axes)
@@ -109,14 +108,8 @@ def of_scores(
             (axis,) = over
             return LogTotal(tensor, axis) if name == "logsumexp" else Made(tensor, product, axis)
     if name == "sub" and operation.args[0] is tensor:
-        total = next(
-            (
-                record
-                for other in operation.others(tensor)
-                if isinstance(record := get(other), LogTotal)
-            ),
-            None,
-        )
+        known = (get(other) for other in operation.others(tensor))
+        total = next((each for each in known if isinstance(each, LogTotal)), None)
         if total is not None and total.of is tensor:
             return Made(tensor, product, total.axis)
     return None
@@ -125,23 +118,20 @@ def of_scores(
 def of_exponential(
     operation: Operation, tensor: Tensor, record: Exponential, get: Callable[[object], Any]
 ) -> HandMade | tuple[Made] | None:
-    """What an operation on exponentials makes that leads to a softmax."""
+    """Return the part of a softmax that an operation on exponentials makes, if any."""
     name = operation.name
     if name in KEEPS:
         return record
     if name == "sum":
         over = dimensions(operation.args, operation.kwargs, tensor)
-        return (
-            Total(record, next(iter(over))) if len(over) == 1 and over <= record.axes.all else None
-        )
+        one = len(over) == 1 and over <= record.axes.all
+        return Total(record, next(iter(over))) if one else None
     if name == "normalize":
         given = bind(("input", "p", "dim"), operation.args, operation.kwargs)
         if given.get("p", 2.0) == 1:
             return (Made(record.logits, record.product, given.get("dim", 1) % tensor.ndim),)
-    total = next(
-        (found for other in operation.others(tensor) if isinstance(found := get(other), Total)),
-        None,
-    )
+    known = (get(other) for other in operation.others(tensor))
+    total = next((each for each in known if isinstance(each, Total)), None)
     if total is not None and total.of is record:
         divided = name in DIVIDES and operation.args[0] is tensor and not total.inverse
         if divided or (name in TIMES and total.inverse):
@@ -150,7 +140,7 @@ def of_exponential(
 
 
 def next_total(total: Total, name: str, others: list[Any]) -> Total | None:
-    """What a sum of exponentials becomes by one operation."""
+    """Return what a sum of exponentials becomes by one operation."""
     if name in ("add", "iadd", "radd", "clamp", "clamp_min", "maximum"):
         small = all(isinstance(other, int | float) and 0 <= other <= SMALL for other in others)
         return total if small else None
@@ -160,7 +150,7 @@ def next_total(total: Total, name: str, others: list[Any]) -> Total | None:
 
 
 def scores_overwritten(operation: Operation, record: Any) -> Tensor | None:
-    """A copy of scores that ``exp_`` is about to overwrite."""
+    """Return a copy of scores that ``exp_`` is about to overwrite."""
     changed = operation.changed
     if operation.name != "exp" or changed is None or not isinstance(record, ScoreProvenance):
         return None

@@ -1,6 +1,4 @@
-"""Products of two tensors: what they are made of, and which dimensions of an operand they sum
-over.
-"""
+"""Products of two tensors: their factors, and the dimensions summed over."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ MATRICES = {
     "addbmm": (1, 2),
     "addmm": (1, 2),
 }
-"""Where the arguments of a product of matrices hold its left and right factor."""
+"""Places of the left and the right factor among the arguments of a product of matrices."""
 NAMES = {
     "bmm": ("input", "mat2"),
     "mm": ("input", "mat2"),
@@ -53,11 +51,11 @@ class Sum:
 
     over: frozenset[int]
     places: dict[int, int]
-    """Where the other dimensions of the operand lie in the result."""
+    """Places of the operand's other dimensions in the result."""
 
 
 def factor(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int) -> Any:
-    """The left (0) or right (1) factor of a product of matrices."""
+    """Return the left (0) or right (1) factor of a product of matrices."""
     given = list(bind(NAMES.get(name, ("input", "other")), args, kwargs).values())
     index = MATRICES[name][position]
     return given[index] if index < len(given) else None
@@ -66,8 +64,9 @@ def factor(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], position
 def factors(
     name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor
 ) -> tuple[Factors, float, bool] | None:
-    """What a product is made of, its factor, and whether something was added; None where it is none
-    of batched rows and columns.
+    """Return the factors of a product, its scale, and whether something was added.
+
+    None where it is no product of batched rows and columns.
     """
     if name == "einsum":
         einsum = read_einsum(args)
@@ -90,14 +89,16 @@ def factors(
 
 
 def is_weight(tensor: Tensor) -> bool:
-    """Whether a matrix is a parameter, or a view of one."""
+    """Return whether a matrix is a parameter, or a view of one."""
+    # Private, checked with torch 2.13: the tensor that a view is of. Without it a product with a
+    # transposed weight is taken for scores; it is attention only if its softmax is used as weights.
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
 def unbatched(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor
 ) -> tuple[Factors, float, bool] | None:
-    """The factors of a tensordot over one dimension of two matrices."""
+    """Return the factors of a tensordot over one dimension of two matrices."""
     sums = [summed("tensordot", args, kwargs, side) for side in (0, 1)]
     left, right = args[:2]
     if result.ndim != 2 or left.ndim != 2 or right.ndim != 2 or is_weight(left) or is_weight(right):
@@ -109,14 +110,8 @@ def unbatched(
     return Factors(left, right, Axes(frozenset({0}), frozenset({1}))), 1.0, False
 
 
-def sums(
-    name: str,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    tensor: Tensor,
-    result: Tensor | None = None,
-) -> list[Sum]:
-    """How a product sums over ``tensor``, once for each operand that it is."""
+def sums(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor) -> list[Sum]:
+    """Return how a product sums over ``tensor``, once for each operand that it is."""
     sides = range(len(args)) if name == "einsum" else (0, 1)
     return [
         found
@@ -129,7 +124,7 @@ def sums(
 def is_operand(
     name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Tensor, side: int
 ) -> bool:
-    """Whether ``tensor`` is the left (0) or right (1) operand."""
+    """Return whether ``tensor`` is the left (0) or right (1) operand."""
     if name == "einsum":
         einsum = read_einsum(args)
         return einsum is not None and side < len(einsum.tensors) and einsum.tensors[side] is tensor
@@ -140,7 +135,7 @@ def is_operand(
 
 
 def summed(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], side: int) -> Sum | None:
-    """Which dimensions of the left (0) or right (1) operand a product sums over."""
+    """Return how a product sums over its left (0) or right (1) operand."""
     if name == "einsum":
         einsum = read_einsum(args)
         if einsum is None:
@@ -168,7 +163,7 @@ def summed(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], side: in
 
 
 def of_tensordot(left: Tensor, right: Tensor, dims: Any, side: int) -> Sum:
-    """Which dimensions a tensordot sums over."""
+    """Return how a tensordot sums over its left (0) or right (1) operand."""
     if isinstance(dims, int):
         dims = (range(left.ndim - dims, left.ndim), range(dims))
     over = [

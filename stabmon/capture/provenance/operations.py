@@ -1,4 +1,4 @@
-"""One operation that a model makes, as torch's function modes show it."""
+"""One operation of a model, as torch's function modes show it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ class Operation:
     """A call of a torch function."""
 
     name: str
-    """Without underscores and namespaces; of a property, the property's."""
+    """Name without underscores and namespaces; of a property, the property's."""
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     @property
     def operands(self) -> list[Any]:
-        """The arguments in order, those in a list as if they stood alone."""
+        """Arguments in order, those in a list as if they stood alone."""
         found: list[Any] = []
         for value in (*self.args, *self.kwargs.values()):
             found.extend(value) if isinstance(value, list | tuple) else found.append(value)
         return found
 
     def others(self, tensor: Tensor) -> list[Any]:
-        """The arguments but ``tensor``."""
+        """Return the arguments except ``tensor``."""
         return [value for value in self.operands if value is not tensor]
 
     @property
     def changes_first(self) -> bool:
-        """Whether the first argument is changed."""
+        """Whether the first argument is overwritten."""
         name: str = getattr(self.function, "__name__", "")
         return (name.endswith("_") and not name.endswith("__")) or self.name in IN_PLACE
 
     @property
     def changed(self) -> Tensor | None:
-        """The tensor that is overwritten, if one is."""
+        """Tensor that is overwritten, None for none."""
         target = self.kwargs.get("out", self.args[0] if self.args and self.changes_first else None)
         return target if isinstance(target, Tensor) else None
 
@@ -49,7 +49,7 @@ class Operation:
 def operation(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Operation:
-    """Read a call of a torch function."""
+    """Return a call of a torch function as an operation."""
     name: str = getattr(function, "__name__", "")
     if name == "__get__":
         name = getattr(getattr(function, "__self__", None), "__name__", "")

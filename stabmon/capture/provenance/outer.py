@@ -1,5 +1,6 @@
-"""Products of queries and keys that are multiplied out before they are summed: ``(q[..., :, None,
-:] * k[..., None, :, :]).sum(-1)``.
+"""Products of queries and keys that are multiplied out before they are summed.
+
+For example ``(q[..., :, None, :] * k[..., None, :, :]).sum(-1)``.
 """
 
 from __future__ import annotations
@@ -10,25 +11,25 @@ from typing import Any
 
 from torch import Tensor
 
-from stabmon.capture.protocol import kernel_dtype
+from stabmon.capture.function_mode import kernel_dtype
 from stabmon.capture.provenance.axes import Axes
 from stabmon.capture.provenance.products import TIMES, ScoreProvenance
 
 
 @dataclass(frozen=True, eq=False)
 class Outer:
-    """The product of each row of one tensor with each row of another, before the sum over the head
-    dimension.
-    """
+    """Product of each row of one tensor with each of another, not yet summed over D."""
 
     left: Tensor
     right: Tensor
     row: int
+    """Dimension along which the rows of ``left`` lie."""
     column: int
+    """Dimension along which the rows of ``right`` lie."""
 
 
 def outer_of(name: str, args: tuple[Any, ...], result: Tensor) -> Outer | None:
-    """The outer product that a multiplication forms, if it does."""
+    """Return the outer product that a multiplication forms, None where it forms none."""
     if (
         name not in TIMES
         or result.ndim < 3
@@ -48,7 +49,7 @@ def outer_of(name: str, args: tuple[Any, ...], result: Tensor) -> Outer | None:
 def summed_outer(
     outer: Outer, over: frozenset[int], kwargs: Mapping[str, Any]
 ) -> ScoreProvenance | None:
-    """The product that a sum over one more dimension gives."""
+    """Return the scores that a sum over one more dimension gives, None for none."""
     if len(over) != 1 or over & {outer.row, outer.column} or kwargs.get("keepdim"):
         return None
     (inner,) = over

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stabmon.check.loading import pretrained
 from stabmon.check.loading.source import LoadedModel
+from stabmon.model_names import LAYER_COUNTS
 from stabmon.tiny.corpus import read_text
 
 BUDGET = 3e11
@@ -64,7 +65,7 @@ def sample_length(target: LoadedModel, length: int, batch: int) -> int:
     made = sum(each.numel() for each in target.model.parameters())
     text = _text_config(target.config)
     width = getattr(text, "hidden_size", None) or getattr(text, "d_model", None) or 512
-    layers = max((getattr(text, name, 0) or 0 for name in pretrained.LAYERS), default=0) or 12
+    layers = max((getattr(text, name, 0) or 0 for name in LAYER_COUNTS), default=0) or 12
     budget = BUDGET / 3 if target.analytic else BUDGET
     tokens = (
         length

@@ -17,29 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-LAYERS = (
-    "num_hidden_layers",
-    "n_layer",
-    "n_layers",
-    "num_layers",
-    "num_decoder_layers",
-    "encoder_layers",
-    "decoder_layers",
+from stabmon.model_names import (
+    EXPERT_WIDTHS,
+    FEED_FORWARD_WIDTHS,
+    LAYER_COUNTS,
+    OTHER_FEED_FORWARD_WIDTHS,
 )
+
 NARROW = {
-    **dict.fromkeys(
-        (
-            "intermediate_size",
-            "ffn_dim",
-            "n_inner",
-            "d_ff",
-            "encoder_ffn_dim",
-            "decoder_ffn_dim",
-            "ffn_hidden_size",
-        ),
-        256,
-    ),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64),
+    **dict.fromkeys((*FEED_FORWARD_WIDTHS, *OTHER_FEED_FORWARD_WIDTHS), 256),
+    **dict.fromkeys(EXPERT_WIDTHS, 64),
     "vocab_size": 1024,
 }
 """Upper limits of the sizes without a part in attention, for one-layer models."""
@@ -172,9 +159,9 @@ def one_of_each_layer(config: Any) -> tuple[Any, int, int]:
     text = small.get_text_config() if hasattr(small, "get_text_config") else small
     kinds = list(getattr(text, "layer_types", None) or [])
     chosen = list(dict.fromkeys(kinds)) or [None]
-    depth = max((getattr(text, name, 0) or 0 for name in LAYERS), default=0)
+    depth = max((getattr(text, name, 0) or 0 for name in LAYER_COUNTS), default=0)
     for part in {id(small): small, id(text): text}.values():
-        for name in LAYERS:
+        for name in LAYER_COUNTS:
             if isinstance(getattr(part, name, None), int):
                 setattr(part, name, min(getattr(part, name), len(chosen)))
         if kinds and getattr(part, "layer_types", None):

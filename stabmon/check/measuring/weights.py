@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabmon.model_names import KEY_NORMS
 from stabmon.projections.head_rows import QueryKey, Rows
 from stabmon.projections.locate import find_query_key
-from stabmon.projections.norm_gains import KEY_NORM, gain_and_bias
+from stabmon.projections.norm_gains import gain_and_bias
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import LayerInfo
 
@@ -144,7 +145,11 @@ def _normed(module: nn.Module, info: LayerInfo, found: QueryKey) -> HeadWeights 
     q is then its gain times a vector of D entries of unit mean square.
     """
     norm = next(
-        (child for name in KEY_NORM if isinstance(child := getattr(module, name, None), nn.Module)),
+        (
+            child
+            for name in KEY_NORMS
+            if isinstance(child := getattr(module, name, None), nn.Module)
+        ),
         None,
     )
     key_gain = (

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stabmon.check.loading import pretrained
 from stabmon.check.loading.source import LoadedModel
+from stabmon.model_names import CONFIG_DROPOUTS, FEED_FORWARD_WIDTHS, LAYER_COUNTS
 from stabmon.tiny.corpus import default_text, read_text
 
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 4, 4, 256
@@ -99,11 +100,11 @@ def narrow(config: Any) -> tuple[Any, int, int]:
         new["num_key_value_heads"] = max(1, kept * key_heads // heads)
     if getattr(part, "head_dim", None) and width < full:
         new["head_dim"] = width // kept
-    for name in ("intermediate_size", "n_inner", "ffn_dim", "d_ff"):
+    for name in FEED_FORWARD_WIDTHS:
         if isinstance(getattr(part, name, None), int):
             new[name] = max(width, getattr(part, name) * width // full)
     kinds = list(getattr(part, "layer_types", None) or [])
-    for name in pretrained.LAYERS:
+    for name in LAYER_COUNTS:
         if isinstance(getattr(part, name, None), int):
             new[name] = min(getattr(part, name), LAYERS)
     for name, value in new.items():
@@ -117,14 +118,7 @@ def narrow(config: Any) -> tuple[Any, int, int]:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(part, name, None) is not None:
             setattr(part, name, 0)
-    for name in (
-        "attention_dropout",
-        "attn_pdrop",
-        "resid_pdrop",
-        "embd_pdrop",
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-    ):
+    for name in CONFIG_DROPOUTS:
         if isinstance(getattr(part, name, None), float):
             setattr(part, name, 0.0)
     return small, width, full

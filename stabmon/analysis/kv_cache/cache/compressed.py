@@ -19,8 +19,8 @@ from stabmon.analysis.kv_cache.cache.trace import Eviction, Stage
 from stabmon.analysis.kv_cache.policy import DecodeStep, Policy, best, policy_of
 from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.sharing import Sharing
+from stabmon.capture.function_mode import isolated
 from stabmon.capture.intercept import AttentionSite, intercepted
-from stabmon.capture.protocol import isolated
 from stabmon.signals.reduce import operator_of
 
 
