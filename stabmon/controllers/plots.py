@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stabmon.figures.signals import new_figure, saved, short_names
+from stabmon.figures.canvas import new_figure, saved
+from stabmon.figures.labels import short_names
 from stabmon.records import Reading
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from torch import nn
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon.config import StabilityConfig, load_config
+from stabmon.diagnosis import Diagnosis
 from stabmon.engine.rank_reducer import world_size
 from stabmon.guard import Guard
 from stabmon.interventions import Applied, Intervention, TrainingRun
-from stabmon.records import AttentionCall, Diagnosis
+from stabmon.records import AttentionCall
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 
 if TYPE_CHECKING:

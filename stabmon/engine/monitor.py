@@ -31,6 +31,7 @@ from stabmon._storage.stored_value import Stored
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon.config import StabilityConfig, load_config
+from stabmon.diagnosis import Diagnosis
 from stabmon.engine.acting import Acting, paused
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.group_updates import GroupUpdates
@@ -49,7 +50,7 @@ from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
 from stabmon.interventions import Applied, Intervention
 from stabmon.nonfinite.detector import NonFiniteDetector
-from stabmon.records import Diagnosis, QKUpdate, Reading, StabilityIssue
+from stabmon.records import QKUpdate, Reading, StabilityIssue
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 from stabmon.signals import SIGNALS
@@ -222,7 +223,7 @@ class AttentionStabilityMonitor:
             loss: the step's loss; a tensor is detached, and read only when a sampled step needs it.
 
         Returns:
-            A :class:`~stabmon.records.Diagnosis` on sampled steps, and on a step at which a NaN or
+            A :class:`~stabmon.diagnosis.Diagnosis` on sampled steps, and on a step at which a NaN or
             inf first comes up or which shows that the rate is too high; else None.
         """
         if self._closed:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.figures import caches
+from stabmon.figures import caches, kept_keys
 from stabmon.report.page import Finding, Page, Picture, Section, Table
 from stabmon.report.words import (
     by_layer,
@@ -334,7 +334,11 @@ def _kept(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sectio
     share[:, evicted[layers[0]][0, 0, :prompt] == -2] = np.nan
     drawn, factor = _averaged(share)
     draw = partial(
-        caches.kept_positions, drawn, names, window=int(record.values["window_size"]), pooled=factor
+        kept_keys.kept_positions,
+        drawn,
+        names,
+        window=int(record.values["window_size"]),
+        pooled=factor,
     )
     caption = (
         f"Positions of the first prompt ({plural(length, 'token')} at most) that stay after "
@@ -363,7 +367,7 @@ def _decode(record: AnalysisRecord, layers: list[str], names: list[str]) -> Sect
             rows.append(np.where((positions < prompt + step) & (went[0] != -2), held, np.nan))
         pattern.append(rows)
     drawn, factor = _averaged(np.array(pattern, dtype=np.float64))
-    draw = partial(caches.decode_pattern, drawn, names, steps=chosen, pooled=factor)
+    draw = partial(kept_keys.decode_pattern, drawn, names, steps=chosen, pooled=factor)
     caption = (
         "Keys of the first sample that each layer holds after every decoded token; step 0 "
         "is the prompt."

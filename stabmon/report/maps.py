@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stabmon.figures.canvas import block_max_by
+from stabmon.figures.pooling import block_max_by
 
 BUDGET = 3_800_000
 """Bytes that the packed maps may take of a page, which stays below 5 MB with its pictures."""

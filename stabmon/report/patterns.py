@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.figures import heatmaps, lines
-from stabmon.figures.canvas import block_max_by
-from stabmon.figures.similarity import similarity_matrix
+from stabmon.figures import distributions, heatmaps, lines, tables
+from stabmon.figures.pooling import block_max_by
 from stabmon.report.maps import packed_maps
 from stabmon.report.page import Page, Picture, Section, Table
 from stabmon.report.words import (
@@ -215,7 +214,7 @@ def _roles(
     ]
     columns = [str(head) for head in max(heads.values(), key=len)]
     picture = partial(
-        heatmaps.letter_map, grid, names, LETTERS, columns=columns, title="Role of every head"
+        tables.letter_map, grid, names, LETTERS, columns=columns, title="Role of every head"
     )
     short = dict(zip(layers, names, strict=True))
     order = sorted(roles, key=lambda role: -np.nan_to_num(_mass(role)))
@@ -306,7 +305,9 @@ def _statistics(
         table = stacked(mean_of(over[layer][name], 0) for layer in layers)
         if not np.isfinite(table).any():
             continue
-        picture = partial(lines.over_layers, table, names, unit=unit, title=title, limits=limits)
+        picture = partial(
+            distributions.over_layers, table, names, unit=unit, title=title, limits=limits
+        )
         caption = (
             f"{title}, mean over valid queries and samples: a circle a head, a line through "
             "the layers' means."
@@ -319,7 +320,7 @@ def _statistics(
             for name, layer in zip(names, layers, strict=True)
         }
         picture = partial(
-            lines.distributions,
+            distributions.distributions,
             groups,
             unit="entropy / ln n",
             title="Entropy over the samples",
@@ -398,7 +399,7 @@ def _received(record: AnalysisRecord, layers: list[str], names: list[str]) -> Se
 def _similarity(record: AnalysisRecord, layers: list[str]) -> Section:
     names, _ = short_layers(list(layers))
     matrix = mean_of(record.arrays["similarity"], 0)
-    picture = partial(similarity_matrix, matrix, names)
+    picture = partial(tables.similarity_matrix, matrix, names)
     caption = (
         "Cosine of the layers' maps, heads averaged, over valid queries; 1 means that two "
         "layers look at the same keys."

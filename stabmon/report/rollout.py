@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.figures import heatmaps, lines, overlays
-from stabmon.figures.canvas import block_max, plain_token
+from stabmon.figures import heatmaps, images, lines, texts
+from stabmon.figures.labels import plain_token
+from stabmon.figures.pooling import block_max
 from stabmon.report.maps import packed_maps
 from stabmon.report.page import Finding, Page, Picture, Section, Table
 from stabmon.report.words import (
@@ -116,7 +117,7 @@ def terminal_overlay(record: AnalysisRecord, most: int = 600) -> Any:
     position, _, weights = _row(record, 0)
     if columns is None or len(columns) != len(weights) or len(columns) > most:
         return None
-    return overlays.text_terminal(columns, weights, marked=position if position >= 0 else None)
+    return texts.text_terminal(columns, weights, marked=position if position >= 0 else None)
 
 
 def _valid_rows(record: AnalysisRecord) -> np.ndarray:
@@ -263,10 +264,10 @@ def _texts(record: AnalysisRecord, rows: list[tuple[int, int, np.ndarray]]) -> S
         title = f"Sample {sample}: what the token at position {position} owes to each token"
         head = f"<h3>{title}</h3>" if len(rows) > 1 else ""
         fragments.append(
-            head + overlays.text_html(shown, weights[kept], unit="share", marked=marked, most=12)
+            head + texts.text_html(shown, weights[kept], unit="share", marked=marked, most=12)
         )
         draw = partial(
-            overlays.text_figure,
+            texts.text_figure,
             shown,
             weights[kept],
             unit="share owed",
@@ -293,11 +294,11 @@ def _images(
     record: AnalysisRecord, grid: Mapping[str, int], rows: list[tuple[int, int, np.ndarray]]
 ) -> Section:
     fragments, pictures = [], []
-    images = record.arrays.get("images")
+    seen = record.arrays.get("images")
     for sample, (_, _, weights) in enumerate(rows[:MOST_SAMPLES]):
         patches = weights[grid["leading"] :].reshape(grid["rows"], grid["cols"])
         title = f"Image {sample}: share owed to each patch"
-        if images is None:
+        if seen is None:
             draw = partial(
                 heatmaps.single_map,
                 patches,
@@ -307,11 +308,11 @@ def _images(
                 axes_names=("row of patches", "column of patches"),
             )
         else:
-            picture = images[sample]
-            fragments.append(f"<h3>{title}</h3>" + overlays.image_html(picture, patches))
-            draw = partial(overlays.image_figure, picture, patches, unit="share owed", title=title)
+            picture = seen[sample]
+            fragments.append(f"<h3>{title}</h3>" + images.image_html(picture, patches))
+            draw = partial(images.image_figure, picture, patches, unit="share owed", title=title)
         caption = f"{title}; bright patches are owed most. The scale is the image's own."
-        pictures.append(Picture(f"image_{sample}", caption, draw, inline=images is None))
+        pictures.append(Picture(f"image_{sample}", caption, draw, inline=seen is None))
     said = [
         f"Patches: {grid['rows']} × {grid['cols']}, after "
         f"{plural(grid['leading'], 'special token')}."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.figures.signals import short_names
+from stabmon.figures.labels import short_names
 from stabmon.report.page import Finding
 
 

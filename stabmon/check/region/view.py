@@ -13,7 +13,7 @@ from rich.text import Text
 
 from stabmon.check.config import DTYPES, CheckConfig
 from stabmon.check.region.region import GridPoint, OperatingPoint, grid, place
-from stabmon.figures.signals import new_figure, saved
+from stabmon.figures.canvas import new_figure, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.figures.canvas import ticks
+from stabmon.figures.labels import ticks
 from stabmon.figures.surface import attention_surface
 from stabmon.report.words import by_layer, map_names
 
