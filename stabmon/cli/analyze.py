@@ -1,4 +1,4 @@
-"""The command ``stabmon analyze``: from a model and a text to figures, numbers and a page."""
+"""The command ``stabmon analyze``."""
 
 from __future__ import annotations
 

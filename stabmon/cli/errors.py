@@ -12,7 +12,9 @@ from stabmon.check.loading.pretrained import quiet
 def one_line_errors(
     doing: str, mend: str, *, keep: tuple[type[Exception], ...] = (ValueError,)
 ) -> Iterator[None]:
-    """Turn any error of a model into a ValueError of one line; silence transformers meanwhile.
+    """Turn any error of a model into a ValueError of one line.
+
+    Messages of transformers are held back meanwhile.
 
     Args:
         doing: the work that failed, the start of the line.

@@ -28,7 +28,7 @@ def largest_first(weights: np.ndarray, most: int) -> list[int]:
     [2, 0]
     """
     order = np.argsort(np.where(np.isfinite(weights), -weights, np.inf).ravel(), kind="stable")
-    return order[:most].tolist()
+    return [int(at) for at in order[:most]]
 
 
 def weight_table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:

@@ -97,7 +97,7 @@ def _rollout(model: nn.Module, inputs: Inputs, options: AnalyzeOptions, layers: 
 def _deletions(
     model: nn.Module, inputs: Inputs, rollout: Rollout
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Check a rollout by deleting tokens; of models that cannot, return None and the reason."""
+    """Check a rollout by deleting tokens; None and the reason if the model cannot."""
     from stabmon.analysis.attribution.faithfulness import deletion_check
 
     if rollout.stack == "joined":
