@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ LINES: tuple[tuple[str, Any, str], ...] = (
 )
 """Colour, dash and marker of the n-th line, all different without their colour."""
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "oo", "--")
+Drawn = TypeVar("Drawn", bound=Any)
 Limits = tuple[float | None, float | None]
 """Smallest and largest value of a scale; None for the data's own."""
 
@@ -49,7 +50,7 @@ def new_axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def saved(figure: Any, path: str | Path | None) -> Any:
+def saved(figure: Drawn, path: str | Path | None) -> Drawn:
     """Save a figure and return it.
 
     Args:

@@ -66,6 +66,7 @@ def signal_heatmap(
         place[: row.size] = row
     layers, heads = matrix.shape
     width, height = max(6.0, 3.6 + 0.3 * heads), max(2.6, 1.5 + 0.3 * layers)
+    figure: Figure
     figure, axes = new_axes(min(12.0, width), min(12.0, height))
     image = axes.imshow(
         np.ma.masked_invalid(matrix),
@@ -137,6 +138,7 @@ def signal_evolution(
             counted[n, t] = finite.size
             if finite.size:
                 values[n, t] = finite.max() if reduction == "max" else finite.mean()
+    figure: Figure
     figure, axes = new_axes(8.5, 4.5)
     from matplotlib.ticker import MaxNLocator
 
