@@ -7,9 +7,10 @@
 
 from stabmon.check import check_attention_stability
 from stabmon.config import StabilityConfig, load_config
+from stabmon.diagnosis import Diagnosis
 from stabmon.engine.analyzer import AttentionAnalyzer
 from stabmon.engine.monitor import AttentionStabilityMonitor
-from stabmon.records import AttentionCall, Diagnosis, NonFinite, Reading, StabilityIssue
+from stabmon.records import AttentionCall, NonFinite, Reading, StabilityIssue
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,5 +1,4 @@
-"""What flows through stabmon: one attention call, one sampled step's reading, one issue, one
-diagnosis.
+"""Records of one attention call, one sampled step's reading, and one issue.
 
 Records are frozen. ``AttentionCall`` holds live tensors and dies with the forward that made it; all
 the others hold NumPy arrays and plain values only, and can be stored.
@@ -9,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Severity = Literal["info", "warning", "error", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error", "critical")
@@ -165,11 +160,11 @@ class Reading:
 
     def __repr__(self) -> str:
         loss = "unknown" if self.loss is None else f"{self.loss:.4g}"
-        heads = sum(_heads(signals) for signals in self.layers.values())
+        heads = sum(head_count(signals) for signals in self.layers.values())
         bad = "" if self.non_finite is None else f", non-finite {self.non_finite.kind}"
         return (
-            f"Reading(step={self.step}, loss={loss}, {_count(len(self.layers), 'layer')}, "
-            f"{_count(heads, 'head')}{bad})"
+            f"Reading(step={self.step}, loss={loss}, {counted(len(self.layers), 'layer')}, "
+            f"{counted(heads, 'head')}{bad})"
         )
 
 
@@ -324,70 +319,11 @@ class StabilityIssue:
         return cls(**{name: value for name, value in values.items() if name in names})
 
 
-@dataclass(frozen=True, eq=False)
-class Diagnosis:
-    """What one sampled step showed.
-
-    Attributes:
-        step: the optimizer step, counted from 1.
-        issues: the issues that opened, worsened or closed at this step.
-        stats: ``stats[layer][signal]`` is float64 ``[H]``, one value a query head.
-        readings: the readings so far, oldest first, for plots over time.
-        open_issues: every issue open after this step.
-        unseen: modules of whose attention some is not seen, and what of it: no statistic and no
-            issue covers it.
-    """
-
-    step: int
-    issues: tuple[StabilityIssue, ...]
-    stats: Mapping[str, Mapping[str, np.ndarray]]
-    readings: tuple[Reading, ...] = ()
-    open_issues: tuple[StabilityIssue, ...] = ()
-    unseen: Mapping[str, str] = field(default_factory=dict)
-
-    def __repr__(self) -> str:
-        heads = sum(_heads(signals) for signals in self.stats.values())
-        return (
-            f"Diagnosis(step={self.step}, {_count(len(self.stats), 'layer')}, "
-            f"{_count(heads, 'head')}, "
-            f"{_by_severity(self.issues, 'issue')}, {_by_severity(self.open_issues, 'open issue')})"
-        )
-
-    def has_issues(self) -> bool:
-        """Whether any issue opened or worsened at this step."""
-        return any(issue.state != "closed" for issue in self.issues)
-
-    def plot_entropy_heatmap(self, path: str | Path | None = None) -> Figure:
-        """Normalised entropy of every head at this step, layers by heads; saved to ``path`` where
-        one is given.
-        """
-        from stabmon.figures.signals import signal_heatmap
-
-        return signal_heatmap(self.stats, "normalized_entropy", self.step, path)
-
-    def plot_curvature_evolution(self, path: str | Path | None = None) -> Figure:
-        """Largest log curvature (the tight bound) of every layer over the steps so far; saved to
-        ``path`` where one is given.
-        """
-        from stabmon.figures.signals import signal_evolution
-
-        return signal_evolution(self.readings, "hnf_log_curvature", path)
-
-
-def _heads(signals: Mapping[str, np.ndarray]) -> int:
-    """How many heads a layer's values are of."""
+def head_count(signals: Mapping[str, np.ndarray]) -> int:
+    """Return the number of heads that a layer's values are of."""
     return max((np.size(values) for values in signals.values()), default=0)
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Return a count and its noun: ``1 head``, ``2 heads``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _by_severity(issues: tuple[StabilityIssue, ...], noun: str) -> str:
-    """How many issues, and of which severity, the worst first: ``3 issues: 1 error, 2 warning``."""
-    counts = {
-        severity: sum(issue.severity == severity for issue in issues)
-        for severity in reversed(SEVERITIES)
-    }
-    told = ", ".join(f"{count} {severity}" for severity, count in counts.items() if count)
-    return _count(len(issues), noun) + (f": {told}" if told else "")

@@ -18,7 +18,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from stabmon._storage.strict_json import loads
 from stabmon.analysis import attention_maps, attention_rollout
 from stabmon.cli import main
-from stabmon.cli.analyzing.options import parsed_numbers, parsed_size
+from stabmon.cli.analyzing.parsing import parsed_numbers, parsed_size
 from tests.check import models
 
 TEXT = (
@@ -481,7 +481,7 @@ def test_surfaces_are_written_on_request(run: Run, quick: None, tmp_path: Path) 
 def test_long_work_is_told_beforehand_on_standard_error_alone(
     run: Run, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stabmon.cli.analyze.LONG", 0.0)
+    monkeypatch.setattr("stabmon.cli.analyzing.run.LONG", 0.0)
     args = ("gpt2", "--text", "text.txt", "--kind", "heatmap", "--length", 8, "--out", tmp_path)
     status, out, err = run(*args, "--json")
     assert status == 0

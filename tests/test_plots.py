@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stabmon.figures.signals import short_names, signal_evolution, signal_heatmap
-from stabmon.records import Diagnosis, Reading
+from stabmon.diagnosis import Diagnosis
+from stabmon.figures.labels import short_names
+from stabmon.figures.signals import signal_evolution, signal_heatmap
+from stabmon.records import Reading
+from stabmon.signals.presentation import presentation_of
 
 NAN, INF = float("nan"), float("inf")
 NAMES = ("model.layers.0.self_attn", "model.layers.1.self_attn")
@@ -37,14 +41,23 @@ def readings(layers: int = 2, steps: int = 3) -> tuple[Reading, ...]:
     )
 
 
-def heatmap(*args: Any) -> Any:
-    """:func:`signal_heatmap`, whose artists' types are too wide to be of use here."""
-    return signal_heatmap(*args)
+def heatmap(stats: Any, signal: str, step: int, path: Path | None = None) -> Any:
+    """:func:`signal_heatmap` as the signal is presented."""
+    shown = presentation_of(signal)
+    return signal_heatmap(stats, signal, step, path, unit=shown.unit, limits=shown.limits)
 
 
-def evolution(*args: Any) -> Any:
-    """The same of :func:`signal_evolution`."""
-    return signal_evolution(*args)
+def evolution(found: Sequence[Reading], signal: str, path: Path | None = None) -> Any:
+    """:func:`signal_evolution` of readings, as the signal is presented."""
+    shown = presentation_of(signal)
+    return signal_evolution(
+        [each.step for each in found],
+        [each.layers for each in found],
+        signal,
+        path,
+        unit=shown.unit,
+        reduction=shown.reduction,
+    )
 
 
 def test_a_heatmap_shows_every_head_under_a_title_a_scale_and_short_names(tmp_path: Path) -> None:
@@ -158,11 +171,11 @@ def test_drawing_touches_neither_pyplot_nor_the_backend() -> None:
 import sys, numpy as np
 import stabmon.figures.signals
 assert "matplotlib" not in sys.modules
-stabmon.figures.signals.signal_heatmap({"a": {"max_logit": np.ones(2)}}, "max_logit", 1)
+stabmon.figures.signals.signal_heatmap({"a": {"max_logit": np.ones(2)}}, "max_logit", 1, unit="score")
 print("matplotlib.pyplot" in sys.modules)
 sys.modules["matplotlib.figure"] = None
 try:
-    stabmon.figures.signals.signal_heatmap({"a": {"max_logit": np.ones(2)}}, "max_logit", 1)
+    stabmon.figures.signals.signal_heatmap({"a": {"max_logit": np.ones(2)}}, "max_logit", 1, unit="score")
 except ImportError as error:
     print(error)
 """

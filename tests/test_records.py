@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stabmon.records import Diagnosis
+from stabmon.diagnosis import Diagnosis
 from tests.sinks.samples import issue, non_finite, reading
 
 

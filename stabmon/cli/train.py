@@ -1,37 +1,42 @@
-"""What ``stabmon train`` does."""
+"""The command ``stabmon train``."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from typing import Annotated
 
-from rich.console import Console
+import typer
 
-from stabmon.study.plan import StudySettings
-from stabmon.study.report import markdown, summary, tables
-from stabmon.study.settings import read_settings
-from stabmon.study.study import run_study
+from stabmon.cli.options import Json
 
 
 def train(
-    config: str, overrides: Sequence[str] = (), *, text: str | None = None, as_json: bool = False
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, such as those in configs/controllers.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Settings to lay over it.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Learn this file in place of the default corpus.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Run the study that ``config`` and ``overrides`` describe, and print its table; it lies in
-    ``run_dir`` too.
+    """Train attention controllers and compare them with controls of the same size.
 
-    Args:
-        config: a YAML file, such as those in configs/controllers.
-        overrides: settings to lay over it, such as ``base.steps=50``.
-        text: a file to learn in place of the default corpus.
-        as_json: print one JSON object instead of the table.
-
-    Raises:
-        SettingsError: if the settings are wrong.
-        CorpusError: if the text cannot be used.
+    They are trained on a corpus, on a frozen base and together with it; the table is printed and
+    kept in the run's folder.
     """
+    from rich.console import Console
+
+    from stabmon.study.plan import StudySettings
+    from stabmon.study.report import markdown, summary, tables
+    from stabmon.study.settings import read_settings
+    from stabmon.study.study import run_study
+
     named = [f"corpus.text={json.dumps(text)}"] if text else []
-    settings = read_settings(StudySettings, config, [*overrides, *named])
+    settings = read_settings(StudySettings, config, [*(overrides or ()), *named])
     folder = run_study(
         settings, lambda line: print(line, file=sys.stderr) if sys.stderr.isatty() else None
     )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stabmon.figures.signals import new_figure, saved, short_names
+from stabmon.figures.canvas import new_figure, saved
+from stabmon.figures.labels import short_names
 from stabmon.records import Reading
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def grid(readings: Sequence[Reading], signal: str, path: str | Path | None = Non
     """
     layers, steps, values = values_of(readings, signal)
     rows, columns = (range(0, n, -(-n // MOST)) for n in values.shape[:2])
-    figure = new_figure(width=2.2 + 1.7 * len(columns), height=1.2 + 1.15 * len(rows))
+    figure: Figure = new_figure(width=2.2 + 1.7 * len(columns), height=1.2 + 1.15 * len(rows))
     panels = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
     names, pattern = short_names(layers)
     for place, row in enumerate(rows):
@@ -118,7 +119,7 @@ def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figur
         for name in known
         if np.nanmax(values := values_of(readings, name)[2]) > np.nanmin(values)
     ] or known
-    figure = new_figure(width=8.5, height=1.0 + 1.7 * len(shown))
+    figure: Figure = new_figure(width=8.5, height=1.0 + 1.7 * len(shown))
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, shown, strict=True):
         layers, steps, values = values_of(readings, name)

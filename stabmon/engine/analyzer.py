@@ -11,7 +11,8 @@ from torch import nn
 from stabmon.capture import AttentionCapture
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import load_config
-from stabmon.records import Diagnosis, Reading
+from stabmon.diagnosis import Diagnosis
+from stabmon.records import Reading
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 from stabmon.signals.accumulator import Measurements, to_host

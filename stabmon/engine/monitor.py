@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import rank, world_size
 from stabmon.config import StabilityConfig, load_config
+from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
 from stabmon.engine.clock import Phase, StepClock
 from stabmon.engine.error_boundary import ErrorBoundary, contained
@@ -37,7 +38,7 @@ from stabmon.guard import Guard
 from stabmon.interventions import Applied, Intervention, TrainingRun
 from stabmon.listeners import StepContext, StepListener
 from stabmon.nonfinite.detector import NonFiniteDetector
-from stabmon.records import Diagnosis, Reading, StabilityIssue
+from stabmon.records import Reading, StabilityIssue
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 from stabmon.sinks import Sink

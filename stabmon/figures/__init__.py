@@ -1,4 +1,4 @@
-"""Draw arrays: heatmaps of attention, lines, shaded tokens and images, caches, surfaces.
+"""Draw arrays: heatmaps, lines, shaded tokens and images, caches, surfaces.
 
 Nothing here knows of models or records: arrays, units and labels are arguments. Figures are drawn
 on :class:`matplotlib.figure.Figure` without pyplot, so no backend is chosen and no state is kept.

@@ -1,4 +1,4 @@
-"""Figures of a compressed KV cache: budgets, what they rest on, what is kept, what it costs."""
+"""Figures of a compressed KV cache: budgets, preferences and losses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 from stabmon.figures.canvas import (
     HATCHES,
     LINES,
-    axis_labels,
-    drawable,
-    image,
+    Limits,
+    legend,
+    new_axes,
     new_figure,
+    require,
     saved,
-    ticks,
     titled,
 )
+from stabmon.figures.labels import axis_labels
 
 
 def budget_bars(
@@ -30,27 +31,64 @@ def budget_bars(
     title: str = "Cache budget of every layer",
     path: str | Path | None = None,
 ) -> Any:
-    """Draw the budgets of every layer, one bar a rule.
+    """Draw the cache budget of every layer, one bar per rule.
 
     Args:
         budgets: name of the rule -> ``[L]`` in ``unit``.
         layers: the layers' names.
-        full: what an uncompressed layer holds, drawn as a dashed line.
-        unit: of the budgets.
-        title: what is shown.
-        path: file to save; None for none.
+        full: size of an uncompressed layer in ``unit``, drawn as a dashed line.
+        unit: unit of the budgets.
+        title: title of the figure.
+        path: file to save to; None saves nothing.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: if there is no budget.
+
+    Example:
+        >>> figure = budget_bars({"filled": np.array([3, 5])}, ["0", "1"], full=16)
+        >>> [int(bar.get_height()) for bar in figure.axes[0].patches]
+        [3, 5]
     """
-    figure, axes = _grouped_bars(budgets, layers)
+    figure, axes = _grouped_bars(budgets, layers, unit)
     if full is not None:
-        axes.axhline(
-            full, color="black", linestyle="--", linewidth=1, label=f"full cache ({full:g})"
-        )
-    axes.set_ylabel(unit)
-    axes.set_xlabel("layer")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+        label = f"full cache ({full:g})"
+        axes.axhline(full, color="black", linestyle="--", linewidth=1, label=label)
+    legend(figure)
+    titled(figure, title)
+    return saved(figure, path)
+
+
+def preservation_bars(
+    shares: Mapping[str, np.ndarray],
+    layers: Sequence[str],
+    *,
+    unit: str = "share of the attention mass that is kept",
+    title: str = "How much attention the kept keys hold",
+    limits: Limits = (0.0, 1.0),
+    path: str | Path | None = None,
+) -> Any:
+    """Draw the attention that every layer preserves, one bar per policy.
+
+    Args:
+        shares: policy -> ``[L]`` in ``unit``.
+        layers: the layers' names.
+        unit: unit of the values.
+        title: title of the figure.
+        limits: smallest and largest value of the scale.
+        path: file to save to; None saves nothing.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if there is nothing to draw.
+    """
+    figure, axes = _grouped_bars(shares, layers, unit)
+    axes.set_ylim(*limits)
+    legend(figure)
     titled(figure, title)
     return saved(figure, path)
 
@@ -71,8 +109,11 @@ def layer_preferences(
         shift: ``[L]``, summed variance of the window's attention.
         preference: ``[L]``, relative.
         layers: the layers' names.
-        title: what is shown.
-        path: file to save; None for none.
+        title: title of the figure.
+        path: file to save to; None saves nothing.
+
+    Returns:
+        The figure, one panel per quantity.
     """
     figure = new_figure(min(13.0, max(8.0, 3.0 + 0.45 * len(layers))), 3.4)
     panels = figure.subplots(1, 3)
@@ -94,95 +135,6 @@ def layer_preferences(
     return saved(figure, path)
 
 
-def kept_positions(
-    share: np.ndarray,
-    layers: Sequence[str],
-    *,
-    window: int = 0,
-    pooled: int = 1,
-    title: str = "Which positions of the prompt stay in the cache",
-    path: str | Path | None = None,
-) -> Any:
-    """Draw the share of kv heads that keep each position: layers downwards, positions across.
-
-    Args:
-        share: ``[L, S]`` in [0, 1]; NaN for a layer that is not compressed.
-        layers: the layers' names.
-        window: last positions that are always kept, marked by a dashed line.
-        pooled: positions a cell stands for.
-        title: what is shown.
-        path: file to save; None for none.
-    """
-    share = np.asarray(share, dtype=np.float64)
-    figure = new_figure(10.0, min(9.0, 2.2 + 0.28 * len(layers)))
-    axes = figure.add_subplot()
-    shown = image(axes, share, limits=(0.0, 1.0))
-    figure.colorbar(shown, ax=axes, label="share of kv heads\nthat keep the key")
-    axis_labels(axes, "y", len(layers), layers)
-    axis_labels(axes, "x", share.shape[1], pooled=pooled)
-    notes = []
-    if window and window < share.shape[1] * pooled:
-        axes.axvline(share.shape[1] - window / pooled - 0.5, color="white", linewidth=2.2)
-        axes.axvline(
-            share.shape[1] - window / pooled - 0.5, color="black", linestyle="--", linewidth=1.1
-        )
-        notes.append(f"dashed: the last {window} positions are always kept")
-    if np.isnan(share).any():
-        notes.append("grey: not compressed")
-    axes.set_xlabel("key position")
-    axes.set_ylabel("layer")
-    titled(figure, title, "; ".join(notes))
-    return saved(figure, path)
-
-
-def decode_pattern(
-    share: np.ndarray,
-    layers: Sequence[str],
-    *,
-    steps: Sequence[int] | None = None,
-    pooled: int = 1,
-    title: str = "What stays in the cache while tokens are generated",
-    path: str | Path | None = None,
-) -> Any:
-    """Draw the kept positions of every layer at every decode step, one panel a layer.
-
-    Args:
-        share: ``[L, T, S]``: share of kv heads that hold each position after each step; NaN for
-            positions that do not exist yet.
-        layers: the layers' names; of more than twelve an even choice is drawn.
-        steps: ``T`` labels of the steps; 0 … T - 1 if None.
-        pooled: positions a cell stands for.
-        title: what is shown.
-        path: file to save; None for none.
-    """
-    share = np.asarray(share, dtype=np.float64)
-    chosen = ticks(len(layers), 12)
-    across = min(3, len(chosen))
-    down = -(-len(chosen) // across)
-    figure = new_figure(3.0 + 3.0 * across, 1.4 + 1.9 * down)
-    grid = figure.subplots(down, across, squeeze=False)
-    shown = None
-    names = None if steps is None else [str(step) for step in steps]
-    for place, axes in enumerate(grid.flat):
-        if place >= len(chosen):
-            axes.set_axis_off()
-            continue
-        shown = image(axes, share[chosen[place]], limits=(0.0, 1.0))
-        axes.set_title(drawable(f"layer {layers[chosen[place]]}"), fontsize=9, pad=3)
-        axis_labels(axes, "y", share.shape[1], names, room=6, most=6)
-        axis_labels(axes, "x", share.shape[2], most=6, pooled=pooled)
-        axes.tick_params(labelsize=7)
-    if shown is not None:
-        figure.colorbar(shown, ax=grid, label="share of kv heads that hold the key")
-    figure.supxlabel("key position", fontsize=9)
-    figure.supylabel("decode step", fontsize=9)
-    notes = ["grey: not there yet"] if np.isnan(share).any() else []
-    if len(chosen) < len(layers):
-        notes.append(f"{len(chosen)} of {len(layers)} layers")
-    titled(figure, title, "; ".join(notes))
-    return saved(figure, path)
-
-
 def loss_against_size(
     sizes: Sequence[float],
     policies: Mapping[str, np.ndarray],
@@ -192,24 +144,25 @@ def loss_against_size(
     title: str = "What a smaller cache costs",
     path: str | Path | None = None,
 ) -> Any:
-    """Draw perplexity against cache size: a line a policy, with the spread over the prompts.
+    """Draw perplexity against cache size, one line per policy.
 
     Args:
-        sizes: ``N`` cache sizes in keys a layer.
+        sizes: ``N`` cache sizes in keys per layer.
         policies: name -> ``[N]`` or ``[N, prompts]`` in ``unit``; the line is the median over
             prompts, the bar the middle half of them.
-        full: the value with the whole cache, a dashed line.
-        unit: of the values.
-        title: what is shown.
-        path: file to save; None for none.
+        full: value with the whole cache, drawn as a dashed line.
+        unit: unit of the values.
+        title: title of the figure.
+        path: file to save to; None saves nothing.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: if there is no policy.
     """
-    if not policies:
-        raise ValueError("no policies to draw: give at least one")
-    figure = new_figure(8.5, 4.4)
-    axes = figure.add_subplot()
+    require(policies, "policies")
+    figure, axes = new_axes(8.5, 4.4)
     place = np.asarray(sizes, dtype=np.float64)
     step = (place.max() / max(place.min(), 1.0)) ** (1 / 60) if len(place) > 1 else 1.0
     prompts = 1
@@ -240,63 +193,35 @@ def loss_against_size(
     axes.set_xlabel("cache size in keys, mean over layers")
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    note = (
-        f"median of {prompts} prompts, bars: their middle half; set side by side"
-        if prompts > 1
-        else ""
-    )
-    titled(figure, title, note)
+    legend(figure)
+    bars = f"median of {prompts} prompts, bars: their middle half; set side by side"
+    titled(figure, title, bars if prompts > 1 else "")
     return saved(figure, path)
 
 
-def preservation_bars(
-    shares: Mapping[str, np.ndarray],
-    layers: Sequence[str],
-    *,
-    unit: str = "share of the attention mass that is kept",
-    title: str = "How much attention the kept keys hold",
-    limits: tuple[float | None, float | None] = (0.0, 1.0),
-    path: str | Path | None = None,
-) -> Any:
-    """Draw what every layer preserves, one bar a policy.
-
-    Args:
-        shares: policy -> ``[L]`` in ``unit``.
-        layers: the layers' names.
-        unit: of the values.
-        title: what is shown.
-        limits: of the scale.
-        path: file to save; None for none.
-
-    Raises:
-        ValueError: if there is nothing to draw.
-    """
-    figure, axes = _grouped_bars(shares, layers)
-    axes.set_ylim(*limits)
-    axes.set_ylabel(unit)
-    axes.set_xlabel("layer")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    titled(figure, title)
-    return saved(figure, path)
-
-
-def _grouped_bars(groups: Mapping[str, np.ndarray], layers: Sequence[str]) -> tuple[Any, Any]:
-    """Bars side by side, told apart by tone and hatching."""
-    if not groups:
-        raise ValueError("no bars to draw: give at least one group")
-    figure = new_figure(min(14.0, max(6.5, 3.0 + 0.16 * len(layers) * (len(groups) + 1))), 3.9)
-    axes = figure.add_subplot()
-    width = 0.8 / len(groups)
+def _grouped_bars(
+    groups: Mapping[str, np.ndarray], layers: Sequence[str], unit: str
+) -> tuple[Any, Any]:
+    """Draw bars side by side, distinguished by tone and hatching."""
+    require(groups, "bars")
+    width = min(14.0, max(6.5, 3.0 + 0.16 * len(layers) * (len(groups) + 1)))
+    figure, axes = new_axes(width, 3.9)
+    thick = 0.8 / len(groups)
     tones = np.linspace(0.25, 0.92, len(groups))
     for number, (name, values) in enumerate(groups.items()):
-        at = np.arange(len(layers)) + (number - (len(groups) - 1) / 2) * width
-        hatch = HATCHES[number % len(HATCHES)]
-        tone = f"{tones[number]:.2f}" if len(groups) > 1 else "0.55"
         axes.bar(
-            at, values, width, color=tone, hatch=hatch, edgecolor="black", linewidth=0.5, label=name
+            np.arange(len(layers)) + (number - (len(groups) - 1) / 2) * thick,
+            values,
+            thick,
+            color=f"{tones[number]:.2f}" if len(groups) > 1 else "0.55",
+            hatch=HATCHES[number % len(HATCHES)],
+            edgecolor="black",
+            linewidth=0.5,
+            label=name,
         )
     axis_labels(axes, "x", len(layers), layers)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
+    axes.set_xlabel("layer")
+    axes.set_ylabel(unit)
     return figure, axes

@@ -1,4 +1,4 @@
-"""Lines and distributions: a query's row, received attention, statistics over layers and time."""
+"""Lines over positions and over time, as heatmaps where there are too many lines."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import numpy as np
 
 from stabmon.figures.canvas import (
     LINES,
-    axis_labels,
-    drawable,
+    Limits,
     image,
-    new_figure,
+    legend,
+    new_axes,
+    require,
+    root_label,
     saved,
-    ticks,
     titled,
-    token_labels,
 )
+from stabmon.figures.labels import axis_labels, drawable, ticks, token_labels
 
 MOST_LINES = len(LINES)
-"""Lines that can be told apart by dash and marker; beyond, a heatmap is drawn."""
+"""Lines that dash and marker can distinguish; more are drawn as a heatmap."""
 
 
 def query_row(
@@ -34,26 +35,32 @@ def query_row(
     position_name: str = "key",
     path: str | Path | None = None,
 ) -> Any:
-    """Draw rows over the key positions: bars for a single short one, lines for several.
+    """Draw rows over the key positions: bars for one short row, lines for several.
 
     Args:
-        rows: name -> ``[K]`` in ``unit``; at most eight are drawn, in order.
-        tokens: the keys' tokens, written below where there is room.
-        unit: of the values.
-        title: what is shown.
-        share: the values are shares: the scale starts at 0.
-        position_name: what a position is.
-        path: file to save; None for none.
+        rows: name -> ``[K]`` in ``unit``; the first eight are drawn.
+        tokens: the keys' tokens, written below where they fit.
+        unit: unit of the values.
+        title: title of the figure.
+        share: start the scale at 0, as for shares.
+        position_name: name of a position.
+        path: file to save to; None saves nothing.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: if there is no row.
+
+    Example:
+        >>> figure = query_row({"layer 0": np.array([0.75, 0.25])}, tokens=["a", "b"])
+        >>> [float(bar.get_height()) for bar in figure.axes[0].patches]
+        [0.75, 0.25]
     """
-    if not rows:
-        raise ValueError("no rows to draw: give at least one")
+    require(rows, "rows")
     drawn = dict(list(rows.items())[:MOST_LINES])
     count = max(len(row) for row in drawn.values())
-    figure = new_figure(min(13.0, max(6.5, 2.0 + 0.16 * min(count, 64))), 3.8)
-    axes = figure.add_subplot()
+    figure, axes = new_axes(min(13.0, max(6.5, 2.0 + 0.16 * min(count, 64))), 3.8)
     if len(drawn) == 1 and count <= 96:
         (row,) = drawn.values()
         axes.bar(np.arange(len(row)), row, color="0.35", edgecolor="black", linewidth=0.4)
@@ -67,7 +74,8 @@ def query_row(
         axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
     axes.grid(axis="y", alpha=0.3)
-    titled(figure, title, _left_out(len(rows)))
+    dropped = f"the first {MOST_LINES} of {len(rows)}" if len(rows) > MOST_LINES else ""
+    titled(figure, title, dropped)
     return saved(figure, path)
 
 
@@ -80,74 +88,31 @@ def received_attention(
     title: str = "Attention that each position receives",
     path: str | Path | None = None,
 ) -> Any:
-    """Draw what each key position receives: a line a layer, or a heatmap of more than eight.
+    """Draw the attention that each key receives: a line per layer, or a heatmap.
 
     Args:
-        received: ``[L, S]`` in ``unit``; NaN where a layer has no such position.
+        received: ``[L, S]`` in ``unit``; NaN where a layer has no such position. More than eight
+            layers are drawn as a heatmap.
         layers: the layers' names.
-        unit: of the values.
-        pooled: positions a value stands for.
-        title: what is shown.
-        path: file to save; None for none.
+        unit: unit of the values.
+        pooled: positions per value.
+        title: title of the figure.
+        path: file to save to; None saves nothing.
+
+    Returns:
+        The figure.
     """
     received = np.asarray(received, dtype=np.float64)
     if len(layers) > MOST_LINES:
-        figure = new_figure(9.0, min(9.0, 2.0 + 0.26 * len(layers)))
-        axes = figure.add_subplot()
-        shown = image(axes, received, limits=(0.0, None), power=0.5)
-        figure.colorbar(shown, ax=axes, label=f"{unit}\n(square-root scale)")
-        axis_labels(axes, "y", len(layers), layers)
+        figure, axes = _line_map(received, layers, root_label(unit), 9.0, (0.0, None), power=0.5)
         axis_labels(axes, "x", received.shape[1], pooled=pooled)
         axes.set_ylabel("layer")
     else:
-        figure = new_figure(9.0, 4.2)
-        axes = figure.add_subplot()
-        _draw(axes, dict(zip(layers, received, strict=True)), np.arange(received.shape[1]) * pooled)
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel(unit)
-        axes.grid(alpha=0.3)
+        lines = dict(zip(layers, received, strict=True))
+        places = np.arange(received.shape[1]) * pooled
+        figure, axes = _line_chart(lines, places, unit, (0.0, None), height=4.2)
     axes.set_xlabel("key position")
     titled(figure, title, f"each value is of {pooled} positions" if pooled > 1 else "")
-    return saved(figure, path)
-
-
-def over_layers(
-    values: np.ndarray,
-    layers: Sequence[str],
-    *,
-    unit: str,
-    title: str,
-    limits: tuple[float | None, float | None] = (None, None),
-    path: str | Path | None = None,
-) -> Any:
-    """Draw a statistic over the layers: a mark a head, and a line through the heads' mean.
-
-    Args:
-        values: ``[L, H]`` in ``unit``; NaN where a layer has fewer heads.
-        layers: the layers' names, first to last.
-        unit: of the values.
-        title: what is shown.
-        limits: of the scale; (0, 1) for shares.
-        path: file to save; None for none.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    figure = new_figure(min(12.0, max(6.0, 2.0 + 0.35 * len(layers))), 3.8)
-    axes = figure.add_subplot()
-    place = np.arange(len(layers))
-    if values.shape[1] > 1:
-        spread = np.linspace(-0.16, 0.16, values.shape[1])
-        at = np.broadcast_to(place[:, None] + spread, values.shape)
-        axes.scatter(at, values, s=14, facecolor="none", edgecolor="0.45", label="a head")
-    counted = np.isfinite(values)
-    mean = np.where(counted, values, 0).sum(1) / np.where(counted.any(1), counted.sum(1), np.nan)
-    axes.plot(place, mean, color="black", marker="_", markersize=12, label="mean over heads")
-    axis_labels(axes, "x", len(layers), layers)
-    axes.set_ylim(*limits)
-    axes.set_xlabel("layer")
-    axes.set_ylabel(unit)
-    axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    titled(figure, title)
     return saved(figure, path)
 
 
@@ -158,41 +123,40 @@ def over_time(
     unit: str,
     title: str,
     step_name: str = "optimizer step",
-    limits: tuple[float | None, float | None] = (None, None),
+    limits: Limits = (None, None),
     path: str | Path | None = None,
 ) -> Any:
-    """Draw values over checkpoints or generation steps: lines, or a heatmap of more than eight.
+    """Draw values over checkpoints or generation steps: lines, or a heatmap.
 
     Args:
         steps: ``T`` places in time, growing.
-        lines: name -> ``[T]`` in ``unit``.
-        unit: of the values.
-        title: what is shown.
-        step_name: what a step is.
-        limits: of the scale; (0, 1) for shares.
-        path: file to save; None for none.
+        lines: name -> ``[T]`` in ``unit``; more than eight are drawn as a heatmap.
+        unit: unit of the values.
+        title: title of the figure.
+        step_name: name of a step.
+        limits: smallest and largest value of the scale, (0, 1) for shares; None for the data's own.
+        path: file to save to; None saves nothing.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: if there is no line.
+
+    Example:
+        >>> figure = over_time([0, 50], {"0": np.array([0.1, 0.9])}, unit="share", title="Sink")
+        >>> figure.axes[0].lines[0].get_xdata().tolist()
+        [0.0, 50.0]
     """
-    if not lines:
-        raise ValueError("no lines to draw: give at least one")
+    require(lines, "lines")
     if len(lines) > MOST_LINES:
         matrix = np.array([np.asarray(line, dtype=np.float64) for line in lines.values()])
-        figure = new_figure(9.0, min(10.0, 2.0 + 0.26 * len(lines)))
-        axes = figure.add_subplot()
-        shown = image(axes, matrix, limits=limits)
-        figure.colorbar(shown, ax=axes, label=unit)
-        axis_labels(axes, "y", len(lines), list(lines))
+        figure, axes = _line_map(matrix, list(lines), unit, 10.0, limits)
         at = ticks(len(steps), 12)
         axes.set_xticks(at, [f"{steps[place]:g}" for place in at])
     else:
-        figure = new_figure(9.0, 4.0)
-        axes = figure.add_subplot()
-        _draw(axes, lines, np.asarray(steps, dtype=np.float64))
-        axes.set_ylabel(unit)
-        axes.set_ylim(*limits)
-        axes.grid(alpha=0.3)
+        places = np.asarray(steps, dtype=np.float64)
+        figure, axes = _line_chart(lines, places, unit, limits, height=4.0)
     axes.set_xlabel(step_name)
     titled(figure, title)
     return saved(figure, path)
@@ -206,26 +170,28 @@ def positions_over_time(
     unit: str,
     title: str,
     step_name: str = "generation step",
-    limits: tuple[float | None, float | None] = (0.0, None),
+    limits: Limits = (0.0, None),
     path: str | Path | None = None,
 ) -> Any:
-    """Draw how the weight on each position evolves: time downwards, positions across.
+    """Draw the weight on each position over time: steps downwards, positions across.
 
     Args:
         matrix: ``[T, S]`` in ``unit``; NaN where a position does not exist yet.
         steps: ``T`` labels of the rows; 0 … T - 1 if None.
         tokens: ``S`` tokens of the columns.
-        unit: of the values.
-        title: what is shown.
-        step_name: what a row is.
-        limits: of the scale.
-        path: file to save; None for none.
+        unit: unit of the values.
+        title: title of the figure.
+        step_name: name of a row.
+        limits: smallest and largest value of the scale; None for the data's own.
+        path: file to save to; None saves nothing.
+
+    Returns:
+        The figure.
     """
     matrix = np.asarray(matrix, dtype=np.float64)
-    figure = new_figure(min(13.0, max(7.0, 2.5 + 0.15 * min(matrix.shape[1], 64))), 4.6)
-    axes = figure.add_subplot()
+    figure, axes = new_axes(min(13.0, max(7.0, 2.5 + 0.15 * min(matrix.shape[1], 64))), 4.6)
     shown = image(axes, matrix, limits=limits, power=0.5)
-    figure.colorbar(shown, ax=axes, label=f"{unit}\n(square-root scale)")
+    figure.colorbar(shown, ax=axes, label=root_label(unit))
     names = None if steps is None else [f"{step:g}" for step in steps]
     axis_labels(axes, "y", matrix.shape[0], names, room=24)
     axis_labels(axes, "x", matrix.shape[1], token_labels(tokens), room=64)
@@ -236,50 +202,31 @@ def positions_over_time(
     return saved(figure, path)
 
 
-def distributions(
-    groups: Mapping[str, np.ndarray],
-    *,
-    unit: str,
-    title: str,
-    group_name: str = "layer",
-    limits: tuple[float | None, float | None] = (None, None),
-    path: str | Path | None = None,
-) -> Any:
-    """Draw one box a group: median, quartiles, whiskers to 1.5 quartile ranges, all outliers.
+def _line_map(
+    matrix: np.ndarray,
+    names: Sequence[str],
+    label: str,
+    most: float,
+    limits: Limits,
+    power: float = 1.0,
+) -> tuple[Any, Any]:
+    """Draw lines as the rows of a heatmap of at most ``most`` inches."""
+    figure, axes = new_axes(9.0, min(most, 2.0 + 0.26 * len(names)))
+    shown = image(axes, matrix, limits=limits, power=power)
+    figure.colorbar(shown, ax=axes, label=label)
+    axis_labels(axes, "y", len(names), names)
+    return figure, axes
 
-    Args:
-        groups: name -> values in ``unit``, one a sample (and head); those not finite are left out.
-        unit: of the values.
-        title: what is shown.
-        group_name: what a group is.
-        limits: of the scale; (0, 1) for shares.
-        path: file to save; None for none.
 
-    Raises:
-        ValueError: if there is no group.
-    """
-    if not groups:
-        raise ValueError("no groups to draw: give at least one")
-    values = [np.asarray(each, dtype=np.float64).ravel() for each in groups.values()]
-    finite = [each[np.isfinite(each)] for each in values]
-    names = [drawable(name) for name in groups]
-    figure = new_figure(min(13.0, max(6.0, 1.6 + 0.5 * len(groups))), 4.0)
-    axes = figure.add_subplot()
-    axes.boxplot(
-        finite,
-        medianprops={"color": "black", "linewidth": 2},
-        flierprops={"marker": ".", "markersize": 4, "markeredgecolor": "0.4"},
-    )
-    turned = {"rotation": 90} if max(map(len, names)) > 6 and len(names) > 6 else {}
-    axes.set_xticks(np.arange(1, len(names) + 1), names, fontsize=8, parse_math=False, **turned)
-    axes.set_ylim(*limits)
-    axes.set_xlabel(group_name)
+def _line_chart(
+    lines: Mapping[str, np.ndarray], places: np.ndarray, unit: str, limits: Limits, height: float
+) -> tuple[Any, Any]:
+    figure, axes = new_axes(9.0, height)
+    _draw(axes, lines, places)
     axes.set_ylabel(unit)
-    axes.grid(axis="y", alpha=0.3)
-    counts = sorted({len(each) for each in finite})
-    many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    titled(figure, title, f"{many} values a box; line: median; box: middle half")
-    return saved(figure, path)
+    axes.set_ylim(*limits)
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
 def _draw(axes: Any, lines: Mapping[str, np.ndarray], places: np.ndarray) -> None:
@@ -298,10 +245,4 @@ def _draw(axes: Any, lines: Mapping[str, np.ndarray], places: np.ndarray) -> Non
             label=drawable(name),
         )
     if len(lines) > 1:
-        legend = axes.figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-
-
-def _left_out(count: int) -> str:
-    return f"the first {MOST_LINES} of {count}" if count > MOST_LINES else ""
+        legend(axes.figure)

@@ -1,49 +1,59 @@
-"""Pictures of signals: every head at one step, and every layer over the steps.
-
-They are drawn on figures of their own, so pyplot's state and the chosen backend stay untouched.
-"""
+"""Signals of attention: every head at one step, and every layer over the steps."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from stabmon.records import Reading
-from stabmon.signals import SIGNALS
+from stabmon.figures.canvas import Limits, new_axes, saved
+from stabmon.figures.labels import short_names, ticks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Stats = Mapping[str, Mapping[str, np.ndarray]]
+"""``stats[layer][signal]`` is ``[H]``, one value per query head."""
+
 _LEGEND_LAYERS = 8
-"""With more layers than this a colour bar stands in for the legend."""
+"""Largest number of layers in a legend; for more, a colour bar is drawn."""
 
 
 def signal_heatmap(
-    stats: Mapping[str, Mapping[str, np.ndarray]],
+    stats: Stats,
     signal: str,
     step: int,
     path: str | Path | None = None,
+    *,
+    unit: str,
+    limits: Limits = (None, None),
 ) -> Figure:
-    """One signal of every head at one step, layers downwards and heads across; grey where there is
-    no finite value.
-
-    Probabilities and shares are drawn on a scale from 0 to 1, so that pictures of several steps
-    compare.
+    """Draw one signal of every head at one step, layers downwards and heads across.
 
     Args:
-        stats: ``stats[layer][signal]`` is ``[H]``, one value a query head.
+        stats: ``stats[layer][signal]`` is ``[H]``, one value per query head; values that are not
+            finite are grey.
         signal: name of the signal to draw.
         step: the optimizer step, for the title.
-        path: where to save the figure, its format taken from the suffix; None to save nothing.
+        path: file to save to, its format taken from the suffix; None saves nothing.
+        unit: unit of the signal, for the colour bar.
+        limits: smallest and largest value of the scale, (0, 1) for shares, so that steps compare;
+            None for the data's own.
+
+    Returns:
+        The figure.
 
     Raises:
         ValueError: if no layer has the signal.
         ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> stats = {"a": {"max_logit": np.array([1.0, 2.0])}}
+        >>> signal_heatmap(stats, "max_logit", 10, unit="score").axes[0].get_title()
+        'Max logit of every head at step 10'
     """
     _check(signal, stats.values())
     rows = {
@@ -55,122 +65,97 @@ def signal_heatmap(
     for place, row in zip(matrix, rows.values(), strict=True):
         place[: row.size] = row
     layers, heads = matrix.shape
-    figure = new_figure(
-        width=min(12.0, max(6.0, 3.6 + 0.3 * heads)), height=min(12.0, max(2.6, 1.5 + 0.3 * layers))
-    )
-    axes = figure.add_subplot()
-    share = signal in SIGNALS and SIGNALS[signal].unit.startswith(("probability", "share"))
+    width, height = max(6.0, 3.6 + 0.3 * heads), max(2.6, 1.5 + 0.3 * layers)
+    figure: Figure
+    figure, axes = new_axes(min(12.0, width), min(12.0, height))
     image = axes.imshow(
         np.ma.masked_invalid(matrix),
         aspect="auto",
         interpolation="nearest",
-        vmin=0 if share else None,
-        vmax=1 if share else None,
+        vmin=limits[0],
+        vmax=limits[1],
     )
     axes.set_facecolor("0.75")
-    figure.colorbar(image, ax=axes, label=_unit(signal))
+    figure.colorbar(image, ax=axes, label=unit)
     names, pattern = short_names(list(rows))
-    shown = _ticks(layers)
+    shown = ticks(layers)
     axes.set_yticks(shown, [names[i] for i in shown])
-    axes.set_xticks(_ticks(heads))
+    axes.set_xticks(ticks(heads))
     axes.set_xlabel("query head")
     axes.set_ylabel(f"layer\n{pattern}" if pattern else "layer")
-    axes.set_title(f"{_words(signal)} of every head at step {step}")
+    axes.set_title(f"{_in_words(signal)} of every head at step {step}")
     return saved(figure, path)
 
 
 def signal_evolution(
-    readings: Sequence[Reading], signal: str, path: str | Path | None = None
+    steps: Sequence[int],
+    stats: Sequence[Stats],
+    signal: str,
+    path: str | Path | None = None,
+    *,
+    unit: str,
+    reduction: Literal["mean", "max"] = "mean",
 ) -> Figure:
-    """One signal of every layer over the steps: the largest head of a maximum, the mean over heads
-    of anything else.
+    """Draw one signal of every layer over the steps, reduced over its heads.
 
     Lines run from dark (first layer) to bright (last). Heads without a finite value are left out; a
-    red dotted line marks a step at which a head of a layer that was finite a reading before is so
-    no more.
+    red dotted line marks each step at which a head of some layer stopped being finite.
 
     Args:
-        readings: the readings, oldest first.
+        steps: ``T`` optimizer steps, growing.
+        stats: ``T`` measurements; ``stats[t][layer][signal]`` is ``[H]``.
         signal: name of the signal to draw.
-        path: where to save the figure, its format taken from the suffix; None to save nothing.
+        path: file to save to, its format taken from the suffix; None saves nothing.
+        unit: unit of the signal.
+        reduction: over the heads of a layer: their largest value, or their mean.
+
+    Returns:
+        The figure.
 
     Raises:
-        ValueError: if there is no reading, or no reading has the signal.
+        ValueError: if there is no step, or no layer has the signal.
         ImportError: if matplotlib is not installed.
+
+    Example:
+        >>> stats = [{"a": {"max_logit": np.array([1.0, value])}} for value in (2.0, 3.0)]
+        >>> figure = signal_evolution([1, 2], stats, "max_logit", unit="score", reduction="max")
+        >>> figure.axes[0].lines[0].get_ydata().tolist()
+        [2.0, 3.0]
     """
-    if not readings:
+    if not len(steps):
         raise ValueError(f"no readings to draw {signal!r} from: sample at least one step first")
-    _check(signal, (signals for reading in readings for signals in reading.layers.values()))
-    largest = signal in SIGNALS and SIGNALS[signal].reduction == "max"
+    _check(signal, (signals for each in stats for signals in each.values()))
     layers = list(
-        dict.fromkeys(
-            name
-            for reading in readings
-            for name, found in reading.layers.items()
-            if signal in found
-        )
+        dict.fromkeys(name for each in stats for name, found in each.items() if signal in found)
     )
-    steps = np.array([reading.step for reading in readings])
-    values = np.full((len(layers), len(readings)), np.nan)
-    counted = np.zeros((len(layers), len(readings)), dtype=int)
-    for t, reading in enumerate(readings):
+    places = np.array(steps)
+    values = np.full((len(layers), len(steps)), np.nan)
+    counted = np.zeros((len(layers), len(steps)), dtype=int)
+    for t, each in enumerate(stats):
         for n, layer in enumerate(layers):
-            heads = np.asarray(reading.layers.get(layer, {}).get(signal, ()), dtype=np.float64)
+            heads = np.asarray(each.get(layer, {}).get(signal, ()), dtype=np.float64)
             finite = heads[np.isfinite(heads)]
             counted[n, t] = finite.size
             if finite.size:
-                values[n, t] = finite.max() if largest else finite.mean()
-    figure = new_figure(width=8.5, height=4.5)
+                values[n, t] = finite.max() if reduction == "max" else finite.mean()
+    figure: Figure
+    figure, axes = new_axes(8.5, 4.5)
     from matplotlib.ticker import MaxNLocator
 
-    axes = figure.add_subplot()
-    for step in steps[1:][(np.diff(counted) < 0).any(axis=0)]:
+    for step in places[1:][(np.diff(counted) < 0).any(axis=0)]:
         axes.axvline(step, color="tab:red", linestyle=":", linewidth=1, zorder=1)
-    _draw_layers(axes, steps, values, layers)
+    _draw_layers(axes, places, values, layers)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel(f"{'largest head' if largest else 'mean over heads'} ({_unit(signal)})")
-    axes.set_title(
-        f"{_words(signal)} of every layer, "
-        + (f"step {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}")
-    )
+    axes.set_ylabel(f"{'largest head' if reduction == 'max' else 'mean over heads'} ({unit})")
+    span = f"step {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
+    axes.set_title(f"{_in_words(signal)} of every layer, {span}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     return saved(figure, path)
 
 
-def short_names(layers: Sequence[str]) -> tuple[list[str], str]:
-    """What tells the layers apart, and the pattern that it fills.
-
-    >>> short_names(["model.layers.0.self_attn", "model.layers.1.self_attn"])
-    (['0', '1'], 'model.layers.*.self_attn')
-    >>> short_names(["encoder.0.attn", "decoder.0.attn"])
-    (['encoder', 'decoder'], '*.0.attn')
-    >>> short_names(["attn"])
-    (['attn'], '')
-    """
-    parts = [layer.split(".") for layer in layers]
-    if len(parts) < 2:
-        return list(layers), ""
-    shortest = min(len(part) for part in parts)
-    head = _shared(parts)
-    tail = min(_shared([part[::-1] for part in parts]), shortest - head)
-    names = [".".join(part[head : len(part) - tail]) or "·" for part in parts]
-    pattern = ".".join([*parts[0][:head], "*", *parts[0][len(parts[0]) - tail :]])
-    return names, pattern if pattern != "*" else ""
-
-
-def _shared(parts: Sequence[Sequence[str]]) -> int:
-    """How many leading parts all have in common."""
-    return sum(
-        1
-        for _ in itertools.takewhile(
-            lambda column: len(set(column)) == 1, zip(*parts, strict=False)
-        )
-    )
-
-
 def _draw_layers(axes: Axes, steps: np.ndarray, values: np.ndarray, layers: list[str]) -> None:
-    """A line a layer, ``values`` being ``[layers, steps]``, and what says which is which."""
+    """Draw one line per layer of ``values`` ``[layers, steps]``, and their legend."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -186,16 +171,19 @@ def _draw_layers(axes: Axes, steps: np.ndarray, values: np.ndarray, layers: list
         )
     else:
         norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
-        shown = _ticks(len(layers), most=16)
-        bar = axes.figure.colorbar(
-            ScalarMappable(norm, ListedColormap(colours)), ax=axes, label=pattern or "layer"
-        )
+        shown = ticks(len(layers), most=16)
+        scale = ScalarMappable(norm, ListedColormap(colours))
+        bar = axes.figure.colorbar(scale, ax=axes, label=pattern or "layer")
         bar.set_ticks(shown, labels=[names[i] for i in shown])
         bar.minorticks_off()
 
 
 def _check(signal: str, layers: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Raises ValueError where no layer has a value of the signal."""
+    """Check that some layer has a value of the signal.
+
+    Raises:
+        ValueError: if none has.
+    """
     known = {name for signals in layers for name, heads in signals.items() if np.size(heads)}
     if not known:
         raise ValueError(f"no values to draw {signal!r} from: no attention was measured")
@@ -205,33 +193,7 @@ def _check(signal: str, layers: Iterable[Mapping[str, np.ndarray]]) -> None:
         )
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that pyplot knows nothing of; sizes in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('matplotlib is not installed: pip install "stabmon[report]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def saved(figure: Figure, path: str | Path | None) -> Figure:
-    """The figure, saved where a path is given."""
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
-
-
-def _words(signal: str) -> str:
-    """``hnf_log_curvature`` as ``HNF log curvature``."""
+def _in_words(signal: str) -> str:
+    """Return ``HNF log curvature`` for ``hnf_log_curvature``."""
     words = signal.replace("_", " ").replace("hnf", "HNF")
     return words[:1].upper() + words[1:]
-
-
-def _unit(signal: str) -> str:
-    """The signal's unit; its own name where nobody registered it."""
-    return SIGNALS[signal].unit if signal in SIGNALS else signal
-
-
-def _ticks(count: int, most: int = 32) -> list[int]:
-    """At most ``most`` of the places 0 … count - 1, evenly apart."""
-    return list(range(0, count, -(-count // most)))

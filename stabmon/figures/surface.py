@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stabmon.figures.canvas import block_max, pooled_note
+from stabmon.figures.pooling import block_max, pooled_note
 
 SIDE = 128
 """Longest axis of a surface; longer ones are pooled."""
@@ -22,15 +22,15 @@ def attention_surface(
     axes_names: tuple[str, str] = ("query position", "key position"),
     path: str | Path | None = None,
 ) -> Any:
-    """Draw a map as a surface with plotly, at most 128 × 128 points after pooling by the maximum.
+    """Draw a map as a surface with plotly.
 
     Args:
-        matrix: ``[Q, K]`` in ``unit``.
-        unit: of the height.
-        title: what is shown.
-        pooled: positions a cell stands for already.
-        axes_names: of rows and columns.
-        path: ``.html`` file to save: self-contained, about 5 MB, opens offline; None for none.
+        matrix: ``[Q, K]`` in ``unit``; beyond 128 × 128 points it is pooled by the maximum.
+        unit: unit of the height.
+        title: title of the figure.
+        pooled: positions per cell, if the map was pooled.
+        axes_names: names of rows and columns.
+        path: ``.html`` file to save: self-contained, about 5 MB, opens offline; None saves nothing.
 
     Returns:
         A ``plotly.graph_objects.Figure``.

@@ -1,5 +1,6 @@
-"""Write one self-contained page from a stored analysis: words first, then pictures and a map.
+"""Write one self-contained page from a stored analysis.
 
-A page is one HTML file without any request: styles, pictures, data and script are inside. Verdict,
-findings and tables are plain HTML and can be read with JavaScript off.
+A page is one HTML file without any request: styles, pictures, data and script are inside. The
+verdict in words comes first, then pictures and an interactive map. Verdict, findings and tables are
+plain HTML and can be read with JavaScript off.
 """

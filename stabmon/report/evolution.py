@@ -41,6 +41,9 @@ def evolution_page(record: AnalysisRecord) -> Page:
 
     Args:
         record: of :meth:`stabmon.analysis.patterns.evolution.PatternEvolution.to_record`.
+
+    Returns:
+        The page.
     """
     values = record.values
     layers, steps = list(values["layers"]), list(values["steps"])
@@ -109,20 +112,18 @@ def evolution_page(record: AnalysisRecord) -> Page:
 
 
 def _series(record: AnalysisRecord, layers: list[str]) -> dict[str, np.ndarray]:
-    """Statistic -> ``[L, T]``, samples and heads averaged: over all queries where there are
-    such.
-    """
+    """Return statistic -> ``[L, T]``, averaged over samples and heads."""
     values = record.values
-    what, key = ("over_queries", "over_queries_names")
+    group, key = "over_queries", "over_queries_names"
     if not values.get(key):
-        what, key = ("statistics", "names")
+        group, key = "statistics", "names"
     names = list(values[key])
     found = {}
     for name in UNITS:
         if name in names:
             at = names.index(name)
             found[name] = np.array(
-                [mean_of(record.arrays[f"{what}/{layer}"][at], (1, 2)) for layer in layers]
+                [mean_of(record.arrays[f"{group}/{layer}"][at], (1, 2)) for layer in layers]
             )
     return found
 
@@ -140,12 +141,12 @@ def _verdict(
             continue
         at = int(np.nanargmax(np.abs(change)))
         share = UNITS[name][1] == (0.0, 1.0)
-        told = [
+        ends = [
             percent(float(x)) if share else number(float(x))
             for x in (series[at, 0], series[at, -1])
         ]
         said.append(
             f"{name.replace('_', ' ').capitalize()} moves most in layer {names[at]}: from "
-            f"{told[0]} to {told[1]}."
+            f"{ends[0]} to {ends[1]}."
         )
     return said

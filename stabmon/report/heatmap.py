@@ -24,15 +24,21 @@ from stabmon.report.words import (
 )
 
 SINK = 0.3
-"""Mean weight on the first key from which a head is called a sink (Gu et al. 2024)."""
+"""Mean weight on the first key from which a head is called a sink.
+
+Gu et al. 2024, "When Attention Sink Emerges in Language Models", arXiv:2410.10781.
+"""
 
 
 def heatmap_page(record: AnalysisRecord) -> Page:
     """Draw up the page of a ``heatmap`` record.
 
     Args:
-        record: of :meth:`stabmon.analysis.patterns.maps.AttentionMaps.to_record`, with what the
-            command adds: ``tokens``, ``heads`` and ``layer`` (shown first).
+        record: of :meth:`stabmon.analysis.patterns.maps.AttentionMaps.to_record`, with the
+            command's ``tokens``, ``heads`` and ``layer`` (shown first).
+
+    Returns:
+        The page.
     """
     maps = by_layer(record, "maps")
     layers = list(maps)
@@ -108,7 +114,7 @@ def heatmap_page(record: AnalysisRecord) -> Page:
 def _row(
     name: str, maps: np.ndarray, factor: int, heads: list[int]
 ) -> tuple[list[float], list[str]]:
-    """Mean weight on the first, the previous and the own key, and the largest weight."""
+    """Return the mean weight on the first, previous and own key, and the largest weight."""
     seen = np.nansum(maps, axis=(0, 2)) > 0
     square = maps.shape[1] == maps.shape[2] and factor == 1
     first = float(maps[:, seen, 0].mean()) if factor == 1 and seen.any() else np.nan

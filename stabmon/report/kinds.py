@@ -1,4 +1,4 @@
-"""Which page belongs to which kind of record."""
+"""The page of each kind of record."""
 
 from __future__ import annotations
 
@@ -24,8 +24,14 @@ PAGES: dict[str, Callable[[AnalysisRecord], Page]] = {
 def page_of(record: AnalysisRecord) -> Page:
     """Draw up the page of a record.
 
+    Args:
+        record: of any kind in ``PAGES``.
+
+    Returns:
+        The page.
+
     Raises:
-        ValueError: for a kind that has no page, or a record that lacks what its page needs.
+        ValueError: if the kind has no page, or the record lacks values or arrays of its page.
     """
     if record.kind not in PAGES:
         raise ValueError(f"unknown kind {record.kind!r}: use {', '.join(PAGES)}")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from stabmon.figures.canvas import block_max_by
+from stabmon.figures.pooling import block_max_by
 
 BUDGET = 3_800_000
-"""Bytes that the packed maps may take of a page, which stays below 5 MB with its pictures."""
+"""Bytes of the packed maps; with pictures the page stays below 5 MB."""
 LEVELS = (65534, 254, 62)
 """Levels to try, finest first; the code above the last level is NaN."""
 
@@ -50,8 +50,8 @@ def packed_maps(
         budget: bytes of base64 that may be used.
 
     Returns:
-        What the template needs: ``meta`` (JSON), ``data`` (base64) and ``note`` (resolution, in
-        words).
+        For the template: ``meta`` (JSON), ``data`` (base64), ``note`` (resolution, in words),
+        ``title`` and ``single`` (True for one map).
 
     Raises:
         ValueError: if there is no map.
@@ -112,7 +112,7 @@ def packed_maps(
 
 
 def _forms(side: int) -> Iterator[tuple[int, int]]:
-    """Levels and pooling factor to try, finest first; ends at maps of one cell."""
+    """Yield levels and pooling factors to try, finest first, down to maps of one cell."""
     factor = 1
     while True:
         for levels in LEVELS:
@@ -123,7 +123,10 @@ def _forms(side: int) -> Iterator[tuple[int, int]]:
 
 
 def _quantised(maps: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes ``[H, Q, K]`` and each head's maximum; linear at 65534 levels, else of the root."""
+    """Return codes ``[H, Q, K]`` and each head's maximum.
+
+    The scale is linear at 65534 levels, else a square root.
+    """
     values = np.asarray(maps, dtype=np.float32)
     finite = np.isfinite(values)
     tops = np.where(finite, values, 0).max(axis=(1, 2), initial=0.0)
@@ -135,13 +138,13 @@ def _quantised(maps: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _gzip(raw: bytes) -> bytes:
-    """Gzip without a time stamp, so that the same numbers give the same page."""
+    """Compress by gzip without a time stamp, so that equal numbers give equal pages."""
     packer = zlib.compressobj(9 if len(raw) < 2_000_000 else 5, zlib.DEFLATED, 31)
     return packer.compress(raw) + packer.flush()
 
 
 def _palette() -> str:
-    """256 colours of matplotlib's cividis, 3 bytes each, base64."""
+    """Return 256 colours of matplotlib's cividis, 3 bytes each, as base64."""
     from matplotlib import colormaps
 
     table = np.rint(colormaps["cividis"](np.linspace(0, 1, 256))[:, :3] * 255).astype(np.uint8)

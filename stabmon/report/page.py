@@ -1,4 +1,4 @@
-"""A page's content, apart from how it is drawn up; and its drawing up as one HTML file."""
+"""The content of a page, and its rendering as one HTML file."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 INLINE_LIMIT = 300_000
-"""Bytes of a picture from which on a smaller one stands in the page; the file keeps its own."""
+"""Largest picture in a page, in bytes; larger ones are shrunk in the page only."""
 PAGE_WIDTH = 1800
-"""Pixels across that such a picture is made smaller to."""
+"""Width of shrunk pictures in pixels."""
 SEVERITIES = ("info", "warning", "error")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that the reader should act on."""
+    """An observation that calls for action."""
 
     severity: str
     """``info``, ``warning`` or ``error``."""
     name: str
-    """Which finding, one word a kind of finding, such as ``non_finite``."""
+    """Kind of finding, such as ``non_finite``."""
     text: str
-    """What was found, and what to do."""
+    """Observation and advice."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text."""
+    """A table of text."""
 
     caption: str
     head: Sequence[str]
@@ -38,16 +38,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that is drawn when it is needed."""
+    """A figure drawn on demand."""
 
     name: str
-    """Of its file, ``<kind>_<name>.png``."""
+    """Name within its file name, ``<kind>_<name>.png``."""
     caption: str
-    """What it shows, in a sentence; also its text for readers who see no pictures."""
+    """Description in a sentence; also the alternative text."""
     draw: Callable[[], Any]
-    """Makes the matplotlib figure."""
+    """Function that makes the matplotlib figure."""
     inline: bool = True
-    """Stands in the page; else it is a file alone, where the page has the same as HTML."""
+    """True if it stands in the page; False for a file alone, beside the same as HTML."""
 
 
 @dataclass(frozen=True)
@@ -59,49 +59,49 @@ class Section:
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
     fragments: Sequence[str] = ()
-    """HTML that is safe already."""
+    """HTML, escaped already."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page says."""
+    """The content of a page."""
 
     kind: str
     title: str
     subject: str
     """The model, in words."""
     verdict: Sequence[str]
-    """Paragraphs in words, the main numbers in them."""
+    """Paragraphs with the main numbers in words."""
     findings: Sequence[Finding] = ()
     facts: Sequence[tuple[str, str]] = ()
-    """What was analysed: name and value."""
+    """Name and value of the analysed things."""
     sections: Sequence[Section] = ()
     maps: Mapping[str, Any] | None = None
-    """The interactive map, see :mod:`stabmon.report.maps`."""
+    """Interactive map, see :mod:`stabmon.report.maps`."""
     notes: Sequence[str] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    """The main numbers, for ``--json``."""
+    """Main numbers, for ``--json``."""
 
     @property
     def pictures(self) -> list[Picture]:
-        """Every picture, in the order of the page."""
+        """All pictures, in the order of the page."""
         return [picture for section in self.sections for picture in section.pictures]
 
     def finds(self, fail_on: str) -> bool:
-        """Say whether a finding is at least as severe as ``fail_on``."""
+        """Return True if a finding is at least as severe as ``fail_on``."""
         least = SEVERITIES.index(fail_on)
         return any(SEVERITIES.index(finding.severity) >= least for finding in self.findings)
 
 
 def render(page: Page, pictures: Mapping[str, tuple[str, bytes]]) -> str:
-    """Draw up a page as one HTML file.
+    """Render a page as one HTML file.
 
     Args:
         page: its content.
         pictures: name -> (MIME type, bytes) of every picture, see :func:`encoded`.
 
     Returns:
-        The file's text; it holds no lone surrogate and asks for nothing.
+        The file's text, without lone surrogates and without requests.
 
     Raises:
         ImportError: if jinja2 is not installed.
@@ -126,7 +126,11 @@ def render(page: Page, pictures: Mapping[str, tuple[str, bytes]]) -> str:
 
 
 def encoded(figure: Any, suffix: str) -> tuple[str, bytes]:
-    """Encode a figure for a file: as ``svg`` or ``png``.
+    """Encode a figure for a file.
+
+    Args:
+        figure: matplotlib's figure.
+        suffix: ``svg`` or ``png``.
 
     Returns:
         MIME type and bytes.
@@ -142,9 +146,17 @@ def encoded(figure: Any, suffix: str) -> tuple[str, bytes]:
 
 
 def for_page(figure: Any, kind: str, data: bytes) -> tuple[str, bytes]:
-    """Make an encoded figure small enough for a page: a large one becomes a smaller PNG.
+    """Shrink an encoded figure that is too large for a page to a smaller PNG.
 
-    Pixels are averaged where a picture is made smaller, so that thin lines fade but stay.
+    Pixels are averaged, so that thin lines fade but stay.
+
+    Args:
+        figure: matplotlib's figure.
+        kind: its MIME type.
+        data: the encoded figure.
+
+    Returns:
+        MIME type and bytes.
     """
     if len(data) <= INLINE_LIMIT:
         return kind, data

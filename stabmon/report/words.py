@@ -1,4 +1,4 @@
-"""Short words for numbers, layers and tokens: what the pages of all kinds share."""
+"""Numbers, layers and tokens in words, for pages of all kinds."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.figures.signals import short_names
+from stabmon.figures.labels import short_names
 from stabmon.report.page import Finding
 
 
 def short_layers(layers: Sequence[str]) -> tuple[list[str], str]:
-    """Shorten the layers' names to what tells them apart.
+    """Shorten layer names to the parts in which they differ.
 
     Returns:
-        The short names, and a sentence that says what they stand for; empty where nothing was cut.
+        The short names, and a sentence on their meaning; empty if nothing was cut.
 
-    >>> short_layers(["h.0.attn", "h.1.attn"])
-    (['0', '1'], 'Layer 0 stands for h.0.attn, and so on.')
+    Example:
+        >>> short_layers(["h.0.attn", "h.1.attn"])
+        (['0', '1'], 'Layer 0 stands for h.0.attn, and so on.')
     """
     names, pattern = short_names(list(layers))
     if not pattern or len(set(names)) < len(names):
@@ -28,7 +29,7 @@ def short_layers(layers: Sequence[str]) -> tuple[list[str], str]:
 
 
 def map_names(layers: Sequence[str]) -> list[str]:
-    """Name the layers as a selector does.
+    """Return the layers' names for the map's selector.
 
     >>> map_names(["h.0.attn", "h.1.attn"])
     ['layer 0', 'layer 1']
@@ -38,7 +39,7 @@ def map_names(layers: Sequence[str]) -> list[str]:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """Write a number for readers; ``–`` for NaN and None.
+    """Return a number for readers; ``–`` for NaN and None.
 
     >>> number(0.12345), number(float("nan")), number(7), number(float("inf"))
     ('0.123', '–', '7', '∞')
@@ -53,7 +54,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def percent(value: float) -> str:
-    """Write a share in per cent.
+    """Return a share in per cent.
 
     >>> percent(0.123), percent(0.0004), percent(float("nan"))
     ('12%', '0.04%', '–')
@@ -64,7 +65,7 @@ def percent(value: float) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """Write a count and its noun.
+    """Return a count and its noun.
 
     >>> plural(1, "layer"), plural(1200, "head")
     ('1 layer', '1,200 heads')
@@ -73,7 +74,7 @@ def plural(count: int, word: str) -> str:
 
 
 def tokens_of(record: AnalysisRecord, sample: int = 0) -> list[str] | None:
-    """Return a sample's tokens as the command stored them, or None."""
+    """Return a sample's stored tokens, or None."""
     tokens = record.values.get("tokens")
     if not tokens or sample >= len(tokens):
         return None
@@ -81,23 +82,23 @@ def tokens_of(record: AnalysisRecord, sample: int = 0) -> list[str] | None:
 
 
 def fitting(tokens: list[str] | None, count: int) -> list[str] | None:
-    """Return the tokens if there is one a position."""
+    """Return the tokens if there is one per position, else None."""
     return tokens if tokens is not None and len(tokens) == count else None
 
 
-def by_layer(record: AnalysisRecord, what: str) -> dict[str, np.ndarray]:
-    """Return the arrays ``<what>/<layer>`` by layer, in the order of ``values["layers"]``."""
+def by_layer(record: AnalysisRecord, group: str) -> dict[str, np.ndarray]:
+    """Return the arrays ``<group>/<layer>`` in the order of ``values["layers"]``."""
     found = {
-        name.removeprefix(f"{what}/"): array
+        name.removeprefix(f"{group}/"): array
         for name, array in record.arrays.items()
-        if name.startswith(f"{what}/")
+        if name.startswith(f"{group}/")
     }
     order = [layer for layer in record.values.get("layers", ()) if layer in found]
     return {layer: found[layer] for layer in order} | found
 
 
 def mean_of(values: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray:
-    """Average what is finite; NaN where nothing is."""
+    """Return the mean of the finite values; NaN where there is none."""
     values = np.asarray(values, dtype=np.float64)
     counted = np.isfinite(values)
     total = np.where(counted, values, 0.0).sum(axis)
@@ -107,7 +108,7 @@ def mean_of(values: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np
 
 
 def stacked(rows: Iterable[np.ndarray]) -> np.ndarray:
-    """Stack one-dimensional arrays of differing lengths, NaN at the ends of the shorter ones."""
+    """Stack one-dimensional arrays, padding shorter ones with NaN."""
     kept = [np.asarray(row, dtype=np.float64) for row in rows]
     matrix = np.full((len(kept), max((len(row) for row in kept), default=0)), np.nan)
     for place, row in zip(matrix, kept, strict=True):
@@ -116,7 +117,7 @@ def stacked(rows: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def non_finite(arrays: Mapping[str, np.ndarray]) -> list[Finding]:
-    """Find layers whose attention is NaN or infinite."""
+    """Return a finding if the attention of some layers is NaN or infinite."""
     bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if not bad:
         return []
@@ -129,7 +130,7 @@ def non_finite(arrays: Mapping[str, np.ndarray]) -> list[Finding]:
 
 
 def common_facts(record: AnalysisRecord) -> list[tuple[str, str]]:
-    """List what was analysed, from what the command stored."""
+    """Return name and value of model, input and command, as far as stored."""
     values = record.values
     facts = []
     for name in ("model", "input", "samples", "length", "command", "seconds"):

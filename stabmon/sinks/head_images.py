@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from stabmon.records import Reading
+from stabmon.signals.presentation import presentation_of
 
 _VIRIDIS = (
     0x440154,
@@ -46,10 +47,9 @@ def colour_range(signal: str, matrix: np.ndarray) -> tuple[float, float]:
     """(dark, bright) end of the scale: 0 and 1 for probabilities and shares, so that steps compare;
     else the finite extremes.
     """
-    from stabmon.signals import SIGNALS
-
-    if signal in SIGNALS and SIGNALS[signal].unit.startswith(("probability", "share")):
-        return 0.0, 1.0
+    low, high = presentation_of(signal).limits
+    if low is not None and high is not None:
+        return low, high
     finite = matrix[np.isfinite(matrix)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
 

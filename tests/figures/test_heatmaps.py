@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stabmon.figures.canvas import block_max, block_max_by, drawable, plain_token, saved, ticks
-from stabmon.figures.heatmaps import head_grid, layer_grid, letter_map, single_map, table_map
-from stabmon.figures.similarity import similarity_matrix
+from stabmon.figures.canvas import saved
+from stabmon.figures.heatmaps import head_grid, layer_grid, single_map
+from stabmon.figures.labels import drawable, plain_token, ticks
+from stabmon.figures.pooling import block_max, block_max_by
+from stabmon.figures.tables import letter_map, similarity_matrix, table_map
 
 RANDOM = np.random.default_rng(0)
 

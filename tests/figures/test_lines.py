@@ -7,20 +7,13 @@ import pytest
 
 from stabmon.figures.caches import (
     budget_bars,
-    decode_pattern,
-    kept_positions,
     layer_preferences,
     loss_against_size,
     preservation_bars,
 )
-from stabmon.figures.lines import (
-    distributions,
-    over_layers,
-    over_time,
-    positions_over_time,
-    query_row,
-    received_attention,
-)
+from stabmon.figures.distributions import distributions, over_layers
+from stabmon.figures.kept_keys import decode_pattern, kept_positions
+from stabmon.figures.lines import over_time, positions_over_time, query_row, received_attention
 
 RANDOM = np.random.default_rng(0)
 

@@ -11,15 +11,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from stabmon.figures.overlays import (
-    image_figure,
-    image_html,
-    png_of,
-    text_figure,
-    text_html,
-    text_terminal,
-)
+from stabmon.figures.images import image_figure, image_html, png_of
 from stabmon.figures.surface import attention_surface
+from stabmon.figures.texts import text_figure, text_html, text_terminal
 
 TOKENS = ["The", " <b>cat</b>", "\n", "“$x$”", " 😀", "שלום", "&amp;", "\x1b[31m"]
 WEIGHTS = np.array([0.4, 0.2, 0.0, 0.1, 0.05, 0.05, 0.2, np.nan])
@@ -56,7 +50,7 @@ def test_the_picture_has_a_box_a_token_shaded_by_weight(tmp_path: Path) -> None:
 
 
 def test_a_long_text_is_drawn_where_it_weighs_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stabmon.figures.overlays.MOST_TOKENS", 60)
+    monkeypatch.setattr("stabmon.figures.texts.MOST_TOKENS", 60)
     weights = np.zeros(1000)
     weights[900] = 1.0
     figure = text_figure(["x"] * 1000, weights)

@@ -18,8 +18,8 @@ from stabmon.analysis.compression.restricted_attention import restricted_attenti
 from stabmon.analysis.forward import call_arguments, run_model, undisturbed
 from stabmon.analysis.patterns.layer_scan import is_causal_call
 from stabmon.analysis.rollout.stacks import CallReader
-from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.capture.function_mode import isolated
+from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.records import AttentionCall
 from stabmon.signals.reduce import operator_of
 

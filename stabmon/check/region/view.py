@@ -13,7 +13,7 @@ from rich.text import Text
 
 from stabmon.check.config import DTYPES, CheckConfig
 from stabmon.check.region.region import GridPoint, OperatingPoint, grid, grid_point
-from stabmon.figures.signals import new_figure, saved
+from stabmon.figures.canvas import new_figure, saved
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def region_plot(
     temperatures = 2.0 ** np.arange(-8, 4.01, 0.5)
     lengths = sorted({*(2**power for power in range(7, 18)), origin.seq_len})
     widths = sorted({*(2**power for power in range(1, 9)), origin.head_dim})
-    figure = new_figure(width=11, height=6.5)
+    figure: Figure = new_figure(width=11, height=6.5)
     panels = figure.subplots(2, len(DTYPES), sharey=True, sharex="row")
     for column, dtype in enumerate(DTYPES):
         for row, (name, values, own) in enumerate(

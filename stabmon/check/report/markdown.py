@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from stabmon.check.report.results import CheckResults
 from stabmon.check.sweep.view import sweep_sentence
-from stabmon.figures.signals import short_names
+from stabmon.figures.labels import short_names
 
 MOST_HEADS = 12
 

@@ -1,1 +1,1 @@
-"""The parts of ``stabmon analyze``: what goes into the model, what is run, what is written."""
+"""Parts of ``stabmon analyze``: options, inputs, analyses, files, output."""

@@ -17,7 +17,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 def image_files(source: str, kind: str) -> list[Path]:
-    """Return a folder's images by name, or the one image.
+    """Return a folder's images sorted by name, or the one image.
+
+    Args:
+        source: folder or file.
+        kind: name of the model, for errors.
+
+    Returns:
+        The files.
 
     Raises:
         ValueError: if there is none.
@@ -44,6 +51,10 @@ def image_files(source: str, kind: str) -> list[Path]:
 
 def read_images(files: Sequence[Path], target: LoadedModel) -> tuple[Tensor, np.ndarray, list[str]]:
     """Read images with the processor beside the model, or resized and scaled to [-1, 1].
+
+    Args:
+        files: the images.
+        target: the loaded model.
 
     Returns:
         ``[B, channels, height, width]`` for the model, ``[B, height, width, 3]`` uint8 as it sees
@@ -94,7 +105,7 @@ def read_images(files: Sequence[Path], target: LoadedModel) -> tuple[Tensor, np.
 
 
 def _seen(pixels: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> np.ndarray:
-    """Undo the normalisation, ``[B, height, width, 3]`` uint8."""
+    """Return pixels without normalisation, ``[B, height, width, 3]`` uint8."""
     values = pixels.float().permute(0, 2, 3, 1).numpy()
     if mean is not None and std is not None:
         values = values * np.asarray(std) + np.asarray(mean)

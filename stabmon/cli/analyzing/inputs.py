@@ -1,4 +1,4 @@
-"""What a model is analysed on: stretches of a text, token ids, or images. S tokens a sample."""
+"""Inputs of an analysis: stretches of a text, token ids, or images."""
 
 from __future__ import annotations
 
@@ -9,38 +9,46 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stabmon.check.loading.source import LoadedModel
 from stabmon.cli.analyzing.images import image_files, read_images
-from stabmon.cli.analyzing.options import Options
+from stabmon.cli.analyzing.limits import most_positions, reads_tokens, vocabulary_of
+from stabmon.cli.analyzing.options import AnalyzeOptions
 from stabmon.cli.analyzing.tokens import Text, read_ids, read_text
 
 DEFAULT_LENGTH = 256
-"""Tokens a sample where the user says nothing."""
+"""Default number of tokens per sample."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """A batch and what has to be said of it."""
+    """A batch and its description."""
 
     batch: Any
     samples: int
     length: int
-    """Tokens of the longest sample; 0 for images and samples of the caller's own."""
+    """Tokens of the longest sample; 0 for images and for the callable's own sample."""
     described: str
     lengths: tuple[int, ...] = ()
-    """Tokens of each sample, padding not counted."""
+    """Tokens of each sample without padding."""
     positions: int | None = None
-    """Positions that the model has, where it can take no more."""
+    """Number of learned positions, which the model cannot exceed; None without."""
     tokens: list[list[str]] | None = None
     images: np.ndarray | None = None
     """``[B, height, width, 3]`` uint8, as the model sees them."""
     notes: list[str] = field(default_factory=list)
 
 
-def make_inputs(target: LoadedModel, options: Options) -> Inputs:
-    """Read what the user gave and make a batch of it.
+def make_inputs(target: LoadedModel, options: AnalyzeOptions) -> Inputs:
+    """Read the user's input and make a batch of it.
+
+    Args:
+        target: the loaded model.
+        options: of the command.
+
+    Returns:
+        The batch and its description.
 
     Raises:
         ValueError: in one line, for input that is missing, empty, too short, out of range, or of a
@@ -69,7 +77,7 @@ def make_inputs(target: LoadedModel, options: Options) -> Inputs:
             f"--text {source}: is a folder, and {type(target.model).__name__} reads tokens; give "
             "a text file"
         )
-    if not _reads_tokens(target):
+    if not reads_tokens(target):
         raise ValueError(
             f"{type(target.model).__name__}: takes no token ids; let the callable return (model, "
             "sample)"
@@ -86,46 +94,6 @@ def make_inputs(target: LoadedModel, options: Options) -> Inputs:
         text = read_text(source, target)
     _check_range(text, vocabulary_of(target), source)
     return _from_tokens(target, options, text, source)
-
-
-def vocabulary_of(target: LoadedModel) -> int | None:
-    """Return how many token ids the model knows, or None."""
-    config = target.config
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(inner, "vocab_size", None)
-    if isinstance(size, int):
-        return size
-    tables = [each for each in target.model.modules() if isinstance(each, nn.Embedding)]
-    return tables[0].num_embeddings if tables else None
-
-
-def most_positions(target: LoadedModel) -> tuple[int | None, bool]:
-    """Return how many positions the model has, and whether it can take no more: learned
-    positions.
-    """
-    config = target.config
-    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
-    said = getattr(inner, "max_position_embeddings", None) or getattr(inner, "n_positions", None)
-    learned = []
-    for name, each in target.model.named_modules():
-        last = name.rpartition(".")[2].lower()
-        if isinstance(each, nn.Embedding) and (
-            "position" in last or last in ("wpe", "pos_emb", "pos_embed")
-        ):
-            # RoBERTa and OPT keep the first places for padding: positions count from padding_idx +
-            # 1
-            offset = each.padding_idx + 1 if each.padding_idx is not None else 0
-            learned.append(each.num_embeddings - max(offset, int(getattr(each, "offset", 0))))
-    relative = "bias" in " ".join(
-        name for name, _ in target.model.named_modules() if "relative" in name
-    )
-    if learned and not relative:
-        return min([*learned, *([said] if isinstance(said, int) and said > 1 else [])]), True
-    return (said, False) if isinstance(said, int) and said > 1 else (None, False)
-
-
-def _reads_tokens(target: LoadedModel) -> bool:
-    return any(isinstance(each, nn.Embedding) for each in target.model.modules())
 
 
 def _check_range(text: Text, vocabulary: int | None, source: str) -> None:
@@ -154,7 +122,7 @@ def _own_sample(sample: Any) -> Inputs:
     return Inputs(batch, len(tensors[0]), 0, "the callable's own sample", notes=[])
 
 
-def _from_images(target: LoadedModel, options: Options) -> Inputs:
+def _from_images(target: LoadedModel, options: AnalyzeOptions) -> Inputs:
     kind = type(target.model).__name__
     if options.ids is not None:
         raise ValueError(
@@ -188,7 +156,7 @@ def _from_images(target: LoadedModel, options: Options) -> Inputs:
     )
 
 
-def _from_tokens(target: LoadedModel, options: Options, text: Text, source: str) -> Inputs:
+def _from_tokens(target: LoadedModel, options: AnalyzeOptions, text: Text, source: str) -> Inputs:
     notes = list(text.notes)
     if len(text.rows) > 1:
         rows, words, more = _given_rows(text, options, source)
@@ -212,9 +180,9 @@ def _from_tokens(target: LoadedModel, options: Options, text: Text, source: str)
 
 
 def _given_rows(
-    text: Text, options: Options, source: str
+    text: Text, options: AnalyzeOptions, source: str
 ) -> tuple[list[list[int]], list[list[str]], list[str]]:
-    """Samples as the file gives them, cut to ``--length``."""
+    """Return the file's rows, cut to ``--length``, and notes."""
     count = options.samples or min(len(text.rows), 16)
     if count > len(text.rows):
         raise ValueError(
@@ -234,9 +202,9 @@ def _given_rows(
 
 
 def _stretches(
-    target: LoadedModel, text: Text, options: Options, source: str
+    target: LoadedModel, text: Text, options: AnalyzeOptions, source: str
 ) -> tuple[list[list[int]], list[list[str]]]:
-    """Samples of one length, evenly over the text, special tokens around each."""
+    """Return samples of one length, evenly over the text, with special tokens around each."""
     ids, words = text.rows[0], text.words[0]
     before, after = text.before, text.after
     around = len(before[0]) + len(after[0])
@@ -265,8 +233,7 @@ def _stretches(
     if len(set(starts.tolist())) < count:
         raise ValueError(
             f"--samples {count}: {source} holds {len(ids)} {text.unit}, too few for so many "
-            "different "
-            f"stretches of {body}; give a smaller --length"
+            f"different stretches of {body}; give a smaller --length"
         )
     rows = [[*before[0], *ids[at : at + body], *after[0]] for at in starts]
     named = [[*before[1], *words[at : at + body], *after[1]] for at in starts]

@@ -1,89 +1,191 @@
-"""The options of ``stabmon analyze``, and which of them belong to which kind."""
+"""Options of ``stabmon analyze``, each with the kinds of analysis that it belongs to."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from typing import Annotated, get_args, get_type_hints
+
+import typer
+
+from stabmon.cli.options import Attention, FailOn, Json, check_fail_on
 
 KINDS = ("rollout", "patterns", "cake", "heatmap")
 STORED_KINDS = (*KINDS, "evolution")
-"""What ``--from`` draws: also records that ``stabmon.analysis`` made in a script."""
+"""Kinds of record for ``--from``; ``stabmon.analysis`` stores the last one in scripts."""
 FORMATS = ("png", "svg")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Hold the command's options; None where left out."""
-
-    model: str | None = None
-    text: str | None = None
-    ids: str | None = None
-    kind: str | None = None
-    out: str | None = None
-    stored: str | None = None
-    layers: str | None = None
-    heads: str | None = None
-    target: str | None = None
-    samples: int | None = None
-    length: int | None = None
-    stack: str | None = None
-    weighting: str | None = None
-    head_fusion: str | None = None
-    cache_size: str | None = None
-    window: int | None = None
-    tau1: float | None = None
-    tau2: float | None = None
-    gamma: float | None = None
-    pool: int | None = None
-    allotment: str | None = None
-    max_new_tokens: int | None = None
-    surface: bool | None = None
-    format: str = "png"
-    attn: str | None = None
-    seed: int = 0
-    fail_on: str = "error"
-    as_json: bool = False
+class Only(tuple[str, ...]):
+    """Kinds that an option belongs to; options without one belong to all."""
 
 
-BELONGS = {
-    "layers": ("rollout", "patterns", "heatmap"),
-    "heads": ("patterns", "heatmap"),
-    "target": ("rollout", "patterns"),
-    "stack": ("rollout",),
-    "weighting": ("rollout",),
-    "head_fusion": ("rollout",),
-    "surface": ("heatmap",),
-    **dict.fromkeys(
-        ("cache_size", "window", "tau1", "tau2", "gamma", "pool", "allotment", "max_new_tokens"),
-        ("cake",),
-    ),
-}
-"""Option -> the kinds that it belongs to; others belong to all."""
+ROLLOUT, CAKE, HEATMAP = Only(("rollout",)), Only(("cake",)), Only(("heatmap",))
 
 
-def check_options(options: Options) -> None:
-    """Refuse options that do not fit together.
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions:
+    """Options of one call of ``stabmon analyze``; None where left out."""
+
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder, a config.json, a hub name, or package.module:callable giving an "
+            "nn.Module."
+        ),
+    ] = None
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="A text file, token ids as .json, .npy or .pt, or a folder of images for a "
+            "vision model."
+        ),
+    ] = None
+    ids: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of token ids: .json, .npy, .pt, or whole numbers in a text file, a row a "
+            "line."
+        ),
+    ] = None
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="rollout, patterns, cake or heatmap; rollout if left out, with --from all that "
+            "are stored."
+        ),
+    ] = None
+    out: Annotated[
+        str | None, typer.Option(help="Folder for what is found; stabmon_analysis if left out.")
+    ] = None
+    stored: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Draw again from the numbers in this folder, without the model."
+        ),
+    ] = None
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Numbers and ranges (0,4-7) or a regular expression; all if left out."),
+        Only(("rollout", "patterns", "heatmap")),
+    ] = None
+    heads: Annotated[
+        str | None,
+        typer.Option(help="Numbers and ranges of query heads; all if left out."),
+        Only(("patterns", "heatmap")),
+    ] = None
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Positions to attribute, or of the query to look at; negative ones count from "
+            "the end."
+        ),
+        Only(("rollout", "patterns")),
+    ] = None
+    samples: Annotated[
+        int | None, typer.Option(help="Stretches of the text, rows of ids, or images.")
+    ] = None
+    length: Annotated[
+        int | None, typer.Option(help="Tokens a sample; at most 256 if left out.")
+    ] = None
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            help="rollout: which stack of a model with several, or joined for encoder and decoder."
+        ),
+        ROLLOUT,
+    ] = None
+    weighting: Annotated[
+        str | None, typer.Option(help="rollout: gradient, for the class-specific form."), ROLLOUT
+    ] = None
+    head_fusion: Annotated[
+        str | None, typer.Option(help="rollout: mean, max or min over the heads."), ROLLOUT
+    ] = None
+    cache_size: Annotated[
+        str | None,
+        typer.Option(
+            help="cake: keys a head keeps on average over layers (128), or a share of the prompt "
+            "(0.25)."
+        ),
+        CAKE,
+    ] = None
+    window: Annotated[
+        int | None,
+        typer.Option(help="cake: last queries that judge the keys; 32 if left out."),
+        CAKE,
+    ] = None
+    tau1: Annotated[
+        float | None, typer.Option(help="cake: temperature of the dispersion."), CAKE
+    ] = None
+    tau2: Annotated[float | None, typer.Option(help="cake: temperature of the shift."), CAKE] = None
+    gamma: Annotated[
+        float | None, typer.Option(help="cake: weight of the variance in a key's score."), CAKE
+    ] = None
+    pool: Annotated[
+        int | None,
+        typer.Option(help="cake: width of the average over neighbouring keys; odd."),
+        CAKE,
+    ] = None
+    allotment: Annotated[str | None, typer.Option(help="cake: filled or published."), CAKE] = None
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="cake: tokens to generate with the compressed cache."),
+        CAKE,
+    ] = None
+    surface: Annotated[
+        bool,
+        typer.Option("--surface", help="heatmap: also a 3-D surface of each layer, by plotly."),
+        HEATMAP,
+    ] = False
+    format: Annotated[str, typer.Option(help="Of the figures: png or svg.")] = "png"
+    attn: Attention = None
+    seed: Annotated[
+        int, typer.Option(help="Of weights that a config.json alone does not give.")
+    ] = 0
+    fail_on: FailOn = "error"
+    as_json: Json = False
+
+    def given(self, name: str) -> bool:
+        """Return True if the user gave an option; 0 counts as given."""
+        value = getattr(self, name)
+        return value is not None and value is not False
+
+
+def kinds_of_options() -> dict[str, Only]:
+    """Return the kinds of every option that does not belong to all.
+
+    >>> kinds_of_options()["heads"]
+    ('patterns', 'heatmap')
+    """
+    hints = get_type_hints(AnalyzeOptions, include_extras=True)
+    declared = {
+        name: [each for each in get_args(hint) if isinstance(each, Only)]
+        for name, hint in hints.items()
+    }
+    return {name: only[0] for name, only in declared.items() if only}
+
+
+def check_options(options: AnalyzeOptions) -> None:
+    """Check that options fit together.
+
+    Args:
+        options: of the command.
 
     Raises:
-        ValueError: in one line, naming the option and the mend.
+        ValueError: if they do not; one line that names the option and the mend.
     """
     kinds = KINDS if options.stored is None else STORED_KINDS
     if options.kind is not None and options.kind not in kinds:
         raise ValueError(f"--kind {options.kind!r}: use {', '.join(kinds)}")
     if options.format not in FORMATS:
         raise ValueError(f"--format {options.format!r}: use {', '.join(FORMATS)}")
-    if options.fail_on not in ("warning", "error"):
-        raise ValueError(f"--fail-on {options.fail_on!r}: use warning or error")
+    check_fail_on(options.fail_on)
+    owners = kinds_of_options()
     if options.stored is not None:
-        given = [
-            name
-            for name in ("text", "ids", *BELONGS)
-            if getattr(options, name) is not None and name != "surface"
-        ]
-        if given:
-            raise ValueError(
-                f"{_flag(given[0])} does not go with --from, which draws stored numbers"
-            )
+        for name in ("text", "ids", *owners):
+            if options.given(name) and name != "surface":
+                raise ValueError(
+                    f"{flag(name)} does not go with --from, which draws stored numbers"
+                )
         return
     if options.model is None:
         raise ValueError(
@@ -93,63 +195,25 @@ def check_options(options: Options) -> None:
     if options.text is not None and options.ids is not None:
         raise ValueError("--text and --ids: give one of them")
     kind = options.kind or KINDS[0]
-    for name, whose in BELONGS.items():
-        if getattr(options, name) is not None and kind not in whose:
+    for name, owning in owners.items():
+        if options.given(name) and kind not in owning:
             raise ValueError(
-                f"{_flag(name)} does not apply to --kind {kind}: it is for {' and '.join(whose)}"
+                f"{flag(name)} does not apply to --kind {kind}: it is for {' and '.join(owning)}"
             )
     for name in ("samples", "length"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"{_flag(name)} {value}: give at least 1")
+            raise ValueError(f"{flag(name)} {value}: give at least 1")
     if options.weighting not in (None, "gradient"):
         raise ValueError(f"--weighting {options.weighting!r}: use gradient, or leave it out")
     if options.head_fusion not in (None, "mean", "max", "min"):
         raise ValueError(f"--head-fusion {options.head_fusion!r}: use mean, max or min")
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the flag of an option.
+
+    >>> flag("cache_size")
+    '--cache-size'
+    """
     return f"--{name.replace('_', '-')}"
-
-
-def parsed_numbers(text: str, flag: str) -> list[int]:
-    """Read numbers and ranges such as ``0,3,5-7`` or ``-1``.
-
-    Raises:
-        ValueError: if there is anything else.
-
-    >>> parsed_numbers("0,3,5-7", "--heads"), parsed_numbers("-1", "--target")
-    ([0, 3, 5, 6, 7], [-1])
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", part)
-        if found is None or (found[2] is not None and int(found[2]) < int(found[1])):
-            raise ValueError(f"{flag} {text!r}: give numbers or ranges, such as 0,3,5-7")
-        low = int(found[1])
-        numbers += range(low, int(found[2]) + 1) if found[2] is not None else [low]
-    return list(dict.fromkeys(numbers))
-
-
-def parsed_size(text: str) -> int | float:
-    """Read a cache size: keys, or a share of the prompt.
-
-    Raises:
-        ValueError: if it is neither.
-
-    >>> parsed_size("128"), parsed_size("0.25"), parsed_size("25%")
-    (128, 0.25, 0.25)
-    """
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        raise ValueError(
-            f"--cache-size {text!r}: give keys, such as 128, or a share of the prompt, such as 0.25"
-        ) from None
-    if 0 < value < 1:
-        return value
-    if value >= 1 and value == int(value) and not text.endswith("%"):
-        return int(value)
-    raise ValueError(
-        f"--cache-size {text!r}: give a whole number of keys, or a share between 0 and 1"
-    )

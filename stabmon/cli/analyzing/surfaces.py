@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from stabmon.analysis.record import AnalysisRecord
-from stabmon.figures.canvas import ticks
+from stabmon.figures.labels import ticks
 from stabmon.figures.surface import attention_surface
 from stabmon.report.words import by_layer, map_names
 
 MOST = 4
-"""Layers that get one: each is a page of 5 MB, most of it plotly itself."""
+"""Largest number of surfaces; each is a page of 5 MB, most of it plotly itself."""
 
 
 def surfaces(record: AnalysisRecord) -> dict[str, str]:
-    """Draw a surface of at most four layers of a ``heatmap`` record, heads averaged.
+    """Draw surfaces of at most four layers of a ``heatmap`` record, heads averaged.
+
+    Args:
+        record: of kind ``heatmap``.
 
     Returns:
         File name -> self-contained HTML.

@@ -13,33 +13,34 @@ import torch
 
 from stabmon.check.loading import pretrained
 from stabmon.check.loading.source import LoadedModel
+from stabmon.cli.analyzing.limits import vocabulary_of
 from stabmon.tiny.corpus import read_text as read_bytes
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "spiece.model", "*.model", "*.tiktoken")
 UNKNOWN = 0.2
-"""Share of unknown tokens from which it is said that the tokenizer does not know the text."""
+"""Share of unknown tokens from which the tokenizer is taken not to know the text."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, one list a row, and how each is written."""
+    """Token ids, one list per row, and the text of each."""
 
     rows: list[list[int]]
     words: list[list[str]]
     unit: str
     before: tuple[list[int], list[str]] = field(default_factory=lambda: ([], []))
-    """Special tokens that stand before each sample: ids and how they are written."""
+    """Special tokens before each sample: ids and text."""
     after: tuple[list[int], list[str]] = field(default_factory=lambda: ([], []))
     notes: list[str] = field(default_factory=list)
 
 
 def read_ids(source: str, wanted: bool) -> Text | None:
-    """Read token ids from ``.json``, ``.npy``, ``.pt`` or, where they are wanted, any text file.
+    """Read token ids from ``.json``, ``.npy``, ``.pt`` or a text file.
 
     Args:
         source: the file.
-        wanted: the user says that it holds ids; else a ``.json`` that is no list of whole numbers
-            is a text like any other.
+        wanted: True if the user says that the file holds ids; otherwise text files hold none, and a
+            ``.json`` that is no list of whole numbers is a text like any other.
 
     Returns:
         The ids, or None where the file holds no ids.
@@ -54,15 +55,10 @@ def read_ids(source: str, wanted: bool) -> Text | None:
             found: Any = np.load(path, allow_pickle=False).tolist()
         elif suffix == ".pt":
             found = torch.load(path, map_location="cpu", weights_only=True)
-            found = (
-                found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
-            )
+            found = _input_ids(found)
             found = found.tolist() if isinstance(found, torch.Tensor) else found
         elif suffix == ".json":
-            found = json.loads(path.read_text())
-            found = (
-                found["input_ids"] if isinstance(found, dict) and "input_ids" in found else found
-            )
+            found = _input_ids(json.loads(path.read_text()))
         elif wanted:
             found = [
                 [int(word) for word in line.replace(",", " ").split()]
@@ -94,8 +90,20 @@ def read_ids(source: str, wanted: bool) -> Text | None:
     return Text(rows, [[str(token) for token in row] for row in rows], "tokens")
 
 
+def _input_ids(stored: Any) -> Any:
+    """Return the ``input_ids`` of a tokenizer's output, anything else unchanged."""
+    return stored["input_ids"] if isinstance(stored, dict) and "input_ids" in stored else stored
+
+
 def read_text(source: str, target: LoadedModel) -> Text:
     """Read a text with the tokenizer beside the model, or byte by byte.
+
+    Args:
+        source: the file.
+        target: the loaded model.
+
+    Returns:
+        The text's tokens, in one row.
 
     Raises:
         ValueError: if the file cannot be read, or is empty.
@@ -137,9 +145,9 @@ def read_text(source: str, target: LoadedModel) -> Text:
 
 
 def _tokenizer(source: str | None) -> Any:
-    """The tokenizer beside the model; None where a local folder holds none of its files.
+    """Load the tokenizer beside the model; None if a local folder holds none of its files.
 
-    transformers 5.23 makes an empty tokenizer for some of these, which knows no word.
+    Without this check transformers 5.23 makes an empty tokenizer for some folders.
     """
     if source is None:
         return None
@@ -150,9 +158,7 @@ def _tokenizer(source: str | None) -> Any:
 
 
 def _by_vocabulary(text: str, source: str) -> Text | None:
-    """The text by the entries of the vocab.txt beside the model; None where that knows too
-    little.
-    """
+    """Split a text by the vocab.txt beside the model; None if that knows too little."""
     path = Path(source) / "vocab.txt"
     if not path.is_file():
         return None
@@ -168,20 +174,28 @@ def _by_vocabulary(text: str, source: str) -> Text | None:
     ]
     note = (
         "the tokenizer beside the model does not know the text: it was split into the longest "
-        "entries "
-        "of vocab.txt, blanks left out"
+        "entries of vocab.txt, blanks left out"
     )
     words = [entries[each] for each in ids]
     return Text([ids], [words], "tokens", around[0], around[1], [note])
 
 
 def longest_matches(text: str, vocabulary: Mapping[str, int], unknown: int) -> list[int]:
-    """Split a text into the longest entries of a vocabulary, from left to right, without blanks.
+    """Split a text into the longest entries of a vocabulary, without blanks.
 
     This reads vocabularies whose own splitting rule lies in code beside the model, such as atoms.
 
-    >>> longest_matches("CCl [Na+]", {"C": 1, "l": 2, "Cl": 3, "[Na+]": 4}, unknown=0)
-    [1, 3, 4]
+    Args:
+        text: any text.
+        vocabulary: entry -> id.
+        unknown: id of a character in no entry.
+
+    Returns:
+        Ids, from left to right.
+
+    Example:
+        >>> longest_matches("CCl [Na+]", {"C": 1, "l": 2, "Cl": 3, "[Na+]": 4}, unknown=0)
+        [1, 3, 4]
     """
     longest = max(map(len, vocabulary), default=1)
     ids, at = [], 0
@@ -197,7 +211,7 @@ def longest_matches(text: str, vocabulary: Mapping[str, int], unknown: int) -> l
 
 
 def written(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Write each token as it stands in the text, with the blank before it."""
+    """Return the text of each token, with the blank before it."""
     if not len(ids):
         return []
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
@@ -215,8 +229,6 @@ def written(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _bytes(raw: bytes, target: LoadedModel) -> Text:
-    from stabmon.cli.analyzing.inputs import vocabulary_of
-
     notes = ["no tokenizer was found beside the model: the text was read byte by byte"]
     vocabulary = vocabulary_of(target) or 256
     ids = list(raw)

@@ -1,4 +1,4 @@
-"""Write an analysis' files all together or not at all."""
+"""Write all files of an analysis, or none."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from stabmon._storage.strict_json import loads
 from stabmon.analysis.record import AnalysisRecord, save_record
 from stabmon.report.page import Page, encoded, for_page, render
 
@@ -19,12 +20,13 @@ def write_analysis(
     form: str,
     extra: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Draw every figure, the page and the numbers into a folder beside ``out``, then move them in.
+    """Write figures, page and numbers into a folder, all or nothing.
 
-    Files of an earlier analysis of the same kind that this one does not make are taken away.
+    They are made in a folder beside ``out`` and then moved. Files that an earlier analysis of the
+    same kind wrote and this one does not are removed.
 
     Args:
-        record: what is stored; its values gain ``files``.
+        record: the record to store; the stored one names the files too.
         page: its page.
         out: the folder; made if it is missing.
         form: ``png`` or ``svg``.
@@ -65,8 +67,7 @@ def write_analysis(
 def _drawn(
     record: AnalysisRecord, page: Page, scratch: Path, form: str, extra: Mapping[str, str]
 ) -> list[str]:
-    inside = {}
-    names = []
+    inside, names = {}, []
     for picture in page.pictures:
         figure = picture.draw()
         kind, data = encoded(figure, form)
@@ -85,9 +86,7 @@ def _drawn(
 
 
 def _earlier(out: Path, kind: str) -> set[str]:
-    """The files that an earlier analysis of this kind says it wrote here."""
-    from stabmon._storage.strict_json import loads
-
+    """Return the files that an earlier analysis of this kind recorded as its own."""
     try:
         files = loads((out / f"{kind}.json").read_text()).get("files", [])
     except (OSError, ValueError):

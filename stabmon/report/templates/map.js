@@ -114,8 +114,8 @@
       const from = cell * meta.factor, token = name(tokens, cell);
       return meta.factor > 1 ? `${from}–${from + meta.factor - 1}` : token ? `${from} “\u2068${token}\u2069”` : String(from);
     };
-    const told = Number.isNaN(value) ? "not a number" : value.toPrecision(3);
-    $("readout").textContent = `query ${part(cursor.q, meta.queries)} → key ${part(cursor.k, meta.keys)}: ${told}`;
+    const text = Number.isNaN(value) ? "not a number" : value.toPrecision(3);
+    $("readout").textContent = `query ${part(cursor.q, meta.queries)} → key ${part(cursor.k, meta.keys)}: ${text}`;
   }
   const show = () => { draw(); read(); };
   const reload = () => { load(); show(); };

@@ -1,0 +1,1 @@
+"""Parts of ``stabmon check``: its options, and the work."""
