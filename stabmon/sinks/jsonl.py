@@ -9,7 +9,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +93,13 @@ class JsonlSink(Sink):
             write_text(self._dir / META, strict_json.dumps(self._meta) + "\n")
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        record: dict[str, Any] = {
-            "step": reading.step,
-            "loss": reading.loss,
-            "layers": reading.layers,
-            "learning_rate": reading.learning_rate,
-            "gradients": reading.gradients,
-            "query_key": {layer: asdict(moved) for layer, moved in reading.query_key.items()},
-            "losses": reading.losses,
-            "micro_batches": reading.micro_batches,
-            "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
-            "overhead_fraction": reading.overhead_fraction,
-            "learning_rates": reading.learning_rates,
-            "rate_factors": reading.rate_factors,
-            "overshoot": None if reading.overshoot is None else asdict(reading.overshoot),
-            "updates": reading.updates,
-        }
+        record = reading.to_dict()
+        del record["sampled"], record["info"]
         changed = {
             layer: info for layer, info in reading.info.items() if self._info.get(layer) != info
         }
         if changed:
-            record["info"] = {layer: asdict(info) for layer, info in changed.items()}
+            record["info"] = {layer: info.to_dict() for layer, info in changed.items()}
         self._append(READINGS, record)
         self._info.update(changed)
 

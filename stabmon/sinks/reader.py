@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from stabmon._storage import strict_json
-from stabmon.records import LayerInfo, NonFinite, QKUpdate, Reading, StabilityIssue
+from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
 
 T = TypeVar("T")
@@ -159,29 +157,9 @@ def _lines(
 
 def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
     """The reading that a line holds; ``known`` carries what lines before it said of the layers."""
-    known |= {layer: LayerInfo(**info) for layer, info in values.get("info", {}).items()}
-    bad = values.get("non_finite")
-    return Reading(
-        step=values["step"],
-        loss=values["loss"],
-        layers={
-            layer: {signal: np.array(heads, dtype=np.float64) for signal, heads in signals.items()}
-            for layer, signals in values["layers"].items()
-        },
-        info={layer: known[layer] for layer in values["layers"] if layer in known},
-        learning_rate=values.get("learning_rate"),
-        gradients=values.get("gradients", {}),
-        query_key={
-            layer: QKUpdate(**moved) for layer, moved in values.get("query_key", {}).items()
-        },
-        losses=tuple((step, loss) for step, loss in values.get("losses", ())),
-        micro_batches=values.get("micro_batches", 1),
-        non_finite=None if bad is None else NonFinite(**bad),
-        overhead_fraction=values.get("overhead_fraction"),
-        learning_rates=values.get("learning_rates", {}),
-        rate_factors=values.get("rate_factors", {}),
-        updates=values.get("updates", {}),
-    )
+    known |= {layer: LayerInfo.from_dict(info) for layer, info in values.get("info", {}).items()}
+    info = {layer: known[layer] for layer in values["layers"] if layer in known}
+    return Reading.from_dict(values, info=info)
 
 
 def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:
