@@ -14,8 +14,8 @@ from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Effect, Intervention, NotApplicable, Place, intervention
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.operator import AttentionOperator
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 logger = logging.getLogger("stabmon")
 LEAST_VISIBLE = 16

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from stabmon.operator import AttentionOperator
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, LayerInfo
-from stabmon.signals.reduce import HeadSums, measure, operator_of
+from stabmon.signals.reduce import HeadSums, measure
 
 
 class Measurements:

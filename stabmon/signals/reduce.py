@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
-from stabmon.records import AttentionCall
+from stabmon.operator import AttentionOperator
 from stabmon.signals.base import SIGNALS, Signal
 
 
@@ -37,28 +36,6 @@ class HeadSums:
         if self.signal.reduction == "max":
             return torch.where(self.count > 0, self.total, torch.nan)
         return self.total / self.count
-
-
-def operator_of(call: AttentionCall, engine: str = "auto") -> AttentionOperator:
-    """The operator of a captured call."""
-    if call.query is None or call.key is None:
-        if call.scores is None:
-            raise ValueError(f"the call of {call.layer} holds neither query and key nor scores")
-        return operator_of_scores(
-            call.scores, softcap=call.softcap, sinks=call.sinks, is_self=call.is_self, engine=engine
-        )
-    return attention_operator(
-        call.query,
-        call.key,
-        scale=call.scale,
-        is_causal=call.is_causal,
-        mask=call.mask,
-        window=call.window,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        is_self=call.is_self,
-        engine=engine,
-    )
 
 
 def measure(

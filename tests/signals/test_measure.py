@@ -10,10 +10,10 @@ import torch
 from signal_rows import random_call
 
 from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
 from stabmon.signals import SIGNALS, measure
 from stabmon.signals.base import Signal, signal
-from stabmon.signals.reduce import operator_of
 
 MEANS = {
     "attention_entropy",

@@ -34,8 +34,8 @@ from stabmon.analysis.patterns.layer_scan import is_causal_call
 from stabmon.analysis.rollout.stacks import CallReader
 from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.capture.protocol import isolated
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 TOLERANCE = 0.01
 """Rise of the loss in nats up to which a compression is advised."""

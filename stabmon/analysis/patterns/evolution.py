@@ -25,8 +25,8 @@ from stabmon.analysis.patterns.context_rows import (
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.analysis.rollout.stacks import CallReader
 from stabmon.capture import AttentionCapture
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, Reading
-from stabmon.signals.reduce import operator_of
 
 
 @dataclass(frozen=True, eq=False)

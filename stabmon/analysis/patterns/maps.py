@@ -14,7 +14,7 @@ from torch.nn import functional
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.operator import AttentionOperator
-from stabmon.signals.reduce import operator_of
+from stabmon.operator.from_call import operator_of
 
 MAX_SIZE = 512
 """Pixels of a map in each direction."""

@@ -16,8 +16,8 @@ from stabmon.analysis.record import AnalysisRecord
 from stabmon.analysis.rollout.result import Rollout
 from stabmon.cli.analyzing.inputs import Inputs
 from stabmon.cli.analyzing.options import Options, parsed_numbers, parsed_size
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 WHOLE_MATRIX = 2048
 """Tokens up to which a rollout without targets is made of all rows."""

@@ -24,7 +24,7 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.sharing import Sharing
 from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.capture.protocol import isolated
-from stabmon.signals.reduce import operator_of
+from stabmon.operator.from_call import operator_of
 
 
 class CompressedCache:
