@@ -230,7 +230,7 @@ def test_a_captured_call_becomes_its_operator() -> None:
 
 def test_a_signal_must_name_statistics_that_operators_give() -> None:
     with pytest.raises(
-        ValueError, match=r"no operator gives 'skewness'\. Known: collision, entropy"
+        ValueError, match=r"unknown statistic 'skewness'\. Known: collision, entropy"
     ):
         signal(unit="1", reduction="mean", needs=("skewness",))
 
