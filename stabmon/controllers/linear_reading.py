@@ -10,21 +10,16 @@ import torch
 from torch import Tensor
 
 from stabmon.controllers.linear_attention import linear_attention, linear_weights, row_blocks
-from stabmon.operator.visibility import Visibility
+from stabmon.operator.visibility import Visibility, visibility_of
 from stabmon.records import AttentionCall
 
 
-def visibility_of(call: AttentionCall) -> Visibility:
-    """Which keys each query of a call sees."""
+def visibility_of_call(call: AttentionCall) -> Visibility:
+    """Return the visible keys of each query of a call."""
     assert call.query is not None
     assert call.key is not None
-    queries, keys = call.query.shape[2], call.key.shape[2]
-    mask = call.mask
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.ndim)]
-        mask = mask.expand(-1, -1, -1, keys) if mask.shape[-1] == 1 else mask
-    return Visibility(
-        queries, keys, call.is_causal, call.window, mask, keys - queries, call.query.device
+    return visibility_of(
+        call.query, call.key, is_causal=call.is_causal, window=call.window, mask=call.mask
     )
 
 
@@ -48,7 +43,7 @@ def attend_linearly(call: AttentionCall, value: Tensor) -> Tensor:
     with torch.autocast(value.device.type, enabled=False):
         query, key = call.query.to(dtype), call.key.to(dtype)
         value = value[:, :, :keys].to(dtype).expand(len(key), -1, -1, -1)
-        return linear_attention(query, key, value, call.scale, visibility_of(call))
+        return linear_attention(query, key, value, call.scale, visibility_of_call(call))
 
 
 def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -62,7 +57,7 @@ def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | Non
         return
     assert call.query is not None
     assert call.key is not None
-    visibility = visibility_of(call)
+    visibility = visibility_of_call(call)
     key = call.key.float().repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1).mT
     for rows in row_blocks(call.query, call.key):
         logits = call.scale * (call.query[:, :, rows].float() @ key)
