@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -56,9 +56,7 @@ class PlainRecord:
         return cls(**given)
 
 
-@functools.cache
-def _types(cls: type[PlainRecord]) -> dict[str, Any]:
-    return get_type_hints(cls)
+_types: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def _plain(value: Any) -> Any:

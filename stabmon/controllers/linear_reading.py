@@ -1,6 +1,4 @@
-"""Linear attention of a call that was read from a model: its output, and its weights for whoever
-measures them.
-"""
+"""Output and weights of the linear attention of a captured call."""
 
 from __future__ import annotations
 
@@ -24,12 +22,18 @@ def visibility_of_call(call: AttentionCall) -> Visibility:
 
 
 def attend_linearly(call: AttentionCall, value: Tensor) -> Tensor:
-    """``[B, H, Q, E]`` in float32, or float64 where ``value`` ``[B, H_kv, K, E]`` is: scores are
-    sums, and lose by cancellation.
+    """Return the output of a call's linear attention.
+
+    Args:
+        call: a call with query and key.
+        value: ``[B, H_kv, K, E]``.
+
+    Returns:
+        ``[B, H, Q, E]`` in float32, or float64 for such values: scores are sums, and lose digits
+        by cancellation.
 
     Raises:
-        ValueError: for a call with a softcap or learned sinks, of which linear attention knows
-            nothing.
+        ValueError: for a call with a softcap or learned sinks, which linear attention has not.
     """
     if call.softcap is not None or call.sinks is not None:
         raise ValueError(
@@ -47,8 +51,9 @@ def attend_linearly(call: AttentionCall, value: Tensor) -> Tensor:
 
 
 def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Blocks of rows of a call: which rows, their logits ``[B, H, rows, K]`` in float32, and which
-    of them are hidden.
+    """Yield blocks of rows: the rows, their logits, and the hidden ones of these.
+
+    Logits are ``[B, H, rows, K]`` in float32; the hidden entries bool, or None for none.
     """
     if call.scores is not None:
         for rows in row_blocks(call.scores, call.scores.mT):
@@ -69,8 +74,9 @@ def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | Non
 
 
 def log_weights(call: AttentionCall, share: Tensor | float) -> Tensor:
-    """``[B, H, Q, K]`` logarithms of share * linear + (1 - share) * softmax; written out, so for
-    sampled steps alone.
+    """Return logarithms of share * linear + (1 - share) * softmax, ``[B, H, Q, K]``.
+
+    They are written out, so for sampled steps alone.
     """
     share = share[None, :, None, None] if isinstance(share, Tensor) else share
     blocks = []

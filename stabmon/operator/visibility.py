@@ -165,8 +165,8 @@ class Visibility:
             return Piece(cols, *self._structural_limits(rows, cols), None)
         assert self.summary is not None
         if not self.summary.hides and self.band.hidden(rows, cols) is None:
-            bias = self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(0, 1), cols]
-            return Piece(cols, None, None, bias)
+            plain = self.mask[:, :, rows if self.mask.shape[2] > 1 else slice(0, 1), cols]
+            return Piece(cols, None, None, plain)
         hidden, bias = self.block(rows, cols)
         assert hidden is not None
         return Piece(cols, *limits(hidden), bias)
