@@ -74,7 +74,7 @@ def test_the_share_is_what_the_step_changed_over_what_was_there(name, tmp_path):
         assert list(reading.updates) == ["0.0", "1.0"]
         assert list(reading.updates.values()) == pytest.approx(expected, rel=1e-5)
         assert min(reading.updates.values()) > 0
-        assert reading.query_key["transformer.h.0.attn"].share > 0
+        assert reading.query_key["transformer.h.0.attn"].relative_update > 0
     rates = {
         "muon": {"0.0": 0.05, "1.0": 3e-3},
         "lion": {"0.0": 1e-3, "1.0": 0.1},

@@ -383,28 +383,26 @@ class AlwaysFails:
         raise ZeroDivisionError("rule at fault")
 
 
-def test_a_failing_rule_is_logged_once_and_the_others_go_on(caplog, monkeypatch):
-    RULES["loss_spike"]  # so that all are loaded
-    monkeypatch.setitem(RULES._entries, "always_fails", AlwaysFails)
-    given, monitor = run(gpt2(), batches(4), log_every=1)
+def test_a_failing_rule_is_logged_once_and_the_others_go_on(caplog):
+    with RULES.temporarily("always_fails", AlwaysFails):
+        given, monitor = run(gpt2(), batches(4), log_every=1)
     assert all(each.stats for each in given)
     assert monitor.errors == {"rule": 1}
     assert caplog.text.count("rule at fault, which") + caplog.text.count("rule failed") == 1
 
 
-def test_a_failing_signal_is_told_of_once_and_the_others_are_measured(caplog, monkeypatch):
+def test_a_failing_signal_is_told_of_once_and_the_others_are_measured(caplog):
     def fails(operator):
         raise ZeroDivisionError("signal at fault")
 
-    SIGNALS["max_logit"]
-    monkeypatch.setitem(SIGNALS._entries, "fails", Signal("fails", fails, "none", "mean", ()))
     model = gpt2()
     optimizer = optimizer_of(model)
-    monitor = watch(
-        model, optimizer, log_every=1, signals=["max_logit", "fails", "attention_entropy"]
-    )
-    given = train(model, monitor, optimizer, batches(3))
-    monitor.close()
+    with SIGNALS.temporarily("fails", Signal("fails", fails, "none", "mean", ())):
+        monitor = watch(
+            model, optimizer, log_every=1, signals=["max_logit", "fails", "attention_entropy"]
+        )
+        given = train(model, monitor, optimizer, batches(3))
+        monitor.close()
     assert set(given[2].stats["transformer.h.0.attn"]) == {"max_logit", "attention_entropy"}
     assert monitor.errors == {"signal": 1}
     assert caplog.text.count("signal failed") == 1

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stabmon._storage.stored_value import Stored, stored_numbers
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.lower_learning_rate import Held
@@ -61,7 +61,7 @@ class CapLearningRate(Intervention):
 
     def check_saved(self, effect: Stored) -> None:
         if "caps" in effect:
-            stored_numbers(effect["caps"])
+            effect["caps"].numbers()
         else:  # of before groups were capped each by its own
             effect["cap"].number()
 

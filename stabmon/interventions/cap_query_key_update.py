@@ -186,7 +186,7 @@ def _usual(run: TrainingRun, layer: str) -> float:
     was not seen.
     """
     shares = [
-        reading.query_key[layer].share
+        reading.query_key[layer].relative_update
         for reading in run.history.readings[:-1]
         if layer in reading.query_key
     ]

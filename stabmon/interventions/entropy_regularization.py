@@ -15,9 +15,9 @@ from stabmon.interventions.base import ATTENTION_AND_LOSS, Intervention, interve
 from stabmon.interventions.effects.effect import Effect, Place
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.operator import AttentionOperator
+from stabmon.operator.from_call import operator_of
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 logger = logging.getLogger("stabmon")
 LEAST_VISIBLE = 16

@@ -129,7 +129,7 @@ class QkClip(Intervention):
         return clip
 
     def check_saved(self, effect: Stored) -> None:
-        for name in ("targets", "limits"):
+        for name in ("aims", "limits"):
             for place in effect[name].parts():
                 layer, head, score = place.parts(3)
                 _ = layer.text(), head.integer(), score.number()
@@ -142,7 +142,7 @@ class QkClip(Intervention):
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
         clip = ScoreClip(
             run,
-            _by_place(state["targets"]),
+            _by_place(state["aims"]),
             _by_place(state["limits"]),
             ceiling=self.target is not None,
         )

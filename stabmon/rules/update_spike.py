@@ -215,7 +215,7 @@ class UpdateSpike(Rule):
 
     def _of_layer(self, history: History, layer: str) -> list[StabilityIssue]:
         readings = [reading for reading in history.readings[-PAST:] if layer in reading.query_key]
-        shares = np.array([reading.query_key[layer].share for reading in readings])
+        shares = np.array([reading.query_key[layer].relative_update for reading in readings])
         updates = np.array([reading.query_key[layer].update for reading in readings])
         if len(shares) < self.least_past + 2 or not np.isfinite(shares[-1]):
             return []
@@ -335,5 +335,9 @@ def _issue(
 
 def _share_moved(reading: Reading) -> float:
     """The median over layers, NaN where unknown."""
-    shares = [moved.share for moved in reading.query_key.values() if np.isfinite(moved.share)]
+    shares = [
+        moved.relative_update
+        for moved in reading.query_key.values()
+        if np.isfinite(moved.relative_update)
+    ]
     return float(np.median(shares)) if shares else float("nan")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from capture.oracle import probabilities
 from capture.zoo import noise
 from stabmon.capture import AttentionCapture
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import measure, operator_of
+from stabmon.signals.reduce import measure
 
 H = 3
 Q, K, V = noise(2, H, 6, 4, seed=1), noise(2, H, 24, 4, seed=2), noise(2, H, 24, 4, seed=3)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from capture.oracle import probabilities
 from capture.zoo import BERT_SIZES, VOCABULARY, noise, seeded, tokens
 from stabmon.capture import AttentionCapture
-from stabmon.signals.reduce import operator_of
+from stabmon.operator.from_call import operator_of
 
 BERT = BERT_SIZES | {"attn_implementation": "eager"}
 SEGGPT: dict[str, Any] = {

@@ -185,7 +185,6 @@ def test_a_wrong_option_is_named(options: dict[str, Any], word: str) -> None:
 
 
 def test_anyone_can_add_a_controller_of_a_formula() -> None:
-    @controller
     class RecentBias(Controller):
         """Half a nat for every second token."""
 
@@ -196,13 +195,14 @@ def test_anyone_can_add_a_controller_of_a_formula() -> None:
                 * (torch.arange(hidden.shape[1]) % 2)
             )
 
-    try:
+    known = [*CONTROLLERS, "recent_bias"]
+    with CONTROLLERS.temporarily("recent_bias", RecentBias):
+        assert controller(RecentBias) is RecentBias
+        assert list(CONTROLLERS) == sorted(known)
         model, inputs = zoo()["llama-sdpa"]()
         before = output_of(model.eval(), inputs)
         attach_controllers(model, "recent_bias")
         assert not torch.allclose(output_of(model, inputs), before, atol=1e-3)
-    finally:
-        CONTROLLERS._entries.pop("recent_bias")
 
 
 def test_training_only_the_controllers_lowers_the_loss() -> None:

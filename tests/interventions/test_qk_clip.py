@@ -313,8 +313,8 @@ def test_what_is_held_without_an_alarm_is_held_less_tightly_unless_a_limit_says_
     assert len(told) == len(set(targets)) - 1
     assert ScoreClip(run, {}).relax() == {}
     assert (
-        QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["targets"]
-        == held.state_dict()["targets"]
+        QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["aims"]
+        == held.state_dict()["aims"]
     )
 
 

@@ -53,7 +53,11 @@ def write(folder: Path, *records: object) -> None:
 def test_a_line_has_the_shape_of_the_contract(folder: Path) -> None:
     write(folder, reading(10), issue(10), {"step": 10, "intervention": "lower_learning_rate"})
     line = json.loads((folder / "readings.jsonl").read_text())
-    assert list(line)[:4] == ["schema_version", "step", "loss", "layers"]
+    assert list(line) == [
+        *("schema_version", "step", "loss", "layers", "learning_rate", "gradients", "query_key"),
+        *("losses", "micro_batches", "non_finite", "overhead_fraction", "learning_rates"),
+        *("rate_factors", "overshoot", "updates", "info", "run", "start"),
+    ]
     assert line["schema_version"] == 1
     assert line["layers"][LAYERS[1]]["attention_entropy"] == [1.01, 1.11, 1.21, 1.31]
     assert "nonfinite" not in line

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from stabmon._storage.stored_value import Stored, stored_issue
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import INTERVENTIONS, Intervention
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
+from stabmon.records import StabilityIssue
 
 logger = logging.getLogger("stabmon")
 
@@ -35,7 +36,7 @@ class SavedAct:
         """
         name, settings = saved["intervention"].text(), dict(saved["settings"].mapping())
         active, effect = saved["active"].flag(), saved["effect"]
-        issues = [stored_issue(each) for each in saved["issues"].parts()]
+        issues = [StabilityIssue.from_dict(each) for each in saved["issues"].parts()]
         state = {
             "step": saved["step"].integer(),
             "record": saved["record"].mapping(),
