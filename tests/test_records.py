@@ -3,7 +3,7 @@
 import numpy as np
 
 from stabmon.diagnosis import Diagnosis
-from tests.sinks.samples import issue, non_finite, reading
+from tests.support.sample_records import issue, non_finite, reading
 
 
 def test_a_diagnosis_is_one_line_that_counts_what_it_holds() -> None:
