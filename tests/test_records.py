@@ -9,7 +9,7 @@ from stabmon._storage import strict_json
 from stabmon._storage.plain_record import PlainRecord
 from stabmon.diagnosis import Diagnosis
 from stabmon.records import LayerInfo, NonFinite, Overshoot, QKUpdate, Reading
-from tests.sinks.samples import LAYERS, issue, non_finite, reading, same
+from tests.support.sample_records import LAYERS, issue, non_finite, reading, same
 
 OVERSHOOT = Overshoot(3, "torn", 0.25, 1.5, rates={"0.0": 1e-2}, fitting={"0.0": 1e-3})
 FULL = reading(

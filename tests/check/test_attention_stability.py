@@ -8,8 +8,8 @@ from torch import nn
 
 import stabmon
 from stabmon.check import StabilityReport
-from tests.check import models
-from tests.small import clean, same_bits, weights
+from tests.support import check_models as models
+from tests.support.small_runs import clean, same_bits, weights
 
 HEALTHY = {
     "gpt2": lambda: (models.gpt2(), models.tokens()),

@@ -11,8 +11,8 @@ from stabmon.controllers import attach_controllers, controller
 from stabmon.controllers.base import CONTROLLERS, Controller
 from stabmon.controllers.features import biases, changed_query, key_features, query_features
 from stabmon.controllers.info_density import InfoDensity
-from tests.capture.zoo import tokens, zoo
-from tests.controllers.reference import built, output_of, scatter
+from tests.support.attention_zoo import tokens, zoo
+from tests.support.controlled_attention import built, output_of, scatter
 
 FORMS = ("key_bias", "query_gain", "both")
 

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from signal_rows import random_call
 
 from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
 from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
 from stabmon.signals import SIGNALS, measure
 from stabmon.signals.base import Signal, signal
+from tests.support.signal_rows import random_call
 
 MEANS = {
     "attention_entropy",

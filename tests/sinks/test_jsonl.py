@@ -22,8 +22,7 @@ from stabmon._storage.strict_json import dumps, loads
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.jsonl import JsonlSink
 from stabmon.sinks.reader import read_records
-
-from .samples import LAYERS, META, issue, non_finite, reading, same
+from tests.support.sample_records import LAYERS, META, issue, non_finite, reading, same
 
 NAN, INF = float("nan"), float("inf")
 
@@ -166,7 +165,7 @@ def test_a_killed_run_leaves_every_complete_line_readable(folder: Path) -> None:
     code = f"""
 from pathlib import Path
 from stabmon.sinks.jsonl import JsonlSink
-from samples import META, issue, reading
+from tests.support.sample_records import META, issue, reading
 sink = JsonlSink()
 sink.open(Path({str(folder)!r}), META)
 step = 0
@@ -178,7 +177,7 @@ while True:
 """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, cwd=Path(__file__).parent
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, cwd=Path(__file__).parents[2]
     ) as run:
         assert run.stdout is not None
         written = 0
