@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
+from stabmon._settings import Bounds, Count, check, renamed
 from stabmon._storage.stored_value import Stored
 from stabmon.guard.symptoms import (
     ADVICE,
@@ -30,41 +31,34 @@ logger = logging.getLogger("stabmon")
 Outcome = Literal["pending", "worked", "failed"]
 
 
+@renamed(
+    acts="max_interventions",
+    per_place="max_per_location",
+    rollbacks="max_rollbacks",
+    least_rate="min_lr_scale",
+    hold="release_after",
+)
 @dataclass(frozen=True)
 class Budget:
-    """How much may be done to one run. Samples are sampled optimizer steps."""
+    """Limits of what may be done to one run. Samples are sampled optimizer steps."""
 
-    acts: int = 20
-    """Acts in a run."""
-    per_place: int = 3
-    """Acts on one head, or on the run as a whole for one kind of issue."""
-    rollbacks: int = 3
-    least_rate: float = 0.05
-    """The learning rate is never brought below this share of what the scheduler says."""
-    patience: int = 4
-    """Samples after which an act is judged: whether the alarm that it was for is still open."""
-    hold: int = 20
-    """Samples without an alarm after which what is held is let go, if it had nothing to do in them,
-    and held less tightly if it had.
+    max_interventions: Annotated[int, Bounds(0)] = 20
+    """Interventions in a run."""
+    max_per_location: Annotated[int, Bounds(0)] = 3
+    """Interventions on one head, or on the run as a whole for one kind of issue."""
+    max_rollbacks: Annotated[int, Bounds(0)] = 3
+    """Rollbacks in a run."""
+    min_lr_scale: Annotated[float, Bounds(above=0, high=1)] = 0.05
+    """Lowest share of the scheduled learning rate that interventions may leave."""
+    patience: Count = 4
+    """Samples after which an intervention is judged by whether its alarm is still open."""
+    release_after: Count = 20
+    """Samples without an alarm after which an intervention that is held is ended, if it had nothing
+    to do in them, and loosened if it had.
     """
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("acts", 0),
-            ("per_place", 0),
-            ("rollbacks", 0),
-            ("patience", 1),
-            ("hold", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"budget.{name}: {value!r} must be a whole number of at least {least}"
-                )
-        if not isinstance(self.least_rate, (int, float)) or not 0 < self.least_rate <= 1:
-            raise ValueError(
-                f"budget.least_rate: {self.least_rate!r} must be above 0 and at most 1"
-            )
+        check(self, key="budget")
 
 
 @dataclass(eq=False)
@@ -270,7 +264,7 @@ class Policy:
                 and ours
                 and trial.outcome != "pending"
                 and trial.applied.active
-                and age >= self.budget.hold
+                and age >= self.budget.release_after
             ):
                 if trial.applied.effect.was_active():
                     trial.since = self.samples
@@ -355,10 +349,10 @@ class Policy:
         """The first act for a place that may still be tried; else an empty name, and why there is
         none.
         """
-        if len(self.trials) >= self.budget.acts:
-            return "", f"all {self.budget.acts} acts of the budget are spent"
+        if len(self.trials) >= self.budget.max_interventions:
+            return "", f"all {self.budget.max_interventions} acts of the budget are spent"
         spent = sum(key in trial.keys for trial in self.trials)
-        if spent >= self.budget.per_place:
+        if spent >= self.budget.max_per_location:
             return "", f"{spent} acts were tried here already"
         allowed = [name for name in self._order(key[0]) if name in self.acts]
         if key[0] == "non_finite" and (found := _weights_finite(run)) is not None:
@@ -378,8 +372,8 @@ class Policy:
     def _may_be_tried(self, name: str, key: Key, run: TrainingRun) -> bool:
         """Whether an act is allowed, has not failed here, fits and can be afforded."""
         within = (
-            len(self.trials) < self.budget.acts
-            and sum(key in t.keys for t in self.trials) < self.budget.per_place
+            len(self.trials) < self.budget.max_interventions
+            and sum(key in t.keys for t in self.trials) < self.budget.max_per_location
         )
         return (
             within
@@ -394,12 +388,12 @@ class Policy:
         if name == "rollback":
             return (
                 sum(trial.applied.intervention.name == name for trial in self.trials)
-                < self.budget.rollbacks
+                < self.budget.max_rollbacks
             )
         if name == "lower_learning_rate":
             if getattr(act, "where", None) == "query_key":
                 return family in ("drive", "scores", "step")
-            return run.rate_factor * float(getattr(act, "factor", 1.0)) >= self.budget.least_rate
+            return run.rate_factor * float(getattr(act, "factor", 1.0)) >= self.budget.min_lr_scale
         return True
 
     def _why(self, name: str, issues: Sequence[StabilityIssue]) -> str:

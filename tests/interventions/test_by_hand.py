@@ -176,7 +176,7 @@ def guard_of(by_hand: bool) -> Guard:
     guard = Guard(
         run,
         make_interventions({"lower_learning_rate": {"factor": 0.5}}),
-        Budget(patience=2, hold=2),
+        Budget(patience=2, release_after=2),
     )
     act = LowerLearningRate(factor=0.5).aimed_at([growth(first_layer(run))], "asked for")
     assert guard.apply(act, by_hand=by_hand)
@@ -191,7 +191,7 @@ def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(
     run = guard.run
     alarm = replace(growth(first_layer(run)), issue_type="overflow_risk")
     guard.policy.trials[0].keys = (("scores", alarm.layer, alarm.head),)
-    guard.policy.budget = replace(guard.policy.budget, per_place=1)
+    guard.policy.budget = replace(guard.policy.budget, max_per_location=1)
     for _ in range(4):
         train_step(run)
         guard.act([alarm], True)

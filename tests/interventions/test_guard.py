@@ -64,7 +64,9 @@ def guard_of(*acts: Fake, **budget: Any) -> Guard:
     run = TrainingRun(nn.Linear(1, 1), audit=lambda record: records.append(dict(record)))
     run.records = records  # type: ignore[attr-defined]
     return Guard(
-        run, {act.called: act for act in acts}, Budget(**{"patience": 2, "hold": 3, **budget})
+        run,
+        {act.called: act for act in acts},
+        Budget(**{"patience": 2, "release_after": 3, **budget}),
     )
 
 
@@ -165,7 +167,9 @@ def test_steps_that_are_too_large_are_bounded_beside_what_they_did(
     assert "rollback" not in names(guard.act(issues, True)), "once"
 
 
-@pytest.mark.parametrize("budget", [{"rollbacks": 0}, {"acts": 1}, {"per_place": 1}])
+@pytest.mark.parametrize(
+    "budget", [{"max_rollbacks": 0}, {"max_interventions": 1}, {"max_per_location": 1}]
+)
 def test_to_begin_again_is_within_the_budget(budget: dict[str, int]) -> None:
     assert names(guard_of(*ALL, *CAPS, **budget).act([TOO_HIGH], True)) == ["cap_learning_rate"]
 
@@ -200,7 +204,7 @@ def test_all_heads_that_are_ill_at_once_are_one_act() -> None:
 
 
 def test_what_failed_is_not_repeated_and_the_next_is_tried_until_none_is_left() -> None:
-    guard = guard_of(*ALL, per_place=10)
+    guard = guard_of(*ALL, max_per_location=10)
     done = [names(guard.act([HEAD], True)) for _ in range(12)]
     assert done[::2] == [["qk_clip"], ["soften_logits"], ["lower_learning_rate"], [], [], []]
     assert not any(done[1::2])
@@ -234,7 +238,7 @@ def test_an_act_with_a_fault_of_its_own_is_no_fault_of_training() -> None:
 
 
 def test_what_worked_may_be_used_again_within_the_budget() -> None:
-    guard = guard_of(*ALL, per_place=2)
+    guard = guard_of(*ALL, max_per_location=2)
     done = []
     for _ in range(4):
         done += names(guard.act([HEAD], True))
@@ -297,7 +301,7 @@ def test_what_is_held_and_still_at_work_is_held_less_tightly_when_all_has_been_w
 
 
 def test_no_more_acts_than_the_budget_in_all() -> None:
-    guard = guard_of(*ALL, acts=2)
+    guard = guard_of(*ALL, max_interventions=2)
     for n in range(5):
         guard.act([issue("logit_growth", "a", n)], True)
     assert len(guard.run.applied) == 2
@@ -307,13 +311,13 @@ def test_no_more_acts_than_the_budget_in_all() -> None:
 def test_rollbacks_are_counted_and_then_the_run_is_stopped_only_if_that_is_allowed() -> None:
     bad = issue("non_finite", severity="critical")
     done = []
-    guard = guard_of(*ALL, rollbacks=2, per_place=10)
+    guard = guard_of(*ALL, max_rollbacks=2, max_per_location=10)
     for _ in range(3):
         done += names(guard.act([bad], True))
         for _ in range(3):
             guard.act([], True)
     assert done == ["rollback", "rollback", "stop"]
-    guard = guard_of(Fake(called="rollback"), rollbacks=1)
+    guard = guard_of(Fake(called="rollback"), max_rollbacks=1)
     for _ in range(5):
         guard.act([bad], True)
     assert "first bad tensor" in guard.run.records[-1]["why"]
@@ -369,7 +373,7 @@ def test_the_rate_is_never_brought_below_the_least() -> None:
     guard = Guard(
         run,
         make_interventions({"lower_learning_rate": {"factor": 0.3}}),
-        Budget(least_rate=0.1, per_place=10, patience=1),
+        Budget(min_lr_scale=0.1, max_per_location=10, patience=1),
     )
     for n in range(4):
         guard.act([issue("logit_growth", "somewhere", n)], True)
@@ -473,9 +477,12 @@ def test_an_idle_guard_changes_no_bit_of_training() -> None:
     ("named", "words"),
     [
         ({"qk_klip": {}}, "did you mean 'qk_clip'"),
-        ({"qk_clip": {"tau": 3}}, "interventions.qk_clip: unknown setting 'tau'. Known: target"),
+        ({"qk_clip": {"tau": 3}}, "interventions.qk_clip.tau: unknown key. Known: target"),
         ({"qk_clip": 3}, "interventions.qk_clip: 3 must map settings"),
-        ({"extend_warmup": {"steps": 0}}, "extend_warmup.steps: 0"),
+        (
+            {"extend_warmup": {"steps": 0}},
+            "interventions.extend_warmup.steps: 0 must be a whole number of at least 1",
+        ),
     ],
 )
 def test_a_wrong_configuration_names_the_key_and_the_mend(
@@ -491,7 +498,7 @@ def test_false_leaves_one_out() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"acts": -1}, {"patience": 0}, {"least_rate": 0}, {"least_rate": 2}]
+    "wrong", [{"max_interventions": -1}, {"patience": 0}, {"min_lr_scale": 0}, {"min_lr_scale": 2}]
 )
 def test_a_wrong_budget_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"budget.{next(iter(wrong))}"):
