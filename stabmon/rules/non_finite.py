@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from stabmon._settings import Count
 from stabmon.records import Cause, Severity, StabilityIssue
 from stabmon.records import NonFinite as Finding
 from stabmon.rules.base import rule
@@ -90,7 +91,7 @@ class NonFinite:
     were: then nothing is trained.
     """
 
-    gradient_readings: int = 3
+    gradient_readings: Count = 3
     """Readings in a row with a bad gradient, and nothing known of the weights, from which it is
     critical.
     """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from stabmon._settings import Fraction, Positive
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import rule
 from stabmon.rules.tracking.history import History
@@ -24,13 +25,13 @@ class OverflowRisk:
     precision, see ``precision_insufficient``.
     """
 
-    warning: float = 16_384.0
+    warning: Positive = 16_384.0
     """Largest query-key product before scaling, a quarter of float16's range."""
-    error: float = 32_768.0
+    error: Positive = 32_768.0
     """Half of float16's range: one doubling of the score from inf, and scores double within few
     steps where they grow.
     """
-    clears: float = 0.8
+    clears: Fraction = 0.8
     """Share of ``warning`` below which an open issue counts as gone."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
