@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
-from stabmon.config import StabilityConfig, load_config
+from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.rank_reducer import world_size
 from stabmon.guard import Guard
 from stabmon.interventions import Applied, Intervention, TrainingRun
@@ -58,11 +58,10 @@ class Acting:
             run_dir=run_dir,
             audit=audit,
         )
-        named = config if config.interventions else load_config("guard")
         self.guard = Guard(
             run,
-            named.make_interventions(),
-            named.make_budget(),
+            proposed_interventions(config),
+            config.make_budget(),
             automatic=bool(config.interventions),
         )
         self._view = optimizer
