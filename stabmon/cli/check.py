@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 
+from stabmon._settings import Bounds, Count, Known
+from stabmon._settings import check as check_settings
 from stabmon._storage.strict_json import dumps
 from stabmon.check.api import check_attention_stability
-from stabmon.check.config import ATTENTION, CheckConfig
+from stabmon.check.config import ATTENTION, CheckConfig, check_config
 from stabmon.check.judging.findings import ranked
 from stabmon.check.judging.judge_rate import judge_rate
 from stabmon.check.loading.inputs import make_sample, sample_length, trained_length
@@ -34,11 +37,11 @@ class CheckOptions:
     model: str
     seq_len: int | None = None
     dtype: str = "fp32"
-    attn: str | None = None
+    attn: Annotated[str, Known(ATTENTION, "implementation")] | None = None
     text: str | None = None
-    batch: int = 1
+    batch: Count = 1
     seed: int = 0
-    lr: float | None = None
+    lr: Annotated[float, Bounds(above=0, below=100)] | None = None
     schedule: str = "constant"
     sweep: bool = False
     region: bool = False
@@ -46,6 +49,9 @@ class CheckOptions:
     as_json: bool = False
     markdown: str | None = None
     fail_on: str = "error"
+
+    def __post_init__(self) -> None:
+        check_settings(self, "--")
 
 
 def run(asked: CheckOptions) -> int:
@@ -74,13 +80,15 @@ def run(asked: CheckOptions) -> int:
 
 def check(asked: CheckOptions) -> StabilityReport:
     """The report on what was asked for."""
-    _check(asked)
     attention = None if asked.attn is None else ATTENTION[asked.attn]
-    settings = CheckConfig(
-        dtype=asked.dtype,
-        seq_len=asked.seq_len,
-        seed=asked.seed,
-        region=asked.region or asked.plot is not None,
+    settings = check_config(
+        {
+            "dtype": asked.dtype,
+            "seq_len": asked.seq_len,
+            "seed": asked.seed,
+            "region": asked.region or asked.plot is not None,
+        },
+        "--",
     )
     recipe = Recipe.parse(asked.schedule)
     target = load_target(asked.model, attention, asked.seed)
@@ -181,12 +189,3 @@ def _checked(target: LoadedModel, asked: CheckOptions, settings: CheckConfig) ->
             target.model, sample, settings, subject=target.subject, analytic=target.analytic
         )
     return replace(report, notes=(*target.notes, *notes, *report.notes))
-
-
-def _check(asked: CheckOptions) -> None:
-    if asked.lr is not None and not 0 < asked.lr < 100:
-        raise ValueError(f"--lr {asked.lr}: give a positive rate, such as 1e-3")
-    if asked.attn is not None and asked.attn not in ATTENTION:
-        raise ValueError(f"--attn {asked.attn!r}: use {', '.join(ATTENTION)}")
-    if asked.batch < 1:
-        raise ValueError(f"--batch {asked.batch}: give at least 1")

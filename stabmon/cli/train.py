@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from stabmon.config import read_settings
 from stabmon.study.report import markdown, summary, tables
-from stabmon.study.settings import read_settings
 from stabmon.study.study import StudySettings, run_study
 
 

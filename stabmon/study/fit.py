@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon._settings import Count
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.study.optimizer import make_optimizer, make_schedule
 from stabmon.study.settings import TrainingSettings
@@ -22,7 +23,7 @@ from stabmon.tiny.corpus import Corpus
 class Phase(TrainingSettings):
     """How long and how fast, and when to stop."""
 
-    patience: int = 3
+    patience: Count = 3
     """Validations in a row without a better loss after which training stops; the best parameters
     are kept.
     """

@@ -18,10 +18,11 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
+from stabmon._settings import Bounds, Count, Known, NonEmpty, Positive, check
 from stabmon.config import load_config
 from stabmon.controllers import ControllerWatch, save_controllers
 from stabmon.controllers.attach import find_controllers
@@ -34,6 +35,7 @@ from stabmon.tiny.corpus import load_corpus
 from stabmon.tiny.language_models import Shape, make_model
 
 Kind = Literal["frozen", "joint"]
+VariantName = Annotated[str, Known(VARIANTS, "variant")]
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,17 @@ class StudySettings:
     """What ``configs/controllers/*.yaml`` say."""
 
     run_dir: str
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Annotated[list[int], NonEmpty()] = field(default_factory=lambda: [0, 1, 2])
     """Each is a base of its own: weights, and order of the data."""
-    workers: int = 2
+    workers: Annotated[int, Bounds(0)] = 2
     """Processes at a time, each of one thread; 0 to do everything in this one."""
     resume: bool = False
     """Skip the tasks that ``run_dir`` holds results of."""
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     model: Shape = field(default_factory=Shape)
-    bias_max: float = 1.0
+    bias_max: Positive = 1.0
     """See :class:`stabmon.controllers.info_density.InfoDensity`."""
-    gain_max: float = 4.0
+    gain_max: Positive = 4.0
     base: Phase = field(default_factory=Phase)
     """Training from scratch, of the base and in the joint comparison."""
     controllers: Phase = field(default_factory=lambda: Phase(learning_rate=1e-2, weight_decay=0.0))
@@ -60,12 +62,15 @@ class StudySettings:
     """Train the first seed from scratch under watch, records in ``<run_dir>/watched/<task>``; None
     to train unwatched.
     """
-    watch_every: int | None = 10
+    watch_every: Count | None = 10
     """Training steps between looks at what the first seed's controllers do; None for none."""
-    frozen: list[str] = field(default_factory=list)
+    frozen: list[VariantName] = field(default_factory=list)
     """Variants that are trained on the frozen base."""
-    joint: list[str] = field(default_factory=list)
+    joint: list[VariantName] = field(default_factory=list)
     """Variants that are trained from scratch with their base."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -169,13 +174,6 @@ def finished(settings: StudySettings, waiting: list[Task]) -> Iterator[tuple[Tas
 
 def prepare(settings: StudySettings) -> Path:
     """The study's folder, with its settings in it."""
-    for name in (*settings.frozen, *settings.joint):
-        if name not in VARIANTS:
-            raise SettingsError(f"variants: unknown {name!r}. Known: {', '.join(VARIANTS)}")
-    if not settings.seeds or settings.workers < 0:
-        raise SettingsError(
-            "seeds and workers: give at least one seed, and no negative number of workers"
-        )
     if settings.stabmon is not None:
         try:
             load_config(**dataclasses.asdict(settings.stabmon))

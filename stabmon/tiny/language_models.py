@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stabmon.study.settings import SettingsError
+from stabmon._settings import Count, SettingsError
 from stabmon.tiny.corpus import VOCABULARY
 
 
@@ -14,11 +14,11 @@ class Shape:
     """A model of the library, from its configuration; no weights are loaded."""
 
     architecture: Literal["llama", "gpt2"] = "llama"
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int | None = None
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count | None = None
     """Key heads of a Llama; None for as many as query heads."""
-    width: int = 128
+    width: Count = 128
 
 
 def make_model(shape: Shape, block: int) -> Any:
