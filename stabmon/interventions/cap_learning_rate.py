@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from stabmon._settings import Factor
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
@@ -31,14 +32,9 @@ class CapLearningRate(Intervention):
 
     renews: ClassVar[bool] = True
 
-    times: float = 1.0
-    cap: float | None = None
+    times: Factor = 1.0
+    cap: Factor | None = None
     """The rate to hold every group at, instead."""
-
-    def __post_init__(self) -> None:
-        self._check("times", 0.0, 1e6)
-        if self.cap is not None:
-            self._check("cap", 0.0, 1e6)
 
     def _start(self, run: TrainingRun) -> Effect:
         if self.cap is not None:

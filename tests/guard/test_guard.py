@@ -500,7 +500,7 @@ def test_an_idle_guard_changes_no_bit_of_training() -> None:
     ("named", "words"),
     [
         ({"qk_klip": {}}, "did you mean 'qk_clip'"),
-        ({"qk_clip": {"tau": 3}}, "interventions.qk_clip: unknown setting 'tau'. Known: target"),
+        ({"qk_clip": {"tau": 3}}, "interventions.qk_clip.tau: unknown key. Known: target"),
         ({"qk_clip": 3}, "interventions.qk_clip: 3 must map settings"),
         ({"extend_warmup": {"steps": 0}}, "extend_warmup.steps: 0"),
     ],

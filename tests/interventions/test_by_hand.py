@@ -176,7 +176,7 @@ def guard_of(by_hand: bool) -> Guard:
     guard = Guard(
         run,
         make_interventions({"lower_learning_rate": {"factor": 0.5}}),
-        Budget(patience=2, hold=2),
+        Budget(patience=2, release_after=2),
     )
     act = LowerLearningRate(factor=0.5).aimed_at([growth(first_layer(run))], "asked for")
     assert guard.apply(act, by_hand=by_hand)
