@@ -22,7 +22,8 @@ from stabmon._moved.table import MODULES, NAMES
 def install() -> None:
     """Let the import system find moved modules; may be called twice."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
-        sys.meta_path.append(MovedModules())
+        # first, since a folder left over from the last release would be found as a namespace package
+        sys.meta_path.insert(0, MovedModules())
 
 
 def moved_names(module: str, *targets: str) -> Callable[[str], Any]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import stabmon
+from stabmon._torch.process_group import on_all_ranks, rank, world_size
 from stabmon.engine import rank_reducer as distributed
 from stabmon.records import NonFinite
 from tests.support.small_runs import (
@@ -333,9 +334,9 @@ SCENARIOS = (
 
 
 def test_one_process_alone_is_rank_0_of_1_and_hears_nobody():
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.on_all_ranks(True)
-    assert not distributed.on_all_ranks(False)
+    assert (rank(), world_size()) == (0, 1)
+    assert on_all_ranks(True)
+    assert not on_all_ranks(False)
     reducer = distributed.RankReducer(nn.Linear(2, 2))
     assert not reducer.active
     assert reducer.reduce({}) == {}

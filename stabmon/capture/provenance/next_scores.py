@@ -84,7 +84,9 @@ def scores_joined(
         get: returns what is known of a tensor.
     """
     args, kwargs = operation.args, operation.kwargs
-    tensors = args[0] if args else kwargs["tensors"]
+    given = args[0] if args else kwargs["tensors"]
+    # torch.cat leaves out empty vectors, with which some caches begin
+    tensors = [each for each in given if each.shape != (0,)]
     records = [get(each) for each in tensors]
     if carried is None or not all(
         r is None or (isinstance(r, ScoreProvenance) and r.shift is None) for r in records

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 
+from stabmon._settings import Bounds, Count, Known
+from stabmon._settings import check as check_settings
 from stabmon._storage.strict_json import dumps
 from stabmon.check.api import check_attention_stability
-from stabmon.check.config import ATTENTION, CheckConfig
+from stabmon.check.config import ATTENTION, CheckConfig, check_config
 from stabmon.check.judging.findings import ranked
 from stabmon.check.judging.judge_rate import judge_rate
 from stabmon.check.loading.inputs import make_sample, sample_length, trained_length
@@ -42,12 +45,13 @@ def checked(options: CheckOptions) -> StabilityReport:
     """
     _check_options(options)
     attention = None if options.attn is None else ATTENTION[options.attn]
-    settings = CheckConfig(
-        dtype=options.dtype,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        region=options.region or options.plot is not None,
-    )
+    given = {
+        "dtype": options.dtype,
+        "seq_len": options.seq_len,
+        "seed": options.seed,
+        "region": options.region or options.plot is not None,
+    }
+    settings = check_config(given, "--")
     recipe = Recipe.parse(options.schedule)
     target = load_target(options.model, attention, options.seed)
     proxy = None
@@ -149,10 +153,15 @@ def _draw(report: StabilityReport, path: str) -> None:
         ) from None
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """The options that the check itself takes."""
+
+    attn: Annotated[str, Known(ATTENTION, "implementation")] | None
+    batch: Count
+    lr: Annotated[float, Bounds(above=0, below=100)] | None
+
+
 def _check_options(options: CheckOptions) -> None:
-    if options.lr is not None and not 0 < options.lr < 100:
-        raise ValueError(f"--lr {options.lr}: give a positive rate, such as 1e-3")
-    if options.attn is not None and options.attn not in ATTENTION:
-        raise ValueError(f"--attn {options.attn!r}: use {', '.join(ATTENTION)}")
-    if options.batch < 1:
-        raise ValueError(f"--batch {options.batch}: give at least 1")
+    """Raise a ValueError in one line for an option out of its bounds."""
+    check_settings(_Judged(options.attn, options.batch, options.lr), "--")
