@@ -16,6 +16,9 @@ what is printed is the other half. Runs are kept in ``--out`` and not trained tw
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import csv
 import json
 import sys
@@ -26,9 +29,10 @@ import numpy as np
 import scipy.stats
 from rich.console import Console
 from rich.table import Table
-from testbed.alarms import BASELINES, Alarm, alarms_of
-from testbed.bench import chosen, options
-from testbed.cases import Case, cases, healthy_paired_runs
+
+from tests.bench.testbed.alarms import BASELINES, Alarm, alarms_of
+from tests.bench.testbed.bench import chosen, options
+from tests.bench.testbed.cases import Case, cases, healthy_paired_runs
 
 ATTENTION = (
     "entropy_collapse",

@@ -16,11 +16,13 @@ below that is not attention.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,6 @@ from stabmon.check.measuring.short_run import train_briefly
 from stabmon.check.sweep.sweep import Sweep, sweep_rates
 from stabmon.tiny.recipe import Recipe
 
-TRAIN = Path(__file__).parents[2] / "train"
-"""Folder of the training scripts, with their text and their GPT."""
 WIDTH, LAYERS, HEADS, LENGTH, BATCH = 64, 2, 2, 64, 8
 GAP = 0.15
 """Nats above the best loss from which a run counts as failed."""
@@ -120,7 +120,6 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="words that an architecture's name must hold")
     asked = parser.parse_args()
-    sys.path.append(str(TRAIN))
     from stabmon.tiny.corpus import load_corpus
 
     corpus = load_corpus(block=LENGTH)

@@ -13,6 +13,9 @@ warning claims neither. Nothing here is fed back into the check.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import contextlib
 import math
@@ -21,18 +24,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from albert import REACTIONS, load_albert
 from torch import Tensor, nn
 
 import stabmon
+from tests.bench.albert import REACTIONS, load_albert
 
-TRAIN = Path(__file__).parents[2] / "train"
-"""Folder of the training scripts, with their text."""
 WIDTH, LAYERS, HEADS, VOCABULARY = 128, 2, 2, 256
 GAP = 0.15
 """Nats above the paired run's final loss from which a run counts as damaged."""
@@ -404,7 +404,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300, help="at most, for each training run")
     parser.add_argument("--only", nargs="*", help="words that a row's name must hold")
     asked = parser.parse_args()
-    sys.path.append(str(TRAIN))
     paired_runs: dict[tuple[str, int, float], list[list[float]]] = {}
     wrong, unborne = 0, 0
     print(

@@ -16,18 +16,23 @@ module makes forward and backward, over one H x S x S tensor.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import json
 import logging
 import statistics
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
 import torch
-from overhead import (
+from rich.console import Console
+from rich.table import Table
+
+from stabmon.controllers import attach_controllers
+from tests.bench.overhead import (
     BATCHES,
     CLOCKS,
     SHAPES,
@@ -37,10 +42,6 @@ from overhead import (
     ratios,
     rounds,
 )  # sets the environment first
-from rich.console import Console
-from rich.table import Table
-
-from stabmon.controllers import attach_controllers
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "info_density, key_bias": ("info_density", {"form": "key_bias"}),

@@ -19,6 +19,9 @@ the model's own kernel.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import json
 import math
@@ -33,12 +36,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
-from albert import AlbertUnavailable
-from references import decoders, encoders, handwritten, seq2seq
-from references.case import Batch, Case, record_calls
-from references.formulas import statistics
-from references.selfcheck import reference_error
 from torch import Tensor, nn
+
+from tests.bench.albert import AlbertUnavailable
+from tests.bench.references import decoders, encoders, handwritten, seq2seq
+from tests.bench.references.case import Batch, Case, record_calls
+from tests.bench.references.formulas import statistics
+from tests.bench.references.selfcheck import reference_error
 
 CASES = (*decoders.CASES, *encoders.CASES, *seq2seq.CASES, *handwritten.CASES)
 AUTOCAST_CASE = next(case for case in CASES if case.name == "Llama, grouped heads")

@@ -13,6 +13,9 @@ package are skipped and name it.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import importlib
 import importlib.metadata
@@ -259,11 +262,10 @@ def _row(section: str, name: str, result: str, words: str) -> dict[str, Any]:
 def run_section(name: str, device: str, budget: float, file: Path) -> int:
     """Run one section here; a line of JSON for each check as it begins and as it ends."""
     deadline = time.monotonic() + budget
-    for folder in (ROOT, Path(__file__).parent):
-        sys.path.insert(0, str(folder))
     warnings.filterwarnings("ignore")
     import torch
-    from gpu_checks import harness
+
+    from tests.bench.gpu_checks import harness
 
     for logger in ("lightning.pytorch", "lightning", "transformers"):
         logging.getLogger(logger).setLevel(logging.ERROR)
@@ -274,7 +276,7 @@ def run_section(name: str, device: str, budget: float, file: Path) -> int:
         device == "cpu",
         deadline,
     )
-    checks = importlib.import_module(f"gpu_checks.{name}").checks
+    checks = importlib.import_module(f"tests.bench.gpu_checks.{name}").checks
 
     def announced(at: harness.Place) -> Any:
         for check in checks(at):

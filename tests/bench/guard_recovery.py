@@ -15,6 +15,9 @@ and on others before; what is printed is the other half.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import csv
 import math
 import sys
@@ -23,14 +26,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from alarm_lead_time import INTERVALS, share
 from rich.console import Console
 from rich.table import Table
-from testbed.alarms import alarms_of
-from testbed.bench import chosen, options, run_all
-from testbed.cases import Case, cases, healthy_paired_runs
-from testbed.outcome import MARGIN, outcome
-from testbed.trainer import Run
+
+from tests.bench.alarm_lead_time import INTERVALS, share
+from tests.bench.testbed.alarms import alarms_of
+from tests.bench.testbed.bench import chosen, options, run_all
+from tests.bench.testbed.cases import Case, cases, healthy_paired_runs
+from tests.bench.testbed.outcome import MARGIN, outcome
+from tests.bench.testbed.trainer import Run
 
 
 @dataclass(frozen=True)

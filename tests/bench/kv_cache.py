@@ -18,10 +18,12 @@ draws the curves; prints time and the cache's peak at several lengths.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,9 +33,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-from long_model import texts, train
 
 from stabmon.analysis.kv_cache import (
     CompressedCache,
@@ -47,6 +46,7 @@ from stabmon.analysis.kv_cache.cache.decode import full_log_probabilities
 from stabmon.analysis.kv_cache.policies.cake import Cake
 from stabmon.analysis.kv_cache.policies.recency import Recency
 from stabmon.analysis.record import save_record
+from tests.bench.long_model import texts, train
 
 SIZES = (64, 96, 128, 192, 256, 384, 512, 768)
 POLICIES = ("cake", "snapkv", "pyramid", "ada_snapkv", "h2o", "recency", "random")

@@ -18,6 +18,9 @@ that stabmon captured must give the same probabilities in float64. Each class en
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import contextlib
 import json
@@ -42,8 +45,6 @@ from torch.overrides import TorchFunctionMode
 
 # private path of a documented class that sees every operator below autograd; torch 2.13
 from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.bench.small_models import NotSmallError, batch_for, build, class_names
 from tests.support.probability_oracle import probabilities

@@ -11,6 +11,9 @@ peak of resident memory above that of the loaded model.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import json
 import os
@@ -18,7 +21,6 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 KINDS = ("forward", "eager maps", "statistics and roles", "with similarity", "maps", "with advice")
 LONGEST = {"eager maps": 2048, "with advice": 1024}
@@ -32,12 +34,11 @@ def peak() -> float:
 
 def measure(kind: str, length: int) -> dict[str, float]:
     """Do one thing and return seconds and megabytes."""
-    sys.path.insert(0, str(Path(__file__).parent))
     import torch
-    from analysis_peers import model_and_batch
 
     from stabmon.analysis.patterns.api import attention_patterns
     from stabmon.analysis.patterns.maps import attention_maps
+    from tests.bench.analysis_peers import model_and_batch
 
     torch.set_num_threads(1)
     model, ids = model_and_batch(length, 1, "eager" if kind == "eager maps" else "sdpa")

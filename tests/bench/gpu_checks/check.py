@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_checks.harness import Check, Found, Place
-from gpu_checks.models import FAMILIES, tokens
 
 import stabmon
 from stabmon.analysis import (
@@ -21,6 +19,8 @@ from stabmon.analysis import (
     simulate_cake,
 )
 from stabmon.controllers import CONTROLLERS, attach_controllers, detach_controllers
+from tests.bench.gpu_checks.harness import Check, Found, Place
+from tests.bench.gpu_checks.models import FAMILIES, tokens
 
 LENGTH, BATCH = 96, 2
 AIM = 1e-3

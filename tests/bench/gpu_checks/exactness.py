@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from gpu_checks.harness import Check, Found, Place, Skipped
 from torch import Tensor
 
 import stabmon
 from stabmon.operator import attention_operator
 from stabmon.signals import measure
+from tests.bench.gpu_checks.harness import Check, Found, Place, Skipped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENGINES = ("fused", "blockwise", "auto")
@@ -270,7 +270,7 @@ def deterministic(place: Place) -> Found:
 def memory(place: Place, engine: str, length: int) -> Found:
     """Peak of what measuring one call of 8 heads adds, over one H x S x S float32 tensor."""
     if not place.is_cuda:
-        from overhead import memory as on_cpu
+        from tests.bench.overhead import memory as on_cpu
 
         share = on_cpu(length, engine)
         return Found(share < 0.25, f"{100 * share:.2f}% of H x S x S float32", {"share": share})

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-import guard_rates as rates
 import torch
-from gpu_checks.harness import Check, Found, Place, Skipped, bits_of, unequal
-from testbed.inject_fault import FAULTS as INJECTED
 from torch import nn
 
 import stabmon
+from tests.bench import guard_rates as rates
+from tests.bench.gpu_checks.harness import Check, Found, Place, Skipped, bits_of, unequal
+from tests.bench.testbed.inject_fault import FAULTS as INJECTED
 
 RATE, EVERY, TAIL, MARGIN = 3.6e-3, 5, 30, 0.15
 """Learning rate (about the right one), sampling interval, steps averaged for a final loss, and nats

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from references.formulas import Attention
 from torch import Tensor, nn
+
+from tests.bench.references.formulas import Attention
 
 Batch = dict[str, Any]
 

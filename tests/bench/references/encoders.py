@@ -5,10 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from albert import REACTIONS, load_albert
-from references.case import Batch, Call, Case, liven, padded, spread_heads, tokens, using
-from references.formulas import Attention, dot, project, visible
 from torch import Tensor, nn
+
+from tests.bench.albert import REACTIONS, load_albert
+from tests.bench.references.case import (
+    Batch,
+    Call,
+    Case,
+    liven,
+    padded,
+    spread_heads,
+    tokens,
+    using,
+)
+from tests.bench.references.formulas import Attention, dot, project, visible
 
 VOCABULARY, LAYERS, HEADS, WIDTH, LENGTH = 96, 2, 4, 64, 40
 SMALL: dict[str, Any] = {

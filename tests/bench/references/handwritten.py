@@ -9,9 +9,10 @@ import math
 from typing import Any
 
 import torch
-from references.case import Batch, Call, Case, liven, spread_heads, tokens
-from references.formulas import Attention, dot, project, visible
 from torch import Tensor, nn
+
+from tests.bench.references.case import Batch, Call, Case, liven, spread_heads, tokens
+from tests.bench.references.formulas import Attention, dot, project, visible
 
 VOCABULARY, LAYERS, HEADS, WIDTH, LENGTH = 96, 2, 4, 64, 48
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from references.case import Batch, Case, record_calls
-from references.formulas import probabilities
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from tests.bench.references.case import Batch, Case, record_calls
+from tests.bench.references.formulas import probabilities
 
 
 class LiftFloat32(TorchFunctionMode):

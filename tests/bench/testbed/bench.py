@@ -16,9 +16,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from testbed.recipes import KINDS, Recipe, recipes
-from testbed.trainer import Run, train
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from tests.bench.testbed.recipes import KINDS, Recipe, recipes
+from tests.bench.testbed.trainer import Run, train
 
 Job = tuple[Recipe, str | None, int]
 """Recipe, the monitor's configuration (None for no monitor) and its interval."""

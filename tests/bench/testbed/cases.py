@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from testbed.bench import run_all
-from testbed.outcome import Outcome, outcome
-from testbed.recipes import Recipe
-from testbed.trainer import Run
+from tests.bench.testbed.bench import run_all
+from tests.bench.testbed.outcome import Outcome, outcome
+from tests.bench.testbed.recipes import Recipe
+from tests.bench.testbed.trainer import Run
 
 Cause = Literal["attention", "other", "none"]
 EVERY = 5

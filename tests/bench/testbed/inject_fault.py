@@ -12,8 +12,9 @@ from collections.abc import Iterable
 
 import torch
 from inject_fault import query_key_weights
-from testbed.models import attention_modules
 from torch import Tensor, nn
+
+from tests.bench.testbed.models import attention_modules
 
 
 class Fault:

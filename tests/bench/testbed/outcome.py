@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from testbed.trainer import Run
+
+from tests.bench.testbed.trainer import Run
 
 MARGIN = 0.10
 """Nats above the paired run's final validation loss from which a run has failed."""
