@@ -44,7 +44,8 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def _formula(found: re.Match[str]) -> str:
     """Return a formula in dollars, on one line and without a bar that would end a table's cell."""
-    return f"${' '.join(found[1].split())}$".replace(r"\|", r"\Vert ")
+    formula = " ".join(found[1].split()).replace(r"\|", r"\Vert ")
+    return f"${formula.strip()}$"
 
 
 def _named(found: re.Match[str]) -> str:

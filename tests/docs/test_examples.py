@@ -15,12 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 POINTS = tomllib.loads((EXAMPLES / "pyproject.toml").read_text())["project"]["entry-points"]
-LIST = "import sys; from stabmon.cli import main; sys.argv = ['stabmon', 'list', '--json']; main()"
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Install the package into a folder, as pip would, and return an environment that has it."""
+def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Install the package into a folder, as pip would, and return what its use prints."""
     folder = tmp_path_factory.mktemp("site-packages")
     shutil.copytree(EXAMPLES / "my_package", folder / "my_package")
     info = folder / "my_package-1.0.dist-info"
@@ -32,28 +31,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         for line in (f"[{group}]", *(f"{name} = {value}" for name, value in points.items()))
     ]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-
-
-def run(environment: dict[str, str], *arguments: str) -> str:
-    """Run Python in an environment and return its standard output."""
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    script = Path(__file__).with_name("use_examples.py")
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("runs"))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.splitlines()
 
 
-def test_every_leaf_is_listed_with_its_docstring(installed: dict[str, str]) -> None:
-    listed = json.loads(run(installed, "-c", LIST))
+def test_every_leaf_is_listed_with_its_docstring(printed: list[str]) -> None:
+    listed = json.loads(printed[0])
     for group, points in POINTS.items():
         for name in points:
             assert listed[group.removeprefix("stabmon.")][name]
 
 
-def test_every_leaf_is_used(installed: dict[str, str], tmp_path: Path) -> None:
-    script = str(Path(__file__).with_name("use_examples.py"))
-    assert "all leaves work" in run(installed, script, str(tmp_path))
+def test_every_leaf_is_used(printed: list[str]) -> None:
+    assert printed[-1] == "all leaves work"
 
 
 def test_every_kind_has_an_example() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stabmon import AttentionStabilityMonitor, StabilityConfig
+from stabmon.cli import app
 from stabmon.controllers import attach_controllers, detach_controllers
 
 HEADS, WIDTH, LENGTH = 2, 16, 32
@@ -112,7 +113,8 @@ def use_controller() -> None:
 
 
 def main() -> None:
-    """Use every leaf; the first argument is a folder to write to."""
+    """List and use every leaf; the first argument is a folder to write to."""
+    app(["list", "--json"], standalone_mode=False)
     use_in_training(Path(sys.argv[1]))
     use_controller()
     print("all leaves work")
