@@ -1,10 +1,10 @@
-# make test, make demo, make bench: each sets up by itself; needs Python 3.11 or newer (PYTHON=...), git and make alone.
+# make test, make demo, make docs, make bench: each sets up by itself; needs Python 3.11 or newer (PYTHON=...), git and make alone.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true
 
-.PHONY: test demo bench clean
+.PHONY: test demo docs bench clean
 
 test: .venv/installed
 	$(BIN)/ruff check .
@@ -15,6 +15,10 @@ test: .venv/installed
 
 demo: .venv/installed
 	@$(BIN)/python train/demo.py
+
+docs: .venv/installed
+	@$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean --quiet
+	@echo "site/index.html opens without a server"
 
 bench: .venv/installed
 	@$(PIP) install -c constraints.txt -e ".[bench]"
@@ -31,4 +35,4 @@ bench: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site

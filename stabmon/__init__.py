@@ -5,6 +5,8 @@
 >>> monitor.close()
 """
 
+from importlib.metadata import version as _version
+
 from stabmon._moved import install as _install_moved_paths
 from stabmon.check import check_attention_stability
 from stabmon.config import StabilityConfig, load_config
@@ -15,7 +17,7 @@ from stabmon.records import AttentionCall, NonFinite, Reading, StabilityIssue
 
 _install_moved_paths()
 
-__version__ = "0.1.0"
+__version__ = _version("stabmon")
 __all__ = [
     "AttentionAnalyzer",
     "AttentionCall",

