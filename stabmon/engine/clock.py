@@ -66,12 +66,16 @@ class StepClock:
         try:
             yield
         finally:
-            self.phase = before
+            if self.phase is Phase.OWN_WORK:  # a listener may have closed the monitor
+                self.phase = before
+
+    def reset_news(self) -> None:
+        """Drop the news of the step that is over."""
+        for listener in self.listeners:
+            listener.has_news = False
 
     def on_step_begin(self, ctx: StepContext) -> None:
         """Fire the moment before a step's first forward."""
-        for listener in self.listeners:
-            listener.has_news = False
         self._fire(lambda listener: listener.on_step_begin(ctx), "on_step_begin")
 
     def on_attention(self, call: AttentionCall) -> None:

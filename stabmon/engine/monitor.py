@@ -183,6 +183,7 @@ class AttentionStabilityMonitor:
 
         In a loop of one's own the constructor and :meth:`on_step` do.
         """
+        self._clock.reset_news()
         self._stepping.clear()
         self._optimizers.start_step()
         if self._clock.phase is Phase.CLOSED:
@@ -212,12 +213,13 @@ class AttentionStabilityMonitor:
         self._made = made
         sampled = self.is_sampled(self.step + 1)
         measured = sampled and self.config.watch_every_step and (is_first or is_new)
+        gradient_norm = self._gradient_norm() if measured else None
         ctx = StepContext(
             self.step + 1,
             sampled,
             forwards=seen.forwards.calls,
             losses=seen.losses.parts,
-            gradient_norm=seen.gradients.get("") if measured else None,
+            gradient_norm=gradient_norm,
             optimizer=optimizer,
             is_first=is_first,
             has_new_gradients=is_new,
@@ -238,7 +240,7 @@ class AttentionStabilityMonitor:
             return None
         self.step += 1
         self._begin_records()
-        ctx = self._end_step(loss) or StepContext(self.step, self.is_sampled(self.step))
+        ctx = self._end_step(loss)
         self._clock.on_step_end(ctx)
         updates = self._measure_updates(ctx) or UpdatesOfStep()
         diagnosis = self._diagnose(ctx, updates)
@@ -264,7 +266,7 @@ class AttentionStabilityMonitor:
             One that the configuration allows, or, where it names none, one that the preset
             ``guard`` allows; None where nothing is to be done, or nothing left that was not tried.
         """
-        if not self._guard.policy.interventions:
+        if not self.config.interventions and not self._guard.policy.interventions:
             preset = load_config("guard")
             self._guard.allow(preset.make_interventions(), preset.make_budget())
         with self._clock.own_work():
@@ -297,7 +299,7 @@ class AttentionStabilityMonitor:
                 applied = self._guard.apply(intervention, by_hand=True, hold=hold)
         finally:
             run.forwards = ()
-        if not self._manual:
+        if not self._manual and self._clock.phase is not Phase.CLOSED:
             self._start_observing()
         return applied
 
@@ -434,18 +436,16 @@ class AttentionStabilityMonitor:
         self._recorder.begin()
 
     @contained
+    def _gradient_norm(self) -> float | None:
+        return self._observer.gradients.get("")
+
     def _end_step(self, loss: Tensor | float | None) -> StepContext:
-        """Close the capture and the loss, and drop gradient norms that a scaler has spoilt."""
+        """Close the capture and the loss; a part that fails leaves the others as they are."""
         seen = self._observer
         seen.stop_capture()
         micro_batches = len(seen.losses.parts) or seen.forwards.count
         calls, ended = seen.forwards.calls, self._end_loss(loss)
-        left_out = self._optimizers.left_out()
-        scaled, self._scaled = self._scaled, self._optimizers.scales
-        bad = left_out is True and not math.isfinite(seen.gradients.get("", 0.0))
-        if scaled != self._scaled or bad:
-            # a scale that was not known is in them, or they have changed nothing
-            seen.forget_gradients()
+        was_skipped = self._end_scaling()
         self._guard.run.grad_scaler = self._optimizers.grad_scaler  # found in the meantime, maybe
         return StepContext(
             self.step,
@@ -453,8 +453,20 @@ class AttentionStabilityMonitor:
             forwards=calls,
             loss=ended,
             micro_batches=micro_batches,
-            was_skipped=left_out,
+            was_skipped=False if was_skipped is None else was_skipped,
         )
+
+    @contained
+    def _end_scaling(self) -> bool | Tensor:
+        """Return whether the step was skipped, and drop gradient norms that a scaler changed."""
+        was_skipped = self._optimizers.left_out()
+        scaled, self._scaled = self._scaled, self._optimizers.scales
+        if scaled != self._scaled or (
+            was_skipped is True and not math.isfinite(self._observer.gradients.get("", 0.0))
+        ):
+            # a scale that was not known is in them, or they have changed nothing
+            self._observer.forget_gradients()
+        return was_skipped
 
     @contained
     def _end_loss(self, loss: Tensor | float | None) -> float | Tensor | None:

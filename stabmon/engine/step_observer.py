@@ -143,12 +143,15 @@ class StepObserver:
 
     @contained
     def _backward_ended(self, added: dict[int, Tensor]) -> None:
-        if not self._clock.is_recording:
-            return
+        if self._clock.is_recording:
+            self._measure_gradients(added)
+            self._clock.on_backward_end()
+
+    @contained
+    def _measure_gradients(self, added: dict[int, Tensor]) -> None:
         if self._sampled:
             self._gradients = {}
             self._norms.measure(self._model, added, self._scale())
-        self._clock.on_backward_end()
 
     def look_for_compiled(self) -> None:
         """Where no forward was seen: follow a model that has been compiled since; what is called

@@ -64,7 +64,7 @@ class Guard(StepListener):
 
     Args:
         run: what may be touched.
-        acts: what may be done, as :func:`make_interventions` gives it.
+        interventions: those allowed, as :func:`make_interventions` returns them.
         budget: how much.
         automatic: whether it acts by itself. If not, a person applies what :meth:`get_intervention`
             proposes; nothing is put in place from the start, and nothing taken back unasked.
@@ -73,18 +73,21 @@ class Guard(StepListener):
     def __init__(
         self,
         run: TrainingRun,
-        acts: Mapping[str, Intervention],
+        interventions: Mapping[str, Intervention],
         budget: Budget | None = None,
         *,
         automatic: bool = True,
     ) -> None:
         self.run = run
         self.automatic = automatic
-        self.policy = Policy(acts, budget or Budget())
+        self.policy = Policy(interventions, budget or Budget())
         self._told: set[Key] = set()
         self._stop_reason: str | None = None
         self._prepared: dict[str, Prepared] = {}
         """State that interventions keep from before the first step on, by its stored key."""
+        for each in interventions.values() if automatic else ():
+            if (prepared := each.prepare(run)) is not None:
+                self._prepared[each.state_key or each.name] = prepared
 
     def allow(self, interventions: Mapping[str, Intervention], budget: Budget) -> None:
         """Propose these from now on, to a person who asks."""
@@ -100,12 +103,12 @@ class Guard(StepListener):
                 "with reduce_ranks=True"
             )
             self.automatic = False
+            self._prepared = {}
         if not self.automatic:
             return
-        for act in self.policy.interventions.values():
-            if (prepared := act.prepare(self.run)) is not None:
-                self._prepared[act.state_key or act.name] = prepared
         self.run.prepared = list(self._prepared.values())
+        for prepared in self.run.prepared:
+            prepared.begin()
         self._put_in_place()
 
     def _put_in_place(self) -> None:

@@ -106,11 +106,9 @@ class Rollback(Intervention):
         return _RolledBack(run, states, snapshot, self.rewind_schedule)
 
     def prepare(self, run: TrainingRun) -> HealthyStates:
-        states = HealthyStates(
+        return HealthyStates(
             run, every=self.every, confirm=self.confirm, memory_gb=self.memory_gb
         )
-        states.begin()
-        return states
 
     def _begins_again(self, run: TrainingRun, snapshot: Snapshot) -> bool:
         """Whether the rate was too high from the start and heads broke: what they learned since is

@@ -93,6 +93,9 @@ class StepHooks:
 class Prepared:
     """State that an intervention keeps from before the first step on, to be there when it acts."""
 
+    def begin(self) -> None:
+        """Start to keep it, before the first step."""
+
     def offer(self, healthy: bool) -> None:
         """Take note of a sampled step, once its issues are known.
 
