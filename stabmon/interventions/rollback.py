@@ -101,7 +101,7 @@ class Rollback(Intervention):
         snapshot = states.newest
         if snapshot is None:
             raise NotApplicable("no healthy state has been seen yet")
-        if not self._begins_again(run, snapshot) and (why := states.why_not(snapshot)):
+        if not self._begins_again(run, snapshot) and (why := states.explain_refusal(snapshot)):
             raise NotApplicable(why)
         return _RolledBack(run, states, snapshot, self.rewind_schedule)
 
@@ -141,7 +141,7 @@ class _RolledBack(Effect):
         self._others = [
             each.effect.rolled_back(snapshot.step) for each in run.applied if each.active
         ]
-        states.gone_back()
+        states.note_rollback()
         for tell in run.on_rollback:
             tell(snapshot.step)
 

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of what may be done to one run. Samples are sampled optimizer steps."""
+    """Limits of what may be done to one run. Samples are sampled optimizer steps.
+
+    Example:
+        >>> Budget(max_rollbacks=0).max_interventions
+        20
+    """
 
     max_interventions: int = 20
     """Interventions in a run."""
