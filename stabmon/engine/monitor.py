@@ -198,9 +198,6 @@ class AttentionStabilityMonitor:
             One that the configuration allows, or, where it names none, one that the preset
             ``guard`` allows; None where nothing is to be done, or nothing left that was not tried.
         """
-        if not self.config.interventions and not self._guard.policy.interventions:
-            preset = load_config("guard")
-            self._guard.allow(preset.make_interventions(), preset.make_budget())
         with self._clock.own_work():
             return self._guard.get_intervention(diagnosis.open_issues)
 

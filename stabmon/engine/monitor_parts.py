@@ -12,7 +12,7 @@ from torch import nn
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import world_size
-from stabmon.config import StabilityConfig
+from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.clock import StepClock
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.engine.rank_reducer import RankReducer
@@ -95,7 +95,7 @@ def make_parts(
     )
     guard = Guard(
         run,
-        config.make_interventions(),
+        proposed_interventions(config),
         config.make_budget(),
         automatic=bool(config.interventions),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
+from stabmon._settings import ByName
 from stabmon._storage.stored_value import Stored
 from stabmon.guard.policy import Policy
 from stabmon.guard.symptoms import Key, may_ruin
@@ -42,25 +43,7 @@ def make_interventions(
         >>> make_interventions({"qk_clip": {"target": 50.0}, "rollback": False})
         {'qk_clip': QkClip(target=50.0, ...)}
     """
-    made = {}
-    for name, settings in named.items():
-        cls = INTERVENTIONS[name]
-        if settings is False:
-            continue
-        if settings is None or settings is True:
-            settings = {}
-        if not isinstance(settings, Mapping):
-            raise ValueError(
-                f"interventions.{name}: {settings!r} must map settings to values, or be true or "
-                "false"
-            )
-        known = [f.name for f in fields(cls) if f.name not in ("issues", "why")]
-        if unknown := set(settings) - set(known):
-            raise ValueError(
-                f"interventions.{name}: unknown setting {sorted(unknown)[0]!r}. Known: "
-                f"{', '.join(known) or 'none'}"
-            )
-        made[name] = cls(**settings)
+    made: dict[str, Intervention] = ByName(INTERVENTIONS).make(named, "interventions")
     return made
 
 
@@ -98,15 +81,6 @@ class Guard(StepListener):
         for each in interventions.values() if automatic else ():
             if (prepared := each.prepare(run)) is not None:
                 self._prepared[each.state_key or each.name] = prepared
-
-    def allow(self, interventions: Mapping[str, Intervention], budget: Budget) -> None:
-        """Propose other interventions from now on, to a person who asks.
-
-        Args:
-            interventions: those allowed, by name.
-            budget: their limits.
-        """
-        self.policy.interventions, self.policy.budget = interventions, budget
 
     def begin(self, *, ranks_agree: bool = True) -> None:
         """Install what only helps from the start; before the first step and ``load_state_dict``.

@@ -6,9 +6,10 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
+from stabmon._settings import NOT_A_SETTING, check, settings_of
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.budget import Budget
@@ -94,7 +95,7 @@ class Intervention(ABC):
     affects_whole_run: ClassVar[bool] = False
     """True if it changes the whole run, whatever head it was chosen for, as a learning rate does.
 
-    While the outcome of one is open, no other is tried: their effects could not be told apart.
+    While the outcome of one is pending, no other such is applied: it could not be judged.
     """
     install_at_start: ClassVar[bool] = False
     """True if it helps only when it is in place before anything is wrong, as ``skip_step`` does.
@@ -117,10 +118,15 @@ class Intervention(ABC):
     state_key: ClassVar[str] = ""
     """Key of the state of :meth:`prepare` in a stored guard; empty for the intervention's name."""
 
-    issues: tuple[StabilityIssue, ...] = field(default=(), kw_only=True, compare=False, repr=False)
+    issues: tuple[StabilityIssue, ...] = field(
+        default=(), kw_only=True, compare=False, repr=False, metadata=NOT_A_SETTING
+    )
     """The issues that it is to repair."""
-    why: str = field(default="", kw_only=True, compare=False, repr=False)
+    why: str = field(default="", kw_only=True, compare=False, repr=False, metadata=NOT_A_SETTING)
     """The reason for choosing it, for the record."""
+
+    def __post_init__(self) -> None:
+        check(self, key=self.name)
 
     @property
     def name(self) -> str:
@@ -130,9 +136,7 @@ class Intervention(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """Its settings, as plain values."""
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("issues", "why")
-        }
+        return settings_of(self)
 
     def aimed_at(self: Self, issues: Sequence[StabilityIssue], why: str = "") -> Self:
         """Return the same intervention for other issues.
@@ -260,17 +264,6 @@ class Intervention(ABC):
         Here nothing is held: the whole effect is in the weights.
         """
         return Effect(note="its effect is in the checkpoint; it can no longer be undone")
-
-    def _check(self, name: str, low: float, high: float, *, including_low: bool = False) -> None:
-        value = getattr(self, name)
-        fits = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        )
-        if not fits or (value == low and not including_low):
-            words = f"at least {low}" if including_low else f"above {low}"
-            raise ValueError(
-                f"{self.name}.{name}: {value!r} must be a number {words} and at most {high}"
-            )
 
 
 class Applied:

@@ -17,8 +17,8 @@ from stabmon._torch.outputs import loss_in
 from stabmon._torch.tensors import local, tensors_in
 from stabmon.capture import AttentionCapture, clean_name
 from stabmon.nonfinite.causes import HiddenRows, of_input, of_values, unused_labels
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, Cause, NonFinite
-from stabmon.signals.reduce import operator_of
 
 
 def find_in_forward(model: nn.Module, calls: Sequence[ForwardCall], step: int) -> NonFinite | None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, Fraction, NonNegative, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
@@ -16,6 +17,7 @@ from stabmon.rules.tracking.history import History
 
 
 @rule
+@renamed(least_past="min_history")
 @dataclass(frozen=True)
 class AttentionSpike(Rule):
     """A head's mean largest probability, or the mass on its first key, jumped up between two
@@ -28,18 +30,18 @@ class AttentionSpike(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    rise: float = 0.4
+    rise: Fraction = 0.4
     """Rise of the probability, in [0, 1], over the largest of the readings before."""
-    deviations: float = 6.0
+    deviations: NonNegative = 6.0
     """Spreads of the head's own past that the rise must also be."""
-    past: int = 10
+    past: Count = 10
     """Readings that make up the past."""
-    least_past: int = 3
+    min_history: Count = 3
     """Readings that must be known before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue a head, on whichever of the two rose more; ``value`` is the probability."""
-        if len(history) <= self.least_past:
+        if len(history) <= self.min_history:
             return []
         names = ("max_probability", "sink_mass")
         rise, level = np.full((2, len(names), len(history.heads)), np.nan)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
+from stabmon._settings import Bounds, Count, Fraction, NonNegative, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import SCORE_FLOOR, Change, changes, jump_needed
@@ -29,6 +30,7 @@ FROM_THE_START = (
 
 
 @rule
+@renamed(least_past="min_past_entropy", still_ill="hysteresis")
 @dataclass(frozen=True)
 class EntropyCollapse(Rule):
     """A head that suddenly lost the spread it used to have.
@@ -42,8 +44,8 @@ class EntropyCollapse(Rule):
     scores are all small or negative and so tell nothing, nearly all of its rows saturated at once.
     The same fall without either witness, or a slow fall to ``floor``, is a warning.
 
-    Heads that start without spread (below ``least_past``) have none to lose and are not judged so.
-    But where nearly all heads of a model have little spread from the first reading on, with large
+    Heads that start without spread (below ``min_past_entropy``) have none to lose and are not
+    judged so. But where nearly all heads of a model have little spread from the first reading on, with large
     scores all of one size and no sinks, and the loss falls as fast as it does in a fresh model
     only, nothing has been learned that could call for it: the initialisation is too large, and that
     is an alarm.
@@ -51,39 +53,39 @@ class EntropyCollapse(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    kept: float = 0.4
+    kept: Fraction = 0.4
     """Share of its own past entropy that a collapsed head keeps at most."""
-    jump: float = 4.0
+    jump: Positive = 4.0
     """Times its own past that the largest score must have jumped within one step; plus the same for
     each 100 steps in between.
     """
-    saturates: float = 0.6
+    saturates: Fraction = 0.6
     """Share of rows that must have lost their gradient at once where the score gives no witness."""
-    sudden_steps: int = 20
+    sudden_steps: Count = 20
     """Steps within which that must happen to be sudden; learners were seen to saturate half their
     rows in 75.
     """
-    floor: float = 0.02
+    floor: Fraction = 0.02
     """Normalised entropy, in [0, 1], below which even a slow fall is worth a look."""
-    least_past: float = 0.1
+    min_past_entropy: Fraction = 0.1
     """Normalised entropy that a head must have had to be judged."""
-    start: float = 0.4
+    start: Fraction = 0.4
     """Normalised entropy below which a head lacks spread in the first readings, where its largest
     score is also above ``start_score``.
     """
-    start_score: float = 15.0
+    start_score: NonNegative = 15.0
     """Scores of a fresh model are a few at most."""
-    start_heads: float = 0.9
+    start_heads: Fraction = 0.9
     """Share of all heads that must be so."""
-    start_alike: float = 0.35
+    start_alike: NonNegative = 0.35
     """Robust spread of the logarithm of the heads' largest scores above which they have learned to
     differ.
     """
-    start_fall: float = 0.1
+    start_fall: Fraction = 0.1
     """Share of the first loss that must have been lost: what has been trained before has little
     left to lose.
     """
-    hysteresis: float = 0.6
+    hysteresis: Annotated[float, Bounds(above=0, high=1)] = 0.6
     """An open issue stays open until the entropy is above its opening level divided by this."""
 
     @classmethod
@@ -98,7 +100,7 @@ class EntropyCollapse(Rule):
         rank, level = np.full(len(entropy), -1), np.full(len(entropy), np.nan)
         ratio, past = level.copy(), level.copy()
         for change in changes(history, lags=(1, 2)):
-            fell = (change.past_entropy >= self.least_past) & (change.kept <= self.kept)
+            fell = (change.past_entropy >= self.min_past_entropy) & (change.kept <= self.kept)
             error = fell & self._witnessed(history, change)
             for found, value in ((error, 1), (fell & (change.steps <= self.sudden_steps), 0)):
                 new = found & (rank < value)
@@ -112,7 +114,7 @@ class EntropyCollapse(Rule):
         )
         slow = (
             (rank < 0)
-            & (start >= self.least_past)
+            & (start >= self.min_past_entropy)
             & (entropy < np.minimum(self.floor, 0.2 * start))
         )
         rank[slow], level[slow], past[slow] = 0, self.floor, start[slow]

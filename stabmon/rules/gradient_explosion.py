@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, NonNegative, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import loss_rose
@@ -17,6 +18,7 @@ from stabmon.rules.tracking.history import History
 
 
 @rule
+@renamed(stays="persistence", least_past="min_history")
 @dataclass(frozen=True)
 class GradientExplosion(Rule):
     """The norm of the whole model's gradient has left its own recent range upwards, and stays
@@ -24,42 +26,42 @@ class GradientExplosion(Rule):
 
     A single large gradient is common in healthy runs (up to 14 times the recent median in our own)
     and clipping makes it harmless: a warning. An alarm is a gradient far beyond its range for
-    ``stays`` readings in a row while the loss rises: then steps of the wrong size or direction are
-    being taken. Blames no head; the layer that grew most is in the evidence.
+    ``persistence`` readings in a row while the loss rises: then steps of the wrong size or
+    direction are being taken. Blames no head; the layer that grew most is in the evidence.
     """
 
     symptom: ClassVar[Symptom] = LOSS
 
-    deviations: float = 6.0
+    deviations: NonNegative = 6.0
     """Spreads of the log norm above its recent median."""
-    warning: float = 10.0
+    warning: Positive = 10.0
     """Times the recent median that the norm must also be."""
-    error: float = 10.0
-    """Times the recent median that the norm must be for ``stays`` readings, with a rising loss, for
-    an alarm.
+    error: Positive = 10.0
+    """Times the recent median that the norm must be for ``persistence`` readings, with a rising
+    loss, for an alarm.
     """
-    stays: int = 3
+    persistence: Count = 3
     """Readings."""
-    past: int = 50
+    past: Count = 50
     """Readings that make up the recent range."""
-    least_past: int = 12
+    min_history: Count = 12
     """Readings that must be known before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """At most one issue, for the run; a norm that is NaN or inf is left to ``non_finite``."""
         norms = history.gradients("")
         if (
-            len(norms) < self.least_past + self.stays
+            len(norms) < self.min_history + self.persistence
             or not np.isfinite(norms[-1])
             or norms[-1] <= 0
         ):
             return []
         past, newest = (
-            _log(norms[-self.past - self.stays : -self.stays]),
-            _log(norms[-self.stays :]),
+            _log(norms[-self.past - self.persistence : -self.persistence]),
+            _log(norms[-self.persistence :]),
         )
         past = past[np.isfinite(past)]
-        if len(past) < self.least_past:
+        if len(past) < self.min_history:
             return []
         middle, spread = float(np.median(past)), float(robust_spread(past[:, None])[0])
         wide = middle + self.deviations * spread
@@ -69,9 +71,9 @@ class GradientExplosion(Rule):
         ):
             return []
         high = bool((newest >= max(wide, middle + np.log(self.error))).all())
-        error = high and loss_rose(history, self.stays)
+        error = high and loss_rose(history, self.persistence)
         layers = {
-            layer: _growth(history.gradients(layer), self.stays)
+            layer: _growth(history.gradients(layer), self.persistence)
             for layer in history.latest.gradients
             if layer
         }

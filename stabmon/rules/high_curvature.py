@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, NonNegative, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
@@ -16,6 +17,7 @@ from stabmon.rules.tracking.history import History
 
 
 @rule
+@renamed(least_past="min_history")
 @dataclass(frozen=True)
 class HighCurvature(Rule):
     """The bound on a head's curvature in query and key jumped far above the head's own past.
@@ -28,24 +30,24 @@ class HighCurvature(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    jump: float = 2.5
+    jump: NonNegative = 2.5
     """Rise of the natural logarithm over the largest of the readings before: twelvefold."""
-    deviations: float = 6.0
+    deviations: NonNegative = 6.0
     """Spreads of the head's own past that the rise must also be."""
-    past: int = 10
+    past: Count = 10
     """Readings that make up the past."""
-    least_past: int = 3
+    min_history: Count = 3
     """Readings that must be known before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """One issue a head; ``value`` is ``hnf_log_curvature``."""
-        if len(history) <= self.least_past:
+        if len(history) <= self.min_history:
             return []
         now, past = (
             history.now("hnf_log_curvature"),
             history.signal("hnf_log_curvature")[-self.past - 1 : -1],
         )
-        known = np.isfinite(past).sum(axis=0) >= self.least_past
+        known = np.isfinite(past).sum(axis=0) >= self.min_history
         top = largest(past)
         level = np.maximum(top + self.jump, top + self.deviations * robust_spread(past))
         opened = history.open_level("high_curvature")

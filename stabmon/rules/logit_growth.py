@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, Fraction, Positive, renamed
 from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import (
@@ -35,6 +36,7 @@ has something to clip, and then ends the alarm."""
 
 
 @rule
+@renamed(harm="damage_level", still_ill="hysteresis")
 @dataclass(frozen=True)
 class LogitGrowth(Rule):
     """A head's largest score grew manifold over its own past, faster than heads that learn grow,
@@ -51,47 +53,47 @@ class LogitGrowth(Rule):
       more steps lie between, and the rows lost half their spread, or a quarter of them saturated;
       or
     - a run-away: ``runaway`` times within ``runaway_steps``, most spread lost, a tenth of the rows
-      saturated, and the line through the newest readings still rises so that it meets ``harm`` no
-      later than it took to come here; or
-    - harm: a score above ``harm`` that still doubles, or that is ``runaway`` times the head's first
-      readings, without spread; or
+      saturated, and the line through the newest readings still rises so that it meets
+      ``damage_level`` no later than it took to come here; or
+    - harm: a score above ``damage_level`` that still doubles, or that is ``runaway`` times the
+      head's first readings, without spread; or
     - a drive, long before any of these: the layer's W_q and W_k grow along themselves, or its scale
       grows, steadily and by more than learning makes them grow
       (:func:`~stabmon.rules.evidence.norm_growth.drive`), and a head's score has grown with them.
       Blames the layer, no head.
 
     A loss that clearly falls over the same span speaks for learning: growth must then be a quarter
-    more. Growth without lost spread, or a line that meets ``harm`` within ``horizon`` readings, is
-    a warning with a forecast.
+    more. Growth without lost spread, or a line that meets ``damage_level`` within ``horizon``
+    readings, is a warning with a forecast.
     """
 
     symptom: ClassVar[Symptom] = SCORES
 
-    jump: float = 4.0
+    jump: Positive = 4.0
     """Times its own past within one step; plus ``jump`` again for each 100 steps in between, up to
     three times ``jump``.
     """
-    runaway: float = 8.0
+    runaway: Positive = 8.0
     """Times its own past that a score must grow within few steps; twice as much over
     ``runaway_steps``.
     """
-    runaway_steps: int = 300
+    runaway_steps: Count = 300
     """Steps beyond which growth is slow sharpening: then a score that grew 16-fold doubled in no
     less than 75.
     """
-    harm: float = 1_000.0
+    damage_level: Positive = 1_000.0
     """Score from which training suffers in published runs (Wortsman et al. 2023, Kimi K2); all
     above 1e4 diverged.
     """
-    horizon: int = 20
+    horizon: Count = 20
     """Readings ahead within which a forecast is worth a warning."""
-    driven: float = 1.5
+    driven: Positive = 1.5
     """Times its own past that the gain of a layer's scores (scale times squared norm of W_q and
     W_k) must have grown for a drive.
     """
-    coherence: float = 0.75
+    coherence: Fraction = 0.75
     """Share of what its weights moved that must have gone into their norm, in [0, 1]."""
-    hysteresis: float = 0.6
+    hysteresis: Fraction = 0.6
     """Share of the opening level above which an open issue stays open."""
 
     @classmethod
@@ -108,7 +110,7 @@ class LogitGrowth(Rule):
         score, heads = history.now("max_logit"), len(history.heads)
         if heads == 0 or len(history) < 2:
             return []
-        forecast = forecast_score(history, self.harm, least=LEAST_SCORE)
+        forecast = forecast_score(history, self.damage_level, least=LEAST_SCORE)
         found = _Found.nothing(heads)
         for change in changes(history, least_ratio=self.jump):
             self._judge(history, change, forecast, score, found)
@@ -116,7 +118,7 @@ class LogitGrowth(Rule):
         found.add(
             forecast.warns(self.horizon * _interval(history)),
             0,
-            self.harm,
+            self.damage_level,
             np.nan,
             np.nan,
             "forecast",
@@ -145,7 +147,7 @@ class LogitGrowth(Rule):
             patience = 1.25 if loss_fell(history, change.steps) else 1.0
             needed = patience * self.runaway * (1 + change.steps / self.runaway_steps)
             lost = (change.kept <= 0.35) & ~(change.saturated_rise < 0.1)
-            rises = (forecast.eta <= change.steps) | (score >= self.harm)
+            rises = (forecast.eta <= change.steps) | (score >= self.damage_level)
             grown, how = (
                 (change.ratio >= needed) & (change.steps <= self.runaway_steps) & rises,
                 "runaway",
@@ -162,9 +164,9 @@ class LogitGrowth(Rule):
         )  # it still doubles, or it was not like this at first
         spent = history.now("normalized_entropy") < 0.1
         found.add(
-            (score >= self.harm) & spent & came,
+            (score >= self.damage_level) & spent & came,
             1,
-            self.harm,
+            self.damage_level,
             score / np.fmin(past, start),
             np.nan,
             "harm",

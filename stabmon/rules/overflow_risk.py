@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Fraction, Positive
 from stabmon._torch.number_formats import LARGEST
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import Rule, rule
@@ -29,13 +30,13 @@ class OverflowRisk(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    warning: float = 16_384.0
+    warning: Positive = 16_384.0
     """Largest query-key product before scaling, a quarter of float16's range."""
-    error: float = 32_768.0
+    error: Positive = 32_768.0
     """Half of float16's range: one doubling of the score from inf, and scores double within few
     steps where they grow.
     """
-    clears: float = 0.8
+    clears: Fraction = 0.8
     """Share of ``warning`` below which an open issue counts as gone."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, Fraction, Positive, renamed
 from stabmon.records import Overshoot, Reading, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import RATE, STEP, Symptom
@@ -26,6 +27,7 @@ SLACK = 1.1
 
 
 @rule
+@renamed(least_past="min_history", still_ill="hysteresis")
 @dataclass(frozen=True)
 class UpdateSpike(Rule):
     """A step changes more of the weights than they bear.
@@ -51,21 +53,21 @@ class UpdateSpike(Rule):
     symptom: ClassVar[Symptom] = RATE
     explains_others: ClassVar[bool] = True
 
-    rate_jump: float = 4.0
+    rate_jump: Positive = 4.0
     """Times the largest rate so far."""
-    update: float = 0.08
+    update: Positive = 0.08
     """Share of W_q and W_k that one step must change; healthy runs were seen to change up to 0.05
     once they are warm.
     """
-    update_jump: float = 3.0
+    update_jump: Positive = 3.0
     """Times the median share by which a group moved over the newest readings before."""
-    layer_jump: float = 6.0
+    layer_jump: Positive = 6.0
     """Times the layer's own past that its share must be where the rate did not jump."""
-    fitting: float = 0.025
+    fitting: Positive = 0.025
     """Share that the first readings of healthy runs come to."""
-    least_past: int = 4
+    min_history: Count = 4
     """Readings that must be known before any is judged."""
-    hysteresis: float = 0.6
+    hysteresis: Fraction = 0.6
     """Share of the opening levels above which an open issue stays open."""
 
     @classmethod
@@ -215,9 +217,9 @@ class UpdateSpike(Rule):
 
     def _of_layer(self, history: History, layer: str) -> list[StabilityIssue]:
         readings = [reading for reading in history.readings[-PAST:] if layer in reading.query_key]
-        shares = np.array([reading.query_key[layer].share for reading in readings])
+        shares = np.array([reading.query_key[layer].relative_update for reading in readings])
         updates = np.array([reading.query_key[layer].update for reading in readings])
-        if len(shares) < self.least_past + 2 or not np.isfinite(shares[-1]):
+        if len(shares) < self.min_history + 2 or not np.isfinite(shares[-1]):
             return []
         usual, level = (
             float(np.nanmedian(shares[:-2])),
@@ -252,7 +254,7 @@ class UpdateSpike(Rule):
         highest, jumped = 0.0, False
         for known, rate in enumerate(rates[np.isfinite(rates)].tolist()):
             level = self.rate_jump * highest * (self.hysteresis if jumped else 1.0)
-            jumped = known >= self.least_past and 0 < level <= rate
+            jumped = known >= self.min_history and 0 < level <= rate
             if not jumped:
                 highest = max(highest, rate)
         return highest if jumped and len(rates) and np.isfinite(rates[-1]) else None
@@ -335,5 +337,9 @@ def _issue(
 
 def _share_moved(reading: Reading) -> float:
     """The median over layers, NaN where unknown."""
-    shares = [moved.share for moved in reading.query_key.values() if np.isfinite(moved.share)]
+    shares = [
+        moved.relative_update
+        for moved in reading.query_key.values()
+        if np.isfinite(moved.relative_update)
+    ]
     return float(np.median(shares)) if shares else float("nan")

@@ -186,7 +186,7 @@ class ScoreClip(HeldEffect):
         limits = [[layer, head, limit] for (layer, head), limit in self.limits.items()]
         anew = None if self._reset is None else self._reset.first
         return {
-            "targets": targets,
+            "aims": targets,
             "limits": limits,
             "anew": anew,
             "proven": dict(self.proven),

@@ -35,7 +35,7 @@ def circumstances(
     return {
         "learning_rate": math.nan if rate is None else rate,
         "log_slope_per_rate": log_slope / rate if rate else math.nan,
-        "query_key_update": math.nan if step is None else step.share,
+        "query_key_update": math.nan if step is None else step.relative_update,
         "query_key_gradient": math.nan
         if step is None or not step.weight
         else step.gradient / step.weight,

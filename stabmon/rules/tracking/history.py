@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from stabmon._storage.stored_value import Stored, stored_non_finite, stored_overshoot
-from stabmon.records import LayerInfo, NonFinite, Overshoot, QKUpdate, Reading, StabilityIssue
+from stabmon._storage.stored_value import Stored
+from stabmon.records import LayerInfo, NonFinite, Overshoot, Reading, StabilityIssue
 from stabmon.rules.tracking.history_table import Columns, Table
 
 
@@ -255,10 +254,10 @@ class History:
         """
         return {
             "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
-            "info": {layer: asdict(info) for layer, info in self.info.items()},
+            "info": {layer: info.to_dict() for layer, info in self.info.items()},
             "losses": [list(pair) for pair in self.losses],
             "readings": [_plain(reading) for reading in self.readings],
-            "overshoot": None if self._overshoot is None else asdict(self._overshoot),
+            "overshoot": None if self._overshoot is None else self._overshoot.to_dict(),
             "signals": {name: table.state_dict() for name, table in self._tables.items()},
         }
 
@@ -277,7 +276,7 @@ class History:
         saved, fresh = Stored.of(state), History(self.length, self.baseline_length)
         for layer, heads in saved["heads"].items():
             fresh._place(layer, heads.integer())
-        fresh.info = {layer: _info(info) for layer, info in saved["info"].items()}
+        fresh.info = {layer: LayerInfo.from_dict(info) for layer, info in saved["info"].items()}
         fresh.losses = [_step_and_loss(pair) for pair in saved["losses"].parts()][
             -20 * self.length :
         ]
@@ -306,7 +305,7 @@ class History:
         ]
         for reading in fresh.readings:
             fresh._add_columns(reading)
-        fresh._overshoot = saved.get("overshoot", None).maybe(stored_overshoot)
+        fresh._overshoot = saved.get("overshoot", None).maybe(Overshoot.from_dict)
         vars(self).update(vars(fresh))
 
     def _place(self, layer: str, heads: int) -> None:
@@ -353,24 +352,10 @@ class History:
         info = [layer.text() for layer in saved["info"].parts()]
         if odd := [layer for layer in info if layer not in self.info]:
             raise ValueError(f"{saved.where}.info names {odd[0]!r}, of which nothing is known")
-        return Reading(
-            step=saved["step"].integer(),
-            loss=saved["loss"].maybe(Stored.number),
-            layers=layers,
-            info={layer: self.info[layer] for layer in info},
-            learning_rate=saved["learning_rate"].maybe(Stored.number),
-            gradients={name: norm.number() for name, norm in saved["gradients"].items()},
-            query_key={layer: _moved(each) for layer, each in saved["query_key"].items()},
-            losses=tuple(_step_and_loss(pair) for pair in saved["losses"].parts()),
-            micro_batches=saved["micro_batches"].integer(),
-            non_finite=saved["non_finite"].maybe(stored_non_finite),
-            overhead_fraction=saved["overhead_fraction"].maybe(Stored.number),
-            overshoot=saved.get("overshoot", None).maybe(stored_overshoot),
-            sampled=saved.get("sampled", True).flag(),
-            **{
-                name: {key: each.number() for key, each in saved.get(name, {}).items()}
-                for name in _BY_GROUP
-            },
+        for name in _ALWAYS_STORED:
+            saved[name]
+        return Reading.from_dict(
+            saved, layers=layers, info={layer: self.info[layer] for layer in info}
         )
 
 
@@ -379,37 +364,14 @@ def _step_and_loss(pair: Stored) -> tuple[int, float]:
     return step.integer(), loss.number()
 
 
-def _moved(saved: Stored) -> QKUpdate:
-    return QKUpdate(*(saved[name].number() for name in ("gradient", "weight", "update")))
-
-
-def _info(saved: Stored) -> LayerInfo:
-    return LayerInfo(
-        heads=saved["heads"].integer(),
-        head_dim=saved["head_dim"].integer(),
-        scale=saved["scale"].number(),
-        dtype=saved["dtype"].text(),
-        fused=saved.get("fused", True).flag(),
-        softcap=saved.get("softcap", None).maybe(Stored.number),
-        adapted=saved.get("adapted", False).flag(),
-    )
-
-
-_SCALARS = ("step", "loss", "learning_rate", "gradients", "micro_batches", "overhead_fraction")
-_BY_GROUP = ("learning_rates", "rate_factors", "updates")
-"""Fields that states of before they were known do not have."""
+_ALWAYS_STORED = (
+    *("learning_rate", "gradients", "query_key", "losses"),
+    *("micro_batches", "non_finite", "overhead_fraction"),
+)
+"""Fields with defaults that every state has; without one of them it is damaged."""
 
 
 def _plain(reading: Reading) -> dict[str, Any]:
-    """A reading without its arrays, which the tables hold."""
-    return {name: getattr(reading, name) for name in _SCALARS} | {
-        **{name: dict(getattr(reading, name)) for name in _BY_GROUP},
-        "gradients": dict(reading.gradients),
-        "layers": {layer: list(values) for layer, values in reading.layers.items()},
-        "info": list(reading.info),
-        "query_key": {layer: asdict(moved) for layer, moved in reading.query_key.items()},
-        "losses": [list(pair) for pair in reading.losses],
-        "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
-        "overshoot": None if reading.overshoot is None else asdict(reading.overshoot),
-        "sampled": reading.sampled,
-    }
+    """Return a reading without its arrays and layer descriptions, which are stored apart."""
+    names = {layer: list(values) for layer, values in reading.layers.items()}
+    return reading.to_dict() | {"layers": names, "info": list(reading.info)}
