@@ -1,6 +1,6 @@
-"""The moments of an optimizer step, and the interface of everything that acts at them.
+"""Moments of an optimizer step, and the interface of everything called at them.
 
-One step of training, with the moments in the order in which they come::
+One step of training, with the moments in their order::
 
     on_step_begin(ctx)            wait for forwards
       forward                     on_attention(call) for each attention call
@@ -29,40 +29,55 @@ from stabmon.records import AttentionCall
 
 @dataclass(frozen=True, eq=False)
 class StepContext:
-    """The facts of one optimizer step, as far as they are known at one of its moments."""
+    """Facts about an optimizer step, as far as they are known at one of its moments."""
 
     step: int
-    """The optimizer step under way, counted from 1."""
+    """The optimizer step in progress, counted from 1."""
     sampled: bool
-    """The step is a sampled one."""
+    """True for a step whose attention and gradients are measured."""
     forwards: Sequence[ForwardCall] = ()
-    """Its forwards so far, as they can be repeated."""
+    """Its forwards so far that can be repeated, with their inputs."""
     losses: Sequence[Tensor] = ()
-    """Before the optimizer: the loss of each micro-batch, as far as known."""
+    """Before the optimizer: the scalar loss of each micro-batch, as far as known."""
     gradient_norm: float | None = None
     """Before the optimizer: L2 norm of all gradients, where it was measured."""
     optimizer: Any = None
     """The optimizer that is about to step; None where only one is known."""
     is_first: bool = True
-    """No other optimizer has stepped in this step."""
+    """Before the optimizer: True if no other optimizer has stepped in this step."""
     has_new_gradients: bool = True
-    """A forward was made since this was last fired in the same step."""
+    """Before the optimizer: True if a forward came since the last optimizer of this step."""
     loss: float | Tensor | None = None
     """At the end: the step's loss; a tensor where reading it would wait for a device."""
     micro_batches: int = 0
     """At the end: the number of forwards whose gradients were added up."""
     was_skipped: bool | Tensor = False
-    """At the end: the optimizer left the step out, as under a gradient scaler."""
+    """At the end: True if the optimizer skipped the step, as a gradient scaler makes it do.
+
+    A tensor, above 0 for True, where reading it would wait for a device.
+    """
 
 
 class StepListener:
-    """Base class of what acts at moments of a step; each method does nothing unless overridden.
+    """Base class of everything called at moments of a step; each method here does nothing.
 
     A method that raises is counted and logged once; training and the other listeners go on.
+    Forwards that a listener makes in :meth:`before_optimizer_step` and :meth:`on_step_end` are not
+    recorded as training's.
+
+    Example:
+        >>> class Steps(StepListener):
+        ...     count = 0
+        ...     def on_step_end(self, ctx: StepContext) -> None:
+        ...         self.count += 1
+        >>> steps = Steps()
+        >>> steps.on_step_end(StepContext(step=1, sampled=True))
+        >>> steps.count, steps.wants_attention
+        (1, False)
     """
 
     has_news: bool = False
-    """The step showed something that must be judged though it is not sampled; reset at each step."""
+    """True if the step must be judged though it is not sampled; set False when a step begins."""
 
     @property
     def wants_attention(self) -> bool:
@@ -84,12 +99,12 @@ class StepListener:
         """Handle an outermost training forward that returned ``output``.
 
         Args:
-            call: repeats the forward; None where its inputs were not kept.
-            output: what the model returned.
+            call: can repeat the forward; None where its inputs were not kept.
+            output: the model's output.
         """
 
     def on_forward_error(self) -> None:
-        """Remove everything from the model: a forward raised, and nobody may come to close."""
+        """Remove everything from the model: a forward raised, and close() may never be called."""
 
     def on_backward_end(self) -> None:
         """Handle gradients that are complete and not clipped yet."""

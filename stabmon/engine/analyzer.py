@@ -1,10 +1,9 @@
-"""Look at the attention of any model, trained or not, outside of training."""
+"""Measure the attention of any model outside of training."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from torch import nn
 
@@ -21,15 +20,14 @@ logger = logging.getLogger("stabmon")
 
 
 class AttentionAnalyzer:
-    """Gathers the statistics of every forward of a model from its making until :meth:`diagnose` or
-    :meth:`close`.
+    """Statistics of every forward of a model, until :meth:`diagnose` or :meth:`close`.
 
-    As a context manager it gathers until the context is left, whatever is diagnosed in between.
+    As a context manager it measures until the context is left, whatever is diagnosed in between.
     Forwards in evaluation mode and without gradients count like any other.
 
     Args:
-        model: the model to look at.
-        signals: names of signals; None for those that training is watched with.
+        model: the model to measure.
+        signals: names of signals; None for those of the preset ``observe``.
         engine: see :func:`stabmon.operator.attention_operator`.
         attention_modules: patterns of module names whose hand-written softmax is attention, where
             it is not found by itself.
@@ -37,6 +35,15 @@ class AttentionAnalyzer:
     Raises:
         TypeError: if ``model`` is no ``nn.Module``.
         ValueError: for an unknown signal or engine.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
+        >>> analyzer = AttentionAnalyzer(layer)
+        >>> with torch.no_grad():
+        ...     _ = layer(torch.randn(1, 4, 8))
+        >>> analyzer.diagnose().stats["self_attn"]["attention_entropy"].shape
+        (2,)
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class AttentionAnalyzer:
         self._config = load_config("observe", signals=signals, engine=engine)
         self._measurements = Measurements(self._config.signals, engine)
         self._error: Exception | None = None
-        self._told: str | None = None
+        self._reported: str | None = None
         self._capture = AttentionCapture(
             model,
             self._measurements.add,
@@ -64,15 +71,14 @@ class AttentionAnalyzer:
         self._start()
 
     def diagnose(self) -> Diagnosis:
-        """The statistics so far, reduced over all forwards, and the issues that a single reading
-        can show.
+        """Return the statistics of all forwards so far, and the issues that one reading can show.
+
+        Returns:
+            A diagnosis of step 0. Where some of the model's attention is not seen, its ``unseen``
+            names it, and a warning says so once.
 
         Raises:
-            RuntimeError: if no attention call was seen, saying what was looked for; or if measuring
-                one failed.
-
-        Where some of the model's attention is not seen, ``unseen`` of the diagnosis names it, and a
-        warning says so once.
+            RuntimeError: if no attention call was seen, or if measuring one failed.
         """
         if not self._in_context:
             self.close()
@@ -89,10 +95,10 @@ class AttentionAnalyzer:
                 "no attention was found; run the model first. Looked for "
                 f"{self._capture.looked_for()}{unseen}"
             )
-        told = self._capture.witness.describe()
-        if told is not None and told != self._told:
-            self._told = told
-            logger.warning("%s", told)
+        coverage = self._capture.witness.describe()
+        if coverage is not None and coverage != self._reported:
+            self._reported = coverage
+            logger.warning("%s", coverage)
         reading = Reading(step=0, loss=None, layers=layers, info=dict(self._measurements.info))
         tracker = IssueTracker(self._config.make_rules(), history=History(2), cooldown_steps=0)
         issues = tracker.update(reading)
@@ -118,12 +124,7 @@ class AttentionAnalyzer:
             self._start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._in_context = False
         self.close()
 
@@ -135,6 +136,5 @@ class AttentionAnalyzer:
         self._capture.__enter__()
 
     def _note(self, error: Exception) -> None:
-        self._error = self._error or error.with_traceback(
-            None
-        )  # whose frames would keep the call's tensors
+        # without the traceback, whose frames would keep the call's tensors
+        self._error = self._error or error.with_traceback(None)

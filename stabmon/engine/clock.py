@@ -17,21 +17,30 @@ class Phase(enum.Enum):
     """The state of a monitor."""
 
     NEW = "new"
-    """Made; neither the sinks are open nor is anything in the model."""
+    """The sinks are not open, and nothing is in the model."""
     TRAINING = "training"
     """Forwards and backwards are those of training."""
     OWN_WORK = "own work"
-    """stabmon runs the model itself (a replay, a proof): nothing is recorded."""
+    """stabmon itself runs the model (a replay, a proof): nothing is recorded."""
     CLOSED = "closed"
     """The model is as it was found."""
 
 
 class StepClock:
-    """Calls every listener at each moment of a step; one that raises stops no other.
+    """Listeners in a fixed order, all called at each moment; one that raises stops no other.
 
     Args:
-        boundary: counts what fails, by listener and moment.
-        listeners: in the order in which they are called; they are closed in reverse order.
+        boundary: counts failures, by listener and moment.
+        listeners: in the order of their calls; they are closed in reverse order.
+
+    Example:
+        >>> clock = StepClock(ErrorBoundary(), [StepListener()])
+        >>> clock.phase = Phase.TRAINING
+        >>> with clock.own_work():
+        ...     clock.is_recording
+        False
+        >>> clock.is_recording
+        True
     """
 
     def __init__(self, boundary: ErrorBoundary, listeners: Sequence[StepListener] = ()) -> None:
@@ -41,12 +50,12 @@ class StepClock:
 
     @property
     def is_recording(self) -> bool:
-        """Return whether a forward that begins now is one of training's."""
+        """Return whether a forward that begins now belongs to training."""
         return self.phase is not Phase.OWN_WORK
 
     @property
     def has_news(self) -> bool:
-        """Return whether a listener has something to judge though the step is not sampled."""
+        """Return whether a listener needs the step judged though it is not sampled."""
         return any(listener.has_news for listener in self.listeners)
 
     @property
@@ -66,12 +75,16 @@ class StepClock:
         try:
             yield
         finally:
-            self.phase = before
+            if self.phase is Phase.OWN_WORK:  # a listener may have closed the monitor
+                self.phase = before
+
+    def reset_news(self) -> None:
+        """Drop the news of the step that is over."""
+        for listener in self.listeners:
+            listener.has_news = False
 
     def on_step_begin(self, ctx: StepContext) -> None:
         """Fire the moment before a step's first forward."""
-        for listener in self.listeners:
-            listener.has_news = False
         self._fire(lambda listener: listener.on_step_begin(ctx), "on_step_begin")
 
     def on_attention(self, call: AttentionCall) -> None:

@@ -1,6 +1,4 @@
-"""Keep what goes wrong inside stabmon from the training loop, and count the time that stabmon
-takes.
-"""
+"""Keep errors inside stabmon out of the training loop, and count the time that stabmon takes."""
 
 from __future__ import annotations
 
@@ -17,18 +15,32 @@ R = TypeVar("R")
 
 
 class ErrorBoundary:
-    """One monitor's errors and seconds."""
+    """One monitor's errors and seconds. As a context it counts the time spent inside.
+
+    Example:
+        >>> boundary = ErrorBoundary()
+        >>> with boundary.timed():
+        ...     _ = sum(range(1000))
+        >>> boundary.seconds > 0
+        True
+    """
 
     def __init__(self) -> None:
         self.errors: Counter[str] = Counter()
-        """What failed, by place; each is logged the first time."""
+        """Number of failures by place; the first at each place is logged."""
         self.seconds = 0.0
-        """Overhead so far."""
+        """Overhead so far, in seconds of wall time."""
         self._counted, self._since = 0.0, time.perf_counter()
         self._depth, self._started = 0, 0.0
 
     def failed(self, where: str, error: Exception, traceback: bool = True) -> None:
-        """Count an error, and log it if it is the first at its place."""
+        """Count an error, and log it if it is the first at its place.
+
+        Args:
+            where: the place, such as the name of a method.
+            error: the error.
+            traceback: log its traceback as well.
+        """
         self.errors[where] += 1
         if self.errors[where] == 1:
             logger.error(
@@ -39,7 +51,7 @@ class ErrorBoundary:
             )
 
     def timed(self) -> ErrorBoundary:
-        """What runs in here counts as overhead, once where it is nested."""
+        """Return a context whose time counts as overhead, once where it is nested."""
         return self
 
     def __enter__(self) -> None:
@@ -53,7 +65,7 @@ class ErrorBoundary:
             self.seconds += time.perf_counter() - self._started
 
     def overhead_fraction(self) -> float:
-        """Share of wall time that was overhead since this was last asked."""
+        """Return the share of wall time, in [0, 1], that was overhead since the last call."""
         now = time.perf_counter()
         wall, self._since = now - self._since, now
         seconds, self._counted = self.seconds - self._counted, self.seconds
@@ -61,8 +73,9 @@ class ErrorBoundary:
 
 
 def contained(method: Callable[P, R]) -> Callable[P, R | None]:
-    """A method of something that has a ``boundary``: what fails in it is logged once, counted and
-    skipped.
+    """Make a method count and log its errors instead of raising them; it then returns None.
+
+    The method's object needs a ``boundary``, an :class:`ErrorBoundary`. Its time is overhead.
     """
     where = method.__name__.strip("_")
 

@@ -1,6 +1,4 @@
-"""Be told when a model's outermost forward begins and ends, compiled or not, without changing
-it.
-"""
+"""Report when a model's outermost forward begins and ends, compiled or not."""
 
 from __future__ import annotations
 
@@ -20,21 +18,21 @@ After = Callable[[nn.Module, Any], None]
 
 
 class ForwardHooks:
-    """Calls ``before(module, args, kwargs)`` and ``after(module, output)`` around each outermost
-    call into ``model``.
+    """Hooks around each outermost call into a model, which stays unchanged.
 
     Outermost is the model itself, or a child of it where the model's own forward is not used (a
     LightningModule's ``training_step``). Calls that backward makes again (activation checkpoints)
-    and calls inside compiled code are not told. What ``before`` and ``after`` raise is theirs to
-    handle; they must not raise. A copy of the model, or a model saved whole, takes no watch along.
+    and calls inside compiled code are not reported. A copy of the model, or a model saved whole,
+    takes no hook along.
 
     Args:
         model: the model that is called.
         outer: compiled wrappers around it, whose calls run outside the compiled graph; hooks go
             there instead.
-        before, after: see above; ``after`` is told also where the forward raised, with output None.
-            Torch runs no hook after a KeyboardInterrupt: then ``after`` is told when the model is
-            next called.
+        before: called as ``before(module, args, kwargs)`` when a call begins; it must not raise.
+        after: called as ``after(module, output)`` when the call ends; it must not raise. Where the
+            forward raised, ``output`` is None. Torch runs no hook after a KeyboardInterrupt:
+            then ``after`` is called when the model is next called.
     """
 
     def __init__(
@@ -43,8 +41,9 @@ class ForwardHooks:
         self._before, self._after = before, after
         self._stack: list[nn.Module] = []
         self._frame: FrameType | None = None
-        """The frame that runs the outermost call; to tell a call inside a call from one that never
-        came to its end.
+        """The frame that runs the outermost call, or None.
+
+        It distinguishes a call inside a call from a call that never came to its end.
         """
         self._undo: list[Callable[[], None]] = []
         for root in outer or [model]:
@@ -53,24 +52,28 @@ class ForwardHooks:
                 for child in _called_children(root):
                     self._watch(child)
 
-    def follow(self, outer: list[nn.Module]) -> None:
-        """Watch compiled wrappers as well, made after this was. What is inside stays watched:
-        taking that out would compile anew.
+    def add_roots(self, outer: list[nn.Module]) -> None:
+        """Add hooks to compiled wrappers made later.
+
+        Hooks inside stay: removing them would make the wrapper compile again.
         """
         for root in outer:
             self._watch(root)
 
-    def remove(self) -> None:
-        """Take every hook out again; may be called twice."""
+    def close(self) -> None:
+        """Remove every hook; may be called twice."""
         while self._undo:
             self._undo.pop()()
         self.reset()
 
     def reset(self) -> None:
-        """Forget a forward that never came to its end. Only to be called where none is running."""
+        """Drop a forward that never came to its end; only while none is running."""
         self._stack, self._frame = [], None
 
     def _watch(self, module: nn.Module) -> None:
+        # Module.compile() stores its compiled call in _compiled_call_impl, which Module.__call__
+        # prefers (checked with torch 2.13). Under another name, forwards of a model compiled in
+        # place would be hooked from inside, and hooks there are traced or break the graph.
         compiled = module.__dict__.get("_compiled_call_impl")
         if compiled is not None:
             self._wrap_compiled_call(module, compiled)
@@ -90,9 +93,8 @@ class ForwardHooks:
             return output
 
         def undo() -> None:
-            if (
-                module.__dict__.get("_compiled_call_impl") is call
-            ):  # not if it was compiled anew in the meantime
+            # unless it was compiled again in the meantime
+            if module.__dict__.get("_compiled_call_impl") is call:
                 module.__dict__["_compiled_call_impl"] = compiled
 
         module.__dict__["_compiled_call_impl"] = call
@@ -121,24 +123,20 @@ class ForwardHooks:
 
 
 class _Hook:
-    """A hook of ours. Copied or pickled with its module it becomes one of the standard library that
-    does nothing.
-    """
+    """A hook that becomes one that does nothing when it is copied or pickled with its module."""
 
-    def __init__(self, tell: Callable[..., None]) -> None:
-        self._tell = tell
+    def __init__(self, callback: Callable[..., None]) -> None:
+        self._callback = callback
 
     def __call__(self, *args: Any) -> None:
-        self._tell(*args)
+        self._callback(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
 
 
 def _called_children(module: nn.Module) -> Iterator[nn.Module]:
-    """The nearest modules below that can be called: those in a ``ModuleList`` instead of the
-    list.
-    """
+    """Return the nearest modules below that can be called: those inside a ``ModuleList``."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called_children(child)
@@ -147,12 +145,16 @@ def _called_children(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_compiled(module: nn.Module) -> bool:
+    # torch.compile(model) returns a wrapper that holds the model as _orig_mod (torch 2.13); without
+    # the name, hooks would also go to the children of a compiled wrapper
     return hasattr(module, "_orig_mod") or module.__dict__.get("_compiled_call_impl") is not None
 
 
 def _is_redirected(module: nn.Module) -> bool:
-    """Whether this call is Lightning's way of running ``training_step`` under DDP, and no forward
-    of the module.
+    """Return whether Lightning runs ``training_step`` under DDP as this module's ``forward``.
+
+    Lightning's ``_ForwardRedirection`` replaces ``forward`` for that one call (checked with
+    lightning 2.6). Under another name the training step would be taken for the forward.
     """
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__qualname__", "").startswith(
@@ -161,7 +163,7 @@ def _is_redirected(module: nn.Module) -> bool:
 
 
 def _is_running(frame: FrameType | None) -> bool:
-    """Whether ``frame`` is one of the callers of this."""
+    """Return whether ``frame`` is among the callers of this function."""
     caller: FrameType | None = sys._getframe(1)
     while caller is not None and caller is not frame:
         caller = caller.f_back

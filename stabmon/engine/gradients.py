@@ -1,6 +1,4 @@
-"""Gradients before an optimizer step: when they are ready, their norms, and a cheap look at whether
-they are finite.
-"""
+"""Notice when the gradients of a backward are complete, and measure their norms."""
 
 from __future__ import annotations
 
@@ -20,32 +18,30 @@ class GradientNorms:
     """L2 norms of a step's gradients as each backward left them, before anything clips them.
 
     A parameter's norm is taken at the end of the last backward that added to its gradient, and
-    stays on its device until it is asked for. So a step may have several backwards, with clips and
-    optimizer steps in between.
+    stays on its device until :meth:`by_layer`. So a step may have several backwards, with clips
+    and optimizer steps in between.
     """
 
     def __init__(self) -> None:
         self._stacks: list[Tensor] = []
         self._at: dict[int, int] = {}
-        """``id`` of a parameter -> where its newest norm lies in the stacks laid end to end."""
+        """Index of a parameter's newest norm in the concatenated stacks, by ``id``."""
         self._scales: list[float | None] = []
         self._unknown = False
 
     def measure(self, model: nn.Module, added: Mapping[int, Tensor], scale: float | None) -> None:
-        """Take the norms of all gradients that were ``added`` to, and of those that no backward of
-        this step has shown yet.
+        """Measure the gradients that a backward added to, and those not measured in this step yet.
 
         Args:
-            model: whose parameters count.
+            model: the model whose parameters count.
             added: the parameters that this backward added to, by ``id``.
-            scale: what a gradient scaler has multiplied them by; None without one.
+            scale: the factor of a gradient scaler in the gradients; None without one.
         """
         graded = [each for each in model.parameters() if each.grad is not None]
         fresh = [each for each in graded if id(each) in added or id(each) not in self._at]
         gradients = [each.grad for each in fresh if each.grad is not None]
-        taken = any(
-            each.grad is None for each in added.values()
-        )  # an optimizer that steps inside backward, ZeRO
+        # an optimizer that steps inside backward, or ZeRO, has taken gradients away
+        taken = any(each.grad is None for each in added.values())
         self._unknown = (
             self._unknown or taken or any(is_sharded(grad) or grad.is_sparse for grad in gradients)
         )
@@ -53,6 +49,8 @@ class GradientNorms:
             return
         narrow = any(grad.element_size() < 4 for grad in gradients)
         with torch.no_grad():
+            # torch._foreach_norm is the kernel behind clip_grad_norm_: one launch for all tensors
+            # (checked with torch 2.13); without it, one vector_norm a tensor gives the same
             norms = torch._foreach_norm(gradients, 2, torch.float32 if narrow else None)
             device = norms[0].device
             self._stacks.append(torch.stack([norm.to(device) for norm in norms]))
@@ -60,12 +58,18 @@ class GradientNorms:
         self._scales += [scale] * len(fresh)
 
     def by_layer(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, float]:
-        """The norm of each attention module's own gradients, and of all under ``""``; one transfer
-        to the host.
+        """Return the norm of each attention module's own gradients, and of all under ``""``.
 
-        Empty where they cannot be known: no backward was seen, it left no gradients, or they are
-            sparse or sharded. Empty also
-        where a gradient scaler will skip the step.
+        Costs one transfer to the host.
+
+        Args:
+            model: the model whose parameters count.
+            layers: the attention modules by name.
+
+        Returns:
+            Norms by name, without a scaler's factor. Empty where they cannot be known: no backward
+            was seen, it left no gradients, or they are sparse or sharded. Empty also where a
+            gradient scaler will skip the step.
         """
         if self._unknown or not self._stacks:
             return {}
@@ -92,28 +96,30 @@ class GradientNorms:
 
 
 class AfterBackward:
-    """Calls ``tell(added)`` at the end of each backward that adds to a gradient of the model,
-    before anything can clip it.
+    """Hooks that report the end of each backward that adds to a gradient of the model.
 
-    The parameters themselves are watched, not what the model returns: so it does not matter which
-    output, hidden state or hook the loss comes from. Under DDP gradients are summed over ranks by
-    then. A backward that runs inside another (a checkpointed segment, a forward made anew in a
-    hook) is told with the outer one where that has added to a gradient before, else by itself. What
-    ``tell`` raises is its to handle; it must not raise.
+    They report before anything can clip the gradients. The parameters themselves have the hooks,
+    not the model's outputs: so it does not matter which output, hidden state or hook the loss comes
+    from. Under DDP gradients are summed over ranks by then. A backward that runs inside another
+    (a checkpointed segment, a forward made again in a hook) is reported with the outer one where
+    that has added to a gradient before, else by itself.
+
+    Args:
+        on_end: called with the parameters that were added to, by ``id``; it must not raise.
     """
 
-    def __init__(self, tell: Callable[[dict[int, Tensor]], None]) -> None:
-        self._tell = tell
+    def __init__(self, on_end: Callable[[dict[int, Tensor]], None]) -> None:
+        self._on_end = on_end
         self._added: dict[int, Tensor] = {}
         self._waiting = False
         self._handles: list[Any] = []
 
     def watch(self, model: nn.Module) -> None:
-        """Watch the parameters that are trained now, until :meth:`let_go`."""
-        self.let_go()
-        this = weakref.ref(
-            self
-        )  # parameters keep hooks where the garbage collector does not look: a strong one is never freed
+        """Add hooks to the parameters that are trained now, until :meth:`close`."""
+        self.close()
+        # parameters keep hooks where the garbage collector does not look: a strong reference from
+        # one would never be freed
+        this = weakref.ref(self)
 
         def on_gradient(parameter: Tensor) -> None:
             watching = this()
@@ -126,31 +132,33 @@ class AfterBackward:
             if parameter.requires_grad
         ]
 
-    def let_go(self) -> None:
-        """Take every hook out again; may be called twice."""
+    def close(self) -> None:
+        """Remove every hook; may be called twice."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget a backward that never came to its end. Only to be called where none is running."""
+        """Drop a backward that never came to its end; only while none is running."""
         self._added, self._waiting = {}, False
 
     def _on_gradient(self, parameter: Tensor) -> None:
         self._added[id(parameter)] = parameter
         if not self._waiting:
             self._waiting = True
-            _queue(
-                lambda: _queue(self._ended)
-            )  # twice, to come after what DDP queues in the meantime
+            # twice, to come after what DDP queues in the meantime
+            _queue(lambda: _queue(self._ended))
 
     def _ended(self) -> None:
         added = self._added
         self.reset()
         if self._handles:
-            self._tell(added)
+            self._on_end(added)
 
 
 def _queue(callback: Callable[[], None]) -> None:
+    # Variable._execution_engine.queue_callback runs a function at the end of the backward in
+    # progress, before .backward() returns; DDP and FSDP use it too (checked with torch 2.13).
+    # Without it the end could only be guessed at the optimizer's step, after clipping.
     torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -22,18 +22,18 @@ MOST_TENSORS = 32
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """Every ``stride``-th value of one tensor."""
+    """Every ``stride``-th value of a tensor."""
 
     tensor: Tensor
     stride: int
 
     def values(self) -> Tensor:
-        """A float32 copy of the values as they are now."""
+        """Return a float32 copy of the values as they are now."""
         return local(self.tensor.detach()).reshape(-1)[:: self.stride].to(torch.float32, copy=True)
 
 
 class GroupUpdates:
-    r"""Copies a bounded sample of each group before the optimizers step, and compares after.
+    r"""Relative change of each parameter group in a step, by a bounded sample of its values.
 
     The share is :math:`\|\Delta p\| / \|p\|` of up to 32 of the group's tensors, those with two and
     more dimensions if there are any, each by evenly strided values that count for those between
@@ -47,7 +47,7 @@ class GroupUpdates:
 
     @torch.no_grad()
     def before(self, groups: Sequence[ParameterGroup]) -> None:
-        """Copy: no optimizer has stepped yet."""
+        """Copy the samples, before any optimizer steps."""
         most = min(MOST_VALUES, MOST_OF_ALL // max(1, len(groups)))
         self._before = {
             group.key: [(each, each.values()) for each in _samples(group, most)] for group in groups
@@ -55,8 +55,11 @@ class GroupUpdates:
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
-        """The share by which each group moved, by key; NaN where it was zero before. Empty where
-        :meth:`before` was not called.
+        """Compare with the copies and drop them.
+
+        Returns:
+            The relative change of each group, by key; NaN where it was zero before. Empty where
+            :meth:`before` was not called.
         """
         before, self._before = self._before, {}
         pairs = [
@@ -69,6 +72,8 @@ class GroupUpdates:
             return {}
         device = pairs[0][2].device
         was, now = [pair[2] for pair in pairs], [pair[3] for pair in pairs]
+        # torch._foreach_* are the kernels behind torch.optim's foreach=True: one launch for all
+        # tensors (checked with torch 2.13); without them, a loop over the tensors gives the same
         norms = [*torch._foreach_norm(was), *torch._foreach_norm(torch._foreach_sub(now, was))]
         values = torch.stack([norm.to(device) for norm in norms]).tolist()
         weights: dict[str, float] = {}
@@ -85,7 +90,7 @@ class GroupUpdates:
 
 
 def _samples(group: ParameterGroup, most: int) -> list[_Sample]:
-    """What is looked at of a group: the same at every step for the same parameters."""
+    """Return the sample of a group, the same at every step for the same parameters."""
     tensors = [
         each
         for each in group.parameters
@@ -99,8 +104,9 @@ def _samples(group: ParameterGroup, most: int) -> list[_Sample]:
 
 
 def _stride(values: int, most: int) -> int:
-    """The smallest odd stride that takes at most so many: one with no factor in common with most
-    widths takes every column in turn.
+    """Return the smallest odd stride that takes at most ``most`` values.
+
+    An odd one has no factor in common with most widths, and so takes every column in turn.
     """
     stride = -(-values // most)
     return stride if stride == 1 else stride | 1

@@ -1,4 +1,4 @@
-"""The loss of each step, from whoever knows it, kept on its device until a reading needs it."""
+"""Keep the loss of each step on its device until a reading needs it."""
 
 from __future__ import annotations
 
@@ -14,47 +14,62 @@ from stabmon._torch.outputs import loss_in
 
 
 class LossAccumulator:
-    """Adds the losses of micro-batches up to a step's, and keeps those of the steps since the last
-    reading.
+    """Losses of a step's micro-batches, and of the steps since the last reading.
 
     Args:
-        keep: steps kept where no reading comes.
+        keep: number of steps kept where no reading drains them.
+
+    Example:
+        >>> losses = LossAccumulator(keep=10)
+        >>> losses.add_reported(torch.tensor(1.0))
+        >>> losses.add_reported(torch.tensor(2.0))
+        >>> losses.end_step(1, None, shares=True)
+        3.0
+        >>> losses.drain()
+        ((1, 3.0),)
     """
 
     def __init__(self, keep: int) -> None:
         self.parts: list[Tensor] = []
-        """This step's, one a micro-batch: as the training loop told them, else as found in the
-        model's outputs.
+        """Scalar losses of this step's micro-batches.
+
+        They are those that the training loop reported, else those found in the model's outputs.
         """
-        self._told = False
+        self._reported = False
         self._pending: deque[tuple[int, float | Tensor]] = deque(maxlen=keep)
 
-    def tell(self, loss: Tensor) -> None:
-        """Take a micro-batch's share of the step's loss from the training loop; shares are added
-        up.
-        """
-        if not self._told:
-            self._told, self.parts = True, []
+    def add_reported(self, loss: Tensor) -> None:
+        """Add a micro-batch's share of the step's loss, as the training loop reports it."""
+        if not self._reported:
+            self._reported, self.parts = True, []
         self.parts.append(loss.detach())
 
-    def find(self, output: Any) -> None:
-        """Take the loss out of a forward's output, unless the training loop tells it."""
-        loss = None if self._told else loss_in(output)
+    def add_from_output(self, output: Any) -> None:
+        """Add the loss in a forward's output, unless the training loop reports losses."""
+        loss = None if self._reported else loss_in(output)
         if loss is not None:
             self.parts.append(loss.detach())
 
     def end_step(
         self, step: int, loss: Tensor | float | None, shares: bool
     ) -> float | Tensor | None:
-        """Close a step, with its ``loss`` where the loop has one. Found parts are added up if they
-        are ``shares``, else averaged.
+        """Close a step.
+
+        Args:
+            step: the step that has ended.
+            loss: its loss, where the training loop has one; else its parts make it.
+            shares: parts found in outputs are shares of the step's loss and are added up; else they
+                are averaged. Reported parts are always added up.
+
+        Returns:
+            The loss; a tensor where reading it would wait for a device; None where none is known.
 
         Raises:
             ValueError: for a loss that is no single number.
         """
         if loss is None and self.parts:
             parts = torch.stack([part.float() for part in self.parts])
-            loss = parts.sum() if shares or self._told else parts.mean()
+            loss = parts.sum() if shares or self._reported else parts.mean()
         self.start_step()
         if loss is None:
             return None
@@ -71,13 +86,11 @@ class LossAccumulator:
         return value
 
     def start_step(self) -> None:
-        """Forget the parts of a step."""
-        self.parts, self._told = [], False
+        """Drop the parts of a step."""
+        self.parts, self._reported = [], False
 
-    def take(self) -> tuple[tuple[int, float], ...]:
-        """(step, loss) of every step since this was last called, brought to the host in one
-        transfer.
-        """
+    def drain(self) -> tuple[tuple[int, float], ...]:
+        """Return (step, loss) of every step since the last call, in one transfer to the host."""
         pending, self._pending = list(self._pending), deque(maxlen=self._pending.maxlen)
         waiting = [value.double() for _, value in pending if isinstance(value, Tensor)]
         arrived = iter(torch.stack(waiting).tolist() if waiting else [])
@@ -86,11 +99,11 @@ class LossAccumulator:
         )
 
     def state_dict(self) -> list[list[float]]:
-        """The losses that no reading has had yet."""
+        """Return the losses that no reading has had yet."""
         return [[step, float(value)] for step, value in self._pending]
 
     def parse_state(self, state: list[list[float]] | Stored) -> Callable[[], None]:
-        """Read a state whole, and return what takes it up.
+        """Read a state whole, and return a function that restores it.
 
         Raises:
             ValueError: if it is no state of losses.
@@ -100,10 +113,10 @@ class LossAccumulator:
             ((step.integer(), loss.number()) for step, loss in pairs), maxlen=self._pending.maxlen
         )
 
-        def take_up() -> None:
+        def restore() -> None:
             self._pending = deque(pending, maxlen=pending.maxlen)
 
-        return take_up
+        return restore
 
 
 def _number(loss: Tensor | float) -> float:

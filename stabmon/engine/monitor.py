@@ -1,49 +1,37 @@
-"""The monitor: samples steps, asks rules about each reading, and passes answers to sinks and guard.
+"""The monitor of a training run: samples steps, judges readings, and lets the guard intervene.
 
-It knows no signal, rule, sink or intervention by name. :mod:`stabmon.listeners` shows the moments
-of a step; :class:`~stabmon.engine.clock.StepClock` fires them to the listeners: weight updates,
-non-finite detector, step length, guard. After a sampled step::
+It knows no signal, rule, sink or intervention by name. :mod:`stabmon.listeners` lists the moments
+of a step; :class:`~stabmon.engine.clock.StepClock` fires them to the weight updates, the non-finite
+detector, the step length and the guard. After a sampled step::
 
     reading -> rules -> issues -> sinks -> interventions -> Diagnosis
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import rank, world_size
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
-from stabmon.engine.clock import Phase, StepClock
+from stabmon.engine.clock import Phase
 from stabmon.engine.error_boundary import ErrorBoundary, contained
-from stabmon.engine.rank_reducer import RankReducer
-from stabmon.engine.reading_builder import ReadingBuilder
-from stabmon.engine.recorder import Recorder
+from stabmon.engine.judge import judge
+from stabmon.engine.monitor_parts import make_parts, make_tracker
 from stabmon.engine.run_metadata import run_meta
-from stabmon.engine.step_length.watch import StepLength
-from stabmon.engine.step_observer import StepObserver
-from stabmon.engine.weight_updates import UpdatesOfStep, WeightUpdates
-from stabmon.guard import Guard
-from stabmon.interventions import Applied, Intervention, TrainingRun
-from stabmon.listeners import StepContext, StepListener
-from stabmon.nonfinite.detector import NonFiniteDetector
-from stabmon.records import Reading, StabilityIssue
-from stabmon.rules.tracking.history import History
+from stabmon.engine.weight_updates import UpdatesOfStep
+from stabmon.interventions import Applied, Intervention
+from stabmon.listeners import StepContext
+from stabmon.records import StabilityIssue
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 from stabmon.sinks import Sink
-
-logger = logging.getLogger("stabmon")
 
 
 class AttentionStabilityMonitor:
@@ -72,7 +60,7 @@ class AttentionStabilityMonitor:
         **overrides: other fields of the configuration.
 
     Raises:
-        ValueError: for a configuration, name or value that cannot be, naming it and the mend.
+        ValueError: for an invalid configuration, name or value, naming it and the fix.
         TypeError: if ``model`` is no ``nn.Module``.
 
     Example:
@@ -110,68 +98,27 @@ class AttentionStabilityMonitor:
                 f"model is a {type(model).__name__}: give the torch.nn.Module that is trained"
             )
         self.config = load_config(config, log_every=log_every, sinks=sinks, **overrides)
-        self.model = model
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.step = 0
         """Optimizer steps seen, those before a resume included."""
         self.run_dir = None if run_dir is None else Path(run_dir) / "stabmon"
         self.boundary = ErrorBoundary()
-        writes = rank() == 0 if is_writer is None else is_writer
-        own_sinks = self.config.make_sinks() if writes else []
-        self._recorder = Recorder(own_sinks, self.run_dir, self.boundary)
-        self._tracker = self._make_tracker()
         self._manual, self._is_resumed = manual_steps, False
-        self._optimizers = OptimizerAdapter(optimizer, grad_scaler)
-        run = TrainingRun(
+        self._tracker = make_tracker(self.config, self.boundary)
+        self._parts = parts = make_parts(
             model,
-            self._optimizers.optimizer,
+            optimizer,
             lr_scheduler,
-            self._optimizers.grad_scaler,
-            run_dir=self.run_dir,
-            audit=self._recorder.write_intervention,
-        )
-        self._guard = Guard(
-            run,
-            self.config.make_interventions(),
-            self.config.make_budget(),
-            automatic=bool(self.config.interventions),
-        )
-        self._clock = StepClock(self.boundary)
-        self._observer = StepObserver(model, self.config, self._clock, self._optimizers.scale)
-        ranks = RankReducer(model) if reduce_ranks else None
-        self._detector = NonFiniteDetector(
-            model, self.boundary.failed, ranks.share if ranks else None, self._optimizers
-        )
-        self._step_length = StepLength(
-            self._optimizers, run.scheduled_rate, lambda: run.rate_factors, self.boundary, model
-        )
-        run.shorten_step = self._step_length.shorten if world_size() == 1 else None
-        run.on_rollback.append(lambda step: self._step_length.rates.begin_again())
-        self._updates = WeightUpdates(
-            self._optimizers, run.scheduled_rate, self._observer.measurements
-        )
-        every_step: list[StepListener] = [self._detector, self._step_length]
-        self._clock.listeners = [
-            self._updates,
-            *(every_step if self.config.watch_every_step else []),
-            self._guard,
-        ]
-        self._readings = ReadingBuilder(
-            self._observer,
-            self._optimizers,
-            self._detector,
-            self._step_length.rates,
-            lambda: run.rate_factors,
+            self.config,
             self.boundary,
-            self._recorder.amend,
+            self.is_sampled,
+            run_dir=self.run_dir,
+            is_writer=rank() == 0 if is_writer is None else is_writer,
+            reduce_ranks=reduce_ranks,
+            grad_scaler=grad_scaler,
         )
-        self._readings.ranks = ranks
-        self._scaled = self._optimizers.scales
-        self._stepping: set[int] = set()
-        """Optimizers that are about to step or have, by id, in this step."""
-        self._made = (0, 0)
-        """Forwards and losses of this step at the last ``before_optimizer_step``."""
+        self._clock, self._contexts, self._observer = parts.clock, parts.contexts, parts.observer
+        self._readings, self._recorder, self._guard = parts.readings, parts.recorder, parts.guard
         if not manual_steps:
             self.begin_step()
 
@@ -183,14 +130,15 @@ class AttentionStabilityMonitor:
 
         In a loop of one's own the constructor and :meth:`on_step` do.
         """
-        self._stepping.clear()
-        self._optimizers.start_step()
+        self._clock.reset_news()
+        self._contexts.start_step()
+        self._parts.optimizers.start_step()
         if self._clock.phase is Phase.CLOSED:
             return
         self._open()
-        self._optimizers.scalers.watch()
+        self._parts.optimizers.scalers.watch()
         if not self._manual:
-            self._optimizers.before_step(self.before_optimizer_step)
+            self._parts.optimizers.before_step(self.before_optimizer_step)
         self._start_observing()
 
     @contained
@@ -202,27 +150,11 @@ class AttentionStabilityMonitor:
                 without a forward in between is one step, as where an optimizer's step calls its
                 parent's.
         """
-        seen = self._observer
-        made = (seen.forwards.count, len(seen.losses.parts))
-        is_first, is_new = not self._stepping, made != self._made
-        closed = self._clock.phase is Phase.CLOSED
-        if closed or (id(optimizer) in self._stepping and not is_new):
+        if self._clock.phase is Phase.CLOSED:
             return
-        self._stepping.add(id(optimizer))
-        self._made = made
-        sampled = self.is_sampled(self.step + 1)
-        measured = sampled and self.config.watch_every_step and (is_first or is_new)
-        ctx = StepContext(
-            self.step + 1,
-            sampled,
-            forwards=seen.forwards.calls,
-            losses=seen.losses.parts,
-            gradient_norm=seen.gradients.get("") if measured else None,
-            optimizer=optimizer,
-            is_first=is_first,
-            has_new_gradients=is_new,
-        )
-        self._clock.before_optimizer_step(ctx)
+        ctx = self._contexts.before_optimizer(self.step + 1, optimizer)
+        if ctx is not None:
+            self._clock.before_optimizer_step(ctx)
 
     def on_step(self, loss: Tensor | float | None = None) -> Diagnosis | None:
         """Report that an optimizer step has been made.
@@ -231,20 +163,22 @@ class AttentionStabilityMonitor:
             loss: the step's loss; a tensor is detached, and read only when a sampled step needs it.
 
         Returns:
-            A :class:`~stabmon.records.Diagnosis` on sampled steps, on a step at which a NaN or inf
-            first comes up, and on one which shows that the rate is too high; else None.
+            A :class:`~stabmon.diagnosis.Diagnosis` on sampled steps, on a step at which a NaN or
+            inf first comes up, and on one which shows that the rate is too high; else None.
         """
         if self._clock.phase is Phase.CLOSED:
             return None
         self.step += 1
-        self._begin_records()
-        ctx = self._end_step(loss) or StepContext(self.step, self.is_sampled(self.step))
+        self._recorder.open_sinks()
+        ctx = self._contexts.at_end(self.step, loss)
+        self._guard.run.grad_scaler = (
+            self._parts.optimizers.grad_scaler
+        )  # it may have been found since
         self._clock.on_step_end(ctx)
-        updates = self._measure_updates(ctx) or UpdatesOfStep()
-        diagnosis = self._diagnose(ctx, updates)
+        diagnosis = self._diagnose(ctx, self._parts.updates.measure_updates(ctx))
         if ctx.sampled or (diagnosis is not None and world_size() == 1):
             self._intervene(diagnosis)
-        self._observer.forget()
+        self._observer.reset()
         if not self._manual:
             self.begin_step()
         return diagnosis
@@ -258,15 +192,12 @@ class AttentionStabilityMonitor:
         """Propose an intervention for the open alarms of a diagnosis.
 
         Args:
-            diagnosis: what :meth:`on_step` returned.
+            diagnosis: the one that :meth:`on_step` returned.
 
         Returns:
             One that the configuration allows, or, where it names none, one that the preset
             ``guard`` allows; None where nothing is to be done, or nothing left that was not tried.
         """
-        if not self._guard.policy.interventions:
-            preset = load_config("guard")
-            self._guard.allow(preset.make_interventions(), preset.make_budget())
         with self._clock.own_work():
             return self._guard.get_intervention(diagnosis.open_issues)
 
@@ -294,10 +225,10 @@ class AttentionStabilityMonitor:
         run.step, run.forwards = self.step, seen.forwards.calls or seen.last_forward
         try:
             with self._clock.own_work():
-                applied = self._guard.apply(intervention, by_hand=True, hold=hold)
+                applied = self._guard.apply(intervention, by_user=True, hold=hold)
         finally:
             run.forwards = ()
-        if not self._manual:
+        if not self._manual and self._clock.phase is not Phase.CLOSED:
             self._start_observing()
         return applied
 
@@ -337,18 +268,13 @@ class AttentionStabilityMonitor:
             return
         self._clock.close()
         self._observer.close()
-        self._optimizers.let_go()
+        self._parts.optimizers.let_go()
         self._recorder.close()
 
     def __enter__(self) -> AttentionStabilityMonitor:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -363,10 +289,7 @@ class AttentionStabilityMonitor:
             "last_reading": self._readings.last_step,
             "issues": [issue.to_dict() for issue in self.issues],
             "tracker": self._tracker.state_dict(),
-            "losses": self._observer.losses.state_dict(),
-            "non_finite": self._detector.state_dict(),
-            "step_length": self._step_length.rates.state_dict(),
-            "guard": self._guard.state_dict(),
+            **{key: part.state_dict() for key, part in self._parts.stored.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -376,24 +299,14 @@ class AttentionStabilityMonitor:
         rules that are no longer known are left out with a warning, and the rest is taken.
 
         Args:
-            state: what :meth:`state_dict` returned, in this version or an earlier one.
+            state: the value that :meth:`state_dict` returned, in this version or an earlier one.
 
         Raises:
             ValueError: if ``state`` is no monitor's state, one of another model, or of a later
                 version of stabmon; nothing has changed then.
         """
-        tracker = self._make_tracker()
-        saved = monitor_state.parse(
-            state,
-            self.model,
-            tracker,
-            {
-                "losses": self._observer.losses.parse_state,
-                "non_finite": self._detector.parse_state,
-                "step_length": self._step_length.rates.parse_state,
-                "guard": self._guard.parse_state,
-            },
-        )
+        tracker = make_tracker(self.config, self.boundary)
+        saved = monitor_state.parse(state, self.model, tracker, self._parts.stored)
         self._resume(saved, tracker)
 
     @contained
@@ -401,13 +314,9 @@ class AttentionStabilityMonitor:
         self._open()
         self.step, self._readings.last_step = saved.step, saved.last_reading
         self._tracker, self._is_resumed = tracker, True
-        self._recorder.issues, self._recorder.alarms = [], 0
-        self._recorder.keep(saved.issues)
+        self._recorder.restore(saved.issues)
         self._guard.run.step, self._guard.run.history = saved.step, tracker.history
-        if saved.left_out:
-            logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
-        for restore in saved.restore:
-            restore()
+        saved.restore_parts()
         if not self._manual:
             self.begin_step()
 
@@ -420,125 +329,68 @@ class AttentionStabilityMonitor:
         Args:
             loss: a scalar tensor; the shares of a step are added up.
         """
-        self._observer.losses.tell(loss)
+        self._observer.losses.add_reported(loss)
 
     def leave_ranks(self) -> None:
         """Report this rank's readings alone, before the first step: not every rank has a monitor."""
         self._readings.ranks = None
-        self._detector.report_alone()
+        self._parts.detector.report_alone()
 
     # -- inside a step
 
     @contained
-    def _begin_records(self) -> None:
-        self._recorder.begin()
-
-    @contained
-    def _end_step(self, loss: Tensor | float | None) -> StepContext:
-        """Close the capture and the loss, and drop gradient norms that a scaler has spoilt."""
-        seen = self._observer
-        seen.stop_capture()
-        micro_batches = len(seen.losses.parts) or seen.forwards.count
-        calls, ended = seen.forwards.calls, self._end_loss(loss)
-        left_out = self._optimizers.left_out()
-        scaled, self._scaled = self._scaled, self._optimizers.scales
-        bad = left_out is True and not math.isfinite(seen.gradients.get("", 0.0))
-        if scaled != self._scaled or bad:
-            # a scale that was not known is in them, or they have changed nothing
-            seen.forget_gradients()
-        self._guard.run.grad_scaler = self._optimizers.grad_scaler  # found in the meantime, maybe
-        return StepContext(
-            self.step,
-            self.is_sampled(self.step),
-            forwards=calls,
-            loss=ended,
-            micro_batches=micro_batches,
-            was_skipped=left_out,
-        )
-
-    @contained
-    def _end_loss(self, loss: Tensor | float | None) -> float | Tensor | None:
-        shares = self._observer.forwards.shares
-        return self._observer.losses.end_step(self.step, loss, shares=shares)
-
-    @contained
-    def _measure_updates(self, ctx: StepContext) -> UpdatesOfStep | None:
-        return self._updates.measure() if ctx.sampled else None
-
-    @contained
-    def _diagnose(self, ctx: StepContext, updates: UpdatesOfStep) -> Diagnosis | None:
-        """Make the step's reading, run the rules on it and write both to the sinks."""
+    def _diagnose(self, ctx: StepContext, updates: UpdatesOfStep | None) -> Diagnosis | None:
         reading = self._readings.build(
             ctx,
-            updates,
+            updates or UpdatesOfStep(),
             has_news=self._clock.has_news,
             watches_losses=self.config.watch_every_step,
         )
         if reading is None:
             return None
-        issues = self._tracker.update(reading)
-        self._recorder.keep(issues)
-        open_issues = self._tracker.open_issues
-        if ctx.sampled:
-            self._write(reading, open_issues)
-        self._recorder.write_issues(issues)
-        return Diagnosis(
-            reading.step,
-            tuple(issues),
-            reading.layers,
-            tuple(self._tracker.history.readings),
-            open_issues,
-            dict(self._observer.unseen),
-        )
-
-    def _write(self, reading: Reading, open_issues: Sequence[StabilityIssue]) -> None:
         factor = self._guard.run.rate_factor
         shown = self._guard.automatic or factor != 1
-        more = {"learning_rate_factor": factor} if shown else {}
-        self._recorder.write_reading(reading, open_issues, **more)
+        return judge(
+            reading,
+            self._tracker,
+            self._recorder,
+            unseen=self._observer.unseen,
+            scalars={"learning_rate_factor": factor} if shown else {},
+        )
 
     @contained
     def _intervene(self, diagnosis: Diagnosis | None) -> None:
-        """Let the guard judge and act; on all ranks alike, also on one without a diagnosis."""
+        """Let the guard judge and intervene, on all ranks alike, also without a diagnosis."""
         run, history = self._guard.run, self._tracker.history
         run.layers = {**run.layers, **self._observer.measurements.modules}
         run.history = history
-        run.uneasy = self.config.watch_every_step and self._step_length.rates.uneasy
+        run.is_uncertain = (
+            self.config.watch_every_step and self._parts.step_length.rates.is_uncertain
+        )
         open_issues = self._tracker.open_issues
         if any(issue.is_alarm for issue in open_issues):
             run.forwards = self._observer.forwards.calls
-        newest = history.latest if len(history) else None
-        fine = (
+        newest = history.latest if diagnosis is not None and len(history) else None
+        healthy = (
             newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
         )
         with self._clock.own_work():
-            self._guard.intervene(open_issues, healthy=fine and diagnosis is not None)
+            self._guard.intervene(open_issues, healthy=healthy)
 
     # -- set-up
-
-    def _make_tracker(self) -> IssueTracker:
-        return IssueTracker(
-            self.config.make_rules(),
-            history=History(self.config.history),
-            clear_after=self.config.clear_after,
-            cooldown_steps=self.config.cooldown * self.config.log_every,
-            on_error=functools.partial(self.boundary.failed, "rule"),
-        )
 
     def _open(self) -> None:
         """Open the sinks and prepare the guard; once, before the first step."""
         if self._clock.phase is not Phase.NEW:
             return
         self._clock.phase = Phase.TRAINING
-        self._recorder.open(self._describe_run)
+        self._recorder.set_meta(
+            lambda: run_meta(self.model, self.config, self._is_resumed or self.step > 1)
+        )
         self._guard.begin(ranks_agree=self._readings.ranks is not None)
 
-    def _describe_run(self) -> Mapping[str, Any]:
-        continues = self._is_resumed or self.step > 1
-        return {**run_meta(self.model, self.config), "continues": continues}
-
     def _start_observing(self) -> None:
-        ctx = StepContext(self.step + 1, self.is_sampled(self.step + 1))
+        ctx = self._contexts.at_begin(self.step + 1)
         self._clock.on_step_begin(ctx)
         every = self.config.watch_every_step or self._clock.wants_attention
         self._observer.start(ctx.step, sampled=ctx.sampled, watched=ctx.sampled or every)

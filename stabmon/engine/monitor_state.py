@@ -1,12 +1,11 @@
-"""What a monitor's stored state must be to be taken up: its version, its model, and issues that are
-still known.
-"""
+"""Check and read a monitor's stored state: its version, its model, and issues still known."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -20,91 +19,20 @@ from stabmon.rules import RULES
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 from stabmon.signals import SIGNALS
 
+logger = logging.getLogger("stabmon")
+
 STATE_VERSION = 1
-"""Of what ``state_dict`` gives; a state without one is of before there were any, and is read the
-same.
-"""
+"""Version of the states written today; one without a version is older, and read the same way."""
+OPTIONAL = frozenset({"step_length"})
+"""Keys of parts that states of the first versions lack."""
 
 
-def check_version(saved: Stored) -> None:
-    """Raise a ValueError for a state that is none, or of a later version than this."""
-    try:
-        version = saved.get("version", 0).integer()
-    except ValueError as error:
-        raise ValueError(f"no monitor's state ({error}): give what state_dict() returned") from None
-    if version > STATE_VERSION:
-        raise ValueError(
-            f"a state of version {version}, but this stabmon reads up to {STATE_VERSION}: update "
-            "stabmon"
-        )
+class StoredPart(Protocol):
+    """A part of a monitor with a state of its own."""
 
-
-def known_issues(saved: Stored, tracker: IssueTracker) -> list[StabilityIssue]:
-    """Issues of types that there are today, or that a rule of today has open; others are left
-    out.
-    """
-    known = {issue.issue_type for issue in tracker.open_issues}
-    issues = []
-    for each in saved.parts():
-        issue = StabilityIssue.from_dict(each)
-        if issue.issue_type in known or issue.issue_type in RULES:
-            issues.append(issue)
-        else:
-            each.leave_out(f"no issue {issue.issue_type!r} is known any more")
-    return issues
-
-
-def attention_of(model: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
-    """What tells the attention of one model from another's, by layer: heads and shapes of weights,
-    as far as modules tell them.
-    """
-    modules = {
-        clean_name(name) or type(module).__name__: module
-        for name, module in model.named_modules(remove_duplicate=False)
-    }
-    split = is_split(model)
-    return {layer: _about(modules[layer], split) for layer in layers if layer in modules}
-
-
-def check_model(
-    model: nn.Module, layers: Sequence[str], saved: Mapping[str, Mapping[str, Any]] | None
-) -> None:
-    """Raise a ValueError where a state is not one of this model.
-
-    Args:
-        model: this model.
-        layers: the state's attention layers.
-        saved: what :func:`attention_of` told of them; None in states of before there were versions.
-    """
-    names = [layer.partition("#")[0] for layer in layers] if saved is None else list(saved)
-    own = attention_of(model, names)
-    for name in names:
-        was = {} if saved is None else saved[name]
-        words = (
-            ""
-            if name in own
-            else f"its attention layer {name} is no module of this {type(model).__name__}"
-        )
-        for about, value in own.get(name, {}).items():
-            if was.get(about, value) != value:
-                words = f"{about} of {name} was {was[about]!r} and is {value!r}"
-        if words:
-            raise ValueError(
-                f"a state of another model ({words}): give the state of a run on the same model"
-            )
-
-
-def _about(module: nn.Module, split: bool) -> dict[str, Any]:
-    owners = (module, getattr(module, "config", None))
-    told = [getattr(owner, name, None) for owner in owners for name in HEAD_COUNTS]
-    about: dict[str, Any] = {"heads": next((each for each in told if type(each) is int), None)}
-    if not split:
-        about |= {
-            clean_name(name): list(each.shape)
-            for name, each in module.named_parameters()
-            if not is_lazy(each)
-        }
-    return about
+    def parse_state(self, state: Any) -> Callable[[], None]:
+        """Read a stored state whole, and return a function that restores it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,38 +44,44 @@ class SavedState:
     """The step of the newest reading."""
     issues: Sequence[StabilityIssue]
     restore: Sequence[Callable[[], None]]
-    """Each sets one part of the monitor to its stored state, and does not raise."""
+    """Functions that each set one part of the monitor to its stored state; they do not raise."""
     left_out: Sequence[str]
     """Everything that is no longer known, in words."""
 
-
-Parser = Callable[[Any], Callable[[], None]]
+    def restore_parts(self) -> None:
+        """Set every part to its stored state, and warn of everything that was left out."""
+        if self.left_out:
+            logger.warning("Left out of the resumed state: %s", "; ".join(self.left_out))
+        for restore in self.restore:
+            restore()
 
 
 def parse(
-    state: Mapping[str, Any], model: nn.Module, tracker: IssueTracker, parts: Mapping[str, Parser]
+    state: Mapping[str, Any],
+    model: nn.Module,
+    tracker: IssueTracker,
+    parts: Mapping[str, StoredPart],
 ) -> SavedState:
     """Read a stored state whole, and change nothing but ``tracker``.
 
     Args:
-        state: what ``state_dict`` returned.
+        state: the value that ``state_dict`` returned.
         model: this monitor's model.
         tracker: a new tracker, which takes the stored history and open issues.
-        parts: for each further key of the state a function that reads its value and returns one
-            that restores it.
+        parts: the parts with a state of their own, by their key.
 
     Raises:
         ValueError: if it is no monitor's state, one of another model, or of a later version.
     """
     saved = Stored(state)
-    check_version(saved)
+    _check_version(saved)
     try:
         tracker.load_state_dict(saved["tracker"], SIGNALS)
-        issues = known_issues(saved["issues"], tracker)
+        issues = _known_issues(saved["issues"], tracker)
         step, last_reading = saved["step"].integer(), saved["last_reading"].integer()
         restore = [
-            read(saved.get(key, None) if key in OPTIONAL else saved[key])
-            for key, read in parts.items()
+            part.parse_state(saved.get(key, None) if key in OPTIONAL else saved[key])
+            for key, part in parts.items()
         ]
         layers = (
             {name: each.mapping() for name, each in saved["model"].items()}
@@ -164,5 +98,86 @@ def parse(
     return SavedState(step, last_reading, issues, restore, saved.left_out)
 
 
-OPTIONAL = frozenset({"step_length"})
-"""Parts that states of the first versions do not have."""
+def attention_of(model: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
+    """Describe a model's attention layers, to recognise the model when a state is loaded.
+
+    Args:
+        model: the model.
+        layers: names of its attention layers.
+
+    Returns:
+        By layer, the number of heads and the shapes of the weights, as far as modules show them.
+    """
+    modules = {
+        clean_name(name) or type(module).__name__: module
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+    split = is_split(model)
+    return {layer: _describe(modules[layer], split) for layer in layers if layer in modules}
+
+
+def check_model(
+    model: nn.Module, layers: Sequence[str], saved: Mapping[str, Mapping[str, Any]] | None
+) -> None:
+    """Raise a ValueError where a state is not one of this model.
+
+    Args:
+        model: this model.
+        layers: the state's attention layers.
+        saved: the description by :func:`attention_of`; None in states older than version 1.
+    """
+    names = [layer.partition("#")[0] for layer in layers] if saved is None else list(saved)
+    own = attention_of(model, names)
+    for name in names:
+        was = {} if saved is None else saved[name]
+        words = (
+            ""
+            if name in own
+            else f"its attention layer {name} is no module of this {type(model).__name__}"
+        )
+        for key, value in own.get(name, {}).items():
+            if was.get(key, value) != value:
+                words = f"{key} of {name} was {was[key]!r} and is {value!r}"
+        if words:
+            raise ValueError(
+                f"a state of another model ({words}): give the state of a run on the same model"
+            )
+
+
+def _check_version(saved: Stored) -> None:
+    """Raise a ValueError for a value that is no state, or one of a later version."""
+    try:
+        version = saved.get("version", 0).integer()
+    except ValueError as error:
+        raise ValueError(f"no monitor's state ({error}): give what state_dict() returned") from None
+    if version > STATE_VERSION:
+        raise ValueError(
+            f"a state of version {version}, but this stabmon reads up to {STATE_VERSION}: update "
+            "stabmon"
+        )
+
+
+def _known_issues(saved: Stored, tracker: IssueTracker) -> list[StabilityIssue]:
+    """Return the stored issues that a rule of today knows or has open; leave out the others."""
+    known = {issue.issue_type for issue in tracker.open_issues}
+    issues = []
+    for each in saved.parts():
+        issue = StabilityIssue.from_dict(each)
+        if issue.issue_type in known or issue.issue_type in RULES:
+            issues.append(issue)
+        else:
+            each.leave_out(f"no issue {issue.issue_type!r} is known any more")
+    return issues
+
+
+def _describe(module: nn.Module, split: bool) -> dict[str, Any]:
+    owners = (module, getattr(module, "config", None))
+    counts = [getattr(owner, name, None) for owner in owners for name in HEAD_COUNTS]
+    found: dict[str, Any] = {"heads": next((each for each in counts if type(each) is int), None)}
+    if not split:  # a rank's shard has another shape after a resume on more or fewer ranks
+        found |= {
+            clean_name(name): list(each.shape)
+            for name, each in module.named_parameters()
+            if not is_lazy(each)
+        }
+    return found

@@ -1,6 +1,4 @@
-"""How the weights that make queries and keys move in a sampled step: their gradient, their size,
-and what the optimizer changed.
-"""
+"""Measure how W_q and W_k move in a sampled step: their gradient, size and change."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ logger = logging.getLogger("stabmon")
 
 
 class QKUpdates:
-    """Takes the norms of W_q and W_k before the optimizer's step, and of their change after it.
+    """Norms of W_q and W_k before the optimizer's step, and of their change after it.
 
     Where adapters are around frozen projections, W_q and W_k are what these effectively are. Layers
     whose queries and keys cannot be told apart by name and shape, or are sharded, are left out.
@@ -40,8 +39,12 @@ class QKUpdates:
     def before(
         self, layers: Mapping[str, nn.Module], info: Mapping[str, LayerInfo], again: bool = False
     ) -> None:
-        """Gradients are ready, the optimizer has not stepped; ``again``, before another optimizer's
-        step, for layers that had none.
+        """Copy the weights, once gradients are ready and before the optimizer steps.
+
+        Args:
+            layers: the attention modules by name.
+            info: facts about the layers, by the same names.
+            again: another optimizer is about to step: only layers without gradients so far.
         """
         if not again:
             self._before, self._norms = {}, {}
@@ -56,7 +59,7 @@ class QKUpdates:
                     for parameter in self._adapters[layer].trained
                     if parameter.grad is not None
                 ]
-                weight = self._of_adapter(layer, "before") if gradients else None
+                weight = self._adapter_norm(layer, "before") if gradients else None
                 if weight is not None:
                     self._before[layer], self._norms[layer] = [], (_norm(gradients), weight)
                 continue
@@ -76,13 +79,19 @@ class QKUpdates:
 
     @torch.no_grad()
     def after(self, scaled: bool = False) -> dict[str, QKUpdate]:
-        """The optimizer has stepped; of ``scaled`` gradients it is not known whether they were
-        unscaled when they were seen.
+        """Compare the weights with their copies, after the optimizer has stepped.
+
+        Args:
+            scaled: a gradient scaler is in use, so that gradients may have been scaled when they
+                were measured; their norm is then NaN.
+
+        Returns:
+            L2 norms of gradient, weights and update, by layer.
         """
         moved = {}
         for layer, before in self._before.items():
             if layer in self._adapters:
-                change = self._of_adapter(layer, "change")
+                change = self._adapter_norm(layer, "change")
                 if change is not None:
                     moved[layer] = change
                 continue
@@ -90,6 +99,7 @@ class QKUpdates:
                 parameter.detach()[(slice(None),) * dim + (rows,)]
                 for parameter, dim, rows in self._parts[layer]
             ]
+            # torch._foreach_sub: one launch for all tensors (checked with torch 2.13)
             moved[layer] = _norm(torch._foreach_sub(now, before))
         names = list(moved)
         self._before = {}
@@ -105,14 +115,12 @@ class QKUpdates:
             for name, (gradient, weight, update) in zip(names, table, strict=True)
         }
 
-    def _of_adapter(self, layer: str, what: str) -> Tensor | None:
-        """A norm of a layer with adapters; one in which it cannot be had is left out from then
-        on.
-        """
+    def _adapter_norm(self, layer: str, measure: Literal["before", "change"]) -> Tensor | None:
+        """Return a norm of a layer with adapters; drop the layer where it cannot be measured."""
         try:
-            found: Tensor = getattr(self._adapters[layer], what)()
+            found: Tensor = getattr(self._adapters[layer], measure)()
         except Exception as error:  # adapters that were exchanged, or a base that takes no floats
-            logger.info("how the adapters of %s move is not known: %s", layer, error)
+            logger.info("updates of the adapters of %s are not measured: %s", layer, error)
             del self._adapters[layer]
             return None
         return found
@@ -132,8 +140,11 @@ class QKUpdates:
 def with_adapters(
     info: Mapping[str, LayerInfo], modules: Mapping[str, nn.Module]
 ) -> dict[str, LayerInfo]:
-    """What is known of layers, with those marked whose queries and keys are made by frozen
-    weights.
+    """Mark the layers whose queries and keys are made by frozen weights with adapters.
+
+    Args:
+        info: facts about layers, by name.
+        modules: the attention modules, by name.
     """
     return {
         layer: replace(each, adapted=True) if _is_adapted(modules.get(layer)) else each
@@ -149,9 +160,7 @@ def _is_adapted(module: nn.Module | None) -> bool:
 
 
 def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parameter, int, slice]]:
-    """(parameter, dimension, range) of everything that makes queries and keys, neighbouring ranges
-    joined.
-    """
+    """Return (parameter, dimension, rows) of all that makes queries and keys, ranges joined."""
     try:
         rows = find_query_key(module, info)[0].all_rows()
     except NotApplicable:
@@ -178,7 +187,8 @@ def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parame
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all of them together, on their device."""
+    """Return the L2 norm of all tensors together, on their device."""
+    # torch._foreach_norm: one launch for all tensors (checked with torch 2.13)
     norms: Tensor = torch.linalg.vector_norm(
         torch.stack([each.float() for each in torch._foreach_norm(list(tensors))])
     )

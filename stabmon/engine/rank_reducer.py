@@ -1,4 +1,4 @@
-"""What ranks tell each other, in ways in which no rank can be left waiting by a fault of ours."""
+"""Exchange readings and findings between ranks, so that no fault leaves a rank waiting."""
 
 from __future__ import annotations
 
@@ -21,13 +21,19 @@ logger = logging.getLogger("stabmon")
 
 Sums = Mapping[str, Mapping[str, HeadSums]]
 _WAIT = timedelta(seconds=10)
-"""How long rank 0 waits for the findings of others, once a misfortune."""
+"""Longest wait of rank 0 for the findings of others, once a non-finite episode."""
+_CAUSES_FIRST = ("parameter", "input", "activation", "score", "loss", "gradient")
+"""Kinds of findings, those that name a cause first.
+
+A bad gradient reaches every rank, its cause is on one.
+"""
 _monitors = itertools.count()
 
 
 class RankReducer:
-    """Means and maxima over the ranks of the default process group, with two collectives a sampled
-    step, of a vector each.
+    """Means and maxima of signals over the ranks of the default process group.
+
+    A sampled step costs two collectives of a vector each.
 
     At the first sampled step the ranks compare what they are about to send (two integers); if
     layers differ, as between pipeline stages, each keeps to its own from then on. A rank that has
@@ -46,11 +52,15 @@ class RankReducer:
 
     @property
     def active(self) -> bool:
-        """Whether there are other ranks to hear from."""
+        """Return whether there are other ranks to reduce with."""
         return world_size() > 1 and self._agreed is not False
 
     def reduce(self, sums: Sums) -> dict[str, dict[str, HeadSums]]:
-        """The signals over all ranks; every rank must call this at the same sampled steps."""
+        """Reduce signals over all ranks; every rank must call this at the same sampled steps.
+
+        Args:
+            sums: this rank's sums, by layer and signal.
+        """
         own = {layer: dict(signals) for layer, signals in sums.items()}
         if not self.active:
             return own
@@ -67,10 +77,16 @@ class RankReducer:
         return self._unpack(added.cpu(), largest.cpu(), own) if layout == self._layout else own
 
     def share(self, found: NonFinite | None, step: int) -> NonFinite | None:
-        """On rank 0 the finding of all ranks that tells most; on others their own. No collective:
-        rank 0 reads what others left.
+        """Return on rank 0 the finding of all ranks nearest to a cause, on others their own.
 
-        The rank that found it is named in ``detail``.
+        No collective: rank 0 reads what the others left in the store.
+
+        Args:
+            found: this rank's finding.
+            step: the optimizer step that it is of.
+
+        Returns:
+            The finding, with the rank that made it in ``detail``.
         """
         store = default_store() if world_size() > 1 else None
         if store is None:
@@ -81,23 +97,23 @@ class RankReducer:
             return found
         try:
             store.wait(keys, _WAIT)
-        # some rank saw no misfortune, or found it too late: its finding is missing, and no more
+        # some rank found nothing, or found it too late: only its finding is missing
         except Exception as error:
             logger.info("no finding of some rank for step %s: %s", step, error)
-        told = [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
+        shared = [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
         findings = [
             NonFinite.from_dict(each, detail=f"{each['detail']} (rank {number})")
-            for number, each in enumerate(told)
+            for number, each in enumerate(shared)
             if each
         ]
         return min(
             findings,
-            key=lambda each: (_TELLING.index(each.kind), each.layer is None),
+            key=lambda each: (_CAUSES_FIRST.index(each.kind), each.layer is None),
             default=found,
         )
 
     def _agree(self, layout: list[tuple[str, str, int]]) -> bool:
-        """Compare layouts; put off while some rank has none."""
+        """Compare the layouts of all ranks; postpone it while some rank has none."""
         digest = int.from_bytes(hashlib.sha256(repr(layout).encode()).digest()[:6], "big")
         gathered = gather(torch.tensor([float(len(layout)), float(digest)], dtype=torch.float64))
         if not bool(gathered[:, 0].all()):
@@ -114,8 +130,10 @@ class RankReducer:
         return self._agreed
 
     def _pack(self, own: Sums, layout: list[tuple[str, str, int]]) -> tuple[Tensor, Tensor]:
-        """What is added up over ranks, a total (of a maximum: whether it is NaN) and a count a
-        head, and of what the maximum is taken.
+        """Return the ``[2, N]`` values to add over ranks and the ``[N]`` values to maximise.
+
+        N is the number of heads of all layers and signals. Added are totals (for a maximum: 1 where
+        it is NaN) and counts.
         """
         heads = sum(count for *_, count in self._layout)
         added, largest = (
@@ -149,13 +167,7 @@ class RankReducer:
         return own
 
 
-_TELLING = ("parameter", "input", "activation", "score", "loss", "gradient")
-"""Kinds of findings, those that name a cause first: a bad gradient reaches every rank, its cause is
-on one.
-"""
-
-
 def has_split_heads(model: nn.Module) -> bool:
-    """Whether the model is tensor parallel: then head 0 of one rank is not head 0 of another."""
+    """Return whether the model is tensor parallel, so that head 0 is another head on each rank."""
     meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
     return any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes if mesh is not None)

@@ -1,4 +1,4 @@
-"""Assemble the reading of a step from all that has looked at it."""
+"""Assemble the reading of a step from everything measured in it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("stabmon")
 
 
 class ReadingBuilder:
-    """Makes a :class:`~stabmon.records.Reading` at sampled steps, and where a listener has news.
+    """Maker of readings: at sampled steps, and at others where a listener has news.
 
     Args:
         observer: attention, gradients and losses of the step.
@@ -64,7 +64,7 @@ class ReadingBuilder:
 
         Args:
             ctx: the step.
-            updates: what the optimizers changed.
+            updates: the changes that the optimizers made.
             has_news: a listener has found something, though the step may not be sampled.
             watches_losses: report losses that are not finite to the detector.
         """
@@ -74,7 +74,7 @@ class ReadingBuilder:
             # the first action of all, before anything may fail: other ranks wait for it
             sums = self.ranks.reduce(sums)
         if not seen.forwards.count:
-            seen.look_for_compiled()
+            seen.find_compiled_wrapper()
         if not ctx.sampled and not has_news:
             return None
         layers = to_host(sums) if ctx.sampled else {}
@@ -82,7 +82,7 @@ class ReadingBuilder:
         if ctx.sampled and not layers and (why := seen.explain_missing_attention()):
             error = RuntimeError(f"step {ctx.step}: {why}")
             self._boundary.failed("sampling", error, traceback=False)
-        losses, rates = seen.losses.take(), self._optimizers.learning_rates()
+        losses, rates = seen.losses.drain(), self._optimizers.learning_rates()
         for step, loss in losses if watches_losses else ():
             if not math.isfinite(loss):
                 self.detector.note_loss(step, loss)

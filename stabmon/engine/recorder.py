@@ -13,39 +13,41 @@ from stabmon.sinks.scalars import dashboard_scalars
 
 
 class Recorder:
-    """What a run has shown so far, in memory and in its sinks.
+    """The issues of a run in memory, and everything recorded of it in its sinks.
 
     Args:
         sinks: where to write to; none on ranks that do not write.
         folder: ``<run_dir>/stabmon``, made with the first record or step; None where nothing goes
             to disk.
-        boundary: told what fails.
+        boundary: counts what fails.
     """
 
     def __init__(self, sinks: Sequence[Sink], folder: Path | None, boundary: ErrorBoundary) -> None:
         self.boundary = boundary
         self.issues: list[StabilityIssue] = []
         self.alarms = 0
-        """How many issues were of severity error or above."""
+        """Number of issues of severity error or above."""
         self._sinks = SinkGroup(sinks)
         self._folder = folder
         self._meta: Callable[[], Mapping[str, Any]] | None = None
 
-    def open(self, meta: Callable[[], Mapping[str, Any]]) -> None:
-        """Say what meta.json is to hold; the sinks are opened by :meth:`begin`, so that a run
-        without a step leaves nothing.
+    def set_meta(self, meta: Callable[[], Mapping[str, Any]]) -> None:
+        """Set the function that returns the run's metadata, for ``meta.json``.
+
+        The sinks are opened later, by :meth:`open_sinks`: a run without a step leaves no file.
         """
         self._meta = meta
 
-    def begin(self) -> None:
-        """Open the sinks, unless they are: at the first record, or the end of the first step."""
+    @contained
+    def open_sinks(self) -> None:
+        """Open the sinks at the first record or the end of the first step; later do nothing."""
         meta, self._meta = self._meta, None
         if meta is not None:
             self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta())
             self._count_failed()
 
     def amend(self, meta: Mapping[str, Any]) -> None:
-        """Tell the sinks what has become known of the run since they were opened."""
+        """Add to the run's metadata after the sinks were opened."""
         self._sinks.amend(meta)
         self._count_failed()
 
@@ -54,11 +56,22 @@ class Recorder:
         self.issues += issues
         self.alarms += sum(issue.is_alarm for issue in issues)
 
+    def restore(self, issues: Sequence[StabilityIssue]) -> None:
+        """Replace the issues of the run by those of a stored state."""
+        self.issues, self.alarms = [], 0
+        self.keep(issues)
+
     def write_reading(
         self, reading: Reading, open_issues: Sequence[StabilityIssue], **more: float
     ) -> None:
-        """Write a sampled step; ``more`` goes beside its scalars as ``stability/<name>``."""
-        self.begin()
+        """Write the reading of a sampled step.
+
+        Args:
+            reading: the reading.
+            open_issues: every issue open after it.
+            **more: further scalars, written as ``stability/<name>``.
+        """
+        self.open_sinks()
         scalars = dashboard_scalars(reading, open_issues, alarms=self.alarms)
         self._sinks.write_reading(
             reading, scalars | {f"stability/{name}": value for name, value in more.items()}
@@ -66,14 +79,14 @@ class Recorder:
         self._count_failed()
 
     def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
-        """Write issues as they open, worsen or close."""
-        self.begin()
+        """Write issues that opened, worsened or closed."""
+        self.open_sinks()
         self._sinks.write_issues(issues)
         self._count_failed()
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
-        """Write the audit record of something that was done to the run."""
-        self.begin()
+        """Write the audit record of an intervention."""
+        self.open_sinks()
         self._sinks.write_intervention(record)
         self._count_failed()
 

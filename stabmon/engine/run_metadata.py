@@ -1,4 +1,4 @@
-"""What meta.json says of a run: versions, configuration, model and sampling schedule."""
+"""Describe a run in ``meta.json``: versions, configuration, model and sampling schedule."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ from torch.nn.parameter import is_lazy
 from stabmon.config import StabilityConfig
 
 
-def run_meta(model: nn.Module, config: StabilityConfig) -> dict[str, Any]:
-    """Plain values, for JSON."""
+def run_meta(model: nn.Module, config: StabilityConfig, continues: bool) -> dict[str, Any]:
+    """Return the metadata of a run as plain values, for JSON.
+
+    Args:
+        model: the model that trains.
+        config: the run's configuration.
+        continues: the run goes on from an earlier one.
+    """
     packages = {}
     for name in ("stabmon", "torch", "transformers", "lightning", "numpy"):
         try:
@@ -36,4 +42,5 @@ def run_meta(model: nn.Module, config: StabilityConfig) -> dict[str, Any]:
             "unit": "optimizer step",
             "first": config.log_every,
         },
+        "continues": continues,
     }

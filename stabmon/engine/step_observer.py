@@ -1,6 +1,4 @@
-"""See what a training step does: its forwards, their attention, its losses and its gradients.
-Judges nothing.
-"""
+"""Observe a training step: its forwards, their attention, its losses and its gradients."""
 
 from __future__ import annotations
 
@@ -24,14 +22,12 @@ from stabmon.engine.loss_accumulator import LossAccumulator
 from stabmon.records import AttentionCall
 from stabmon.signals.accumulator import Measurements
 
-_LOOKS = 3
-"""Steps without a forward after which it is no longer looked whether the model has been compiled in
-the meantime.
-"""
+_COMPILE_LOOKUPS = 3
+"""Steps without a forward in which a compiled wrapper is looked for; after them no longer."""
 
 
 class StepObserver:
-    """The attention, losses and gradients that the present step has shown so far.
+    """The attention, losses and gradients of the step in progress. It judges nothing.
 
     It is the source of the clock's ``on_attention``, ``on_forward_end`` and ``on_backward_end``.
     Hooks are on the model from :meth:`start` of a step that is watched to that of one that is not,
@@ -55,8 +51,9 @@ class StepObserver:
         boundary = self.boundary = clock.boundary
         self.forwards = StepForwards()
         self.last_forward: list[ForwardCall] = []
-        """The first forward of the newest step that has been made, until the next one begins; empty
-        where it cannot be replayed.
+        """First forward of the newest completed step, until the next begins, or empty.
+
+        It is empty where the forward cannot be replayed.
         """
         self.losses = LossAccumulator(keep=20 * config.history)
         self.measurements = Measurements(
@@ -66,9 +63,9 @@ class StepObserver:
             functools.partial(boundary.failed, "signal"),
         )
         self.interrupted = False
-        """Whether a forward of this step raised."""
+        """True if a forward of this step raised."""
         self._model = model
-        self._keeps = config.watch_every_step
+        self._keeps_inputs = config.watch_every_step
         self._clock, self._scale = clock, scale
         self._sampled = self._forwards_attention = self._capturing = False
         self._current: nn.Module | None = None
@@ -82,33 +79,39 @@ class StepObserver:
         self._norms = GradientNorms()
         self._gradients: dict[str, float] = {}
         self._after_backward = AfterBackward(self._backward_ended)
-        self._watch: ForwardHooks | None = None
+        self._hooks: ForwardHooks | None = None
         self._outer: list[nn.Module] | None = None
-        """Compiled wrappers around the model; None where it has to be looked for them."""
-        self._looks_left = _LOOKS
+        """Compiled wrappers around the model; None before they were looked for."""
+        self._lookups_left = _COMPILE_LOOKUPS
 
     def start(self, step: int, *, sampled: bool, watched: bool) -> None:
-        """Forget the last step and get ready for ``step``."""
-        self.forget()
+        """Drop the last step and prepare for ``step``.
+
+        Args:
+            step: the optimizer step that begins, counted from 1.
+            sampled: measure its attention and gradients.
+            watched: keep hooks on the model in this step.
+        """
+        self.reset()
         self.measurements.start(step)
         self._sampled = sampled
         if not watched:
-            self._unwatch()
-        elif self._watch is not None:
-            self._watch.reset()
+            self._remove_hooks()
+        elif self._hooks is not None:
+            self._hooks.reset()
         else:
             if self._outer is None:
                 self._outer = compiled_around(self._model)
-            self._watch = ForwardHooks(
+            self._hooks = ForwardHooks(
                 self._model, self._outer, self._forward_begins, self._forward_ends
             )
         if sampled or self._clock.wants_backward_end:
             self._after_backward.watch(self._model)
 
-    def forget(self) -> None:
-        """Keep nothing of the step but the losses that no reading has had."""
+    def reset(self) -> None:
+        """Drop everything of the step but the losses that no reading has had."""
         self.stop_capture()
-        self._after_backward.let_go()
+        self._after_backward.close()
         self.measurements.start(0)
         self.last_forward = self.forwards.calls[:1] or self.last_forward
         self.forwards, self._norms, self._gradients = StepForwards(), GradientNorms(), {}
@@ -117,8 +120,8 @@ class StepObserver:
 
     def close(self) -> None:
         """Take everything out of the model."""
-        self._unwatch()
-        self.forget()
+        self._remove_hooks()
+        self.reset()
         self.last_forward = []
 
     @contained
@@ -130,42 +133,42 @@ class StepObserver:
 
     @property
     def gradients(self) -> dict[str, float]:
-        """L2 norms before clipping, see :meth:`~stabmon.engine.gradients.GradientNorms.by_layer`;
-        empty where they are not known.
-        """
+        """L2 norms before clipping, by layer and of all under ``""``; empty where not known."""
         if not self._gradients:
             self._gradients = self._norms.by_layer(self._model, self.measurements.modules)
         return self._gradients
 
-    def forget_gradients(self) -> None:
+    def drop_gradients(self) -> None:
         """Leave this step's gradient norms unknown."""
         self._norms, self._gradients = GradientNorms(), {}
 
     @contained
     def _backward_ended(self, added: dict[int, Tensor]) -> None:
-        if not self._clock.is_recording:
-            return
+        if self._clock.is_recording:
+            self._measure_gradients(added)
+            self._clock.on_backward_end()
+
+    @contained
+    def _measure_gradients(self, added: dict[int, Tensor]) -> None:
         if self._sampled:
             self._gradients = {}
             self._norms.measure(self._model, added, self._scale())
-        self._clock.on_backward_end()
 
-    def look_for_compiled(self) -> None:
-        """Where no forward was seen: follow a model that has been compiled since; what is called
-        now is the wrapper.
+    def find_compiled_wrapper(self) -> None:
+        """Add hooks to a wrapper that was compiled around the model since the hooks were put there.
+
+        For a step without a forward: the training loop then calls the wrapper.
         """
-        if self._watch is None or self._looks_left == 0:
+        if self._hooks is None or self._lookups_left == 0:
             return
-        self._looks_left -= 1
+        self._lookups_left -= 1
         outer = compiled_around(self._model)
         if outer and outer != self._outer:
             self._outer = outer
-            self._watch.follow(outer)
+            self._hooks.add_roots(outer)
 
     def explain_missing_attention(self) -> str | None:
-        """Why a sampled step had no attention call, in one line; None where that has been told
-        already.
-        """
+        """Return why a sampled step had no attention call, in one line; None if already reported."""
         if self.interrupted or self.boundary.errors["capture"]:
             return None
         if not self.forwards.count:
@@ -188,13 +191,11 @@ class StepObserver:
 
     @property
     def unseen(self) -> Mapping[str, str]:
-        """Modules of whose attention some is not seen, and what, as far as the witnessed steps show
-        it.
-        """
+        """Modules with attention that is not seen, by name, in words, as far as known so far."""
         return self._capture.witness.unseen
 
     def describe_unseen(self) -> str | None:
-        """The same in one line beside what is seen; None where all is seen, or nothing."""
+        """Describe in one line what is seen and what is not; None where all is seen, or nothing."""
         return self._capture.witness.describe() if self._capture.witness.seen else None
 
     @contained
@@ -205,10 +206,13 @@ class StepObserver:
         training = self._model.training or any(each.training for each in module.modules())
         if not training or not torch.is_grad_enabled() or not self._clock.is_recording:
             return
+        # torch._C._current_graph_task_id() is the number of the backward that runs in this thread,
+        # -1 outside of one (checked with torch 2.13). Without it a backward that raised could not
+        # be told from one that is still under way, as where a hook makes a forward.
         if torch._C._current_graph_task_id() == -1:
             self._after_backward.reset()  # an earlier backward may have raised
         self.last_forward = []
-        self._call = self.forwards.add(module, args, kwargs, keep=self._keeps)
+        self._call = self.forwards.add(module, args, kwargs, keep=self._keeps_inputs)
         self._current = module
         self._forwards_attention = self._clock.wants_attention
         if self._sampled or self._forwards_attention:
@@ -222,10 +226,10 @@ class StepObserver:
         self.stop_capture()
         if self._current is module:
             self._current = None
-            self.losses.find(output)
+            self.losses.add_from_output(output)
             self._clock.on_forward_end(self._call, output)
         if output is None and sys.exc_info()[0] is not None and self._clock.is_recording:
-            # the forward raised, and nobody may come to close us; the next step arms again
+            # the forward raised, and close() may never be called; the next step adds hooks again
             self.close()
             self._clock.on_forward_error()
             self.interrupted = True
@@ -237,15 +241,16 @@ class StepObserver:
             if self._forwards_attention:
                 self._clock.on_attention(call)
 
-    def _unwatch(self) -> None:
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+    def _remove_hooks(self) -> None:
+        if self._hooks is not None:
+            self._hooks.close()
+            self._hooks = None
 
 
 def compiled_around(model: nn.Module) -> list[nn.Module]:
-    """Compiled wrappers that hold ``model``, or the model itself where it was compiled in place:
-    what its callers really call.
+    """Return the compiled wrapper that the model's callers call, in a list of one or none.
+
+    It is a module that holds ``model``, or the model itself where it was compiled in place.
     """
     return [
         m

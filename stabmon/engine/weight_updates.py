@@ -1,4 +1,4 @@
-"""Measure what the optimizers change in a sampled step: rates, groups, and W_q and W_k."""
+"""Measure the changes by the optimizers in a sampled step: of groups, and of W_q and W_k."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter, ParameterGroup
+from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.group_updates import GroupUpdates
 from stabmon.engine.qk_updates import QKUpdates
 from stabmon.listeners import StepContext, StepListener
@@ -18,13 +19,13 @@ class UpdatesOfStep:
     """The changes of one step."""
 
     query_key: dict[str, QKUpdate] = field(default_factory=dict)
-    """Those of W_q and W_k, by layer."""
+    """Norms of the changes of W_q and W_k, by layer."""
     groups: dict[str, float] = field(default_factory=dict)
-    """The share by which each parameter group moved, by key."""
+    """Relative change of each parameter group, by key."""
 
 
 class WeightUpdates(StepListener):
-    """Copies weights before the optimizers step, and compares them when a reading asks.
+    """Copies of weights from before the optimizers step, compared when a reading is made.
 
     The comparison comes after every listener's ``on_step_end``, so that the edits of interventions
     count as part of the step.
@@ -32,7 +33,8 @@ class WeightUpdates(StepListener):
     Args:
         optimizers: the run's optimizers.
         scheduled: returns the rate of a group as its scheduler has set it.
-        measurements: the attention layers that the present step has shown.
+        measurements: the attention layers seen in the present step.
+        boundary: counts what fails.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class WeightUpdates(StepListener):
         optimizers: OptimizerAdapter,
         scheduled: Callable[[ParameterGroup], float | None],
         measurements: Measurements,
+        boundary: ErrorBoundary,
     ) -> None:
+        self.boundary = boundary
         self._optimizers, self._scheduled = optimizers, scheduled
         self._measurements = measurements
         self._query_key, self._groups = QKUpdates(), GroupUpdates()
@@ -54,8 +58,11 @@ class WeightUpdates(StepListener):
         seen = self._measurements
         self._query_key.before(seen.modules, seen.info, again=not ctx.is_first)
 
-    def measure(self) -> UpdatesOfStep:
-        """Compare the weights with their copies, and drop these."""
+    @contained
+    def measure_updates(self, ctx: StepContext) -> UpdatesOfStep | None:
+        """Compare the weights of a sampled step with their copies, and drop the copies."""
+        if not ctx.sampled:
+            return None
         return UpdatesOfStep(
             self._query_key.after(scaled=self._optimizers.scales), self._groups.after()
         )

@@ -1,6 +1,4 @@
-"""Acts on a run by itself: what a monitor calls at the marks of a step when interventions are
-on.
-"""
+"""Choose, apply, judge and take back interventions at the moments of a step."""
 
 from __future__ import annotations
 
@@ -13,11 +11,12 @@ import torch.distributed as dist
 
 from stabmon._settings import ByName
 from stabmon._storage.stored_value import Stored
-from stabmon.guard.policy import Policy, stored_key
+from stabmon.guard.policy import Policy
 from stabmon.guard.symptoms import Key, may_ruin
+from stabmon.guard.trials import stored_key
 from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
 from stabmon.interventions.run.budget import Budget
-from stabmon.interventions.run.saved_intervention import SavedAct
+from stabmon.interventions.run.saved_intervention import SavedIntervention
 from stabmon.interventions.run.training_run import Prepared, TrainingRun
 from stabmon.listeners import StepContext, StepListener
 from stabmon.projections.not_applicable import NotApplicable
@@ -29,53 +28,66 @@ logger = logging.getLogger("stabmon")
 def make_interventions(
     named: Mapping[str, Mapping[str, Any] | bool | None],
 ) -> dict[str, Intervention]:
-    """The interventions of a configuration: name -> settings, or true for those it comes with, or
-    false to leave it out.
+    """Make the interventions of a configuration.
+
+    Args:
+        named: settings by name; True or None for the defaults, False to leave one out.
+
+    Returns:
+        Interventions by name, in the same order.
 
     Raises:
-        ValueError: naming an unknown intervention or setting, or a value that cannot be.
+        ValueError: naming an unknown intervention or setting, or an invalid value.
+
+    Example:
+        >>> make_interventions({"qk_clip": {"target": 50.0}, "rollback": False})
+        {'qk_clip': QkClip(target=50.0, ...)}
     """
     made: dict[str, Intervention] = ByName(INTERVENTIONS).make(named, "interventions")
     return made
 
 
 class Guard(StepListener):
-    """Chooses, applies, judges and takes back interventions on one run.
+    """Chooser, judge and record keeper of the interventions on one run.
 
     Nothing in here draws from the global random generators. With several ranks, all call every
     method at the same steps, and rank 0's issues decide.
 
     Args:
-        run: what may be touched.
-        acts: what may be done, as :func:`make_interventions` gives it.
-        budget: how much.
-        automatic: whether it acts by itself. If not, a person applies what :meth:`get_intervention`
-            proposes; nothing is put in place from the start, and nothing taken back unasked.
+        run: the run.
+        interventions: those allowed, as :func:`make_interventions` returns them.
+        budget: limits of what may be done.
+        automatic: True to intervene without being asked. If False, a person applies what
+            :meth:`get_intervention` proposes; nothing is installed at the start, and nothing is
+            taken back unasked.
     """
 
     def __init__(
         self,
         run: TrainingRun,
-        acts: Mapping[str, Intervention],
+        interventions: Mapping[str, Intervention],
         budget: Budget | None = None,
         *,
         automatic: bool = True,
     ) -> None:
         self.run = run
         self.automatic = automatic
-        self.policy = Policy(acts, budget or Budget())
-        self._told: set[Key] = set()
+        self.policy = Policy(interventions, budget or Budget())
+        self._reported: set[Key] = set()
+        """Locations that were reported as untreatable."""
         self._stop_reason: str | None = None
         self._prepared: dict[str, Prepared] = {}
         """State that interventions keep from before the first step on, by its stored key."""
-
-    def allow(self, interventions: Mapping[str, Intervention], budget: Budget) -> None:
-        """Propose these from now on, to a person who asks."""
-        self.policy.interventions, self.policy.budget = interventions, budget
+        for each in interventions.values() if automatic else ():
+            if (prepared := each.prepare(run)) is not None:
+                self._prepared[each.state_key or each.name] = prepared
 
     def begin(self, *, ranks_agree: bool = True) -> None:
-        """Put in place what only helps if it is there before anything is wrong; before the first
-        step, and before ``load_state_dict``.
+        """Install what only helps from the start; before the first step and ``load_state_dict``.
+
+        Args:
+            ranks_agree: every rank has a guard that is given the same issues; without that, with
+                several ranks, the guard does not intervene.
         """
         if self.automatic and not ranks_agree and self.run.ranks > 1:
             logger.warning(
@@ -83,31 +95,17 @@ class Guard(StepListener):
                 "with reduce_ranks=True"
             )
             self.automatic = False
+            self._prepared = {}
         if not self.automatic:
             return
-        for act in self.policy.interventions.values():
-            if (prepared := act.prepare(self.run)) is not None:
-                self._prepared[act.state_key or act.name] = prepared
         self.run.prepared = list(self._prepared.values())
-        self._put_in_place()
-
-    def _put_in_place(self) -> None:
-        """Apply each standing act that was not applied yet."""
-        if not self.automatic:
-            return  # what may be proposed need not be known yet
-        there = {each.intervention.name for each in self.run.applied}
-        for act in self.policy.interventions.values():
-            if act.install_at_start and act.name not in there:
-                try:
-                    act.aimed_at((), "in place from the start").apply(self.run)
-                except NotApplicable as error:
-                    logger.info("%s is left out: %s", act.name, error.reason)
+        for prepared in self.run.prepared:
+            prepared.begin()
+        self._install()
 
     @property
     def wants_attention(self) -> bool:
-        """Whether the next training forward's attention calls are to be captured, sampled or
-        not.
-        """
+        """Return whether a held intervention needs the next forward's attention calls."""
         return self.run.step_hooks.wants("attention")
 
     def on_attention(self, call: AttentionCall) -> None:
@@ -122,49 +120,52 @@ class Guard(StepListener):
         self.run.step_hooks.fire("on_step")
 
     def get_intervention(self, open_issues: Sequence[StabilityIssue]) -> Intervention | None:
-        """What to do next about the open alarms; None for nothing. What nothing can be done about
-        any more is written to the audit.
+        """Propose an intervention for the open alarms.
+
+        Locations for which none is left are logged and audited once.
+
+        Args:
+            open_issues: every issue that is open now.
+
+        Returns:
+            The intervention, with the alarms that it is for; None where nothing is to be done.
         """
-        act = self.policy.propose(open_issues, self.run)
+        proposed = self.policy.propose(open_issues, self.run)
         news: dict[str, list[Key]] = {}
-        for key, words in self.policy.gave_up.items():
-            if key not in self._told:
-                self._told.add(key)
+        for key, words in self.policy.untreatable.items():
+            if key not in self._reported:
+                self._reported.add(key)
                 news.setdefault(words, []).append(key)
         for words, keys in news.items():
             layer, head = keys[0][1:] if len(keys) == 1 else (None, None)
             logger.warning("No intervention is left for %d places: %s", len(keys), words)
-            record = {
-                "intervention": None,
-                "action": "gave_up",
-                "step": self.run.step,
-                "layer": layer,
-                "head": head,
-            }
-            self.run.audit({**record, "places": [list(key[1:]) for key in keys], "why": words})
-        return act
+            places = [list(key[1:]) for key in keys]
+            self._audit("gave_up", None, layer, head, places=places, why=words)
+        return proposed
 
     def apply(
-        self, intervention: Intervention, *, by_hand: bool = False, hold: bool | None = None
+        self, intervention: Intervention, *, by_user: bool = False, hold: bool | None = None
     ) -> Applied | None:
-        """Apply an intervention on all ranks; None where it does not fit on one of them, which is
-        then told and remembered.
+        """Apply an intervention on all ranks.
 
         Args:
-            intervention: what to do.
-            by_hand: a person does it: only a person ends it.
+            intervention: the intervention.
+            by_user: a person asked for it, and only a person ends it.
             hold: see :meth:`~stabmon.engine.monitor.AttentionStabilityMonitor.apply`.
+
+        Returns:
+            None where it does not fit on some rank; that is logged, audited and remembered.
         """
         applied, refusal = None, NotApplicable("it does not fit on another rank")
-        own = "hold" in intervention.settings
+        has_hold = "hold" in intervention.settings
         try:
             if hold and intervention.once:
                 raise NotApplicable(
                     f"{intervention.name} is done at once and cannot be held", "leave hold out"
                 )
-            if own and hold is not None:
+            if has_hold and hold is not None:
                 intervention = replace(intervention, hold=hold)  # type: ignore[call-arg]
-            self.run.by_hand = by_hand
+            self.run.by_user = by_user
             applied = intervention.apply(self.run)
         except NotApplicable as error:
             refusal = error
@@ -177,112 +178,108 @@ class Guard(StepListener):
             )
             refusal = NotApplicable(f"it failed: {type(error).__name__}: {error}")
         finally:
-            self.run.by_hand = False
+            self.run.by_user = False
         if self.run.any_rank(applied is None):
             if applied is not None:
                 applied.undo(refusal.reason)
-            if by_hand:
-                logger.warning("%s is not applied: %s", intervention.name, refusal.reason)
-            self.policy.note_refused(intervention, refusal)
-            record = {
-                "intervention": intervention.name,
-                "action": "refused",
-                "step": self.run.step,
-                "layer": None,
-                "head": None,
-            }
-            first = intervention.issues[0] if intervention.issues else None
-            if first is not None:
-                record |= {"layer": first.layer, "head": first.head, "issue_type": first.issue_type}
-            self.run.audit({**record, "why": refusal.reason, "note": refusal.advice})
+            self._refuse(intervention, refusal, by_user)
             return None
         assert applied is not None
-        applied.by_hand = by_hand
-        if hold is False and not own and not intervention.once:
+        applied.by_user = by_user
+        if hold is False and not has_hold and not intervention.once:
             applied.hold_for_one_step()
         self.policy.note_applied(applied)
         return applied
 
     def intervene(self, open_issues: Sequence[StabilityIssue], healthy: bool) -> list[Applied]:
-        """Judge what was done, and do what is next; once a sampled step, after :meth:`on_step_end`.
+        """Judge what was done, and apply what is next; once a sampled step, at its end.
 
         Args:
             open_issues: every issue that is open now.
-            healthy: whether loss and gradients were finite in this step.
+            healthy: loss and gradients were finite in this step.
 
         Returns:
-            What was applied just now.
+            The interventions applied just now.
         """
         if not self.automatic:
-            self.policy.judge(open_issues, self.run, let_go=False)
+            self.policy.judge(open_issues, self.run, release=False)
             return []
         issues, healthy = self._of_first_rank(open_issues, healthy)
         for failed in self.policy.judge(issues, self.run):
             failed.applied.undo(failed.reason)
         done: list[Applied] = []
-        while (act := self.get_intervention(issues)) is not None:
-            applied = self.apply(act)
+        while (proposed := self.get_intervention(issues)) is not None:
+            applied = self.apply(proposed)
             if applied is not None:
                 done.append(applied)
-                if act.ends_round:
-                    break  # what is ill was so in a state that is left behind
+                if proposed.ends_round:
+                    break  # the alarms were those of a state that is left behind
         if self._prepared:
-            calm = not self.run.uneasy and not any(may_ruin(issue) for issue in issues)
+            calm = not self.run.is_uncertain and not any(may_ruin(issue) for issue in issues)
             for prepared in self._prepared.values():
                 prepared.offer(healthy and calm and not done)
         return done
 
     @property
     def stop_reason(self) -> str | None:
-        """Why training should stop after this step; None to go on."""
+        """The reason to stop training after this step; None to go on."""
         return self._stop_reason or self.run.stop_reason
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to hold what is held: plain values, for JSON with NaN."""
+        """Return everything a resumed run needs: plain values, for JSON with NaN."""
         return {
             "applied": [each.state_dict() for each in self.run.applied],
             "chooser": self.policy.state_dict(self.run.applied),
-            "told": [list(key) for key in self._told],
+            "told": [list(key) for key in self._reported],
             **{key: prepared.state_dict() for key, prepared in self._prepared.items()},
         }
 
     def parse_state(self, state: Mapping[str, Any] | Stored) -> Callable[[], None]:
-        """Read a state whole and change nothing; return what takes it up, which does not raise.
+        """Read a state whole, change nothing, and return a function that restores it.
 
-        Taken up, held acts are held again, and standing acts that the state does not know are put
-        in place. An act that can no longer be held (the model has changed, its code is gone) is
-        left out and told of. After the run's history has been loaded.
+        The function does not raise, and is to be called after the run's history was loaded.
+        Interventions that were held are held again, and those of the start that the state lacks are
+        installed. One that can no longer be held (the model has changed, its code is gone) is left
+        out and logged.
+
+        Args:
+            state: a value of :meth:`state_dict`.
 
         Raises:
             ValueError: if it is no guard's state, naming the place.
         """
         saved = Stored.of(state)
-        found = [SavedAct.parse(each) for each in saved["applied"].parts()]
-        acts = [each for each in found if each is not None]
-        policy = self.policy.parse_state(saved["chooser"], [each is not None for each in found])
-        told = {stored_key(key) for key in saved["told"].parts()}
-        prepared = [
+        found = [SavedIntervention.parse(each) for each in saved["applied"].parts()]
+        known = [each for each in found if each is not None]
+        restore_policy = self.policy.parse_state(
+            saved["chooser"], [each is not None for each in found]
+        )
+        reported = {stored_key(key) for key in saved["told"].parts()}
+        restore_prepared = [
             each.parse_state(saved[key])
             for key, each in self._prepared.items()
             if key in saved and saved[key].value is not None
         ]
 
-        def take_up() -> None:
+        def restore() -> None:
             self.close()
             self._stop_reason = None
             self.run.applied.clear()
-            for each in acts:
-                each.take_up(self.run)
-            policy(self.run.applied)
-            self._told = told
-            for restore in prepared:
-                restore()
-            self._put_in_place()
+            for each in known:
+                each.restore(self.run)
+            restore_policy(self.run.applied)
+            self._reported = reported
+            for each_prepared in restore_prepared:
+                each_prepared()
+            self._install()
 
-        return take_up
+        return restore
 
     def load_state_dict(self, state: Mapping[str, Any] | Stored) -> None:
-        """Go on where :meth:`state_dict` was taken: see :meth:`parse_state`.
+        """Go on from where :meth:`state_dict` was taken, see :meth:`parse_state`.
+
+        Args:
+            state: a value of :meth:`state_dict`.
 
         Raises:
             ValueError: if it is no guard's state; the guard is then as it was.
@@ -293,8 +290,9 @@ class Guard(StepListener):
             logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
 
     def close(self) -> None:
-        """Take every hook out and put every attribute back; weights stay as they were trained and
-        clipped. May be called twice.
+        """Remove every hook and put every attribute back; may be called twice.
+
+        Weights stay as they were trained and clipped.
         """
         self._stop_reason = self.stop_reason
         for applied in reversed(self.run.applied):
@@ -304,17 +302,48 @@ class Guard(StepListener):
                     applied.effect.release()
                 except Exception as error:
                     logger.error(
-                        "%s could not be let go: %s",
+                        "%s could not be released: %s",
                         applied.intervention.name,
                         error,
                         exc_info=error,
                     )
 
+    def _install(self) -> None:
+        """Apply each intervention of the start that was not applied yet."""
+        if not self.automatic:
+            return  # those that may be proposed need not be known yet
+        present = {each.intervention.name for each in self.run.applied}
+        for each in self.policy.interventions.values():
+            if each.install_at_start and each.name not in present:
+                try:
+                    each.aimed_at((), "in place from the start").apply(self.run)
+                except NotApplicable as error:
+                    logger.info("%s is left out: %s", each.name, error.reason)
+
+    def _refuse(self, intervention: Intervention, refusal: NotApplicable, by_user: bool) -> None:
+        """Log, audit and remember an intervention that did not fit."""
+        if by_user:
+            logger.warning("%s is not applied: %s", intervention.name, refusal.reason)
+        self.policy.note_refused(intervention, refusal)
+        first = intervention.issues[0] if intervention.issues else None
+        layer, head = (None, None) if first is None else (first.layer, first.head)
+        more = {} if first is None else {"issue_type": first.issue_type}
+        more |= {"why": refusal.reason, "note": refusal.advice}
+        self._audit("refused", intervention.name, layer, head, **more)
+
+    def _audit(
+        self, action: str, name: str | None, layer: str | None, head: int | None, **more: Any
+    ) -> None:
+        """Write an audit record of something that was not done."""
+        record = {"intervention": name, "action": action, "step": self.run.step}
+        self.run.audit({**record, "layer": layer, "head": head, **more})
+
     def _of_first_rank(
         self, issues: Sequence[StabilityIssue], healthy: bool
     ) -> tuple[Sequence[StabilityIssue], bool]:
+        """Return rank 0's issues and health, on all ranks."""
         if self.run.ranks == 1:
             return issues, healthy
-        told: list[Any] = [[issue.to_dict() for issue in issues], healthy]
-        dist.broadcast_object_list(told)
-        return [StabilityIssue.from_dict(issue) for issue in told[0]], bool(told[1])
+        shared: list[Any] = [[issue.to_dict() for issue in issues], healthy]
+        dist.broadcast_object_list(shared)
+        return [StabilityIssue.from_dict(issue) for issue in shared[0]], bool(shared[1])

@@ -10,7 +10,7 @@ from stabmon.rules.base import rule_of, symptom_of
 from stabmon.rules.symptoms import Symptom
 
 Key = tuple[str, str | None, int | None]
-"""(symptom, layer, head): what an intervention is tried for, and its success judged by."""
+"""(symptom, layer, head): a location at which interventions are tried and judged."""
 
 RENAMED = {"drive": "sustained_growth"}
 """Symptoms by their names in stored states of earlier versions."""

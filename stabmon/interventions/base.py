@@ -1,4 +1,4 @@
-"""What an intervention is, what applying one leaves behind, and the table of all interventions."""
+"""Base class of interventions, the record of an applied one, and the registry of all."""
 
 from __future__ import annotations
 
@@ -29,52 +29,108 @@ ATTENTION_AND_LOSS = ("rate", "sustained_growth", "scores", "step", "loss")
 
 @dataclass(frozen=True)
 class Intervention(ABC):
-    """One act on a training run. Its dataclass fields are its settings; ``issues`` and ``why`` say
-    what it is for.
+    """A change to a training run that can be undone. Its dataclass fields are its settings.
+
+    A subclass overrides :meth:`_start`, which changes the run and returns an
+    :class:`~stabmon.interventions.effects.effect.Effect` that can take the change back. It declares
+    in class attributes when the guard is to choose it; the guard knows no intervention by name. One
+    of another package is found by its entry point in the group ``stabmon.interventions``.
 
     Raises:
-        ValueError: for a setting that cannot be, naming it.
+        ValueError: for an invalid setting, naming it.
+
+    Example:
+        An intervention that zeroes the momentum of an optimizer, applied to a run and undone:
+
+        >>> import torch
+        >>> class MomentumZeroed(Effect):
+        ...     def __init__(self, buffers):
+        ...         super().__init__(resources=frozenset(["momentum"]))
+        ...         self.saved = [(each, each.clone()) for each in buffers]
+        ...         for each in buffers:
+        ...             each.zero_()
+        ...     def undo(self):
+        ...         for each, value in self.saved:
+        ...             each.copy_(value)
+        ...         return True
+        >>> @dataclass(frozen=True)
+        ... class ZeroMomentum(Intervention):
+        ...     treats = {"loss": 50}
+        ...     once = True
+        ...     def _start(self, run):
+        ...         states = run.torch_optimizer.state.values()
+        ...         return MomentumZeroed([each["momentum_buffer"] for each in states])
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> model(torch.ones(1, 2)).sum().backward()
+        >>> optimizer.step()
+        >>> momentum = optimizer.state[model.weight]["momentum_buffer"]
+        >>> applied = ZeroMomentum().apply(TrainingRun(model, optimizer, step=1))
+        >>> momentum.tolist()
+        [[0.0, 0.0]]
+        >>> applied.undo(), momentum.tolist()
+        (True, [[1.0, 1.0]])
     """
 
     treats: ClassVar[Mapping[str, int]] = {}
-    """Symptoms that it treats, by name, and its place among what treats them: the smallest first."""
+    """Names of the symptoms that it treats, each with its order: the smallest is tried first.
+
+    A rule declares the symptom of its issues (``Rule.symptom``, see :mod:`stabmon.rules.symptoms`).
+    The guard proposes an intervention only for alarms with a symptom in this mapping. Where several
+    interventions treat one symptom, the guard tries them by increasing order, and by name where
+    that is equal.
+    """
     after: ClassVar[tuple[str, ...]] = ()
-    """Interventions of which one must have been applied before :meth:`is_due` can hold."""
+    """Names of interventions of which one must precede it, for :meth:`is_due` to read.
+
+    ``rollback`` comes at once, whatever the order, after ``cap_learning_rate``: the cap prevents
+    the next failure, and the rollback removes the damage of the last.
+    """
     cost: ClassVar[float] = 0.0
-    """Nats of final loss that it was seen to cost a healthy run (small byte-level GPT); inf where
-    that was not measured.
+    """Increase of a healthy run's final loss, in nats, as measured on a small byte-level GPT.
+
+    Infinite where not measured. If the alarm is still open after the budget's ``patience``, the
+    guard takes an intervention with a cost back, and keeps one without.
     """
     affects_whole_run: ClassVar[bool] = False
-    """Changes the whole run, whatever head it was chosen for, so that no other such act beside it
-    could be judged.
+    """True if it changes the whole run, whatever head it was chosen for, as a learning rate does.
+
+    While the outcome of one is pending, no other such is applied: it could not be judged.
     """
     install_at_start: ClassVar[bool] = False
-    """Can only help if it is in place before anything is wrong: applied when guarding begins."""
-    once: ClassVar[bool] = False
-    """Done at once and over: there is nothing that could be held from step to step."""
+    """True if it helps only when it is in place before anything is wrong, as ``skip_step`` does.
 
-    state_key: ClassVar[str] = ""
-    """Key of the prepared state in a stored guard; empty for the intervention's name."""
-    ends_round: ClassVar[bool] = False
-    """Nothing else is done at the same sample: open issues are of a state that is left behind."""
-    renews: ClassVar[bool] = False
-    """May be done again for an issue that rests on something found after it was last done
-    (``found_at`` in the evidence).
+    The guard applies it before the first step, without an alarm.
     """
+    once: ClassVar[bool] = False
+    """True if it acts once, at :meth:`apply`, so that nothing can be held from step to step."""
+    ends_round: ClassVar[bool] = False
+    """True if nothing else is applied at the same sampled step, as after a rollback.
+
+    The open issues are then those of a state that the run has left.
+    """
+    renews: ClassVar[bool] = False
+    """True if it may be repeated for an issue whose cause was found after its last use.
+
+    The step of the finding is ``found_at`` in the issue's evidence. Without it an intervention is
+    not repeated where it failed.
+    """
+    state_key: ClassVar[str] = ""
+    """Key of the state of :meth:`prepare` in a stored guard; empty for the intervention's name."""
 
     issues: tuple[StabilityIssue, ...] = field(
         default=(), kw_only=True, compare=False, repr=False, metadata=NOT_A_SETTING
     )
-    """What it is to repair."""
+    """The issues that it is to repair."""
     why: str = field(default="", kw_only=True, compare=False, repr=False, metadata=NOT_A_SETTING)
-    """Why it was chosen, for the record."""
+    """The reason for choosing it, for the record."""
 
     def __post_init__(self) -> None:
         check(self, key=self.name)
 
     @property
     def name(self) -> str:
-        """Its config name."""
+        """Its name in configurations and records."""
         return intervention_name(type(self))
 
     @property
@@ -83,57 +139,86 @@ class Intervention(ABC):
         return settings_of(self)
 
     def aimed_at(self: Self, issues: Sequence[StabilityIssue], why: str = "") -> Self:
-        """The same act, for these issues."""
+        """Return the same intervention for other issues.
+
+        Args:
+            issues: the issues that it is to repair.
+            why: the reason for choosing it; empty to keep the present one.
+        """
         return replace(self, issues=tuple(issues), why=why or self.why)
 
     def apply(self, run: TrainingRun, issue: StabilityIssue | None = None) -> Applied:
-        """Do it, and write the audit record.
+        """Change the run, and write the audit record.
 
         To be called after an optimizer step and before the next forward.
 
         Args:
-            run: what may be touched.
-            issue: what it is to repair, instead of ``self.issues``.
+            run: the run.
+            issue: the issue that it is to repair, instead of ``self.issues``.
+
+        Returns:
+            A record of it, whose ``undo()`` takes it back.
 
         Raises:
             NotApplicable: if it does not fit; then nothing was changed.
         """
-        act = self if issue is None else self.aimed_at([issue])
-        return Applied(act, run, act._start(run), step=run.step).noted("applied")
+        intervention = self if issue is None else self.aimed_at([issue])
+        effect = intervention._start(run)
+        return Applied(intervention, run, effect, step=run.step).write_audit("applied")
 
     def order_for(self, symptom: str) -> int | None:
-        """Return its place among what treats a symptom; None where it does not treat it."""
+        """Return its order among those that treat a symptom; None where it does not treat it.
+
+        Override it where the order depends on the settings, as that of ``lower_learning_rate`` does
+        on which rates it lowers; else declare :attr:`treats`.
+        """
         return self.treats.get(symptom)
 
     def unsuited(self, run: TrainingRun, symptom: str) -> str:
-        """Return why it cannot help against a symptom at this time; empty where it may."""
+        """Return why it cannot help against a symptom now; empty where it may.
+
+        The guard passes it over then, and tells the reason where no other intervention is left.
+
+        Args:
+            run: the run.
+            symptom: the symptom's name.
+        """
         return ""
 
     def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
-        """Return whether the budget allows it once more.
+        """Return whether the budget allows it once more, beside the limits on all interventions.
 
         Args:
             run: the run.
             budget: the limits.
-            uses: times that it was applied so far.
+            uses: how often it was applied so far.
         """
         return True
 
     def is_due(self, issue: StabilityIssue, tried: Sequence[Applied]) -> bool:
-        """Return whether it comes next for an alarm, whatever the order.
+        """Return whether it is next for an alarm at once, whatever the order of treatment.
 
         Args:
             issue: an open alarm.
-            tried: interventions applied for it since its cause was found.
+            tried: interventions applied for it since its cause was found, see :attr:`after`.
         """
         return False
 
     def prepare(self, run: TrainingRun) -> Prepared | None:
-        """Keep what it needs from before the first step on; None where that is nothing."""
+        """Return the state that it needs from before the first step on; None for nothing.
+
+        The guard makes it when the run is set up, calls its ``begin()`` before the first step and
+        ``offer()`` after each sampled one, and stores it. :meth:`_start` finds it by
+        :meth:`~stabmon.interventions.run.training_run.TrainingRun.find_prepared`.
+        """
         return None
 
     def resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Applied:
-        """Go on with what :meth:`Applied.state_dict` described, after a restart.
+        """Apply it again after a restart.
+
+        Args:
+            run: the run.
+            state: a value of :meth:`Applied.state_dict`.
 
         Raises:
             NotApplicable: if it no longer fits.
@@ -147,26 +232,36 @@ class Intervention(ABC):
         )
 
     def ended(self, run: TrainingRun, state: Mapping[str, Any]) -> Applied:
-        """The same, of one that is no longer in force: it counts among what was tried, and does
-        nothing.
+        """Return a record of one that is over: it counts among those tried, and does nothing.
+
+        Args:
+            run: the run.
+            state: a value of :meth:`Applied.state_dict`.
         """
         over = Applied(self, run, Effect(), step=int(state["step"]), record=state["record"])
         over.active = False
         return over
 
     def check_saved(self, effect: Stored) -> None:
-        """Raise a ValueError, naming the place, where ``effect`` is not what its effect's
-        ``state_dict`` gives.
+        """Check the stored state of its effect, without changing anything.
+
+        Raises:
+            ValueError: if it is no such state, naming the place.
         """
         effect.mapping()
 
     @abstractmethod
     def _start(self, run: TrainingRun) -> Effect:
-        """Change the run, or raise :class:`NotApplicable` and leave it as it was."""
+        """Change the run and return the effect.
+
+        Raises:
+            NotApplicable: if it does not fit; then nothing may have changed.
+        """
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        """Take up a held effect again; acts whose whole effect is in the weights have nothing to
-        hold.
+        """Return the effect again after a restart, from a value of its ``state_dict``.
+
+        Here nothing is held: the whole effect is in the weights.
         """
         return Effect(note="its effect is in the checkpoint; it can no longer be undone")
 
@@ -175,12 +270,25 @@ class Applied:
     """An intervention that was applied.
 
     Attributes:
-        intervention: the act.
+        intervention: the intervention.
         step: the optimizer step after which it was applied.
-        record: what, where, before, after and why, as plain values; also handed to ``run.audit``.
-        active: whether it is still in force, that is neither undone nor released.
-        by_hand: whether a person applied it, so that only a person ends it.
-        for_one_step: whether it is released after the next optimizer step.
+        effect: the change, and how to take it back.
+        record: intervention, location, before, after and reason as plain values; also passed to
+            ``run.audit``.
+        active: True while it is in force, that is neither undone nor released.
+        by_user: True if a person applied it, so that only a person ends it.
+        for_one_step: True if it is released after the next optimizer step.
+
+    Example:
+        >>> import torch
+        >>> from stabmon.interventions.lower_learning_rate import LowerLearningRate
+        >>> model = torch.nn.Linear(2, 1)
+        >>> run = TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> applied = LowerLearningRate(factor=0.5, where="all").apply(run)
+        >>> run.rate_factor, applied.active
+        (0.5, True)
+        >>> applied.undo(), run.rate_factor
+        (True, 1)
     """
 
     def __init__(
@@ -196,25 +304,28 @@ class Applied:
         self.step = step
         self.effect = effect
         self.active = True
-        self.by_hand = self.for_one_step = False
+        self.by_user = self.for_one_step = False
         self._run = run
         self.record: dict[str, Any] = (
             dict(record) if record is not None else _record(intervention, effect, step)
         )
         run.applied.append(self)
 
-    def noted(self, action: str, **more: Any) -> Applied:
-        """Write the record to the run's audit, with what happened."""
+    def write_audit(self, action: str, **more: Any) -> Applied:
+        """Write the record to the run's audit, and return ``self``.
+
+        Args:
+            action: the event, such as ``applied`` or ``undone``.
+            **more: further entries, or others instead of the record's.
+        """
         self._run.audit({**self.record, "action": action, "step": self._run.step, **more})
         return self
 
     def undo(self, why: str = "") -> bool:
-        """Restore what was there before, and later acts on the same things first. The second call
-        does nothing.
+        """Take it back, after later interventions on the same resources; a second call does nothing.
 
         Right after :meth:`Intervention.apply` the run is bit for bit what it was. Later, what
-        training has changed since is
-        kept: a factor is divided out again.
+        training has changed since is kept: a factor is divided out again.
 
         Args:
             why: the reason, for the record and the log, where nobody asked for it.
@@ -231,7 +342,7 @@ class Applied:
                 )
         self.active = False
         exact = self.effect.undo()
-        self.noted("undone", exact=exact, **({"why": why} if why else {}))
+        self.write_audit("undone", exact=exact, **({"why": why} if why else {}))
         if why:
             logger.warning(
                 "%s of step %d is taken back: %s", self.intervention.name, self.step, why
@@ -239,7 +350,7 @@ class Applied:
         return exact
 
     def release(self, why: str = "") -> None:
-        """End what is held from step to step; what is in the weights stays.
+        """Stop holding it from step to step; changes of weights stay.
 
         Args:
             why: the reason, for the record and the log, where nobody asked for it.
@@ -247,7 +358,7 @@ class Applied:
         if self.active:
             self.active = False
             self.effect.release()
-            self.noted("released", **({"why": why} if why else {}))
+            self.write_audit("released", **({"why": why} if why else {}))
             if why:
                 logger.info(
                     "%s of step %d is held no longer: %s", self.intervention.name, self.step, why
@@ -264,9 +375,9 @@ class Applied:
         remove = self._run.step_hooks.add("on_step", end)
 
     def relax(self) -> None:
-        """Hold less tightly what has been held for long without an alarm."""
+        """Loosen it, after it was held for long without an alarm."""
         if changed := self.effect.relax():
-            self.noted(
+            self.write_audit(
                 "relaxed",
                 before={},
                 after=dict(changed),
@@ -274,7 +385,7 @@ class Applied:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to hold it further: plain values, for JSON."""
+        """Return everything a resumed run needs to hold it further: plain values, for JSON."""
         return {
             "intervention": self.intervention.name,
             "settings": self.intervention.settings,
@@ -284,26 +395,27 @@ class Applied:
             "record": self.record,
             "effect": self.effect.state_dict(),
             "active": self.active,
-            "by_hand": self.by_hand,
+            "by_hand": self.by_user,
             "for_one_step": self.for_one_step,
         }
 
 
-def _record(act: Intervention, effect: Effect, step: int) -> dict[str, Any]:
+def _record(intervention: Intervention, effect: Effect, step: int) -> dict[str, Any]:
+    issues = intervention.issues
+    cause = f"{issues[0].issue_type} at {issues[0].where}" if issues else "asked for"
     layers, heads = {layer for layer, _ in effect.places}, {head for _, head in effect.places}
     return {
-        "intervention": act.name,
+        "intervention": intervention.name,
         "step": step,
         "layer": layers.pop() if len(layers) == 1 else None,
         "head": heads.pop() if len(effect.places) == 1 else None,
         "places": [list(place) for place in effect.places],
-        "issue_type": act.issues[0].issue_type if act.issues else None,
+        "issue_type": issues[0].issue_type if issues else None,
         "before": dict(effect.before),
         "after": dict(effect.after),
-        "why": act.why
-        or (f"{act.issues[0].issue_type} at {act.issues[0].where}" if act.issues else "asked for"),
+        "why": intervention.why or cause,
         "note": effect.note,
-        "settings": act.settings,
+        "settings": intervention.settings,
     }
 
 
@@ -314,11 +426,15 @@ I_ = TypeVar("I_", bound=type[Intervention])
 
 
 def intervention(cls: I_) -> I_:
-    """Register an intervention under its class name in snake case: ``QkClip`` is ``qk_clip``."""
+    """Register an intervention under its class name in snake case: ``QkClip`` is ``qk_clip``.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
     INTERVENTIONS.register(intervention_name(cls), cls)
     return cls
 
 
 def intervention_name(cls: type) -> str:
-    """The config name of an intervention's class: its name in snake case."""
+    """Return the name of an intervention's class in snake case, used in configurations."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()

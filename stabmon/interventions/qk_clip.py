@@ -112,12 +112,12 @@ class QkClip(Intervention):
             for place in _heads(run, issue)
         }
         try:
-            clip.first(new if self.target is None else None, wait=self.hold and run.by_hand)
+            clip.clip_now(new if self.target is None else None, wait=self.hold and run.by_user)
         except BaseException:
             clip.rows.undo()
             raise
         if new and self.target is None:
-            clip.begin_anew()
+            clip.reset_optimizer()
         clip.watch(hold=self.hold)
         return clip
 
@@ -141,7 +141,7 @@ class QkClip(Intervention):
         )
         clip.proven = dict(state["proven"])
         if state["anew"] is not None:
-            clip.begin_anew(state["anew"])
+            clip.reset_optimizer(state["anew"])
         clip.rows.load(state["rows"])
         clip.watch(hold=self.hold)
         return clip

@@ -93,16 +93,12 @@ class Rollback(Intervention):
         snapshot = states.newest
         if snapshot is None:
             raise NotApplicable("no healthy state has been seen yet")
-        if not self._begins_again(run, snapshot) and (why := states.why_not(snapshot)):
+        if not self._begins_again(run, snapshot) and (why := states.explain_refusal(snapshot)):
             raise NotApplicable(why)
         return _RolledBack(run, states, snapshot, self.rewind_schedule)
 
     def prepare(self, run: TrainingRun) -> HealthyStates:
-        states = HealthyStates(
-            run, every=self.every, confirm=self.confirm, memory_gb=self.memory_gb
-        )
-        states.begin()
-        return states
+        return HealthyStates(run, every=self.every, confirm=self.confirm, memory_gb=self.memory_gb)
 
     def _begins_again(self, run: TrainingRun, snapshot: Snapshot) -> bool:
         """Whether the rate was too high from the start and heads broke: what they learned since is
@@ -135,7 +131,7 @@ class _RolledBack(Effect):
         self._others = [
             each.effect.rolled_back(snapshot.step) for each in run.applied if each.active
         ]
-        states.gone_back()
+        states.note_rollback()
         for tell in run.on_rollback:
             tell(snapshot.step)
 

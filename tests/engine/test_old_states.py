@@ -241,7 +241,7 @@ def test_a_stored_state_is_taken_up_in_a_loop_of_ones_own(framework: str) -> Non
         monitor.load_state_dict(saved_state(framework, STORED[framework]))
         assert {each.intervention.name: each.step for each in monitor.applied} == HELD
         assert all(each.active for each in monitor.applied)
-        assert [each.by_hand for each in monitor.applied] == [s == BY_HAND for s in HELD.values()]
+        assert [each.by_user for each in monitor.applied] == [s == BY_HAND for s in HELD.values()]
         again = json.loads(json.dumps(monitor.state_dict()))
         assert again["step"] == SAVED
     assert not monitor.errors

@@ -284,7 +284,7 @@ def test_what_is_no_longer_known_is_left_out_alone_and_told_of_once(caplog, stor
     for word in ("'qk_klip'", "softness", "'melting'", "heat"):
         assert word in told
     assert names(monitor) == ["skip_step", "qk_clip", "lower_learning_rate"]
-    assert [trial.applied.intervention.name for trial in monitor._guard.policy.trials] == [
+    assert [trial.applied.intervention.name for trial in monitor._guard.policy.trials.entries] == [
         "qk_clip",
         "lower_learning_rate",
     ]

@@ -164,7 +164,7 @@ def test_held_over_a_restart_as_it_was_held() -> None:
     second = watched()
     second.load_state_dict(state)
     assert [each.active for each in second.applied] == [True, True]
-    assert all(each.by_hand for each in second.applied)
+    assert all(each.by_user for each in second.applied)
     train(second.model, second, second.optimizer, batches(1))
     assert [each.active for each in second.applied] == [False, True]
     second.close()
@@ -179,7 +179,7 @@ def guard_of(by_hand: bool) -> Guard:
         Budget(patience=2, release_after=2),
     )
     act = LowerLearningRate(factor=0.5).aimed_at([growth(first_layer(run))], "asked for")
-    assert guard.apply(act, by_hand=by_hand)
+    assert guard.apply(act, by_user=by_hand)
     return guard
 
 
@@ -190,7 +190,7 @@ def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(
     guard = guard_of(by_hand)
     run = guard.run
     alarm = replace(growth(first_layer(run)), issue_type="overflow_risk")
-    guard.policy.trials[0].keys = (("scores", alarm.layer, alarm.head),)
+    guard.policy.trials.entries[0].keys = (("scores", alarm.layer, alarm.head),)
     guard.policy.budget = replace(guard.policy.budget, max_per_location=1)
     for _ in range(4):
         train_step(run)
@@ -220,8 +220,8 @@ def test_guard_lets_go_of_its_own_when_nothing_is_wrong_and_never_of_a_persons(
 def test_a_persons_clip_that_does_nothing_is_told_of_and_stays(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    guard = guard_of(by_hand=True)
-    guard.run.applied[0].effect.given_up = "the rows are others"
+    guard = guard_of(by_user=True)
+    guard.run.applied[0].effect.abandoned_reason = "the rows are others"
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             guard.intervene([], True)
@@ -233,5 +233,5 @@ def test_a_persons_settings_that_do_not_fit_rule_out_nothing_of_guards() -> None
     run = run_of("gpt2-sdpa")
     guard = Guard(run, make_interventions({"qk_clip": {"target": 0.1}}))
     alarm = replace(growth(first_layer(run)), threshold=0.01)
-    assert guard.apply(QkClip(target=1e9, hold=False).aimed_at([alarm]), by_hand=True) is None
+    assert guard.apply(QkClip(target=1e9, hold=False).aimed_at([alarm]), by_user=True) is None
     assert [each.intervention.name for each in guard.intervene([alarm], True)] == ["qk_clip"]

@@ -213,9 +213,9 @@ def test_without_a_batch_no_clip_is_judged_until_its_rows_have_shrunk_in_vain() 
     for _ in range(10):
         train_step(run)
         left.append(weight.norm().item())
-        if applied.effect.given_up:
+        if applied.effect.abandoned_reason:
             break
-    assert "not those of its heads" in applied.effect.given_up
+    assert "not those of its heads" in applied.effect.abandoned_reason
     assert len(left) > 4, "a third of the score, once, is no reason"
     assert left[-1] == left[-2] == left[-3], "in doubt it is not clipped further"
     assert applied.undo()
@@ -232,7 +232,7 @@ def test_without_a_batch_a_clip_of_the_right_rows_is_held_on() -> None:
         with torch.no_grad():
             run.layers[layer].q_proj.weight.mul_(1.5)
         train_step(run)
-    assert not applied.effect.given_up
+    assert not applied.effect.abandoned_reason
     assert scores_of(run)[layer][1] <= tau * 1.6
 
 

@@ -632,8 +632,8 @@ def test_a_state_from_before_causes_were_told_goes_on():
     monitor.load_state_dict(
         state | {"step": 5, "last_reading": 4, "non_finite": {"found": old, "last_bad": 5}}
     )
-    assert monitor._detector.found_since(4) == NonFinite(**old)
-    assert monitor._detector.state_dict()["found"] == asdict(NonFinite(**old))
+    assert monitor._parts.detector.found_since(4) == NonFinite(**old)
+    assert monitor._parts.detector.state_dict()["found"] == asdict(NonFinite(**old))
     monitor.close()
 
 

@@ -1,6 +1,4 @@
-"""The function that a backward differentiated, as a function of the model's output, so that it can
-be evaluated again.
-"""
+"""Recover the objective that a backward differentiated, as a function of the model's output."""
 
 from __future__ import annotations
 
@@ -14,26 +12,35 @@ from stabmon._torch.outputs import loss_in
 from stabmon._torch.tensors import tensors_in
 
 _VALUES = 1 << 22
-"""Logits of one output that are kept at most: every k-th row of larger ones stands for the
-others.
-"""
+"""Largest number of logits kept of one output; of larger ones every k-th row is kept."""
 _RESIDUAL = 0.05
-"""Share of the gradient that cross-entropy may leave unexplained; more means that the objective is
-another one.
+"""Share of the gradient's norm that cross-entropy may leave unexplained.
+
+More means that the objective is another one.
 """
 
 
 class Objective:
-    """What was differentiated through one forward's output, up to a constant.
+    """The objective differentiated through one forward's output, up to a constant.
 
     Where backward goes through the loss in the output, it is that loss times the gradient that
     arrives at it (a loss scale, a share of an accumulated step). Where the loss is made outside of
     the model it is recovered from the gradient at the logits, if that is the gradient of a
-    cross-entropy: :math:`w_i (p_i - e_{y_i})` in each row, which tells the labels and the weights.
+    cross-entropy: :math:`w_i (p_i - e_{y_i})` in each row, which shows the labels and the weights.
     Any other objective is unknown.
 
     Args:
-        output: what the forward returned, with its graph.
+        output: the forward's output, with its graph.
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0]]], requires_grad=True)
+        >>> output = logits * 1.0
+        >>> objective = Objective(output)
+        >>> loss = torch.nn.functional.cross_entropy(output[0], torch.tensor([0]))
+        >>> loss.backward()
+        >>> before, after = objective.values(torch.tensor([[[0.0, 0.0]]]))
+        >>> bool((before - loss).abs() < 1e-6), round(float(after), 3)
+        (True, 0.693)
     """
 
     def __init__(self, output: Any) -> None:
@@ -55,14 +62,19 @@ class Objective:
         self._loss = None if self._loss is None else self._loss.detach()
 
     def release(self) -> None:
-        """Take the hooks off the output again."""
+        """Remove the hooks from the output."""
         while self._hooks:
             self._hooks.pop().remove()
 
     @torch.no_grad()
     def values(self, output: Any) -> tuple[Tensor, Tensor] | None:
-        """Value at the output it was made from, and at another one of the same forward; None where
-        the objective is unknown.
+        """Evaluate the objective at its own output and at another output of the same forward.
+
+        Args:
+            output: the output of the forward made again.
+
+        Returns:
+            (before, after), float64 scalars; None where the objective is unknown.
         """
         if self._factor is not None and self._loss is not None:
             loss = loss_in(output)
@@ -85,24 +97,23 @@ class Objective:
         )  # type: ignore[return-value]
 
     def _take_factor(self, gradient: Tensor | None) -> None:
-        """A hook in backward, which must not raise. Compiled code hands over None for an output
-        that nothing used.
+        """Keep the gradient of the loss; a hook in backward, which must not raise.
+
+        Compiled code passes None for an output that nothing used.
         """
         if gradient is not None:
             with contextlib.suppress(Exception):
                 self._factor = gradient.detach().double().clone()
 
     def _take_gradient(self, gradient: Tensor | None) -> None:
-        """The same for logits."""
+        """Keep the gradient of the logits; a hook as :meth:`_take_factor`."""
         if gradient is not None:
             with contextlib.suppress(Exception):
                 self._gradient = gradient.detach().flatten(0, -2)[self._rows].float().clone()
 
 
 def _logits_in(output: Any) -> Tensor | None:
-    """The tensor that classes are scored in: ``.logits``, or the first of the output that has a
-    graph.
-    """
+    """Return the logits of an output: ``.logits``, else its first floating-point matrix."""
     named = getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named if named.ndim >= 2 else None
@@ -117,18 +128,20 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cross_entropy_of(logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Weight and label of each row of which ``gradient`` is the cross-entropy's; None where it is
-    no such gradient.
+    """Return weight and label of each row, if ``gradient`` is that of a cross-entropy; else None.
+
+    Args:
+        logits: ``[N, C]``, float32.
+        gradient: ``[N, C]``, by the logits.
     """
     share, labels = logits.softmax(-1), gradient.argmin(-1)
     at_label = labels[:, None]
     weights = (gradient.gather(-1, at_label) / (share.gather(-1, at_label) - 1))[:, 0]
-    told = (
-        gradient.abs().amax(-1) > 0
-    )  # rows that count for nothing, as ignored labels and the last position, have none
-    weights = torch.where(told, weights.nan_to_num(0.0, 0.0, 0.0), 0.0)
+    # rows that count for nothing, as ignored labels and the last position, have no gradient
+    counted = gradient.abs().amax(-1) > 0
+    weights = torch.where(counted, weights.nan_to_num(0.0, 0.0, 0.0), 0.0)
     explained = weights[:, None] * (share - torch.nn.functional.one_hot(labels, share.shape[-1]))
-    if not bool(told.any()) or float((gradient - explained).norm()) > _RESIDUAL * float(
+    if not bool(counted.any()) or float((gradient - explained).norm()) > _RESIDUAL * float(
         gradient.norm()
     ):
         return None

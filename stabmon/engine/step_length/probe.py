@@ -1,4 +1,4 @@
-"""Measure how well an optimizer's step did on the very batch that it was computed from."""
+"""Measure how well an optimizer's step did on the batch that it was computed from."""
 
 from __future__ import annotations
 
@@ -16,24 +16,20 @@ from stabmon._torch.tensors import local
 from stabmon.engine.step_length.objective import Objective
 
 COPY_BYTES = 1 << 30
-"""Parameters of at most this size are copied before a step that is probed; of larger models no step
-is.
-"""
+"""Bytes of trained parameters up to which steps are probed; the parameters are copied."""
 AHEAD = 4.0
-"""Times the median share of the other groups that a group must move by to be looked at alone."""
+"""Times the median relative change of other groups from which a group is examined alone."""
 _FORWARDS = 4
-"""Forwards of a step that are replayed at most."""
+"""Largest number of forwards of a step that are replayed."""
 _TOO_SMALL = {torch.float64: 1e-9, torch.float32: 1e-5}
-"""Predicted change over the objective below which rounding hides what a step did, by the format of
-the forward.
-"""
+"""Predicted change over the objective below which rounding hides it, by the forward's format."""
 _SHORT = 1e-2
 """The same for shorter formats."""
 
 
 @dataclass(frozen=True)
 class StepQuality:
-    """What one step did to the objective of its own batch."""
+    """The change that a step made to the objective of its own batch."""
 
     step: int
     gain_ratio: float
@@ -55,13 +51,14 @@ class _Held:
 
     @property
     def has_matrices(self) -> bool:
-        """Whether it holds more than biases and gains, whose size says little of how far they may
-        move.
+        """Return whether it has more than biases and gains.
+
+        The size of biases and gains says little about how far they may move.
         """
         return any(each.ndim >= 2 for each in self.parameters)
 
     def share(self) -> float:
-        """Norm of what the step changed, over the norm of what was there."""
+        """Return the norm of the step over the norm of the parameters before it."""
         pairs = list(zip(self.parameters, self.before, strict=True))
         moved = torch.stack([_norm(now.detach() - was) for now, was in pairs]).norm()
         size = torch.stack([_norm(was) for was in self.before]).norm()
@@ -69,21 +66,20 @@ class _Held:
 
 
 class StepProbe:
-    r"""Replay a step's batch after the step, and compare the change of its objective with what the
-    gradient foretold.
+    r"""Change of a step's objective on its own batch, compared with the gradient's prediction.
 
     The gain ratio of trust-region methods, :math:`\rho = (f(p + d) - f(p)) / (\nabla f(p)^T d)`,
-    needs neither a scale of the weights nor a
-    history: f is what backward differentiated on the step's own forwards (see
-        :class:`~stabmon.engine.step_length.objective.Objective`), with the
-    random numbers of the first pass. Costs a copy of what is trained and one forward without
-    gradients at the steps that are probed. None is where what is trained is larger than
-    ``COPY_BYTES`` or lies on several ranks, and where somebody's forward hook would notice.
+    needs neither a scale of the weights nor a history: f is the objective that backward
+    differentiated on the step's own forwards (see
+    :class:`~stabmon.engine.step_length.objective.Objective`), with the random numbers of the first
+    pass. A probed step costs a copy of the trained parameters and one forward without gradients.
+    No step is probed where these are larger than ``COPY_BYTES`` or lie on several ranks, and where
+    somebody's forward hook would notice.
 
     Args:
         model: the model, as its forwards were recorded.
 
-    Source:
+    References:
         Nocedal & Wright, Numerical Optimization, 2006, eq. 4.4.
     """
 
@@ -95,10 +91,10 @@ class StepProbe:
         self._norms: list[Tensor] = []
         self._groups: list[_Held] = []
         self.active = False
-        """Whether the present step is probed."""
+        """True if the step in progress is probed."""
 
     def begin(self, wanted: bool) -> None:
-        """Forget the last step; probe the one that begins, if ``wanted`` and possible."""
+        """Drop the last step, and probe the one that begins if ``wanted`` and possible."""
         self.end()
         if wanted and self._able is None:
             trained = [each for each in self._model.parameters() if each.requires_grad]
@@ -107,28 +103,33 @@ class StepProbe:
         self.active = wanted and bool(self._able) and not has_hooks_of_others(self._model)
 
     def end(self) -> None:
-        """Keep nothing of the step."""
+        """Drop everything of the step."""
         for _, objective in self._seen:
             objective.release()
         self._seen, self._norms, self._groups, self._forwards = [], [], [], 0
         self.active = False
 
-    def follow(self, call: ForwardCall | None, output: object) -> None:
-        """A training forward has returned; ``call`` makes it again, where it was kept."""
+    def add_forward(self, call: ForwardCall | None, output: object) -> None:
+        """Add a training forward that has returned.
+
+        Args:
+            call: can repeat the forward; None where its inputs were not kept.
+            output: the model's output, with its graph.
+        """
         if self.active:
             self._forwards += 1
             if call is not None and len(self._seen) < _FORWARDS:
                 self._seen.append((call, Objective(output)))
 
     @torch.no_grad()
-    def backward_ended(self) -> None:
-        """Gradients are those of the objective, and nothing has clipped or unscaled them yet."""
+    def note_backward(self) -> None:
+        """Measure the gradients of the objective, before anything clips or unscales them."""
         if self.active:
             self._norms = [_norm(each.grad) for each in self._trained()]
 
     @torch.no_grad()
     def before(self, groups: Mapping[str, Sequence[Tensor]]) -> None:
-        """An optimizer is about to step these parameters, by the name of their group."""
+        """Copy parameters that an optimizer is about to step, by the name of their group."""
         known = {each.key for each in self._groups}
         if self.active:
             for key, parameters in groups.items():
@@ -138,7 +139,7 @@ class StepProbe:
 
     @torch.no_grad()
     def after(self, keys: Sequence[str]) -> None:
-        """The optimizer has stepped the groups of these names, and gradients are still there."""
+        """Predict the change by the step of these groups, while gradients are still there."""
         if not self.active or not self._norms:
             return
         trained = self._trained()
@@ -169,7 +170,7 @@ class StepProbe:
 
     @torch.no_grad()
     def quality(self, step: int) -> StepQuality | None:
-        """What the step did; None where that cannot be known."""
+        """Return what the step did to its objective; None where that cannot be known."""
         predicted = self._predicted()
         if predicted is None:
             return None
@@ -186,26 +187,37 @@ class StepProbe:
         return StepQuality(step, ratio, change / size if size else math.nan)
 
     @torch.no_grad()
-    def fitting(self, aim: float = 0.6, most: int = 5) -> dict[str, float]:
-        """By which factor each group's step would have had to be shorter for a gain ratio of
-        ``aim``; only groups that overshoot.
+    def find_factors(self, target: float = 0.6, max_forwards: int = 5) -> dict[str, float]:
+        """Find the factor by which each group's step is to be shorter for a given gain ratio.
 
-        One group alone where it moves much further than the others and these fit once it is left
-        out; else all, by the same factor. Found by moving the parameters back along the step, with
-        at most ``most`` forwards. Parameters are afterwards bit for bit where they were.
+        It is one group alone where that moves much further than the others and these fit without
+        it; else all, by the same factor. The parameters are moved back along the step to find it,
+        and are bit for bit where they were afterwards.
+
+        Args:
+            target: the gain ratio to reach.
+            max_forwards: limit of forwards to find it with.
+
+        Returns:
+            Factors in (0, 1], by group; groups that do not overshoot are left out.
         """
         keys = [each.key for each in self._groups if each.predicted is not None]
         alone = [
             key
             for key in self._ahead()
-            if self._fits_without(key, [each for each in keys if each != key], aim)
+            if self._fits_without(key, [each for each in keys if each != key], target)
         ]
-        return dict.fromkeys(alone or keys, self._search(alone or keys, aim, most))
+        return dict.fromkeys(alone or keys, self._search(alone or keys, target, max_forwards))
 
     @torch.no_grad()
     def shorten(self, factors: Mapping[str, float]) -> Callable[[], None] | None:
-        """Shorten the step that was just made, by a factor a group; returns what puts it back, None
-        where nothing was held.
+        """Shorten the step that was just made.
+
+        Args:
+            factors: the share of the step to keep, by group.
+
+        Returns:
+            A function that undoes it; None where no group was copied before the step.
         """
         moved = []
         for group in self._groups:
@@ -224,9 +236,7 @@ class StepProbe:
         return put_back
 
     def _ahead(self) -> list[str]:
-        """The group of matrices that moves by the largest share of itself, if that is ``AHEAD``
-        times as much as the others do.
-        """
+        """Return the group of matrices that moves ``AHEAD`` times further than the others, if any."""
         shares = {
             group.key: group.share()
             for group in self._groups
@@ -238,25 +248,26 @@ class StepProbe:
         others = sorted(share for key, share in shares.items() if key != first)
         return [first] if shares[first] >= AHEAD * others[len(others) // 2] else []
 
-    def _fits_without(self, key: str, others: list[str], aim: float) -> bool:
+    def _fits_without(self, key: str, others: list[str], target: float) -> bool:
         rest = self._predicted(others)
-        return not rest or (self._ratio({key: 0.0}, rest) or -1.0) >= aim
+        return not rest or (self._ratio({key: 0.0}, rest) or -1.0) >= target
 
-    def _search(self, keys: Sequence[str], aim: float, most: int) -> float:
-        """The longest share of these groups' step with a gain ratio of ``aim``, by halving twice
-        and a quadratic between.
+    def _search(self, keys: Sequence[str], target: float, max_forwards: int) -> float:
+        """Find the longest share of these groups' step with the target gain ratio.
+
+        The share is quartered until the ratio is reached; a quadratic gives the share between.
         """
         share, ratio = 1.0, None
-        for _ in range(most):
+        for _ in range(max_forwards):
             share *= 0.25
             ratio = self._ratio(
                 dict.fromkeys(keys, share), (self._predicted(keys) or 0.0) * share, keys
             )
-            if ratio is None or ratio >= aim:
+            if ratio is None or ratio >= target:
                 break
         if ratio is None or ratio >= 1:
             return min(1.0, share * (1.0 if ratio is None else 4.0))
-        return min(4 * share, share * (1 - aim) / max(1 - ratio, 1e-3))
+        return min(4 * share, share * (1 - target) / max(1 - ratio, 1e-3))
 
     def _ratio(
         self, shares: Mapping[str, float], predicted: float, only: Sequence[str] = ()
@@ -267,7 +278,7 @@ class StepProbe:
 
     @contextmanager
     def _moved(self, shares: Mapping[str, float], only: Sequence[str] = ()) -> Iterator[None]:
-        """Groups at a share of their step; with ``only``, all others before theirs."""
+        """Put groups at a share of their step inside; with ``only``, the others before theirs."""
         moved = []
         try:
             for group in self._groups:
@@ -292,7 +303,7 @@ class StepProbe:
         return total if parts and math.isfinite(total) else None
 
     def _change(self) -> tuple[float, float] | None:
-        """How far the objective of the step's forwards has changed, and how large it was."""
+        """Return the change of the step's objective, and its size before; None where unknown."""
         before, change = 0.0, 0.0
         for call, objective in self._seen:
             with call.again(self._model) as forward:
@@ -307,7 +318,7 @@ class StepProbe:
         return (change * share, before * share) if math.isfinite(before) else None
 
     def _too_small(self) -> float:
-        """Predicted change over the objective that the format of the forward hides."""
+        """Return the predicted change over the objective that the forward's format hides."""
         if any(enabled for call, _ in self._seen for enabled, _ in call.autocast.values()):
             return _SHORT
         return max(

@@ -1,6 +1,4 @@
-"""Notice that steps are too long, from the first one on: by what each did to its own batch, and by
-a loss that leaps.
-"""
+"""Decide at which steps to probe the step length, and conclude from probes and losses."""
 
 from __future__ import annotations
 
@@ -19,62 +17,77 @@ from stabmon.records import Overshoot
 from stabmon.rules.evidence.robust_stats import robust_spread
 
 RISE = 1.5
-"""Times the highest rate that was probed at which it is probed again: 19 times on the way up a
-warm-up of 2000 steps.
+"""Times the highest probed rate at which a step is probed again.
+
+That is 19 times on the way up a warm-up of 2000 steps.
 """
 EARLY = (1, 2, 4, 8, 16, 32)
-"""Steps since the start that are probed whatever the rate does."""
+"""Steps since the start that are probed at any rate."""
 FIRST = 0.15
-"""Gain ratio of the very first step below which the rate is too high. Without a warm-up Adam's
-first step moves every weight by the rate, and brisk runs that ended well came to 0.25; those that a
-rate ruined to 0.13 and less, trained weights below 0."""
+"""Gain ratio of the first step below which the rate is too high.
+
+Without a warm-up Adam's first step moves every weight by the rate. Brisk runs that ended well came
+to 0.25; those that a rate ruined to 0.13 and less, with trained weights below 0.
+"""
 BRISK = 0.35
-"""Gain ratio of the very first step below which the rate is too high if heads break in the first
-steps; at the usual rates it was 0.5 and more."""
+"""Gain ratio of the first step below which the rate is too high if heads then break.
+
+At the usual rates it was 0.5 and more.
+"""
 LOW = 0.3
-"""Median gain ratio of ``BURST`` steps in a row below which they are too long. A quadratic's best
-step has 1/2; small runs that ended healthy stayed above 0.42 but for two at ten times the usual
-rate, those that a rate ruined came to 0.33 and less, mostly below 0.1."""
+"""Median gain ratio of ``BURST`` steps in a row below which they are too long.
+
+A quadratic's best step has 1/2. Small runs that ended healthy stayed above 0.42 but for two at ten
+times the usual rate; those that a rate ruined came to 0.33 and less, mostly below 0.1.
+"""
 LONG = 0.35
-"""The same for the mean of twice as many, each taken as -1/2 at least and 1 at most: what batches
-disagree on needs more of them. Healthy runs stayed above 0.42 but for the same two, those that a
-rate ruined came to 0.32 and less."""
+"""Mean gain ratio of twice ``BURST`` steps, each clipped to [-1/2, 1], below which they are too long.
+
+Steps on which batches disagree need more of them. Healthy runs stayed above 0.42 but for the same
+two; those that a rate ruined came to 0.32 and less.
+"""
 FINE = 0.6
 """Gain ratio from which on the next steps need not be probed."""
 BURST = 4
-TORN = 0.25
-"""Rise of a step's own objective, over its size, that tears a run by itself; healthy runs came to
-0.07.
+"""Probed steps in a row that are judged together."""
+DIVERGED = 0.25
+"""Rise of a step's own objective, over its size, from which the run diverges by it alone.
+
+Healthy runs came to 0.07.
 """
 LEAP = 5.0
-"""Spreads of the newest losses, as the differences between neighbours tell it, by which a loss must
-lie above the largest to have leapt: so a loss of heavy tails needs a batch that is as far out
-again."""
+"""Spreads of the newest losses by which a loss must lie above the largest to have leapt.
+
+The spread is that of differences between neighbours: under heavy tails a batch must be as far out
+again.
+"""
 LEAST_LEAP = 1.1
-"""Times the largest of the newest losses that it must also be."""
+"""Factor on the largest of the newest losses that a leap must also exceed."""
 OPEN = 100
-"""Steps after a brisk beginning within which heads may break of it, and no later state counts as
-healthy.
-"""
+"""Steps after a brisk start within which heads may break by it, and no state counts as healthy."""
 YOUNG = 200
-"""Steps since the rate was last higher than ever within which a leap of the loss is taken for the
-rate's doing.
-"""
+"""Steps after a new highest rate within which a leap of the loss is attributed to the rate."""
 How = Literal["first_step", "brisk", "steps", "torn", "leap"]
-"""See :class:`~stabmon.records.Overshoot`."""
+"""Kind of evidence for a step that is too long, see :class:`~stabmon.records.Overshoot`."""
 _KNOWN = 12
 """Losses that must be known before one can leap."""
 _BACK = 0.25
-"""Share of the rate that tore a run that is told to fit it, where no step could be probed."""
+"""Share of the rate that made a run diverge, recommended where no step could be probed."""
 
 
 class RateWatch:
-    """Decides at which steps to probe and what to conclude.
+    """Choice of the steps to probe, and the conclusions from probes and losses.
 
-    What is free is looked at in every step: the rate of each group, and the loss. Steps are probed
-        while rates are higher than any that
-    was probed before, and in the first steps of a run; a healthy one gives a single good probe each
-    time.
+    The rate of each group and the loss cost nothing and are examined in every step. Steps are
+    probed while rates are higher than any that was probed before, and in the first steps of a run;
+    a healthy run gives a single good probe each time.
+
+    Example:
+        >>> watch = RateWatch()
+        >>> watch.wants(1, {"0.0": 1e-3})
+        True
+        >>> watch.judge(StepQuality(1, gain_ratio=0.1, rise=-0.1), {"0.0": 1e-3})
+        'first_step'
     """
 
     def __init__(self) -> None:
@@ -88,7 +101,12 @@ class RateWatch:
         """The newest finding."""
 
     def wants(self, step: int, rates: Mapping[str, float]) -> bool:
-        """Whether to probe the step that begins, at these rates."""
+        """Return whether to probe the step that begins.
+
+        Args:
+            step: the step that begins.
+            rates: learning rate of each parameter group, by key.
+        """
         self._step = step
         if self._first is None:
             self._first, self._risen = step, step
@@ -96,7 +114,7 @@ class RateWatch:
         return early or bool(self._burst) or self.rises(step, rates)
 
     def rises(self, step: int, rates: Mapping[str, float]) -> bool:
-        """Whether some group's rate is clearly higher than any that was probed."""
+        """Return whether some group's rate is clearly higher than any that was probed."""
         higher = any(
             rate > RISE * self._probed.get(key, 0.0) for key, rate in rates.items() if rate > 0
         )
@@ -105,9 +123,10 @@ class RateWatch:
         return higher
 
     @property
-    def uneasy(self) -> bool:
-        """Whether it is still open what comes of the newest steps: a probe was not good, or a run
-        began briskly and heads may break.
+    def is_uncertain(self) -> bool:
+        """Return whether the newest steps may yet prove too long.
+
+        A probe was not good, or the run began briskly and heads may break.
         """
         brisk = (
             self.found is not None
@@ -117,7 +136,15 @@ class RateWatch:
         return bool(self._burst) or brisk
 
     def judge(self, quality: StepQuality | None, rates: Mapping[str, float]) -> How | None:
-        """Take note of a probed step; in which way it is too long, or None."""
+        """Add a probed step.
+
+        Args:
+            quality: its measurement; None where it could not be measured.
+            rates: the rate that each group used in it.
+
+        Returns:
+            The evidence that steps are too long; None if there is none.
+        """
         if quality is None or math.isnan(quality.gain_ratio):
             self._burst = []
             if quality is not None:
@@ -126,7 +153,7 @@ class RateWatch:
         self._note(rates)
         self._burst.append(quality)
         ratios = sorted(each.gain_ratio for each in self._burst[-BURST:])
-        if quality.rise >= TORN:
+        if quality.rise >= DIVERGED:
             return "torn"
         if quality.step == self._first and quality.gain_ratio < BRISK:
             return "first_step" if quality.gain_ratio < FIRST else "brisk"
@@ -144,8 +171,10 @@ class RateWatch:
         return None
 
     def note_loss(self, step: int, loss: float) -> float | None:
-        """Take note of a step's loss; how many times the largest before it has leapt to, where that
-        shows that the run is torn.
+        """Add a step's loss.
+
+        Returns:
+            The loss over the largest before it, where it leapt and the run diverges; else None.
         """
         if not math.isfinite(loss):
             return None
@@ -167,8 +196,14 @@ class RateWatch:
         factors: Mapping[str, float],
         **more: float,
     ) -> Overshoot:
-        """Keep a finding: the rates used, and by which factor those that are too high are to be
-        lower.
+        """Keep a finding and return it.
+
+        Args:
+            step: the step that was too long.
+            how: the evidence.
+            rates: the rates used in it.
+            factors: factors by which rates that are too high are to be lower, by group.
+            **more: ``gain_ratio`` and ``rise``, where measured.
         """
         self._burst = []
         fitting = {
@@ -182,29 +217,33 @@ class RateWatch:
         )
         return self.found
 
-    def torn(self, step: int, ratio: float, rates: Mapping[str, float]) -> Overshoot:
-        """The same for a loss that leapt, after which no step is left to probe: rates that were
-        fine before may have torn it.
+    def conclude_leap(self, step: int, ratio: float, rates: Mapping[str, float]) -> Overshoot:
+        """Keep a finding of a loss that leapt, and return it.
+
+        No step is left to probe, and rates that were fine before may have made the run diverge.
+
+        Args:
+            step: the step whose loss leapt.
+            ratio: the loss over the largest before it.
+            rates: the rates used.
         """
         self._fine = {
             key: rate for key, rate in self._fine.items() if rate < 0.9 * rates.get(key, 0.0)
         }
         return self.conclude(step, "leap", rates, dict.fromkeys(rates, _BACK), rise=ratio - 1)
 
-    def begin_again(self) -> None:
-        """The run goes on from an earlier state, at other rates: its losses and rates are not those
-        of what was left.
-        """
+    def reset(self) -> None:
+        """Drop losses and rates: the run goes on from an earlier state, at other rates."""
         self._burst = []
         self._losses.clear()
         self._probed, self._first = {}, None
 
     def found_since(self, step: int) -> Overshoot | None:
-        """The newest finding, if it was made after ``step``."""
+        """Return the newest finding, if it was made after ``step``."""
         return self.found if self.found is not None and self.found.step > step else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as plain values."""
+        """Return everything a resumed run needs, as plain values."""
         return {
             "probed": dict(self._probed),
             "fine": dict(self._fine),
@@ -216,8 +255,9 @@ class RateWatch:
         }
 
     def parse_state(self, state: Mapping[str, Any] | Stored | None) -> Callable[[], None]:
-        """Read a state whole, and return what takes it up; None and a stored None leave everything
-        as it is.
+        """Read a state whole, and return a function that restores it.
+
+        None and a stored None leave everything as it is.
 
         Raises:
             ValueError: if it is no state of this.

@@ -1,4 +1,4 @@
-"""Measure at each step of a run whether it was too long, and conclude which rate fits."""
+"""Measure at each step whether it was too long, and conclude which rate fits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from stabmon.records import Overshoot
 
 
 class StepLength(StepListener):
-    """Finds steps that are too long; :class:`RateWatch` decides which to look at, and
-    :class:`StepProbe` measures.
+    """The listener that finds steps that are too long.
 
-    Changes nothing: parameters are bit for bit where the optimizer left them, gradients and random
+    :class:`RateWatch` decides which steps to probe, and :class:`StepProbe` measures them. It
+    changes nothing: parameters are bit for bit where the optimizer left them, gradients and random
     generators untouched.
 
     Args:
@@ -44,7 +44,7 @@ class StepLength(StepListener):
     ) -> None:
         self.boundary = boundary
         self.rates = RateWatch()
-        self._view, self._scheduled, self._factors = optimizers, scheduled, factors
+        self._optimizers, self._scheduled, self._factors = optimizers, scheduled, factors
         self._probe = StepProbe(model)
         self._hooks: list[Any] = []
         self._used: dict[str, float] = {}
@@ -60,7 +60,7 @@ class StepLength(StepListener):
             self._watch()
         now = {
             group.key: rate
-            for group in self._view.groups()
+            for group in self._optimizers.groups()
             if (rate := self._scheduled(group)) is not None
         }
         factors = self._factors()
@@ -70,19 +70,19 @@ class StepLength(StepListener):
         self._used = {}
 
     def on_forward_end(self, call: ForwardCall | None, output: Any) -> None:
-        self._probe.follow(call, output)
+        self._probe.add_forward(call, output)
 
     def on_forward_error(self) -> None:
         self._probe.end()
 
     def on_backward_end(self) -> None:
-        self._probe.backward_ended()
+        self._probe.note_backward()
 
     def on_step_end(self, ctx: StepContext) -> None:
         self.has_news = self._judge(ctx.step, ctx.loss) is not None
 
     def _judge(self, step: int, loss: float | Tensor | None) -> Overshoot | None:
-        """Return what shows that ``step``, or the one before, was too long; None if nothing."""
+        """Return the evidence that ``step``, or the one before, was too long; None if none."""
         factors = self._factors()
         self._used = {key: rate * factors.get(key, 1.0) for key, rate in self._used.items()}
         quality = self._probe.quality(step) if self._probe.active else None
@@ -91,18 +91,27 @@ class StepLength(StepListener):
             and (how := self.rates.judge(quality, self._used)) is not None
             and quality is not None
         ):
-            found = self._probe.fitting()
+            found = self._probe.find_factors()
             if any(factor < 1 for factor in found.values()):
                 news = self.rates.conclude(
                     step, how, self._used, found, gain_ratio=quality.gain_ratio, rise=quality.rise
                 )
                 return None if how == "brisk" else news
         leapt = self._leap(step, loss)
-        return None if leapt is None or not self._used else self.rates.torn(step, leapt, self._used)
+        return (
+            None
+            if leapt is None or not self._used
+            else self.rates.conclude_leap(step, leapt, self._used)
+        )
 
     def shorten(self, factors: Mapping[str, float]) -> Callable[[], None] | None:
-        """Shorten the step that was just made, by a factor a group; returns what puts it back, None
-        where it was not probed.
+        """Shorten the step that was just made.
+
+        Args:
+            factors: the share of the step to keep, by group.
+
+        Returns:
+            A function that undoes it; None where the step was not probed.
         """
         return self._probe.shorten(factors) if self._probe.active else None
 
@@ -113,31 +122,33 @@ class StepLength(StepListener):
 
     def _watch(self) -> None:
         for optimizer in {
-            id(group.optimizer): group.optimizer for group in self._view.groups()
+            id(group.optimizer): group.optimizer for group in self._optimizers.groups()
         }.values():
             if takes_hooks(optimizer):
                 self._hooks += [
-                    optimizer.register_step_pre_hook(lambda stepping, *_: self._steps(stepping)),
-                    optimizer.register_step_post_hook(lambda stepping, *_: self._stepped(stepping)),
+                    optimizer.register_step_pre_hook(
+                        lambda stepping, *_: self._before_step(stepping)
+                    ),
+                    optimizer.register_step_post_hook(
+                        lambda stepping, *_: self._after_step(stepping)
+                    ),
                 ]
 
     @contained
-    def _steps(self, optimizer: torch.optim.Optimizer) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._probe.active:
             self._probe.before(
                 {
                     each.key: each.parameters
-                    for each in self._view.groups()
+                    for each in self._optimizers.groups()
                     if each.optimizer is optimizer
                 }
             )
 
     @contained
-    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
-        groups = [group for group in self._view.groups() if group.optimizer is optimizer]
-        for (
-            group
-        ) in groups:  # not before the step: a loop may set rates in the closure that it calls
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        groups = [group for group in self._optimizers.groups() if group.optimizer is optimizer]
+        for group in groups:  # after the step: a loop may set rates in the closure of step()
             rate = self._scheduled(group)
             if rate is not None:
                 self._used[group.key] = rate
@@ -145,9 +156,7 @@ class StepLength(StepListener):
             self._probe.after([group.key for group in groups])
 
     def _leap(self, step: int, loss: float | Tensor | None) -> float | None:
-        """A loss on another device is looked at one step later, when reading it waits for
-        nothing.
-        """
+        """Return how far the loss leapt; on another device one step later, without waiting."""
         if isinstance(loss, Tensor):
             last, self._last_loss = self._last_loss, loss
             loss = None if last is None else float(last)

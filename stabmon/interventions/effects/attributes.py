@@ -1,4 +1,4 @@
-"""Change attributes of modules, and put back the very objects that were there."""
+"""Change attributes of modules, and put the previous objects back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stabmon.interventions.effects.effect import Effect
 
 @dataclass
 class AttributesChanged(Effect):
-    """Attributes of modules that were set, and are put back when the act is undone or released."""
+    """Attributes of modules that are set, and put back when it is undone or released."""
 
     changes: Sequence[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
     """(module, attribute, value before, value now)."""
@@ -28,7 +28,7 @@ class AttributesChanged(Effect):
         return all(kept)
 
     def release(self) -> None:
-        """Put back what is still as it was set; what somebody has set anew since stays."""
+        """Put back attributes that are still as they were set; others stay."""
         for module, name, before, now in self.changes:
             if getattr(module, name) is now:
                 setattr(module, name, before)
@@ -38,7 +38,15 @@ class AttributesChanged(Effect):
 def described(
     changes: Sequence[tuple[str, str, Any, Any]],
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Before and after by ``layer.attribute``, for the record."""
+    """Return values before and after by ``layer.attribute``, for the record.
+
+    Args:
+        changes: (layer, attribute, value before, value after).
+
+    Example:
+        >>> described([("attn", "p", 0.0, 0.1)])
+        ({'attn.p': 0.0}, {'attn.p': 0.1})
+    """
     before = {f"{layer}.{name}": value for layer, name, value, _ in changes}
     after = {f"{layer}.{name}": value for layer, name, _, value in changes}
     return before, after

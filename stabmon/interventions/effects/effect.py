@@ -7,72 +7,83 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Place = tuple[str | None, int | None]
-"""(layer, head); None for the whole run, and for the whole layer."""
+"""(layer, head); a layer of None is the whole run, a head of None the whole layer."""
 
 
 @dataclass
 class Effect:
-    """What an intervention changed in a run, and how to take it back. The base class changed
-    nothing.
+    """A change that an intervention made to a run, and how to take it back.
 
-    ``before`` and ``after`` hold plain values for the audit record.
+    The base class changed nothing.
+
+    Example:
+        >>> effect = Effect(places=[("attn", 3)], note="nothing was changed")
+        >>> effect.undo(), effect.was_active()
+        (True, False)
     """
 
     places: Sequence[Place] = ((None, None),)
+    """The layers and heads that were changed."""
     before: Mapping[str, Any] = field(default_factory=dict)
+    """Values before the change, as plain values for the audit record."""
     after: Mapping[str, Any] = field(default_factory=dict)
+    """The same values after it."""
     note: str = ""
-    """What a reader of the record should know besides."""
+    """Further facts for the audit record."""
     resources: frozenset[str] = frozenset()
-    """Names of what was changed; effects with a name in common are undone last in, first out."""
-    given_up: str = ""
-    """Why it is at an end by itself, and is to be taken back; empty while it is not."""
+    """Names of changed things; effects with a name in common are undone last in, first out."""
+    abandoned_reason: str = ""
+    """The reason why it ended by itself and is to be taken back; empty while it has not."""
 
     def undo(self) -> bool:
-        """Put back what was there before, and stop. Whether every bit is as it was: training since
-        may make that impossible.
+        """Take the change back, and stop.
+
+        Returns:
+            Whether every bit is as it was; training since may make that impossible.
         """
         self.release()
         return True
 
     def release(self) -> None:
-        """Stop: take out hooks, put back attributes; what has been written into weights stays. May
-        be called twice.
+        """Stop: remove hooks and put attributes back, but keep changes of weights.
+
+        May be called twice.
         """
 
     def was_active(self) -> bool:
-        """Whether it had something to do since it was last asked: then it is held further."""
+        """Return whether it had something to do since the last call; then it is held further."""
         return False
 
     def relax(self) -> Mapping[str, Any]:
-        """It was held for long without an alarm, and at work: hold less tightly. What changed, for
-        the record; empty if nothing.
+        """Loosen it, after it was held and active for long without an alarm.
+
+        Returns:
+            The new values, for the record; empty if nothing changed.
         """
         return {}
 
     def rolled_back(self, step: int) -> Callable[[], None]:
-        """Take note that the weights are again those of after ``step``; returns what takes that
-        note back.
+        """Note that the weights are again those from after ``step``.
+
+        Returns:
+            A function that takes the note back.
         """
         return lambda: None
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`Intervention.resume` needs to go on after a restart: plain values, for
-        JSON.
-        """
+        """Return everything needed to hold it again after a restart: plain values, for JSON."""
         return {}
 
 
 class HeldEffect(Effect):
-    """An effect that is called at marks of each step until it is released, and is held further
-    where it had something to do.
-    """
+    """An effect that is called at moments of each step until it is released."""
 
     _remove: Sequence[Callable[[], None]] = ()
-    """What takes each callback out."""
+    """Functions that each remove one callback."""
     _bound: Any = False
-    """Whether it had something to do since it was last asked: a bool, or a tensor of one that need
-    not come to the host at each step.
+    """True if it had something to do since the last :meth:`was_active`.
+
+    A bool, or a scalar tensor that need not come to the host at each step.
     """
 
     def release(self) -> None:

@@ -1,6 +1,4 @@
-"""Heads whose scores are clipped by way of their weights, each guess of the rows proven, and kept
-at or below their targets.
-"""
+"""Clip the scores of heads by scaling their weights, and hold them at their targets."""
 
 from __future__ import annotations
 
@@ -12,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stabmon._torch.snippets import QK_NORM
 from stabmon.interventions.effects.effect import HeldEffect, Place
-from stabmon.interventions.effects.unproven_rows import Unproven
+from stabmon.interventions.effects.row_proof import proven_rows
+from stabmon.interventions.effects.unproven_rows import UnprovenRows
 from stabmon.interventions.run.optimizer_reset import OptimizerReset
 from stabmon.interventions.run.recent_scores import RecentScores
 from stabmon.interventions.run.score_replay import deepest_first, largest_scores, replayed_scores
@@ -27,8 +25,16 @@ from stabmon.records import AttentionCall
 
 
 class ScoreClip(HeldEffect):
-    """Heads held at or below their targets. A module that attends several times in a forward
-    (``name#1`` …) is one module here.
+    """Scores of heads clipped to their targets by scaling query and key weights.
+
+    Which rows make a head's queries and keys is proven by replaying the step's batch, where that is
+    possible. A module that attends several times in a forward (``name#1`` …) is one module here.
+
+    Args:
+        run: the run.
+        targets: the largest allowed score of each (layer, head).
+        limits: the score up to which :meth:`relax` may raise a target; the target where missing.
+        ceiling: targets hold for the largest scores of the newest steps, and not of one batch.
     """
 
     def __init__(
@@ -45,31 +51,36 @@ class ScoreClip(HeldEffect):
         )
         self.run, self.targets, self.limits = run, targets, dict(limits or {})
         self.proven: dict[str, str] = {}
-        """The proposal that holds in each module, by its words."""
+        """Description of the proposal that was proven in each module."""
         self.rows = ScaledRows(run)
         self._seen: dict[str, Tensor] = {}
-        self._unproven: dict[str, Unproven] = {}
+        self._unproven: dict[str, UnprovenRows] = {}
         """Modules clipped without a proof, until their scores have fallen."""
         self._recent = RecentScores() if ceiling else None
-        """Where the targets are not to be exceeded by one batch because they were met on another."""
+        """The scores of the newest steps, where ``ceiling`` is set."""
         self._parts: dict[str, QueryKey] = {}
-        """What was taken for a module's queries and keys."""
-        self._again: dict[tuple[str, int], list[float]] = {}
-        """Factors of the clips that have not been told of yet."""
-        self._told_at: int | None = None
-        self._anew: OptimizerReset | None = None
+        """Rows taken for each module's queries and keys."""
+        self._unreported: dict[tuple[str, int], list[float]] = {}
+        """Factors of the clips since the last audit record, by module and head."""
+        self._reported_at: int | None = None
+        self._reset: OptimizerReset | None = None
 
-    def first(self, fresh: Mapping[Place, float] | None = None, *, wait: bool = False) -> None:
-        """Clip each head that is above its aim, prove it where that can be, and describe it. What
-        does not fit is left out.
+    def clip_now(self, fresh: Mapping[Place, float] | None = None, *, wait: bool = False) -> None:
+        """Clip each head that is above its target, and describe it; modules that do not fit are out.
 
-        Heads in ``fresh`` are brought to what it gives, now and not again. The deepest module comes
-        first: its clip does not change what the others see, so that one measurement serves all.
-        Heads below their targets are kept to be held later where one is clipped in their module, and
-        everywhere if ``wait``.
+        The deepest module comes first: its clip does not change the inputs of the others, so that
+        one measurement serves all. Heads below their targets are held where another head of their
+        module is clipped.
+
+        Args:
+            fresh: other targets for this clip alone, by (layer, head).
+            wait: hold also modules with no head above its target.
+
+        Raises:
+            NotApplicable: if there is nothing to clip, or no module fits.
         """
         measured = replayed_scores(self.run)
-        scores = self._largest(
+        scores = self._agreed_scores(
             {
                 layer: measured[layer] if layer in measured else self._last_read(layer)
                 for layer in self._layers()
@@ -83,7 +94,7 @@ class ScoreClip(HeldEffect):
         )
         if not todo and not waiting:
             raise NotApplicable(
-                "every head named is at or below its aim already, or its score is not finite: "
+                "every head named is at or below its target already, or its score is not finite: "
                 "there is nothing to clip"
             )
         refused: list[NotApplicable] = []
@@ -93,7 +104,7 @@ class ScoreClip(HeldEffect):
                 found = (
                     self._apply(name, todo[name], measured, scores)
                     if name in todo
-                    else self._ready(name, measured)
+                    else self._find_proposal(name, measured)
                 )
             except NotApplicable as error:
                 refused.append(error)
@@ -106,8 +117,8 @@ class ScoreClip(HeldEffect):
         if not todo and not waiting:
             raise refused[0]
         self.targets = {
-            (layer, head): aim
-            for (layer, head), aim in self.targets.items()
+            (layer, head): target
+            for (layer, head), target in self.targets.items()
             if _module(layer) in (*todo, *waiting)
         }
         self.places = [(name, head) for name, factors in todo.items() for head in factors]
@@ -122,35 +133,40 @@ class ScoreClip(HeldEffect):
             [*reversed(notes), proof, *(f"left out: {error.reason}" for error in refused)]
         )
 
-    def begin_anew(self, first: int | None = None) -> None:
-        """Let the optimizer begin anew with these heads; ``first`` is the step at which it did,
-        after a restart.
+    def reset_optimizer(self, first: int | None = None) -> None:
+        """Reset the optimizer's moments and warm it up, for heads that start again.
+
+        Args:
+            first: the step of the reset, after a restart; None to reset now.
         """
-        self._anew = OptimizerReset(self.run, first)
-        self.note += f"; the optimizer begins anew, with a warm-up of {self._anew.steps} steps"
+        self._reset = OptimizerReset(self.run, first)
+        self.note += f"; the optimizer begins anew, with a warm-up of {self._reset.steps} steps"
 
     def watch(self, hold: bool) -> None:
-        """Look at every training forward from now on, as long as there is something to prove or to
-        hold.
+        """Add the hooks at each step from now on.
+
+        Args:
+            hold: measure every training forward, to clip again and to judge unproven rows.
         """
-        self._told_at = self.run.history.latest.step if len(self.run.history) else None
-        looking = [self.run.step_hooks.add("attention", self._look)] if hold else []
+        self._reported_at = self.run.history.latest.step if len(self.run.history) else None
+        looking = [self.run.step_hooks.add("attention", self._record_scores)] if hold else []
         self._remove = [self.run.step_hooks.add("on_step", self._on_step), *looking]
 
     def undo(self) -> bool:
         self.release()
-        if self._anew is not None:
-            self._anew.undo()
+        if self._reset is not None:
+            self._reset.undo()
         return self.rows.undo()
 
     def relax(self) -> Mapping[str, Any]:
         known = {
-            place: min(2 * aim, self.limits.get(place, aim)) for place, aim in self.targets.items()
+            place: min(2 * target, self.limits.get(place, target))
+            for place, target in self.targets.items()
         }
-        wider = {place: aim for place, aim in known.items() if aim > self.targets[place]}
+        wider = {place: target for place, target in known.items() if target > self.targets[place]}
         self.targets |= wider
         return (
-            {"max_logit": {f"{layer} head {head}": aim for (layer, head), aim in wider.items()}}
+            {"max_logit": {f"{layer} head {head}": value for (layer, head), value in wider.items()}}
             if wider
             else {}
         )
@@ -159,16 +175,16 @@ class ScoreClip(HeldEffect):
         return self.rows.rolled_back(step)
 
     def release(self) -> None:
-        self._tell_again()
-        if self._anew is not None:
-            self._anew.release()
+        self._report_clips()
+        if self._reset is not None:
+            self._reset.release()
         super().release()
 
     def state_dict(self) -> dict[str, Any]:
         names = {id(p): name for name, p in self.run.model.named_parameters()}
-        targets = [[layer, head, aim] for (layer, head), aim in self.targets.items()]
+        targets = [[layer, head, target] for (layer, head), target in self.targets.items()]
         limits = [[layer, head, limit] for (layer, head), limit in self.limits.items()]
-        anew = None if self._anew is None else self._anew.first
+        anew = None if self._reset is None else self._reset.first
         return {
             "aims": targets,
             "limits": limits,
@@ -190,21 +206,19 @@ class ScoreClip(HeldEffect):
     def _factors(
         self, scores: Mapping[str, np.ndarray], targets: Mapping[Place, float]
     ) -> dict[str, dict[int, float]]:
-        """For each module, the factor of each head that is above its aim; the smallest over a
-        module's calls.
-        """
+        """Return the factor of each head above its target, by module; the smallest over its calls."""
         found: dict[str, dict[int, float]] = {}
-        for (layer, head), aim in targets.items():
+        for (layer, head), target in targets.items():
             values = scores.get(str(layer))
             if (
                 values is None
                 or head is None
                 or head >= len(values)
-                or not aim < values[head] < np.inf
+                or not target < values[head] < np.inf
             ):
                 continue
             factors = found.setdefault(_module(layer), {})
-            factors[head] = min(factors.get(head, 1.0), aim / float(values[head]))
+            factors[head] = min(factors.get(head, 1.0), target / float(values[head]))
         return found
 
     def _apply(
@@ -214,16 +228,14 @@ class ScoreClip(HeldEffect):
         measured: Mapping[str, np.ndarray],
         scores: Mapping[str, np.ndarray],
     ) -> QueryKey:
-        """Scale by the first proposal that proves right on what was ``measured``; every other one
-        is taken back.
-        """
+        """Scale by the first proposal that proves right on the replayed scores."""
         proposals = find_query_key(self.run.module(name), self.run.history.info.get(name))
         known = [each for each in proposals if each.how == self.proven.get(name)]
         if known or name not in measured:
             chosen = (known or proposals)[0]
             if not known:
                 rows = [rows for rows, _ in chosen.edits(factors)]
-                self._unproven[name] = Unproven(self.run, rows, self._of_module(name, scores))
+                self._unproven[name] = UnprovenRows(self.run, rows, self._of_module(name, scores))
             self.rows.scale(chosen.edits(factors))
             self.proven[name], self._parts[name] = chosen.how, chosen
             return chosen
@@ -231,10 +243,19 @@ class ScoreClip(HeldEffect):
         self.rows.scale(proposal.edits(factors))
         return proposal
 
-    def _ready(self, name: str, measured: Mapping[str, np.ndarray]) -> QueryKey:
-        """Find the proposal that is right for a module with nothing to clip yet; nothing is
-        changed.
-        """
+    def _prove(
+        self,
+        name: str,
+        proposals: Sequence[QueryKey],
+        factors: Mapping[int, float],
+        before: np.ndarray,
+    ) -> QueryKey:
+        proven = proven_rows(self.run, name, proposals, factors, before)
+        self.proven[name], self._parts[name] = proven.how, proven
+        return proven
+
+    def _find_proposal(self, name: str, measured: Mapping[str, np.ndarray]) -> QueryKey:
+        """Return the right proposal for a module with nothing to clip yet; change nothing."""
         proposals = find_query_key(self.run.module(name), self.run.history.info.get(name))
         if name not in measured:
             return proposals[0]
@@ -243,57 +264,26 @@ class ScoreClip(HeldEffect):
         ]
         return self._prove(name, proposals, dict.fromkeys(heads, 0.5), measured[name])
 
-    def _prove(
-        self,
-        name: str,
-        proposals: Sequence[QueryKey],
-        factors: dict[int, float],
-        before: np.ndarray,
-    ) -> QueryKey:
-        """The first proposal that does to the scores what it promises; all is as it was after the
-        trial.
-        """
-        failures = []
-        for proposal in proposals:
-            trial = ScaledRows(self.run)
-            trial.scale(proposal.edits(factors))
-            try:
-                after = replayed_scores(self.run)[name]
-            finally:
-                trial.undo()
-            wrong = _difference(factors, before, after, self._tolerance(name), proposal.shared)
-            if not wrong:
-                self.proven[name], self._parts[name] = proposal.how, proposal
-                return proposal
-            failures.append(f"{proposal.how}: {wrong}")
-        raise NotApplicable(
-            f"scaling weights does not scale the scores of {name} ({'; '.join(failures)})", QK_NORM
-        )
-
-    def _tolerance(self, name: str) -> float:
-        weight = next(iter(self.run.module(name).parameters()), None)
-        return 0.01 if weight is None or weight.dtype in (torch.float32, torch.float64) else 0.03
-
-    def _look(self, call: AttentionCall) -> None:
+    def _record_scores(self, call: AttentionCall) -> None:
         if any(call.layer == layer for layer, _ in self.targets):
             scores = largest_scores(call)
             known = self._seen.get(call.layer)
             self._seen[call.layer] = scores if known is None else torch.maximum(known, scores)
             if self._recent is not None and _module(call.layer) in self._parts:
-                self._recent.look(call.layer, self._parts[_module(call.layer)])
+                self._recent.note_weights(call.layer, self._parts[_module(call.layer)])
 
     def _on_step(self) -> None:
-        """After the optimizer's step: clip again what was above its aim in this step's forwards."""
+        """Clip heads again that were above their targets in this step's forwards."""
         self.rows.moved_on()
-        if self._anew is not None:
-            self._anew.moved_on()
+        if self._reset is not None:
+            self._reset.moved_on()
         if not self.run.step_hooks.wants("attention"):
             return
-        scores = self._over_ranks()
-        vain = {
+        scores = self._largest_over_ranks()
+        ineffective = {
             name
             for name, each in list(self._unproven.items())
-            if self._is_in_vain(name, each, scores)
+            if self._is_ineffective(name, each, scores)
         }
         if self._recent is not None:
             parts = {
@@ -303,20 +293,20 @@ class ScoreClip(HeldEffect):
             }
             scores = self._recent.add(scores, parts)
         for name, factors in self._factors(scores, self.targets).items():
-            if name in vain or self.given_up:
+            if name in ineffective or self.abandoned_reason:
                 continue
             self._apply(name, factors, {}, scores)
             for head, factor in factors.items():
-                self._again.setdefault((name, head), []).append(factor)
+                self._unreported.setdefault((name, head), []).append(factor)
                 self._bound = True
         latest = self.run.history.latest.step if len(self.run.history) else None
-        if latest != self._told_at:
-            self._told_at = latest
-            self._tell_again()
+        if latest != self._reported_at:
+            self._reported_at = latest
+            self._report_clips()
 
-    def _tell_again(self) -> None:
-        """Put the clips since the last sampled step into one audit record."""
-        if not self._again:
+    def _report_clips(self) -> None:
+        """Write the clips since the last sampled step as one audit record."""
+        if not self._unreported:
             return
         self.run.audit(
             {
@@ -325,26 +315,27 @@ class ScoreClip(HeldEffect):
                 "step": self.run.step,
                 "layer": None,
                 "head": None,
-                "places": [list(place) for place in self._again],
+                "places": [list(place) for place in self._unreported],
                 "before": {},
                 "after": {
                     "clips": {
-                        f"{n} head {h}": len(factors) for (n, h), factors in self._again.items()
+                        f"{n} head {h}": len(factors)
+                        for (n, h), factors in self._unreported.items()
                     }
                 }
                 | {
                     "factor": {
                         f"{n} head {h}": math.prod(factors)
-                        for (n, h), factors in self._again.items()
+                        for (n, h), factors in self._unreported.items()
                     }
                 },
-                "why": "scores rose above their aim again",
+                "why": "scores rose above their target again",
             }
         )
-        self._again = {}
+        self._unreported = {}
 
-    def _largest(self, own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Each rank replays its own batch; all must scale by the same."""
+    def _agreed_scores(self, own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the largest scores over ranks: each replays its own batch, all scale alike."""
         if self.run.ranks == 1:
             return dict(own)
         device = next(self.run.model.parameters()).device
@@ -352,10 +343,10 @@ class ScoreClip(HeldEffect):
             layer: torch.tensor(scores, dtype=torch.float32, device=device)
             for layer, scores in own.items()
         }
-        return self._over_ranks()
+        return self._largest_over_ranks()
 
-    def _over_ranks(self) -> dict[str, np.ndarray]:
-        """The largest scores seen by layer, over micro-batches and ranks, in one transfer."""
+    def _largest_over_ranks(self) -> dict[str, np.ndarray]:
+        """Return the largest scores by layer over micro-batches and ranks, in one transfer."""
         seen, self._seen = self._seen, {}
         layers = sorted(self._layers())
         heads = [
@@ -372,27 +363,26 @@ class ScoreClip(HeldEffect):
             name: part.numpy() for name, part in zip(layers, together.split(heads), strict=True)
         }
 
-    def _is_in_vain(self, name: str, clipped: Unproven, scores: Mapping[str, np.ndarray]) -> bool:
-        """Whether rows that nothing proved have shrunk far and the scores of their heads have not
-        fallen.
+    def _is_ineffective(
+        self, name: str, clipped: UnprovenRows, scores: Mapping[str, np.ndarray]
+    ) -> bool:
+        """Return whether unproven rows have shrunk far though their heads' scores have not fallen.
 
-        They are not clipped further then; if they still have not some forwards later, the clip is
-        given up.
+        They are then not clipped further; if that still holds some forwards later, the clip is
+        abandoned.
         """
         verdict = clipped.judge(self._of_module(name, scores))
         if verdict == "fell":
             del self._unproven[name]
-        if verdict == "in vain":
-            self.given_up = (
+        if verdict == "ineffective":
+            self.abandoned_reason = (
                 f"the rows scaled in {name} are not those of its heads: they have "
                 "shrunk and the scores have not fallen"
             )
-        return verdict in ("in vain", "doubtful")
+        return verdict in ("ineffective", "doubtful")
 
     def _of_module(self, name: str, scores: Mapping[str, np.ndarray]) -> dict[int, float]:
-        """The largest finite score of each head of a module that is held, over the module's
-        calls.
-        """
+        """Return the largest finite score of each held head of a module, over its calls."""
         found: dict[int, float] = {}
         for layer, head in self.targets:
             values = scores.get(str(layer), np.array([]))
@@ -408,7 +398,7 @@ class ScoreClip(HeldEffect):
     def _describe(
         self, todo: Mapping[str, Mapping[int, float]], scores: Mapping[str, np.ndarray]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Scores before and after, by place."""
+        """Return scores before and after, for the record."""
         places = [
             (layer, head) for layer, head in self.targets if head in todo.get(_module(layer), {})
         ]
@@ -423,28 +413,5 @@ class ScoreClip(HeldEffect):
 
 
 def _module(layer: str | None) -> str:
-    """The name of the module behind a layer's name, which counts the module's calls."""
+    """Return the module's name in a layer's name, which also numbers the module's calls."""
     return str(layer).partition("#")[0]
-
-
-def _difference(
-    factors: Mapping[int, float],
-    before: np.ndarray,
-    after: np.ndarray,
-    tolerance: float,
-    shared: bool,
-) -> str:
-    """How a module's scores ``[H]`` differ from what the factors promise; empty where they do
-    not.
-    """
-    factor = np.array(
-        [min(factors.values()) if shared else factors.get(head, 1.0) for head in range(len(before))]
-    )
-    counts = np.isfinite(before)
-    error = np.where(
-        counts, np.abs(after - factor * before) / np.maximum(np.abs(factor * before), 1e-6), 0.0
-    )
-    worst = int(np.argmax(np.where(np.isfinite(error), error, np.inf)))
-    if error[worst] <= tolerance:
-        return ""
-    return f"head {worst} came to {after[worst]:.4g} instead of {(factor * before)[worst]:.4g}"

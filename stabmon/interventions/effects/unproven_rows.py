@@ -1,6 +1,4 @@
-"""Rows that were scaled without a proof that they make a head's scores: what shows in time that
-they do not.
-"""
+"""Detect that scaled rows of weights do not make the scores of their heads."""
 
 from __future__ import annotations
 
@@ -13,24 +11,24 @@ from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.head_rows import Rows
 
 SHRUNK = 1 / 8
-"""Share of their norm to which rows have come that cannot have left a score where it was: of
-another batch it may differ by less.
+"""Share of their norm at which rows must have lowered their head's score.
+
+Between batches a score differs by less.
 """
 FORWARDS = 3
-"""Training forwards that must show the same."""
+"""Number of training forwards in a row that must show the same."""
 
 
-class Unproven:
-    """Compares what is left of rows with what is left of their heads' scores, over as long as it
-    takes.
+class UnprovenRows:
+    """Rows scaled without a proof, compared with the scores of their heads.
 
     One batch's scores differ from another's, so that no single clip is judged by them; rows at an
     eighth of their norm are.
 
     Args:
         run: the run.
-        rows: what is about to be scaled.
-        scores: the largest score of each head that they are to make, before.
+        rows: the rows that are about to be scaled.
+        scores: the largest score of each of their heads before, by head.
     """
 
     def __init__(self, run: TrainingRun, rows: Sequence[Rows], scores: Mapping[int, float]) -> None:
@@ -41,13 +39,16 @@ class Unproven:
 
     def judge(
         self, scores: Mapping[int, float]
-    ) -> Literal["unknown", "fell", "doubtful", "in vain"]:
-        """Take the largest scores of a step's forwards, by head; all ranks must call this.
+    ) -> Literal["unknown", "fell", "doubtful", "ineffective"]:
+        """Judge the rows by a step's forwards; all ranks must call this.
+
+        Args:
+            scores: the largest score of each head, by head.
 
         Returns:
-            "fell" once a score has come to half of the largest seen so far, "in vain" once the rows
-            have shrunk and enough forwards have shown that no score has fallen, "doubtful" before
-            it is enough.
+            "fell" once a score is below half of the largest seen so far; "ineffective" once the
+            rows have shrunk and ``FORWARDS`` forwards have shown no score that fell; "doubtful"
+            before these are enough; else "unknown".
         """
         highest = {
             head: max(score, self._scores.get(head, score)) for head, score in scores.items()
@@ -59,7 +60,7 @@ class Unproven:
             self._times = 0
             return "unknown"
         self._times += 1
-        return "in vain" if self._times >= FORWARDS else "doubtful"
+        return "ineffective" if self._times >= FORWARDS else "doubtful"
 
     def _have_shrunk(self) -> bool:
         left = torch.where(self._first > 0, self._norms() / self._first, 0.0)
@@ -67,7 +68,7 @@ class Unproven:
 
     @torch.no_grad()
     def _norms(self) -> torch.Tensor:
-        """Of what is here of each range; a rank may hold nothing of it."""
+        """Return the norm of this rank's part of each range, which may be empty."""
         return torch.stack(
             [rows.view(rows.parameter).detach().float().norm() for rows in self._rows]
         )

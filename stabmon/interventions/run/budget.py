@@ -17,7 +17,12 @@ from stabmon._settings import Bounds, Count, check, renamed
 )
 @dataclass(frozen=True)
 class Budget:
-    """Limits of what may be done to one run. Samples are sampled optimizer steps."""
+    """Limits of what may be done to one run. Samples are sampled optimizer steps.
+
+    Example:
+        >>> Budget(max_rollbacks=0).max_interventions
+        20
+    """
 
     max_interventions: Annotated[int, Bounds(0)] = 20
     """Interventions in a run."""

@@ -1,4 +1,4 @@
-"""Which states of a training run are known to be healthy, and may be gone back to."""
+"""Keep the states of a training run that are known to be healthy, for a rollback."""
 
 from __future__ import annotations
 
@@ -20,27 +20,26 @@ from stabmon.rules.evidence.robust_stats import robust_spread
 logger = logging.getLogger("stabmon")
 
 NEAR = 8
-"""Losses whose median is a point of the course."""
+"""Number of losses whose median is one point of the loss curve."""
 NEWEST = 3
-"""Losses whose median tells where the run stands."""
+"""Number of newest losses whose median is the present loss."""
 
 
 class HealthyStates(Prepared):
-    """Keeps the newest state that was healthy before it was taken and for a while after, and has a
-    loss to show for it.
+    """The newest state that was healthy when it was taken and for a while after.
 
     A state is a candidate at first. It counts once ``confirm`` more samples were healthy and the
-    loss has kept to its course: below that of the state that is kept, and no higher than the best
-    course so far, by more than its noise. So the state in which training began is kept until the
-    run has proven itself better, and a state that was ruined without an alarm never takes its
-    place. Beside the one that is kept a newer candidate waits: two copies at most.
+    loss followed its curve: below that of the state that is kept, and at most its noise above the
+    best loss so far. So the state in which training began is kept until the run has proven itself
+    better, and a state that was corrupted without an alarm never takes its place. Beside the one
+    that is kept a newer candidate waits: two copies at most.
 
     Args:
         run: the run.
         every: samples between candidates.
         confirm: healthy samples after which a candidate may count.
-        memory_gb: host memory that both copies may take together; above it they go to
-            ``run.run_dir``, or nowhere.
+        memory_gb: host memory in GB that both copies may take together; above it they go to
+            ``run.run_dir``, or are not kept.
     """
 
     def __init__(
@@ -51,13 +50,13 @@ class HealthyStates(Prepared):
         self._healthy: Snapshot | Path | None = None
         self._candidate: Snapshot | Path | None = None
         self._since = self._left_behind = 0
-        """Step of the candidate; step from which on losses are those of what was gone back from."""
+        """Step of the candidate; last step of the course that a rollback left."""
         self._from = 0
         self._age = 0
-        self._said = False
+        self._warned = False
 
     def begin(self) -> None:
-        """Keep the state in which training begins, to begin again from."""
+        """Keep the state in which training begins."""
         self._healthy, self._from = self._keep(), self.run.step
 
     @property
@@ -72,8 +71,10 @@ class HealthyStates(Prepared):
         return self._healthy
 
     def offer(self, healthy: bool) -> None:
-        """Say after each sampled step whether the run is healthy: loss and gradients finite, and
-        nothing under way that may ruin it.
+        """Note a sampled step, and keep its state as a candidate where it is due.
+
+        Args:
+            healthy: loss and gradients are finite, and no issue is open that may make it diverge.
         """
         if not healthy:
             self._drop(self._candidate)
@@ -87,14 +88,16 @@ class HealthyStates(Prepared):
             self._drop(self._candidate)
             self._candidate, self._since, self._age = self._keep(), self.run.step, 0
 
-    def gone_back(self) -> None:
-        """The run is in the state that is kept: what came after it is no longer its course."""
+    def note_rollback(self) -> None:
+        """Note that the run is back in the state that is kept, and drop the course after it."""
         self._drop(self._candidate)
         self._candidate, self._age, self._left_behind = None, 0, self.run.step
 
-    def why_not(self, snapshot: Snapshot) -> str:
-        """Why the run would be worse off in a state than where it stands; empty where it would not,
-        or nobody can say.
+    def explain_refusal(self, snapshot: Snapshot) -> str:
+        """Return why a rollback to a state would make the run worse; empty where it may help.
+
+        Args:
+            snapshot: the state.
         """
         now, best, noise = self._course()
         if not math.isfinite(now) or not math.isfinite(best) or now > best + noise:
@@ -112,7 +115,11 @@ class HealthyStates(Prepared):
         )
 
     def describe(self, snapshot: Snapshot) -> str:
-        """What the run is put back to and why, in words."""
+        """Describe a rollback to a state, and where the run stands.
+
+        Args:
+            snapshot: the state.
+        """
         now, best, _ = self._course()
         which = (
             "the state in which training began"
@@ -130,27 +137,26 @@ class HealthyStates(Prepared):
         )
 
     def _is_proven(self) -> bool:
-        """Whether the loss since the candidate is below that at the state that is kept, and has
-        kept to its best course.
-        """
+        """Return whether the loss fell below that of the kept state and follows its best course."""
         now, best, noise = self._course()
         losses = self._losses()
         if len(losses) < 2:
-            return True  # nobody tells us the loss
+            return True  # the loss is not known
         first = losses[losses[:, 0] > self._from, 1][:NEAR]
         lower = self._from > 0 or now < float(np.median(first))
         return lower and now <= best + noise
 
     def _course(self) -> tuple[float, float, float]:
-        """(median of the newest losses, lowest such median so far, their noise); NaN where no loss
-        is known.
+        """Return the present loss, the best so far and their noise; NaN where no loss is known.
+
+        Each loss is a median over steps.
         """
         losses = self._losses()[:, 1]
         found = self.run.history.overshoot
-        torn_now = (
+        diverged_now = (
             found is not None and found.step == self.run.step and found.how in ("torn", "leap")
         )
-        newest = [loss for _, loss in self.run.history.losses[-1 if torn_now else -NEWEST :]]
+        newest = [loss for _, loss in self.run.history.losses[-1 if diverged_now else -NEWEST :]]
         if len(losses) < 2 or not newest:
             return math.nan, math.nan, 0.0
         now = float(np.median(newest)) if all(map(math.isfinite, newest)) else math.nan
@@ -159,12 +165,19 @@ class HealthyStates(Prepared):
         return now, float(np.median(windows, axis=1).min()), noise
 
     def _losses(self) -> np.ndarray:
-        """``[K, 2]`` (step, loss) of the present course."""
+        """Return ``[K, 2]`` (step, loss) since the last rollback."""
         known = self.run.history.recent_losses
         return known[known[:, 0] > self._left_behind]
 
     def keep(self, snapshot: Snapshot, name: str) -> Snapshot | Path:
-        """Hold a snapshot where there is room for it.
+        """Keep a snapshot in memory, or in a file of the run's folder where it is too large.
+
+        Args:
+            snapshot: the snapshot.
+            name: start of the file's name.
+
+        Returns:
+            The snapshot, or the path of its file.
 
         Raises:
             MemoryError: where there is neither memory nor a folder.
@@ -182,15 +195,13 @@ class HealthyStates(Prepared):
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Name of the healthy state's file in the run's folder: plain values. One in memory does
-        not outlive the process.
-        """
+        """Return the name of the healthy state's file; a state in memory ends with the process."""
         return {"healthy": self._healthy.name if isinstance(self._healthy, Path) else None}
 
     def parse_state(self, state: Stored) -> Callable[[], None]:
-        """Find the file of a healthy state: one of ours, in the run's own folder.
+        """Find the file of a healthy state in the run's own folder.
 
-        A file that a state names elsewhere is left out.
+        A file elsewhere, or one that stabmon did not write, is left out.
 
         Raises:
             ValueError: if it is no state of this.
@@ -211,13 +222,13 @@ class HealthyStates(Prepared):
 
     def _keep(self) -> Snapshot | Path | None:
         if 2 * snapshot_bytes(self.run) > self.memory_gb * 1e9 and self.run.run_dir is None:
-            if not self._said:
+            if not self._warned:
                 logger.warning(
                     "No state is kept to roll back to: two copies need more than memory_gb %g, "
                     "and there is no run_dir",
                     self.memory_gb,
                 )
-            self._said = True
+            self._warned = True
             return None
         return self.keep(Snapshot.take(self.run), "healthy")
 
@@ -228,14 +239,14 @@ class HealthyStates(Prepared):
 
 
 def _inside(run_dir: Path, named: str) -> Path | None:
-    """The file of that name in ``run_dir``; None where it is none of ours, lies or leads elsewhere,
-    or is not there.
+    """Return the file of that name in ``run_dir``.
+
+    None where it does not exist, lies or links elsewhere, or was not written by stabmon.
     """
     given = Path(named)
     try:
-        if (
-            len(given.parts) > 1 and given.parent.resolve() != run_dir.resolve()
-        ):  # states of before version 1 hold the whole path
+        # states older than version 1 hold the whole path
+        if len(given.parts) > 1 and given.parent.resolve() != run_dir.resolve():
             return None
         path = run_dir / given.name
         ours = re.fullmatch(r"[a-z-]+-\d+-rank\d+\.pt", given.name) is not None

@@ -1,6 +1,4 @@
-"""Factors on the learning rates that no scheduler undoes: there during the optimizer's step and at
-no other time.
-"""
+"""Change learning rates during the optimizer's step alone, so that no scheduler undoes it."""
 
 from __future__ import annotations
 
@@ -15,9 +13,10 @@ from stabmon._torch.optimizer_adapter import ParameterGroup, as_rate, parameter_
 logger = logging.getLogger("stabmon")
 
 
-def step_hook(act: Callable[[], None]) -> Callable[..., None]:
-    """A hook for an optimizer's step that does ``act`` and never raises into the step: what fails
-    is told once, and not done again.
+def step_hook(callback: Callable[[], None]) -> Callable[..., None]:
+    """Return a hook for an optimizer's step that never raises into the step.
+
+    A callback that fails is logged once, and not called again.
     """
     failed = False
 
@@ -26,7 +25,7 @@ def step_hook(act: Callable[[], None]) -> Callable[..., None]:
         if failed:
             return
         try:
-            act()
+            callback()
         except Exception as error:
             failed = True
             logger.error(
@@ -39,27 +38,40 @@ def step_hook(act: Callable[[], None]) -> Callable[..., None]:
 
 
 Factors = Mapping[str, Callable[[], float]] | Callable[[ParameterGroup], float | None]
+"""Factors by group key, or a function of the group that returns None for groups without one."""
 Ceilings = Mapping[str, float | Callable[[], float]] | Callable[[ParameterGroup], float | None]
+"""Largest rates by group key, or a function as for ``Factors``."""
 
 
 class LearningRates:
-    """Changes the rates of parameter groups right before their optimizer steps and puts the same
-    objects back right after.
+    """Factors and ceilings on the rates of parameter groups.
 
-    The rate used of a group is ``min(scheduled * factors, ceilings) * ramps``: factors and ramps
+    Rates are changed right before their optimizer steps, and the same objects are put back right
+    after. The rate used of a group is ``min(scheduled * factors, ceilings) * ramps``: factors and ramps
     multiply, ceilings do not add up, and a warm-up (a ramp) takes its whole length also under a
     ceiling.
 
     Schedulers, checkpoints and loggers see the rates that they themselves set. The step hooks are
-    in the optimizers only while somebody holds something; they come in a pair also where a gradient
-    scaler skips steps (then neither is called) and where the step takes a closure (rates are read
-    after it). A step that raises is mended before the next one.
+    in the optimizers only while a factor or ceiling is held; they come in a pair also where a
+    gradient scaler skips steps (then neither is called) and where the step takes a closure (rates
+    are read after it). After a step that raised, rates are put back before the next one.
 
     Args:
         optimizers: all of the run, as :func:`~stabmon._torch.optimizer_adapter.innermost` lists
             them; those that take no hooks keep their rates.
-        on_gradients: given what is to be called when gradients are ready, which may be in the
-            middle of a step; returns what ends that.
+        on_gradients: registers a function to be called when gradients are ready, which may be in
+            the middle of a step; returns a function that removes it.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> rates = LearningRates([optimizer])
+        >>> release = rates.hold(lambda: 0.5)
+        >>> rates.factor, optimizer.param_groups[0]["lr"]
+        (0.5, 0.1)
+        >>> release()
+        >>> rates.factor
+        1
     """
 
     def __init__(
@@ -81,24 +93,22 @@ class LearningRates:
 
     @property
     def factor(self) -> float:
-        """The smallest share of its scheduled rate that any group uses at the next step."""
+        """Smallest share of its scheduled rate that any group uses at the next step."""
         return min((self._share(group) for group in self.groups()), default=1.0)
 
     @property
     def in_use(self) -> dict[str, float]:
-        """The share of its scheduled rate that each group used in its newest step, by key; groups
-        at 1 are left out.
-        """
+        """Share of its scheduled rate that each group used in its newest step; 1 is left out."""
         return {key: share for key, share in self._in_use.items() if share != 1}
 
     def groups(self) -> list[ParameterGroup]:
-        """Every parameter group whose rate can be changed."""
+        """Return every parameter group whose rate can be changed."""
         return [
             group for group in parameter_groups(self._optimizers) if takes_hooks(group.optimizer)
         ]
 
     def scheduled(self, group: ParameterGroup) -> float | None:
-        """The rate that the scheduler has set, also in the middle of a step."""
+        """Return the rate that the scheduler has set, also in the middle of a step."""
         for own, scheduled, used in self._saved.get(id(group.optimizer), ()):
             if own.settings is group.settings and group.settings.get("lr") is used:
                 return as_rate(scheduled)
@@ -108,33 +118,44 @@ class LearningRates:
         """Multiply all groups' rates by ``factor()`` at each step from now on.
 
         Args:
-            factor: asked at each step.
-            ramp: it is a warm-up, which goes from zero to whatever the ceilings leave.
+            factor: returns the factor; called at each step.
+            ramp: it is a warm-up, which multiplies the rate that the ceilings leave.
 
         Returns:
-            What ends it, which may be called twice.
+            A function that ends it, which may be called twice.
         """
         return self._add(self._ramps if ramp else self._factors, lambda _: factor())
 
     def hold_groups(self, factors: Factors, *, ramp: bool = False) -> Callable[[], None]:
-        """Multiply the rates of some groups, each by its own factor: by key, or by a function that
-        gives None for the others.
+        """Multiply the rates of some groups from now on, each by its own factor.
 
-        Groups named by key are known by their parameters from then on, also where the optimizer's
-        groups are made anew.
+        Groups given by key are recognised by their parameters from then on, also where the
+        optimizer's groups are replaced.
+
+        Args:
+            factors: the factors, see ``Factors``.
+            ramp: they are a warm-up, see :meth:`hold`.
+
+        Returns:
+            A function that ends it, which may be called twice.
         """
         return self._add(self._ramps if ramp else self._factors, self._by_parameter(factors))
 
     def cap(self, ceilings: Ceilings) -> Callable[[], None]:
-        """Use no rate above the ceiling of its group: by key, or by a function that gives None for
-        groups that have none.
+        """Use no rate above the ceiling of its group from now on.
+
+        Args:
+            ceilings: the largest rates, see ``Ceilings``.
+
+        Returns:
+            A function that ends it, which may be called twice.
         """
         return self._add(self._ceilings, self._by_parameter(ceilings))
 
     def _add(self, held: list[_ByGroup], each: _ByGroup) -> Callable[[], None]:
         held.append(each)
         if not self._hooks:
-            self._end = self._on_gradients(self._again)
+            self._end = self._on_gradients(self._change_new_rates)
             for optimizer in filter(takes_hooks, self._optimizers):
                 at = id(optimizer)
                 self._hooks += [
@@ -159,10 +180,8 @@ class LearningRates:
 
         return release
 
-    def _again(self) -> None:
-        """In the middle of a step: change rates that were set since it began, as by the closure
-        that the step calls.
-        """
+    def _change_new_rates(self) -> None:
+        """Change rates that were set in the middle of a step, as by the closure that it calls."""
         for at, saved in list(self._saved.items()):
             if any(group.settings.get("lr") is not used for group, _, used in saved):
                 self._change(at)
@@ -206,9 +225,8 @@ class LearningRates:
             if group.key in given
             for each in group.parameters
         ]
-        values = {
-            id(each): (each, value) for each, value in members
-        }  # held with the parameter: a number is used again once it is gone
+        # kept with the parameter itself: its id is used again once it is gone
+        values = {id(each): (each, value) for each, value in members}
 
         def of_group(group: ParameterGroup) -> float | None:
             own = {

@@ -1,6 +1,4 @@
-"""Let an optimizer begin anew on weights that are those of a fresh model: without what it knew of
-gradients, and with a warm-up.
-"""
+"""Reset an optimizer's moments and warm its rate up, after weights were set back."""
 
 from __future__ import annotations
 
@@ -35,24 +33,22 @@ MOMENTS = (
         "variance",
     ),
 )
-"""What optimizers call running averages of gradients, and the count of steps that corrects their
-bias.
-"""
+"""Names of running averages of gradients in optimizers, and of the step count beside them."""
 
 
 class OptimizerReset:
-    r"""Every moment of the optimizers set to where training begins, and the rate warmed up.
+    r"""A reset of every optimizer's moments to those of a new one, with a warm-up of the rate.
 
-    The warm-up takes :math:`2 / (1 - \beta_2)` steps, which is what averages of squares need to
-    fill, but no more than have been made. The tensors of before are kept until training has moved
-    on. A run without a torch optimizer has nothing to forget.
+    The warm-up takes :math:`2 / (1 - \beta_2)` steps, which averages of squares need to fill, but
+    no more than have been made. The previous tensors are kept until the next step. In a run without
+    a torch optimizer nothing is reset.
 
     Args:
         run: the run.
-        first: the step at which it began, where it is taken up again after a restart: then only
-            what is left of the warm-up is held.
+        first: the step of the reset, where it is resumed after a restart: then only the rest of the
+            warm-up is held.
 
-    Source:
+    References:
         Ma & Yarats 2019, arXiv:1910.04209 (untuned linear warm-up of Adam).
     """
 
@@ -69,7 +65,7 @@ class OptimizerReset:
         if squares:
             self.steps = max(1, min(self.steps, round(2 / (1 - min(float(max(squares)), 0.99999)))))
         if first is None:
-            self._forget(
+            self._zero_moments(
                 [
                     entries
                     for each in run.optimizers
@@ -81,14 +77,14 @@ class OptimizerReset:
             self._end = run.rates.hold(self._factor, ramp=True)
 
     def undo(self) -> None:
-        """Put back the very tensors of before."""
+        """Restore the tensors from before the reset."""
         self.release()
         for entries, name, value in self._saved:
             entries[name] = value
         self._saved = []
 
     def moved_on(self) -> None:
-        """The optimizer has stepped: there is nothing to put back any more."""
+        """Note an optimizer step, after which the reset can no longer be undone."""
         self._saved = []
         if self._factor() >= 1:
             self._end()
@@ -100,7 +96,7 @@ class OptimizerReset:
     def _factor(self) -> float:
         return min(1.0, (self.run.step - self.first + 1) / self.steps)
 
-    def _forget(self, states: list[MutableMapping[str, Any]]) -> None:
+    def _zero_moments(self, states: list[MutableMapping[str, Any]]) -> None:
         for entries in states:
             for name in MOMENTS:
                 if name in entries:

@@ -1,4 +1,4 @@
-"""The largest scores of the newest steps, each as it would be with the weights of now."""
+"""Keep the largest scores of the newest steps, each scaled to the present weights."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ newest step alone counted, and in none with eight."""
 
 
 class RecentScores:
-    """Carries the scores of a step on by what the norms of their rows have changed since, clips
-    included.
+    """Largest scores of the newest steps, scaled by the change of their rows' norms since.
 
-    A batch is small, so that its largest score is now well below and now well above what the
-    weights allow: a head that is clipped by the newest alone is found far above its aim by another
-    batch some steps later.
+    A batch is small, so that its largest score may be well below or above that of other batches
+    under the same weights: a head that is clipped by the newest alone is found far above its target
+    by another batch some steps later. Clips count as changes of the norms.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, deque[np.ndarray]] = {}
-        self._at: dict[str, Tensor] = {}
-        """Norms of the weights that a layer's kept scores are of."""
+        self._kept_norms: dict[str, Tensor] = {}
+        """Norms of the weights that a layer's kept scores belong to."""
         self._seen: dict[str, Tensor] = {}
         """Norms of the weights that this step's forward was made with."""
 
-    def look(self, layer: str, parts: QueryKey) -> None:
-        """Attention of ``layer`` is under way; of weights in shards nothing is kept."""
+    def note_weights(self, layer: str, parts: QueryKey) -> None:
+        """Note the weights in a training forward of a layer; sharded weights are left out.
+
+        Args:
+            layer: the layer that attends.
+            parts: the rows that make its queries and keys.
+        """
         if layer not in self._seen and not any(
             is_sharded(rows.parameter) for rows in parts.query[0]
         ):
@@ -44,23 +48,22 @@ class RecentScores:
     def add(
         self, scores: Mapping[str, np.ndarray], parts: Mapping[str, QueryKey]
     ) -> dict[str, np.ndarray]:
-        """Take a step's largest scores after the optimizer has stepped, and give those of the
-        newest steps.
+        """Add a step's largest scores, after the optimizer has stepped.
 
         Args:
             scores: ``[n]`` of the first n heads, by layer.
-            parts: what makes queries and keys, by layer.
+            parts: the rows that make queries and keys, by layer.
 
         Returns:
-            The same, as they would be with the weights of now. One that is not finite stays as it
-            is.
+            The largest of the newest steps, as they would be with the present weights. A new score
+            that is not finite stays as it is.
         """
         seen, self._seen = self._seen, {}
         layers = [layer for layer in scores if layer in seen and layer in parts]
         if not layers:
             return dict(scores)
         now = {layer: _norms(parts[layer]) for layer in layers}
-        ratios = [_ratio(seen[layer], self._at.get(layer, seen[layer])) for layer in layers]
+        ratios = [_ratio(seen[layer], self._kept_norms.get(layer, seen[layer])) for layer in layers]
         ratios += [_ratio(now[layer], seen[layer]) for layer in layers]
         sizes = [len(each) for each in ratios]
         host = [
@@ -70,7 +73,7 @@ class RecentScores:
             .cpu()
             .split(sizes)
         ]
-        self._at |= now
+        self._kept_norms |= now
         found = dict(scores)
         for layer, since, step in zip(
             layers, host[: len(layers)], host[len(layers) :], strict=True
@@ -91,7 +94,7 @@ def _ratio(now: Tensor, before: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _norms(parts: QueryKey) -> Tensor:
-    """``[H]`` norm of each head's query rows, times that of its key rows where it has its own."""
+    """Return ``[H]`` norms of each head's query rows, times those of its key rows if it has own."""
     query = torch.stack([_norm(rows) for rows in parts.query])
     return query if parts.key is None else query * torch.stack([_norm(rows) for rows in parts.key])
 

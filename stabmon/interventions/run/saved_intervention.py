@@ -1,4 +1,4 @@
-"""An act as a stored state has it: read whole before anything is changed, then applied again."""
+"""Read a stored intervention whole before anything is changed, then apply it again."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ logger = logging.getLogger("stabmon")
 
 
 @dataclass(frozen=True)
-class SavedAct:
-    """What :meth:`~stabmon.interventions.base.Applied.state_dict` gave, as it can be taken up."""
+class SavedIntervention:
+    """A checked value of :meth:`~stabmon.interventions.base.Applied.state_dict`."""
 
-    act: Intervention
+    intervention: Intervention
     state: Mapping[str, Any]
     active: bool
-    by_hand: bool
+    by_user: bool
     for_one_step: bool
 
     @classmethod
-    def parse(cls, saved: Stored) -> SavedAct | None:
-        """Read one act. None, and left out, where no intervention of its name is known any more; so
-        is a setting that is not.
+    def parse(cls, saved: Stored) -> SavedIntervention | None:
+        """Read a stored intervention; settings that are no longer known are left out.
+
+        Returns:
+            None, with the intervention left out, where its name is no longer known.
 
         Raises:
-            ValueError: if it is no act's state, naming the place.
+            ValueError: if it is no stored intervention, naming the place.
         """
         name, settings = saved["intervention"].text(), dict(saved["settings"].mapping())
         active, effect = saved["active"].flag(), saved["effect"]
@@ -44,7 +46,7 @@ class SavedAct:
             "effect": effect.mapping(),
         }
         why = saved["why"].text()
-        by_hand, for_one_step = (
+        by_user, for_one_step = (
             saved.get(each, False).flag() for each in ("by_hand", "for_one_step")
         )
         if name not in INTERVENTIONS:
@@ -54,25 +56,30 @@ class SavedAct:
         for each in settings.keys() - set(setting_names(kind)) - renamed_settings(kind).keys():
             saved["settings"][each].leave_out(f"{name} has no such setting any more")
             del settings[each]
-        act = read(kind, Layer(settings, f"{saved.where}.settings")).aimed_at(issues, why)
+        layer = Layer(settings, f"{saved.where}.settings")
+        intervention = read(kind, layer).aimed_at(issues, why)
         if active:
-            act.check_saved(effect)
-        return cls(act, state, active, by_hand, for_one_step)
+            intervention.check_saved(effect)
+        return cls(intervention, state, active, by_user, for_one_step)
 
-    def take_up(self, run: TrainingRun) -> None:
-        """Apply it again; where it no longer fits, or was over, it only counts among what was
-        tried. Does not raise.
+    def restore(self, run: TrainingRun) -> None:
+        """Apply it again; where it is over or no longer fits, count it among those tried.
+
+        It does not raise.
         """
         applied = None
         try:
-            applied = self.act.resume(run, self.state) if self.active else None
+            applied = self.intervention.resume(run, self.state) if self.active else None
         except NotApplicable as error:
-            logger.warning("%s is not held any longer: %s", self.act.name, error.reason)
+            logger.warning("%s is not held any longer: %s", self.intervention.name, error.reason)
         except Exception as error:
             logger.error(
-                "%s failed and is not held any longer: %s", self.act.name, error, exc_info=error
+                "%s failed and is not held any longer: %s",
+                self.intervention.name,
+                error,
+                exc_info=error,
             )
-        applied = applied or self.act.ended(run, self.state)
-        applied.by_hand = self.by_hand
+        applied = applied or self.intervention.ended(run, self.state)
+        applied.by_user = self.by_user
         if applied.active and self.for_one_step:
             applied.hold_for_one_step()

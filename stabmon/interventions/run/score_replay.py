@@ -1,6 +1,4 @@
-"""Run the newest step's batch again, without a trace, to see what an intervention has really done
-to the scores.
-"""
+"""Replay the newest step's batch, to measure the scores after an intervention."""
 
 from __future__ import annotations
 
@@ -19,13 +17,16 @@ from stabmon.records import AttentionCall
 
 
 def can_replay(run: TrainingRun) -> bool:
-    """Whether there is a forward to repeat, and one process can do so by itself."""
+    """Return whether there is a forward to repeat, and one process can do so alone."""
     return bool(run.forwards) and not is_split(run.model)
 
 
 def replay(run: TrainingRun, on_call: Callable[[AttentionCall], None]) -> None:
-    """Show ``on_call`` every attention call of the newest step's first forward, on the parameters
-    as they are now.
+    """Repeat the newest step's first forward on the present parameters, and report its attention.
+
+    Args:
+        run: the run, with a forward to repeat.
+        on_call: called with every attention call.
     """
     with (
         run.forwards[0].again(run.model) as forward,
@@ -35,35 +36,40 @@ def replay(run: TrainingRun, on_call: Callable[[AttentionCall], None]) -> None:
 
 
 def deepest_first(layers: Sequence[str], seen: Sequence[str]) -> list[str]:
-    """The layers in the order in which each can be changed and judged without those still to come
-    seeing anything of it.
+    """Sort layers so that a change of one affects none of the later ones.
 
     Args:
         layers: some layers.
         seen: all layers in the order in which they attend; a layer that is not among them comes
             first.
+
+    Example:
+        >>> deepest_first(["a", "c"], ["a", "b", "c"])
+        ['c', 'a']
     """
     return sorted(layers, key=lambda layer: -seen.index(layer) if layer in seen else -len(seen))
 
 
 def replayed_scores(run: TrainingRun) -> dict[str, np.ndarray]:
-    """The largest score of each head, ``[H]`` by layer, without position bias; empty where nothing
-    can be replayed.
+    """Return the largest score of each head, ``[H]`` by layer, without position bias.
+
+    Empty where nothing can be replayed.
     """
     if not can_replay(run):
         return {}
     found: dict[str, np.ndarray] = {}
 
-    def look(call: AttentionCall) -> None:
+    def measure(call: AttentionCall) -> None:
         found[call.layer] = largest_scores(call).double().cpu().numpy()
 
-    replay(run, look)
+    replay(run, measure)
     return found
 
 
 def largest_scores(call: AttentionCall) -> Tensor:
-    """``[H]`` largest score of each head, before softcap and position bias; -inf for a head whose
-    rows see nothing.
+    """Return ``[H]`` largest scores of the heads, before softcap and position bias.
+
+    -inf for a head whose rows see nothing.
     """
     operator = operator_of(call)
     if operator.visibility.is_bias and call.mask is not None and call.query is not None:

@@ -1,4 +1,4 @@
-"""What a head's scores were before they grew, and what its number format holds."""
+"""Find a head's scores from before they grew, and the limits of its number format."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def largest_product(dtype: str) -> float:
 
 
 def baselines(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:
-    """A head's largest score before it grew; NaN where that is not known, or was never better.
+    """Return a head's largest score before it grew; NaN where not known, or never lower.
 
-    Before it grew is where the issue says that it began, or where the head's score was last at or
-    below the level that the issue was measured against (or below half of what it is now, where the
-    issue names none); of the readings up to there the newest five count.
+    Growth began at the step that the issue gives, or where the head's score was last at or below
+    the level that the issue was measured against (half of the present score, where the issue has no
+    level). Of the readings up to there the newest five count.
 
     Args:
         run: the run.
-        issue: what the head is named in, or its layer.
+        issue: an issue of the head, or of its layer.
         head: the head, where the issue names its layer alone.
     """
     head = issue.head if issue.head is not None else head

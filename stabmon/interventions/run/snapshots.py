@@ -16,13 +16,14 @@ from stabmon._torch.tensors import local
 from stabmon.interventions.run.training_run import TrainingRun
 
 SNAPSHOT_VERSION = 1
-"""Of a snapshot's file; one without is of before there were any, and the same."""
+"""Version of a snapshot's file; one without a version is older, and read the same way."""
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Parameters, buffers, optimizer state, scheduler and gradient scaler after one optimizer step;
-    of this rank's shards.
+    """State of a run after one optimizer step, of this rank's shards.
+
+    It holds parameters, buffers, optimizer state, schedulers and gradient scaler.
     """
 
     step: int
@@ -55,12 +56,12 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, run: TrainingRun, *, schedule: bool) -> None:
-        """Put the state back in place, bit for bit, leaving every random generator alone.
+        """Set the run to this state in place, bit for bit; random generators stay as they are.
 
         Args:
             run: the run that it was taken of.
-            schedule: also the scheduler, and the groups' rates and other settings; without, they
-                stay where they are now.
+            schedule: restore schedulers, rates and other settings of groups as well; without, they
+                stay as they are now.
         """
         for name, tensor in named_tensors(run):
             if name in self.tensors:
@@ -82,7 +83,7 @@ class Snapshot:
             run.grad_scaler.load_state_dict(_copied(self.scaler))
 
     def save(self, path: Path) -> None:
-        """Write it to a file, that is there as a whole or not at all."""
+        """Write it to a file, which afterwards is complete or absent."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         replace_whole(
             path, lambda fresh: torch.save({"version": SNAPSHOT_VERSION, **values}, fresh)
@@ -90,7 +91,7 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
             ValueError: if the file is damaged or of a later version.
@@ -114,7 +115,7 @@ class Snapshot:
 
 
 def snapshot_bytes(run: TrainingRun) -> int:
-    """How large a snapshot would be now."""
+    """Return the size of a snapshot taken now, in bytes."""
     state = [
         value
         for p, state in _stepped(run)
@@ -128,7 +129,7 @@ def snapshot_bytes(run: TrainingRun) -> int:
 
 
 def named_tensors(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of the model, and what else the optimizer steps (masters)."""
+    """Return parameters and buffers of the model, and master weights of the optimizer."""
     yield from run.model.named_parameters()
     yield from run.model.named_buffers()
     own = {id(parameter) for parameter in run.model.parameters()}
@@ -137,14 +138,12 @@ def named_tensors(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stepped(run: TrainingRun) -> list[tuple[Tensor, Any]]:
-    """Each parameter of each optimizer, beside that optimizer's whole state, which may hold nothing
-    of it yet.
-    """
+    """Return each parameter beside its optimizer's whole state, which may lack it so far."""
     return [(each, state_of(group.optimizer)) for group in run.groups for each in group.parameters]
 
 
 def _copied(value: Any) -> Any:
-    """The same value in tensors of its own on the host."""
+    """Copy a value, with its tensors, to the host."""
     if isinstance(value, Tensor):
         return local(value.detach()).to("cpu", copy=True)
     if isinstance(value, Mapping):
@@ -157,9 +156,7 @@ def _copied(value: Any) -> Any:
 def _restore_entries(
     entries: dict[str, Any], saved: Mapping[str, Any], device: torch.device
 ) -> None:
-    """Make an optimizer's state of one parameter what was saved, in its own tensors where they are
-    still there.
-    """
+    """Set an optimizer's state of one parameter, in its own tensors where they still exist."""
     for name in set(entries) - set(saved):
         del entries[name]
     for name, value in saved.items():

@@ -1,6 +1,4 @@
-"""What an intervention may touch of a training run, and the marks of a step at which a held one is
-called.
-"""
+"""The parts of a training run that interventions may change, and the hooks of held ones."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,78 +24,25 @@ from stabmon._torch.optimizer_adapter import (
 from stabmon._torch.process_group import collective_device, world_size
 from stabmon.capture.names import clean_name
 from stabmon.interventions.run.learning_rates import LearningRates
+from stabmon.interventions.run.step_hooks import StepHooks
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import NonFinite
 from stabmon.rules.tracking.history import History
 
 logger = logging.getLogger("stabmon")
 
-Mark = Literal["attention", "before_optimizer_step", "on_step"]
-
-
-class StepHooks:
-    """Callbacks of held interventions at the marks of a step.
-
-    - ``attention``, with the :class:`~stabmon.records.AttentionCall`: in each training forward,
-      once for every attention call.
-    - ``before_optimizer_step``: gradients are ready, parameters not yet stepped; once for each
-      optimizer that steps.
-    - ``on_step``: the optimizer has stepped, the next forward has not begun.
-
-    A callback that raises is told of and taken out; the others go on.
-    """
-
-    def __init__(self) -> None:
-        self._callbacks: dict[Mark, list[Callable[..., None]]] = {
-            "attention": [],
-            "before_optimizer_step": [],
-            "on_step": [],
-        }
-
-    def add(
-        self, mark: Mark, callback: Callable[..., None], *, first: bool = False
-    ) -> Callable[[], None]:
-        """Call ``callback`` at ``mark`` from now on, ``first`` or last; returns what takes it out
-        again, which may be called twice.
-        """
-        self._callbacks[mark].insert(0 if first else len(self._callbacks[mark]), callback)
-
-        def remove() -> None:
-            if callback in self._callbacks[mark]:
-                self._callbacks[mark].remove(callback)
-
-        return remove
-
-    def wants(self, mark: Mark) -> bool:
-        """Whether anybody waits for ``mark``: where nobody does, there is no need to capture
-        attention at this step.
-        """
-        return bool(self._callbacks[mark])
-
-    def fire(self, mark: Mark, *args: Any) -> None:
-        """Call everybody who waits for ``mark``, in the order in which they were added."""
-        for callback in list(self._callbacks[mark]):
-            try:
-                callback(*args)
-            except Exception as error:
-                if callback in self._callbacks[mark]:
-                    self._callbacks[mark].remove(callback)
-                logger.error(
-                    "A held intervention failed at %s and is left out, training goes on: %s",
-                    mark,
-                    error,
-                    exc_info=error,
-                )
-
 
 class Prepared:
     """State that an intervention keeps from before the first step on, to be there when it acts."""
 
+    def begin(self) -> None:
+        """Start to keep it, before the first step."""
+
     def offer(self, healthy: bool) -> None:
-        """Take note of a sampled step, once its issues are known.
+        """Note a sampled step, once its issues are known.
 
         Args:
-            healthy: loss and gradients are finite, and no issue is open that may ruin the run.
+            healthy: loss and gradients are finite, and no issue is open that may make it diverge.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,15 +63,22 @@ P = TypeVar("P", bound=Prepared)
 
 @dataclass(eq=False)
 class TrainingRun:
-    """What interventions may touch. Whoever trains keeps ``step``, ``layers``, ``info`` and
-    ``forwards`` up to date.
+    """The parts of a training run that interventions may change or read.
+
+    The monitor keeps ``step``, ``layers``, ``history`` and ``forwards`` up to date.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> run = TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> [group.rate for group in run.groups], run.rate_factor
+        ([0.1], 1.0)
     """
 
     model: nn.Module
     optimizer: Any = None
     """A torch optimizer, a wrapper around one, something that holds several, or a list of these."""
     lr_scheduler: Any = None
-    """What sets its rates; a list where there are several."""
+    """The scheduler of its rates; a list where there are several."""
     grad_scaler: Any = None
     step: int = 0
     """Optimizer steps made."""
@@ -134,41 +86,41 @@ class TrainingRun:
     """The attention module behind each layer name of the readings."""
     history: History = field(default_factory=History)
     forwards: Sequence[ForwardCall] = ()
-    """The newest step's outermost forwards, to be replayed; empty where that cannot be."""
+    """The newest step's outermost forwards that can be replayed."""
     run_dir: Path | None = None
     accumulation: int = 1
-    """Micro-batches a step, by whose number the loss is divided before it is differentiated."""
+    """Micro-batches of a step; the loss is divided by their number before each backward."""
     audit: Callable[[Mapping[str, Any]], None] = lambda record: None
     """Receives each audit record."""
     applied: list[Any] = field(default_factory=list)
     """Everything applied so far, in order: :class:`~stabmon.interventions.base.Applied`."""
     step_hooks: StepHooks = field(default_factory=StepHooks)
     prepared: list[Prepared] = field(default_factory=list)
-    """What interventions keep from before the first step on, to be there when they act."""
-    by_hand: bool = False
-    """Whether what is being applied was asked for by a person: then what has nothing to do yet is
-    held, and not refused.
+    """State that interventions keep from before the first step on."""
+    by_user: bool = False
+    """True while a person applies an intervention.
+
+    One that has nothing to do yet is then held, and not refused.
     """
     stop_reason: str | None = None
-    """Why training should stop now; None to go on."""
-    uneasy: bool = False
-    """Whether something may be wrong with the newest steps that is not known yet: then no state
-    counts as healthy.
-    """
+    """The reason to stop training now; None to go on."""
+    is_uncertain: bool = False
+    """True if the newest steps may yet prove too long; no state then counts as healthy."""
     shorten_step: Callable[[Mapping[str, float]], Callable[[], None] | None] | None = None
-    """Shortens the step that was just made, by a factor a parameter group, and returns what puts it
-    back; None where it cannot be had.
+    """Shortens the step just made, by a factor for each parameter group; None where impossible.
+
+    It returns a function that undoes it, or None where the step was not probed.
     """
     on_rollback: list[Callable[[int], None]] = field(default_factory=list)
-    """Told the step whose state the run was put back to."""
+    """Functions called after a rollback, with the step whose state the run was set to."""
 
     def find_prepared(self, kind: type[P]) -> P | None:
-        """Return what was prepared of this kind; None where no intervention asked for it."""
+        """Return the prepared state of a kind; None where no intervention asked for it."""
         return next((each for each in self.prepared if isinstance(each, kind)), None)
 
     @property
     def optimizers(self) -> list[Any]:
-        """Every optimizer that was given, without what wraps it."""
+        """Every optimizer that was given, without wrappers around it."""
         return innermost(self.optimizer)
 
     @property
@@ -200,25 +152,21 @@ class TrainingRun:
 
     @property
     def rate_factor(self) -> float:
-        """The smallest share of its scheduled rate that any parameter group uses at the next step;
-        1 where nothing lowers them.
-        """
+        """Smallest share of its scheduled rate that any group uses at the next step, at most 1."""
         return self.rates.factor if "rates" in vars(self) else 1.0
 
     @property
     def rate_factors(self) -> dict[str, float]:
-        """The share of its scheduled rate that each parameter group used in the newest step, by
-        key; groups at 1 are left out.
-        """
+        """Share of its scheduled rate that each group used in the newest step; 1 is left out."""
         return self.rates.in_use if "rates" in vars(self) else {}
 
     def scheduled_rate(self, group: ParameterGroup) -> float | None:
-        """The rate of a group as its scheduler has set it."""
+        """Return the rate of a group as its scheduler has set it; None where it has none."""
         return self.rates.scheduled(group) if "rates" in vars(self) else group.rate
 
     @property
     def torch_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizers around whose steps hooks can be put.
+        """The optimizers that take hooks around their steps.
 
         Raises:
             NotApplicable: if there is none.
@@ -238,7 +186,7 @@ class TrainingRun:
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
-        """The first of them.
+        """The first of :attr:`torch_optimizers`.
 
         Raises:
             NotApplicable: if there is none.
@@ -252,11 +200,11 @@ class TrainingRun:
         return found if found is not None and found.touched in ("nothing", "gradients") else None
 
     def known_layers(self) -> list[str]:
-        """Names of all attention layers seen so far, those of before a resume included."""
+        """Return names of all attention layers seen so far, also before a resume."""
         return list(dict.fromkeys([*self.history.layers, *self.layers]))
 
     def module(self, layer: str) -> nn.Module:
-        """The attention module of a layer.
+        """Return the attention module of a layer.
 
         Raises:
             NotApplicable: if the model has no such module.
@@ -271,8 +219,11 @@ class TrainingRun:
         raise NotApplicable(f"no attention module is known under {layer!r}")
 
     def max_logit(self, layer: str, head: int | None = None) -> float:
-        """Largest score of a head (of all heads of the layer for None) at the newest reading; NaN
-        where unknown.
+        """Return a head's largest score at the newest reading; NaN where unknown.
+
+        Args:
+            layer: the layer's name.
+            head: the query head; None for the largest of all heads.
         """
         if not len(self.history) or layer not in self.history.layers:
             return float("nan")
@@ -281,21 +232,20 @@ class TrainingRun:
 
     @property
     def loss_scale(self) -> float:
-        """What the loss is multiplied by before each backward: the scaler's scale over the number
-        of micro-batches.
-        """
+        """Factor on the loss before each backward: the scaler's scale over the micro-batches."""
         scaler = self.grad_scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         return scale / self.accumulation
 
     @property
     def ranks(self) -> int:
-        """Processes that train together."""
+        """Number of processes that train together."""
         return world_size()
 
     def largest_over_ranks(self, values: Tensor) -> Tensor:
-        """The elementwise maximum over all ranks, which must all call this; NaN counts as
-        infinite.
+        """Return the elementwise maximum over all ranks, which must all call this.
+
+        NaN counts as infinite.
         """
         values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
         if self.ranks > 1:
@@ -304,7 +254,7 @@ class TrainingRun:
         return values
 
     def any_rank(self, flag: bool) -> bool:
-        """Whether any rank says so; all ranks must call this."""
+        """Return whether the flag is True on any rank; all ranks must call this."""
         if self.ranks == 1:
             return flag
         flags = torch.tensor([float(flag)], device=collective_device())

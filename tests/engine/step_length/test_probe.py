@@ -49,10 +49,10 @@ def probed(model, args, loss_of, rate, *, clip=None, scale=1.0, groups=None):
     probe.begin(True)
     call = ForwardCall.of(model, args, {})
     output = model(*args)
-    probe.follow(call, output)
+    probe.add_forward(call, output)
     loss = loss_of(output)
     (loss * scale).backward()
-    probe.backward_ended()
+    probe.note_backward()
     for parameter in model.parameters():
         parameter.grad.div_(scale)
     if clip is not None:
@@ -110,7 +110,7 @@ def test_the_factor_that_fits_is_found_and_leaves_every_bit_where_it_was():
     probe, *_ = probed(model, (torch.tensor(1.0),), lambda output: output["loss"], 4.0)
     bits = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
-    assert probe.fitting(0.6) == {
+    assert probe.find_factors(0.6) == {
         "0.0": pytest.approx(0.1, rel=1e-3)
     }  # the rate 0.4 has the ratio 0.6
     assert all(torch.equal(bits[name], value) for name, value in model.state_dict().items())
@@ -125,16 +125,16 @@ def test_one_group_that_alone_is_too_long_is_told_alone():
     probe.begin(True)
     call = ForwardCall.of(model, (torch.tensor(1.0),), {})
     output = model(torch.tensor(1.0))
-    probe.follow(call, output)
+    probe.add_forward(call, output)
     output["loss"].backward()
-    probe.backward_ended()
+    probe.note_backward()
     probe.before(groups)
     with torch.no_grad():
         model.one.sub_(8.0 * model.one.grad)
         model.other.sub_(0.1 * model.other.grad)
     probe.after(list(groups))
     assert probe.quality(1).gain_ratio < 0
-    assert probe.fitting(0.6) == {"0.0": pytest.approx(0.05, rel=0.2)}
+    assert probe.find_factors(0.6) == {"0.0": pytest.approx(0.05, rel=0.2)}
     put_back = probe.shorten({"0.0": 0.05})
     assert float(model.one.detach()[0, 0]) == pytest.approx(2 - 0.05 * 32)
     put_back()

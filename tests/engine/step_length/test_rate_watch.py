@@ -6,7 +6,7 @@ import math
 import pytest
 
 from stabmon.engine.step_length.probe import StepQuality
-from stabmon.engine.step_length.rate_watch import BRISK, FIRST, LOW, TORN, RateWatch
+from stabmon.engine.step_length.rate_watch import BRISK, DIVERGED, FIRST, LOW, RateWatch
 
 RATES = {"0.0": 1e-3}
 
@@ -49,8 +49,8 @@ def test_what_a_few_gain_ratios_say(ratios, expected):
 
 
 def test_one_step_that_tears_its_own_batch_up_is_enough():
-    assert judged([0.5, -1.0], rise=TORN) == ["torn", "torn"]
-    assert judged([0.5, -1.0], rise=TORN - 0.01) == [None, None]
+    assert judged([0.5, -1.0], rise=DIVERGED) == ["torn", "torn"]
+    assert judged([0.5, -1.0], rise=DIVERGED - 0.01) == [None, None]
 
 
 def test_the_rate_that_fits_is_no_higher_than_one_that_was_fine():

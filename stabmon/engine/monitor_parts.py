@@ -1,0 +1,147 @@
+"""Make the parts of a monitor and connect them to one clock."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from stabmon._torch.optimizer_adapter import OptimizerAdapter
+from stabmon._torch.process_group import world_size
+from stabmon.config import StabilityConfig, proposed_interventions
+from stabmon.engine.clock import StepClock
+from stabmon.engine.error_boundary import ErrorBoundary
+from stabmon.engine.rank_reducer import RankReducer
+from stabmon.engine.reading_builder import ReadingBuilder
+from stabmon.engine.recorder import Recorder
+from stabmon.engine.step_contexts import StepContexts
+from stabmon.engine.step_length.watch import StepLength
+from stabmon.engine.step_observer import StepObserver
+from stabmon.engine.weight_updates import WeightUpdates
+from stabmon.guard import Guard
+from stabmon.interventions import TrainingRun
+from stabmon.listeners import StepListener
+from stabmon.nonfinite.detector import NonFiniteDetector
+from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.issue_tracker import IssueTracker
+
+
+@dataclass(frozen=True)
+class MonitorParts:
+    """The parts of one monitor, connected to each other."""
+
+    optimizers: OptimizerAdapter
+    recorder: Recorder
+    guard: Guard
+    clock: StepClock
+    observer: StepObserver
+    detector: NonFiniteDetector
+    step_length: StepLength
+    updates: WeightUpdates
+    readings: ReadingBuilder
+    contexts: StepContexts
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The parts with a state of their own, by their key in the monitor's state."""
+        return {
+            "losses": self.observer.losses,
+            "non_finite": self.detector,
+            "step_length": self.step_length.rates,
+            "guard": self.guard,
+        }
+
+
+def make_parts(
+    model: nn.Module,
+    optimizer: Any,
+    lr_scheduler: Any,
+    config: StabilityConfig,
+    boundary: ErrorBoundary,
+    is_sampled: Callable[[int], bool],
+    *,
+    run_dir: Path | None,
+    is_writer: bool,
+    reduce_ranks: bool,
+    grad_scaler: Any,
+) -> MonitorParts:
+    """Make the parts of a monitor; nothing is put into the model yet.
+
+    Args:
+        model: the model that trains.
+        optimizer: its optimizer or optimizers; None without any.
+        lr_scheduler: its scheduler or schedulers.
+        config: the settings.
+        boundary: counts what fails in any part.
+        is_sampled: returns whether a step, counted from 1, is a sampled one.
+        run_dir: the folder of the records.
+        is_writer: this process writes to the sinks.
+        reduce_ranks: reduce sampled steps over all ranks.
+        grad_scaler: the gradient scaler; None to find it.
+    """
+    recorder = Recorder(config.make_sinks() if is_writer else [], run_dir, boundary)
+    optimizers = OptimizerAdapter(optimizer, grad_scaler)
+    run = TrainingRun(
+        model,
+        optimizers.optimizer,
+        lr_scheduler,
+        optimizers.grad_scaler,
+        run_dir=run_dir,
+        audit=recorder.write_intervention,
+    )
+    guard = Guard(
+        run,
+        proposed_interventions(config),
+        config.make_budget(),
+        automatic=bool(config.interventions),
+    )
+    clock = StepClock(boundary)
+    observer = StepObserver(model, config, clock, optimizers.scale)
+    ranks = RankReducer(model) if reduce_ranks else None
+    detector = NonFiniteDetector(model, boundary.failed, ranks.share if ranks else None, optimizers)
+    step_length = StepLength(
+        optimizers, run.scheduled_rate, lambda: run.rate_factors, boundary, model
+    )
+    run.shorten_step = step_length.shorten if world_size() == 1 else None
+    run.on_rollback.append(lambda step: step_length.rates.reset())
+    updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
+    every_step: list[StepListener] = [detector, step_length]
+    clock.listeners = [updates, *(every_step if config.watch_every_step else []), guard]
+    readings = ReadingBuilder(
+        observer,
+        optimizers,
+        detector,
+        step_length.rates,
+        lambda: run.rate_factors,
+        boundary,
+        recorder.amend,
+    )
+    readings.ranks = ranks
+    contexts = StepContexts(observer, optimizers, is_sampled, config.watch_every_step, boundary)
+    return MonitorParts(
+        optimizers,
+        recorder,
+        guard,
+        clock,
+        observer,
+        detector,
+        step_length,
+        updates,
+        readings,
+        contexts,
+    )
+
+
+def make_tracker(config: StabilityConfig, boundary: ErrorBoundary) -> IssueTracker:
+    """Make the tracker of a configuration's rules, with an empty history."""
+    return IssueTracker(
+        config.make_rules(),
+        history=History(config.history),
+        clear_after=config.clear_after,
+        cooldown_steps=config.cooldown * config.log_every,
+        on_error=functools.partial(boundary.failed, "rule"),
+    )
