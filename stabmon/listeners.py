@@ -59,7 +59,7 @@ class StepContext:
 
 
 class StepListener:
-    """Base class of everything called at moments of a step; each method here does nothing.
+    """Base class of everything called at moments of a step; it does nothing.
 
     A method that raises is counted and logged once; training and the other listeners go on.
     Forwards that a listener makes in :meth:`before_optimizer_step` and :meth:`on_step_end` are not
@@ -104,7 +104,10 @@ class StepListener:
         """
 
     def on_forward_error(self) -> None:
-        """Remove everything from the model: a forward raised, and close() may never be called."""
+        """Remove everything from the model, after a forward that raised.
+
+        Training may have ended by it, and then nobody calls :meth:`close`.
+        """
 
     def on_backward_end(self) -> None:
         """Handle gradients that are complete and not clipped yet."""

@@ -1,1 +1,1 @@
-"""What happens at each step of training: what is measured of it, and what follows from that."""
+"""Engine: what each training step measures, judges and changes."""

@@ -71,7 +71,7 @@ class AttentionAnalyzer:
         self._start()
 
     def diagnose(self) -> Diagnosis:
-        """Return the statistics of all forwards so far, and the issues that one reading can show.
+        """Return the statistics of all forwards so far, and their issues.
 
         Returns:
             A diagnosis of step 0. Where some of the model's attention is not seen, its ``unseen``

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ class Phase(enum.Enum):
 
 
 class StepClock:
-    """Listeners in a fixed order, all called at each moment; one that raises stops no other.
+    """Listeners in a fixed order, all called at each moment of a step.
 
     Args:
         boundary: counts failures, by listener and moment.
@@ -123,7 +124,8 @@ class StepClock:
 
     def _fire(self, call: Callable[[StepListener], None], moment: str) -> None:
         for listener in self.listeners:
-            self._contain(lambda: call(listener), f"{type(listener).__name__}.{moment}")  # noqa: B023
+            place = f"{type(listener).__name__}.{moment}"
+            self._contain(functools.partial(call, listener), place)
 
     def _contain(self, call: Callable[[], None], place: str) -> None:
         with self.boundary.timed():

@@ -1,4 +1,4 @@
-"""Keep errors inside stabmon out of the training loop, and count the time that stabmon takes."""
+"""Keep errors of stabmon out of the training loop, and count its overhead."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ErrorBoundary:
 
 
 def contained(method: Callable[P, R]) -> Callable[P, R | None]:
-    """Make a method count and log its errors instead of raising them; it then returns None.
+    """Make a method count and log its errors, and return None, instead of raising.
 
     The method's object needs a ``boundary``, an :class:`ErrorBoundary`. Its time is overhead.
     """

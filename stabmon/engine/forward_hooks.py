@@ -123,7 +123,7 @@ class ForwardHooks:
 
 
 class _Hook:
-    """A hook that becomes one that does nothing when it is copied or pickled with its module."""
+    """A hook that, copied or pickled with its module, does nothing."""
 
     def __init__(self, callback: Callable[..., None]) -> None:
         self._callback = callback
@@ -136,7 +136,7 @@ class _Hook:
 
 
 def _called_children(module: nn.Module) -> Iterator[nn.Module]:
-    """Return the nearest modules below that can be called: those inside a ``ModuleList``."""
+    """Return the nearest modules below that can be called, inside any list."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _called_children(child)
@@ -151,7 +151,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _is_redirected(module: nn.Module) -> bool:
-    """Return whether Lightning runs ``training_step`` under DDP as this module's ``forward``.
+    """Return whether Lightning runs ``training_step`` as this ``forward``.
 
     Lightning's ``_ForwardRedirection`` replaces ``forward`` for that one call (checked with
     lightning 2.6). Under another name the training step would be taken for the forward.

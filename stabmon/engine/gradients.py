@@ -15,7 +15,7 @@ from stabmon.capture.names import clean_name
 
 
 class GradientNorms:
-    """L2 norms of a step's gradients as each backward left them, before anything clips them.
+    """L2 norms of a step's gradients as each backward left them, not clipped.
 
     A parameter's norm is taken at the end of the last backward that added to its gradient, and
     stays on its device until :meth:`by_layer`. So a step may have several backwards, with clips
@@ -30,7 +30,7 @@ class GradientNorms:
         self._unknown = False
 
     def measure(self, model: nn.Module, added: Mapping[int, Tensor], scale: float | None) -> None:
-        """Measure the gradients that a backward added to, and those not measured in this step yet.
+        """Measure the gradients that a backward added to, and those not measured yet.
 
         Args:
             model: the model whose parameters count.
@@ -58,7 +58,7 @@ class GradientNorms:
         self._scales += [scale] * len(fresh)
 
     def by_layer(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Return the norm of each attention module's own gradients, and of all under ``""``.
+        """Return the gradient norm of each attention module, and of all as ``""``.
 
         Costs one transfer to the host.
 

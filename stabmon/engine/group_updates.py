@@ -1,4 +1,4 @@
-"""Measure the share by which the parameters of each optimizer group move in a sampled step."""
+"""Measure the relative change of each parameter group in a sampled step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Sample:
 
 
 class GroupUpdates:
-    r"""Relative change of each parameter group in a step, by a bounded sample of its values.
+    r"""Relative change of each parameter group, by a sample of its values.
 
     The share is :math:`\|\Delta p\| / \|p\|` of up to 32 of the group's tensors, those with two and
     more dimensions if there are any, each by evenly strided values that count for those between

@@ -90,7 +90,7 @@ class LossAccumulator:
         self.parts, self._reported = [], False
 
     def drain(self) -> tuple[tuple[int, float], ...]:
-        """Return (step, loss) of every step since the last call, in one transfer to the host."""
+        """Return (step, loss) of every step since the last call, in one transfer."""
         pending, self._pending = list(self._pending), deque(maxlen=self._pending.maxlen)
         waiting = [value.double() for _, value in pending if isinstance(value, Tensor)]
         arrived = iter(torch.stack(waiting).tolist() if waiting else [])

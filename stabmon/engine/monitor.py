@@ -1,4 +1,4 @@
-"""The monitor of a training run: samples steps, judges readings, and lets the guard intervene.
+"""Monitor a training run: sample steps, judge readings, let the guard intervene.
 
 It knows no signal, rule, sink or intervention by name. :mod:`stabmon.listeners` lists the moments
 of a step; :class:`~stabmon.engine.clock.StepClock` fires them to the weight updates, the non-finite
@@ -254,7 +254,7 @@ class AttentionStabilityMonitor:
 
     @property
     def unseen(self) -> Mapping[str, str]:
-        """Modules with attention that is not seen, by name, in words; from the first sample on."""
+        """Modules with attention that is not seen, in words; from the first sampled step on."""
         return dict(self._observer.unseen)
 
     @property
@@ -332,7 +332,10 @@ class AttentionStabilityMonitor:
         self._observer.losses.add_reported(loss)
 
     def leave_ranks(self) -> None:
-        """Report this rank's readings alone, before the first step: not every rank has a monitor."""
+        """Report this rank's readings alone; to be called before the first step.
+
+        Without it, a rank with a monitor would wait for ranks that have none.
+        """
         self._readings.ranks = None
         self._parts.detector.report_alone()
 

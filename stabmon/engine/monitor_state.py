@@ -1,4 +1,4 @@
-"""Check and read a monitor's stored state: its version, its model, and issues still known."""
+"""Check and read a monitor's stored state: version, model and known issues."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def parse(
 
 
 def attention_of(model: nn.Module, layers: Sequence[str]) -> dict[str, Any]:
-    """Describe a model's attention layers, to recognise the model when a state is loaded.
+    """Describe a model's attention layers, to recognise the model on a resume.
 
     Args:
         model: the model.
@@ -158,7 +158,7 @@ def _check_version(saved: Stored) -> None:
 
 
 def _known_issues(saved: Stored, tracker: IssueTracker) -> list[StabilityIssue]:
-    """Return the stored issues that a rule of today knows or has open; leave out the others."""
+    """Return the stored issues that a present rule knows; leave out the others."""
     known = {issue.issue_type for issue in tracker.open_issues}
     issues = []
     for each in saved.parts():

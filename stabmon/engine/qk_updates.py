@@ -116,7 +116,7 @@ class QKUpdates:
         }
 
     def _adapter_norm(self, layer: str, measure: Literal["before", "change"]) -> Tensor | None:
-        """Return a norm of a layer with adapters; drop the layer where it cannot be measured."""
+        """Return a norm of a layer with adapters; drop the layer if that fails."""
         try:
             found: Tensor = getattr(self._adapters[layer], measure)()
         except Exception as error:  # adapters that were exchanged, or a base that takes no floats
@@ -160,7 +160,7 @@ def _is_adapted(module: nn.Module | None) -> bool:
 
 
 def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parameter, int, slice]]:
-    """Return (parameter, dimension, rows) of all that makes queries and keys, ranges joined."""
+    """Return (parameter, dimension, rows) of W_q and W_k, adjacent rows joined."""
     try:
         rows = find_query_key(module, info)[0].all_rows()
     except NotApplicable:

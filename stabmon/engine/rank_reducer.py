@@ -1,4 +1,4 @@
-"""Exchange readings and findings between ranks, so that no fault leaves a rank waiting."""
+"""Exchange readings and findings between ranks without leaving one waiting."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class RankReducer:
         return world_size() > 1 and self._agreed is not False
 
     def reduce(self, sums: Sums) -> dict[str, dict[str, HeadSums]]:
-        """Reduce signals over all ranks; every rank must call this at the same sampled steps.
+        """Reduce signals over ranks, which must all call this at the same steps.
 
         Args:
             sums: this rank's sums, by layer and signal.
@@ -77,7 +77,7 @@ class RankReducer:
         return self._unpack(added.cpu(), largest.cpu(), own) if layout == self._layout else own
 
     def share(self, found: NonFinite | None, step: int) -> NonFinite | None:
-        """Return on rank 0 the finding of all ranks nearest to a cause, on others their own.
+        """Return on rank 0 the finding nearest to a cause, on others their own.
 
         No collective: rank 0 reads what the others left in the store.
 
@@ -130,7 +130,7 @@ class RankReducer:
         return self._agreed
 
     def _pack(self, own: Sums, layout: list[tuple[str, str, int]]) -> tuple[Tensor, Tensor]:
-        """Return the ``[2, N]`` values to add over ranks and the ``[N]`` values to maximise.
+        """Return the ``[2, N]`` values to add and the ``[N]`` values to maximise.
 
         N is the number of heads of all layers and signals. Added are totals (for a maximum: 1 where
         it is NaN) and counts.
@@ -168,6 +168,6 @@ class RankReducer:
 
 
 def has_split_heads(model: nn.Module) -> bool:
-    """Return whether the model is tensor parallel, so that head 0 is another head on each rank."""
+    """Return whether each rank has other heads, as under tensor parallelism."""
     meshes = (getattr(parameter, "device_mesh", None) for parameter in model.parameters())
     return any("tp" in (mesh.mesh_dim_names or ()) for mesh in meshes if mesh is not None)

@@ -58,7 +58,7 @@ class ReadingBuilder:
     def build(
         self, ctx: StepContext, updates: UpdatesOfStep, *, has_news: bool, watches_losses: bool
     ) -> Reading | None:
-        """Return the reading of the step that has ended; None where there is nothing to judge.
+        """Return the reading of the step; None where there is nothing to judge.
 
         Under torch.distributed every rank must call this at the same sampled steps.
 
@@ -108,7 +108,7 @@ class ReadingBuilder:
         return reading
 
     def _report_unseen(self) -> None:
-        """Warn of attention that is not seen, and write it to the run's metadata, once for more."""
+        """Warn of attention that is not seen, and add it to the run's metadata."""
         unseen, words = self._observer.unseen, self._observer.describe_unseen()
         if words is None or len(unseen) == self._unseen_reported:
             return

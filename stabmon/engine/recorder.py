@@ -40,7 +40,7 @@ class Recorder:
 
     @contained
     def open_sinks(self) -> None:
-        """Open the sinks at the first record or the end of the first step; later do nothing."""
+        """Open the sinks at the first record or step; later do nothing."""
         meta, self._meta = self._meta, None
         if meta is not None:
             self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta())

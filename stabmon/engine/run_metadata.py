@@ -1,4 +1,4 @@
-"""Describe a run in ``meta.json``: versions, configuration, model and sampling schedule."""
+"""Describe a run in ``meta.json``: versions, configuration, model, schedule."""
 
 from __future__ import annotations
 

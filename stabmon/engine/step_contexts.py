@@ -15,7 +15,7 @@ from stabmon.listeners import StepContext
 
 
 class StepContexts:
-    """Gathers what the listeners are told of a step, and which optimizers have stepped in it.
+    """Contexts of a step's moments, and the optimizers that have stepped in it.
 
     Args:
         observer: forwards, losses and gradients of the step.
@@ -112,7 +112,7 @@ class StepContexts:
 
     @contained
     def _end_scaling(self) -> bool | Tensor:
-        """Return whether the step was skipped, and drop gradient norms that a scaler changed."""
+        """Return whether the step was skipped; drop norms that a scaler changed."""
         was_skipped = self._optimizers.left_out()
         scaled, self._scales = self._scales, self._optimizers.scales
         if scaled != self._scales or (

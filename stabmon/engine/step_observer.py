@@ -1,4 +1,4 @@
-"""Observe a training step: its forwards, their attention, its losses and its gradients."""
+"""Observe a training step: its forwards, attention, losses and gradients."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class StepObserver:
 
     @property
     def gradients(self) -> dict[str, float]:
-        """L2 norms before clipping, by layer and of all under ``""``; empty where not known."""
+        """L2 norms before clipping, by layer, of all as ``""``; empty if unknown."""
         if not self._gradients:
             self._gradients = self._norms.by_layer(self._model, self.measurements.modules)
         return self._gradients
@@ -155,7 +155,7 @@ class StepObserver:
             self._norms.measure(self._model, added, self._scale())
 
     def find_compiled_wrapper(self) -> None:
-        """Add hooks to a wrapper that was compiled around the model since the hooks were put there.
+        """Add hooks to a wrapper that was compiled around the model later.
 
         For a step without a forward: the training loop then calls the wrapper.
         """
@@ -168,7 +168,7 @@ class StepObserver:
             self._hooks.add_roots(outer)
 
     def explain_missing_attention(self) -> str | None:
-        """Return why a sampled step had no attention call, in one line; None if already reported."""
+        """Return why a sampled step had no attention call; None if reported before."""
         if self.interrupted or self.boundary.errors["capture"]:
             return None
         if not self.forwards.count:
@@ -191,11 +191,11 @@ class StepObserver:
 
     @property
     def unseen(self) -> Mapping[str, str]:
-        """Modules with attention that is not seen, by name, in words, as far as known so far."""
+        """Modules with attention that is not seen, by name, in words."""
         return self._capture.witness.unseen
 
     def describe_unseen(self) -> str | None:
-        """Describe in one line what is seen and what is not; None where all is seen, or nothing."""
+        """Describe what is seen and what is not; None if all is seen, or nothing."""
         return self._capture.witness.describe() if self._capture.witness.seen else None
 
     @contained
@@ -248,7 +248,7 @@ class StepObserver:
 
 
 def compiled_around(model: nn.Module) -> list[nn.Module]:
-    """Return the compiled wrapper that the model's callers call, in a list of one or none.
+    """Return a list of the compiled wrapper that callers call, or an empty one.
 
     It is a module that holds ``model``, or the model itself where it was compiled in place.
     """

@@ -1,4 +1,4 @@
-"""Measure the changes by the optimizers in a sampled step: of groups, and of W_q and W_k."""
+"""Measure the changes of groups and of W_q and W_k in a sampled step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class UpdatesOfStep:
 
 
 class WeightUpdates(StepListener):
-    """Copies of weights from before the optimizers step, compared when a reading is made.
+    """Copies of weights from before the optimizers step, compared afterwards.
 
     The comparison comes after every listener's ``on_step_end``, so that the edits of interventions
     count as part of the step.

@@ -83,7 +83,7 @@ class Guard(StepListener):
                 self._prepared[each.state_key or each.name] = prepared
 
     def begin(self, *, ranks_agree: bool = True) -> None:
-        """Install what only helps from the start; before the first step and ``load_state_dict``.
+        """Install interventions of the start; before ``load_state_dict``.
 
         Args:
             ranks_agree: every rank has a guard that is given the same issues; without that, with

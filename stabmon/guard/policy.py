@@ -1,4 +1,4 @@
-"""Choose the next intervention: by open alarms, by what was tried, and by what is left to spend."""
+"""Choose the next intervention by open alarms, earlier trials and the budget."""
 
 from __future__ import annotations
 
@@ -208,14 +208,14 @@ class Policy:
         return [applied for applied in tried if applied.step >= since]
 
     def _renew(self, alarms: Sequence[Alarm]) -> None:
-        """Allow interventions that may be repeated for an alarm whose cause was found anew."""
+        """Allow repeatable interventions for alarms whose cause was found again."""
         for issue, symptom in alarms:
             key = key_of(issue, symptom)
             if self.trials.renew(key, _found_at(issue)):
                 self.untreatable.pop(key, None)
 
     def _note_untreated(self, open_issues: Sequence[StabilityIssue]) -> None:
-        """Note alarms whose rule declares no symptom, so that they are reported as untreatable."""
+        """Note alarms whose rule declares no symptom as untreatable."""
         for issue in without_symptom(open_issues):
             key = (issue.issue_type, issue.layer, issue.head)
             if key not in self.untreatable:
@@ -244,7 +244,7 @@ class Policy:
         return "", "no intervention that is allowed treats this"
 
     def _may_be_tried(self, name: str, key: Key, run: TrainingRun) -> bool:
-        """Return whether an intervention has not failed at a location, suits it and is affordable."""
+        """Return whether an intervention may be tried at a location."""
         if len(self.trials.entries) >= self.budget.max_interventions:
             return False
         if len(self.trials.at(key)) >= self.budget.max_per_location:

@@ -17,7 +17,7 @@ RENAMED = {"drive": "sustained_growth"}
 
 
 def key_of(issue: StabilityIssue, symptom: Symptom) -> Key:
-    """Return the key of an issue; the run as a whole where its symptom has no location."""
+    """Return the key of an issue; that of the run for a symptom without location."""
     if symptom.per_location:
         return symptom.name, issue.layer, issue.head
     return symptom.name, None, None
@@ -57,7 +57,7 @@ def alarms_now(
 
 
 def without_symptom(open_issues: Sequence[StabilityIssue]) -> list[StabilityIssue]:
-    """Return the open alarms whose rule declares no symptom, so that nothing treats them."""
+    """Return the open alarms whose rule declares no symptom."""
     return [issue for issue in open_issues if issue.is_alarm and symptom_of(issue) is None]
 
 

@@ -1,4 +1,4 @@
-"""Remember the interventions that were tried, and judge them by the alarms that stay open."""
+"""Remember the interventions tried, and judge them by the alarms still open."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Trial:
 
 @dataclass(eq=False)
 class Trials:
-    """Every intervention tried in a run, and the locations at which each failed or did not fit."""
+    """Every intervention tried in a run, and the locations where it failed."""
 
     entries: list[Trial] = field(default_factory=list)
     samples: int = 0
@@ -88,7 +88,7 @@ class Trials:
         return bool(old)
 
     def judge(self, open_keys: Set[Key], budget: Budget, *, release: bool) -> list[Trial]:
-        """Decide at a sample which interventions worked; a person's own are left as they are.
+        """Decide which interventions worked; a person's own are left as they are.
 
         Args:
             open_keys: locations with an open alarm.
@@ -122,7 +122,7 @@ class Trials:
         return failed
 
     def state_dict(self, applied: Sequence[Applied]) -> dict[str, Any]:
-        """Return the trials as plain values; ``applied`` gives each intervention its number."""
+        """Return the trials as plain values, numbered by their place in ``applied``."""
         return {
             "samples": self.samples,
             "trials": [
@@ -180,7 +180,7 @@ class Trials:
         return restore
 
     def _is_abandoned(self, trial: Trial) -> bool:
-        """Note a trial whose effect has abandoned itself, and return whether it is a new one."""
+        """Note a trial whose effect has ended by itself; return whether it is new."""
         why = trial.applied.effect.abandoned_reason
         if not (trial.applied.active and why) or trial.reason:
             return False

@@ -1,0 +1,1 @@
+"""Watch the trainers of other frameworks by a callback each."""

@@ -1,19 +1,16 @@
-"""Watch a Lightning Trainer: events to monitor calls, and the Trainer's own loggers as sinks."""
+"""Watch a Lightning Trainer by a callback, with its own loggers as sinks."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.monitor import AttentionStabilityMonitor
-from stabmon.integrations.earlier_issues import without_restored
-from stabmon.integrations.ranks import settle
-from stabmon.records import Reading, StabilityIssue
+from stabmon.integrations.base import StabilityCallbackBase
+from stabmon.records import Reading
 from stabmon.sinks import SINKS, Sink
 
 try:
@@ -24,12 +21,12 @@ except ImportError as error:
 logger = logging.getLogger("stabmon")
 
 
-class StabilityCallback(pl.Callback):
-    """Add it to ``L.Trainer(callbacks=[...])``; nothing else changes.
+class StabilityCallback(StabilityCallbackBase, pl.Callback):
+    """Callback for ``L.Trainer(callbacks=[...])``; nothing else changes.
 
     Records go to ``<trainer.log_dir>/stabmon``, with ``fast_dev_run`` and ``barebones`` nowhere.
-    Scalars also reach every logger of the Trainer. The state is stored in each checkpoint and taken
-    up again on resume.
+    Scalars also reach every logger of the Trainer. The state is stored in each checkpoint and
+    restored on a resume.
 
     Args:
         config: a preset's name, a YAML file's path, or a
@@ -40,54 +37,32 @@ class StabilityCallback(pl.Callback):
         **overrides: other fields of the configuration.
 
     Raises:
-        ValueError: for a configuration that cannot be, naming the value and the mend.
+        ValueError: for an invalid configuration, naming the value and the fix.
+
+    Example:
+        >>> callback = StabilityCallback("guard", log_every=50)  # Trainer(callbacks=[callback])
+        >>> callback.config.log_every, callback.issues
+        (50, [])
     """
 
-    def __init__(
-        self,
-        config: str | Path | StabilityConfig | None = "observe",
-        *,
-        log_every: int | None = None,
-        sinks: list[str | Sink] | None = None,
-        run_dir: str | Path | None = None,
-        **overrides: Any,
-    ) -> None:
-        self.config = load_config(config, log_every=log_every, sinks=sinks, **overrides)
-        self.monitor: AttentionStabilityMonitor | None = None
-        self._earlier: list[StabilityIssue] = []
-        self._own_sinks = sinks is not None
-        self._run_dir = run_dir
-        self._state: dict[str, Any] = {}
-        self._global_step = 0
-        self._in_step = False
-
-    @property
-    def issues(self) -> list[StabilityIssue]:
-        """Every issue emitted so far, in all calls of ``fit()`` with this callback; empty before
-        training.
-        """
-        return [*self._earlier, *([] if self.monitor is None else self.monitor.issues)]
-
-    def close(self) -> None:
-        """Leave the model as it was found. The Trainer's end and its exceptions do this."""
-        if self.monitor is not None:
-            self.monitor.close()
+    _state: dict[str, Any] | None = None
+    """The state in a loaded checkpoint, until training starts."""
+    _global_step = 0
+    _in_step = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start watching; on a resume, go on where the checkpoint was."""
-        self.close()
-        self._earlier, self.monitor = self.issues, None
-        dry = bool(
-            getattr(trainer, "fast_dev_run", False) or trainer.barebones
-        )  # modes in which Lightning leaves no file either
-        run_dir = None if dry else self._run_dir or trainer.log_dir or trainer.default_root_dir
-        try:
+        """Start watching; on a resume, go on from the checkpoint."""
+        # modes in which Lightning leaves no file either
+        dry = bool(getattr(trainer, "fast_dev_run", False) or trainer.barebones)
+
+        def make() -> AttentionStabilityMonitor:
             sinks: list[str | Sink] = [
-                each for each in self.config.sinks if not dry or _leaves_nothing(each)
+                each for each in self.config.sinks if not dry or _writes_nowhere(each)
             ]
             if not self._own_sinks and not dry:
                 sinks += [_sink_of(each) for each in trainer.loggers]
-            self.monitor = AttentionStabilityMonitor(
+            run_dir = None if dry else self._run_dir or trainer.log_dir or trainer.default_root_dir
+            monitor = AttentionStabilityMonitor(
                 pl_module,
                 trainer.optimizers or None,
                 [each.scheduler for each in trainer.lr_scheduler_configs],
@@ -99,19 +74,16 @@ class StabilityCallback(pl.Callback):
                 manual_steps=True,
                 grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
             )
-            self.monitor.step = _steps_made(trainer)
-            self._restore(self.monitor)
-            self._earlier = without_restored(self._earlier, self.monitor.issues)
-        except Exception:
-            logger.exception("stabmon could not start watching; training goes on without it")
-            self.monitor = None
-        settle(self.monitor)
+            monitor.step = _steps_made(trainer)
+            return monitor
+
+        self._start(make, self._restore)
         self._global_step, self._in_step = trainer.global_step, False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Arm the capture at the first micro-batch of a sampled optimizer step."""
+        """Begin an optimizer step at its first micro-batch."""
         if self.monitor is not None and not self._in_step:
             self._in_step = True
             self.monitor.begin_step()
@@ -119,14 +91,14 @@ class StabilityCallback(pl.Callback):
     def on_before_backward(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
-        """Take the loss, which Lightning has divided by the number of micro-batches."""
+        """Add the loss, which Lightning has divided by the number of micro-batches."""
         if self.monitor is not None:
             self.monitor.add_loss(loss)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
-        """Look at the gradients, before they are clipped."""
+        """Inspect the gradients, before they are clipped."""
         if self.monitor is not None:
             self.monitor.before_optimizer_step(optimizer)
 
@@ -138,9 +110,7 @@ class StabilityCallback(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Judge the step, if any optimizer stepped in the batch; end training where an intervention
-        says so.
-        """
+        """Judge the step if an optimizer stepped in the batch; stop if asked to."""
         if self.monitor is not None and trainer.global_step != self._global_step:
             self._global_step, self._in_step = trainer.global_step, False
             self.monitor.on_step()
@@ -162,20 +132,20 @@ class StabilityCallback(pl.Callback):
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What Lightning stores of us in a checkpoint."""
+        """Return the monitor's state, for Lightning's checkpoint."""
         try:
-            return self._state if self.monitor is None else self.monitor.state_dict()
+            return (self._state or {}) if self.monitor is None else self.monitor.state_dict()
         except Exception:
             logger.exception("stabmon's state is not stored in this checkpoint")
             return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep what Lightning has stored of us until training starts."""
+        """Keep the state in Lightning's checkpoint until training starts."""
         self._state = state_dict
 
     def _restore(self, monitor: AttentionStabilityMonitor) -> None:
-        """Go on with what a checkpoint held; once, not in a later fit as well."""
-        state, self._state = self._state, {}
+        """Set a monitor to the state in a checkpoint; once, not in a later fit as well."""
+        state, self._state = self._state, None
         if state:
             try:
                 monitor.load_state_dict(state)
@@ -184,32 +154,33 @@ class StabilityCallback(pl.Callback):
 
 
 def _steps_made(trainer: pl.Trainer) -> int:
-    """Batches in which an optimizer stepped: ``global_step`` counts each optimizer's steps under
-    manual optimisation.
+    """Return the number of batches in which an optimizer stepped.
+
+    Under manual optimisation ``global_step`` counts each optimizer's steps.
     """
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
     return min(trainer.global_step, trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
-def _leaves_nothing(one: str | Sink) -> bool:
-    """Whether a sink writes to no file or server that we know of."""
-    ours = (
-        one
-        if isinstance(one, str)
-        else next((name for name, cls in SINKS.items() if type(one) is cls), None)
+def _writes_nowhere(sink: str | Sink) -> bool:
+    """Return whether a sink writes to no file or server, as far as known."""
+    name = (
+        sink
+        if isinstance(sink, str)
+        else next((name for name, cls in SINKS.items() if type(sink) is cls), None)
     )
-    return ours in ("console", None)
+    return name in ("console", None)
 
 
-def _sink_of(one: Any) -> Sink:
-    """The sink that writes to one of the Trainer's loggers."""
-    kind = type(one).__name__
+def _sink_of(target: Any) -> Sink:
+    """Return the sink that writes to one of the Trainer's loggers."""
+    kind = type(target).__name__
     if kind == "TensorBoardLogger":
-        return SINKS["tensorboard"](writer=one.experiment)  # type: ignore[call-arg]
+        return SINKS["tensorboard"](writer=target.experiment)  # type: ignore[call-arg]
     if kind == "WandbLogger":
-        return SINKS["wandb"](run=one.experiment)  # type: ignore[call-arg]
-    return _LoggerSink(one)
+        return SINKS["wandb"](run=target.experiment)  # type: ignore[call-arg]
+    return _LoggerSink(target)
 
 
 class _LoggerSink(Sink):

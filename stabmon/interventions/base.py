@@ -1,4 +1,4 @@
-"""Base class of interventions, the record of an applied one, and the registry of all."""
+"""Define interventions, the record of an applied one, and their registry."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ATTENTION_AND_LOSS = ("rate", "sustained_growth", "scores", "step", "loss")
 
 @dataclass(frozen=True)
 class Intervention(ABC):
-    """A change to a training run that can be undone. Its dataclass fields are its settings.
+    """A change to a training run that can be undone; its fields are settings.
 
     A subclass overrides :meth:`_start`, which changes the run and returns an
     :class:`~stabmon.interventions.effects.effect.Effect` that can take the change back. It declares
@@ -167,7 +167,7 @@ class Intervention(ABC):
         return Applied(intervention, run, effect, step=run.step).write_audit("applied")
 
     def order_for(self, symptom: str) -> int | None:
-        """Return its order among those that treat a symptom; None where it does not treat it.
+        """Return its order among those that treat a symptom; None if it does not.
 
         Override it where the order depends on the settings, as that of ``lower_learning_rate`` does
         on which rates it lowers; else declare :attr:`treats`.
@@ -186,7 +186,7 @@ class Intervention(ABC):
         return ""
 
     def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
-        """Return whether the budget allows it once more, beside the limits on all interventions.
+        """Return whether the budget allows it once more.
 
         Args:
             run: the run.
@@ -232,7 +232,7 @@ class Intervention(ABC):
         )
 
     def ended(self, run: TrainingRun, state: Mapping[str, Any]) -> Applied:
-        """Return a record of one that is over: it counts among those tried, and does nothing.
+        """Return a record of one that is over and counts among those tried.
 
         Args:
             run: the run.
@@ -322,8 +322,9 @@ class Applied:
         return self
 
     def undo(self, why: str = "") -> bool:
-        """Take it back, after later interventions on the same resources; a second call does nothing.
+        """Take it back, after later interventions on the same resources.
 
+        A second call does nothing.
         Right after :meth:`Intervention.apply` the run is bit for bit what it was. Later, what
         training has changed since is kept: a factor is divided out again.
 
@@ -385,7 +386,7 @@ class Applied:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a resumed run needs to hold it further: plain values, for JSON."""
+        """Return everything a resumed run needs to hold it: plain values, for JSON."""
         return {
             "intervention": self.intervention.name,
             "settings": self.intervention.settings,
@@ -426,7 +427,9 @@ I_ = TypeVar("I_", bound=type[Intervention])
 
 
 def intervention(cls: I_) -> I_:
-    """Register an intervention under its class name in snake case: ``QkClip`` is ``qk_clip``.
+    """Register an intervention under its class name in snake case.
+
+    ``QkClip`` is ``qk_clip``.
 
     Raises:
         ValueError: if the name is taken.
@@ -436,5 +439,5 @@ def intervention(cls: I_) -> I_:
 
 
 def intervention_name(cls: type) -> str:
-    """Return the name of an intervention's class in snake case, used in configurations."""
+    """Return the name in configurations: the class's name in snake case."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()

@@ -1,4 +1,4 @@
-"""Recover the objective that a backward differentiated, as a function of the model's output."""
+"""Recover the objective of a backward, as a function of the model's output."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Objective:
 
     @torch.no_grad()
     def values(self, output: Any) -> tuple[Tensor, Tensor] | None:
-        """Evaluate the objective at its own output and at another output of the same forward.
+        """Evaluate the objective at its own output and at a later one.
 
         Args:
             output: the output of the forward made again.
@@ -113,7 +113,7 @@ class Objective:
 
 
 def _logits_in(output: Any) -> Tensor | None:
-    """Return the logits of an output: ``.logits``, else its first floating-point matrix."""
+    """Return the logits of an output: ``.logits``, else its first float matrix."""
     named = getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named if named.ndim >= 2 else None
@@ -128,7 +128,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cross_entropy_of(logits: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return weight and label of each row, if ``gradient`` is that of a cross-entropy; else None.
+    """Return weight and label of each row of a cross-entropy; None for others.
 
     Args:
         logits: ``[N, C]``, float32.

@@ -66,7 +66,7 @@ class _Held:
 
 
 class StepProbe:
-    r"""Change of a step's objective on its own batch, compared with the gradient's prediction.
+    r"""Change of a step's objective on its own batch, against its prediction.
 
     The gain ratio of trust-region methods, :math:`\rho = (f(p + d) - f(p)) / (\nabla f(p)^T d)`,
     needs neither a scale of the weights nor a history: f is the objective that backward
@@ -188,7 +188,7 @@ class StepProbe:
 
     @torch.no_grad()
     def find_factors(self, target: float = 0.6, max_forwards: int = 5) -> dict[str, float]:
-        """Find the factor by which each group's step is to be shorter for a given gain ratio.
+        """Find the factor on each group's step that gives a gain ratio.
 
         It is one group alone where that moves much further than the others and these fit without
         it; else all, by the same factor. The parameters are moved back along the step to find it,
@@ -236,7 +236,7 @@ class StepProbe:
         return put_back
 
     def _ahead(self) -> list[str]:
-        """Return the group of matrices that moves ``AHEAD`` times further than the others, if any."""
+        """Return the group that moves ``AHEAD`` times further than others, if any."""
         shares = {
             group.key: group.share()
             for group in self._groups
@@ -278,7 +278,7 @@ class StepProbe:
 
     @contextmanager
     def _moved(self, shares: Mapping[str, float], only: Sequence[str] = ()) -> Iterator[None]:
-        """Put groups at a share of their step inside; with ``only``, the others before theirs."""
+        """Put groups at a share of their step; with ``only``, others before theirs."""
         moved = []
         try:
             for group in self._groups:
@@ -303,7 +303,7 @@ class StepProbe:
         return total if parts and math.isfinite(total) else None
 
     def _change(self) -> tuple[float, float] | None:
-        """Return the change of the step's objective, and its size before; None where unknown."""
+        """Return the change of the objective, and its size before; None if unknown."""
         before, change = 0.0, 0.0
         for call, objective in self._seen:
             with call.again(self._model) as forward:

@@ -1,4 +1,4 @@
-"""Decide at which steps to probe the step length, and conclude from probes and losses."""
+"""Decide at which steps to probe, and conclude from probes and losses."""
 
 from __future__ import annotations
 
@@ -41,10 +41,11 @@ A quadratic's best step has 1/2. Small runs that ended healthy stayed above 0.42
 times the usual rate; those that a rate ruined came to 0.33 and less, mostly below 0.1.
 """
 LONG = 0.35
-"""Mean gain ratio of twice ``BURST`` steps, each clipped to [-1/2, 1], below which they are too long.
+"""Mean gain ratio of twice ``BURST`` steps in a row below which they are too long.
 
-Steps on which batches disagree need more of them. Healthy runs stayed above 0.42 but for the same
-two; those that a rate ruined came to 0.32 and less.
+Each ratio counts as -1/2 at least and 1 at most. Steps on which batches disagree need more of
+them. Healthy runs stayed above 0.42 but for the same two; those that a rate ruined came to 0.32 and
+less.
 """
 FINE = 0.6
 """Gain ratio from which on the next steps need not be probed."""

@@ -82,7 +82,7 @@ class StepLength(StepListener):
         self.has_news = self._judge(ctx.step, ctx.loss) is not None
 
     def _judge(self, step: int, loss: float | Tensor | None) -> Overshoot | None:
-        """Return the evidence that ``step``, or the one before, was too long; None if none."""
+        """Return the evidence that this step or the last was too long, if any."""
         factors = self._factors()
         self._used = {key: rate * factors.get(key, 1.0) for key, rate in self._used.items()}
         quality = self._probe.quality(step) if self._probe.active else None
@@ -156,7 +156,7 @@ class StepLength(StepListener):
             self._probe.after([group.key for group in groups])
 
     def _leap(self, step: int, loss: float | Tensor | None) -> float | None:
-        """Return how far the loss leapt; on another device one step later, without waiting."""
+        """Return how far the loss leapt; on a device, one step later."""
         if isinstance(loss, Tensor):
             last, self._last_loss = self._last_loss, loss
             loss = None if last is None else float(last)

@@ -1,4 +1,4 @@
-"""Effects: the changes that an intervention made in a run, and how to take them back."""
+"""Describe the changes that an intervention made, and how to undo them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Effect:
         """
 
     def was_active(self) -> bool:
-        """Return whether it had something to do since the last call; then it is held further."""
+        """Return whether it had something to do since the last call."""
         return False
 
     def relax(self) -> Mapping[str, Any]:
@@ -71,7 +71,7 @@ class Effect:
         return lambda: None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything needed to hold it again after a restart: plain values, for JSON."""
+        """Return everything needed to hold it again: plain values, for JSON."""
         return {}
 
 

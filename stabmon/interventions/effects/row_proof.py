@@ -22,7 +22,7 @@ def proven_rows(
     factors: Mapping[int, float],
     before: np.ndarray,
 ) -> QueryKey:
-    """Return the first proposal that scales a module's scores as predicted; undo every trial.
+    """Return the first proposal that scales a module's scores as predicted.
 
     Args:
         run: the run, with a forward to repeat.
@@ -61,7 +61,7 @@ def _difference(
     tolerance: float,
     shared: bool,
 ) -> str:
-    """Describe how a module's scores differ from the predicted ones; empty where they do not.
+    """Describe how a module's scores differ from the predicted; empty if not.
 
     Args:
         factors: the factor on each head's scores, by head.

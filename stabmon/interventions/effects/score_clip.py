@@ -1,4 +1,4 @@
-"""Clip the scores of heads by scaling their weights, and hold them at their targets."""
+"""Clip the scores of heads by their weights, and hold them at their targets."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ScoreClip(HeldEffect):
         self._reset: OptimizerReset | None = None
 
     def clip_now(self, fresh: Mapping[Place, float] | None = None, *, wait: bool = False) -> None:
-        """Clip each head that is above its target, and describe it; modules that do not fit are out.
+        """Clip each head above its target; leave out modules that do not fit.
 
         The deepest module comes first: its clip does not change the inputs of the others, so that
         one measurement serves all. Heads below their targets are held where another head of their
@@ -206,7 +206,7 @@ class ScoreClip(HeldEffect):
     def _factors(
         self, scores: Mapping[str, np.ndarray], targets: Mapping[Place, float]
     ) -> dict[str, dict[int, float]]:
-        """Return the factor of each head above its target, by module; the smallest over its calls."""
+        """Return the factor of each head above its target, by module."""
         found: dict[str, dict[int, float]] = {}
         for (layer, head), target in targets.items():
             values = scores.get(str(layer))
@@ -335,7 +335,7 @@ class ScoreClip(HeldEffect):
         self._unreported = {}
 
     def _agreed_scores(self, own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the largest scores over ranks: each replays its own batch, all scale alike."""
+        """Return the largest of all ranks' scores, for all to scale alike."""
         if self.run.ranks == 1:
             return dict(own)
         device = next(self.run.model.parameters()).device
@@ -346,7 +346,7 @@ class ScoreClip(HeldEffect):
         return self._largest_over_ranks()
 
     def _largest_over_ranks(self) -> dict[str, np.ndarray]:
-        """Return the largest scores by layer over micro-batches and ranks, in one transfer."""
+        """Return the largest scores by layer over micro-batches and ranks."""
         seen, self._seen = self._seen, {}
         layers = sorted(self._layers())
         heads = [
@@ -366,7 +366,7 @@ class ScoreClip(HeldEffect):
     def _is_ineffective(
         self, name: str, clipped: UnprovenRows, scores: Mapping[str, np.ndarray]
     ) -> bool:
-        """Return whether unproven rows have shrunk far though their heads' scores have not fallen.
+        """Return whether unproven rows have shrunk while their scores stayed.
 
         They are then not clipped further; if that still holds some forwards later, the clip is
         abandoned.
@@ -413,5 +413,5 @@ class ScoreClip(HeldEffect):
 
 
 def _module(layer: str | None) -> str:
-    """Return the module's name in a layer's name, which also numbers the module's calls."""
+    """Return the module's name in a layer's name, without the call's number."""
     return str(layer).partition("#")[0]

@@ -61,7 +61,7 @@ class HealthyStates(Prepared):
 
     @property
     def newest(self) -> Snapshot | None:
-        """The newest healthy state, read from disk if it is there; None where there is none yet."""
+        """The newest healthy state, read from disk if need be; None if none yet."""
         if isinstance(self._healthy, Path):
             try:
                 return Snapshot.load(self._healthy) if self._healthy.is_file() else None
@@ -89,12 +89,12 @@ class HealthyStates(Prepared):
             self._candidate, self._since, self._age = self._keep(), self.run.step, 0
 
     def note_rollback(self) -> None:
-        """Note that the run is back in the state that is kept, and drop the course after it."""
+        """Note that the run is back in the kept state, and drop the course after it."""
         self._drop(self._candidate)
         self._candidate, self._age, self._left_behind = None, 0, self.run.step
 
     def explain_refusal(self, snapshot: Snapshot) -> str:
-        """Return why a rollback to a state would make the run worse; empty where it may help.
+        """Return why a rollback to a state would do damage; empty if it may help.
 
         Args:
             snapshot: the state.
@@ -137,7 +137,7 @@ class HealthyStates(Prepared):
         )
 
     def _is_proven(self) -> bool:
-        """Return whether the loss fell below that of the kept state and follows its best course."""
+        """Return whether the loss is below that of the kept state and near its best."""
         now, best, noise = self._course()
         losses = self._losses()
         if len(losses) < 2:
@@ -147,7 +147,7 @@ class HealthyStates(Prepared):
         return lower and now <= best + noise
 
     def _course(self) -> tuple[float, float, float]:
-        """Return the present loss, the best so far and their noise; NaN where no loss is known.
+        """Return the present loss, the best so far and their noise; NaN if unknown.
 
         Each loss is a median over steps.
         """
@@ -170,7 +170,7 @@ class HealthyStates(Prepared):
         return known[known[:, 0] > self._left_behind]
 
     def keep(self, snapshot: Snapshot, name: str) -> Snapshot | Path:
-        """Keep a snapshot in memory, or in a file of the run's folder where it is too large.
+        """Keep a snapshot in memory, or in a file where it is too large.
 
         Args:
             snapshot: the snapshot.
@@ -195,7 +195,7 @@ class HealthyStates(Prepared):
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the name of the healthy state's file; a state in memory ends with the process."""
+        """Return the name of the healthy state's file; None for one in memory."""
         return {"healthy": self._healthy.name if isinstance(self._healthy, Path) else None}
 
     def parse_state(self, state: Stored) -> Callable[[], None]:

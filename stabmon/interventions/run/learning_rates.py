@@ -1,4 +1,4 @@
-"""Change learning rates during the optimizer's step alone, so that no scheduler undoes it."""
+"""Change learning rates during the optimizer's step alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ class LearningRates:
     """Factors and ceilings on the rates of parameter groups.
 
     Rates are changed right before their optimizer steps, and the same objects are put back right
-    after. The rate used of a group is ``min(scheduled * factors, ceilings) * ramps``: factors and ramps
+    after.
+
+    The rate used of a group is ``min(scheduled * factors, ceilings) * ramps``: factors and ramps
     multiply, ceilings do not add up, and a warm-up (a ramp) takes its whole length also under a
     ceiling.
 
@@ -98,7 +100,7 @@ class LearningRates:
 
     @property
     def in_use(self) -> dict[str, float]:
-        """Share of its scheduled rate that each group used in its newest step; 1 is left out."""
+        """Share of its scheduled rate that each group used last; 1 is left out."""
         return {key: share for key, share in self._in_use.items() if share != 1}
 
     def groups(self) -> list[ParameterGroup]:
@@ -181,7 +183,7 @@ class LearningRates:
         return release
 
     def _change_new_rates(self) -> None:
-        """Change rates that were set in the middle of a step, as by the closure that it calls."""
+        """Change rates that were set within a step, as by its closure."""
         for at, saved in list(self._saved.items()):
             if any(group.settings.get("lr") is not used for group, _, used in saved):
                 self._change(at)

@@ -37,7 +37,7 @@ MOMENTS = (
 
 
 class OptimizerReset:
-    r"""A reset of every optimizer's moments to those of a new one, with a warm-up of the rate.
+    r"""A reset of every optimizer's moments, with a warm-up of the rate.
 
     The warm-up takes :math:`2 / (1 - \beta_2)` steps, which averages of squares need to fill, but
     no more than have been made. The previous tensors are kept until the next step. In a run without

@@ -19,7 +19,7 @@ newest step alone counted, and in none with eight."""
 
 
 class RecentScores:
-    """Largest scores of the newest steps, scaled by the change of their rows' norms since.
+    """Largest scores of the newest steps, scaled to the present weights.
 
     A batch is small, so that its largest score may be well below or above that of other batches
     under the same weights: a head that is clipped by the newest alone is found far above its target
@@ -94,7 +94,7 @@ def _ratio(now: Tensor, before: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _norms(parts: QueryKey) -> Tensor:
-    """Return ``[H]`` norms of each head's query rows, times those of its key rows if it has own."""
+    """Return ``[H]`` norms of each head's query rows, times those of own key rows."""
     query = torch.stack([_norm(rows) for rows in parts.query])
     return query if parts.key is None else query * torch.stack([_norm(rows) for rows in parts.key])
 

@@ -1,4 +1,4 @@
-"""Read a stored intervention whole before anything is changed, then apply it again."""
+"""Read a stored intervention whole, then apply it again."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def can_replay(run: TrainingRun) -> bool:
 
 
 def replay(run: TrainingRun, on_call: Callable[[AttentionCall], None]) -> None:
-    """Repeat the newest step's first forward on the present parameters, and report its attention.
+    """Repeat the newest step's first forward, and report its attention.
 
     Args:
         run: the run, with a forward to repeat.

@@ -19,7 +19,7 @@ def largest_product(dtype: str) -> float:
 
 
 def baselines(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:
-    """Return a head's largest score before it grew; NaN where not known, or never lower.
+    """Return a head's largest score before it grew; NaN if unknown.
 
     Growth began at the step that the issue gives, or where the head's score was last at or below
     the level that the issue was measured against (half of the present score, where the issue has no

@@ -56,7 +56,9 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, run: TrainingRun, *, schedule: bool) -> None:
-        """Set the run to this state in place, bit for bit; random generators stay as they are.
+        """Set the run to this state in place, bit for bit.
+
+        Random generators stay as they are.
 
         Args:
             run: the run that it was taken of.
@@ -138,7 +140,7 @@ def named_tensors(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stepped(run: TrainingRun) -> list[tuple[Tensor, Any]]:
-    """Return each parameter beside its optimizer's whole state, which may lack it so far."""
+    """Return each parameter beside its optimizer's whole state."""
     return [(each, state_of(group.optimizer)) for group in run.groups for each in group.parameters]
 
 
@@ -156,7 +158,7 @@ def _copied(value: Any) -> Any:
 def _restore_entries(
     entries: dict[str, Any], saved: Mapping[str, Any], device: torch.device
 ) -> None:
-    """Set an optimizer's state of one parameter, in its own tensors where they still exist."""
+    """Set an optimizer's state of a parameter, in its present tensors if possible."""
     for name in set(entries) - set(saved):
         del entries[name]
     for name, value in saved.items():

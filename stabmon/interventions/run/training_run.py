@@ -1,4 +1,4 @@
-"""The parts of a training run that interventions may change, and the hooks of held ones."""
+"""Give interventions access to the parts of a training run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger("stabmon")
 
 
 class Prepared:
-    """State that an intervention keeps from before the first step on, to be there when it acts."""
+    """State that an intervention keeps from before the first step on."""
 
     def begin(self) -> None:
         """Start to keep it, before the first step."""
@@ -152,12 +152,12 @@ class TrainingRun:
 
     @property
     def rate_factor(self) -> float:
-        """Smallest share of its scheduled rate that any group uses at the next step, at most 1."""
+        """Smallest share of its scheduled rate that a group uses at the next step."""
         return self.rates.factor if "rates" in vars(self) else 1.0
 
     @property
     def rate_factors(self) -> dict[str, float]:
-        """Share of its scheduled rate that each group used in the newest step; 1 is left out."""
+        """Share of its scheduled rate that each group used last; 1 is left out."""
         return self.rates.in_use if "rates" in vars(self) else {}
 
     def scheduled_rate(self, group: ParameterGroup) -> float | None:
@@ -232,7 +232,7 @@ class TrainingRun:
 
     @property
     def loss_scale(self) -> float:
-        """Factor on the loss before each backward: the scaler's scale over the micro-batches."""
+        """Factor on the loss before each backward: scaler's scale by micro-batches."""
         scaler = self.grad_scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         return scale / self.accumulation
