@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from stabmon.cli import app
 from stabmon.config import StabilityConfig
-from tests.small import VOCABULARY, Tokens, gpt2
+from tests.support.small_runs import VOCABULARY, Tokens, gpt2
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
