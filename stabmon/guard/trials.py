@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
@@ -87,7 +87,7 @@ class Trials:
             self.ruled_out.get(key, set()).discard(trial.name)
         return bool(old)
 
-    def judge(self, open_keys: Collection[Key], budget: Budget, *, release: bool) -> list[Trial]:
+    def judge(self, open_keys: Set[Key], budget: Budget, *, release: bool) -> list[Trial]:
         """Decide at a sample which interventions worked; a person's own are left as they are.
 
         Args:
@@ -190,7 +190,7 @@ class Trials:
             logger.warning("%s has no effect any more: %s; undo it", trial.name, why)
         return True
 
-    def _decide(self, trial: Trial, open_keys: Collection[Key]) -> None:
+    def _decide(self, trial: Trial, open_keys: Set[Key]) -> None:
         still = [key for key in trial.keys if key in open_keys]
         self.rule_out(trial.name, still)
         trial.outcome = "failed" if still and len(still) == len(trial.keys) else "worked"
