@@ -11,11 +11,11 @@ import pytest
 import torch
 import typer.main
 import yaml
-from tests.small import VOCABULARY, Tokens, gpt2
 from torch.utils.data import DataLoader
 
 from stabmon.cli import app
 from stabmon.config import StabilityConfig
+from tests.support.small_runs import VOCABULARY, Tokens, gpt2
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
@@ -25,6 +25,7 @@ RUN = {
     "start_lightning.md": None,
     "start_loop.md": None,
     "before_training.md": None,
+    "guard.md": None,
     "distributed.md": None,
     "controllers.md": None,
     "analysis.md": 1,  # the others take encoders, decoders and long texts as given
@@ -133,3 +134,20 @@ def test_settings_of_a_page_are_settings(page: str) -> None:
 def test_files_that_a_page_names_exist(page: str) -> None:
     named = re.findall(r"`(?:[a-z ]*)((?:tests|configs|train)/[\w/]+\.(?:py|yaml))", PAGES[page])
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_packages_import_from_their_row_and_those_above() -> None:
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE)
+    row = {name: n for n, cell in enumerate(cells) for name in re.findall(r"`(\w+)`", cell)}
+    package = ROOT / "stabmon"
+    parts = {path.stem for path in package.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert parts - {"__init__", "__pycache__", "py"} == row.keys()
+    upward = [
+        f"{path.relative_to(package)} imports {name}"
+        for path in package.rglob("*.py")
+        if (own := path.relative_to(package).parts[0].removesuffix(".py")) in row
+        for name in re.findall(r"^\s*from stabmon\.(\w+)", path.read_text(), flags=re.MULTILINE)
+        if row[name] > row[own]
+    ]
+    assert upward == []
