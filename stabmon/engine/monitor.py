@@ -33,7 +33,7 @@ from stabmon.engine.recorder import Recorder
 from stabmon.engine.run_metadata import run_meta
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
-from stabmon.engine.weight_updates import UpdatesOfStep, WeightUpdates
+from stabmon.engine.updates.weight_updates import UpdatesOfStep, WeightUpdates
 from stabmon.guard import Guard
 from stabmon.interventions import Applied, Intervention, TrainingRun
 from stabmon.listeners import StepContext, StepListener
