@@ -1,32 +1,55 @@
 """See attention go wrong during transformer training, before the loss shows it, and put it right.
 
+Names are loaded when they are first used, so that importing stabmon loads neither torch nor any
+part that a run does not need.
+
 >>> import stabmon, torch
 >>> monitor = stabmon.AttentionStabilityMonitor(torch.nn.Linear(2, 2), sinks=[])
 >>> monitor.close()
 """
 
+from importlib import import_module as _import_module
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
+from importlib.util import find_spec as _find_spec
 
 from stabmon._moved import install as _install_moved_paths
-from stabmon.check import check_attention_stability
-from stabmon.config import StabilityConfig, load_config
-from stabmon.diagnosis import Diagnosis
-from stabmon.engine.analyzer import AttentionAnalyzer
-from stabmon.engine.monitor import AttentionStabilityMonitor
-from stabmon.records import AttentionCall, NonFinite, Reading, StabilityIssue
 
 _install_moved_paths()
 
-__version__ = _version("stabmon")
-__all__ = [
-    "AttentionAnalyzer",
-    "AttentionCall",
-    "AttentionStabilityMonitor",
-    "Diagnosis",
-    "NonFinite",
-    "Reading",
-    "StabilityConfig",
-    "StabilityIssue",
-    "check_attention_stability",
-    "load_config",
-]
+try:
+    __version__ = _version("stabmon")
+except _PackageNotFoundError:  # a source tree on the path
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "AttentionAnalyzer": "stabmon.engine.analyzer",
+    "AttentionCall": "stabmon.records",
+    "AttentionStabilityMonitor": "stabmon.engine.monitor",
+    "Diagnosis": "stabmon.diagnosis",
+    "NonFinite": "stabmon.records",
+    "Reading": "stabmon.records",
+    "StabilityConfig": "stabmon.config",
+    "StabilityIssue": "stabmon.records",
+    "check_attention_stability": "stabmon.check",
+    "load_config": "stabmon.config",
+}
+"""Public name -> its module; ``__init__.pyi`` declares the same for type checkers."""
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name or a sub-package when it is first used."""
+    if name in _HOMES:
+        found: object = getattr(_import_module(_HOMES[name]), name)
+    elif not name.startswith("_") and _find_spec(f"{__name__}.{name}") is not None:
+        found = _import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """List what is loaded and what can be."""
+    return sorted({*globals(), *_HOMES})

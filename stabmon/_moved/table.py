@@ -96,7 +96,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "_torch.tensors",
         "nonfinite.gradient_probe",
     ),
-    "group_updates": ("engine.group_updates",),
+    "group_updates": ("engine.updates.group_updates",),
     "integrations.earlier": ("integrations.base",),
     "integrations.ranks": ("integrations.base",),
     "interventions.adapters": ("projections.adapters",),
@@ -141,7 +141,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "figures.labels",
     ),
     "presets": ("config.presets",),
-    "query_key_steps": ("engine.qk_updates",),
+    "query_key_steps": ("engine.updates.qk_updates",),
     "recipe": ("tiny.recipe",),
     "recorder": ("engine.recorder",),
     "replay": (

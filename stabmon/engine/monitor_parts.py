@@ -21,7 +21,7 @@ from stabmon.engine.recorder import Recorder
 from stabmon.engine.step_contexts import StepContexts
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
-from stabmon.engine.weight_updates import WeightUpdates
+from stabmon.engine.updates.weight_updates import WeightUpdates
 from stabmon.guard import Guard
 from stabmon.interventions import TrainingRun
 from stabmon.listeners import StepListener

@@ -10,11 +10,11 @@ from typing import Any
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import rank
 from stabmon.engine.error_boundary import ErrorBoundary
-from stabmon.engine.qk_updates import with_adapters
 from stabmon.engine.rank_reducer import RankReducer
 from stabmon.engine.step_length.rate_watch import RateWatch
 from stabmon.engine.step_observer import StepObserver
-from stabmon.engine.weight_updates import UpdatesOfStep
+from stabmon.engine.updates.qk_updates import with_adapters
+from stabmon.engine.updates.weight_updates import UpdatesOfStep
 from stabmon.listeners import StepContext
 from stabmon.nonfinite.detector import NonFiniteDetector
 from stabmon.records import Reading

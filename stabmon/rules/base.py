@@ -38,6 +38,8 @@ class Rule:
     """The failure mode of its issues; None if no intervention treats it."""
     issue_types: ClassVar[tuple[str, ...]] = ()
     """The types of its issues; empty for its own name alone."""
+    value_of: ClassVar[str | None] = None
+    """The signal whose value its issues report; None where they report another quantity."""
     explains_others: ClassVar[bool] = False
     """Its issues explain others of the same step and severity, and are listed before them."""
 

@@ -68,6 +68,7 @@ class LogitGrowth(Rule):
     """
 
     symptom: ClassVar[Symptom] = SCORES
+    value_of: ClassVar[str] = "max_logit"
 
     jump: Positive = 4.0
     """Times its own past within one step; plus ``jump`` again for each 100 steps in between, up to

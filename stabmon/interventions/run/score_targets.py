@@ -7,6 +7,7 @@ import numpy as np
 from stabmon._torch.number_formats import LARGEST
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.records import StabilityIssue
+from stabmon.rules.base import rule_of
 from stabmon.rules.evidence.baselines import PAST_READINGS
 
 
@@ -47,9 +48,8 @@ def baselines(run: TrainingRun, issue: StabilityIssue, head: int | None = None) 
             else float("nan")
         )
     times = issue.evidence.get("times_own_past", issue.evidence.get("score_times_own_past"))
-    now = issue.evidence.get(
-        "max_logit", issue.value if issue.issue_type == "logit_growth" else scores[-1]
-    )
+    reports_score = getattr(rule_of(issue.issue_type), "value_of", None) == "max_logit"
+    now = issue.evidence.get("max_logit", issue.value if reports_score else scores[-1])
     known = isinstance(times, (int, float)) and np.isfinite(times) and times > 1
     level = 1.001 * now / times if known else now / 2
     before = np.flatnonzero(scores <= level)

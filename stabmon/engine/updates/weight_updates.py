@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter, ParameterGroup
 from stabmon.engine.error_boundary import ErrorBoundary, contained
-from stabmon.engine.group_updates import GroupUpdates
-from stabmon.engine.qk_updates import QKUpdates
+from stabmon.engine.updates.group_updates import GroupUpdates
+from stabmon.engine.updates.qk_updates import QKUpdates
 from stabmon.listeners import StepContext, StepListener
 from stabmon.records import QKUpdate
 from stabmon.signals.accumulator import Measurements

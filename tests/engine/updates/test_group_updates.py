@@ -11,7 +11,7 @@ from transformers import Adafactor
 
 import stabmon
 from stabmon._torch.optimizer_adapter import parameter_groups
-from stabmon.engine.group_updates import GroupUpdates
+from stabmon.engine.updates.group_updates import GroupUpdates
 from stabmon.sinks.reader import read_records
 from tests.support.small_runs import batches, gpt2, optimizer_of, same_bits, weights
 
