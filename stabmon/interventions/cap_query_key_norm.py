@@ -17,8 +17,9 @@ from stabmon.interventions.effects.effect import Effect, HeldEffect
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.head_layouts import SEPARATE
 from stabmon.projections.head_rows import Rows
-from stabmon.projections.locate import SEPARATE, find_query_key
+from stabmon.projections.locate import find_query_key
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import ScaledRows, check_saved_rows
 from stabmon.rules.evidence.norm_growth import sustained_growth
