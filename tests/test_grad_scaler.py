@@ -189,7 +189,7 @@ def test_the_scaler_of_another_model_is_not_taken_for_this_one_s():
         if step % 2:
             optimizer.step()
         assert watch.end_step() == (step % 2 == 0)
-    watch.let_go()
+    watch.close()
     assert watch.scaler is None
 
 

@@ -337,7 +337,7 @@ class AttentionStabilityMonitor:
             return
         self._clock.close()
         self._observer.close()
-        self._optimizers.let_go()
+        self._optimizers.close()
         self._recorder.close()
 
     def __enter__(self) -> AttentionStabilityMonitor:
