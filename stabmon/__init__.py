@@ -5,12 +5,15 @@
 >>> monitor.close()
 """
 
+from stabmon._moved import install as _install_moved_paths
 from stabmon.check import check_attention_stability
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine.analyzer import AttentionAnalyzer
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.records import AttentionCall, NonFinite, Reading, StabilityIssue
+
+_install_moved_paths()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -1,4 +1,4 @@
-"""Records of one attention call, one sampled step's reading, and one issue.
+"""Records that flow through stabmon: calls, readings, findings and issues.
 
 Records are frozen. ``AttentionCall`` holds live tensors and dies with the forward that made it; all
 the others hold NumPy arrays and plain values only, and can be stored.
@@ -7,12 +7,14 @@ the others hold NumPy arrays and plain values only, and can be stored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from stabmon._storage.plain_record import PlainRecord
 
 Severity = Literal["info", "warning", "error", "critical"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error", "critical")
@@ -22,69 +24,69 @@ IssueState = Literal["opened", "worsened", "closed"]
 
 
 def is_alarm(severity: Severity) -> bool:
-    """Whether ``severity`` claims that training is being harmed, or will be unless somebody
-    acts.
-    """
+    """Return whether a severity claims damage to training, present or expected."""
     return SEVERITIES.index(severity) >= SEVERITIES.index("error")
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One attention call of a model's own forward, just as the kernel was given it.
+    """One attention call of a model's own forward, with its kernel's inputs.
 
     B batch, H query heads, H_kv key heads (H is a multiple of H_kv), Q queries, K keys, D head
     dimension.
     """
 
     layer: str
-    """Qualified name of the module that attends, without wrapper prefixes; ``name#1``… from its
-    second call on.
+    """Qualified name of the attention module, without wrapper prefixes.
+
+    ``name#1``, ``name#2`` … from the module's second call of a forward on.
     """
     query: Tensor | None
-    """``[B, H, Q, D]``, after RoPE and query/key normalisation; None where only ``scores`` were
-    seen.
-    """
+    """``[B, H, Q, D]``, after RoPE and query/key normalisation; None beside ``scores``."""
     key: Tensor | None
-    """``[B, H_kv, K, D]``, before grouped heads are expanded; None where only ``scores`` were
-    seen.
-    """
+    """``[B, H_kv, K, D]``, before grouped heads are expanded; None beside ``scores``."""
     scale: float
-    """The inverse temperature: scores are ``scale * query @ key.T``."""
+    """Inverse temperature: scores are ``scale * query @ key.T``."""
     is_causal: bool = False
     """Query i sees keys 0 … i + K - Q (aligned at the bottom right)."""
     mask: Tensor | None = None
-    """Bool (True is visible) or additive float (-inf, or the dtype's minimum, hides), broadcasts to
-    ``[B, H, Q, K]``.
+    """Bool (True is visible) or additive float mask that broadcasts to ``[B, H, Q, K]``.
+
+    In a float mask, -inf or the dtype's minimum hides.
     """
     window: int | None = None
     """A query sees at most its ``window`` newest visible keys (itself included); None for all."""
     softcap: float | None = None
     """Scores become ``softcap * tanh(score / softcap)`` before mask and bias are added."""
     sinks: Tensor | None = None
-    """``[H]`` learned sink logits that join each row's softmax but no value (GPT-OSS); ``[B, H,
-    Q]`` where they depend on the query.
+    """``[H]`` learned sink logits that join each row's softmax but no value (GPT-OSS).
+
+    ``[B, H, Q]`` where they depend on the query.
     """
     scores: Tensor | None = None
-    """``[B, H, Q, K]`` scores that the model itself formed, hidden keys at -inf: only where it
-    hands over no query and key.
+    """``[B, H, Q, K]`` scores that the model formed itself, hidden keys at -inf.
+
+    Given only where query and key are not.
     """
     dtype: torch.dtype = torch.float32
     """The dtype in which the model's own kernel multiplies query and key."""
     fused: bool = True
-    """Whether the model's kernel accumulates scores in float32 (fused), or rounds them to ``dtype``
-    (eager, hand-written).
+    """The model's kernel accumulates scores in float32.
+
+    Otherwise (eager, hand-written) it rounds them to ``dtype``.
     """
     module: nn.Module | None = None
     """The module that attends."""
     is_self: bool = False
-    """Query i is known to be of the same token as key i + K - Q, so that a hidden key tells of a
-    query that is padding.
+    """Query i is known to be of the same token as key i + K - Q.
+
+    A hidden key then shows that its query is padding.
     """
 
 
 @dataclass(frozen=True)
-class LayerInfo:
-    """What a rule must know of a layer besides its signals."""
+class LayerInfo(PlainRecord):
+    """Facts about a layer that rules need besides its signals."""
 
     heads: int
     head_dim: int
@@ -95,65 +97,68 @@ class LayerInfo:
     """See :class:`AttentionCall`."""
     softcap: float | None = None
     adapted: bool = False
-    """W_q or W_k is frozen, as under adapters (LoRA, DoRA …) and prompts: what is trained is around
-    them, and no clip reaches them.
+    """W_q or W_k is frozen, as under adapters (LoRA, DoRA …) and prompts.
+
+    The trained parameters lie around them, and no clip reaches them.
     """
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """All that was measured at one sampled step."""
+class Reading(PlainRecord):
+    """All measurements of one sampled step."""
 
     step: int
     """The optimizer step, counted from 1."""
     loss: float | None
     layers: Mapping[str, Mapping[str, np.ndarray]]
-    """``layers[layer][signal]`` is float64 ``[H]``, one value a query head; NaN where no row
-    counted.
+    """``layers[layer][signal]`` is float64 ``[H]``, one value per query head.
+
+    NaN where no row counted.
     """
     info: Mapping[str, LayerInfo] = field(default_factory=dict)
     learning_rate: float | None = None
-    """The largest rate over the parameter groups of all optimizers at this step, as scheduled."""
+    """The largest scheduled rate over the parameter groups of all optimizers at this step."""
     gradients: Mapping[str, float] = field(default_factory=dict)
-    """L2 norm of the gradient of each attention module's own parameters, by layer, and of all
-    parameters under ``""``.
+    """L2 norm of the gradient of each attention module's own parameters, by layer.
+
+    The norm over all parameters is under ``""``.
     """
     query_key: Mapping[str, QKUpdate] = field(default_factory=dict)
-    """How W_q and W_k moved, by layer, where they can be told apart."""
+    """Updates of W_q and W_k by layer, where the two can be located."""
     losses: tuple[tuple[int, float], ...] = ()
-    """(step, loss) of every step since the last reading, this one included, where the losses are
-    known.
-    """
+    """(step, loss) of every step since the last reading whose loss is known, this one included."""
     micro_batches: int = 1
-    """How many forwards this reading is reduced over."""
+    """Number of forwards that this reading is reduced over."""
     non_finite: NonFinite | None = None
-    """Where a NaN or inf first came up, if one did since the last reading."""
+    """Origin of a NaN or inf that came up since the last reading."""
     overhead_fraction: float | None = None
     """Share of wall time spent inside stabmon since the last reading."""
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    """The scheduled rate of each parameter group at this step, by ``<optimizer>.<group>`` (both
-    counted from 0).
+    """Scheduled rate of each parameter group at this step.
+
+    Keys are ``<optimizer>.<group>``, both counted from 0.
     """
     rate_factors: Mapping[str, float] = field(default_factory=dict)
-    """The share of its scheduled rate that a group used, where interventions changed it; 1 for
-    groups that are not here.
+    """Share of its scheduled rate that a group used, where interventions changed it.
+
+    1 for groups that are not here.
     """
     overshoot: Overshoot | None = None
-    """What showed that steps are too long, if something did since the last reading."""
+    """Finding since the last reading that steps are too long."""
     sampled: bool = True
-    """Whether this is a sampled step; else one at which something was found between samples, of
-    which only that is known.
+    """This is a sampled step.
+
+    Otherwise something was found between samples, and only that is known of the step.
     """
     updates: Mapping[str, float] = field(default_factory=dict)
-    """The share of itself by which the step moved each group's parameters, ``||dp|| / ||p||``;
-    measured on a sample of large groups.
+    """Relative update of each group's parameters by the step, ``||dp|| / ||p||``.
+
+    Measured on a sample of large groups.
     """
 
     @property
     def used_rates(self) -> dict[str, float]:
-        """The rate that each parameter group was stepped with: the scheduled one times what
-        interventions made of it.
-        """
+        """Rate of each parameter group in the step: the scheduled one after interventions."""
         return {
             key: rate * self.rate_factors.get(key, 1.0) for key, rate in self.learning_rates.items()
         }
@@ -169,49 +174,55 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class QKUpdate:
-    """L2 norms over everything that makes the queries and keys of a layer, at one optimizer
-    step.
-    """
+class QKUpdate(PlainRecord):
+    """L2 norms over a layer's query and key parameters, at one optimizer step."""
 
     gradient: float
     """As the optimizer met it; NaN under a gradient scaler."""
     weight: float
     """Before the step."""
     update: float
-    """Of what the step changed."""
+    """Of the change that the step made."""
 
     @property
-    def share(self) -> float:
-        """What the step changed, over what was there; NaN where that was zero."""
+    def relative_update(self) -> float:
+        """Update over weight; NaN where the weight is zero."""
         return self.update / self.weight if self.weight > 0 else float("nan")
 
 
 Cause = Literal[
     "", "mask", "overflow", "labels", "objective", "data", "weights", "optimizer", "arithmetic"
 ]
-"""What made a NaN or an inf: a row that sees no key; a value beyond its number format; no target
-that counts; the loss function; the batch; a parameter; the optimizer's step on finite gradients; a
-module that makes it of finite values. Empty where unknown."""
+"""Cause of a NaN or an inf; empty where unknown.
+
+In their order: a row that sees no key; a value beyond its number format; no target that counts; the
+loss function; the batch; a parameter; the optimizer's step on finite gradients; a module that makes
+it of finite values.
+"""
 
 
 @dataclass(frozen=True)
-class Overshoot:
-    """Steps are too long: what shows it, and which rate would fit."""
+class Overshoot(PlainRecord):
+    """Finding that steps are too long, and the rates that would fit."""
 
     step: int
     how: Literal["first_step", "brisk", "steps", "torn", "leap"]
-    """The first step (``brisk``: a little too long, which is no alarm unless heads break), or the
-    median of several in a row, gained too little on its own batch; a step tore the loss of its own
-    batch up; or the loss leapt at a step that was not probed."""
-    gain_ratio: float
-    """Actual over predicted decrease of the batch's own objective: 1 for a small step, 1/2 at the
-    minimum of a quadratic along the step, 0 where nothing was gained, below where it rose. NaN
-    where only the loss shows it."""
-    rise: float
-    """Share by which the objective of the step's own batch rose, or the loss above the largest
-    before.
+    """Evidence of the finding.
+
+    - ``first_step``: the first step gained too little on its own batch.
+    - ``brisk``: the same by a small margin, which is no alarm unless heads break.
+    - ``steps``: the median of several steps in a row gained too little.
+    - ``torn``: a step raised the loss of its own batch steeply.
+    - ``leap``: the loss leapt at a step that was not probed.
     """
+    gain_ratio: float
+    """Actual over predicted decrease of the batch's own objective.
+
+    1 for a small step, 1/2 at the minimum of a quadratic along the step, 0 where nothing was
+    gained, negative where the objective rose. NaN where only the loss shows the overshoot.
+    """
+    rise: float
+    """Relative rise of the objective on the step's own batch, or of the loss above its maximum."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """The rate used, by parameter group."""
     fitting: Mapping[str, float] = field(default_factory=dict)
@@ -231,8 +242,8 @@ class Overshoot:
 
 
 @dataclass(frozen=True)
-class NonFinite:
-    """The first tensor of a step that held a NaN or an inf, found by replaying the step's batch."""
+class NonFinite(PlainRecord):
+    """The first tensor of a step with a NaN or an inf, found by replaying its batch."""
 
     step: int
     kind: Literal["parameter", "input", "activation", "score", "gradient", "loss"]
@@ -240,45 +251,48 @@ class NonFinite:
     """Qualified name of the first bad module."""
     head: int | None
     tensor: str
-    """What is bad in it, as ``q_proj.weight``, ``output``, ``query``, ``score``."""
+    """The bad tensor in that module, as ``q_proj.weight``, ``output``, ``query``, ``score``."""
     detail: str = ""
     cause: Cause = ""
     touched: Literal["", "nothing", "gradients", "weights"] = ""
-    """How far it has come: ``nothing`` but the loss, ``gradients`` of a step that was left out,
-    ``weights``; empty where unknown.
+    """Extent of the damage; empty where unknown.
+
+    ``nothing`` but the loss, ``gradients`` of a step that was left out, or ``weights``.
     """
     skipped: int = 0
-    """Steps in a row that were left out because of it, where they are more than a gradient scaler's
-    search takes.
+    """Steps in a row that it made the run leave out.
+
+    Counted where they are more than a gradient scaler's search takes.
     """
     search: int = 0
     """Steps in a row that a search may take."""
     scale: float | None = None
-    """What a gradient scaler multiplies the loss by at present; None without one."""
+    """A gradient scaler's present factor on the loss; None without one."""
 
 
 @dataclass(frozen=True)
-class StabilityIssue:
-    """One thing that is, or is about to go, wrong with attention or with training."""
+class StabilityIssue(PlainRecord):
+    """One problem of attention or of training, present or forecast."""
 
     step: int
     layer: str | None
-    """Qualified name of the module at fault; None where the whole run is meant."""
+    """Qualified name of the module at fault; None for the whole run."""
     head: int | None
-    """The query head; None where the whole layer, or the run, is meant."""
+    """The query head; None for the whole layer, or the run."""
     issue_type: str
     severity: Severity
     value: float
     threshold: float
     suggestion: str
-    """What to do about it, and why."""
+    """Advice to the user, and its reason."""
     evidence: Mapping[str, Any] = field(default_factory=dict)
     """Plain values (numbers, strings, lists of them) on which the claim rests."""
     eta_steps: float | None = None
-    """For a forecast: optimizer steps left until harm; None where none is made."""
+    """For a forecast: optimizer steps left until damage; None where none is made."""
     state: IssueState = "opened"
-    """An issue is emitted when it opens, when it worsens and when it closes (then with severity
-    ``info``).
+    """An issue is emitted when it opens, when it worsens and when it closes.
+
+    A closed issue has severity ``info``.
     """
 
     def __repr__(self) -> str:
@@ -292,31 +306,20 @@ class StabilityIssue:
 
     @property
     def key(self) -> tuple[str, str | None, int | None]:
-        """What an issue is about: (issue_type, layer, head)."""
+        """Identity of the issue over steps: (issue_type, layer, head)."""
         return (self.issue_type, self.layer, self.head)
 
     @property
     def is_alarm(self) -> bool:
-        """Whether the severity is ``error`` or ``critical``."""
+        """True for severity ``error`` or ``critical``."""
         return is_alarm(self.severity)
 
     @property
     def where(self) -> str:
-        """The place in words: ``model.layers.3.self_attn head 5``, a layer alone, or ``run``."""
+        """The location in words: ``h.3.attn head 5``, a layer alone, or ``run``."""
         if self.layer is None:
             return "run"
         return self.layer if self.head is None else f"{self.layer} head {self.head}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The issue as plain values, one entry a field."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"evidence": dict(self.evidence)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StabilityIssue:
-        """The issue that :meth:`to_dict` wrote; entries that are no field are ignored."""
-        names = {f.name for f in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
 
 
 def head_count(signals: Mapping[str, np.ndarray]) -> int:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from stabmon.sinks.records_reader import read_records
 
 import stabmon
 from stabmon.sinks import Sink
-from tests.small import gpt2, lines, llama, optimizer_of
+from stabmon.sinks.reader import read_records
+from tests.support.small_runs import gpt2, lines, llama, optimizer_of
 
 SURFACE = Path(__file__).parent / "states" / "surface_1.json"
 STORED: dict[str, Any] = json.loads(SURFACE.read_text())

@@ -13,7 +13,7 @@ import typer.main
 from torch import nn
 from torch.utils.data import DataLoader
 
-from tests.small import VOCABULARY, Tokens, gpt2
+from tests.support.small_runs import VOCABULARY, Tokens, gpt2
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

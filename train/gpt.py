@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stabmon._settings import Count
 from stabmon.tiny.corpus import VOCABULARY
 from stabmon.tiny.language_models import ShapeError
 
@@ -19,9 +20,9 @@ from stabmon.tiny.language_models import ShapeError
 class GPTShape:
     """Size of a GPT. B batch, S tokens, H heads, D = width / heads."""
 
-    layers: int = 4
-    heads: int = 4
-    width: int = 128
+    layers: Count = 4
+    heads: Count = 4
+    width: Count = 128
     qk_norm: bool = False
     """RMS-normalise queries and keys per head: scores cannot grow with the weights."""
 

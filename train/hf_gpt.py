@@ -119,7 +119,7 @@ def make_arguments(settings: Settings) -> TrainingArguments:
         save_steps=training.save_every or training.steps,
         logging_steps=10,
         logging_nan_inf_filter=False,
-        report_to=settings.loggers or "none",
+        report_to=list(settings.loggers) or "none",
         seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not sys.stderr.isatty(),

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
+
+from stabmon._settings import Bounds, Count, Positive
 
 
 @dataclass(frozen=True)
 class HighLr:
     """Every learning rate of the run, from its first step on, times ``factor``."""
 
-    factor: float = 30.0
+    factor: Positive = 30.0
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,11 @@ class ScaleQk:
     The optimizer's steps ``start … start + steps - 1``.
     """
 
-    factor: float = 1.02
-    start: int = 150
+    factor: Positive = 1.02
+    start: Count = 150
     """Optimizer step, counted from 1."""
-    steps: int = 1000
-    layers: list[int] | None = None
+    steps: Count = 1000
+    layers: list[Annotated[int, Bounds(0)]] | None = None
     """Attention layers, counted from 0; None for all."""
 
     def apply(self, model: nn.Module, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What the training scripts are told; how it is read is :mod:`stabmon.study.settings`."""
+"""Settings of the training scripts, read by :func:`stabmon.config.read_settings`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from typing import Literal
 
 from inject_fault import HighLr, ScaleQk
 
-from stabmon.study.settings import (
-    CorpusSettings,
-    SettingsError,
-    TrainingSettings,
-    WatchSettings,
-    read_settings,
-)
+from stabmon.config import SettingsError, read_settings
+from stabmon.study.settings import CorpusSettings, TrainingSettings, WatchSettings
 
 __all__ = [
     "CorpusSettings",
@@ -27,22 +22,21 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What all training scripts share; each adds the ``model`` that it builds."""
+    """Settings that all training scripts share; each adds the ``model`` that it builds."""
 
     run_dir: str
+    """Folder of the run's records and checkpoints."""
     seed: int = 0
-    """Of the weights and of the order of the data."""
+    """Seed of the weights and of the order of the data."""
     resume: bool = False
     """Go on from the run's last checkpoint."""
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     provoke: Literal["none", "high_lr", "scale_qk"] = "none"
-    """Which real failure of attention to bring about; ``high_lr`` and ``scale_qk`` say how."""
+    """Real failure of attention to bring about; ``high_lr`` and ``scale_qk`` hold its settings."""
     high_lr: HighLr = field(default_factory=HighLr)
     scale_qk: ScaleQk = field(default_factory=ScaleQk)
     stabmon: WatchSettings | None = field(default_factory=WatchSettings)
-    """None to train unwatched."""
-    loggers: list[str] = field(default_factory=list)
-    """``tensorboard`` and ``wandb``: the framework's own loggers; in a plain loop, stabmon's sinks
-    of these names.
-    """
+    """Settings of the monitor; None to train unwatched."""
+    loggers: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
+    """The framework's own loggers; in a plain loop, stabmon's sinks of these names."""

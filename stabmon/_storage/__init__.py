@@ -1,1 +1,1 @@
-"""Write files whole, encode NaN in JSON, and read stored values by type."""
+"""Files written whole, JSON with NaN, and plain values read by their types."""

@@ -1,6 +1,4 @@
-"""Write files that are there as a whole or not at all, whenever the process or the machine
-stops.
-"""
+"""Files that exist as a whole or not at all, whenever process or machine stop."""
 
 from __future__ import annotations
 
@@ -11,11 +9,10 @@ from pathlib import Path
 
 
 def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a fresh file beside ``path``, and put it in its place; until then the old
-    one stays.
+    """Write a fresh file beside ``path`` and put it in its place once it is whole.
 
     Args:
-        path: the file to be.
+        path: the file to write; the old one stays until the fresh one is complete.
         write: writes to the path that it is given.
 
     Raises:
@@ -34,6 +31,10 @@ def replace_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole.
+
+    Args:
+        path: the file to write.
+        text: its content.
 
     Raises:
         OSError: if it cannot be written; the old file is whole then.

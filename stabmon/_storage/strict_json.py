@@ -11,9 +11,8 @@ import numpy as np
 
 ENCODING = (
     "a value that is NaN or infinite is written as null, and the object's top-level field "
-    "'nonfinite' maps "
-    "its JSON pointer (RFC 6901) to 'nan', 'inf' or '-inf'; the field is absent where all values "
-    "are finite"
+    "'nonfinite' maps its JSON pointer (RFC 6901) to 'nan', 'inf' or '-inf'; the field is absent "
+    "where all values are finite"
 )
 """The rule in words, for meta.json."""
 
@@ -21,15 +20,15 @@ _VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def dumps(record: Mapping[str, Any]) -> str:
-    """One JSON object on one line; floats keep all their digits.
+    """Return a record as one JSON object on one line; floats keep all their digits.
 
-    NumPy arrays and scalars become lists and numbers, tuples and sets lists, keys strings, and what
-    JSON has no word for (a path, a dtype) its ``str``. A NaN or an infinity follows
+    NumPy arrays and scalars become lists and numbers, tuples and sets lists, keys strings, and
+    values without a JSON form (a path, a dtype) their ``str``. A NaN or an infinity follows
     :data:`ENCODING`.
 
-    >>> dumps({"loss": float("nan"), "layers": {"h.0": [1.5, float("-inf")]}})
-    '{"loss": null, "layers": {"h.0": [1.5, null]}, "nonfinite": {"/loss": "nan", "/layers/h.0/1":
-    "-inf"}}'
+    Example:
+        >>> print(dumps({"loss": float("nan"), "h.0": [1.5, float("-inf")]}))
+        {"loss": null, "h.0": [1.5, null], "nonfinite": {"/loss": "nan", "/h.0/1": "-inf"}}
     """
     nonfinite: dict[str, str] = {}
     plain = {
@@ -41,10 +40,14 @@ def dumps(record: Mapping[str, Any]) -> str:
 
 
 def loads(line: str | bytes) -> dict[str, Any]:
-    """The object that :func:`dumps` wrote, with its NaN and infinities back in place.
+    """Return the object that :func:`dumps` wrote, with its NaN and infinities.
 
     Raises:
         ValueError: if ``line`` is no JSON object, or ``nonfinite`` points nowhere.
+
+    Example:
+        >>> loads('{"loss": null, "nonfinite": {"/loss": "inf"}}')
+        {'loss': inf}
     """
     record = json.loads(line)
     if not isinstance(record, dict):
@@ -66,7 +69,7 @@ def loads(line: str | bytes) -> dict[str, Any]:
 
 
 def _plain(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:
-    """``value`` in terms of JSON; every NaN or infinity in it is noted in ``nonfinite``."""
+    """Return ``value`` in JSON types, and note NaN and infinities in ``nonfinite``."""
     if isinstance(value, np.ndarray):
         listed = value.tolist()
         if value.dtype.kind in "iub" or (value.dtype.kind == "f" and np.isfinite(value).all()):
@@ -92,5 +95,5 @@ def _plain(value: Any, pointer: str, nonfinite: dict[str, str]) -> Any:
 
 
 def _escape(key: str) -> str:
-    """A key as one part of a JSON pointer."""
+    """Return a key as one part of a JSON pointer."""
     return key.replace("~", "~0").replace("/", "~1")

@@ -1,5 +1,6 @@
-"""Learned and linear attention in unmodified models: each controller one file, its formulas and
-nothing else.
+"""Learned and linear attention in unmodified models.
+
+Each controller is one file, with its formulas and nothing else.
 
 >>> from stabmon.controllers import CONTROLLERS
 >>> list(CONTROLLERS)

@@ -1,4 +1,4 @@
-"""Put controllers into a model's attention modules, and take them out again without trace."""
+"""Controllers in a model's attention modules, attached and detached without trace."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stabmon.controllers.attention_function import (
     ControlledConfig,
     after,
     before,
-    looks_up,
+    globals_of_lookup,
     unregister,
 )
 from stabmon.controllers.base import CONTROLLERS, Controller, Site
@@ -26,11 +26,22 @@ Layers = str | int | Sequence[str | int] | None
 
 
 class Controllers(nn.ModuleDict):
-    """The controllers of a model by module name, with ``/`` for the dots; they are submodules of
-    their attention modules too.
+    """The controllers of a model by module name, with ``/`` for the dots.
+
+    They are submodules of their attention modules too.
+
+    Args:
+        model: the controlled model.
+        members: its controllers, by the qualified name of their attention module.
 
     Attributes:
-        controlled: a tuple of the model, which so is no submodule of this.
+        controlled: a tuple of the model, which therefore is no submodule of this.
+
+    Example:
+        >>> from stabmon.controllers.linearization import Linearization
+        >>> member = Linearization(Site("h.0.attn", 2, 8, 0, 1))
+        >>> list(Controllers(nn.Identity(), {"h.0.attn": member}))
+        ['h/0/attn']
     """
 
     def __init__(self, model: nn.Module, members: dict[str, Controller]) -> None:
@@ -38,8 +49,9 @@ class Controllers(nn.ModuleDict):
         self.controlled = (model,)
 
     def by_layer(self) -> dict[str, Controller]:
-        """Controllers by the qualified name of their attention module."""
-        return {name.replace("/", "."): member for name, member in self.items()}  # type: ignore[misc]
+        """Return the controllers by the qualified name of their attention module."""
+        members: Any = self.items()
+        return {name.replace("/", "."): member for name, member in members}
 
 
 def attach_controllers(
@@ -52,12 +64,12 @@ def attach_controllers(
     config and classes of the model stay as they are.
 
     Args:
-        model: any model whose attention modules look their function up in transformers' attention
+        model: any model whose attention modules find their function in transformers' attention
             interface; wrapped or plain.
         kind: a name of ``stabmon list controllers``.
-        layers: which modules: patterns of their names, or their places counted from 0 (-1 is the
-            last); None for all.
-        options: what the controller takes, such as ``form="key_bias"`` of ``info_density``.
+        layers: patterns of module names, or places counted from 0 (-1 is the last); None for all
+            modules.
+        options: arguments of the controller, such as ``form="key_bias"`` of ``info_density``.
 
     Returns:
         The controllers, an ``nn.ModuleDict``.
@@ -65,6 +77,12 @@ def attach_controllers(
     Raises:
         ValueError: if the model has none such module, has controllers already, or a name or an
             option is wrong.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16))
+        >>> list(attach_controllers(model, "info_density", form="key_bias"))
+        ['h/0/attn', 'h/1/attn']
     """
     cls = CONTROLLERS[kind]
     if find_controllers(model):
@@ -87,13 +105,25 @@ def attach_controllers(
 
 
 def detach_controllers(model: nn.Module) -> None:
-    """Take all controllers out of a model and leave it as it was before; one without controllers
-    stays as it is.
+    """Take all controllers out of a model and leave it as it was before them.
+
+    A model without controllers stays as it is.
+
+    Args:
+        model: the controlled model.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16))
+        >>> controllers = attach_controllers(model)
+        >>> detach_controllers(model)
+        >>> len(find_controllers(model))
+        0
     """
     interfaces = set()
     for module in model.modules():
-        member = module._modules.get(CHILD)
-        if isinstance(member, Controller):
+        member = controller_of(module)
+        if member is not None:
             for handle in member.handles:
                 handle.remove()
             config, interface = module.config.__dict__["_stabmon_of"]
@@ -105,13 +135,19 @@ def detach_controllers(model: nn.Module) -> None:
 
 
 def find_controllers(model: nn.Module) -> dict[str, Controller]:
-    """The controllers in a model, by the qualified name of their attention module."""
-    found = {clean_name(name): module._modules.get(CHILD) for name, module in model.named_modules()}
-    return {name: member for name, member in found.items() if isinstance(member, Controller)}
+    """Return the controllers in a model, by the qualified name of their module."""
+    found = {clean_name(name): controller_of(module) for name, module in model.named_modules()}
+    return {name: member for name, member in found.items() if member is not None}
+
+
+def controller_of(module: nn.Module) -> Controller | None:
+    """Return the controller that is a child of a module itself, not of one it wraps."""
+    member = dict(module.named_children()).get(CHILD)
+    return member if isinstance(member, Controller) else None
 
 
 def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
-    """Every self-attention module that a controller can be put into, in the model's order.
+    """Return the modules that a controller can be attached to, in the model's order.
 
     Raises:
         ValueError: if there is none.
@@ -123,14 +159,13 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
     found = [
         (name, module)
         for name, module in modules
-        if looks_up(module) is not None and not is_cross(name, module)
+        if globals_of_lookup(module) is not None and not is_cross(name, module)
     ]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no self-attention that looks its function up in "
-            "transformers' attention interface: "
-            "controllers need a model of transformers 5, such as GPT-2, Llama, Qwen, Gemma, BERT "
-            "or ViT"
+            f"{type(model).__name__} has no self-attention that finds its function in "
+            "transformers' attention interface: controllers need a model of transformers 5, such "
+            "as GPT-2, Llama, Qwen, Gemma, BERT or ViT"
         )
     sites = []
     for index, (name, module) in enumerate(found):
@@ -139,7 +174,7 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
         width = getattr(config, "hidden_size", None)
         if not isinstance(heads, int) or not isinstance(width, int):
             raise ValueError(
-                f"{name}: its config does not tell num_attention_heads and hidden_size: leave it "
+                f"{name}: its config lacks num_attention_heads or hidden_size: leave it "
                 "out with layers=[...]"
             )
         sites.append((Site(name, heads, width, index, len(found)), module))
@@ -147,7 +182,7 @@ def find_sites(model: nn.Module) -> list[tuple[Site, nn.Module]]:
 
 
 def is_cross(name: str, module: nn.Module) -> bool:
-    """Whether a module attends over the keys of another sequence."""
+    """Return True if a module attends over the keys of another sequence."""
     words = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
     return bool(getattr(module, "is_cross_attention", False)) or any(
         word in words for word in CROSS_PARTS
@@ -155,7 +190,7 @@ def is_cross(name: str, module: nn.Module) -> bool:
 
 
 def chosen(sites: list[tuple[Site, nn.Module]], layers: Layers) -> list[tuple[Site, nn.Module]]:
-    """Those of the sites that are asked for.
+    """Return the sites that ``layers`` selects.
 
     Raises:
         ValueError: for a pattern or a place that names none.
@@ -179,14 +214,15 @@ def chosen(sites: list[tuple[Site, nn.Module]], layers: Layers) -> list[tuple[Si
 
 
 def put(module: nn.Module, member: Controller) -> None:
-    """Make ``module`` a controlled one."""
-    names = looks_up(module)
+    """Attach a controller to its module."""
+    names = globals_of_lookup(module)
     assert names is not None
     near = next(module.parameters(), None)
     if near is not None:
         member.to(near.device, torch.float64 if near.dtype == torch.float64 else torch.float32)
     member.train(module.training)
-    module.config = ControlledConfig(module.config, type(names["ALL_ATTENTION_FUNCTIONS"]))  # type: ignore[assignment]
+    config: Any = ControlledConfig(module.config, type(names["ALL_ATTENTION_FUNCTIONS"]))
+    module.config = config
     setattr(module, CHILD, member)
     member.handles = [
         module.register_forward_pre_hook(before, with_kwargs=True),

@@ -1,10 +1,15 @@
-"""The attention function of a controlled module: the model's own, called with what the controller
-makes of queries and keys.
+"""The attention function of a controlled module.
 
 A controlled module keeps its class, its parameters and its config; only the name under which it
-looks its attention function up is another: see :class:`ControlledConfig`. What it finds there
-changes queries and keys, and calls the function that it would have found. Hooks keep the hidden
-states that the module was called with for as long as the call lasts.
+finds its attention function is another: see :class:`ControlledConfig`. The function of that name
+changes queries and keys, and calls the model's own. Hooks keep the hidden states that the module
+was called with for as long as the call lasts.
+
+Private names of transformers, checked with transformers 5.23:
+``config._attn_implementation`` holds the name of the attention function, and
+``AttentionInterface._global_mapping`` is the class's table of functions by name, to which
+``register`` adds and from which nothing public removes. If either changes, attaching still works
+and the first forward of a controlled module fails.
 """
 
 from __future__ import annotations
@@ -34,8 +39,9 @@ PREFIX = "stabmon|"
 
 
 class ControlledConfig:
-    """A module's config, as the module sees it while it is controlled: the same but for the name of
-    the attention function.
+    """The config of a module while it is controlled, with another attention function.
+
+    All other attributes are read from and written to the config itself.
 
     Args:
         config: the config.
@@ -67,16 +73,18 @@ class ControlledConfig:
 
 
 def unregister(interface: type[Any]) -> None:
-    """Take our names out of transformers' table; a module that is still controlled puts its own
-    back when it is next called.
+    """Take our names out of transformers' table.
+
+    A module that is still controlled puts its own back when it is next called.
     """
     for name in [name for name in interface._global_mapping if name.startswith(PREFIX)]:
         del interface._global_mapping[name]
 
 
-def looks_up(module: nn.Module) -> Mapping[str, Any] | None:
-    """The globals of the forward of a module that looks its attention function up in transformers'
-    interface; None for others.
+def globals_of_lookup(module: nn.Module) -> Mapping[str, Any] | None:
+    """Return the globals of a forward that uses transformers' attention interface.
+
+    None for a module that does not.
     """
     forward = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
@@ -110,14 +118,15 @@ def before(
 
 
 def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a controlled module, called whatever happens: hidden states would keep the
-    whole graph.
+    """Forward hook of a controlled module, called also after an error.
+
+    Hidden states that are kept would keep the whole graph.
     """
     getattr(module, CHILD).call = None
 
 
 class ControlledAttention:
-    """Attention function of transformers' interface for modules that have a controller.
+    """Attention function of transformers' interface for controlled modules.
 
     Args:
         implementation: the name of the attention function that runs in the end.
@@ -128,7 +137,14 @@ class ControlledAttention:
         self.__name__ = f"controlled_{implementation}_attention"
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """As every attention function: query ``[B, H, Q, D]``, output ``[B, Q, H, E]``.
+        """Attend as every attention function does.
+
+        Args:
+            args: module, query ``[B, H, Q, D]``, key, value and mask.
+            kwargs: all else.
+
+        Returns:
+            The output ``[B, Q, H, E]``, and the weights where the model's function gives them.
 
         Raises:
             ValueError: if the controller does not fit the attention it is put in.
@@ -140,9 +156,11 @@ class ControlledAttention:
                 f"{controller.site.name} has {given['query'].shape[1]} heads, not "
                 f"{controller.site.heads}: attach again"
             )
+        # torch._C._current_graph_task_id: -1 outside of a backward. Checked with torch 2.13.
+        # Without it a call recomputed by checkpointing would be measured twice.
         if controller.listener is not None and torch._C._current_graph_task_id() == -1:
             with isolated():
-                self._tell(controller, given)
+                self._notify(controller, given)
         share = controller.linear_share()
         if isinstance(share, float | int) and share == 1:
             return self._linear(controller, given), None
@@ -153,11 +171,15 @@ class ControlledAttention:
         return output + share * (self._linear(controller, given) - output), None
 
     def read_call(self, layer: str, given: Mapping[str, Any], dtype: torch.dtype) -> AttentionCall:
-        """The modified attention of a call, for whoever measures it: without gradients, and before
-        the call is made.
+        """Return the modified attention of a call, without gradients, before it is made.
 
-        A key bias is shown as a mask that is added; attention that is in part linear as scores, the
+        A key bias appears as a mask that is added; attention that is in part linear as scores, the
         logarithms of its weights.
+
+        Args:
+            layer: name of the attention module.
+            given: the arguments of the attention function, by name.
+            dtype: of the model's own kernel.
         """
         controller = getattr(given["module"], CHILD)
         call = self._modified(controller, layer, given, dtype)
@@ -175,15 +197,15 @@ class ControlledAttention:
             module=call.module,
         )
 
-    def _tell(self, controller: Any, given: Mapping[str, Any]) -> None:
-        """Show a listener the original and the modified attention of a call."""
+    def _notify(self, controller: Any, given: Mapping[str, Any]) -> None:
+        """Pass the original and the modified attention of a call to the listener."""
         layer, dtype = controller.site.name, given["query"].dtype
         original = self._read(given["module"])(layer, given, dtype)
         controller.listener(controller, original, self.read_call(layer, given, dtype))
 
     def _functions(self, module: nn.Module) -> tuple[Kernel, Any]:
-        """The attention function that runs in the end, and the module's own eager one."""
-        names = looks_up(module)
+        """Return the attention function that runs in the end, and the module's eager one."""
+        names = globals_of_lookup(module)
         assert names is not None
         code = inspect.unwrap(type(module).forward).__code__
         eager = next(
@@ -205,8 +227,9 @@ class ControlledAttention:
     def _modified(
         self, controller: Any, layer: str, given: Mapping[str, Any], dtype: torch.dtype
     ) -> AttentionCall:
-        """A call as it is after gain and bias: the bias as a mask that is added, or where there is
-        a softcap, within it as features.
+        """Return a call after gain and bias.
+
+        The bias is a mask that is added or, with a softcap, lies within it as features.
         """
         gain, query = controller.call.gain, given["query"]
         if gain is not None:
@@ -241,23 +264,22 @@ class ControlledAttention:
         )
         size = value.shape[-1]
         if self.implementation != "eager" and size == plain.shape[-1]:
-            value = F.pad(
-                value, (0, extra)
-            )  # fused kernels are there for values of as many features as keys have
+            # fused kernels exist for values of as many features as keys have
+            value = F.pad(value, (0, extra))
         output, weights = run(
             kernel, {**given, "query": query, "key": key, "value": value, "scaling": scale}
         )
         return output[..., :size], weights
 
     def _linear(self, controller: Any, given: dict[str, Any]) -> Tensor:
-        """``[B, Q, H, E]``."""
+        """Return the output of linear attention, ``[B, Q, H, E]``."""
         query = given["query"]
         call = self._modified(controller, controller.site.name, given, query.dtype)
         return attend_linearly(call, given["value"]).transpose(1, 2).to(query.dtype)
 
 
 def run(kernel: Kernel, given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Call an attention function as models do, tensors by place and everything else by name."""
+    """Call an attention function as models do: tensors by place, all else by name."""
     tensors = [given.get(name) for name in PARAMETERS[:5]]
     output: tuple[Tensor, Tensor | None] = kernel(
         *tensors, **{name: each for name, each in given.items() if name not in PARAMETERS[:5]}

@@ -1,5 +1,6 @@
-"""What a controller is, and the table of all controllers. B batch, H query heads, S tokens, D width
-of the hidden states.
+"""The base of controllers, and their registry.
+
+B batch, H query heads, S tokens, D width of the hidden states.
 """
 
 from __future__ import annotations
@@ -17,63 +18,89 @@ from stabmon.registry import Registry
 
 @dataclass(frozen=True)
 class Site:
-    """Where a controller sits: one attention module of a model."""
+    """The attention module of a model that a controller is attached to.
+
+    Example:
+        >>> Site("h.0.attn", heads=2, width=8, index=0, count=12).heads
+        2
+    """
 
     name: str
-    """Qualified name of the module, without what wrappers put in."""
+    """Qualified name of the module, without wrapper prefixes."""
     heads: int
     """Query heads."""
     width: int
-    """Features of the hidden states that the module is called with."""
+    """Features of the module's hidden states, D."""
     index: int
-    """Which of the model's self-attention modules this is, counted from 0 in the order of the
-    model.
-    """
+    """Place among the model's self-attention modules, counted from 0."""
     count: int
-    """How many there are."""
+    """Number of the model's self-attention modules."""
 
 
 class Controller(nn.Module):
-    """Changes what one attention module attends to; a subclass says how by overriding one or more
-    of three formulas.
+    """Change of one attention module's attention, by one or more of three formulas.
 
-    The model's own attention function still runs, on queries and keys that were changed beforehand:
-    masks, windows, grouped heads, dropout, checkpointing, autocast and caches stay what they are.
-    As it stands, a controller changes nothing.
+    A subclass overrides ``key_bias``, ``query_gain`` or ``linear_share``. The model's own attention
+    function still runs, on queries and keys that were changed beforehand: masks, windows, grouped
+    heads, dropout, checkpointing, autocast and caches stay what they are. As it stands, a
+    controller changes nothing.
+
+    Args:
+        site: the module to attach to.
+
+    Example:
+        >>> class Doubled(Controller):
+        ...     def query_gain(self, hidden):
+        ...         return hidden.new_full((len(hidden), self.site.heads, hidden.shape[1]), 2.0)
+        >>> Doubled(Site("h.0.attn", 2, 8, 0, 1)).key_bias(Tensor()) is None
+        True
     """
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
         self.kind, self.options = "", dict[str, Any]()
-        """What it was attached as: its registered name, and its options."""
+        """The registered name and the options that it was attached with."""
         self.handles: list[Any] = []
         """Hooks on the attention module, while this is attached."""
         self.call: Any = None
-        """What is known of the call that is under way, while one is."""
+        """The :class:`~stabmon.controllers.call.ControlledCall` under way, if any."""
         self.listener: Callable[[Controller, AttentionCall, AttentionCall], None] | None = None
-        """Told of the original and of the modified attention of each call; see
-        :class:`~stabmon.controllers.watch.ControllerWatch`.
+        """Called with the original and the modified attention of each call.
+
+        See :class:`~stabmon.controllers.watch.ControllerWatch`.
         """
 
     def key_bias(self, hidden: Tensor) -> Tensor | None:
-        """``[B, H, S]`` what is added to every score of a key, for the tokens ``hidden`` ``[B, S,
-        D]``; None for nothing.
+        """Return the bias added to every score of a key; None for none.
 
-        Computed once a token and remembered with its key, so that it may depend on that token
+        Computed once per token and remembered with its key, so that it may depend on that token
         alone.
+
+        Args:
+            hidden: ``[B, S, D]`` hidden states of the tokens.
+
+        Returns:
+            ``[B, H, S]`` in nats.
         """
         return None
 
     def query_gain(self, hidden: Tensor) -> Tensor | None:
-        """``[B, H, S]`` what every score of a query is multiplied by, for the tokens ``hidden``
-        ``[B, S, D]``; None for nothing.
+        """Return the factor on every score of a query; None for none.
+
+        Args:
+            hidden: ``[B, S, D]`` hidden states of the tokens.
+
+        Returns:
+            ``[B, H, S]``.
         """
         return None
 
     def linear_share(self) -> Tensor | float | None:
-        """``[H]`` or a number in [0, 1]: how much of the attention is linear instead of softmax;
-        None for nothing of it.
+        """Return the share of linear instead of softmax attention; None for none.
+
+        Returns:
+            ``[H]`` or a number, in [0, 1].
         """
         return None
 
@@ -83,8 +110,19 @@ C = TypeVar("C", bound=type[Controller])
 
 
 def controller(cls: C) -> C:
-    """Register a controller under its class name in snake case: ``InfoDensity`` is
-    ``info_density``.
+    """Register a controller under its class name in snake case.
+
+    ``InfoDensity`` is ``info_density``.
+
+    Raises:
+        ValueError: if another controller has that name.
+
+    Example:
+        >>> @controller
+        ... class InfoDensity(Controller):
+        ...     "A second one."
+        Traceback (most recent call last):
+        ValueError: controller 'info_density' is registered twice, ...
     """
     CONTROLLERS.register(re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower(), cls)
     return cls

@@ -1,5 +1,6 @@
-"""A key's bias is remembered in the model's own cache, as features of the key: so it is cropped,
-reordered and windowed with it.
+"""Biases of keys in the model's own cache, as features of the keys.
+
+So they are cropped, reordered and windowed with them.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from stabmon.controllers.call import ControlledCall
 
 
 class RememberingCache:
-    """Stands for a cache of transformers while one controlled module is called; everything but
-    ``update`` is the cache's own.
+    """A cache of transformers as one controlled module is given it.
+
+    Everything but ``update`` is the cache's own.
 
     Args:
         cache: the cache.
-        call: the call, which knows the biases of the new keys.
+        call: the call, with the biases of the new keys.
     """
 
     def __init__(self, cache: Any, call: ControlledCall) -> None:
@@ -27,8 +29,17 @@ class RememberingCache:
     def update(
         self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As the cache's own; ``key`` is ``[B, H_kv, S, D]`` of the new tokens, what is given back
-        is of all.
+        """Add the new tokens' keys and values, and return those of all tokens.
+
+        Args:
+            key: ``[B, H_kv, S, D]``.
+            value: ``[B, H_kv, S, E]``.
+            layer: place of the layer in the cache.
+            args: as for the cache's own.
+            kwargs: as for the cache's own.
+
+        Returns:
+            Keys ``[B, H_kv, K, D]`` and values ``[B, H_kv, K, E]``.
 
         Raises:
             ValueError: if the cache holds keys that came without biases.
@@ -38,12 +49,12 @@ class RememberingCache:
 
     @property
     def self_attention_cache(self) -> RememberingCache:
-        """Of an encoder-decoder's two caches, the one of the tokens of this call."""
+        """The cache of this call's tokens, of an encoder-decoder's two."""
         return RememberingCache(self._cache.self_attention_cache, self._call)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """Models ask what kind of cache they are given."""
+        """The cache's own class, which models test for."""
         return type(self._cache)
 
     def __getattr__(self, name: str) -> Any:
@@ -67,11 +78,10 @@ class RememberingCache:
                 "this cache was filled before controllers were attached, so that the biases of "
                 "its keys are unknown: start with a new one"
             )
-        known.is_initialized = (
-            False  # laid out ahead for keys without biases: laid out again by the update
-        )
+        # laid out ahead for keys without biases: the update lays it out again
+        known.is_initialized = False
 
 
 def is_cache(value: object) -> bool:
-    """Whether an argument of an attention module is a cache of keys and values."""
+    """Return True if an argument of an attention module is a cache of keys and values."""
     return hasattr(value, "update") and hasattr(value, "get_seq_length")

@@ -1,6 +1,4 @@
-"""One call of a controlled attention module: what its controller makes of the hidden states, and
-where keys' biases are remembered.
-"""
+"""One call of a controlled attention module, with its biases and gains."""
 
 from __future__ import annotations
 
@@ -14,12 +12,13 @@ from stabmon.controllers.features import biases, key_features
 
 
 class ControlledCall:
-    """Lives from the module's being called to its return; B batch, H query heads, S tokens, K keys,
-    D width.
+    """The controller's numbers for one call, kept until the module returns.
+
+    B batch, H query heads, S tokens, K keys, D width.
 
     Args:
         controller: the module's.
-        hidden: ``[B, S, D]`` what the module was called with.
+        hidden: ``[B, S, D]`` hidden states that the module was called with.
     """
 
     def __init__(self, controller: Controller, hidden: Tensor) -> None:
@@ -31,11 +30,11 @@ class ControlledCall:
         self._remembered: tuple[Tensor, Tensor] | None = None
 
     def bias(self, key: Tensor) -> Tensor | None:
-        """``[B, H, K]`` of every key, those of earlier calls included; None for nothing.
+        """Return each key's bias ``[B, H, K]``, also of earlier calls; None for none.
 
         Raises:
             ValueError: if ``key`` ``[B, H_kv, K, D]`` are not the tokens of this call, and no cache
-                has remembered whose they are.
+                holds their biases.
         """
         if self._remembered is not None:
             features = self._remembered[1][..., self._remembered[0].shape[-1] :]
@@ -43,15 +42,15 @@ class ControlledCall:
         if self.new_bias is not None and self.new_bias.shape[-1] != key.shape[2]:
             raise ValueError(
                 f"{self.controller.site.name} attends to {key.shape[2]} keys, but was called with "
-                f"{self.new_bias.shape[-1]} tokens: "
-                "a key bias needs self-attention, so leave this module out with layers=[...], or "
-                "use form='query_gain'"
+                f"{self.new_bias.shape[-1]} tokens: a key bias needs self-attention, so leave this "
+                "module out with layers=[...], or use form='query_gain'"
             )
         return self.new_bias
 
     def with_features(self, key: Tensor) -> Tensor | None:
-        """``[B, H_kv, K, D + F]`` the keys with their biases as features; None where there are
-        none.
+        """Return the keys with their biases as features, ``[B, H_kv, K, D + F]``.
+
+        None where there are no biases.
         """
         if self._remembered is not None and self._remembered[0] is key:
             return self._remembered[1]
@@ -63,8 +62,17 @@ class ControlledCall:
     def remember(
         self, cache: Any, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Update ``cache`` with keys that carry their biases, and give back all keys as they were,
-        and all values.
+        """Update a cache with keys that carry their biases.
+
+        Args:
+            cache: the cache.
+            key: ``[B, H_kv, S, D]`` of the new tokens.
+            value: ``[B, H_kv, S, E]`` of the new tokens.
+            args: further arguments of the cache's update.
+            kwargs: further arguments of the cache's update.
+
+        Returns:
+            All keys without biases, and all values.
         """
         assert self.new_bias is not None
         features = key_features(self.new_bias, key.shape[1], key.dtype)

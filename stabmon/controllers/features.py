@@ -1,5 +1,4 @@
-"""A number a key, carried into the scores by extra features of query and key, so that any attention
-kernel adds it by itself.
+"""Key biases as extra features of query and key, which any attention kernel adds.
 
 ``z + bias`` is ``scale * [q, 1/scale].[k, bias]``. Where G query heads share a key head, the key
 carries G biases and each query picks its own. B batch, H query heads, H_kv key heads, G = H / H_kv,
@@ -16,46 +15,66 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ALIGNMENT = {"cpu": 4}
-"""Extra features come in multiples of this: on CPU a register of float32, elsewhere 8, which fused
-kernels ask for.
+"""Multiple of the extra features: on CPU a register of float32, elsewhere 8.
+
+Fused kernels need 8.
 """
 
 
 def key_features(bias: Tensor, key_heads: int, dtype: torch.dtype) -> Tensor:
-    """``[B, H_kv, K, F]`` the biases ``[B, H, K]`` as features of keys."""
+    """Return biases ``[B, H, K]`` as features of keys, ``[B, H_kv, K, F]``.
+
+    Args:
+        bias: one per query head and key.
+        key_heads: H_kv.
+        dtype: of the keys.
+    """
     features = bias.to(dtype).unflatten(1, (key_heads, -1)).transpose(-1, -2)
     return F.pad(features, (0, -features.shape[-1] % ALIGNMENT.get(bias.device.type, 8)))
 
 
 def biases(features: Tensor, heads: int) -> Tensor:
-    """``[B, H, K]`` what :func:`key_features` was given, with H ``heads``."""
+    """Return the biases ``[B, H, K]`` in :func:`key_features`, with H ``heads``."""
     key_heads = features.shape[1]
     return features[..., : heads // key_heads].transpose(-1, -2).flatten(1, 2)
 
 
 def query_features(query: Tensor, scale: float, key_heads: int, width: int) -> Tensor:
-    """``[B, H, Q, F]`` for F ``width``: by its features each query picks the bias of its own
-    head.
+    """Return features by which each query picks the bias of its own head.
+
+    Args:
+        query: ``[B, H, Q, D]``.
+        scale: of the scores, by which the kernel multiplies the features too.
+        key_heads: H_kv.
+        width: F.
+
+    Returns:
+        ``[B, H, Q, F]``.
     """
     heads = query.shape[1]
-    picks = (
-        F.one_hot(torch.arange(heads, device=query.device) % (heads // key_heads), width).to(
-            query.dtype
-        )
-        / scale
-    )
+    place = torch.arange(heads, device=query.device) % (heads // key_heads)
+    picks = F.one_hot(place, width).to(query.dtype) / scale
     return picks[None, :, None].expand(len(query), -1, query.shape[2], -1)
 
 
 class GainedQuery(torch.autograd.Function):
-    """``[gain * query, features]``, which keeps for backward nothing but its own output: that the
-    attention kernel keeps anyway.
+    """``[gain * query, features]``, keeping for backward only its own output.
+
+    The attention kernel keeps that anyway.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, gain: Tensor, features: Tensor | None) -> Tensor:
-        """``query`` ``[B, H, Q, D]``, ``gain`` ``[B, H, Q]`` nowhere 0, ``features`` ``[B, H, Q,
-        F]`` -> ``[B, H, Q, D + F]``.
+        """Return the gained query with its features.
+
+        Args:
+            ctx: autograd's context.
+            query: ``[B, H, Q, D]``.
+            gain: ``[B, H, Q]``, nowhere 0.
+            features: ``[B, H, Q, F]``, or None.
+
+        Returns:
+            ``[B, H, Q, D + F]``.
         """
         size = query.shape[-1]
         output = query.new_empty(
@@ -71,15 +90,22 @@ class GainedQuery(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The query itself is ``output / gain``."""
+        """Return the gradients; the query itself is ``output / gain``."""
         output, gain = ctx.saved_tensors
         gradient, gained = gradient[..., : ctx.size], output[..., : ctx.size]
         return gradient * gain[..., None], (gradient * gained).sum(-1) / gain, None
 
 
 def changed_query(query: Tensor, gain: Tensor | None, features: Tensor | None) -> Tensor:
-    """``[B, H, Q, D + F]`` the query with its gain and its features, where there are any."""
+    """Return the query with its gain and features, if any, ``[B, H, Q, D + F]``.
+
+    Args:
+        query: ``[B, H, Q, D]``.
+        gain: ``[B, H, Q]``, or None.
+        features: ``[B, H, Q, F]``, or None.
+    """
     if gain is not None:
-        output: Tensor = GainedQuery.apply(query, gain.to(query.dtype), features)  # type: ignore[no-untyped-call]
+        apply: Any = GainedQuery.apply
+        output: Tensor = apply(query, gain.to(query.dtype), features)
         return output
     return query if features is None else torch.cat((query, features), dim=-1)

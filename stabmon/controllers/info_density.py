@@ -1,6 +1,4 @@
-"""A learned number a head and token, by which attention is drawn to some tokens or sharpened at
-others.
-"""
+"""A learned number per head and token that draws or sharpens attention."""
 
 from __future__ import annotations
 
@@ -15,13 +13,12 @@ from stabmon.controllers.base import Controller, Site, controller
 
 Form = Literal["key_bias", "query_gain", "both"]
 _EPS = 1e-5
-"""What LayerNorm adds to the variance of the hidden states; torch's default."""
+"""Term that LayerNorm adds to the variance of the hidden states; torch's default."""
 
 
 @controller
 class InfoDensity(Controller):
-    """Learns how much each token is worth attending to (key_bias), or how sharply it attends
-    (query_gain).
+    """Learn the weight of each token as a key, or its sharpness as a query.
 
     With x the hidden states that the attention module is called with, and h = tanh(W LayerNorm(x) +
     b) in (-1, 1):
@@ -35,13 +32,20 @@ class InfoDensity(Controller):
     *query* added to its scores would cancel in the softmax.
 
     Args:
-        site: where it sits.
+        site: the module to attach to.
         form: ``key_bias``, ``query_gain`` or ``both``.
         bias_max: the largest bias, in nats: positive.
         gain_max: the largest gain; the smallest is its inverse: above 1.
 
     Raises:
-        ValueError: naming the value and the mend.
+        ValueError: naming the value and the fix.
+
+    Example:
+        >>> import torch
+        >>> from stabmon.controllers.base import Site
+        >>> site = Site("h.0.attn", heads=2, width=8, index=0, count=4)
+        >>> InfoDensity(site, form="query_gain").query_gain(torch.ones(1, 3, 8))[0, 0]
+        tensor([1., 1., 1.], grad_fn=<SelectBackward0>)
     """
 
     def __init__(
@@ -63,24 +67,23 @@ class InfoDensity(Controller):
             self.register_parameter(f"{part}_bias", nn.Parameter(torch.zeros(site.heads)))
 
     def key_bias(self, hidden: Tensor) -> Tensor | None:
-        """``bias_max * h``, ``[B, H, S]`` in nats."""
-        return (
-            self.bias_max * self.density("key_bias", hidden) if "key_bias" in self.parts else None
-        )
+        """Return ``bias_max * h``, ``[B, H, S]`` in nats."""
+        if "key_bias" not in self.parts:
+            return None
+        return self.bias_max * self.density("key_bias", hidden)
 
     def query_gain(self, hidden: Tensor) -> Tensor | None:
-        """``gain_max ** h``, ``[B, H, S]`` in (1 / gain_max, gain_max)."""
+        """Return ``gain_max ** h``, ``[B, H, S]`` in (1 / gain_max, gain_max)."""
         if "query_gain" not in self.parts:
             return None
         return torch.exp(math.log(self.gain_max) * self.density("query_gain", hidden))
 
     def density(self, part: str, hidden: Tensor) -> Tensor:
-        """h, ``[B, H, S]`` in (-1, 1)."""
+        """Return h, ``[B, H, S]`` in (-1, 1)."""
         weight, bias = getattr(self, f"{part}_weight"), getattr(self, f"{part}_bias")
         hidden = hidden.to(weight.dtype)
         variance = hidden.var(-1, correction=0, keepdim=True)
-        centred = weight - weight.mean(
-            -1, keepdim=True
-        )  # then W (x - mean) = centred x, and nothing as wide as x is kept
+        # W (x - mean) = centred x, so that nothing as wide as x is kept
+        centred = weight - weight.mean(-1, keepdim=True)
         normed = F.linear(hidden, centred) * torch.rsqrt(variance + _EPS)
         return torch.tanh(normed + bias).transpose(1, 2)

@@ -1,15 +1,16 @@
-"""Attention with weights that are linear in the scores: p_j = (z_j - min z + 1) / sum, over the
-keys that a row sees.
+"""Attention with weights linear in the scores: p_j = (z_j - min z + 1) / sum.
+
+Minimum and sum are over the keys that a row sees.
 
 B batch, H query heads, H_kv key heads, Q queries, K keys, D head dimension, E features of a value,
 C keys of a chunk.
 
 Without a mask the output is exact in linear time but for the row minimum: with ``m = min z`` and
 ``z = scale * q.k``, the sums over visible keys of ``(z + 1 - m) v`` and of ``z + 1 - m`` are
-``scale * q @ sum(k v^T) + (1 - m) * sum(v)``, prefix sums when causal. Which key is the smallest is
-looked up in blocks of rows without gradients; its score is then formed again, so that the gradient
-flows through the minimum as through any other score. Under a mask, blocks of rows are written out,
-one at a time and again in backward. Nothing of the size Q x K is ever held.
+``scale * q @ sum(k v^T) + (1 - m) * sum(v)``, prefix sums when causal. The key with the smallest
+score is found in blocks of rows without gradients; its score is then formed again, so that the
+gradient flows through the minimum as through any other score. Under a mask, blocks of rows are
+written out, one at a time and again in backward. Nothing of the size Q x K is ever held.
 """
 
 from __future__ import annotations
@@ -24,23 +25,25 @@ from torch.utils.checkpoint import checkpoint
 from stabmon.operator.visibility import Visibility
 
 CHUNK = 64
-"""Keys that a prefix sum takes at once."""
+"""Keys per step of a prefix sum."""
 BLOCK = 1 << 21
-"""Scores that a block of rows may hold, over batch and heads."""
+"""Largest number of scores in a block of rows, over batch and heads."""
 
 
 def linear_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, visibility: Visibility
 ) -> Tensor:
-    """The output of linear attention, ``[B, H, Q, E]``, 0 for a row that sees nothing;
-    differentiable in all tensors.
+    """Return the output of linear attention, differentiable in all tensors.
 
     Args:
         query: ``[B, H, Q, D]``.
         key: ``[B, H_kv, K, D]``; query head h reads key head h // (H / H_kv).
         value: ``[B, H_kv, K, E]``.
         scale: scores are ``scale * query @ key.T``.
-        visibility: which keys each query sees, and what is added to its scores.
+        visibility: visible keys of each query, and the bias on its scores.
+
+    Returns:
+        ``[B, H, Q, E]``; 0 for a row that sees nothing.
     """
     group = query.shape[1] // key.shape[1]
     if group > 1:
@@ -67,7 +70,7 @@ def linear_attention(
 
 @torch.no_grad()
 def argmin_keys(query: Tensor, key: Tensor, scale: float, visibility: Visibility) -> Tensor:
-    """``[B, H, Q]`` int64: the visible key with the smallest score of each row."""
+    """Return each row's visible key with the smallest score, ``[B, H, Q]`` int64."""
     found = []
     for rows in row_blocks(query, key):
         cols = slice(*visibility.key_range(rows.start, rows.stop))
@@ -80,13 +83,14 @@ def argmin_keys(query: Tensor, key: Tensor, scale: float, visibility: Visibility
 
 
 def full_sums(query: Tensor, key: Tensor, value: Tensor, lift: Tensor, scale: float) -> Tensor:
-    """``sum_j (z_ij + lift_i) v_j`` over all keys, ``[B, H, Q, E]``."""
+    """Return ``sum_j (z_ij + lift_i) v_j`` over all keys, ``[B, H, Q, E]``."""
     return scale * (query @ (key.mT @ value)) + lift * value.sum(2, keepdim=True)
 
 
 def causal_sums(query: Tensor, key: Tensor, value: Tensor, lift: Tensor, scale: float) -> Tensor:
-    """``sum_{j <= i} (z_ij + lift_i) v_j``, ``[B, H, Q, E]``: all earlier chunks by prefix sums,
-    the row's own chunk written out.
+    """Return ``sum_{j <= i} (z_ij + lift_i) v_j``, ``[B, H, Q, E]``.
+
+    All earlier chunks by prefix sums, the row's own chunk written out.
     """
     length = query.shape[2]
     size = min(CHUNK, length)
@@ -104,8 +108,9 @@ def causal_sums(query: Tensor, key: Tensor, value: Tensor, lift: Tensor, scale: 
 def by_rows(
     query: Tensor, key: Tensor, value: Tensor, scale: float, visibility: Visibility
 ) -> Tensor:
-    """The output under any mask, window or bias: blocks of rows, each written out when it is needed
-    and then forgotten.
+    """Return the output under any mask, window or bias, by blocks of rows.
+
+    Each block is written out when it is needed, and then dropped.
     """
     blocks = list(row_blocks(query, key))
     again = torch.is_grad_enabled() and len(blocks) > 1
@@ -136,8 +141,9 @@ def by_rows(
 
 
 def linear_weights(scores: Tensor, hidden: Tensor | None) -> Tensor:
-    """The weights of written-out scores ``[..., K]``: exactly 0 where ``hidden``, and in a row that
-    sees nothing.
+    """Return the weights of written-out scores ``[..., K]``.
+
+    Exactly 0 where ``hidden``, and in a row that sees nothing.
     """
     if hidden is None:
         lifted = scores - scores.amin(-1, keepdim=True) + 1
@@ -149,7 +155,7 @@ def linear_weights(scores: Tensor, hidden: Tensor | None) -> Tensor:
 
 
 def row_blocks(query: Tensor, key: Tensor) -> list[slice]:
-    """Blocks of query rows whose scores are few enough to be held."""
+    """Return blocks of query rows with at most :data:`BLOCK` scores or 16 rows."""
     batch, heads, queries = query.shape[:3]
     size = max(16, BLOCK // (batch * heads * key.shape[2]))
     return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]

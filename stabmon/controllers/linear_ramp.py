@@ -8,21 +8,27 @@ from torch import Tensor, nn
 from stabmon.controllers.base import Controller, Site, controller
 
 _EDGE = 0.01
-"""A learned share starts at least this far from 0 and 1, where its gradient would vanish."""
+"""Least distance of an initial share from 0 and 1, where its gradient vanishes."""
 
 
 @controller
 class LinearRamp(Controller):
-    """Mixes linear and softmax attention: alpha * linear + (1 - alpha) * softmax, alpha = (L - l) /
-    L in layer l = 0 ... L - 1.
+    """Mix linear and softmax attention: alpha * linear + (1 - alpha) * softmax.
+
+    alpha = (L - l) / L in layer l = 0 ... L - 1.
 
     Args:
-        site: where it sits; l and L are its place among the model's self-attention modules.
-        learned: learn alpha, one a head, as the sigmoid of a parameter.
-        start: where a learned alpha starts, in every layer; None for the ramp.
+        site: the module to attach to; l and L are its place among the model's self-attention
+            modules.
+        learned: learn alpha, one per head, as the sigmoid of a parameter.
+        start: initial value of a learned alpha in every layer; None for the ramp.
 
     Raises:
-        ValueError: naming the value and the mend.
+        ValueError: naming the value and the fix.
+
+    Example:
+        >>> LinearRamp(Site("h.1.attn", heads=2, width=8, index=1, count=4)).linear_share()
+        0.75
     """
 
     def __init__(self, site: Site, learned: bool = False, start: float | None = None) -> None:
@@ -38,5 +44,5 @@ class LinearRamp(Controller):
             self.share = nn.Parameter(torch.logit(bounded))
 
     def linear_share(self) -> Tensor | float:
-        """alpha, ``[H]`` where it is learned."""
+        """Return alpha, ``[H]`` where it is learned."""
         return self.alpha if self.share is None else torch.sigmoid(self.share)

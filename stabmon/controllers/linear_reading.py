@@ -1,6 +1,4 @@
-"""Linear attention of a call that was read from a model: its output, and its weights for whoever
-measures them.
-"""
+"""Output and weights of the linear attention of a captured call."""
 
 from __future__ import annotations
 
@@ -10,31 +8,32 @@ import torch
 from torch import Tensor
 
 from stabmon.controllers.linear_attention import linear_attention, linear_weights, row_blocks
-from stabmon.operator.visibility import Visibility
+from stabmon.operator.visibility import Visibility, visibility_of
 from stabmon.records import AttentionCall
 
 
-def visibility_of(call: AttentionCall) -> Visibility:
-    """Which keys each query of a call sees."""
+def visibility_of_call(call: AttentionCall) -> Visibility:
+    """Return the visible keys of each query of a call."""
     assert call.query is not None
     assert call.key is not None
-    queries, keys = call.query.shape[2], call.key.shape[2]
-    mask = call.mask
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.ndim)]
-        mask = mask.expand(-1, -1, -1, keys) if mask.shape[-1] == 1 else mask
-    return Visibility(
-        queries, keys, call.is_causal, call.window, mask, keys - queries, call.query.device
+    return visibility_of(
+        call.query, call.key, is_causal=call.is_causal, window=call.window, mask=call.mask
     )
 
 
 def attend_linearly(call: AttentionCall, value: Tensor) -> Tensor:
-    """``[B, H, Q, E]`` in float32, or float64 where ``value`` ``[B, H_kv, K, E]`` is: scores are
-    sums, and lose by cancellation.
+    """Return the output of a call's linear attention.
+
+    Args:
+        call: a call with query and key.
+        value: ``[B, H_kv, K, E]``.
+
+    Returns:
+        ``[B, H, Q, E]`` in float32, or float64 for such values: scores are sums, and lose digits
+        by cancellation.
 
     Raises:
-        ValueError: for a call with a softcap or learned sinks, of which linear attention knows
-            nothing.
+        ValueError: for a call with a softcap or learned sinks, which linear attention has not.
     """
     if call.softcap is not None or call.sinks is not None:
         raise ValueError(
@@ -48,12 +47,13 @@ def attend_linearly(call: AttentionCall, value: Tensor) -> Tensor:
     with torch.autocast(value.device.type, enabled=False):
         query, key = call.query.to(dtype), call.key.to(dtype)
         value = value[:, :, :keys].to(dtype).expand(len(key), -1, -1, -1)
-        return linear_attention(query, key, value, call.scale, visibility_of(call))
+        return linear_attention(query, key, value, call.scale, visibility_of_call(call))
 
 
 def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Blocks of rows of a call: which rows, their logits ``[B, H, rows, K]`` in float32, and which
-    of them are hidden.
+    """Yield blocks of rows: the rows, their logits, and the hidden ones of these.
+
+    Logits are ``[B, H, rows, K]`` in float32; the hidden entries bool, or None for none.
     """
     if call.scores is not None:
         for rows in row_blocks(call.scores, call.scores.mT):
@@ -62,7 +62,7 @@ def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | Non
         return
     assert call.query is not None
     assert call.key is not None
-    visibility = visibility_of(call)
+    visibility = visibility_of_call(call)
     key = call.key.float().repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1).mT
     for rows in row_blocks(call.query, call.key):
         logits = call.scale * (call.query[:, :, rows].float() @ key)
@@ -74,8 +74,9 @@ def logits_of(call: AttentionCall) -> Iterator[tuple[slice, Tensor, Tensor | Non
 
 
 def log_weights(call: AttentionCall, share: Tensor | float) -> Tensor:
-    """``[B, H, Q, K]`` logarithms of share * linear + (1 - share) * softmax; written out, so for
-    sampled steps alone.
+    """Return logarithms of share * linear + (1 - share) * softmax, ``[B, H, Q, K]``.
+
+    They are written out, so for sampled steps alone.
     """
     share = share[None, :, None, None] if isinstance(share, Tensor) else share
     blocks = []

@@ -7,14 +7,19 @@ from stabmon.controllers.base import Controller, controller
 
 @controller
 class Linearization(Controller):
-    """Replaces the softmax by p_j = (z_j - min z + 1) / sum over the visible keys; it learns
-    nothing itself.
+    """Replace the softmax by p_j = (z_j - min z + 1) / sum over the visible keys.
 
-    Hidden keys have exactly no weight and do not count in the minimum, so nothing of the future is
-    seen. Differentiable; given the row minimum, the output is a prefix sum: see
-    :mod:`stabmon.controllers.linear_attention`. Attention dropout acts on softmax attention alone.
+    It has no parameters. Hidden keys have exactly no weight and do not count in the minimum, so
+    nothing of the future is seen. Differentiable; given the row minimum, the output is a prefix
+    sum: see :mod:`stabmon.controllers.linear_attention`. Attention dropout applies to softmax
+    attention alone.
+
+    Example:
+        >>> from stabmon.controllers.base import Site
+        >>> Linearization(Site("h.0.attn", 2, 8, 0, 1)).linear_share()
+        1.0
     """
 
     def linear_share(self) -> float:
-        """All of it."""
+        """Return 1: all attention is linear."""
         return 1.0

@@ -1,6 +1,4 @@
-"""Pictures of what controllers do, head by head and layer by layer, over the forwards of a
-model.
-"""
+"""Figures of controllers' effects over the forwards of a model."""
 
 from __future__ import annotations
 
@@ -26,11 +24,11 @@ LABELS = {
     "linear_share": "linear share",
 }
 MOST = 16
-"""Layers or heads that a grid shows; of more, every so-many-th."""
+"""Largest number of layers or heads in a grid; of more, every n-th is shown."""
 
 
 def values_of(readings: Sequence[Reading], signal: str) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Layers, steps ``[T]`` and values ``[L, H, T]``, NaN where there is none.
+    """Return layers, steps ``[T]`` and values ``[L, H, T]``, NaN where there is none.
 
     Raises:
         ValueError: if no reading has the signal.
@@ -63,13 +61,14 @@ def values_of(readings: Sequence[Reading], signal: str) -> tuple[list[str], np.n
 
 
 def grid(readings: Sequence[Reading], signal: str, path: str | Path | None = None) -> Figure:
-    """One quantity of every head over the forwards: layers downwards, heads across, all on one
-    scale.
+    """Draw one quantity of every head over the forwards, all on one scale.
+
+    Layers are downwards, heads across.
 
     Args:
         readings: oldest first.
-        signal: what to draw.
-        path: where to save the figure; None to save nothing.
+        signal: the quantity.
+        path: file to save the figure to; None to save nothing.
 
     Raises:
         ValueError: if no reading has the signal.
@@ -98,8 +97,13 @@ def grid(readings: Sequence[Reading], signal: str, path: str | Path | None = Non
 
 
 def series(readings: Sequence[Reading], path: str | Path | None = None) -> Figure:
-    """Every quantity that moves over the forwards, a panel each, a line a layer (the mean over its
-    heads).
+    """Draw every quantity that changes over the forwards, one panel each.
+
+    A layer is one line, the mean over its heads.
+
+    Args:
+        readings: oldest first.
+        path: file to save the figure to; None to save nothing.
 
     Raises:
         ValueError: if there is no reading.

@@ -1,5 +1,6 @@
-"""Controllers on disk: parameters in ``controllers.safetensors``, everything else in
-``controllers.json``.
+"""Controllers on disk: ``controllers.safetensors`` and ``controllers.json``.
+
+The first holds the parameters, the second everything else.
 """
 
 from __future__ import annotations
@@ -31,15 +32,25 @@ EDGE = 64
 
 
 def save_controllers(controlled: nn.Module, folder: str | Path) -> None:
-    """Write the controllers of a model to ``folder``, with what a model must be like to load them.
+    """Write the controllers of a model to a folder, and the base they fit.
 
     Args:
-        controlled: the model, or what :func:`attach_controllers` gave; the model's own weights are
-            not written.
-        folder: made where it is missing; an earlier save in it is replaced.
+        controlled: the model, or the controllers that :func:`attach_controllers` returned; the
+            model's own weights are not written.
+        folder: created where it is missing; an earlier save in it is replaced.
 
     Raises:
         ValueError: if the model has no controllers.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16))
+        >>> controllers = attach_controllers(model, "linear_ramp", learned=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_controllers(controllers, folder)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['controllers.json', 'controllers.safetensors']
     """
     from safetensors.torch import save_file
 
@@ -77,18 +88,32 @@ def save_controllers(controlled: nn.Module, folder: str | Path) -> None:
 
 
 def load_controllers(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Controllers:
-    """Attach to ``model`` the controllers that :func:`save_controllers` wrote to ``folder``; those
-    it has now are replaced.
+    """Attach the controllers that :func:`save_controllers` wrote to a folder.
+
+    Controllers that the model has now are replaced.
 
     Args:
         model: a model of the same class, layers, heads and width.
-        folder: where they were saved.
+        folder: the folder of the save.
         strict: refuse a base whose weights are not those that the controllers were saved with.
             False for a base that was trained on.
 
+    Returns:
+        The controllers, as from :func:`attach_controllers`.
+
     Raises:
-        ValueError: naming what does not fit; the model is then as it was.
+        ValueError: naming the part that does not fit; the model is then as it was.
         OSError: if a file cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16))
+        >>> controllers = attach_controllers(model, "linear_ramp", learned=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_controllers(controllers, folder)
+        ...     list(load_controllers(model, folder))
+        ['h/0/attn', 'h/1/attn']
     """
     from safetensors.torch import load_file
 
@@ -119,8 +144,9 @@ def load_controllers(model: nn.Module, folder: str | Path, *, strict: bool = Tru
 
 
 def _about(folder: Path) -> dict[str, Any]:
-    """What controllers.json says; what the tensors' own file says where it is of another save, that
-    was cut off between the two.
+    """Return controllers.json, or the tensors file's own copy where the two differ.
+
+    They differ after a save that was cut off between the two files.
     """
     from safetensors import safe_open
 
@@ -132,7 +158,14 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 def check_base(model: nn.Module, about: dict[str, Any], folder: Path, strict: bool) -> None:
-    """Raises ValueError where ``model`` is not what the controllers were trained on."""
+    """Raise ValueError where a model is not the one that controllers were trained on.
+
+    Args:
+        model: the model to load into.
+        about: the facts of the save.
+        folder: the folder of the save, for messages.
+        strict: compare the weights too.
+    """
     base = about["base"]
     if base_class(model) != base["model"]:
         raise ValueError(
@@ -154,7 +187,7 @@ def check_base(model: nn.Module, about: dict[str, Any], folder: Path, strict: bo
 
 
 def expected_shapes(model: nn.Module, about: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that the controllers of a save must have."""
+    """Return the shapes of all tensors that the controllers of a save must have."""
     cls = CONTROLLERS[about["controller"]]
     members = {
         site.name: cls(site, **about["options"])
@@ -169,7 +202,7 @@ def expected_shapes(model: nn.Module, about: dict[str, Any]) -> dict[str, tuple[
 
 
 def base_class(model: nn.Module) -> str:
-    """The class of the model inside all wrappers."""
+    """Return the class name of the model inside all wrappers."""
     return [
         type(module).__name__ for name, module in model.named_modules() if not clean_name(name)
     ][-1]
@@ -177,8 +210,9 @@ def base_class(model: nn.Module) -> str:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and some values of all weights but the controllers'; the same in
-    every dtype and on every device.
+    """Return a SHA-256 over all weights but the controllers'.
+
+    It covers names, shapes and some values, and is the same in every dtype and on every device.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(

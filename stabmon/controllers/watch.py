@@ -1,6 +1,4 @@
-"""What controllers do, as time series: in training, in evaluation, and token by token while a model
-generates.
-"""
+"""Controllers' effects as time series: in training, evaluation and generation."""
 
 from __future__ import annotations
 
@@ -31,34 +29,44 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("stabmon")
 SIGNALS = ("attention_entropy", "normalized_entropy", "max_logit", "max_probability", "sink_mass")
-"""Signals of the modified attention that are measured besides."""
+"""Default signals of the modified attention."""
 
 
 class ControllerWatch:
-    """Measures every so many forwards of a controlled model, from entering the context to leaving
-    it, and changes nothing.
+    """Measure every n-th forward of a controlled model and change nothing.
 
-    A reading holds for each layer and head: ``controller_kl`` and ``attention_variance`` (see
+    It measures from entering the context to leaving it. A reading holds for each layer and head:
+    ``controller_kl`` and ``attention_variance`` (see
     :func:`stabmon.controllers.divergence.row_means`), ``mean_adjustment`` (mean absolute bias of
     the keys, in nats), ``query_gain`` (mean gain of the queries), ``linear_share``, and signals of
     the modified attention. A reading's step is the number of the forward: in training a
     micro-batch, in ``generate`` a token.
 
     Args:
-        model: the controlled model; the one whose forward is called.
-        every: measure each so-many-th forward, the first included.
+        model: the controlled model, as it is called.
+        every: measure every n-th forward, the first included.
         training_only: leave forwards of a model in evaluation mode alone, and do not count them.
-        run_dir: ``<run_dir>/stabmon`` is where sinks write; None for nowhere.
+        run_dir: sinks write to ``<run_dir>/stabmon``; None for nowhere.
         sinks: names of sinks, or sinks.
         signals: names of signals of the modified attention.
 
     Attributes:
         readings: all readings, oldest first.
-        issues: what the rules found in them.
-        errors: what went wrong in here, which never reaches the model.
+        issues: the rules' findings in them.
+        errors: errors of the watch itself, which never reach the model.
 
     Raises:
         ValueError: if the model has no controllers, or a name or number is wrong.
+
+    Example:
+        >>> from stabmon.controllers import attach_controllers
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16))
+        >>> controllers = attach_controllers(model, "linear_ramp")
+        >>> with ControllerWatch(model) as watch:
+        ...     output = model(torch.tensor([[1, 2, 3]]))
+        >>> watch.readings[0].layers["h.1.attn"]["linear_share"]
+        array([0.5, 0.5])
     """
 
     def __init__(
@@ -120,13 +128,20 @@ class ControllerWatch:
         self._sinks.close()
 
     def plot_grid(self, signal: str = "controller_kl", path: str | Path | None = None) -> Figure:
-        """One quantity of every head over the forwards, layers downwards and heads across; saved
-        where ``path`` is given.
+        """Draw one quantity of every head over the forwards.
+
+        Args:
+            signal: the quantity.
+            path: file to save the figure to; None to save nothing.
         """
         return grid(self.readings, signal, path)
 
     def plot_series(self, path: str | Path | None = None) -> Figure:
-        """Every quantity over the forwards, a line a layer; saved where ``path`` is given."""
+        """Draw every quantity over the forwards, one line per layer.
+
+        Args:
+            path: file to save the figure to; None to save nothing.
+        """
         return series(self.readings, path)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
@@ -136,7 +151,7 @@ class ControllerWatch:
         self._forwards += 1
         sampled = (self._forwards - 1) % self._every == 0
         self._measured.start(self._forwards)
-        self._listen(self._look if sampled else None)
+        self._listen(self._measure if sampled else None)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._listen(None)
@@ -151,7 +166,7 @@ class ControllerWatch:
         for member in self._members.values():
             member.listener = listener
 
-    def _look(
+    def _measure(
         self, controller: Controller, original: AttentionCall, modified: AttentionCall
     ) -> None:
         try:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from stabmon._storage.stored_value import Stored, stored_issue
+from stabmon._storage.stored_value import Stored
 from stabmon._torch.forward_call import is_split
 from stabmon.capture import clean_name
 from stabmon.model_names import HEAD_COUNTS
@@ -46,7 +46,7 @@ def known_issues(saved: Stored, tracker: IssueTracker) -> list[StabilityIssue]:
     known = {issue.issue_type for issue in tracker.open_issues}
     issues = []
     for each in saved.parts():
-        issue = stored_issue(each)
+        issue = StabilityIssue.from_dict(each)
         if issue.issue_type in known or issue.issue_type in RULES:
             issues.append(issue)
         else:

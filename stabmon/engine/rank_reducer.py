@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import timedelta
 
 import torch
@@ -77,7 +76,7 @@ class RankReducer:
         if store is None:
             return found
         keys = [f"stabmon/{self._number}/{step}/{each}" for each in range(world_size())]
-        store.set(keys[rank()], json.dumps(None if found is None else asdict(found)))
+        store.set(keys[rank()], json.dumps(None if found is None else found.to_dict()))
         if rank() != 0:
             return found
         try:
@@ -87,7 +86,7 @@ class RankReducer:
             logger.info("no finding of some rank for step %s: %s", step, error)
         told = [json.loads(store.get(key)) if store.check([key]) else None for key in keys]
         findings = [
-            NonFinite(**(each | {"detail": f"{each['detail']} (rank {number})"}))
+            NonFinite.from_dict(each, detail=f"{each['detail']} (rank {number})")
             for number, each in enumerate(told)
             if each
         ]

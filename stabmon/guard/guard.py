@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
+from stabmon._settings import ByName
 from stabmon._storage.stored_value import Stored
 from stabmon.guard.policy import Policy, stored_key
 from stabmon.guard.symptoms import Key, may_ruin
@@ -34,25 +35,7 @@ def make_interventions(
     Raises:
         ValueError: naming an unknown intervention or setting, or a value that cannot be.
     """
-    made = {}
-    for name, settings in named.items():
-        cls = INTERVENTIONS[name]
-        if settings is False:
-            continue
-        if settings is None or settings is True:
-            settings = {}
-        if not isinstance(settings, Mapping):
-            raise ValueError(
-                f"interventions.{name}: {settings!r} must map settings to values, or be true or "
-                "false"
-            )
-        known = [f.name for f in fields(cls) if f.name not in ("issues", "why")]
-        if unknown := set(settings) - set(known):
-            raise ValueError(
-                f"interventions.{name}: unknown setting {sorted(unknown)[0]!r}. Known: "
-                f"{', '.join(known) or 'none'}"
-            )
-        made[name] = cls(**settings)
+    made: dict[str, Intervention] = ByName(INTERVENTIONS).make(named, "interventions")
     return made
 
 
@@ -110,9 +93,11 @@ class Guard(StepListener):
 
     def _put_in_place(self) -> None:
         """Apply each standing act that was not applied yet."""
+        if not self.automatic:
+            return  # what may be proposed need not be known yet
         there = {each.intervention.name for each in self.run.applied}
         for act in self.policy.interventions.values():
-            if act.install_at_start and act.name not in there and self.automatic:
+            if act.install_at_start and act.name not in there:
                 try:
                     act.aimed_at((), "in place from the start").apply(self.run)
                 except NotApplicable as error:

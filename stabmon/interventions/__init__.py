@@ -5,6 +5,7 @@ file.
 is what they may touch; :class:`~stabmon.guard.guard.Guard` chooses, applies, judges and takes back.
 """
 
+from stabmon._moved import moved_names
 from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention, intervention
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
@@ -17,3 +18,5 @@ __all__ = [
     "TrainingRun",
     "intervention",
 ]
+
+__getattr__ = moved_names(__name__, "guard", "projections.not_applicable")

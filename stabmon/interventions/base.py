@@ -6,9 +6,10 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
+from stabmon._settings import NOT_A_SETTING, check, settings_of
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.budget import Budget
@@ -61,10 +62,15 @@ class Intervention(ABC):
     (``found_at`` in the evidence).
     """
 
-    issues: tuple[StabilityIssue, ...] = field(default=(), kw_only=True, compare=False, repr=False)
+    issues: tuple[StabilityIssue, ...] = field(
+        default=(), kw_only=True, compare=False, repr=False, metadata=NOT_A_SETTING
+    )
     """What it is to repair."""
-    why: str = field(default="", kw_only=True, compare=False, repr=False)
+    why: str = field(default="", kw_only=True, compare=False, repr=False, metadata=NOT_A_SETTING)
     """Why it was chosen, for the record."""
+
+    def __post_init__(self) -> None:
+        check(self, key=self.name)
 
     @property
     def name(self) -> str:
@@ -74,9 +80,7 @@ class Intervention(ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """Its settings, as plain values."""
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("issues", "why")
-        }
+        return settings_of(self)
 
     def aimed_at(self: Self, issues: Sequence[StabilityIssue], why: str = "") -> Self:
         """The same act, for these issues."""
@@ -165,17 +169,6 @@ class Intervention(ABC):
         hold.
         """
         return Effect(note="its effect is in the checkpoint; it can no longer be undone")
-
-    def _check(self, name: str, low: float, high: float, *, including_low: bool = False) -> None:
-        value = getattr(self, name)
-        fits = (
-            isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        )
-        if not fits or (value == low and not including_low):
-            words = f"at least {low}" if including_low else f"above {low}"
-            raise ValueError(
-                f"{self.name}.{name}: {value!r} must be a number {words} and at most {high}"
-            )
 
 
 class Applied:

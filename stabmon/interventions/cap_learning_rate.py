@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from stabmon._storage.stored_value import Stored, stored_numbers
+from stabmon._settings import Factor
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.lower_learning_rate import Held
@@ -31,14 +32,9 @@ class CapLearningRate(Intervention):
 
     renews: ClassVar[bool] = True
 
-    times: float = 1.0
-    cap: float | None = None
+    times: Factor = 1.0
+    cap: Factor | None = None
     """The rate to hold every group at, instead."""
-
-    def __post_init__(self) -> None:
-        self._check("times", 0.0, 1e6)
-        if self.cap is not None:
-            self._check("cap", 0.0, 1e6)
 
     def _start(self, run: TrainingRun) -> Effect:
         if self.cap is not None:
@@ -61,7 +57,7 @@ class CapLearningRate(Intervention):
 
     def check_saved(self, effect: Stored) -> None:
         if "caps" in effect:
-            stored_numbers(effect["caps"])
+            effect["caps"].numbers()
         else:  # of before groups were capped each by its own
             effect["cap"].number()
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from stabmon._settings import Factor, Fraction
 from stabmon._storage.stored_value import Stored
 from stabmon._torch.tensors import is_sharded
 from stabmon.interventions.base import Intervention, intervention
@@ -46,18 +47,14 @@ class CapQueryKeyNorm(Intervention):
 
     treats: ClassVar[Mapping[str, int]] = {"sustained_growth": 10}
 
-    times: float = 1.4
+    times: Factor = 1.4
     """Times a piece's own past: then scores may come to about twice theirs, which cost repaired
     runs nothing under ``qk_clip``.
     """
-    least: float = 0.1
+    least: Fraction = 0.1
     """Share of a mean piece's norm that any piece may have, so that a bias that was zero may
     learn.
     """
-
-    def __post_init__(self) -> None:
-        self._check("times", 0.0, 1e6)
-        self._check("least", 0.0, 1.0, including_low=True)
 
     def _start(self, run: TrainingRun) -> Effect:
         if all(issue.evidence.get("by") == "scale" for issue in self.issues) and self.issues:

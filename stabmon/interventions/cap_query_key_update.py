@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stabmon._settings import Factor
 from stabmon._storage.stored_value import Stored
 from stabmon._torch.tensors import is_sharded
 from stabmon.interventions.base import Intervention, intervention
@@ -46,17 +47,12 @@ class CapQueryKeyUpdate(Intervention):
 
     treats: ClassVar[Mapping[str, int]] = {"step": 10}
 
-    times: float = 1.25
+    times: Factor = 1.25
     """Times its own past that a step's share may be. Where the rate is wrong every step is this
     large, so that it must be near its past.
     """
-    share: float | None = None
+    share: Factor | None = None
     """c itself, instead, at any rate."""
-
-    def __post_init__(self) -> None:
-        self._check("times", 0.0, 1e6)
-        if self.share is not None:
-            self._check("share", 0.0, 1e6)
 
     def _start(self, run: TrainingRun) -> Effect:
         named = [issue.layer for issue in self.issues if issue.layer is not None]
@@ -186,7 +182,7 @@ def _usual(run: TrainingRun, layer: str) -> float:
     was not seen.
     """
     shares = [
-        reading.query_key[layer].share
+        reading.query_key[layer].relative_update
         for reading in run.history.readings[:-1]
         if layer in reading.query_key
     ]

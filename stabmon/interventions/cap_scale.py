@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
+from stabmon._settings import Bounds
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, HeldEffect
@@ -38,14 +39,10 @@ class CapScale(Intervention):
 
     treats: ClassVar[Mapping[str, int]] = {"sustained_growth": 20}
 
-    cap: float | None = None
+    cap: Annotated[float, Bounds(above=0, high=1e30)] | None = None
     """The scale itself; None for what it was when the growth began, as the issue tells it
     (``since_step``).
     """
-
-    def __post_init__(self) -> None:
-        if self.cap is not None:
-            self._check("cap", 0.0, 1e30)
 
     def _start(self, run: TrainingRun) -> Effect:
         if self.cap is None and not any(

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from stabmon._settings import Bounds, Factor
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import ATTENTION_AND_LOSS, Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, Place
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.operator import AttentionOperator
+from stabmon.operator.from_call import operator_of
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 logger = logging.getLogger("stabmon")
 LEAST_VISIBLE = 16
@@ -51,23 +52,11 @@ class EntropyRegularization(Intervention):
 
     cost: ClassVar[float] = float("inf")
 
-    coefficient: float = 0.01
+    coefficient: Factor = 0.01
     """Nats of loss for each unit of normalised entropy that is missing."""
-    floor: float = 0.2
+    floor: Annotated[float, Bounds(above=0, high=1)] = 0.2
     """Normalised entropy, in [0, 1], above which a row is left alone."""
-    rows: int = 64
-
-    def __post_init__(self) -> None:
-        self._check("coefficient", 0.0, 1e6)
-        self._check("floor", 0.0, 1.0)
-        if (
-            not isinstance(self.rows, int)
-            or isinstance(self.rows, bool)
-            or not 1 <= self.rows <= 1024
-        ):
-            raise ValueError(
-                f"{self.name}.rows: {self.rows!r} must be a whole number from 1 to 1024"
-            )
+    rows: Annotated[int, Bounds(1, 1024)] = 64
 
     def _start(self, run: TrainingRun) -> Effect:
         places = list(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from stabmon._settings import Count, Fraction
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import ATTENTION_AND_LOSS, Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
@@ -28,16 +29,9 @@ class ExtendWarmup(Intervention):
     cost: ClassVar[float] = float("inf")
     affects_whole_run: ClassVar[bool] = True
 
-    steps: int = 100
-    start: float = 0.1
+    steps: Count = 100
+    start: Fraction = 0.1
     """Factor of the first step, in [0, 1]."""
-
-    def __post_init__(self) -> None:
-        self._check("start", 0.0, 1.0, including_low=True)
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise ValueError(
-                f"{self.name}.steps: {self.steps!r} must be a whole number of at least 1"
-            )
 
     def factor(self, since: int) -> float:
         """The factor of the next step when ``since`` steps have been made since this was

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from stabmon._settings import Bounds
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import ATTENTION_AND_LOSS, Intervention, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
@@ -43,12 +44,8 @@ class IncreaseDropout(Intervention):
 
     cost: ClassVar[float] = 0.22
 
-    by: float = 0.1
-    most: float = 0.5
-
-    def __post_init__(self) -> None:
-        self._check("by", 0.0, 1.0)
-        self._check("most", 0.0, 0.9)
+    by: Annotated[float, Bounds(above=0, high=1)] = 0.1
+    most: Annotated[float, Bounds(above=0, high=0.9)] = 0.5
 
     def _start(self, run: TrainingRun) -> Effect:
         named = [issue.layer for issue in self.issues if issue.layer is not None]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
+from stabmon._settings import Bounds
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
@@ -40,10 +41,7 @@ class LogitSoftcap(Intervention):
 
     cost: ClassVar[float] = 0.0
 
-    cap: float = 50.0
-
-    def __post_init__(self) -> None:
-        self._check("cap", 0.0, 1e4)
+    cap: Annotated[float, Bounds(above=0, high=1e4)] = 50.0
 
     def _start(self, run: TrainingRun) -> Effect:
         layers = list(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from stabmon._settings import Bounds
 from stabmon._torch.optimizer_adapter import takes_hooks
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
@@ -53,19 +54,12 @@ class LowerLearningRate(Intervention):
     cost: ClassVar[float] = 0.17
     affects_whole_run: ClassVar[bool] = True
 
-    factor: float = 0.5
+    factor: Annotated[float, Bounds(above=0, high=1)] = 0.5
     """Above 0, at most 1."""
     where: Where = "all"
     """``all`` parameters, or the ``query_key`` projections (and their norms) of the attention
     layers.
     """
-
-    def __post_init__(self) -> None:
-        self._check("factor", 0.0, 1.0)
-        if self.where not in get_args(Where):
-            raise ValueError(
-                f"{self.name}.where: {self.where!r} must be one of {', '.join(get_args(Where))}"
-            )
 
     def order_for(self, symptom: str) -> int | None:
         scores = ("sustained_growth", "scores", "step")

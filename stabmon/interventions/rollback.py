@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from stabmon._settings import Bounds, Count
 from stabmon.interventions.base import Applied, Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.budget import Budget
@@ -53,21 +54,12 @@ class Rollback(Intervention):
     once: ClassVar[bool] = True
     state_key: ClassVar[str] = "states"
 
-    every: int = 4
+    every: Count = 4
     """Samples between the states that are kept."""
-    confirm: int = 2
+    confirm: Annotated[int, Bounds(0)] = 2
     """Healthy samples after which a state counts as healthy."""
-    memory_gb: float = 8.0
+    memory_gb: Annotated[float, Bounds(0, 1e6)] = 8.0
     rewind_schedule: bool = False
-
-    def __post_init__(self) -> None:
-        self._check("memory_gb", 0.0, 1e6, including_low=True)
-        for name, least in (("every", 1), ("confirm", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"{self.name}.{name}: {value!r} must be a whole number of at least {least}"
-                )
 
     def unsuited(self, run: TrainingRun, symptom: str) -> str:
         if symptom == "non_finite" and run.newest_harmless_nonfinite() is not None:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from stabmon._settings import Count
 from stabmon._storage.stored_value import Stored
 from stabmon._torch.tensors import local
 from stabmon.interventions.base import Intervention, intervention
@@ -33,13 +34,7 @@ class SkipStep(Intervention):
     install_at_start: ClassVar[bool] = True
     affects_whole_run: ClassVar[bool] = True
 
-    most: int = 10
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.most, int) or isinstance(self.most, bool) or self.most < 1:
-            raise ValueError(
-                f"{self.name}.most: {self.most!r} must be a whole number of at least 1"
-            )
+    most: Count = 10
 
     def _start(self, run: TrainingRun) -> Effect:
         if _scales(run):

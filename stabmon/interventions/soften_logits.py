@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from torch import nn
 
+from stabmon._settings import Bounds
 from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.attributes import AttributesChanged, described
@@ -39,11 +40,8 @@ class SoftenLogits(Intervention):
 
     cost: ClassVar[float] = 0.01
 
-    temperature: float = 4.0
+    temperature: Annotated[float, Bounds(above=1, high=1e4)] = 4.0
     """Above 1."""
-
-    def __post_init__(self) -> None:
-        self._check("temperature", 1.0, 1e4)
 
     def _start(self, run: TrainingRun) -> Effect:
         layers = list(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stabmon._storage.stored_value import Stored, stored_non_finite
+from stabmon._storage.stored_value import Stored
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.tensors import local
@@ -179,7 +179,11 @@ class NonFiniteDetector(StepListener):
         """Return the present episode as plain values."""
         if self._found is None:
             return {}
-        return {"found": asdict(self._found), "last_bad": self._last_bad, "reached": self._reached}
+        return {
+            "found": self._found.to_dict(),
+            "last_bad": self._last_bad,
+            "reached": self._reached,
+        }
 
     def parse_state(self, state: Mapping[str, Any] | Stored) -> Callable[[], None]:
         """Read a whole state, and return the function that takes it up.
@@ -191,7 +195,7 @@ class NonFiniteDetector(StepListener):
             ValueError: if it is no state of a detector.
         """
         saved = Stored.of(state)
-        found = stored_non_finite(saved["found"]) if saved.mapping() else None
+        found = NonFinite.from_dict(saved["found"]) if saved.mapping() else None
         last_bad = saved["last_bad"].integer() if saved.mapping() else -math.inf
         reached = saved.get("reached", _GRADIENTS).integer() if saved.mapping() else 0
 

@@ -16,8 +16,8 @@ from stabmon.capture import clean_name
 from stabmon.nonfinite.bad_values import count_bad, indices
 from stabmon.nonfinite.causes import HiddenRows, of_values
 from stabmon.nonfinite.watched_replay import is_within, module_names, watched
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, Cause, NonFinite
-from stabmon.signals.reduce import operator_of
 
 
 def find_in_backward(model: nn.Module, calls: Sequence[ForwardCall], step: int) -> NonFinite | None:

@@ -17,8 +17,8 @@ from stabmon.capture import clean_name
 from stabmon.nonfinite.bad_values import bad_heads, count_bad, count_visible_bad, indices
 from stabmon.nonfinite.causes import HiddenRows, of_input, of_values, unused_labels
 from stabmon.nonfinite.watched_replay import is_within, module_names, watched
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, Cause, NonFinite
-from stabmon.signals.reduce import operator_of
 
 
 def find_in_forward(model: nn.Module, calls: Sequence[ForwardCall], step: int) -> NonFinite | None:

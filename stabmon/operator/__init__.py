@@ -1,20 +1,22 @@
-"""Attention as a matrix-free linear operator: every statistic of every row without ever writing out
-Q x K.
+"""Attention as a matrix-free linear operator, which never writes out Q x K.
 
-Three engines give the same numbers: ``dense`` (float64 oracle), ``blockwise`` (any mask, bias,
-softcap, sink; memory linear in the length) and ``fused`` (the fused kernel's own output and
-logsumexp).
+It gives every statistic of every row, and products. Three engines give the same numbers:
+``dense`` (float64 oracle), ``blockwise`` (any mask, bias, softcap, sink; memory linear in the
+length) and ``fused`` (the fused kernel's own output and logsumexp).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from stabmon.operator.base import STATISTICS, AttentionOperator, RowBlock, check_inputs
+from stabmon.operator.base import AttentionOperator
 from stabmon.operator.blockwise import BlockwiseAttention
 from stabmon.operator.dense import DenseAttention
 from stabmon.operator.fused import FusedAttention
-from stabmon.operator.visibility import Visibility
+from stabmon.operator.inputs import check_inputs
+from stabmon.operator.row_weights import RowBlock
+from stabmon.operator.statistics import STATISTICS
+from stabmon.operator.visibility import visibility_of
 
 __all__ = [
     "ENGINES",
@@ -45,7 +47,7 @@ def attention_operator(
     is_self: bool = False,
     engine: str = "auto",
 ) -> AttentionOperator:
-    """The attention of one call as an operator that can be asked for statistics and products.
+    """Return the attention of one call as an operator for statistics and products.
 
     Args:
         query: ``[B, H, Q, D]``.
@@ -64,16 +66,22 @@ def attention_operator(
             a query whose key the mask hides from every row is padding, and counts in no signal.
         engine: ``dense``, ``blockwise``, ``fused`` or ``auto``, the fastest that is exact here.
 
+    Returns:
+        The operator; it keeps query and key, detached, and computes nothing yet.
+
     Raises:
-        ValueError: naming the value and the mend, for shapes, dtypes or names that do not fit.
+        ValueError: naming the value and the fix, for shapes, dtypes or names that do not fit.
+
+    Example:
+        >>> import torch
+        >>> query, key = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8)
+        >>> attention = attention_operator(query, key, scale=8**-0.5, is_causal=True)
+        >>> attention.entropy()[0, 0].exp()
+        tensor([1., 2., 3.])
     """
     check_inputs(query, key, scale, mask, window, softcap, sinks)
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.dim())]
-        mask = mask.expand(-1, -1, -1, key.shape[2]) if mask.shape[-1] == 1 else mask
-    queries, keys = query.shape[2], key.shape[2]
-    visibility = Visibility(
-        queries, keys, is_causal, window, mask, keys - queries, query.device, is_self=is_self
+    visibility = visibility_of(
+        query, key, is_causal=is_causal, window=window, mask=mask, is_self=is_self
     )
     sinks = None if sinks is None else sinks.detach()
     return _engine(engine, query)(query.detach(), key.detach(), scale, visibility, softcap, sinks)
@@ -87,10 +95,25 @@ def operator_of_scores(
     is_self: bool = False,
     engine: str = "auto",
 ) -> AttentionOperator:
-    """The operator of scores ``[B, H, Q, K]`` that a model has formed itself, hidden keys at -inf.
+    """Return the operator of scores that a model has formed itself.
+
+    Args:
+        scores: ``[B, H, Q, K]``, hidden keys at -inf.
+        softcap: see :func:`attention_operator`.
+        sinks: see :func:`attention_operator`.
+        is_self: see :func:`attention_operator`.
+        engine: see :func:`attention_operator`.
+
+    Returns:
+        The operator; signals that need query and key are NaN.
 
     Raises:
         ValueError: for other shapes, an empty tensor, or an unknown engine.
+
+    Example:
+        >>> import torch
+        >>> operator_of_scores(torch.zeros(1, 1, 1, 4)).log_partition().exp()
+        tensor([[[4.]]])
     """
     if scores.dim() != 4 or 0 in scores.shape or not scores.is_floating_point():
         raise ValueError(
@@ -100,9 +123,7 @@ def operator_of_scores(
     batch, heads, queries, keys = scores.shape
     query, key = scores.new_zeros(batch, heads, queries, 1), scores.new_zeros(batch, heads, keys, 1)
     mask = scores.detach().isneginf().logical_not()
-    visibility = Visibility(
-        queries, keys, False, None, mask, keys - queries, scores.device, is_self=is_self
-    )
+    visibility = visibility_of(query, key, is_causal=False, window=None, mask=mask, is_self=is_self)
     return _engine(engine, query)(query, key, 1.0, visibility, softcap, sinks, scores.detach())
 
 

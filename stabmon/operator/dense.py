@@ -1,5 +1,6 @@
-"""The oracle: every row written out in float64. For tests and small inputs only; memory grows with
-Q x K.
+"""The oracle: every row written out in float64, for tests and small inputs only.
+
+Memory grows with Q x K.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stabmon.operator.base import EMPTY_ROW, AttentionOperator
+from stabmon.operator.base import AttentionOperator
+from stabmon.operator.statistics import EMPTY_ROW
 
 
 class DenseAttention(AttentionOperator):
     """All Q x K logits of all heads in float64."""
 
     engine = "dense"
-    _dtype = torch.float64
+    compute_dtype = torch.float64
 
     @cached_property
     def _hidden_and_bias(self) -> tuple[Tensor | None, Tensor | None]:
@@ -30,7 +32,7 @@ class DenseAttention(AttentionOperator):
 
     @cached_property
     def logits(self) -> Tensor:
-        """``[B, H, Q, K]`` what the softmax sees, hidden keys at -inf."""
+        """``[B, H, Q, K]`` arguments of the softmax, hidden keys at -inf."""
         capped = (
             self._raw
             if self.softcap is None
@@ -59,7 +61,7 @@ class DenseAttention(AttentionOperator):
         return scores if hidden is None else scores.masked_fill(hidden, -math.inf)
 
     def _lifted(self, scores: Tensor) -> Tensor:
-        """Hidden keys at +inf."""
+        """Return the scores with hidden keys at +inf."""
         hidden, _ = self._hidden_and_bias
         return scores if hidden is None else scores.masked_fill(hidden, math.inf)
 
@@ -114,16 +116,3 @@ class DenseAttention(AttentionOperator):
 
     def _rmatvec(self, y: Tensor) -> Tensor:
         return self.probabilities.mT @ y.double()
-
-    def rows(self, index: Tensor) -> DenseAttention:
-        scores = None if self.given_scores is None else self.given_scores[:, :, index]
-        visibility = self.visibility.select(index)
-        return DenseAttention(
-            self.query[:, :, index],
-            self.key,
-            self.scale,
-            visibility,
-            self.softcap,
-            self.sinks_at(index),
-            scores,
-        )

@@ -1,8 +1,9 @@
-"""Statistics from the fused kernel's own output and logsumexp: scores never leave the kernel.
+"""Statistics from the output and logsumexp of the fused kernel.
 
-With the keys as values, one call gives the log-partition and the mean score. Exact where scores are
-plain ``scale * q.k`` under hiding masks; a pairwise bias, a softcap or a learned sink goes to the
-blockwise engine, and so do maxima and the odds of the rest, which no logsumexp resolves.
+Scores never leave the kernel: with the keys as values, one call gives the log-partition and the
+mean score. Exact where scores are plain ``scale * q.k`` under hiding masks; a pairwise bias, a
+softcap or a learned sink goes to the blockwise engine, and so do maxima and the odds of the rest,
+which no logsumexp resolves.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ _CALLS = (
     "first_key_mass",
 )
 _MASKED_ROWS = 256
-"""Rows a call takes when a mask must be handed over, so that the part of the mask in memory is
-linear in K.
-"""
+"""Rows per call with a mask, so that the part of the mask in memory is linear in K."""
 
 
 class FusedAttention(BlockwiseAttention):
@@ -39,7 +38,7 @@ class FusedAttention(BlockwiseAttention):
 
     @functools.cached_property
     def is_exact(self) -> bool:
-        """Whether scores are plain, so that the kernel sees what the model's softmax sees."""
+        """True where scores are plain, so that the kernel sees the model's own logits."""
         plain = (
             self.softcap is None
             and self.sinks is None
@@ -92,7 +91,7 @@ class FusedAttention(BlockwiseAttention):
         return out
 
     def _first_scores(self) -> Tensor:
-        """``[B, H, Q]``: score of each row's first key, whether it sees it or not."""
+        """Return the score of each row with the first key, visible or not, ``[B, H, Q]``."""
         device, first = self.query.device, self.visibility.first_visible
         batch, heads = (
             torch.arange(self.batch, device=device)[:, None],
@@ -121,12 +120,15 @@ class FusedAttention(BlockwiseAttention):
         return out
 
     def _call(self, kernel: Kernel, power: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(A values, L(power)), ``[B, H, Q, D]`` and ``[B, H, Q]``; empty rows are 0 and -inf."""
+        """Return A values ``[B, H, Q, D]`` and L(power) ``[B, H, Q]``.
+
+        Empty rows are 0 and -inf.
+        """
         rooms: tuple[Tensor, Tensor] | None = None
         key = self.key if values.shape[1] == self.key_heads else self._per_query_head(self.key)
         for rows, cols, mask, causal in self._spans():
             q, k, v = (
-                _rows_in_one_piece(x.to(kernel.dtype))
+                _contiguous_rows(x.to(kernel.dtype))
                 for x in (self.query[:, :, rows], key[:, :, cols], values[:, :, cols])
             )
             q = q if self.scale > 0 else -q  # a negative scale would turn the mask's -inf round
@@ -141,15 +143,16 @@ class FusedAttention(BlockwiseAttention):
         return out.masked_fill_(empty[..., None], 0.0), lse.masked_fill_(empty, -math.inf)
 
     def _rooms(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Room for the results of several calls, as they are where nothing is visible."""
+        """Return buffers for the results of several calls, filled as for empty rows."""
         shape, device = self.query.shape[:3], self.query.device
         return torch.zeros(*shape, columns, device=device), torch.full(
             shape, -math.inf, device=device
         )
 
     def _spans(self) -> Iterator[tuple[slice, slice, Tensor | None, bool]]:
-        """Calls to make, as (rows, keys, additive mask, causal): one where the kernel's own
-        causality will do.
+        """Yield the kernel's calls as (rows, keys, additive mask, causal).
+
+        One call where the kernel's own causality will do.
         """
         see = self.visibility
         whole = slice(0, self.queries), slice(0, self.keys)
@@ -179,8 +182,8 @@ class FusedAttention(BlockwiseAttention):
                 yield rows, slice(low, high), None if hidden is None else _additive(hidden), False
 
 
-def _rows_in_one_piece(x: Tensor) -> Tensor:
-    """Kernels take the last dimension's stride for granted."""
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """Return ``x`` with stride 1 in the last dimension, which kernels rely on."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -1,5 +1,8 @@
-"""The fused kernels that hand over their logsumexp, and the proof each must give on a device before
-it is believed.
+"""Fused kernels that return their logsumexp, each proven on a device before use.
+
+The kernels below ``torch.ops.aten._scaled_dot_product_*`` are private: they are the only way to the
+logsumexp that scaled_dot_product_attention computes. Checked with torch 2.13. A changed signature
+fails the proof, with a warning, and the blockwise engine is used.
 """
 
 from __future__ import annotations
@@ -16,9 +19,7 @@ from torch.nn import functional as F
 logger = logging.getLogger("stabmon")
 
 _TOLERANCE = 1e-3
-"""Largest deviation from the blockwise engine, in nats and in units of the values, that a float32
-kernel may show.
-"""
+"""Largest deviation of a kernel from the blockwise engine, in nats and units of values."""
 Run = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool, float], tuple[Tensor, Tensor]]
 
 
@@ -33,14 +34,17 @@ class Kernel:
     name: str
     run: Run
     dtype: torch.dtype
-    """What it computes in. A half-precision kernel's logsumexp is as exact as its inputs; its
-    output is rounded, and not used.
+    """Dtype in which it computes.
+
+    A half-precision kernel's logsumexp is as exact as its inputs; its output is rounded, and not
+    used.
     """
 
 
 def _cpu(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
+    # private, see the module: returns (output, logsumexp [B, H, Q])
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=scale
     )
@@ -55,7 +59,7 @@ def _expand(q: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def _bias(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask with rows aligned as the kernels ask, expanded as a view."""
+    """Return the mask with rows aligned as the kernels need, expanded as a view."""
     if mask is None:
         return None
     padded = F.pad(mask.to(q.dtype), (0, -mask.shape[-1] % 16))[..., : mask.shape[-1]]
@@ -66,6 +70,7 @@ def _efficient(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     k, v = _expand(q, k, v)
+    # private, see the module: compute_log_sumexp=True; the logsumexp is padded in Q
     out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, _bias(q, k, mask), True, 0.0, causal, scale=scale
     )
@@ -76,6 +81,7 @@ def _cudnn(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     k, v = _expand(q, k, v)
+    # private, see the module: compute_log_sumexp=True; the logsumexp is [B, H, Q, 1]
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, _bias(q, k, mask), True, 0.0, causal, False, scale=scale
     )
@@ -88,6 +94,7 @@ def _flash(
     if mask is not None:
         return _cudnn(q, k, v, mask, causal, scale)
     k, v = _expand(q, k, v)
+    # private, see the module: half precision only, no mask
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, causal, False, scale=scale
     )
@@ -128,39 +135,48 @@ _HALF_CANDIDATES: dict[str, tuple[tuple[str, Run], ...]] = {
 def proven_kernel(
     device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32
 ) -> Kernel | None:
-    """The first kernel of this device that agrees with the blockwise engine on a small random case,
-    or None with one warning.
+    """Return the device's first kernel that agrees with the blockwise engine.
 
-    The proof is made once a device, head dimension and dtype, with random numbers of its own.
+    The proof is a small random case with random numbers of its own, made once per device, head
+    dimension and dtype.
+
+    Args:
+        device: the device of the inputs.
+        head_dim: D.
+        dtype: of the kernel's inputs; half precision for the logsumexp alone.
+
+    Returns:
+        None, with one warning, where none agrees.
     """
     table = _CANDIDATES if dtype == torch.float32 else _HALF_CANDIDATES
-    doubts = []
+    failures = []
     for name, run in table.get(device.type, ()):
         kernel = Kernel(name, run, dtype)
         try:
             deviation = _deviation(kernel, device, head_dim)
         except Exception as error:
-            doubts.append(
+            failures.append(
                 f"{name} failed ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''})"
             )
             continue
         if deviation <= _TOLERANCE:
             return kernel
-        doubts.append(f"{name} is off by {deviation:.1g}")
-    if doubts:
+        failures.append(f"{name} is off by {deviation:.1g}")
+    if failures:
         logger.warning(
             "Fused attention on %s, head dim %d: %s; the blockwise engine is used.",
             device,
             head_dim,
-            "; ".join(doubts),
+            "; ".join(failures),
         )
     return None
 
 
 def _deviation(kernel: Kernel, device: torch.device, head_dim: int) -> float:
-    """Largest deviation of a kernel's logsumexp (and output, in float32) from the blockwise
-    engine's; inf where it is NaN.
+    """Return a kernel's largest deviation from the blockwise engine; inf for NaN.
+
+    Over the logsumexp, and in float32 also over the output.
     """
     from stabmon.operator.blockwise import BlockwiseAttention
     from stabmon.operator.visibility import Visibility

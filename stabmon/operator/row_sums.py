@@ -1,5 +1,6 @@
-"""Sums over the keys of each row, from which every statistic follows: folded block by block,
-relative to the largest logit so far.
+"""Sums over the keys of each row, from which every statistic follows.
+
+They are folded block by block, relative to the largest logit so far.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ import math
 import torch
 from torch import Tensor
 
-from stabmon.operator.visibility import HIDDEN
+from stabmon.operator.pieces import HIDDEN
 
 LN_2 = math.log(2)
 RowSums = dict[str, Tensor]
-"""What is known of some rows, all of one shape; logits are in bits, multiples of ln 2:
+"""Sums of some rows, all of one shape; logits are in bits, multiples of ln 2.
 
-- ``top``, ``bottom``: largest and smallest logit; ``raw_top``, ``raw_bottom``: the same before a
-softcap.
+- ``top``, ``bottom``: largest and smallest logit.
+- ``raw_top``, ``raw_bottom``: the same before a softcap.
 - ``rest``: sum of e = exp2(logit - top) over all but one largest key.
 - ``weighted``: sum of e * (logit - top).
 - ``square_rest``, ``cube_rest``: sums of e^2 and e^3 over the same keys.
@@ -25,10 +26,11 @@ softcap.
 _LARGEST = ("top", "raw_top")
 _SMALLEST = ("bottom", "raw_bottom")
 _RESTS = {"rest": 1, "square_rest": 2, "cube_rest": 3}
-"""Power of e that each sums; with the largest key's 1, a row that has seen no key sums to 0."""
+"""Power of e in each sum; with the largest key's 1, a row without keys sums to 0."""
 LOWEST = -1e4
-"""Distance below the row's maximum at which exp2 is 0 in every format; keeps 0 * -inf out of the
-sums.
+"""Distance below the row's maximum at which exp2 is 0 in every format.
+
+It keeps 0 * -inf out of the sums.
 """
 
 PARTS: dict[str, frozenset[str]] = {
@@ -46,13 +48,23 @@ PARTS: dict[str, frozenset[str]] = {
     "log_odds_of_rest": frozenset({"top", "rest"}),
     "first_key_mass": frozenset({"top", "rest", "first"}),
 }
-"""The sums that each statistic is made of."""
+"""Sums that each statistic is made of."""
 
 
-def nothing(
+def sums_of_no_key(
     parts: list[str], shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``[len(parts), *shape]``: the sums of rows that have seen no key."""
+    """Return the sums of rows without keys.
+
+    Args:
+        parts: names of the sums.
+        shape: of the rows.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        ``[len(parts), *shape]``.
+    """
     empty = (
         dict.fromkeys(_LARGEST, HIDDEN)
         | dict.fromkeys(_SMALLEST, -HIDDEN)
@@ -63,7 +75,7 @@ def nothing(
 
 
 def fold(a: RowSums, b: RowSums) -> RowSums:
-    """The sums over the keys of both, as far as both know them."""
+    """Return the sums over the keys of both, as far as both have them."""
     out = {name: torch.maximum(a[name], b[name]) for name in _LARGEST if name in a}
     out |= {name: torch.minimum(a[name], b[name]) for name in _SMALLEST if name in a}
     if "rest" not in a:
@@ -85,8 +97,12 @@ def fold(a: RowSums, b: RowSums) -> RowSums:
 
 
 def finish(sums: RowSums, sinks: Tensor | None, statistics: set[str]) -> dict[str, Tensor]:
-    """The statistics of rows that have seen all of their keys; ``sinks`` are learned logits that
-    join each row's softmax.
+    """Return the statistics of rows from the sums over all of their keys.
+
+    Args:
+        sums: of one shape.
+        sinks: learned logits of that shape that join each row's softmax, or None.
+        statistics: names whose parts ``sums`` holds.
     """
     top = sums["top"] * LN_2
     out = {"max_logit": top, "max_score": sums["raw_top"] * LN_2 if "raw_top" in sums else top}
@@ -119,8 +135,11 @@ def finish(sums: RowSums, sinks: Tensor | None, statistics: set[str]) -> dict[st
 
 
 def _jacobian_norm(rest: Tensor, square: Tensor, cube: Tensor) -> Tensor:
-    """sum p^2 - 2 sum p^3 + (sum p^2)^2 with p = e / (1 + rest): the largest key's terms cancel on
-    paper, the others are no difference of near equals, so that a saturated row keeps its digits."""
+    """Compute the root of sum p^2 - 2 sum p^3 + (sum p^2)^2 with p = e / (1 + rest).
+
+    The largest key's terms cancel on paper, and the others are no difference of near equals, so
+    that a saturated row keeps its digits.
+    """
     squared = (
         rest.square() * (1 + square)
         + 3 * square

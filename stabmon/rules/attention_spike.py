@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, Fraction, NonNegative, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
@@ -16,6 +17,7 @@ from stabmon.rules.tracking.history import History
 
 
 @rule
+@renamed(least_past="min_history")
 @dataclass(frozen=True)
 class AttentionSpike(Rule):
     """Sudden concentration of a head's attention on single keys, or on the first key.
@@ -43,13 +45,13 @@ class AttentionSpike(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    rise: float = 0.4
+    rise: Fraction = 0.4
     """Rise of the probability, in [0, 1], above the largest of the readings before."""
-    deviations: float = 6.0
+    deviations: NonNegative = 6.0
     """Robust standard deviations of the head's own past that the rise must also be."""
-    past: int = 10
+    past: Count = 10
     """Number of readings in the past."""
-    least_past: int = 3
+    min_history: Count = 3
     """Number of readings needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
@@ -57,7 +59,7 @@ class AttentionSpike(Rule):
 
         ``value`` is the probability, ``threshold`` the level that it exceeded.
         """
-        if len(history) <= self.least_past:
+        if len(history) <= self.min_history:
             return []
         names = ("max_probability", "sink_mass")
         rise, level = np.full((2, len(names), len(history.heads)), np.nan)

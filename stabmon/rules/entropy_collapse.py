@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
+from stabmon._settings import Bounds, Count, Fraction, NonNegative, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import SCORE_FLOOR, Change, changes, jump_needed
@@ -32,6 +33,7 @@ FROM_THE_START = (
 
 
 @rule
+@renamed(least_past="min_past_entropy", still_ill="hysteresis")
 @dataclass(frozen=True)
 class EntropyCollapse(Rule):
     r"""Sudden loss of a head's attention entropy.
@@ -46,9 +48,9 @@ class EntropyCollapse(Rule):
       nearly all rows saturated at once (``saturates``);
     - the same fall with neither, or a slow fall below ``floor``, is a warning.
 
-    Heads that start with little entropy (below ``least_past``) have none to lose and are not judged
-    so. But where nearly all heads of a model have little of it from the first reading on, with
-    large scores all of one size and no sinks, and the loss falls as fast as it does in a fresh
+    Heads that start with little entropy (below ``min_past_entropy``) have none to lose and are not
+    judged so. But where nearly all heads of a model have little of it from the first reading on,
+    with large scores all of one size and no sinks, and the loss falls as fast as it does in a fresh
     model only, nothing has been learned that could call for it: the initialisation is too large,
     and that is an alarm.
 
@@ -68,44 +70,44 @@ class EntropyCollapse(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    kept: float = 0.4
+    kept: Fraction = 0.4
     """Largest share of its own past entropy that a collapsed head keeps."""
-    jump: float = 4.0
+    jump: Positive = 4.0
     """Growth of the largest score within one step, as a multiple of its own past.
 
     Once more for each 100 steps in between.
     """
-    saturates: float = 0.6
+    saturates: Fraction = 0.6
     """Share of rows to saturate at once where scores give no evidence."""
-    sudden_steps: int = 20
+    sudden_steps: Count = 20
     """Largest number of steps in between for the fall to be sudden.
 
     Learners were seen to saturate half their rows in 75.
     """
-    floor: float = 0.02
+    floor: Fraction = 0.02
     """Normalised entropy, in [0, 1]; even a slow fall below it is a warning."""
-    least_past: float = 0.1
+    min_past_entropy: Fraction = 0.1
     """Least normalised entropy in the past for a head to be judged, in [0, 1]."""
-    start: float = 0.4
+    start: Fraction = 0.4
     """Normalised entropy; below it a head is saturated in the first readings.
 
     Its largest score must also be above ``start_score``.
     """
-    start_score: float = 15.0
+    start_score: NonNegative = 15.0
     """Largest score of a saturated head in a fresh model, at least; a few is normal."""
-    start_heads: float = 0.9
+    start_heads: Fraction = 0.9
     """Share of all heads to be saturated in the first readings."""
-    start_alike: float = 0.35
+    start_alike: NonNegative = 0.35
     """Largest robust standard deviation of ln max-score over these heads.
 
     Heads that have learned differ from each other by more.
     """
-    start_fall: float = 0.1
+    start_fall: Fraction = 0.1
     """Share of the first loss by which the loss must have fallen.
 
     A model that has been trained before has little left to gain.
     """
-    hysteresis: float = 0.6
+    hysteresis: Annotated[float, Bounds(above=0, high=1)] = 0.6
     """Share by which the opening level is divided to give the closing level."""
 
     @classmethod
@@ -123,7 +125,7 @@ class EntropyCollapse(Rule):
         rank, level = np.full(len(entropy), -1), np.full(len(entropy), np.nan)
         ratio, past = level.copy(), level.copy()
         for change in changes(history, lags=(1, 2)):
-            fell = (change.past_entropy >= self.least_past) & (change.kept <= self.kept)
+            fell = (change.past_entropy >= self.min_past_entropy) & (change.kept <= self.kept)
             error = fell & self._witnessed(history, change)
             for found, value in ((error, 1), (fell & (change.steps <= self.sudden_steps), 0)):
                 new = found & (rank < value)
@@ -135,7 +137,7 @@ class EntropyCollapse(Rule):
         open_level = history.open_level("entropy_collapse")
         slow = (
             (rank < 0)
-            & (start >= self.least_past)
+            & (start >= self.min_past_entropy)
             & (entropy < np.minimum(self.floor, 0.2 * start))
         )
         rank[slow], level[slow], past[slow] = 0, self.floor, start[slow]

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, NonNegative, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import loss_rose
@@ -17,6 +18,7 @@ from stabmon.rules.tracking.history import History
 
 
 @rule
+@renamed(stays="persistence", least_past="min_history")
 @dataclass(frozen=True)
 class GradientExplosion(Rule):
     r"""Gradient norm of the whole model above its recent range.
@@ -27,8 +29,8 @@ class GradientExplosion(Rule):
 
     A single large gradient is common in healthy runs (up to 14 times the recent median in our own)
     and clipping makes it harmless: a warning. An alarm is a gradient far beyond its range for
-    ``stays`` readings in a row while the loss rises: then steps of the wrong size or direction are
-    being taken. Attributed to no head; the layer that grew most is in the evidence.
+    ``persistence`` readings in a row while the loss rises: then steps of the wrong size or
+    direction are being taken. Attributed to no head; the layer that grew most is in the evidence.
 
     Example:
         >>> from stabmon.records import Reading
@@ -45,20 +47,20 @@ class GradientExplosion(Rule):
 
     symptom: ClassVar[Symptom] = LOSS
 
-    deviations: float = 6.0
+    deviations: NonNegative = 6.0
     """Robust standard deviations of the log norm above its recent median."""
-    warning: float = 10.0
+    warning: Positive = 10.0
     """Norm of a warning, as a multiple of the recent median."""
-    error: float = 10.0
+    error: Positive = 10.0
     """Norm of an alarm, as a multiple of the recent median.
 
-    For ``stays`` readings, with a rising loss.
+    For ``persistence`` readings, with a rising loss.
     """
-    stays: int = 3
+    persistence: Count = 3
     """Number of readings in a row needed for an alarm."""
-    past: int = 50
+    past: Count = 50
     """Number of readings in the recent range."""
-    least_past: int = 12
+    min_history: Count = 12
     """Number of readings needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
@@ -68,15 +70,15 @@ class GradientExplosion(Rule):
         """
         norms = history.gradients("")
         if (
-            len(norms) < self.least_past + self.stays
+            len(norms) < self.min_history + self.persistence
             or not np.isfinite(norms[-1])
             or norms[-1] <= 0
         ):
             return []
-        newest = _log(norms[-self.stays :])
-        past = _log(norms[-self.past - self.stays : -self.stays])
+        newest = _log(norms[-self.persistence :])
+        past = _log(norms[-self.past - self.persistence : -self.persistence])
         past = past[np.isfinite(past)]
-        if len(past) < self.least_past:
+        if len(past) < self.min_history:
             return []
         middle, spread = float(np.median(past)), float(robust_spread(past[:, None])[0])
         wide = middle + self.deviations * spread
@@ -86,9 +88,9 @@ class GradientExplosion(Rule):
         ):
             return []
         high = bool((newest >= max(wide, middle + np.log(self.error))).all())
-        error = high and loss_rose(history, self.stays)
+        error = high and loss_rose(history, self.persistence)
         layers = {
-            layer: _growth(history.gradients(layer), self.stays)
+            layer: _growth(history.gradients(layer), self.persistence)
             for layer in history.latest.gradients
             if layer
         }

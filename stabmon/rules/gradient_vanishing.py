@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, Fraction, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.context import advice
@@ -17,6 +18,7 @@ from stabmon.rules.tracking.history import History
 
 
 @rule
+@renamed(least_past="min_history")
 @dataclass(frozen=True)
 class GradientVanishing(Rule):
     r"""Collapse of an attention layer's gradient while its rows saturate.
@@ -46,17 +48,17 @@ class GradientVanishing(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    warning: float = 0.02
+    warning: Fraction = 0.02
     """Share of the model's gradient norm, over what it was, for a warning."""
-    error: float = 0.05
+    error: Fraction = 0.05
     """The same for an alarm, where rows saturated as well."""
-    saturated: float = 0.5
+    saturated: Fraction = 0.5
     """Mean share of saturated rows over the layer's heads, at least, for an alarm."""
-    rise: float = 0.25
+    rise: Fraction = 0.25
     """Least rise of that share since the past, for an alarm."""
-    past: int = 64
+    past: Count = 64
     """Number of readings; their older half is the past."""
-    least_past: int = 12
+    min_history: Count = 12
     """Number of readings needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
@@ -65,11 +67,11 @@ class GradientVanishing(Rule):
         ``value`` is its share of the model's gradient, over what that share was.
         """
         layers = [layer for layer in history.latest.gradients if layer]
-        if len(history) < self.least_past + 2 or not layers:
+        if len(history) < self.min_history + 2 or not layers:
             return
         own = np.stack([history.gradients(layer)[-self.past :] for layer in layers], axis=1)
         whole = history.gradients("")[-self.past :, None]
-        older = slice(0, max(self.least_past, len(own) // 2))
+        older = slice(0, max(self.min_history, len(own) // 2))
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where((whole > 0) & np.isfinite(whole), own / whole, np.nan)
             kept = median(share[-2:]) / median(share[older])

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, NonNegative, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
@@ -16,6 +17,7 @@ from stabmon.rules.tracking.history import History
 
 
 @rule
+@renamed(least_past="min_history")
 @dataclass(frozen=True)
 class HighCurvature(Rule):
     """Jump of a head's attention curvature above its own past.
@@ -39,22 +41,22 @@ class HighCurvature(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    jump: float = 2.5
+    jump: NonNegative = 2.5
     """Rise of the natural logarithm above the largest before; 2.5 is twelvefold."""
-    deviations: float = 6.0
+    deviations: NonNegative = 6.0
     """Robust standard deviations of the head's own past that the rise must also be."""
-    past: int = 10
+    past: Count = 10
     """Number of readings in the past."""
-    least_past: int = 3
+    min_history: Count = 3
     """Number of readings needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head; ``value`` is its ``hnf_log_curvature``."""
-        if len(history) <= self.least_past:
+        if len(history) <= self.min_history:
             return []
         now = history.now("hnf_log_curvature")
         past = history.signal("hnf_log_curvature")[-self.past - 1 : -1]
-        known = np.isfinite(past).sum(axis=0) >= self.least_past
+        known = np.isfinite(past).sum(axis=0) >= self.min_history
         top = largest(past)
         level = np.maximum(top + self.jump, top + self.deviations * robust_spread(past))
         opened = history.open_level("high_curvature")

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, Fraction, Positive, renamed
 from stabmon.records import Severity, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import (
@@ -38,6 +39,7 @@ past: more is asked, so that it has something to clip, and then ends the alarm.
 
 
 @rule
+@renamed(harm="damage_level", still_ill="hysteresis")
 @dataclass(frozen=True)
 class LogitGrowth(Rule):
     """Growth of a head's largest score faster than learning makes it grow.
@@ -52,18 +54,18 @@ class LogitGrowth(Rule):
     - jump: within two readings, ``jump`` times the largest score of the readings before, more the
       more steps lie between, and the rows lost half their entropy, or a quarter of them saturated;
     - runaway: ``runaway`` times within ``runaway_steps``, most entropy lost, a tenth of the rows
-      saturated, and the line through the newest readings still rises so that it meets ``harm`` no
-      later than it took to come here;
-    - damage: a score above ``harm`` that still doubles, or that is ``runaway`` times the head's
-      first readings, with little entropy left;
+      saturated, and the line through the newest readings still rises so that it meets
+      ``damage_level`` no later than it took to come here;
+    - damage: a score above ``damage_level`` that still doubles, or that is ``runaway`` times the
+      head's first readings, with little entropy left;
     - sustained growth, long before any of these: the layer's W_q and W_k grow along themselves, or
       its scale grows, steadily and by more than learning makes them grow
       (:func:`~stabmon.rules.evidence.norm_growth.sustained_growth`), and a head's score has grown
       with them. Attributed to the layer, to no head.
 
     A loss that clearly falls over the same span is evidence of learning: growth must then be a
-    quarter more. Growth without lost entropy, or a line that meets ``harm`` within ``horizon``
-    readings, is a warning with a forecast.
+    quarter more. Growth without lost entropy, or a line that meets ``damage_level`` within
+    ``horizon`` readings, is a warning with a forecast.
 
     Example:
         >>> from stabmon.records import Reading
@@ -83,36 +85,36 @@ class LogitGrowth(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    jump: float = 4.0
+    jump: Positive = 4.0
     """Growth of a score within one step, as a multiple of its own past.
 
     ``jump`` again for each 100 steps in between, up to three times ``jump``.
     """
-    runaway: float = 8.0
+    runaway: Positive = 8.0
     """Growth of a score within few steps, as a multiple of its own past.
 
     Twice as much over ``runaway_steps``.
     """
-    runaway_steps: int = 300
+    runaway_steps: Count = 300
     """Number of steps; longer growth is slow sharpening.
 
     A score that grew 16-fold over them doubled in no less than 75.
     """
-    harm: float = 1_000.0
+    damage_level: Positive = 1_000.0
     """Score of damage to training in published runs; all above 1e4 diverged.
 
     Wortsman et al. 2023, Kimi K2.
     """
-    horizon: int = 20
+    horizon: Count = 20
     """Readings ahead within which a forecast is a warning."""
-    driven: float = 1.5
+    driven: Positive = 1.5
     """Growth of the gain of a layer's scores, as a multiple of its own past.
 
     The gain is the scale times the squared norm of W_q and W_k.
     """
-    coherence: float = 0.75
+    coherence: Fraction = 0.75
     """Least share of what its weights moved to go into their norm, in [0, 1]."""
-    hysteresis: float = 0.6
+    hysteresis: Fraction = 0.6
     """Closing level, as a share of the opening level."""
 
     @classmethod
@@ -134,13 +136,13 @@ class LogitGrowth(Rule):
         score, heads = history.now("max_logit"), len(history.heads)
         if heads == 0 or len(history) < 2:
             return []
-        forecast = forecast_score(history, self.harm, least=LEAST_SCORE)
+        forecast = forecast_score(history, self.damage_level, least=LEAST_SCORE)
         found = HeadFindings.nothing(heads)
         for change in changes(history, least_ratio=self.jump):
             self._judge(history, change, forecast, score, found)
         self._judge_damage(history, score, found)
         warns = forecast.warns(self.horizon * _interval(history))
-        found.add(warns, 0, self.harm, "forecast")
+        found.add(warns, 0, self.damage_level, "forecast")
         level = history.open_level("logit_growth")
         found.add(score >= self.hysteresis * level, 0, level, "still")
         layers = [
@@ -170,7 +172,7 @@ class LogitGrowth(Rule):
             patience = 1.25 if loss_fell(history, change.steps) else 1.0
             needed = patience * self.runaway * (1 + change.steps / self.runaway_steps)
             lost = (change.kept <= 0.35) & ~(change.saturated_rise < 0.1)
-            rises = (forecast.eta <= change.steps) | (score >= self.harm)
+            rises = (forecast.eta <= change.steps) | (score >= self.damage_level)
             grown = (change.ratio >= needed) & (change.steps <= self.runaway_steps) & rises
             how = "runaway"
         level = needed * change.past_logit
@@ -184,8 +186,8 @@ class LogitGrowth(Rule):
         # it still doubles, or it was not like this at first
         came = (score >= 2 * past) | (score >= self.runaway * start)
         spent = history.now("normalized_entropy") < 0.1
-        damaged = (score >= self.harm) & spent & came
-        found.add(damaged, 1, self.harm, "harm", score / np.fmin(past, start))
+        damaged = (score >= self.damage_level) & spent & came
+        found.add(damaged, 1, self.damage_level, "harm", score / np.fmin(past, start))
 
     def _of_layer(self, history: History, layer: str, forecast: Forecast) -> StabilityIssue | None:
         """Return the issue of a layer with sustained growth; None where it has none."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
+from stabmon._settings import Bounds, Count, NonNegative, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import robust_spread
@@ -16,6 +17,13 @@ from stabmon.rules.tracking.history import History
 
 
 @rule
+@renamed(
+    stays_deviations="persistence_deviations",
+    least_rise="min_rise",
+    stays="persistence",
+    far="extreme_rise",
+    least_past="min_history",
+)
 @dataclass(frozen=True)
 class LossSpike(Rule):
     """Jump of the loss above its own recent noise; an alarm once it stays up.
@@ -25,11 +33,11 @@ class LossSpike(Rule):
     the square root of two, which a falling loss does not widen. A single high loss is a hard batch,
     and a loss that jumps and then steadily comes down is new data being learned: warnings.
 
-    An alarm is a loss of which the newest ``stays`` values are all well above and no longer come
-    down, as after too large a step or where data has turned to noise; or of which all are so far
-    above (``far``) that no new data explains it; or any spike while steps are too large
-    (``update_spike``), which no hard batch explains. Attributed to no head: a bad batch, a rate too
-    high and broken attention look alike here.
+    An alarm is a loss of which the newest ``persistence`` values are all well above and no longer
+    come down, as after too large a step or where data has turned to noise; or of which all are so
+    far above (``extreme_rise``) that no new data explains it; or any spike while steps are too
+    large (``update_spike``), which no hard batch explains. Attributed to no head: a bad batch, a
+    rate too high and broken attention look alike here.
 
     Example:
         >>> from stabmon.records import Reading
@@ -47,38 +55,38 @@ class LossSpike(Rule):
 
     symptom: ClassVar[Symptom] = LOSS
 
-    deviations: float = 8.0
+    deviations: Positive = 8.0
     """Robust standard deviations above the recent median for a spike.
 
     Noise of heavy tails reaches 5.
     """
-    stays_deviations: float = 5.0
+    persistence_deviations: NonNegative = 5.0
     """The same for each of the newest losses in an alarm.
 
     All of them that far is stranger than one at ``deviations``.
     """
-    least_rise: float = 0.1
+    min_rise: NonNegative = 0.1
     """Least rise of the loss, as a share of the recent median.
 
     For runs whose loss hardly moves.
     """
-    stays: int = 24
+    persistence: Annotated[int, Bounds(2)] = 24
     """Number of newest losses beyond the level for an alarm."""
-    far: float = 0.75
+    extreme_rise: NonNegative = 0.75
     """Rise of all newest losses for an alarm, as a share of the recent median.
 
     Though they come down.
     """
-    recovering: float = 0.85
+    recovering: Positive = 0.85
     """Largest ratio of an excess's newer half to its older half while it comes down.
 
     Then it is no alarm. The excess is the loss minus the recent median.
     """
-    past: int = 100
+    past: Count = 100
     """Number of losses from which the noise is taken."""
-    near: int = 32
+    near: Count = 32
     """Number of losses in the recent course: fewer, since it may be falling."""
-    least_past: int = 24
+    min_history: Count = 24
     """Number of losses needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
@@ -88,11 +96,11 @@ class LossSpike(Rule):
         """
         reading = history.latest
         new = max(1, len(reading.losses))
-        known = history.recent_losses[-self.past - new - self.stays :]
+        known = history.recent_losses[-self.past - new - self.persistence :]
         steps, losses = known[:, 0], known[:, 1]
         # the past must end before any spike that may have begun within an earlier reading
-        tail = new + self.stays
-        if len(losses) < self.least_past + tail:
+        tail = new + self.persistence
+        if len(losses) < self.min_history + tail:
             return []
         past, newest = losses[-self.past - tail : -tail], losses[-tail:]
         near = past[-self.near :]
@@ -100,19 +108,21 @@ class LossSpike(Rule):
         spread = float(robust_spread(np.diff(past)[:, None])[0]) / 2**0.5
         level = middle + max(
             self.deviations * spread,
-            self.least_rise * abs(middle),
+            self.min_rise * abs(middle),
             3 * spread + np.quantile(near, 0.95) - middle,
         )
         highest = int(np.argmax(newest[-new:])) + tail - new
         if newest[highest] <= level and not (
-            history.is_open_at("loss_spike") and np.median(newest[-self.stays :]) > level
+            history.is_open_at("loss_spike") and np.median(newest[-self.persistence :]) > level
         ):
             return []
-        older, newer = np.split(newest[-2 * (self.stays // 2) :] - middle, 2)
+        older, newer = np.split(newest[-2 * (self.persistence // 2) :] - middle, 2)
         coming_down = np.median(newer) < self.recovering * np.median(older)
-        far = newest[-self.stays :].min() > middle + self.far * abs(middle)
-        stays_level = middle + self.stays_deviations / self.deviations * (level - middle)
-        staying = bool((newest[-self.stays :] > stays_level).all() and (far or not coming_down))
+        far = newest[-self.persistence :].min() > middle + self.extreme_rise * abs(middle)
+        stays_level = middle + self.persistence_deviations / self.deviations * (level - middle)
+        staying = bool(
+            (newest[-self.persistence :] > stays_level).all() and (far or not coming_down)
+        )
         too_long = newest[highest] > level and history.is_open_at("update_spike")
         evidence = {
             "spike_step": int(steps[-tail:][highest]),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count
 from stabmon._torch.number_formats import LARGEST
 from stabmon.records import Cause, Severity, StabilityIssue
 from stabmon.records import NonFinite as Finding
@@ -102,7 +103,7 @@ class NonFinite(Rule):
 
     symptom: ClassVar[Symptom] = NON_FINITE
 
-    gradient_readings: int = 3
+    gradient_readings: Count = 3
     """Number of readings in a row with a bad gradient for a critical issue.
 
     Where nothing is known of the weights.

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import Fraction, Positive
 from stabmon._torch.number_formats import LARGEST
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import Rule, rule
@@ -40,14 +41,14 @@ class OverflowRisk(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    warning: float = 16_384.0
+    warning: Positive = 16_384.0
     """Query-key product before scaling for a warning: a quarter of float16's range."""
-    error: float = 32_768.0
+    error: Positive = 32_768.0
     """Query-key product before scaling for an alarm: half of float16's range.
 
     One doubling of the score from inf, and scores double within few steps where they grow.
     """
-    clears: float = 0.8
+    clears: Fraction = 0.8
     """Closing level, as a share of ``warning``."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from stabmon._settings import NonNegative
 from stabmon._torch.number_formats import MANTISSA_BITS, bits_averaged
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import Rule, rule
@@ -44,16 +45,16 @@ class PrecisionInsufficient(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
 
-    warning_shortage: float = 1.0
+    warning_shortage: NonNegative = 1.0
     """Missing bits for a warning; at 1, rounding may move 20 % of a row's probability."""
-    error_shortage: float = 2.0
+    error_shortage: NonNegative = 2.0
     """Missing bits for an alarm; at 2, rounding may move 38 %."""
-    growth: float = 2.0
+    growth: NonNegative = 2.0
     """Rise of the need over the head's first readings for an alarm, in bits.
 
     At 2, scores are four times as large.
     """
-    clears: float = 0.25
+    clears: NonNegative = 0.25
     """Closing level, in bits below ``warning_shortage``."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from stabmon._settings import Count, Fraction, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.step_size import (
@@ -33,6 +34,7 @@ FIRST = 8
 
 
 @rule
+@renamed(least_past="min_history", still_ill="hysteresis")
 @dataclass(frozen=True)
 class UpdateSpike(Rule):
     r"""Steps too long for the model, for a parameter group or for one layer's queries and keys.
@@ -75,22 +77,22 @@ class UpdateSpike(Rule):
     symptom: ClassVar[Symptom] = RATE
     explains_others: ClassVar[bool] = True
 
-    rate_jump: float = 4.0
+    rate_jump: Positive = 4.0
     """Rise of a group's rate, as a multiple of its largest rate so far."""
-    update: float = 0.08
+    update: Positive = 0.08
     """Least share of W_q and W_k for one step to change.
 
     Healthy runs were seen to change up to 0.05 once they are warm.
     """
-    update_jump: float = 3.0
+    update_jump: Positive = 3.0
     """Rise of a group's u, as a multiple of its median over the newest readings."""
-    layer_jump: float = 6.0
+    layer_jump: Positive = 6.0
     """Rise of a layer's u, as a multiple of its own past, where no rate jumped."""
-    fitting: float = 0.025
+    fitting: Positive = 0.025
     """Share of W_q and W_k that a step changes in the first readings of healthy runs."""
-    least_past: int = 4
+    min_history: Count = 4
     """Number of readings needed before any is judged."""
-    hysteresis: float = 0.6
+    hysteresis: Fraction = 0.6
     """Closing level, as a share of the opening level."""
 
     @classmethod
@@ -138,7 +140,7 @@ class UpdateSpike(Rule):
                 rates,
                 jump=self.rate_jump,
                 hysteresis=self.hysteresis,
-                min_history=self.least_past,
+                min_history=self.min_history,
             )
             moves = updates.get(key)
             if moves is None or not np.isfinite(moves).any():
@@ -214,9 +216,9 @@ class UpdateSpike(Rule):
     def _of_layer(self, history: History, layer: str) -> list[StabilityIssue]:
         """Return the issue of a layer whose queries and keys are moved too far."""
         readings = [reading for reading in history.readings[-PAST:] if layer in reading.query_key]
-        shares = np.array([reading.query_key[layer].share for reading in readings])
+        shares = np.array([reading.query_key[layer].relative_update for reading in readings])
         updates = np.array([reading.query_key[layer].update for reading in readings])
-        if len(shares) < self.least_past + 2 or not np.isfinite(shares[-1]):
+        if len(shares) < self.min_history + 2 or not np.isfinite(shares[-1]):
             return []
         usual = float(np.nanmedian(shares[:-2]))
         level = history.open_level_at("update_spike", layer)

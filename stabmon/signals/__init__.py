@@ -1,6 +1,6 @@
-"""Signals: attention operator -> one number a row. One equation, one function, one file a family.
+"""Signals: functions of an attention operator that give one number per row.
 
-``SIGNALS`` finds them by name; :func:`measure` reduces them to one number a head.
+``SIGNALS`` finds them by name; :func:`measure` reduces them to one number per head.
 """
 
 from stabmon.signals.base import SIGNALS, Signal, signal

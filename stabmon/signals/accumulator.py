@@ -1,6 +1,4 @@
-"""One step's attention calls, each reduced at once to a number a head and signal, and merged over
-micro-batches.
-"""
+"""Signals of one step's attention calls, merged over micro-batches."""
 
 from __future__ import annotations
 
@@ -12,20 +10,21 @@ from torch import nn
 
 from stabmon._torch.number_formats import format_of
 from stabmon.operator import AttentionOperator
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, LayerInfo
-from stabmon.signals.reduce import HeadSums, measure, operator_of
+from stabmon.signals.reduce import HeadSums, measure
 
 
 class Measurements:
-    """What the calls of a step have shown so far, on their own devices.
+    """Signals per head of the calls of a step so far, on their own devices.
 
-    A signal that raises where others do not is told of and left out from then on.
+    A signal that raises where others do not is reported once and left out from then on.
 
     Args:
         signals: names of the signals to measure.
         engine: see :func:`stabmon.operator.attention_operator`.
-        sample_rows: see :func:`stabmon.signals.reduce`.
-        on_error: told which signal failed, once each.
+        sample_rows: see :func:`stabmon.signals.measure`.
+        on_error: called with the error of each failing signal, once; None to raise it.
     """
 
     def __init__(
@@ -46,15 +45,16 @@ class Measurements:
         self._generator = torch.Generator()
 
     def start(self, step: int) -> None:
-        """Forget all calls. Rows are drawn for each step by itself, so that a resumed run draws
-        what it would have drawn.
+        """Drop all calls and begin an optimizer step.
+
+        The draw of rows depends on the step alone, so that a resumed run draws the same rows.
         """
         self.sums, self.info, self.modules = {}, {}, {}
         if self._sample_rows is not None:
             self._generator.manual_seed(step)
 
     def add(self, call: AttentionCall) -> None:
-        """Measure one call; keeps none of its tensors."""
+        """Measure one call, and keep none of its tensors."""
         with torch.no_grad():
             operator = operator_of(call, self._engine)
             found = self._measure(operator)
@@ -89,7 +89,7 @@ class Measurements:
                 raise
             failing = self._failing(operator)
             if not failing or len(failing) == len(self._signals):
-                raise  # it is not the signals' fault
+                raise  # the cause is not a signal
             for name, reason in failing.items():
                 reason.add_note(f"raised by the signal {name!r}, which is left out from now on")
                 self._on_error(reason)
@@ -104,14 +104,13 @@ class Measurements:
             try:
                 measure(operator, [name])
             except Exception as error:
-                failing[name] = error.with_traceback(
-                    None
-                )  # whose frames would keep the call's tensors
+                # the frames of a traceback would keep the call's tensors alive
+                failing[name] = error.with_traceback(None)
         return failing
 
 
 def to_host(sums: Mapping[str, Mapping[str, HeadSums]]) -> dict[str, dict[str, np.ndarray]]:
-    """``[layer][signal]``, one float64 value a head, brought to the host in one transfer."""
+    """Return ``[layer][signal]`` as float64 ``[H]`` on the host, in one transfer."""
     entries = [
         (layer, name, each) for layer, signals in sums.items() for name, each in signals.items()
     ]

@@ -1,4 +1,4 @@
-"""What a signal is, and the table of all signals."""
+"""The type of a signal, and the registry of all signals."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ Function = Callable[[AttentionOperator], Tensor]
 
 @dataclass(frozen=True)
 class Signal:
-    """One number a row, ``function(operator) -> [B, H, Q]``, and how rows become one number a
-    head.
-    """
+    """A function of an operator, ``[B, H, Q]``, with its reduction to ``[H]``."""
 
     name: str
     function: Function
@@ -26,9 +24,9 @@ class Signal:
     reduction: Literal["mean", "max"]
     """Over batch and counted rows."""
     needs: tuple[str, ...]
-    """The statistics it asks of the operator, so that all signals' are computed in one pass."""
+    """Statistics that the function uses; those of all signals are computed in one pass."""
     least_visible: int = 1
-    """Rows that see fewer keys than this are not counted."""
+    """Visible keys below which a row is not counted."""
 
 
 SIGNALS: Registry[Signal] = Registry("signal", package="stabmon.signals")
@@ -39,13 +37,28 @@ def signal(
 ) -> Callable[[Function], Function]:
     """Register a function of an attention operator as the signal of its name.
 
+    Args:
+        unit: the unit of its values; one that begins with ``probability`` or ``share`` means
+            values in [0, 1].
+        reduction: over batch and counted rows.
+        needs: names of :data:`stabmon.operator.STATISTICS` that the function uses.
+        least_visible: visible keys below which a row is not counted.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
     Raises:
         ValueError: if it needs a statistic that operators do not have, or if the name is taken.
+
+    Example:
+        >>> @signal(unit="nats", reduction="max", needs=("entrpy",))  # doctest: +ELLIPSIS
+        ... def largest_entropy(attention): ...
+        Traceback (most recent call last):
+        ValueError: unknown statistic 'entrpy'. Known: collision, entropy, first_key_mass, ...
     """
     if unknown := set(needs) - STATISTICS:
-        raise ValueError(
-            f"no operator gives {sorted(unknown)[0]!r}. Known: {', '.join(sorted(STATISTICS))}"
-        )
+        name = sorted(unknown)[0]
+        raise ValueError(f"unknown statistic {name!r}. Known: {', '.join(sorted(STATISTICS))}")
 
     def register(function: Function) -> Function:
         SIGNALS.register(

@@ -1,4 +1,4 @@
-"""From one attention call to one number a head and signal, on the call's own device."""
+"""Reduction of an operator's signals to one number per head, on its own device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
-from stabmon.records import AttentionCall
+from stabmon.operator import AttentionOperator
 from stabmon.signals.base import SIGNALS, Signal
 
 
 @dataclass(frozen=True, eq=False)
 class HeadSums:
-    """A signal of one or more calls, ready to be merged: ``total / count`` for means, ``total`` for
-    maxima; each ``[H]``.
+    """Mergeable values of a signal over one or more calls, each ``[H]``.
+
+    A mean is ``total / count``, a maximum ``total``.
     """
 
     signal: Signal
@@ -24,7 +24,7 @@ class HeadSums:
     count: Tensor
 
     def merge(self, other: HeadSums) -> HeadSums:
-        """The signal over the rows of both."""
+        """Return the signal over the rows of both."""
         if self.signal.reduction == "max":
             return HeadSums(
                 self.signal, torch.maximum(self.total, other.total), self.count + other.count
@@ -33,32 +33,10 @@ class HeadSums:
 
     @property
     def value(self) -> Tensor:
-        """``[H]``, one value a head; NaN where no row counted."""
+        """``[H]``, one value per head; NaN where no row counted."""
         if self.signal.reduction == "max":
             return torch.where(self.count > 0, self.total, torch.nan)
         return self.total / self.count
-
-
-def operator_of(call: AttentionCall, engine: str = "auto") -> AttentionOperator:
-    """The operator of a captured call."""
-    if call.query is None or call.key is None:
-        if call.scores is None:
-            raise ValueError(f"the call of {call.layer} holds neither query and key nor scores")
-        return operator_of_scores(
-            call.scores, softcap=call.softcap, sinks=call.sinks, is_self=call.is_self, engine=engine
-        )
-    return attention_operator(
-        call.query,
-        call.key,
-        scale=call.scale,
-        is_causal=call.is_causal,
-        mask=call.mask,
-        window=call.window,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        is_self=call.is_self,
-        engine=engine,
-    )
 
 
 def measure(
@@ -68,19 +46,28 @@ def measure(
     sample_rows: int | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, HeadSums]:
-    """Every signal of one operator, over batch and counted rows, in as few passes as the engine
-    can.
+    """Reduce the signals of one operator over batch and counted rows.
+
+    All signals together take as few passes as the engine can.
 
     Args:
         attention: the operator.
         signals: names of :data:`SIGNALS`.
-        sample_rows: measure signals that are means on this many query rows, spread evenly over the
-            positions and drawn within each stretch; maxima are always over all rows. None for all
-            rows.
-        generator: where the draw comes from; never the global one.
+        sample_rows: query rows to measure means on, one drawn from each of as many equal
+            stretches of the positions; maxima are always over all rows. None for all rows.
+        generator: source of the draw; None for a fresh one with seed 0, never the global one.
+
+    Returns:
+        By signal, in the order of ``signals``.
 
     Raises:
         ValueError: for an unknown name, or a number of rows below 1.
+
+    Example:
+        >>> from stabmon.operator import attention_operator
+        >>> query = torch.ones(1, 2, 4, 8)
+        >>> measure(attention_operator(query, query, scale=1.0), ["max_logit"])["max_logit"].value
+        tensor([8., 8.])
     """
     wanted = [SIGNALS[name] for name in signals]
     if sample_rows is not None and sample_rows < 1:
@@ -129,8 +116,9 @@ def _reduce(attention: AttentionOperator, wanted: Sequence[Signal]) -> dict[str,
 
 
 def _draw(attention: AttentionOperator, count: int, generator: torch.Generator | None) -> Tensor:
-    """``count`` rows, one from each of as many equal stretches of the positions, ascending; a row
-    on an edge may come twice.
+    """Draw one row from each of ``count`` equal stretches of the positions, ascending.
+
+    A row on an edge may come twice.
     """
     edges = torch.linspace(0, attention.queries, count + 1, dtype=torch.float64)
     offsets = torch.rand(

@@ -1,4 +1,4 @@
-"""Sinks: where records go. One destination, one file.
+"""Sinks: the destinations of records, one file each.
 
 ``SINKS`` finds them by name; :class:`~stabmon.sinks.base.SinkGroup` writes to several and isolates
 failures.

@@ -1,6 +1,4 @@
-"""What a sink is, the table of all sinks, and the group that keeps one sink's failure from all
-others.
-"""
+"""The base of sinks, their registry, and the group that isolates failures."""
 
 from __future__ import annotations
 
@@ -18,31 +16,44 @@ logger = logging.getLogger("stabmon")
 
 
 class Sink:
-    """A place that records are written to. Override what it has a use for; whatever it raises is
-    caught by the group.
+    """A destination of records, with methods that do nothing until overridden.
+
+    A method may raise: :class:`SinkGroup` catches it.
+
+    Example:
+        >>> class LossSink(Sink):
+        ...     def write_reading(self, reading, scalars):
+        ...         print(reading.step, reading.loss)
+        >>> LossSink().write_reading(Reading(10, 2.5, {}), {})
+        10 2.5
     """
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
-        """Get ready.
+        """Prepare to write.
 
-        ``run_dir`` is ``<run_dir>/stabmon`` (it exists), or None where nothing goes to disk;
-        ``meta`` as in meta.json. Called again after a resume with the same ``run_dir``: append, do
-        not start afresh.
+        After a resume it is called again with the same folder: append, do not start afresh.
+
+        Args:
+            run_dir: the existing folder ``<run_dir>/stabmon``; None where nothing goes to disk.
+            meta: the entries of meta.json.
         """
 
     def amend(self, meta: Mapping[str, Any]) -> None:
-        """Take entries of ``meta`` that have become known, or have changed, since :meth:`open`."""
+        """Take entries of ``meta`` that are new or changed since :meth:`open`."""
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        """Take one sampled step; ``scalars`` are the dashboard's, named as in
-        :mod:`stabmon.sinks.scalars`.
+        """Take one sampled step.
+
+        Args:
+            reading: all measurements of the step.
+            scalars: the dashboard's numbers, named as in :mod:`stabmon.sinks.scalars`.
         """
 
     def write_issue(self, issue: StabilityIssue) -> None:
         """Take an issue that opened, worsened or closed."""
 
     def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
-        """Take all issues of one step; one by one, unless a sink shows them together."""
+        """Take all issues of one step; by default one after the other."""
         for issue in issues:
             self.write_issue(issue)
 
@@ -50,44 +61,61 @@ class Sink:
         """Take the audit record of an intervention that was applied or undone."""
 
     def close(self) -> None:
-        """Flush and let go. May be called twice."""
+        """Flush and release everything; may be called twice."""
 
 
 SINKS: Registry[type[Sink]] = Registry("sink", package="stabmon.sinks")
 S = TypeVar("S", bound=type[Sink])
 PATIENCE = 5
-"""Failures of a sink, one after the other, until it is left out."""
+"""Consecutive failures of a sink after which it is left out."""
 _KEPT = 1000
-"""Records that wait for a sink that fails; the oldest go first."""
+"""Records kept for a failing sink; the oldest are dropped first."""
 
 
 def sink(cls: S) -> S:
-    """Register a sink under its class name in snake case without ``Sink``: ``JsonlSink`` is
-    ``jsonl``.
+    """Register a sink: ``JsonlSink`` is ``jsonl``.
+
+    The name is the class name in snake case without ``Sink``.
+
+    Raises:
+        ValueError: if another sink has that name.
+
+    Example:
+        >>> @sink
+        ... class JsonlSink(Sink):
+        ...     "A second one."
+        Traceback (most recent call last):
+        ValueError: sink 'jsonl' is registered twice, ...
     """
     SINKS.register(re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__.removesuffix("Sink")).lower(), cls)
     return cls
 
 
 class SinkGroup(Sink):
-    """Write to several sinks; the failure of one is said once and hinders neither the others nor
-    training.
+    """Several sinks, of which a failing one hinders neither the others nor training.
 
-    A sink that fails is tried again with the next record. Records that met an ``OSError`` (a full
-    disk, a lost connection) are kept, up to 1000, and written then; others are counted as lost.
-    After :data:`PATIENCE` failures with no success in between, or where it cannot be opened for
-    want of a package or a setting, a sink is left out.
+    A failure is logged once. A sink that fails is tried again with the next record. Records that
+    met an ``OSError`` (a full disk, a lost connection) are kept, up to 1000, and written then;
+    others are counted as lost. After :data:`PATIENCE` failures with no success in between, or where
+    it cannot be opened for want of a package or a setting, a sink is left out.
 
     Args:
         sinks: the sinks, in the order in which they are written.
+
+    Example:
+        >>> group = SinkGroup([SINKS["jsonl"](), SINKS["console"]()])
+        >>> group.open(None, {})
+        >>> [type(each).__name__ for each in group.sinks]
+        ['JsonlSink', 'ConsoleSink']
+        >>> group.close()
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._lines = [_Line(each) for each in sinks]
         self.failed: dict[str, str] = {}
-        """Class name -> last error of the sinks that were left out."""
+        """Last error of each sink that was left out, by class name."""
         self.troubled: set[str] = set()
-        """Class names of the sinks that have failed at all."""
+        """Class names of the sinks that have failed at least once."""
 
     @property
     def sinks(self) -> list[Sink]:
@@ -125,9 +153,11 @@ class SinkGroup(Sink):
             if broken:
                 self.troubled.add(line.name)
                 self.failed[line.name] = line.last_error
-            if broken or line.loss():
-                reason = "" if line.said else f" {line.last_error}."
-                logger.warning("%s did not write everything.%s%s", line.name, reason, line.loss())
+            if broken or line.lost_in_words():
+                reason = "" if line.reported else f" {line.last_error}."
+                logger.warning(
+                    "%s did not write everything.%s%s", line.name, reason, line.lost_in_words()
+                )
         self._lines.clear()
 
     def _each(self, method: str, *arguments: Any) -> None:
@@ -139,8 +169,8 @@ class SinkGroup(Sink):
                 line.last_error = _words(error)
                 if line.times >= PATIENCE or (method == "open" and not isinstance(error, OSError)):
                     self._leave_out(line)
-                elif not line.said:
-                    line.said = True
+                elif not line.reported:
+                    line.reported = True
                     logger.warning(
                         "%s failed and is tried again: %s. Training goes on.",
                         line.name,
@@ -154,9 +184,9 @@ class SinkGroup(Sink):
             "%s stopped and is left out: %s.%s Training and the other sinks go on.",
             line.name,
             line.last_error,
-            line.loss(),
+            line.lost_in_words(),
         )
-        try:  # so that it holds no file or run open
+        try:  # a sink that is left out must hold no file or run open
             line.sink.close()
         except Exception as error:
             logger.debug("%s could not be closed either: %s", line.name, _words(error))
@@ -167,11 +197,11 @@ class _Line:
 
     def __init__(self, sink: Sink) -> None:
         self.sink, self.name = sink, type(sink).__name__
-        self.said = False
+        self.reported = False
         self.last_error = ""
         self.lost = 0
         self.times = 0
-        """How often the call that failed last has failed since that method succeeded."""
+        """Failures of the method that failed last, since its last success."""
         self._waiting: deque[tuple[str, tuple[Any, ...]]] = deque()
         self._failures: Counter[str] = Counter()
 
@@ -184,7 +214,7 @@ class _Line:
         self.write_waiting()
 
     def write_waiting(self) -> None:
-        """Make the calls that wait; one that meets an OSError waits on, another error loses it."""
+        """Make the waiting calls; after an OSError one waits on, another error drops it."""
         while self._waiting:
             method, arguments = self._waiting[0]
             try:
@@ -199,8 +229,8 @@ class _Line:
             self._waiting.popleft()
             self._failures.pop(method, None)
 
-    def loss(self) -> str:
-        """How many records are lost with this sink, in words; empty for none."""
+    def lost_in_words(self) -> str:
+        """Return the number of records lost with this sink in words; empty for none."""
         lost = self.lost + sum(method != "open" for method, _ in self._waiting)
         return f" {lost} record{' is' if lost == 1 else 's are'} lost." if lost else ""
 

@@ -1,4 +1,4 @@
-"""Issues in the terminal, one line each, without tearing a progress bar apart."""
+"""Issues in the terminal, one line each, above any progress bar."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
+from stabmon.sinks.issue_table import numbers_in_words
 
 _COLOURS = {
     "info": "cyan",
@@ -25,18 +26,16 @@ _COLOURS = {
 
 @sink
 class ConsoleSink(Sink):
-    """Print a line for every issue that opens, worsens or closes and for every intervention, on
-    standard error.
+    """Print one line per change of an issue and per intervention on standard error.
 
-    Coloured by severity on a terminal (``NO_COLOR`` is respected), plain elsewhere. tqdm and rich
-    progress bars stay
-    whole: lines are printed above them.
+    Lines are coloured by severity on a terminal (``NO_COLOR`` is respected), plain elsewhere. tqdm
+    and rich progress bars stay whole: lines are printed above them.
 
     Args:
         verbose: also print a one-line summary of every sampled step.
-        lines_per_step: issues of one step beyond this many are counted, not printed: an ill model
-            can have hundreds of ill heads.
-        file: where to print; None for whatever ``sys.stderr`` is at the time.
+        lines_per_step: issues of one step beyond this many are counted, not printed: an unstable
+            model can have hundreds of anomalous heads.
+        file: the stream to print to; None for ``sys.stderr`` of the moment.
     """
 
     def __init__(
@@ -77,17 +76,15 @@ class ConsoleSink(Sink):
             self._unprinted[issue.severity] += 1
             return
         self._printed += 1
-        eta = "" if issue.eta_steps is None else f", harm in about {issue.eta_steps:.0f} steps"
         colour = _COLOURS.get(issue.severity, "") if issue.state != "closed" else "green"
         name = issue.severity if issue.state != "closed" else "closed"
-        doing = "" if issue.state == "opened" else f" {issue.state}"
+        change = "" if issue.state == "opened" else f" {issue.state}"
         self._print(
             Text.assemble(
                 _head(issue.step),
                 (f"{name:<8}", colour),
                 (f" {issue.issue_type}", "bold"),
-                f"{doing}  {issue.where}  value {issue.value:.4g} (limit "
-                f"{issue.threshold:.4g}{eta})",
+                f"{change}  {issue.where}  {numbers_in_words(issue)}",
                 ("" if issue.state == "closed" else f"  {issue.suggestion}", "dim"),
             )
         )
@@ -111,7 +108,7 @@ class ConsoleSink(Sink):
         self._turn_to(0)
 
     def _turn_to(self, step: int) -> None:
-        """Start on a step: first say what of the last one was not printed."""
+        """Begin a step, after a line on the issues of the last one that were not printed."""
         if step == self._step:
             return
         if self._unprinted:
@@ -146,9 +143,7 @@ class ConsoleSink(Sink):
 
 
 def _above_tqdm(file: TextIO) -> contextlib.AbstractContextManager[None]:
-    """Takes tqdm's bars off the terminal for the time of a write; does nothing where nobody has
-    imported tqdm.
-    """
+    """Take tqdm's bars off the terminal during a write, where tqdm is imported."""
     tqdm = sys.modules.get("tqdm.std")
     if tqdm is None:
         return contextlib.nullcontext()
@@ -157,5 +152,5 @@ def _above_tqdm(file: TextIO) -> contextlib.AbstractContextManager[None]:
 
 
 def _head(step: int) -> tuple[str, str]:
-    """How every line begins."""
+    """Return the beginning of every line."""
     return (f"stabmon step {step}  ", "dim")

@@ -1,6 +1,4 @@
-"""One signal of every head at one step, as a matrix and as a picture: the per-head view of a
-dashboard.
-"""
+"""Per-head view of a dashboard: one signal of every head as a matrix and an image."""
 
 from __future__ import annotations
 
@@ -26,8 +24,14 @@ _GREY = 160
 
 
 def head_matrix(reading: Reading, signal: str) -> np.ndarray:
-    """``[layers, heads]`` float64 of one signal, NaN where a layer has fewer heads or did not
-    measure it.
+    """Return one signal of every head.
+
+    Args:
+        reading: the measurements of one step.
+        signal: name of the signal.
+
+    Returns:
+        ``[layers, heads]`` float64; NaN where a layer has fewer heads or no such signal.
     """
     rows = [
         np.asarray(signals.get(signal, ()), dtype=np.float64) for signals in reading.layers.values()
@@ -39,13 +43,19 @@ def head_matrix(reading: Reading, signal: str) -> np.ndarray:
 
 
 def signal_names(reading: Reading) -> list[str]:
-    """Every signal that some layer measured, in the order of their first appearance."""
+    """Return the signals of any layer, in the order of first appearance."""
     return list(dict.fromkeys(name for signals in reading.layers.values() for name in signals))
 
 
 def colour_range(signal: str, matrix: np.ndarray) -> tuple[float, float]:
-    """(dark, bright) end of the scale: 0 and 1 for probabilities and shares, so that steps compare;
-    else the finite extremes.
+    """Return the (dark, bright) ends of a signal's colour scale.
+
+    Args:
+        signal: name of the signal.
+        matrix: its values.
+
+    Returns:
+        0 and 1 for probabilities and shares, so that steps compare; else the finite extremes.
     """
     low, high = presentation_of(signal).limits
     if low is not None and high is not None:
@@ -55,8 +65,12 @@ def colour_range(signal: str, matrix: np.ndarray) -> tuple[float, float]:
 
 
 def head_image(matrix: np.ndarray, low: float, high: float) -> np.ndarray:
-    """A picture of ``[layers, heads]``: a square a head, layers downwards, viridis from ``low`` to
-    ``high``, else grey.
+    """Draw a matrix as an image: one square per head, layers downwards, in viridis.
+
+    Args:
+        matrix: ``[layers, heads]``; heads that are not finite are grey.
+        low: value of the darkest colour.
+        high: value of the brightest colour.
 
     Returns:
         uint8 ``[height, width, 3]``, red, green and blue.

@@ -1,4 +1,4 @@
-"""The newest issues, kept for destinations where each upload of the table costs something."""
+"""Issues as rows of a bounded table, and their numbers in words."""
 
 from __future__ import annotations
 
@@ -22,8 +22,14 @@ COLUMNS = (
 )
 
 
+def numbers_in_words(issue: StabilityIssue) -> str:
+    """Return ``value 0.03 (limit 0.1)``, with the time until damage in a forecast."""
+    eta = "" if issue.eta_steps is None else f", damage in about {issue.eta_steps:.0f} steps"
+    return f"value {issue.value:.4g} (limit {issue.threshold:.4g}{eta})"
+
+
 class RecentIssues:
-    """Bounded table of issues that says when it is worth publishing again.
+    """Bounded table of the newest issues, for destinations where an upload is costly.
 
     Args:
         seconds: least wall time between two publications.
@@ -37,19 +43,23 @@ class RecentIssues:
         self._published = -float("inf")
 
     def add(self, issue: StabilityIssue) -> None:
-        """Take one more issue."""
+        """Add one issue."""
         self._issues.append(issue)
         self._fresh = True
 
     def due(self, *, last_call: bool = False) -> bool:
-        """Whether there is anything new to publish and, unless this is the ``last_call``, the time
-        for it has come.
+        """Return whether a publication is due.
+
+        Args:
+            last_call: no other chance will come, so that the wall time does not count.
         """
         return self._fresh and (last_call or time.monotonic() - self._published >= self._seconds)
 
     def publish(self) -> list[list[Any]]:
-        """The rows, in the order of :data:`COLUMNS`, oldest first; they count as published from now
-        on.
+        """Return the rows and note that they are published.
+
+        Returns:
+            The values of :data:`COLUMNS`, oldest issue first.
         """
         self._fresh = False
         self._published = time.monotonic()

@@ -1,5 +1,6 @@
-"""Records as files: one JSON object a line, whole even after a kill. :mod:`stabmon.sinks.reader`
-reads them back.
+"""Records as files, one JSON object per line, whole even after a kill.
+
+:mod:`stabmon.sinks.reader` reads them back.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ READINGS, ISSUES, INTERVENTIONS, META = (
 
 @sink
 class JsonlSink(Sink):
-    """Write ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json`` into
-    the run's ``stabmon`` folder.
+    """Write the records of a run as JSON lines into its ``stabmon`` folder.
 
+    The files are ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json``.
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step,
     loss, layers, learning_rate, gradients, query_key, losses, micro_batches, non_finite,
     overhead_fraction, learning_rates, rate_factors, overshoot, updates`` and, where it changed,
@@ -60,7 +60,7 @@ class JsonlSink(Sink):
         self._files: dict[str, int] = {}
         self._dir: Path | None = None
         self._start = self._run = 1
-        self._torn: set[str] = set()
+        self._unfinished: set[str] = set()
         self._info: dict[str, LayerInfo] = {}
         self._meta: dict[str, Any] = {}
 
@@ -72,9 +72,9 @@ class JsonlSink(Sink):
         before = _meta_before(run_dir / META)
         self._start = before["start"] + 1
         self._run = before["run"] + (meta.get("continues") is False or not before["run"])
-        self._torn, self._info = set(), {}
+        self._unfinished, self._info = set(), {}
         for name in (READINGS, ISSUES, INTERVENTIONS):
-            _cut_torn_line(run_dir / name)
+            _cut_unfinished_line(run_dir / name)
             self._files[name] = os.open(
                 run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
             )
@@ -94,27 +94,13 @@ class JsonlSink(Sink):
             write_text(self._dir / META, strict_json.dumps(self._meta) + "\n")
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        record: dict[str, Any] = {
-            "step": reading.step,
-            "loss": reading.loss,
-            "layers": reading.layers,
-            "learning_rate": reading.learning_rate,
-            "gradients": reading.gradients,
-            "query_key": {layer: asdict(moved) for layer, moved in reading.query_key.items()},
-            "losses": reading.losses,
-            "micro_batches": reading.micro_batches,
-            "non_finite": None if reading.non_finite is None else asdict(reading.non_finite),
-            "overhead_fraction": reading.overhead_fraction,
-            "learning_rates": reading.learning_rates,
-            "rate_factors": reading.rate_factors,
-            "overshoot": None if reading.overshoot is None else asdict(reading.overshoot),
-            "updates": reading.updates,
-        }
+        record = reading.to_dict()
+        del record["sampled"], record["info"]
         changed = {
             layer: info for layer, info in reading.info.items() if self._info.get(layer) != info
         }
         if changed:
-            record["info"] = {layer: asdict(info) for layer, info in changed.items()}
+            record["info"] = {layer: info.to_dict() for layer, info in changed.items()}
         self._append(READINGS, record)
         self._info.update(changed)
 
@@ -142,17 +128,18 @@ class JsonlSink(Sink):
             strict_json.dumps({"schema_version": SCHEMA_VERSION, **record, **marks}).encode()
             + b"\n"
         )
-        if name in self._torn:
-            _cut_torn_line(self._dir / name)
-        self._torn.add(name)
+        if name in self._unfinished:
+            _cut_unfinished_line(self._dir / name)
+        self._unfinished.add(name)
         while line:
             line = line[os.write(file, line) :]
-        self._torn.remove(name)
+        self._unfinished.remove(name)
 
 
 def _meta_before(meta: Path) -> dict[str, Any]:
-    """``start``, ``run`` and ``starts`` of the newest start before this one; 0, 0 and none for a
-    new folder.
+    """Return ``start``, ``run`` and ``starts`` of the newest start before this one.
+
+    0, 0 and none for a new folder.
     """
     try:
         found = json.loads(meta.read_bytes())
@@ -173,9 +160,10 @@ def _meta_before(meta: Path) -> dict[str, Any]:
     return {"start": 0, "run": 0, "starts": []}
 
 
-def _cut_torn_line(path: Path) -> None:
-    """End the file with a whole line: what a killed write left behind its last newline goes, unless
-    it is whole but for that.
+def _cut_unfinished_line(path: Path) -> None:
+    """Cut off an unfinished last line, which a killed write has left.
+
+    A last line that lacks only its newline gets one.
     """
     with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
         end = file.seek(0, os.SEEK_END)
@@ -184,14 +172,14 @@ def _cut_torn_line(path: Path) -> None:
             block = min(1 << 16, start)
             start = file.seek(start - block)
             tail = file.read(block) + tail
-        torn = tail.rpartition(b"\n")[2]
-        if not torn:
+        last = tail.rpartition(b"\n")[2]
+        if not last:
             return
         try:
-            strict_json.loads(torn)
+            strict_json.loads(last)
         except ValueError:
-            file.truncate(end - len(torn))
-            logger.info("%s: cut off %d bytes of a line that was never finished", path, len(torn))
+            file.truncate(end - len(last))
+            logger.info("%s: cut off %d bytes of a line that was never finished", path, len(last))
         else:
             file.seek(end)
             file.write(b"\n")

@@ -20,13 +20,13 @@ _METRICS_PER_CALL = 1000
 
 @sink
 class MlflowSink(Sink):
-    """Log to the active MLflow run, or to one of our own where none is active (only that one is
-    ended on closing).
+    """Log to the active MLflow run, or to a run of its own where none is active.
 
-    Metrics are sent by MLflow's background thread; the next sampled step waits for them, so that a
-    slow server cannot pile them up and an error is noticed. Characters that MLflow does not take in
-    a metric's name become ``_``. Issues are the artifact ``stabmon/issues.json``, their number and
-    that of alarms the tags ``stabmon.issues`` and ``stabmon.alarms``.
+    Only a run of its own is ended on closing. Metrics are sent by MLflow's background thread; the
+    next sampled step waits for them, so that a slow server cannot pile them up and an error is
+    noticed. Characters that MLflow does not take in a metric's name become ``_``. Issues are the
+    artifact ``stabmon/issues.json``, their number and that of alarms the tags ``stabmon.issues``
+    and ``stabmon.alarms``.
 
     Args:
         experiment: experiment of a run of our own; None for ``MLFLOW_EXPERIMENT_NAME``, or
@@ -64,9 +64,8 @@ class MlflowSink(Sink):
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(
                 f"MLflow cannot use {mlflow.get_tracking_uri()} ({reason}): set "
-                "MLFLOW_TRACKING_URI to a server, "
-                "install the full mlflow for sqlite, or set MLFLOW_ALLOW_FILE_STORE=true for a "
-                "file: store"
+                "MLFLOW_TRACKING_URI to a server, install the full mlflow for sqlite, or set "
+                "MLFLOW_ALLOW_FILE_STORE=true for a file: store"
             ) from error
         self._mlflow, self._client = mlflow, client
 
@@ -110,8 +109,9 @@ class MlflowSink(Sink):
             self._client = None
 
     def _start(self, client: Any) -> str:
-        """A new run that is not made the active one, so that the training script may still start
-        its own.
+        """Create a run that is not the active one, and return its id.
+
+        The training script may still start its own.
         """
         name = self._experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", "stabmon")
         known = client.get_experiment_by_name(name)
@@ -122,7 +122,7 @@ class MlflowSink(Sink):
         )
 
     def _wait(self) -> None:
-        """See the metrics sent last arrive, or raise what went wrong."""
+        """Wait until the metrics sent last have arrived, or raise their error."""
         while self._sending:
             self._sending.pop().wait()
 

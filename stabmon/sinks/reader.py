@@ -1,5 +1,6 @@
-"""Read back what :class:`~stabmon.sinks.jsonl.JsonlSink` wrote, also from a run that was killed or
-is still going.
+"""Reader of the files of :class:`~stabmon.sinks.jsonl.JsonlSink`.
+
+The run may have been killed, or may be still going.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from stabmon._storage import strict_json
-from stabmon.records import LayerInfo, NonFinite, QKUpdate, Reading, StabilityIssue
+from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
 
 T = TypeVar("T")
@@ -23,8 +22,9 @@ logger = logging.getLogger("stabmon")
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """All that one or several runs left in a folder, the runs in their order: a second ``train()``
-    is a run of its own.
+    """All records of the runs in a folder, run after run.
+
+    A second ``train()`` is a run of its own.
     """
 
     readings: tuple[Reading, ...]
@@ -33,7 +33,7 @@ class Records:
     """Every opening, worsening and closing, in the order of steps within a run."""
     interventions: tuple[Mapping[str, Any], ...]
     meta: Mapping[str, Any]
-    """meta.json of the newest start; empty where it is missing."""
+    """The meta.json of the newest start; empty where it is missing."""
     skipped: tuple[str, ...] = ()
     """File, line and reason of every line that could not be read."""
     folder: Path = Path()
@@ -57,8 +57,22 @@ def read_records(run_dir: str | Path) -> Records:
     Args:
         run_dir: the run's output folder, or the ``stabmon`` folder in it.
 
+    Returns:
+        The records of all runs in the folder, and of each alone in ``runs``.
+
     Raises:
         ValueError: if there are no records there, or they cannot be opened.
+
+    Example:
+        >>> import tempfile
+        >>> from stabmon.sinks.jsonl import JsonlSink
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sink = JsonlSink()
+        ...     sink.open(Path(folder), {})
+        ...     sink.write_reading(Reading(10, 2.5, {}), {})
+        ...     sink.close()
+        ...     read_records(folder).readings
+        (Reading(step=10, loss=2.5, 0 layers, 0 heads),)
     """
     folder = _folder(Path(run_dir))
     skipped: list[str] = []
@@ -91,13 +105,13 @@ def _of_run(
     issues: list[tuple[int, int, StabilityIssue]],
     interventions: list[tuple[int, int, dict[str, Any]]],
 ) -> tuple[tuple[Reading, ...], tuple[StabilityIssue, ...], tuple[Mapping[str, Any], ...]]:
-    """What is left of one run once a later start has won from its first reading on."""
+    """Return one run's records; a later start wins from its first reading on."""
     own = [(start, reading) for number, start, reading in readings if number == run]
     ends = _ends(own)
     by_step = {
         reading.step: reading for start, reading in own if reading.step < ends.get(start, math.inf)
     }
-    told = [
+    kept = [
         issue
         for number, start, issue in issues
         if number == run and issue.step < ends.get(start, math.inf)
@@ -109,13 +123,13 @@ def _of_run(
     ]
     return (
         tuple(by_step[step] for step in sorted(by_step)),
-        tuple(sorted(told, key=lambda issue: issue.step)),
+        tuple(sorted(kept, key=lambda issue: issue.step)),
         tuple(done),
     )
 
 
 def _folder(path: Path) -> Path:
-    """The folder that holds the files, given it or the run folder around it."""
+    """Return the folder that holds the files, given it or the run folder."""
     for folder in (path / "stabmon", path):
         if (folder / READINGS).is_file():
             return folder
@@ -127,7 +141,7 @@ def _folder(path: Path) -> Path:
 def _lines(
     path: Path, skipped: list[str], parse: Callable[[dict[str, Any]], T]
 ) -> Iterator[tuple[int, int, T]]:
-    """(run, start, record) of every readable line; the others are added to ``skipped``."""
+    """Yield (run, start, record) of readable lines, and add others to ``skipped``."""
     if not path.exists():
         return
     with path.open("rb") as file:
@@ -158,34 +172,14 @@ def _lines(
 
 
 def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
-    """The reading that a line holds; ``known`` carries what lines before it said of the layers."""
-    known |= {layer: LayerInfo(**info) for layer, info in values.get("info", {}).items()}
-    bad = values.get("non_finite")
-    return Reading(
-        step=values["step"],
-        loss=values["loss"],
-        layers={
-            layer: {signal: np.array(heads, dtype=np.float64) for signal, heads in signals.items()}
-            for layer, signals in values["layers"].items()
-        },
-        info={layer: known[layer] for layer in values["layers"] if layer in known},
-        learning_rate=values.get("learning_rate"),
-        gradients=values.get("gradients", {}),
-        query_key={
-            layer: QKUpdate(**moved) for layer, moved in values.get("query_key", {}).items()
-        },
-        losses=tuple((step, loss) for step, loss in values.get("losses", ())),
-        micro_batches=values.get("micro_batches", 1),
-        non_finite=None if bad is None else NonFinite(**bad),
-        overhead_fraction=values.get("overhead_fraction"),
-        learning_rates=values.get("learning_rates", {}),
-        rate_factors=values.get("rate_factors", {}),
-        updates=values.get("updates", {}),
-    )
+    """Return a line's reading; ``known`` carries the layers' facts of earlier lines."""
+    known |= {layer: LayerInfo.from_dict(info) for layer, info in values.get("info", {}).items()}
+    info = {layer: known[layer] for layer in values["layers"] if layer in known}
+    return Reading.from_dict(values, info=info)
 
 
 def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:
-    """meta.json, or nothing where it is missing or broken."""
+    """Return meta.json; empty where it is missing or broken."""
     try:
         return strict_json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -197,7 +191,7 @@ def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:
 
 
 def _ends(readings: Iterable[tuple[int, Reading]]) -> dict[int, int]:
-    """Start -> the step from which on a later start wins."""
+    """Return, for each start, the step from which on a later start wins."""
     first: dict[int, int] = {}
     for start, reading in readings:
         first[start] = min(reading.step, first.get(start, reading.step))

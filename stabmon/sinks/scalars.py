@@ -1,4 +1,4 @@
-"""The few numbers of a sampled step that belong on a dashboard, under fixed names."""
+"""Dashboard scalars of a sampled step, under fixed names."""
 
 from __future__ import annotations
 
@@ -12,25 +12,31 @@ from stabmon.records import Reading, StabilityIssue
 def dashboard_scalars(
     reading: Reading, open_issues: Sequence[StabilityIssue], *, alarms: int
 ) -> dict[str, float]:
-    """Scalars of one sampled step: three a signal, one a signal and layer, and the state of the
-    run.
+    """Return the dashboard's scalars of one sampled step.
 
     - ``attention/<signal>/max``, ``/mean`` and ``/min`` over every head of the model;
     - ``attention_layers/<layer>/<signal>``: over the heads of a layer, the largest value of a
       signal that is itself a maximum (``max_logit``, the curvatures …), else the mean, so that one
-      sick head is not averaged away where it counts;
+      anomalous head is not averaged away where it counts;
     - ``stability/issues_open``, ``stability/alarms`` and, once it is known,
       ``stability/overhead_fraction``.
 
     Every value is finite: dashboards drop NaN, draw it as zero or refuse the whole batch. Heads at
-        NaN or ±inf are left out,
-    and so is a scalar that has no finite head behind it; such heads show up as an issue, and
-    exactly in the records.
+    NaN or ±inf are left out, and so is a scalar that has no finite head behind it; such heads show
+    up as an issue, and exactly in the records.
 
     Args:
-        reading: what was measured, ``layers[layer][signal]`` being ``[H]``.
+        reading: the measurements, ``layers[layer][signal]`` being ``[H]``.
         open_issues: the issues open after this step.
-        alarms: how many issues of severity error or above the run has had so far.
+        alarms: number of issues of severity error or above in the run so far.
+
+    Returns:
+        A finite number by name.
+
+    Example:
+        >>> reading = Reading(10, 2.5, {"h.0": {"max_logit": np.array([3.0, 5.0])}})
+        >>> dashboard_scalars(reading, [], alarms=0)["attention/max_logit/mean"]
+        4.0
     """
     scalars: dict[str, float] = {}
     for signal, values in _by_signal(reading.layers).items():
@@ -52,8 +58,9 @@ def dashboard_scalars(
 
 
 def reduction(signal: str) -> str:
-    """``"max"`` or ``"mean"``: how a signal is reduced over heads, as over rows; ``"mean"`` for a
-    signal nobody registered.
+    """Return a signal's reduction over rows and heads, ``"max"`` or ``"mean"``.
+
+    ``"mean"`` for a signal that is not registered.
     """
     from stabmon.signals import SIGNALS
 
@@ -61,7 +68,7 @@ def reduction(signal: str) -> str:
 
 
 def _by_signal(layers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Signal -> its finite values over all heads of all layers, ``[N]``."""
+    """Return each signal's finite values over all heads of all layers, ``[N]``."""
     gathered: dict[str, list[np.ndarray]] = {}
     for signals in layers.values():
         for signal, heads in signals.items():
@@ -70,6 +77,6 @@ def _by_signal(layers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.n
 
 
 def _finite(heads: np.ndarray) -> np.ndarray:
-    """The finite ones of ``[H]`` values."""
+    """Return the finite ones of ``[H]`` values."""
     values = np.asarray(heads, dtype=np.float64).reshape(-1)
     return values[np.isfinite(values)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
 from stabmon.sinks.head_images import colour_range, head_image, head_matrix, signal_names
+from stabmon.sinks.issue_table import numbers_in_words
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -16,15 +17,15 @@ if TYPE_CHECKING:
 
 @sink
 class TensorboardSink(Sink):
-    """Write the dashboard's scalars at their optimizer step, and a text of all issues of a step,
-    worst first, under ``stability/issues``.
+    """Write scalars at their optimizer step and a text of each step's issues.
 
-    Events go to ``<run_dir>/stabmon/tensorboard``. A run resumed from an earlier step hides what it
-    had written beyond it.
+    The text ``stability/issues`` has the worst issue first. Events go to
+    ``<run_dir>/stabmon/tensorboard``. A run resumed from an earlier step hides the events that it
+    had written beyond that step.
 
     Args:
         writer: a ``SummaryWriter`` to write to instead; it stays open.
-        per_head: also write the values of all heads, a histogram a signal at each sampled step
+        per_head: also write the values of all heads, one histogram per signal and sampled step
             (``attention_heads/<signal>``) and a layers × heads heatmap
             (``attention_heatmap/<signal>``).
         image_every: sampled steps from one heatmap to the next.
@@ -43,7 +44,7 @@ class TensorboardSink(Sink):
         self._image_every = image_every
         self._readings = 0
         self._log_dir: Path | None = None
-        self._told: tuple[int, list[StabilityIssue]] = (-1, [])
+        self._written: tuple[int, list[StabilityIssue]] = (-1, [])
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
         self.close()
@@ -81,14 +82,15 @@ class TensorboardSink(Sink):
             self._write_text(step, [issue for issue in issues if issue.step == step])
 
     def _write_text(self, step: int, issues: Sequence[StabilityIssue]) -> None:
-        """One text for all issues of a step, those told earlier of the same step included:
-        TensorBoard shows the last of a step.
+        """Write one text with all issues of a step, earlier ones of the step included.
+
+        TensorBoard shows only the last text of a step.
         """
         writer = self._at(step)
         if writer is None:
             return
-        self._told = (step, [*(self._told[1] if self._told[0] == step else []), *issues])
-        worst_first = sorted(self._told[1], key=lambda issue: -SEVERITIES.index(issue.severity))
+        self._written = (step, [*(self._written[1] if self._written[0] == step else []), *issues])
+        worst_first = sorted(self._written[1], key=lambda issue: -SEVERITIES.index(issue.severity))
         writer.add_text(
             "stability/issues", "\n\n".join(_text(issue) for issue in worst_first), step
         )
@@ -104,8 +106,9 @@ class TensorboardSink(Sink):
             self._writer = None
 
     def _at(self, step: int) -> SummaryWriter | None:
-        """The writer; one of our own is made at the first record, whose step tells TensorBoard what
-        a resumed run writes anew.
+        """Return the writer; at the first record of a run make one of our own.
+
+        The record's step is where TensorBoard purges events that a resumed run writes anew.
         """
         if self._writer is None and self._log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -114,7 +117,7 @@ class TensorboardSink(Sink):
         return self._writer
 
     def _write_heads(self, writer: SummaryWriter, reading: Reading, signal: str) -> None:
-        """Histogram and, when it is time, heatmap of one signal."""
+        """Write the histogram and, when it is due, the heatmap of one signal."""
         matrix = head_matrix(reading, signal)
         finite = matrix[abs(matrix) < float("inf")]
         if finite.size:
@@ -125,10 +128,8 @@ class TensorboardSink(Sink):
 
 
 def _text(issue: StabilityIssue) -> str:
-    """One issue in Markdown."""
-    eta = "" if issue.eta_steps is None else f", harm in about {issue.eta_steps:.0f} steps"
-    value = f"value {issue.value:.4g} (limit {issue.threshold:.4g}{eta})"
+    """Return one issue in Markdown."""
     return (
-        f"**{issue.severity}**, {issue.state}: {issue.issue_type}, {issue.where}, {value}. "
-        f"{issue.suggestion}"
+        f"**{issue.severity}**, {issue.state}: {issue.issue_type}, {issue.where}, "
+        f"{numbers_in_words(issue)}. {issue.suggestion}"
     )

@@ -1,4 +1,4 @@
-"""Scalars, a table of issues, alerts and, on request, every head in Weights & Biases."""
+"""Scalars, issues, alerts and, on request, every head in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ _LEVELS = {"info": "INFO", "warning": "WARN", "error": "ERROR", "critical": "ERR
 
 @sink
 class WandbSink(Sink):
-    """Log to the active W&B run, or to one of our own where none is active at the first record.
+    """Log to the active W&B run, or to a run of its own.
 
+    The run is found at the first record; one of our own is made where none is active then.
     Everything of ours has the step metric ``stabmon/step`` and never sets W&B's own step, so
     nothing is dropped as out of order. A run that is not ours is never finished and no row of it
     committed while it goes on: a reading rides on the row that its owner commits next, and those
@@ -35,7 +36,7 @@ class WandbSink(Sink):
     Args:
         run: a ``wandb.Run`` to write to instead, which is treated as somebody else's.
         project: project of a run of our own.
-        per_head: also log the values of all heads, a histogram a signal at each sampled step
+        per_head: also log the values of all heads, one histogram per signal and sampled step
             (``attention_heads/<signal>``) and a layers × heads heatmap
             (``attention_heatmap/<signal>``).
         image_every: sampled steps from one heatmap to the next.
@@ -71,7 +72,8 @@ class WandbSink(Sink):
         try:
             import wandb
 
-            wandb.init  # noqa: B018  (a folder of offline runs called "wandb" imports as an empty package)
+            # a folder of offline runs called "wandb" imports as an empty package
+            wandb.init  # noqa: B018
         except (ImportError, AttributeError) as error:
             raise ImportError('wandb is not installed: pip install "stabmon[wandb]"') from error
         self._wandb, self._meta = wandb, meta
@@ -117,8 +119,9 @@ class WandbSink(Sink):
             self._wandb = self._run = self._guest = None
 
     def _join(self) -> bool:
-        """Find the run to write to, at the first record: until then the training loop may have made
-        its own. False when closed.
+        """Find the run to write to, and return False when closed.
+
+        Not before the first record: until then the training loop may make its own.
         """
         if self._run is None and self._wandb is not None:
             theirs = self._given or self._wandb.run
@@ -135,37 +138,37 @@ class WandbSink(Sink):
                 "stability/*",
             ):
                 self._run.define_metric(names, step_metric=STEP)
-        if getattr(
-            self._run, "_is_finished", False
-        ):  # W&B 0.31 waits 30 s for an answer before it says so itself
-            raise RuntimeError("the W&B run was finished while training went on")
+        if self._is_finished():
+            raise RuntimeError(
+                "the W&B run was finished while training went on: call finish() after training"
+            )
         return self._run is not None
 
+    def _is_finished(self) -> bool:
+        # Run._is_finished: set by finish(). Checked with wandb 0.31, which on a finished run waits
+        # 30 s for an answer before it raises. Without the name that wait is back.
+        return bool(getattr(self._run, "_is_finished", False))
+
     def _make(self) -> Any:
-        """A run of our own, which leaves W&B to the training loop: its ``wandb.init`` may be still
-        to come.
+        """Make a run of our own that does not become the active one.
+
+        The training loop's own ``wandb.init`` may be still to come.
         """
         run = self._wandb.init(
             project=self._project, config={"stabmon": dict(self._meta)}, reinit="create_new"
         )
+        # Run._wl: W&B's setup singleton, which lists active runs. "create_new" does not touch
+        # `wandb.run`, but a later `wandb.init` would return the newest active run, which is ours,
+        # and log into what we finish. No public way out; checked with wandb 0.31. Without it the
+        # run would be shared.
         library: Any = getattr(run, "_wl", None)
         if hasattr(library, "remove_active_run"):
-            # "create_new" does not touch `wandb.run`, but a later `wandb.init` would return the
-            # newest active run, which is ours,
-            # and log into what we finish. There is no public way out (0.31); without this the run
-            # would be shared.
             library.remove_active_run(run)
         return run
 
     def _publish_last(self) -> None:
-        """Upload the table, if there is an issue that it lacks; not as a row in a run of somebody
-        else's.
-        """
-        if (
-            self._run is None
-            or not self._issues.due(last_call=True)
-            or getattr(self._run, "_is_finished", False)
-        ):
+        """Upload the table if it lacks an issue; a guest writes no row for it."""
+        if self._run is None or not self._issues.due(last_call=True) or self._is_finished():
             return
         if self._guest is None:
             self._run.log(self._table(), commit=False)
@@ -173,7 +176,7 @@ class WandbSink(Sink):
             self._run.summary.update(self._table())
 
     def _table(self) -> dict[str, Any]:
-        """The newest issues."""
+        """Return the newest issues as a W&B table."""
         return {
             "stability/issues": self._wandb.Table(
                 columns=list(COLUMNS), data=self._issues.publish()
@@ -181,7 +184,7 @@ class WandbSink(Sink):
         }
 
     def _heads(self, reading: Reading, signal: str) -> dict[str, Any]:
-        """Histogram and, when it is time, heatmap of one signal."""
+        """Return the histogram and, when it is due, the heatmap of one signal."""
         matrix = head_matrix(reading, signal)
         finite = matrix[np.isfinite(matrix)]
         media: dict[str, Any] = {}

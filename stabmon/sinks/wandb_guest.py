@@ -1,4 +1,4 @@
-"""Rows in a W&B run that is not ours, none of which we commit while it goes on."""
+"""Rows in a W&B run that is not ours, never committed while it goes on."""
 
 from __future__ import annotations
 
@@ -39,13 +39,17 @@ class GuestRows:
 
     @classmethod
     def of(cls, run: Any, table: Callable[[list[str], list[list[Any]]], Any]) -> GuestRows:
-        """The one of a run, whoever made it: two monitors must not replace each other's readings
-        unseen.
+        """Return the one object of a run, so that two monitors share it.
+
+        Otherwise each would replace the other's waiting readings unseen.
+
+        Args:
+            run: the ``wandb.Run``.
+            table: makes a W&B table of columns and rows.
         """
-        # W&B has no public way to be told of a run's end. Checked with 0.31: `finish`, also at
-        # exit, calls the early teardown
-        # hooks while the run can still be logged to. Without them, readings that were replaced are
-        # in the records alone.
+        # Run._teardown_hooks: W&B has no public notice of a run's end. Checked with wandb 0.31:
+        # `finish`, also at exit, calls the early hooks while the run can still be logged to.
+        # Without them, readings that were replaced are in the records alone.
         hooks = getattr(run, "_teardown_hooks", None)
         for hook in hooks or ():
             owner = getattr(hook.call, "__self__", None)
@@ -59,26 +63,30 @@ class GuestRows:
         return rows
 
     def put(self, scalars: Mapping[str, float], media: Mapping[str, Any]) -> None:
-        """Let a reading wait in the row that is being filled."""
+        """Put a reading on the row that is being filled.
+
+        Args:
+            scalars: numbers, kept if a newer reading replaces them.
+            media: histograms and images, not kept.
+        """
         self._settle()
         if self._placed is not None:
             self._replaced.append(self._placed)
-        stale = dict.fromkeys(
-            set(self._placed or ()) - set(scalars), float("nan")
-        )  # else the older reading's would stay in the row
+        # else numbers that only the older reading has would stay in the row
+        stale = dict.fromkeys(set(self._placed or ()) - set(scalars), float("nan"))
         self._run.log({**stale, **scalars, **media}, commit=False)
         self._placed, self._at = dict(scalars), self._run.step
 
     def join(self, last_call: Callable[[], None]) -> None:
-        """Have something called as the run ends."""
+        """Add a function to call as the run ends."""
         self._last_calls.append(last_call)
 
     def leave(self, last_call: Callable[[], None]) -> None:
-        """Take back what :meth:`join` was given."""
+        """Remove a function that :meth:`join` added."""
         self._last_calls.remove(last_call)
 
     def end(self) -> None:
-        """Add the readings that no row has had: called by W&B as the run ends."""
+        """Add the readings that are on no row; W&B calls it as the run ends."""
         try:
             for last_call in self._last_calls:
                 last_call()
@@ -104,20 +112,20 @@ class GuestRows:
             )
 
     def _settle(self) -> None:
-        """Forget the waiting reading once its row has been committed, which is when W&B's own step
-        has moved on.
-        """
+        """Drop the waiting reading once W&B's step has moved on: its row is committed."""
         if self._placed is not None and self._run.step != self._at:
             self._placed = None
 
     def _is_resumed(self) -> bool:
-        """Whether the run was resumed, or can be: ``resume`` is allowed, and not of an id that W&B
-        made up (Lightning always allows).
+        """Return whether the run was or can be resumed.
+
+        It can where ``resume`` is allowed, unless W&B made up the id (Lightning always allows).
         """
         resume = getattr(self._run.settings, "resume", None)
         if getattr(self._run, "resumed", False) or resume in ("must", "auto", True):
             return True
-        # whether `wandb.init` was given an id stands in W&B's telemetry alone (0.31)
+        # Run._telemetry_obj: the only place that says whether `wandb.init` was given an id. Checked
+        # with wandb 0.31. Without it the id counts as given, and readings go into the summary.
         feature = getattr(getattr(self._run, "_telemetry_obj", None), "feature", None)
         named = getattr(feature, "set_init_id", True) or bool(os.environ.get("WANDB_RUN_ID"))
         return resume == "allow" and named

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon._settings import Count
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.study.optimizer import make_optimizer, make_schedule
 from stabmon.study.settings import TrainingSettings
@@ -23,7 +24,7 @@ from stabmon.tiny.corpus import Corpus
 class Phase(TrainingSettings):
     """Length, rate and stopping rule of a training."""
 
-    patience: int = 3
+    patience: Count = 3
     """Validations in a row without a better loss before training stops.
 
     The best parameters are kept.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from stabmon._settings import Bounds, Count, Known, NonEmpty, Positive, check
 from stabmon.study.fit import Phase
 from stabmon.study.settings import CorpusSettings, WatchSettings
-from stabmon.study.variants import BASE
+from stabmon.study.variants import BASE, VARIANTS
 from stabmon.tiny.language_models import Shape
 
 Kind = Literal["frozen", "joint"]
+VariantName = Annotated[str, Known(VARIANTS, "variant")]
 
 
 @dataclass(frozen=True)
@@ -18,17 +20,17 @@ class StudySettings:
     """Settings of a study, as in ``configs/controllers/*.yaml``."""
 
     run_dir: str
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Annotated[list[int], NonEmpty()] = field(default_factory=lambda: [0, 1, 2])
     """Seeds; each has a base of its own: weights, and order of the data."""
-    workers: int = 2
+    workers: Annotated[int, Bounds(0)] = 2
     """Processes at a time, each of one thread; 0 for this process alone."""
     resume: bool = False
     """Skip the tasks with results in ``run_dir``."""
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     model: Shape = field(default_factory=Shape)
-    bias_max: float = 1.0
+    bias_max: Positive = 1.0
     """Bound of info_density's key bias, in nats."""
-    gain_max: float = 4.0
+    gain_max: Positive = 4.0
     base: Phase = field(default_factory=Phase)
     """Training from scratch, of the base and in the joint comparison."""
     controllers: Phase = field(default_factory=lambda: Phase(learning_rate=1e-2, weight_decay=0.0))
@@ -38,12 +40,15 @@ class StudySettings:
 
     Its records lie in ``<run_dir>/watched/<task>``.
     """
-    watch_every: int | None = 10
+    watch_every: Count | None = 10
     """Training steps between samples of the first seed's controllers; None for none."""
-    frozen: list[str] = field(default_factory=list)
+    frozen: list[VariantName] = field(default_factory=list)
     """Variants to train on the frozen base."""
-    joint: list[str] = field(default_factory=list)
+    joint: list[VariantName] = field(default_factory=list)
     """Variants to train from scratch with their base."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -104,14 +104,7 @@ def run_tasks(
 
 
 def prepare(settings: StudySettings) -> Path:
-    """Check the settings and write them into the study's folder; return the folder."""
-    for name in (*settings.frozen, *settings.joint):
-        if name not in VARIANTS:
-            raise SettingsError(f"variants: unknown {name!r}. Known: {', '.join(VARIANTS)}")
-    if not settings.seeds or settings.workers < 0:
-        raise SettingsError(
-            "seeds and workers: give at least one seed, and no negative number of workers"
-        )
+    """Write the settings into the study's folder and return the folder."""
     if settings.stabmon is not None:
         try:
             load_config(**dataclasses.asdict(settings.stabmon))

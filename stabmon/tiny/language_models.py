@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stabmon._settings import Count
 from stabmon.tiny.corpus import VOCABULARY
 
 
@@ -17,11 +18,11 @@ class Shape:
     """Size of a transformers model; no weights are loaded."""
 
     architecture: Literal["llama", "gpt2"] = "llama"
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int | None = None
+    layers: Count = 4
+    heads: Count = 4
+    kv_heads: Count | None = None
     """Key heads of a Llama; None for as many as query heads."""
-    width: int = 128
+    width: Count = 128
 
 
 def make_model(shape: Shape, block: int) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
-SCHEDULES = ("constant", "linear", "cosine")
+from stabmon._settings import Bounds, Count, Layer, SettingsError, read
+
 MIN_RATE = 0.1
 """End of a line or a cosine, as a share of the peak rate."""
 BETAS = (0.9, 0.95)
@@ -18,10 +20,10 @@ BETAS = (0.9, 0.95)
 class Recipe:
     """AdamW with linear warm-up, then constant or falling to a tenth."""
 
-    schedule: str = "constant"
-    warmup: int = 10
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Annotated[int, Bounds(0)] = 10
     """Warm-up steps."""
-    total: int = 400
+    total: Count = 400
     """Steps of the whole run, over which the schedule falls."""
     weight_decay: float = 0.1
     betas: tuple[float, float] = BETAS
@@ -42,13 +44,11 @@ class Recipe:
             20
         """
         name, *numbers = text.split(":")
-        if name not in SCHEDULES or len(numbers) > 2 or not all(each.isdigit() for each in numbers):
-            raise ValueError(
-                f"--schedule {text!r}: use {', '.join(SCHEDULES)}, with warm-up and total steps "
-                "as in cosine:20:400"
-            )
-        warmup, total = [*map(int, numbers), *(cls.warmup, cls.total)[len(numbers) :]]
-        return cls(name, warmup, total)
+        source = f"--schedule {text!r} (such as cosine:20:400)"
+        if len(numbers) > 2 or not all(each.isdigit() for each in numbers):
+            raise SettingsError(f"{source}: after the name come warm-up and total steps")
+        steps = dict(zip(("warmup", "total"), map(int, numbers), strict=False))
+        return read(cls, Layer({"schedule": name, **steps}, source))
 
     def optimizer(self, model: nn.Module, rate: float) -> torch.optim.Optimizer:
         """Make an AdamW with weight decay on matrices, not on vectors.

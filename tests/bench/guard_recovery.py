@@ -8,7 +8,7 @@ Each run without and with it, beside its healthy paired run. alarm_lead_time.py 
 unguarded. A run is repaired if its final validation loss is within 0.10 nats of the paired run's.
 The fault continues under guard: weights scaled at each step are scaled at each step under guard
 too. Runs without an alarm get no intervention, and such a run under guard is bit for bit the run
-without it (tests/test_guarding.py), so it counts as it was, unless ``--all`` asks to train it. The
+without it (tests/guard/test_guarding.py), so it counts as it was, unless ``--all`` asks to train it. The
 order and the targets of the interventions were set on the tuned half of the runs (``--half tuned``)
 and on others before; what is printed is the other half.
 """

@@ -43,14 +43,10 @@ from torch.overrides import TorchFunctionMode
 # private path of a documented class that sees every operator below autograd; torch 2.13
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path[:0] = [
-    str(Path(__file__).parents[2]),
-    str(Path(__file__).parents[1]),
-    str(Path(__file__).parent),
-]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from capture.oracle import probabilities  # noqa: E402
-from small_models import NotSmallError, batch_for, build, class_names  # noqa: E402
+from tests.bench.small_models import NotSmallError, batch_for, build, class_names
+from tests.support.probability_oracle import probabilities
 
 SECONDS, BYTES, CLASSES = 60, 5 << 30, 40
 """Processor time and memory of a class, and number of classes per process."""

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/interventions", "tests/test_guarding.py")
+TESTS = ("tests/interventions", "tests/guard")
 OUT = "STABMON_CHOICES"
 """The variable that names the file to write, for the plugin."""
 Row = list[Any]
@@ -100,12 +100,12 @@ def pytest_configure(config: Any) -> None:
 
 def record(out: Path, paths: list[str]) -> int:
     """Run tests with the recorder; return pytest's exit status."""
-    paths_of_code = [str(Path(__file__).parent), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths_of_code = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         OUT: str(out.absolute()),
         "PYTHONPATH": os.pathsep.join(paths_of_code),
     }
-    options = ["-p", Path(__file__).stem, "-p", "no:cacheprovider", "-q"]
+    options = ["-p", "tests.bench.record_choices", "-p", "no:cacheprovider", "-q"]
     command = [sys.executable, "-m", "pytest", *options, *(paths or TESTS)]
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 

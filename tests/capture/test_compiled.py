@@ -12,9 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from capture.zoo import BATCH, HEADS, LENGTH, WIDTH, Attention, Tower, gpt2, noise, seeded, zoo
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.records import AttentionCall
+from tests.support.attention_zoo import (
+    BATCH,
+    HEADS,
+    LENGTH,
+    WIDTH,
+    Attention,
+    Tower,
+    gpt2,
+    noise,
+    seeded,
+    zoo,
+)
 
 
 @pytest.fixture(autouse=True)

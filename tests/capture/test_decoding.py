@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from capture.oracle import captured, probabilities, returned
-from capture.zoo import HEADS, VOCABULARY, gpt2, llama_like, tokens, zoo
 from stabmon.capture import AttentionCapture
 from stabmon.capture.adapters.transformers_kernels import read_flash
 from stabmon.records import AttentionCall
+from tests.support.attention_zoo import HEADS, VOCABULARY, gpt2, llama_like, tokens, zoo
+from tests.support.probability_oracle import captured, probabilities, returned
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

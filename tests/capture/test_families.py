@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from capture.oracle import captured, of_fused_kernel, of_hand_written, of_multihead, returned
-from capture.zoo import HAND_WRITTEN, zoo
+from tests.support.attention_zoo import HAND_WRITTEN, zoo
+from tests.support.probability_oracle import (
+    captured,
+    of_fused_kernel,
+    of_hand_written,
+    of_multihead,
+    returned,
+)
 
 ZOO = zoo()
 LARGEST_ERROR = 1e-5

@@ -18,9 +18,19 @@ from torch.utils.checkpoint import (
 )
 from transformers.modeling_utils import AttentionInterface
 
-from capture.zoo import BATCH, LENGTH, WIDTH, Attention, Tower, gpt2, noise, seeded, zoo
 from stabmon.capture import AttentionCapture
 from stabmon.records import AttentionCall
+from tests.support.attention_zoo import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    Attention,
+    Tower,
+    gpt2,
+    noise,
+    seeded,
+    zoo,
+)
 
 ZOO = zoo()
 TRAINED = [

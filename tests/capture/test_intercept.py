@@ -17,7 +17,7 @@ from transformers import (
 
 from stabmon.capture import AttentionCapture
 from stabmon.capture.intercept import AttentionSite, intercepted
-from stabmon.signals.reduce import operator_of
+from stabmon.operator.from_call import operator_of
 
 IDS = torch.arange(24).reshape(2, 12) % 50
 

@@ -1,13 +1,9 @@
 """Twenty classes of transformers from the bench: what is not seen is said, nothing is changed."""
 
-import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "bench"))
-
-from model_zoo import examine
+from tests.bench.model_zoo import examine
 
 SAMPLE = (
     "GPT2LMHeadModel:gpt2 LlamaForCausalLM:llama Inkling2ForCausalLM:inkling2_text "

@@ -3,9 +3,9 @@
 import pytest
 from torch import nn
 
-from capture.zoo import zoo
 from stabmon.capture import AttentionCapture, clean_name
 from stabmon.capture.names import ModuleNames
+from tests.support.attention_zoo import zoo
 
 
 @pytest.mark.parametrize(

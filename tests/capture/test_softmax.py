@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from capture.oracle import probabilities
-from capture.zoo import noise
 from stabmon.capture import AttentionCapture
 from stabmon.records import AttentionCall
+from tests.support.attention_zoo import noise
+from tests.support.probability_oracle import probabilities
 
 
 class Module(nn.Module):

@@ -9,10 +9,10 @@ import transformers as T
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from capture.oracle import probabilities
-from capture.zoo import BERT_SIZES, VOCABULARY, noise, seeded, tokens
 from stabmon.capture import AttentionCapture
-from stabmon.signals.reduce import operator_of
+from stabmon.operator.from_call import operator_of
+from tests.support.attention_zoo import BERT_SIZES, VOCABULARY, noise, seeded, tokens
+from tests.support.probability_oracle import probabilities
 
 BERT = BERT_SIZES | {"attn_implementation": "eager"}
 SEGGPT: dict[str, Any] = {

@@ -8,8 +8,8 @@ from torch import nn
 
 import stabmon
 from stabmon.check import StabilityReport
-from tests.check import models
-from tests.small import clean, same_bits, weights
+from tests.support import check_models as models
+from tests.support.small_runs import clean, same_bits, weights
 
 HEALTHY = {
     "gpt2": lambda: (models.gpt2(), models.tokens()),
@@ -249,9 +249,24 @@ def test_frozen_models_and_modules_without_names_are_checked_by_what_they_show()
 @pytest.mark.parametrize(
     ("model", "sample", "config", "says"),
     [
-        (models.gpt2, models.tokens(), "fp8", "dtype 'fp8': use fp16, bf16, fp32"),
-        (models.gpt2, models.tokens(), {"dtipe": "fp16"}, "unknown field 'dtipe'"),
-        (models.gpt2, models.tokens(), {"seq_len": 1}, "seq_len 1"),
+        (
+            models.gpt2,
+            models.tokens(),
+            "fp8",
+            "check config: dtype: unknown precision 'fp8'. Known: fp16, bf16, fp32",
+        ),
+        (
+            models.gpt2,
+            models.tokens(),
+            {"dtipe": "fp16"},
+            "check config: dtipe: unknown key, did you mean 'dtype'",
+        ),
+        (
+            models.gpt2,
+            models.tokens(),
+            {"seq_len": 1},
+            "check config: seq_len: 1 must be a whole number of at least 2",
+        ),
         (lambda: nn.Linear(4, 4), torch.ones(2, 4), None, "no attention was found in Linear"),
         (models.gpt2, 3, None, "sample_input is a int"),
     ],

@@ -17,9 +17,9 @@ from stabmon.controllers import (
     save_controllers,
 )
 from stabmon.controllers.attention_function import PREFIX
-from tests.capture.zoo import tokens, zoo
-from tests.controllers.reference import built, output_of, scatter
-from tests.small import clean
+from tests.support.attention_zoo import tokens, zoo
+from tests.support.controlled_attention import built, output_of, scatter
+from tests.support.small_runs import clean
 
 
 def state(model: Any) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def test_loading_into_another_base_is_refused(tmp_path: Any) -> None:
         load_controllers(model, tmp_path)
     assert clean(model)
     load_controllers(model, tmp_path, strict=False)
-    from tests.capture.zoo import llama_like
+    from tests.support.attention_zoo import llama_like
 
     wider, _ = llama_like("Llama", "sdpa", num_attention_heads=2)
     with pytest.raises(ValueError, match=r"self_attn was .*heads"):

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from stabmon.controllers import attach_controllers
-from tests.capture.zoo import tokens, zoo
-from tests.controllers.reference import built, output_of
 from tests.controllers.test_families import CASES as ALL
+from tests.support.attention_zoo import tokens, zoo
+from tests.support.controlled_attention import built, output_of
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "both": ("info_density", {"form": "both"}),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from stabmon.controllers import attach_controllers, detach_controllers
-from tests.capture.zoo import tokens, zoo
-from tests.controllers.reference import built, dense_output, output_of, scatter
+from tests.support.attention_zoo import tokens, zoo
+from tests.support.controlled_attention import built, dense_output, output_of, scatter
 
 FAMILIES = (
     *(

@@ -15,7 +15,7 @@ from stabmon.controllers import (
     load_controllers,
     save_controllers,
 )
-from tests.small import Tokens, gpt2, llama
+from tests.support.small_runs import Tokens, gpt2, llama
 
 
 def moved(controllers: nn.Module) -> bool:

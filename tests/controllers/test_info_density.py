@@ -11,8 +11,8 @@ from stabmon.controllers import attach_controllers, controller
 from stabmon.controllers.base import CONTROLLERS, Controller
 from stabmon.controllers.features import biases, changed_query, key_features, query_features
 from stabmon.controllers.info_density import InfoDensity
-from tests.capture.zoo import tokens, zoo
-from tests.controllers.reference import built, output_of, scatter
+from tests.support.attention_zoo import tokens, zoo
+from tests.support.controlled_attention import built, output_of, scatter
 
 FORMS = ("key_bias", "query_gain", "both")
 
@@ -185,7 +185,6 @@ def test_a_wrong_option_is_named(options: dict[str, Any], word: str) -> None:
 
 
 def test_anyone_can_add_a_controller_of_a_formula() -> None:
-    @controller
     class RecentBias(Controller):
         """Half a nat for every second token."""
 
@@ -196,13 +195,14 @@ def test_anyone_can_add_a_controller_of_a_formula() -> None:
                 * (torch.arange(hidden.shape[1]) % 2)
             )
 
-    try:
+    known = [*CONTROLLERS, "recent_bias"]
+    with CONTROLLERS.temporarily("recent_bias", RecentBias):
+        assert controller(RecentBias) is RecentBias
+        assert list(CONTROLLERS) == sorted(known)
         model, inputs = zoo()["llama-sdpa"]()
         before = output_of(model.eval(), inputs)
         attach_controllers(model, "recent_bias")
         assert not torch.allclose(output_of(model, inputs), before, atol=1e-3)
-    finally:
-        CONTROLLERS._entries.pop("recent_bias")
 
 
 def test_training_only_the_controllers_lowers_the_loss() -> None:

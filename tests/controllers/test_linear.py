@@ -8,9 +8,9 @@ import torch
 from stabmon.controllers import attach_controllers
 from stabmon.controllers.linear_attention import linear_attention, linear_weights
 from stabmon.operator.visibility import Visibility
-from tests.capture.zoo import tokens, zoo
-from tests.controllers.reference import built, scatter
 from tests.controllers.test_info_density import check_gradients
+from tests.support.attention_zoo import tokens, zoo
+from tests.support.controlled_attention import built, scatter
 
 
 def test_weights_worked_by_hand() -> None:

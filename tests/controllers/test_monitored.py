@@ -8,9 +8,18 @@ import torch
 
 import stabmon
 from stabmon.controllers import attach_controllers
-from tests.controllers.reference import built, dense_output, output_of, scatter
 from tests.controllers.test_families import CASES
-from tests.small import batches, clean, gpt2, llama, optimizer_of, same_bits, train, weights
+from tests.support.controlled_attention import built, dense_output, output_of, scatter
+from tests.support.small_runs import (
+    batches,
+    clean,
+    gpt2,
+    llama,
+    optimizer_of,
+    same_bits,
+    train,
+    weights,
+)
 
 
 @pytest.mark.parametrize("case", CASES)

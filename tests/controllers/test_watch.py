@@ -8,10 +8,10 @@ import torch
 
 from stabmon.controllers import ControllerWatch, attach_controllers
 from stabmon.sinks.reader import read_records
-from tests.capture.zoo import gpt_oss, tokens, zoo
-from tests.controllers.reference import built, dense_output, output_of, scatter
 from tests.controllers.test_families import CASES
-from tests.small import batches, gpt2, optimizer_of, same_bits, train, weights
+from tests.support.attention_zoo import gpt_oss, tokens, zoo
+from tests.support.controlled_attention import built, dense_output, output_of, scatter
+from tests.support.small_runs import batches, gpt2, optimizer_of, same_bits, train, weights
 
 
 @pytest.mark.parametrize("case", CASES)

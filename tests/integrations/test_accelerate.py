@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch.nn import functional
 
 from stabmon import AttentionStabilityMonitor
-from tests.small import batches, clean, gpt2, optimizer_of, same_bits, weights
+from tests.support.small_runs import batches, clean, gpt2, optimizer_of, same_bits, weights
 
 
 def run(watched):

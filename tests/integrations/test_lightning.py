@@ -14,7 +14,16 @@ from torch.utils.data import DataLoader
 from stabmon.integrations.lightning import StabilityCallback
 from stabmon.sinks.reader import read_records
 from tests.sinks.test_wandb import rows as wandb_rows
-from tests.small import Attention, Tokens, clean, gpt2, lines, same_bits, same_readings, weights
+from tests.support.small_runs import (
+    Attention,
+    Tokens,
+    clean,
+    gpt2,
+    lines,
+    same_bits,
+    same_readings,
+    weights,
+)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 pytestmark = pytest.mark.filterwarnings("ignore")

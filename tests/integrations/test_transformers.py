@@ -15,7 +15,17 @@ from stabmon.integrations.transformers import StabilityCallback
 from stabmon.sinks import Sink
 from stabmon.sinks.reader import read_records
 from tests.sinks.test_wandb import rows as wandb_rows
-from tests.small import Floats, Tokens, clean, gpt2, lines, llama, same_bits, same_readings, weights
+from tests.support.small_runs import (
+    Floats,
+    Tokens,
+    clean,
+    gpt2,
+    lines,
+    llama,
+    same_bits,
+    same_readings,
+    weights,
+)
 
 QUIET = {
     "use_cpu": True,

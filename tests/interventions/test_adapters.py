@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from interventions.runs import growth, make_run, scores_of, train_step
 from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.projections.head_rows import Rows
 from stabmon.projections.locate import find_effective, find_query_key, is_adapted, trained_rows
-from tests.small import batches, gpt2, llama
+from tests.support.intervention_runs import growth, make_run, scores_of, train_step
+from tests.support.small_runs import batches, gpt2, llama
 
 SEPARATE = ["q_proj", "k_proj", "v_proj"]
 CONFIGS = {

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import stabmon
-from interventions.runs import first_layer, growth, run_of, scores_of, train_step
 from stabmon.guard import Budget, Guard, make_interventions
 from stabmon.interventions import INTERVENTIONS
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
@@ -19,7 +18,8 @@ from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.soften_logits import SoftenLogits
 from stabmon.records import StabilityIssue
-from tests.small import batches, gpt2, lines, llama, optimizer_of, train
+from tests.support.intervention_runs import first_layer, growth, run_of, scores_of, train_step
+from tests.support.small_runs import batches, gpt2, lines, llama, optimizer_of, train
 
 FIRST = "transformer.h.0.attn"
 
@@ -176,7 +176,7 @@ def guard_of(by_hand: bool) -> Guard:
     guard = Guard(
         run,
         make_interventions({"lower_learning_rate": {"factor": 0.5}}),
-        Budget(patience=2, hold=2),
+        Budget(patience=2, release_after=2),
     )
     act = LowerLearningRate(factor=0.5).aimed_at([growth(first_layer(run))], "asked for")
     assert guard.apply(act, by_hand=by_hand)

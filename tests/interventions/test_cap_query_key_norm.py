@@ -11,13 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from interventions.runs import all_bits, differences, first_layer, growth, run_of, train_step
 from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.projections.head_rows import Rows
 from stabmon.projections.locate import find_query_key
 from stabmon.records import QKUpdate, StabilityIssue
+from tests.support.intervention_runs import (
+    all_bits,
+    differences,
+    first_layer,
+    growth,
+    run_of,
+    train_step,
+)
 
 MODELS = ["gpt2-sdpa", "llama-sdpa", "bert-sdpa", "gemma3-sdpa", "transformer_encoder"]
 

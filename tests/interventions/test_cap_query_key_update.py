@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from interventions.runs import first_layer, growth, run_of, train_step
 from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.cap_query_key_update import CapQueryKeyUpdate
 from stabmon.projections.locate import find_query_key
+from tests.support.intervention_runs import first_layer, growth, run_of, train_step
 
 
 def query_key(run: TrainingRun) -> list[Tensor]:

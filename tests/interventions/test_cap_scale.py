@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from interventions.runs import (
+from stabmon.interventions import NotApplicable, TrainingRun
+from stabmon.interventions.cap_scale import CapScale
+from stabmon.records import StabilityIssue
+from tests.support.intervention_runs import (
     all_bits,
     differences,
     first_layer,
@@ -16,9 +19,6 @@ from interventions.runs import (
     scores_of,
     train_step,
 )
-from stabmon.interventions import NotApplicable, TrainingRun
-from stabmon.interventions.cap_scale import CapScale
-from stabmon.records import StabilityIssue
 
 
 def driven(run: TrainingRun, layer: str, times: float) -> StabilityIssue:

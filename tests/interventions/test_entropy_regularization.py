@@ -7,15 +7,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from capture.zoo import WIDTH, noise, tokens
 from torch import Tensor, nn
 
-from interventions.runs import ZOO, first_layer, growth, loss_of, make_run, run_of
 from stabmon.capture import AttentionCapture
 from stabmon.interventions import TrainingRun
 from stabmon.interventions.entropy_regularization import EntropyRegularization, sampled_rows
 from stabmon.operator import attention_operator
 from stabmon.records import AttentionCall
+from tests.support.attention_zoo import WIDTH, noise, tokens
+from tests.support.intervention_runs import ZOO, first_layer, growth, loss_of, make_run, run_of
 
 
 class Explicit(nn.Module):

@@ -7,10 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from capture.zoo import HAND_WRITTEN, HEADS, WIDTH, noise
 from torch import nn
 
-from interventions.runs import (
+from stabmon.interventions import NotApplicable, TrainingRun
+from stabmon.interventions.effects.score_clip import ScoreClip
+from stabmon.interventions.qk_clip import QkClip
+from stabmon.interventions.run.score_targets import baselines
+from stabmon.records import Reading
+from stabmon.rules.tracking.history import History
+from tests.support.attention_zoo import HAND_WRITTEN, HEADS, WIDTH, noise
+from tests.support.intervention_runs import (
     ZOO,
     all_bits,
     differences,
@@ -21,12 +27,6 @@ from interventions.runs import (
     scores_of,
     train_step,
 )
-from stabmon.interventions import NotApplicable, TrainingRun
-from stabmon.interventions.effects.score_clip import ScoreClip
-from stabmon.interventions.qk_clip import QkClip
-from stabmon.interventions.run.score_targets import baselines
-from stabmon.records import Reading
-from stabmon.rules.tracking.history import History
 
 PER_HEAD = [
     *(
@@ -313,8 +313,8 @@ def test_what_is_held_without_an_alarm_is_held_less_tightly_unless_a_limit_says_
     assert len(told) == len(set(targets)) - 1
     assert ScoreClip(run, {}).relax() == {}
     assert (
-        QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["targets"]
-        == held.state_dict()["targets"]
+        QkClip(**settings).resume(run, applied.state_dict()).effect.state_dict()["aims"]
+        == held.state_dict()["aims"]
     )
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from capture.zoo import zoo
 from torch import nn
 
-from interventions.runs import first_layer, growth, look, make_run, scores_of
 from stabmon.guard import Guard, make_interventions
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.skip_step import SkipStep
+from tests.support.attention_zoo import zoo
+from tests.support.intervention_runs import first_layer, growth, look, make_run, scores_of
 
 
 def start(rank: int, port: int, folder: Path) -> None:

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from interventions.runs import (
+from stabmon._storage.stored_value import Stored
+from stabmon.interventions import NotApplicable, TrainingRun
+from stabmon.interventions.qk_clip import QkClip
+from stabmon.interventions.rollback import Rollback
+from stabmon.interventions.run.healthy_states import HealthyStates
+from stabmon.interventions.run.snapshots import Snapshot, snapshot_bytes
+from stabmon.records import Reading
+from stabmon.rules.tracking.history import History
+from tests.support.intervention_runs import (
     all_bits,
     differences,
     first_layer,
@@ -17,14 +25,6 @@ from interventions.runs import (
     scores_of,
     train_step,
 )
-from stabmon._storage.stored_value import Stored
-from stabmon.interventions import NotApplicable, TrainingRun
-from stabmon.interventions.qk_clip import QkClip
-from stabmon.interventions.rollback import Rollback
-from stabmon.interventions.run.healthy_states import HealthyStates
-from stabmon.interventions.run.snapshots import Snapshot, snapshot_bytes
-from stabmon.records import Reading
-from stabmon.rules.tracking.history import History
 
 
 def spoilt(

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from interventions.runs import all_bits, differences, growth, make_run, run_of
 from stabmon.interventions import Intervention, NotApplicable
 from stabmon.interventions.increase_dropout import IncreaseDropout
 from stabmon.interventions.logit_softcap import LogitSoftcap
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.run.score_replay import replayed_scores
 from stabmon.interventions.soften_logits import SoftenLogits
-from tests.small import Attention
+from tests.support.intervention_runs import all_bits, differences, growth, make_run, run_of
+from tests.support.small_runs import Attention
 
 
 def sharp(name: str) -> object:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from interventions.runs import all_bits, differences, run_of, train_step
 from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.skip_step import SkipStep
+from tests.support.intervention_runs import all_bits, differences, run_of, train_step
 
 
 def spoil(run: TrainingRun, value: float) -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from interventions.runs import all_bits, differences, first_layer, growth, run_of, train_step
 from stabmon.interventions import INTERVENTIONS, Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.cap_learning_rate import CapLearningRate
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
@@ -28,6 +27,14 @@ from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.skip_step import SkipStep
 from stabmon.interventions.soften_logits import SoftenLogits
 from stabmon.interventions.stop import Stop
+from tests.support.intervention_runs import (
+    all_bits,
+    differences,
+    first_layer,
+    growth,
+    run_of,
+    train_step,
+)
 
 ACTS: dict[str, tuple[str, Callable[[], Intervention]]] = {
     "lower_learning_rate": ("gpt2-sdpa", lambda: LowerLearningRate(factor=0.5)),
@@ -194,7 +201,7 @@ def test_dropout_is_never_raised_above_its_most() -> None:
     ],
 )
 def test_a_temperature_divides_every_head_of_the_layer(name: str) -> None:
-    from interventions.runs import scores_of
+    from tests.support.intervention_runs import scores_of
 
     run = ready(name)
     layer = first_layer(run)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import CASES, ENGINES, Case, assert_statistic, plain, truth
 
 from stabmon.operator import STATISTICS, attention_operator, operator_of_scores
+from tests.support.operator_cases import CASES, ENGINES, Case, assert_statistic, plain, truth
 
 
 def check(case: Case, engine: str, float32: bool | None = None) -> None:

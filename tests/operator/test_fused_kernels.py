@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from operator_cases import CASES, assert_statistic, plain, truth
 from torch import Tensor
 
 from stabmon.operator import kernels
 from stabmon.operator.fused import FusedAttention
+from tests.support.operator_cases import CASES, assert_statistic, plain, truth
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import CASES, ENGINES, plain
 
 from stabmon.operator import STATISTICS, attention_operator, operator_of_scores
+from tests.support.operator_cases import CASES, ENGINES, plain
 
 QUERY, KEY = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import CASES, ENGINES, Case, assert_statistic, plain, truth
 
 from stabmon.operator import STATISTICS
+from tests.support.operator_cases import CASES, ENGINES, Case, assert_statistic, plain, truth
 
 FINITE_SCORES = [name for name in CASES if name != "large scores"]
 

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_leaves
 from stabmon.capture.masks.recover import recover_mask
 from stabmon.capture.provenance.axes import Axes
 from stabmon.capture.provenance.products import ScoreProvenance
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
 from stabmon.signals import SIGNALS
-from stabmon.signals.reduce import measure, operator_of
+from stabmon.signals.reduce import measure
 
 TOKENS, HEADS, DIM = 64, 2, 8
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from stabmon.report.maps import packed_maps
-from tests.report.records import causal
+from tests.support.analysis_records import causal
 
 
 def unpacked(packed: dict[str, Any]) -> list[np.ndarray]:

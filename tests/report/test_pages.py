@@ -12,7 +12,7 @@ import pytest
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.report.kinds import page_of
 from stabmon.report.page import encoded, for_page, render
-from tests.report import records
+from tests.support import analysis_records as records
 
 FLAGS = [
     "--headless",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stabmon.rules.entropy_collapse import EntropyCollapse
-from tests.rules.trajectories import (
+from tests.support.trajectories import (
     HEADS,
     LAYERS,
     alarms,

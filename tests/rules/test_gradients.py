@@ -7,7 +7,7 @@ import pytest
 
 from stabmon.rules.gradient_explosion import GradientExplosion
 from stabmon.rules.gradient_vanishing import GradientVanishing
-from tests.rules.trajectories import LAYERS, alarms, readings, run, shape, signals
+from tests.support.trajectories import LAYERS, alarms, readings, run, shape, signals
 
 
 def norms(whole, own=0.3, other=0.2):

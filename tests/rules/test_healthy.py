@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.rules.trajectories import alarms, falling_loss, info, readings, run, shape, signals
+from tests.support.trajectories import alarms, falling_loss, info, readings, run, shape, signals
 
 
 def gradient_norms(count: int, seed: int) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stabmon.rules.entropy_collapse import EntropyCollapse
 from stabmon.rules.logit_growth import LogitGrowth
-from tests.rules.trajectories import LAYERS, alarms, falling_loss, readings, run, shape, signals
+from tests.support.trajectories import LAYERS, alarms, falling_loss, readings, run, shape, signals
 
 
 def jumped(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stabmon.rules.loss_spike import LossSpike
-from tests.rules.trajectories import alarms, falling_loss, readings, run, shape
+from tests.support.trajectories import alarms, falling_loss, readings, run, shape
 
 
 def watched(loss, every=10):

@@ -10,7 +10,7 @@ import pytest
 
 from stabmon.records import Cause
 from stabmon.rules.non_finite import NonFinite
-from tests.rules.trajectories import LAYERS, bad, falling_loss, readings, run, shape, signals
+from tests.support.trajectories import LAYERS, bad, falling_loss, readings, run, shape, signals
 
 WELL = readings(
     signals(shape(np.full(8, 8.0)), shape(np.full(8, 0.5))),

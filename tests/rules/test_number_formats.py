@@ -5,7 +5,7 @@ import pytest
 
 from stabmon.rules.overflow_risk import OverflowRisk
 from stabmon.rules.precision_insufficient import PrecisionInsufficient
-from tests.rules.trajectories import info, readings, run, shape, signals
+from tests.support.trajectories import info, readings, run, shape, signals
 
 
 def products(value, dtype="float16", fused=False, count=1):

@@ -7,7 +7,7 @@ import pytest
 
 from stabmon.rules.attention_spike import AttentionSpike
 from stabmon.rules.high_curvature import HighCurvature
-from tests.rules.trajectories import LAYERS, readings, run, shape
+from tests.support.trajectories import LAYERS, readings, run, shape
 
 
 def stepped(name, before, after, noise=0.02):

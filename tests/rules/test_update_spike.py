@@ -8,7 +8,7 @@ import pytest
 from stabmon.records import Overshoot, QKUpdate, Reading
 from stabmon.rules.logit_growth import LogitGrowth
 from stabmon.rules.update_spike import UpdateSpike
-from tests.rules.trajectories import alarms, readings, run, shape, signals
+from tests.support.trajectories import alarms, readings, run, shape, signals
 
 
 def watched(rates, shares, every=10):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from signal_rows import operator_of_rows, random_call
 from torch import Tensor
 
 from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
 from stabmon.signals import hnf_log_curvature, hnf_log_curvature_bound, saturated_fraction
 from stabmon.signals.curvature import _largest_eigenvalue, _log_jacobian_eigenvalue
+from tests.support.signal_rows import operator_of_rows, random_call
 
 
 def curvature(query: Tensor, key: Tensor, beta: float, starts: int = 6) -> float:

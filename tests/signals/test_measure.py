@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from signal_rows import random_call
 
 from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
 from stabmon.signals import SIGNALS, measure
 from stabmon.signals.base import Signal, signal
-from stabmon.signals.reduce import operator_of
+from tests.support.signal_rows import random_call
 
 MEANS = {
     "attention_entropy",
@@ -230,7 +230,7 @@ def test_a_captured_call_becomes_its_operator() -> None:
 
 def test_a_signal_must_name_statistics_that_operators_give() -> None:
     with pytest.raises(
-        ValueError, match=r"no operator gives 'skewness'\. Known: collision, entropy"
+        ValueError, match=r"unknown statistic 'skewness'\. Known: collision, entropy"
     ):
         signal(unit="1", reduction="mean", needs=("skewness",))
 

@@ -21,7 +21,7 @@ from stabmon import AttentionAnalyzer
 from stabmon.operator import attention_operator
 from stabmon.signals import SIGNALS
 from stabmon.signals.reduce import measure
-from tests.small import same_readings
+from tests.support.small_runs import same_readings
 
 LENGTHS, WIDTH = (12, 7), 32
 SIZES = {
@@ -89,7 +89,7 @@ def torch_encoder(implementation):
 
 
 def hand_written(implementation):
-    from tests.small import Attention
+    from tests.support.small_runs import Attention
 
     class Masked(Attention):
         def forward(self, x, attention_mask):

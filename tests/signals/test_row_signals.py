@@ -14,7 +14,6 @@ import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from signal_rows import operator_of_rows, random_call, softmax
 from torch import Tensor
 
 from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
@@ -31,6 +30,7 @@ from stabmon.signals import (
     sink_mass,
     softmax_jacobian_norm,
 )
+from tests.support.signal_rows import operator_of_rows, random_call, softmax
 
 Oracle = Callable[[np.ndarray], np.ndarray]
 """Logits ``[B, H, Q, K]`` with -inf where hidden -> ``[B, H, Q]``."""

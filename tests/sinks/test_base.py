@@ -15,8 +15,7 @@ from stabmon.sinks.jsonl import JsonlSink
 from stabmon.sinks.mlflow import MlflowSink
 from stabmon.sinks.tensorboard import TensorboardSink
 from stabmon.sinks.wandb import WandbSink
-
-from .samples import META, issue, reading
+from tests.support.sample_records import META, issue, reading
 
 
 class Broken(Sink):

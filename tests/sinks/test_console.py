@@ -11,8 +11,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from stabmon.sinks import SINKS
 from stabmon.sinks.console import ConsoleSink
-
-from .samples import LAYERS, META, issue, reading
+from tests.support.sample_records import LAYERS, META, issue, reading
 
 SCALARS = {
     "attention/max_logit/max": 12.0,

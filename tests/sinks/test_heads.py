@@ -5,8 +5,7 @@ import numpy as np
 from stabmon.records import Reading
 from stabmon.sinks.head_images import colour_range, head_image, head_matrix, signal_names
 from stabmon.sinks.issue_table import COLUMNS, RecentIssues
-
-from .samples import issue
+from tests.support.sample_records import issue
 
 NAN = float("nan")
 

@@ -22,8 +22,7 @@ from stabmon._storage.strict_json import dumps, loads
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.jsonl import JsonlSink
 from stabmon.sinks.reader import read_records
-
-from .samples import LAYERS, META, issue, non_finite, reading, same
+from tests.support.sample_records import LAYERS, META, issue, non_finite, reading, same
 
 NAN, INF = float("nan"), float("inf")
 
@@ -53,7 +52,11 @@ def write(folder: Path, *records: object) -> None:
 def test_a_line_has_the_shape_of_the_contract(folder: Path) -> None:
     write(folder, reading(10), issue(10), {"step": 10, "intervention": "lower_learning_rate"})
     line = json.loads((folder / "readings.jsonl").read_text())
-    assert list(line)[:4] == ["schema_version", "step", "loss", "layers"]
+    assert list(line) == [
+        *("schema_version", "step", "loss", "layers", "learning_rate", "gradients", "query_key"),
+        *("losses", "micro_batches", "non_finite", "overhead_fraction", "learning_rates"),
+        *("rate_factors", "overshoot", "updates", "info", "run", "start"),
+    ]
     assert line["schema_version"] == 1
     assert line["layers"][LAYERS[1]]["attention_entropy"] == [1.01, 1.11, 1.21, 1.31]
     assert "nonfinite" not in line
@@ -162,7 +165,7 @@ def test_a_killed_run_leaves_every_complete_line_readable(folder: Path) -> None:
     code = f"""
 from pathlib import Path
 from stabmon.sinks.jsonl import JsonlSink
-from samples import META, issue, reading
+from tests.support.sample_records import META, issue, reading
 sink = JsonlSink()
 sink.open(Path({str(folder)!r}), META)
 step = 0
@@ -174,7 +177,7 @@ while True:
 """
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, cwd=Path(__file__).parent
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, cwd=Path(__file__).parents[2]
     ) as run:
         assert run.stdout is not None
         written = 0

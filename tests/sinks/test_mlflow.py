@@ -11,8 +11,7 @@ import pytest
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.mlflow import MlflowSink
 from stabmon.sinks.scalars import dashboard_scalars
-
-from .samples import META, issue, reading
+from tests.support.sample_records import META, issue, reading
 
 
 @pytest.fixture(autouse=True)

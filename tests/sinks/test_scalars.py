@@ -5,8 +5,7 @@ import pytest
 
 from stabmon.records import Reading
 from stabmon.sinks.scalars import dashboard_scalars
-
-from .samples import issue, reading
+from tests.support.sample_records import issue, reading
 
 NAN, INF = float("nan"), float("inf")
 

@@ -9,8 +9,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.tensorboard import TensorboardSink
-
-from .samples import LAYERS, META, issue, reading
+from tests.support.sample_records import LAYERS, META, issue, reading
 
 
 def read(folder: Path):  # type: ignore[no-untyped-def]

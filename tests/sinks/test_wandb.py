@@ -14,8 +14,7 @@ import wandb
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.wandb import WandbSink
-
-from .samples import LAYERS, META, issue, reading
+from tests.support.sample_records import LAYERS, META, issue, reading
 
 
 @pytest.fixture(autouse=True)

@@ -20,8 +20,8 @@ from stabmon.analysis.patterns.layer_scan import is_causal_call
 from stabmon.analysis.rollout.stacks import CallReader
 from stabmon.capture.function_mode import isolated
 from stabmon.capture.intercept import AttentionSite, intercepted
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 LEAST_KEEP = 8
 """Smallest number of keys to try; no advice below twice as many visible keys."""

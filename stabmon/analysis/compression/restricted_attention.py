@@ -9,6 +9,7 @@ from stabmon.analysis.compression.key_choices import GroupedKeys, KeyChoice
 from stabmon.analysis.dtypes import compute_dtype
 from stabmon.analysis.patterns.context_rows import visible_keys
 from stabmon.operator import AttentionOperator
+from stabmon.operator.row_weights import logits_of
 
 
 def restricted_attention(
@@ -43,7 +44,7 @@ def restricted_attention(
         cols = slice(0, a.visibility.key_range(rows.start, rows.stop)[1])
         if cols.stop == 0:
             continue
-        logits = a._logits_of(rows, cols, slice(0, a.batch), slice(0, a.heads))
+        logits = logits_of(a, rows, cols, slice(0, a.batch), slice(0, a.heads))
         visible = visible_keys(a, rows, cols)
         kept = choice.kept(rows, visible, logits)
         logits = logits.masked_fill(~kept, -torch.inf)

@@ -23,8 +23,8 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.report import CakeReport
 from stabmon.analysis.kv_cache.seen import SeenLayer, stages_of
 from stabmon.analysis.kv_cache.sharing import Sharing
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 
 def simulate_cake(

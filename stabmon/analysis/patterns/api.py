@@ -20,8 +20,8 @@ from stabmon.analysis.patterns.role_masses import RolePattern
 from stabmon.analysis.patterns.similarity import layer_similarity
 from stabmon.analysis.rollout.stacks import CallReader
 from stabmon.operator import AttentionOperator
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 ADVICE_WEIGHTS = 1 << 28
 """Largest number of attention weights per forward, over all layers, for advice.

@@ -23,8 +23,8 @@ from stabmon.analysis.patterns.context_rows import (
 from stabmon.analysis.patterns.evolution import PatternEvolution, stacked
 from stabmon.analysis.rollout.stacks import CallReader
 from stabmon.capture import AttentionCapture
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 
 def patterns_over_generation(

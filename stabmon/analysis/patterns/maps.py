@@ -15,7 +15,7 @@ from stabmon.analysis.dtypes import compute_dtype
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.operator import AttentionOperator
-from stabmon.signals.reduce import operator_of
+from stabmon.operator.from_call import operator_of
 
 MAX_SIZE = 512
 """Largest number of pixels of a map in each direction."""

@@ -12,8 +12,8 @@ from torch import nn
 from stabmon.analysis.forward import run_model
 from stabmon.analysis.patterns.layer_scan import chosen_queries
 from stabmon.analysis.record import AnalysisRecord
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 
 @dataclass(frozen=True, eq=False)

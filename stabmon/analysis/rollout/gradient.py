@@ -29,8 +29,8 @@ from stabmon.analysis.rollout.objectives import Objective, objective_of
 from stabmon.analysis.rollout.positions import Positions
 from stabmon.capture.intercept import AttentionSite, intercepted
 from stabmon.capture.layout import layout
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stabmon.operator import AttentionOperator
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 HeadFusion = Literal["mean", "max", "min"]
 FUSIONS: frozenset[str] = frozenset(get_args(HeadFusion))

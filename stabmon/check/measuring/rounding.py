@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from stabmon.operator.dense import DenseAttention
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 PATHS = ("eager", "fused")
 _ENTRIES = 1 << 22

@@ -14,8 +14,8 @@ from stabmon.analysis.forward import run_model
 from stabmon.cli.analyzing.inputs import Inputs
 from stabmon.cli.analyzing.options import AnalyzeOptions
 from stabmon.cli.analyzing.parsing import parsed_numbers
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 
 @dataclass(frozen=True)

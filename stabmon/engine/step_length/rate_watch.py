@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stabmon._storage.stored_value import Stored, stored_numbers, stored_overshoot
+from stabmon._storage.stored_value import Stored
 from stabmon.engine.step_length.probe import StepQuality
 from stabmon.records import Overshoot
 from stabmon.rules.evidence.robust_stats import robust_spread
@@ -212,7 +212,7 @@ class RateWatch:
             "risen": self._risen,
             "burst": [asdict(each) for each in self._burst],
             "losses": list(self._losses),
-            "found": None if self.found is None else asdict(self.found),
+            "found": None if self.found is None else self.found.to_dict(),
         }
 
     def parse_state(self, state: Mapping[str, Any] | Stored | None) -> Callable[[], None]:
@@ -225,7 +225,7 @@ class RateWatch:
         saved, fresh = Stored.of(state), RateWatch()
         if saved.value is None:
             return lambda: None
-        fresh._probed, fresh._fine = stored_numbers(saved["probed"]), stored_numbers(saved["fine"])
+        fresh._probed, fresh._fine = saved["probed"].numbers(), saved["fine"].numbers()
         fresh._first = saved["first"].maybe(Stored.integer)
         fresh._risen = fresh._step = saved["risen"].integer()
         fresh._burst = [
@@ -233,7 +233,7 @@ class RateWatch:
             for each in saved["burst"].parts()
         ]
         fresh._losses.extend(each.number() for each in saved["losses"].parts())
-        fresh.found = saved["found"].maybe(stored_overshoot)
+        fresh.found = saved["found"].maybe(Overshoot.from_dict)
         return lambda: vars(self).update(vars(fresh))
 
     def _note(self, rates: Mapping[str, float]) -> None:

@@ -170,7 +170,7 @@ class ScoreClip(HeldEffect):
         limits = [[layer, head, limit] for (layer, head), limit in self.limits.items()]
         anew = None if self._anew is None else self._anew.first
         return {
-            "targets": targets,
+            "aims": targets,
             "limits": limits,
             "anew": anew,
             "proven": dict(self.proven),

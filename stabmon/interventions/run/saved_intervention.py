@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from stabmon._storage.stored_value import Stored, stored_issue
+from stabmon._settings import Layer, read, renamed_settings, setting_names
+from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import INTERVENTIONS, Intervention
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
+from stabmon.records import StabilityIssue
 
 logger = logging.getLogger("stabmon")
 
@@ -35,7 +37,7 @@ class SavedAct:
         """
         name, settings = saved["intervention"].text(), dict(saved["settings"].mapping())
         active, effect = saved["active"].flag(), saved["effect"]
-        issues = [stored_issue(each) for each in saved["issues"].parts()]
+        issues = [StabilityIssue.from_dict(each) for each in saved["issues"].parts()]
         state = {
             "step": saved["step"].integer(),
             "record": saved["record"].mapping(),
@@ -48,21 +50,11 @@ class SavedAct:
         if name not in INTERVENTIONS:
             saved.leave_out(f"no intervention {name!r} is known any more")
             return None
-        kinds = {
-            f.name: f.default
-            for f in fields(INTERVENTIONS[name])
-            if f.name not in ("issues", "why")
-        }
-        for each in settings.keys() - kinds.keys():
+        kind = INTERVENTIONS[name]
+        for each in settings.keys() - set(setting_names(kind)) - renamed_settings(kind).keys():
             saved["settings"][each].leave_out(f"{name} has no such setting any more")
             del settings[each]
-        for each, value in settings.items():
-            if isinstance(kinds[each], bool) and not isinstance(value, bool):
-                raise ValueError(f"{saved.where}.settings.{each} is {value!r}, not true or false")
-        try:
-            act = INTERVENTIONS[name](**settings).aimed_at(issues, why)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{saved.where}.settings: {error}") from None
+        act = read(kind, Layer(settings, f"{saved.where}.settings")).aimed_at(issues, why)
         if active:
             act.check_saved(effect)
         return cls(act, state, active, by_hand, for_one_step)

@@ -14,8 +14,8 @@ from torch import Tensor
 from stabmon._torch.forward_call import is_split
 from stabmon.capture import AttentionCapture
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals.reduce import operator_of
 
 
 def can_replay(run: TrainingRun) -> bool:

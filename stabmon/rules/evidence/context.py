@@ -41,7 +41,7 @@ def context_of(
     return {
         "learning_rate": math.nan if rate is None else rate,
         "log_slope_per_rate": log_slope / rate if rate else math.nan,
-        "query_key_update": math.nan if step is None else step.share,
+        "query_key_update": math.nan if step is None else step.relative_update,
         "query_key_gradient": step.gradient / step.weight if step and step.weight else math.nan,
         "loss_change": float(np.median(newer) - np.median(older)) if len(known) >= 8 else math.nan,
     }

@@ -66,7 +66,7 @@ class _Course:
         scale = np.array([abs(r.info[layer].scale) for r in readings])
         moved = [r.query_key.get(layer) for r in readings]
         weight = np.array([math.nan if each is None else each.weight for each in moved])
-        share = np.array([math.nan if each is None else each.share for each in moved])
+        share = np.array([math.nan if each is None else each.relative_update for each in moved])
         passed = np.diff(steps)
         with np.errstate(divide="ignore", invalid="ignore"):
             of_scale, of_weight = np.diff(np.log(scale)), 2 * np.diff(np.log(weight))

@@ -18,8 +18,9 @@ def update_share(reading: Reading) -> float:
 
     NaN where it is unknown.
     """
-    shares = [moved.share for moved in reading.query_key.values() if np.isfinite(moved.share)]
-    return float(np.median(shares)) if shares else float("nan")
+    shares = np.array([moved.relative_update for moved in reading.query_key.values()])
+    known = shares[np.isfinite(shares)]
+    return float(np.median(known)) if len(known) else float("nan")
 
 
 def rates_of_groups(history: History) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stabmon._storage.stored_value import Stored, stored_issue
+from stabmon._storage.stored_value import Stored
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
 from stabmon.rules.base import RULES, Rule, rule_name, rule_of, worsened
 from stabmon.rules.tracking.history import History
@@ -147,7 +147,7 @@ class IssueTracker:
         saved = Stored.of(state)
         opened = [
             _Open(
-                stored_issue(each["issue"]),
+                StabilityIssue.from_dict(each["issue"]),
                 each["rule"].text(),
                 each["since"].integer(),
                 each["absent"].integer(),
@@ -156,7 +156,7 @@ class IssueTracker:
             if self._is_known(each["rule"])
         ]
         closed = [
-            _Closed(stored_issue(each["issue"]), each["step"].integer())
+            _Closed(StabilityIssue.from_dict(each["issue"]), each["step"].integer())
             for each in saved["closed"].parts()
         ]
         self.history.load_state_dict(saved["history"], signals)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from stabmon._storage.stored_value import Stored, stored_overshoot
+from stabmon._storage.stored_value import Stored
 from stabmon.records import LayerInfo, Overshoot, Reading, head_count
 from stabmon.rules.tracking.history_table import Columns, Table
 from stabmon.rules.tracking.stored_reading import (
     reading_state,
     step_and_loss,
-    stored_layer_info,
     stored_reading,
 )
 
@@ -195,10 +193,10 @@ class ReadingArrays:
         """
         return {
             "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
-            "info": {layer: asdict(info) for layer, info in self.info.items()},
+            "info": {layer: info.to_dict() for layer, info in self.info.items()},
             "losses": [list(pair) for pair in self.losses],
             "readings": [reading_state(reading) for reading in self.readings],
-            "overshoot": None if self._overshoot is None else asdict(self._overshoot),
+            "overshoot": None if self._overshoot is None else self._overshoot.to_dict(),
             "signals": {name: table.state_dict() for name, table in self._tables.items()},
         }
 
@@ -217,7 +215,7 @@ class ReadingArrays:
         saved, fresh = Stored.of(state), type(self)(self.length, self.baseline_length)
         for layer, heads in saved["heads"].items():
             fresh._place(layer, heads.integer())
-        fresh.info = {layer: stored_layer_info(info) for layer, info in saved["info"].items()}
+        fresh.info = {layer: LayerInfo.from_dict(info) for layer, info in saved["info"].items()}
         losses = [step_and_loss(pair) for pair in saved["losses"].parts()]
         fresh.losses = losses[-_LOSSES_PER_READING * self.length :]
         count = len(saved["readings"].parts())
@@ -239,7 +237,7 @@ class ReadingArrays:
             reading = stored_reading(each, fresh.info, fresh._values(row), dropped)
             fresh.readings.append(reading)
             fresh._add_columns(reading)
-        fresh._overshoot = saved.get("overshoot", None).maybe(stored_overshoot)
+        fresh._overshoot = saved.get("overshoot", None).maybe(Overshoot.from_dict)
         vars(self).update(vars(fresh))
 
     def _drop_unsampled(self) -> None:

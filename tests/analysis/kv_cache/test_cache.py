@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stabmon.analysis.kv_cache import POLICIES, CompressedCache, compressed_generate, simulate_cake
-from tests.analysis.kv_cache.models import (
+from tests.support.cache_models import (
     MAKERS,
     SIZES,
     TOKENS,

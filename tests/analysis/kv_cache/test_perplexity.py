@@ -14,7 +14,7 @@ from stabmon.analysis.kv_cache import perplexity_by_cache_size, simulate_cake
 from stabmon.analysis.kv_cache.cache.decode import log_probability
 from stabmon.analysis.kv_cache.prefill import Prefill
 from stabmon.analysis.record import load_record, save_record
-from tests.analysis.kv_cache.models import compressed, gemma3, llama, masked_forward, tokens
+from tests.support.cache_models import compressed, gemma3, llama, masked_forward, tokens
 
 CONTEXT, NEW, WINDOW = 40, 9, 6
 POLICIES = ["cake", "snapkv", "h2o", "recency", "random", "ada_snapkv"]

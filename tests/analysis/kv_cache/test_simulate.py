@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 from stabmon.analysis.kv_cache import compressed_generate, simulate_cache, simulate_cake
 from stabmon.analysis.kv_cache.budgets import filled
 from stabmon.analysis.record import load_record, save_record
-from tests.analysis.kv_cache.models import MAKERS, gemma3, llama, tokens
+from tests.support.cache_models import MAKERS, gemma3, llama, tokens
 
 LENGTH, WINDOW, CACHE = 48, 8, 20
 WITHIN = 1e-4

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-
-import stabmon
 from gpu_checks.harness import Check, Found, Place
 from gpu_checks.models import FAMILIES, tokens
+
+import stabmon
 from stabmon.analysis import (
     attention_patterns,
     attention_rollout,

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import stabmon
 from gpu_checks.harness import Check, Found, Place, Skipped
 from gpu_checks.models import FAMILIES, tokens
+
+import stabmon
 
 WARM = 36
 """Steps before any is timed: the first are probed, at 32 the last."""

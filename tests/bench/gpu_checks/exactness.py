@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from gpu_checks.harness import Check, Found, Place, Skipped
 from torch import Tensor
 
 import stabmon
-from gpu_checks.harness import Check, Found, Place, Skipped
 from stabmon.operator import attention_operator
 from stabmon.signals import measure
 

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-
 from gpu_checks.harness import Check, Found, Place, Skipped
 from gpu_checks.models import gpt2, llama, tokens
+from torch.utils.data import DataLoader, Dataset
 
 STEPS, EVERY, BATCH, LENGTH = 24, 5, 4, 64
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import guard_rates as rates
 import torch
+from gpu_checks.harness import Check, Found, Place, Skipped, bits_of, unequal
 from testbed.inject_fault import FAULTS as INJECTED
 from torch import nn
 
 import stabmon
-from gpu_checks.harness import Check, Found, Place, Skipped, bits_of, unequal
 
 RATE, EVERY, TAIL, MARGIN = 3.6e-3, 5, 30, 0.15
 """Learning rate (about the right one), sampling interval, steps averaged for a final loss, and nats

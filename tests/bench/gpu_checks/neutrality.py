@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from gpu_checks.harness import Check, Found, Place, Skipped, bits_of, unequal
+from gpu_checks.models import FAMILIES, tokens
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import stabmon
-from gpu_checks.harness import Check, Found, Place, Skipped, bits_of, unequal
-from gpu_checks.models import FAMILIES, tokens
 
 BATCH, LENGTH = 4, 128
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

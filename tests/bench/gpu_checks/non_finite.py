@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from gpu_checks.harness import Check, Found, Place
+from gpu_checks.models import llama, tokens
 from torch import nn
 
 import stabmon
-from gpu_checks.harness import Check, Found, Place
-from gpu_checks.models import llama, tokens
 
 LAYERS, AT, LENGTH = 3, 12, 64
 

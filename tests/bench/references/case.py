@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from references.formulas import Attention
+from torch import Tensor, nn
 
 Batch = dict[str, Any]
 

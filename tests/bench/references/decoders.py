@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from references.case import Batch, Call, Case, liven, padded, spread_heads, tokens, using
 from references.formulas import Attention, dot, project, rms_norm, rope, visible
+from torch import Tensor, nn
 
 VOCABULARY, LAYERS, HEADS, KEY_HEADS, WIDTH, LENGTH, WINDOW, CAP = 96, 2, 4, 2, 64, 200, 50, 20.0
 SMALL: dict[str, Any] = {

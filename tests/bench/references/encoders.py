@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from albert import REACTIONS, load_albert
-from torch import Tensor, nn
-
 from references.case import Batch, Call, Case, liven, padded, spread_heads, tokens, using
 from references.formulas import Attention, dot, project, visible
+from torch import Tensor, nn
 
 VOCABULARY, LAYERS, HEADS, WIDTH, LENGTH = 96, 2, 4, 64, 40
 SMALL: dict[str, Any] = {

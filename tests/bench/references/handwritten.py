@@ -9,10 +9,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from references.case import Batch, Call, Case, liven, spread_heads, tokens
 from references.formulas import Attention, dot, project, visible
+from torch import Tensor, nn
 
 VOCABULARY, LAYERS, HEADS, WIDTH, LENGTH = 96, 2, 4, 64, 48
 

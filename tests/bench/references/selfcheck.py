@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
-
 from references.case import Batch, Case, record_calls
 from references.formulas import probabilities
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 class LiftFloat32(TorchFunctionMode):

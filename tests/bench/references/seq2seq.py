@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-
 from references.case import Batch, Call, Case, liven, padded, spread_heads, tokens, using
 from references.formulas import Attention, dot, project, t5_bias, visible
+from torch import nn
 
 VOCABULARY, LAYERS, HEADS, WIDTH, SOURCE, TARGET = 96, 2, 4, 64, 40, 24
 BUCKETS, FURTHEST = 16, 24

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+from testbed.cases import Case
+from testbed.models import attention_modules, build
 
 from stabmon.config import load_config
 from stabmon.records import Reading
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
-from testbed.cases import Case
-from testbed.models import attention_modules, build
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
 from testbed.recipes import KINDS, Recipe, recipes
 from testbed.trainer import Run, train
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 Job = tuple[Recipe, str | None, int]
 """Recipe, the monitor's configuration (None for no monitor) and its interval."""

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 
 import torch
 from inject_fault import query_key_weights
-from torch import Tensor, nn
-
 from testbed.models import attention_modules
+from torch import Tensor, nn
 
 
 class Fault:

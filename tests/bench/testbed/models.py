@@ -11,10 +11,10 @@ from typing import Any
 import gpt
 import torch
 import torch.nn.functional as F
+from testbed.recipes import Shape
 from torch import Tensor, nn
 
 from stabmon.tiny.corpus import VOCABULARY
-from testbed.recipes import Shape
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

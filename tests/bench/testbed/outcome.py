@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-
 from testbed.trainer import Run
 
 MARGIN = 0.10

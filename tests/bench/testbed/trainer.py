@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from testbed.inject_fault import FAULTS
+from testbed.models import build
+from testbed.recipes import Recipe
 from torch import Tensor, nn
 
 import stabmon
@@ -18,9 +21,6 @@ import stabmon.tiny.recipe as optimizing
 from stabmon.records import Reading
 from stabmon.sinks import Sink
 from stabmon.tiny.corpus import default_text, library_text
-from testbed.inject_fault import FAULTS
-from testbed.models import build
-from testbed.recipes import Recipe
 
 GIVEN_UP = 40
 """Steps in a row without a finite loss before a run is given up."""

@@ -21,7 +21,7 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 from stabmon.analysis.kv_cache.sharing import Sharing
 from stabmon.capture.function_mode import isolated
 from stabmon.capture.intercept import AttentionSite, intercepted
-from stabmon.signals.reduce import operator_of
+from stabmon.operator.from_call import operator_of
 
 
 class CompressedCache:

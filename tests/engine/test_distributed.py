@@ -1,0 +1,343 @@
+"""Two processes that talk by gloo: what they report together, and that neither is ever left
+waiting.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import stabmon
+from stabmon.engine import rank_reducer as distributed
+from stabmon.records import NonFinite
+from tests.support.small_runs import (
+    batches,
+    gpt2,
+    lines,
+    optimizer_of,
+    same_readings,
+    train,
+    weights,
+)
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """Runs every scenario below in one pair of processes; gives a function from a scenario to (what
+    each rank gave, its folder).
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_start, args=(rank, str(folder))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    hung = [process for process in processes if process.is_alive()]
+    for process in hung:
+        process.kill()
+    assert not hung, "a rank was left waiting"
+    assert [process.exitcode for process in processes] == [0, 0]
+
+    def given(scenario):
+        own = folder / scenario.__name__
+        return [torch.load(own / f"given-{rank}", weights_only=False) for rank in range(2)], own
+
+    return given
+
+
+def _start(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    for scenario in SCENARIOS:
+        own = Path(folder, scenario.__name__)
+        own.mkdir(exist_ok=True)
+        torch.save(scenario(rank, str(own)), own / f"given-{rank}")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def watch(model, optimizer, folder=None, **options):
+    given = {"sinks": ["jsonl"], "log_every": 2, "reduce_ranks": True, "run_dir": folder} | options
+    return stabmon.AttentionStabilityMonitor(model, optimizer, config="observe", **given)
+
+
+def parallel(model):
+    """Half of each batch on either rank, with what makes replays dangerous: buffers that DDP
+    broadcasts.
+    """
+    model.register_buffer("counted", torch.zeros(3))
+    return DistributedDataParallel(model, broadcast_buffers=True)
+
+
+def train_in_parallel(rank, folder):
+    results = {}
+    for watched in (False, True):
+        model = gpt2()
+        ddp = parallel(model)
+        optimizer = optimizer_of(model)
+        monitor = watch(ddp, optimizer, folder) if watched else None
+        data = [tokens[rank::2] for tokens in batches(4, rows=8)]
+        given = train(model, monitor, optimizer, data, called=ddp)
+        results[watched] = weights(model)
+    monitor.close()
+    return [each and each.readings[-1] for each in given], results, dict(monitor.errors)
+
+
+def test_readings_are_those_of_the_whole_batch_and_gradients_are_unchanged(on_two_ranks):
+    given, folder = on_two_ranks(train_in_parallel)
+    model = gpt2()
+    optimizer = optimizer_of(model)
+    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=2)
+    whole = train(model, monitor, optimizer, batches(4, rows=8))
+    monitor.close()
+    for readings, results, errors in given:
+        assert errors == {}
+        assert [bool(each) for each in readings] == [False, True, False, True]
+        assert all(same_readings(readings[i].layers, whole[i].stats, 1e-4) for i in (1, 3))
+        assert readings[1].gradients[""] == pytest.approx(
+            whole[1].readings[-1].gradients[""], rel=1e-3
+        )
+        assert all(torch.equal(results[False][name], results[True][name]) for name in results[True])
+    assert same_readings(given[0][0][1].layers, given[1][0][1].layers)
+    assert [each["step"] for each in lines(folder / "stabmon" / "readings.jsonl")] == [2, 4]
+
+
+def train_with_faults(rank, folder):
+    """Measuring fails on rank 1 at the first and the third sample."""
+    model = gpt2()
+    ddp = parallel(model)
+    optimizer = optimizer_of(model)
+    monitor = watch(ddp, optimizer, log_every=1, sinks=[])
+    measured, samples = monitor._observer.measurements.add, []
+
+    def fails(call):
+        if rank == 1 and monitor.step in (0, 2):
+            raise MemoryError("planted")
+        measured(call)
+
+    monitor._observer.measurements.add = fails
+    for tokens in batches(4, rows=8):
+        samples += train(model, monitor, optimizer, [tokens[rank::2]], called=ddp)
+    monitor.close()
+    return [each.stats for each in samples], dict(monitor.errors)
+
+
+def test_a_rank_whose_measuring_fails_holds_up_nobody(on_two_ranks):
+    ((first, errors), (second, errors_there)), _ = on_two_ranks(train_with_faults)
+    assert errors == {}
+    assert errors_there == {"capture": 4}
+    assert [bool(each) for each in first] == [True] * 4
+    assert [bool(each) for each in second] == [False, True, False, True]
+    assert same_readings(first[1], second[1])
+    assert same_readings(first[3], second[3])
+
+
+def train_into_a_nan(rank, folder):
+    """The second rank's batch holds a token whose embedding is NaN there alone; DDP spreads it."""
+    model = gpt2()
+    ddp = parallel(model)
+    optimizer = optimizer_of(model)
+    monitor = watch(ddp, optimizer, folder, log_every=50)
+    given = []
+    for step, tokens in enumerate(batches(6, rows=8), start=1):
+        if step == 3 and rank == 1:
+            with torch.no_grad():
+                model.transformer.h[1].attn.c_attn.weight[0, 8] = math.nan
+        given += train(model, monitor, optimizer, [tokens[rank::2]], called=ddp)
+    monitor.close()
+    return [issue for each in given if each for issue in each.issues], dict(monitor.errors)
+
+
+def test_a_nan_on_another_rank_is_named_by_the_one_that_writes(on_two_ranks):
+    ((issues, errors), (_, errors_there)), folder = on_two_ranks(train_into_a_nan)
+    assert errors == errors_there == {}
+    (issue,) = issues
+    assert (issue.step, issue.layer, issue.head) == (3, "transformer.h.1.attn.c_attn", 1)
+    assert issue.evidence["detail"].endswith("(rank 1)")
+    assert [each["step"] for each in lines(folder / "stabmon" / "issues.jsonl")] == [3]
+
+
+def share_alone(rank, folder):
+    distributed._WAIT = timedelta(seconds=1)  # from here on in this process
+    reducer = distributed.RankReducer(nn.Linear(2, 2))
+    found = NonFinite(3, "gradient", None, None, "all gradients", "9 of 9")
+    began = time.perf_counter()
+    shared = reducer.share(found, 3) if rank == 0 else None
+    return shared, time.perf_counter() - began
+
+
+def test_a_finding_that_no_other_rank_has_is_waited_for_in_vain_but_not_long(on_two_ranks):
+    ((shared, seconds), _), _ = on_two_ranks(share_alone)
+    assert shared.tensor == "all gradients"
+    assert 0.9 < seconds < 20
+
+
+def train_fully_sharded(rank, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    model = gpt2()
+    for layer in model.transformer.h:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = optimizer_of(model)
+    monitor = watch(model, optimizer, folder, log_every=2)
+    given = []
+    for step, tokens in enumerate(batches(5, rows=8), start=1):
+        if step == 5 and rank == 1:
+            weight = model.transformer.h[1].mlp.c_fc.weight.to_local()
+            with torch.no_grad():
+                weight[0, 0] = math.nan
+        given += train(model, monitor, optimizer, [tokens[rank::2]], called=model)
+    monitor.close()
+    return (
+        [each and each.stats for each in given],
+        [issue for each in given if each for issue in each.issues],
+        dict(monitor.errors),
+    )
+
+
+def test_fully_sharded_models_are_read_and_hang_nowhere(on_two_ranks):
+    given, _ = on_two_ranks(train_fully_sharded)
+    model = gpt2()
+    optimizer = optimizer_of(model)
+    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=2)
+    whole = train(model, monitor, optimizer, batches(2, rows=8))
+    monitor.close()
+    for stats, issues, errors in given:
+        assert errors == {}
+        assert list(stats[1]) == ["transformer.h.0.attn", "transformer.h.1.attn"]
+        assert same_readings(stats[1], whole[1].stats, 1e-3)
+        assert [issue.step for issue in issues] == [5]
+
+
+def start_callbacks(rank, folder):
+    """On rank 1 the callback cannot start."""
+    from transformers import Trainer, TrainingArguments
+
+    from stabmon.integrations import transformers
+    from tests.support.small_runs import Tokens
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29517",
+    }
+    if rank == 1:
+        transformers.AttentionStabilityMonitor = lambda *_, **__: 1 / 0
+    callback = transformers.StabilityCallback("observe", log_every=2, sinks=["jsonl"])
+    arguments = TrainingArguments(
+        folder + "/out",
+        use_cpu=True,
+        max_steps=4,
+        per_device_train_batch_size=4,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(gpt2(), arguments, train_dataset=Tokens(), callbacks=[callback])
+    trainer.train()
+    return callback.monitor is not None and [
+        reading.step for reading in callback.monitor._tracker.history.readings
+    ]
+
+
+def test_where_one_rank_cannot_start_watching_the_others_report_alone(on_two_ranks):
+    steps, folder = on_two_ranks(start_callbacks)
+    assert steps == [[2, 4], False]
+    assert [each["step"] for each in lines(folder / "out" / "stabmon" / "readings.jsonl")] == [2, 4]
+
+
+def train_under_guard(rank, folder):
+    """Both ranks spoil the first layer after step 4, each on its own half of each batch; the second
+    time without telling each other.
+    """
+    outcomes = []
+    for together in (True, False):
+        model = gpt2()
+        ddp = parallel(model)
+        optimizer = optimizer_of(model, 1e-3)
+        monitor = stabmon.AttentionStabilityMonitor(
+            ddp,
+            optimizer,
+            config="guard",
+            sinks=["jsonl"],
+            log_every=1,
+            reduce_ranks=together,
+            run_dir=f"{folder}/{together}",
+        )
+        for step in range(1, 9):
+            tokens = torch.randint(3, 32, (8, 48), generator=torch.Generator().manual_seed(step))[
+                rank::2
+            ]
+            optimizer.zero_grad()
+            loss = ddp(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            if step == 4:
+                with torch.no_grad():
+                    model.transformer.h[0].attn.c_attn.weight[:, :64].mul_(60.0)
+            monitor.on_step(loss=loss)
+        monitor.close()
+        acts = [(each.intervention.name, each.step) for each in monitor.applied]
+        outcomes.append((acts, weights(model), dict(monitor.errors)))
+    return outcomes
+
+
+def test_under_guard_all_ranks_do_the_same_and_none_acts_alone(on_two_ranks):
+    (first, second), folder = on_two_ranks(train_under_guard)
+    for (acts, bits, errors), (acts_there, bits_there, errors_there) in zip(
+        first, second, strict=True
+    ):
+        assert errors == errors_there == {}
+        assert acts == acts_there
+        assert all(torch.equal(bits[name], bits_there[name]) for name in bits)
+    assert ("qk_clip", 5) in first[0][0]
+    assert first[1][0] == []
+    audit = lines(folder / "True" / "stabmon" / "interventions.jsonl")
+    assert [
+        each["step"]
+        for each in audit
+        if each["intervention"] == "qk_clip" and each["action"] == "applied"
+    ] == [5]
+
+
+SCENARIOS = (
+    train_in_parallel,
+    train_with_faults,
+    train_into_a_nan,
+    share_alone,
+    train_fully_sharded,
+    train_under_guard,
+    start_callbacks,
+)
+
+
+def test_one_process_alone_is_rank_0_of_1_and_hears_nobody():
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.on_all_ranks(True)
+    assert not distributed.on_all_ranks(False)
+    reducer = distributed.RankReducer(nn.Linear(2, 2))
+    assert not reducer.active
+    assert reducer.reduce({}) == {}
+    found = NonFinite(3, "loss", None, None, "loss")
+    assert reducer.share(found, 3) is found
