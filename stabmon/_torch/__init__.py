@@ -1,3 +1,4 @@
-"""Use torch: what stabmon needs of tensors, optimizers and process groups. Imports nothing of
-stabmon.
+"""Torch as stabmon uses it: tensors, optimizers and process groups.
+
+Imports nothing of stabmon.
 """

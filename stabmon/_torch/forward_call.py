@@ -1,4 +1,4 @@
-"""Make the forwards of a step once more, just as they were, and leave no trace."""
+"""Forwards of a step, recorded so that they can be replayed without side effects."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from stabmon._torch.isolation import side_effect_free
 from stabmon._torch.tensors import is_sharded, tensors_in, without_graph
 
 _KEEP_BYTES = 1 << 26
-"""Inputs of one step that are kept for a replay, its first forward's in any case."""
+"""Bytes of inputs of one step that are kept; its first forward's in any case."""
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """The global random generators of torch on the CPU and on the current CUDA device."""
+    """State of torch's random generators on the CPU and the current CUDA device."""
 
     cpu: Tensor
     cuda: Tensor | None
 
     @classmethod
     def now(cls) -> RandomState:
-        """The state at this moment; costs microseconds and no device synchronisation."""
+        """Return the present state; costs microseconds and no device synchronisation."""
         readable = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if readable else None)
 
@@ -39,8 +39,9 @@ class RandomState:
 
 @dataclass(frozen=True)
 class ForwardCall:
-    """An outermost call into the model, with all it takes to make it again. Keeps its inputs alive,
-    but no graph behind them.
+    """Outermost call into the model, with all that a replay needs.
+
+    Keeps its inputs alive, but no graph behind them.
     """
 
     module: nn.Module
@@ -48,26 +49,35 @@ class ForwardCall:
     kwargs: Mapping[str, Any]
     random_state: RandomState
     autocast: Mapping[str, tuple[bool, torch.dtype]]
-    """Device type -> whether autocast was on, and to what."""
+    """Device type -> whether autocast was on, and its dtype."""
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardCall:
-        """The call that is about to be made."""
+        """Return the call that is about to be made.
+
+        Args:
+            module: the module to be called.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+        """
         return cls(
             module, without_graph(args), without_graph(kwargs), RandomState.now(), _autocast_now()
         )
 
     def inputs(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor given to the model, by its argument's name or position."""
+        """Return every tensor given to the model, by its argument's name or position."""
         named = {f"argument {i}": value for i, value in enumerate(self.args)} | dict(self.kwargs)
         return ((name, tensor) for name, value in named.items() for tensor in tensors_in(value))
 
     @contextmanager
     def again(self, model: nn.Module) -> Iterator[Callable[[], Any]]:
-        """Gives a function that makes the call, uncompiled, without gradients unless they are
-        turned on, and without other ranks.
+        """Yield a function that makes the call once more.
 
-        When left, ``model`` and the random generators are as they were.
+        Uncompiled, without gradients unless they are turned on, and without other ranks. When it is
+        left, ``model`` and the random generators are as they were.
+
+        Args:
+            model: the whole model, whose state is restored.
         """
         module = self.module
         while isinstance(module, nn.parallel.DistributedDataParallel):
@@ -82,17 +92,19 @@ class ForwardCall:
 
 
 class StepForwards:
-    """The forwards of a step so far, those whose inputs fit into a bounded memory to be
-    replayed.
+    """Forwards of a step so far.
+
+    Those whose inputs fit into a bounded memory are kept to be replayed.
     """
 
     def __init__(self) -> None:
         self.calls: list[ForwardCall] = []
         self.count = 0
-        """How often what was called first has been called: once a micro-batch."""
+        """Number of calls of the module that was called first: one for each micro-batch."""
         self.shares = False
-        """Whether each forward's loss is its share of the step's loss: transformers tells by
-        ``num_items_in_batch``.
+        """True if each forward's loss is its share of the step's loss.
+
+        Transformers marks that by ``num_items_in_batch``.
         """
         self._bytes = 0
         self._first: nn.Module | None = None
@@ -100,7 +112,17 @@ class StepForwards:
     def add(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], keep: bool
     ) -> ForwardCall | None:
-        """Count a forward that begins, and ``keep`` it if there is room; what was kept."""
+        """Count a forward that begins.
+
+        Args:
+            module: the module that is called.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            keep: whether to keep it if there is room.
+
+        Returns:
+            The call, if it was kept.
+        """
         self._first = module if self._first is None else self._first
         self.count += module is self._first
         self.shares = self.shares or kwargs.get("num_items_in_batch") is not None
@@ -115,12 +137,11 @@ class StepForwards:
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether parameters lie on several ranks (FSDP, tensor parallel, ZeRO 3), so that one rank
-    cannot run the model by itself.
+    """Return True if parameters lie on several ranks (FSDP, tensor parallel, ZeRO 3).
+
+    One rank cannot run the model by itself then.
     """
-    if any(
-        is_sharded(parameter) or hasattr(parameter, "ds_id") for parameter in model.parameters()
-    ):
+    if any(is_sharded(each) or hasattr(each, "ds_id") for each in model.parameters()):
         return True
     return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
 

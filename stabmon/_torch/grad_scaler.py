@@ -1,4 +1,4 @@
-"""Find the gradient scaler of a run, given or not, and tell which optimizer steps were left out."""
+"""Gradient scaler of a run, given or found, and the steps that it skips."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ import torch
 from torch import Tensor
 
 _SEARCHES = 8
-"""Searches among the objects of the process, some 50 ms each; only after steps that the optimizer
-did not make.
+"""Largest number of searches among the objects of the process, some 50 ms each.
+
+Only after steps that the optimizer did not make.
 """
 _FRAMES = 12
-"""Callers of an optimizer's step that are looked at."""
+"""Callers of an optimizer's step that are examined."""
 _SHORTEST_SEARCH = 10
-"""Halvings that a search may take whatever the scale that it begins with."""
+"""Halvings that a search may take, whatever scale it begins with."""
 DEFAULT_SEARCH = 16
-"""Halvings from torch's first scale, 65536, to 1; below 1 a scale makes gradients smaller than they
-are without it.
+"""Halvings from torch's first scale, 65536, to 1.
+
+Below 1 a scale makes gradients smaller than they are without it.
 """
 
 
 class ScalerWatch:
-    """The gradient scaler at work on an optimizer, and whether a step was made.
+    """Gradient scaler in use for an optimizer, and whether it lets a step be made.
 
     A scaler that was not given is found where it calls the optimizer's step; where it never does,
-    by its scale that falls at steps that the optimizer did not make. It is held weakly.
+    by a scale that falls at steps that the optimizer did not make. It is held weakly.
 
     Args:
         optimizer: a torch optimizer, a wrapper around one, several of them, or None.
@@ -50,14 +52,10 @@ class ScalerWatch:
 
     @property
     def scaler(self) -> Any:
-        """The gradient scaler at work; None where none is known, or it is not enabled."""
-        known = (
-            self._given
-            if self._given is not None
-            else self._found()
-            if self._found is not None
-            else None
-        )
+        """Gradient scaler in use; None where none is known, or it is not enabled."""
+        known = self._given
+        if known is None and self._found is not None:
+            known = self._found()
         return known if known is not None and known.is_enabled() else None
 
     @property
@@ -66,22 +64,23 @@ class ScalerWatch:
         return self._optimizers
 
     def watch(self) -> None:
-        """Be told of each step from now on; once is enough."""
+        """Register hooks on each optimizer's step; once is enough."""
         if not self._hooks:
             able = [each for each in self._optimizers if hasattr(each, "register_step_pre_hook")]
             self._hooks = [each.register_step_pre_hook(self._stepping) for each in able]
 
-    def let_go(self) -> None:
-        """Take the hooks out again."""
+    def close(self) -> None:
+        """Remove the hooks."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def end_step(self) -> bool | Tensor:
-        """Whether the step that ends here was left out; of a fused optimizer, a number on its
-        device that is above 0 if it was.
+        """Return whether the step that ends here was skipped.
+
+        Of a fused optimizer, a number on its device that is above 0 if it was.
         """
         if not self._hooks:
-            return self._fell()
+            return self._scale_fell()
         made, found_inf = self._made, self._found_inf
         self._made, self._found_inf = False, None
         if not made and found_inf is None:
@@ -90,51 +89,50 @@ class ScalerWatch:
         return False if made or found_inf is None else found_inf
 
     def search_length(self) -> int:
-        """Steps in a row that a search for a scale may leave out: from where it begins to 1, and no
-        fewer than a few.
+        """Return the steps in a row that a search for a scale may skip.
+
+        From the scale where it begins to 1, and no fewer than a few.
         """
-        start = float(
-            getattr(self.scaler, "_init_scale", 2.0**DEFAULT_SEARCH)
-        )  # private, and torch has no other word for it
-        backoff = (
-            float(self.scaler.get_backoff_factor())
-            if hasattr(self.scaler, "get_backoff_factor")
-            else 0.5
-        )
+        # the scale that a GradScaler was made with, which has no public name (checked with torch
+        # 2.13); gone, torch's default is taken
+        start = float(getattr(self.scaler, "_init_scale", 2.0**DEFAULT_SEARCH))
+        factor = getattr(self.scaler, "get_backoff_factor", None)
+        backoff = 0.5 if factor is None else float(factor())
         if not 0 < backoff < 1 or not math.isfinite(start) or start <= 1:
             return _SHORTEST_SEARCH
         return max(_SHORTEST_SEARCH, math.ceil(math.log(start) / -math.log(backoff)))
 
     def _stepping(self, optimizer: Any, *_: Any) -> None:
-        found_inf = getattr(
-            optimizer, "found_inf", None
-        )  # set by a scaler on optimizers that skip by themselves
+        # set by a scaler on optimizers that skip by themselves
+        found_inf = getattr(optimizer, "found_inf", None)
         self._made |= found_inf is None
         self._found_inf = found_inf
-        if self.scaler is None and (found := _calling()) is not None:
+        if self.scaler is None and (found := _calling_scaler()) is not None:
             self._found = weakref.ref(found)
 
-    def _fell(self) -> bool | Tensor:
-        """Whether the scale is lower than after the last step, where there is no optimizer to hear
-        from.
+    def _scale_fell(self) -> bool | Tensor:
+        """Return whether the scale is lower than after the last step.
+
+        For runs without a known optimizer.
         """
-        now = getattr(
-            self.scaler, "_scale", None
-        )  # private: the public word for it waits for the device
+        # the scale on its device, None before the first step; the public get_scale waits for the
+        # device. Checked with torch 2.13; gone, no step counts as skipped
+        now = getattr(self.scaler, "_scale", None)
         if now is None:
             return False
         before, self._scale = self._scale, now.clone()
+        # _init_scale, see search_length
         lower: Tensor = now < (self.scaler._init_scale if before is None else before)
         return lower.float()
 
     def _search(self) -> None:
-        """A scaler whose scale is lower than at an earlier step that was left out as well."""
+        """Find a scaler whose scale is lower than at an earlier step that was skipped too."""
         if self.scaler is not None or not self._searches:
             return
         self._searches -= 1
-        for scaler in [
-            each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)
-        ]:
+        found = [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]
+        for scaler in found:
+            # _scale, see _scale_fell: get_scale of a scaler that was never used is its first scale
             if scaler.is_enabled() and getattr(scaler, "_scale", None) is not None:
                 scale = float(scaler.get_scale())
                 if scale < self._scales.get(scaler, -math.inf):
@@ -143,8 +141,9 @@ class ScalerWatch:
 
 
 def scaler_of(optimizer: Any) -> Any:
-    """The scaler that an optimizer's wrapper holds, as accelerate's does; None where there is
-    none.
+    """Return the scaler that an optimizer's wrapper holds, as accelerate's does.
+
+    None where there is none.
     """
     for each in _unwrapped(optimizer):
         for name in ("scaler", "grad_scaler"):
@@ -155,7 +154,7 @@ def scaler_of(optimizer: Any) -> Any:
 
 
 def _unwrapped(optimizer: Any) -> Iterator[Any]:
-    """An optimizer, what it wraps, what that wraps…"""
+    """Yield an optimizer, the one it wraps, and so on."""
     for each in optimizer if isinstance(optimizer, list | tuple) else [optimizer]:
         yield each
         while isinstance(getattr(each, "optimizer", None), torch.optim.Optimizer):
@@ -163,8 +162,10 @@ def _unwrapped(optimizer: Any) -> Iterator[Any]:
             yield each
 
 
-def _calling() -> Any:
-    """The scaler that is calling an optimizer's step; None where none is."""
+def _calling_scaler() -> Any:
+    """Return the scaler that is calling an optimizer's step; None where none is."""
+    # GradScaler.step calls the optimizer itself or through _maybe_opt_step (checked with torch
+    # 2.13); renamed, the second raises AttributeError in the optimizer's pre-hook
     codes = (torch.amp.GradScaler.step.__code__, torch.amp.GradScaler._maybe_opt_step.__code__)
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_FRAMES):

@@ -1,4 +1,4 @@
-"""A forward that leaves no trace."""
+"""Forwards without side effects."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 @contextmanager
 def side_effect_free(model: nn.Module) -> Iterator[None]:
-    """Forwards of ``model`` in here run uncompiled and without gradients, and are undone.
+    """Run forwards of a model uncompiled, without gradients and without side effects.
 
     Undone are: draws from the random generators of Python, NumPy and torch (every device of the
-        model) and from those that modules hold,
-    changes of buffers (bit for bit), attributes that modules set on themselves, and what is added
-    to or taken from lists, dicts, sets and queues that they hold. Not undone are changes deeper
-    inside, and what hooks of others do (see :func:`has_hooks_of_others`).
+    model) and from those that modules hold, changes of buffers (bit for bit), attributes that
+    modules set on themselves, and what is added to or taken from lists, dicts, sets and queues that
+    they hold. Not undone are changes deeper inside, and side effects of hooks of others (see
+    :func:`has_hooks_of_others`).
     """
     eager = torch.compiler.set_stance("force_eager")
     with (
@@ -37,13 +37,11 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """The global random generators are afterwards where they were."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    kinds = {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]} - {
-        "cpu",
-        "meta",
-    }
-    devices = {kind: torch.get_device_module(kind) for kind in sorted(kinds)}
+    """Restore the global random generators afterwards."""
+    python, cpu = random.getstate(), torch.get_rng_state()
+    numpy = np.random.get_state()  # noqa: NPY002
+    kinds = {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]}
+    devices = {kind: torch.get_device_module(kind) for kind in sorted(kinds - {"cpu", "meta"})}
     states = {kind: module.get_rng_state_all() for kind, module in devices.items()}
     try:
         yield
@@ -57,10 +55,12 @@ def random_state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modules_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers have afterwards the bits they had, and modules the attributes they had."""
+    """Restore the bits of buffers and the attributes of modules afterwards."""
     kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
     put_back: list[Callable[[], None]] = []
     for module in model.modules():
+        # a module's own dict of buffers: a forward may replace entries, which named_buffers would
+        # not show (checked with torch 2.13); gone, this raises AttributeError
         kept += [(namespace, dict(namespace)) for namespace in (module.__dict__, module._buffers)]
         put_back += [
             undo
@@ -84,8 +84,9 @@ def modules_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _keeper(held: Any) -> Callable[[], None] | None:
-    """What puts back a container or a random generator that a module holds; None for anything
-    else.
+    """Return a function that restores a container or a random generator of a module.
+
+    None for anything else.
     """
     if type(held) in (list, deque) or isinstance(held, list):
         entries = list(held)
@@ -102,11 +103,7 @@ def _keeper(held: Any) -> Callable[[], None] | None:
         content = held.copy()
 
         def refill() -> None:
-            if (
-                held != content
-                if isinstance(held, set)
-                else list(map(id, held.values())) != list(map(id, content.values()))
-            ):
+            if _content(held) != _content(content):
                 held.clear()
                 held.update(content)
 
@@ -122,18 +119,19 @@ def _keeper(held: Any) -> Callable[[], None] | None:
         numbers = copy.deepcopy(held.bit_generator.state)
         return lambda: setattr(held.bit_generator, "state", numbers)
     if isinstance(held, np.random.RandomState | random.Random):
-        get, put = (
-            ("get_state", "set_state")
-            if isinstance(held, np.random.RandomState)
-            else ("getstate", "setstate")
-        )
-        state = getattr(held, get)()
-        return lambda: getattr(held, put)(state)
+        between = "_" if isinstance(held, np.random.RandomState) else ""
+        state = getattr(held, f"get{between}state")()
+        return lambda: getattr(held, f"set{between}state")(state)
     return None
 
 
+def _content(held: Any) -> Any:
+    """Return the identities of a mapping's values in order; a set itself."""
+    return held if isinstance(held, set) else list(map(id, held.values()))
+
+
 _OF_TORCH = frozenset(vars(nn.Module()))
-"""What every module holds: its parameters, buffers, children and hooks."""
+"""Attributes of every module: its parameters, buffers, children and hooks."""
 _KNOWN = (
     "torch",
     "transformers",
@@ -147,17 +145,20 @@ _KNOWN = (
 
 
 def has_hooks_of_others(model: nn.Module) -> bool:
-    """Whether a forward that nobody asked for would be noticed: by a hook that is not of torch, its
-    frameworks or ours.
+    """Return True if a person's own forward hooks would notice an extra forward.
+
+    Hooks of torch, its frameworks and stabmon do not count.
     """
+    # a module's own hooks, which have no public list (checked with torch 2.13); renamed, this
+    # raises AttributeError
     for module in model.modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             inner = getattr(hook, "func", hook)
             origin = getattr(inner, "__module__", None) or type(inner).__module__
             if origin.partition(".")[0] not in _KNOWN:
                 return True
-    # hooks on every module of the process are kept in its globals (torch 2.13); gone, there are
-    # none to be seen
+    # hooks on every module of the process are kept in these globals (checked with torch 2.13);
+    # gone, none are found
     hooks = nn.modules.module
     return bool(
         getattr(hooks, "_global_forward_hooks", {})
@@ -166,10 +167,14 @@ def has_hooks_of_others(model: nn.Module) -> bool:
 
 
 def restore(buffer: Tensor, bits: Tensor) -> None:
-    """Write ``bits`` back into ``buffer`` if it holds others, in a way that autograd takes no
-    notice of.
+    """Write bits back into a buffer if it holds others, unnoticed by autograd.
 
-    Its version does not tell: batch norm writes its running statistics past the version counter.
+    Its version does not show changes: batch norm writes its running statistics past the version
+    counter.
+
+    Args:
+        buffer: the buffer.
+        bits: a copy of what it held.
     """
     if not torch.equal(buffer, bits):
         buffer.data.copy_(bits)
@@ -177,7 +182,10 @@ def restore(buffer: Tensor, bits: Tensor) -> None:
 
 @contextmanager
 def autocast_cache_off() -> Iterator[None]:
-    """Weights cast in here without gradients are not kept for the forward that needs them."""
+    """Keep weights that are cast without gradients out of autocast's cache.
+
+    The forward that needs gradients would use them.
+    """
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -1,6 +1,4 @@
-"""Read a run's optimizers, however many there are and whatever wraps them, and its gradient
-scaler.
-"""
+"""Optimizers of a run, in any number and any wrappers, and its gradient scaler."""
 
 from __future__ import annotations
 
@@ -14,22 +12,34 @@ from torch import Tensor
 from stabmon._torch.grad_scaler import ScalerWatch
 
 SEVERAL = ("optimizers", "chained_optimizers", "_optimizers")
-"""What containers call the optimizers that they step together (torchtitan, Megatron, fairseq)."""
+"""Attributes of containers of optimizers (torchtitan, Megatron, fairseq)."""
 WRAPPED = ("optimizer", "base_optimizer", "_optimizer")
-"""What wrappers call the optimizer inside (accelerate, Lightning, DeepSpeed, SAM)."""
+"""Attributes of wrappers for the optimizer inside.
 
+Of accelerate, Lightning, DeepSpeed and SAM.
+"""
 
 _DEEPEST = 5
-"""Wrappers around wrappers that are opened: an object that answers to every name has no end."""
+"""Wrappers around wrappers that are opened.
+
+An object with an attribute of every name has no end.
+"""
 
 
 def innermost(given: Any) -> list[Any]:
-    """Find the optimizers that step parameters themselves, in the order in which they were given,
-    each once.
+    """Find the optimizers that step parameters themselves.
 
     Args:
         given: an optimizer, a wrapper around one, something that holds several, or a list, tuple or
             mapping of these; None for none.
+
+    Returns:
+        Each once, in the order in which they were given.
+
+    Example:
+        >>> adam = torch.optim.Adam([torch.zeros(2, requires_grad=True)])
+        >>> innermost({"all": [adam, adam]}) == [adam]
+        True
     """
     return list({id(each): each for each in _search(given, set())}.values())
 
@@ -54,14 +64,13 @@ def _search(given: Any, seen: set[int]) -> list[Any]:
 def _attribute(given: Any, name: str) -> Any:
     try:
         return getattr(given, name, None)
-    except Exception:  # a property of somebody's wrapper may raise whatever it likes
+    except Exception:  # a property of a wrapper may raise anything
         return None
 
 
 def _is_optimizer(given: Any) -> bool:
-    return isinstance(given, torch.optim.Optimizer) or (
-        hasattr(given, "param_groups") and hasattr(given, "step")
-    )
+    optimizer = isinstance(given, torch.optim.Optimizer)
+    return optimizer or (hasattr(given, "param_groups") and hasattr(given, "step"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +78,9 @@ class ParameterGroup:
     """One parameter group of one of the run's optimizers."""
 
     key: str
-    """``<optimizer>.<group>``, both counted from 0 in the order in which they were given; the same
-    over restarts.
+    """``<optimizer>.<group>``, both counted from 0 in the order given.
+
+    The same over restarts.
     """
     optimizer: Any
     settings: MutableMapping[str, Any]
@@ -78,19 +88,20 @@ class ParameterGroup:
 
     @property
     def rate(self) -> float | None:
-        """The learning rate as it stands now; None where the optimizer makes its own, as Adafactor
-        with relative steps does.
+        """Learning rate at present; None where the optimizer makes its own.
+
+        As Adafactor does with relative steps.
         """
         return as_rate(self.settings.get("lr"))
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What the group steps."""
+        """Parameters that the group steps."""
         return list(self.settings.get("params", ()))
 
 
 def as_rate(value: Any) -> float | None:
-    """A rate as a number, whether it is stored as one or as a tensor; None for what is neither."""
+    """Return a rate as a number, stored as one or as a tensor; None for anything else."""
     try:
         return None if value is None else float(value)
     except (TypeError, ValueError, RuntimeError):
@@ -108,27 +119,27 @@ def parameter_groups(optimizers: list[Any]) -> list[ParameterGroup]:
 
 
 def takes_hooks(optimizer: Any) -> bool:
-    """Whether hooks can be put around an optimizer's step, as torch's own optimizers and their
-    subclasses let one do.
+    """Return True if an optimizer takes hooks around its step.
+
+    As torch's own optimizers and their subclasses do.
     """
-    return hasattr(
-        optimizer, "_optimizer_step_pre_hooks"
-    )  # made by Optimizer.__init__, which some wrappers never call
+    # made by Optimizer.__init__, which some wrappers never call, so that register_step_pre_hook
+    # raises (checked with torch 2.13); renamed, no optimizer would take hooks
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")
 
 
 def state_of(optimizer: Any) -> Any:
-    """What an optimizer keeps of each parameter; empty where it keeps nothing that can be seen."""
-    local = _attribute(
-        optimizer, "optim"
-    )  # where torch's ZeroRedundancyOptimizer has the state of the parameters that this rank steps
+    """Return an optimizer's state of its parameters; empty where none is visible."""
+    # torch's ZeroRedundancyOptimizer has the state of this rank's parameters there
+    local = _attribute(optimizer, "optim")
     return getattr(local if _is_optimizer(local) else optimizer, "state", {})
 
 
 class OptimizerAdapter:
-    """Reads, and changes nothing.
+    """Read-only view of a run's optimizers.
 
     Args:
-        optimizer: what :func:`innermost` takes.
+        optimizer: anything that :func:`innermost` takes.
         grad_scaler: the gradient scaler in use; None to find it, if there is one.
     """
 
@@ -141,59 +152,60 @@ class OptimizerAdapter:
 
     @property
     def optimizers(self) -> list[Any]:
-        """The torch optimizers inside, looked for once a step."""
+        """The torch optimizers inside, searched once a step."""
         if self._innermost is None:
             self._innermost = innermost(self.optimizer)
         return self._innermost
 
     @property
     def grad_scaler(self) -> Any:
-        """The gradient scaler in use, given or found; None where none is known."""
+        """Gradient scaler in use, given or found; None where none is known."""
         return self.scalers.scaler
 
     @property
     def scales(self) -> bool:
-        """Whether a gradient scaler is at work."""
+        """True if a gradient scaler is in use."""
         return self.grad_scaler is not None
 
     @property
     def skips_bad_steps(self) -> bool:
-        """Whether steps with bad gradients are skipped without our doing: by a scaler, or by what
-        has told a fused optimizer of them.
+        """True if the run skips steps with bad gradients by itself.
+
+        By a scaler, or by a flag that was set on a fused optimizer.
         """
         return self.scales or any(
-            getattr(each, "found_inf", None) is not None for each in self.optimizers
+            _attribute(each, "found_inf") is not None for each in self.optimizers
         )
 
     def scale(self) -> float | None:
-        """What the gradient scaler multiplies gradients by; None without one. Waits for the
-        device.
-        """
+        """Return the gradient scaler's factor; None without one. Waits for the device."""
         return float(self.grad_scaler.get_scale()) if self.scales else None
 
     def left_out(self) -> bool | Tensor:
-        """Whether the step that ends here was left out, see :meth:`ScalerWatch.end_step`; to be
-        asked once a step.
+        """Return whether the step that ends here was skipped; to be called once a step.
+
+        See :meth:`ScalerWatch.end_step`.
         """
         return self.scalers.end_step()
 
     def groups(self) -> list[ParameterGroup]:
-        """Every parameter group of every optimizer."""
+        """Return every parameter group of every optimizer."""
         return parameter_groups(self.optimizers)
 
     def start_step(self) -> None:
-        """Forget the last step's rates, and which optimizers it had."""
+        """Reset the last step's rates, and the list of optimizers."""
         self._rates, self._innermost = {}, None
 
     def note_rates(
         self, optimizer: Any, scheduled: Callable[[ParameterGroup], float | None]
     ) -> None:
-        """Keep the rates with which a step is about to be made: schedulers move on before the step
-        is looked at.
+        """Keep the rates of a step that is about to be made.
+
+        Schedulers move on before the step is examined.
 
         Args:
             optimizer: the one that is about to step; None for all.
-            scheduled: the rate that a group's scheduler has set.
+            scheduled: returns the rate that a group's scheduler has set.
         """
         stepping = innermost(optimizer)
         for group in self.groups():
@@ -203,25 +215,28 @@ class OptimizerAdapter:
                     self._rates[group.key] = rate
 
     def learning_rates(self) -> dict[str, float]:
-        """The scheduled rate of each parameter group: that of this step where it was noted, else as
-        it stands now.
+        """Return the scheduled rate of each parameter group.
+
+        That of this step where it was noted, else the present one.
         """
         rates = {group.key: self._rates.get(group.key, group.rate) for group in self.groups()}
         return {key: rate for key, rate in rates.items() if rate is not None}
 
-    def before_step(self, tell: Callable[[Any], None]) -> None:
-        """Call ``tell(optimizer)`` before each step of each optimizer from now on; once is
-        enough.
+    def before_step(self, notify: Callable[[Any], None]) -> None:
+        """Call a function before each step of each optimizer from now on; once is enough.
+
+        Args:
+            notify: called with the optimizer that is about to step.
         """
         if not self._hooks:
             self._hooks = [
-                each.register_step_pre_hook(lambda stepping, *_: tell(stepping))
+                each.register_step_pre_hook(lambda stepping, *_: notify(stepping))
                 for each in self.optimizers
                 if takes_hooks(each)
             ]
 
-    def let_go(self) -> None:
-        """Take the hooks out again."""
-        self.scalers.let_go()
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.scalers.close()
         while self._hooks:
             self._hooks.pop().remove()

@@ -1,4 +1,4 @@
-"""Read the outputs of models."""
+"""Losses in the outputs of models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from stabmon._torch.tensors import tensors_in
 
 
 def loss_in(output: Any) -> Tensor | None:
-    """Find the loss in a forward's output: a single number, told by its name or by being the only
-    one that gradients reach.
+    """Find the loss in a forward's output, by its name or its gradients.
+
+    Args:
+        output: a tensor, mapping, sequence or dataclass; the loss is a single number in it.
 
     Returns:
         The number called ``loss``, else the one whose name holds ``total`` and ``loss``, else the
         only one whose name holds ``loss``, else the only one that gradients reach (the only one
         without a name, where they reach nothing); each time only among those that gradients reach,
         if there are such. None where several would do: a wrong loss is worse than none.
+
+    Example:
+        >>> import torch
+        >>> loss_in({"logits": torch.zeros(2, 3), "loss": torch.tensor(1.5)})
+        tensor(1.5000)
     """
     numbers = list(_numbers_in(output))
     reached = [(name, number) for name, number in numbers if number.requires_grad]
@@ -39,8 +46,9 @@ def loss_in(output: Any) -> Tensor | None:
 
 
 def _numbers_in(output: Any, name: str = "", depth: int = 2) -> Iterator[tuple[str, Tensor]]:
-    """Every single floating-point number of an output and the name it has there, ``""`` for
-    none.
+    """Yield every single floating-point number of an output with its name there.
+
+    ``""`` where it has none.
     """
     if isinstance(output, Tensor):
         if output.dim() == 0 and output.is_floating_point():

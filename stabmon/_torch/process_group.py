@@ -1,4 +1,4 @@
-"""Ask the default process group of torch.distributed, where there is one."""
+"""Default process group of torch.distributed, where there is one."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This process's rank; 0 outside of torch.distributed."""
+    """Return this process's rank; 0 outside of torch.distributed."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together; 1 outside of torch.distributed."""
+    """Return the number of processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def on_all_ranks(ready: bool) -> bool:
-    """Whether every rank is ``ready``; one collective, which every rank must call."""
-    return (
-        ready
-        if world_size() == 1
-        else bool(gather(torch.tensor([float(ready)], dtype=torch.float64)).all())
-    )
+    """Return whether every rank is ``ready``; one collective for every rank to call."""
+    if world_size() == 1:
+        return ready
+    return bool(gather(torch.tensor([float(ready)], dtype=torch.float64)).all())
 
 
 def gather(vector: Tensor) -> Tensor:
-    """``[ranks, length]`` on the CPU."""
+    """Return ``[ranks, length]`` on the CPU, from ``[length]`` of each rank."""
     vector = vector.to(collective_device())
     parts = [torch.empty_like(vector) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, vector)
@@ -37,7 +35,7 @@ def gather(vector: Tensor) -> Tensor:
 
 
 def collective_device() -> torch.device:
-    """Where the default process group takes its tensors."""
+    """Return the device on which the default process group takes its tensors."""
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or "gloo" in str(dist.get_backend_config()):
         return torch.device("cpu")
@@ -45,6 +43,8 @@ def collective_device() -> torch.device:
 
 
 def default_store() -> Any:
-    """The key-value store through which the process group was set up."""
+    """Return the key-value store through which the process group was set up."""
+    # the store of init_process_group, which has no public name (checked with torch 2.13); gone,
+    # ranks cannot announce a failure, and None is returned
     get = getattr(dist.distributed_c10d, "_get_default_store", None)
     return None if get is None else get()

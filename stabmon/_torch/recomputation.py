@@ -1,6 +1,4 @@
-"""Tell a forward that backward makes again from one that is made for the first time inside
-backward.
-"""
+"""Forwards that activation checkpoints make again inside backward."""
 
 from __future__ import annotations
 
@@ -12,21 +10,21 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint
 
 # Checked with torch 2.13. An autograd.Function's backward is entered through
-# BackwardCFunction.apply: reentrant checkpoints
-# (torch's, DeepSpeed's, Megatron's) recompute there. Torch's other checkpoints recompute when a
-# saved tensor is unpacked, in
-# functions of its own file. If either is renamed, a recomputed forward is counted as one more
-# micro-batch.
+# BackwardCFunction.apply: reentrant checkpoints (torch's, DeepSpeed's, Megatron's) recompute there.
+# Torch's other checkpoints recompute when a saved tensor is unpacked, in functions of its own file.
+# If either is renamed, a recomputed forward is counted as one more micro-batch.
 _FUNCTION = BackwardCFunction.apply.__code__
 _UNPACK = frozenset({"unpack_hook", "recompute_fn"})
 
 
 def is_recomputation() -> bool:
-    """Whether what runs right now is a forward made again, as activation checkpoints do.
+    """Return True if a recomputed forward runs now, as in activation checkpoints.
 
     False for a forward that a hook makes for the first time inside backward (GradCache), and
     outside of backward.
     """
+    # the id of the running backward, -1 outside of one; torch's own hooks use it too (checked with
+    # torch 2.13). Gone, this raises AttributeError at the first forward
     if torch._C._current_graph_task_id() == -1:
         return False
     frame: FrameType | None = sys._getframe(1)

@@ -1,4 +1,4 @@
-"""Handle tensors: sharded ones, and those inside nested values."""
+"""Sharded tensors, and tensors inside nested values."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether only a part of the tensor is here (a DTensor)."""
+    """Return True if only a part of the tensor is here (a DTensor)."""
     return type(tensor).__name__ == "DTensor"
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, without a word to other ranks."""
+    """Return this rank's part of a tensor, without communication with other ranks."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return part
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and model outputs."""
+    """Yield every tensor in nested tuples, lists, mappings and model outputs."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -32,8 +32,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def without_graph(value: Any) -> Any:
-    """The same with every tensor detached; what is neither a tensor nor a plain tuple, list or dict
-    of them stays as it is.
+    """Return the same with every tensor detached.
+
+    Anything but a tensor and a plain tuple, list or dict of them stays as it is.
+
+    Example:
+        >>> import torch
+        >>> (out,) = without_graph((torch.ones(1, requires_grad=True) * 2,))
+        >>> out.requires_grad
+        False
     """
     if isinstance(value, Tensor):
         return value.detach() if value.grad_fn is not None else value

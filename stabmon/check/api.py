@@ -18,7 +18,8 @@ from stabmon.check.measuring.expect import LayerView, layer_views
 from stabmon.check.measuring.observe import not_finite_in, observe
 from stabmon.check.region.region import OperatingPoint, region_data, stability_region
 from stabmon.check.report.report import StabilityReport
-from stabmon.nonfinite.first_bad_tensor import count_bad, find_in_forward
+from stabmon.nonfinite.bad_values import count_bad
+from stabmon.nonfinite.first_bad_tensor import find_in_forward
 
 MOST_NAMES = 5
 

@@ -268,7 +268,7 @@ class AttentionStabilityMonitor:
             return
         self._clock.close()
         self._observer.close()
-        self._parts.optimizers.let_go()
+        self._parts.optimizers.close()
         self._recorder.close()
 
     def __enter__(self) -> AttentionStabilityMonitor:

@@ -18,11 +18,12 @@ from stabmon.interventions.effects.effect import Effect, HeldEffect
 from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.interventions.run.training_run import TrainingRun
+from stabmon.projections.head_layouts import SEPARATE
 from stabmon.projections.head_rows import Rows
-from stabmon.projections.locate import SEPARATE, find_query_key
+from stabmon.projections.locate import find_query_key
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import ScaledRows, check_saved_rows
-from stabmon.rules.evidence.norm_growth import drive
+from stabmon.rules.evidence.norm_growth import sustained_growth
 
 
 @intervention
@@ -62,7 +63,7 @@ class CapQueryKeyNorm(Intervention):
         alike = [
             layer.partition("#")[0]
             for layer in run.known_layers()
-            if drive(run.history, layer, grown=1.2, coherence=0.5) is not None
+            if sustained_growth(run.history, layer, grown=1.2, coherence=0.5) is not None
         ]
         since = min(
             (int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence),

@@ -16,7 +16,7 @@ from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.interventions.soften_logits import scale_of
 from stabmon.model_names import SCALES
 from stabmon.projections.not_applicable import NotApplicable
-from stabmon.rules.evidence.norm_growth import drive
+from stabmon.rules.evidence.norm_growth import sustained_growth
 
 
 @intervention
@@ -57,7 +57,7 @@ class CapScale(Intervention):
         alike = [
             layer
             for layer in run.known_layers()
-            if (found := drive(run.history, layer, grown=1.2)) and found.of_scale
+            if (found := sustained_growth(run.history, layer, grown=1.2)) and found.of_scale
         ]
         held: dict[str, tuple[str, float]] = {}
         refused: list[NotApplicable] = []

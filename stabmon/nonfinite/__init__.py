@@ -1,1 +1,1 @@
-"""Detect NaN and inf at every step, and trace them to their origin."""
+"""NaN and inf, detected at every step and traced to their origin."""

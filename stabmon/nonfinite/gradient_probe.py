@@ -1,4 +1,4 @@
-"""Look at a few gradients at every step: cheap, and enough to notice what is not finite."""
+"""A few gradients to check at every step: cheap, and enough to notice bad values."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from torch import Tensor, nn
 from stabmon._torch.tensors import local
 
 _SMALL = 1 << 16
-"""Parameters of at most this many values can be looked at in every step."""
+"""Largest number of values of a parameter that is checked in every step."""
 
 
 class GradientProbe:
-    """A few small parameters, the first and the last of the model: where a non-finite gradient
-    arrives, and where it starts.
+    """A few small parameters, the first and the last of the model.
+
+    There a non-finite gradient arrives, and starts.
+
+    Args:
+        model: the model in training.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -22,7 +26,7 @@ class GradientProbe:
         self._parameters = self._choose()
 
     def gradients(self) -> list[Tensor]:
-        """Up to four gradients, of this rank's shards where they are sharded."""
+        """Return up to four gradients, of this rank's shards where they are sharded."""
         first = _first_two(self._parameters)
         if not first:  # what is trained has changed
             self._parameters = self._choose()
@@ -31,7 +35,7 @@ class GradientProbe:
         return [*first, *(grad for grad in last if all(grad is not other for other in first))]
 
     def weights(self) -> list[Tensor]:
-        """Up to four parameters as they are now, of this rank's shards where they are sharded."""
+        """Return up to four parameters as they are now, or this rank's shards of them."""
         chosen = {id(each): each for each in (*self._parameters[:2], *self._parameters[-2:])}
         return [local(parameter.detach()) for parameter in chosen.values()]
 

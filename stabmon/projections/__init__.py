@@ -1,1 +1,1 @@
-"""Locate the weights W_q and W_k that make queries and keys, and edit them."""
+"""Weights W_q and W_k that make queries and keys: their location and their edits."""

@@ -1,4 +1,4 @@
-r"""Adapters around frozen projections, and what queries and keys effectively become by them.
+r"""Effective weight of queries and keys under adapters around frozen projections.
 
 LoRA, DoRA and IA3 make :math:`\mathrm{diag}(g)\,(W + B A)` of a frozen W: g is one (LoRA), a
 learned vector (IA3), or a learned magnitude over the norm of each row of W + B A (DoRA). Its norm,
@@ -15,80 +15,44 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.tensors import is_sharded
+from stabmon.projections.adapter_modules import (
+    active_adapters,
+    adapter_part,
+    base_of,
+    ia3_gain,
+    is_transposed,
+    trained_in,
+)
 from stabmon.projections.not_applicable import NotApplicable
 
 _ADDED = ("lora_E", "hada_w1_a", "lokr_w1", "lokr_w1_a", "vera_lambda_b")
-"""What AdaLoRA, LoHa, LoKr and VeRA call a part of what they add to W."""
+"""Attributes of AdaLoRA, LoHa, LoKr and VeRA for a part of what they add to W."""
 _WIDEST = 1024
 """Width up to which that is formed."""
 _ROWS = 2048
-"""Rows of W that are taken to float32 at a time."""
-
-
-def is_adapter(module: nn.Module | None) -> bool:
-    """Whether a module is an adapter around another, as PEFT makes them."""
-    return isinstance(getattr(module, "base_layer", None), nn.Module)
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """What adapters are around; the module itself where there are none."""
-    while is_adapter(module):
-        module = module.base_layer  # type: ignore[assignment]
-    return module
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Whether a projection's own weight is not trained, with or without adapters around it."""
-    weight = getattr(base_of(module), "weight", None)
-    return isinstance(weight, Tensor) and not weight.requires_grad
-
-
-def trained_in(module: nn.Module) -> list[nn.Parameter]:
-    """What an adapter trains."""
-    return [
-        each
-        for name, each in module.named_parameters()
-        if each.requires_grad and "base_layer" not in name.split(".")
-    ]
-
-
-def row_gain(module: nn.Module) -> nn.Parameter | None:
-    """The trained vector that multiplies each feature that an adapter makes, bias included; None
-    where it has none.
-    """
-    name = _only(_active(module))
-    gains, magnitudes = getattr(module, "ia3_l", {}), getattr(module, "lora_magnitude_vector", {})
-    found = None
-    if name in gains and not getattr(module, "is_feedforward", False):
-        found = gains[name]
-    elif (
-        name in magnitudes and getattr(base_of(module), "bias", None) is None
-    ):  # DoRA adds the bias afterwards
-        found = magnitudes[name].weight
-    return (
-        found
-        if isinstance(found, nn.Parameter)
-        and found.requires_grad
-        and found.shape[0] == found.numel()
-        else None
-    )
+"""Rows of W that are converted to float32 at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class _State:
+    """Adapters of a projection at one moment."""
+
     down: Tensor
     """A, ``[R, in]``."""
     up: Tensor
     """B with its scaling, ``[rows, R]``."""
     factor: Tensor | None
-    """``[rows]`` what multiplies a row; None for one."""
+    """Factor of each row, ``[rows]``; None for one."""
     is_norm: bool
-    """The factor is what the row's norm is to be."""
+    """The factor is the norm of the row after it was multiplied."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """A state, and of each row its factor g and its squared norm without g; ``[rows]``, float64."""
+    """A state with the factor g of each row and its squared norm without g.
+
+    Both are ``[rows]``, float64.
+    """
 
     state: _State
     gain: Tensor
@@ -100,7 +64,7 @@ class EffectiveWeight:
 
     Args:
         module: the projection: an adapter around a frozen one, or a frozen one.
-        rows: which of its output features.
+        rows: range of its output features.
 
     Raises:
         NotApplicable: for an adapter of another kind, or a base that is trained, sharded, or no
@@ -122,24 +86,24 @@ class EffectiveWeight:
         self._state()
 
     def before(self) -> Tensor:
-        """Take the state in; the squared norm of the effective weight."""
+        """Keep the present state, and return the squared norm of the effective weight."""
         state = self._state()
         if self._squares is None:
             self._squares = self._row_squares(state.down.shape[1])
         product, gram = self._times(state.down), state.down @ state.down.T
-        square = self._squares + (
-            2 * state.up * product + (state.up @ gram) * state.up
-        ).double().sum(1)
+        added = 2 * state.up * product + (state.up @ gram) * state.up
+        square = self._squares + added.double().sum(1)
         gain = _gain(state, square)
         self._before = _Seen(state, gain, square)
         return (gain.square() * square).sum()
 
     def change(self) -> Tensor:
-        """The squared norm of the effective weight's change since :meth:`before`."""
+        """Return the squared norm of the effective weight's change since :meth:`before`."""
         seen, state = self._before, self._state()
         assert seen is not None
         was = seen.state
-        left = torch.cat([state.up - was.up, was.up], dim=1)  # B'A' - BA = (B' - B) A' + B (A' - A)
+        # B'A' - BA = (B' - B) A' + B (A' - A)
+        left = torch.cat([state.up - was.up, was.up], dim=1)
         right = torch.cat([state.down, state.down - was.down])
         along = ((self._times(right) + was.up @ (was.down @ right.T)) * left).double().sum(1)
         moved = ((left @ (right @ right.T)) * left).double().sum(1)
@@ -151,89 +115,76 @@ class EffectiveWeight:
         return change.clamp_min(0)
 
     def _state(self) -> _State:
-        """The adapters as they are now, in float32 and of their own memory."""
+        """Return the adapters as they are now, in float32 and in their own memory."""
         downs: list[Tensor] = []
         ups: list[Tensor] = []
         factor, is_norm = None, False
-        names = _active(self.module)
+        names = active_adapters(self.module)
         for name in names:
-            gains = getattr(self.module, "ia3_l", {})
-            magnitudes = getattr(self.module, "lora_magnitude_vector", {})
-            if name in gains and not getattr(self.module, "is_feedforward", False):
-                own = gains[name].detach().float().flatten()[self.rows]
+            gain = ia3_gain(self.module, name)
+            if gain is not None:
+                own = gain.detach().float().flatten()[self.rows]
                 factor = own.clone() if factor is None else factor * own
                 continue
-            if any(_part(self.module, part, name) is not None for part in _ADDED):
-                downs, ups = self._formed(name, downs, ups)
-                continue
-            if name in magnitudes and len(names) == 1:
-                factor, is_norm = (
-                    magnitudes[name].weight.detach().float().flatten()[self.rows].clone(),
-                    True,
-                )
-            elif getattr(self.module, "lora_variant", {}).get(name) is not None:
-                raise NotApplicable(
-                    "an adapter of a kind that is not known "
-                    f"({type(self.module.lora_variant[name]).__name__})"
-                )
-            down, up = (
-                getattr(_part(self.module, part, name), "weight", None)
-                for part in ("lora_A", "lora_B")
-            )
-            if (
-                not isinstance(down, Tensor)
-                or not isinstance(up, Tensor)
-                or down.ndim != 2
-                or is_sharded(down)
-            ):
-                raise NotApplicable(
-                    f"an adapter of a kind that is not known ({type(self.module).__name__})"
-                )
-            downs.append(down.detach().float())
-            ups.append(up.detach().float()[self.rows] * self.module.scaling[name])
+            if any(adapter_part(self.module, part, name) is not None for part in _ADDED):
+                down, up = self._formed(name)
+            else:
+                magnitude = adapter_part(self.module, "lora_magnitude_vector", name)
+                if magnitude is not None and len(names) == 1:
+                    factor = magnitude.weight.detach().float().flatten()[self.rows].clone()
+                    is_norm = True
+                elif getattr(self.module, "lora_variant", {}).get(name) is not None:
+                    raise _unknown(self.module.lora_variant[name])
+                down, up = self._low_rank(name)
+            downs.append(down)
+            ups.append(up)
         if not downs:
-            like = next((each for each in trained_in(self.module)), None)
-            device = like.device if like is not None else self._base.weight.device
-            downs, ups = (
-                [torch.zeros(0, self._width(), device=device)],
-                [torch.zeros(self._height(), 0, device=device)],
-            )
+            trained = trained_in(self.module)
+            device = (trained[0] if trained else self._base.weight).device
+            downs = [torch.zeros(0, self._width(), device=device)]
+            ups = [torch.zeros(self._height(), 0, device=device)]
         return _State(torch.cat(downs), torch.cat(ups, dim=1), factor, is_norm)
 
-    def _formed(
-        self, name: str, downs: list[Tensor], ups: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The product of an adapter of which only that is known, as one of its own size with the
-        unit matrix.
-        """
-        if self._width() > _WIDEST or getattr(self.module, "rank_dropout", {}).get(
-            name
-        ):  # which some versions draw as they form it
+    def _low_rank(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A and the scaled B of a LoRA adapter."""
+        down, up = (
+            getattr(adapter_part(self.module, part, name), "weight", None)
+            for part in ("lora_A", "lora_B")
+        )
+        if not isinstance(down, Tensor) or not isinstance(up, Tensor):
+            raise _unknown(self.module)
+        if down.ndim != 2 or is_sharded(down):
+            raise _unknown(self.module)
+        scaling = self.module.scaling[name]
+        return down.detach().float(), up.detach().float()[self.rows] * scaling
+
+    def _formed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the unit matrix and the formed product of an adapter without factors."""
+        # some versions of PEFT draw rank_dropout as they form it
+        drops = getattr(self.module, "rank_dropout", {}).get(name)
+        if self._width() > _WIDEST or drops:
             raise NotApplicable(
                 f"an adapter whose product is not formed ({type(self.module).__name__})"
             )
         with torch.no_grad():
             added = self.module.get_delta_weight(name).detach().float()
-        added = (added.T if type(self._base).__name__ == "Conv1D" else added)[self.rows]
-        return [*downs, torch.eye(added.shape[1], device=added.device)], [*ups, added]
+        added = (added.T if is_transposed(self._base) else added)[self.rows]
+        return torch.eye(added.shape[1], device=added.device), added
 
     def _weight(self) -> Tensor:
         weight: Tensor = self._base.weight.detach()
-        return (weight.T if type(self._base).__name__ == "Conv1D" else weight)[self.rows]
+        return (weight.T if is_transposed(self._base) else weight)[self.rows]
 
     def _height(self) -> int:
-        out = (
-            self._weight().shape[0]
-            if self._plain
-            else len(range(self._base.out_features)[self.rows])
-        )
-        return int(out)
+        if self._plain:
+            return int(self._weight().shape[0])
+        return len(range(self._base.out_features)[self.rows])
 
     def _width(self) -> int:
         return int(self._weight().shape[1] if self._plain else self._base.in_features)
 
     def _times(self, inputs: Tensor) -> Tensor:
-        """W times each of ``[k, in]``: ``[rows, k]``."""
+        """Return W times each of ``[k, in]``: ``[rows, k]``."""
         if not len(inputs):  # a frozen projection beside one with adapters
             return torch.zeros(self._height(), 0, device=inputs.device)
         if self._plain:
@@ -243,8 +194,9 @@ class EffectiveWeight:
         return made
 
     def _row_squares(self, width: int) -> Tensor:
-        """Squared norm of each row of W; of one whose numbers are packed, by what it makes of unit
-        vectors.
+        """Return the squared norm of each row of W.
+
+        Of a W whose numbers are packed, from its products with unit vectors.
         """
         if self._plain:
             return torch.cat(
@@ -255,30 +207,31 @@ class EffectiveWeight:
 
 
 class EffectiveUpdate:
-    """What everything that makes a layer's queries and keys effectively is, and by how much it
-    changed.
+    """Effective weight of all that makes a layer's queries and keys, and its change.
 
     Args:
         weights: its projections.
+
+    Raises:
+        NotApplicable: if nothing of them is trained.
     """
 
     def __init__(self, weights: list[EffectiveWeight]) -> None:
         self._weights = weights
-        self.trained = list(
-            {id(each): each for weight in weights for each in trained_in(weight.module)}.values()
-        )
+        trained = (each for weight in weights for each in trained_in(weight.module))
+        self.trained = list({id(each): each for each in trained}.values())
         if not self.trained:
             raise NotApplicable("its queries and keys are frozen, with no adapter around them")
 
     @torch.no_grad()
     def before(self) -> Tensor:
-        """Norm now, which is kept to compare with."""
+        """Return the norm now, and keep the state to compare with."""
         with torch.autocast(self.trained[0].device.type, enabled=False):
             return _together([weight.before() for weight in self._weights])
 
     @torch.no_grad()
     def change(self) -> Tensor:
-        """Norm of what changed since."""
+        """Return the norm of the change since :meth:`before`."""
         with torch.autocast(self.trained[0].device.type, enabled=False):
             return _together([weight.change() for weight in self._weights])
 
@@ -288,33 +241,12 @@ def _together(squares: list[Tensor]) -> Tensor:
 
 
 def _gain(state: _State, square: Tensor) -> Tensor:
+    """Return the factor g of each row, from its squared norm without g."""
     if state.factor is None:
         return torch.ones_like(square)
-    return (
-        state.factor.double() / square.clamp_min(1e-30).sqrt()
-        if state.is_norm
-        else state.factor.double()
-    )
+    factor = state.factor.double()
+    return factor / square.clamp_min(1e-30).sqrt() if state.is_norm else factor
 
 
-def _active(module: nn.Module) -> list[str]:
-    """Names of the adapters in use; those merged into the base are part of it."""
-    if (
-        not is_adapter(module)
-        or getattr(module, "disable_adapters", False)
-        or getattr(module, "merged", False)
-    ):
-        return []
-    return [str(name) for name in getattr(module, "active_adapters", ())]
-
-
-def _part(module: nn.Module, part: str, name: str) -> Any:
-    """What a ModuleDict of an adapter holds under a name; None where it does not. A ModuleDict has
-    no ``get``.
-    """
-    held: Any = getattr(module, part, {})
-    return held[name] if name in held else None  # noqa: SIM401
-
-
-def _only(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else ""
+def _unknown(adapter: object) -> NotApplicable:
+    return NotApplicable(f"an adapter of an unknown kind ({type(adapter).__name__})")

@@ -1,4 +1,4 @@
-"""Rows of parameters, and the proposal that these make the queries and keys of each head."""
+"""Rows of parameters, and proposals that they make queries and keys."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from stabmon.projections.not_applicable import NotApplicable
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Some entries of a parameter along one dimension: ``[start, stop)`` of ``dim``."""
+    """Entries of a parameter along one dimension: ``[start, stop)`` of ``dim``."""
 
     parameter: nn.Parameter
     dim: int
     start: int
     stop: int
     offset: float = 0.0
-    """The model uses ``offset + value``, as a norm does whose gain is stored as its distance from
-    one.
+    """Offset of the value in use, ``offset + value``.
+
+    1 for a norm whose gain is stored as its distance from one.
     """
 
     @property
     def key(self) -> tuple[int, int, tuple[int, ...]]:
-        """Equal for the same rows of the same parameter."""
+        """Value that is equal for the same rows of the same parameter."""
         return id(self.parameter), self.dim, (self.start, self.stop)
 
     def view(self, tensor: Tensor) -> Tensor:
-        """The rows of ``tensor``, which is the parameter or a copy of its shape; of a sharded one,
-        those that are here.
+        """Return a view of the rows; of a sharded tensor, of those that are here.
+
+        Args:
+            tensor: the parameter, or a copy of its shape.
 
         Raises:
             NotApplicable: if the shard here is no unbroken range.
@@ -53,27 +56,37 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class QueryKey:
-    """A proposal."""
+    """Proposal of the rows that make the queries and keys of each head.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(4, 8))
+        >>> found = QueryKey("q_proj alone", [[Rows(weight, 0, 0, 2)], [Rows(weight, 0, 2, 4)]])
+        >>> [(rows.start, factor) for rows, factor in found.edits({1: 0.5})]
+        [(2, 0.5)]
+    """
 
     how: str
-    """In words, for the record."""
+    """Description in words, for the record."""
     query: Sequence[Sequence[Rows]]
-    """For each query head: all of its scores are proportional to these rows."""
+    """For each query head, rows that all of its scores are proportional to."""
     key: Sequence[Sequence[Rows]] | None = None
-    """The same on the key side, where each query head has a key head to itself; None where scaling
-    queries alone is exact.
+    """The same on the key side, where each query head has its own key head.
+
+    None where scaling queries alone is exact.
     """
     shared: bool = False
-    """The query rows are those of all heads of the layer at once: a norm's gain that they share."""
+    """True if the query rows are those of all heads, as a norm's gain that they share."""
     others: Sequence[Rows] = ()
-    """What else makes queries and keys."""
+    """Further rows that make queries and keys."""
 
     def edits(self, factors: Mapping[int, float]) -> list[tuple[Rows, float]]:
-        """The rows to multiply, and by what, so that the scores of each head in ``factors`` are
-        multiplied by its factor.
+        """Return the rows to multiply, and their factors, for given factors of scores.
 
         Queries and keys take the square root each where both belong to the head alone. Under a gain
         shared by all heads the smallest factor is applied to all.
+
+        Args:
+            factors: factor of the scores of each head to be changed.
         """
         if self.shared:
             return [(rows, min(factors.values())) for rows in self.query[0]]
@@ -81,21 +94,21 @@ class QueryKey:
         for head, factor in factors.items():
             sides = [*self.query[head], *(self.key[head] if self.key is not None else ())]
             each = factor if self.key is None else factor**0.5
-            edits.update(
-                {rows.key: (rows, each) for rows in sides}
-            )  # one entry where queries and keys share a projection
+            # one entry where queries and keys share a projection
+            edits.update({rows.key: (rows, each) for rows in sides})
         return list(edits.values())
 
     def all_rows(self) -> list[Rows]:
-        """Everything that makes queries and keys, each entry once."""
+        """Return everything that makes queries and keys, each entry once."""
         key = self.key if self.key is not None else ()
         rows = [each for side in (self.query, key) for head in side for each in head]
         return list({each.key: each for each in [*rows, *self.others]}.values())
 
 
 def _rows_here(tensor: Tensor, dim: int) -> Tensor:
-    """Numbers of the entries along ``dim`` that this rank's shard holds; found without a word to
-    other ranks.
+    """Return the indices along ``dim`` of the entries in this rank's shard.
+
+    Found without communication with other ranks.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

@@ -1,5 +1,6 @@
-"""The other copies of a parameter: full-precision masters that the optimizer steps, and from which
-the model's own are overwritten.
+"""Full-precision copies of a parameter, which the optimizer steps in its place.
+
+The model's own parameters are overwritten from them.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from stabmon._torch.optimizer_adapter import ParameterGroup, state_of
 from stabmon.projections.not_applicable import NotApplicable
 
 IN_STATE = ("master_param", "master_params", "master_weight", "master", "fp32_param", "exp_master")
-"""What optimizers call a parameter's full-precision copy in its state."""
+"""Names of a parameter's full-precision copy in an optimizer's state."""
 
 
 class SteppedRun(Protocol):
-    """A model under training, as far as an edit of its weights must know it."""
+    """Model under training, as an edit of its weights needs it."""
 
     @property
     def model(self) -> nn.Module:
-        """The model that trains."""
+        """Model in training."""
         ...
 
     @property
     def step(self) -> int:
-        """Optimizer steps made."""
+        """Number of optimizer steps made."""
         ...
 
     @property
@@ -42,16 +43,20 @@ class SteppedRun(Protocol):
 
 
 def copies_of(parameter: nn.Parameter, run: SteppedRun) -> list[Tensor]:
-    """The parameter itself, then every master copy of it; an edit must reach them all, or the next
-    step undoes it.
+    """Return the parameter itself, then every master copy of it.
 
-    A master is found in an optimizer's state for the parameter, or among the optimizers' own
-    parameters: in the same order as the model's, or as the only one that rounds to the parameter
-    bit for bit. What an optimizer that was not given steps has no copy here.
+    An edit must reach them all, or the next step undoes it. A master is found in an optimizer's
+    state for the parameter, or among the optimizers' own parameters: in the same order as the
+    model's, or as the only one that rounds to the parameter bit for bit. Copies of an optimizer
+    that was not given are not found.
+
+    Args:
+        parameter: a parameter of the model.
+        run: the model with its optimizers.
 
     Raises:
-        NotApplicable: if the optimizers step something else in which the parameter is not to be found
-            (flattened or sharded copies).
+        NotApplicable: if the optimizers step something else in which the parameter is not to be
+            found (flattened or sharded copies).
     """
     states: list[dict[str, Any]] = [state_of(each).get(parameter, {}) for each in run.optimizers]
     masters = [
@@ -66,9 +71,7 @@ def copies_of(parameter: nn.Parameter, run: SteppedRun) -> list[Tensor]:
     trained = [each for each in run.model.parameters() if each.requires_grad]
     own = {id(each) for each in trained}
     others = [each for each in stepped if id(each) not in own]
-    if (
-        not others
-    ):  # there are no masters: it is stepped as it is, by an optimizer that was not given
+    if not others:  # no masters: an optimizer that was not given steps it as it is
         return [parameter, *masters]
     if [each.shape for each in others] == [each.shape for each in trained]:
         others = [other for other, each in zip(others, trained, strict=True) if each is parameter]
@@ -80,9 +83,8 @@ def copies_of(parameter: nn.Parameter, run: SteppedRun) -> list[Tensor]:
         ]
     if len(alike) != 1:
         raise NotApplicable(
-            "none of the optimizers that were given steps this parameter, nor one copy of it that "
-            "could be told: masters are flattened or "
-            "sharded, or an optimizer was not given",
+            "none of the optimizers that were given steps this parameter or a recognisable copy of "
+            "it: masters are flattened or sharded, or an optimizer was not given",
             "use FSDP2's fully_shard, or torch's optimizers on the model's own parameters, and "
             "give all of them: optimizer=[one, other]",
         )

@@ -1,8 +1,9 @@
-"""Queries and keys behind a norm: its gain is what scores are proportional to."""
+"""Gains of norms behind which queries and keys lie."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,8 +16,19 @@ from stabmon.projections.not_applicable import NotApplicable
 def behind_norm(
     name: str, norm: nn.Module, heads: int, width: int, others: Sequence[Rows]
 ) -> QueryKey:
-    """Behind a norm the weights no longer matter: its gain (and bias) is what scores are
-    proportional to.
+    """Return the proposal that scores are proportional to a norm's gain (and bias).
+
+    Behind a norm the weights no longer matter.
+
+    Args:
+        name: name of the norm, for messages.
+        norm: the norm, or a module that holds one for each head.
+        heads: query heads.
+        width: head dimension.
+        others: further rows that make queries and keys.
+
+    Raises:
+        NotApplicable: if the norm has no trained gain of a known shape.
     """
     parts = [norm]
     stacked = getattr(norm, "norms", None)
@@ -31,42 +43,31 @@ def behind_norm(
             )
         if any(not each.parameter.requires_grad for each in whole):
             raise NotApplicable(f"{name} is frozen: it is not what grew")
-        rows.append(
-            [
-                Rows(each.parameter, 0, each.start, each.stop, _offset(part, each.parameter))
-                for each in whole
-            ]
-        )
+        rows.append([replace(each, offset=_offset(part, each.parameter)) for each in whole])
     gain = rows[0][0].parameter
     if len(parts) == heads:
         return QueryKey(f"gain of {name}, one norm a head", rows, others=others)
     if tuple(gain.shape) == (heads, width):
-        per_head = [
-            [Rows(each.parameter, 0, h, h + 1, each.offset) for each in rows[0]]
-            for h in range(heads)
-        ]
+        size = 1
     elif gain.numel() == heads * width and gain.ndim == 1:
-        per_head = [
-            [Rows(each.parameter, 0, h * width, (h + 1) * width, each.offset) for each in rows[0]]
-            for h in range(heads)
-        ]
+        size = width
     elif gain.numel() == width:
-        return QueryKey(
-            f"gain of {name}, which all heads of the layer share",
-            [rows[0]] * heads,
-            shared=True,
-            others=others,
-        )
+        how = f"gain of {name}, which all heads of the layer share"
+        return QueryKey(how, [rows[0]] * heads, shared=True, others=others)
     else:
         raise NotApplicable(
             f"{name} has a gain of shape {tuple(gain.shape)}, which fits neither {heads} heads "
             f"nor {width} features"
         )
+    per_head = [
+        [replace(each, start=h * size, stop=(h + 1) * size) for each in rows[0]]
+        for h in range(heads)
+    ]
     return QueryKey(f"gain of {name}", per_head, others=others)
 
 
 def gain_and_bias(norm: nn.Module) -> list[Rows]:
-    """Gain and bias of a norm."""
+    """Return gain and bias of a norm."""
     found = [getattr(norm, name, None) for name in ("weight", "gain", "gamma", "bias", "beta")]
     return [
         Rows(each, 0, 0, each.shape[0])
@@ -76,8 +77,9 @@ def gain_and_bias(norm: nn.Module) -> list[Rows]:
 
 
 def _offset(norm: nn.Module, parameter: nn.Parameter) -> float:
-    """0 where a norm multiplies by its gain, 1 where by one plus its gain: found by running it on a
-    fixed input.
+    """Return 0 where a norm multiplies by its gain, 1 where by one plus its gain.
+
+    Found by running it on a fixed input.
 
     Raises:
         NotApplicable: if its output is proportional to neither.

@@ -1,15 +1,21 @@
-"""Say why an edit or an intervention does not fit a run."""
+"""Reason for which an edit or an intervention does not fit a run."""
 
 from __future__ import annotations
 
 
 class NotApplicable(Exception):
-    """An intervention does not fit this run; nothing was changed. Says why, and what a person can
-    do instead.
+    """An intervention does not fit this run; nothing was changed.
 
     Args:
         reason: one sentence.
         advice: the code line or setting to change, where there is one.
+
+    Example:
+        >>> try:
+        ...     raise NotApplicable("q_proj is frozen", "train it")
+        ... except NotApplicable as error:
+        ...     print(error, "-", error.advice)
+        q_proj is frozen - train it
     """
 
     def __init__(self, reason: str, advice: str = "") -> None:

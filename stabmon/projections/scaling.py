@@ -1,4 +1,4 @@
-"""Multiply rows of parameters by factors, and take that back."""
+"""Rows of parameters multiplied by factors, and the way back."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class _Scaled:
     rows: Rows
     tensor: Tensor
     original: Tensor | None
-    """Its bits before the first factor; None once the optimizer has moved it."""
+    """Bits before the first factor; None once the optimizer has moved it."""
     factors: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    """After which optimizer step each was given."""
+    """Optimizer step after which each factor was given."""
 
     @property
     def product(self) -> float:
-        """All factors together."""
+        """Product of all factors."""
         return math.prod(self.factors)
 
 
@@ -39,6 +39,9 @@ class ScaledRows:
     The optimizer's moments are left as they are. An adaptive step does not depend on the scale of
     its gradients, so the next step has the size it would have had; the momentum still points to
     where the scores grew, which is why a clip is held and not done once.
+
+    Args:
+        run: the model with its optimizers.
     """
 
     def __init__(self, run: SteppedRun) -> None:
@@ -48,6 +51,9 @@ class ScaledRows:
     @torch.no_grad()
     def scale(self, edits: Iterable[tuple[Rows, float]]) -> None:
         """Multiply all of them, or none.
+
+        Args:
+            edits: rows and their factors.
 
         Raises:
             NotApplicable: if a copy that the optimizer keeps, or the rows of a shard, cannot be
@@ -71,20 +77,17 @@ class ScaledRows:
             _times(view, factor, rows.offset)
 
     def moved_on(self) -> None:
-        """The optimizer has stepped: forget the bits of what it moved, which could no longer be put
-        back.
-        """
+        """Note a step of the optimizer; what it moved cannot be restored bit for bit."""
         for entry in self._entries.values():
             if entry.original is not None and not self._is_untouched(entry):
                 entry.original = None
 
     @torch.no_grad()
     def undo(self) -> bool:
-        """Put back the bits of before where nothing else has moved them, and divide the factors out
-        where training has.
+        """Restore the original bits; divide the factors out where training has moved on.
 
         Returns:
-            Whether all bits are those of before.
+            True if all bits are the original ones.
         """
         exact = all(self._is_untouched(entry) for entry in self._entries.values())
         for entry in self._entries.values():
@@ -96,18 +99,18 @@ class ScaledRows:
         return exact
 
     def rolled_back(self, step: int) -> Callable[[], None]:
-        """Forget the factors given after ``step``, which the restored weights do not hold; returns
-        what brings them back.
+        """Drop the factors given after ``step``, which the restored weights do not hold.
+
+        Returns:
+            A function that brings them back.
         """
         before = self._entries
         self._entries = {}
         for key, entry in before.items():
             kept = [at for at, given in enumerate(entry.steps) if given <= step]
             if kept:
-                factors, steps = (
-                    [entry.factors[at] for at in kept],
-                    [entry.steps[at] for at in kept],
-                )
+                factors = [entry.factors[at] for at in kept]
+                steps = [entry.steps[at] for at in kept]
                 self._entries[key] = _Scaled(entry.rows, entry.tensor, None, factors, steps)
 
         def restore() -> None:
@@ -116,27 +119,23 @@ class ScaledRows:
         return restore
 
     def state(self, names: dict[int, str]) -> list[list[Any]]:
-        """``[parameter name, dim, start, stop, offset, product of factors]`` of each range, masters
-        left out.
+        """Return ``[parameter name, dim, start, stop, offset, product]`` of each range.
+
+        Masters are left out.
+
+        Args:
+            names: name of each parameter, by its ``id``.
         """
         out = []
         for entry in self._entries.values():
             if entry.tensor is entry.rows.parameter and id(entry.tensor) in names:
-                rows = entry.rows
-                out.append(
-                    [
-                        names[id(entry.tensor)],
-                        rows.dim,
-                        rows.start,
-                        rows.stop,
-                        rows.offset,
-                        entry.product,
-                    ]
-                )
+                rows, name = entry.rows, names[id(entry.tensor)]
+                where = [rows.dim, rows.start, rows.stop, rows.offset]
+                out.append([name, *where, entry.product])
         return out
 
     def load(self, state: Sequence[Sequence[Any]]) -> None:
-        """Take up what :meth:`state` told of; rows that are no longer there are left out."""
+        """Continue from a value of :meth:`state`; rows that no longer exist are left out."""
         parameters = dict(self.run.model.named_parameters())
         for name, dim, start, stop, offset, product in state:
             shape = parameters[name].shape if name in parameters else ()
@@ -148,7 +147,7 @@ class ScaledRows:
                     )
 
     def _is_untouched(self, entry: _Scaled) -> bool:
-        """Whether the rows hold what the factors made of the original, bit for bit."""
+        """Return True if the rows are bit for bit the original times the factors."""
         if entry.original is None:
             return False
         expected = entry.original.clone()
@@ -158,7 +157,11 @@ class ScaledRows:
 
 
 def check_saved_rows(saved: Stored) -> None:
-    """Raise a ValueError where it is not what :meth:`ScaledRows.state` gives."""
+    """Check that a stored value is one of :meth:`ScaledRows.state`.
+
+    Raises:
+        ValueError: if it is not.
+    """
     for each in saved.parts():
         name, dim, start, stop, offset, product = each.parts(6)
         _ = name.text(), dim.integer(), start.integer(), stop.integer(), offset.number()
@@ -167,8 +170,9 @@ def check_saved_rows(saved: Stored) -> None:
 
 
 def _times(values: Tensor, factor: float, offset: float) -> None:
-    """Change ``values`` so that ``offset + value`` is multiplied; in float32 where the offset would
-    cost precision.
+    """Multiply ``offset + value`` in place, in float32 where there is an offset.
+
+    The offset would cost precision otherwise.
     """
     if offset:
         values.copy_((values.float() + offset) * factor - offset)

@@ -1,4 +1,4 @@
-"""A head's attention suddenly lands on single keys, or on the first key."""
+"""Sudden concentration of a head's attention."""
 
 from __future__ import annotations
 
@@ -20,27 +20,45 @@ from stabmon.rules.tracking.history import History
 @renamed(least_past="min_history")
 @dataclass(frozen=True)
 class AttentionSpike(Rule):
-    """A head's mean largest probability, or the mass on its first key, jumped up between two
-    readings.
+    """Sudden concentration of a head's attention on single keys, or on the first key.
 
-    Only ever a warning: sinks form within few steps in healthy training and are no pathology, and
-        attention that collapses is
-    ``entropy_collapse``. Read it as the time and place at which a head changed what it does.
+    Of the head's mean largest probability and its mass on the first key, either must exceed the
+    largest of the ``past`` readings before by ``rise`` and by ``deviations`` times their robust
+    standard deviation.
+
+    Only ever a warning: attention sinks form within few steps in healthy training and are no
+    pathology, and attention that collapses is ``entropy_collapse``. Read it as the time and place
+    at which a head changed what it does.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> history = History()
+        >>> for step, mass in enumerate([0.1, 0.12, 0.1, 0.11, 0.9], start=1):
+        ...     history.add(Reading(step, None, {"attn": {"sink_mass": np.array([mass])}}))
+        >>> AttentionSpike().check(history)
+        [StabilityIssue(warning attention_spike, attn head 0, step 5, value 0.9, threshold 0.52)]
+
+    References:
+        Xiao et al. 2023, arXiv:2309.17453, and Gu et al. 2024, arXiv:2410.10781, on attention
+        sinks.
     """
 
     symptom: ClassVar[Symptom] = SCORES
 
     rise: Fraction = 0.4
-    """Rise of the probability, in [0, 1], over the largest of the readings before."""
+    """Rise of the probability, in [0, 1], above the largest of the readings before."""
     deviations: NonNegative = 6.0
-    """Spreads of the head's own past that the rise must also be."""
+    """Robust standard deviations of the head's own past that the rise must also be."""
     past: Count = 10
-    """Readings that make up the past."""
+    """Number of readings in the past."""
     min_history: Count = 3
-    """Readings that must be known before any is judged."""
+    """Number of readings needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a head, on whichever of the two rose more; ``value`` is the probability."""
+        """Return one issue for each head, on the quantity that rose more.
+
+        ``value`` is the probability, ``threshold`` the level that it exceeded.
+        """
         if len(history) <= self.min_history:
             return []
         names = ("max_probability", "sink_mass")
@@ -73,8 +91,8 @@ class AttentionSpike(Rule):
             threshold=threshold,
             suggestion=(
                 "Nothing by itself: heads turn into sinks or copiers like this in healthy runs. "
-                "Look at the head's scores and entropy, "
-                "and at the rate, if logit_growth or entropy_collapse open beside it."
+                "If logit_growth or entropy_collapse open beside it, check the head's scores, its "
+                "entropy and the learning rate."
             ),
             evidence={
                 "signal": name,

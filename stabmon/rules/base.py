@@ -1,4 +1,4 @@
-"""What a rule is, and the table of all rules."""
+"""Base class and registry of rules."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Rule:
 
     Example:
         >>> from dataclasses import dataclass
+        >>> import numpy as np
+        >>> from stabmon.records import Reading
         >>> from stabmon.rules.symptoms import SCORES
         >>> @dataclass(frozen=True)
         ... class UniformAttention(Rule):
@@ -30,18 +32,23 @@ class Rule:
         ...             yield StabilityIssue(
         ...                 history.latest.step, layer, head, "uniform_attention", "warning",
         ...                 entropy[n], self.above, "Train longer, or with a higher rate.")
-        >>> UniformAttention().symptom.name
-        'scores'
+        >>> history = History()
+        >>> history.add(Reading(10, 2.5, {"attn": {"normalized_entropy": np.array([0.7, 0.995])}}))
+        >>> [(issue.head, issue.threshold) for issue in UniformAttention().check(history)]
+        [(1, 0.99)]
     """
 
     symptom: ClassVar[Symptom | None] = None
-    """The failure mode of its issues; None if no intervention treats it."""
+    """Failure mode of its issues; None if no intervention treats it."""
     issue_types: ClassVar[tuple[str, ...]] = ()
-    """The types of its issues; empty for its own name alone."""
+    """Types of its issues; empty for its own name alone."""
     value_of: ClassVar[str | None] = None
-    """The signal whose value its issues report; None where they report another quantity."""
+    """Signal whose value its issues report; None where they report another quantity."""
     explains_others: ClassVar[bool] = False
-    """Its issues explain others of the same step and severity, and are listed before them."""
+    """True if its issues explain others of the same step: they are listed first.
+
+    Of several of the same severity.
+    """
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return every issue that holds at the newest reading.
@@ -53,17 +60,29 @@ class Rule:
 
         Args:
             history: the readings so far; T readings, N heads over all layers.
+
+        Returns:
+            At most one issue for each type, layer and head; of several the most severe counts.
         """
         raise NotImplementedError
 
     @classmethod
     def symptom_of(cls, issue: StabilityIssue) -> Symptom | None:
-        """Return the failure mode of one of its issues; :attr:`symptom` unless overridden."""
+        """Return the failure mode of one of its issues; :attr:`symptom` unless overridden.
+
+        Args:
+            issue: an issue that this rule reported.
+        """
         return cls.symptom
 
     @classmethod
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
-        """Return whether an open issue needs no intervention: its head is on its way back."""
+        """Return True if an open issue needs no intervention: its head is recovering.
+
+        Args:
+            issue: an open issue that this rule reported.
+            history: the readings so far.
+        """
         return False
 
 
@@ -72,15 +91,28 @@ R = TypeVar("R", bound=type[Rule])
 
 
 def rule(cls: R) -> R:
-    """Register a rule under its class name in snake case: ``EntropyCollapse`` is
-    ``entropy_collapse``.
+    """Register a rule under its class name in snake case.
+
+    Returns:
+        The class, unchanged.
+
+    Raises:
+        ValueError: if another rule has that name.
+
+    Example:
+        >>> RULES["entropy_collapse"].__name__
+        'EntropyCollapse'
     """
     RULES.register(rule_name(cls), cls)
     return cls
 
 
 def rule_name(cls: type) -> str:
-    """The config name of a rule's class: its name in snake case."""
+    """Return the config name of a rule's class: its name in snake case.
+
+    >>> rule_name(Rule)
+    'rule'
+    """
     return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
 
@@ -100,12 +132,16 @@ def symptom_of(issue: StabilityIssue) -> Symptom | None:
 
 
 def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:
-    """Whether an issue is clearly worse than when it was last told of.
+    """Return True if an issue is clearly worse than when it was last reported.
 
     It is when it rests on something newly found (``found_at`` in its evidence), when its severity
     rose, or when at the same severity its value is ``WORSE`` times as far out: beyond its threshold
     by that factor more (both positive), else that much further from it. A value that is infinite or
     NaN is as far out as can be.
+
+    Args:
+        now: the issue at the newest reading.
+        before: the same issue as it was last reported.
     """
     if now.evidence.get("found_at", 0) != before.evidence.get("found_at", 0):
         return True
@@ -114,17 +150,19 @@ def worsened(now: StabilityIssue, before: StabilityIssue) -> bool:
 
 
 WORSE = 3.0
-"""A value three times as far out is news; less would repeat an issue that goes on growing at every
-other reading.
+"""Least ratio of distances from the threshold at which an issue is reported again.
+
+At less, an issue of steady growth would be repeated at every other reading.
 """
 FARTHEST = 1_000.0
-"""Beyond this distance nothing is news any more: an entropy of 1e-9 is no worse than one of
-1e-6.
+"""Distance beyond which an issue is not reported again.
+
+An entropy of 1e-9 is no worse than one of 1e-6.
 """
 
 
 def _distance(issue: StabilityIssue) -> float:
-    """How far a value is beyond its threshold, as a ratio between 1 and ``FARTHEST``."""
+    """Return the ratio of value and threshold, between 1 and ``FARTHEST``."""
     value, threshold = issue.value, issue.threshold
     if not (math.isfinite(value) and math.isfinite(threshold)):
         return FARTHEST

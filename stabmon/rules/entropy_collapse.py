@@ -1,4 +1,4 @@
-"""A head suddenly attends to single keys where it used to spread."""
+"""Collapse of attention entropy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stabmon._settings import Bounds, Count, Fraction, NonNegative, Positive, re
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import SCORE_FLOOR, Change, changes, jump_needed
-from stabmon.rules.evidence.context import advice, circumstances
+from stabmon.rules.evidence.context import advice, context_of
 from stabmon.rules.evidence.recovery import rose_above
 from stabmon.rules.evidence.robust_stats import robust_spread
 from stabmon.rules.symptoms import SCORES, Symptom
@@ -21,11 +21,14 @@ from stabmon.rules.tracking.history import History
 START_READINGS = 32
 """Readings within which a model may count as fresh, if its loss falls fast."""
 SINK = 0.3
-"""Mean mass on the first key that tells a sink (Gu et al. 2024, arXiv:2410.10781)."""
+"""Mean mass on the first key from which a head is a sink.
+
+Gu et al. 2024, arXiv:2410.10781.
+"""
 FROM_THE_START = (
     "All heads are saturated from the start: make the initialisation of W_q and W_k smaller (a "
-    "standard deviation of 0.02, or Xavier's), "
-    "see that scores are scaled by 1/sqrt(head_dim), or bring the scores down now (QK-clip)."
+    "standard deviation of 0.02, or Xavier's), check that scores are scaled by 1/sqrt(head_dim), "
+    "or bring the scores down now (QK-clip)."
 )
 
 
@@ -33,68 +36,90 @@ FROM_THE_START = (
 @renamed(least_past="min_past_entropy", still_ill="hysteresis")
 @dataclass(frozen=True)
 class EntropyCollapse(Rule):
-    """A head that suddenly lost the spread it used to have.
+    r"""Sudden loss of a head's attention entropy.
 
-    Low entropy is no disease: local heads, sinks, copying and retrieval heads are nearly one-hot
-        and right, and they get there while
-    the loss falls, over tens of steps. The head's own past is the measure, and a fall counts as
-    collapse only when it is faster than
-    learning: within two readings the head keeps less than ``kept`` of its spread, and its scores
-        jumped at the same time, or, where its
-    scores are all small or negative and so tell nothing, nearly all of its rows saturated at once.
-    The same fall without either witness, or a slow fall to ``floor``, is a warning.
+    Low entropy is no failure by itself: local heads, sinks, copying and retrieval heads are nearly
+    one-hot and right, and they get there while the loss falls, over tens of steps. So the head's
+    own past is the measure, and a fall is an alarm only when it is faster than learning. With h the
+    normalised entropy, :math:`h = H / \ln n`, and its median over five earlier readings:
 
-    Heads that start without spread (below ``min_past_entropy``) have none to lose and are not
-    judged so. But where nearly all heads of a model have little spread from the first reading on, with large
-    scores all of one size and no sinks, and the loss falls as fast as it does in a fresh model
-    only, nothing has been learned that could call for it: the initialisation is too large, and that
-    is an alarm.
+    - :math:`h_{now} \le kept \cdot h_{past}` within two readings, and at the same time the largest
+      score jumped (``jump``), or, where all scores are small or negative and give no evidence,
+      nearly all rows saturated at once (``saturates``);
+    - the same fall with neither, or a slow fall below ``floor``, is a warning.
+
+    Heads that start with little entropy (below ``min_past_entropy``) have none to lose and are not
+    judged so. But where nearly all heads of a model have little of it from the first reading on,
+    with large scores all of one size and no sinks, and the loss falls as fast as it does in a fresh
+    model only, nothing has been learned that could call for it: the initialisation is too large,
+    and that is an alarm.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> history = History()
+        >>> for step in range(1, 8):
+        ...     values = (80.0, 0.05) if step == 7 else (4.0, 0.7)
+        ...     signals = zip(("max_logit", "normalized_entropy"), values)
+        ...     history.add(Reading(step, None, {"attn": {k: np.array([v]) for k, v in signals}}))
+        >>> EntropyCollapse().check(history)
+        [StabilityIssue(error entropy_collapse, attn head 0, step 7, value 0.05, threshold 0.28)]
+
+    References:
+        Zhai et al. 2023, arXiv:2303.06296, on entropy collapse.
     """
 
     symptom: ClassVar[Symptom] = SCORES
 
     kept: Fraction = 0.4
-    """Share of its own past entropy that a collapsed head keeps at most."""
+    """Largest share of its own past entropy that a collapsed head keeps."""
     jump: Positive = 4.0
-    """Times its own past that the largest score must have jumped within one step; plus the same for
-    each 100 steps in between.
+    """Growth of the largest score within one step, as a multiple of its own past.
+
+    Once more for each 100 steps in between.
     """
     saturates: Fraction = 0.6
-    """Share of rows that must have lost their gradient at once where the score gives no witness."""
+    """Share of rows to saturate at once where scores give no evidence."""
     sudden_steps: Count = 20
-    """Steps within which that must happen to be sudden; learners were seen to saturate half their
-    rows in 75.
+    """Largest number of steps in between for the fall to be sudden.
+
+    Learners were seen to saturate half their rows in 75.
     """
     floor: Fraction = 0.02
-    """Normalised entropy, in [0, 1], below which even a slow fall is worth a look."""
+    """Normalised entropy, in [0, 1]; even a slow fall below it is a warning."""
     min_past_entropy: Fraction = 0.1
-    """Normalised entropy that a head must have had to be judged."""
+    """Least normalised entropy in the past for a head to be judged, in [0, 1]."""
     start: Fraction = 0.4
-    """Normalised entropy below which a head lacks spread in the first readings, where its largest
-    score is also above ``start_score``.
+    """Normalised entropy; below it a head is saturated in the first readings.
+
+    Its largest score must also be above ``start_score``.
     """
     start_score: NonNegative = 15.0
-    """Scores of a fresh model are a few at most."""
+    """Largest score of a saturated head in a fresh model, at least; a few is normal."""
     start_heads: Fraction = 0.9
-    """Share of all heads that must be so."""
+    """Share of all heads to be saturated in the first readings."""
     start_alike: NonNegative = 0.35
-    """Robust spread of the logarithm of the heads' largest scores above which they have learned to
-    differ.
+    """Largest robust standard deviation of ln max-score over these heads.
+
+    Heads that have learned differ from each other by more.
     """
     start_fall: Fraction = 0.1
-    """Share of the first loss that must have been lost: what has been trained before has little
-    left to lose.
+    """Share of the first loss by which the loss must have fallen.
+
+    A model that has been trained before has little left to gain.
     """
     hysteresis: Annotated[float, Bounds(above=0, high=1)] = 0.6
-    """An open issue stays open until the entropy is above its opening level divided by this."""
+    """Share by which the opening level is divided to give the closing level."""
 
     @classmethod
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
+        """Return True if the head's entropy is above half its threshold again."""
         return rose_above(issue, history, "normalized_entropy", share=0.5)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a head; ``value`` is its normalised entropy, ``threshold`` the entropy at which
-        it is called collapsed.
+        """Return one issue for each head that lost its entropy.
+
+        ``value`` is its normalised entropy, ``threshold`` the entropy at which it counts as
+        collapsed.
         """
         entropy = history.now("normalized_entropy")
         rank, level = np.full(len(entropy), -1), np.full(len(entropy), np.nan)
@@ -108,10 +133,8 @@ class EntropyCollapse(Rule):
                 ratio[new], past[new] = change.ratio[new], change.past_entropy[new]
         fresh = (rank < 1) & self._saturated_from_the_start(history)
         rank[fresh], level[fresh] = 1, self.start
-        start, open_level = (
-            history.baseline("normalized_entropy"),
-            history.open_level("entropy_collapse"),
-        )
+        start = history.baseline("normalized_entropy")
+        open_level = history.open_level("entropy_collapse")
         slow = (
             (rank < 0)
             & (start >= self.min_past_entropy)
@@ -134,8 +157,9 @@ class EntropyCollapse(Rule):
         ]
 
     def _witnessed(self, history: History, change: Change) -> np.ndarray:
-        """``[N]`` bool: scores jumped; or nearly all rows saturated at once though no score is
-        large, as where all others fell.
+        """Return ``[N]`` bool: scores jumped, or nearly all rows saturated at once.
+
+        The latter counts only where no score is large, as where all others fell.
         """
         jumped = change.ratio >= jump_needed(history, change.steps, self.jump)
         silent = history.now("max_logit") < SCORE_FLOOR
@@ -146,27 +170,23 @@ class EntropyCollapse(Rule):
         return witnessed
 
     def _saturated_from_the_start(self, history: History) -> np.ndarray:
-        """``[N]`` bool: the head is saturated in the first readings of a fresh model in which
-        nearly all are, and alike.
-        """
-        nobody = np.zeros(len(history.heads), dtype=bool)
+        """Return ``[N]`` bool: saturated in a fresh model in which nearly all heads are."""
+        none = np.zeros(len(history.heads), dtype=bool)
         losses = history.recent_losses[:, 1]
         if (
             len(history) > START_READINGS
             or len(losses) < 2
             or np.median(losses[-3:]) > (1 - self.start_fall) * losses[0]
         ):
-            return nobody
-        saturated, known = ~nobody, ~nobody
+            return none
+        saturated, known = ~none, ~none
         for at in (0, -1):
-            entropy, score = (
-                history.signal("normalized_entropy")[at],
-                history.signal("max_logit")[at],
-            )
+            entropy = history.signal("normalized_entropy")[at]
+            score = history.signal("max_logit")[at]
             saturated &= (entropy <= self.start) & (score >= self.start_score) & np.isfinite(score)
             known &= np.isfinite(entropy) & np.isfinite(score)
         if saturated.sum() < max(2, self.start_heads * known.sum()):
-            return nobody
+            return none
         alike = (
             robust_spread(np.log(history.signal("max_logit")[0][saturated])[:, None])[0]
             <= self.start_alike
@@ -199,9 +219,8 @@ class EntropyCollapse(Rule):
                 history,
                 layer,
                 "Bring the head's scores back to what they were (QK-clip on this head, to its own "
-                "scores before the fall): saturated "
-                "rows pass almost no gradient, so neither a lower rate, dropout nor an entropy "
-                "penalty brings the spread back.",
+                "scores before the fall): saturated rows pass almost no gradient, so neither a "
+                "lower rate, dropout nor an entropy penalty brings the entropy back.",
             ),
             evidence={
                 "past_entropy": past,
@@ -210,5 +229,5 @@ class EntropyCollapse(Rule):
                 "saturated_fraction": float(history.now("saturated_fraction")[n]),
                 "from_the_start": fresh,
             }
-            | circumstances(history, layer),
+            | context_of(history, layer),
         )

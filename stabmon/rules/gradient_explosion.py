@@ -1,4 +1,4 @@
-"""The gradient of the whole model is far above its own past."""
+"""Explosion of the whole model's gradient."""
 
 from __future__ import annotations
 
@@ -21,34 +21,53 @@ from stabmon.rules.tracking.history import History
 @renamed(stays="persistence", least_past="min_history")
 @dataclass(frozen=True)
 class GradientExplosion(Rule):
-    """The norm of the whole model's gradient has left its own recent range upwards, and stays
-    there.
+    r"""Gradient norm of the whole model above its recent range.
+
+    With m and s the median and the robust standard deviation of the log norm over ``past``
+    readings, the newest log norm must exceed both :math:`m + deviations \cdot s` and :math:`m + \ln
+    warning`.
 
     A single large gradient is common in healthy runs (up to 14 times the recent median in our own)
     and clipping makes it harmless: a warning. An alarm is a gradient far beyond its range for
     ``persistence`` readings in a row while the loss rises: then steps of the wrong size or
-    direction are being taken. Blames no head; the layer that grew most is in the evidence.
+    direction are being taken. Attributed to no head; the layer that grew most is in the evidence.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> history = History()
+        >>> for step in range(1, 21):
+        ...     norm = 90.0 if step == 20 else 1.0 + 0.1 * (step % 3)
+        ...     history.add(Reading(step, None, {}, gradients={"": norm}))
+        >>> GradientExplosion().check(history)
+        [StabilityIssue(warning gradient_explosion, run, step 20, value 90, threshold 11)]
+
+    References:
+        Pascanu et al. 2013, arXiv:1211.5063, on exploding gradients and their clipping.
     """
 
     symptom: ClassVar[Symptom] = LOSS
 
     deviations: NonNegative = 6.0
-    """Spreads of the log norm above its recent median."""
+    """Robust standard deviations of the log norm above its recent median."""
     warning: Positive = 10.0
-    """Times the recent median that the norm must also be."""
+    """Norm of a warning, as a multiple of the recent median."""
     error: Positive = 10.0
-    """Times the recent median that the norm must be for ``persistence`` readings, with a rising
-    loss, for an alarm.
+    """Norm of an alarm, as a multiple of the recent median.
+
+    For ``persistence`` readings, with a rising loss.
     """
     persistence: Count = 3
-    """Readings."""
+    """Number of readings in a row needed for an alarm."""
     past: Count = 50
-    """Readings that make up the recent range."""
+    """Number of readings in the recent range."""
     min_history: Count = 12
-    """Readings that must be known before any is judged."""
+    """Number of readings needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """At most one issue, for the run; a norm that is NaN or inf is left to ``non_finite``."""
+        """Return at most one issue, for the run; ``value`` is the norm of its gradient.
+
+        A norm that is NaN or inf is left to ``non_finite``.
+        """
         norms = history.gradients("")
         if (
             len(norms) < self.min_history + self.persistence
@@ -56,10 +75,8 @@ class GradientExplosion(Rule):
             or norms[-1] <= 0
         ):
             return []
-        past, newest = (
-            _log(norms[-self.past - self.persistence : -self.persistence]),
-            _log(norms[-self.persistence :]),
-        )
+        newest = _log(norms[-self.persistence :])
+        past = _log(norms[-self.past - self.persistence : -self.persistence])
         past = past[np.isfinite(past)]
         if len(past) < self.min_history:
             return []
@@ -90,9 +107,8 @@ class GradientExplosion(Rule):
                 value=float(norms[-1]),
                 threshold=float(np.exp(level)),
                 suggestion=(
-                    "Clip the gradient norm near its recent median, and look at the batch; if it "
-                    "comes back, lower the rate or go back "
-                    "to a checkpoint before it."
+                    "Clip the gradient norm near its recent median, and check the batch; if it "
+                    "comes back, lower the rate or go back to a checkpoint before it."
                 ),
                 evidence={
                     "recent_median": float(np.exp(middle)),
@@ -111,7 +127,7 @@ def _log(norms: np.ndarray) -> np.ndarray:
 
 
 def _growth(norms: np.ndarray, newest: int) -> float:
-    """Newest log norm over the median of the ones before the ``newest``."""
+    """Return the newest log norm minus the median of those before the ``newest``."""
     past = _log(norms[:-newest])
     past = past[np.isfinite(past)]
     return float(_log(norms[-1:])[0] - np.median(past)) if len(past) else float("nan")

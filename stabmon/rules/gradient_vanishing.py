@@ -1,4 +1,4 @@
-"""An attention layer stopped receiving gradient because its rows saturated."""
+"""Vanishing of an attention layer's gradient."""
 
 from __future__ import annotations
 
@@ -21,36 +21,50 @@ from stabmon.rules.tracking.history import History
 @renamed(least_past="min_history")
 @dataclass(frozen=True)
 class GradientVanishing(Rule):
-    """The gradient of one layer's attention collapsed against its own past and against the model's,
-    while its rows saturated.
+    r"""Collapse of an attention layer's gradient while its rows saturate.
 
-    The gradient that reaches a row's scores is at most lambda times that which reaches its
-    probabilities, and lambda, the largest eigenvalue of the softmax's Jacobian, goes to zero as a
-    row turns one-hot. So a layer whose share of the model's gradient fell to ``error``, with most
-    rows saturated that were not before, can no longer learn where to attend: an alarm. A fall
-    without saturated rows has another cause (frozen parameters, a closing gate): a warning. A
-    layer's value and output weights still receive gradient when its rows saturate, so this comes
-    late; ``logit_growth`` comes first.
+    Judged against the layer's own past and against the model's gradient. The gradient that reaches
+    a row's scores is at most lambda times that which reaches its probabilities, and lambda, the
+    largest eigenvalue of the softmax's Jacobian :math:`\mathrm{diag}(p) - p p^T`, goes to zero as a
+    row turns one-hot. So a layer whose share of the model's gradient fell to ``error`` of what it
+    was, with most rows saturated that were not before, can no longer learn where to attend: an
+    alarm. A fall without saturated rows has another cause (frozen parameters, a closing gate): a
+    warning. A layer's value and output weights still receive gradient when its rows saturate, so
+    this comes late; ``logit_growth`` comes first.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> history = History()
+        >>> for step in range(1, 31):
+        ...     norm = 1e-4 if step > 28 else 0.3
+        ...     history.add(Reading(step, None, {}, gradients={"": 1.0, "attn": norm}))
+        >>> [issue.severity for issue in GradientVanishing().check(history)]  # nothing saturated
+        ['warning']
+
+    References:
+        Zhai et al. 2023, arXiv:2303.06296, on saturated rows and the norm of the softmax's
+        Jacobian.
     """
 
     symptom: ClassVar[Symptom] = SCORES
 
     warning: Fraction = 0.02
-    """Share of its own past share of the model's gradient norm at which a layer is worth a look."""
+    """Share of the model's gradient norm, over what it was, for a warning."""
     error: Fraction = 0.05
     """The same for an alarm, where rows saturated as well."""
     saturated: Fraction = 0.5
-    """Mean share of saturated rows over the layer's heads that an alarm needs."""
+    """Mean share of saturated rows over the layer's heads, at least, for an alarm."""
     rise: Fraction = 0.25
-    """How much of it must have come since the past that the gradient is measured against."""
+    """Least rise of that share since the past, for an alarm."""
     past: Count = 64
-    """Readings whose older half is the past."""
+    """Number of readings; their older half is the past."""
     min_history: Count = 12
-    """Readings that must be known before any is judged."""
+    """Number of readings needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a layer; ``value`` is its share of the model's gradient over what that share
-        was.
+        """Yield one issue for each layer whose gradient collapsed.
+
+        ``value`` is its share of the model's gradient, over what that share was.
         """
         layers = [layer for layer in history.latest.gradients if layer]
         if len(history) < self.min_history + 2 or not layers:
@@ -60,10 +74,8 @@ class GradientVanishing(Rule):
         older = slice(0, max(self.min_history, len(own) // 2))
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where((whole > 0) & np.isfinite(whole), own / whole, np.nan)
-            kept, fell = (
-                median(share[-2:]) / median(share[older]),
-                median(own[-2:]) / median(own[older]),
-            )
+            kept = median(share[-2:]) / median(share[older])
+            fell = median(own[-2:]) / median(own[older])
         low = np.maximum(kept, fell)  # both must have collapsed
         for n in np.flatnonzero(low <= max(self.error, 2 * self.warning)).tolist():
             yield from self._judge(history, layers[n], float(kept[n]), float(fell[n]), older)
@@ -75,10 +87,8 @@ class GradientVanishing(Rule):
         if layer in history.layers:
             rows = history.signal("saturated_fraction")[-self.past :, history.of_layer(layer)]
             now, before = float(median(rows[-1])), float(median(median(rows[older])))
-        low, slack = (
-            max(kept, fell),
-            2.0 if history.is_open_at("gradient_vanishing", layer) else 1.0,
-        )
+        low = max(kept, fell)
+        slack = 2.0 if history.is_open_at("gradient_vanishing", layer) else 1.0
         alarm = low <= self.error and now >= self.saturated and now - before >= self.rise
         if not (alarm or low <= self.warning * slack):
             return
@@ -95,11 +105,11 @@ class GradientVanishing(Rule):
                     history,
                     layer,
                     "Bring the scores of the saturated heads down (QK-clip on this layer): a "
-                    "saturated row passes no gradient to its own "
-                    "scores, so no change of rate can reopen it.",
+                    "saturated row passes no gradient to its own scores, so no change of rate can "
+                    "reopen it.",
                 )
                 if alarm
-                else "Look whether these parameters are meant to be frozen or gated; their rows "
+                else "Check whether these parameters are meant to be frozen or gated: their rows "
                 "are not saturated."
             ),
             evidence={

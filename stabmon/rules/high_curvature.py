@@ -1,4 +1,4 @@
-"""A head's attention bends far more sharply than it used to."""
+"""Sudden rise of attention curvature."""
 
 from __future__ import annotations
 
@@ -20,33 +20,42 @@ from stabmon.rules.tracking.history import History
 @renamed(least_past="min_history")
 @dataclass(frozen=True)
 class HighCurvature(Rule):
-    """The bound on a head's curvature in query and key jumped far above the head's own past.
+    """Jump of a head's attention curvature above its own past.
+
+    Its logarithm, ``hnf_log_curvature``, must exceed the largest of the ``past`` readings before by
+    ``jump`` and by ``deviations`` times their robust standard deviation.
 
     The curvature is polynomial in the norms of query and key and vanishes as rows saturate, so no
-    level of it is wrong in itself and none harms by itself: only ever a warning. A jump says that a
-    step of the usual size moves this head's attention much further than before. The card's
-    exponential bound (``hnf_log_curvature_bound``) is not used: it only orders heads by score.
+    level of it is wrong in itself and none does damage by itself: only ever a warning. A jump means
+    that a step of the usual size moves this head's attention much further than before. The
+    exponential bound ``hnf_log_curvature_bound`` is not used: it only orders heads by score.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> history = History()
+        >>> for step, value in enumerate([1.0, 1.1, 1.0, 1.05, 6.0], start=1):
+        ...     history.add(Reading(step, None, {"attn": {"hnf_log_curvature": np.array([value])}}))
+        >>> HighCurvature().check(history)
+        [StabilityIssue(warning high_curvature, attn head 0, step 5, value 6, threshold 3.6)]
     """
 
     symptom: ClassVar[Symptom] = SCORES
 
     jump: NonNegative = 2.5
-    """Rise of the natural logarithm over the largest of the readings before: twelvefold."""
+    """Rise of the natural logarithm above the largest before; 2.5 is twelvefold."""
     deviations: NonNegative = 6.0
-    """Spreads of the head's own past that the rise must also be."""
+    """Robust standard deviations of the head's own past that the rise must also be."""
     past: Count = 10
-    """Readings that make up the past."""
+    """Number of readings in the past."""
     min_history: Count = 3
-    """Readings that must be known before any is judged."""
+    """Number of readings needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a head; ``value`` is ``hnf_log_curvature``."""
+        """Return one issue for each head; ``value`` is its ``hnf_log_curvature``."""
         if len(history) <= self.min_history:
             return []
-        now, past = (
-            history.now("hnf_log_curvature"),
-            history.signal("hnf_log_curvature")[-self.past - 1 : -1],
-        )
+        now = history.now("hnf_log_curvature")
+        past = history.signal("hnf_log_curvature")[-self.past - 1 : -1]
         known = np.isfinite(past).sum(axis=0) >= self.min_history
         top = largest(past)
         level = np.maximum(top + self.jump, top + self.deviations * robust_spread(past))
@@ -69,9 +78,8 @@ class HighCurvature(Rule):
             value=float(history.now("hnf_log_curvature")[n]),
             threshold=level,
             suggestion=(
-                "Look at what changed the norms of this head's query and key just before (rate, "
-                "weight edit, data); normalising query "
-                "and key bounds this curvature."
+                "Find what changed the norms of this head's query and key just before (rate, "
+                "weight edit, data); normalising query and key bounds this curvature."
             ),
             evidence={"past_largest": top, "max_logit": float(history.now("max_logit")[n])},
         )

@@ -1,4 +1,4 @@
-"""A head's largest score runs away from the head's own past."""
+"""Growth of attention logits."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from stabmon.rules.evidence.baselines import (
     jump_needed,
     loss_fell,
 )
-from stabmon.rules.evidence.context import advice, circumstances
+from stabmon.rules.evidence.context import advice, context_of
 from stabmon.rules.evidence.forecast import Forecast, forecast_score
-from stabmon.rules.evidence.norm_growth import drive
+from stabmon.rules.evidence.head_findings import HeadFindings
+from stabmon.rules.evidence.norm_growth import sustained_growth
 from stabmon.rules.evidence.recovery import fell_below
 from stabmon.rules.evidence.robust_stats import largest
 from stabmon.rules.symptoms import SCORES, SUSTAINED_GROWTH, Symptom
@@ -30,102 +31,121 @@ from stabmon.rules.tracking.history import History
 LEAST_SCORE = 2 * SCORE_FLOOR
 """Score from which growth is worth a forecast."""
 WITH_WEIGHTS, WITH_SCALE = 1.5, 2.5
-"""Times its own past that a score must have grown with what drives it. Where a scale cannot be held
-itself, the clip that holds the scores lets them come to twice their past: more is asked, so that it
-has something to clip, and then ends the alarm."""
+"""Growth of a score with its weights or its scale, as a multiple of its own past.
+
+Where a scale cannot be held itself, the clip that holds the scores lets them come to twice their
+past: more is asked, so that it has something to clip, and then ends the alarm.
+"""
 
 
 @rule
 @renamed(harm="damage_level", still_ill="hysteresis")
 @dataclass(frozen=True)
 class LogitGrowth(Rule):
-    """A head's largest score grew manifold over its own past, faster than heads that learn grow,
-    and its rows lost their spread.
+    """Growth of a head's largest score faster than learning makes it grow.
 
-    Large scores are no disease: trained heads sit at 300 with near one-hot rows and are right. What
-        tells the ill from the
-    learning is speed, and what the speed costs. A head that learns, even at a high rate and even
-    while it turns one-hot, was never seen to grow more than threefold in 10 optimizer steps or
-    sixfold in 50 (scores below 10 not counted); a head that broke grows tenfold in one step, or
-    goes on doubling where the learner levels off. So an alarm needs
+    Large scores are no failure by themselves: trained heads sit at 300 with near one-hot rows and
+    are right. Speed, and what the speed costs, separate the anomalous from the learning. A head
+    that learns, even at a high rate and even while it turns one-hot, was never seen to grow more
+    than threefold in 10 optimizer steps or sixfold in 50 (scores below 10 not counted); a head that
+    broke grows tenfold in one step, or goes on doubling where the learner levels off. So an alarm
+    is one of:
 
-    - a jump: within two readings, ``jump`` times the largest score of the readings before, more the
-      more steps lie between, and the rows lost half their spread, or a quarter of them saturated;
-      or
-    - a run-away: ``runaway`` times within ``runaway_steps``, most spread lost, a tenth of the rows
+    - jump: within two readings, ``jump`` times the largest score of the readings before, more the
+      more steps lie between, and the rows lost half their entropy, or a quarter of them saturated;
+    - runaway: ``runaway`` times within ``runaway_steps``, most entropy lost, a tenth of the rows
       saturated, and the line through the newest readings still rises so that it meets
-      ``damage_level`` no later than it took to come here; or
-    - harm: a score above ``damage_level`` that still doubles, or that is ``runaway`` times the
-      head's first readings, without spread; or
-    - a drive, long before any of these: the layer's W_q and W_k grow along themselves, or its scale
-      grows, steadily and by more than learning makes them grow
-      (:func:`~stabmon.rules.evidence.norm_growth.drive`), and a head's score has grown with them.
-      Blames the layer, no head.
+      ``damage_level`` no later than it took to come here;
+    - damage: a score above ``damage_level`` that still doubles, or that is ``runaway`` times the
+      head's first readings, with little entropy left;
+    - sustained growth, long before any of these: the layer's W_q and W_k grow along themselves, or
+      its scale grows, steadily and by more than learning makes them grow
+      (:func:`~stabmon.rules.evidence.norm_growth.sustained_growth`), and a head's score has grown
+      with them. Attributed to the layer, to no head.
 
-    A loss that clearly falls over the same span speaks for learning: growth must then be a quarter
-    more. Growth without lost spread, or a line that meets ``damage_level`` within ``horizon``
-    readings, is a warning with a forecast.
+    A loss that clearly falls over the same span is evidence of learning: growth must then be a
+    quarter more. Growth without lost entropy, or a line that meets ``damage_level`` within
+    ``horizon`` readings, is a warning with a forecast.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> history = History()
+        >>> for step in range(1, 8):
+        ...     values = (90.0, 0.2) if step == 7 else (12.0, 0.7)
+        ...     signals = zip(("max_logit", "normalized_entropy"), values)
+        ...     history.add(Reading(step, None, {"attn": {k: np.array([v]) for k, v in signals}}))
+        >>> LogitGrowth().check(history)
+        [StabilityIssue(error logit_growth, attn head 0, step 7, value 90, threshold 48.48)]
+
+    References:
+        Wortsman et al. 2023, arXiv:2309.14322, and Dehghani et al. 2023, arXiv:2302.05442, on
+        attention
+        logits that grow until training diverges; Kimi K2, arXiv:2507.20534, on QK-clip.
     """
 
     symptom: ClassVar[Symptom] = SCORES
     value_of: ClassVar[str] = "max_logit"
 
     jump: Positive = 4.0
-    """Times its own past within one step; plus ``jump`` again for each 100 steps in between, up to
-    three times ``jump``.
+    """Growth of a score within one step, as a multiple of its own past.
+
+    ``jump`` again for each 100 steps in between, up to three times ``jump``.
     """
     runaway: Positive = 8.0
-    """Times its own past that a score must grow within few steps; twice as much over
-    ``runaway_steps``.
+    """Growth of a score within few steps, as a multiple of its own past.
+
+    Twice as much over ``runaway_steps``.
     """
     runaway_steps: Count = 300
-    """Steps beyond which growth is slow sharpening: then a score that grew 16-fold doubled in no
-    less than 75.
+    """Number of steps; longer growth is slow sharpening.
+
+    A score that grew 16-fold over them doubled in no less than 75.
     """
     damage_level: Positive = 1_000.0
-    """Score from which training suffers in published runs (Wortsman et al. 2023, Kimi K2); all
-    above 1e4 diverged.
+    """Score of damage to training in published runs; all above 1e4 diverged.
+
+    Wortsman et al. 2023, Kimi K2.
     """
     horizon: Count = 20
-    """Readings ahead within which a forecast is worth a warning."""
+    """Readings ahead within which a forecast is a warning."""
     driven: Positive = 1.5
-    """Times its own past that the gain of a layer's scores (scale times squared norm of W_q and
-    W_k) must have grown for a drive.
+    """Growth of the gain of a layer's scores, as a multiple of its own past.
+
+    The gain is the scale times the squared norm of W_q and W_k.
     """
     coherence: Fraction = 0.75
-    """Share of what its weights moved that must have gone into their norm, in [0, 1]."""
+    """Least share of what its weights moved to go into their norm, in [0, 1]."""
     hysteresis: Fraction = 0.6
-    """Share of the opening level above which an open issue stays open."""
+    """Closing level, as a share of the opening level."""
 
     @classmethod
     def symptom_of(cls, issue: StabilityIssue) -> Symptom:
+        """Return sustained growth for an issue of a layer, scores for one of a head."""
         return SUSTAINED_GROWTH if issue.head is None else SCORES
 
     @classmethod
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
+        """Return True if the head's largest score is below its threshold again."""
         return issue.head is not None and fell_below(issue, history, "max_logit")
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a head, and one a layer that is driven; ``value`` is the largest score,
-        ``threshold`` the score at which it is called ill by its own past."""
+        """Return one issue for each head, and one for each layer of sustained growth.
+
+        ``value`` is the largest score, ``threshold`` the score at which it is anomalous by its own
+        past.
+        """
         score, heads = history.now("max_logit"), len(history.heads)
         if heads == 0 or len(history) < 2:
             return []
         forecast = forecast_score(history, self.damage_level, least=LEAST_SCORE)
-        found = _Found.nothing(heads)
+        found = HeadFindings.nothing(heads)
         for change in changes(history, least_ratio=self.jump):
             self._judge(history, change, forecast, score, found)
-        self._judge_harm(history, score, found)
-        found.add(
-            forecast.warns(self.horizon * _interval(history)),
-            0,
-            self.damage_level,
-            np.nan,
-            np.nan,
-            "forecast",
-        )
+        self._judge_damage(history, score, found)
+        warns = forecast.warns(self.horizon * _interval(history))
+        found.add(warns, 0, self.damage_level, "forecast")
         level = history.open_level("logit_growth")
-        found.add(score >= self.hysteresis * level, 0, level, np.nan, np.nan, "still")
+        found.add(score >= self.hysteresis * level, 0, level, "still")
         layers = [
             issue
             for layer in history.layers
@@ -137,9 +157,14 @@ class LogitGrowth(Rule):
         ]
 
     def _judge(
-        self, history: History, change: Change, forecast: Forecast, score: np.ndarray, found: _Found
+        self,
+        history: History,
+        change: Change,
+        forecast: Forecast,
+        score: np.ndarray,
+        found: HeadFindings,
     ) -> None:
-        """Find jumps at one or two readings back, run-aways at more."""
+        """Find jumps at one or two readings back, runaways at more."""
         if change.lag <= 2:
             needed = jump_needed(history, change.steps, self.jump)
             lost = (change.kept <= 0.5) | (change.saturated_rise >= 0.25)
@@ -149,39 +174,29 @@ class LogitGrowth(Rule):
             needed = patience * self.runaway * (1 + change.steps / self.runaway_steps)
             lost = (change.kept <= 0.35) & ~(change.saturated_rise < 0.1)
             rises = (forecast.eta <= change.steps) | (score >= self.damage_level)
-            grown, how = (
-                (change.ratio >= needed) & (change.steps <= self.runaway_steps) & rises,
-                "runaway",
-            )
-        found.add(grown & lost, 1, needed * change.past_logit, change.ratio, change.kept, how)
-        found.add(grown & ~lost, 0, needed * change.past_logit, change.ratio, change.kept, how)
+            grown = (change.ratio >= needed) & (change.steps <= self.runaway_steps) & rises
+            how = "runaway"
+        level = needed * change.past_logit
+        found.add(grown & lost, 1, level, how, change.ratio, change.kept)
+        found.add(grown & ~lost, 0, level, how, change.ratio, change.kept)
 
-    def _judge_harm(self, history: History, score: np.ndarray, found: _Found) -> None:
-        """Find heads above the level of known harm that came there in this run."""
+    def _judge_damage(self, history: History, score: np.ndarray, found: HeadFindings) -> None:
+        """Find heads that reached the level of known damage in this run."""
         past = np.maximum(largest(history.signal("max_logit")[:-1][-PAST_READINGS:]), SCORE_FLOOR)
         start = np.maximum(history.baseline("max_logit"), SCORE_FLOOR)
-        came = (score >= 2 * past) | (
-            score >= self.runaway * start
-        )  # it still doubles, or it was not like this at first
+        # it still doubles, or it was not like this at first
+        came = (score >= 2 * past) | (score >= self.runaway * start)
         spent = history.now("normalized_entropy") < 0.1
-        found.add(
-            (score >= self.damage_level) & spent & came,
-            1,
-            self.damage_level,
-            score / np.fmin(past, start),
-            np.nan,
-            "harm",
-        )
+        damaged = (score >= self.damage_level) & spent & came
+        found.add(damaged, 1, self.damage_level, "harm", score / np.fmin(past, start))
 
     def _of_layer(self, history: History, layer: str, forecast: Forecast) -> StabilityIssue | None:
-        """A layer whose scores are driven."""
-        found = drive(history, layer, grown=self.driven, coherence=self.coherence)
+        """Return the issue of a layer with sustained growth; None where it has none."""
+        found = sustained_growth(history, layer, grown=self.driven, coherence=self.coherence)
         if found is None:
             return None
-        heads, before = (
-            history.of_layer(layer),
-            int(np.flatnonzero(history.steps <= found.since)[-1]),
-        )
+        heads = history.of_layer(layer)
+        before = int(np.flatnonzero(history.steps <= found.since)[-1])
         past = largest(
             history.signal("max_logit")[max(0, before - PAST_READINGS + 1) : before + 1, heads]
         )
@@ -192,18 +207,15 @@ class LogitGrowth(Rule):
             return None
         head = int(np.nanargmax(np.where(grown, score, np.nan)))
         eta, slope = float(forecast.eta[heads][head]), float(forecast.slope[heads][head])
-        what = (
-            "the scale of its scores grows"
+        grows, hold = (
+            ("the scale of its scores grows", "the scale (cap_scale)")
             if found.of_scale
-            else "its W_q and W_k grow along themselves"
+            else ("its W_q and W_k grow along themselves", "their norm (cap_query_key_norm)")
         )
         usual = (
-            f"Something other than learning drives this layer: {what}. Look for what multiplies "
-            "them (weight decay of the wrong sign, "
-            "a rate or a penalty of one parameter group, a scale that is written to); until then "
-            "hold "
-            f"{'the scale (cap_scale)' if found.of_scale else 'their norm (cap_query_key_norm)'}, "
-            "or clip its heads (qk_clip)."
+            f"Something other than learning drives this layer: {grows}. Look for what multiplies "
+            "them (weight decay of the wrong sign, a rate or a penalty of one parameter group, a "
+            f"scale that is written to); until then hold {hold}, or clip its heads (qk_clip)."
         )
         return StabilityIssue(
             step=history.latest.step,
@@ -227,11 +239,13 @@ class LogitGrowth(Rule):
                     float(forecast.high[heads][head]),
                 ],
             }
-            | circumstances(history, layer, slope),
+            | context_of(history, layer, slope),
             eta_steps=eta if np.isfinite(eta) else None,
         )
 
-    def _issue(self, history: History, n: int, found: _Found, forecast: Forecast) -> StabilityIssue:
+    def _issue(
+        self, history: History, n: int, found: HeadFindings, forecast: Forecast
+    ) -> StabilityIssue:
         layer, head = history.heads[n]
         severity: Severity = "error" if found.rank[n] == 1 else "warning"
         evidence = {
@@ -242,7 +256,7 @@ class LogitGrowth(Rule):
             "saturated_fraction": float(history.now("saturated_fraction")[n]),
             "log_slope_per_step": float(forecast.slope[n]),
             "eta_interval": [float(forecast.low[n]), float(forecast.high[n])],
-        } | circumstances(history, layer, float(forecast.slope[n]))
+        } | context_of(history, layer, float(forecast.slope[n]))
         eta = float(forecast.eta[n])
         return StabilityIssue(
             step=history.latest.step,
@@ -256,51 +270,15 @@ class LogitGrowth(Rule):
                 history,
                 layer,
                 "Clip this head to its own scores after warm-up (QK-clip: scale W_q and W_k of "
-                "the head by sqrt(tau / max_logit) after "
-                "each step), or normalise query and key (q, k = rms_norm(q), rms_norm(k)); a "
-                "lower rate slows the growth but does "
-                "not undo it, and attention dropout is no cure.",
+                "the head by sqrt(tau / max_logit) after each step), or normalise query and key "
+                "(q, k = rms_norm(q), rms_norm(k)); a lower rate slows the growth but does not "
+                "undo it, and attention dropout does not help.",
             ),
             evidence=evidence,
             eta_steps=eta if np.isfinite(eta) else None,
         )
 
 
-@dataclass(eq=False)
-class _Found:
-    """The strongest finding of each head so far; every array is ``[N]``."""
-
-    rank: np.ndarray
-    """-1 nothing, 0 warning, 1 error."""
-    level: np.ndarray
-    ratio: np.ndarray
-    kept: np.ndarray
-    how: np.ndarray
-
-    @classmethod
-    def nothing(cls, heads: int) -> _Found:
-        nan = np.full(heads, np.nan)
-        return cls(
-            np.full(heads, -1), nan, nan.copy(), nan.copy(), np.full(heads, "", dtype=object)
-        )
-
-    def add(
-        self, where: np.ndarray, rank: int, level: object, ratio: object, kept: object, how: str
-    ) -> None:
-        """Note a finding at the heads ``where`` that have no stronger one, nor an earlier one as
-        strong.
-        """
-        new = where & (self.rank < rank)
-        for array, value in (
-            (self.rank, rank),
-            (self.level, level),
-            (self.ratio, ratio),
-            (self.kept, kept),
-            (self.how, how),
-        ):
-            array[new] = np.broadcast_to(np.asarray(value), new.shape)[new]
-
-
 def _interval(history: History) -> float:
-    """Median optimizer steps between readings."""
+    """Return the median number of optimizer steps between readings."""
     return float(np.median(np.diff(history.steps[-20:])))

@@ -1,4 +1,4 @@
-"""The loss left its own recent course upwards."""
+"""Jump of the loss above its own recent course."""
 
 from __future__ import annotations
 
@@ -26,67 +26,86 @@ from stabmon.rules.tracking.history import History
 )
 @dataclass(frozen=True)
 class LossSpike(Rule):
-    """The loss jumped above what its own recent noise explains; an alarm only where it stays up
-    there.
+    """Jump of the loss above its own recent noise; an alarm once it stays up.
 
-    Each loss since the last reading is held against the median of the ``near`` losses before it, in
-    units of their noise: the spread of the differences between neighbours, which a falling loss
-    does not widen. A single high loss is a hard batch, and a loss that jumps and then steadily
-    comes down is new data being learned: warnings. An alarm is a loss of which the newest
-    ``persistence`` values are all well above and no longer come down, as after too large a step or
-    where data has turned to noise; or which are all so far above, by ``extreme_rise``, that no new
-    data explains it; or any spike while steps are too large (``update_spike``), which no hard batch explains. Blames no head: a
-    bad batch, a rate too high and broken attention look alike here.
+    Each loss since the last reading is compared with the median of the ``near`` losses before it,
+    in units of their noise: the robust standard deviation of differences between neighbours over
+    the square root of two, which a falling loss does not widen. A single high loss is a hard batch,
+    and a loss that jumps and then steadily comes down is new data being learned: warnings.
+
+    An alarm is a loss of which the newest ``persistence`` values are all well above and no longer
+    come down, as after too large a step or where data has turned to noise; or of which all are so
+    far above (``extreme_rise``) that no new data explains it; or any spike while steps are too
+    large (``update_spike``), which no hard batch explains. Attributed to no head: a bad batch, a
+    rate too high and broken attention look alike here.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> history = History()
+        >>> losses = [2.0 + 0.01 * (step % 3) for step in range(100)] + [5.0]
+        >>> for step, loss in enumerate(losses, start=1):
+        ...     history.add(Reading(step, loss, {}))
+        >>> LossSpike().check(history)
+        [StabilityIssue(warning loss_spike, run, step 101, value 5, threshold 2.211)]
+
+    References:
+        Chowdhery et al. 2022, arXiv:2204.02311, on loss spikes, and on going back and skipping
+        batches.
     """
 
     symptom: ClassVar[Symptom] = LOSS
 
     deviations: Positive = 8.0
-    """Spreads above the recent median from which a loss counts as a spike; noise of heavy tails
-    reaches 5.
+    """Robust standard deviations above the recent median for a spike.
+
+    Noise of heavy tails reaches 5.
     """
     persistence_deviations: NonNegative = 5.0
-    """The same for each of the losses that stay up: all of them that far is stranger than one at
-    ``deviations``.
+    """The same for each of the newest losses in an alarm.
+
+    All of them that far is stranger than one at ``deviations``.
     """
     min_rise: NonNegative = 0.1
-    """Share of the recent median by which the loss must also have risen, for runs whose loss hardly
-    moves.
+    """Least rise of the loss, as a share of the recent median.
+
+    For runs whose loss hardly moves.
     """
     persistence: Annotated[int, Bounds(2)] = 24
-    """Newest losses that must all be beyond the level for an alarm."""
+    """Number of newest losses beyond the level for an alarm."""
     extreme_rise: NonNegative = 0.75
-    """Share of the recent median by which all of the newest losses must lie above it for an alarm
-    though they come down.
+    """Rise of all newest losses for an alarm, as a share of the recent median.
+
+    Though they come down.
     """
     recovering: Positive = 0.85
-    """An excess over the recent median whose newer half is below this share of its older half is
-    coming down: no alarm.
+    """Largest ratio of an excess's newer half to its older half while it comes down.
+
+    Then it is no alarm. The excess is the loss minus the recent median.
     """
     past: Count = 100
-    """Losses from which the noise is taken."""
+    """Number of losses from which the noise is taken."""
     near: Count = 32
-    """Losses that make up the recent course: fewer, since it may be falling."""
+    """Number of losses in the recent course: fewer, since it may be falling."""
     min_history: Count = 24
-    """Losses that must be known before any is judged."""
+    """Number of losses needed before any is judged."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """At most one issue, for the run. NaN and inf are left to ``non_finite``."""
+        """Return at most one issue, for the run; ``value`` is the highest new loss.
+
+        NaN and inf are left to ``non_finite``.
+        """
         reading = history.latest
         new = max(1, len(reading.losses))
         known = history.recent_losses[-self.past - new - self.persistence :]
         steps, losses = known[:, 0], known[:, 1]
-        tail = (
-            new + self.persistence
-        )  # the past must end before any spike that may have begun within an earlier reading
+        # the past must end before any spike that may have begun within an earlier reading
+        tail = new + self.persistence
         if len(losses) < self.min_history + tail:
             return []
         past, newest = losses[-self.past - tail : -tail], losses[-tail:]
         near = past[-self.near :]
-        middle, spread = (
-            float(np.median(near)),
-            float(robust_spread(np.diff(past)[:, None])[0]) / 2**0.5,
-        )
+        middle = float(np.median(near))
+        spread = float(robust_spread(np.diff(past)[:, None])[0]) / 2**0.5
         level = middle + max(
             self.deviations * spread,
             self.min_rise * abs(middle),
@@ -104,14 +123,14 @@ class LossSpike(Rule):
         staying = bool(
             (newest[-self.persistence :] > stays_level).all() and (far or not coming_down)
         )
-        torn = newest[highest] > level and history.is_open_at("update_spike")
+        too_long = newest[highest] > level and history.is_open_at("update_spike")
         evidence = {
             "spike_step": int(steps[-tail:][highest]),
             "recent_median": middle,
             "recent_spread": spread,
             "deviations": float((newest[highest] - middle) / max(spread, 1e-12)),
             "stays": staying,
-            "update_spike": bool(torn),
+            "update_spike": bool(too_long),
         }
         return [
             StabilityIssue(
@@ -119,10 +138,10 @@ class LossSpike(Rule):
                 layer=None,
                 head=None,
                 issue_type="loss_spike",
-                severity="error" if staying or torn else "warning",
+                severity="error" if staying or too_long else "warning",
                 value=float(newest[highest]),
                 threshold=float(level),
-                suggestion=STAYS if staying or torn else PASSING,
+                suggestion=STAYS if staying or too_long else PASSING,
                 evidence=evidence,
             )
         ]
@@ -130,10 +149,11 @@ class LossSpike(Rule):
 
 STAYS = (
     "Go back to a checkpoint before the spike and skip the batches around it, then lower the rate "
-    "or clip gradients; see whether "
-    "an attention issue opened before it, which names what to mend."
+    "or clip gradients; an attention issue that opened before it names the cause."
 )
+"""Suggestion where the loss stays up."""
 PASSING = (
-    "One hard batch passes by itself: look at that batch; if spikes come back, clip "
+    "One hard batch passes by itself: check that batch; if spikes come back, clip "
     "gradients or lengthen the warm-up."
 )
+"""Suggestion where it may pass."""

@@ -1,4 +1,4 @@
-"""NaN or inf has come up: name the tensor it started in, what made it and how far it has come."""
+"""NaN or inf: the tensor it started in, its cause, and how far it has come."""
 
 from __future__ import annotations
 
@@ -20,100 +20,108 @@ from stabmon.rules.tracking.history import History
 CAUSES: Mapping[Cause, str] = {
     "mask": (
         "The mask hides every key from some query rows, or is not finite itself, and a softmax "
-        "over nothing is NaN: leave sequences "
-        "without a token out of the batch, let each row see at least its own key, and hide keys "
-        "once, by a boolean mask (finfo.min "
-        "added twice is -inf, and 0 * -inf is NaN)"
+        "over nothing is NaN: leave sequences without a token out of the batch, let each row see "
+        "at least its own key, and hide keys once, by a boolean mask (finfo.min added twice is "
+        "-inf, and 0 * -inf is NaN)"
     ),
     "overflow": (
-        f"A value is beyond what its number format holds (float16 ends at {LARGEST['float16']:.0f}): "
-        "run this part in "
-        "bfloat16 or float32, scale queries "
-        "before they meet keys, and look for an exp, or a division by almost 0, of what is not "
-        "bounded"
+        "A value is beyond what its number format holds (float16 ends at "
+        f"{LARGEST['float16']:.0f}): run this part in bfloat16 or float32, scale queries before "
+        "they meet keys, and look for an exp, or a division by almost 0, of an unbounded value"
     ),
     "labels": (
         "No target of the batch counts, as where every label is ignored (-100), so that its mean "
-        "is 0/0: leave such batches out, or "
-        "divide the sum by max(1, count)"
+        "is 0/0: leave such batches out, or divide the sum by max(1, count)"
     ),
     "objective": (
-        "The model's own tensors are finite, so look at the loss function: exp of a difference "
-        "that is not bounded (clamp it, or mask "
-        "it before exp), a root or a norm at exactly 0 (add an epsilon under the root), log of 0, "
-        "a division by a count of 0, a CTC "
-        "target longer than its input, and what a mask takes out only afterwards (0 * inf is NaN "
-        "in backward: use torch.where before)"
+        "The model's own tensors are finite, so check the loss function: exp of an unbounded "
+        "difference (clamp it, or mask it before exp), a root or a norm at exactly 0 (add an "
+        "epsilon under the root), log of 0, a division by a count of 0, a CTC target longer than "
+        "its input, and values that a mask removes only afterwards (0 * inf is NaN in backward: "
+        "use torch.where before)"
     ),
-    "data": "The batch itself holds what is not finite: look where it is made, and leave such "
-    "samples out",
+    "data": (
+        "The batch itself holds values that are not finite: check where it is made, and leave "
+        "such samples out"
+    ),
     "weights": (
-        "A parameter is no longer finite, or has blown up, and everything after it: look at the "
-        "gradients and the rate in the steps "
-        "before, and at whoever wrote or loaded the weights"
+        "A parameter is no longer finite, or has blown up, and everything after it: check the "
+        "gradients and the rate in the steps before, and the code that wrote or loaded the weights"
     ),
     "optimizer": (
         "The optimizer's step itself made weights that are not finite, though the gradients it "
-        "was given were: look at its learning "
-        "rate (0 < lr < inf), eps (with 0 a gradient of 0 gives 0/0), betas, and the number "
-        "format of its state"
+        "was given were: check its learning rate (0 < lr < inf), eps (with 0 a gradient of 0 "
+        "gives 0/0), betas, and the number format of its state"
     ),
     "arithmetic": (
         "A module makes it of finite values: look in it for a root or a norm at exactly 0, where "
-        "the slope is infinite (add an epsilon "
-        "under the root), log of 0 or less, and 0/0"
+        "the slope is infinite (add an epsilon under the root), log of 0 or less, and 0/0"
     ),
-    "": "Look at the first bad tensor, and at what is computed right before it",
+    "": "Check the first bad tensor, and the computation right before it",
 }
-"""What to mend, by what made it."""
-UNHARMED = (
-    "Gradients and weights are finite: this step harms nothing, and going back would mend nothing"
+"""Suggestion by cause."""
+UNDAMAGED = (
+    "Gradients and weights are finite: this step does no damage, and going back would repair "
+    "nothing"
 )
-LEFT_OUT = "The step was left out, and the weights are finite"
+"""Consequence where gradients and weights are finite."""
+SKIPPED = "The step was skipped, and the weights are finite"
+"""Consequence where the optimizer skipped the step."""
+AT_RISK = "The weights are corrupted unless the step is skipped"
+"""Consequence where the step has not been made yet."""
 ROLL_BACK = (
     "Go back to the last good checkpoint (about 100 steps) and pass by the batches in between: a "
-    "NaN that has reached the parameters "
-    "stays in them"
+    "NaN that has reached the parameters stays in them"
 )
+"""Consequence where the weights are not finite, or nothing is known of them."""
 
 
 @rule
 @dataclass(frozen=True)
 class NonFinite(Rule):
-    """A NaN or inf in a parameter, input, activation, score, gradient or loss, told by what made it
-    and what it has touched.
+    """NaN or inf in a parameter, input, activation, score, gradient or loss.
 
-    Three witnesses, the most exact first: the first bad tensor, where the monitor has traced it; a
-        head whose largest score is
-    infinite; a loss or a gradient norm that is NaN or inf. The trace wins over the others, so that
-    one accident is one issue.
+    Three kinds of evidence, the most exact first: the first bad tensor, where the monitor has
+    traced it; a head whose largest score is infinite; a loss or a gradient norm that is NaN or inf.
+    The trace wins over the others, so that one accident is one issue.
 
     Critical where it is in the weights, since nothing after it can be trusted; a warning where it
-    is in the loss alone, or in gradients of a step that was left out; an error where more steps in
-    a row were left out than a gradient scaler's search takes, and critical where twice as many
-    were: then nothing is trained.
+    is in the loss alone, or in gradients of a step that was skipped; an error where more steps in a
+    row were skipped than a gradient scaler's search takes, and critical where twice as many were:
+    then nothing is trained.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> history = History()
+        >>> history.add(Reading(7, float("nan"), {}))
+        >>> NonFinite().check(history)
+        [StabilityIssue(critical non_finite, run, step 7, value nan, threshold 3.403e+38)]
+
+    References:
+        Micikevicius et al. 2018, arXiv:1710.03740, on loss scaling and the steps that it skips.
     """
 
     symptom: ClassVar[Symptom] = NON_FINITE
 
     gradient_readings: Count = 3
-    """Readings in a row with a bad gradient, and nothing known of the weights, from which it is
-    critical.
+    """Number of readings in a row with a bad gradient for a critical issue.
+
+    Where nothing is known of the weights.
     """
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue at the first bad tensor, or at each head with an infinite score, or one for the
-        run; never for a NaN score alone, which also means that no row was measured."""
+        """Return the issue at the first bad tensor, at each infinite score, or of the run.
+
+        A NaN score alone gives none, since it also means that no row was measured.
+        """
         reading = history.latest
         if reading.non_finite is not None:
             return [self._traced(history, reading.non_finite)]
         bad_heads = np.flatnonzero(np.isposinf(history.now("max_logit")))
         if len(bad_heads):
-            words = f"{CAUSES['overflow']}. {ROLL_BACK}"
+            words, kind = f"{CAUSES['overflow']}. {ROLL_BACK}", {"kind": "score"}
             return [
-                self._issue(
-                    reading.step, *history.heads[n], np.inf, "critical", words, {"kind": "score"}
-                )
+                self._issue(reading.step, *history.heads[n], np.inf, "critical", words, kind)
                 for n in bad_heads
             ]
         losses = reading.losses or (
@@ -121,47 +129,32 @@ class NonFinite(Rule):
         )
         for step, loss in losses:
             if not math.isfinite(loss):
-                unharmed = self._went_on(history, step)
-                words = UNHARMED if unharmed else ROLL_BACK
-                severity: Severity = "warning" if unharmed else "critical"
-                return [
-                    self._issue(
-                        step, None, None, loss, severity, f"{CAUSES['']}. {words}", {"kind": "loss"}
-                    )
-                ]
+                undamaged = self._went_on(history, step)
+                words = f"{CAUSES['']}. {UNDAMAGED if undamaged else ROLL_BACK}"
+                severity: Severity = "warning" if undamaged else "critical"
+                return [self._issue(step, None, None, loss, severity, words, {"kind": "loss"})]
         gradient = reading.gradients.get("", 0.0)
         if not math.isfinite(gradient):
             severity = self._gradient_severity(history)
-            words = (
-                f"{CAUSES['']}. "
-                f"{ROLL_BACK if severity == 'critical' else 'The weights are spoilt unless the step is left out'}"
-            )
-            return [
-                self._issue(
-                    reading.step, None, None, gradient, severity, words, {"kind": "gradient"}
-                )
-            ]
+            words = f"{CAUSES['']}. {ROLL_BACK if severity == 'critical' else AT_RISK}"
+            kind = {"kind": "gradient"}
+            return [self._issue(reading.step, None, None, gradient, severity, words, kind)]
         return []
 
     def _traced(self, history: History, found: Finding) -> StabilityIssue:
         where = f"{found.tensor} of {found.layer or 'the run'}"
-        more: dict[str, Any] = {
-            "kind": found.kind,
-            "cause": found.cause,
-            "touched": found.touched,
-            "tensor": found.tensor,
-            "detail": found.detail,
+        evidence: dict[str, Any] = {
+            name: getattr(found, name) for name in ("kind", "cause", "touched", "tensor", "detail")
         }
-        more |= {"first_step": found.step, "first_bad": where}
+        evidence |= {"first_step": found.step, "first_bad": where}
         if found.skipped:
-            more |= {"skipped": found.skipped} | (
-                {"scale": found.scale} if found.scale is not None else {}
-            )
+            evidence["skipped"] = found.skipped
+            if found.scale is not None:
+                evidence["scale"] = found.scale
         severity = self._severity(history, found)
         words = f"{CAUSES[found.cause]}. {self._consequence(found, severity)}"
-        return self._issue(
-            history.latest.step, found.layer, found.head, math.nan, severity, words, more
-        )
+        step = history.latest.step
+        return self._issue(step, found.layer, found.head, math.nan, severity, words, evidence)
 
     def _severity(self, history: History, found: Finding) -> Severity:
         if found.touched == "weights":
@@ -170,39 +163,30 @@ class NonFinite(Rule):
             return "critical" if found.skipped > 2 * found.search else "error"
         if found.touched:
             return "warning"
-        return (
-            self._gradient_severity(history) if found.kind == "gradient" else "critical"
-        )  # of a record that does not say
+        # of a record that does not say how far it has come
+        return self._gradient_severity(history) if found.kind == "gradient" else "critical"
 
     def _consequence(self, found: Finding, severity: Severity) -> str:
         if found.touched == "weights":
             return ROLL_BACK
-        if found.skipped:
-            if found.touched == "nothing":
-                return (
-                    f"For {found.skipped} steps in a row every gradient was 0: nothing is "
-                    "trained until that is mended"
-                )
-            by = (
-                ""
-                if found.scale is None
-                else f" by the gradient scaler, whose scale is down to {found.scale:.3g}"
-            )
+        if found.skipped and found.touched == "nothing":
             return (
-                f"{found.skipped} steps in a row were left out{by}: nothing is trained until "
-                "that is mended"
+                f"For {found.skipped} steps in a row every gradient was 0: nothing is trained "
+                "until that is fixed"
             )
-        words = {"nothing": UNHARMED, "gradients": LEFT_OUT}
-        return words.get(
-            found.touched,
-            ROLL_BACK
-            if severity == "critical"
-            else "The weights are spoilt unless the step is left out",
-        )
+        if found.skipped:
+            scaler = f" by the gradient scaler, whose scale is down to {found.scale or 0:.3g}"
+            return (
+                f"{found.skipped} steps in a row were skipped"
+                f"{'' if found.scale is None else scaler}: nothing is trained until that is fixed"
+            )
+        words = {"nothing": UNDAMAGED, "gradients": SKIPPED}
+        return words.get(found.touched, ROLL_BACK if severity == "critical" else AT_RISK)
 
     def _went_on(self, history: History, step: int) -> bool:
-        """Whether the weights are known to be finite after a bad loss: a later loss, or the
-        gradients at the loss itself, are.
+        """Return True if the weights are known to be finite after a bad loss.
+
+        A later loss is finite, or the gradients at the loss itself are.
         """
         reading = history.latest
         later = [loss for at, loss in reading.losses if at > step]
@@ -229,15 +213,14 @@ class NonFinite(Rule):
         words: str,
         evidence: dict[str, Any],
     ) -> StabilityIssue:
-        threshold = LARGEST["float32"]
         return StabilityIssue(
             step,
             layer,
             head,
             "non_finite",
             severity,
-            float(value),
-            threshold,
-            words + ".",
-            evidence,
+            value=float(value),
+            threshold=LARGEST["float32"],
+            suggestion=words + ".",
+            evidence=evidence,
         )

@@ -1,4 +1,4 @@
-"""Half-precision products of query and key come near the largest float16."""
+"""Query-key products near the largest float16."""
 
 from __future__ import annotations
 
@@ -19,32 +19,44 @@ from stabmon.rules.tracking.history import History
 @rule
 @dataclass(frozen=True)
 class OverflowRisk(Rule):
-    """A float16 layer whose query-key product comes near 65504, beyond which it is inf and the
-    softmax NaN.
+    r"""Query-key product of a float16 layer near 65504; beyond it the softmax is NaN.
 
     A physical limit, so the head's own past does not matter. It binds only where the kernel writes
-    the product in float16 before the scale makes it small (eager and hand-written attention): a
-    fused kernel accumulates in float32. bfloat16 and float32 reach 3e38; what runs out there is
-    precision, see ``precision_insufficient``.
+    the product :math:`q \cdot k` = max_logit / scale in float16 before the scale makes it small
+    (eager and hand-written attention): a fused kernel accumulates in float32. bfloat16 and float32
+    reach 3e38; what runs out there is precision, see ``precision_insufficient``.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> layer = LayerInfo(heads=1, head_dim=64, scale=0.125, dtype="float16", fused=False)
+        >>> history = History()
+        >>> signals = {"max_logit": np.array([5000.0])}
+        >>> history.add(Reading(1, None, {"attn": signals}, info={"attn": layer}))
+        >>> OverflowRisk().check(history)
+        [StabilityIssue(error overflow_risk, attn head 0, step 1, value 4e+04, threshold 3.277e+04)]
+
+    References:
+        Micikevicius et al. 2018, arXiv:1710.03740, on the range of float16 in training.
     """
 
     symptom: ClassVar[Symptom] = SCORES
 
     warning: Positive = 16_384.0
-    """Largest query-key product before scaling, a quarter of float16's range."""
+    """Query-key product before scaling for a warning: a quarter of float16's range."""
     error: Positive = 32_768.0
-    """Half of float16's range: one doubling of the score from inf, and scores double within few
-    steps where they grow.
+    """Query-key product before scaling for an alarm: half of float16's range.
+
+    One doubling of the score from inf, and scores double within few steps where they grow.
     """
     clears: Fraction = 0.8
-    """Share of ``warning`` below which an open issue counts as gone."""
+    """Closing level, as a share of ``warning``."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a head that is near the limit; critical where its score is inf already."""
+        """Return one issue for each head near the limit; critical where its score is inf."""
         score = history.now("max_logit")
         exposed = history.layer_values(_is_exposed) == 1.0
         with np.errstate(divide="ignore", invalid="ignore"):
-            product = score / history.layer_values(lambda _, info: info.scale)
+            product = score / history.layer_values(lambda info: info.scale)
         level = np.where(history.is_open("overflow_risk"), self.clears * self.warning, self.warning)
         return [
             self._issue(history, n, float(product[n]))
@@ -64,9 +76,8 @@ class OverflowRisk(Rule):
             threshold=self.error if error else self.warning,
             suggestion=(
                 "Compute this layer's query-key product and softmax in float32 or bfloat16, use a "
-                "fused kernel, or scale the "
-                "query before the product; then bring the head's scores down by QK-clip: what "
-                "grew so far will go on growing."
+                "fused kernel, or scale the query before the product; then bring the head's scores "
+                "down by QK-clip: what grew so far will go on growing."
             ),
             evidence={
                 "max_logit": float(history.now("max_logit")[n]),
@@ -76,5 +87,5 @@ class OverflowRisk(Rule):
         )
 
 
-def _is_exposed(_: str, info: LayerInfo) -> float:
+def _is_exposed(info: LayerInfo) -> float:
     return float(info.dtype == "float16" and not info.fused)

@@ -1,4 +1,4 @@
-"""A head's scores need more bits than its kernel keeps."""
+"""Shortage of bits in a kernel's scores."""
 
 from __future__ import annotations
 
@@ -19,42 +19,57 @@ from stabmon.rules.tracking.history import History
 @rule
 @dataclass(frozen=True)
 class PrecisionInsufficient(Rule):
-    """Rounding moves this head's attention: its scores outgrew the mantissa of the layer's dtype.
+    """Scores beyond the mantissa of the layer's dtype: rounding moves attention.
 
-    ``precision_bits`` says how many bits a score needs so that rounding it moves at most 10 % of a
-    row's probability. A kernel that writes scores in the layer's dtype (eager) rounds each score
-    once, independently, and near-ties among the largest keys are decided by that. A fused kernel
-    sums in float32; there only query and key were rounded, d times with independent signs, which is
-    about sqrt(d / 2) times less: its need is put ½ log2(d / 2) bits lower, and it never gives an
-    alarm, since such a rounding is the same in forward and backward and averages out.
+    ``precision_bits`` is the number of bits that a score needs so that rounding it moves at most 10
+    % of a row's probability. A kernel that writes scores in the layer's dtype (eager) rounds each
+    score once, independently, and near-ties among the largest keys are decided by that. A fused
+    kernel sums in float32; there only query and key were rounded, d times with independent signs,
+    which is about sqrt(d / 2) times less: its need is put ½ log2(d / 2) bits lower, and it never
+    gives an alarm, since such a rounding is the same in forward and backward and averages out.
 
     Trained models live with scores of 300 in bfloat16, two bits short. So a shortage that was there
     from the first readings is only a warning; an alarm is a shortage of ``error_shortage`` bits
-    that grew up during this run by ``growth`` bits.
+    that grew during this run by ``growth`` bits.
+
+    Example:
+        >>> from stabmon.records import Reading
+        >>> layer = LayerInfo(heads=1, head_dim=64, scale=0.125, dtype="bfloat16", fused=False)
+        >>> history = History()
+        >>> for step, bits in enumerate([5.0, 5.0, 5.0, 5.0, 5.0, 11.0], start=1):
+        ...     signals = {"precision_bits": np.array([bits])}
+        ...     history.add(Reading(step, None, {"attn": signals}, info={"attn": layer}))
+        >>> PrecisionInsufficient().check(history)
+        [StabilityIssue(error precision_insufficient, attn head 0, step 6, value 11, threshold 8)]
     """
 
     symptom: ClassVar[Symptom] = SCORES
 
     warning_shortage: NonNegative = 1.0
-    """Bits short, at 1 rounding may move 20 % of a row's probability."""
+    """Missing bits for a warning; at 1, rounding may move 20 % of a row's probability."""
     error_shortage: NonNegative = 2.0
-    """Bits short, at 2 rounding may move 38 %."""
+    """Missing bits for an alarm; at 2, rounding may move 38 %."""
     growth: NonNegative = 2.0
-    """Bits that the need must have grown over the head's first readings for an alarm: scores four
-    times as large.
+    """Rise of the need over the head's first readings for an alarm, in bits.
+
+    At 2, scores are four times as large.
     """
     clears: NonNegative = 0.25
-    """Bits below ``warning_shortage`` at which an open issue counts as gone."""
+    """Closing level, in bits below ``warning_shortage``."""
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
-        """One issue a head that is short of bits; heads of an unknown dtype are not judged."""
+        """Return one issue for each head that is short of bits.
+
+        ``value`` is the number of bits needed, ``threshold`` the number kept. Heads of an unknown
+        dtype are not judged.
+        """
         need = history.now("precision_bits") - history.layer_values(_averaging)
-        have = history.layer_values(lambda _, info: MANTISSA_BITS.get(info.dtype, np.nan))
+        have = history.layer_values(lambda info: MANTISSA_BITS.get(info.dtype, np.nan))
         short = need - have
         level = self.warning_shortage - np.where(
             history.is_open("precision_insufficient"), self.clears, 0.0
         )
-        rounds = history.layer_values(lambda _, info: float(not info.fused)) == 1.0
+        rounds = history.layer_values(lambda info: float(not info.fused)) == 1.0
         grown = history.now("precision_bits") - history.baseline("precision_bits")
         alarm = rounds & (short >= self.error_shortage) & (grown >= self.growth)
         return [
@@ -77,24 +92,22 @@ class PrecisionInsufficient(Rule):
             threshold=have,
             suggestion=(
                 f"{_more_bits(info)}, or bring the head's scores down by QK-clip or query/key "
-                "normalisation: "
-                f"{info.dtype} keeps {have:.0f} bits and its scores need {need:.1f}."
+                "normalisation: {info.dtype} keeps {have:.0f} bits and its scores need {need:.1f}."
             ),
             evidence={"grown_bits": grown, "dtype": info.dtype, "fused": info.fused},
         )
 
 
 def _more_bits(info: LayerInfo) -> str:
-    """The way to more bits that the layer does not go yet."""
+    """Return a way to more bits that the layer does not use yet."""
     if info.fused:
         return (
             "Give this layer's kernel its queries and keys in float32, autocast off around it "
-            "(its sums are in float32 already; "
-            f"what is rounded to {info.dtype} is its input)"
+            "(its sums are in float32 already; what is rounded to {info.dtype} is its input)"
         )
     return "Form this layer's query-key product and softmax in float32, as a fused kernel does"
 
 
-def _averaging(_: str, info: LayerInfo) -> float:
-    """Bits that a fused kernel gains because its roundings average out."""
+def _averaging(info: LayerInfo) -> float:
+    """Return the bits that a fused kernel gains since its roundings average out."""
     return bits_averaged(info.head_dim) if info.fused else 0.0

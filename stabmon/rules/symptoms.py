@@ -14,30 +14,41 @@ from stabmon._torch.snippets import QK_NORM
 
 @dataclass(frozen=True)
 class Symptom:
-    """A failure mode, and how its treatment goes together with that of others."""
+    """A failure mode, and the order of its treatment beside others.
+
+    Example:
+        >>> DEAD_HEADS = Symptom("dead_heads", "prune the head, or initialise it again", order=60)
+        >>> DEAD_HEADS.per_location
+        True
+    """
 
     name: str
-    """Its name, as interventions declare it in ``treats``."""
+    """Name, as interventions declare it in ``treats``."""
     advice: str
-    """What a person can do once no intervention is left."""
+    """Advice to a person once no intervention is left."""
     order: int = 35
-    """Symptoms are treated in this order, the smallest first."""
+    """Rank in which symptoms are treated, the smallest first."""
     per_location: bool = True
-    """It is treated and judged for each layer and head by itself; else for the run as a whole."""
+    """Treated and judged for each layer and head; else for the run as a whole."""
     exclusive: bool = False
     """Nothing else is done while one of its treatments has not been judged."""
     threatens_run: bool = False
-    """A state of the run is not kept as healthy while it is open, whatever its severity."""
+    """No state of the run is kept as healthy while it is open, whatever its severity."""
     passes_on: Literal["always", "idle", "never"] = "always"
-    """Later symptoms are treated at the same sample: always, unless a treatment of this one has not
-    been judged yet (idle), or never, since they are likely to follow from this one.
+    """Condition under which later symptoms are treated at the same sample.
+
+    Always; unless a treatment of this one has not been judged yet (idle); or never, since they are
+    likely to follow from this one.
     """
     passes_on_beside: tuple[str, ...] = ()
     """Symptoms beside which it passes on in any case."""
     waits_for: tuple[str, ...] = ()
-    """Symptoms whose treatments must be judged first, unless another symptom promotes this one."""
+    """Symptoms whose treatments must be judged first.
+
+    Unless another symptom promotes this one.
+    """
     promotes: tuple[str, ...] = ()
-    """Symptoms that are treated right after this one where both are open."""
+    """Symptoms to be treated right after this one where both are open."""
 
 
 NON_FINITE = Symptom(
@@ -50,6 +61,7 @@ NON_FINITE = Symptom(
     threatens_run=True,
     passes_on="never",
 )
+"""NaN or inf in the loss, the gradients, the weights or the activations."""
 RATE = Symptom(
     "rate",
     "look at the schedule and the parameter groups around the step, and start from a checkpoint "
@@ -60,11 +72,13 @@ RATE = Symptom(
     # all weights have moved: the loss comes before the scores, and is gone back from
     promotes=("loss",),
 )
+"""Learning rate too high for the whole model or for a parameter group."""
 SUSTAINED_GROWTH = Symptom(
     "sustained_growth",
     "look for what multiplies the layer's W_q and W_k, or the scale of its scores",
     order=20,
 )
+"""Growth of a layer's scores by something other than learning."""
 SCORES = Symptom(
     "scores",
     f"change the architecture so that scores cannot grow: {QK_NORM}",
@@ -72,6 +86,7 @@ SCORES = Symptom(
     passes_on="never",
     passes_on_beside=("step",),
 )
+"""Scores, or their entropy, far from the head's own past."""
 STEP = Symptom(
     "step",
     "look at the rate of the parameter group that queries and keys are in",
@@ -79,6 +94,7 @@ STEP = Symptom(
     threatens_run=True,
     passes_on="never",
 )
+"""Steps too long for one layer's queries and keys."""
 LOSS = Symptom(
     "loss",
     "look at the batches around the spike, and start from a checkpoint before it with a lower rate "
@@ -89,3 +105,4 @@ LOSS = Symptom(
     passes_on="idle",
     waits_for=("sustained_growth",),
 )
+"""Loss or gradient norm above its recent course."""

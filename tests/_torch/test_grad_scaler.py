@@ -91,7 +91,7 @@ def test_a_scaler_that_skips_for_ever_is_an_alarm_after_as_many_steps_as_its_sea
     assert (first.evidence["skipped"], first.evidence["scale"]) == (17, 2.0**16 / 2**17)
     assert (second.evidence["skipped"], second.evidence["scale"]) == (34, 2.0**16 / 2**34)
     assert (
-        "17 steps in a row were left out by the gradient scaler, whose scale is down to 0.5"
+        "17 steps in a row were skipped by the gradient scaler, whose scale is down to 0.5"
         in first.suggestion
     )
 
@@ -189,7 +189,7 @@ def test_the_scaler_of_another_model_is_not_taken_for_this_one_s():
         if step % 2:
             optimizer.step()
         assert watch.end_step() == (step % 2 == 0)
-    watch.let_go()
+    watch.close()
     assert watch.scaler is None
 
 

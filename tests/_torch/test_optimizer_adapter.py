@@ -92,7 +92,7 @@ def test_a_rate_is_read_from_a_tensor_and_one_that_the_optimizer_makes_itself_is
     ).learning_rates() == {"1.0": 0.5}
 
 
-def test_each_optimizer_tells_of_its_own_steps_until_let_go():
+def test_each_optimizer_reports_its_own_steps_until_it_is_closed():
     optimizers, told = made(), []
     view = OptimizerAdapter(optimizers)
     view.before_step(told.append)
@@ -100,7 +100,7 @@ def test_each_optimizer_tells_of_its_own_steps_until_let_go():
     for each in optimizers:
         each.step()
     assert [id(each) for each in told] == [id(each) for each in optimizers]
-    view.let_go()
+    view.close()
     optimizers[0].step()
     assert len(told) == 2
     assert not any(each._optimizer_step_pre_hooks for each in optimizers)

@@ -1,6 +1,4 @@
-"""A NaN or an inf is noticed at the step it comes up, traced to the tensor it began in, and
-training goes on as it would have.
-"""
+"""NaN and inf are found at their step, traced to their tensor, and change no training."""
 
 import math
 from dataclasses import asdict
@@ -42,7 +40,7 @@ def first_bad(given):
 
 
 def twins(make, plant, *, steps=6, at=3, log_every=100):
-    """Train with and without a monitor, both meeting the same misfortune; gives what on_step gave,
+    """Train with and without a monitor, both with the same bad values; return what on_step gave,
     and the monitor.
     """
     ends = []
@@ -107,7 +105,7 @@ def test_a_nan_outside_of_attention_has_no_head():
     assert first_bad(given) == (3, "transformer.h.1.mlp.c_fc", None, "weight")
 
 
-def test_a_misfortune_is_traced_once_while_it_lasts(monkeypatch):
+def test_an_episode_is_traced_once_while_it_lasts(monkeypatch):
     traced = []
     original = stabmon.nonfinite.tracer.find_in_forward
     monkeypatch.setattr(
@@ -180,7 +178,7 @@ class Overflows(nn.Module):
 def steps_on_floats(
     model, plant, *, steps=4, at=3, loss_of=lambda out: out.square().mean(), **options
 ):
-    """Train watched and unwatched on float inputs; ``plant(model, x)`` brings about the misfortune
+    """Train watched and unwatched on float inputs; ``plant(model, x)`` brings the bad values about
     in the ``at``-th step's batch.
     """
     ends, given = [], []
@@ -316,7 +314,7 @@ def test_a_replay_runs_under_the_autocast_of_the_forward():
     )
 
 
-def test_a_loss_that_is_not_finite_though_the_model_is_blames_the_loss_function():
+def test_a_bad_loss_of_a_finite_model_is_attributed_to_the_loss_function():
     given = steps_on_floats(
         Floats, lambda model, x: None, at=1, steps=2, loss_of=lambda out: (out * 0).sum().log()
     )
@@ -356,7 +354,7 @@ def test_labels_that_are_all_ignored_touch_nothing_and_are_an_alarm_only_where_t
     assert [each.intervention.name for each in monitor.applied] == ["skip_step"]
 
 
-def test_labels_that_are_all_ignored_are_told_of_where_the_model_takes_them():
+def test_labels_that_are_all_ignored_are_reported_where_the_model_takes_them():
     model = gpt2()
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer)
@@ -372,7 +370,7 @@ def test_labels_that_are_all_ignored_are_told_of_where_the_model_takes_them():
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_a_loss_that_is_told_and_not_differentiated_is_no_reason_to_go_back(log_every):
+def test_a_reported_loss_without_gradients_is_no_reason_to_go_back(log_every):
     model = Floats()
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer, config="guard", log_every=log_every)
@@ -388,7 +386,7 @@ def test_a_loss_that_is_told_and_not_differentiated_is_no_reason_to_go_back(log_
     assert [each.intervention.name for each in monitor.applied] == ["skip_step"]
 
 
-def test_a_harmless_loss_does_not_hide_what_comes_after_it():
+def test_a_bad_loss_without_damage_does_not_hide_what_comes_after_it():
     model = Floats()
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer)
@@ -408,7 +406,7 @@ def test_a_harmless_loss_does_not_hide_what_comes_after_it():
     ]
 
 
-def test_a_gradient_made_outside_of_the_model_is_critical_at_once_and_the_loss_function_is_to_be_looked_at():
+def test_a_gradient_from_outside_the_model_is_critical_at_once_and_points_to_the_loss_function():
     def ratio(out):
         return (
             torch.exp(out + 200 * (out > out.median())).clamp(max=2) * (out <= out.median())
@@ -419,7 +417,7 @@ def test_a_gradient_made_outside_of_the_model_is_critical_at_once_and_the_loss_f
     assert "loss function" in given[0].issues[0].suggestion
 
 
-def test_a_gradient_that_guard_skips_spoils_nothing_until_every_step_is_skipped():
+def test_a_gradient_that_guard_skips_corrupts_nothing_until_every_step_is_skipped():
     model = Floats()
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer, config="guard")
@@ -461,7 +459,7 @@ class Hides(nn.Module):
 
 
 class TorchsOwn(nn.Module):
-    """``nn.MultiheadAttention`` of which the weights are asked for."""
+    """``nn.MultiheadAttention`` with its weights returned."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -515,7 +513,7 @@ def test_rows_that_see_no_key_are_named_with_their_batch_entry(inner, value, lay
     assert "6 query rows (batch entries 1)" in diagnosis.issues[0].evidence["detail"]
 
 
-def test_a_mask_that_is_not_finite_itself_is_blamed():
+def test_a_mask_that_is_not_finite_itself_is_the_cause():
     model = Between(Hides())
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer)
@@ -526,7 +524,7 @@ def test_a_mask_that_is_not_finite_itself_is_blamed():
     assert causes([diagnosis]) == [(1, "critical", "mask", "weights")]
 
 
-def test_what_is_hidden_in_one_sequence_is_not_blamed_for_a_nan_in_another():
+def test_rows_hidden_in_one_sequence_are_not_the_cause_of_a_nan_in_another():
     model = Between(Hides(zeros=True))
     model.inner.o.register_forward_pre_hook(
         lambda module, args: (args[0].index_fill(0, torch.tensor([2]), math.nan),)
@@ -577,7 +575,7 @@ def sets_rate(rate):
 
 
 @pytest.mark.parametrize("make", [sets_rate(math.inf), sets_rate(math.nan)])
-def test_weights_that_the_optimizer_spoils_are_noticed_at_the_next_step_and_gone_back_from(make):
+def test_weights_that_the_optimizer_corrupts_are_found_at_the_next_step_and_rolled_back(make):
     model = Floats()
     optimizer = make(model)
     monitor = watch(model, optimizer, config="guard", log_every=2)
@@ -609,7 +607,7 @@ def test_an_epsilon_of_nothing_is_named_where_a_gradient_is_zero():
     assert "eps is 0" in issue.evidence["detail"]
 
 
-def test_weights_that_somebody_else_spoils_are_not_blamed_on_the_optimizer():
+def test_weights_corrupted_by_other_code_are_not_attributed_to_the_optimizer():
     def plant(model):
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
 
@@ -617,7 +615,7 @@ def test_weights_that_somebody_else_spoils_are_not_blamed_on_the_optimizer():
     assert causes(given) == [(3, "critical", "weights", "weights")]
 
 
-def test_a_state_from_before_causes_were_told_goes_on():
+def test_a_state_of_before_causes_were_stored_is_continued():
     model = Floats()
     monitor = watch(model, optimizer_of(model))
     state = monitor.state_dict()
@@ -637,7 +635,7 @@ def test_a_state_from_before_causes_were_told_goes_on():
     monitor.close()
 
 
-def test_without_an_optimizer_the_loss_alone_tells():
+def test_without_an_optimizer_the_loss_alone_is_evidence():
     model = Floats()
     monitor = watch(model, None)
     diagnosis = monitor.on_step(math.nan)
@@ -646,7 +644,7 @@ def test_without_an_optimizer_the_loss_alone_tells():
     assert diagnosis.issues[0].layer is None
 
 
-def test_where_every_step_is_not_to_be_watched_a_bad_step_shows_at_the_next_sample():
+def test_a_bad_step_shows_at_the_next_sample_if_not_every_step_is_watched():
     def plant(_, x):
         x[1, 2, 3] = math.nan
 
@@ -668,7 +666,7 @@ def test_inputs_beyond_the_memory_kept_for_replays_are_not_kept(monkeypatch):
     monitor.close()
 
 
-def test_minus_infinity_alone_hides_keys_and_is_no_fault():
+def test_minus_infinity_alone_hides_keys_and_is_no_finding():
     class Masks(nn.Module):
         def forward(self, x):
             return torch.full((6, 6), -torch.inf).triu(1)

@@ -1,4 +1,4 @@
-"""A sudden loss of spread is collapse only with a witness; low entropy alone never is."""
+"""A sudden loss of entropy is collapse only with other evidence; low entropy never is."""
 
 import numpy as np
 import pytest
@@ -47,14 +47,14 @@ def test_a_fall_whose_rows_saturate_at_once_is_collapse_even_where_the_score_is_
     assert alarms(run(fallen(0.01, times=-20.0, saturated=0.9), [EntropyCollapse()]))
 
 
-def test_a_fall_without_witness_is_a_warning():
+def test_a_fall_without_other_evidence_is_a_warning():
     found = run(fallen(0.1, times=1.0, saturated=0.3), [EntropyCollapse()])
     assert [i.severity for i in found] == ["warning"]
 
 
-@pytest.mark.parametrize(("after", "ill"), [(0.30, False), (0.18, True)])
-def test_the_fall_must_be_below_its_level(after, ill):
-    assert bool(run(fallen(after, times=25.0, saturated=0.9), [EntropyCollapse()])) is ill
+@pytest.mark.parametrize(("after", "anomalous"), [(0.30, False), (0.18, True)])
+def test_the_fall_must_be_below_its_level(after, anomalous):
+    assert bool(run(fallen(after, times=25.0, saturated=0.9), [EntropyCollapse()])) is anomalous
 
 
 def test_a_head_without_spread_has_none_to_lose():

@@ -35,12 +35,14 @@ def usual(count=40, seed=0):
     return np.exp(0.2 * np.random.default_rng(seed).standard_normal(count))
 
 
-@pytest.mark.parametrize(("times", "ill"), [(6.0, False), (14.0, True)])
-def test_one_large_gradient_is_a_warning_beyond_its_level(times, ill):
+@pytest.mark.parametrize(("times", "anomalous"), [(6.0, False), (14.0, True)])
+def test_one_large_gradient_is_a_warning_beyond_its_level(times, anomalous):
     whole = usual()
     whole[30] = times
     found = run(watched(norms(whole)), [GradientExplosion()])
-    assert {i.severity for i in found if i.state == "opened"} == ({"warning"} if ill else set())
+    assert {i.severity for i in found if i.state == "opened"} == (
+        {"warning"} if anomalous else set()
+    )
 
 
 def test_large_gradients_that_stay_while_the_loss_rises_are_an_alarm_that_names_the_layer():

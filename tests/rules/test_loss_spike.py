@@ -31,11 +31,11 @@ def test_one_high_loss_is_a_warning_at_its_step(every):
     assert (opened.severity, opened.evidence["spike_step"], opened.value) == ("warning", 201, 4.0)
 
 
-@pytest.mark.parametrize(("height", "ill"), [(2.3, False), (2.8, True)])
-def test_a_spike_must_be_beyond_its_level(height, ill):
+@pytest.mark.parametrize(("height", "anomalous"), [(2.3, False), (2.8, True)])
+def test_a_spike_must_be_beyond_its_level(height, anomalous):
     loss = flat()
     loss[200] = height
-    assert bool(run(watched(loss), [LossSpike()])) is ill
+    assert bool(run(watched(loss), [LossSpike()])) is anomalous
 
 
 @pytest.mark.parametrize("every", [1, 10, 50])

@@ -1,6 +1,4 @@
-"""NaN and inf are named where they started, and a gradient scaler's search is not mistaken for
-them.
-"""
+"""NaN and inf are named where they started; a gradient scaler's search is no alarm."""
 
 from dataclasses import replace
 from typing import get_args
@@ -51,7 +49,7 @@ def test_an_infinite_score_names_its_head():
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
-def test_a_bad_loss_is_told_for_the_run_at_its_own_step_and_is_no_alarm_where_training_went_on(
+def test_a_bad_loss_is_reported_for_the_run_at_its_own_step_and_is_no_alarm_if_training_went_on(
     loss,
 ):
     (issue,) = run(with_last(losses=((75, 2.0), (76, loss), (80, 2.0))), [NonFinite()])
@@ -78,7 +76,7 @@ def test_a_bad_loss_is_critical_where_nothing_says_that_the_weights_are_finite(g
     ],
 )
 @pytest.mark.parametrize("kind", ["activation", "gradient", "loss"])
-def test_what_was_touched_decides_how_severe_it_is(kind, touched, skipped, severity):
+def test_the_extent_decides_the_severity(kind, touched, skipped, severity):
     found = replace(
         bad(80, kind),
         touched=touched,
@@ -92,7 +90,7 @@ def test_what_was_touched_decides_how_severe_it_is(kind, touched, skipped, sever
     assert ("in a row" in issue.suggestion) == (skipped > 0)
 
 
-def test_each_cause_has_advice_of_its_own_and_only_a_scaler_s_finding_names_a_scaler():
+def test_each_cause_has_its_own_advice_and_only_a_scalers_finding_names_a_scaler():
     causes = get_args(Cause)
     said = {
         cause: run(with_last(non_finite=replace(bad(80), cause=cause)), [NonFinite()])[0].suggestion

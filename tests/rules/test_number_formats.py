@@ -96,7 +96,7 @@ def test_unknown_bits_give_nothing(value):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_more_bits_are_advised_on_the_path_that_the_layer_does_not_go_yet(fused):
+def test_the_advice_is_the_way_to_more_bits_that_the_layer_does_not_use_yet(fused):
     found = run(bits([5.0] * 5 + [14.0] * 2, "bfloat16", fused), [PrecisionInsufficient()])
     assert found
     assert ("as a fused kernel does" in found[0].suggestion) == (not fused)

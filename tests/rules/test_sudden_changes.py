@@ -1,6 +1,4 @@
-"""Attention that lands elsewhere and curvature that jumps: told as warnings, at the head and
-reading, never as alarms.
-"""
+"""Sudden changes of attention and of its curvature are warnings, never alarms."""
 
 import numpy as np
 import pytest
@@ -17,19 +15,19 @@ def stepped(name, before, after, noise=0.02):
 
 
 @pytest.mark.parametrize("name", ["max_probability", "sink_mass"])
-@pytest.mark.parametrize(("after", "ill"), [(0.55, False), (0.8, True)])
-def test_a_probability_that_jumps_is_told_at_its_head(name, after, ill):
+@pytest.mark.parametrize(("after", "anomalous"), [(0.55, False), (0.8, True)])
+def test_a_jump_of_a_probability_is_reported_at_its_head(name, after, anomalous):
     found = run(stepped(name, 0.2, after), [AttentionSpike()])
     assert [(i.step, i.layer, i.head, i.severity, i.evidence["signal"]) for i in found] == (
-        [(130, LAYERS[1], 0, "warning", name)] if ill else []
+        [(130, LAYERS[1], 0, "warning", name)] if anomalous else []
     )
 
 
-@pytest.mark.parametrize(("after", "ill"), [(5.0, False), (7.0, True)])
-def test_a_curvature_that_jumps_is_told_at_its_head(after, ill):
+@pytest.mark.parametrize(("after", "anomalous"), [(5.0, False), (7.0, True)])
+def test_a_jump_of_the_curvature_is_reported_at_its_head(after, anomalous):
     found = run(stepped("hnf_log_curvature", 3.0, after), [HighCurvature()])
     assert [(i.step, i.layer, i.head, i.severity) for i in found] == (
-        [(130, LAYERS[1], 0, "warning")] if ill else []
+        [(130, LAYERS[1], 0, "warning")] if anomalous else []
     )
 
 

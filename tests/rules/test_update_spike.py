@@ -27,7 +27,7 @@ def watched(rates, shares, every=10):
     ]
 
 
-def test_a_rate_that_jumps_is_an_alarm_at_once_that_blames_no_head():
+def test_a_jump_of_the_rate_is_an_alarm_at_once_attributed_to_no_head():
     (found,) = alarms(
         run(watched([1e-3] * 8 + [2e-2] * 3, [0.01] * 8 + [0.2] * 3), [UpdateSpike()])
     )
@@ -78,7 +78,7 @@ def test_a_high_rate_that_goes_on_is_one_issue_as_long_as_it_moves_much():
 
 
 @pytest.mark.parametrize("share", [0.15, 5.0])
-def test_queries_and_keys_that_alone_move_too_far_twice_blame_their_layer(share):
+def test_queries_and_keys_that_alone_move_too_far_twice_are_attributed_to_their_layer(share):
     course = watched([1e-3] * 14, [0.02] * 8 + [share] * 6)
     course = [
         replace(r, query_key={"a": r.query_key["a"], "b": QKUpdate(1.0, 4.0, 0.08)}) for r in course
@@ -99,7 +99,7 @@ def broken(found, at=3):
     return [replace(r, layers=s.layers, info=s.info) for r, s in zip(found, layers, strict=True)]
 
 
-def test_a_rate_that_is_too_high_from_the_start_is_told_with_the_one_that_fits_once_heads_broke():
+def test_a_rate_too_high_from_the_start_is_reported_with_the_one_that_fits_once_heads_broke():
     course = watched([2e-2] * 12, [0.1, 0.2, 0.15] + [0.07] * 9)
     assert not alarms(run(course, [UpdateSpike(), LogitGrowth()])), "no head broke"
     found = [
@@ -114,7 +114,7 @@ def test_a_rate_that_is_too_high_from_the_start_is_told_with_the_one_that_fits_o
 @pytest.mark.parametrize(
     "shares", [[0.07] * 12, [0.2] + [0.06] * 11, [0.01] * 3 + [0.07] * 9, [float("nan")] * 12]
 )
-def test_steps_as_healthy_runs_make_them_are_not_blamed_for_broken_heads(shares):
+def test_steps_as_in_healthy_runs_give_no_issue_beside_broken_heads(shares):
     found = alarms(run(broken(watched([2e-3] * 12, shares)), [UpdateSpike(), LogitGrowth()]))
     assert {issue.issue_type for issue in found} == {"logit_growth"}
 
@@ -133,7 +133,7 @@ def test_weights_that_were_made_smaller_and_are_moved_as_ever_are_no_sign_of_a_r
     assert not run(course, [UpdateSpike()])
 
 
-def test_a_rate_that_jumps_is_told_before_what_it_broke_at_the_same_step():
+def test_a_jump_of_the_rate_is_listed_before_its_consequences_at_the_same_step():
     course = broken(watched([1e-3] * 5 + [2e-2] * 4, [0.01] * 5 + [0.2] * 4), at=5)
     found = alarms(run(course, [LogitGrowth(), UpdateSpike()]))
     assert [issue.issue_type for issue in found if issue.step == 60][:2] == [
@@ -194,7 +194,7 @@ def test_steps_that_gain_too_little_are_an_alarm_until_the_rate_used_fits():
     )
 
 
-def test_what_is_found_anew_is_told_anew_with_its_own_rate():
+def test_a_new_finding_is_reported_anew_with_its_own_rate():
     course = grouped([{"0.0": 1e-2}] * 8, [{}] * 8)
     course[0] = replace(course[0], overshoot=overshoot())
     course[4] = replace(course[4], overshoot=overshoot("torn", 25, fitting=5e-4))
@@ -205,7 +205,7 @@ def test_what_is_found_anew_is_told_anew_with_its_own_rate():
     ]
 
 
-def test_a_brisk_beginning_is_blamed_only_once_heads_break():
+def test_a_brisk_beginning_is_an_issue_only_once_heads_break():
     course = watched([2e-2] * 12, [0.01] * 12)
     course = [replace(each, learning_rates={"0.0": 2e-2}) for each in course]
     course[0] = replace(course[0], overshoot=overshoot("brisk", rate=2e-2))

@@ -1,1 +1,1 @@
-"""Compute the evidence that rules judge: baselines, trends, sustained growth."""
+"""Evidence that rules judge: baselines, trends, sustained growth."""

@@ -1,6 +1,4 @@
-"""How far each head has moved away from its own past, over several spans of time: the evidence of
-the attention rules.
-"""
+"""Change of each head against its own past, over several spans of time."""
 
 from __future__ import annotations
 
@@ -13,26 +11,33 @@ from stabmon.rules.evidence.robust_stats import largest, median
 from stabmon.rules.tracking.history import History
 
 LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Readings to look back. One and two see a jump; the longer ones see growth that no single reading
-shows.
+"""Readings to look back.
+
+One and two show a jump; the longer ones show growth that no single reading does.
 """
 PAST_READINGS = 5
-"""Readings whose largest score, and whose middle entropy, stand for the past: one wild reading
-neither hides nor makes a change.
+"""Number of readings in the past.
+
+Of their scores the largest counts, of their entropies the median: one wild reading neither hides
+nor makes a change.
 """
 SCORE_FLOOR = 10.0
-"""Scores below it count as this large: they leave a row its gradient (two keys 10 apart share their
-row 4.5e-5 to 1, but few rows are that far apart), and every head of a fresh model grows manifold
-below it."""
+"""Score that all smaller ones count as.
+
+They leave a row its gradient (two keys 10 apart share their row 4.5e-5 to 1, but few rows are that
+far apart), and every head of a fresh model grows manifold below it.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """The newest reading against the readings up to ``lag`` before it; every array is ``[N]``, NaN
-    where unknown.
+    """Newest reading against the readings up to ``lag`` before it.
+
+    Every array is ``[N]``, NaN where unknown.
     """
 
     lag: int
+    """Readings between the past and the newest reading."""
     steps: int
     """Optimizer steps between the past and the newest reading."""
     past_logit: np.ndarray
@@ -42,9 +47,7 @@ class Change:
     past_entropy: np.ndarray
     """Median normalised entropy of the past."""
     kept: np.ndarray
-    """Newest normalised entropy over ``past_entropy``: the share of its spread that the head
-    kept.
-    """
+    """Newest normalised entropy over ``past_entropy``: the share that the head kept."""
     saturated_rise: np.ndarray
     """Newest share of saturated rows minus the past's largest."""
 
@@ -52,8 +55,12 @@ class Change:
 def changes(
     history: History, lags: Iterable[int] = LAGS, *, least_ratio: float = 0.0
 ) -> Iterator[Change]:
-    """The change over every span that the history reaches back and over which some head's score
-    grew ``least_ratio`` times.
+    """Yield the change over every span that the history reaches back.
+
+    Args:
+        history: the readings so far.
+        lags: readings to look back, ascending.
+        least_ratio: growth of some head's score without which a span is left out.
     """
     logit, entropy = history.signal("max_logit"), history.signal("normalized_entropy")
     saturated, steps = history.signal("saturated_fraction"), history.steps
@@ -79,19 +86,27 @@ def changes(
 
 
 def jump_needed(history: History, steps: int, jump: float) -> float:
-    """Times its own past that a score must grow within ``steps`` steps to be a jump: ``jump``, and
-    again for each 100, thrice at most.
+    """Return the growth of a score, as a multiple of its own past, that is a jump.
 
-    A quarter more where the loss clearly fell over the same span, which speaks for learning.
+    ``jump``, and again for each 100 steps, thrice at most. A quarter more where the loss clearly
+    fell over the same span, which is evidence of learning.
+
+    Args:
+        history: the readings so far.
+        steps: optimizer steps over which the score grew.
+        jump: growth within one step.
     """
     return (1.25 if loss_fell(history, steps) else 1.0) * jump * min(1 + steps / 100, 3.0)
 
 
 def loss_fell(history: History, steps: float, *, least: int = 8, share: float = 0.03) -> bool:
-    """Whether the loss of the newest ``steps`` steps is clearly below that of as many before: by
-    ``share``, and beyond its noise.
+    """Return True if the newest losses are clearly below as many before them.
 
-    False where fewer than ``least`` finite losses are known on either side.
+    Args:
+        history: the readings so far.
+        steps: optimizer steps whose losses are compared with those of as many before.
+        least: finite losses needed on either side, else False.
+        share: share of the older median by which it must have fallen; and beyond its noise.
     """
     known = history.recent_losses
     count = max(least, int((known[:, 0] > history.latest.step - steps).sum()))
@@ -105,8 +120,12 @@ def loss_fell(history: History, steps: float, *, least: int = 8, share: float = 
 
 
 def loss_rose(history: History, readings: int, *, past: int = 50) -> bool:
-    """Whether the losses since the last ``readings`` readings lie above the usual range of the
-    ``past`` before them.
+    """Return True if the newest losses lie above their usual range.
+
+    Args:
+        history: the readings so far.
+        readings: number of newest readings whose losses are judged.
+        past: number of losses before them that make up the usual range.
     """
     since = history.readings[-readings - 1].step if len(history) > readings else 0
     known = history.recent_losses

@@ -1,6 +1,4 @@
-"""Where a quantity is heading: a robust line through its newest samples, and the steps left until
-it meets a level.
-"""
+"""Trend of a quantity: a robust line, and the steps left until it meets a level."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ Z_95 = 1.96
 
 @dataclass(frozen=True, eq=False)
 class Trend:
-    """A robust line through each of N columns; every array is ``[N]``, NaN where a column has under
-    ``least`` samples.
+    """Robust line through each of N columns; every array is ``[N]``.
+
+    NaN where a column has fewer than ``least`` samples.
     """
 
     slope: np.ndarray
@@ -27,12 +26,13 @@ class Trend:
     high: np.ndarray
     """Upper end of it."""
     samples: np.ndarray
-    """Finite samples used, int."""
+    """Number of finite samples used, int."""
 
 
 def theil_sen(x: np.ndarray, y: np.ndarray, *, least: int = 8) -> Trend:
-    """Median of the slopes between all pairs of samples: up to 29 % of them may be wild without
-    moving it far.
+    """Return the median of the slopes between all pairs of samples.
+
+    Up to 29 % of the samples may be wild without moving it far.
 
     Args:
         x: ``[T]`` increasing abscissae, for example optimizer steps.
@@ -43,12 +43,13 @@ def theil_sen(x: np.ndarray, y: np.ndarray, *, least: int = 8) -> Trend:
         Slopes with Sen's interval, which supposes independent noise; samples of a training run are
         correlated, so read it as the least uncertainty there is.
 
-    Source:
-        Sen 1968, doi:10.1080/01621459.1968.10480934; the interval is Kendall's variance
-        n(n-1)(2n+5)/18.
+    Example:
+        >>> theil_sen(np.arange(9.0), np.array([0, 1, 2, 3, 99, 5, 6, 7, 8.0])[:, None]).slope
+        array([1.])
 
-    >>> theil_sen(np.arange(9.0), np.array([0, 1, 2, 3, 99, 5, 6, 7, 8.0])[:, None]).slope
-    array([1.])
+    References:
+        Sen 1968, doi:10.1080/01621459.1968.10480934; the interval is from Kendall's variance
+        n(n-1)(2n+5)/18.
     """
     y = np.where(np.isfinite(y), y, np.nan)
     samples = np.isfinite(y).sum(axis=0)
@@ -72,23 +73,23 @@ def theil_sen(x: np.ndarray, y: np.ndarray, *, least: int = 8) -> Trend:
 
 @dataclass(frozen=True, eq=False)
 class Forecast:
-    """Steps until each head's score meets a level, if it goes on as it does; every array is
-    ``[N]``.
+    """Steps until each head's score meets a level at its present growth.
 
-    NaN for heads below the score from which a forecast is made, or with too few readings.
+    Every array is ``[N]``; NaN for heads below the score from which a forecast is made, or with too
+    few readings.
     """
 
     slope: np.ndarray
     """Change of the log score per optimizer step."""
     eta: np.ndarray
-    """Optimizer steps until the level is met, inf where the score does not surely rise."""
+    """Optimizer steps until the level is met; inf where the score may not rise."""
     low: np.ndarray
-    """The soonest that the slope's confidence interval allows."""
+    """Soonest that the slope's confidence interval allows, in optimizer steps."""
     high: np.ndarray
-    """The latest."""
+    """Latest that it allows, in optimizer steps."""
 
     def warns(self, horizon: float) -> np.ndarray:
-        """``[N]`` bool: the score surely meets the level within ``horizon`` steps."""
+        """Return ``[N]`` bool: the score surely meets the level within ``horizon`` steps."""
         warns: np.ndarray = (self.eta > 0) & (self.eta <= horizon) & (self.high <= 2 * horizon)
         return warns
 
@@ -96,13 +97,19 @@ class Forecast:
 def forecast_score(
     history: History, level: float, *, least: float, readings: int = 20, freshest: int = 8
 ) -> Forecast:
-    """Forecast when each head's max_logit meets ``level``, for heads whose newest score is at least
-    ``least``.
+    """Forecast when each head's max_logit meets a level.
 
     Scores that run away grow exponentially, so the line is drawn through their logarithms. The line
     through the ``freshest`` readings is taken where it surely rises, since a line through all
-    ``readings`` sees a growth that has just begun only after half of them are part of it; else the
+    ``readings`` shows a growth that has just begun only after half of them are part of it; else the
     line through all.
+
+    Args:
+        history: the readings so far.
+        level: the score to be met.
+        least: newest score of heads that are forecast; others are NaN.
+        readings: number of newest readings that the line goes through.
+        freshest: number of readings of the shorter line.
     """
     score = history.signal("max_logit")[-readings:]
     large = np.flatnonzero(score[-1] >= least)
@@ -122,19 +129,25 @@ def forecast_score(
         low > 0, steps_until(log[-1], slope, target), np.where(np.isnan(low), np.nan, np.inf)
     )
     out.slope[large], out.eta[large] = slope, eta
-    out.low[large], out.high[large] = (
-        steps_until(log[-1], high, target),
-        steps_until(log[-1], low, target),
-    )
+    out.low[large] = steps_until(log[-1], high, target)
+    out.high[large] = steps_until(log[-1], low, target)
     return out
 
 
 def steps_until(level: np.ndarray, slope: np.ndarray, target: float | np.ndarray) -> np.ndarray:
-    """Units of x until ``level`` meets ``target`` at ``slope``; 0 where it is there already, inf
-    where it never gets there.
+    """Return the units of x until a value meets a target at its slope.
 
-    >>> steps_until(np.array([1.0, 9.0, 1.0]), np.array([2.0, 1.0, -1.0]), 5.0)
-    array([ 2.,  0., inf])
+    Args:
+        level: ``[N]`` values now.
+        slope: ``[N]`` change per unit of x.
+        target: value to be met.
+
+    Returns:
+        ``[N]``; 0 where it is met already, inf where it never is, NaN where unknown.
+
+    Example:
+        >>> steps_until(np.array([1.0, 9.0, 1.0]), np.array([2.0, 1.0, -1.0]), 5.0)
+        array([ 2.,  0., inf])
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         ahead = np.where(slope > 0, (target - level) / slope, np.inf)
@@ -144,6 +157,6 @@ def steps_until(level: np.ndarray, slope: np.ndarray, target: float | np.ndarray
 
 
 def _at(rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """``rows[n, index[n]]`` with the index held inside the row."""
+    """Return ``rows[n, index[n]]`` with the index held inside the row."""
     picked: np.ndarray = rows[np.arange(len(rows)), np.clip(index, 0, rows.shape[1] - 1)]
     return picked

@@ -1,9 +1,9 @@
-"""Decide whether a head with an open issue is on its way back.
+"""Recovery of a head with an open issue.
 
-An issue closes only well beyond its threshold and some samples later; to act on a head that is on
-its way there has a cost and repairs nothing. A clipped head sits at twice its old scores, so at
-less than its old entropy; half of an entropy's threshold is far from saturated, and training takes
-it from there.
+An issue closes only well beyond its threshold and some samples later; an intervention on a head
+that is on its way there has a cost and repairs nothing. A clipped head sits at twice its old
+scores, so at less than its old entropy; half of an entropy's threshold is far from saturated, and
+training takes it from there.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from stabmon.rules.tracking.history import History
 
 
 def rose_above(issue: StabilityIssue, history: History, signal: str, *, share: float = 1.0) -> bool:
-    """Return whether a head's signal is above a share of the issue's threshold again.
+    """Return True if a head's signal is above a share of the issue's threshold again.
 
     Args:
         issue: an open issue of one head.
         history: the readings so far.
         signal: name of the signal that fell.
-        share: of the threshold; the whole of it where the head was so from the start, since there
-            is no better past that it is on its way to.
+        share: of the threshold; the whole of it where the head was so from the start, since it has
+            no better past to come back to.
     """
     value = _newest(issue, history, signal)
     share = 1.0 if issue.evidence.get("from_the_start") else share
@@ -28,7 +28,7 @@ def rose_above(issue: StabilityIssue, history: History, signal: str, *, share: f
 
 
 def fell_below(issue: StabilityIssue, history: History, signal: str) -> bool:
-    """Return whether a head's signal is below the issue's threshold again.
+    """Return True if a head's signal is below the issue's threshold again.
 
     Args:
         issue: an open issue of one head.

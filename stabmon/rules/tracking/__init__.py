@@ -1,1 +1,1 @@
-"""Keep readings and open issues over the steps of a run."""
+"""Readings and open issues over the steps of a run."""

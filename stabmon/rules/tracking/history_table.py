@@ -1,4 +1,4 @@
-"""One signal of every head over the newest readings, as one array that grows in place."""
+"""One signal of every head over the newest readings, grown in place."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stabmon._storage.stored_value import Stored
 
 
 class Table:
-    """The newest ``length`` rows of ``[T, N]`` float64, and each column's first finite values.
+    """Newest rows of ``[T, N]`` float64, and each column's first finite values.
 
     A row is written once: appending to a full table costs one row, not a copy of all of them.
 
     Args:
         length: rows kept.
-        baseline_length: how many of a column's first finite values are kept for its baseline.
+        baseline_length: number of a column's first finite values kept for its baseline.
         past: rows of NaN that stand before the first row: readings in which the signal was not
             measured.
         columns: N at first; a longer row widens the table.
@@ -38,8 +38,9 @@ class Table:
         return self._data[max(0, self._end - self._length) : self._end]
 
     def baseline(self) -> np.ndarray:
-        """``[N]`` median of each column's first finite values; NaN where there are fewer than asked
-        for.
+        """Return ``[N]``, the median of each column's first finite values.
+
+        NaN where there are fewer than ``baseline_length``.
         """
         if self._baseline is None:
             self._baseline = np.median(self._first, axis=0)
@@ -60,15 +61,15 @@ class Table:
         self._keep_first(row)
 
     def drop_newest(self) -> None:
-        """Take the newest row out again; what it gave to the baseline stays."""
+        """Remove the newest row again; its part of the baseline stays."""
         self._end = max(0, self._end - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows and first values, bit for bit, as text."""
+        """Return rows and first values, bit for bit, as text."""
         return {"rows": _pack(self.rows), "first": _pack(self._first)}
 
     def load_state_dict(self, state: Mapping[str, Any] | Stored) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Continue from a state of :meth:`state_dict`.
 
         Raises:
             ValueError: if it is no table's state; the table is then as it was.
@@ -100,9 +101,7 @@ class Table:
 
 
 class Columns:
-    """Named columns over the newest ``length`` rows, each of which may lack some and may bring new
-    ones.
-    """
+    """Named columns over the newest ``length`` rows; a row may lack or bring some."""
 
     def __init__(self, length: int) -> None:
         self._table = Table(length, 1, past=0, columns=0)
@@ -110,11 +109,6 @@ class Columns:
 
     def __len__(self) -> int:
         return len(self._table.rows)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every name so far, in the order in which they came."""
-        return tuple(self._at)
 
     def append(self, values: Mapping[str, float]) -> None:
         """Add the newest row."""
@@ -125,18 +119,18 @@ class Columns:
         )
 
     def drop_newest(self) -> None:
-        """Take the newest row out again."""
+        """Remove the newest row again."""
         self._table.drop_newest()
 
     def column(self, name: str) -> np.ndarray:
-        """``[T]``, oldest first; NaN where the row did not have it."""
+        """Return ``[T]``, oldest first; NaN where the row did not have it."""
         if name not in self._at:
             return np.full(len(self), np.nan)
         values: np.ndarray = self._table.rows[:, self._at[name]]
         return values
 
     def all(self) -> dict[str, np.ndarray]:
-        """Every column by name."""
+        """Return every column by name."""
         return {name: self.column(name) for name in self._at}
 
 
@@ -152,7 +146,7 @@ def _pack(array: np.ndarray) -> dict[str, Any]:
 
 
 def _unpack(packed: Stored) -> np.ndarray:
-    """``[T, N]`` that :func:`_pack` wrote."""
+    """Return the ``[T, N]`` that :func:`_pack` wrote."""
     shape = [side.integer() for side in packed["shape"].parts(2)]
     text = packed["float64"].text()
     try:

@@ -1,4 +1,4 @@
-"""The life of issues: what rules say holds now becomes what opened, worsened and closed."""
+"""Life of issues: from what holds now to what opened, worsened and closed."""
 
 from __future__ import annotations
 
@@ -20,43 +20,56 @@ class _Open:
     """An issue that was emitted and has not closed."""
 
     issue: StabilityIssue
-    """As last emitted, so at its worst."""
+    """The issue as last emitted, so at its worst."""
     rule: str
+    """Config name of the rule that found it."""
     since: int
-    """The step at which it opened."""
+    """Step at which it opened."""
     absent: int = 0
     """Samples in a row at which its rule no longer found it."""
 
 
 @dataclass(frozen=True)
 class _Closed:
+    """An issue that has closed, within its cooldown."""
+
     issue: StabilityIssue
-    """At its worst."""
+    """The issue at its worst."""
     step: int
-    """The step at which it closed."""
+    """Step at which it closed."""
 
 
 class IssueTracker:
-    """Runs rules on each reading and emits an issue when it opens, when it worsens and when it
-    closes; never in between.
+    """Runner of rules that emits issues as they open, worsen and close.
 
     One place (type, layer, head) has at most one open issue. It worsens when its severity rises or
     its value goes far further (see :func:`~stabmon.rules.base.worsened`). It closes, as ``info``,
-    after ``clear_after`` readings in a row that saw the place and did not find it ill; a reading
-    without values for the head counts neither way. What closed does not open again within
+    after ``clear_after`` readings in a row that measured the place and did not find it anomalous; a
+    reading without values for the head counts neither way. What closed does not open again within
     ``cooldown_steps``, unless it comes back worse than it ever was.
 
-    Issues of one reading come most severe first; each tells in ``evidence["heads_alike"]`` how many
-    heads of its layer were found with the same type at that reading, so that a view can fold a
-    layer that fell ill as a whole into one line.
+    Issues of one reading come most severe first; each carries in ``evidence["heads_alike"]`` the
+    number of heads of its layer found with the same type at that reading, so that a view can fold a
+    layer that became unstable as a whole into one line.
 
     Args:
         rules: what to run, in this order.
         history: the readings so far; the tracker adds each new one.
         clear_after: readings without the issue before it closes.
         cooldown_steps: optimizer steps.
-        on_error: told of the first exception of each rule; a rule that raises is skipped for that
-            reading only, and its open issues stay open.
+        on_error: called with the first exception of each rule; a rule that raises is skipped for
+            that reading only, and its open issues stay open.
+
+    Raises:
+        ValueError: if ``clear_after`` is below 1 or ``cooldown_steps`` below 0.
+
+    Example:
+        >>> from stabmon.rules.non_finite import NonFinite
+        >>> tracker = IssueTracker([NonFinite()], history=History(), cooldown_steps=10)
+        >>> losses = [2.0, float("nan"), 2.0, 2.0]
+        >>> emitted = [tracker.update(Reading(at, loss, {})) for at, loss in enumerate(losses)]
+        >>> [[issue.state for issue in issues] for issues in emitted]
+        [[], ['opened'], [], ['closed']]
     """
 
     def __init__(
@@ -89,8 +102,10 @@ class IssueTracker:
         return tuple(_in_order(entry.issue for entry in self._open.values()))
 
     def update(self, reading: Reading) -> list[StabilityIssue]:
-        """Add ``reading`` to the history, run every rule, and return only what opened, worsened or
-        closed.
+        """Add a reading to the history and run every rule.
+
+        Returns:
+            Only what opened, worsened or closed, most severe and causes first.
         """
         self.history.add(reading)
         self._closed = {
@@ -100,13 +115,14 @@ class IssueTracker:
         emitted = self._close(found, ran, reading.step)
         alike = Counter(key[:2] for key in found)
         for key, (issue, name) in found.items():
-            emitted += self._see(key, issue, name, alike[key[:2]])
-        self._tell_history()
+            emitted += self._open_or_worsen(key, issue, name, alike[key[:2]])
+        self._update_open_levels()
         return _in_order(emitted)
 
     def state_dict(self) -> dict[str, Any]:
-        """History, open issues and cooldowns as plain values, for JSON (with NaN) or
-        ``torch.save``.
+        """Return history, open issues and cooldowns as plain values.
+
+        For JSON (with NaN) or ``torch.save``.
         """
         return {
             "history": self.history.state_dict(),
@@ -117,12 +133,13 @@ class IssueTracker:
     def load_state_dict(
         self, state: Mapping[str, Any] | Stored, signals: Container[str] | None = None
     ) -> None:
-        """Go on exactly where :meth:`state_dict` was taken, without the open issues of rules that
-        are not known any more.
+        """Continue exactly from a state of :meth:`state_dict`.
+
+        Without the open issues of rules that are not known any more.
 
         Args:
-            state: what it gave.
-            signals: those that there are today, others are left out; None to take all.
+            state: a value of :meth:`state_dict`.
+            signals: names of the signals that exist today, others are left out; None to take all.
 
         Raises:
             ValueError: if it is no tracker's state; the tracker is then as it was.
@@ -145,30 +162,26 @@ class IssueTracker:
         self.history.load_state_dict(saved["history"], signals)
         self._open = {entry.issue.key: entry for entry in opened}
         self._closed = {entry.issue.key: entry for entry in closed}
-        self._tell_history()
+        self._update_open_levels()
 
     def _is_known(self, rule: Stored) -> bool:
-        """Whether there is a rule of this name; leaves out what it found where there is none."""
+        """Return whether a rule of this name exists; leave out its issue where none does."""
         known = rule.text() in self._names or rule.text() in RULES
         if not known:
-            rule.leave_out(f"no rule {rule.value!r} is known any more, nor is its open issue")
+            rule.leave_out(f"there is no rule {rule.value!r} any more; its open issue is dropped")
         return known
 
-    def _tell_history(self) -> None:
+    def _update_open_levels(self) -> None:
         self.history.set_open((entry.issue, entry.since) for entry in self._open.values())
 
     def _run_rules(self) -> tuple[dict[Key, tuple[StabilityIssue, str]], set[str]]:
-        """The worst issue of each place with its rule's name, and the names of the rules that ran
-        through.
-        """
+        """Return the worst issue of each place with its rule, and the rules that ran."""
         found: dict[Key, tuple[StabilityIssue, str]] = {}
         ran: set[str] = set()
         for rule, name in zip(self.rules, self._names, strict=True):
             try:
                 issues = list(rule.check(self.history))
-            except (
-                Exception
-            ) as error:  # a rule of anybody's may fail in any way, and the others must go on
+            except Exception as error:  # a rule may fail in any way, and the others must go on
                 self._report(name, error)
                 continue
             ran.add(name)
@@ -178,6 +191,7 @@ class IssueTracker:
         return found, ran
 
     def _close(self, found: Mapping[Key, Any], ran: set[str], step: int) -> list[StabilityIssue]:
+        """Return the issues that close: measured, and not found often enough in a row."""
         emitted = []
         for key, entry in list(self._open.items()):
             failed = entry.rule in self._names and entry.rule not in ran
@@ -194,12 +208,14 @@ class IssueTracker:
             )
         return emitted
 
-    def _see(self, key: Key, issue: StabilityIssue, name: str, alike: int) -> list[StabilityIssue]:
+    def _open_or_worsen(
+        self, key: Key, issue: StabilityIssue, name: str, alike: int
+    ) -> list[StabilityIssue]:
+        """Return what is to be emitted of an issue that holds."""
         entry, closed = self._open.get(key), self._closed.get(key)
         if entry is not None and _rank(issue) < _rank(entry.issue):
-            issue = replace(
-                issue, severity=entry.issue.severity
-            )  # an open issue may worsen or close, never soften
+            # an open issue may worsen or close, never soften
+            issue = replace(issue, severity=entry.issue.severity)
         if entry is not None and not worsened(issue, entry.issue):
             self._open[key] = replace(entry, absent=0) if entry.absent else entry
             return []
@@ -229,7 +245,7 @@ def _rank(issue: StabilityIssue) -> int:
 
 
 def _in_order(issues: Any) -> list[StabilityIssue]:
-    """The most severe first, of these the causes, and a layer before its heads."""
+    """Return the most severe first, of these the causes, and a layer before its heads."""
     return sorted(
         issues,
         key=lambda i: (
@@ -243,6 +259,6 @@ def _in_order(issues: Any) -> list[StabilityIssue]:
 
 
 def _explains(issue: StabilityIssue) -> bool:
-    """Return whether an issue explains others of the same step."""
+    """Return True if an issue explains others of the same step."""
     found = rule_of(issue.issue_type)
     return bool(getattr(found, "explains_others", False))

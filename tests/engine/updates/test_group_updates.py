@@ -84,7 +84,7 @@ def test_the_share_is_what_the_step_changed_over_what_was_there(name, tmp_path):
     assert found[-1].learning_rate == max(rates.values())
     history = monitor._tracker.history
     assert history.group_updates["1.0"] == pytest.approx([row[1] for row in shares], rel=1e-5)
-    assert list(history.group_rates) == list(rates)
+    assert list(history.used_rates) == list(rates)
 
 
 def norm(tensors):
@@ -158,7 +158,6 @@ def test_a_state_of_before_groups_were_known_keeps_loading():
     monitor.load_state_dict(state)
     assert monitor._tracker.history.latest.updates == kept[-1]["updates"]
     assert (
-        monitor._tracker.history.group_rates["0.0"].tolist()
-        == [optimizer.param_groups[0]["lr"]] * 2
+        monitor._tracker.history.used_rates["0.0"].tolist() == [optimizer.param_groups[0]["lr"]] * 2
     )
     monitor.close()

@@ -14,7 +14,7 @@ from torch import nn
 
 from stabmon.records import QKUpdate, Reading
 from stabmon.rules import History
-from stabmon.rules.evidence.norm_growth import drive
+from stabmon.rules.evidence.norm_growth import sustained_growth
 from stabmon.rules.logit_growth import LogitGrowth
 from tests.support.trajectories import (
     LAYERS,
@@ -169,10 +169,10 @@ def test_it_closes_when_the_growth_has_been_stopped() -> None:
 def test_too_few_steps_or_readings_tell_nothing() -> None:
     weight, score = multiplied(1.2, start=0, count=9, every=1)
     each = watched(weight, 0.2, score, every=1)
-    assert drive(history_of(each), LAYERS[0]) is None
-    assert drive(history_of(each[:1]), LAYERS[0]) is None
+    assert sustained_growth(history_of(each), LAYERS[0]) is None
+    assert sustained_growth(history_of(each[:1]), LAYERS[0]) is None
     weight, score = multiplied(1.01, start=0, count=9, every=200)
-    assert drive(history_of(watched(weight, 0.01, score, every=200)), LAYERS[0]) is None
+    assert sustained_growth(history_of(watched(weight, 0.01, score, every=200)), LAYERS[0]) is None
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
@@ -207,5 +207,5 @@ def test_weights_that_learn_turn_more_than_they_grow(
                     query_key={"a": QKUpdate(1.0, norm, moved)},
                 )
             )
-            assert drive(history, "a") is None
+            assert sustained_growth(history, "a") is None
     assert moved > 0

@@ -1,0 +1,51 @@
+"""Counts of values that are not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stabmon._torch.tensors import local
+
+
+def count_bad(tensor: Tensor) -> str:
+    """Return the counts of values that are not finite; the empty string if all are.
+
+    Of a sharded tensor, this rank's part.
+
+    Example:
+        >>> count_bad(torch.tensor([1.0, float("nan"), float("inf")]))
+        '1 NaN, 1 inf of 3'
+    """
+    tensor = local(tensor.detach())
+    if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+        return ""
+    counts = {"NaN": int(tensor.isnan().sum()), "inf": int(tensor.isinf().sum())}
+    found = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    return f"{found} of {tensor.numel()}"
+
+
+def count_visible_bad(tensor: Tensor) -> str:
+    """Return the same without values of -inf, which hide keys.
+
+    For what goes into and out of modules.
+    """
+    tensor = local(tensor.detach())
+    if not tensor.is_floating_point():
+        return ""
+    return count_bad(tensor.masked_fill(tensor == -torch.inf, 0))
+
+
+def bad_heads(tensor: Tensor) -> list[int]:
+    """Return the heads of ``[B, H, S, D]`` that hold a value that is not finite."""
+    return indices((~tensor.isfinite()).flatten(2).any(dim=2).any(dim=0))
+
+
+def indices(flags: Tensor) -> list[int]:
+    """Return the indices at which a flat tensor of flags is true.
+
+    >>> indices(torch.tensor([False, True, True]))
+    [1, 2]
+    """
+    found: list[int] = flags.nonzero().flatten().tolist()
+    return found

@@ -1,0 +1,281 @@
+"""Newest readings of a run as whole arrays over steps and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import numpy as np
+
+from stabmon._storage.stored_value import Stored
+from stabmon.records import LayerInfo, Overshoot, Reading, head_count
+from stabmon.rules.tracking.history_table import Columns, Table
+from stabmon.rules.tracking.stored_reading import (
+    reading_state,
+    step_and_loss,
+    stored_reading,
+)
+
+_RECENT_LOSSES = 2000
+_LOSSES_PER_READING = 20
+
+
+class ReadingArrays:
+    """Newest readings as arrays ``[T, N]``; see :class:`~stabmon.rules.tracking.history.History`.
+
+    Args:
+        length: readings kept; older ones are dropped, but a head's ``baseline`` is kept.
+        baseline_length: number of a head's first readings that make up its baseline.
+
+    Raises:
+        ValueError: if ``length`` is below 2 or ``baseline_length`` below 1.
+    """
+
+    def __init__(self, length: int = 256, baseline_length: int = 5) -> None:
+        if length < 2 or baseline_length < 1:
+            raise ValueError(
+                f"history length {length} and baseline length {baseline_length}: use at least 2 "
+                "and 1"
+            )
+        self.length = length
+        self.baseline_length = baseline_length
+        self.readings: list[Reading] = []
+        """Newest readings, oldest first."""
+        self.heads: list[tuple[str, int]] = []
+        """(layer, head) of each column of N."""
+        self.info: dict[str, LayerInfo] = {}
+        """Newest facts of each layer."""
+        self.losses: list[tuple[int, float]] = []
+        """(step, loss) of every step whose loss is known, the newest ``20 * length`` of them."""
+        self._index: dict[str, slice] = {}
+        self._tables: dict[str, Table] = {}
+        self._columns = {name: Columns(length) for name in ("gradients", "used_rates", "updates")}
+        """Columns by the field of the reading that they hold."""
+        self._recent_losses: np.ndarray | None = None
+        self._overshoot: Overshoot | None = None
+        self._pushed_out: list[Reading] = []
+        """Readings that the newest one has pushed out."""
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+    @property
+    def latest(self) -> Reading:
+        """The newest reading."""
+        return self.readings[-1]
+
+    @property
+    def steps(self) -> np.ndarray:
+        """``[T]`` optimizer steps, int."""
+        return np.array([reading.step for reading in self.readings], dtype=np.int64)
+
+    def signal(self, name: str) -> np.ndarray:
+        """Return ``[T, N]`` float64 of one signal, NaN where it was not measured.
+
+        Do not write into it.
+        """
+        if name not in self._tables:
+            return np.full((len(self), len(self.heads)), np.nan)
+        return self._tables[name].rows
+
+    def now(self, name: str) -> np.ndarray:
+        """Return ``[N]`` values of one signal in the newest reading.
+
+        NaN where it was not measured.
+        """
+        newest: np.ndarray = self.signal(name)[-1]
+        return newest
+
+    def baseline(self, name: str) -> np.ndarray:
+        """Return ``[N]``, each head's median over its first finite values of a signal.
+
+        Over ``baseline_length`` of them; NaN where it has fewer.
+        """
+        if name not in self._tables:
+            return np.full(len(self.heads), np.nan)
+        return self._tables[name].baseline()
+
+    def seen(self, layer: str | None, head: int | None) -> bool:
+        """Return True if the newest reading measured anything of this place.
+
+        Always so of the run, and of what is no attention layer.
+
+        Args:
+            layer: qualified name; None for the run.
+            head: query head; None for the whole layer.
+        """
+        if layer not in self._index:
+            return True
+        where = self._index[layer]
+        at = where if head is None else slice(where.start + head, where.start + head + 1)
+        return any(bool(np.isfinite(table.rows[-1, at]).any()) for table in self._tables.values())
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Every attention layer so far, in the order of N."""
+        return tuple(self._index)
+
+    def of_layer(self, layer: str) -> slice:
+        """Return the range of the layer's heads along N."""
+        return self._index[layer]
+
+    def layer_values(self, value_of: Callable[[LayerInfo], float]) -> np.ndarray:
+        """Return ``[N]``, one value for each layer, computed from its facts."""
+        out = np.full(len(self.heads), np.nan)
+        for layer, where in self._index.items():
+            out[where] = value_of(self.info[layer])
+        return out
+
+    def gradients(self, layer: str) -> np.ndarray:
+        """Return ``[T]`` gradient norms of a layer's attention module; NaN where unknown.
+
+        Of the whole model for the empty name.
+        """
+        return self._columns["gradients"].column(layer)
+
+    @property
+    def used_rates(self) -> dict[str, np.ndarray]:
+        """``[T]`` rates that each parameter group was stepped with, by key; NaN where unknown.
+
+        The scheduled rate, times the factor of interventions that are held. Do not write into it.
+        """
+        return self._columns["used_rates"].all()
+
+    @property
+    def group_updates(self) -> dict[str, np.ndarray]:
+        """``[T]`` share of each group's parameters that a step changed; NaN where unknown."""
+        return self._columns["updates"].all()
+
+    @property
+    def recent_losses(self) -> np.ndarray:
+        """``[K, 2]`` (step, loss) of the newest 2000 losses that are finite."""
+        if self._recent_losses is None:
+            newest = np.array(self.losses[-_RECENT_LOSSES:], dtype=np.float64).reshape(-1, 2)
+            self._recent_losses = newest[np.isfinite(newest[:, 1])]
+        return self._recent_losses
+
+    @property
+    def overshoot(self) -> Overshoot | None:
+        """Newest finding that steps are too long; None where there was none."""
+        return self._overshoot
+
+    def add(self, reading: Reading) -> None:
+        """Append a reading; new layers extend N.
+
+        One between samples stands only until the next comes, so that rows are evenly spaced.
+        """
+        self._drop_unsampled()
+        for layer, values in reading.layers.items():
+            known = reading.info.get(layer)
+            if layer not in self._index:
+                self._place(layer, known.heads if known else head_count(values))
+            if known is not None:
+                self.info[layer] = known
+        for name in dict.fromkeys(name for values in reading.layers.values() for name in values):
+            if name not in self._tables:
+                self._tables[name] = self._new_table(past=len(self.readings))
+        self.readings.append(reading)
+        self._pushed_out = self.readings[: -self.length]
+        del self.readings[: -self.length]
+        self._overshoot = reading.overshoot or self._overshoot
+        for name, table in self._tables.items():
+            table.append(self._row(reading, name))
+        own_loss = () if reading.loss is None else ((reading.step, reading.loss),)
+        self.losses += reading.losses or own_loss
+        del self.losses[: -_LOSSES_PER_READING * self.length]
+        self._recent_losses = None
+        self._add_columns(reading)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, as plain values.
+
+        JSON and ``torch.save`` both take them; arrays are packed as text.
+        """
+        return {
+            "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
+            "info": {layer: info.to_dict() for layer, info in self.info.items()},
+            "losses": [list(pair) for pair in self.losses],
+            "readings": [reading_state(reading) for reading in self.readings],
+            "overshoot": None if self._overshoot is None else self._overshoot.to_dict(),
+            "signals": {name: table.state_dict() for name, table in self._tables.items()},
+        }
+
+    def load_state_dict(
+        self, state: Mapping[str, Any] | Stored, known: Container[str] | None = None
+    ) -> None:
+        """Continue from a state of :meth:`state_dict`; what was here before is dropped.
+
+        Args:
+            state: a value of :meth:`state_dict`.
+            known: names of the signals that exist today, others are left out; None to take all.
+
+        Raises:
+            ValueError: if it is no history's state; the history is then as it was.
+        """
+        saved, fresh = Stored.of(state), type(self)(self.length, self.baseline_length)
+        for layer, heads in saved["heads"].items():
+            fresh._place(layer, heads.integer())
+        fresh.info = {layer: LayerInfo.from_dict(info) for layer, info in saved["info"].items()}
+        losses = [step_and_loss(pair) for pair in saved["losses"].parts()]
+        fresh.losses = losses[-_LOSSES_PER_READING * self.length :]
+        count = len(saved["readings"].parts())
+        for name, table in saved["signals"].items():
+            if known is not None and name not in known:
+                table.leave_out("there is no signal of that name any more")
+                continue
+            fresh._tables[name] = fresh._new_table(past=0)
+            fresh._tables[name].load_state_dict(table)
+            rows, columns = fresh._tables[name].rows.shape
+            if (rows, columns) != (min(self.length, count), len(fresh.heads)):
+                raise ValueError(
+                    f"{table.where} has {rows} rows of {columns} values, for {count} "
+                    f"readings of {len(fresh.heads)} heads"
+                )
+        dropped = saved["signals"].mapping().keys() - fresh._tables.keys()
+        kept = saved["readings"].parts()[-self.length :]
+        for row, each in enumerate(kept, start=-len(kept)):
+            reading = stored_reading(each, fresh.info, fresh._values(row), dropped)
+            fresh.readings.append(reading)
+            fresh._add_columns(reading)
+        fresh._overshoot = saved.get("overshoot", None).maybe(Overshoot.from_dict)
+        vars(self).update(vars(fresh))
+
+    def _drop_unsampled(self) -> None:
+        """Drop the newest reading if it was made between samples for a finding alone."""
+        newest = self.readings[-1] if self.readings else None
+        if newest is None or newest.sampled or newest.non_finite is not None:
+            return
+        self.readings = [*self._pushed_out, *self.readings[:-1]]
+        self._pushed_out = []
+        rows: list[Table | Columns] = [*self._tables.values(), *self._columns.values()]
+        for each in rows:
+            each.drop_newest()
+
+    def _place(self, layer: str, heads: int) -> None:
+        """Give a new layer its columns."""
+        start = len(self.heads)
+        self._index[layer] = slice(start, start + heads)
+        self.heads += [(layer, head) for head in range(heads)]
+
+    def _new_table(self, past: int) -> Table:
+        return Table(self.length, self.baseline_length, past=past, columns=len(self.heads))
+
+    def _add_columns(self, reading: Reading) -> None:
+        for name, columns in self._columns.items():
+            columns.append(getattr(reading, name))
+
+    def _row(self, reading: Reading, name: str) -> np.ndarray:
+        """Return ``[N]`` values of one signal in a reading."""
+        out = np.full(len(self.heads), np.nan)
+        for layer, values in reading.layers.items():
+            where = self._index[layer]
+            if name in values and len(values[name]) == where.stop - where.start:
+                out[where] = values[name]
+        return out
+
+    def _values(self, row: int) -> dict[str, dict[str, np.ndarray]]:
+        """Return ``values[layer][signal]`` of one row."""
+        return {
+            layer: {name: table.rows[row, where] for name, table in self._tables.items()}
+            for layer, where in self._index.items()
+        }
