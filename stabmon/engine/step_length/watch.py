@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall
+from stabmon._torch.graph_capture import is_capturing
+from stabmon._torch.host_copy import HostCopy
 from stabmon._torch.optimizer_adapter import OptimizerAdapter, ParameterGroup, takes_hooks
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.step_length.probe import StepProbe
@@ -48,7 +50,7 @@ class StepLength(StepListener):
         self._probe = StepProbe(model)
         self._hooks: list[Any] = []
         self._used: dict[str, float] = {}
-        self._last_loss: Tensor | None = None
+        self._last_loss: HostCopy | None = None
 
     @property
     def wants_backward_end(self) -> bool:
@@ -123,7 +125,7 @@ class StepLength(StepListener):
 
     @contained
     def _steps(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._probe.active:
+        if self._probe.active and not is_capturing():
             self._probe.before(
                 {
                     each.key: each.parameters
@@ -134,6 +136,8 @@ class StepLength(StepListener):
 
     @contained
     def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        if is_capturing():
+            return
         groups = [group for group in self._view.groups() if group.optimizer is optimizer]
         for (
             group
@@ -149,6 +153,6 @@ class StepLength(StepListener):
         nothing.
         """
         if isinstance(loss, Tensor):
-            last, self._last_loss = self._last_loss, loss
-            loss = None if last is None else float(last)
+            last, self._last_loss = self._last_loss, HostCopy(loss)
+            loss = None if last is None else float(last.read())
         return None if loss is None or not math.isfinite(loss) else self.rates.note_loss(step, loss)
