@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import rank, world_size
 from stabmon.config import StabilityConfig, load_config
@@ -206,7 +207,7 @@ class AttentionStabilityMonitor:
         made = (seen.forwards.count, len(seen.losses.parts))
         is_first, is_new = not self._stepping, made != self._made
         closed = self._clock.phase is Phase.CLOSED
-        if closed or (id(optimizer) in self._stepping and not is_new):
+        if closed or is_capturing() or (id(optimizer) in self._stepping and not is_new):
             return
         self._stepping.add(id(optimizer))
         self._made = made
