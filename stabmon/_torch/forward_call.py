@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.isolation import side_effect_free
 from stabmon._torch.tensors import is_sharded, tensors_in, without_graph
 
@@ -19,22 +20,31 @@ _KEEP_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class RandomState:
-    """State of torch's random generators on the CPU and the current CUDA device."""
+    """State of torch's random generators on the CPU and on the CUDA devices of a module."""
 
     cpu: Tensor
-    cuda: Tensor | None
+    cuda: Mapping[int, Tensor]
+    """Index of a device -> the state of its generator."""
 
     @classmethod
-    def now(cls) -> RandomState:
+    def now(cls, module: nn.Module) -> RandomState:
         """Return the present state; costs microseconds and no device synchronisation."""
-        readable = torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing()
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if readable else None)
+        if not torch.cuda.is_initialized() or is_capturing():
+            return cls(torch.get_rng_state(), {})
+        devices = {torch.cuda.current_device()}
+        if torch.cuda.device_count() > 1:
+            places = {each.device for each in module.parameters()}
+            devices |= {
+                each.index for each in places if each.type == "cuda" and each.index is not None
+            }
+        states = {each: torch.cuda.get_rng_state(each) for each in sorted(devices)}
+        return cls(torch.get_rng_state(), states)
 
     def restore(self) -> None:
         """Set the generators back to this state."""
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+        for device, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, device)
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,11 @@ class ForwardCall:
             kwargs: its keyword arguments.
         """
         return cls(
-            module, without_graph(args), without_graph(kwargs), RandomState.now(), _autocast_now()
+            module,
+            without_graph(args),
+            without_graph(kwargs),
+            RandomState.now(module),
+            _autocast_now(),
         )
 
     def inputs(self) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabmon._torch.graph_capture import is_capturing
+
 _SEARCHES = 8
 """Largest number of searches among the objects of the process, some 50 ms each.
 
@@ -47,6 +49,8 @@ class ScalerWatch:
         self._found: weakref.ref[Any] | None = None
         self._hooks: list[Any] = []
         self._made, self._found_inf = False, None
+        self._is_graphed = False
+        """Whether a step was recorded into a CUDA graph."""
         self._scale: Tensor | None = None
         self._searches, self._scales = _SEARCHES, weakref.WeakKeyDictionary[Any, float]()
 
@@ -83,6 +87,8 @@ class ScalerWatch:
             return self._scale_fell()
         made, found_inf = self._made, self._found_inf
         self._made, self._found_inf = False, None
+        if not made and found_inf is None and self._is_graphed:
+            return False  # replays of a graph call no hook: nothing is known of the step
         if not made and found_inf is None:
             self._search()
             return True
@@ -105,6 +111,9 @@ class ScalerWatch:
     def _stepping(self, optimizer: Any, *_: Any) -> None:
         # set by a scaler on optimizers that skip by themselves
         found_inf = getattr(optimizer, "found_inf", None)
+        if is_capturing():
+            self._is_graphed = True  # recorded, and made by nothing yet
+            return
         self._made |= found_inf is None
         self._found_inf = found_inf
         if self.scaler is None and (found := _calling_scaler()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +104,39 @@ class ParameterGroup:
 def as_rate(value: Any) -> float | None:
     """Return a rate as a number, stored as one or as a tensor; None for anything else."""
     try:
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            return read_once(value)
         return None if value is None else float(value)
     except (TypeError, ValueError, RuntimeError):
         return None
+
+
+_rates_read: dict[int, tuple[weakref.ref[Tensor], int, float]] = {}
+"""Rates on a device as they were last read: by ``id``, with the tensor's version."""
+
+
+def read_once(rate: Tensor) -> float:
+    """Return a rate that is stored as a tensor, read from its device once until it is changed.
+
+    Each read waits for the device, and several places ask for a rate in every step.
+
+    Args:
+        rate: a tensor of one number.
+
+    Example:
+        >>> read_once(torch.tensor(0.5))
+        0.5
+    """
+    if rate.is_inference():  # without a version counter a change would go unnoticed
+        return float(rate)
+    known = _rates_read.get(id(rate))
+    if known is not None and known[0]() is rate and known[1] == rate._version:
+        return known[2]
+    for at in [at for at, (tensor, *_) in _rates_read.items() if tensor() is None]:
+        del _rates_read[at]
+    value = float(rate)
+    _rates_read[id(rate)] = weakref.ref(rate), rate._version, value
+    return value
 
 
 def parameter_groups(optimizers: list[Any]) -> list[ParameterGroup]:
@@ -207,6 +238,7 @@ class OptimizerAdapter:
             optimizer: the one that is about to step; None for all.
             scheduled: returns the rate that a group's scheduler has set.
         """
+        _rates_read.clear()  # a write past the version counter is seen at the next sampled step
         stepping = innermost(optimizer)
         for group in self.groups():
             if not stepping or any(group.optimizer is each for each in stepping):

@@ -122,6 +122,9 @@ def kernel_dtype(tensor: Tensor) -> torch.dtype:
     It is autocast's where that is on; float64 is left alone by autocast.
     """
     device_type = tensor.device.type
-    if not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
+    autocasts = torch.amp.is_autocast_available(device_type)
+    if not autocasts or not torch.is_autocast_enabled(device_type):
+        return tensor.dtype
+    if tensor.dtype == torch.float64:
         return tensor.dtype
     return torch.get_autocast_dtype(device_type)

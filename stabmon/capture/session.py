@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from stabmon._torch.graph_capture import is_capturing
 from stabmon.capture.adapters.compiled import CompiledCode
 from stabmon.capture.adapters.torch_functions import FunctionWatch
 from stabmon.capture.adapters.transformers import TransformersInterface
@@ -151,6 +152,7 @@ class AttentionCapture:
         """
         return (
             not self._inside
+            and not is_capturing()
             and self.thread == threading.get_ident()
             and _graph_task() == self._graph_task
         )

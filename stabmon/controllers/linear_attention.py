@@ -100,9 +100,22 @@ def causal_sums(query: Tensor, key: Tensor, value: Tensor, lift: Tensor, scale: 
         for x in (query, key, value, lift)
     )
     products, sums = key.mT @ value, value.sum(-2, keepdim=True)
-    earlier = scale * (query @ (products.cumsum(2) - products)) + lift * (sums.cumsum(2) - sums)
+    earlier = scale * (query @ sums_before(products)) + lift * sums_before(sums)
     own = (scale * (query @ key.mT) + lift).tril() @ value
     return (earlier + own).flatten(2, 3)[:, :, :length]
+
+
+def sums_before(chunks: Tensor) -> Tensor:
+    """Return for each chunk the sum over all earlier ones, along dimension 2.
+
+    Under ``torch.use_deterministic_algorithms`` by a product, because CUDA's ``cumsum`` of floats
+    raises there.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return chunks.cumsum(2) - chunks
+    count = chunks.shape[2]
+    earlier = torch.ones(count, count, dtype=chunks.dtype, device=chunks.device).tril(-1)
+    return (earlier @ chunks.flatten(3)).view_as(chunks)
 
 
 def by_rows(

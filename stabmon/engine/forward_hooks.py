@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.recomputation import is_recomputation
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -102,6 +103,8 @@ class ForwardHooks:
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or is_recomputation() or _is_redirected(module):
+            return
+        if is_capturing():  # recorded, and made by replays that call no hook
             return
         if self._stack and module is self._stack[0] and not _is_running(self._frame):
             self.reset()

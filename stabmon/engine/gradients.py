@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.tensors import is_sharded
 from stabmon.capture.names import clean_name
 
@@ -144,6 +145,8 @@ class AfterBackward:
         self._added, self._waiting = {}, False
 
     def _on_gradient(self, parameter: Tensor) -> None:
+        if is_capturing():
+            return
         self._added[id(parameter)] = parameter
         if not self._waiting:
             self._waiting = True

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
@@ -150,7 +151,7 @@ class AttentionStabilityMonitor:
                 without a forward in between is one step, as where an optimizer's step calls its
                 parent's.
         """
-        if self._clock.phase is Phase.CLOSED:
+        if self._clock.phase is Phase.CLOSED or is_capturing():
             return
         ctx = self._contexts.before_optimizer(self.step + 1, optimizer)
         if ctx is not None:

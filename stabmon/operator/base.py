@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Self
 
-import torch
 from torch import Tensor
 
+from stabmon.operator.computing import computing_on
 from stabmon.operator.inputs import AttentionInputs
 from stabmon.operator.row_weights import RowBlock, probabilities_of
 from stabmon.operator.statistics import STATISTICS
@@ -67,7 +67,7 @@ class AttentionOperator(AttentionInputs, ABC):
             )
         missing = wanted - self._known.keys()
         if missing:
-            with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
+            with computing_on(self.query.device):
                 self._known.update(self._compute(missing))
 
     def log_partition(self, power: int = 1) -> Tensor:
@@ -156,7 +156,7 @@ class AttentionOperator(AttentionInputs, ABC):
         Raises:
             ValueError: for values of another shape.
         """
-        with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
+        with computing_on(self.query.device):
             return self._matvec(self._per_query_head(x))
 
     def rmatvec(self, y: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class AttentionOperator(AttentionInputs, ABC):
         Raises:
             ValueError: for values of another shape.
         """
-        with torch.no_grad(), torch.autocast(self.query.device.type, enabled=False):
+        with computing_on(self.query.device):
             return self._rmatvec(self._per_query_row(y))
 
     def row_blocks(self, elements: int = 1 << 20, *, reverse: bool = False) -> Iterator[RowBlock]:

@@ -84,6 +84,8 @@ class BlockwiseAttention(AttentionOperator):
 
     def _sums(self, block: LogitBlock, parts: set[str]) -> RowSums:
         """Return the sums of one block; destroys its logits."""
+        if block.logits.device.type != "cpu":
+            return self._sums_without_reading(block, parts)
         z, p = block.logits, block.spare
         top = z.amax(-1)
         sums = {"top": top, **block.extremes}
@@ -99,7 +101,7 @@ class BlockwiseAttention(AttentionOperator):
         if "first" in parts:
             sums["first"] = self._first_of(p, block).clone()
         sums["rest"], largest = total - 1, torch.ones_like(total)
-        if z.device.type != "cpu" or total.amin().item() < _SATURATED:
+        if total.amin().item() < _SATURATED:
             saturated = (total < _SATURATED) & (total > 0.5)
             sums["rest"] = torch.where(saturated, torch.frac(p, out=z).sum(-1), sums["rest"])
             largest.masked_fill_(saturated, 0.0)
@@ -110,6 +112,31 @@ class BlockwiseAttention(AttentionOperator):
             sums["square_rest"] = torch.mul(p, p, out=z).sum(-1) - largest
             if "cube_rest" in parts:
                 sums["cube_rest"] = z.mul_(p).sum(-1) - largest
+        return sums
+
+    def _sums_without_reading(self, block: LogitBlock, parts: set[str]) -> RowSums:
+        """Return the sums of one block in few passes over memory; destroys its logits.
+
+        For devices that the host would have to wait for. Keys at the maximum, where e is exactly 1,
+        are counted and left out of the sums, so that ``sum - 1`` never loses digits of the rest.
+        """
+        top = block.logits.amax(-1)
+        sums = {"top": top, **block.extremes}
+        if "rest" not in parts:
+            return sums
+        e = block.logits.sub_(top.clamp(min=HIDDEN / 10)[..., None]).exp2_()
+        total = e.sum(-1)
+        if "weighted" in parts:
+            # e * log2(e), 0 where e is: 0 * -inf does not come up
+            sums["weighted"] = torch.special.entr(e, out=block.spare).sum(-1) / -LN_2
+        if "first" in parts:
+            sums["first"] = self._first_of(e, block).clone()
+        below = e.frac_().sum(-1)
+        others = (total - below).round() - 1
+        sums["rest"] = below + others
+        for part, power in (("square_rest", 2), ("cube_rest", 3)):
+            if part in parts:
+                sums[part] = torch.linalg.vector_norm(e, power, dim=-1) ** power + others
         return sums
 
     def _first_of(self, p: Tensor, block: LogitBlock) -> Tensor:

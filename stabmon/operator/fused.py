@@ -52,17 +52,17 @@ class FusedAttention(BlockwiseAttention):
         return proven_kernel(self.query.device, self.head_dim) if self.is_exact else None
 
     def _compute(self, statistics: set[str]) -> dict[str, Tensor]:
-        if self._kernel is not None:
+        # with any other statistic, the pass that this needs gives all of them
+        if statistics <= set(_CALLS) and self._kernel is not None:
             out = self._from_kernel(self._kernel, statistics)
-            if not any(bool(rows.isnan().any()) for rows in out.values()):
+            bad = torch.stack([rows.isnan().any() for rows in out.values()])
+            if not bool(bad.any()):
                 return out
             self._kernel = None  # it may have let a NaN or inf spread to rows that do not see it
         return super()._compute(statistics)
 
-    def _from_kernel(self, kernel: Kernel, statistics: set[str]) -> dict[str, Tensor]:
-        mine = statistics & set(_CALLS)
-        rest = statistics - mine
-        out = super()._compute(rest) if rest else {}
+    def _from_kernel(self, kernel: Kernel, mine: set[str]) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
         if mine & {"log_partition", "mean_score", "entropy", "collision", "first_key_mass"}:
             means, out["log_partition"] = self._call(kernel, 1, self.key)
             out["mean_score"] = self.scale * means.mul_(self.query).sum(-1)

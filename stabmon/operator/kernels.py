@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stabmon._torch.graph_capture import is_capturing
+from stabmon.operator.computing import computing_on
+
 logger = logging.getLogger("stabmon")
 
 _TOLERANCE = 1e-3
@@ -131,14 +134,17 @@ _HALF_CANDIDATES: dict[str, tuple[tuple[str, Run], ...]] = {
 }
 
 
-@functools.lru_cache(maxsize=64)
+class _CannotTry(Exception):
+    """A proof failed for a reason that may pass: no memory, or a graph that is captured."""
+
+
 def proven_kernel(
     device: torch.device, head_dim: int, dtype: torch.dtype = torch.float32
 ) -> Kernel | None:
     """Return the device's first kernel that agrees with the blockwise engine.
 
     The proof is a small random case with random numbers of its own, made once per device, head
-    dimension and dtype.
+    dimension and dtype; anew where there was no memory for it, or a CUDA graph was captured.
 
     Args:
         device: the device of the inputs.
@@ -148,13 +154,28 @@ def proven_kernel(
     Returns:
         None, with one warning, where none agrees.
     """
+    try:
+        return prove(device, head_dim, dtype)
+    except _CannotTry:
+        return None
+
+
+@functools.lru_cache(maxsize=64)  # which remembers nothing where this raises
+def prove(device: torch.device, head_dim: int, dtype: torch.dtype) -> Kernel | None:
+    """See :func:`proven_kernel`, which catches what this raises where it cannot be tried now."""
+    if is_capturing():
+        raise _CannotTry
     table = _CANDIDATES if dtype == torch.float32 else _HALF_CANDIDATES
     failures = []
     for name, run in table.get(device.type, ()):
         kernel = Kernel(name, run, dtype)
         try:
             deviation = _deviation(kernel, device, head_dim)
+        except torch.OutOfMemoryError as error:
+            raise _CannotTry from error
         except Exception as error:
+            if is_capturing():
+                raise _CannotTry from error
             failures.append(
                 f"{name} failed ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''})"
@@ -188,7 +209,7 @@ def _deviation(kernel: Kernel, device: torch.device, head_dim: int) -> float:
     visible = (torch.rand(2, 1, size, size, generator=generator) > 0.3).to(device)
     visible[..., 0] = True
     worst = 0.0
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with computing_on(device):
         for causal, mask in ((False, None), (True, None), (False, visible)):
             scale = 2.0 * head_dim**-0.5
             see = Visibility(size, size, causal, None, mask, 0, device)

@@ -18,8 +18,15 @@ from stabmon.operator.row_sums import LN_2, RowSums
 
 _BLOCK_ELEMENTS = 1 << 18
 """Scores in one block per thread: two float32 blocks fit a core's second-level cache."""
-_GPU_BLOCKS = 64
-"""Blocks of that size at a time on other devices, which need fewer and larger calls."""
+_DEVICE_ELEMENTS = 1 << 24, 1 << 25
+"""Fewest and most scores in one block on other devices, which need few and large calls."""
+_SHARE_OF_MEMORY = 1 << 9
+"""A CUDA device's memory over that of the two buffers."""
+_DEVICE_ROWS = 128
+"""Query rows in a block on other devices, or a quarter of the keys where these are more.
+
+More rows in a block would waste more above the diagonal.
+"""
 _MIN_KEYS = 2048
 _MIN_ROWS, _MAX_ROWS = 32, 64
 _KEYS_A_ROW = 32
@@ -68,25 +75,26 @@ class LogitBlocks:
         groups = self._inputs.heads // self._inputs.key_heads
         query = self._inputs.query.unflatten(1, (self._inputs.key_heads, groups))
         keys = self._inputs.key.to(self._inputs.compute_dtype).contiguous().mT
-        if self._inputs.queries > _ROWS_FOR_COPY * self._inputs.head_dim:
+        on_cpu = self._inputs.query.device.type == "cpu"
+        if on_cpu and self._inputs.queries > _ROWS_FOR_COPY * self._inputs.head_dim:
             keys = keys.contiguous()
         scale = (
             self._inputs.scale if self._inputs.softcap is not None else self._inputs.scale / LN_2
         )
-        budget = _BLOCK_ELEMENTS * (
-            torch.get_num_threads() if self._inputs.query.device.type == "cpu" else _GPU_BLOCKS
-        )
-        n_rows = max(1, min(_MAX_ROWS, max(_MIN_ROWS, self._inputs.keys // _KEYS_A_ROW)) // groups)
-        width = min(self._inputs.keys, max(_MIN_KEYS, budget // (groups * n_rows)))
-        n_rows = min(
-            self._inputs.queries,
-            max(
-                n_rows, min(_MAX_ROWS, budget // (self._inputs.batch * self._inputs.heads * width))
-            ),
-        )
+        budget = _budget(self._inputs.query.device)
+        if on_cpu:
+            least = max(_MIN_ROWS, self._inputs.keys // _KEYS_A_ROW)
+            least, most = max(1, min(_MAX_ROWS, least) // groups), _MAX_ROWS
+        else:
+            least = min(_DEVICE_ROWS, self._inputs.queries)
+            most = max(_DEVICE_ROWS, self._inputs.keys // 4)
+        width = min(self._inputs.keys, max(_MIN_KEYS, budget // (groups * least)))
+        fitting = budget // (self._inputs.batch * self._inputs.heads * width)
+        n_rows = min(self._inputs.queries, max(least, min(most, fitting)))
+        whole = self._inputs.batch * self._inputs.heads * n_rows * width
         room = torch.empty(
             2,
-            max(budget, groups * n_rows * width),
+            max(budget if on_cpu else min(budget, whole), groups * n_rows * width),
             dtype=self._inputs.compute_dtype,
             device=self._inputs.query.device,
         ).unbind()
@@ -212,3 +220,14 @@ class LogitBlocks:
                 part.masked_fill_(piece.ceiling < 0, HIDDEN)
             else:
                 torch.minimum(part, piece.ceiling, out=part)
+
+
+def _budget(device: torch.device) -> int:
+    """Return the number of scores in one block."""
+    if device.type == "cpu":
+        return _BLOCK_ELEMENTS * torch.get_num_threads()
+    least, most = _DEVICE_ELEMENTS
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return least
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return min(most, max(least, memory // _SHARE_OF_MEMORY // 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,26 @@ class MaskSummary:
     """``[B or 1, H or 1, K]`` bool: some row sees the key; None for all keys."""
     hides: bool = True
     """Bool: some key may be hidden from some row."""
+
+    @cached_property
+    def ranges(self) -> tuple[list[int], list[int]]:
+        """First and last visible key of each row over batch and heads; K and -1 for none."""
+        first, last = self.first.amin(dim=(0, 1)), self.last.amax(dim=(0, 1))
+        low, high = torch.stack([first, last]).tolist()
+        return low, high
+
+    @cached_property
+    def plain_ranges(self) -> tuple[list[int], list[int]]:
+        """Each row's unbroken run of keys over all batch elements and heads, past the last.
+
+        A row that sees other keys too has a range that is empty.
+        """
+        unbroken = (self.n_visible == self.last - self.first + 1).all(dim=0).all(dim=0)
+        first, past = self.first.amax(dim=(0, 1)), self.last.amin(dim=(0, 1)) + 1
+        nothing = torch.iinfo(torch.int64).max
+        low = torch.where(unbroken, first, nothing)
+        low, high = torch.stack([low, torch.where(unbroken, past, 0)]).tolist()
+        return low, high
 
     def rows(self, index: Tensor) -> MaskSummary:
         """Return the summary of the query rows ``index`` only."""
@@ -70,6 +91,8 @@ def summarize(mask: Tensor) -> MaskSummary:
 
 
 def _make_summary(mask: Tensor) -> MaskSummary:
+    if mask.device.type != "cpu":
+        return _summary_at_once(mask)
     floor, is_bias = -math.inf, False
     if mask.dtype != torch.bool:
         floor = torch.finfo(mask.dtype).min / 2
@@ -102,3 +125,40 @@ def _nothing_hidden(mask: Tensor, floor: float, low: float) -> MaskSummary:
     rows = torch.zeros(mask.shape[:-1], dtype=torch.int64, device=mask.device)
     keys, is_bias = mask.shape[-1], low != 0 or mask.amax().item() != 0
     return MaskSummary(floor, is_bias, rows + keys, rows, rows + keys - 1, None, hides=False)
+
+
+def _summary_at_once(mask: Tensor) -> MaskSummary:
+    """Return the summary with one wait for the mask's device, where the other has many."""
+    keys, device = mask.shape[-1], mask.device
+    lowest = torch.zeros((), device=device)
+    if mask.dtype != torch.bool:
+        least = torch.full((), torch.finfo(mask.dtype).min / 2, dtype=mask.dtype, device=device)
+        low = mask.amin()
+        parts = mask.split(SUMMARY_ROWS, dim=2)
+        two = torch.stack([((part == 0) | (part == low)).all() for part in parts]).all()
+        classic = (least < low) & (low <= _CLASSIC_MASK) & two
+        lowest = torch.where(classic, low, least)
+    index = torch.arange(keys, device=device)
+    counts, firsts, lasts, changed = [], [], [], []
+    seen = torch.zeros((), dtype=torch.bool, device=device)
+    for part in mask.split(SUMMARY_ROWS, dim=2):
+        visible = part if part.dtype == torch.bool else part > lowest
+        if part.dtype != torch.bool:
+            changed.append(((part != 0) & visible).any())
+        counts.append(visible.sum(-1))
+        firsts.append(torch.where(visible, index, keys).amin(-1))
+        lasts.append(torch.where(visible, index, -1).amax(-1))
+        seen = seen | visible.any(-2)
+    n_visible = torch.cat(counts, -1)
+    is_bias = torch.stack(changed).any() if changed else torch.zeros_like(seen).any()
+    facts = [lowest, is_bias, seen.all(), (n_visible < keys).any()]
+    floor, bias, all_seen, hides = torch.stack([each.double() for each in facts]).tolist()
+    return MaskSummary(
+        floor if mask.dtype != torch.bool else -math.inf,
+        bool(bias),
+        n_visible,
+        torch.cat(firsts, -1),
+        torch.cat(lasts, -1),
+        None if all_seen else seen,
+        hides=mask.dtype == torch.bool or bool(hides),
+    )

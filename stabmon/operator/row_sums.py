@@ -70,8 +70,10 @@ def sums_of_no_key(
         | dict.fromkeys(_SMALLEST, -HIDDEN)
         | dict.fromkeys(_RESTS, -1.0)
     )
-    values = torch.tensor([empty.get(part, 0.0) for part in parts], dtype=dtype, device=device)
-    return values.view(-1, *[1] * len(shape)).repeat(1, *shape)
+    sums = torch.empty(len(parts), *shape, dtype=dtype, device=device)
+    for part, rows in zip(parts, sums, strict=True):
+        rows.fill_(empty.get(part, 0.0))  # numbers from the host would make it wait for the device
+    return sums
 
 
 def fold(a: RowSums, b: RowSums) -> RowSums:

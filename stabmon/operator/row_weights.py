@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabmon.operator.computing import computing_on
 from stabmon.operator.inputs import AttentionInputs
 from stabmon.operator.row_sums import LN_2
 
@@ -38,7 +39,7 @@ def probabilities_of(
         if rows.start < rows.stop
         else slice(0, 0)
     )
-    with torch.no_grad(), torch.autocast(inputs.query.device.type, enabled=False):
+    with computing_on(inputs.query.device):
         logits = logits_of(inputs, rows, cols, samples, heads)
         if inputs.sinks is not None:
             sinks = inputs.sinks_of_rows()[samples, heads, rows].to(logits.dtype)

@@ -254,8 +254,10 @@ class Visibility:
         assert self.summary is not None
         sees_own = own if own.dtype == torch.bool else own > self.summary.floor
         # else keys stand elsewhere, as in a cache with room to spare
-        aligned = bool((sees_own | padding).all())
-        return padding if aligned else None
+        aligned = (sees_own | padding).all()
+        if self.device.type != "cpu":
+            return padding & aligned  # to ask would make the host wait
+        return padding if bool(aligned) else None
 
     def select(self, index: Tensor) -> Visibility:
         """Return the visibility of the query rows ``index`` (int64, ascending) only."""
@@ -272,24 +274,22 @@ class Visibility:
     def _mask_range(self) -> tuple[list[int], list[int]]:
         """Return first and last visible key of each row, over batch and heads."""
         assert self.summary is not None
-        first = self.summary.first.amin(dim=(0, 1)).expand(self.queries)
-        last = self.summary.last.amax(dim=(0, 1)).expand(self.queries)
-        return first.tolist(), last.tolist()
+        return self._for_each_row(*self.summary.ranges)
 
     @cached_property
     def _mask_plain_range(self) -> tuple[list[int], list[int]]:
         """Return each row's unbroken run of keys over all batch elements and heads.
 
-        (K, 0) for a row that sees other keys too.
+        Empty for a row that sees other keys too.
         """
-        see = self.summary
-        assert see is not None
-        unbroken = (see.n_visible == see.last - see.first + 1).all(dim=0).all(dim=0) & (
-            not see.is_bias
-        )
-        low = torch.where(unbroken, see.first.amax(dim=(0, 1)), self.keys).expand(self.queries)
-        high = torch.where(unbroken, see.last.amin(dim=(0, 1)) + 1, 0).expand(self.queries)
-        return low.tolist(), high.tolist()
+        assert self.summary is not None
+        if self.summary.is_bias:
+            return self._for_each_row([self.keys], [0])
+        return self._for_each_row(*self.summary.plain_ranges)
+
+    def _for_each_row(self, *bounds: list[int]) -> tuple[list[int], list[int]]:
+        first, last = (each * self.queries if len(each) == 1 else each for each in bounds)
+        return first, last
 
 
 def visibility_of(

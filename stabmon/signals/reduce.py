@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stabmon._torch.precision import full_float32
 from stabmon.operator import AttentionOperator
 from stabmon.signals.base import SIGNALS, Signal
 
@@ -72,7 +73,7 @@ def measure(
     wanted = [SIGNALS[name] for name in signals]
     if sample_rows is not None and sample_rows < 1:
         raise ValueError(f"sample_rows {sample_rows}: give at least 1, or None for all rows")
-    with torch.no_grad():
+    with torch.no_grad(), full_float32(attention.query.device):
         if sample_rows is None or sample_rows >= attention.queries:
             return _reduce(attention, wanted)
         maxima = [each for each in wanted if each.reduction == "max"]

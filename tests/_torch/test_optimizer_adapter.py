@@ -5,9 +5,10 @@ import pytest
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Adafactor
 
-from stabmon._torch.optimizer_adapter import OptimizerAdapter, innermost
+from stabmon._torch.optimizer_adapter import OptimizerAdapter, innermost, read_once
 
 
 def made(count=2):
@@ -114,3 +115,25 @@ def test_rates_noted_before_the_step_are_those_of_the_step():
     assert view.learning_rates() == {"0.0": 0.1}
     view.start_step()
     assert view.learning_rates() == {"0.0": 7.0}
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_rate_on_a_device_is_read_once_until_it_changes():
+    rate = torch.tensor(0.5)
+    with Reads() as reads:
+        assert [read_once(rate) for _ in range(3)] == [0.5] * 3
+        assert reads.count == 1
+        rate.fill_(0.25)
+        assert [read_once(rate) for _ in range(3)] == [0.25] * 3
+        assert reads.count == 2
+        assert read_once(rate.clone()) == 0.25
+        assert reads.count == 3

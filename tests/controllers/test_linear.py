@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stabmon.controllers import attach_controllers
-from stabmon.controllers.linear_attention import linear_attention, linear_weights
+from stabmon.controllers.linear_attention import linear_attention, linear_weights, sums_before
 from stabmon.operator.visibility import Visibility
 from tests.controllers.test_info_density import check_gradients
 from tests.support.attention_zoo import tokens, zoo
@@ -45,6 +45,23 @@ def test_prefix_sums_are_the_weights_written_out(causal: bool, length: int) -> N
     torch.testing.assert_close(
         found, linear_weights(scores, hidden) @ value.repeat_interleave(2, 1), atol=1e-5, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 9])
+def test_prefix_sums_under_deterministic_algorithms_need_no_cumulative_sum(chunks: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, chunks, 4, 5, dtype=torch.float64, requires_grad=True)
+    plain = sums_before(x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.profiler.profile() as profile:
+            found = sums_before(x)
+            (gradient,) = torch.autograd.grad(found.square().sum(), x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(gradient, torch.autograd.grad(plain.square().sum(), x)[0])
+    assert not any("cumsum" in event.key for event in profile.key_averages())
 
 
 @pytest.mark.parametrize("shape", ["causal", "full", "window", "masked", "decode"])

@@ -2,7 +2,10 @@
 data's place in the run.
 """
 
+import functools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from stabmon.interventions import NotApplicable, TrainingRun
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.rollback import Rollback
 from stabmon.interventions.run.healthy_states import HealthyStates
-from stabmon.interventions.run.snapshots import Snapshot, snapshot_bytes
+from stabmon.interventions.run.snapshots import Snapshot, _restore_entries, snapshot_bytes
 from stabmon.records import Reading
 from stabmon.rules.tracking.history import History
 from tests.support.intervention_runs import (
@@ -189,6 +192,46 @@ def test_a_snapshot_is_as_large_as_it_says() -> None:
     assert snapshot_bytes(run) == sum(
         t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor)
     )
+
+
+def test_numbers_of_an_optimizer_are_made_anew_on_the_device_that_they_were_on() -> None:
+    saved = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "note": "kept"}
+    for beside, device in ((["step"], "meta"), ([], "cpu")):
+        entries: dict[str, Any] = {}
+        _restore_entries(entries, saved, torch.device("meta"), beside)
+        assert entries["step"].device.type == device
+        assert entries["exp_avg"].device.type == "meta"
+        assert entries["note"] == "kept"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_snapshot_knows_the_device_of_an_optimizers_numbers(fused: bool, tmp_path: Path) -> None:
+    run = run_of("gpt2-sdpa", functools.partial(torch.optim.AdamW, fused=fused), steps=1)
+    snapshot = Snapshot.take(run)
+    assert {tuple(names) for names in snapshot.beside} == {("step",)}  # here all are on the CPU
+    snapshot.save(tmp_path / "state.pt")
+    before = all_bits(run)
+    run.optimizer.state.clear()
+    Snapshot.load(tmp_path / "state.pt").restore(run, schedule=True)
+    assert differences(before, all_bits(run)) == []
+    older = replace(snapshot, beside=[])  # a file of an earlier version
+    run.optimizer.state.clear()
+    older.restore(run, schedule=True)
+    assert differences(before, all_bits(run)) == []
+
+
+def test_a_rate_held_as_a_tensor_is_restored_into_that_tensor() -> None:
+    run = run_of("gpt2-sdpa", steps=1)
+    rate = torch.tensor(0.5)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    snapshot = Snapshot.take(run)
+    rate.fill_(0.25)
+    snapshot.restore(run, schedule=False)
+    assert rate == 0.25
+    snapshot.restore(run, schedule=True)
+    assert rate == 0.5
+    assert all(group["lr"] is rate for group in run.optimizer.param_groups)
 
 
 def test_without_states_it_refuses() -> None:

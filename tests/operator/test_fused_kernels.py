@@ -18,9 +18,9 @@ from tests.support.operator_cases import CASES, assert_statistic, plain, truth
 
 @pytest.fixture(autouse=True)
 def _proofs_are_made_afresh() -> Iterator[None]:
-    kernels.proven_kernel.cache_clear()
+    kernels.prove.cache_clear()
     yield
-    kernels.proven_kernel.cache_clear()
+    kernels.prove.cache_clear()
 
 
 def wrong_logsumexp(*args: object) -> tuple[Tensor, Tensor]:
@@ -70,6 +70,30 @@ def test_a_kernel_that_lies_is_refused_with_one_warning_and_results_are_right(
     assert len(caplog.records) == 1
     assert "liar" in caplog.text
     assert "the blockwise engine is used" in caplog.text
+
+
+def test_a_proof_without_memory_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def out_of_memory_once(*args: object) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return kernels._cpu(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(kernels._CANDIDATES, "cpu", (("once", out_of_memory_once),))
+    assert kernels.proven_kernel(torch.device("cpu"), 16) is None
+    assert kernels.proven_kernel(torch.device("cpu"), 16) is not None
+    assert caplog.records == []
+
+
+def test_nothing_is_proven_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as capture:
+        capture.setattr(kernels, "is_capturing", lambda: True)
+        assert kernels.proven_kernel(torch.device("cpu"), 16) is None
+    assert kernels.proven_kernel(torch.device("cpu"), 16) is not None
 
 
 def test_the_next_candidate_is_tried(

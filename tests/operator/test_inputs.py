@@ -73,9 +73,9 @@ def test_questions_that_no_operator_answers_are_named(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_global_random_generators_are_left_alone(engine: str) -> None:
-    from stabmon.operator.kernels import proven_kernel
+    from stabmon.operator.kernels import prove
 
-    proven_kernel.cache_clear()
+    prove.cache_clear()
     torch.manual_seed(5)
     before = torch.get_rng_state()
     operator = CASES["causal"].operator(engine)

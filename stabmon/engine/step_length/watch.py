@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall
+from stabmon._torch.graph_capture import is_capturing
+from stabmon._torch.host_copy import HostCopy
 from stabmon._torch.optimizer_adapter import OptimizerAdapter, ParameterGroup, takes_hooks
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.step_length.probe import StepProbe
@@ -48,7 +50,7 @@ class StepLength(StepListener):
         self._probe = StepProbe(model)
         self._hooks: list[Any] = []
         self._used: dict[str, float] = {}
-        self._last_loss: Tensor | None = None
+        self._last_loss: HostCopy | None = None
 
     @property
     def wants_backward_end(self) -> bool:
@@ -136,7 +138,7 @@ class StepLength(StepListener):
 
     @contained
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._probe.active:
+        if self._probe.active and not is_capturing():
             self._probe.before(
                 {
                     each.key: each.parameters
@@ -147,6 +149,8 @@ class StepLength(StepListener):
 
     @contained
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if is_capturing():
+            return
         groups = [group for group in self._optimizers.groups() if group.optimizer is optimizer]
         for group in groups:  # after the step: a loop may set rates in the closure of step()
             rate = self._scheduled(group)
@@ -158,6 +162,6 @@ class StepLength(StepListener):
     def _leap(self, step: int, loss: float | Tensor | None) -> float | None:
         """Return how far the loss leapt; on a device, one step later."""
         if isinstance(loss, Tensor):
-            last, self._last_loss = self._last_loss, loss
-            loss = None if last is None else float(last)
+            last, self._last_loss = self._last_loss, HostCopy(loss)
+            loss = None if last is None else float(last.read())
         return None if loss is None or not math.isfinite(loss) else self.rates.note_loss(step, loss)

@@ -6,8 +6,13 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.optimizer_adapter import ParameterGroup, as_rate, parameter_groups, takes_hooks
 
 logger = logging.getLogger("stabmon")
@@ -22,7 +27,7 @@ def step_hook(callback: Callable[[], None]) -> Callable[..., None]:
 
     def hook(*_: Any) -> None:
         nonlocal failed
-        if failed:
+        if failed or is_capturing():
             return
         try:
             callback()
@@ -35,6 +40,59 @@ def step_hook(callback: Callable[[], None]) -> Callable[..., None]:
             )
 
     return hook
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """The rate of one group while its optimizer steps."""
+
+    group: ParameterGroup
+    before: Any
+    """The rate as it was scheduled: the object itself, or a copy of a tensor changed in place."""
+    used: Any
+    in_place: bool
+    version: int = 0
+    """Of a tensor that is changed in place, once it has been changed."""
+
+    @classmethod
+    @torch.no_grad()
+    def make(cls, group: ParameterGroup, share: float, *, in_place: bool) -> _Change:
+        """Multiply the rate of a group by ``share``.
+
+        Args:
+            group: the group.
+            share: the factor.
+            in_place: write into the tensor that holds the rate. Compiled code and CUDA graphs read
+                that tensor, and optimizers want it on the device where it is.
+        """
+        rate = group.settings["lr"]
+        if not in_place:
+            group.settings["lr"] = used = rate * share
+            return cls(group, rate, used, in_place)
+        before = rate.detach().clone()
+        rate.mul_(share)
+        return cls(group, before, rate, in_place, rate._version)
+
+    @property
+    def is_in_force(self) -> bool:
+        """Nobody has set the rate since."""
+        is_same = self.group.settings.get("lr") is self.used
+        return is_same and (not self.in_place or self.used._version == self.version)
+
+    @property
+    def scheduled(self) -> float | None:
+        """The rate as it was scheduled."""
+        return as_rate(self.before)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the scheduled rate back, unless somebody has set another one."""
+        if not self.is_in_force:
+            return
+        if self.in_place:
+            self.used.copy_(self.before)
+        else:
+            self.group.settings["lr"] = self.before
 
 
 Factors = Mapping[str, Callable[[], float]] | Callable[[ParameterGroup], float | None]
@@ -90,7 +148,7 @@ class LearningRates:
         self._ceilings: list[_ByGroup] = []
         self._ramps: list[_ByGroup] = []
         self._hooks: list[Any] = []
-        self._saved: dict[int, list[tuple[ParameterGroup, Any, Any]]] = {}
+        self._saved: dict[int, list[_Change]] = {}
         self._in_use: dict[str, float] = {}
 
     @property
@@ -111,9 +169,9 @@ class LearningRates:
 
     def scheduled(self, group: ParameterGroup) -> float | None:
         """Return the rate that the scheduler has set, also in the middle of a step."""
-        for own, scheduled, used in self._saved.get(id(group.optimizer), ()):
-            if own.settings is group.settings and group.settings.get("lr") is used:
-                return as_rate(scheduled)
+        for change in self._saved.get(id(group.optimizer), ()):
+            if change.group.settings is group.settings and change.is_in_force:
+                return change.scheduled
         return group.rate
 
     def hold(self, factor: Callable[[], float], *, ramp: bool = False) -> Callable[[], None]:
@@ -185,7 +243,7 @@ class LearningRates:
     def _change_new_rates(self) -> None:
         """Change rates that were set within a step, as by its closure."""
         for at, saved in list(self._saved.items()):
-            if any(group.settings.get("lr") is not used for group, _, used in saved):
+            if not all(change.is_in_force for change in saved):
                 self._change(at)
 
     def _share(self, group: ParameterGroup) -> float:
@@ -207,16 +265,25 @@ class LearningRates:
             if id(group.optimizer) == at and group.settings.get("lr") is not None
         ]
         shares = [self._share(group) for group in groups]  # of all before any is changed
-        for group, share in zip(groups, shares, strict=True):
-            scheduled = group.settings["lr"]
+        rates = [group.settings["lr"] for group in groups]
+        alike: dict[int, set[float]] = {}  # torch hands one tensor to all groups
+        for rate, share in zip(rates, shares, strict=True):
+            alike.setdefault(id(rate), set()).add(share)
+        changes: dict[int, _Change] = {}
+        for group, rate, share in zip(groups, rates, shares, strict=True):
             self._in_use[group.key] = share
-            self._saved.setdefault(at, []).append((group, scheduled, scheduled * share))
-            group.settings["lr"] = self._saved[at][-1][2]
+            if share == 1 and isinstance(rate, Tensor):
+                continue
+            change = changes.get(id(rate))
+            if change is None or not change.in_place:
+                in_place = isinstance(rate, Tensor) and len(alike[id(rate)]) == 1
+                change = _Change.make(group, share, in_place=in_place)
+            changes[id(rate)] = change = replace(change, group=group)
+            self._saved.setdefault(at, []).append(change)
 
     def _restore(self, at: int) -> None:
-        for group, scheduled, used in self._saved.pop(at, ()):
-            if group.settings.get("lr") is used:
-                group.settings["lr"] = scheduled
+        for change in self._saved.pop(at, ()):
+            change.undo()
 
     def _by_parameter(self, given: Factors | Ceilings) -> _ByGroup:
         if callable(given):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,12 @@ class Snapshot:
     scheduler: list[dict[str, Any]]
     """The state of each scheduler."""
     scaler: dict[str, Any] | None
+    beside: list[list[str]] = field(default_factory=list)
+    """For each entry of ``optimizer``, the names of numbers that lay on the parameter's device.
+
+    Fused and capturable optimizers keep their ``step`` there, all others on the host. Empty in
+    files of earlier versions, where the groups' settings say it.
+    """
 
     @classmethod
     @torch.no_grad()
@@ -45,6 +51,10 @@ class Snapshot:
             tensors={name: _copied(tensor) for name, tensor in named_tensors(run)},
             optimizer=[
                 {k: _copied(v) for k, v in state.get(p, {}).items()} for p, state in _stepped(run)
+            ],
+            beside=[
+                [k for k, v in state.get(p, {}).items() if _is_number_beside(v, p)]
+                for p, state in _stepped(run)
             ],
             groups=[
                 {k: _copied(v) for k, v in group.settings.items() if k != "params"}
@@ -68,17 +78,24 @@ class Snapshot:
         for name, tensor in named_tensors(run):
             if name in self.tensors:
                 local(tensor.detach()).copy_(self.tensors[name])
-        for (parameter, state), saved in zip(_stepped(run), self.optimizer, strict=True):
+        beside = self.beside or [
+            ["step"] if group.settings.get("fused") or group.settings.get("capturable") else []
+            for group in run.groups
+            for _ in group.parameters
+        ]
+        states = zip(_stepped(run), self.optimizer, beside, strict=True)
+        for (parameter, state), saved, names in states:
             _restore_entries(
                 state[parameter] if saved or parameter in state else {},
                 saved,
                 local(parameter).device,
+                names,
             )
             if not saved:
                 state.pop(parameter, None)
         if schedule:
             for group, settings in zip(run.groups, self.groups, strict=True):
-                group.settings.update({name: _copied(value) for name, value in settings.items()})
+                _restore_settings(group.settings, settings)
             for scheduler, saved in zip(run.schedulers, self.scheduler, strict=True):
                 scheduler.load_state_dict(_copied(saved))
         if self.scaler:
@@ -155,10 +172,34 @@ def _copied(value: Any) -> Any:
     return value
 
 
+def _is_number_beside(value: Any, parameter: Tensor) -> bool:
+    """Return whether a value is a tensor of one number on the parameter's device."""
+    return isinstance(value, Tensor) and not value.ndim and value.device == parameter.device
+
+
+def _restore_settings(settings: MutableMapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Make a group's settings what was saved, in their own tensors.
+
+    A captured graph reads the rate from the tensor that it was captured with.
+    """
+    for name, value in saved.items():
+        now = settings.get(name)
+        if isinstance(value, Tensor) and isinstance(now, Tensor) and now.shape == value.shape:
+            now.copy_(value)
+        else:
+            settings[name] = _copied(value)
+
+
 def _restore_entries(
-    entries: dict[str, Any], saved: Mapping[str, Any], device: torch.device
+    entries: dict[str, Any],
+    saved: Mapping[str, Any],
+    device: torch.device,
+    beside: Sequence[str] = (),
 ) -> None:
-    """Set an optimizer's state of a parameter, in its present tensors if possible."""
+    """Set an optimizer's state of a parameter, in its present tensors if possible.
+
+    Single numbers named in ``beside`` are made anew on ``device``, others on the CPU.
+    """
     for name in set(entries) - set(saved):
         del entries[name]
     for name, value in saved.items():
@@ -173,6 +214,6 @@ def _restore_entries(
         else:
             entries[name] = (
                 value.to(device, copy=True)
-                if isinstance(value, Tensor) and value.ndim
+                if isinstance(value, Tensor) and (value.ndim or name in beside)
                 else _copied(value)
             )

@@ -366,4 +366,4 @@ def _proven(place: Place, head_dim: int, dtype: torch.dtype) -> str | None:
 
 
 def _forget_proofs() -> None:
-    _module().proven_kernel.cache_clear()
+    _module().prove.cache_clear()

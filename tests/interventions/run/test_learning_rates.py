@@ -344,3 +344,60 @@ def test_queries_and_keys_of_an_optimizer_that_was_not_given_keep_their_rate_and
     with pytest.raises(NotApplicable, match="an optimizer that was not given") as error:
         LowerLearningRate(where="query_key").apply(run)
     assert "optimizer=[" in error.value.advice
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_rate_held_as_a_tensor_is_changed_in_that_tensor_and_put_back(shared: bool) -> None:
+    run, _ = tiny(SCHEDULES["none"])
+    groups = run.optimizer.param_groups
+    tensors = [torch.tensor(0.5), torch.tensor(0.25)]
+    tensors = [tensors[0]] * 2 if shared else tensors
+    for group, tensor in zip(groups, tensors, strict=True):
+        group["lr"] = tensor
+    scheduled, seen = [float(each) for each in tensors], []
+    run.optimizer.register_step_pre_hook(lambda *_: None)
+    LowerLearningRate(factor=0.5).apply(run)
+    run.optimizer.register_step_pre_hook(
+        lambda *_: seen.append([(group["lr"] is was, float(was)) for group, was in pairs])
+    )
+    pairs = list(zip(groups, tensors, strict=True))
+    for _ in range(2):
+        go(run, None, 1)
+        assert [float(each) for each in tensors] == scheduled
+        assert all(group["lr"] is was for group, was in pairs)
+    assert seen == [[(True, rate / 2) for rate in scheduled]] * 2
+
+
+def test_groups_that_share_a_tensor_and_have_factors_of_their_own_each_use_theirs() -> None:
+    run, _ = tiny(SCHEDULES["none"])
+    rate, seen = torch.tensor(0.5), []
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.rates.hold_groups({"0.0": lambda: 0.5, "0.1": lambda: 0.25})
+    run.optimizer.register_step_pre_hook(
+        lambda *_: seen.append([float(group["lr"]) for group in run.optimizer.param_groups])
+    )
+    go(run, None, 1)
+    assert seen == [[0.25, 0.125]]
+    assert all(group["lr"] is rate for group in run.optimizer.param_groups)
+    assert rate == 0.5
+
+
+def test_a_rate_that_the_closure_writes_into_its_tensor_is_lowered_as_well() -> None:
+    run, _ = tiny(SCHEDULES["none"])
+    rate, seen = torch.tensor(0.5), []
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.rates.hold(lambda: 0.5)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    def closure() -> None:
+        seen.append(float(rate))
+        rate.fill_(0.75)
+        run.rates._again()
+        seen.append(float(rate))
+
+    run.optimizer.step(closure)
+    assert seen == [0.25, 0.375]
+    assert rate == 0.75
