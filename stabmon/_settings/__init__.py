@@ -5,6 +5,7 @@ interventions, guard and check declare their settings with it.
 """
 
 from stabmon._settings.by_name import ByName, FieldsOf
+from stabmon._settings.layers import Layer, SettingsError
 from stabmon._settings.limits import (
     Bounds,
     Count,
@@ -17,8 +18,6 @@ from stabmon._settings.limits import (
 )
 from stabmon._settings.reader import (
     NOT_A_SETTING,
-    Layer,
-    SettingsError,
     check,
     read,
     setting_names,

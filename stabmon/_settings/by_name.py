@@ -4,35 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
+from stabmon._settings.layers import Layer, Misfit, Reads, by_key, dotted, mappings, shortened
 from stabmon._settings.limits import suggest
-from stabmon._settings.reader import (
-    Layer,
-    Misfit,
-    Reads,
-    by_key,
-    dotted,
-    mappings,
-    read,
-    read_values,
-    settings_of,
-    shortened,
-)
-
-T_co = TypeVar("T_co", covariant=True)
-
-
-class Classes(Protocol[T_co]):
-    """A registry of classes by name."""
-
-    kind: str
-
-    def __contains__(self, name: object, /) -> bool: ...
-
-    def __iter__(self) -> Any: ...
-
-    def __getitem__(self, name: str, /) -> type[T_co]: ...
+from stabmon._settings.reader import read, read_values, settings_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +19,8 @@ class ByName(Reads):
     current names of all settings.
     """
 
-    registry: Classes[Any]
+    registry: Any
+    """A :class:`~stabmon.registry.Registry` of dataclasses."""
 
     def read(self, layers: Sequence[Layer], key: str) -> dict[str, Any]:
         if not isinstance(layers[-1].value, Mapping):

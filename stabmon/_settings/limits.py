@@ -6,15 +6,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
-
-
-class Names(Protocol):
-    """A registry, or any other collection of names."""
-
-    def __contains__(self, name: object, /) -> bool: ...
-
-    def __iter__(self) -> Any: ...
+from typing import Annotated, Any
 
 
 class Limit(ABC):
@@ -91,7 +83,7 @@ class Known(Limit):
         kind: word for one of them in messages, such as ``signal``.
     """
 
-    names: Names
+    names: Any
     kind: str
 
     def allows(self, value: Any) -> bool:

@@ -9,15 +9,23 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from stabmon._settings.layers import (
+    Layer,
+    Misfit,
+    Reads,
+    by_key,
+    dotted,
+    mappings,
+    shortened,
+)
 from stabmon._settings.limits import Known, Limit, suggest
 from stabmon._settings.renamed import current_names
+from stabmon._settings.wording import describe
 
 T = TypeVar("T")
 
@@ -25,52 +33,6 @@ NOT_A_SETTING: Mapping[str, Any] = types.MappingProxyType({"setting": False})
 """Metadata of a dataclass field that no configuration sets."""
 YAML_TEXT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 """Numbers such as 1e-3, which YAML 1.1 reads as text because they have no point."""
-
-
-class SettingsError(ValueError):
-    """A wrong setting; the message is one line with the source, the key and the remedy."""
-
-
-class Misfit(Exception):
-    """A value does not have the type, or is not within the limits, of its annotation."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One source of settings.
-
-    Args:
-        value: usually a mapping of keys to values.
-        source: name of the source in messages; ``--`` for options of a command.
-        replaces: whether mappings in it replace those of earlier layers instead of adding to them.
-    """
-
-    value: Any
-    source: str
-    replaces: bool = False
-
-    def error(self, key: str, text: str) -> SettingsError:
-        """Return the error for ``key`` in this source."""
-        if self.source == "--":
-            return SettingsError(f"--{key.replace('_', '-')}: {text}")
-        return SettingsError(": ".join(part for part in (self.source, key, text) if part))
-
-
-class Reads(ABC):
-    """An annotation that reads the layers of its field by itself."""
-
-    @abstractmethod
-    def read(self, layers: Sequence[Layer], key: str) -> Any:
-        """Return the field's value.
-
-        Raises:
-            SettingsError: for a value that does not fit.
-            Misfit: if the newest value is not of the right type at all.
-        """
-
-    @abstractmethod
-    def describe(self) -> str:
-        """Return the words for a value of the right type."""
 
 
 def read(cls: type[T], *layers: Layer, key: str = "", base: T | None = None) -> T:
@@ -86,6 +48,7 @@ def read(cls: type[T], *layers: Layer, key: str = "", base: T | None = None) -> 
         SettingsError: for an unknown or missing key, or a value of the wrong type or size.
 
     Example:
+        >>> from dataclasses import dataclass
         >>> @dataclass(frozen=True)
         ... class Training:
         ...     steps: int = 400
@@ -93,7 +56,7 @@ def read(cls: type[T], *layers: Layer, key: str = "", base: T | None = None) -> 
         Training(steps=5)
         >>> read(Training, Layer({"steps": "many"}, "mine.yaml"))
         Traceback (most recent call last):
-        stabmon._settings.reader.SettingsError: mine.yaml: steps: 'many' must be a whole number
+        stabmon._settings.layers.SettingsError: mine.yaml: steps: 'many' must be a whole number
     """
     values = read_values(cls, layers, key, base)
     try:
@@ -278,73 +241,6 @@ def _listed(origin: Any, args: Sequence[Any], layer: Layer, key: str) -> Any:
         for at, (kind, each) in enumerate(zip(kinds, value, strict=True))
     ]
     return tuple(found) if origin is tuple or isinstance(value, tuple) else found
-
-
-def mappings(layers: Sequence[Layer]) -> list[Layer]:
-    """Return the newest layers that are mappings, from the last one that replaces the others."""
-    found: list[Layer] = []
-    for layer in reversed(layers):
-        if not isinstance(layer.value, Mapping):
-            break
-        found.insert(0, layer)
-        if layer.replaces:
-            break
-    return found
-
-
-def by_key(layers: Sequence[Layer]) -> dict[str, list[Layer]]:
-    """Return the layers of each key of mappings."""
-    found: dict[str, list[Layer]] = {}
-    for layer in layers:
-        for name, value in layer.value.items():
-            found.setdefault(str(name), []).append(dataclasses.replace(layer, value=value))
-    return found
-
-
-def describe(hint: Any) -> str:
-    """Return the words for the values that an annotation allows.
-
-    Example:
-        >>> describe(int | None)
-        'a whole number or null'
-    """
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        type(None): "null",
-    }
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        if own := [each.describe() for each in args[1:] if isinstance(each, Reads)]:
-            return own[0]
-        text = describe(args[0])
-        for limit in args[1:]:
-            text = limit.describe(text) if isinstance(limit, Limit) else text
-        return text
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(describe, args))
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin is tuple and args[-1] is not Ellipsis:
-        return f"a list of {len(args)}, {', '.join(map(describe, args))}"
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"a list, each {describe(args[0])}"
-    if dataclasses.is_dataclass(hint) or origin is not None:
-        return "keys and values"
-    return words.get(hint) or f"a {hint.__name__}"
-
-
-def dotted(key: str, name: str) -> str:
-    """Return the key of a part."""
-    return f"{key}.{name}" if key else name
-
-
-def shortened(value: Any) -> str:
-    """Return a value's repr on one line of at most 80 characters."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _with_current_names(cls: type, layer: Layer, key: str) -> Layer:

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from stabmon._settings.layers import Layer, SettingsError
 from stabmon._settings.limits import suggest
-from stabmon._settings.reader import Layer, SettingsError, read
+from stabmon._settings.reader import read
 
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from stabmon._settings.docs import setting_docs
@@ -244,6 +245,7 @@ def names(known: Sequence[str]) -> st.SearchStrategy[list[str]]:
     return st.lists(st.sampled_from(known), min_size=1, max_size=4)
 
 
+@examples(deadline=None, max_examples=40)
 @given(
     st.fixed_dictionaries(
         {},
