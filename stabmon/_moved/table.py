@@ -149,7 +149,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "presets": ("config.presets",),
     "query_key_steps": ("engine.updates.qk_updates",),
     "recipe": ("tiny.recipe",),
-    "recorder": ("engine.recorder",),
+    "recorder": ("engine.recording.recorder",),
     "replay": (
         "_torch.forward_call",
         "_torch.tensors",
@@ -162,7 +162,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "rules.spread": ("rules.evidence.robust_stats",),
     "rules.table": ("rules.tracking.history_table",),
     "rules.tracker": ("rules.tracking.issue_tracker",),
-    "run_meta": ("engine.run_metadata",),
+    "run_meta": ("engine.recording.run_metadata",),
     "safety": ("engine.error_boundary",),
     "signals.measure": ("signals.reduce",),
     "sinks.exact_json": ("_storage.strict_json",),

@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 
 from stabmon.cli.options import Json
-from stabmon.study.report import markdown, summary, tables
-from stabmon.study.study import run_study
 
 
 def train(
@@ -32,8 +30,10 @@ def train(
     """
     from rich.console import Console
 
+    from stabmon.config import read_settings
     from stabmon.study.plan import StudySettings
-    from stabmon.study.settings import read_settings
+    from stabmon.study.report import markdown, summary, tables
+    from stabmon.study.study import run_study
 
     named = [f"corpus.text={json.dumps(text)}"] if text else []
     settings = read_settings(StudySettings, config, [*(overrides or ()), *named])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from stabmon.operator.visibility import Visibility
+from stabmon.operator.visibility.visibility import Visibility
 
 CHUNK = 64
 """Keys per step of a prefix sum."""

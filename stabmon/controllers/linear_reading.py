@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stabmon.controllers.linear_attention import linear_attention, linear_weights, row_blocks
-from stabmon.operator.visibility import Visibility, visibility_of
+from stabmon.operator.visibility.visibility import Visibility, visibility_of
 from stabmon.records import AttentionCall
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stabmon.diagnosis import Diagnosis
-from stabmon.engine.recorder import Recorder
+from stabmon.engine.recording.recorder import Recorder
 from stabmon.records import Reading
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 

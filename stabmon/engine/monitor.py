@@ -26,7 +26,7 @@ from stabmon.engine.clock import Phase
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.judge import judge
 from stabmon.engine.monitor_parts import make_parts, make_tracker
-from stabmon.engine.run_metadata import run_meta
+from stabmon.engine.recording.run_metadata import run_meta
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
 from stabmon.interventions import Applied, Intervention
 from stabmon.listeners import StepContext

@@ -16,8 +16,8 @@ from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.clock import StepClock
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.engine.rank_reducer import RankReducer
-from stabmon.engine.reading_builder import ReadingBuilder
-from stabmon.engine.recorder import Recorder
+from stabmon.engine.recording.reading_builder import ReadingBuilder
+from stabmon.engine.recording.recorder import Recorder
 from stabmon.engine.step_contexts import StepContexts
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver

@@ -16,7 +16,7 @@ from stabmon.operator.fused import FusedAttention
 from stabmon.operator.inputs import check_inputs
 from stabmon.operator.row_weights import RowBlock
 from stabmon.operator.statistics import STATISTICS
-from stabmon.operator.visibility import visibility_of
+from stabmon.operator.visibility.visibility import visibility_of
 
 __all__ = [
     "ENGINES",

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from stabmon.operator.base import AttentionOperator
 from stabmon.operator.logit_blocks import LogitBlock, LogitBlocks
-from stabmon.operator.pieces import HIDDEN
 from stabmon.operator.row_sums import LN_2, LOWEST, PARTS, RowSums, finish, fold, sums_of_no_key
 from stabmon.operator.statistics import EMPTY_ROW
+from stabmon.operator.visibility.pieces import HIDDEN
 
 _LEAST = 2.0**-42
 """Probability relative to the row's largest below which it is raised to this value.

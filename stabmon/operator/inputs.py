@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stabmon.operator.visibility import Visibility
+from stabmon.operator.visibility.visibility import Visibility
 
 
 class AttentionInputs:

@@ -200,7 +200,7 @@ def _deviation(kernel: Kernel, device: torch.device, head_dim: int) -> float:
     Over the logsumexp, and in float32 also over the output.
     """
     from stabmon.operator.blockwise import BlockwiseAttention
-    from stabmon.operator.visibility import Visibility
+    from stabmon.operator.visibility.visibility import Visibility
 
     generator = torch.Generator().manual_seed(0)
     size = 80

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from stabmon.operator.inputs import AttentionInputs
-from stabmon.operator.pieces import HIDDEN, Piece
 from stabmon.operator.row_sums import LN_2, RowSums
+from stabmon.operator.visibility.pieces import HIDDEN, Piece
 
 _BLOCK_ELEMENTS = 1 << 18
 """Scores in one block per thread: two float32 blocks fit a core's second-level cache."""

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from stabmon.operator.pieces import HIDDEN
+from stabmon.operator.visibility.pieces import HIDDEN
 
 LN_2 = math.log(2)
 RowSums = dict[str, Tensor]

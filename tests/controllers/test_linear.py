@@ -7,7 +7,7 @@ import torch
 
 from stabmon.controllers import attach_controllers
 from stabmon.controllers.linear_attention import linear_attention, linear_weights, sums_before
-from stabmon.operator.visibility import Visibility
+from stabmon.operator.visibility.visibility import Visibility
 from tests.controllers.test_info_density import check_gradients
 from tests.support.attention_zoo import tokens, zoo
 from tests.support.controlled_attention import built, scatter

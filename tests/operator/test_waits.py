@@ -16,7 +16,7 @@ from torch import nn
 import stabmon
 from stabmon.operator import STATISTICS, attention_operator, operator_of_scores
 from stabmon.operator.blockwise import BlockwiseAttention
-from stabmon.operator.mask_summary import _make_summary, _summary_at_once
+from stabmon.operator.visibility.mask_summary import _make_summary, _summary_at_once
 from stabmon.signals import SIGNALS, measure
 from tests.support.operator_cases import CASES, assert_statistic, truth
 from tests.support.small_runs import Attention

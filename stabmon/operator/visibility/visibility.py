@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from stabmon.operator.band import Band
-from stabmon.operator.mask_summary import SUMMARY_ROWS, MaskSummary, summarize
-from stabmon.operator.pieces import Piece, limits
+from stabmon.operator.visibility.band import Band
+from stabmon.operator.visibility.mask_summary import SUMMARY_ROWS, MaskSummary, summarize
+from stabmon.operator.visibility.pieces import Piece, limits
 
 
 @dataclass(frozen=True, eq=False)

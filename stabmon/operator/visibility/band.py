@@ -13,7 +13,7 @@ from torch import Tensor
 class Band:
     """The band of keys around the diagonal that causality and window leave visible.
 
-    Arguments as for :class:`~stabmon.operator.visibility.Visibility`.
+    Arguments as for :class:`~stabmon.operator.visibility.visibility.Visibility`.
     """
 
     queries: int

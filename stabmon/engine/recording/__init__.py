@@ -1,0 +1,1 @@
+"""Make the readings of a run, and write its records."""
