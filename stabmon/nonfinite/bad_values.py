@@ -1,6 +1,9 @@
-"""Counts of values that are not finite."""
+"""Counts and magnitudes of values that are not finite."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +52,39 @@ def indices(flags: Tensor) -> list[int]:
     """
     found: list[int] = flags.nonzero().flatten().tolist()
     return found
+
+
+@torch.no_grad()
+def largest_of(tensors: Sequence[Tensor], largest: Sequence[Tensor] = ()) -> list[float]:
+    """Return the largest absolute value of each tensor, NaN where one is.
+
+    One transfer to the host.
+
+    Args:
+        tensors: floating-point tensors on any devices.
+        largest: numbers on devices to bring along, after those of the tensors.
+
+    Example:
+        >>> largest_of([torch.tensor([1.0, -3.0]), torch.tensor([])])
+        [3.0, 0.0]
+    """
+    # shards can be empty, and have no largest value
+    tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    found = [*largest_values(tensors), *largest]
+    if not found:
+        return []
+    device = found[0].device
+    values: list[float] = torch.stack([each.to(device) for each in found]).tolist()
+    return values
+
+
+def largest_values(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the largest absolute value of each tensor, on its device."""
+    # one kernel for all tensors, as in clip_grad_norm_; checked with torch 2.13. Gone, replace it
+    # by torch.linalg.vector_norm(each, math.inf), one kernel a tensor
+    return list(torch._foreach_norm(tensors, math.inf)) if tensors else []
+
+
+def all_finite(values: Sequence[float]) -> bool:
+    """Return True if every number is finite."""
+    return all(map(math.isfinite, values))

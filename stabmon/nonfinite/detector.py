@@ -15,6 +15,7 @@ from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.tensors import local
 from stabmon.listeners import StepContext, StepListener
+from stabmon.nonfinite.bad_values import all_finite, largest_of, largest_values
 from stabmon.nonfinite.gradient_probe import GradientProbe
 from stabmon.nonfinite.skipped_steps import SkippedSteps
 from stabmon.nonfinite.tracer import Seen, Tracer
@@ -100,10 +101,10 @@ class NonFiniteDetector(StepListener):
         of_losses, largest = largest[: len(losses)], largest[len(losses) :]
         of_gradients, of_weights = largest[: len(shown)], largest[len(shown) :]
         bad_norm = gradients and norm is not None and not math.isfinite(norm)
-        bad_gradient = bad_norm or not _finite(of_gradients)
-        bad_weights = not _finite(of_weights)
+        bad_gradient = bad_norm or not all_finite(of_gradients)
+        bad_weights = not all_finite(of_weights)
         self._seen = Seen(
-            loss=not _finite(of_losses),
+            loss=not all_finite(of_losses),
             gradient=bad_gradient,
             after_step=bad_weights and self._was_fine,
             no_gradient=bool(of_gradients) and not any(of_gradients),
@@ -158,7 +159,7 @@ class NonFiniteDetector(StepListener):
         """Return the extent of the bad values of a step that is over."""
         if self._has_corrupted():
             return "weights"
-        unseen = seen is None and not _finite(largest_of(GradientProbe(self._model).gradients()))
+        unseen = seen is None and not all_finite(largest_of(GradientProbe(self._model).gradients()))
         return "gradients" if skipped is not False or unseen else "nothing"
 
     def note_loss(self, step: int, loss: float) -> None:
@@ -258,7 +259,9 @@ class NonFiniteDetector(StepListener):
         weights = [local(each.detach()) for each in self._model.parameters() if _may_be_bad(each)]
         statistics = [local(each) for each in self._model.buffers() if _may_be_bad(each)]
         largest = largest_of([*weights, *statistics])
-        return not _finite(largest[: len(weights)]) or any(map(math.isnan, largest[len(weights) :]))
+        return not all_finite(largest[: len(weights)]) or any(
+            map(math.isnan, largest[len(weights) :])
+        )
 
     @torch.no_grad()
     def _largest_weights(self) -> list[Tensor]:
@@ -266,42 +269,7 @@ class NonFiniteDetector(StepListener):
         if self._probe is None:
             return []
         weights = [weight for weight in self._probe.weights() if weight.numel()]
-        return _largest_values(weights)
-
-
-@torch.no_grad()
-def largest_of(tensors: Sequence[Tensor], largest: Sequence[Tensor] = ()) -> list[float]:
-    """Return the largest absolute value of each tensor, NaN where one is.
-
-    One transfer to the host.
-
-    Args:
-        tensors: floating-point tensors on any devices.
-        largest: numbers on devices to bring along, after those of the tensors.
-
-    Example:
-        >>> largest_of([torch.tensor([1.0, -3.0]), torch.tensor([])])
-        [3.0, 0.0]
-    """
-    # shards can be empty, and have no largest value
-    tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
-    found = [*_largest_values(tensors), *largest]
-    if not found:
-        return []
-    device = found[0].device
-    values: list[float] = torch.stack([each.to(device) for each in found]).tolist()
-    return values
-
-
-def _largest_values(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the largest absolute value of each tensor, on its device."""
-    # one kernel for all tensors, as in clip_grad_norm_; checked with torch 2.13. Gone, replace it
-    # by torch.linalg.vector_norm(each, math.inf), one kernel a tensor
-    return list(torch._foreach_norm(tensors, math.inf)) if tensors else []
-
-
-def _finite(values: Sequence[float]) -> bool:
-    return all(map(math.isfinite, values))
+        return largest_values(weights)
 
 
 def _may_be_bad(tensor: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""NaN and inf are found at their step, traced to their tensor, and change no training."""
+"""NaN and inf are found at their step and traced to their tensor.
+
+Training goes on as it would have.
+"""
 
 import math
 from dataclasses import asdict

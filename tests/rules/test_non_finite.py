@@ -1,4 +1,4 @@
-"""NaN and inf are named where they started; a gradient scaler's search is no alarm."""
+"""NaN and inf are named where they started; a scaler's search is no alarm."""
 
 from dataclasses import replace
 from typing import get_args
