@@ -79,7 +79,8 @@ def _first_line(entry: Any) -> str:
 
 
 def _of_signal(name: str, entry: Signal) -> Mapping[str, str]:
-    rows = f"rows that see at least {entry.least_visible} keys"
+    least = entry.least_visible
+    rows = f"rows that see at least {least} keys" if least > 1 else "rows"
     return {
         "Unit": entry.unit,
         "Value of a head": f"the {entry.reduction} over batch and {rows}",
