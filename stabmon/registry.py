@@ -60,7 +60,9 @@ class Registry(Generic[T]):
             ValueError: if another entry has that name.
         """
         known = self._entries.get(name)
-        if known is not None and known is not entry:
+        if known is not None and entry in (known, getattr(known, "function", None)):
+            return  # a decorator made the entry of this function already
+        if known is not None:
             raise ValueError(
                 f"{self.kind} {name!r} is registered twice, by {known!r} and {entry!r}: rename one"
             )
