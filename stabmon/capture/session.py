@@ -132,7 +132,19 @@ class AttentionCapture:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Take everything out in here, then put it back."""
+        """Capture nothing inside the context, and go on after it.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> model, calls = nn.MultiheadAttention(8, 2), []
+            >>> x = torch.randn(3, 1, 8)
+            >>> with AttentionCapture(model, calls.append) as capture, capture.suspended():
+            ...     _ = model(x, x, x)
+            >>> len(calls)
+            0
+        """
         thread = self.thread
         self._uninstall()
         try:
@@ -142,13 +154,28 @@ class AttentionCapture:
                 self._install(thread)
 
     def looked_for(self) -> str:
-        """Return in one line which kinds of attention are looked for, for error messages."""
+        """Return the kinds of attention that a capture can show, for error messages.
+
+        Returns:
+            One line of text.
+
+        Example:
+            >>> "scaled_dot_product_attention" in AttentionCapture(nn.Identity(), print).looked_for()
+            True
+        """
         return "; ".join(part.looks_for for part in (INTERFACE, FunctionWatch, COMPILED))
 
     def is_recording(self) -> bool:
         """Return whether a call made right now by this thread is to be recorded.
 
-        It must be one of the model's own forward, and not inside one that has been recorded.
+        Returns:
+            True in the model's own forward, outside calls that have been recorded.
+
+        Example:
+            >>> with AttentionCapture(nn.Identity(), print) as capture:
+            ...     inner = capture.is_recording()
+            >>> inner, capture.is_recording()
+            (True, False)
         """
         return (
             not self._inside
@@ -159,7 +186,16 @@ class AttentionCapture:
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """Record nothing in here: it belongs to a call that has been recorded."""
+        """Record nothing inside the context: it belongs to a recorded call.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> with AttentionCapture(nn.Identity(), print) as capture, capture.inside():
+            ...     capture.is_recording()
+            False
+        """
         self._inside += 1
         start = sequence_number()
         try:
@@ -179,6 +215,16 @@ class AttentionCapture:
             module: the module that attends; one of the model's.
             describe: makes the record from the layer's name; run with gradients, autocast and modes
                 off.
+
+        Example:
+            >>> model, layers = nn.Sequential(nn.Identity()), []
+            >>> capture = AttentionCapture(model, lambda call: layers.append(call.layer))
+            >>> def describe(layer):
+            ...     x = torch.zeros(1, 1, 2, 4)
+            ...     return AttentionCall(layer, query=x, key=x, scale=0.5)
+            >>> capture.record("own", model[0], describe)
+            >>> layers, capture.calls
+            (['0'], {'own': 1})
         """
         self.calls[adapter] = self.calls.get(adapter, 0) + 1
         self.witness.recorded(self.names.name_of(module) or "")
@@ -200,14 +246,36 @@ class AttentionCapture:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Report errors raised in here, and keep them from the model."""
+        """Report errors raised inside the context, and keep them from the model.
+
+        Returns:
+            A context manager.
+
+        Example:
+            >>> errors = []
+            >>> capture = AttentionCapture(nn.Identity(), print, on_error=errors.append)
+            >>> with capture.guarded():
+            ...     raise ValueError("no shape")
+            >>> errors
+            [ValueError('no shape')]
+        """
         try:
             yield
         except Exception as error:
             self.failed(error)
 
     def failed(self, error: Exception) -> None:
-        """Report an error to ``on_error``, or log the first one; never raises."""
+        """Report an error to ``on_error``, or log the first one; never raises.
+
+        Args:
+            error: the error.
+
+        Example:
+            >>> errors = []
+            >>> AttentionCapture(nn.Identity(), print, on_error=errors.append).failed(OSError("disk"))
+            >>> errors
+            [OSError('disk')]
+        """
         if self._on_error is not None:
             try:
                 self._on_error(error)
@@ -221,16 +289,46 @@ class AttentionCapture:
             )
 
     def require_functions(self) -> None:
-        """Watch torch functions again: they alone can show some of the model's attention."""
+        """Watch torch functions again: they alone show some of the model's attention.
+
+        Example:
+            >>> capture = AttentionCapture(nn.Identity(), print)
+            >>> capture.require_functions()
+            >>> with capture:
+            ...     capture.mode is None
+            False
+        """
         self._confirmations = -1
 
     def pause(self) -> None:
-        """Take out all but the watch over compiled code, which is about to run."""
+        """Remove all but the watch over compiled code, which is about to run.
+
+        Example:
+            >>> model, calls = nn.MultiheadAttention(8, 2), []
+            >>> x = torch.randn(3, 1, 8)
+            >>> with AttentionCapture(model, calls.append) as capture:
+            ...     capture.pause()
+            ...     _ = model(x, x, x)
+            ...     capture.resume()
+            >>> len(calls)
+            0
+        """
         self._patches.close()
         self._paused_mode = remove(self.mode)
 
     def resume(self) -> None:
-        """Put back what :meth:`pause` took out."""
+        """Install again everything that :meth:`pause` removed.
+
+        Example:
+            >>> model, calls = nn.MultiheadAttention(8, 2), []
+            >>> x = torch.randn(3, 1, 8)
+            >>> with AttentionCapture(model, calls.append) as capture:
+            ...     capture.pause()
+            ...     capture.resume()
+            ...     _ = model(x, x, x)
+            >>> len(calls)
+            1
+        """
         self._patch()
         if self.mode is not None and self._paused_mode:
             push(self.mode)

@@ -21,6 +21,11 @@ class CheckConfig:
 
     Raises:
         ValueError: for a value of the wrong type or size.
+
+    Example:
+        >>> config = CheckConfig(dtype="bf16", seq_len=2048)
+        >>> config.torch_dtype, config.rows
+        (torch.bfloat16, 64)
     """
 
     dtype: Annotated[str, Known(DTYPES, "precision")] = "fp32"

@@ -18,6 +18,9 @@ from stabmon.interventions import Intervention
 def presets() -> list[str]:
     """Return the names of the presets that come with the package.
 
+    Returns:
+        The names, in alphabetical order.
+
     Example:
         >>> presets()
         ['guard', 'observe']
@@ -70,9 +73,19 @@ def load_config(
 def proposed_interventions(config: StabilityConfig) -> Mapping[str, Intervention]:
     """Return the interventions to choose from when a person asks for one.
 
+    Args:
+        config: the monitor's settings.
+
     Returns:
-        Those of ``config``; where it has none, those of the preset ``guard``, which is read at the
-        first look into the mapping.
+        Those of ``config``; where it has none, those of the preset ``guard``, which is read on
+        first access.
+
+    Example:
+        >>> from stabmon.config.schema import StabilityConfig
+        >>> "qk_clip" in proposed_interventions(StabilityConfig())
+        True
+        >>> list(proposed_interventions(StabilityConfig(interventions={"stop": {}})))
+        ['stop']
     """
     if config.interventions:
         return config.make_interventions()
@@ -80,7 +93,7 @@ def proposed_interventions(config: StabilityConfig) -> Mapping[str, Intervention
 
 
 class _OnDemand(Mapping[str, Intervention]):
-    """A mapping that is made when it is first looked into."""
+    """A mapping that is made on first access."""
 
     def __init__(self, make: Callable[[], Mapping[str, Intervention]]) -> None:
         self._make = make

@@ -87,25 +87,68 @@ class StabilityConfig:
         check(self)
 
     def make_interventions(self) -> dict[str, Intervention]:
-        """Return the interventions that are on, by name."""
+        """Return the interventions that are on, by name.
+
+        Returns:
+            Intervention by registered name; empty where none is named.
+
+        Example:
+            >>> config = StabilityConfig(interventions={"qk_clip": {"target": 50.0}})
+            >>> config.make_interventions()["qk_clip"].target
+            50.0
+        """
         return make_interventions(self.interventions)
 
     def make_budget(self) -> Budget:
-        """Return the limits on interventions."""
+        """Return the limits on interventions.
+
+        Returns:
+            The limits; those that ``budget`` does not name have their defaults.
+
+        Example:
+            >>> StabilityConfig(budget={"max_rollbacks": 1}).make_budget().max_rollbacks
+            1
+        """
         return Budget(**self.budget)
 
     def make_rules(self) -> list[Rule]:
-        """Return every registered rule that is not set to false, with its levels."""
+        """Return every registered rule that is not set to false, with its levels.
+
+        Returns:
+            The rules, in the order of the registry.
+
+        Example:
+            >>> config = StabilityConfig(rules={"loss_spike": False})
+            >>> len(list(RULES)) - len(config.make_rules())
+            1
+        """
         on = {name: self.rules.get(name) for name in RULES if self.rules.get(name) is not False}
         made: Mapping[str, Rule] = ByName(RULES).make(on, "rules")
         return list(made.values())
 
     def make_sinks(self) -> list[Sink]:
-        """Return the sinks; those given by name are made with their defaults."""
+        """Return the sinks; those given by name are made with their defaults.
+
+        Returns:
+            The sinks, in the given order.
+
+        Example:
+            >>> [type(each).__name__ for each in StabilityConfig(sinks=["jsonl"]).make_sinks()]
+            ['JsonlSink']
+        """
         return [SINKS[each]() if isinstance(each, str) else each for each in self.sinks]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain values, which :func:`~stabmon.config.load_config` reads."""
+        """Return the settings as plain values.
+
+        Returns:
+            Value by field, of dicts, lists, numbers and strings; as YAML it is a file for
+            :func:`~stabmon.config.load_config`. Sinks given as objects are class names.
+
+        Example:
+            >>> StabilityConfig(log_every=10).to_dict()["log_every"]
+            10
+        """
         names = [each if isinstance(each, str) else type(each).__name__ for each in self.sinks]
         plain: dict[str, Any] = _plain({**settings_of(self), "sinks": names})
         return plain

@@ -49,7 +49,17 @@ class Controllers(nn.ModuleDict):
         self.controlled = (model,)
 
     def by_layer(self) -> dict[str, Controller]:
-        """Return the controllers by the qualified name of their attention module."""
+        """Return the controllers by the qualified name of their attention module.
+
+        Returns:
+            Controller by name, in the order of the model's modules.
+
+        Example:
+            >>> from stabmon.controllers.linearization import Linearization
+            >>> member = Linearization(Site("h.0.attn", 2, 8, 0, 1))
+            >>> list(Controllers(nn.Identity(), {"h.0.attn": member}).by_layer())
+            ['h.0.attn']
+        """
         members: Any = self.items()
         return {name.replace("/", "."): member for name, member in members}
 

@@ -82,6 +82,14 @@ class Controller(nn.Module):
 
         Returns:
             ``[B, H, S]`` in nats.
+
+        Example:
+            >>> class Recent(Controller):
+            ...     def key_bias(self, hidden):
+            ...         return hidden.norm(dim=-1)[:, None].expand(-1, self.site.heads, -1)
+            >>> site = Site("h.0.attn", heads=2, width=8, index=0, count=1)
+            >>> Recent(site).key_bias(Tensor(1, 5, 8)).shape
+            torch.Size([1, 2, 5])
         """
         return None
 
@@ -92,7 +100,15 @@ class Controller(nn.Module):
             hidden: ``[B, S, D]`` hidden states of the tokens.
 
         Returns:
-            ``[B, H, S]``.
+            ``[B, H, S]``, dimensionless.
+
+        Example:
+            >>> class Doubled(Controller):
+            ...     def query_gain(self, hidden):
+            ...         return hidden.new_full((len(hidden), self.site.heads, hidden.shape[1]), 2.0)
+            >>> site = Site("h.0.attn", heads=2, width=8, index=0, count=1)
+            >>> Doubled(site).query_gain(Tensor(1, 3, 8))[0, 0]
+            tensor([2., 2., 2.])
         """
         return None
 
@@ -101,6 +117,13 @@ class Controller(nn.Module):
 
         Returns:
             ``[H]`` or a number, in [0, 1].
+
+        Example:
+            >>> class HalfLinear(Controller):
+            ...     def linear_share(self):
+            ...         return 0.5
+            >>> HalfLinear(Site("h.0.attn", heads=2, width=8, index=0, count=1)).linear_share()
+            0.5
         """
         return None
 
@@ -113,6 +136,12 @@ def controller(cls: C) -> C:
     """Register a controller under its class name in snake case.
 
     ``InfoDensity`` is ``info_density``.
+
+    Args:
+        cls: a class derived from :class:`Controller`.
+
+    Returns:
+        The class itself.
 
     Raises:
         ValueError: if another controller has that name.

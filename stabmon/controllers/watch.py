@@ -131,8 +131,21 @@ class ControllerWatch:
         """Draw one quantity of every head over the forwards.
 
         Args:
-            signal: the quantity.
+            signal: the quantity, a name in the readings' layers.
             path: file to save the figure to; None to save nothing.
+
+        Returns:
+            A matplotlib figure, one panel per layer.
+
+        Example:
+            >>> from stabmon.controllers import attach_controllers
+            >>> from transformers import GPT2Config, GPT2Model
+            >>> model = GPT2Model(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16))
+            >>> controllers = attach_controllers(model, "linear_ramp")
+            >>> with ControllerWatch(model) as watch:
+            ...     output = model(torch.tensor([[1, 2, 3]]))
+            >>> len(watch.plot_grid("linear_share").axes) > 0
+            True
         """
         return grid(self.readings, signal, path)
 
@@ -141,6 +154,19 @@ class ControllerWatch:
 
         Args:
             path: file to save the figure to; None to save nothing.
+
+        Returns:
+            A matplotlib figure, one panel per quantity.
+
+        Example:
+            >>> from stabmon.controllers import attach_controllers
+            >>> from transformers import GPT2Config, GPT2Model
+            >>> model = GPT2Model(GPT2Config(n_layer=2, n_head=2, n_embd=8, vocab_size=16))
+            >>> controllers = attach_controllers(model, "linear_ramp")
+            >>> with ControllerWatch(model) as watch:
+            ...     output = model(torch.tensor([[1, 2, 3]]))
+            >>> len(watch.plot_series().axes) > 0
+            True
         """
         return series(self.readings, path)
 

@@ -1,8 +1,8 @@
-"""Interventions: acts that repair a training run, each ``apply`` with an ``undo``. One act, one
-file.
+"""Changes that repair a training run and can be undone, one intervention a file.
 
-``INTERVENTIONS`` finds them by name; :class:`~stabmon.interventions.run.training_run.TrainingRun`
-is what they may touch; :class:`~stabmon.guard.guard.Guard` chooses, applies, judges and takes back.
+``INTERVENTIONS`` finds them by name.
+:class:`~stabmon.interventions.run.training_run.TrainingRun` holds the parts of a run that they may
+change. :class:`~stabmon.guard.guard.Guard` chooses, applies, judges and undoes them.
 """
 
 from stabmon._moved import moved_names

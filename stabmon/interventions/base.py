@@ -1,4 +1,4 @@
-"""Define interventions, the record of an applied one, and their registry."""
+"""The base of interventions, the record of an applied one, and their registry."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ ATTENTION_AND_LOSS = ("rate", "sustained_growth", "scores", "step", "loss")
 
 @dataclass(frozen=True)
 class Intervention(ABC):
-    """A change to a training run that can be undone; its fields are settings.
+    """A change to a training run that can be undone.
 
-    A subclass overrides :meth:`_start`, which changes the run and returns an
-    :class:`~stabmon.interventions.effects.effect.Effect` that can take the change back. It declares
-    in class attributes when the guard is to choose it; the guard knows no intervention by name. One
-    of another package is found by its entry point in the group ``stabmon.interventions``.
+    Its dataclass fields are its settings. A subclass overrides :meth:`_start`, which changes the
+    run and returns an :class:`~stabmon.interventions.effects.effect.Effect` that can take the
+    change back. It declares in class attributes when the guard is to choose it; the guard knows no
+    intervention by name. One of another package is found by its entry point in the group
+    ``stabmon.interventions``.
 
     Raises:
         ValueError: for an invalid setting, naming it.
@@ -144,6 +145,15 @@ class Intervention(ABC):
         Args:
             issues: the issues that it is to repair.
             why: the reason for choosing it; empty to keep the present one.
+
+        Returns:
+            A copy with the same settings.
+
+        Example:
+            >>> from stabmon.interventions.stop import Stop
+            >>> issue = StabilityIssue(7, None, None, "loss_spike", "error", 9.0, 3.0, "")
+            >>> Stop().aimed_at([issue]).issues[0].issue_type
+            'loss_spike'
         """
         return replace(self, issues=tuple(issues), why=why or self.why)
 
@@ -161,37 +171,75 @@ class Intervention(ABC):
 
         Raises:
             NotApplicable: if it does not fit; then nothing was changed.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.stop import Stop
+            >>> run = TrainingRun(torch.nn.Linear(2, 1))
+            >>> applied = Stop(why="asked for").apply(run)
+            >>> run.stop_reason, applied.record["after"]
+            ('asked for', {'stop': 'asked for'})
         """
         intervention = self if issue is None else self.aimed_at([issue])
         effect = intervention._start(run)
         return Applied(intervention, run, effect, step=run.step).write_audit("applied")
 
     def order_for(self, symptom: str) -> int | None:
-        """Return its order among those that treat a symptom; None if it does not.
+        """Return its order among the interventions that treat a symptom.
 
         Override it where the order depends on the settings, as that of ``lower_learning_rate`` does
         on which rates it lowers; else declare :attr:`treats`.
+
+        Args:
+            symptom: the symptom's name.
+
+        Returns:
+            The order, smallest first; None where it does not treat the symptom.
+
+        Example:
+            >>> from stabmon.interventions.stop import Stop
+            >>> Stop().order_for("non_finite"), Stop().order_for("scores")
+            (20, None)
         """
         return self.treats.get(symptom)
 
     def unsuited(self, run: TrainingRun, symptom: str) -> str:
-        """Return why it cannot help against a symptom now; empty where it may.
+        """Return the reason for which it cannot help against a symptom now.
 
-        The guard passes it over then, and tells the reason where no other intervention is left.
+        The guard then skips it, and reports the reason where no other intervention is left.
 
         Args:
             run: the run.
             symptom: the symptom's name.
+
+        Returns:
+            The reason; empty where it may help.
+
+        Example:
+            >>> from stabmon.interventions.stop import Stop
+            >>> Stop().unsuited(TrainingRun(None), "non_finite")
+            ''
         """
         return ""
 
     def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
-        """Return whether the budget allows it once more.
+        """Return whether the budget allows one more use of it.
+
+        The limits on all interventions together are checked elsewhere.
 
         Args:
             run: the run.
             budget: the limits.
-            uses: how often it was applied so far.
+            uses: number of times it was applied so far.
+
+        Returns:
+            True if it may be applied.
+
+        Example:
+            >>> from stabmon.interventions.rollback import Rollback
+            >>> budget = Budget(max_rollbacks=1)
+            >>> [Rollback().affordable(TrainingRun(None), budget, uses) for uses in (0, 1)]
+            [True, False]
         """
         return True
 
@@ -201,15 +249,36 @@ class Intervention(ABC):
         Args:
             issue: an open alarm.
             tried: interventions applied for it since its cause was found, see :attr:`after`.
+
+        Returns:
+            True to apply it next.
+
+        Example:
+            >>> from stabmon.interventions.rollback import Rollback
+            >>> issue = StabilityIssue(7, None, None, "loss_spike", "error", 9.0, 3.0, "")
+            >>> Rollback().is_due(issue, [])
+            False
         """
         return False
 
     def prepare(self, run: TrainingRun) -> Prepared | None:
-        """Return the state that it needs from before the first step on; None for nothing.
+        """Return the state that it needs from before the first step on.
 
         The guard makes it when the run is set up, calls its ``begin()`` before the first step and
         ``offer()`` after each sampled one, and stores it. :meth:`_start` finds it by
         :meth:`~stabmon.interventions.run.training_run.TrainingRun.find_prepared`.
+
+        Args:
+            run: the run.
+
+        Returns:
+            The state; None where it needs none.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.rollback import Rollback
+            >>> type(Rollback().prepare(TrainingRun(torch.nn.Linear(2, 1)))).__name__
+            'HealthyStates'
         """
         return None
 
@@ -220,8 +289,23 @@ class Intervention(ABC):
             run: the run.
             state: a value of :meth:`Applied.state_dict`.
 
+        Returns:
+            Its record, in force again.
+
         Raises:
             NotApplicable: if it no longer fits.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.extend_warmup import ExtendWarmup
+            >>> model = torch.nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> warmup = ExtendWarmup(steps=10, start=0.5)
+            >>> state = warmup.apply(TrainingRun(model, optimizer)).state_dict()
+            >>> resumed = TrainingRun(model, optimizer, step=5)
+            >>> applied = warmup.resume(resumed, state)
+            >>> resumed.rate_factor
+            0.75
         """
         return Applied(
             self,
@@ -232,11 +316,24 @@ class Intervention(ABC):
         )
 
     def ended(self, run: TrainingRun, state: Mapping[str, Any]) -> Applied:
-        """Return a record of one that is over and counts among those tried.
+        """Return the record of one that is no longer in force.
+
+        It counts among those tried, and changes nothing.
 
         Args:
             run: the run.
             state: a value of :meth:`Applied.state_dict`.
+
+        Returns:
+            Its record, with ``active`` False.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.stop import Stop
+            >>> run = TrainingRun(torch.nn.Linear(2, 1))
+            >>> state = Stop().apply(run).state_dict()
+            >>> Stop().ended(TrainingRun(run.model), state).active
+            False
         """
         over = Applied(self, run, Effect(), step=int(state["step"]), record=state["record"])
         over.active = False
@@ -245,8 +342,18 @@ class Intervention(ABC):
     def check_saved(self, effect: Stored) -> None:
         """Check the stored state of its effect, without changing anything.
 
+        Args:
+            effect: the state, as read from a checkpoint.
+
         Raises:
             ValueError: if it is no such state, naming the place.
+
+        Example:
+            >>> from stabmon.interventions.extend_warmup import ExtendWarmup
+            >>> ExtendWarmup().check_saved(Stored({"first": 3}, "effect"))
+            >>> ExtendWarmup().check_saved(Stored({"first": "3"}, "effect"))
+            Traceback (most recent call last):
+            ValueError: ...
         """
         effect.mapping()
 
@@ -269,10 +376,19 @@ class Intervention(ABC):
 class Applied:
     """An intervention that was applied.
 
+    :meth:`Intervention.apply` and :meth:`Intervention.resume` make it.
+
+    Args:
+        intervention: the intervention.
+        run: the run that it changed.
+        effect: the change, and how to undo it.
+        step: the optimizer step after which it was applied.
+        record: its stored record; None to make one.
+
     Attributes:
         intervention: the intervention.
         step: the optimizer step after which it was applied.
-        effect: the change, and how to take it back.
+        effect: the change, and how to undo it.
         record: intervention, location, before, after and reason as plain values; also passed to
             ``run.audit``.
         active: True while it is in force, that is neither undone nor released.
@@ -317,12 +433,24 @@ class Applied:
         Args:
             action: the event, such as ``applied`` or ``undone``.
             **more: further entries, or others instead of the record's.
+
+        Returns:
+            This object.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.stop import Stop
+            >>> records = []
+            >>> run = TrainingRun(torch.nn.Linear(2, 1), audit=records.append)
+            >>> applied = Stop().apply(run).write_audit("noted", why="an example")
+            >>> [(record["action"], record["why"]) for record in records]
+            [('applied', 'asked for'), ('noted', 'an example')]
         """
         self._run.audit({**self.record, "action": action, "step": self._run.step, **more})
         return self
 
     def undo(self, why: str = "") -> bool:
-        """Take it back, after later interventions on the same resources.
+        """Undo it, after later interventions on the same resources.
 
         A second call does nothing.
         Right after :meth:`Intervention.apply` the run is bit for bit what it was. Later, what
@@ -332,7 +460,15 @@ class Applied:
             why: the reason, for the record and the log, where nobody asked for it.
 
         Returns:
-            Whether every bit that it changed is as it was.
+            True if every bit that it changed is as it was.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.stop import Stop
+            >>> run = TrainingRun(torch.nn.Linear(2, 1))
+            >>> applied = Stop().apply(run)
+            >>> applied.undo(), applied.active, run.stop_reason
+            (True, False, None)
         """
         if not self.active:
             return True
@@ -355,6 +491,15 @@ class Applied:
 
         Args:
             why: the reason, for the record and the log, where nobody asked for it.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.stop import Stop
+            >>> run = TrainingRun(torch.nn.Linear(2, 1))
+            >>> applied = Stop().apply(run)
+            >>> applied.release()
+            >>> applied.active
+            False
         """
         if self.active:
             self.active = False
@@ -366,7 +511,18 @@ class Applied:
                 )
 
     def hold_for_one_step(self) -> None:
-        """Release it after the next optimizer step."""
+        """Release it after the next optimizer step.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.stop import Stop
+            >>> run = TrainingRun(torch.nn.Linear(2, 1))
+            >>> applied = Stop().apply(run)
+            >>> applied.hold_for_one_step()
+            >>> run.step_hooks.fire("on_step")
+            >>> applied.active
+            False
+        """
         self.for_one_step = True
 
         def end() -> None:
@@ -376,7 +532,18 @@ class Applied:
         remove = self._run.step_hooks.add("on_step", end)
 
     def relax(self) -> None:
-        """Loosen it, after it was held for long without an alarm."""
+        """Loosen it, after it was held for long without an alarm.
+
+        Example:
+            Most interventions have nothing to loosen:
+
+            >>> import torch
+            >>> from stabmon.interventions.stop import Stop
+            >>> applied = Stop().apply(TrainingRun(torch.nn.Linear(2, 1)))
+            >>> applied.relax()
+            >>> applied.active
+            True
+        """
         if changed := self.effect.relax():
             self.write_audit(
                 "relaxed",
@@ -386,7 +553,18 @@ class Applied:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a resumed run needs to hold it: plain values, for JSON."""
+        """Return the state with which a resumed run holds it again.
+
+        Returns:
+            Plain values, for JSON; :meth:`Intervention.resume` reads them.
+
+        Example:
+            >>> import torch
+            >>> from stabmon.interventions.stop import Stop
+            >>> state = Stop().apply(TrainingRun(torch.nn.Linear(2, 1), step=3)).state_dict()
+            >>> state["intervention"], state["step"], state["active"]
+            ('stop', 3, True)
+        """
         return {
             "intervention": self.intervention.name,
             "settings": self.intervention.settings,
@@ -431,13 +609,27 @@ def intervention(cls: I_) -> I_:
 
     ``QkClip`` is ``qk_clip``.
 
+    Args:
+        cls: a dataclass derived from :class:`Intervention`.
+
+    Returns:
+        The class itself.
+
     Raises:
         ValueError: if the name is taken.
+
+    Example:
+        >>> _ = INTERVENTIONS["stop"]
+        >>> @intervention
+        ... class Stop(Intervention):
+        ...     "A second one."
+        Traceback (most recent call last):
+        ValueError: intervention 'stop' is registered twice, ...
     """
     INTERVENTIONS.register(intervention_name(cls), cls)
     return cls
 
 
 def intervention_name(cls: type) -> str:
-    """Return the name in configurations: the class's name in snake case."""
+    """Return the name of an intervention's class in configurations, in snake case."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()

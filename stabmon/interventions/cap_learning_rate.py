@@ -1,4 +1,4 @@
-"""Hold the learning rate at or below what the run has been trained with before."""
+"""A ceiling on the learning rate, from rates of the run's own past."""
 
 from __future__ import annotations
 
@@ -18,14 +18,29 @@ from stabmon.projections.not_applicable import NotApplicable
 @intervention
 @dataclass(frozen=True)
 class CapLearningRate(Intervention):
-    """Hold each parameter group that was too fast at a rate of its own past, or at the one that
-    fits it.
+    r"""Hold the rate of each parameter group that is too fast at or below a ceiling.
 
-    A group is held at ``times`` the largest rate that was scheduled for it before it jumped; where
-    steps were seen to be too long, at ``times`` the rate at which they would have fitted, and the
-    step that showed it is shortened to that. What is not too fast keeps its rate, and where the
-    scheduled rate is lower it is used as it is, so that a healthy run pays nothing. Two caps on one
-    group do not add up. Schedulers, checkpoints and loggers see the rates that they set.
+    The optimizer uses :math:`\min(\eta, \eta_\text{cap})` instead of the scheduled rate
+    :math:`\eta`. The ceiling is ``times`` a rate that the issue names for the group: the rate at
+    which its steps would have fitted (``fitting_rates``), where they were seen to be too long, or
+    else the largest rate scheduled for it before it jumped (``highest_rates_before``).
+
+    Where a probe found the newest step too long, that step is shortened to the ceiling as well.
+    Groups that are not too fast keep their rates, and a scheduled rate below the ceiling is used as
+    it is: a healthy run pays nothing. Of two ceilings on one group the lower counts. Schedulers,
+    checkpoints and loggers see the rates that they set.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> run = TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.5))
+        >>> applied = CapLearningRate(cap=0.1).apply(run)
+        >>> applied.record["before"]["lr"], applied.record["after"]["lr"]
+        ([0.5], [0.1])
+        >>> run.rate_factor
+        0.2
+        >>> applied.undo(), run.rate_factor
+        (True, 1)
     """
 
     treats: ClassVar[Mapping[str, int]] = {"rate": 10}
@@ -33,22 +48,23 @@ class CapLearningRate(Intervention):
     renews: ClassVar[bool] = True
 
     times: Factor = 1.0
+    """Ceiling of a group, as a multiple of the rate that the issue names for it."""
     cap: Factor | None = None
-    """The rate to hold every group at, instead."""
+    """Ceiling of every group, a learning rate; None to take each group's from the issues."""
 
     def _start(self, run: TrainingRun) -> Effect:
         if self.cap is not None:
             return self._hold(run, dict.fromkeys(_rates(run), self.cap))
         evidence = [issue.evidence for issue in self.issues if issue.issue_type == "update_spike"]
-        told = [caps for each in evidence if (caps := _told(each, run))]
-        if not told:
+        named = [caps for each in evidence if (caps := _named_ceilings(each, run))]
+        if not named:
             raise NotApplicable(
                 "it is not known which rate was too high: give an issue of type update_spike, or "
                 "a cap"
             )
         caps = {
-            key: self.times * min(each[key] for each in told if key in each)
-            for key in {key for each in told for key in each}
+            key: self.times * min(each[key] for each in named if key in each)
+            for key in {key for each in named for key in each}
         }
         by_probe = all(
             each.get("found_at") == run.step and each.get("how") != "leap" for each in evidence
@@ -58,7 +74,7 @@ class CapLearningRate(Intervention):
     def check_saved(self, effect: Stored) -> None:
         if "caps" in effect:
             effect["caps"].numbers()
-        else:  # of before groups were capped each by its own
+        else:  # stored when one ceiling held for all groups
             effect["cap"].number()
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
@@ -70,7 +86,9 @@ class CapLearningRate(Intervention):
     ) -> Effect:
         before = _rates(run)
         if not caps.keys() & before.keys():
-            raise NotApplicable(f"no parameter group {', '.join(sorted(caps))} is there any more")
+            raise NotApplicable(
+                f"the run no longer has a parameter group {', '.join(sorted(caps))}"
+            )
         groups = {group.key: group for group in run.groups}
 
         def works() -> bool:
@@ -95,8 +113,8 @@ class CapLearningRate(Intervention):
                 "caps": dict(caps),
                 "shortened": put_back is not None,
             },
-            note="the step that showed it was shortened to these rates, so that nothing need be "
-            "gone back from"
+            note="the step that was too long was shortened to these rates, so that no rollback is "
+            "needed"
             if put_back
             else "",
             saved={"caps": dict(caps)},
@@ -107,8 +125,9 @@ class CapLearningRate(Intervention):
 
 @dataclass
 class _Capped(Held):
-    """Ceilings on the rates of groups; what the newest step was shortened by can be put back until
-    the next one is made.
+    """Ceilings on the rates of groups, and the shortening of the newest step.
+
+    The shortening can be undone until the next step is made.
     """
 
     run: TrainingRun | None = None
@@ -118,12 +137,12 @@ class _Capped(Held):
         if self.run is not None and self.put_back is not None:
             at, run = self.run.step, self.run
 
-            def forget() -> None:
+            def expire() -> None:
                 if run.step > at:
                     self.put_back = None
                     remove()
 
-            remove = run.step_hooks.add("on_step", forget)
+            remove = run.step_hooks.add("on_step", expire)
 
     def undo(self) -> bool:
         if self.put_back is not None:
@@ -134,15 +153,16 @@ class _Capped(Held):
 
 
 def _rates(run: TrainingRun) -> dict[str, float]:
-    """The scheduled rate of each parameter group that has one."""
+    """Return the scheduled rate of each parameter group that has one."""
     return {
         group.key: rate for group in run.groups if (rate := run.scheduled_rate(group)) is not None
     }
 
 
-def _told(evidence: Mapping[str, Any], run: TrainingRun) -> dict[str, float]:
-    """The ceiling that an issue tells for each group that is too fast; where it names none, all
-    groups in the same proportion.
+def _named_ceilings(evidence: Mapping[str, Any], run: TrainingRun) -> dict[str, float]:
+    """Return the ceiling of each group that is too fast, from an issue's evidence.
+
+    Where it names no group, all groups are lowered in the same proportion.
     """
     for name in ("fitting_rates", "highest_rates_before"):
         caps = evidence.get(name)

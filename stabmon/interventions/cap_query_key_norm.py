@@ -1,4 +1,4 @@
-"""Hold the norm of what makes a layer's queries and keys at or below what it was before it grew."""
+"""Ceilings on the norms of the weights that make a layer's queries and keys."""
 
 from __future__ import annotations
 
@@ -29,36 +29,49 @@ from stabmon.rules.evidence.norm_growth import sustained_growth
 @intervention
 @dataclass(frozen=True)
 class CapQueryKeyNorm(Intervention):
-    """While it is held, each head's rows of W_q and W_k, and of their biases, are scaled back to a
-    norm that they may not exceed.
+    r"""Hold the norm of each head's rows of W_q and W_k at or below a ceiling.
 
-    For weights that are driven to grow (``logit_growth`` of a layer): it takes out the growth and
-    nothing else, piece by piece, so that a bias that is driven does not drag the weights down with
-    it, and each head turns its weights as it likes. A piece may come to ``times`` what it was when
-    the growth began: its share of the newest healthy state, where one is kept (``rollback``), and
-    of the layer's norm at that time. Without such a state each piece is held at what it is now, or
-    at ``times`` that if below. Layers that are driven alike are held with those that are named.
-    Changes nothing else of a step, nor the optimizer's moments: see ``qk_clip``.
+    After every optimizer step each piece w (one head's rows of W_q, W_k or one of their biases)
+    becomes :math:`w \cdot \min(1, \kappa / \|w\|)`, as long as this is held.
 
-    Source:
-        Weights held at a norm: Franke et al. 2023, arXiv:2311.09058 (a bound on the norm of each
-            weight matrix).
+    It mitigates sustained growth of the weights (``logit_growth`` of a layer). It removes the
+    growth and nothing else: each piece has a ceiling of its own, so that a growing bias does not
+    pull the weights down with it, and the direction of each piece stays free. The other parts of a
+    step and the optimizer's moments are not changed: see ``qk_clip``.
+
+    The ceiling :math:`\kappa` is ``times`` the piece's norm when the growth began. That norm is
+    estimated from the newest healthy state, where one is kept (see ``rollback``): the piece's norm
+    there, times the growth of the layer's norm between the two steps. Without such a state
+    :math:`\kappa` is the present norm, or ``times`` that if ``times`` is below 1. Layers that grow
+    alike are held together with those that the issues name.
+
+    Example:
+        >>> CapQueryKeyNorm(times=2.0).settings
+        {'times': 2.0, 'least': 0.1}
+
+    References:
+        Franke et al. 2023, arXiv:2311.09058: a bound on the norm of each weight matrix.
     """
 
     treats: ClassVar[Mapping[str, int]] = {"sustained_growth": 10}
 
     times: Factor = 1.4
-    """Times a piece's own past: then scores may come to about twice theirs, which cost repaired
-    runs nothing under ``qk_clip``.
+    """Ceiling of a piece, as a multiple of its own past norm.
+
+    At 1.4 scores may reach about twice their past, which cost repaired runs nothing under
+    ``qk_clip``.
     """
     least: Fraction = 0.1
-    """Share of a mean piece's norm that any piece may have, so that a bias that was zero may
-    learn.
+    """Norm that every piece may reach, as a share in [0, 1] of the layer's mean piece.
+
+    It lets a bias learn that was zero.
     """
 
     def _start(self, run: TrainingRun) -> Effect:
         if all(issue.evidence.get("by") == "scale" for issue in self.issues) and self.issues:
-            raise NotApplicable("it is the scale of the scores that grows, not their weights")
+            raise NotApplicable(
+                "the scale of the scores grows, not the weights of queries and keys"
+            )
         named = [issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None]
         alike = [
             layer.partition("#")[0]
@@ -100,7 +113,7 @@ class CapQueryKeyNorm(Intervention):
     def _caps(
         self, run: TrainingRun, layer: str, since: int, healthy: Snapshot | None
     ) -> list[float]:
-        """What each piece of a layer may come to."""
+        """Return the ceiling on the norm of each piece of a layer."""
         pieces = _pieces(run, layer)
         norms = {
             r.step: r.query_key[layer].weight for r in run.history.readings if layer in r.query_key
@@ -129,6 +142,8 @@ class CapQueryKeyNorm(Intervention):
 
 
 class _Held(HeldEffect):
+    """The ceilings of several layers, and the rows scaled so far."""
+
     def __init__(
         self, run: TrainingRun, caps: Mapping[str, Sequence[float]], *, now: bool = True
     ) -> None:
@@ -139,7 +154,7 @@ class _Held(HeldEffect):
             for piece, cap in zip(_pieces(run, layer), own, strict=True)
         ]
         self.rows = ScaledRows(run)
-        before = {layer: _whole(run, layer) for layer in caps}
+        before = {layer: _layer_norm(run, layer) for layer in caps}
         if now:
             try:
                 self._scale()
@@ -149,10 +164,10 @@ class _Held(HeldEffect):
         super().__init__(
             places=[(layer, None) for layer in caps],
             before={"query_key_norm": before},
-            after={"query_key_norm": {layer: _whole(run, layer) for layer in caps}},
+            after={"query_key_norm": {layer: _layer_norm(run, layer) for layer in caps}},
             resources=frozenset(f"scores of {layer}" for layer in caps),
         )
-        # before a clip that is held, which is for what scores remain
+        # First: a held clip then acts only on the scores that are still too large.
         self._remove = [run.step_hooks.add("on_step", self._on_step, first=True)]
 
     def undo(self) -> bool:
@@ -178,17 +193,17 @@ class _Held(HeldEffect):
         edits = [
             (piece, cap / norm)
             for (piece, cap), norm in zip(self._pieces, norms, strict=True)
-            if cap < norm < math.inf
-        ]  # what is not finite is for others to mend
+            if cap < norm < math.inf  # NaN and inf are left to other interventions
+        ]
         self.rows.scale(edits)
         self._bound |= bool(edits)
 
 
 def _pieces(run: TrainingRun, layer: str) -> list[Rows]:
-    """Each head's rows of each parameter that makes the layer's queries and keys."""
+    """Return each head's rows of each parameter behind the layer's queries and keys."""
     pieces = find_query_key(run.module(layer), run.history.info.get(layer))[0].all_rows()
     if not pieces:
-        raise NotApplicable(f"the queries and keys of {layer} could not be told apart", SEPARATE)
+        raise NotApplicable(f"no rows of {layer} are known to make queries or keys", SEPARATE)
     if any(is_sharded(piece.parameter) for piece in pieces):
         raise NotApplicable(f"the parameters of {layer} are sharded")
     return pieces
@@ -196,13 +211,16 @@ def _pieces(run: TrainingRun, layer: str) -> list[Rows]:
 
 @torch.no_grad()
 def _norms(pieces: Sequence[Rows], tensors: Sequence[Tensor] | None = None) -> list[float]:
-    """L2 norms of what the model uses of each piece, or of its rows of ``tensors``; in one transfer
-    for each device.
+    """Return the L2 norm of each piece as the model uses it.
+
+    With ``tensors``, these are read instead of the parameters. It costs one transfer to the host for each device.
     """
     views = [
         piece.view(t).detach().float()
         for piece, t in zip(pieces, tensors or [p.parameter for p in pieces], strict=True)
     ]
+    # Private: one L2 norm a tensor in few kernels, mixed shapes and devices (checked with torch
+    # 2.13). If it goes, torch.linalg.vector_norm of each view returns the same.
     norms = torch._foreach_norm(
         [view + p.offset if p.offset else view for p, view in zip(pieces, views, strict=True)]
     )
@@ -214,5 +232,6 @@ def _norms(pieces: Sequence[Rows], tensors: Sequence[Tensor] | None = None) -> l
     return [next(found[norm.device]) for norm in norms]
 
 
-def _whole(run: TrainingRun, layer: str) -> float:
+def _layer_norm(run: TrainingRun, layer: str) -> float:
+    """Return the L2 norm of everything that makes the layer's queries and keys."""
     return math.hypot(*_norms(_pieces(run, layer)))

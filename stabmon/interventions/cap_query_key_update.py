@@ -1,4 +1,4 @@
-"""Hold what one step changes of W_q and W_k at or below what a step used to change of them."""
+"""A ceiling on the change of W_q and W_k that one optimizer step may make."""
 
 from __future__ import annotations
 
@@ -23,36 +23,43 @@ from stabmon.projections.master_weights import copies_of
 from stabmon.projections.not_applicable import NotApplicable
 
 PAST = 20
-"""Newest readings whose median is what a step used to change."""
+"""Number of newest readings whose median is the usual change of a step."""
 
 
 @intervention
 @dataclass(frozen=True)
 class CapQueryKeyUpdate(Intervention):
-    r"""While it is held, each step's change of a layer's queries and keys is scaled by
-    :math:`\min(1, c\,\|W\| / \|\Delta W\|)`.
+    r"""Hold each step's change of a layer's queries and keys at or below a ceiling.
 
-    W is everything that makes the layer's queries and keys (under adapters: what they effectively
-    make of it), :math:`\Delta W` what a step changed of it, and c is ``times`` the share
-    :math:`\|\Delta W\| / \|W\|` that the layer's steps used to change (median of the readings
-    before), and follows the scheduled rate from there. It takes out what a rate does that is wrong
-    for queries and keys alone, whatever caused it and however large it is, and nothing else. Scores
-    that have grown already it leaves as they are (clip them). Copies W_q and W_k from before each
-    step to after it.
+    After every optimizer step the change :math:`\Delta W` is scaled by
+    :math:`\min(1, c\,\|W\| / \|\Delta W\|)`, as long as this is held. W is everything that makes
+    the layer's queries and keys; under adapters it is the effective weight. c is ``times`` the
+    usual share :math:`\|\Delta W\| / \|W\|` of the layer's steps, the median of the readings
+    before, and follows the scheduled rate from there.
 
-    Source:
-        Rates for queries and keys in proportion to 1 / ||W||: Anson & Aitchison, arXiv:2511.21377;
-        clipping of updates: Adafactor, arXiv:1804.04235.
+    It repairs a rate that is wrong for queries and keys alone, whatever its cause and size, and
+    changes nothing else. Scores that have grown already stay as they are: clip them. It costs a
+    copy of W_q and W_k from before each step to after it.
+
+    Example:
+        >>> CapQueryKeyUpdate(share=0.01).settings
+        {'times': 1.25, 'share': 0.01}
+
+    References:
+        Anson & Aitchison 2025, arXiv:2511.21377: rates for queries and keys in proportion to
+        1 / ||W||.
+        Shazeer & Stern 2018, arXiv:1804.04235 (Adafactor): clipping of updates.
     """
 
     treats: ClassVar[Mapping[str, int]] = {"step": 10}
 
     times: Factor = 1.25
-    """Times its own past that a step's share may be. Where the rate is wrong every step is this
-    large, so that it must be near its past.
+    """Ceiling of a step's share, as a multiple of the layer's usual share.
+
+    Where the rate is wrong every step reaches the ceiling, so that it must be near 1.
     """
     share: Factor | None = None
-    """c itself, instead, at any rate."""
+    """The ceiling c itself, whatever the rate; None to take ``times`` the layer's usual share."""
 
     def _start(self, run: TrainingRun) -> Effect:
         named = [issue.layer for issue in self.issues if issue.layer is not None]
@@ -66,7 +73,7 @@ class CapQueryKeyUpdate(Intervention):
                 caps[layer] = cap
         if not caps:
             raise NotApplicable(
-                "it is not known what a step used to change of queries and keys: give a share"
+                "no reading shows how much a step usually changes queries and keys: give a share"
             )
         return _Capped(run, caps, None if self.share is not None else _usual_rate(run))
 
@@ -80,6 +87,8 @@ class CapQueryKeyUpdate(Intervention):
 
 
 class _Capped(HeldEffect):
+    """The ceilings of several layers, and W_q and W_k from before the present step."""
+
     def __init__(self, run: TrainingRun, caps: Mapping[str, float], rate: float | None) -> None:
         self.run, self._rate = run, rate
         self._parts: dict[str, list[tuple[Rows, list[Tensor]]]] = {}
@@ -108,12 +117,11 @@ class _Capped(HeldEffect):
         )
         self._before: dict[str, list[list[Tensor]]] = {}
         self._weights: dict[str, Tensor] = {}
-        """What adapters effectively made before the step, by its norm."""
+        """Norm of each layer's effective weight before the step, under adapters."""
         self._remove = [
             run.step_hooks.add("before_optimizer_step", self._remember),
-            run.step_hooks.add(
-                "on_step", self._scale, first=True
-            ),  # a clip that is held comes after the step that it clips
+            # First: a held clip acts on the scores of the shortened step.
+            run.step_hooks.add("on_step", self._scale, first=True),
         ]
 
     def release(self) -> None:
@@ -125,7 +133,7 @@ class _Capped(HeldEffect):
 
     @torch.no_grad()
     def _remember(self) -> None:
-        if self._before:  # another optimizer of the same step: some may have been moved already
+        if self._before:  # another optimizer of this step may have changed the weights already
             return
         self._before = {
             layer: [[rows.view(copy).detach().clone() for copy in copies] for rows, copies in parts]
@@ -136,7 +144,7 @@ class _Capped(HeldEffect):
     @torch.no_grad()
     def _scale(self) -> None:
         rate = _rate_now(self.run)
-        of_schedule = rate / self._rate if rate is not None and self._rate else 1.0
+        schedule_factor = rate / self._rate if rate is not None and self._rate else 1.0
         for layer, before in self._before.items():
             parts = self._parts[layer]
             if layer in self._adapters:
@@ -159,7 +167,7 @@ class _Capped(HeldEffect):
                     )
                 )
             factor = (
-                of_schedule
+                schedule_factor
                 * self.caps[layer]
                 * weight
                 / change.clamp_min(torch.finfo(torch.float32).tiny)
@@ -168,7 +176,7 @@ class _Capped(HeldEffect):
             self._bound = (
                 bound if self._bound is False else self._bound | bound.to(self._bound.device)
             )
-            finite = torch.isfinite(change)  # what is not finite is for others to mend
+            finite = torch.isfinite(change)  # NaN and inf are left to other interventions
             for (rows, copies), olds in zip(parts, before, strict=True):
                 for copy, old in zip(copies, olds, strict=True):
                     view = rows.view(copy)
@@ -178,8 +186,9 @@ class _Capped(HeldEffect):
 
 
 def _usual(run: TrainingRun, layer: str) -> float:
-    """What a step used to change of the layer's queries and keys, over their norm; NaN where that
-    was not seen.
+    """Return the usual change of a layer's queries and keys in one step.
+
+    It is a share of their norm; NaN where no reading holds it.
     """
     shares = [
         reading.query_key[layer].relative_update
@@ -191,7 +200,7 @@ def _usual(run: TrainingRun, layer: str) -> float:
 
 
 def _usual_rate(run: TrainingRun) -> float | None:
-    """The scheduled rate at those readings; None where it is not known."""
+    """Return the median scheduled rate of the same readings; None if unknown."""
     rates = [
         reading.learning_rate
         for reading in run.history.readings[:-1][-PAST:]
@@ -201,5 +210,6 @@ def _usual_rate(run: TrainingRun) -> float | None:
 
 
 def _rate_now(run: TrainingRun) -> float | None:
+    """Return the largest scheduled rate of any parameter group; None if unknown."""
     rates = [rate for group in run.groups if (rate := run.scheduled_rate(group)) is not None]
     return max(rates, default=None)

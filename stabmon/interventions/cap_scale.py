@@ -1,4 +1,4 @@
-"""Hold the number that a layer multiplies its scores by at what it was before it grew."""
+"""A ceiling on the scale of a layer's attention scores."""
 
 from __future__ import annotations
 
@@ -22,33 +22,38 @@ from stabmon.rules.evidence.norm_growth import sustained_growth
 @intervention
 @dataclass(frozen=True)
 class CapScale(Intervention):
-    """While it is held, the scale of a layer's scores is put back whenever it is above what it was
-    when the growth began.
+    r"""Hold the scale of a layer's scores at or below its value when the growth began.
 
-    For a scale that is driven (``logit_growth`` of a layer, by ``scale``): a model that has learned
-    under one temperature is trained on under the same. A clip of the weights would have to shrink
-    them for as long as the scale grows, and small weights are turned at random by steps of the old
-    size. Layers that are driven alike are held with those that are named. What is released stays as
-    it is
-    then: the scale is the model's own of before.
+    With scores :math:`s = \alpha\, q^\top k`, the attribute that holds :math:`\alpha` becomes
+    :math:`\min(\alpha, \alpha_\text{cap})` after every optimizer step, as long as this is held.
 
-    Source:
-        The project's own failing runs: of four whose scale drifted, clipping left gaps to the
-        healthy twin of 0.02 to 0.11 nats.
+    It mitigates sustained growth of the scale (``logit_growth`` of a layer, by ``scale``): training
+    goes on at the temperature under which the model has learned. A clip of the weights would have
+    to shrink them for as long as the scale grows, and steps of the old size turn small weights at
+    random. Of four failing runs of this project whose scale drifted, clipping left gaps to the
+    paired control run of 0.02 to 0.11 nats.
+
+    Layers whose scale grows alike are held together with those that the issues name. After a
+    release the scale stays at the ceiling, which is the model's own earlier value.
+
+    Example:
+        >>> CapScale(cap=0.125).settings
+        {'cap': 0.125}
     """
 
     treats: ClassVar[Mapping[str, int]] = {"sustained_growth": 20}
 
     cap: Annotated[float, Bounds(above=0, high=1e30)] | None = None
-    """The scale itself; None for what it was when the growth began, as the issue tells it
-    (``since_step``).
+    """Largest scale, above 0; None for the scale when the growth began.
+
+    The issue's evidence names that step as ``since_step``.
     """
 
     def _start(self, run: TrainingRun) -> Effect:
         if self.cap is None and not any(
             issue.evidence.get("by") == "scale" for issue in self.issues
         ):
-            raise NotApplicable("it is not the scale of the scores that grows")
+            raise NotApplicable("no issue shows that the scale of the scores grows: give a cap")
         since = min(
             (int(i.evidence["since_step"]) for i in self.issues if "since_step" in i.evidence),
             default=run.step,
@@ -66,7 +71,7 @@ class CapScale(Intervention):
                 name = scale_of(run.module(layer), layer)
                 held[layer] = (
                     name,
-                    self._then(run, layer, since, getattr(run.module(layer), name)),
+                    self._ceiling(run, layer, since, getattr(run.module(layer), name)),
                 )
             except NotApplicable as error:
                 refused.append(error)
@@ -94,8 +99,8 @@ class CapScale(Intervention):
             },
         )
 
-    def _then(self, run: TrainingRun, layer: str, since: int, now: float) -> float:
-        """What the layer's scale may be at most."""
+    def _ceiling(self, run: TrainingRun, layer: str, since: int, now: float) -> float:
+        """Return the largest scale that the layer may have."""
         if self.cap is not None:
             return self.cap
         read = {
@@ -105,11 +110,13 @@ class CapScale(Intervention):
         }
         newest = run.history.info.get(layer)
         if newest is None or since not in read or not 0.5 * newest.scale < now < 2.0 * newest.scale:
-            raise NotApplicable(f"what {layer} multiplies its scores by is not what was seen of it")
+            raise NotApplicable(f"the scale that {layer} holds is not the one that was measured")
         return read[since]
 
 
 class _Held(HeldEffect):
+    """The ceilings of several layers, and the scales from before."""
+
     def __init__(self, run: TrainingRun, caps: Mapping[str, tuple[str, float]]) -> None:
         self.caps = caps
         self._modules: dict[str, nn.Module] = {layer: run.module(layer) for layer in caps}

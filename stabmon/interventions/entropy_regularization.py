@@ -1,4 +1,4 @@
-"""A loss term that asks ill heads to spread their attention."""
+"""A loss term on the attention entropy of unstable heads."""
 
 from __future__ import annotations
 
@@ -22,29 +22,34 @@ from stabmon.records import AttentionCall
 
 logger = logging.getLogger("stabmon")
 LEAST_VISIBLE = 16
-"""Rows that see fewer keys have no spread to speak of."""
+"""Fewest visible keys with which a row counts: below, its entropy means little."""
 
 
 @intervention
 @dataclass(frozen=True)
 class EntropyRegularization(Intervention):
-    r"""Add :math:`c \cdot \sum_\text{heads} \operatorname{mean}_\text{rows} \max(0, \text{floor} -
-    H / \ln n)` to the loss.
+    r"""Add a penalty on low attention entropy to the loss.
 
-    **Preventive at best:** the gradient of the entropy carries the softmax's Jacobian, which is
-    gone (1e-6) in a row that has collapsed; on a collapsed toy it did nothing. Never chosen unless
-    the configuration names it.
+    The term is :math:`c \sum_\text{heads} \operatorname{mean}_\text{rows} \max(0, f - H / \ln n)`:
+    c is ``coefficient``, f is ``floor``, H a row's entropy in nats and n its number of visible keys
+    (16 at least, else the row does not count).
 
-    The term is never formed as part of the loss. Its gradient by query and key, on up to ``rows``
-    sampled rows of each head, is computed in the forward and added to the gradient that arrives
-    there in the backward, which gives every parameter behind query and key exactly the gradient of
-    loss + term, whatever the model returns; learned position biases and sinks take no part in the
-    term. The reported loss stays the model's own. Memory is rows times keys a head; rows are drawn
-    from a generator of its own.
+    **Preventive at best:** the gradient of the entropy carries the softmax's Jacobian, which
+    vanishes (1e-6) in a row that has collapsed; on a small collapsed model it changed nothing. It
+    is chosen only where the configuration names it.
 
-    Not reached, and said so once: attention under reentrant activation checkpoints or under
-        ``no_grad``, and queries that are cast to
-    another type on their way into the kernel.
+    The reported loss stays the model's own. The gradient of the term by query and key, on up to
+    ``rows`` sampled rows of each head, is computed in the forward and added in the backward, so
+    that every parameter behind query and key receives exactly the gradient of loss + term, whatever
+    the model returns. Learned position biases and sinks receive nothing from the term. It costs
+    memory of rows times keys per head; the rows come from a random generator of its own.
+
+    It does not reach attention under reentrant activation checkpoints or under ``no_grad``, nor
+    queries that are cast to another dtype on their way into the kernel, and warns of that once.
+
+    Example:
+        >>> EntropyRegularization(floor=0.3).settings
+        {'coefficient': 0.01, 'floor': 0.3, 'rows': 64}
     """
 
     treats: ClassVar[Mapping[str, int]] = dict.fromkeys(ATTENTION_AND_LOSS, 110)
@@ -53,10 +58,11 @@ class EntropyRegularization(Intervention):
     cost: ClassVar[float] = float("inf")
 
     coefficient: Factor = 0.01
-    """Nats of loss for each unit of normalised entropy that is missing."""
+    """Nats of loss for each unit of normalised entropy below ``floor``."""
     floor: Annotated[float, Bounds(above=0, high=1)] = 0.2
-    """Normalised entropy, in [0, 1], above which a row is left alone."""
+    """Normalised entropy, in (0, 1], above which a row adds nothing."""
     rows: Annotated[int, Bounds(1, 1024)] = 64
+    """Query rows sampled from each attention call, 1 to 1024."""
 
     def _start(self, run: TrainingRun) -> Effect:
         places = list(
@@ -78,19 +84,21 @@ class EntropyRegularization(Intervention):
 
 
 class _Regularized(Effect):
+    """The gradient of the term, added at the query and key of every attention call."""
+
     def __init__(
-        self, act: EntropyRegularization, run: TrainingRun, places: Sequence[Place]
+        self, settings: EntropyRegularization, run: TrainingRun, places: Sequence[Place]
     ) -> None:
         super().__init__(
-            places=places, before={"coefficient": 0.0}, after={"coefficient": act.coefficient}
+            places=places, before={"coefficient": 0.0}, after={"coefficient": settings.coefficient}
         )
-        self.act, self.run = act, run
+        self.settings, self.run = settings, run
         self._heads: dict[str, list[int | None]] = {}
         for layer, head in places:
             self._heads.setdefault(str(layer), []).append(head)
         self._generator = torch.Generator()
         self._hooks: list[Any] = []
-        self._said = False
+        self._warned = False
         self._remove = [
             run.step_hooks.add("attention", self._attend),
             run.step_hooks.add("on_step", self._clear),
@@ -114,11 +122,11 @@ class _Regularized(Effect):
             return
         query, key = _source(call.query), _source(call.key)
         if call.query is None or call.key is None or query is None or key is None:
-            if not self._said:
-                self._said = True
+            if not self._warned:
+                self._warned = True
                 logger.warning(
-                    "entropy_regularization does not reach %s: its query and key are not "
-                    "differentiated",
+                    "entropy_regularization does not reach %s: no gradient flows to its query and "
+                    "key",
                     call.layer,
                 )
             return
@@ -132,17 +140,18 @@ class _Regularized(Effect):
                 if h < operator.heads
             }
         )
-        index = sampled_rows(operator.queries, self.act.rows, self._generator).to(call.query.device)
+        index = sampled_rows(operator.queries, self.settings.rows, self._generator)
+        index = index.to(call.query.device)
         with torch.enable_grad():
             q, k = (
                 call.query.detach().float().requires_grad_(),
                 call.key.detach().float().requires_grad_(),
             )
-            term = entropy_deficit(q, k, operator, heads, index, self.act.floor)
+            term = entropy_deficit(q, k, operator, heads, index, self.settings.floor)
             if not term.requires_grad:  # no row sees enough keys
                 return
             by_query, by_key = torch.autograd.grad(term, (q, k))
-        weight = self.act.coefficient * self.run.loss_scale
+        weight = self.settings.coefficient * self.run.loss_scale
         self._hooks += [
             _add_gradient(query, call.query, by_query * weight),
             _add_gradient(key, call.key, by_key * weight),
@@ -150,7 +159,23 @@ class _Regularized(Effect):
 
 
 def sampled_rows(queries: int, count: int, generator: torch.Generator) -> Tensor:
-    """Up to ``count`` of the query rows, ascending, one from each of as many equal stretches."""
+    """Draw query rows, one from each of equally long stretches.
+
+    Args:
+        queries: number of query rows.
+        count: most rows to draw.
+        generator: source of the random numbers.
+
+    Returns:
+        Ascending row indices, int64, ``[min(count, queries)]`` at most; all rows if ``count``
+        suffices.
+
+    Example:
+        >>> sampled_rows(3, 8, torch.Generator())
+        tensor([0, 1, 2])
+        >>> sampled_rows(100, 4, torch.Generator().manual_seed(0)) // 25
+        tensor([0, 1, 2, 3])
+    """
     if count >= queries:
         return torch.arange(queries)
     edges = torch.linspace(0, queries, count + 1)
@@ -167,17 +192,28 @@ def entropy_deficit(
     rows: Tensor,
     floor: float,
 ) -> Tensor:
-    """Sum over heads of the mean over rows of max(0, floor - H / ln n); differentiable by query and
-    key.
+    """Return the sum over heads of the mean over rows of max(0, floor - H / ln n).
 
     Args:
-        query, key: ``[B, H, Q, D]`` and ``[B, H_kv, K, D]``, float32.
-        operator: who sees whom, and the scale, softcap and sinks of the call.
-        heads, rows: which; rows that see fewer than 16 keys count nowhere.
-        floor: normalised entropy above which a row adds nothing.
+        query: queries ``[B, H, Q, D]``, float32; the result is differentiable by it.
+        key: keys ``[B, H_kv, K, D]``, float32; the result is differentiable by it.
+        operator: visible keys, scale, softcap and sinks of the attention call.
+        heads: query heads to sum over.
+        rows: query rows to average over, ``[R]``; those with fewer than 16 visible keys are left
+            out.
+        floor: normalised entropy above which a row adds nothing, in (0, 1].
 
     Returns:
         A scalar; 0 where no row counts.
+
+    Example:
+        Keys that are all alike give uniform attention, and no deficit:
+
+        >>> query, key = torch.randn(1, 1, 32, 4), torch.ones(1, 1, 32, 4)
+        >>> call = AttentionCall("attn", query=query, key=key, scale=0.5, is_causal=True)
+        >>> deficit = entropy_deficit(query, key, operator_of(call), [0], torch.arange(32), 0.5)
+        >>> round(deficit.item(), 6)
+        0.0
     """
     group = query.shape[1] // key.shape[1]
     visibility = operator.visibility.select(rows)
@@ -212,12 +248,12 @@ def entropy_deficit(
 
 
 def _source(tensor: Tensor | None) -> Tensor | None:
-    """The tensor of the model's own graph that a captured one is, or is a view of; None where there
-    is none.
+    """Return the tensor of the model's graph behind a captured one; None if none.
 
-    A view made without gradients is in no graph, whatever its ``requires_grad`` says; the tensor
-    that it looks into is.
+    A view made without gradients is in no graph, whatever its ``requires_grad`` says; its base is.
     """
+    # _base is private: the tensor that a view was made of (checked with torch 2.13). Without it
+    # captured views would be reported as not reached.
     for each in (tensor, None if tensor is None else tensor._base):
         if each is not None and each.grad_fn is not None:
             return each
@@ -225,8 +261,9 @@ def _source(tensor: Tensor | None) -> Tensor | None:
 
 
 def _add_gradient(source: Tensor, seen: Tensor, gradient: Tensor) -> Any:
-    """Add ``gradient``, which is by ``seen``, a view of ``source`` or itself, to what arrives at
-    ``source`` in the backward.
+    """Add a gradient by ``seen`` to that of ``source`` in the backward.
+
+    ``seen`` is ``source`` itself or a view of it.
     """
     if source is seen:
         return source.register_hook(lambda arriving: arriving + gradient.to(arriving.dtype))

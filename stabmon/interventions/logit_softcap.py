@@ -1,4 +1,4 @@
-"""Cap scores smoothly, in a model that has a place for it."""
+"""A smooth cap on attention scores, in models that support one."""
 
 from __future__ import annotations
 
@@ -27,13 +27,22 @@ CODE = (
 @intervention
 @dataclass(frozen=True)
 class LogitSoftcap(Intervention):
-    """Let scores pass through cap · tanh(score / cap) (Gemma 2, arXiv:2408.00118), in layers that
-    can.
+    r"""Bound attention scores smoothly, in layers with an attribute for it.
 
-    Only modules with an attribute for it can (Gemma 2), and only where the step's batch, run again,
-    shows that the kernel applies it; in all other models it is a change of architecture, and the
-    line to change is told. Repaired one of ten failing runs, with a jump of the loss; the attribute
-    is no weight, so the model trained so must keep it.
+    A score s becomes :math:`c \tanh(s / c)`, with c for ``cap``.
+
+    It needs a module with a softcap attribute (such as Gemma 2), and a replay of the step's batch
+    that shows that the kernel applies it. In all other models it is a change of architecture: the
+    refusal then shows the line of code to change. It repaired one of ten failing runs, with a jump
+    of the loss. The attribute is no weight, so a model trained with it must keep it; the record
+    names the config value.
+
+    Example:
+        >>> LogitSoftcap(cap=30.0).settings
+        {'cap': 30.0}
+
+    References:
+        Gemma 2, arXiv:2408.00118.
     """
 
     treats: ClassVar[Mapping[str, int]] = {"scores": 30}
@@ -42,6 +51,7 @@ class LogitSoftcap(Intervention):
     cost: ClassVar[float] = 0.0
 
     cap: Annotated[float, Bounds(above=0, high=1e4)] = 50.0
+    """Bound on the absolute score, in (0, 1e4]."""
 
     def _start(self, run: TrainingRun) -> Effect:
         layers = list(
@@ -61,8 +71,7 @@ class LogitSoftcap(Intervention):
                 refused.append(error)
         if found and not can_replay(run):
             raise NotApplicable(
-                "there is no batch to run again that could show whether the kernel applies a "
-                "softcap",
+                "there is no batch to replay that could show whether the kernel applies a softcap",
                 advice,
             )
         if found:
@@ -81,7 +90,7 @@ class LogitSoftcap(Intervention):
         return effect
 
     def _place(self, run: TrainingRun, layer: str) -> tuple[str, Any]:
-        """The attribute that holds a layer's softcap, and what is there."""
+        """Return the attribute that holds a layer's softcap, and its value."""
         module = run.module(layer)
         name = next((n for n in SOFTCAPS if n in vars(module)), None)
         if name is None:
@@ -97,8 +106,9 @@ class LogitSoftcap(Intervention):
         return name, before
 
     def _shown(self, run: TrainingRun, found: Mapping[str, tuple[str, Any]]) -> set[str]:
-        """Those layers whose kernel is given the cap on the step's batch, all of them set;
-        everything is put back.
+        """Return the layers whose kernel applies the cap, by a replay of the batch.
+
+        The cap is set in all layers for the replay, and undone after it.
         """
         trial = _Capped(run, found, self.cap)
         seen: set[str] = set()
@@ -120,6 +130,8 @@ class LogitSoftcap(Intervention):
 
 
 class _Capped(AttributesChanged):
+    """The softcaps of several layers."""
+
     def __init__(self, run: TrainingRun, found: Mapping[str, tuple[str, Any]], cap: float) -> None:
         changes = [(layer, name, before, cap) for layer, (name, before) in found.items()]
         before, after = described(changes)

@@ -1,4 +1,4 @@
-"""Scale the query and key weights of a head so that its scores come back to where they were."""
+"""QK-clip: smaller query and key weights for heads whose scores have grown."""
 
 from __future__ import annotations
 
@@ -23,49 +23,59 @@ from stabmon.records import StabilityIssue
 @intervention
 @dataclass(frozen=True)
 class QkClip(Intervention):
-    r"""QK-clip: multiply a head's scores by :math:`\gamma = \min(1, \tau / S)`, S its largest
-    score, by way of its weights.
+    r"""Scale the query and key weights of heads whose scores are too large.
 
-    Of all acts tried it repairs most at the least cost: on ten small runs that failed from
-    attention it closed the gap to the healthy twin in seven, and cost a healthy run nothing.
+    The scores of a head whose largest score is S are multiplied by
+    :math:`\gamma = \min(1, \tau / S)`. Of all interventions tried it repairs most at the least
+    cost: on ten small runs that failed from attention it closed the gap to the paired control run
+    in seven, and cost a healthy run nothing.
 
-    :math:`\tau` is twice the head's own largest score before it grew (``times_own_past``), at least
-    ``floor``, and never beyond a quarter of what the number format holds; where scores outgrew a
-    format's digits it is the score that needs a bit less than there are; ``target`` sets it for all
-    heads instead.
+    **Target.** :math:`\tau` is twice the head's own largest score before it grew
+    (``times_own_past``), at least ``floor``, and at most a quarter of the number format's largest
+    value. Where scores need more digits than the format has (``precision_insufficient``), it is the
+    score that needs one bit fewer than there are. ``target`` sets it for all heads instead.
 
-    W_q and W_k, and their biases, take :math:`\sqrt\gamma` each; where several query heads share a
-    key head, W_q alone takes :math:`\gamma`, which leaves the siblings as they are. Under a norm of
-    queries and keys the weights have no say, and its gain takes :math:`\gamma`: exact for one head
-    if the norm has a gain a head, else all heads of the layer are scaled by the smallest
-    :math:`\gamma` (the record says so). Position biases are not scaled. Master copies are edited
-    with the weights. The optimizer's moments are left alone: an adaptive step does not depend on
-    the gradient's scale, and the momentum that still points to growth is met by clipping again. But
-    where heads were saturated from the start, the optimizer begins anew with them, since it knows
-    the gradients of a model that is no longer there: moments of nothing, and a warm-up (of two runs
-    that stayed 0.23 and 0.25 nats behind their twins otherwise, nothing and 0.05 were left).
+    **Weights.** W_q and W_k, and their biases, are multiplied by :math:`\sqrt\gamma` each. Where
+    several query heads share a key head, W_q alone is multiplied by :math:`\gamma`, so that the
+    other heads do not change. Under a norm of queries and keys the scale of the weights has no
+    effect, and the norm's gain is multiplied by :math:`\gamma`: for one head if the norm has a gain
+    per head, else for all heads of the layer by the smallest :math:`\gamma`, which the record
+    states. Position biases are not scaled. Master copies are edited with the weights.
 
-    Under adapters it is refused where W_q is frozen and what is trained is added to it (LoRA): the
+    **Optimizer.** Its moments are kept: an adaptive step does not depend on the gradient's scale,
+    and momentum that still points to growth is met by clipping again. Only where heads were
+    saturated from the start are the moments set to zero, with a warm-up, since they describe a
+    model that no longer exists. Of two runs that otherwise stayed 0.23 and 0.25 nats behind their
+    paired control runs, 0 and 0.05 nats were left.
+
+    **Adapters.** It is refused where W_q is frozen and the trained part is added to it (LoRA): the
     sum scales as a whole only if the frozen weight is edited, which is often shared or packed and
     is not saved with the adapters, so that the clip would be lost. Adapters that multiply each
-    feature (the magnitude of DoRA where there is no bias, the vector of IA3) are what is scaled.
+    feature (the magnitude of DoRA without a bias, the vector of IA3) are scaled themselves.
 
-    Which rows belong to a head is a guess from names and shapes until the step's batch has been run
-    again: each guess is tried, and kept only if the head's score came to :math:`\tau` and no other
-    head of the layer moved. Without a batch to run again the likeliest guess is taken, which the
-    record says; no single batch of later judges it. Should its rows come to an eighth of their norm
-    while no score has fallen, it is given up.
+    **Proof.** The rows of a head are guessed from names and shapes. Where the step's batch can be
+    replayed each guess is tried, and kept only if the head's score comes to :math:`\tau` and no
+    other head of the layer changes. Without a replay the likeliest guess is taken, which the record
+    states. It is given up once its rows have shrunk to an eighth of their norm while no score has
+    fallen; no single later batch decides it.
 
-    While ``hold`` is on, every training forward's largest scores of these layers are watched, and a
-    head above its :math:`\tau` is clipped again after the optimizer's step, until the act is
-    released. Under a ``target`` the largest scores of the last eight steps count, each as it would
-    be with the weights of now, since one batch's largest is often well below another's. A person's
-    own is held also where no head is above its :math:`\tau` yet. Where it goes on clipping though
-    no alarm is open, :math:`\tau` is doubled from time to time, up to ``widest``.
+    **Hold.** With ``hold`` the largest scores of these layers are read in every training forward,
+    and a head above its :math:`\tau` is clipped again after the optimizer's step, until this is
+    released. Under a ``target`` the largest scores of the last eight steps count, each converted to
+    the present weights, since the largest score of one batch is often well below another's. One
+    applied by a person is held even if no head is above its :math:`\tau` yet. Where it goes on
+    clipping without an open alarm, :math:`\tau` is doubled from time to time, up to ``widest``.
 
-    Source:
-        Kimi K2, arXiv:2507.20534; per-head max and clip. Measured: the project's own ten failing
-        runs.
+    Example:
+        >>> clip = QkClip(target=50.0, hold=False)
+        >>> clip.name, clip.target, clip.floor
+        ('qk_clip', 50.0, 10.0)
+        >>> issue = StabilityIssue(7, "attn", 0, "logit_growth", "error", 80.0, 50.0, "")
+        >>> clip.aim(TrainingRun(None), issue)
+        50.0
+
+    References:
+        Kimi K2, arXiv:2507.20534: largest score and clip per head.
     """
 
     treats: ClassVar[Mapping[str, int]] = {"scores": 10, "sustained_growth": 30}
@@ -74,22 +84,29 @@ class QkClip(Intervention):
     cost: ClassVar[float] = 0.0
 
     target: Annotated[float, Bounds(above=0, high=1e30)] | None = None
-    """Largest score to clip to; None for each head's own past."""
+    """Largest score of every head, above 0; None to derive it from each head's own past."""
     times_own_past: Factor = 2.0
-    """Heads need room to learn: held at once their own past, repaired runs stayed 0.02 to 0.04 nats
-    behind; at twice, none did.
+    """Target, as a multiple of the head's largest score before it grew.
+
+    Heads need room to learn: held at 1, repaired runs stayed 0.02 to 0.04 nats behind; at 2, none
+    did.
     """
     floor: Factor = 10.0
-    """Scores below it are never clipped: they leave a row its gradient."""
+    """Score below which no head is clipped: softmax rows then keep their gradient."""
     widest: Annotated[float, Bounds(0, 1e30)] = 100.0
-    """Score up to which what is held is doubled, each time it was at work for long without an
-    alarm: heads of a healthy run go on growing, and one held at 10 to the end came out 0.09 nats
-    behind. 100 held training stable at scale (Kimi K2)."""
+    """Largest score up to which a held target is doubled.
+
+    It is doubled each time that it clipped for long without an alarm: heads of a healthy run go on
+    growing, and one held at 10 to the end came out 0.09 nats behind. 100 held training stable at
+    scale (Kimi K2).
+    """
     fresh: Factor = 1.0
-    """Score to which a head is brought that was saturated from the start, and has no better past;
-    from there it may grow to ``widest``.
+    """Score to which a head is scaled that was saturated from the start.
+
+    Such a head has no better past. From there it may grow to ``widest``.
     """
     hold: bool = True
+    """True to clip again after later steps; False to clip once."""
 
     def _start(self, run: TrainingRun) -> Effect:
         targets: dict[Place, float] = {}
@@ -147,8 +164,20 @@ class QkClip(Intervention):
         return clip
 
     def aim(self, run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:
-        """The score to clip to for the head that ``issue`` names, or for ``head`` where it names
-        its layer alone.
+        """Return the score to clip a head to.
+
+        Args:
+            run: the run, whose history holds the head's past.
+            issue: an issue that names the head, or its layer alone.
+            head: the query head, where the issue names its layer alone.
+
+        Returns:
+            The largest absolute score allowed, above 0.
+
+        Example:
+            >>> issue = StabilityIssue(7, "attn", 0, "logit_growth", "error", 80.0, 50.0, "")
+            >>> QkClip(floor=20.0).aim(TrainingRun(None), issue)
+            20.0
         """
         if self.target is not None:
             return self.target
@@ -161,7 +190,7 @@ class QkClip(Intervention):
             fitting: float = 2.0 ** (issue.threshold - issue.value - 1)  # a bit is a factor of two
             return max(self.floor, now * fitting)
         if issue.evidence.get("from_the_start"):
-            return max(self.floor, self.widest)  # nothing drives it, and it must learn
+            return max(self.floor, self.widest)  # no growth to stop, and the head must learn
         past = baselines(run, issue, head)
         aim = max(self.floor, self.times_own_past * past if np.isfinite(past) else 0.0)
         info = run.history.info.get(issue.layer or "")
@@ -169,10 +198,12 @@ class QkClip(Intervention):
 
 
 def _by_place(values: Sequence[tuple[str, int, float]]) -> dict[Place, float]:
+    """Return stored triples as scores by layer and head."""
     return {(layer, int(head)): float(value) for layer, head, value in values}
 
 
 def _heads(run: TrainingRun, issue: StabilityIssue) -> list[Place]:
+    """Return the heads that an issue concerns; all of the layer where it names none."""
     if issue.layer is None:
         return []
     if issue.head is not None:

@@ -1,4 +1,4 @@
-"""Go back to the last healthy state, and on with new data."""
+"""A return to the newest healthy state, with new data from there on."""
 
 from __future__ import annotations
 
@@ -19,30 +19,38 @@ from stabmon.records import StabilityIssue
 from stabmon.rules.base import symptom_of
 
 FEW = 100
-"""Steps that a run which was broken from the start may be put back by though its loss keeps to its
-course.
+"""Most steps to go back in a run that was unstable from the start.
+
+Within these a rollback is allowed although the loss keeps to its course.
 """
 
 
 @intervention
 @dataclass(frozen=True)
 class Rollback(Intervention):
-    """Restore parameters, buffers, the optimizer's moments and the gradient scaler of the newest
-    healthy state, bit for bit.
+    """Restore the newest healthy state of the run, bit for bit.
 
-    The data is not rewound: training goes on with batches that come next, so that those which did
-        the harm are passed by, as PaLM did
-    (arXiv:2204.02311, some 100 steps back). Nor are random generators, step counters and the
-    schedule, which belong to the data's place in the run; ``rewind_schedule`` sets back the
-    scheduler and the groups' rates too.
+    Parameters, buffers, the optimizer's moments and the gradient scaler are restored. The data is
+    not rewound: training goes on with the next batches, so that those that did the damage are
+    skipped, as PaLM did, some 100 steps back. Random generators, step counters and the schedule
+    belong to the data's place in the run and stay; with ``rewind_schedule`` the scheduler and the
+    groups' rates are restored too.
 
-    It goes to no state that is worse than where the run stands: not while the loss keeps to its
-    course, unless weights are spoilt; the record says what it goes back to and why.
+    It costs the steps made since that state. It is refused while the loss keeps to its course,
+    unless weights are corrupted, so that a run is never set to a state worse than its own. The
+    record names the state and the reason.
 
     States are kept on the host, or in ``run_dir`` where they are too large for ``memory_gb``: see
-    :class:`~stabmon.interventions.run.healthy_states.HealthyStates`. Undoing it brings the spoilt
-    state back bit for bit, and with it the loss of what was trained since. A parameter that was
-    added to the run since the state was taken keeps its value.
+    :class:`~stabmon.interventions.run.healthy_states.HealthyStates`. Undoing restores the corrupted
+    state bit for bit, and gives up the training since. A parameter that was added to the run after
+    the state was taken keeps its value.
+
+    Example:
+        >>> Rollback(every=10).settings
+        {'every': 10, 'confirm': 2, 'memory_gb': 8.0, 'rewind_schedule': False}
+
+    References:
+        Chowdhery et al. 2022, arXiv:2204.02311 (PaLM): restarts that skip batches.
     """
 
     treats: ClassVar[Mapping[str, int]] = {"non_finite": 10, "loss": 10}
@@ -55,23 +63,27 @@ class Rollback(Intervention):
     state_key: ClassVar[str] = "states"
 
     every: Count = 4
-    """Samples between the states that are kept."""
+    """Sampled steps between two states."""
     confirm: Annotated[int, Bounds(0)] = 2
-    """Healthy samples after which a state counts as healthy."""
+    """Healthy sampled steps after which a state counts as healthy, at least 0."""
     memory_gb: Annotated[float, Bounds(0, 1e6)] = 8.0
+    """Host memory for all states, in GB; larger ones go to ``run_dir``."""
     rewind_schedule: bool = False
+    """True to restore the scheduler and the groups' rates too."""
 
     def unsuited(self, run: TrainingRun, symptom: str) -> str:
         if symptom == "non_finite" and run.newest_harmless_nonfinite() is not None:
-            return "the weights are finite, so that going back mends nothing"
+            return "the weights are finite, so that a rollback repairs nothing"
         return ""
 
     def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
         return uses < budget.max_rollbacks
 
     def is_due(self, issue: StabilityIssue, tried: Sequence[Applied]) -> bool:
-        """The rate was too high from the start, or a layer was moved too far, and a cap holds that
-        now: what was trained so is not worth keeping. A cap that shortened the step has left none.
+        """Return whether a cap now holds the cause of steps that are not worth keeping.
+
+        These are steps at a rate too high from the start, or that moved a layer too far. A cap that
+        shortened the step itself has left no such step.
         """
         symptom = symptom_of(issue)
         too_fast = issue.evidence.get("fitting_rate") is not None or (
@@ -101,8 +113,9 @@ class Rollback(Intervention):
         return HealthyStates(run, every=self.every, confirm=self.confirm, memory_gb=self.memory_gb)
 
     def _begins_again(self, run: TrainingRun, snapshot: Snapshot) -> bool:
-        """Whether the rate was too high from the start and heads broke: what they learned since is
-        not worth the steps it took.
+        """Return whether heads failed under a rate too high from the start.
+
+        What they have learned since is then not worth the steps that it took.
         """
         from_start = any(
             issue.evidence.get("how") == "brisk" or "largest_query_key_update" in issue.evidence
@@ -115,6 +128,8 @@ class Rollback(Intervention):
 
 
 class _RolledBack(Effect):
+    """A restored state, and the corrupted one from before it."""
+
     def __init__(
         self, run: TrainingRun, states: HealthyStates, snapshot: Snapshot, schedule: bool
     ) -> None:
@@ -126,30 +141,30 @@ class _RolledBack(Effect):
             resources=frozenset(["everything"]),
         )
         self.run, self._schedule = run, schedule
-        self._spoilt: Snapshot | Path | None = states.keep(Snapshot.take(run), "before-rollback")
+        self._corrupted: Snapshot | Path | None = states.keep(Snapshot.take(run), "before-rollback")
         snapshot.restore(run, schedule=schedule)
         self._others = [
             each.effect.rolled_back(snapshot.step) for each in run.applied if each.active
         ]
         states.note_rollback()
-        for tell in run.on_rollback:
-            tell(snapshot.step)
+        for notify in run.on_rollback:
+            notify(snapshot.step)
 
     def undo(self) -> bool:
-        spoilt, self._spoilt = self._spoilt, None
-        if spoilt is None:
+        corrupted, self._corrupted = self._corrupted, None
+        if corrupted is None:
             return False
-        (Snapshot.load(spoilt) if isinstance(spoilt, Path) else spoilt).restore(
+        (Snapshot.load(corrupted) if isinstance(corrupted, Path) else corrupted).restore(
             self.run, schedule=self._schedule
         )
-        if isinstance(spoilt, Path):
-            spoilt.unlink(missing_ok=True)
-        for take_back in self._others:
-            take_back()
+        if isinstance(corrupted, Path):
+            corrupted.unlink(missing_ok=True)
+        for restore in self._others:
+            restore()
         return True
 
     def release(self) -> None:
-        """Let go of the spoilt state: from here on there is no way back to it."""
-        if isinstance(self._spoilt, Path):
-            self._spoilt.unlink(missing_ok=True)
-        self._spoilt = None
+        """Delete the corrupted state, so that the rollback can no longer be undone."""
+        if isinstance(self._corrupted, Path):
+            self._corrupted.unlink(missing_ok=True)
+        self._corrupted = None

@@ -1,4 +1,4 @@
-"""Leave out optimizer steps whose gradients are not finite."""
+"""No optimizer step with gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -20,21 +20,35 @@ from stabmon.projections.not_applicable import NotApplicable
 @intervention
 @dataclass(frozen=True)
 class SkipStep(Intervention):
-    """From now on, set every gradient to None right before the optimizer's step if any of them is
-    NaN or inf, on any rank.
+    """Skip every optimizer step for which a gradient is NaN or inf on any rank.
 
-    Optimizers leave a parameter without a gradient alone: values, moments and decay. It must be in
-    place before the first bad gradient, as after one step the NaN is in the weights and in every
-    later gradient; it costs a look at all gradients and one transfer to the host at each step.
-    After ``most`` skipped steps in a row it says once that skipping does not help, and goes on. A
-    gradient scaler does the same by itself, so that with one this is refused, or does nothing once
-    one is found at work.
+    Right before the step all gradients are set to None. Optimizers do not change a parameter
+    without a gradient: neither value nor moments, and no weight decay.
+
+    It must be in place before the first non-finite gradient: after one step the NaN is in the
+    weights and in every later gradient. It costs one read of all gradients and one transfer to the
+    host at each step. After ``most`` skipped steps in a row it reports once that skipping does not
+    help, and goes on. A gradient scaler skips such steps itself: with one this is refused, or does
+    nothing once one is found at work.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> run = TrainingRun(model, optimizer)
+        >>> applied = SkipStep().apply(run)
+        >>> model(torch.full((1, 2), float("nan"))).sum().backward()
+        >>> run.step_hooks.fire("before_optimizer_step")
+        >>> optimizer.step()
+        >>> bool(model.weight.isfinite().all()), applied.effect.skipped
+        (True, 1)
     """
 
     install_at_start: ClassVar[bool] = True
     affects_whole_run: ClassVar[bool] = True
 
     most: Count = 10
+    """Skipped steps in a row after which it reports that skipping does not help."""
 
     def _start(self, run: TrainingRun) -> Effect:
         if _scales(run):
@@ -52,15 +66,18 @@ class SkipStep(Intervention):
 
 
 class _Skipping(Effect):
+    """The check of all gradients before every step."""
+
     def __init__(self, run: TrainingRun, most: int) -> None:
         super().__init__(note="looks at every step's gradients")
         self.run, self.most = run, most
         self.skipped = self.in_a_row = 0
         self._at = run.step - 1
-        """After which step it skipped last: with several optimizers it is called for each of them
-        in a step.
+        """Number of optimizer steps made before the newest skipped one.
+
+        With several optimizers the check runs for each of them within a step.
         """
-        self._remove = run.step_hooks.add("before_optimizer_step", self._look)
+        self._remove = run.step_hooks.add("before_optimizer_step", self._check)
 
     def release(self) -> None:
         self._remove()
@@ -69,7 +86,7 @@ class _Skipping(Effect):
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     @torch.no_grad()
-    def _look(self) -> None:
+    def _check(self) -> None:
         owners = [p for p in self._parameters() if p.grad is not None]
         grads = [local(p.grad) for p in owners if p.grad is not None]
         grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
@@ -92,7 +109,7 @@ class _Skipping(Effect):
             more = (
                 ""
                 if self.in_a_row == 1
-                else f"{self.most} steps in a row: skipping does not help, mend what makes them"
+                else f"{self.most} steps in a row: skipping does not help, repair the cause"
             )
             record = {
                 "intervention": "skip_step",
@@ -117,10 +134,10 @@ class _Skipping(Effect):
 
 
 def _scales(run: TrainingRun) -> bool:
-    """Whether a gradient scaler is at work."""
+    """Return whether a gradient scaler is at work."""
     return run.grad_scaler is not None and bool(run.grad_scaler.is_enabled())
 
 
 def _finite(grad: torch.Tensor) -> torch.Tensor:
-    """One flag on the gradient's own device."""
+    """Return one flag on the gradient's own device: True if all of it is finite."""
     return grad.isfinite().all()

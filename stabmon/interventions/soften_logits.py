@@ -1,4 +1,4 @@
-"""Divide the scores of a head by a temperature."""
+"""A temperature on the scores of an attention layer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,23 @@ from stabmon.projections.not_applicable import NotApplicable
 @intervention
 @dataclass(frozen=True)
 class SoftenLogits(Intervention):
-    """Divide all scores of the layer by ``temperature``, by the number that the module multiplies
-    its scores with.
+    r"""Divide all scores of a layer by a temperature.
 
-    Reaches what QK-clip cannot: fused layouts that nobody knows, norms without a gain. It acts on a
-    whole layer, and only for as long as it is held: the number is no weight and is in no
-    checkpoint, so the model trained so must keep it (the record says how). A temperature held so
-    that scores stayed below 10 repaired six of ten failing runs and cost a healthy one 0.01 nats.
+    With scores :math:`s = \alpha\, q^\top k`, the attribute that holds :math:`\alpha` becomes
+    :math:`\alpha / T`, with T for ``temperature``.
 
-    Kept in those layers where the step's batch, run again, shows every head's scores divided;
-    without a batch to run again it is refused.
+    It reaches what QK-clip cannot: fused layouts that are not known, and norms without a gain. It
+    changes a whole layer, and only for as long as it is held. The attribute is no weight and is in
+    no checkpoint, so a model trained with it must keep it; the record states the value. A
+    temperature that held scores below 10 repaired six of ten failing runs, and cost a healthy one
+    0.01 nats.
+
+    It is kept in layers where a replay of the step's batch shows the scores of every head divided,
+    and refused where no batch can be replayed.
+
+    Example:
+        >>> SoftenLogits(temperature=2.0).settings
+        {'temperature': 2.0}
     """
 
     treats: ClassVar[Mapping[str, int]] = {"scores": 20, "sustained_growth": 40}
@@ -41,7 +48,7 @@ class SoftenLogits(Intervention):
     cost: ClassVar[float] = 0.01
 
     temperature: Annotated[float, Bounds(above=1, high=1e4)] = 4.0
-    """Above 1."""
+    """Divisor of the scores, in (1, 1e4]."""
 
     def _start(self, run: TrainingRun) -> Effect:
         layers = list(
@@ -53,15 +60,14 @@ class SoftenLogits(Intervention):
             raise NotApplicable("no layer is named: give an issue that names its layer")
         if not can_replay(run):
             raise NotApplicable(
-                "there is no batch to run again that could show whether the module's scale is read"
+                "there is no batch to replay that could show whether the module's scale is read"
             )
         before = replayed_scores(run)
         proven: dict[str, Effect] = {}
         refused: list[NotApplicable] = []
         try:
-            for layer in deepest_first(
-                layers, list(before)
-            ):  # what is judged later does not see what was changed before
+            # Deepest first: a changed layer does not alter the scores of those before it.
+            for layer in deepest_first(layers, list(before)):
                 try:
                     proven[layer] = self._proven(run, layer, before.get(layer))
                 except NotApplicable as error:
@@ -79,8 +85,10 @@ class SoftenLogits(Intervention):
         return effect
 
     def _proven(self, run: TrainingRun, layer: str, before: np.ndarray | None) -> Effect:
-        """Soften one layer, or raise :class:`NotApplicable` where its scores do not show it on the
-        step's batch.
+        """Soften one layer and prove it by a replay of the step's batch.
+
+        Raises:
+            NotApplicable: if the replayed scores are not divided; then nothing is changed.
         """
         module = run.module(layer)
         name = scale_of(module, layer)
@@ -118,6 +126,8 @@ class SoftenLogits(Intervention):
 
 
 class _Softened(AttributesChanged):
+    """The divided scales of several layers."""
+
     def __init__(
         self, run: TrainingRun, scales: Mapping[str, tuple[str, float]], temperature: float
     ) -> None:
@@ -143,10 +153,23 @@ class _Softened(AttributesChanged):
 
 
 def scale_of(module: nn.Module, layer: str) -> str:
-    """The attribute that holds what a module multiplies its scores by.
+    """Return the name of the attribute that holds the scale of a module's scores.
+
+    Args:
+        module: the attention module.
+        layer: its name, for the error.
+
+    Returns:
+        The first of :data:`~stabmon.model_names.SCALES` that is a float of the module.
 
     Raises:
-        NotApplicable: if it holds none that is known by its name.
+        NotApplicable: if it has none of these.
+
+    Example:
+        >>> attention = nn.Module()
+        >>> attention.scaling = 0.125
+        >>> scale_of(attention, "layers.0.self_attn")
+        'scaling'
     """
     for name in SCALES:
         if isinstance(getattr(module, name, None), float):

@@ -1,4 +1,4 @@
-"""End training."""
+"""A clean end of training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,19 @@ from stabmon.interventions.run.training_run import TrainingRun
 @intervention
 @dataclass(frozen=True)
 class Stop(Intervention):
-    """Ask the training loop to end after this step: nothing is killed, and the loop's own
-    checkpoints and callbacks run as ever.
+    """Ask the training loop to end after this step.
+
+    Nothing is killed: the loop's own checkpoints and callbacks run as usual. It costs the rest of
+    the run, and repairs nothing.
+
+    Example:
+        >>> import torch
+        >>> run = TrainingRun(torch.nn.Linear(2, 1))
+        >>> applied = Stop(why="the loss is NaN").apply(run)
+        >>> run.stop_reason
+        'the loss is NaN'
+        >>> applied.undo(), run.stop_reason
+        (True, None)
     """
 
     treats: ClassVar[Mapping[str, int]] = {"non_finite": 20}
@@ -36,6 +47,8 @@ class Stop(Intervention):
 
 
 class _Stopping(Effect):
+    """The request to stop, and the reason from before it."""
+
     def __init__(self, run: TrainingRun, reason: str) -> None:
         self.run, self._before = run, run.stop_reason
         run.stop_reason = reason

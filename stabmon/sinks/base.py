@@ -36,32 +36,106 @@ class Sink:
         Args:
             run_dir: the existing folder ``<run_dir>/stabmon``; None where nothing goes to disk.
             meta: the entries of meta.json.
+
+        Example:
+            >>> class MetaSink(Sink):
+            ...     def open(self, run_dir, meta):
+            ...         print("writes to", run_dir, "with", meta)
+            >>> MetaSink().open(None, {"model": "gpt2"})
+            writes to None with {'model': 'gpt2'}
         """
 
     def amend(self, meta: Mapping[str, Any]) -> None:
-        """Take entries of ``meta`` that are new or changed since :meth:`open`."""
+        """Receive entries of meta.json that are new or changed since :meth:`open`.
+
+        Args:
+            meta: these entries alone.
+
+        Example:
+            >>> class MetaSink(Sink):
+            ...     def amend(self, meta):
+            ...         print("also", meta)
+            >>> MetaSink().amend({"world_size": 8})
+            also {'world_size': 8}
+        """
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        """Take one sampled step.
+        """Receive one sampled step.
 
         Args:
             reading: all measurements of the step.
             scalars: the dashboard's numbers, named as in :mod:`stabmon.sinks.scalars`.
+
+        Example:
+            >>> class LossSink(Sink):
+            ...     def write_reading(self, reading, scalars):
+            ...         print(reading.step, scalars["loss"])
+            >>> LossSink().write_reading(Reading(10, 2.5, {}), {"loss": 2.5})
+            10 2.5
         """
 
     def write_issue(self, issue: StabilityIssue) -> None:
-        """Take an issue that opened, worsened or closed."""
+        """Receive an issue that opened, worsened or closed.
+
+        Args:
+            issue: the issue; its ``state`` is the event.
+
+        Example:
+            >>> class IssueSink(Sink):
+            ...     def write_issue(self, issue):
+            ...         print(issue.issue_type, issue.state)
+            >>> issue = StabilityIssue(7, "attn", 0, "logit_growth", "error", 80.0, 50.0, "")
+            >>> IssueSink().write_issue(issue)
+            logit_growth opened
+        """
 
     def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
-        """Take all issues of one step; by default one after the other."""
+        """Receive all issues of one step; by default one after the other.
+
+        Args:
+            issues: the issues that opened, worsened or closed at the step.
+
+        Example:
+            >>> class IssueSink(Sink):
+            ...     def write_issue(self, issue):
+            ...         print("head", issue.head)
+            >>> one = StabilityIssue(7, "attn", 0, "logit_growth", "error", 80.0, 50.0, "")
+            >>> other = StabilityIssue(7, "attn", 1, "logit_growth", "error", 60.0, 50.0, "")
+            >>> IssueSink().write_issues([one, other])
+            head 0
+            head 1
+        """
         for issue in issues:
             self.write_issue(issue)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
-        """Take the audit record of an intervention that was applied or undone."""
+        """Receive the audit record of an intervention that was applied or undone.
+
+        Args:
+            record: plain values, as in a line of ``interventions.jsonl``.
+
+        Example:
+            >>> class AuditSink(Sink):
+            ...     def write_intervention(self, record):
+            ...         print(record["intervention"], record["action"])
+            >>> AuditSink().write_intervention({"intervention": "qk_clip", "action": "applied"})
+            qk_clip applied
+        """
 
     def close(self) -> None:
-        """Flush and release everything; may be called twice."""
+        """Flush and release everything; may be called twice.
+
+        Example:
+            >>> class FileSink(Sink):
+            ...     def __init__(self, file):
+            ...         self.file = file
+            ...     def close(self):
+            ...         self.file.close()
+            >>> import io
+            >>> sink = FileSink(io.StringIO())
+            >>> sink.close(), sink.close(), sink.file.closed
+            (None, None, True)
+        """
 
 
 SINKS: Registry[type[Sink]] = Registry("sink", package="stabmon.sinks")
@@ -76,6 +150,12 @@ def sink(cls: S) -> S:
     """Register a sink: ``JsonlSink`` is ``jsonl``.
 
     The name is the class name in snake case without ``Sink``.
+
+    Args:
+        cls: a class derived from :class:`Sink`.
+
+    Returns:
+        The class itself.
 
     Raises:
         ValueError: if another sink has that name.
@@ -92,7 +172,7 @@ def sink(cls: S) -> S:
 
 
 class SinkGroup(Sink):
-    """Several sinks, of which a failing one hinders neither the others nor training.
+    """Several sinks; a failing one hinders neither the others nor training.
 
     A failure is logged once. A sink that fails is tried again with the next record. Records that
     met an ``OSError`` (a full disk, a lost connection) are kept, up to 1000, and written then;
@@ -123,25 +203,32 @@ class SinkGroup(Sink):
         return [line.sink for line in self._lines]
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
+        """Open every sink; see :meth:`Sink.open`."""
         self._each("open", run_dir, meta)
 
     def amend(self, meta: Mapping[str, Any]) -> None:
+        """Give new entries of meta.json to every sink; see :meth:`Sink.amend`."""
         self._each("amend", meta)
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+        """Write one sampled step to every sink; see :meth:`Sink.write_reading`."""
         self._each("write_reading", reading, scalars)
 
     def write_issue(self, issue: StabilityIssue) -> None:
+        """Write one issue to every sink; see :meth:`Sink.write_issue`."""
         self.write_issues([issue])
 
     def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
+        """Write the issues of one step to every sink; see :meth:`Sink.write_issues`."""
         if issues:
             self._each("write_issues", issues)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
+        """Write one audit record to every sink; see :meth:`Sink.write_intervention`."""
         self._each("write_intervention", record)
 
     def close(self) -> None:
+        """Write the records that wait, close every sink, and report lost records in the log."""
         for line in self._lines:
             broken = False
             for finish in (line.write_waiting, line.sink.close):

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from stabmon.engine.recorder import Recorder
 
 from stabmon.engine.error_boundary import ErrorBoundary
-from stabmon.engine.recorder import Recorder
 from stabmon.sinks import Sink
 from stabmon.sinks.jsonl import JsonlSink
 from tests.support.sample_records import META, issue, reading

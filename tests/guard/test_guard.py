@@ -381,7 +381,7 @@ def test_nothing_is_gone_back_from_while_weights_are_finite(
     assert said == (
         []
         if expected
-        else ["the weights are finite, so that going back mends nothing; Clamp the ratio."]
+        else ["the weights are finite, so that a rollback repairs nothing; Clamp the ratio."]
     )
 
 

@@ -60,7 +60,7 @@ def test_the_scale_is_what_it_was_and_held_and_scores_with_it_and_undone_to_ever
 @pytest.mark.parametrize("model", ["llama-sdpa", "bert-sdpa", "gpt2-sdpa"])
 def test_weights_that_are_driven_are_not_for_it(model: str) -> None:
     run = run_of(model, steps=2)
-    with pytest.raises(NotApplicable, match="not the scale"):
+    with pytest.raises(NotApplicable, match="no issue shows that the scale"):
         CapScale().apply(run, growth(first_layer(run), by="weights", since_step=1))
 
 
@@ -76,7 +76,7 @@ def test_a_number_of_that_name_that_is_something_else_is_left_alone() -> None:
     run = run_of("llama-sdpa", steps=2)
     issue = driven(run, first_layer(run), 2.0)
     run.module(first_layer(run)).scaling = 64.0
-    with pytest.raises(NotApplicable, match="not what was seen"):
+    with pytest.raises(NotApplicable, match="not the one that was measured"):
         CapScale().apply(run, issue)
     assert run.module(first_layer(run)).scaling == 64.0
 

@@ -66,7 +66,16 @@ class Finding:
         return f"{place} and {self.also} more" if self.also else place
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values, for JSON.
+
+        Returns:
+            Value by field, the recommendation as a dict, and ``where``.
+
+        Example:
+            >>> finding = Finding("overflow_risk", "error", "measured", 4e4, 3.3e4, "", "h.0", 1)
+            >>> finding.to_dict()["where"]
+            'h.0 head 1'
+        """
         return asdict(self) | {"where": self.where}
 
 

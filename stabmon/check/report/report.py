@@ -32,11 +32,33 @@ class StabilityReport(CheckResults, Mapping[str, Any]):
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, NaN and infinities included."""
+        """Return plain values, NaN and infinities included.
+
+        Returns:
+            A copy of the mapping that the report is.
+
+        Example:
+            >>> import torch, stabmon
+            >>> layer = torch.nn.TransformerEncoderLayer(32, 2, batch_first=True)
+            >>> report = stabmon.check_attention_stability(layer, torch.randn(1, 16, 32))
+            >>> report.to_dict()["schema_version"]
+            1
+        """
         return dict(self._plain)
 
     def to_markdown(self) -> str:
-        """Return the report as a page of Markdown."""
+        """Return the report as a page of Markdown.
+
+        Returns:
+            The text, in lines; ``str`` of the report returns the same.
+
+        Example:
+            >>> import torch, stabmon
+            >>> layer = torch.nn.TransformerEncoderLayer(32, 2, batch_first=True)
+            >>> report = stabmon.check_attention_stability(layer, torch.randn(1, 16, 32))
+            >>> report.to_markdown() == str(report)
+            True
+        """
         return to_markdown(self)
 
     def __str__(self) -> str:

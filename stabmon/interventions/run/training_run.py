@@ -115,7 +115,19 @@ class TrainingRun:
     """Functions called after a rollback, with the step whose state the run was set to."""
 
     def find_prepared(self, kind: type[P]) -> P | None:
-        """Return the prepared state of a kind; None where no intervention asked for it."""
+        """Return the prepared state of a kind.
+
+        Args:
+            kind: its class, derived from :class:`Prepared`.
+
+        Returns:
+            The state; None where no intervention asked for it.
+
+        Example:
+            >>> run = TrainingRun(None, prepared=[Prepared()])
+            >>> run.find_prepared(Prepared) is run.prepared[0]
+            True
+        """
         return next((each for each in self.prepared if isinstance(each, kind)), None)
 
     @property
@@ -161,7 +173,21 @@ class TrainingRun:
         return self.rates.in_use if "rates" in vars(self) else {}
 
     def scheduled_rate(self, group: ParameterGroup) -> float | None:
-        """Return the rate of a group as its scheduler has set it; None where it has none."""
+        """Return the learning rate of a group as its scheduler has set it.
+
+        Args:
+            group: one of :attr:`groups`.
+
+        Returns:
+            The rate, without factors and ceilings of interventions; None where it has none.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> run = TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> release = run.rates.hold(lambda: 0.5)
+            >>> run.scheduled_rate(run.groups[0]), run.rate_factor
+            (0.1, 0.5)
+        """
         return self.rates.scheduled(group) if "rates" in vars(self) else group.rate
 
     @property
@@ -194,24 +220,50 @@ class TrainingRun:
         return self.torch_optimizers[0]
 
     def newest_harmless_nonfinite(self) -> NonFinite | None:
-        """Return the newest NaN or inf, if it has not reached the weights; else None."""
+        """Return the newest NaN or inf, if it has not reached the weights.
+
+        Returns:
+            The newest episode of the readings; None where it reached the weights, or there is none.
+
+        Example:
+            >>> TrainingRun(None).newest_harmless_nonfinite() is None
+            True
+        """
         known = (reading.non_finite for reading in reversed(self.history.readings))
         found = next((each for each in known if each is not None), None)
         return found if found is not None and found.touched in ("nothing", "gradients") else None
 
     def known_layers(self) -> list[str]:
-        """Return names of all attention layers seen so far, also before a resume."""
+        """Return the names of all attention layers seen so far, also before a resume.
+
+        Returns:
+            Qualified module names, those of the readings first.
+
+        Example:
+            >>> TrainingRun(None, layers={"h.0.attn": nn.Identity()}).known_layers()
+            ['h.0.attn']
+        """
         return list(dict.fromkeys([*self.history.layers, *self.layers]))
 
     def module(self, layer: str) -> nn.Module:
         """Return the attention module of a layer.
 
+        Args:
+            layer: the layer's name, as in readings and issues.
+
+        Returns:
+            The module.
+
         Raises:
             NotApplicable: if the model has no such module.
+
+        Example:
+            >>> TrainingRun(nn.Sequential(nn.Identity())).module("0")
+            Identity()
         """
         if layer in self.layers:
             return self.layers[layer]
-        name = layer.partition("#")[0]  # later calls of one module are told apart by a number
+        name = layer.partition("#")[0]  # later calls of one module carry a number
         for own, each in self.model.named_modules():
             if (clean_name(own) or type(each).__name__) == name:
                 found: nn.Module = each
@@ -224,6 +276,13 @@ class TrainingRun:
         Args:
             layer: the layer's name.
             head: the query head; None for the largest of all heads.
+
+        Returns:
+            The score ``max_logit``, dimensionless.
+
+        Example:
+            >>> TrainingRun(None).max_logit("h.0.attn")
+            nan
         """
         if not len(self.history) or layer not in self.history.layers:
             return float("nan")
@@ -246,6 +305,16 @@ class TrainingRun:
         """Return the elementwise maximum over all ranks, which must all call this.
 
         NaN counts as infinite.
+
+        Args:
+            values: a float tensor of any shape, the same on all ranks.
+
+        Returns:
+            The maximum, of the same shape.
+
+        Example:
+            >>> TrainingRun(None).largest_over_ranks(torch.tensor([1.0, float("nan")]))
+            tensor([1., inf])
         """
         values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
         if self.ranks > 1:
@@ -254,7 +323,18 @@ class TrainingRun:
         return values
 
     def any_rank(self, flag: bool) -> bool:
-        """Return whether the flag is True on any rank; all ranks must call this."""
+        """Return whether a flag is True on any rank; all ranks must call this.
+
+        Args:
+            flag: this rank's value.
+
+        Returns:
+            The same value on all ranks.
+
+        Example:
+            >>> TrainingRun(None).any_rank(False)
+            False
+        """
         if self.ranks == 1:
             return flag
         flags = torch.tensor([float(flag)], device=collective_device())
