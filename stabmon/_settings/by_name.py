@@ -8,7 +8,7 @@ from typing import Any
 
 from stabmon._settings.layers import Layer, Misfit, Reads, by_key, dotted, mappings, shortened
 from stabmon._settings.limits import suggest
-from stabmon._settings.reader import read, read_values, settings_of
+from stabmon._settings.reader import read, read_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +55,26 @@ class ByName(Reads):
             raise newest.error(
                 key, f"{shortened(newest.value)} must map settings to values, or be true or false"
             )
-        cls, layers = self.registry[name], mappings(layers)
-        values = read_values(cls, layers, key)
-        read(cls, Layer(values, newest.source), key=key)  # also what only the whole can tell
-        return values
+        return given_settings(self.registry[name], mappings(layers), key)
 
 
 @dataclass(frozen=True, eq=False)
 class FieldsOf(Reads):
-    """Settings of another dataclass, kept as a plain mapping with all of them."""
+    """Some settings of another dataclass, kept as a plain mapping under their current names."""
 
     cls: type
 
     def read(self, layers: Sequence[Layer], key: str) -> dict[str, Any]:
         if not isinstance(layers[-1].value, Mapping):
             raise Misfit
-        return settings_of(read(self.cls, *mappings(layers), key=key))
+        return given_settings(self.cls, mappings(layers), key)
 
     def describe(self) -> str:
         return "keys and values"
+
+
+def given_settings(cls: type, layers: Sequence[Layer], key: str) -> dict[str, Any]:
+    """Return the settings that are given, after an instance of them could be made."""
+    values = read_values(cls, layers, key)
+    read(cls, Layer(values, layers[-1].source), key=key)
+    return values

@@ -206,6 +206,8 @@ def _limited(
         if isinstance(extra, Reads):
             return extra.read(layers, key)
     value = _convert(kind, layers, key, default)
+    if value is None:
+        return None
     for extra in extras:
         if isinstance(extra, Known) and not extra.allows(value):
             hint = suggest(str(value), extra.names)

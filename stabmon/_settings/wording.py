@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -29,10 +30,10 @@ def describe(hint: Any) -> str:
     if origin is Annotated:
         if own := [each.describe() for each in args[1:] if isinstance(each, Reads)]:
             return own[0]
-        text = describe(args[0])
+        text, optional = re.subn(" or null$", "", describe(args[0]))
         for limit in args[1:]:
             text = limit.describe(text) if isinstance(limit, Limit) else text
-        return text
+        return f"{text} or null" if optional else text
     if origin in (Union, types.UnionType):
         return " or ".join(map(describe, args))
     if origin is Literal:
