@@ -35,6 +35,7 @@ class AttentionOperator(AttentionInputs, ABC):
     :func:`stabmon.operator.attention_operator`.
 
     Example:
+        >>> import torch
         >>> from stabmon.operator import attention_operator
         >>> query = torch.zeros(1, 1, 3, 4)
         >>> attention = attention_operator(query, query, scale=0.5, is_causal=True)
@@ -185,6 +186,7 @@ class AttentionOperator(AttentionInputs, ABC):
             reverse: begin with the last rows.
 
         Example:
+            >>> import torch
             >>> from stabmon.operator import attention_operator
             >>> query = torch.randn(1, 2, 6, 4)
             >>> attention = attention_operator(query, query, scale=0.5, is_causal=True)

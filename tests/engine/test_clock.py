@@ -95,7 +95,7 @@ def test_news_of_a_step_is_gone_when_the_next_begins() -> None:
     assert not clock.has_news
     clock.listeners[1].has_news = True
     assert clock.has_news
-    clock.on_step_begin(StepContext(2, False))
+    clock.reset_news()
     assert not clock.has_news
     assert not clock.listeners[1].has_news
 

@@ -39,9 +39,9 @@ def test_a_step_that_is_captured_is_not_looked_at(monkeypatch: pytest.MonkeyPatc
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     with stabmon.AttentionStabilityMonitor(model, optimizer, log_every=1, sinks=[]) as monitor:
         looked_at: list[int] = []
-        inspect = monitor._detector.before_optimizer_step
+        inspect = monitor._parts.detector.before_optimizer_step
         monkeypatch.setattr(
-            monitor._detector,
+            monitor._parts.detector,
             "before_optimizer_step",
             lambda ctx: (looked_at.append(ctx.step), inspect(ctx)),
         )

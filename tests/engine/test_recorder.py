@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from stabmon.engine.recorder import Recorder
 
 from stabmon.engine.error_boundary import ErrorBoundary
+from stabmon.engine.recording.recorder import Recorder
 from stabmon.sinks import Sink
 from stabmon.sinks.jsonl import JsonlSink
 from tests.support.sample_records import META, issue, reading
@@ -49,7 +49,7 @@ class ListSink(Sink):
 
 def make(*sinks: Sink, folder: Path | None = None) -> Recorder:
     recorder = Recorder(sinks, folder, ErrorBoundary())
-    recorder.open(lambda: META)
+    recorder.set_meta(lambda: META)
     return recorder
 
 
@@ -57,9 +57,9 @@ def test_a_run_without_a_step_leaves_nothing(tmp_path: Path) -> None:
     asked = []
     sink = ListSink()
     recorder = Recorder([sink], tmp_path / "run", ErrorBoundary())
-    recorder.open(lambda: asked.append(1) or META)
+    recorder.set_meta(lambda: asked.append(1) or META)
     recorder.close()
-    recorder.begin()  # comes too late
+    recorder.open_sinks()  # comes too late
     assert sink.kinds == ["close"]
     assert not asked
     assert not (tmp_path / "run").exists()
@@ -68,7 +68,7 @@ def test_a_run_without_a_step_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "write",
     [
-        lambda recorder: recorder.begin(),
+        lambda recorder: recorder.open_sinks(),
         lambda recorder: recorder.write_reading(reading(1), []),
         lambda recorder: recorder.write_issues([issue(1)]),
         lambda recorder: recorder.write_intervention({"step": 1}),
@@ -79,7 +79,7 @@ def test_the_first_record_opens_the_sinks_once(write, tmp_path: Path) -> None:
     sink = ListSink()
     recorder = make(sink, folder=tmp_path / "run")
     write(recorder)
-    recorder.begin()
+    recorder.open_sinks()
     write(recorder)
     assert sink.calls[0] == ("open", tmp_path / "run", META)
     assert sink.kinds.count("open") == 1
@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_and_sinks_open_without_it(tmp_
 def test_what_becomes_known_later_reaches_the_sinks() -> None:
     sink = ListSink()
     recorder = make(sink)
-    recorder.begin()
+    recorder.open_sinks()
     recorder.amend({"heads": 4})
     recorder.close()
     assert sink.calls[1:] == [("amend", {"heads": 4}), ("close",)]

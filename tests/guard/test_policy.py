@@ -115,7 +115,7 @@ def test_nothing_is_proposed_without_an_alarm_or_for_one_that_is_being_treated(r
     assert apply(policy, run, alarm(0)) == "plain"
     assert apply(policy, run, alarm(0)) is None
     assert apply(policy, run, alarm(0), alarm(1)) == "plain"
-    assert [issue.head for issue in policy.trials[-1].applied.intervention.issues] == [1]
+    assert [issue.head for issue in policy.trials.entries[-1].applied.intervention.issues] == [1]
 
 
 def test_what_did_not_fit_is_not_proposed_there_again(run) -> None:
@@ -147,7 +147,7 @@ def test_two_that_change_the_whole_run_are_not_tried_side_by_side(run) -> None:
     only = policy_of(Whole, OtherWhole)
     only.note_applied(only.propose([LOSS], run).apply(run))
     assert only.propose([alarm(0)], run) is None
-    assert not only.gave_up
+    assert not only.untreatable
 
 
 # -- limits
@@ -156,7 +156,7 @@ def test_two_that_change_the_whole_run_are_not_tried_side_by_side(run) -> None:
 def test_no_more_than_the_budget_in_a_run(run) -> None:
     policy = policy_of(Plain, Second, max_interventions=2)
     assert [apply(policy, run, alarm(head)) for head in range(3)] == ["plain", "plain", None]
-    assert policy.gave_up[("scores", "a", 2)].startswith(
+    assert policy.untreatable[("scores", "a", 2)].startswith(
         "all 2 interventions of the budget are spent; "
     )
 
@@ -168,7 +168,9 @@ def test_no_more_than_the_budget_at_a_location(run) -> None:
         names.append(apply(policy, run, alarm(0)))
         pass_samples(policy, run, 1, alarm(0))
     assert names == ["plain", "second", None]
-    assert policy.gave_up[("scores", "a", 0)].startswith("2 interventions were tried here already")
+    assert policy.untreatable[("scores", "a", 0)].startswith(
+        "2 interventions were tried here already"
+    )
     assert apply(policy, run, alarm(1)) == "plain"
 
 
@@ -178,31 +180,31 @@ def test_what_does_not_suit_the_run_is_passed_over_and_named_where_nothing_else_
     assert apply(policy_of(Unsuited, Plain), run, alarm(0)) == "plain"
     policy = policy_of(Unsuited)
     assert apply(policy, run, alarm(0)) is None
-    assert policy.gave_up[("scores", "a", 0)].startswith("not at this time; ")
+    assert policy.untreatable[("scores", "a", 0)].startswith("not at this time; ")
 
 
 def test_an_alarm_that_nothing_treats_is_noted_once_with_advice(run) -> None:
     policy = policy_of(OtherWhole)
     apply(policy, run, alarm(0))
-    assert policy.gave_up == {
-        ("scores", "a", 0): policy.gave_up[("scores", "a", 0)],
+    assert policy.untreatable == {
+        ("scores", "a", 0): policy.untreatable[("scores", "a", 0)],
     }
-    assert "no intervention that is allowed treats this" in policy.gave_up[("scores", "a", 0)]
+    assert "no intervention that is allowed treats this" in policy.untreatable[("scores", "a", 0)]
     policy.note_refused(Plain().aimed_at([alarm(1)]), NotApplicable("no", "x"))
-    assert "logit_growth" not in str(policy.gave_up)
+    assert "logit_growth" not in str(policy.untreatable)
 
 
 def test_the_advice_of_a_refusal_is_passed_on(run) -> None:
     policy = policy_of(Plain)
     policy.note_refused(policy.propose([alarm(0)], run), NotApplicable("it is fused", "split it"))
     assert apply(policy, run, alarm(0)) is None
-    assert policy.gave_up[("scores", "a", 0)].endswith("; it is fused: split it")
+    assert policy.untreatable[("scores", "a", 0)].endswith("; it is fused: split it")
 
 
 def test_an_alarm_of_a_rule_without_a_symptom_is_not_dropped_without_a_word(run) -> None:
     policy = policy_of(Plain)
     assert apply(policy, run, alarm(0, "of_nobody")) is None
-    assert policy.gave_up[("of_nobody", "a", 0)].endswith("treats it; look at it")
+    assert policy.untreatable[("of_nobody", "a", 0)].endswith("treats it; look at it")
 
 
 # -- the judgement
@@ -212,9 +214,9 @@ def test_it_worked_where_the_alarm_is_gone_after_the_patience(run) -> None:
     policy = policy_of(Plain, patience=3)
     apply(policy, run, alarm(0))
     pass_samples(policy, run, 2, alarm(0))
-    assert policy.trials[0].outcome == "pending"
+    assert policy.trials.entries[0].outcome == "pending"
     pass_samples(policy, run, 1)
-    assert policy.trials[0].outcome == "worked"
+    assert policy.trials.entries[0].outcome == "worked"
     assert apply(policy, run, alarm(0)) == "plain"  # so it may be tried again
 
 
@@ -222,8 +224,8 @@ def test_it_failed_where_the_alarm_is_open_after_the_patience_and_the_next_is_tr
     policy = policy_of(Plain, Second, patience=3)
     apply(policy, run, alarm(0))
     assert pass_samples(policy, run, 3, alarm(0)) == []  # it costs nothing: it stays
-    assert policy.trials[0].outcome == "failed"
-    assert policy.trials[0].applied.active
+    assert policy.trials.entries[0].outcome == "failed"
+    assert policy.trials.entries[0].applied.active
     assert apply(policy, run, alarm(0)) == "second"
 
 
@@ -231,7 +233,7 @@ def test_it_worked_where_it_did_at_one_of_its_heads_and_is_not_tried_at_the_othe
     policy = policy_of(Plain, Second, patience=1)
     apply(policy, run, alarm(0), alarm(1))
     pass_samples(policy, run, 1, alarm(1))
-    assert policy.trials[0].outcome == "worked"
+    assert policy.trials.entries[0].outcome == "worked"
     assert apply(policy, run, alarm(0), alarm(1)) == "plain"
     assert [issue.head for issue in run.applied[-1].intervention.issues] == [0]
 
@@ -242,18 +244,18 @@ def test_a_failed_one_that_costs_something_is_to_be_taken_back_unless_it_is_a_pe
 ) -> None:
     policy = policy_of(Costly, patience=2)
     apply(policy, run, alarm(0))
-    run.applied[0].by_hand = by_hand
+    run.applied[0].by_user = by_hand
     back = pass_samples(policy, run, 2, alarm(0))
-    assert back == ([] if by_hand else policy.trials)
-    assert policy.trials[0].outcome == "failed"
-    assert ("still open after 2 samples" in policy.trials[0].reason) is not by_hand
+    assert back == ([] if by_hand else policy.trials.entries)
+    assert policy.trials.entries[0].outcome == "failed"
+    assert ("still open after 2 samples" in policy.trials.entries[0].reason) is not by_hand
     assert pass_samples(policy, run, 5, alarm(0)) == []  # it is said once
 
 
 def test_one_that_came_to_an_end_by_itself_is_to_be_taken_back_at_once(run) -> None:
     policy = policy_of(Plain, Second, patience=9)
     apply(policy, run, alarm(0))
-    run.applied[0].effect.given_up = "the weight is gone"
+    run.applied[0].effect.abandoned_reason = "the weight is gone"
     (back,) = pass_samples(policy, run, 1, alarm(0))
     assert back.reason == "the weight is gone"
     back.applied.undo()
@@ -267,7 +269,7 @@ def test_one_with_nothing_to_do_is_released_after_a_calm_time_and_one_at_work_re
     idle, busy = run.applied
     busy.effect.was_active = lambda: True
     relaxed = []
-    busy.effect.relax = lambda: relaxed.append(policy.samples) or {"cap": 2.0}
+    busy.effect.relax = lambda: relaxed.append(policy.trials.samples) or {"cap": 2.0}
     pass_samples(policy, run, 1)  # judged
     pass_samples(policy, run, 2)
     assert idle.active
@@ -285,7 +287,7 @@ def test_without_leave_nothing_is_released(run) -> None:
     policy = policy_of(Plain, patience=1, release_after=1)
     apply(policy, run, alarm(0))
     for _ in range(5):
-        policy.judge([], run, let_go=False)
+        policy.judge([], run, release=False)
     assert run.applied[0].active
 
 
@@ -296,10 +298,10 @@ def test_a_cause_found_anew_allows_what_was_tried_before(run) -> None:
     assert apply(policy, run, found) == "renewed"
     pass_samples(policy, run, 1, found)
     assert apply(policy, run, found) is None
-    assert policy.gave_up
+    assert policy.untreatable
     run.step = 9
     assert apply(policy, run, alarm(None, "non_finite", None, found_at=8)) == "renewed"
-    assert not policy.gave_up
+    assert not policy.untreatable
 
 
 # -- the state
@@ -314,7 +316,7 @@ def test_a_policy_goes_on_from_its_state(run) -> None:
     state = json.loads(json.dumps(policy.state_dict(run.applied)))
     other = policy_of(Plain, Second, patience=2)
     take_up = other.parse_state(state, [True, True])
-    assert not other.trials
+    assert not other.trials.entries
     take_up(run.applied)
     assert other.state_dict(run.applied) == policy.state_dict(run.applied)
     assert apply(other, run, alarm(0)) == "second"
@@ -327,14 +329,14 @@ def test_what_is_no_longer_known_is_left_out_with_its_trials(run) -> None:
     apply(policy, run, alarm(1))
     state = policy.state_dict(run.applied)
     policy.parse_state(state, [False, True])(run.applied[1:])
-    assert [trial.applied.intervention.name for trial in policy.trials] == ["second"]
+    assert [trial.applied.intervention.name for trial in policy.trials.entries] == ["second"]
 
 
 def test_symptoms_of_earlier_versions_are_known_by_their_new_names(run) -> None:
     policy = policy_of(Plain)
     state = policy.state_dict([]) | {"gave_up": [[["drive", "a", None], "why"]]}
     policy.parse_state(state, [])([])
-    assert policy.gave_up == {("sustained_growth", "a", None): "why"}
+    assert policy.untreatable == {("sustained_growth", "a", None): "why"}
 
 
 @pytest.mark.parametrize(

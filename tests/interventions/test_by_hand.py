@@ -220,12 +220,12 @@ def test_guard_lets_go_of_its_own_when_nothing_is_wrong_and_never_of_a_persons(
 def test_a_persons_clip_that_does_nothing_is_told_of_and_stays(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    guard = guard_of(by_user=True)
+    guard = guard_of(by_hand=True)
     guard.run.applied[0].effect.abandoned_reason = "the rows are others"
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             guard.intervene([], True)
-    assert caplog.text.count("does nothing any more: the rows are others; undo it") == 1
+    assert caplog.text.count("has no effect any more: the rows are others; undo it") == 1
     assert guard.run.applied[0].active
 
 

@@ -395,7 +395,7 @@ def test_a_rate_that_the_closure_writes_into_its_tensor_is_lowered_as_well() -> 
     def closure() -> None:
         seen.append(float(rate))
         rate.fill_(0.75)
-        run.rates._again()
+        run.rates._change_new_rates()
         seen.append(float(rate))
 
     run.optimizer.step(closure)
