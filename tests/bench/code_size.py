@@ -132,11 +132,23 @@ def _count_public(package: str, trees: Trees, counts: Counts) -> None:
                 _judge_class(f"{module}.{node.name}", node, counts)
 
 
+def _literal(value: ast.expr, tree: ast.Module) -> list[str]:
+    """Return a list of names that is written out, or ``sorted(NAME)`` of a table in the file."""
+    if not isinstance(value, ast.Call):
+        return list(ast.literal_eval(value))
+    table = ast.unparse(value.args[0])
+    return next(
+        sorted(ast.literal_eval(node.value))
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == table
+    )
+
+
 def _exports(tree: ast.Module) -> list[str]:
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(each, ast.Name) and each.id == "__all__" for each in targets):
-            value = ast.literal_eval(node.value) if isinstance(node, ast.Assign) else []
+            value = _literal(node.value, tree) if isinstance(node, ast.Assign) else []
             return [str(each) for each in value]
     return []
 
