@@ -4,13 +4,19 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true
 
-.PHONY: test demo docs bench clean
+.PHONY: test types tests demo docs bench clean
 
+# Types are checked beside the tests, which leave a core idle while their last file runs.
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory -j 2 tests types
+
+types: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/mypy train
+
+tests: .venv/installed
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: .venv/installed
