@@ -66,7 +66,16 @@ ALLOWED: dict[str, Collection[str]] = {
     "study": ("_settings", "config", "controllers", "engine", "tiny"),
     "cli": (
         *_GROUND,
-        *("analysis", "check", "config", "controllers", "figures", "interventions", "report"),
+        *(
+            "__init__",
+            "analysis",
+            "check",
+            "config",
+            "controllers",
+            "figures",
+            "interventions",
+            "report",
+        ),
         *("operator", "rules", "signals", "sinks", "study", "tiny"),
     ),
 }
