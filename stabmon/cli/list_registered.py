@@ -4,61 +4,72 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import shutil
+import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Annotated
 
 import typer
 
 from stabmon.cli.options import Json
 from stabmon.registry import Registry
 
+KINDS = {
+    "signals": "stabmon.signals:SIGNALS",
+    "rules": "stabmon.rules:RULES",
+    "interventions": "stabmon.interventions:INTERVENTIONS",
+    "controllers": "stabmon.controllers:CONTROLLERS",
+    "sinks": "stabmon.sinks:SINKS",
+    "evictions": "stabmon.analysis.kv_cache:POLICIES",
+}
+"""Kind of entry -> its registry."""
+
 
 def list_registered(
     kind: Annotated[
-        str | None,
-        typer.Argument(
-            help="signals, rules, interventions, controllers, sinks or evictions; all if left out."
-        ),
+        str | None, typer.Argument(help=f"One of {', '.join(KINDS)}; all if left out.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List all registered signals, rules, interventions, controllers, sinks and evictions."""
-    registries = _registries()
-    if kind is not None and kind not in registries:
-        raise ValueError(f"unknown kind {kind!r}. Known: {', '.join(registries)}")
-    chosen = {name: registry for name, registry in registries.items() if kind in (None, name)}
+    """List signals, rules, interventions, controllers, sinks, evictions."""
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}. Known: {', '.join(KINDS)}")
+    found = {name: dict(_entries(name)) for name in KINDS if kind in (None, name)}
     if as_json:
-        print(json.dumps({name: dict(_entries(registry)) for name, registry in chosen.items()}))
+        print(json.dumps(found))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    for name, registry in chosen.items():
-        table = Table(title=name, title_justify="left", box=None, show_header=False, padding=(0, 2))
-        for entry, line in _entries(registry):
-            table.add_row(entry, line)
-        Console().print(table)
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print("\n\n".join("\n".join(_lines(name, each, columns)) for name, each in found.items()))
 
 
-def _registries() -> dict[str, Registry[Any]]:
-    from stabmon.analysis.kv_cache import POLICIES
-    from stabmon.controllers import CONTROLLERS
-    from stabmon.interventions import INTERVENTIONS
-    from stabmon.rules import RULES
-    from stabmon.signals import SIGNALS
-    from stabmon.sinks import SINKS
+def plain(line: str) -> str:
+    r"""Write a docstring's line without markup.
 
-    return {
-        "signals": SIGNALS,
-        "rules": RULES,
-        "interventions": INTERVENTIONS,
-        "controllers": CONTROLLERS,
-        "sinks": SINKS,
-        "evictions": POLICIES,
-    }
+    Example:
+        >>> plain(r"Clip :math:`\max_j |z_j|` of a :class:`~stabmon.Reading` to ``cap``.")
+        'Clip max_j |z_j| of a Reading to cap.'
+    """
+    line = re.sub(r":(?:\w+:)+`~(?:\w+\.)*([^`]*)`", r"\1", line)
+    line = re.sub(r":(?:\w+:)+`([^`]*)`", r"\1", line).replace("`", "")
+    line = re.sub(r"\\(?:mathrm|mathbf|text|operatorname)\{([^}]*)\}", r"\1", line)
+    return re.sub(r"\\[,;!]|[\\$]", "", line)
 
 
-def _entries(registry: Registry[Any]) -> Iterator[tuple[str, str]]:
+def _entries(kind: str) -> Iterator[tuple[str, str]]:
     """Yield name and first docstring line of every entry."""
-    for name, entry in registry.items():
-        yield name, (inspect.getdoc(getattr(entry, "function", entry)) or "").split("\n")[0]
+    module, _, name = KINDS[kind].partition(":")
+    registry: Registry[object] = getattr(import_module(module), name)
+    for entry, leaf in registry.items():
+        doc = inspect.getdoc(getattr(leaf, "function", leaf)) or ""
+        yield entry, plain(doc.partition("\n")[0])
+
+
+def _lines(kind: str, entries: dict[str, str], columns: int | None) -> Iterator[str]:
+    """Yield a heading and a line for each entry, cut to the width of a terminal."""
+    width = max(map(len, entries), default=0)
+    yield kind
+    for name, words in entries.items():
+        line = f"  {name:<{width}}  {words}"
+        yield line if columns is None or len(line) <= columns else f"{line[: columns - 1]}…"

@@ -26,7 +26,9 @@ from stabmon.rules.tracking.history import History
 )
 @dataclass(frozen=True)
 class LossSpike(Rule):
-    """Jump of the loss above its own recent noise; an alarm once it stays up.
+    """Jump of the loss above its own recent noise.
+
+    An alarm once it stays up.
 
     Each loss since the last reading is compared with the median of the ``near`` losses before it,
     in units of their noise: the robust standard deviation of differences between neighbours over

@@ -26,7 +26,7 @@ _COLOURS = {
 
 @sink
 class ConsoleSink(Sink):
-    """Print one line per change of an issue and per intervention on standard error.
+    """Print changes of issues and interventions on standard error.
 
     Lines are coloured by severity on a terminal (``NO_COLOR`` is respected), plain elsewhere. tqdm
     and rich progress bars stay whole: lines are printed above them.

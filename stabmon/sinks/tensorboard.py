@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @sink
 class TensorboardSink(Sink):
-    """Write scalars at their optimizer step and a text of each step's issues.
+    """Write scalars at their optimizer step, and issues as text.
 
     The text ``stability/issues`` has the worst issue first. Events go to
     ``<run_dir>/stabmon/tensorboard``. A run resumed from an earlier step hides the events that it

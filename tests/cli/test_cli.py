@@ -127,6 +127,17 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert (process.returncode, said) == (141, b"")
 
 
+def test_list_prints_one_plain_line_an_entry_at_80_columns() -> None:
+    listed = json.loads(run("list", "--json").stdout)
+    lines = run("list").stdout.splitlines()
+    entries = [line for line in lines if line.startswith("  ")]
+    assert len(entries) == sum(map(len, listed.values()))
+    assert [line for line in lines if line and line not in entries] == [*listed]
+    assert max(map(len, lines)) <= 80
+    assert not re.search(r"[\\`$]|:math:", "".join(entries))
+    assert run("list", "sinks").stdout.startswith("sinks\n  console ")
+
+
 def test_watch_shows_the_newest_reading_and_leaves_with_0(run_dir: Path) -> None:
     done = run("watch", str(run_dir), "--once")
     assert done.returncode == 0
