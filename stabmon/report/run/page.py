@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from stabmon._storage.atomic_write import write_text
+from stabmon._storage.atomic_write import replace_whole
 from stabmon.report.page import Table
 from stabmon.report.run.charts import NARROW, WIDE
 from stabmon.report.run.curves import (
@@ -100,7 +100,12 @@ def write_page(runs: Sequence[Run], out: Path) -> Path:
     Raises:
         OSError: if it cannot be written.
     """
-    write_text(out, run_page(runs))
+    text = run_page(runs)
+
+    def write(fresh: Path) -> None:
+        fresh.write_text(text, encoding="utf-8")
+
+    replace_whole(out, write)
     return out
 
 

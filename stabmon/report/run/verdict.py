@@ -195,7 +195,8 @@ def _details(run: Run, worst: Incident | None) -> tuple[str, ...]:
     """Return sentences on the worst incident, the other alarms, interventions and the loss."""
     said = []
     if worst is not None:
-        said.append(worst.text())
+        parts = (worst.numbers, worst.effects, worst.forecast)
+        said += [f"{part[0].upper()}{part[1:].rstrip('.')}." for part in parts if part]
         others = [each for each in run.open if each.is_alarm and each.number != worst.number]
         if others:
             said.append("Also open: " + "; ".join(each.headline for each in others[:3]) + ".")
@@ -203,7 +204,8 @@ def _details(run: Run, worst: Incident | None) -> tuple[str, ...]:
     done = [each for each in done if each.get("step", 0) > 0]
     if done:
         more = f" ({plural(len(done), 'intervention')} in all)" if len(done) > 1 else ""
-        said.append(intervention_text(done[-1]).rstrip(".") + f"{more}.")
+        at = f"{run.unit} {done[-1].get('step', 0):,}"
+        said.append(f"At {at} stabmon {intervention_text(done[-1]).rstrip('.')}{more}.")
     steps, losses = losses_of(run)
     finite = [at for at in range(len(losses)) if math.isfinite(losses[at])]
     if finite:
