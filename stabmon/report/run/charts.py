@@ -20,8 +20,8 @@ WIDE, NARROW = 920, 340
 """Widths of the two drawings in pixels."""
 LEFT, RIGHT = 52, 14
 """Room beside the plots in pixels."""
-LETTER = 6.3
-"""Mean width of a letter at the charts' font size, in pixels."""
+LETTER = 7.0
+"""Width of a letter at the charts' font size, in pixels; most are narrower."""
 STEEP = 20.0
 """Ratio of largest to smallest value from which an axis is logarithmic."""
 
@@ -121,6 +121,19 @@ def curve(
     )
 
 
+def tick_text(value: float) -> str:
+    """Return a number short enough for the room beside a plot.
+
+    Example:
+        >>> tick_text(0.0002), tick_text(20_000.0), tick_text(0.25)
+        ('2e-4', '2e4', '0.25')
+    """
+    if value and not 1e-3 <= abs(value) < 1e4:
+        digits, _, power = f"{value:.1e}".partition("e")
+        return f"{digits.removesuffix('.0')}e{int(power)}"
+    return number(value)
+
+
 class Canvas:
     """SVG under construction, with a horizontal axis of steps.
 
@@ -156,6 +169,13 @@ class Canvas:
         self.add(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
         )
+
+    def title(self, text: str) -> None:
+        """Write a heading, shortened to the width, below what is drawn so far."""
+        left = LEFT if self.width > NARROW else 4
+        room = int((self.right - left) / LETTER)
+        short = text if len(text) <= room else f"{text[: room - 1]}…"
+        self.text(left, self.top + 14, short, "title")
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
         """Draw a line."""
@@ -202,14 +222,14 @@ class Panel:
         """Draw the plot below what is there already."""
         top, bottom = canvas.top + 22, canvas.top + 22 + self.height
         title = self.title + (" (logarithmic)" if self.scale.log else "")
-        canvas.text(LEFT, canvas.top + 14, title, "title")
+        canvas.title(title)
 
         def y(value: float) -> float:
             return bottom - self.scale.share(value) * self.height
 
         for tick in self.scale.ticks(4 if self.height >= 90 else 2):
             canvas.line(LEFT, y(tick), canvas.right, y(tick), "grid")
-            canvas.text(LEFT - 5, y(tick) + 4, number(tick), "soft", "end")
+            canvas.text(LEFT - 5, y(tick) + 4, tick_text(tick), "soft", "end")
         for value, name in self.levels:
             if self.scale.low <= value <= self.scale.high:
                 canvas.line(LEFT, y(value), canvas.right, y(value), "level")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from stabmon.report.numbers import number, plural
 from stabmon.report.run.loading import Run, when
 from stabmon.report.run.signals import title_of
-from stabmon.report.run.spans import APPLIED, incident_spans
+from stabmon.report.run.spans import incident_spans, interventions_between
 from stabmon.report.run.timeline import losses_of
 from stabmon.report.run.verdict import Verdict, age_in_words
 
@@ -116,7 +117,7 @@ def _outcome(run: Run, verdict: Verdict) -> dict[str, Any]:
         "largest learning rate": number(max(rates)) if rates else None,
         "incidents": len(spans),
         "incidents with an alarm": sum(each.is_alarm for each in spans),
-        "interventions": sum(each.get("action") in APPLIED for each in run.records.interventions),
+        "interventions": len(interventions_between(run, 1, math.inf)),
     }
     for name, extreme in OUTCOMES:
         values = run.signals.values.get(name)

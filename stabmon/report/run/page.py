@@ -144,4 +144,5 @@ def _template() -> Any:
     environment = Environment(
         loader=PackageLoader("stabmon.report"), autoescape=True, trim_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # signals keep their order
     return environment.get_template("run.html.j2")

@@ -86,9 +86,15 @@ def incident_spans(run: Run) -> list[IncidentSpan]:
 
 
 def interventions_between(run: Run, first: float, last: float) -> list[Mapping[str, Any]]:
-    """Return the audit records of what changed the run from one step to another, both included."""
+    """Return the audit records of what changed the run from one step to another.
+
+    Args:
+        run: the run.
+        first: first step, at least 1: what is in place from the start is left out.
+        last: last step.
+    """
     return [
         record
         for record in run.records.interventions
-        if record.get("action") in APPLIED and first <= record.get("step", 0) <= last
+        if record.get("action") in APPLIED and first <= record.get("step", 0) <= last and record.get("step", 0) > 0
     ]

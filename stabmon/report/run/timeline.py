@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from stabmon.report.numbers import plural
-from stabmon.report.run.charts import LEFT, LETTER, Canvas, Panel, Scale, both_widths, curve, scale_of
+from stabmon.report.run.charts import LETTER, Canvas, Panel, Scale, both_widths, curve, scale_of
 from stabmon.report.run.forecasts import Outcome
 from stabmon.report.run.loading import Run
 from stabmon.report.run.spans import IncidentSpan, incident_spans
@@ -125,7 +125,7 @@ def _lanes(
     if not spans:
         return
     more = f", {LANES} of {len(spans)}" if len(spans) > LANES else ""
-    canvas.text(LEFT, canvas.top + 14, f"incidents (W warning, E error, C critical{more})", "title")
+    canvas.title(f"incidents: W warning, E error, C critical{more}")
     canvas.top += 20
     for span in spans[:LANES]:
         start, end = canvas.x(span.start), canvas.x(run.last_step if span.end is None else span.end)
@@ -178,10 +178,10 @@ def _forecast(canvas: Canvas, span: IncidentSpan, forecasts: Sequence[Outcome]) 
 
 def _interventions(canvas: Canvas, run: Run) -> None:
     """Draw a sign for each intervention, and a line through all plots where one was applied."""
-    records = run.records.interventions
+    records = [record for record in run.records.interventions if record.get("step", 0) > 0]
     if not records:
         return
-    canvas.text(LEFT, canvas.top + 14, "interventions (▲ applied, △ released, ▽ undone, ✕ refused)", "title")
+    canvas.title("interventions: ▲ applied, △ released, ▽ undone, ✕ refused")
     y = canvas.top + 34
     before = -math.inf
     for record in records:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from stabmon.incidents import Incident, intervention_text
 from stabmon.records import SEVERITIES
 from stabmon.report.numbers import number, plural
 from stabmon.report.run.loading import Run, when
-from stabmon.report.run.spans import APPLIED, incident_spans
+from stabmon.report.run.spans import incident_spans, interventions_between
 from stabmon.report.run.timeline import losses_of
 
 LEVELS = {
@@ -100,13 +100,13 @@ def verdict_of(run: Run) -> Verdict:
         text = "The run is broken: its loss is no longer finite."
         return Verdict("broken", text, details, **common)
     alarms = [each for each in spans if each.is_alarm]
-    if alarms:
+    if alarms and not run.open:
         first = alarms[0].incident
         more = f" and {plural(len(alarms) - 1, 'other alarm')}" if len(alarms) > 1 else ""
         return Verdict(
             "recovered",
-            f"Recovered: {first.headline} from step {first.first_step:,}{more}; no alarm is open "
-            "at the end.",
+            f"Recovered: {first.headline} from step {first.first_step:,}{more}; nothing is open at "
+            "the end.",
             details,
             "Nothing at once. If it comes again: " + first.advice if first.advice else "",
             first.code,
@@ -114,18 +114,7 @@ def verdict_of(run: Run) -> Verdict:
         )
     looks = [each.incident for each in spans if SEVERITIES.index(each.severity) >= 1]
     if looks:
-        still = [each for each in looks if run.is_open(each)]
-        shown = (still or looks)[0]
-        end = "" if still else ", since closed"
-        return Verdict(
-            "look",
-            f"No alarm, {plural(len(looks), 'warning')}: {shown.headline}, from step "
-            f"{shown.first_step:,}{end}.",
-            details,
-            shown.advice if still else "Nothing has to be done.",
-            shown.code if still else "",
-            **common,
-        )
+        return Verdict("look", *_look(run, looks, len(alarms), details), **common)
     return Verdict("healthy", _healthy(run), details, "Nothing has to be done.", **common)
 
 
@@ -177,6 +166,27 @@ def _damage(worst: Incident) -> str:
     return "Attention is being damaged" if worst.layers else "Training is being damaged"
 
 
+def _look(
+    run: Run, looks: Sequence[Incident], alarms: int, details: tuple[str, ...]
+) -> tuple[str, tuple[str, ...], str, str]:
+    """Return headline, details, advice and code of a run in which no alarm is open."""
+    if not run.open:
+        text = f"{looks[0].headline}, from step {looks[0].first_step:,}, since closed"
+        count = plural(len(looks), "warning")
+        return f"No alarm, {count}: {text}.", details, "Nothing has to be done.", ""
+    shown = run.open[0]
+    before = f"No alarm is open any more, after {alarms}" if alarms else "No alarm"
+    count = plural(len(run.open), "warning")
+    text = f"{before}, but {count}: {shown.headline}, since step {shown.first_step:,}."
+    return text, (*_evidence(shown), *details), shown.advice, shown.code
+
+
+def _evidence(incident: Incident) -> list[str]:
+    """Return numbers, effects and forecast of an incident as sentences."""
+    parts = (incident.numbers, incident.effects, incident.forecast)
+    return [f"{part[0].upper()}{part[1:].rstrip('.')}." for part in parts if part]
+
+
 def _not_finite(run: Run) -> bool:
     """Return whether the newest known loss is NaN or infinite."""
     _, losses = losses_of(run)
@@ -195,13 +205,11 @@ def _details(run: Run, worst: Incident | None) -> tuple[str, ...]:
     """Return sentences on the worst incident, the other alarms, interventions and the loss."""
     said = []
     if worst is not None:
-        parts = (worst.numbers, worst.effects, worst.forecast)
-        said += [f"{part[0].upper()}{part[1:].rstrip('.')}." for part in parts if part]
+        said += _evidence(worst)
         others = [each for each in run.open if each.is_alarm and each.number != worst.number]
         if others:
             said.append("Also open: " + "; ".join(each.headline for each in others[:3]) + ".")
-    done = [each for each in run.records.interventions if each.get("action") in APPLIED]
-    done = [each for each in done if each.get("step", 0) > 0]
+    done = interventions_between(run, 1, math.inf)
     if done:
         more = f" ({plural(len(done), 'intervention')} in all)" if len(done) > 1 else ""
         at = f"{run.unit} {done[-1].get('step', 0):,}"
