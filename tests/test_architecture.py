@@ -57,13 +57,16 @@ ALLOWED: dict[str, Collection[str]] = {
         *_GROUND,
         *("capture", "config", "diagnosis", "guard", "incidents", "interventions", "listeners"),
         "nonfinite",
-        *("operator", "projections", "rules", "signals", "sinks"),
+        *("operator", "projections", "report", "rules", "signals", "sinks"),
     ),
     "check": (
         *_GROUND,
         *("capture", "figures", "nonfinite", "operator", "projections", "signals", "tiny"),
     ),
-    "report": ("__init__", "analysis", "figures", "incidents", "records", "signals", "sinks"),
+    "report": (
+        *("__init__", "_storage", "_torch", "analysis", "figures", "incidents", "records", "rules"),
+        *("signals", "sinks"),
+    ),
     "integrations": ("_settings", "_storage", "_torch", "config", "engine", "records", "sinks"),
     "study": ("_settings", "config", "controllers", "engine", "tiny"),
     "cli": (

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from stabmon.cli import analyze, check, list, train, watch
+from stabmon.cli import analyze, check, list, report, train, watch
 
 app = typer.Typer(
     add_completion=False,
@@ -29,6 +29,7 @@ app.command("analyze")(analyze.analyze)
 app.command("list")(list.list_registered)
 app.command("check")(check.check)
 app.command("train")(train.train)
+app.command("report")(report.report)
 app.command("watch")(watch.watch)
 
 

@@ -58,6 +58,10 @@ class StabilityConfig:
     """
     sinks: Sequence[Annotated[str, Known(SINKS, "sink")] | Sink] = ("jsonl", "console")
     """Sinks that records go to; `stabmon list sinks` has all."""
+    report: bool = True
+    """Write a page of the run into the folder of its records as it ends, where that takes no more
+    than 1% of the run's time (2 seconds in a short run); `stabmon report` writes it at any time.
+    """
     engine: Annotated[str, Known(("auto", *ENGINES), "engine")] = "auto"
     """Engine of the measurement: blockwise, fused, dense (small inputs only), or auto for the
     fastest exact one.

@@ -395,7 +395,9 @@ class AttentionStabilityMonitor:
             return
         self._clock.phase = Phase.TRAINING
         self._recorder.set_meta(
-            lambda: run_meta(self.model, self.config, self._is_resumed or self.step > 1)
+            lambda: run_meta(
+                self.model, self.config, self._is_resumed or self.step > 1, max(1, self.step)
+            )
         )
         self._guard.begin(ranks_agree=self._readings.ranks is not None)
 

@@ -83,7 +83,8 @@ def make_parts(
         reduce_ranks: reduce sampled steps over all ranks.
         grad_scaler: the gradient scaler; None to find it.
     """
-    recorder = Recorder(config.make_sinks() if is_writer else [], run_dir, boundary)
+    sinks = config.make_sinks() if is_writer else []
+    recorder = Recorder(sinks, run_dir, boundary, report=config.report)
     optimizers = OptimizerAdapter(optimizer, grad_scaler)
     run = TrainingRun(
         model,

@@ -78,11 +78,13 @@ class JsonlSink(Sink):
             self._files[name] = os.open(
                 run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
             )
+        this = {"start": self._start, "run": self._run}
+        this |= {key: meta[key] for key in ("started", "first_step") if key in meta}
         own = {
             "schema_version": SCHEMA_VERSION,
             "run": self._run,
             "start": self._start,
-            "starts": [*before["starts"], {"start": self._start, "run": self._run}],
+            "starts": [*before["starts"], this],
             "nonfinite_encoding": strict_json.ENCODING,
         }
         self._meta = {**own, **meta}

@@ -46,13 +46,18 @@ class Scale:
     def ticks(self, most: int) -> list[float]:
         """Return at most ``most`` round values on the axis, at least one."""
         if self.log:
-            low, high = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            low, high = (
+                math.ceil(math.log10(self.low) - 1e-9),
+                math.floor(math.log10(self.high) + 1e-9),
+            )
             powers = [10.0**power for power in range(low, high + 1)]
             if len(powers) >= 2:
                 return powers[:: -(-len(powers) // most)]
             return [self.low, self.high]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / most))
-        step *= next(each for each in (1, 2, 5, 10) if (self.high - self.low) / (each * step) <= most)
+        step *= next(
+            each for each in (1, 2, 5, 10) if (self.high - self.low) / (each * step) <= most
+        )
         first = math.ceil(self.low / step - 1e-9)
         return [at * step for at in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
@@ -85,7 +90,9 @@ def scale_of(
     if steep and limits == (None, None) and low > 0 and high / low > STEEP:
         return Scale(low / 1.2, high * 1.2, log=True)
     room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
-    return Scale(low if limits[0] is not None else low - room, high if limits[1] is not None else high + room)
+    return Scale(
+        low if limits[0] is not None else low - room, high if limits[1] is not None else high + room
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +124,11 @@ def curve(
     starts = np.arange(0, len(steps), -(-len(steps) // most))
     finite = np.where(np.isfinite(values), values, np.nan)
     return Curve(
-        steps[starts], np.fmin.reduceat(finite, starts), np.fmax.reduceat(finite, starts), letter, style
+        steps[starts],
+        np.fmin.reduceat(finite, starts),
+        np.fmax.reduceat(finite, starts),
+        letter,
+        style,
     )
 
 

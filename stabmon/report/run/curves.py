@@ -48,7 +48,11 @@ def precision_chart(runs: Sequence[Run], span: tuple[float, float]) -> Chart | N
     """Draw the bits that scores need, beside those that the number format has."""
     levels = []
     for run in runs:
-        for dtype in sorted({info.dtype for info in run.records.readings[-1].info.values()} if run.records.readings else set()):
+        for dtype in sorted(
+            {info.dtype for info in run.records.readings[-1].info.values()}
+            if run.records.readings
+            else set()
+        ):
             try:
                 levels.append((float(MANTISSA_BITS[format_of(dtype)]), f"{dtype} keeps"))
             except (KeyError, ValueError, AttributeError, TypeError):
@@ -149,5 +153,7 @@ def _smallest(values: np.ndarray) -> np.ndarray:
 def _mean(values: np.ndarray) -> np.ndarray:
     known = np.isfinite(values)
     total = np.where(known, values, 0.0).sum(axis=1)
-    found: np.ndarray = np.where(known.any(axis=1), total / np.maximum(known.sum(axis=1), 1), np.nan)
+    found: np.ndarray = np.where(
+        known.any(axis=1), total / np.maximum(known.sum(axis=1), 1), np.nan
+    )
     return found

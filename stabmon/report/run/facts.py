@@ -89,7 +89,10 @@ def differences(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> list[tuple[
             "heads": run.signals.heads,
             "framework": run.meta.get("framework"),
             "number format": _formats(run),
-            **{f"settings.{name}": each for name, each in _flat(_mapping(run.meta, "config")).items()},
+            **{
+                f"settings.{name}": each
+                for name, each in _flat(_mapping(run.meta, "config")).items()
+            },
             **{f"version.{name}": each for name, each in _mapping(run.meta, "versions").items()},
         }
         for run in runs
@@ -135,7 +138,9 @@ def _formats(run: Run) -> str:
 
 def _overhead(run: Run) -> str:
     shares = [
-        each.overhead_fraction for each in run.records.readings if each.overhead_fraction is not None
+        each.overhead_fraction
+        for each in run.records.readings
+        if each.overhead_fraction is not None
     ]
     return f"{100 * float(np.median(shares)):.2g}% (median)" if shares else ""
 

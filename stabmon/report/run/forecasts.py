@@ -61,10 +61,9 @@ def _first_forecast(run: Run, opened: StabilityIssue, end: int | None) -> Stabil
     """Return the first emission of an issue, while it is open, that forecasts damage."""
     last = math.inf if end is None else end
     for issue in run.records.issues:
-        eta = issue.eta_steps
-        if issue.key == opened.key and opened.step <= issue.step <= last and issue.state != "closed":
-            if eta is not None and math.isfinite(eta) and eta > 0:
-                return issue
+        own = issue.key == opened.key and opened.step <= issue.step <= last
+        if own and issue.state != "closed" and 0 < (issue.eta_steps or 0) < math.inf:
+            return issue
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from stabmon._storage import strict_json
 from stabmon.incidents import Incident, IncidentLog
+from stabmon.records import counted
 from stabmon.report.run.signals import HeadSignals, head_signals
 from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, READINGS
 from stabmon.sinks.reader import Records, read_records
@@ -72,7 +73,10 @@ class Run:
         """The newest step that any record names; 0 for none."""
         steps = [reading.step for reading in self.records.readings[-1:]]
         steps += [issue.step for issue in self.records.issues[-1:]]
-        return max([*steps, *(int(each.get("step", 0)) for each in self.records.interventions[-1:])], default=0)
+        return max(
+            [*steps, *(int(each.get("step", 0)) for each in self.records.interventions[-1:])],
+            default=0,
+        )
 
     @property
     def first_step(self) -> int:
@@ -133,7 +137,9 @@ def load_run(path: str | Path, number: int | None = None) -> Run:
     records = read_records(path)
     runs = records.runs
     if number is not None and not 1 <= number <= len(runs):
-        raise ValueError(f"{path}#{number}: the folder holds {len(runs)} runs; give 1 to {len(runs)}")
+        raise ValueError(
+            f"{path}#{number}: the folder holds {counted(len(runs), 'run')}, counted from 1"
+        )
     place = len(runs) if number is None else number
     one = runs[place - 1] if runs else records
     log = IncidentLog(str(records.meta.get("framework", "loop")))

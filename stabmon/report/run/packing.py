@@ -57,7 +57,10 @@ def packed(runs: Sequence[Run]) -> dict[str, Any]:
         for run, start in zip(runs, starts, strict=True)
     )
     names = names[: max(4, CODES // max(1, size))]
-    scales = {name: _scale([run.signals.values[name] for run in runs if name in run.signals.values]) for name in names}
+    scales = {
+        name: _scale([run.signals.values[name] for run in runs if name in run.signals.values])
+        for name in names
+    }
     raw, described = [], []
     for run, start in zip(runs, starts, strict=True):
         own = [name for name in names if name in run.signals.values]
@@ -108,7 +111,8 @@ def _described(run: Run, start: np.ndarray, names: Sequence[str]) -> dict[str, A
         "rate": _thinned(rates[0], rates[2]),
         "issues": _spans(run, layers),
         "incidents": [
-            [each.start, each.end, each.severity, each.incident.title] for each in incident_spans(run)
+            [each.start, each.end, each.severity, each.incident.title]
+            for each in incident_spans(run)
         ],
     }
 
@@ -138,7 +142,9 @@ def _layer_of(name: str | None, place: dict[str, int]) -> int | None:
 def _starts(run: Run, most: int) -> np.ndarray:
     """Return the first sample of each column."""
     steps = run.signals.steps
-    events = [step for each in incident_spans(run) for step in (each.start, each.end) if step is not None]
+    events = [
+        step for each in incident_spans(run) for step in (each.start, each.end) if step is not None
+    ]
     events += [int(each.get("step", 0)) for each in run.records.interventions]
     near = [
         at

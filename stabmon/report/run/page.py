@@ -134,7 +134,9 @@ def _differences(runs: Sequence[Run], verdicts: Sequence[Verdict]) -> Table | No
         return None
     rows = differences(runs, verdicts)
     head = ("", *(f"{run.letter} {run.name}" for run in runs))
-    return Table("Outcome, model, settings and versions that differ; all others are equal.", head, rows)
+    return Table(
+        "Outcome, model, settings and versions that differ; all others are equal.", head, rows
+    )
 
 
 @cache

@@ -61,7 +61,7 @@ class HeadSignals:
     @property
     def names(self) -> list[str]:
         """Names of the signals, those shown first at the front."""
-        front = [name for name in (*CONTROLLERS[:1], *FIRST, *CONTROLLERS[1:])]
+        front = (*CONTROLLERS[:2], *FIRST, *CONTROLLERS[2:])
         return [name for name in front if name in self.values] + [
             name for name in self.values if name not in front
         ]

@@ -96,5 +96,7 @@ def interventions_between(run: Run, first: float, last: float) -> list[Mapping[s
     return [
         record
         for record in run.records.interventions
-        if record.get("action") in APPLIED and first <= record.get("step", 0) <= last and record.get("step", 0) > 0
+        if record.get("action") in APPLIED
+        and first <= record.get("step", 0) <= last
+        and record.get("step", 0) > 0
     ]

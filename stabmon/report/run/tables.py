@@ -38,7 +38,16 @@ def incident_table(run: Run) -> Table:
         )
         for span in incident_spans(run)
     ]
-    head = ("no.", "worst", "from step", "to step", "incident", "numbers", "effects and forecast", "advice")
+    head = (
+        "no.",
+        "worst",
+        "from step",
+        "to step",
+        "incident",
+        "numbers",
+        "effects and forecast",
+        "advice",
+    )
     return Table("Incidents: issues with one cause, grouped. Alarms come first.", head, rows)
 
 
@@ -49,7 +58,9 @@ def issue_table(run: Run) -> Table:
     if len(issues) > MOST_ROWS:
         severe = sorted(issues, key=lambda each: -SEVERITIES.index(each.severity))[:MOST_ROWS]
         issues = sorted(severe, key=lambda each: each.step)
-        caption += f" The {MOST_ROWS:,} most severe of {len(run.records.issues):,}; issues.jsonl has all."
+        caption += (
+            f" The {MOST_ROWS:,} most severe of {len(run.records.issues):,}; issues.jsonl has all."
+        )
     rows = [
         (
             f"{issue.step:,}",
@@ -107,10 +118,17 @@ def layer_table(run: Run) -> Table:
         for name in ("normalized_entropy", "max_logit"):
             row += _extreme(run, name, place)
         rows.append(row)
-    head = ("layer", "heads", "lowest entropy", "at", "at the end", "largest score", "at", "at the end")
-    return Table(
-        "Each layer: lowest normalized entropy and largest score of any head.", head, rows
+    head = (
+        "layer",
+        "heads",
+        "lowest entropy",
+        "at",
+        "at the end",
+        "largest score",
+        "at",
+        "at the end",
     )
+    return Table("Each layer: lowest normalized entropy and largest score of any head.", head, rows)
 
 
 def _extreme(run: Run, name: str, place: slice) -> list[str]:

@@ -244,7 +244,9 @@ def _missing(run: Run) -> tuple[str, ...]:
     unseen = run.meta.get("unseen_attention")
     if isinstance(unseen, Mapping) and unseen:
         names = ", ".join(map(str, list(unseen)[:4])) + (" …" if len(unseen) > 4 else "")
-        found.append(f"attention that stabmon does not see, in {plural(len(unseen), 'module')}: {names}")
+        found.append(
+            f"attention that stabmon does not see, in {plural(len(unseen), 'module')}: {names}"
+        )
     readings = run.records.readings
     if readings and run.unit == "step":
         if all(not each.learning_rates and each.learning_rate is None for each in readings):
@@ -252,10 +254,16 @@ def _missing(run: Run) -> tuple[str, ...]:
         if not any(each.losses or each.loss is not None for each in readings):
             found.append("the loss: it was not given to on_step")
     if run.records.skipped:
-        found.append(f"{plural(len(run.records.skipped), 'line')} of the records that cannot be read")
+        found.append(
+            f"{plural(len(run.records.skipped), 'line')} of the records that cannot be read"
+        )
     config = run.meta.get("config")
     rules = config.get("rules") if isinstance(config, Mapping) else None
-    off = [name for name, value in rules.items() if value is False] if isinstance(rules, Mapping) else []
+    off = (
+        [name for name, value in rules.items() if value is False]
+        if isinstance(rules, Mapping)
+        else []
+    )
     if off:
         found.append(f"rules that were turned off: {', '.join(off)}")
     return tuple(found)
