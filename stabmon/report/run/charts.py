@@ -196,7 +196,15 @@ class Canvas:
         """Draw the axis of steps below what is drawn so far."""
         for tick in Scale(self.first, self.last).ticks(4 if self.width < 500 else 9):
             if tick == int(tick):
-                self.text(self.x(tick), self.top + 14, f"{int(tick):,}", "soft", "middle")
+                text, x = f"{int(tick):,}", self.x(tick)
+                ends = x + len(text) * LETTER / 2 > self.width
+                self.text(
+                    self.right if ends else x,
+                    self.top + 14,
+                    text,
+                    "soft",
+                    "end" if ends else "middle",
+                )
         self.text(self.right, self.top + 29, f"{unit}s", "soft", "end")
         self.top += 34
 

@@ -28,7 +28,7 @@ COLUMNS = 400
 FEWEST = 40
 """Fewest columns of a run that has as many samples."""
 CODES = 2_460_000
-"""Numbers of 16 bits in a page: 24 layers of 16 heads, 400 columns, 4 signals, 2 extremes."""
+"""Numbers of 16 bits in a page: 24 layers of 16 heads, 400 columns, 8 signals, 2 extremes."""
 AROUND = 2
 """Samples before and after an event that stand alone."""
 TOP, NEGATIVE, POSITIVE, MISSING = 65_532, 65_533, 65_534, 65_535

@@ -128,13 +128,13 @@ def columns(count: int, keep: Collection[int], most: int) -> np.ndarray:
         >>> columns(4, (), 10)
         array([0, 1, 2, 3])
         >>> columns(12, (6,), 5)
-        array([ 0,  4,  6,  7, 11])
+        array([0, 4, 6, 7, 8])
     """
     if count <= most:
         return np.arange(count)
     alone = [at for at in keep if 0 <= at < count][: most // 2]
     borders = {edge for at in alone for edge in (at, at + 1)} | {0}
-    room = max(1, most - len(borders) - 1)
+    room = max(1, most - len(borders) + 1)
     width = -(-count // room)
     while True:
         starts = sorted({*borders, *range(0, count, width)} - {count})

@@ -5,6 +5,7 @@ const drawn = (tag, attributes, text = "") => {
   if (text !== "") made.textContent = text;
   return made;
 };
+const tick = (value) => value !== 0 && (Math.abs(value) >= 1e4 || Math.abs(value) < 1e-2) ? value.toExponential(0).replace("e+", "e") : shown(value);
 function lineChart(name, heads) {
   const signal = signals[name], width = 300, left = 44, right = 292, top = 22, bottom = 112;
   const series = heads.flatMap(([run, at, head]) => {
@@ -28,7 +29,7 @@ function lineChart(name, heads) {
   svg.append(drawn("text", { x: 2, y: 13, class: "title" }, `${signal.title}${logged ? " (logarithmic)" : ""}`));
   for (const value of [from, to]) {
     svg.append(drawn("line", { x1: left, x2: right, y1: y(value), y2: y(value), class: "grid" }));
-    svg.append(drawn("text", { x: left - 4, y: y(value) + 4, "text-anchor": "end", class: "soft" }, shown(value)));
+    svg.append(drawn("text", { x: left - 4, y: y(value) + 4, "text-anchor": "end", class: "soft" }, tick(value)));
   }
   svg.append(drawn("text", { x: left, y: 127, class: "soft" }, String(first)), drawn("text", { x: right, y: 127, class: "soft", "text-anchor": "end" }, `${unit} ${last}`));
   for (const { run, at, low, high } of series) {
