@@ -86,6 +86,7 @@ def comparison_chart(runs: Sequence[Run], span: tuple[float, float]) -> Chart | 
     if len(runs) < 2:
         return None
     losses = [losses_of(run) for run in runs]
+    entropy = runs[0].signals.entropy
     plots = []
     if any(len(steps) for steps, _ in losses):
         curves = [
@@ -98,7 +99,7 @@ def comparison_chart(runs: Sequence[Run], span: tuple[float, float]) -> Chart | 
         runs,
         [
             ("max_logit", "largest score of any head", _largest),
-            ("normalized_entropy", "lowest normalized entropy of any head", _smallest),
+            (entropy, f"lowest {title_of(entropy)} of any head", _smallest),
         ],
     )
     label = "Losses and worst heads of the runs over the same steps"

@@ -17,6 +17,7 @@ from stabmon.report.run.verdict import Verdict, age_in_words
 
 OUTCOMES = (
     ("normalized_entropy", min),
+    ("attention_entropy", min),
     ("max_logit", max),
     ("hnf_log_curvature", max),
     ("precision_bits", max),

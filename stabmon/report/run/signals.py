@@ -9,8 +9,8 @@ import numpy as np
 
 from stabmon.records import Reading, head_count
 
-FIRST = ("normalized_entropy", "max_logit", "hnf_log_curvature", "precision_bits")
-"""Signals shown first; others follow where there is room."""
+FIRST = ("max_logit", "hnf_log_curvature", "precision_bits")
+"""Signals shown after the entropy; others follow where there is room."""
 CONTROLLERS = (
     "controller_kl",
     "query_gain",
@@ -61,10 +61,14 @@ class HeadSignals:
     @property
     def names(self) -> list[str]:
         """Names of the signals, those shown first at the front."""
-        front = (*CONTROLLERS[:2], *FIRST, *CONTROLLERS[2:])
-        return [name for name in front if name in self.values] + [
-            name for name in self.values if name not in front
-        ]
+        front = (*CONTROLLERS[:2], self.entropy, *FIRST, *CONTROLLERS[2:])
+        return [name for name in dict.fromkeys((*front, *self.values)) if name in self.values]
+
+    @property
+    def entropy(self) -> str:
+        """The entropy to show: rows of few keys have no normalized one."""
+        known = "normalized_entropy" in self.values
+        return "normalized_entropy" if known else "attention_entropy"
 
     def places(self) -> dict[str, slice]:
         """Return the columns of each layer."""
@@ -90,7 +94,8 @@ def head_signals(readings: Sequence[Reading]) -> HeadSignals:
         readings: in the order of steps; those without layers are left out.
 
     Returns:
-        Arrays over every layer and signal that any reading has.
+        Arrays over every layer and signal of any reading; signals that are nowhere a number are
+        left out.
     """
     sampled = [reading for reading in readings if reading.layers]
     counts: dict[str, int] = {}
@@ -102,15 +107,17 @@ def head_signals(readings: Sequence[Reading]) -> HeadSignals:
     steps = np.array([reading.step for reading in sampled], dtype=np.int64)
     total = sum(counts.values())
     values = {name: np.full((len(sampled), total), np.nan, dtype=np.float32) for name in names}
-    found = HeadSignals(steps, tuple(counts.items()), values)
-    places = found.places()
+    layers = tuple(counts.items())
+    places = HeadSignals(layers=layers).places()
     with np.errstate(over="ignore"):
         for at, reading in enumerate(sampled):
             for layer, signals in reading.layers.items():
                 start = places[layer].start
                 for name, heads in signals.items():
                     values[name][at, start : start + np.size(heads)] = heads
-    return found
+    for name in [name for name, found in values.items() if np.isnan(found).all()]:
+        del values[name]
+    return HeadSignals(steps, layers, values)
 
 
 def columns(count: int, keep: Collection[int], most: int) -> np.ndarray:

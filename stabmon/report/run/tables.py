@@ -115,7 +115,7 @@ def layer_table(run: Run) -> Table:
     rows = []
     for layer, place in signals.places().items():
         row = [layer, str(place.stop - place.start)]
-        for name in ("normalized_entropy", "max_logit"):
+        for name in (signals.entropy, "max_logit"):
             row += _extreme(run, name, place)
         rows.append(row)
     head = (
@@ -128,7 +128,9 @@ def layer_table(run: Run) -> Table:
         "at",
         "at the end",
     )
-    return Table("Each layer: lowest normalized entropy and largest score of any head.", head, rows)
+    return Table(
+        f"Each layer: lowest {title_of(signals.entropy)} and largest score of any head.", head, rows
+    )
 
 
 def _extreme(run: Run, name: str, place: slice) -> list[str]:

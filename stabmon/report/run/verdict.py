@@ -125,8 +125,8 @@ def state_in_words(run: Run) -> str:
     said = {
         "ended": f"The run ended after {at}",
         "running": f"The run goes on: the newest record is of {at}, written {ago}",
-        "stopped": f"The run has no recorded end: it was killed or hangs after {at}; the newest "
-        f"record was written {ago}",
+        "stopped": "The run has no recorded end: it was killed, hangs, or its monitor was not "
+        f"closed, after {at}; the newest record was written {ago}",
         "unknown": f"Whether the run ended is not recorded; the newest record is of {at}, written "
         f"{ago}",
     }[run.state]
