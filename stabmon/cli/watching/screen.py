@@ -1,0 +1,266 @@
+"""The screen of ``stabmon watch``, laid out to any size: issues first, layers below."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.text import Text
+
+from stabmon._display.bars import bars, folded
+from stabmon.cli.watching.head_map import HeadMap, mark
+from stabmon.cli.watching.words import STYLES, age, in_words, number, printable, wrapped
+from stabmon.figures.labels import short_names
+from stabmon.incidents import Incident, intervention_text
+from stabmon.records import SEVERITIES, StabilityIssue, counted
+from stabmon.signals.presentation import presentation_of
+from stabmon.sinks.stored.run_tail import RunState
+
+SIGNALS = (
+    "normalized_entropy",
+    "max_logit",
+    "max_probability",
+    "hnf_log_curvature",
+    "precision_bits",
+)
+"""Signals that the map can show, in the order of the key ``s``."""
+LOWEST = frozenset({"normalized_entropy", "attention_entropy", "effective_keys"})
+"""Signals of which low values are the ones to see."""
+QUIET_AFTER = 60.0
+"""Seconds without a reading after which the title says so."""
+KEYS = "j k layer · Enter its heads · n N issue · / find · s signal · ? help · q quit"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The user's present choice of what is shown."""
+
+    layer: int | None = None
+    """Place of the layer among those shown; None before the first key."""
+    incident: int = 0
+    """Place among the open incidents."""
+    signal: int = 0
+    """Place in :data:`SIGNALS`."""
+    filter: str = ""
+    """Part of the names of the layers shown; empty for all."""
+    footer: str = ""
+    """The last line; empty for none."""
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A run as lines of text.
+
+    Args:
+        state: the run.
+        chosen: the layer, incident and signal to show.
+        now: the present time in seconds since 1970.
+    """
+
+    state: RunState
+    chosen: Chosen = Chosen()
+    now: float = field(default_factory=time.time)
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers shown, in the model's order."""
+        reading = self.state.reading
+        wanted = self.chosen.filter.casefold()
+        return [] if reading is None else [n for n in reading.layers if wanted in n.casefold()]
+
+    @property
+    def signal(self) -> str:
+        """The signal that the map shows."""
+        reading = self.state.reading
+        measured = {name for each in reading.layers.values() for name in each} if reading else set()
+        known = [name for name in SIGNALS if name in measured] or sorted(measured)
+        return known[self.chosen.signal % len(known)] if known else SIGNALS[0]
+
+    def lines(self, width: int = 80, height: int | None = None) -> list[Text]:
+        """Return the screen, each line at most ``width`` cells.
+
+        Args:
+            width: in cells.
+            height: largest number of lines; None for all there is to say.
+        """
+        top = [*self._title(width), *self._loss(width)]
+        footer = [Text(self.chosen.footer, "dim")] if self.chosen.footer else []
+        room = math.inf if height is None else height - len(top) - len(footer)
+        done = self._interventions(width, 3 if room >= 20 else 2)
+        if height is None:
+            shown = [*top, *self._issues(width, None), *self._map(width, None), *done, *footer]
+            return [_cut(line, width) for line in shown]
+        layers = len(self.layers)
+        least = min(layers, max(4, (int(room) - len(done)) // 2 - 2)) + 1 if layers else 0
+        issues = self._issues(width, max(2, int(room) - len(done) - least))
+        rest = int(room) - len(done) - len(issues)
+        shown = [*top, *issues, *self._map(width, rest), *done][: height - len(footer)]
+        shown += [Text()] * (height - len(footer) - len(shown))
+        return [_cut(line, width) for line in [*shown, *footer]]
+
+    # -- the parts
+
+    def _title(self, width: int) -> list[Text]:
+        state, reading = self.state, self.state.reading
+        run = state.folder.parent.name if state.folder.name == "stabmon" else state.folder.name
+        line = Text.assemble(("stabmon", "bold"), f" {printable(run) or '.'}")
+        if state.run > 1:
+            line.append(f" (run {state.run} in this folder)")
+        if reading is None:
+            first = state.meta.get("sampling", {}).get("first")
+            when = f", due at step {first}" if first else ""
+            line.append(f" · no reading yet{when}" if state.run else " · waiting")
+        else:
+            loss = "unknown" if reading.loss is None else number(reading.loss)
+            line.append(f" · step {reading.step} · loss {loss} · ")
+            quiet = 0.0 if state.last_line is None else self.now - state.last_line
+            if quiet < QUIET_AFTER:
+                line.append(f"last reading {age(quiet)} ago")
+            else:
+                line.append(f"no line for {age(quiet)}", "bold magenta")
+        lines = [line]
+        if state.trouble:
+            text = f"cannot be read now, trying again: {state.trouble}"
+            lines += wrapped(text, width, "bold magenta")[:2]
+        return lines
+
+    def _loss(self, width: int) -> list[Text]:
+        points = [point for point in self.state.points if point.loss is not None]
+        if not points:
+            return []
+        losses = np.array([point.loss for point in points])
+        ends = f" {number(losses[0])} → {number(losses[-1])}, steps {points[0].step}-{points[-1].step}"
+        room = max(8, width - len("loss ") - len(ends))
+        return [Text(f"loss {bars(folded(losses, room, lowest=False))}{ends}")]
+
+    def _issues(self, width: int, height: int | None) -> list[Text]:
+        """Return open incidents, the chosen one in full, then closed ones, in ``height`` lines."""
+        opened, room = list(self.state.open_incidents), math.inf if height is None else height
+        closed = [each for each in self.state.incidents if each.state == "closed"]
+        lines = [_rule(self._count_text(opened, closed), width)]
+        if not opened and self.state.reading is None:
+            return lines[: height or 1] if self.state.incidents else []
+        chosen = self.chosen.incident % len(opened) if opened else 0
+        others = max(0, len(opened) - 1)
+        full = (
+            _full(opened[chosen], width, room - 1 - min(others, 3)) if opened else []
+        )
+        for place, each in enumerate(opened):
+            left = room - len(lines) - (0 if place > chosen else len(full))
+            if place == chosen:
+                lines += full
+            elif left >= 1 and len(lines) < room:
+                last = left <= 1 and place < len(opened) - 1
+                more = Text(f"  and {len(opened) - place} more: n") if last else None
+                lines.append(more or _headline(each, width))
+                if last and place > chosen:
+                    break
+        for each in reversed(closed[-3:]):
+            if len(lines) < room:
+                lines.append(Text(f"  closed   {printable(each.headline)}, step {each.step}", "dim"))
+        return lines[: None if height is None else height]
+
+    def _count_text(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> str:
+        alarms = sum(each.severity in ("error", "critical") for each in opened)
+        if opened:
+            parts = [f"{counted(len(opened), 'incident')} open"]
+            parts += [f"{alarms} of them an alarm" if len(opened) > 1 else "an alarm"] if alarms else []
+            parts += [f"{len(closed)} closed"] if closed else []
+            return ", ".join(parts)
+        if closed:
+            return f"no incident is open, {len(closed)} closed"
+        return "no incident so far"
+
+    def _map(self, width: int, height: int | None) -> list[Text]:
+        """Return the map of layers and heads under a line on its meaning."""
+        names, reading = self.layers, self.state.reading
+        if reading is None:
+            return []
+        if not names:
+            wanted = f" matches {self.chosen.filter!r}" if self.chosen.filter else " was measured"
+            return [_rule(f"no layer{wanted}", width)][:height]
+        issues = [self._worst(name) for name in names]
+        signal, shown = self.signal, presentation_of(self.signal)
+        short = short_names(list(reading.layers))[0]
+        by_name = dict(zip(reading.layers, short, strict=True))
+        heads = HeadMap(
+            names=[printable(by_name[name]) for name in names],
+            values=[np.asarray(reading.layers[name].get(signal, ())) for name in names],
+            issues=issues,
+            limits=shown.limits,
+            lowest=signal in LOWEST,
+        )
+        fits = heads.heads_per_character(width, height - 1 if height else len(names))
+        lines = heads.lines(width, height - 1 if height else len(names), self.chosen.layer)
+        shared = f", {fits} heads a sign" if fits > 1 else ""
+        title = f"{len(names)} layers × heads: {in_words(signal)}{shared}"
+        title = title.replace("1 layers", "1 layer") if len(names) == 1 else title
+        meaning = {"normalized_entropy": "▁ one key, █ all keys alike"}.get(
+            signal, f"█ highest, in {shown.unit}"
+        )
+        letters = {
+            mark(each)[0].upper(): each.issue_type.replace("_", " ")
+            for found in issues
+            for each in found.values()
+        }
+        key = "".join(f", {letter} {words}" for letter, words in sorted(letters.items()))
+        return [_rule(f"{title} ({meaning}{key})", width), *lines][:height]
+
+    def _worst(self, layer: str) -> dict[int | None, StabilityIssue]:
+        """Return the worst open issue by head; None for the whole layer."""
+        found = [issue for issue in self.state.open_issues if issue.layer == layer]
+        found.sort(key=lambda issue: SEVERITIES.index(issue.severity))
+        return {issue.head: issue for issue in found}
+
+    def _interventions(self, width: int, most: int) -> list[Text]:
+        done = self.state.interventions
+        if not done:
+            return []
+        lines = [_rule(counted(len(done), "intervention record"), width)]
+        for record in done[-(most - 1) :]:
+            text = f"step {record.get('step', '?')}: {intervention_text(record)}"
+            lines.append(Text(f"  {printable(text)}"))
+        return lines
+
+
+def _full(incident: Incident, width: int, height: float) -> list[Text]:
+    """Return an incident with its numbers, effects, forecast and advice, in ``height`` lines."""
+    lines = [_headline(incident, width)]
+    sentences = [incident.numbers, incident.effects, incident.forecast]
+    facts = ". ".join(each.rstrip(".") for each in sentences if each)
+    advice = f"To do: {incident.advice}" if incident.advice else ""
+    code = [Text(f"      {printable(each)}", "bold") for each in incident.code.splitlines()]
+    said, todo = (wrapped(each, width, indent=2) if each else [] for each in (facts, advice))
+    for part in (said, todo, code):
+        room = height - len(lines)
+        if len(part) > room and part and room >= 1:
+            part = part[: int(room)]
+            part[-1] = _cut(part[-1] + Text(" …"), width)
+        lines += part if room >= 1 else []
+    return lines
+
+
+def _headline(incident: Incident, width: int) -> Text:
+    """Return severity, finding, location and step on one line."""
+    since = f" since step {incident.first_step}"
+    line = Text.assemble((f"  {incident.severity:<8} ", STYLES[incident.severity]))
+    line.append(printable(incident.headline), "bold")
+    line.truncate(max(10, width - len(since)), overflow="ellipsis")
+    return line + Text(since)
+
+
+def _rule(text: str, width: int) -> Text:
+    """Return a heading, in reverse over the whole width."""
+    line = Text(f" {text}", "reverse")
+    line.truncate(width, overflow="ellipsis", pad=True)
+    return line
+
+
+def _cut(line: Text, width: int) -> Text:
+    line = line.copy()
+    line.truncate(width, overflow="ellipsis")
+    line.no_wrap = True
+    return line
