@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,8 @@ from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import with_limit
 
 
 @rule
@@ -44,6 +46,7 @@ class AttentionSpike(Rule):
     """
 
     symptom: ClassVar[Symptom] = SCORES
+    cause_rank: ClassVar[int] = 60
 
     rise: Fraction = 0.4
     """Rise of the probability, in [0, 1], above the largest of the readings before."""
@@ -53,6 +56,18 @@ class AttentionSpike(Rule):
     """Number of readings in the past."""
     min_history: Count = 3
     """Number of readings needed before any is judged."""
+
+    @classmethod
+    def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
+        """Return the newest value of the probability that rose."""
+        return history.value_at(str(issue.evidence.get("signal", "max_probability")), issue)
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the rise of the probability in words."""
+        worst = issues[0]
+        name = str(worst.evidence.get("signal", "probability")).replace("_", " ")
+        return Description(f"{name} rose", with_limit(name, worst), worst.suggestion)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head, on the quantity that rose more.

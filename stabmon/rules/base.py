@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, TypeVar
 
 from stabmon.records import SEVERITIES, StabilityIssue
 from stabmon.registry import Registry
 from stabmon.rules.symptoms import Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import growth, past, with_limit
 
 
 class Rule:
@@ -44,6 +46,10 @@ class Rule:
     """Types of its issues; empty for its own name alone."""
     value_of: ClassVar[str | None] = None
     """Signal whose value its issues report; None where they report another quantity."""
+    quantity: ClassVar[str] = ""
+    """Name of the value of its issues, for readers; empty for its signal's or its own name."""
+    cause_rank: ClassVar[int] = 50
+    """Order among issues of one symptom: the smallest names what they have in common."""
     explains_others: ClassVar[bool] = False
     """True if its issues explain others of the same step: they are listed first.
 
@@ -74,6 +80,48 @@ class Rule:
             issue: an issue that this rule reported.
         """
         return cls.symptom
+
+    @classmethod
+    def has_own_cause(cls, issue: StabilityIssue) -> bool:
+        """Return True if an issue cannot follow from another, whatever else is open.
+
+        Args:
+            issue: an issue that this rule reported.
+        """
+        return False
+
+    @classmethod
+    def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
+        """Return the newest value of the quantity that an open issue reports.
+
+        Args:
+            issue: an open issue that this rule reported.
+            history: the readings so far.
+
+        Returns:
+            None where the newest reading does not have it. By default it is that of
+            :attr:`value_of`, the extreme over heads for an issue of a layer.
+        """
+        return None if cls.value_of is None else history.value_at(cls.value_of, issue)
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return some of its issues in words, all of one step.
+
+        Args:
+            issues: at least one, the worst first.
+            framework: ``transformers``, ``lightning`` or ``loop``, for advice and code.
+
+        Example:
+            >>> issue = StabilityIssue(7, "h.0", 3, "dead_head", "warning", 0.1, 0.2, "Prune it.")
+            >>> Rule.describe([issue], "loop").numbers
+            'dead head 0.1 (limit 0.2)'
+        """
+        worst = issues[0]
+        name = worst.issue_type.replace("_", " ")
+        numbers = with_limit(cls.quantity or (cls.value_of or name).replace("_", " "), worst)
+        words = numbers + past(worst.evidence) + growth(worst.evidence)
+        return Description(name, words, worst.suggestion)
 
     @classmethod
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:

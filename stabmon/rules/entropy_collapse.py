@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -17,6 +17,9 @@ from stabmon.rules.evidence.recovery import rose_above
 from stabmon.rules.evidence.robust_stats import robust_spread
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.code_lines import guard
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import known, number, past
 
 START_READINGS = 32
 """Readings within which a model may count as fresh, if its loss falls fast."""
@@ -69,6 +72,8 @@ class EntropyCollapse(Rule):
     """
 
     symptom: ClassVar[Symptom] = SCORES
+    value_of: ClassVar[str] = "normalized_entropy"
+    cause_rank: ClassVar[int] = 30
 
     kept: Fraction = 0.4
     """Largest share of its own past entropy that a collapsed head keeps."""
@@ -114,6 +119,19 @@ class EntropyCollapse(Rule):
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
         """Return True if the head's entropy is above half its threshold again."""
         return rose_above(issue, history, "normalized_entropy", share=0.5)
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the entropy beside its past in words."""
+        worst = issues[0]
+        numbers = f"normalized entropy {number(worst.value)}{past(worst.evidence)}"
+        score = known(worst.evidence, "max_logit")
+        numbers += "" if score is None else f"; largest score {number(score)}"
+        ratio = known(worst.evidence, "score_times_own_past")
+        numbers += f", {number(ratio)} times its past" if ratio is not None and ratio > 1.5 else ""
+        fresh = bool(worst.evidence.get("from_the_start"))
+        title = "attention is saturated from the start" if fresh else "attention entropy collapsed"
+        return Description(title, numbers, worst.suggestion, guard(framework))
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head that lost its entropy.

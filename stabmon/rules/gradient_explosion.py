@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,9 @@ from stabmon.rules.evidence.baselines import loss_rose
 from stabmon.rules.evidence.robust_stats import robust_spread
 from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.code_lines import clip_gradients
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import known, number, with_limit
 
 
 @rule
@@ -46,6 +49,7 @@ class GradientExplosion(Rule):
     """
 
     symptom: ClassVar[Symptom] = LOSS
+    quantity: ClassVar[str] = "gradient norm"
 
     deviations: NonNegative = 6.0
     """Robust standard deviations of the log norm above its recent median."""
@@ -62,6 +66,23 @@ class GradientExplosion(Rule):
     """Number of readings in the recent range."""
     min_history: Count = 12
     """Number of readings needed before any is judged."""
+
+    @classmethod
+    def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
+        """Return the newest norm of the whole gradient."""
+        return history.latest.gradients.get("")
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the norm beside its median in words, and the norm to clip at."""
+        worst = issues[0]
+        middle = known(worst.evidence, "recent_median")
+        numbers = with_limit("gradient norm", worst)
+        numbers += "" if middle is None else f", recent median {number(middle)}"
+        most = worst.evidence.get("layer_grown_most")
+        numbers += f"; {most} grew most" if most else ""
+        code = "" if middle is None else clip_gradients(framework, 2 * middle)
+        return Description("gradient norm jumped", numbers, worst.suggestion, code)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return at most one issue, for the run; ``value`` is the norm of its gradient.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +15,8 @@ from stabmon.rules.evidence.context import advice
 from stabmon.rules.evidence.robust_stats import median
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import known, share
 
 
 @rule
@@ -47,6 +49,7 @@ class GradientVanishing(Rule):
     """
 
     symptom: ClassVar[Symptom] = SCORES
+    cause_rank: ClassVar[int] = 45
 
     warning: Fraction = 0.02
     """Share of the model's gradient norm, over what it was, for a warning."""
@@ -60,6 +63,17 @@ class GradientVanishing(Rule):
     """Number of readings; their older half is the past."""
     min_history: Count = 12
     """Number of readings needed before any is judged."""
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the share of the gradient that is left in words."""
+        worst = issues[0]
+        numbers = f"its share of the model's gradient is {share(worst.value)} of what it was"
+        saturated = known(worst.evidence, "saturated_fraction")
+        if saturated is not None:
+            before = known(worst.evidence, "saturated_before") or 0.0
+            numbers += f"; saturated rows {share(saturated)}, were {share(before)}"
+        return Description("gradient of attention vanishes", numbers, worst.suggestion)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Yield one issue for each layer whose gradient collapsed.

@@ -40,6 +40,9 @@ class HighCurvature(Rule):
     """
 
     symptom: ClassVar[Symptom] = SCORES
+    value_of: ClassVar[str] = "hnf_log_curvature"
+    quantity: ClassVar[str] = "log curvature of the attention map"
+    cause_rank: ClassVar[int] = 55
 
     jump: NonNegative = 2.5
     """Rise of the natural logarithm above the largest before; 2.5 is twelvefold."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +27,9 @@ from stabmon.rules.evidence.recovery import fell_below
 from stabmon.rules.evidence.robust_stats import largest
 from stabmon.rules.symptoms import SCORES, SUSTAINED_GROWTH, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.code_lines import guard
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import growth, known, number, past
 
 LEAST_SCORE = 2 * SCORE_FLOOR
 """Score from which growth is worth a forecast."""
@@ -85,6 +88,8 @@ class LogitGrowth(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
     value_of: ClassVar[str] = "max_logit"
+    quantity: ClassVar[str] = "largest score"
+    cause_rank: ClassVar[int] = 10
 
     jump: Positive = 4.0
     """Growth of a score within one step, as a multiple of its own past.
@@ -127,6 +132,28 @@ class LogitGrowth(Rule):
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
         """Return True if the head's largest score is below its threshold again."""
         return issue.head is not None and fell_below(issue, history, "max_logit")
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the growth of the scores beside their past in words."""
+        worst, evidence = issues[0], issues[0].evidence
+        numbers = f"largest score {number(worst.value)}{past(evidence)}"
+        code = guard(framework) if worst.is_alarm else ""
+        if worst.head is not None:
+            numbers += growth(evidence)
+            title = _TITLES.get(str(evidence.get("how")), "attention scores grow")
+            return Description(title, numbers, worst.suggestion, code)
+        times, since = known(evidence, "gain_times"), evidence.get("since_step")
+        of_scale = evidence.get("by") == "scale"
+        factor = "the scale of scores" if of_scale else "the scale of scores by W_q and W_k"
+        if times is not None and since is not None:
+            numbers = f"{factor} grew {number(times)} times since step {since}; {numbers}"
+        title = (
+            "the scale of attention scores grows, and not by learning"
+            if of_scale
+            else "W_q and W_k grow, and not by learning"
+        )
+        return Description(title, numbers + growth(evidence), worst.suggestion, code)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head, and one for each layer of sustained growth.
@@ -277,6 +304,15 @@ class LogitGrowth(Rule):
             evidence=evidence,
             eta_steps=eta if np.isfinite(eta) else None,
         )
+
+
+_TITLES = {
+    "jump": "attention scores jumped",
+    "runaway": "attention scores run away",
+    "harm": "attention scores reached the level of known damage",
+    "forecast": "attention scores are on their way to damage",
+}
+"""Titles by how the growth of a head was found."""
 
 
 def _interval(history: History) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -14,6 +14,9 @@ from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import robust_spread
 from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.code_lines import resume
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import known, number, with_limit
 
 
 @rule
@@ -54,6 +57,7 @@ class LossSpike(Rule):
     """
 
     symptom: ClassVar[Symptom] = LOSS
+    quantity: ClassVar[str] = "loss"
 
     deviations: Positive = 8.0
     """Robust standard deviations above the recent median for a spike.
@@ -88,6 +92,25 @@ class LossSpike(Rule):
     """Number of losses in the recent course: fewer, since it may be falling."""
     min_history: Count = 24
     """Number of losses needed before any is judged."""
+
+    @classmethod
+    def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
+        """Return the newest loss."""
+        newest = history.recent_losses[-1:]
+        return float(newest[0, 1]) if len(newest) else None
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the loss beside its recent median in words."""
+        worst = issues[0]
+        middle, at = known(worst.evidence, "recent_median"), worst.evidence.get("spike_step")
+        numbers = with_limit("loss", worst)
+        numbers += "" if middle is None else f", recent median {number(middle)}"
+        numbers += "" if at is None else f", highest at step {at}"
+        stays = bool(worst.evidence.get("stays"))
+        code = resume(framework, int(at)) if worst.is_alarm and at is not None else ""
+        title = "loss jumped and stays up" if stays else "loss jumped"
+        return Description(title, numbers, worst.suggestion, code)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return at most one issue, for the run; ``value`` is the highest new loss.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ from stabmon.records import NonFinite as Finding
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import NON_FINITE, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.code_lines import resume
+from stabmon.rules.wording.description import Description
 
 CAUSES: Mapping[Cause, str] = {
     "mask": (
@@ -102,12 +104,45 @@ class NonFinite(Rule):
     """
 
     symptom: ClassVar[Symptom] = NON_FINITE
+    quantity: ClassVar[str] = "first bad value"
 
     gradient_readings: Count = 3
     """Number of readings in a row with a bad gradient for a critical issue.
 
     Where nothing is known of the weights.
     """
+
+    @classmethod
+    def has_own_cause(cls, issue: StabilityIssue) -> bool:
+        """Return True for a NaN that mask, labels, objective or data made."""
+        return issue.evidence.get("cause") in ("mask", "labels", "objective", "data")
+
+    @classmethod
+    def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
+        """Return the newest loss where the issue is of the run."""
+        return history.latest.loss if issue.layer is None else None
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the first bad tensor, its cause and the damage in words."""
+        worst, evidence = issues[0], issues[0].evidence
+        kind = evidence.get("kind", "loss")
+        at = evidence.get("first_bad")
+        title = f"NaN or inf in {at}" if at else f"NaN or inf in the {kind}"
+        words = [f"found in step {evidence['first_step']}"] if "first_step" in evidence else []
+        words += [f"cause: {evidence['cause']}"] if evidence.get("cause") else []
+        words += [str(evidence["detail"])] if evidence.get("detail") else []
+        skipped = evidence.get("skipped")
+        words += [f"{skipped} steps in a row skipped"] if skipped else []
+        damage = {
+            "weights": "weights are corrupted",
+            "gradients": "the step was left out, weights are finite",
+            "nothing": "gradients and weights are finite",
+        }
+        words += [damage[evidence["touched"]]] if evidence.get("touched") in damage else []
+        step = int(evidence.get("first_step", worst.step))
+        code = resume(framework, step) if worst.severity == "critical" else ""
+        return Description(title, "; ".join(words), worst.suggestion, code)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return the issue at the first bad tensor, at each infinite score, or of the run.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,9 @@ from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.code_lines import run_in_bfloat16
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import number, share
 
 
 @rule
@@ -40,6 +44,7 @@ class OverflowRisk(Rule):
     """
 
     symptom: ClassVar[Symptom] = SCORES
+    cause_rank: ClassVar[int] = 20
 
     warning: Positive = 16_384.0
     """Query-key product before scaling for a warning: a quarter of float16's range."""
@@ -50,6 +55,27 @@ class OverflowRisk(Rule):
     """
     clears: Fraction = 0.8
     """Closing level, as a share of ``warning``."""
+
+    @classmethod
+    def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
+        """Return the newest query-key product of the head."""
+        score, info = history.value_at("max_logit", issue), history.info.get(issue.layer or "")
+        return None if score is None or info is None else score / info.scale
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the distance to the end of float16 in words."""
+        worst = issues[0]
+        used = worst.value / LARGEST["float16"]
+        numbers = f"largest query-key product {number(worst.value)}"
+        if math.isfinite(used):
+            numbers += f", {share(used)} of float16's largest number"
+        title = (
+            "query-key products near the end of float16"
+            if math.isfinite(used)
+            else "query-key products beyond float16"
+        )
+        return Description(title, numbers, worst.suggestion, run_in_bfloat16(framework))
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head near the limit; critical where its score is inf."""

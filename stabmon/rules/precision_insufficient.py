@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.description import Description
 
 
 @rule
@@ -44,6 +45,7 @@ class PrecisionInsufficient(Rule):
     """
 
     symptom: ClassVar[Symptom] = SCORES
+    cause_rank: ClassVar[int] = 40
 
     warning_shortage: NonNegative = 1.0
     """Missing bits for a warning; at 1, rounding may move 20 % of a row's probability."""
@@ -56,6 +58,21 @@ class PrecisionInsufficient(Rule):
     """
     clears: NonNegative = 0.25
     """Closing level, in bits below ``warning_shortage``."""
+
+    @classmethod
+    def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
+        """Return the number of bits that the head needs now."""
+        need, info = history.value_at("precision_bits", issue), history.info.get(issue.layer or "")
+        return None if need is None or info is None else need - _averaging(info)
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the missing bits in words."""
+        worst = issues[0]
+        dtype = worst.evidence.get("dtype", "the number format")
+        title = f"{dtype} keeps too few bits for attention scores"
+        numbers = f"bits needed {worst.value:.1f}, kept {worst.threshold:.0f}"
+        return Description(title, numbers, worst.suggestion)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head that is short of bits.
@@ -92,7 +109,7 @@ class PrecisionInsufficient(Rule):
             threshold=have,
             suggestion=(
                 f"{_more_bits(info)}, or bring the head's scores down by QK-clip or query/key "
-                "normalisation: {info.dtype} keeps {have:.0f} bits and its scores need {need:.1f}."
+                f"normalisation: {info.dtype} keeps {have:.0f} bits and its scores need {need:.1f}."
             ),
             evidence={"grown_bits": grown, "dtype": info.dtype, "fused": info.fused},
         )
@@ -103,7 +120,7 @@ def _more_bits(info: LayerInfo) -> str:
     if info.fused:
         return (
             "Give this layer's kernel its queries and keys in float32, autocast off around it "
-            "(its sums are in float32 already; what is rounded to {info.dtype} is its input)"
+            f"(its sums are in float32 already; only its input is rounded to {info.dtype})"
         )
     return "Form this layer's query-key product and softmax in float32, as a fused kernel does"
 

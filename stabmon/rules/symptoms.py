@@ -34,6 +34,10 @@ class Symptom:
     """Nothing else is done while one of its treatments has not been judged."""
     threatens_run: bool = False
     """No state of the run is kept as healthy while it is open, whatever its severity."""
+    causal_order: int = 60
+    """Place in the chain from causes to effects, causes first; unlike the order of treatment."""
+    explains_earlier: bool = False
+    """It was at work before it was found, and so explains what opened earlier."""
     passes_on: Literal["always", "idle", "never"] = "always"
     """Condition under which later symptoms are treated at the same sample.
 
@@ -60,6 +64,7 @@ NON_FINITE = Symptom(
     exclusive=True,
     threatens_run=True,
     passes_on="never",
+    causal_order=45,
 )
 """NaN or inf in the loss, the gradients, the weights or the activations."""
 RATE = Symptom(
@@ -71,12 +76,16 @@ RATE = Symptom(
     threatens_run=True,
     # all weights have moved: the loss comes before the scores, and is gone back from
     promotes=("loss",),
+    causal_order=10,
+    explains_earlier=True,
 )
 """Learning rate too high for the whole model or for a parameter group."""
 SUSTAINED_GROWTH = Symptom(
     "sustained_growth",
     "look for what multiplies the layer's W_q and W_k, or the scale of its scores",
     order=20,
+    causal_order=20,
+    explains_earlier=True,
 )
 """Growth of a layer's scores by something other than learning."""
 SCORES = Symptom(
@@ -85,6 +94,7 @@ SCORES = Symptom(
     order=30,
     passes_on="never",
     passes_on_beside=("step",),
+    causal_order=40,
 )
 """Scores, or their entropy, far from the head's own past."""
 STEP = Symptom(
@@ -93,6 +103,7 @@ STEP = Symptom(
     order=40,
     threatens_run=True,
     passes_on="never",
+    causal_order=30,
 )
 """Steps too long for one layer's queries and keys."""
 LOSS = Symptom(
@@ -104,5 +115,6 @@ LOSS = Symptom(
     threatens_run=True,
     passes_on="idle",
     waits_for=("sustained_growth",),
+    causal_order=50,
 )
 """Loss or gradient norm above its recent course."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,9 @@ from stabmon.rules.evidence.step_size import (
 )
 from stabmon.rules.symptoms import RATE, STEP, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.wording.code_lines import set_group_rates, set_rate
+from stabmon.rules.wording.description import Description
+from stabmon.rules.wording.numbers import known, number, share
 
 PAST = 22
 """Number of newest readings in the past of a step's size.
@@ -75,6 +78,8 @@ class UpdateSpike(Rule):
     """
 
     symptom: ClassVar[Symptom] = RATE
+    quantity: ClassVar[str] = "size of steps"
+    cause_rank: ClassVar[int] = 0
     explains_others: ClassVar[bool] = True
 
     rate_jump: Positive = 4.0
@@ -99,6 +104,26 @@ class UpdateSpike(Rule):
     def symptom_of(cls, issue: StabilityIssue) -> Symptom:
         """Return rate for an issue of the run, step for one of a layer."""
         return RATE if issue.layer is None else STEP
+
+    @classmethod
+    def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
+        """Return the newest rate for an issue of the run, the newest update for one of a layer."""
+        if issue.layer is None:
+            rates = history.latest.used_rates.values()
+            return max(rates, default=history.latest.learning_rate)
+        moved = history.latest.query_key.get(issue.layer)
+        return None if moved is None else moved.relative_update
+
+    @classmethod
+    def describe(cls, issues: Sequence[StabilityIssue], framework: str) -> Description:
+        """Return the rate beside the one that fits in words, or the update of a layer."""
+        worst = issues[0]
+        if worst.layer is not None:
+            usual = known(worst.evidence, "usual_query_key_update")
+            numbers = f"a step changes {share(worst.value)} of W_q and W_k"
+            numbers += "" if usual is None else f", usually {share(usual)}"
+            return Description("steps too long for W_q and W_k", numbers, worst.suggestion)
+        return _describe_rate(worst, framework)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for the run, else one for each layer that is moved too far.
@@ -241,6 +266,35 @@ class UpdateSpike(Rule):
         )
         evidence = {"query_key_update": float(shares[-1]), "usual_query_key_update": usual}
         return [_issue(history, layer, float(shares[-1]), float(level), suggestion, evidence)]
+
+
+def _describe_rate(issue: StabilityIssue, framework: str) -> Description:
+    """Return the rate of the run beside the one that fits in words, with the line that sets it."""
+    evidence = issue.evidence
+    fitting, highest = known(evidence, "fitting_rate"), known(evidence, "highest_rate_before")
+    rates = evidence.get("fitting_rates") or evidence.get("highest_rates_before") or {}
+    of_all = len(rates) in (0, len(evidence.get("rates") or rates))
+    rate = fitting or highest
+    code = ""
+    if rate is not None:
+        code = set_rate(framework, rate) if of_all else set_group_rates(framework, rates)
+    if fitting is None:
+        times = "" if not highest else f", {number(issue.value / highest)} times the highest before"
+        numbers = f"learning rate {number(issue.value)}{times} ({number(highest or 0)})"
+        return Description("learning rate jumped", numbers, issue.suggestion, code)
+    numbers = f"learning rate {number(issue.value)}, {number(fitting)} fits"
+    if issue.value > fitting:
+        numbers += f" ({number(issue.value / fitting)} times lower)"
+    gained, moved = known(evidence, "gain_ratio"), known(evidence, "largest_query_key_update")
+    rise = known(evidence, "rise")
+    if evidence.get("how") in ("torn", "leap") and rise is not None:
+        numbers += f"; the loss rose by {share(rise)}"
+    elif gained is not None:
+        of = "nothing" if gained <= 0 else share(gained)
+        numbers += f"; steps gain {of} of what their gradient foretells"
+    elif moved is not None:
+        numbers += f"; a step changed {share(moved)} of W_q and W_k"
+    return Description("learning rate too high", numbers, issue.suggestion, code)
 
 
 def _issue(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stabmon.incidents import Incident
 from stabmon.records import Reading, StabilityIssue
 from stabmon.registry import Registry
 
@@ -107,6 +108,24 @@ class Sink:
         """
         for issue in issues:
             self.write_issue(issue)
+
+    def write_incidents(self, incidents: Sequence[Incident]) -> None:
+        """Receive the incidents that changed at a step: its issues by cause, in words.
+
+        Called right after :meth:`write_issues` of the same step.
+
+        Args:
+            incidents: alarms first, of these the causes.
+
+        Example:
+            >>> from stabmon.incidents import incidents_of
+            >>> class WordsSink(Sink):
+            ...     def write_incidents(self, incidents):
+            ...         print(incidents[0].text())
+            >>> issue = StabilityIssue(7, "attn", 0, "logit_growth", "error", 80.0, 50.0, "")
+            >>> WordsSink().write_incidents(incidents_of([issue]))
+            attention scores grow in attn head 0: largest score 80.
+        """
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
         """Receive the audit record of an intervention that was applied or undone.
@@ -222,6 +241,11 @@ class SinkGroup(Sink):
         """Write the issues of one step to every sink; see :meth:`Sink.write_issues`."""
         if issues:
             self._each("write_issues", issues)
+
+    def write_incidents(self, incidents: Sequence[Incident]) -> None:
+        """Write the incidents of one step to every sink; see :meth:`Sink.write_incidents`."""
+        if incidents:
+            self._each("write_incidents", incidents)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
         """Write one audit record to every sink; see :meth:`Sink.write_intervention`."""

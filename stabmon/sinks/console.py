@@ -1,23 +1,22 @@
-"""Issues in the terminal, one line each, above any progress bar."""
+"""Incidents and interventions in the terminal, above any progress bar."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
-from stabmon.records import SEVERITIES, Reading, StabilityIssue
+from stabmon.incidents import Incident, intervention_text
+from stabmon.records import Reading, counted
 from stabmon.sinks.base import Sink, sink
-from stabmon.sinks.issue_table import numbers_in_words
 
 _COLOURS = {
-    "info": "cyan",
+    "info": "green",
     "warning": "yellow",
     "error": "bold red",
     "critical": "bold white on red",
@@ -26,105 +25,125 @@ _COLOURS = {
 
 @sink
 class ConsoleSink(Sink):
-    """Print one line per change of an issue and per intervention on standard error.
+    """Print what a run needs to say on standard error: two lines for a healthy one.
 
-    Lines are coloured by severity on a terminal (``NO_COLOR`` is respected), plain elsewhere. tqdm
-    and rich progress bars stay whole: lines are printed above them.
+    A line at the start, one for each incident that opens, changes in substance or closes, its
+    advice once, one for each intervention, and one at the end. Warnings are counted at the end and
+    not printed. Lines are coloured by severity on a terminal (``NO_COLOR`` is respected), plain
+    elsewhere. tqdm and rich progress bars stay whole: lines are printed above them.
 
     Args:
-        verbose: also print a one-line summary of every sampled step.
-        lines_per_step: issues of one step beyond this many are counted, not printed: an unstable
-            model can have hundreds of anomalous heads.
+        verbose: also print every change of every incident, warnings included, and one line for
+            every sampled step.
         file: the stream to print to; None for ``sys.stderr`` of the moment.
+
+    Example:
+        >>> sink = ConsoleSink(file=sys.stdout)
+        >>> sink.open(None, {"model": {"class": "GPT2"}, "sampling": {"every": 10}})
+        >>> sink.amend({"layers": {"h.0": 4, "h.1": 4}})
+        stabmon watches 2 layers, 8 heads of GPT2 every 10 steps; records are kept in memory only
+        >>> sink.write_reading(Reading(10, 2.5, {}), {})
+        >>> sink.close()
+        stabmon done at step 10: 1 sample, no issue
     """
 
-    def __init__(
-        self, *, verbose: bool = False, lines_per_step: int = 20, file: TextIO | None = None
-    ) -> None:
+    def __init__(self, *, verbose: bool = False, file: TextIO | None = None) -> None:
         self._verbose = verbose
-        self._lines_per_step = lines_per_step
         self._file = file
-        self._step = 0
-        self._printed = 0
-        self._unprinted: Counter[str] = Counter()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._meta: dict[str, Any] = {}
+        self._run_dir: Path | None = None
+        self._is_open = False
+        self._samples = self._step = self._interventions = 0
+        self._incidents: dict[int, Incident] = {}
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
-        self._turn_to(0)
+        self._forget()
+        self._meta, self._run_dir, self._is_open = dict(meta), run_dir, True
+
+    def amend(self, meta: Mapping[str, Any]) -> None:
+        first = "layers" in meta and "layers" not in self._meta
+        self._meta |= meta
+        if first:
+            self._print(Text(f"stabmon watches {self._watched()}; {self._records()}"))
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        self._turn_to(reading.step)
+        self._samples, self._step = self._samples + 1, reading.step
         if self._verbose:
             loss = "unknown" if reading.loss is None else f"{reading.loss:.4g}"
             shown = {
-                "max logit": "attention/max_logit/max",
+                "largest score": "attention/max_logit/max",
                 "least entropy": "attention/normalized_entropy/min",
+                "risk": "stability/risk",
+                "open issues": "stability/issues_open",
             }
             parts = [
-                f"loss {loss}",
-                *(
-                    f"{words} {scalars[name]:.4g}"
-                    for words, name in shown.items()
-                    if name in scalars
-                ),
+                f"{words} {scalars[key]:.4g}" for words, key in shown.items() if key in scalars
             ]
-            parts.append(f"{scalars.get('stability/issues_open', 0):.0f} issues open")
-            self._print(Text.assemble(_head(reading.step), ("  ".join(parts), "dim")))
+            self._print(_line(reading.step, ("  ".join([f"loss {loss}", *parts]), "dim")))
 
-    def write_issue(self, issue: StabilityIssue) -> None:
-        self._turn_to(issue.step)
-        if self._printed >= self._lines_per_step:
-            self._unprinted[issue.severity] += 1
-            return
-        self._printed += 1
-        colour = _COLOURS.get(issue.severity, "") if issue.state != "closed" else "green"
-        name = issue.severity if issue.state != "closed" else "closed"
-        change = "" if issue.state == "opened" else f" {issue.state}"
-        self._print(
-            Text.assemble(
-                _head(issue.step),
-                (f"{name:<8}", colour),
-                (f" {issue.issue_type}", "bold"),
-                f"{change}  {issue.where}  {numbers_in_words(issue)}",
-                ("" if issue.state == "closed" else f"  {issue.suggestion}", "dim"),
+    def write_incidents(self, incidents: Sequence[Incident]) -> None:
+        for incident in incidents:
+            self._incidents[incident.number] = incident
+            self._step = incident.step
+            if not (incident.announced or self._verbose):
+                continue
+            name = "closed" if incident.state == "closed" else incident.severity
+            self._print(
+                _line(incident.step, (f"{name}: ", _COLOURS[incident.severity]), incident.text())
             )
-        )
+            if incident.advises and incident.advice:
+                code = f"  {incident.code}" if incident.code and "\n" not in incident.code else ""
+                self._print(Text.assemble(("  what to do: ", "bold"), incident.advice, code))
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
-        step = record.get("step", self._step)
-        plain = {
-            key: value
-            for key, value in record.items()
-            if key != "step" and isinstance(value, (str, int, float))
-        }
-        words = [
-            str(value) if key in ("intervention", "name") else f"{key} {value}"
-            for key, value in plain.items()
-        ]
-        self._print(
-            Text.assemble(_head(step), ("intervention", "bold magenta"), "  ", "  ".join(words))
-        )
+        self._interventions += record.get("action") == "applied"
+        self._step = max(self._step, int(record.get("step", 0)))
+        words = ("intervention: ", "bold magenta")
+        self._print(_line(int(record.get("step", 0)), words, intervention_text(record)))
 
     def close(self) -> None:
-        self._turn_to(0)
+        if self._is_open and (self._samples or self._incidents):
+            self._print(Text(f"stabmon done at step {self._step}: {self._outcome()}"))
+        self._is_open = False
 
-    def _turn_to(self, step: int) -> None:
-        """Begin a step, after a line on the issues of the last one that were not printed."""
-        if step == self._step:
-            return
-        if self._unprinted:
-            counts = ", ".join(
-                f"{self._unprinted[name]} {name}"
-                for name in reversed(SEVERITIES)
-                if self._unprinted[name]
+    def _watched(self) -> str:
+        """Return layers, heads, model and schedule in words."""
+        layers = self._meta.get("layers", {})
+        heads = sum(layers.values())
+        model = self._meta.get("model", {}).get("class", "the model")
+        every = self._meta.get("sampling", {}).get("every", 1)
+        often = "every step" if every == 1 else f"every {every} steps"
+        return f"{counted(len(layers), 'layer')}, {counted(heads, 'head')} of {model} {often}"
+
+    def _records(self) -> str:
+        """Return the place of the records in words."""
+        return (
+            f"records go to {self._run_dir}" if self._run_dir else "records are kept in memory only"
+        )
+
+    def _outcome(self) -> str:
+        """Return the samples, the incidents and the place of the records in words."""
+        alarmed = [each for each in self._incidents.values() if each.alarmed]
+        warnings = len(self._incidents) - len(alarmed)
+        parts = [counted(self._samples, "sample")]
+        if alarmed:
+            first = min(alarmed, key=lambda each: each.number)
+            still = sum(each.state != "closed" for each in alarmed)
+            parts.append(
+                f"{counted(len(alarmed), 'alarm')}, {still} still open; "
+                f"the first at step {first.first_step}: {first.headline}"
             )
-            self._print(
-                Text.assemble(
-                    _head(self._step),
-                    (f"and {self._unprinted.total()} more issues ({counts})", "yellow"),
-                )
-            )
-        self._step, self._printed = step, 0
-        self._unprinted.clear()
+        else:
+            parts.append("no alarm" if warnings else "no issue")
+        if warnings:
+            parts.append(f"{counted(warnings, 'warning')} not printed")
+        if self._interventions:
+            parts.append(counted(self._interventions, "intervention"))
+        where = f"; see stabmon report {self._run_dir.parent}" if self._run_dir else ""
+        return ", ".join(parts) + where
 
     def _print(self, line: Text) -> None:
         """Print one line above any progress bar.
@@ -151,6 +170,6 @@ def _above_tqdm(file: TextIO) -> contextlib.AbstractContextManager[None]:
     return mode
 
 
-def _head(step: int) -> tuple[str, str]:
-    """Return the beginning of every line."""
-    return (f"stabmon step {step}  ", "dim")
+def _line(step: int, *parts: str | tuple[str, str]) -> Text:
+    """Return a line of one step."""
+    return Text.assemble((f"stabmon step {step}  ", "dim"), *parts)

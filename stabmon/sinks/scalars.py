@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from stabmon.incidents.risk import risk_of
 from stabmon.records import Reading, StabilityIssue
 
 
@@ -18,6 +19,8 @@ def dashboard_scalars(
     - ``attention_layers/<layer>/<signal>``: over the heads of a layer, the largest value of a
       signal that is itself a maximum (``max_logit``, the curvatures …), else the mean, so that one
       anomalous head is not averaged away where it counts;
+    - ``stability/risk`` and ``attention_layers/<layer>/risk``: the chance, in [0, 1], that attention
+      damages the run from here on;
     - ``stability/issues_open``, ``stability/alarms`` and, once it is known,
       ``stability/overhead_fraction``.
 
@@ -50,6 +53,8 @@ def dashboard_scalars(
             if values.size:
                 reduced = values.max() if reduction(signal) == "max" else values.mean()
                 scalars[f"attention_layers/{layer}/{signal}"] = float(reduced)
+        scalars[f"attention_layers/{layer}/risk"] = risk_of(open_issues, layer)
+    scalars["stability/risk"] = risk_of(open_issues)
     scalars["stability/issues_open"] = float(len(open_issues))
     scalars["stability/alarms"] = float(alarms)
     if reading.overhead_fraction is not None and np.isfinite(reading.overhead_fraction):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from stabmon.engine.error_boundary import ErrorBoundary, contained
-from stabmon.records import Reading, StabilityIssue
+from stabmon.incidents import Incident, IncidentLog
+from stabmon.records import Reading, StabilityIssue, head_count
 from stabmon.sinks import Sink, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 
@@ -29,6 +31,8 @@ class Recorder:
         """Number of issues of severity error or above."""
         self._sinks = SinkGroup(sinks)
         self._folder = folder
+        self._layers: dict[str, int] = {}
+        self._incidents = IncidentLog()
         self._meta: Callable[[], Mapping[str, Any]] | None = None
 
     def set_meta(self, meta: Callable[[], Mapping[str, Any]]) -> None:
@@ -41,9 +45,12 @@ class Recorder:
     @contained
     def open_sinks(self) -> None:
         """Open the sinks at the first record or step; later do nothing."""
-        meta, self._meta = self._meta, None
-        if meta is not None:
-            self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta())
+        make, self._meta = self._meta, None
+        if make is not None:
+            meta = make()
+            self._incidents = IncidentLog(str(meta.get("framework", "loop")))
+            self._replay(self.issues)
+            self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta)
             self._count_failed()
 
     def amend(self, meta: Mapping[str, Any]) -> None:
@@ -60,6 +67,7 @@ class Recorder:
         """Replace the issues of the run by those of a stored state."""
         self.issues, self.alarms = [], 0
         self.keep(issues)
+        self._replay(issues)
 
     def write_reading(
         self, reading: Reading, open_issues: Sequence[StabilityIssue], **more: float
@@ -73,6 +81,7 @@ class Recorder:
         """
         self.open_sinks()
         scalars = dashboard_scalars(reading, open_issues, alarms=self.alarms)
+        self._amend_layers(reading)
         self._sinks.write_reading(
             reading, scalars | {f"stability/{name}": value for name, value in more.items()}
         )
@@ -81,7 +90,9 @@ class Recorder:
     def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
         """Write issues that opened, worsened or closed."""
         self.open_sinks()
+        incidents = self._group(issues)
         self._sinks.write_issues(issues)
+        self._sinks.write_incidents(incidents)
         self._count_failed()
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
@@ -95,6 +106,26 @@ class Recorder:
         self._meta = None
         self._sinks.close()
         self._count_failed()
+
+    def _group(self, issues: Sequence[StabilityIssue]) -> list[Incident]:
+        """Return the incidents that the issues of a step change."""
+        try:
+            return self._incidents.update(issues)
+        except Exception as error:  # the issues must reach the sinks whatever happens here
+            self.boundary.failed("incidents", error)
+            return []
+
+    def _replay(self, issues: Sequence[StabilityIssue]) -> None:
+        """Take the issues of the run so far, without writing them."""
+        for _, of_step in groupby(issues, key=lambda issue: issue.step):
+            self._group(list(of_step))
+
+    def _amend_layers(self, reading: Reading) -> None:
+        """Add the layers and their heads to the metadata, once they are known."""
+        layers = {layer: head_count(signals) for layer, signals in reading.layers.items()}
+        if layers and layers != self._layers:
+            self._layers = {**self._layers, **layers}
+            self.amend({"layers": self._layers})
 
     @contained
     def _make_folder(self) -> Path | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from stabmon.records import StabilityIssue
+from stabmon.rules.evidence.robust_stats import largest
 from stabmon.rules.tracking.reading_arrays import ReadingArrays
 
 
@@ -81,6 +82,32 @@ class History(ReadingArrays):
         """
         open_ = self._open.get(issue_type, {})
         return np.array([open_.get(head, np.nan) for head in self.heads], dtype=np.float64)
+
+    def series(self, signal: str, issue: StabilityIssue) -> np.ndarray:
+        """Return ``[T]`` values of a signal at the place of an issue.
+
+        Of a layer without a head the largest over its heads, or over those in the issue's evidence
+        (``heads_grown``); NaN where nothing was measured.
+
+        Args:
+            signal: name of the signal.
+            issue: its layer and head are the place.
+        """
+        if issue.layer not in self.layers:
+            return np.full(len(self), np.nan)
+        rows = self.signal(signal)[:, self.of_layer(issue.layer)]
+        heads = issue.evidence.get("heads_grown") if issue.head is None else [issue.head]
+        return largest(rows[:, heads].T if heads else rows.T)
+
+    def value_at(self, signal: str, issue: StabilityIssue) -> float | None:
+        """Return the newest value of a signal at the place of an issue; None if not measured.
+
+        Args:
+            signal: name of the signal.
+            issue: its layer and head are the place.
+        """
+        value = float(self.series(signal, issue)[-1]) if len(self) else np.nan
+        return None if np.isnan(value) else value
 
     def set_open(self, issues: Iterable[tuple[StabilityIssue, int]]) -> None:
         """Set the issues that are open, each with the step at which it opened."""

@@ -10,6 +10,7 @@ from typing import Any
 from stabmon._storage.stored_value import Stored
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
 from stabmon.rules.base import RULES, Rule, rule_name, rule_of, worsened
+from stabmon.rules.evidence.own_past import own_past
 from stabmon.rules.tracking.history import History
 
 Key = tuple[str, str | None, int | None]
@@ -203,10 +204,27 @@ class IssueTracker:
                 continue
             del self._open[key]
             self._closed[key] = _Closed(entry.issue, step)
-            emitted.append(
-                replace(entry.issue, step=step, severity="info", state="closed", eta_steps=None)
-            )
+            emitted.append(self._as_closed(entry, step))
         return emitted
+
+    def _as_closed(self, entry: _Open, step: int) -> StabilityIssue:
+        """Return the issue with the value at which it closed, as far as its rule knows it."""
+        issue, now = entry.issue, None
+        rule = rule_of(issue.issue_type)
+        try:
+            now = rule.value_now(issue, self.history) if hasattr(rule, "value_now") else None
+        except Exception as error:
+            self._report(entry.rule, error)
+        evidence = {**issue.evidence, "worst_value": issue.value, "opened_at": entry.since}
+        return replace(
+            issue,
+            step=step,
+            severity="info",
+            state="closed",
+            eta_steps=None,
+            value=issue.value if now is None else now,
+            evidence=evidence,
+        )
 
     def _open_or_worsen(
         self, key: Key, issue: StabilityIssue, name: str, alike: int
@@ -221,12 +239,23 @@ class IssueTracker:
             return []
         if entry is None and closed is not None and not worsened(issue, closed.issue):
             return []
-        evidence = (
-            issue.evidence if issue.head is None else {**issue.evidence, "heads_alike": alike}
-        )
+        evidence = {
+            **self._own_past(issue, name),
+            **issue.evidence,
+            **({} if issue.head is None else {"heads_alike": alike}),
+        }
         issue = replace(issue, state="opened" if entry is None else "worsened", evidence=evidence)
         self._open[key] = _Open(issue, name, issue.step if entry is None else entry.since)
         return [issue]
+
+    def _own_past(self, issue: StabilityIssue, name: str) -> dict[str, float]:
+        """Return the past of the issue's value, where it is that of a signal."""
+        signal = getattr(rule_of(issue.issue_type), "value_of", None)
+        try:
+            return {} if signal is None else own_past(self.history, issue, signal)
+        except Exception as error:  # an issue of another package may name no place that exists
+            self._report(name, error)
+            return {}
 
     def _report(self, name: str, error: Exception) -> None:
         if name in self._reported or self._on_error is None:

@@ -1,0 +1,253 @@
+"""An open incident: its issues, its cause, and what was said of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from stabmon.incidents.incident import Incident
+from stabmon.incidents.wording import (
+    closing_numbers,
+    describe,
+    effects_text,
+    forecast_text,
+    worst_first,
+)
+from stabmon.records import SEVERITIES, Severity, StabilityIssue
+from stabmon.rules.base import rule_of, symptom_of
+from stabmon.rules.wording.description import locate
+
+NO_SYMPTOM = 100
+"""Place in the causal chain of issues whose rule declares no symptom."""
+SPREAD = 4
+"""Growth of the number of layers that is reported again."""
+FARTHER = 10.0
+"""Growth of the value's ratio to its threshold that is reported again."""
+Key = tuple[str, str | None, int | None]
+
+
+def group_of(issue: StabilityIssue) -> tuple[int, str]:
+    """Return the place of an issue in the causal chain, and the name of its symptom."""
+    symptom = symptom_of(issue)
+    if symptom is None:
+        return NO_SYMPTOM, issue.issue_type
+    return symptom.causal_order, symptom.name
+
+
+def explains(incident: OpenIncident, issue: StabilityIssue) -> bool:
+    """Return True if an issue belongs to an incident, as its like or as its effect."""
+    if incident.group == group_of(issue):
+        return True
+    found = rule_of(issue.issue_type)
+    if found is not None and getattr(found, "has_own_cause", lambda _: False)(issue):
+        return False
+    return incident.is_alarm and incident.order < group_of(issue)[0]
+
+
+class OpenIncident:
+    """Issues that have one cause, from the first that opened to the last that closes.
+
+    Args:
+        number: of the incident in the run.
+        step: at which it opens.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        self.number, self.first_step = number, step
+        self.issues: dict[Key, StabilityIssue] = {}
+        """The open ones, as last emitted."""
+        self.layers: dict[str, None] = {}
+        self.heads: set[tuple[str | None, int]] = set()
+        self.changed: list[StabilityIssue] = []
+        """Issues of the present step."""
+        self._last: tuple[int, str] = (NO_SYMPTOM, "")
+        self._announced: Incident | None = None
+        self._announced_distance = 1.0
+        self._alarmed = False
+
+    @property
+    def group(self) -> tuple[int, str]:
+        """Place in the causal chain, and symptom, of its cause."""
+        alarms = [each for each in self.issues.values() if each.is_alarm]
+        return min(map(group_of, alarms or self.issues.values()), default=self._last)
+
+    @property
+    def order(self) -> int:
+        """Place of its cause in the causal chain."""
+        return self.group[0]
+
+    @property
+    def is_alarm(self) -> bool:
+        """True while an issue of severity error or above is open."""
+        return any(each.is_alarm for each in self.issues.values())
+
+    @property
+    def explains_earlier(self) -> bool:
+        """True if its cause was at work before it was found."""
+        causes = (each for each in self.issues.values() if group_of(each) == self.group)
+        symptom = next((symptom_of(each) for each in causes), None)
+        return symptom is not None and symptom.explains_earlier
+
+    def start_step(self) -> None:
+        """Begin a step without a change."""
+        self.changed = []
+
+    def add(self, issue: StabilityIssue) -> None:
+        """Add an issue that opened or worsened."""
+        self.issues[issue.key] = issue
+        self.changed.append(issue)
+        self._alarmed |= issue.is_alarm
+        self._last = self.group
+        if issue.layer is not None:
+            self.layers.setdefault(issue.layer)
+        if issue.head is not None:
+            self.heads.add((issue.layer, issue.head))
+
+    def close_issue(self, issue: StabilityIssue) -> None:
+        """Take an issue out that closed."""
+        self._last = self.group
+        del self.issues[issue.key]
+        self.changed.append(issue)
+
+    def follows_from_it(self, other: OpenIncident) -> bool:
+        """Return True if another incident follows from this one."""
+        first = next(iter(other.issues.values()))
+        return other is not self and other.order > self.order and explains(self, first)
+
+    def absorb(self, other: OpenIncident) -> None:
+        """Take over an incident that follows from this one."""
+        self.number = min(self.number, other.number)
+        self.first_step = min(self.first_step, other.first_step)
+        self.issues = {**other.issues, **self.issues}
+        self.layers = {**other.layers, **self.layers}
+        self.heads |= other.heads
+        self.changed += other.changed
+        self._alarmed |= other._alarmed
+        self._announced = self._announced or other._announced
+
+    def describe(self, step: int, framework: str, before: Incident | None) -> Incident:
+        """Return the present change as a record.
+
+        Args:
+            step: the present step.
+            framework: ``transformers``, ``lightning`` or ``loop``.
+            before: the change before; None for the first.
+        """
+        changes = tuple(worst_first(self.changed))
+        if not self.issues:
+            return self._describe_closed(step, framework, changes, before)
+        root = self._root()
+        same = [each for each in self.issues.values() if _is_like(each, root)]
+        others = [each for each in self.issues.values() if not _is_like(each, root)]
+        words = describe(worst_first(same), framework)
+        severity: Severity = max(
+            (each.severity for each in self.issues.values()), key=SEVERITIES.index
+        )
+        return self._record(
+            step,
+            cause=root.issue_type,
+            state="opened" if before is None else "worsened",
+            severity=severity,
+            title=words.title,
+            where=locate(same),
+            numbers=words.numbers,
+            effects=effects_text(others, framework),
+            forecast=forecast_text(same),
+            advice=words.advice,
+            code=words.code,
+            issues=changes,
+        )
+
+    def is_news(self, before: Incident | None) -> bool:
+        """Return whether the present change is worth a line: an alarm, and new in substance."""
+        said = self._announced
+        if not self.issues:
+            return said is not None
+        if not self.is_alarm:
+            return False
+        root = self._root()
+        if said is None or said.cause != root.issue_type:
+            return True
+        rises = SEVERITIES.index(root.severity) > SEVERITIES.index(said.severity)
+        spread = len(self.layers) >= SPREAD * max(1, len(said.layers))
+        return rises or spread or self._distance() >= FARTHER * self._announced_distance
+
+    def alerts_due(self, before: Incident | None) -> bool:
+        """Return whether the change deserves an alert besides a line."""
+        said = self._announced
+        root = self._root()
+        return (
+            said is None
+            or said.cause != root.issue_type
+            or SEVERITIES.index(root.severity) > SEVERITIES.index(said.severity)
+        )
+
+    def note_announced(self, incident: Incident) -> None:
+        """Remember what was said last."""
+        self._announced = incident
+        self._announced_distance = self._distance() if self.issues else 1.0
+
+    def _describe_closed(
+        self,
+        step: int,
+        framework: str,
+        changes: tuple[StabilityIssue, ...],
+        before: Incident | None,
+    ) -> Incident:
+        cause = changes[0].issue_type if before is None else before.cause
+        of_cause = [each for each in changes if each.issue_type == cause] or list(changes)
+        title = describe(of_cause, framework).title if before is None else before.title
+        numbers = "; ".join(dict.fromkeys(closing_numbers(each) for each in of_cause[:1]))
+        where = locate(of_cause) if before is None else before.where
+        return self._record(
+            step,
+            cause=cause,
+            state="closed",
+            severity="info",
+            title=title,
+            where=where,
+            numbers=numbers,
+            effects="",
+            forecast="",
+            advice="" if before is None else before.advice,
+            code="" if before is None else before.code,
+            issues=changes,
+        )
+
+    def _record(self, step: int, **found: Any) -> Incident:
+        return Incident(
+            number=self.number,
+            step=step,
+            first_step=self.first_step,
+            layers=tuple(self.layers),
+            heads=len(self.heads),
+            announced=False,
+            alerts=False,
+            advises=False,
+            alarmed=self._alarmed,
+            **found,
+        )
+
+    def _root(self) -> StabilityIssue:
+        """Return the issue that stands for the cause."""
+
+        def rank(issue: StabilityIssue) -> tuple[Any, ...]:
+            found = rule_of(issue.issue_type)
+            order, _ = group_of(issue)
+            return (not issue.is_alarm, order, getattr(found, "cause_rank", 50), issue.issue_type)
+
+        first = min(self.issues.values(), key=rank)
+        return worst_first([each for each in self.issues.values() if _is_like(each, first)])[0]
+
+    def _distance(self) -> float:
+        """Return the ratio of the cause's value and threshold, at least 1."""
+        root = self._root()
+        value, level = root.value, root.threshold
+        if not (math.isfinite(value) and math.isfinite(level) and value > 0 and level > 0):
+            return 1.0
+        return max(value / level, level / value)
+
+
+def _is_like(issue: StabilityIssue, other: StabilityIssue) -> bool:
+    """Return True if two issues are described together."""
+    return issue.issue_type == other.issue_type and group_of(issue) == group_of(other)

@@ -1,0 +1,1 @@
+"""Say in words what issues are about, for terminals, dashboards and pages."""
