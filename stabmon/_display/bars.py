@@ -7,27 +7,24 @@ from itertools import pairwise
 
 import numpy as np
 
-BARS = "▁▂▃▄▅▆▇█"
-DIGITS = "01234567"
-"""Instead of :data:`BARS` where a terminal cannot show them."""
+BARS = "▁▂▃▄▅▆▇"
+"""Lowest to highest; the full block would run into the line above."""
 NOT_FINITE = "×"
 
 
 def bars(
     values: Sequence[float] | np.ndarray,
     limits: tuple[float | None, float | None] = (None, None),
-    glyphs: str = BARS,
 ) -> str:
     """Return one bar per value, from the lowest to the highest.
 
     Args:
         values: numbers; NaN and infinities become ``×``.
         limits: values of the lowest and the highest bar; None for those of the finite values.
-        glyphs: the bars, lowest first.
 
     Example:
-        >>> bars([0.0, 0.5, 1.0, float("nan")]), bars([1, 9], glyphs=DIGITS)
-        ('▁▅█×', '07')
+        >>> bars([0.0, 0.5, 1.0, float("nan")]), bars([1, 9])
+        ('▁▄▇×', '▁▇')
     """
     numbers = np.asarray(values, dtype=np.float64)
     finite = numbers[np.isfinite(numbers)]
@@ -35,27 +32,25 @@ def bars(
     high = limits[1] if limits[1] is not None else finite.max(initial=-np.inf)
     span = high - low if high > low else 1.0
     with np.errstate(invalid="ignore"):
-        places = np.clip((numbers - low) / span * len(glyphs), 0, len(glyphs) - 1)
+        places = np.clip((numbers - low) / span * len(BARS), 0, len(BARS) - 1)
     return "".join(
-        glyphs[int(place)] if np.isfinite(number) else NOT_FINITE
+        BARS[int(place)] if np.isfinite(number) else NOT_FINITE
         for number, place in zip(numbers, places, strict=True)
     )
 
 
-def folded(values: np.ndarray, width: int, *, lowest: bool) -> np.ndarray:
-    """Fold values to at most ``width``, each the extreme of neighbours; NaN wins.
+def resampled(values: np.ndarray, width: int) -> np.ndarray:
+    """Return ``width`` values: the largest of neighbours, or each repeated; NaN wins.
 
     Args:
-        values: ``[N]``.
-        width: largest number of values to return.
-        lowest: keep the lowest of neighbours; else the highest.
+        values: ``[N]``, at least one.
+        width: number of values to return.
 
     Example:
-        >>> folded(np.array([1.0, 5.0, 2.0, 3.0]), 2, lowest=True).tolist()
-        [1.0, 2.0]
+        >>> resampled(np.array([1.0, 5.0, 2.0, 3.0]), 2), resampled(np.array([1.0, 2.0]), 4)
+        (array([5., 3.]), array([1., 1., 2., 2.]))
     """
     if len(values) <= width:
-        return values
-    edges = np.linspace(0, len(values), width + 1).round().astype(int)
-    reduce = np.min if lowest else np.max
-    return np.array([reduce(values[start:end]) for start, end in pairwise(edges)])
+        return values[np.arange(width) * len(values) // width]
+    edges = np.arange(width + 1) * len(values) // width
+    return np.array([values[start:end].max() for start, end in pairwise(edges)])

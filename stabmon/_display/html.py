@@ -65,9 +65,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], most: int = MOS
         return ""
     body = "".join(_row("td", row) for row in rows[:most])
     more = line(f"and {len(rows) - most} more") if len(rows) > most else ""
-    return (
-        f'<table style="border-collapse:collapse;margin:4px 0">{_row("th", head)}{body}</table>{more}'
-    )
+    return f'<table style="border-collapse:collapse;margin:4px 0">{_row("th", head)}{body}</table>{more}'
 
 
 def head_map(
@@ -93,7 +91,9 @@ def head_map(
     finite = np.concatenate([values[np.isfinite(values)] for values in rows.values()] + [[]])
     low, high = (
         given if given is not None else found
-        for given, found in zip(limits, (min(finite, default=0), max(finite, default=1)), strict=True)
+        for given, found in zip(
+            limits, (min(finite, default=0), max(finite, default=1)), strict=True
+        )
     )
     names = list(rows)[:: -(-len(rows) // MOST_LAYERS)]
     width = max(len(name) for name in names)

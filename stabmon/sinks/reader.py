@@ -49,7 +49,9 @@ class Records:
     """Number of the run in its folder, from 1; 0 for all of them together."""
 
     def __repr__(self) -> str:
-        steps = f", steps {self.readings[0].step} to {self.readings[-1].step}" if self.readings else ""
+        steps = (
+            f", steps {self.readings[0].step} to {self.readings[-1].step}" if self.readings else ""
+        )
         counts = (
             *([counted(len(self.runs), "run")] if len(self.runs) > 1 else []),
             f"{counted(len(self.readings), 'reading')}{steps}",

@@ -77,4 +77,5 @@ def train(folder: Path, steps: int, growth: float) -> None:
 
 if __name__ == "__main__":
     import sys
+
     train(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from rich.text import Text
@@ -12,7 +13,7 @@ from stabmon._display.bars import bars
 from stabmon.cli.watching.words import STYLES
 from stabmon.records import StabilityIssue, is_alarm
 
-_GAP = 2
+_GAP = 1
 """Columns between two layers beside each other."""
 
 
@@ -45,8 +46,8 @@ class HeadMap:
         """
         if not self.names or height < 1:
             return []
-        label = min(max(len(name) for name in self.names), max(4, width // 4))
-        fold, across = self._fit(width, height, label)
+        label = self._label(width)
+        fold, across = self._fit(width, height)
         down = -(-len(self.names) // across)
         first = 0
         if down > height:
@@ -66,13 +67,23 @@ class HeadMap:
 
     def heads_per_character(self, width: int, height: int) -> int:
         """Return how many heads share a character at this size."""
-        label = min(max(map(len, self.names), default=0), max(4, width // 4))
-        return self._fit(width, height, label)[0]
+        return self._fit(width, height)[0]
 
-    def _fit(self, width: int, height: int, label: int) -> tuple[int, int]:
+    def whole_height(self, width: int) -> int:
+        """Return the fewest lines in which each head has a character of its own."""
+        across = max(1, (width + _GAP) // (self._label(width) + 1 + self._heads + _GAP))
+        return -(-len(self.names) // across)
+
+    @property
+    def _heads(self) -> int:
+        return max((len(values) for values in self.values), default=1)
+
+    def _label(self, width: int) -> int:
+        return min(max(map(len, self.names), default=0), max(4, width // 4))
+
+    def _fit(self, width: int, height: int) -> tuple[int, int]:
         """Return heads per character and layers beside each other."""
-        heads = max((len(values) for values in self.values), default=1)
-        fold = 1
+        label, heads, fold = self._label(width), self._heads, 1
         while True:
             cell = label + 1 + -(-heads // fold)
             across = max(1, (width + _GAP) // (cell + _GAP))
@@ -87,20 +98,25 @@ class HeadMap:
         name = name if len(name) <= label else f"…{name[-(label - 1) :]}"
         line = Text(name.rjust(label), "reverse" if selected else "")
         line.append(*((" ", "") if whole is None else mark(whole)))
-        limits = self.limits if self.limits != (None, None) else self._range
-        for start in range(0, len(values), fold):
-            found = [issues[head] for head in range(start, start + fold) if head in issues]
-            if found:
-                line.append(*mark(max(found, key=lambda issue: is_alarm(issue.severity))))
-            else:
-                part = values[start : start + fold]
-                line.append(bars([part.min() if self.lowest else part.max()], limits))
-        width = -(-max(map(len, self.values)) // fold)
+        parts = [values[start : start + fold] for start in range(0, len(values), fold)]
+        signs = bars([part.min() if self.lowest else part.max() for part in parts], self.range)
+        marks = {head // fold: mark(issue) for head, issue in self._by_weight(layer)}
+        for place, sign in enumerate(signs):
+            line.append(*marks.get(place, (sign, "cyan")))
+        width = -(-self._heads // fold)
         line.append(" " * (width - -(-len(values) // fold)))
         return line
 
-    @property
-    def _range(self) -> tuple[float, float]:
+    def _by_weight(self, layer: int) -> list[tuple[int, StabilityIssue]]:
+        """Return head and issue of a layer, alarms last."""
+        found = [(head, issue) for head, issue in self.issues[layer].items() if head is not None]
+        return sorted(found, key=lambda each: is_alarm(each[1].severity))
+
+    @cached_property
+    def range(self) -> tuple[float, float]:
+        """Values of the lowest and the highest bar."""
+        if self.limits != (None, None):
+            return self.limits  # type: ignore[return-value]
         finite = np.concatenate([each[np.isfinite(each)] for each in self.values] or [np.zeros(0)])
         return float(finite.min(initial=np.inf)), float(finite.max(initial=-np.inf))
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from rich.text import Text
 
-from stabmon._display.bars import bars, folded
+from stabmon._display.bars import bars, resampled
 from stabmon.cli.watching.head_map import HeadMap, mark
-from stabmon.cli.watching.words import STYLES, age, in_words, number, printable, wrapped
+from stabmon.cli.watching.words import LOWEST, STYLES, age, in_words, number, printable, wrapped
 from stabmon.figures.labels import short_names
 from stabmon.incidents import Incident, intervention_text
 from stabmon.records import SEVERITIES, StabilityIssue, counted
@@ -27,11 +27,8 @@ SIGNALS = (
     "precision_bits",
 )
 """Signals that the map can show, in the order of the key ``s``."""
-LOWEST = frozenset({"normalized_entropy", "attention_entropy", "effective_keys"})
-"""Signals of which low values are the ones to see."""
 QUIET_AFTER = 60.0
 """Seconds without a reading after which the title says so."""
-KEYS = "j k layer · Enter its heads · n N issue · / find · s signal · ? help · q quit"
 
 
 @dataclass(frozen=True)
@@ -93,11 +90,14 @@ class Screen:
         if height is None:
             shown = [*top, *self._issues(width, None), *self._map(width, None), *done, *footer]
             return [_cut(line, width) for line in shown]
-        layers = len(self.layers)
-        least = min(layers, max(4, (int(room) - len(done)) // 2 - 2)) + 1 if layers else 0
+        half = (int(room) - len(done)) // 2
+        heads = self._head_map()
+        least = min(heads.whole_height(width) + 2 if heads.names else 1, max(half, 5))
         issues = self._issues(width, max(2, int(room) - len(done) - least))
-        rest = int(room) - len(done) - len(issues)
-        shown = [*top, *issues, *self._map(width, rest), *done][: height - len(footer)]
+        layers_shown = self._map(width, int(room) - len(done) - len(issues))
+        spare = int(room) - len(done) - len(issues) - len(layers_shown)
+        gaps = [[Text()] if spare > 2 else [] for _ in range(2)]
+        shown = [*top, *gaps[0], *issues, *gaps[1], *layers_shown, *done][: height - len(footer)]
         shown += [Text()] * (height - len(footer) - len(shown))
         return [_cut(line, width) for line in [*shown, *footer]]
 
@@ -132,9 +132,11 @@ class Screen:
         if not points:
             return []
         losses = np.array([point.loss for point in points])
-        ends = f" {number(losses[0])} → {number(losses[-1])}, steps {points[0].step}-{points[-1].step}"
+        ends = (
+            f" {number(losses[0])} → {number(losses[-1])}, steps {points[0].step}-{points[-1].step}"
+        )
         room = max(8, width - len("loss ") - len(ends))
-        return [Text(f"loss {bars(folded(losses, room, lowest=False))}{ends}")]
+        return [Text(f"loss {bars(resampled(losses, room))}{ends}")]
 
     def _issues(self, width: int, height: int | None) -> list[Text]:
         """Return open incidents, the chosen one in full, then closed ones, in ``height`` lines."""
@@ -145,9 +147,7 @@ class Screen:
             return lines[: height or 1] if self.state.incidents else []
         chosen = self.chosen.incident % len(opened) if opened else 0
         others = max(0, len(opened) - 1)
-        full = (
-            _full(opened[chosen], width, room - 1 - min(others, 3)) if opened else []
-        )
+        full = _full(opened[chosen], width, room - 1 - min(others, 3)) if opened else []
         for place, each in enumerate(opened):
             left = room - len(lines) - (0 if place > chosen else len(full))
             if place == chosen:
@@ -160,54 +160,64 @@ class Screen:
                     break
         for each in reversed(closed[-3:]):
             if len(lines) < room:
-                lines.append(Text(f"  closed   {printable(each.headline)}, step {each.step}", "dim"))
+                lines.append(
+                    Text(f"  closed   {printable(each.headline)}, step {each.step}", "dim")
+                )
         return lines[: None if height is None else height]
 
     def _count_text(self, opened: Sequence[Incident], closed: Sequence[Incident]) -> str:
         alarms = sum(each.severity in ("error", "critical") for each in opened)
+        more = f"; {len(closed)} closed" if closed else ""
+        if len(opened) == 1:
+            return f"1 open incident{', an alarm' if alarms else ''}{more}"
         if opened:
-            parts = [f"{counted(len(opened), 'incident')} open"]
-            parts += [f"{alarms} of them an alarm" if len(opened) > 1 else "an alarm"] if alarms else []
-            parts += [f"{len(closed)} closed"] if closed else []
-            return ", ".join(parts)
-        if closed:
-            return f"no incident is open, {len(closed)} closed"
-        return "no incident so far"
+            return f"{len(opened)} open incidents, {alarms} of them alarms{more}"
+        if closed or self.state.reading is None:
+            return f"no open incident{more}"
+        return f"no incident up to step {self.state.reading.step}"
+
+    def _head_map(self) -> HeadMap:
+        reading, signal = self.state.reading, self.signal
+        if reading is None:
+            return HeadMap([], [], [])
+        short = dict(zip(reading.layers, short_names(list(reading.layers))[0], strict=True))
+        return HeadMap(
+            names=[printable(short[name]) for name in self.layers],
+            values=[np.asarray(reading.layers[name].get(signal, ())) for name in self.layers],
+            issues=[self._worst(name) for name in self.layers],
+            limits=presentation_of(signal).limits,
+            lowest=signal in LOWEST,
+        )
 
     def _map(self, width: int, height: int | None) -> list[Text]:
         """Return the map of layers and heads under a line on its meaning."""
-        names, reading = self.layers, self.state.reading
-        if reading is None:
+        if self.state.reading is None:
             return []
-        if not names:
+        heads = self._head_map()
+        if not heads.names:
             wanted = f" matches {self.chosen.filter!r}" if self.chosen.filter else " was measured"
             return [_rule(f"no layer{wanted}", width)][:height]
-        issues = [self._worst(name) for name in names]
-        signal, shown = self.signal, presentation_of(self.signal)
-        short = short_names(list(reading.layers))[0]
-        by_name = dict(zip(reading.layers, short, strict=True))
-        heads = HeadMap(
-            names=[printable(by_name[name]) for name in names],
-            values=[np.asarray(reading.layers[name].get(signal, ())) for name in names],
-            issues=issues,
-            limits=shown.limits,
-            lowest=signal in LOWEST,
+        letters = self._letters(heads.issues)
+        room = len(heads.names) if height is None else height - 1 - len(letters)
+        low, high = map(number, heads.range)
+        meaning = {"normalized_entropy": "▁ one key, ▇ all keys alike"}.get(
+            self.signal, f"▁ {low}, ▇ {high} {presentation_of(self.signal).unit}"
         )
-        fits = heads.heads_per_character(width, height - 1 if height else len(names))
-        lines = heads.lines(width, height - 1 if height else len(names), self.chosen.layer)
-        shared = f", {fits} heads a sign" if fits > 1 else ""
-        title = f"{len(names)} layers × heads: {in_words(signal)}{shared}"
-        title = title.replace("1 layers", "1 layer") if len(names) == 1 else title
-        meaning = {"normalized_entropy": "▁ one key, █ all keys alike"}.get(
-            signal, f"█ highest, in {shown.unit}"
-        )
-        letters = {
+        title = f"{counted(len(heads.names), 'layer')} × heads: {in_words(self.signal)} ({meaning})"
+        if (fits := heads.heads_per_character(width, room)) > 1:
+            title += f", {fits} heads per sign"
+        lines = heads.lines(width, room, self.chosen.layer)
+        return [_rule(title, width), *lines, *letters][:height]
+
+    def _letters(self, issues: Sequence[Mapping[int | None, StabilityIssue]]) -> list[Text]:
+        """Return a line on the letters in the map, where there are any."""
+        words = {
             mark(each)[0].upper(): each.issue_type.replace("_", " ")
             for found in issues
             for each in found.values()
         }
-        key = "".join(f", {letter} {words}" for letter, words in sorted(letters.items()))
-        return [_rule(f"{title} ({meaning}{key})", width), *lines][:height]
+        key = ", ".join(f"{letter} {meaning}" for letter, meaning in sorted(words.items()))
+        return [Text(f"open issues: {key} (small letter: no alarm)", "dim")] if key else []
 
     def _worst(self, layer: str) -> dict[int | None, StabilityIssue]:
         """Return the worst open issue by head; None for the whole layer."""
@@ -228,7 +238,10 @@ class Screen:
 
 def _full(incident: Incident, width: int, height: float) -> list[Text]:
     """Return an incident with its numbers, effects, forecast and advice, in ``height`` lines."""
-    lines = [_headline(incident, width)]
+    lines = [_headline(incident, width, incident.title)]
+    where = Text(f"  in {printable(incident.where)}")
+    where.truncate(width, overflow="ellipsis")
+    lines += [where] if incident.layers and height > 2 else []
     sentences = [incident.numbers, incident.effects, incident.forecast]
     facts = ". ".join(each.rstrip(".") for each in sentences if each)
     advice = f"To do: {incident.advice}" if incident.advice else ""
@@ -243,11 +256,11 @@ def _full(incident: Incident, width: int, height: float) -> list[Text]:
     return lines
 
 
-def _headline(incident: Incident, width: int) -> Text:
-    """Return severity, finding, location and step on one line."""
-    since = f" since step {incident.first_step}"
+def _headline(incident: Incident, width: int, title: str = "") -> Text:
+    """Return severity, finding and step on one line, with the location where no title is given."""
+    since = f" (since step {incident.first_step})"
     line = Text.assemble((f"  {incident.severity:<8} ", STYLES[incident.severity]))
-    line.append(printable(incident.headline), "bold")
+    line.append(printable(title or incident.headline), "bold")
     line.truncate(max(10, width - len(since)), overflow="ellipsis")
     return line + Text(since)
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import IO
+
 from rich.text import Text
 
 from stabmon.records import Severity
@@ -13,7 +18,9 @@ STYLES: dict[Severity, str] = {
     "critical": "bold red",
 }
 """The terminal's own colours, those that are readable on black and on white."""
-ASCII = str.maketrans("▁▂▃▄▅▆▇█×…→·▶↑↓", "01234567x~>->^v")
+LOWEST = frozenset({"normalized_entropy", "attention_entropy", "effective_keys"})
+"""Signals of which low values are the ones to see."""
+ASCII = str.maketrans("▁▂▃▄▅▆▇×…→·", "0123456x~>-")
 """Characters for terminals that cannot show the others; each as wide."""
 
 
@@ -45,16 +52,30 @@ def in_words(signal: str) -> str:
     >>> in_words("hnf_log_curvature"), in_words("max_logit")
     ('HNF log curvature', 'largest score')
     """
-    known = {"max_logit": "largest score", "normalized_entropy": "normalised entropy"}
+    known = {"max_logit": "largest score", "normalized_entropy": "entropy"}
     return known.get(signal, signal.replace("_", " ").replace("hnf", "HNF"))
 
 
 def wrapped(text: str, width: int, style: str = "", indent: int = 0) -> list[Text]:
     """Return plain text as lines of at most ``width`` cells, indented."""
-    from rich.console import Console
+    lines = textwrap.wrap(printable(text), max(8, width - indent))
+    return [Text(" " * indent + line, style) for line in lines]
 
-    lines = Text(printable(text), style).wrap(Console(width=width), max(8, width - indent))
-    return [Text(" " * indent) + line for line in lines]
+
+def fitting(lines: Sequence[Text], stream: IO[str] | None = None) -> list[Text]:
+    """Return lines in characters that a stream can show.
+
+    Args:
+        lines: the lines.
+        stream: the stream; None for the process's standard output.
+    """
+    encoding = getattr(stream or sys.__stdout__, "encoding", None) or "utf-8"
+    try:
+        "▁▇×…→·".encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        for line in lines:
+            line.plain = line.plain.translate(ASCII)
+    return list(lines)
 
 
 def printable(text: str) -> str:

@@ -38,7 +38,9 @@ def frame_of(what: str, runs: Sequence[Run]) -> Any:
 def _readings(pandas: Any, runs: Sequence[Run]) -> Any:
     """Return one row per head of each reading; one without a head for a reading without layers."""
     found = [(number, reading) for number, run in runs for reading in run.readings]
-    parts = [(number, reading, name) for number, reading in found for name in reading.layers or ("",)]
+    parts = [
+        (number, reading, name) for number, reading in found for name in reading.layers or ("",)
+    ]
     counts = [_heads(reading, layer) for _, reading, layer in parts]
     rows = sum(counts)
 
@@ -104,7 +106,9 @@ def _interventions(pandas: Any, runs: Sequence[Run]) -> Any:
     rows: list[Mapping[str, Any]] = [
         {"run": number, **record} for number, run in runs for record in run.interventions
     ]
-    return pandas.DataFrame(rows, columns=None if rows else ["run", "step", "intervention", "action"])
+    return pandas.DataFrame(
+        rows, columns=None if rows else ["run", "step", "intervention", "action"]
+    )
 
 
 FRAMES: dict[str, Callable[[Any, Sequence[Run]], Any]] = {

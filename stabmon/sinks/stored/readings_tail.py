@@ -101,7 +101,9 @@ class ReadingsTail:
         """Number of the newest run with a reading; 0 before the first."""
         return self.starts[-1].run if self.starts else 0
 
-    def layer_history(self, layer: str, most: int = 60) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    def layer_history(
+        self, layer: str, most: int = 60
+    ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Yield step and signals of one layer, at points of the loss line evenly apart.
 
         Args:
@@ -170,6 +172,25 @@ class ReadingsTail:
         self._read_newest(line)
 
 
+def count_readings(path: Path) -> int:
+    """Return the number of readings of all runs, each step once, reading every line.
+
+    Args:
+        path: ``readings.jsonl``.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    counted: dict[int, list[int]] = {}
+    with path.open("rb") as file:
+        for line in file:
+            if (facts := _facts(line)) is not None:
+                steps = counted.setdefault(facts.run, [])
+                del steps[bisect_left(steps, facts.step) :]
+                steps.append(facts.step)
+    return sum(map(len, counted.values()))
+
+
 def _facts(line: bytes) -> LineFacts | None:
     """Return a line's facts; None where it is no reading."""
     try:
@@ -226,4 +247,3 @@ def _points(file: LineFile, start: int, end: int) -> Iterator[Point]:
         if apart:
             due = start + (math.floor((at - start) / apart) + 1) * apart
             position = max(position, int(due))
-

@@ -89,6 +89,7 @@ class RunTail:
         self._meta_seen: tuple[int, ...] = ()
         self._last_line: float | None = None
         self._was_away = True
+        self._log, self._grouped = IncidentLog(), tuple[StabilityIssue, ...]()
         self._state = RunState(folder)
 
     def look(self) -> RunState:
@@ -112,7 +113,7 @@ class RunTail:
         self._was_away = False
         changed = new_reading or new_issues or new_interventions or self._state.trouble
         if changed or self._meta is not self._state.meta:
-            self._state = self._made(new_issues)
+            self._state = self._made()
         return self._state
 
     def layer_history(self, layer: str, most: int = 60) -> list[tuple[int, dict[str, np.ndarray]]]:
@@ -127,8 +128,8 @@ class RunTail:
         except (OSError, ValueError):
             return []
 
-    def _made(self, new_issues: bool) -> RunState:
-        tail, old = self._readings, self._state
+    def _made(self) -> RunState:
+        tail = self._readings
         numbers = [run for run, _, _ in self._issues.records[-1:]]
         run = max(tail.run, self._meta.get("run", 0), *numbers, 0)
         is_current = run == tail.run
@@ -142,13 +143,7 @@ class RunTail:
             if issue.step < ends.get(number, {}).get(start, float("inf"))
         ]
         issues = tuple(issue for number, issue in kept if number == run)
-        if issues == old.issues and run == old.run:
-            incidents, opened = old.incidents, old.open_incidents
-        else:
-            log = IncidentLog(str(self._meta.get("framework", "loop")))
-            for _, of_step in groupby(issues, key=lambda issue: issue.step):
-                log.update(list(of_step))
-            incidents, opened = log.all, log.open
+        self._group(issues)
         return RunState(
             folder=self.folder,
             meta=self._meta,
@@ -163,10 +158,19 @@ class RunTail:
                 if number == run
                 and record.get("step", 0) < ends.get(number, {}).get(start, float("inf"))
             ),
-            incidents=incidents,
-            open_incidents=opened,
+            incidents=self._log.all,
+            open_incidents=self._log.open,
             last_line=self._last_line if is_current else None,
         )
+
+    def _group(self, issues: tuple[StabilityIssue, ...]) -> None:
+        """Bring the incidents up to these issues; from the first one where some have gone."""
+        known = len(self._grouped)
+        if not known or issues[:known] != self._grouped:
+            self._log, known = IncidentLog(str(self._meta.get("framework", "loop"))), 0
+        for _, of_step in groupby(issues[known:], key=lambda issue: issue.step):
+            self._log.update(list(of_step))
+        self._grouped = issues
 
     def _with_trouble(self, error: OSError) -> RunState:
         reason = error.strerror or str(error)
