@@ -43,7 +43,7 @@ ALLOWED: dict[str, Collection[str]] = {
     "operator": ("_torch", "records"),
     "capture": ("_torch", "model_names", "records"),
     "signals": ("_torch", "operator", "records", "registry"),
-    "diagnosis": ("_display", "figures", "records", "signals"),
+    "diagnosis": ("_display", "figures", "incidents", "records", "signals"),
     "rules": ("_settings", "_storage", "_torch", "records", "registry"),
     "projections": ("_storage", "_torch", "model_names", "records"),
     "nonfinite": (*_GROUND, "capture", "listeners", "operator", "signals"),
