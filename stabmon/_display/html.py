@@ -16,7 +16,7 @@ EDGES = {"info": "#888", "warning": "#c80", "error": "#d33", "critical": "#d33"}
 """Edge colour by severity, readable on black and on white."""
 _CARD = "border-left:4px solid {edge};padding:2px 0 2px 10px;margin:4px 0;line-height:1.4"
 _CELL = "text-align:left;vertical-align:top;padding:1px 12px 1px 0;background:none"
-_MAP = "line-height:1.15;margin:4px 0;background:none;color:inherit;overflow-x:auto"
+_PRE = "line-height:1.15;margin:4px 0;background:none;color:inherit;overflow-x:auto"
 MOST_ROWS = 12
 """Rows of a table; further ones are counted."""
 MOST_LAYERS = 40
@@ -51,6 +51,11 @@ def card(title: str, *parts: str, severity: str = "info") -> str:
 def line(text: object) -> str:
     """Return plain text as a line of its own; nothing for empty text."""
     return f"<div>{escape(text)}</div>" if str(text) else ""
+
+
+def code(text: str) -> str:
+    """Return lines of code as they are; nothing for empty text."""
+    return f'<pre style="{_PRE}">{_escape(text)}</pre>' if text else ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], most: int = MOST_ROWS) -> str:
@@ -106,7 +111,7 @@ def head_map(
         text.append(f"{_escape(name.ljust(width))} {''.join(cells)}")
     if len(names) < len(rows):
         caption = f"{len(names)} of {len(rows)} layers. {caption}"
-    return f'<pre style="{_MAP}">{chr(10).join(text)}</pre>{line(caption)}'
+    return f'<pre style="{_PRE}">{chr(10).join(text)}</pre>{line(caption)}'
 
 
 def _row(tag: str, cells: Iterable[object]) -> str:

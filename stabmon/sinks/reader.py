@@ -14,9 +14,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from stabmon._display.html import card, line, table
+from stabmon._display.html import card, line
 from stabmon._storage import strict_json
 from stabmon.incidents import Incident, IncidentLog
+from stabmon.incidents.html import incident_table
 from stabmon.records import SEVERITIES, LayerInfo, Reading, StabilityIssue, counted
 from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
 from stabmon.sinks.stored.frames import frame_of
@@ -67,10 +68,7 @@ class Records:
         return card(
             repr(self),
             line(self.readings[-1] if self.readings else "no reading yet"),
-            table(
-                ("since step", "state", "incident", "numbers"),
-                [(i.first_step, i.state, i.headline, i.numbers) for i in newest.incidents],
-            ),
+            incident_table(newest.incidents),
             severity=worst,
         )
 

@@ -30,6 +30,7 @@ def find_run(path: Path) -> Path | None:
         >>> find_run(root) == find_run(root / "one") == root / "one" / "stabmon"
         True
     """
+    path = path.absolute()
     for folder in (path / "stabmon", path):
         if (folder / READINGS).is_file():
             return folder

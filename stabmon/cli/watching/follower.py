@@ -62,7 +62,7 @@ class Follower:
 
     def waiting(self) -> str:
         """Return what is waited for, while there is no run."""
-        return f"{missing(self.path)}. Waiting for it."
+        return f"{missing(self.path.absolute())}. Waiting for it."
 
     def _go(self) -> None:
         tail: RunTail | None = None

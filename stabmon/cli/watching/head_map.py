@@ -127,5 +127,4 @@ def mark(issue: StabilityIssue) -> tuple[str, str]:
     >>> mark(StabilityIssue(1, "a", 0, "entropy_collapse", "error", 0.1, 0.2, ""))
     ('E', 'bold red')
     """
-    letter = issue.issue_type[:1]
-    return (letter.upper() if issue.is_alarm else letter.lower()), STYLES[issue.severity]
+    return issue.letter, STYLES[issue.severity]

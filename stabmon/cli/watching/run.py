@@ -42,7 +42,7 @@ def run(path: Path, *, every: float, once: bool, as_json: bool, fail_on: str) ->
         return live is not None and has_finding(live, fail_on)
     folder = find_run(path)
     if folder is None:
-        raise ValueError(missing(path))
+        raise ValueError(missing(path.absolute()))
     state = RunTail(folder).look()
     if state.trouble:
         raise ValueError(f"the stabmon records cannot be read: {state.trouble}")
@@ -100,7 +100,7 @@ def _print_screen(state: RunState, console: Console) -> None:
     """Print the screen: on a terminal as much as fits, elsewhere all of it."""
     height = console.height - 1 if console.is_terminal else None
     for line in fitting(Screen(state).lines(console.width, height), console.file):
-        console.print(line, no_wrap=True, overflow="ellipsis", highlight=False)
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def _live(follower: Follower) -> RunState | None:

@@ -17,6 +17,7 @@ from stabmon.figures.labels import short_names
 from stabmon.incidents import Incident, intervention_text
 from stabmon.records import SEVERITIES, StabilityIssue, counted
 from stabmon.signals.presentation import presentation_of
+from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.stored.run_tail import RunState
 
 SIGNALS = (
@@ -88,8 +89,8 @@ class Screen:
         room = math.inf if height is None else height - len(top) - len(footer)
         done = self._interventions(width, 3 if room >= 20 else 2)
         if height is None:
-            shown = [*top, *self._issues(width, None), *self._map(width, None), *done, *footer]
-            return [_cut(line, width) for line in shown]
+            issues, layers = self._issues(width, None), self._map(width, None)
+            return [*top, *issues, *layers, *self._table(), *done, *footer]
         half = (int(room) - len(done)) // 2
         heads = self._head_map()
         least = min(heads.whole_height(width) + 2 if heads.names else 1, max(half, 5))
@@ -105,10 +106,7 @@ class Screen:
 
     def _title(self, width: int) -> list[Text]:
         state, reading = self.state, self.state.reading
-        run = state.folder.parent.name if state.folder.name == "stabmon" else state.folder.name
-        line = Text.assemble(("stabmon", "bold"), f" {printable(run) or '.'}")
-        if state.run > 1:
-            line.append(f" (run {state.run} in this folder)")
+        line = Text(f" (run {state.run} in this folder)" if state.run > 1 else "")
         if reading is None:
             first = state.meta.get("sampling", {}).get("first")
             when = f", due at step {first}" if first else ""
@@ -121,6 +119,10 @@ class Screen:
                 line.append(f"last reading {age(quiet)} ago")
             else:
                 line.append(f"no line for {age(quiet)}", "bold magenta")
+        run = state.folder.parent.name if state.folder.name == "stabmon" else state.folder.name
+        name = Text.assemble(("stabmon", "bold"), f" {printable(run) or '.'}")
+        name.truncate(max(10, width - len(line)), overflow="ellipsis")
+        line = name + line
         lines = [line]
         if state.trouble:
             text = f"cannot be read now, trying again: {state.trouble}"
@@ -136,7 +138,7 @@ class Screen:
             f" {number(losses[0])} → {number(losses[-1])}, steps {points[0].step}-{points[-1].step}"
         )
         room = max(8, width - len("loss ") - len(ends))
-        return [Text(f"loss {bars(resampled(losses, room))}{ends}")]
+        return [Text(f"loss {bars(resampled(losses, room))}{ends}")] if len(points) > 1 else []
 
     def _issues(self, width: int, height: int | None) -> list[Text]:
         """Return open incidents, the chosen one in full, then closed ones, in ``height`` lines."""
@@ -198,7 +200,7 @@ class Screen:
             wanted = f" matches {self.chosen.filter!r}" if self.chosen.filter else " was measured"
             return [_rule(f"no layer{wanted}", width)][:height]
         letters = self._letters(heads.issues)
-        room = len(heads.names) if height is None else height - 1 - len(letters)
+        room = heads.whole_height(width) if height is None else height - 1 - len(letters)
         low, high = map(number, heads.range)
         meaning = {"normalized_entropy": "▁ one key, ▇ all keys alike"}.get(
             self.signal, f"▁ {low}, ▇ {high} {presentation_of(self.signal).unit}"
@@ -208,6 +210,22 @@ class Screen:
             title += f", {fits} heads per sign"
         lines = heads.lines(width, room, self.chosen.layer)
         return [_rule(title, width), *lines, *letters][:height]
+
+    def _table(self) -> list[Text]:
+        """Return the layers' full names and signals, for text that is searched."""
+        reading = self.state.reading
+        if reading is None or not self.layers:
+            return []
+        known = [name for name in SIGNALS if any(name in each for each in reading.layers.values())]
+        label = max(map(len, self.layers))
+        heads = "".join(f"  {in_words(name):>17}" for name in known)
+        lines = [Text(f"{'layer':<{label}}{heads}")]
+        scalars = dashboard_scalars(reading, (), alarms=0)
+        for layer in self.layers:
+            values = [scalars.get(f"attention_layers/{layer}/{name}") for name in known]
+            shown = "".join(f"  {'–' if v is None else number(v):>17}" for v in values)
+            lines.append(Text(f"{printable(layer):<{label}}{shown}"))
+        return lines
 
     def _letters(self, issues: Sequence[Mapping[int | None, StabilityIssue]]) -> list[Text]:
         """Return a line on the letters in the map, where there are any."""

@@ -15,6 +15,7 @@ HEAD_BYTES = 512
 """Bytes at the start of a line that hold its step and loss."""
 _HEAD = re.compile(rb'\{"schema_version": (\d+), "step": (\d+), "loss": (null|[-+.\deE]+), ')
 _MARKS = re.compile(rb', "run": (\d+), "start": (\d+)[,}]')
+_LAYERS = b'"layers": {'
 _LOSS = re.compile(rb'"/loss": "(nan|inf|-inf)"')
 
 
@@ -84,8 +85,8 @@ def layer_signals(line: bytes, layer: str) -> dict[str, np.ndarray]:
         {'max_logit': array([1.5, nan])}
     """
     key = json.dumps(layer).encode() + b": {"
-    layers = line.find(b'"layers": {')
-    at = line.find(key, layers) if layers >= 0 else -1
+    layers = line.find(_LAYERS)
+    at = line.find(key, layers + len(_LAYERS)) if layers >= 0 else -1
     if at < 0:
         return {}
     start = at + len(key) - 1
