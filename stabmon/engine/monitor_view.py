@@ -24,7 +24,7 @@ def monitor_text(step: int, phase: Phase, every: int, tracker: IssueTracker) -> 
     """
     history, opened = tracker.history, tracker.open_issues
     parts = [
-        f"step={step}" if phase is not Phase.NEW else "no step yet",
+        f"step={step}" if step else "no step yet",
         f"every {every}",
         counted(len(history.layers), "layer"),
         counted(len(history.heads), "head"),

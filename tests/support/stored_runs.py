@@ -32,11 +32,11 @@ def wide_reading(step: int, layers: int = 4, heads: int = 4, loss: float | None 
     return Reading(step, 10 / step if loss is None else loss, values, learning_rate=1e-3)
 
 
-def collapse(step: int, layer: int = 0, head: int = 1, **changes: object) -> StabilityIssue:
+def collapse(step: int, layer: int | str = 0, head: int = 1, **changes: object) -> StabilityIssue:
     """An entropy collapse of one head, an alarm."""
     values: dict[str, object] = {
         "step": step,
-        "layer": f"h.{layer}.attn",
+        "layer": f"h.{layer}.attn" if isinstance(layer, int) else layer,
         "head": head,
         "issue_type": "entropy_collapse",
         "severity": "error",

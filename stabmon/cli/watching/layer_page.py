@@ -44,7 +44,7 @@ def layer_lines(
     lines = [Text(title, "bold"), *_issues(issues)]
     span = f"{history[0][0]}-{history[-1][0]}" if history else f"{reading.step}"
     room = max(0, width - 1 - _NAME - _NOW - 2 - _EXTREME)
-    across = min(heads, room // 2)
+    across = min(heads, max(room // 2, room - 12))
     over = room - across
     steps = f"steps {span}"[:over]
     heading = f" {'':{_NAME}}{steps:<{over}}{'now':>{_NOW}}  heads 0 to {heads - 1}"

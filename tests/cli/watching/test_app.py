@@ -48,9 +48,9 @@ def has(app: WatchApp, part: str) -> Callable[[], bool]:
 
 def test_keys_move_open_find_and_leave(tmp_path: Path) -> None:
     sink = store(tmp_path / "stabmon", range(10, 110, 10), layers=32, heads=16)
+    spike = {"layer": None, "head": None, "issue_type": "loss_spike", "severity": "warning"}
+    sink.write_issue(collapse(80, **spike, eta_steps=None))
     sink.write_issue(collapse(90, layer=4))
-    lone = {"layer": None, "head": None, "issue_type": "loss_spike", "severity": "warning"}
-    sink.write_issue(collapse(100, **lone, eta_steps=None))
     sink.close()
 
     async def script(app: WatchApp, pilot: Any) -> None:

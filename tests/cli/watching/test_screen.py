@@ -83,9 +83,9 @@ def test_heads_share_a_sign_where_they_must_and_the_worst_one_shows(tmp_path: Pa
 
 def test_the_chosen_incident_is_told_in_full(tmp_path: Path) -> None:
     sink = store(tmp_path, (10,))
-    sink.write_issue(collapse(10))
-    lone = {"layer": None, "head": None, "issue_type": "loss_spike", "severity": "warning"}
-    sink.write_issue(collapse(10, **lone, suggestion="Skip the batch.", eta_steps=None))
+    spike = {"layer": None, "head": None, "issue_type": "loss_spike", "severity": "warning"}
+    sink.write_issue(collapse(10, **spike, suggestion="Skip the batch.", eta_steps=None))
+    sink.write_issue(collapse(20))
     sink.close()
     state = RunTail(tmp_path).look()
     assert len(state.open_incidents) == 2
@@ -151,7 +151,9 @@ def test_names_cannot_command_the_terminal(tmp_path: Path) -> None:
     sink.write_issue(collapse(10).__class__(**{**vars(collapse(10)), "layer": evil}))
     sink.close()
     for height in (24, None):
-        assert not any("\x1b" in line or "\x07" in line for line in text(RunTail(tmp_path).look(), 80, height))
+        assert not any(
+            "\x1b" in line or "\x07" in line for line in text(RunTail(tmp_path).look(), 80, height)
+        )
 
 
 def test_a_terminal_without_unicode_gets_letters_as_wide(tmp_path: Path) -> None:
@@ -163,7 +165,9 @@ def test_a_terminal_without_unicode_gets_letters_as_wide(tmp_path: Path) -> None
     shown = fitting(lines, Latin())  # type: ignore[arg-type]
     assert [line.cell_len for line in shown] == before
     assert all(line.plain.isascii() for line in shown)
-    assert all(len(chr(one)) == len(other) for one, other in ((k, chr(v)) for k, v in ASCII.items()))
+    assert all(
+        len(chr(one)) == len(other) for one, other in ((k, chr(v)) for k, v in ASCII.items())
+    )
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])

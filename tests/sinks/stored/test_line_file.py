@@ -43,9 +43,7 @@ def test_bisection_finds_the_first_line_that_holds(
     path: Path, lines: list[tuple[int, bool, int]], wanted: int
 ) -> None:
     lines = sorted(lines)
-    texts = [
-        (f"{number}" if readable else "?") + "x" * extra for number, readable, extra in lines
-    ]
+    texts = [(f"{number}" if readable else "?") + "x" * extra for number, readable, extra in lines]
     path.write_text("".join(f"{text}\n" for text in texts))
     holding = [
         sum(len(text) + 1 for text in texts[:place])
@@ -53,9 +51,7 @@ def test_bisection_finds_the_first_line_that_holds(
         if readable and number >= wanted
     ]
     with LineFile(path) as file:
-        found = file.first(
-            lambda line: None if line.startswith(b"?") else int(line[:1]) >= wanted
-        )
+        found = file.first(lambda line: None if line.startswith(b"?") else int(line[:1]) >= wanted)
         assert found == (holding[0] if holding else file.end)
 
 
