@@ -33,6 +33,7 @@ _HOMES = {
     "StabilityIssue": "stabmon.records",
     "check_attention_stability": "stabmon.check",
     "load_config": "stabmon.config",
+    "read_records": "stabmon.sinks.reader",
 }
 """Public name -> its module; ``__init__.pyi`` declares the same for type checkers."""
 __all__ = sorted(_HOMES)

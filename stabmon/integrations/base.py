@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stabmon._display.html import card
 from stabmon._torch.process_group import on_all_ranks
 from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.monitor import AttentionStabilityMonitor
-from stabmon.records import StabilityIssue
+from stabmon.records import StabilityIssue, counted
 from stabmon.sinks import Sink
 
 logger = logging.getLogger("stabmon")
@@ -47,6 +48,16 @@ class StabilityCallbackBase:
         """Issues of the runs before the present one."""
         self._own_sinks = sinks is not None
         self._run_dir = run_dir
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}(log_every={self.config.log_every}"
+        if self.monitor is None:
+            return f"{name}, no training yet)"
+        return f"{name}, {counted(len(self.issues), 'issue')}, {self.monitor!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the state of the present or last training run, for notebooks."""
+        return card(repr(self)) if self.monitor is None else self.monitor._repr_html_()
 
     @property
     def issues(self) -> list[StabilityIssue]:
