@@ -22,14 +22,21 @@ class Recorder:
         folder: ``<run_dir>/stabmon``, made with the first record or step; None where nothing goes
             to disk.
         boundary: counts what fails.
+        on_issues: called with the issues of a step, once they are written.
     """
 
-    def __init__(self, sinks: Sequence[Sink], folder: Path | None, boundary: ErrorBoundary) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        folder: Path | None,
+        boundary: ErrorBoundary,
+        on_issues: Callable[[Sequence[StabilityIssue]], None] | None = None,
+    ) -> None:
         self.boundary = boundary
         self.issues: list[StabilityIssue] = []
         self.alarms = 0
         """Number of issues of severity error or above."""
-        self._sinks = SinkGroup(sinks)
+        self._sinks, self._on_issues = SinkGroup(sinks), on_issues
         self._folder = folder
         self._layers: dict[str, int] = {}
         self._incidents = IncidentLog()
@@ -94,6 +101,8 @@ class Recorder:
         self._sinks.write_issues(issues)
         self._sinks.write_incidents(incidents)
         self._count_failed()
+        if self._on_issues is not None:
+            self._call_on_issues(issues)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
         """Write the audit record of an intervention."""
@@ -106,6 +115,11 @@ class Recorder:
         self._meta = None
         self._sinks.close()
         self._count_failed()
+
+    @contained
+    def _call_on_issues(self, issues: Sequence[StabilityIssue]) -> None:
+        if self._on_issues is not None:
+            self._on_issues(issues)
 
     def _group(self, issues: Sequence[StabilityIssue]) -> list[Incident]:
         """Return the incidents that the issues of a step change."""

@@ -12,12 +12,15 @@ from torch.nn.parameter import is_lazy
 from stabmon.config import StabilityConfig
 
 
-def run_meta(model: nn.Module, config: StabilityConfig, continues: bool) -> dict[str, Any]:
+def run_meta(
+    model: nn.Module, config: StabilityConfig, framework: str, continues: bool
+) -> dict[str, Any]:
     """Return the metadata of a run as plain values, for JSON.
 
     Args:
         model: the model that trains.
         config: the run's configuration.
+        framework: ``transformers``, ``lightning`` or ``loop``.
         continues: the run goes on from an earlier one.
     """
     packages = {}
@@ -29,6 +32,7 @@ def run_meta(model: nn.Module, config: StabilityConfig, continues: bool) -> dict
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     return {
         "versions": {"python": platform.python_version(), **packages},
+        "framework": framework,
         "config": config.to_dict(),
         "model": {
             "class": type(model).__name__,
