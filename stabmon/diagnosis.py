@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stabmon.figures.signals import signal_evolution, signal_heatmap
+from stabmon.incidents import Incident
 from stabmon.records import SEVERITIES, Reading, StabilityIssue, counted, head_count
 from stabmon.signals.presentation import presentation_of
 
@@ -29,6 +30,7 @@ class Diagnosis:
         open_issues: every issue open after this step.
         unseen: module -> the part of its attention that is not seen; no statistic and no issue
             covers it.
+        incidents: the incidents that changed at this step: its issues by cause, in words.
 
     Example:
         >>> diagnosis = Diagnosis(10, (), {"attn": {"max_logit": np.array([1.5, 2.0])}})
@@ -44,6 +46,7 @@ class Diagnosis:
     readings: tuple[Reading, ...] = ()
     open_issues: tuple[StabilityIssue, ...] = ()
     unseen: Mapping[str, str] = field(default_factory=dict)
+    incidents: tuple[Incident, ...] = ()
 
     def __repr__(self) -> str:
         heads = sum(head_count(signals) for signals in self.stats.values())

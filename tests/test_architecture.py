@@ -42,7 +42,7 @@ ALLOWED: dict[str, Collection[str]] = {
     "operator": ("_torch", "records"),
     "capture": ("_torch", "model_names", "records"),
     "signals": ("_torch", "operator", "records", "registry"),
-    "diagnosis": ("figures", "records", "signals"),
+    "diagnosis": ("figures", "incidents", "records", "signals"),
     "rules": ("_settings", "_storage", "_torch", "records", "registry"),
     "projections": ("_storage", "_torch", "model_names", "records"),
     "nonfinite": (*_GROUND, "capture", "listeners", "operator", "signals"),

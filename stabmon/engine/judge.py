@@ -32,8 +32,13 @@ def judge(
     open_issues = tracker.open_issues
     if reading.sampled:
         recorder.write_reading(reading, open_issues, **scalars)
-    recorder.write_issues(issues)
-    readings = tuple(tracker.history.readings)
+    incidents = recorder.write_issues(issues)
     return Diagnosis(
-        reading.step, tuple(issues), reading.layers, readings, open_issues, dict(unseen)
+        reading.step,
+        tuple(issues),
+        reading.layers,
+        tuple(tracker.history.readings),
+        open_issues,
+        dict(unseen),
+        incidents,
     )

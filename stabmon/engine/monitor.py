@@ -29,6 +29,7 @@ from stabmon.engine.monitor_parts import make_parts, make_tracker
 from stabmon.engine.recording.issue_function import OnIssue, checked
 from stabmon.engine.recording.run_metadata import run_meta
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
+from stabmon.incidents import Incident
 from stabmon.interventions import Applied, Intervention
 from stabmon.listeners import StepContext
 from stabmon.records import StabilityIssue
@@ -249,6 +250,11 @@ class AttentionStabilityMonitor:
     def issues(self) -> list[StabilityIssue]:
         """Every issue emitted so far, in order."""
         return self._recorder.issues
+
+    @property
+    def incidents(self) -> tuple[Incident, ...]:
+        """Newest change of each incident so far: issues by cause, in words."""
+        return self._recorder.incidents
 
     @property
     def applied(self) -> tuple[Applied, ...]:

@@ -3,12 +3,15 @@
 import io
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from rich.live import Live
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from stabmon.incidents import Incident, incidents_of
 from stabmon.sinks import SINKS
 from stabmon.sinks.console import ConsoleSink
 from tests.support.sample_records import LAYERS, META, issue, reading
@@ -35,50 +38,84 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
 
 
-def test_an_issue_is_one_line_with_place_value_and_advice() -> None:
+def opened(**changes: Any) -> list[Incident]:
+    """The incidents of one issue."""
+    return incidents_of([issue(30, **changes)])
+
+
+def test_a_healthy_run_is_two_lines(tmp_path: Path) -> None:
+    file = io.StringIO()
+    sink = ConsoleSink(file=file)
+    sink.open(tmp_path / "one" / "stabmon", META)
+    for step in (10, 20, 30):
+        sink.write_reading(reading(step), SCALARS)
+        sink.amend({"layers": {"h.0": 4, "h.1": 4}})
+    sink.close()
+    sink.close()
+    first, last = file.getvalue().splitlines()
+    assert first.startswith("stabmon watches 2 layers, 8 heads of ")
+    assert first.endswith(f"records go to {tmp_path / 'one' / 'stabmon'}")
+    assert last == (
+        f"stabmon done at step 30: 3 samples, no issue; see stabmon report {tmp_path / 'one'}"
+    )
+
+
+def test_an_incident_is_one_line_and_its_advice_another() -> None:
+    file = io.StringIO()
+    sink = ConsoleSink(file=file)
+    sink.write_incidents(opened(eta_steps=42.4))
+    found, advice = file.getvalue().splitlines()
+    assert "\x1b" not in found
+    assert found.startswith("stabmon step 30  error: attention entropy collapsed in ")
+    assert f"{LAYERS[1]} head 2" in found
+    assert "normalized entropy 0.034" in found
+    assert "in about 42 steps" in found
+    assert "lower the learning rate [1e-4] or add QK-norm" in advice
+
+
+def test_repetitions_and_warnings_are_counted_at_the_end_alone() -> None:
     file = io.StringIO()
     sink = ConsoleSink(file=file)
     sink.open(None, META)
-    sink.write_issue(issue(30, eta_steps=42.4))
-    text = file.getvalue()
-    assert text.count("\n") == 1
-    assert "\x1b" not in text
-    assert f"{LAYERS[1]} head 2" in text
-    assert "lower the learning rate [1e-4] or add QK-norm" in text
-    for part in (
-        "step 30",
-        "error",
-        "entropy_collapse",
-        "value 0.034",
-        "limit 0.1",
-        "about 42 steps",
-    ):
-        assert part in text
+    issues = [issue(step, head=head) for step in (30, 40) for head in range(8)]
+    issues += [issue(50, issue_type="loss_spike", layer=None, head=None, severity="warning")]
+    for incident in incidents_of(issues):
+        sink.write_incidents([incident])
+    sink.close()
+    *_, last = lines = file.getvalue().splitlines()
+    assert len(lines) == 3
+    assert "1 alarm, 1 still open; the first at step 30: attention entropy collapsed" in last
 
 
-def test_worsening_and_closing_are_said() -> None:
+def test_worsening_and_closing_are_reported() -> None:
     file = io.StringIO()
     sink = ConsoleSink(file=file)
-    sink.write_issue(issue(30, state="worsened", severity="critical"))
-    sink.write_issue(issue(40, state="closed", severity="info"))
-    worse, closed = file.getvalue().splitlines()
-    assert "critical" in worse
-    assert "worsened" in worse
-    assert "closed" in closed
-    assert "learning rate" not in closed
+    states = [
+        issue(30),
+        issue(40, state="worsened", severity="critical"),
+        issue(50, state="closed", severity="info", value=0.4, evidence={"worst_value": 0.01}),
+    ]
+    for incident in incidents_of(states):
+        sink.write_incidents([incident])
+    _first, advice, worse, closed = file.getvalue().splitlines()
+    assert "  critical: " in worse
+    assert "  closed: " in closed
+    assert "normalized entropy 0.4 now, 0.01 at worst" in closed
+    assert "learning rate" in advice
+    assert "learning rate" not in worse + closed
 
 
 def test_severities_differ_in_colour_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = []
     for severity in ("warning", "error", "critical"):
         file = Terminal()
-        ConsoleSink(file=file).write_issue(issue(1, severity=severity))
-        lines.append(file.getvalue().replace(severity, "").split("entropy")[0].strip())
+        ConsoleSink(file=file, verbose=True).write_incidents(opened(severity=severity))
+        lines.append(file.getvalue().replace(severity, "").split("attention")[0].strip())
     assert all("\x1b[" in line for line in lines)
     assert len(set(lines)) == 3
     monkeypatch.setenv("NO_COLOR", "1")
     file = Terminal()
-    ConsoleSink(file=file).write_issue(issue(1))
+    ConsoleSink(file=file).write_incidents(opened())
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", file.getvalue())
 
 
@@ -89,39 +126,32 @@ def test_readings_are_silent_unless_asked_for() -> None:
     assert quiet.getvalue() == ""
     assert (
         verbose.getvalue()
-        == "stabmon step 10  loss 3.99  max logit 12  least entropy 0.25  1 issues open\n"
+        == "stabmon step 10  loss 3.99  largest score 12  least entropy 0.25  open issues 1\n"
     )
-
-
-def test_a_flood_is_counted_not_printed() -> None:
-    file = io.StringIO()
-    sink = ConsoleSink(file=file, lines_per_step=3)
-    for head in range(10):
-        sink.write_issue(issue(30, head=head, severity="critical" if head == 9 else "warning"))
-    assert file.getvalue().count("\n") == 3
-    sink.write_reading(reading(40), {})
-    sink.write_issue(issue(40))
-    lines = file.getvalue().splitlines()
-    assert lines[3] == "stabmon step 30  and 7 more issues (1 critical, 6 warning)"
-    assert len(lines) == 5
-    sink.close()
-    sink.close()
-    assert len(file.getvalue().splitlines()) == 5
 
 
 def test_interventions_are_printed() -> None:
     file = io.StringIO()
     ConsoleSink(file=file).write_intervention(
-        {"step": 30, "intervention": "lower_learning_rate", "factor": 0.5, "heads": [1]}
+        {
+            "step": 30,
+            "action": "applied",
+            "intervention": "lower_learning_rate",
+            "before": {"lr": 0.02},
+            "after": {"lr": 0.01},
+        }
     )
-    assert file.getvalue() == "stabmon step 30  intervention  lower_learning_rate  factor 0.5\n"
+    assert (
+        file.getvalue()
+        == "stabmon step 30  intervention: applied lower_learning_rate: lr 0.02 -> 0.01\n"
+    )
 
 
 def test_it_writes_to_standard_error_as_it_is_then(capsys: pytest.CaptureFixture[str]) -> None:
-    SINKS["console"]().write_issue(issue(30))
+    SINKS["console"]().write_incidents(opened())
     out, err = capsys.readouterr()
     assert out == ""
-    assert "entropy_collapse" in err
+    assert "attention entropy collapsed" in err
 
 
 def test_a_tqdm_bar_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +160,7 @@ def test_a_tqdm_bar_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     with tqdm(total=10, file=screen, ncols=40, mininterval=0) as bar:
         bar.update(5)
         before = len(screen.getvalue())
-        ConsoleSink().write_issue(issue(30))
+        ConsoleSink().write_incidents(opened())
         written = screen.getvalue()[before:]
     cleared, line = written.split("stabmon", 1)
     assert cleared.endswith("\r") or "\x1b" in cleared
@@ -146,6 +176,6 @@ def test_a_rich_display_prints_the_line_above_itself(monkeypatch: pytest.MonkeyP
     ) as live:
         live.refresh()
         before = len(screen.getvalue())
-        ConsoleSink().write_issue(issue(30))
+        ConsoleSink().write_incidents(opened())
         written = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", screen.getvalue()[before:])
-    assert written.index("entropy_collapse") < written.index("BAR")
+    assert written.index("attention entropy") < written.index("BAR")

@@ -70,6 +70,11 @@ class Recorder:
         self.issues += issues
         self.alarms += sum(issue.is_alarm for issue in issues)
 
+    @property
+    def incidents(self) -> tuple[Incident, ...]:
+        """Newest change of each incident of the run, in order."""
+        return self._incidents.all
+
     def restore(self, issues: Sequence[StabilityIssue]) -> None:
         """Replace the issues of the run by those of a stored state."""
         self.issues, self.alarms = [], 0
@@ -94,15 +99,15 @@ class Recorder:
         )
         self._count_failed()
 
-    def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
-        """Write issues that opened, worsened or closed."""
+    def write_issues(self, issues: Sequence[StabilityIssue]) -> tuple[Incident, ...]:
+        """Write issues that opened, worsened or closed; return the incidents that changed."""
         self.open_sinks()
         incidents = self._group(issues)
         self._sinks.write_issues(issues)
         self._sinks.write_incidents(incidents)
         self._count_failed()
-        if self._on_issues is not None:
-            self._call_on_issues(issues)
+        self._call_on_issues(issues)
+        return tuple(incidents)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
         """Write the audit record of an intervention."""

@@ -212,7 +212,8 @@ class IssueTracker:
         issue, now = entry.issue, None
         rule = rule_of(issue.issue_type)
         try:
-            now = rule.value_now(issue, self.history) if hasattr(rule, "value_now") else None
+            if rule is not None and hasattr(rule, "value_now"):
+                now = rule.value_now(issue, self.history)
         except Exception as error:
             self._report(entry.rule, error)
         evidence = {**issue.evidence, "worst_value": issue.value, "opened_at": entry.since}
