@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
+from stabmon._torch.isolation import random_state_kept
 from stabmon.config import StabilityConfig
 from stabmon.records import Reading
 from stabmon.sinks import Sink
@@ -24,6 +25,7 @@ _SINKS = {
 switches the reporter off (checked with transformers 5.23). Under other names, stabmon would open a
 run that the reporter does not want.
 """
+_OF_A_LAYER = "attention_layers/"
 _TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "neptune", "swanlab", "trackio")
 """Packages whose own callbacks for the Trainer are reporters, beside those of ``report_to``."""
 
@@ -42,24 +44,72 @@ class ReporterSink(Sink):
     """
 
     def __init__(
-        self, reporter: TrainerCallback, args: TrainingArguments, state: TrainerState, **given: Any
+        self, reporter: Any, args: TrainingArguments, state: TrainerState, **given: Any
     ) -> None:
         self._reporter, self._args, self._state, self._given = reporter, args, state, given
         self.name = type(reporter).__name__
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        state = copy.copy(self._state)
-        state.global_step = reading.step
-        self.log(state, dict(scalars))
+        with random_state_kept():
+            self._log(reading.step, dict(scalars))
 
-    def log(self, state: TrainerState, scalars: dict[str, float]) -> None:
-        """Log scalars at ``state.global_step``."""
-        self._reporter.on_log(
-            self._args, state, TrainerControl(), logs=scalars, **self._given
-        )
+    def _log(self, step: int, scalars: dict[str, float]) -> None:
+        state, control = copy.copy(self._state), TrainerControl()
+        state.global_step = step
+        self._reporter.on_log(self._args, state, control, logs=scalars, **self._given)
 
 
-def reporters_of(callbacks: Sequence[Any]) -> list[TrainerCallback]:
+class DvcliveSink(ReporterSink):
+    """Scalars beside the Trainer's in DVCLive's step, which ``on_log`` would move on."""
+
+    def _log(self, step: int, scalars: dict[str, float]) -> None:
+        live = getattr(self._reporter, "live", None)
+        if live is None:
+            super()._log(step, scalars)
+            return
+        for name, value in {**scalars, "stability/step": step}.items():
+            live.log_metric(name, value)
+
+
+class TrackioSink(ReporterSink):
+    """Scalars at Trackio's newest step, where ``on_log`` would use up the next."""
+
+    def _log(self, step: int, scalars: dict[str, float]) -> None:
+        import trackio
+
+        # context_vars is internal, and Run._next_step has no public name (checked with trackio
+        # 0.43); without either, the Trainer's own rows move on by one at each sample
+        variables = getattr(trackio, "context_vars", None)
+        run = variables.current_run.get() if variables is not None else None
+        following = getattr(run, "_next_step", None)
+        if following is None:
+            super()._log(step, scalars)
+            return
+        named = integration_utils.rewrite_logs(scalars) | {"train/global_step": step}
+        trackio.log(named, step=max(following - 1, 0))
+
+
+class KubeflowSink(ReporterSink):
+    """Scalars of the whole model alone: they become a bounded list in a job's status."""
+
+    def _log(self, step: int, scalars: dict[str, float]) -> None:
+        super()._log(step, model_wide(scalars))
+
+
+_OWN_WAYS = {
+    "DVCLiveCallback": DvcliveSink,
+    "TrackioCallback": TrackioSink,
+    "KubeflowCallback": KubeflowSink,
+}
+"""Sink of each reporter whose ``on_log`` would disturb what its user logs there."""
+
+
+def model_wide(scalars: Mapping[str, float]) -> dict[str, float]:
+    """Return the scalars that are not of a single layer."""
+    return {name: value for name, value in scalars.items() if not name.startswith(_OF_A_LAYER)}
+
+
+def reporters_of(callbacks: Sequence[Any]) -> list[Any]:
     """Return the callbacks that report scalars somewhere: those of ``report_to``, or like them."""
     # the mapping from names in report_to to callbacks, which other packages may extend (checked
     # with transformers 5.23); gone, only reporters with a sink of their own get scalars
@@ -91,12 +141,14 @@ def sinks_of(
     found: list[Sink] = []
     for reporter in reporters_of(callbacks):
         classes = [cls.__name__ for cls in type(reporter).__mro__]
-        kind = next((name for name in classes if name in _SINKS), None)
-        if kind is None:
-            found.append(ReporterSink(reporter, args, state, **given))
-            continue
-        name, attribute = _SINKS[kind]
-        if name not in config.sinks and getattr(reporter, attribute, True) is not None:
-            own = {"writer": reporter.tb_writer} if name == "tensorboard" else {}
-            found.append(config.make_sink(name, **own))
+        name, attribute = next((_SINKS[each] for each in classes if each in _SINKS), ("", ""))
+        target = getattr(reporter, attribute, True) if name else None
+        if name == "tensorboard" and target is not None:
+            if name not in config.sinks:
+                found.append(config.make_sink(name, writer=target))
+        elif name in ("", "tensorboard"):
+            way = next((_OWN_WAYS[each] for each in classes if each in _OWN_WAYS), ReporterSink)
+            found.append(way(reporter, args, state, **given))
+        elif target is not None and name not in config.sinks:
+            found.append(config.make_sink(name))
     return found

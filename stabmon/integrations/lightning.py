@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stabmon._torch.isolation import random_state_kept
 from stabmon.config import StabilityConfig
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.integrations.base import StabilityCallbackBase
@@ -232,5 +233,6 @@ class LoggerSink(Sink):
         self.name = type(target).__name__
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        self._target.log_metrics(dict(scalars), step=reading.step)
-        self._target.save()
+        with random_state_kept():
+            self._target.log_metrics(dict(scalars), step=reading.step)
+            self._target.save()

@@ -21,7 +21,7 @@ try:
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
     from stabmon.integrations._hf_frames import is_training, sibling_callbacks, trainer_local
-    from stabmon.integrations._hf_reporters import sinks_of
+    from stabmon.integrations._hf_reporters import model_wide, sinks_of
 except ImportError as error:
     raise ImportError(
         'transformers is not installed: pip install "stabmon[transformers]"'
@@ -201,11 +201,5 @@ class LogHistory(Sink):
         self._state = state
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        wide = {
-            name: value
-            for name, value in scalars.items()
-            if not name.startswith("attention_layers/")
-        }
-        self._state.log_history.append(
-            wide | {"epoch": self._state.epoch or 0.0, "step": reading.step}
-        )
+        position = {"epoch": self._state.epoch or 0.0, "step": reading.step}
+        self._state.log_history.append(model_wide(scalars) | position)
