@@ -214,7 +214,9 @@ class AttentionStabilityMonitor:
             return self._guard.get_intervention(diagnosis.open_issues)
 
     @contained
-    def apply(self, intervention: Intervention | None, *, hold: bool | None = None) -> Applied | None:
+    def apply(
+        self, intervention: Intervention | None, *, hold: bool | None = None
+    ) -> Applied | None:
         """Apply an intervention, after the optimizer's step.
 
         It stays until its ``undo()`` or ``release()``: stabmon does not judge it by later batches,
