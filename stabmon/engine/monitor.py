@@ -344,11 +344,11 @@ class AttentionStabilityMonitor:
     # -- for integrations
 
     @contained
-    def expect_end(self, last_step: int) -> None:
+    def expect_end(self, last_step: int | None) -> None:
         """Warn if no step until the run's end is sampled.
 
         Args:
-            last_step: the run's last optimizer step, counted from 1.
+            last_step: the run's last optimizer step, counted from 1; None for a dry run.
         """
         self._parts.usage.expect_end(self.step, last_step)
 

@@ -46,13 +46,16 @@ class Usage(StepListener):
         self._unreported = dict.fromkeys(_UNREPORTED, 0)
         self._said: set[str] = set()
 
-    def expect_end(self, step: int, last_step: int) -> None:
+    def expect_end(self, step: int, last_step: int | None) -> None:
         """Warn if no step that is still to come is sampled.
 
         Args:
             step: optimizer steps made so far.
-            last_step: the last optimizer step of the run.
+            last_step: the last optimizer step of the run; None for a dry run, of any length.
         """
+        if last_step is None:
+            self._said.add("unsampled")
+            return
         coming = range(step + 1, last_step + 1)
         if coming and not any(map(self._is_sampled, coming)):
             self._warn_unsampled(f"the run ends at step {last_step}", len(coming))
