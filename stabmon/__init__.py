@@ -8,6 +8,7 @@ part that a run does not need.
 >>> monitor.close()
 """
 
+import logging as _logging
 from importlib import import_module as _import_module
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
@@ -16,6 +17,27 @@ from importlib.util import find_spec as _find_spec
 from stabmon._moved import install as _install_moved_paths
 
 _install_moved_paths()
+
+
+class _Named(_logging.Filter):
+    """Begin every message of the logger ``stabmon`` with its name.
+
+    A handler's format may leave the name out, and training logs have many authors.
+    """
+
+    def filter(self, record: _logging.LogRecord) -> bool:
+        try:
+            text = record.getMessage()
+        except Exception:  # a format that does not fit is for the handler to report
+            text = ""
+        if not text.startswith("stabmon"):
+            record.msg = f"stabmon: {record.msg}"
+        return True
+
+
+_logger = _logging.getLogger("stabmon")
+if not any(type(each).__name__ == "_Named" for each in _logger.filters):  # as after a reload
+    _logger.addFilter(_Named())
 
 try:
     __version__ = _version("stabmon")
