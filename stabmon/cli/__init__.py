@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from stabmon.cli import analyze, check, list, train, watch
+from stabmon.cli import analyze, check, list, train, wandb_workspace, watch
 
 app = typer.Typer(
     add_completion=False,
@@ -30,6 +30,7 @@ app.command("list")(list.list_registered)
 app.command("check")(check.check)
 app.command("train")(train.train)
 app.command("watch")(watch.watch)
+app.command("wandb-workspace")(wandb_workspace.wandb_workspace)
 
 
 def main() -> None:
