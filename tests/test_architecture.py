@@ -47,7 +47,7 @@ ALLOWED: dict[str, Collection[str]] = {
     "projections": ("_storage", "_torch", "model_names", "records"),
     "nonfinite": (*_GROUND, "capture", "listeners", "operator", "signals"),
     "incidents": ("_storage", "records", "rules"),
-    "sinks": ("_settings", "_storage", "incidents", "records", "registry", "signals"),
+    "sinks": ("_settings", "_storage", "figures", "incidents", "records", "registry", "signals"),
     "interventions": (*_GROUND, "capture", "operator", "projections", "rules", "signals"),
     "guard": (*_GROUND, "interventions", "listeners", "projections", "rules"),
     "config": ("_settings", "guard", "interventions", "operator", "rules", "signals", "sinks"),
