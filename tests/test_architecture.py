@@ -48,15 +48,12 @@ ALLOWED: dict[str, Collection[str]] = {
     "projections": ("_storage", "_torch", "model_names", "records"),
     "nonfinite": (*_GROUND, "capture", "listeners", "operator", "signals"),
     "incidents": ("_display", "_storage", "records", "rules"),
-    "sinks": ("_display", "_settings", "_storage", "incidents", "records", "registry", "signals"),
-    "interventions": (
-        *_GROUND,
-        "capture",
-        "incidents",
-        "operator",
-        "projections",
-        "rules",
+    "sinks": (
+        *("_display", "_settings", "_storage", "figures", "incidents", "records", "registry"),
         "signals",
+    ),
+    "interventions": (
+        *(*_GROUND, "capture", "incidents", "operator", "projections", "rules", "signals"),
     ),
     "guard": (*_GROUND, "interventions", "listeners", "projections", "rules"),
     "config": ("_settings", "guard", "interventions", "operator", "rules", "signals", "sinks"),

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from stabmon.cli import analyze, check, list, report, train, watch
+from stabmon.cli import analyze, check, list, report, train, wandb_workspace, watch
 
 app = typer.Typer(
     add_completion=False,
@@ -31,6 +31,7 @@ app.command("check")(check.check)
 app.command("train")(train.train)
 app.command("report")(report.report)
 app.command("watch")(watch.watch)
+app.command("wandb-workspace")(wandb_workspace.wandb_workspace)
 
 
 def main() -> None:
