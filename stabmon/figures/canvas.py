@@ -82,6 +82,16 @@ def saved(figure: Drawn, path: str | Path | None) -> Drawn:
     return figure
 
 
+def drawable() -> tuple[str, ...]:
+    """Return the suffixes of the files that figures can be saved to, without dots.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    canvas = new_figure(1, 1).canvas
+    return tuple(sorted(canvas.get_supported_filetypes()))
+
+
 def resolution(figure: Any) -> float:
     """Return the dots per inch to save a figure with: its own, at least 150."""
     return float(max(150.0, figure.dpi))

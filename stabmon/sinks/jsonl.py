@@ -32,7 +32,7 @@ READINGS, ISSUES, INTERVENTIONS, META = (
 
 @sink
 class JsonlSink(Sink):
-    """Write the records of a run as JSON lines into its ``stabmon`` folder.
+    """Write a run's records as JSON lines into its stabmon folder.
 
     The files are ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json``.
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @sink
 class TensorboardSink(Sink):
-    """Write scalars at their optimizer step, and a text of each step's issues.
+    """Write scalars at their optimizer step, and issues as text.
 
     The text ``stability/issues`` has the step's incidents in words and each issue, the worst first;
     ``stability/history`` is the whole run so far, since TensorBoard shows a sample of the texts;
