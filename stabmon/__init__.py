@@ -8,12 +8,34 @@ part that a run does not need.
 >>> monitor.close()
 """
 
+import logging as _logging
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 
 from stabmon._moved import install as _install_moved_paths
 
 _install_moved_paths()
+
+
+class _Named(_logging.Filter):
+    """Begin every message of the logger ``stabmon`` with its name.
+
+    A handler's format may leave the name out, and training logs have many authors.
+    """
+
+    def filter(self, record: _logging.LogRecord) -> bool:
+        try:
+            text = record.getMessage()
+        except Exception:  # a format that does not fit is for the handler to report
+            text = ""
+        if not text.startswith("stabmon"):
+            record.msg = f"stabmon: {record.msg}"
+        return True
+
+
+_logger = _logging.getLogger("stabmon")
+if not any(type(each).__name__ == "_Named" for each in _logger.filters):  # as after a reload
+    _logger.addFilter(_Named())
 
 _HOMES = {
     "AttentionAnalyzer": "stabmon.engine.analyzer",
@@ -26,6 +48,7 @@ _HOMES = {
     "StabilityIssue": "stabmon.records",
     "check_attention_stability": "stabmon.check",
     "load_config": "stabmon.config",
+    "read_records": "stabmon.sinks.reader",
 }
 """Public name -> its module; ``__init__.pyi`` declares the same for type checkers."""
 __all__ = sorted(_HOMES)

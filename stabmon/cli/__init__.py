@@ -22,7 +22,9 @@ from typer.core import TyperGroup
 COMMANDS = {
     "check": "stabmon.cli.check:check",
     "train": "stabmon.cli.train:train",
+    "report": "stabmon.cli.report:report",
     "watch": "stabmon.cli.watch:watch",
+    "wandb-workspace": "stabmon.cli.wandb_workspace:wandb_workspace",
     "analyze": "stabmon.cli.analyze:analyze",
     "list": "stabmon.cli.list_registered:list_registered",
 }

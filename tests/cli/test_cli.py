@@ -141,9 +141,9 @@ def test_list_prints_one_plain_line_an_entry_at_80_columns() -> None:
 def test_watch_shows_the_newest_reading_and_leaves_with_0(run_dir: Path) -> None:
     done = run("watch", str(run_dir), "--once")
     assert done.returncode == 0
-    assert "step 10, loss 2.5000" in done.stdout
+    assert "step 10 · loss 2.5" in done.stdout
     assert "7.25" in done.stdout
-    assert "no issue is open" in done.stdout
+    assert "no incident up to step 10" in done.stdout
 
 
 def test_watch_leaves_with_1_on_an_alarm_and_names_its_place(run_dir: Path) -> None:
@@ -171,7 +171,7 @@ def test_json_is_one_object_and_nothing_else(run_dir: Path) -> None:
     [
         (["list", "rulez"], "unknown kind 'rulez'"),
         (["watch", "/nowhere/at/all"], "no stabmon records"),
-        (["watch"], "run_dir'; see stabmon watch --help"),
+        (["watch", "--every", "0"], "0.1"),
         (["watch", ".", "--fail-on", "panic"], "use warning or error"),
         (["bogus"], "no command 'bogus'; use check, "),
     ],
