@@ -13,7 +13,7 @@ from stabmon.incidents import incidents_of
 from stabmon.integrations.transformers import StabilityCallback
 from stabmon.records import StabilityIssue
 from tests.support.small_runs import batches, gpt2, optimizer_of, train
-from tests.support.stored_runs import collapse
+from tests.support.written_records import collapse
 
 EVIL = "<script>alert('h.0')</script>"
 

@@ -8,7 +8,7 @@ import pytest
 
 from stabmon.sinks.reader import read_records
 from tests.cli.test_cli import run
-from tests.support.stored_runs import collapse, opened, store, wide_reading
+from tests.support.written_records import collapse, opened, store, wide_reading
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import stabmon
 from stabmon.incidents import incidents_of
 from stabmon.records import Reading
 from stabmon.sinks.reader import Records, read_records
-from tests.support.stored_runs import collapse, opened, store, wide_reading
+from tests.support.written_records import collapse, opened, store, wide_reading
 
 
 @pytest.fixture

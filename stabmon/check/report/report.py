@@ -15,6 +15,7 @@ from stabmon.check.judging.findings import counts
 from stabmon.check.measuring.arithmetic import expected_entropy
 from stabmon.check.report.markdown import to_markdown
 from stabmon.check.report.results import CheckResults
+from stabmon.check.report.words import sentences
 
 LENGTHS = (128, 512, 2048, 8192, 32_768, 131_072)
 
@@ -101,6 +102,7 @@ class StabilityReport(CheckResults, Mapping[str, Any]):
             "schema_version": 1,
             "subject": self.subject,
             "verdict": self.verdict,
+            "summary": sentences(self),
             "dtype": self.config.dtype,
             "seq_len": self.length,
             "basis": basis,

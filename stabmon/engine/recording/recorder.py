@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from stabmon.engine.error_boundary import ErrorBoundary, contained
+from stabmon.engine.recording.run_metadata import now
 from stabmon.incidents import Incident, IncidentLog
 from stabmon.records import Reading, StabilityIssue, head_count
 from stabmon.sinks import Sink, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
+
+logger = logging.getLogger("stabmon")
 
 
 class Recorder:
@@ -22,15 +27,26 @@ class Recorder:
         folder: ``<run_dir>/stabmon``, made with the first record or step; None where nothing goes
             to disk.
         boundary: counts what fails.
+        on_issues: called with the issues of a step, once they are written.
+        report: write a page of the run as it ends.
     """
 
-    def __init__(self, sinks: Sequence[Sink], folder: Path | None, boundary: ErrorBoundary) -> None:
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        folder: Path | None,
+        boundary: ErrorBoundary,
+        on_issues: Callable[[Sequence[StabilityIssue]], None] | None = None,
+        *,
+        report: bool = False,
+    ) -> None:
         self.boundary = boundary
         self.issues: list[StabilityIssue] = []
         self.alarms = 0
         """Number of issues of severity error or above."""
-        self._sinks = SinkGroup(sinks)
-        self._folder = folder
+        self._sinks, self._on_issues = SinkGroup(sinks), on_issues
+        self._folder, self._report = folder, report
+        self._opened: float | None = None
         self._layers: dict[str, int] = {}
         self._incidents = IncidentLog()
         self._meta: Callable[[], Mapping[str, Any]] | None = None
@@ -51,6 +67,7 @@ class Recorder:
             self._incidents = IncidentLog(str(meta.get("framework", "loop")))
             self._replay(self.issues)
             self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta)
+            self._opened = time.monotonic()
             self._count_failed()
 
     def amend(self, meta: Mapping[str, Any]) -> None:
@@ -99,6 +116,7 @@ class Recorder:
         self._sinks.write_issues(issues)
         self._sinks.write_incidents(incidents)
         self._count_failed()
+        self._call_on_issues(issues)
         return tuple(incidents)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
@@ -108,10 +126,21 @@ class Recorder:
         self._count_failed()
 
     def close(self) -> None:
-        """Close the sinks."""
+        """Close the sinks, and write the page of the run."""
         self._meta = None
+        writes = bool(self._sinks.sinks)
+        if self._opened is not None:
+            self.amend({"ended": now()})
         self._sinks.close()
         self._count_failed()
+        if writes and self._opened is not None:
+            self._write_report(time.monotonic() - self._opened)
+        self._opened = None
+
+    @contained
+    def _call_on_issues(self, issues: Sequence[StabilityIssue]) -> None:
+        if self._on_issues is not None:
+            self._on_issues(issues)
 
     def _group(self, issues: Sequence[StabilityIssue]) -> list[Incident]:
         """Return the incidents that the issues of a step change."""
@@ -132,6 +161,18 @@ class Recorder:
         if layers and layers != self._layers:
             self._layers = {**self._layers, **layers}
             self.amend({"layers": self._layers})
+
+    @contained
+    def _write_report(self, seconds: float) -> None:
+        """Write the page of the run, of records in a folder that was asked for."""
+        if self._folder is None or not self._report:
+            return
+        from stabmon.report.run.at_close import write_page_at_close
+
+        if write_page_at_close(self._folder, seconds) is None and self._folder.is_dir():
+            logger.info(
+                "the page of this run is left out; stabmon report %s writes it", self._folder
+            )
 
     @contained
     def _make_folder(self) -> Path | None:

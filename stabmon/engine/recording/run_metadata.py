@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,13 +13,26 @@ from torch.nn.parameter import is_lazy
 from stabmon.config import StabilityConfig
 
 
-def run_meta(model: nn.Module, config: StabilityConfig, continues: bool) -> dict[str, Any]:
+def now() -> str:
+    """Return the present time in UTC, as in ``2026-01-31T12:00:00+00:00``."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def run_meta(
+    model: nn.Module,
+    config: StabilityConfig,
+    framework: str,
+    continues: bool,
+    first_step: int = 1,
+) -> dict[str, Any]:
     """Return the metadata of a run as plain values, for JSON.
 
     Args:
         model: the model that trains.
         config: the run's configuration.
+        framework: ``transformers``, ``lightning`` or ``loop``.
         continues: the run goes on from an earlier one.
+        first_step: the first step of this start.
     """
     packages = {}
     for name in ("stabmon", "torch", "transformers", "lightning", "numpy"):
@@ -29,6 +43,7 @@ def run_meta(model: nn.Module, config: StabilityConfig, continues: bool) -> dict
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     return {
         "versions": {"python": platform.python_version(), **packages},
+        "framework": framework,
         "config": config.to_dict(),
         "model": {
             "class": type(model).__name__,
@@ -43,4 +58,6 @@ def run_meta(model: nn.Module, config: StabilityConfig, continues: bool) -> dict
             "first": config.log_every,
         },
         "continues": continues,
+        "started": now(),
+        "first_step": first_step,
     }

@@ -16,7 +16,7 @@ import pytest
 
 from stabmon.cli.watching.app import WatchApp
 from stabmon.cli.watching.follower import Follower
-from tests.support.stored_runs import collapse, opened, store, wide_reading
+from tests.support.written_records import collapse, opened, store, wide_reading
 
 
 def screen(app: WatchApp) -> list[str]:

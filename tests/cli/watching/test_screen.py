@@ -13,7 +13,7 @@ from stabmon.cli.watching.screen import Chosen, Screen
 from stabmon.cli.watching.words import ASCII, fitting
 from stabmon.records import Reading
 from stabmon.sinks.stored.run_tail import RunState, RunTail
-from tests.support.stored_runs import collapse, opened, store, wide_reading
+from tests.support.written_records import collapse, opened, store, wide_reading
 
 
 def run(folder: Path, layers: int = 32, heads: int = 16, issues: bool = True) -> RunState:

@@ -10,7 +10,7 @@ from stabmon._storage import strict_json
 from stabmon.records import Reading
 from stabmon.sinks.jsonl import READINGS
 from stabmon.sinks.stored.lines import HEAD_BYTES, facts_of, head_of, layer_signals
-from tests.support.stored_runs import opened
+from tests.support.written_records import opened
 
 NAMES = ("h.0.attn", 'odd "quoted" \\ name', "käse.1", "layers", "run")
 

@@ -11,7 +11,7 @@ from stabmon.sinks.jsonl import READINGS
 from stabmon.sinks.reader import read_records
 from stabmon.sinks.stored import readings_tail
 from stabmon.sinks.stored.readings_tail import ReadingsTail, count_readings
-from tests.support.stored_runs import opened, store, wide_reading
+from tests.support.written_records import opened, store, wide_reading
 
 
 def points(tail: ReadingsTail) -> list[tuple[int, float | None]]:

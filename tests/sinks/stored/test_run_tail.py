@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stabmon.sinks.reader import read_records
 from stabmon.sinks.stored.run_tail import RunTail
-from tests.support.stored_runs import collapse, opened, store, wide_reading
+from tests.support.written_records import collapse, opened, store, wide_reading
 
 
 def test_a_run_is_followed_from_before_its_folder_is_made(tmp_path: Path) -> None:
