@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 
 import numpy as np
@@ -118,7 +119,9 @@ class Screen:
             loss = "unknown" if reading.loss is None else number(reading.loss)
             line.append(f" · step {reading.step} · loss {loss} · ")
             quiet = 0.0 if state.last_line is None else self.now - state.last_line
-            if quiet < QUIET_AFTER:
+            if (ended := _time(state.meta.get("ended"))) is not None:
+                line.append(f"ended {age(self.now - ended)} ago")
+            elif quiet < QUIET_AFTER:
                 line.append(f"last reading {age(quiet)} ago")
             else:
                 line.append(f"no line for {age(quiet)}", "bold magenta")
@@ -261,6 +264,14 @@ class Screen:
             text = f"step {record.get('step', '?')}: {intervention_text(record)}"
             lines.append(Text(f"  {printable(text)}"))
         return lines
+
+
+def _time(text: object) -> float | None:
+    """Return a stored time in seconds since 1970; None for what is none."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return None
 
 
 def _rule(text: str, width: int) -> Text:
