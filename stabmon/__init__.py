@@ -10,8 +10,6 @@ part that a run does not need.
 
 import logging as _logging
 from importlib import import_module as _import_module
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
-from importlib.metadata import version as _version
 from importlib.util import find_spec as _find_spec
 
 from stabmon._moved import install as _install_moved_paths
@@ -39,11 +37,6 @@ _logger = _logging.getLogger("stabmon")
 if not any(type(each).__name__ == "_Named" for each in _logger.filters):  # as after a reload
     _logger.addFilter(_Named())
 
-try:
-    __version__ = _version("stabmon")
-except _PackageNotFoundError:  # a source tree on the path
-    __version__ = "0+unknown"
-
 _HOMES = {
     "AttentionAnalyzer": "stabmon.engine.analyzer",
     "AttentionCall": "stabmon.records",
@@ -55,6 +48,7 @@ _HOMES = {
     "StabilityIssue": "stabmon.records",
     "check_attention_stability": "stabmon.check",
     "load_config": "stabmon.config",
+    "read_records": "stabmon.sinks.reader",
 }
 """Public name -> its module; ``__init__.pyi`` declares the same for type checkers."""
 __all__ = sorted(_HOMES)
@@ -62,8 +56,10 @@ __all__ = sorted(_HOMES)
 
 def __getattr__(name: str) -> object:
     """Load a public name or a sub-package when it is first used."""
-    if name in _HOMES:
-        found: object = getattr(_import_module(_HOMES[name]), name)
+    if name == "__version__":
+        found: object = _installed_version()
+    elif name in _HOMES:
+        found = getattr(_import_module(_HOMES[name]), name)
     elif not name.startswith("_") and _find_spec(f"{__name__}.{name}") is not None:
         found = _import_module(f"{__name__}.{name}")
     else:
@@ -72,6 +68,15 @@ def __getattr__(name: str) -> object:
     return found
 
 
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version  # half of what an import cost
+
+    try:
+        return version("stabmon")
+    except PackageNotFoundError:  # a source tree on the path
+        return "0+unknown"
+
+
 def __dir__() -> list[str]:
     """List what is loaded and what can be."""
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, "__version__"})

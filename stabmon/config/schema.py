@@ -59,6 +59,10 @@ class StabilityConfig:
     """
     sinks: Sequence[Annotated[str, Known(SINKS, "sink")] | Sink] = ("jsonl", "console")
     """Sinks that records go to; `stabmon list sinks` has all."""
+    report: bool = True
+    """Write a page of the run into the folder of its records as it ends, where that takes no more
+    than 1% of the run's time (2 seconds in a short run); `stabmon report` writes it at any time.
+    """
     per_head: bool = False
     """Values of every head on the dashboards too: W&B, TensorBoard and other sinks that are given by
     name, or made for the framework's own loggers.

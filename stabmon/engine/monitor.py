@@ -26,6 +26,7 @@ from stabmon.engine.clock import Phase
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.judge import judge
 from stabmon.engine.monitor_parts import make_parts, make_tracker
+from stabmon.engine.monitor_view import monitor_html, monitor_text
 from stabmon.engine.recording.issue_function import OnIssue, checked
 from stabmon.engine.recording.run_metadata import run_meta
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
@@ -248,6 +249,13 @@ class AttentionStabilityMonitor:
             self._start_observing()
         return applied
 
+    def __repr__(self) -> str:
+        return monitor_text(self.step, self._clock.phase, self.config.log_every, self._tracker)
+
+    def _repr_html_(self) -> str:
+        """Return the state of the run at a glance, for notebooks."""
+        return monitor_html(repr(self), self._tracker, self.incidents, self.applied, self.run_dir)
+
     @property
     def issues(self) -> list[StabilityIssue]:
         """Every issue emitted so far, in order."""
@@ -419,7 +427,11 @@ class AttentionStabilityMonitor:
         self._clock.phase = Phase.TRAINING
         self._recorder.set_meta(
             lambda: run_meta(
-                self.model, self.config, self._framework, self._is_resumed or self.step > 1
+                self.model,
+                self.config,
+                self._framework,
+                self._is_resumed or self.step > 1,
+                max(1, self.step),
             )
         )
         self._guard.begin(ranks_agree=self._readings.ranks is not None)

@@ -96,6 +96,7 @@ def make_parts(
         run_dir,
         boundary,
         IssueFunction(on_issue, model, clock) if on_issue and is_writer else None,
+        report=config.report,
     )
     optimizers = OptimizerAdapter(optimizer, grad_scaler)
     run = TrainingRun(

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stabmon._display.html import card
 from stabmon._torch.process_group import on_all_ranks
 from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.engine.recording.issue_function import OnIssue, checked
-from stabmon.records import StabilityIssue
+from stabmon.records import StabilityIssue, counted
 from stabmon.sinks import Sink
 
 logger = logging.getLogger("stabmon")
@@ -61,6 +62,16 @@ class StabilityCallbackBase:
         """Times that the framework calls this object at each event."""
         self._calls: Counter[str] = Counter()
         self._said: set[str] = set()
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}(log_every={self.config.log_every}"
+        if self.monitor is None:
+            return f"{name}, no training yet)"
+        return f"{name}, {counted(len(self.issues), 'issue')}, {self.monitor!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the state of the present or last training run, for notebooks."""
+        return card(repr(self)) if self.monitor is None else self.monitor._repr_html_()
 
     @property
     def issues(self) -> list[StabilityIssue]:

@@ -16,14 +16,9 @@ from stabmon.report.cake_sections import (
     perplexity_sections,
     preserved_section,
 )
+from stabmon.report.numbers import number, percent, short_layers
 from stabmon.report.page import Finding, Page, Section, Table
-from stabmon.report.words import (
-    common_facts,
-    mean_of,
-    number,
-    percent,
-    short_layers,
-)
+from stabmon.report.words import common_facts, mean_of
 
 WORSE = 0.01
 """Nats per token from which a difference of losses is a finding."""

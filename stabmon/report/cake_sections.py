@@ -9,8 +9,9 @@ import numpy as np
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.figures import caches, kept_keys
 from stabmon.report.cake_numbers import choice_name, losses_of, preserved_shares
+from stabmon.report.numbers import number, percent, plural
 from stabmon.report.page import Picture, Section, Table
-from stabmon.report.words import by_layer, mean_of, number, percent, plural
+from stabmon.report.words import by_layer, mean_of
 
 MOST_POSITIONS = 1024
 """Positions of a picture; of more, neighbours are averaged and the caption says so."""

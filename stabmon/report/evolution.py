@@ -9,19 +9,9 @@ import numpy as np
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.figures import lines
 from stabmon.report.maps import packed_maps
+from stabmon.report.numbers import number, percent, plural, short_layers
 from stabmon.report.page import Page, Picture, Section, Table
-from stabmon.report.words import (
-    by_layer,
-    common_facts,
-    fitting,
-    mean_of,
-    non_finite,
-    number,
-    percent,
-    plural,
-    short_layers,
-    tokens_of,
-)
+from stabmon.report.words import by_layer, common_facts, fitting, mean_of, non_finite, tokens_of
 
 UNITS = {
     "normalized_entropy": ("entropy / ln n", (0.0, 1.0)),

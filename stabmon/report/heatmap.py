@@ -9,19 +9,9 @@ import numpy as np
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.figures import heatmaps
 from stabmon.report.maps import packed_maps
+from stabmon.report.numbers import map_names, number, percent, plural, short_layers
 from stabmon.report.page import Page, Picture, Section, Table
-from stabmon.report.words import (
-    by_layer,
-    common_facts,
-    fitting,
-    map_names,
-    non_finite,
-    number,
-    percent,
-    plural,
-    short_layers,
-    tokens_of,
-)
+from stabmon.report.words import by_layer, common_facts, fitting, non_finite, tokens_of
 
 SINK = 0.3
 """Mean weight on the first key from which a head is called a sink.

@@ -12,6 +12,7 @@ from stabmon.analysis.record import AnalysisRecord
 from stabmon.figures import heatmaps
 from stabmon.figures.pooling import block_max_by
 from stabmon.report.maps import packed_maps
+from stabmon.report.numbers import map_names, plural, short_layers
 from stabmon.report.page import Page, Picture, Section
 from stabmon.report.patterns_sections import (
     UNITS,
@@ -22,17 +23,7 @@ from stabmon.report.patterns_sections import (
     similarity_section,
     statistics_section,
 )
-from stabmon.report.words import (
-    by_layer,
-    common_facts,
-    fitting,
-    map_names,
-    mean_of,
-    non_finite,
-    plural,
-    short_layers,
-    tokens_of,
-)
+from stabmon.report.words import by_layer, common_facts, fitting, mean_of, non_finite, tokens_of
 
 
 def patterns_page(record: AnalysisRecord) -> Page:

@@ -10,17 +10,9 @@ import numpy as np
 
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.figures import distributions, lines, tables
+from stabmon.report.numbers import number, percent, plural, short_layers
 from stabmon.report.page import Picture, Section, Table
-from stabmon.report.words import (
-    fitting,
-    mean_of,
-    number,
-    percent,
-    plural,
-    short_layers,
-    stacked,
-    tokens_of,
-)
+from stabmon.report.words import fitting, mean_of, stacked, tokens_of
 
 LETTERS = {
     "S": "sink: the first key that is seen",

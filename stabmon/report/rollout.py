@@ -12,6 +12,7 @@ from stabmon.figures import texts
 from stabmon.figures.labels import plain_token
 from stabmon.figures.pooling import block_max
 from stabmon.report.maps import packed_maps
+from stabmon.report.numbers import percent, plural
 from stabmon.report.page import Finding, Page
 from stabmon.report.rollout_rows import ShownRow, column_names, most_owed, shown_row, valid_rows
 from stabmon.report.rollout_sections import (
@@ -22,13 +23,7 @@ from stabmon.report.rollout_sections import (
     number_sections,
     text_section,
 )
-from stabmon.report.words import (
-    common_facts,
-    non_finite,
-    percent,
-    plural,
-    tokens_of,
-)
+from stabmon.report.words import common_facts, non_finite, tokens_of
 
 MISLEADS = 0.5
 """Mean share of the first token from which a rollout is misleading."""

@@ -11,9 +11,10 @@ import numpy as np
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.figures import heatmaps, images, lines, texts
 from stabmon.figures.pooling import block_max
+from stabmon.report.numbers import number, percent, plural
 from stabmon.report.page import Picture, Section, Table
 from stabmon.report.rollout_rows import ShownRow, column_names, valid_rows
-from stabmon.report.words import number, percent, plural, tokens_of
+from stabmon.report.words import tokens_of
 
 MOST_SAMPLES = 6
 """Largest number of samples drawn; the numbers of all are stored."""

@@ -32,7 +32,7 @@ READINGS, ISSUES, INTERVENTIONS, META = (
 
 @sink
 class JsonlSink(Sink):
-    """Write the records of a run as JSON lines into its ``stabmon`` folder.
+    """Write a run's records as JSON lines into its stabmon folder.
 
     The files are ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json``.
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step,
@@ -95,11 +95,13 @@ class JsonlSink(Sink):
         before = _meta_before(run_dir / META)
         self._start = before["start"] + 1
         self._run = before["run"] + (meta.get("continues") is False or not before["run"])
+        this = {"start": self._start, "run": self._run}
+        this |= {key: meta[key] for key in ("started", "first_step") if key in meta}
         own = {
             "schema_version": SCHEMA_VERSION,
             "run": self._run,
             "start": self._start,
-            "starts": [*before["starts"], {"start": self._start, "run": self._run}],
+            "starts": [*before["starts"], this],
             "nonfinite_encoding": strict_json.ENCODING,
         }
         self._meta = {**own, **meta}

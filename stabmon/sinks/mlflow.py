@@ -22,7 +22,7 @@ _METRICS_PER_CALL = 1000
 
 @sink
 class MlflowSink(Sink):
-    """Log to the active MLflow run, or to a run of its own where none is active.
+    """Log to the active MLflow run, or to a run of its own.
 
     Only a run of its own is ended on closing. Metrics are sent by MLflow's background thread; the
     next sampled step waits for them, so that a slow server cannot pile them up and an error is

@@ -1,8 +1,5 @@
 """Pages of every kind: what they say, and what a real browser makes of them."""
 
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,68 +10,13 @@ from stabmon.analysis.record import AnalysisRecord
 from stabmon.report.kinds import page_of
 from stabmon.report.page import encoded, for_page, render
 from tests.support import analysis_records as records
-
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
+from tests.support.browser_pages import alone, opened
 
 
 def text_of(record: AnalysisRecord) -> str:
     """The page with its pictures left out, which the browser does not need."""
     page = page_of(record)
     return render(page, {picture.name: ("image/png", b"") for picture in page.pictures})
-
-
-@dataclass
-class Opened:
-    """A page in the browser, and all that it asked and complained of."""
-
-    page: Any
-    requests: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    binary = (
-        shutil.which("chromium")
-        or shutil.which("chromium-browser")
-        or shutil.which("google-chrome")
-    )
-    if binary is None:
-        pytest.skip("no Chromium on this machine: apt install chromium")
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=binary, args=FLAGS)
-        yield launched
-        launched.close()
-
-
-def opened(browser: Any, text: str, folder: Path, **context: Any) -> Opened:
-    path = folder / "page.html"
-    path.write_text(text, encoding="utf-8")
-    found = Opened(browser.new_page(**context))
-    found.page.set_default_timeout(30_000)
-    found.page.on("request", lambda each: found.requests.append(each.url))
-    found.page.on("console", lambda each: found.errors.append(each.text))
-    found.page.on("pageerror", lambda each: found.errors.append(str(each)))
-    found.page.on("dialog", lambda each: (found.errors.append(each.message), each.dismiss()))
-    found.page.goto(path.as_uri())
-    if 'id="packed"' in text and context.get("java_script_enabled", True):
-        found.page.wait_for_function("document.documentElement.dataset.ready === 'yes'")
-    return found
-
-
-def alone(found: Opened) -> bool:
-    """Nothing but the file was asked for, and nothing was complained of."""
-    outside = [url for url in found.requests if not url.startswith(("data:", "blob:"))]
-    return len(outside) == 1 and not found.errors
 
 
 def test_a_page_of_each_kind_asks_for_nothing_and_complains_of_nothing(

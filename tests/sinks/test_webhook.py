@@ -178,7 +178,9 @@ def test_a_server_that_does_not_answer_holds_up_nothing_and_what_is_lost_is_said
     group.close()
     (said,) = caplog.messages
     lost = _WAITING + 1
-    assert said.startswith(f"stabmon: {lost + 20} of {lost + 20} messages did not reach the webhook")
+    assert said.startswith(
+        f"stabmon: {lost + 20} of {lost + 20} messages did not reach the webhook"
+    )
     assert "too many waited: 20" in said
     assert f"the run ended: {lost}" in said
     assert SECRET not in caplog.text

@@ -5,7 +5,8 @@ from __future__ import annotations
 from stabmon.analysis.record import AnalysisRecord
 from stabmon.figures.labels import ticks
 from stabmon.figures.surface import attention_surface
-from stabmon.report.words import by_layer, map_names
+from stabmon.report.numbers import map_names
+from stabmon.report.words import by_layer
 
 MOST = 4
 """Largest number of surfaces; each is a page of 5 MB, most of it plotly itself."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from stabmon.engine.error_boundary import ErrorBoundary, contained
+from stabmon.engine.recording.run_metadata import now
 from stabmon.incidents import Incident, IncidentLog
 from stabmon.records import Reading, StabilityIssue, head_count
 from stabmon.sinks import Sink, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
+
+logger = logging.getLogger("stabmon")
 
 
 class Recorder:
@@ -23,6 +28,7 @@ class Recorder:
             to disk.
         boundary: counts what fails.
         on_issues: called with the issues of a step, once they are written.
+        report: write a page of the run as it ends.
     """
 
     def __init__(
@@ -31,13 +37,16 @@ class Recorder:
         folder: Path | None,
         boundary: ErrorBoundary,
         on_issues: Callable[[Sequence[StabilityIssue]], None] | None = None,
+        *,
+        report: bool = False,
     ) -> None:
         self.boundary = boundary
         self.issues: list[StabilityIssue] = []
         self.alarms = 0
         """Number of issues of severity error or above."""
         self._sinks, self._on_issues = SinkGroup(sinks), on_issues
-        self._folder = folder
+        self._folder, self._report = folder, report
+        self._opened: float | None = None
         self._layers: dict[str, int] = {}
         self._incidents = IncidentLog()
         self._meta: Callable[[], Mapping[str, Any]] | None = None
@@ -58,6 +67,7 @@ class Recorder:
             self._incidents = IncidentLog(str(meta.get("framework", "loop")))
             self._replay(self.issues)
             self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta)
+            self._opened = time.monotonic()
             self._count_failed()
 
     def amend(self, meta: Mapping[str, Any]) -> None:
@@ -116,10 +126,16 @@ class Recorder:
         self._count_failed()
 
     def close(self) -> None:
-        """Close the sinks."""
+        """Close the sinks, and write the page of the run."""
         self._meta = None
+        writes = bool(self._sinks.sinks)
+        if self._opened is not None:
+            self.amend({"ended": now()})
         self._sinks.close()
         self._count_failed()
+        if writes and self._opened is not None:
+            self._write_report(time.monotonic() - self._opened)
+        self._opened = None
 
     @contained
     def _call_on_issues(self, issues: Sequence[StabilityIssue]) -> None:
@@ -145,6 +161,18 @@ class Recorder:
         if layers and layers != self._layers:
             self._layers = {**self._layers, **layers}
             self.amend({"layers": self._layers})
+
+    @contained
+    def _write_report(self, seconds: float) -> None:
+        """Write the page of the run, of records in a folder that was asked for."""
+        if self._folder is None or not self._report:
+            return
+        from stabmon.report.run.at_close import write_page_at_close
+
+        if write_page_at_close(self._folder, seconds) is None and self._folder.is_dir():
+            logger.info(
+                "the page of this run is left out; stabmon report %s writes it", self._folder
+            )
 
     @contained
     def _make_folder(self) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,8 +13,17 @@ from torch.nn.parameter import is_lazy
 from stabmon.config import StabilityConfig
 
 
+def now() -> str:
+    """Return the present time in UTC, as in ``2026-01-31T12:00:00+00:00``."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def run_meta(
-    model: nn.Module, config: StabilityConfig, framework: str, continues: bool
+    model: nn.Module,
+    config: StabilityConfig,
+    framework: str,
+    continues: bool,
+    first_step: int = 1,
 ) -> dict[str, Any]:
     """Return the metadata of a run as plain values, for JSON.
 
@@ -22,6 +32,7 @@ def run_meta(
         config: the run's configuration.
         framework: ``transformers``, ``lightning`` or ``loop``.
         continues: the run goes on from an earlier one.
+        first_step: the first step of this start.
     """
     packages = {}
     for name in ("stabmon", "torch", "transformers", "lightning", "numpy"):
@@ -47,4 +58,6 @@ def run_meta(
             "first": config.log_every,
         },
         "continues": continues,
+        "started": now(),
+        "first_step": first_step,
     }

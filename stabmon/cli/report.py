@@ -1,0 +1,60 @@
+"""The command ``stabmon report``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from stabmon.cli.options import check_fail_on, command
+from stabmon.cli.reporting.options import ReportOptions
+
+
+@command(ReportOptions)
+def report(options: ReportOptions) -> bool:
+    """Write one page of one or several runs: verdict, timeline, every head, side by side."""
+    check_fail_on(options.fail_on)
+    from stabmon.cli.reporting.find_runs import find_run
+
+    found = [find_run(each) for each in options.runs]
+    for each in found:
+        if each.note:
+            print(f"stabmon: {each.note}", file=sys.stderr)
+    from stabmon.report.run.loading import load_runs
+    from stabmon.report.run.page import PAGE, write_page
+    from stabmon.report.run.verdict import has_finding
+
+    if options.out is not None:
+        out = Path(options.out)
+    elif len(found) == 1:
+        inner = found[0].folder / "stabmon"
+        out = (inner if inner.is_dir() else found[0].folder) / PAGE
+    else:
+        out = Path(PAGE)
+    _check_file(out)
+    from stabmon.cli.analyzing.progress import working
+
+    with working("reading records"):
+        runs = load_runs([(each.folder, each.number) for each in found])
+    with working("writing the page"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_page(runs, out)
+    from stabmon.cli.reporting.printing import print_verdicts
+
+    print_verdicts(runs, out, options.as_json)
+    return any(has_finding(run, options.fail_on) for run in runs)
+
+
+def _check_file(out: Path) -> None:
+    """Check before any long work that a page can be written.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; name a file, such as {out / 'report.html'}")
+    existing = next(each for each in out.absolute().parents if each.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out {out}: {existing} is a file; name a page in a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out}: {existing} cannot be written; name another page with --out")
