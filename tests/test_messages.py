@@ -21,9 +21,7 @@ def name_of(call):
     return ast.unparse(call.func)
 
 
-SOURCES = {
-    path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")
-}
+SOURCES = {path.relative_to(PACKAGE): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 
 
 def test_every_module_logs_to_the_logger_that_adds_the_name():
@@ -84,6 +82,6 @@ def test_a_message_begins_with_the_name_once_also_where_the_format_has_none(
     assert stream.getvalue().count("stabmon: ") <= 1
 
 
-def test_a_format_that_does_not_fit_its_arguments_does_not_raise(capsys):
+def test_a_format_that_does_not_fit_its_arguments_does_not_raise(monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # else the test's own handler raises
     logging.getLogger("stabmon").warning("%d of %d", "one")
-    assert "Logging error" in capsys.readouterr().err or True

@@ -35,6 +35,13 @@ def needs(package):
     return pytest.mark.skipif(find_spec(package) is None, reason=f"needs {package}")
 
 
+def draw():
+    """Draw from every global random generator."""
+    random.random()
+    np.random.rand()  # noqa: NPY002
+    torch.rand(1)
+
+
 def largest(callback):
     """The largest score by step, as the readings have it."""
     return {
@@ -46,9 +53,7 @@ def largest(callback):
 def train_with(tmp_path, *reporters, callback=True, more=(), **options):
     """Train 8 steps, sampled at 4 and 8, and give the callback and the trainer."""
     made = StabilityCallback("observe", log_every=4, **options) if callback else None
-    trainer = trainer_of(
-        tmp_path, made, gpt2(0.1), more=more, report_to=list(reporters), **LOGS
-    )
+    trainer = trainer_of(tmp_path, made, gpt2(0.1), more=more, report_to=list(reporters), **LOGS)
     trainer.train()
     assert made is None or not made.monitor.errors
     return made, trainer
@@ -64,7 +69,7 @@ class Table(TrainerCallback):
         assert model is not None
         self.rows.append((state.global_step, dict(logs)))
         if NAME in logs:
-            random.random(), np.random.rand(), torch.rand(1)
+            draw()
             state.global_step = 0
             control.should_training_stop = True
             logs.clear()
@@ -118,15 +123,15 @@ def test_a_reporter_that_fails_is_named_once_and_the_others_go_on(
 
 
 def test_callbacks_that_print_or_listen_get_nothing(tmp_path):
-    class Listens(TrainerCallback):
-        seen: list = []
+    seen = []
 
+    class Listens(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            self.seen.append(logs)
+            seen.append(logs)
 
     train_with(tmp_path, more=[Listens()])
-    assert Listens.seen
-    assert not [logs for logs in Listens.seen if NAME in logs]
+    assert seen
+    assert not [logs for logs in seen if NAME in logs]
 
 
 def test_sinks_of_ones_own_leave_the_reporters_out(tmp_path, table):
@@ -209,7 +214,7 @@ class Own(Logger):
     def log_metrics(self, metrics, step=None):
         self.rows.append((step, dict(metrics)))
         if NAME in metrics:
-            random.random(), np.random.rand(), torch.rand(1)
+            draw()
             metrics.clear()
 
 
@@ -306,9 +311,8 @@ def test_comet_has_the_scalars(tmp_path, monkeypatch):
 
 @needs("aim")
 def test_aim_has_the_scalars(tmp_path):
-    from aim.hugging_face import AimCallback
-
     import aim
+    from aim.hugging_face import AimCallback
 
     reporter = AimCallback(
         str(tmp_path),
