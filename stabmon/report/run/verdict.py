@@ -175,9 +175,9 @@ def _look(
         count = plural(len(looks), "warning")
         return f"No alarm, {count}: {text}.", details, "Nothing has to be done.", ""
     shown = run.open[0]
-    before = f"No alarm is open any more, after {alarms}" if alarms else "No alarm"
-    count = plural(len(run.open), "warning")
-    text = f"{before}, but {count}: {shown.headline}, since step {shown.first_step:,}."
+    before = f"{plural(alarms, 'alarm')} closed" if alarms else "No alarm"
+    still = f"{plural(len(run.open), 'warning')} {'still ' if alarms else ''}open"
+    text = f"{before}, {still}: {shown.headline}, since step {shown.first_step:,}."
     return text, (*_evidence(shown), *details), shown.advice, shown.code
 
 
