@@ -8,6 +8,7 @@ from stabmon.records import AttentionCall as AttentionCall
 from stabmon.records import NonFinite as NonFinite
 from stabmon.records import Reading as Reading
 from stabmon.records import StabilityIssue as StabilityIssue
+from stabmon.sinks.reader import read_records as read_records
 
 __all__ = [
     "AttentionAnalyzer",
@@ -20,5 +21,6 @@ __all__ = [
     "StabilityIssue",
     "check_attention_stability",
     "load_config",
+    "read_records",
 ]
 __version__: str

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stabmon._display.html import card, head_map, line
 from stabmon.figures.signals import signal_evolution, signal_heatmap
 from stabmon.incidents import Incident
+from stabmon.incidents.html import incident_table
 from stabmon.records import SEVERITIES, Reading, StabilityIssue, counted, head_count
 from stabmon.signals.presentation import presentation_of
 
@@ -58,6 +60,38 @@ class Diagnosis:
             _by_severity(self.open_issues, "open issue"),
         )
         return f"Diagnosis({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """Return the incidents, open issues, and a map of heads, for notebooks."""
+        worst = max((i.severity for i in self.open_issues), key=SEVERITIES.index, default="info")
+        return card(
+            repr(self),
+            incident_table(self.incidents) or line("no incident changed at this step"),
+            self._map(),
+            severity=worst,
+        )
+
+    def _map(self) -> str:
+        """Return a map of the normalised entropy, or of the first signal there is."""
+        known = dict.fromkeys(name for signals in self.stats.values() for name in signals)
+        if not known:
+            return line("no attention was measured")
+        signal = "normalized_entropy" if "normalized_entropy" in known else next(iter(known))
+        shown = presentation_of(signal)
+        rows = {
+            layer: np.asarray(signals[signal], dtype=np.float64)
+            for layer, signals in self.stats.items()
+            if signal in signals
+        }
+        marks = {
+            (issue.layer, issue.head): issue.letter
+            for issue in sorted(self.open_issues, key=lambda each: SEVERITIES.index(each.severity))
+            if issue.layer is not None and issue.head is not None
+        }
+        types = sorted({issue.issue_type for issue in self.open_issues if issue.head is not None})
+        letters = "".join(f"; {name[:1].upper()}: {name} is open" for name in types)
+        caption = f"{signal.replace('_', ' ')} of each head, bars in {shown.unit}{letters}"
+        return head_map(rows, shown.limits, marks, caption)
 
     def has_issues(self) -> bool:
         """Return True if any issue opened or worsened at this step."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stabmon._display.html import card, line
 from stabmon._storage.plain_record import PlainRecord
 
 Severity = Literal["info", "warning", "error", "critical"]
@@ -296,13 +297,35 @@ class StabilityIssue(PlainRecord):
     """
 
     def __repr__(self) -> str:
-        head = "" if self.head is None else f" head {self.head}"
         state = "" if self.state == "opened" else f", {self.state}"
-        numbers = f"value {self.value:.4g}, threshold {self.threshold:.4g}"
         return (
-            f"StabilityIssue({self.severity} {self.issue_type}, {self.layer or 'run'}{head}, "
-            f"step {self.step}, {numbers}{state})"
+            f"StabilityIssue({self.severity} {self.issue_type}, {self.where}, "
+            f"step {self.step}, {self._numbers}{state})"
         )
+
+    def _repr_html_(self) -> str:
+        """Return place, numbers, forecast and advice, for notebooks."""
+        eta = self.eta_steps
+        return card(
+            f"{self.severity}: {self.issue_type.replace('_', ' ')} in {self.where}",
+            line(f"{self.state} at step {self.step}, {self._numbers}"),
+            line("" if eta is None else f"damage is expected in about {eta:.0f} steps"),
+            line(self.suggestion),
+            severity=self.severity,
+        )
+
+    @property
+    def _numbers(self) -> str:
+        """Value and threshold; thresholds that no number reaches are left out."""
+        bounded = np.isfinite(self.threshold) and abs(self.threshold) < 1e30
+        limit = f", threshold {self.threshold:.4g}" if bounded else ""
+        return f"value {self.value:.4g}{limit}"
+
+    @property
+    def letter(self) -> str:
+        """First letter of the type, a capital for an alarm, for maps of heads."""
+        first = self.issue_type[:1]
+        return first.upper() if self.is_alarm else first.lower()
 
     @property
     def key(self) -> tuple[str, str | None, int | None]:

@@ -13,8 +13,10 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 logger = logging.getLogger("stabmon")
@@ -60,7 +62,7 @@ class Registry(Generic[T]):
             ValueError: if another entry has that name.
         """
         known = self._entries.get(name)
-        if known is not None and entry in (known, getattr(known, "function", None)):
+        if known is not None and _made_of(entry, known):
             return  # a decorator made the entry of this function already
         if known is not None:
             raise ValueError(
@@ -121,6 +123,8 @@ class Registry(Generic[T]):
 
     def _load(self) -> None:
         """Import all modules of the kind's package and all entry points, once."""
+        from importlib.metadata import entry_points
+
         if self._loaded or self._package is None:
             return
         self._loaded = True
@@ -134,7 +138,11 @@ class Registry(Generic[T]):
     def _load_entry_point(self, point: EntryPoint) -> None:
         """Register an entry point; log it and leave it out where that fails."""
         try:
-            self.register(point.name, point.load())
+            entry = point.load()
+            names = {name for name, known in self._entries.items() if _made_of(entry, known)}
+            if names - {point.name}:
+                raise ValueError(f"its decorator registers it as {min(names)!r}: name it so")
+            self.register(point.name, entry)
         except Exception as error:
             owner = point.value if point.dist is None else point.dist.name
             message = (
@@ -143,3 +151,8 @@ class Registry(Generic[T]):
             )
             self._unusable[point.name] = message
             logger.warning("%s. It is left out.", message)
+
+
+def _made_of(entry: object, known: object) -> bool:
+    """Return whether an entry is a registered one, or the function that a decorator made it of."""
+    return entry in (known, getattr(known, "function", None))

@@ -26,29 +26,35 @@ Sources = Mapping[Path, str]
 
 ANYWHERE = ("_moved",)
 """Old import paths, which go with the next release."""
-_GROUND = ("_settings", "_storage", "_torch", "model_names", "records", "registry")
+_GROUND = ("_display", "_settings", "_storage", "_torch", "model_names", "records", "registry")
 ALLOWED: dict[str, Collection[str]] = {
     "__init__": (),
+    "_display": (),
     "_moved": (),
     "_settings": (),
     "_storage": (),
     "_torch": (),
     "figures": (),
     "model_names": (),
-    "records": ("_storage",),
+    "records": ("_display", "_storage"),
     "registry": (),
     "tiny": ("_settings",),
     "listeners": ("_torch", "records"),
     "operator": ("_torch", "records"),
     "capture": ("_torch", "model_names", "records"),
     "signals": ("_torch", "operator", "records", "registry"),
-    "diagnosis": ("figures", "incidents", "records", "signals"),
+    "diagnosis": ("_display", "figures", "incidents", "records", "signals"),
     "rules": ("_settings", "_storage", "_torch", "records", "registry"),
     "projections": ("_storage", "_torch", "model_names", "records"),
     "nonfinite": (*_GROUND, "capture", "listeners", "operator", "signals"),
-    "incidents": ("_storage", "records", "rules"),
-    "sinks": ("_settings", "_storage", "incidents", "records", "registry", "signals"),
-    "interventions": (*_GROUND, "capture", "operator", "projections", "rules", "signals"),
+    "incidents": ("_display", "_storage", "records", "rules"),
+    "sinks": (
+        *("_display", "_settings", "_storage", "figures", "incidents", "records", "registry"),
+        "signals",
+    ),
+    "interventions": (
+        *(*_GROUND, "capture", "incidents", "operator", "projections", "rules", "signals"),
+    ),
     "guard": (*_GROUND, "interventions", "listeners", "projections", "rules"),
     "config": ("_settings", "guard", "interventions", "operator", "rules", "signals", "sinks"),
     "analysis": (*_GROUND, "capture", "figures", "operator", "signals"),
@@ -67,12 +73,14 @@ ALLOWED: dict[str, Collection[str]] = {
         *("__init__", "_storage", "_torch", "analysis", "figures", "incidents", "records", "rules"),
         *("signals", "sinks"),
     ),
-    "integrations": ("_settings", "_storage", "_torch", "config", "engine", "records", "sinks"),
+    "integrations": (
+        *("_display", "_settings", "_storage", "_torch", "config", "engine", "records", "sinks"),
+    ),
     "study": ("_settings", "config", "controllers", "engine", "tiny"),
     "cli": (
         *_GROUND,
         *("analysis", "check", "config", "controllers", "figures", "incidents", "interventions"),
-        "report",
+        *("__init__", "report"),
         *("operator", "rules", "signals", "sinks", "study", "tiny"),
     ),
 }

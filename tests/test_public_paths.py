@@ -123,7 +123,7 @@ def test_every_type_of_issue_has_its_rule() -> None:
 @pytest.mark.parametrize("command", STORED["commands"])
 def test_a_command_takes_the_options_it_took(command: str) -> None:
     commands: Any = typer.main.get_command(app)
-    params = commands.commands[command].params
+    params = commands.get_command(None, command).params
     options = {each for param in params for each in (*param.opts, *param.secondary_opts)}
     assert set(STORED["commands"][command]["options"]) <= options
     arguments = [param.name for param in params if param.param_type_name == "argument"]

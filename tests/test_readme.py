@@ -103,7 +103,9 @@ def test_a_shell_command_names_what_there_is(line: str) -> None:
         assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     elif program == "stabmon":
         known: Any = typer.main.get_command(app)
-        options = {each for parameter in known.commands[command].params for each in parameter.opts}
+        options = {
+            each for parameter in known.get_command(None, command).params for each in parameter.opts
+        }
         assert {each for each in arguments if each.startswith("--")} <= options
     else:
         assert (program, command) == ("pip", "install")

@@ -2,8 +2,11 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -54,6 +57,30 @@ def test_a_package_that_takes_a_name_is_left_out_and_the_name_stays(
 ) -> None:
     assert gadgets["lamp"] == "light"
     assert caplog.text.count("twin-gadget") == 1
+
+
+@dataclass(frozen=True)
+class Made:
+    """Entry that a decorator makes of a function."""
+
+    function: Callable[[], None]
+
+
+def test_an_entry_point_to_a_decorated_function_means_what_the_decorator_registered(
+    gadgets: Registry[Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def bell() -> None: ...
+
+    gadgets.register("bell", Made(bell))
+    folder = tmp_path / "alias_gadget-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: alias-gadget\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[stabmon.gadgets]\nchime = sound_gadget:bell\n")
+    sys.modules["sound_gadget"] = SimpleNamespace(bell=bell)  # type: ignore[assignment]
+    assert gadgets["bell"] == Made(bell)
+    assert "sound-gadget" not in caplog.text
+    with pytest.raises(ValueError, match="its decorator registers it as 'bell': name it so"):
+        gadgets["chime"]
 
 
 def test_only_modules_directly_in_the_package_are_imported(gadgets: Registry[str]) -> None:

@@ -28,7 +28,7 @@ def renamed(**names: str) -> Callable[[C], C]:
         ...     warnings.simplefilter("always")
         ...     limits = Limits(hold=3)
         >>> limits.release_after, str(told[0].message)
-        (3, 'Limits: hold is now release_after, the old name works for one more release')
+        (3, 'stabmon: Limits: hold is now release_after, the old name works for one more release')
     """
 
     def declare(cls: C) -> C:
@@ -74,8 +74,9 @@ def current_names(
     for old in names.keys() & values.keys():
         if names[old] in values:
             raise located(f"{old} is the old name of {names[old]}, which is given too: give one")
+        told = located(f"{old} is now {names[old]}, the old name works for one more release")
         warnings.warn(
-            str(located(f"{old} is now {names[old]}, the old name works for one more release")),
+            f"stabmon: {told}",
             FutureWarning,
             stacklevel=_levels_within_stabmon(),
         )

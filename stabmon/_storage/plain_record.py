@@ -46,12 +46,12 @@ class PlainRecord:
             ValueError: naming the entry that is missing or of another type than its field.
         """
         saved = Stored.of(values)
-        types = _types(cls)
+        present, types = saved.mapping(), _types(cls)
         for field in fields(cls):  # type: ignore[arg-type]
             if field.name in given:
                 continue
             optional = field.default is not MISSING or field.default_factory is not MISSING
-            if field.name in saved or not optional:
+            if field.name in present or not optional:
                 given[field.name] = _read(types[field.name], saved[field.name])
         return cls(**given)
 

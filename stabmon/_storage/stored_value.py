@@ -55,6 +55,8 @@ class Stored:
         return Stored(self.value[name], name, self)
 
     def __contains__(self, name: str) -> bool:
+        if type(self.value) is dict and name in self.value:
+            return True  # without a look at every key
         return name in self.mapping()
 
     def get(self, name: str, default: Any) -> Stored:

@@ -36,11 +36,16 @@ def side_effect_free(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the global random generators afterwards."""
+def random_state_kept(model: nn.Module | None = None) -> Iterator[None]:
+    """Restore the global random generators afterwards.
+
+    Args:
+        model: generators of its devices are restored too; None for those of the CPU alone.
+    """
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy = np.random.get_state()  # noqa: NPY002
-    kinds = {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]}
+    tensors = [] if model is None else [*model.parameters(), *model.buffers()]
+    kinds = {tensor.device.type for tensor in tensors}
     devices = {kind: torch.get_device_module(kind) for kind in sorted(kinds - {"cpu", "meta"})}
     states = {kind: module.get_rng_state_all() for kind, module in devices.items()}
     try:

@@ -23,7 +23,7 @@ from stabmon.capture.masks.unreachable import hide_unreachable
 from stabmon.capture.names import ModuleNames
 from stabmon.records import AttentionCall
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("stabmon")
 
 # Private, checked with torch 2.13: id of the backward that runs in this thread, -1 for none. It
 # distinguishes a forward that activation checkpoints run again inside a backward from the model's

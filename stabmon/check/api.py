@@ -106,6 +106,7 @@ def check_attention_stability(
         analytic=analytic,
         loss=seen.loss,
         gradients=seen.gradients,
+        sample=_described(args, kwargs),
         notes=(*seen.notes, *_unknown(views)),
         extra={"region": _region(views, settings)} if settings.region else {},
     )
@@ -160,6 +161,14 @@ def _arguments(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise ValueError(
         f"sample_input is a {type(sample).__name__}: give a mapping of keyword arguments, a "
         "tuple, or a tensor"
+    )
+
+
+def _described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Name the tensors of a sample with their shapes."""
+    given = {**{f"argument {at}": each for at, each in enumerate(args, start=1)}, **kwargs}
+    return ", ".join(
+        f"{name} {list(each.shape)}" for name, each in given.items() if isinstance(each, Tensor)
     )
 
 

@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 
-from stabmon._settings import Bounds, Count, Fraction, Known, Layer, Positive, check, read
+from stabmon._settings import Bounds, Count, Fraction, Layer, Positive, check, read
+from stabmon._settings.layers import Misfit, Reads
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPE_NAMES = {
+    "fp16": ("float16", "half", "f16"),
+    "bf16": ("bfloat16",),
+    "fp32": ("float32", "float", "f32"),
+}
+"""Precision -> its other names, also after ``torch.``."""
 ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flex": "flex_attention"}
 """Name of each implementation on the command line, and in transformers."""
+
+
+class Precision(Reads):
+    """A precision by any of its names, or torch's own object."""
+
+    def read(self, layers: Sequence[Layer], key: str) -> str:
+        """Return the short name.
+
+        Raises:
+            SettingsError: for an unknown precision.
+        """
+        given = layers[-1].value
+        if not isinstance(given, str | torch.dtype):
+            raise Misfit
+        name = str(given).lower().removeprefix("torch.")
+        for short, others in DTYPE_NAMES.items():
+            if name == short or name in others:
+                return short
+        known = ", ".join(f"{name} ({', '.join(each)})" for name, each in DTYPE_NAMES.items())
+        raise layers[-1].error(key, f"unknown precision {str(given)!r}. Known: {known}")
+
+    def describe(self) -> str:
+        """Return the words for a precision."""
+        return "the name of a precision"
 
 
 @dataclass(frozen=True)
@@ -28,9 +59,9 @@ class CheckConfig:
         (torch.bfloat16, 64)
     """
 
-    dtype: Annotated[str, Known(DTYPES, "precision")] = "fp32"
-    """Precision to train in: ``fp16``, ``bf16`` or ``fp32``. Half precision is autocast, weights
-    staying as they are.
+    dtype: Annotated[str, Precision()] = "fp32"
+    """Precision to train in: ``fp16``, ``bf16`` or ``fp32``, by any of torch's names. Half
+    precision is autocast, weights staying as they are.
     """
     seq_len: Annotated[int, Bounds(2)] | None = None
     """Length to train at, in tokens; None for the sample's own."""
@@ -79,8 +110,8 @@ def check_config(
         ValueError: for an unknown field, or a value of the wrong type or size.
 
     Example:
-        >>> check_config("bf16").dtype
-        'bf16'
+        >>> check_config("bfloat16").dtype, check_config({"dtype": torch.float16}).dtype
+        ('bf16', 'fp16')
     """
     if isinstance(config, CheckConfig):
         return config

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 from stabmon.cli.analyzing.options import STORED_KINDS, AnalyzeOptions, check_options
 from stabmon.cli.options import command
+from stabmon.cli.outputs import prove_folder
 
 OUT = "stabmon_analysis"
 """Default folder for the results; the help of ``--out`` names it."""
@@ -19,20 +19,18 @@ def analyze(options: AnalyzeOptions) -> bool:
     """Show where attention goes, what each token owes to which, and what a KV cache loses."""
     check_options(options)
     _check_libraries(options)
-    if options.out is not None:
-        _check_folder(Path(options.out))
+    folder = options.out or options.stored or OUT
+    prove_folder(folder, "--from" if folder == options.stored else "--out")
     if options.stored is not None:
         records = _stored(options.stored, options.kind)
-        folder = options.out or options.stored
     else:
         from stabmon.cli.analyzing.run import analysed
 
         records = [analysed(options)]
-        folder = options.out or OUT
     from stabmon.cli.analyzing.printing import print_results
-    from stabmon.cli.analyzing.progress import working
     from stabmon.cli.analyzing.surfaces import surfaces
     from stabmon.cli.analyzing.writing import write_analysis
+    from stabmon.cli.progress import working
     from stabmon.report.kinds import page_of
 
     results = []
@@ -57,19 +55,6 @@ def _check_libraries(options: AnalyzeOptions) -> None:
     for name, extra in needed.items():
         if importlib.util.find_spec(name) is None:
             raise ImportError(f'{name} is not installed: pip install "stabmon[{extra}]"')
-
-
-def _check_folder(out: Path) -> None:
-    """Check before any long work that a folder can be written.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    existing = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--out {out}: {existing.name} is a file; give a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: {existing} cannot be written; give another folder")
 
 
 def _stored(folder: str, kind: str | None) -> list[Any]:

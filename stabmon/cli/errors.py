@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stabmon.check.loading.pretrained import quiet
+from stabmon.check.loading.source import error_words
 
 
 @contextmanager
@@ -36,5 +37,4 @@ def one_line_errors(
     except keep:
         raise
     except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{doing} ({type(error).__name__}: {reason}); {mend}") from error
+        raise ValueError(f"{doing} ({error_words(error)}); {mend}") from error

@@ -32,7 +32,7 @@ def report(options: ReportOptions) -> bool:
     else:
         out = Path(PAGE)
     _check_file(out)
-    from stabmon.cli.analyzing.progress import working
+    from stabmon.cli.progress import working
 
     with working("reading records"):
         runs = load_runs([(each.folder, each.number) for each in found])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -61,6 +62,10 @@ class StabilityConfig:
     report: bool = True
     """Write a page of the run into the folder of its records as it ends, where that takes no more
     than 1% of the run's time (2 seconds in a short run); `stabmon report` writes it at any time.
+    """
+    per_head: bool = False
+    """Values of every head on the dashboards too: W&B, TensorBoard and other sinks that are given by
+    name, or made for the framework's own loggers.
     """
     engine: Annotated[str, Known(("auto", *ENGINES), "engine")] = "auto"
     """Engine of the measurement: blockwise, fused, dense (small inputs only), or auto for the
@@ -131,7 +136,7 @@ class StabilityConfig:
         return list(made.values())
 
     def make_sinks(self) -> list[Sink]:
-        """Return the sinks; those given by name are made with their defaults.
+        """Return the sinks; those given by name are made as :meth:`make_sink` does.
 
         Returns:
             The sinks, in the given order.
@@ -140,7 +145,30 @@ class StabilityConfig:
             >>> [type(each).__name__ for each in StabilityConfig(sinks=["jsonl"]).make_sinks()]
             ['JsonlSink']
         """
-        return [SINKS[each]() if isinstance(each, str) else each for each in self.sinks]
+        return [self.make_sink(each) if isinstance(each, str) else each for each in self.sinks]
+
+    def make_sink(self, name: str, **arguments: Any) -> Sink:
+        """Return a sink by its registered name, with every head where ``per_head`` is set.
+
+        Args:
+            name: the sink's name.
+            **arguments: arguments of its class.
+
+        Returns:
+            The sink; one that has no argument ``per_head`` is made without it.
+
+        Raises:
+            ValueError: if no sink has that name.
+
+        Example:
+            >>> type(StabilityConfig(per_head=True).make_sink("jsonl")).__name__
+            'JsonlSink'
+        """
+        cls: Any = SINKS[name]
+        if self.per_head and "per_head" in inspect.signature(cls).parameters:
+            arguments = {"per_head": True, **arguments}
+        made: Sink = cls(**arguments)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain values.

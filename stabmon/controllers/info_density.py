@@ -18,7 +18,7 @@ _EPS = 1e-5
 
 @controller
 class InfoDensity(Controller):
-    """Learn the weight of each token as a key, or its sharpness as a query.
+    """Learn each token's weight as a key or sharpness as a query.
 
     With x the hidden states that the attention module is called with, and h = tanh(W LayerNorm(x) +
     b) in (-1, 1):

@@ -13,7 +13,9 @@ _EDGE = 0.01
 
 @controller
 class LinearRamp(Controller):
-    """Mix linear and softmax attention: alpha * linear + (1 - alpha) * softmax.
+    """Mix linear and softmax attention by a share for each layer.
+
+    The output is ``alpha * linear + (1 - alpha) * softmax``.
 
     alpha = (L - l) / L in layer l = 0 ... L - 1.
 

@@ -7,7 +7,9 @@ from stabmon.controllers.base import Controller, controller
 
 @controller
 class Linearization(Controller):
-    """Replace the softmax by p_j = (z_j - min z + 1) / sum over the visible keys.
+    """Replace the softmax by weights linear in the scores.
+
+    ``p_j = (z_j - min z + 1) / sum`` over the visible keys.
 
     It has no parameters. Hidden keys have exactly no weight and do not count in the minimum, so
     nothing of the future is seen. Differentiable; given the row minimum, the output is a prefix

@@ -26,6 +26,8 @@ from stabmon.engine.clock import Phase
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.judge import judge
 from stabmon.engine.monitor_parts import make_parts, make_tracker
+from stabmon.engine.monitor_view import monitor_html, monitor_text
+from stabmon.engine.recording.issue_function import OnIssue, checked
 from stabmon.engine.recording.run_metadata import run_meta
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
 from stabmon.incidents import Incident
@@ -53,17 +55,20 @@ class AttentionStabilityMonitor:
         log_every: sample every N-th optimizer step, so that N = 50 samples 50, 100, ...
         sinks: names or :class:`~stabmon.sinks.Sink` objects, instead of the configuration's.
         run_dir: records go to ``<run_dir>/stabmon``; None keeps them in memory only.
+        on_issue: a function, called with each issue where this process writes; it cannot change
+            training, and an exception in it is counted and logged once.
         reduce_ranks: under torch.distributed, reduce sampled steps over all ranks. Every rank must
             then have a monitor; interventions need it, since all ranks must do the same.
         is_writer: this process writes to the sinks; None for rank 0 only.
         manual_steps: :meth:`begin_step` and :meth:`before_optimizer_step` are called from outside,
             as the integrations do.
         grad_scaler: the gradient scaler in use; None to find it, if there is one.
+        framework: ``transformers``, ``lightning`` or ``loop``: advice is in its terms.
         **overrides: other fields of the configuration.
 
     Raises:
         ValueError: for an invalid configuration, name or value, naming it and the fix.
-        TypeError: if ``model`` is no ``nn.Module``.
+        TypeError: if ``model`` is no ``nn.Module``, or ``on_issue`` cannot be called.
 
     Example:
         >>> import stabmon, torch
@@ -89,10 +94,12 @@ class AttentionStabilityMonitor:
         log_every: int | None = None,
         sinks: Sequence[str | Sink] | None = None,
         run_dir: str | Path | None = None,
+        on_issue: OnIssue | None = None,
         reduce_ranks: bool = False,
         is_writer: bool | None = None,
         manual_steps: bool = False,
         grad_scaler: Any = None,
+        framework: str = "loop",
         **overrides: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -106,6 +113,7 @@ class AttentionStabilityMonitor:
         self.run_dir = None if run_dir is None else Path(run_dir) / "stabmon"
         self.boundary = ErrorBoundary()
         self._manual, self._is_resumed = manual_steps, False
+        self._framework = framework
         self._tracker = make_tracker(self.config, self.boundary)
         self._parts = parts = make_parts(
             model,
@@ -118,6 +126,8 @@ class AttentionStabilityMonitor:
             is_writer=rank() == 0 if is_writer is None else is_writer,
             reduce_ranks=reduce_ranks,
             grad_scaler=grad_scaler,
+            on_issue=checked(on_issue),
+            framework=framework,
         )
         self._clock, self._contexts, self._observer = parts.clock, parts.contexts, parts.observer
         self._readings, self._recorder, self._guard = parts.readings, parts.recorder, parts.guard
@@ -169,6 +179,7 @@ class AttentionStabilityMonitor:
             inf first comes up, and on one which shows that the rate is too high; else None.
         """
         if self._clock.phase is Phase.CLOSED:
+            self._parts.usage.used_after_close()
             return None
         self.step += 1
         self._recorder.open_sinks()
@@ -204,7 +215,9 @@ class AttentionStabilityMonitor:
             return self._guard.get_intervention(diagnosis.open_issues)
 
     @contained
-    def apply(self, intervention: Intervention, *, hold: bool | None = None) -> Applied | None:
+    def apply(
+        self, intervention: Intervention | None, *, hold: bool | None = None
+    ) -> Applied | None:
         """Apply an intervention, after the optimizer's step.
 
         It stays until its ``undo()`` or ``release()``: stabmon does not judge it by later batches,
@@ -213,7 +226,7 @@ class AttentionStabilityMonitor:
         ``record["note"]`` says so. Under torch.distributed, every rank must apply the same.
 
         Args:
-            intervention: the intervention.
+            intervention: the intervention; None to do nothing.
             hold: True to hold it from step to step until it is undone or released. False to do it
                 once and release it: a change of weights is made once, and a rate, temperature or
                 cap is in force for one optimizer step. None for the intervention's own way, which
@@ -223,6 +236,8 @@ class AttentionStabilityMonitor:
             A record of it, whose ``undo()`` takes it back. None where it does not fit this run; the
             log and the audit record in ``interventions.jsonl`` say why.
         """
+        if intervention is None:
+            return None
         run, seen = self._guard.run, self._observer
         run.step, run.forwards = self.step, seen.forwards.calls or seen.last_forward
         try:
@@ -233,6 +248,13 @@ class AttentionStabilityMonitor:
         if not self._manual and self._clock.phase is not Phase.CLOSED:
             self._start_observing()
         return applied
+
+    def __repr__(self) -> str:
+        return monitor_text(self.step, self._clock.phase, self.config.log_every, self._tracker)
+
+    def _repr_html_(self) -> str:
+        """Return the state of the run at a glance, for notebooks."""
+        return monitor_html(repr(self), self._tracker, self.incidents, self.applied, self.run_dir)
 
     @property
     def issues(self) -> list[StabilityIssue]:
@@ -330,6 +352,15 @@ class AttentionStabilityMonitor:
     # -- for integrations
 
     @contained
+    def expect_end(self, last_step: int | None) -> None:
+        """Warn if no step until the run's end is sampled.
+
+        Args:
+            last_step: the run's last optimizer step, counted from 1; None for a dry run.
+        """
+        self._parts.usage.expect_end(self.step, last_step)
+
+    @contained
     def add_loss(self, loss: Tensor) -> None:
         """Add a micro-batch's share of the loss that is differentiated.
 
@@ -396,7 +427,11 @@ class AttentionStabilityMonitor:
         self._clock.phase = Phase.TRAINING
         self._recorder.set_meta(
             lambda: run_meta(
-                self.model, self.config, self._is_resumed or self.step > 1, max(1, self.step)
+                self.model,
+                self.config,
+                self._framework,
+                self._is_resumed or self.step > 1,
+                max(1, self.step),
             )
         )
         self._guard.begin(ranks_agree=self._readings.ranks is not None)

@@ -16,12 +16,14 @@ from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.clock import StepClock
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.engine.rank_reducer import RankReducer
+from stabmon.engine.recording.issue_function import IssueFunction, OnIssue
 from stabmon.engine.recording.reading_builder import ReadingBuilder
 from stabmon.engine.recording.recorder import Recorder
 from stabmon.engine.step_contexts import StepContexts
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
 from stabmon.engine.updates.weight_updates import WeightUpdates
+from stabmon.engine.usage import Usage
 from stabmon.guard import Guard
 from stabmon.interventions import TrainingRun
 from stabmon.listeners import StepListener
@@ -42,6 +44,7 @@ class MonitorParts:
     detector: NonFiniteDetector
     step_length: StepLength
     updates: WeightUpdates
+    usage: Usage
     readings: ReadingBuilder
     contexts: StepContexts
 
@@ -68,6 +71,8 @@ def make_parts(
     is_writer: bool,
     reduce_ranks: bool,
     grad_scaler: Any,
+    on_issue: OnIssue | None,
+    framework: str,
 ) -> MonitorParts:
     """Make the parts of a monitor; nothing is put into the model yet.
 
@@ -82,9 +87,17 @@ def make_parts(
         is_writer: this process writes to the sinks.
         reduce_ranks: reduce sampled steps over all ranks.
         grad_scaler: the gradient scaler; None to find it.
+        on_issue: called with each issue, where this process writes.
+        framework: ``transformers``, ``lightning`` or ``loop``.
     """
-    sinks = config.make_sinks() if is_writer else []
-    recorder = Recorder(sinks, run_dir, boundary, report=config.report)
+    clock = StepClock(boundary)
+    recorder = Recorder(
+        config.make_sinks() if is_writer else [],
+        run_dir,
+        boundary,
+        IssueFunction(on_issue, model, clock) if on_issue and is_writer else None,
+        report=config.report,
+    )
     optimizers = OptimizerAdapter(optimizer, grad_scaler)
     run = TrainingRun(
         model,
@@ -100,7 +113,6 @@ def make_parts(
         config.make_budget(),
         automatic=bool(config.interventions),
     )
-    clock = StepClock(boundary)
     observer = StepObserver(model, config, clock, optimizers.scale)
     ranks = RankReducer(model) if reduce_ranks else None
     detector = NonFiniteDetector(model, boundary.failed, ranks.share if ranks else None, optimizers)
@@ -111,7 +123,8 @@ def make_parts(
     run.on_rollback.append(lambda step: step_length.rates.reset())
     updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
     every_step: list[StepListener] = [detector, step_length]
-    clock.listeners = [updates, *(every_step if config.watch_every_step else []), guard]
+    usage = Usage(model, optimizers, config.log_every, is_sampled, framework)
+    clock.listeners = [usage, updates, *(every_step if config.watch_every_step else []), guard]
     readings = ReadingBuilder(
         observer,
         optimizers,
@@ -132,6 +145,7 @@ def make_parts(
         detector,
         step_length,
         updates,
+        usage,
         readings,
         contexts,
     )

@@ -37,11 +37,24 @@ def new_figure(width: float, height: float) -> Any:
     Raises:
         ImportError: if matplotlib is not installed.
     """
+    return _figure(width, height, "constrained")
+
+
+def unlaid_figure(width: float, height: float) -> Any:
+    """Return an empty figure whose axes are placed by hand; sizes in inches.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    return _figure(width, height, "none")
+
+
+def _figure(width: float, height: float, layout: str) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('matplotlib is not installed: pip install "stabmon[report]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def new_axes(width: float, height: float) -> tuple[Any, Any]:
@@ -67,6 +80,16 @@ def saved(figure: Drawn, path: str | Path | None) -> Drawn:
         with quiet_glyphs():
             figure.savefig(path, dpi=resolution(figure))
     return figure
+
+
+def drawable() -> tuple[str, ...]:
+    """Return the suffixes of the files that figures can be saved to, without dots.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    canvas = new_figure(1, 1).canvas
+    return tuple(sorted(canvas.get_supported_filetypes()))
 
 
 def resolution(figure: Any) -> float:

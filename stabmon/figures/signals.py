@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from stabmon.figures.canvas import Limits, new_axes, saved
+from stabmon.figures.canvas import LINES, Limits, image, new_axes, saved
 from stabmon.figures.labels import short_names, ticks
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ Stats = Mapping[str, Mapping[str, np.ndarray]]
 
 _LEGEND_LAYERS = 8
 """Largest number of layers in a legend; for more, a colour bar is drawn."""
+_MOST_WRITTEN = 16
+"""Largest number of layers and of heads whose values are written into the cells."""
 
 
 def signal_heatmap(
@@ -33,9 +35,11 @@ def signal_heatmap(
 ) -> Figure:
     """Draw one signal of every head at one step, layers downwards and heads across.
 
+    Small maps have the value in each cell. A head that is not finite is grey and hatched, and
+    layers with fewer heads end in plain grey.
+
     Args:
-        stats: ``stats[layer][signal]`` is ``[H]``, one value per query head; values that are not
-            finite are grey.
+        stats: ``stats[layer][signal]`` is ``[H]``, one value per query head.
         signal: name of the signal to draw.
         step: the optimizer step, for the title.
         path: file to save to, its format taken from the suffix; None saves nothing.
@@ -65,18 +69,13 @@ def signal_heatmap(
     for place, row in zip(matrix, rows.values(), strict=True):
         place[: row.size] = row
     layers, heads = matrix.shape
-    width, height = max(6.0, 3.6 + 0.3 * heads), max(2.6, 1.5 + 0.3 * layers)
+    across = 0.4 if heads <= _MOST_WRITTEN else 0.3
+    width, height = max(6.0, 3.6 + across * heads), max(2.6, 1.5 + 0.3 * layers)
     figure: Figure
     figure, axes = new_axes(min(12.0, width), min(12.0, height))
-    image = axes.imshow(
-        np.ma.masked_invalid(matrix),
-        aspect="auto",
-        interpolation="nearest",
-        vmin=limits[0],
-        vmax=limits[1],
-    )
-    axes.set_facecolor("0.75")
-    figure.colorbar(image, ax=axes, label=unit)
+    shown_map = image(axes, matrix, limits=limits)
+    figure.colorbar(shown_map, ax=axes, label=unit)
+    _mark_cells(axes, shown_map, matrix, [row.size for row in rows.values()])
     names, pattern = short_names(list(rows))
     shown = ticks(layers)
     axes.set_yticks(shown, [names[i] for i in shown])
@@ -85,6 +84,24 @@ def signal_heatmap(
     axes.set_ylabel(f"layer\n{pattern}" if pattern else "layer")
     axes.set_title(f"{_in_words(signal)} of every head at step {step}")
     return saved(figure, path)
+
+
+def _mark_cells(axes: Axes, shown: Any, matrix: np.ndarray, heads: Sequence[int]) -> None:
+    """Write values into the cells of a small map, and hatch heads that are not finite."""
+    from matplotlib.patches import Rectangle
+
+    for layer, count in enumerate(heads):
+        for head in np.flatnonzero(~np.isfinite(matrix[layer, :count])):
+            cell = (head - 0.5, layer - 0.5)
+            axes.add_patch(Rectangle(cell, 1, 1, fill=False, hatch="xxx", linewidth=0))
+    if max(matrix.shape) > _MOST_WRITTEN:
+        return
+    for layer, head in zip(*np.nonzero(np.isfinite(matrix)), strict=True):
+        red, green, blue, _ = shown.cmap(shown.norm(matrix[layer, head]))
+        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        colour = "white" if is_dark else "black"
+        text = f"{matrix[layer, head]:.2g}"
+        axes.text(head, layer, text, ha="center", va="center", fontsize=6, color=colour)
 
 
 def signal_evolution(
@@ -98,8 +115,9 @@ def signal_evolution(
 ) -> Figure:
     """Draw one signal of every layer over the steps, reduced over its heads.
 
-    Lines run from dark (first layer) to bright (last). Heads without a finite value are left out; a
-    red dotted line marks each step at which a head of some layer stopped being finite.
+    Few layers differ in dash and marker besides colour; many run from dark (first layer) to bright
+    (last), and the ends of the highest and the lowest line are named. Heads without a finite value
+    are left out; a dotted line marks each step at which a head of some layer stopped being finite.
 
     Args:
         steps: ``T`` optimizer steps, growing.
@@ -162,16 +180,32 @@ def _draw_layers(axes: Axes, steps: np.ndarray, values: np.ndarray, layers: list
 
     names, pattern = short_names(layers)
     colours = colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
-    marker = "o" if len(steps) <= 40 else None
-    for name, line, colour in zip(names, values, colours, strict=True):
-        axes.plot(steps, line, color=colour, label=name, marker=marker, markersize=3, linewidth=1.4)
     if len(layers) <= _LEGEND_LAYERS:
+        every = -(-len(steps) // 12)
+        for name, line, (colour, dash, marker) in zip(names, values, LINES, strict=False):
+            axes.plot(
+                steps,
+                line,
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                markevery=every,
+                markersize=4,
+                linewidth=1.4,
+                label=name,
+            )
         axes.legend(
             title=pattern or "layer", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False
         )
     else:
         norm = BoundaryNorm(np.arange(len(layers) + 1) - 0.5, len(layers))
         shown = ticks(len(layers), most=16)
+        for line, colour in zip(values, colours, strict=True):
+            axes.plot(steps, line, color=colour, linewidth=1.4)
+        ends = [(line[-1], name) for line, name in zip(values, names, strict=True)]
+        known = sorted(end for end in ends if np.isfinite(end[0]))
+        for place, name in {known[0], known[-1]} if known else ():
+            axes.annotate(f" {name}", (steps[-1], place), fontsize=8, va="center")
         scale = ScalarMappable(norm, ListedColormap(colours))
         bar = axes.figure.colorbar(scale, ax=axes, label=pattern or "layer")
         bar.set_ticks(shown, labels=[names[i] for i in shown])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stabmon._display.html import card, code, line
 from stabmon._storage.plain_record import PlainRecord
 from stabmon.records import IssueState, Severity, StabilityIssue
 from stabmon.rules.wording.description import RUN
@@ -72,6 +73,23 @@ class Incident(PlainRecord):
     def headline(self) -> str:
         """Title and location in one clause."""
         return self.title if self.where == RUN else f"{self.title} in {self.where}"
+
+    def __repr__(self) -> str:
+        state = f"{self.state} at step {self.step}"
+        return f"Incident({self.number}: {self.severity}, {self.headline}, {state})"
+
+    def _repr_html_(self) -> str:
+        """Return the finding, its numbers, and what to do, for notebooks."""
+        return card(
+            f"{self.severity}: {self.headline}",
+            line(f"{self.state} at step {self.step}, since step {self.first_step}"),
+            line(self.numbers),
+            line(self.effects),
+            line(self.forecast),
+            line(f"To do: {self.advice}" if self.advice else ""),
+            code(self.code),
+            severity=self.severity,
+        )
 
     def text(self) -> str:
         """Return the change as one paragraph, without the advice.

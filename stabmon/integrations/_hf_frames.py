@@ -1,15 +1,17 @@
 """Read facts that the Hugging Face Trainer passes to no callback from frames.
 
 A callback is given neither the other callbacks nor the loss of a micro-batch, nor the checkpoint
-that training resumes from. All three are in frames of ``transformers``; each function here says
-which names it relies on. They were checked with transformers 5.23. If a name changes, the function
-returns an empty value: then reporters are not shared, losses are read from the model's outputs, or
-the state is looked for in the checkpoint of the present step.
+that training resumes from, and does not hear of a training that raised. All four are in frames of
+``transformers``; each function here says which names it relies on. They were checked with
+transformers 5.23. If a name changes, the function returns an empty value: then reporters are not
+shared, losses are read from the model's outputs, the state is looked for in the checkpoint of the
+present step, or a callback that two trainers share goes over to the second.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -55,7 +57,27 @@ def trainer_local(name: str) -> Any:
     Returns:
         Its value in the nearest such function; None where there is none.
     """
-    frame: FrameType | None = sys._getframe(1)
+    return next(_locals_named(name, sys._getframe(1)), None)
+
+
+def is_training(state: Any) -> bool:
+    """Return whether the Trainer that has this state is in a function of its own, in any thread.
+
+    Relies on methods of the Trainer, in ``transformers.trainer``, having it as their local
+    ``self``, and on its attribute ``state``, which each training sets anew.
+
+    Args:
+        state: a ``TrainerState``.
+    """
+    return any(
+        getattr(trainer, "state", None) is state
+        for frame in sys._current_frames().values()
+        for trainer in _locals_named("self", frame)
+    )
+
+
+def _locals_named(name: str, frame: FrameType | None) -> Iterator[Any]:
+    """Yield a local of each function of the Trainer that is running, the nearest first."""
     while frame is not None:
         module = frame.f_globals.get("__name__")
         if module == "transformers.trainer" and name in frame.f_code.co_varnames:
@@ -64,6 +86,5 @@ def trainer_local(name: str) -> Any:
             # until Python 3.12 a copy that lives as long as the frame, and would keep a batch
             if isinstance(variables, dict):
                 variables.clear()
-            return value
+            yield value
         frame = frame.f_back
-    return None

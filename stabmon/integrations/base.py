@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stabmon._display.html import card
 from stabmon._torch.process_group import on_all_ranks
 from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.monitor import AttentionStabilityMonitor
-from stabmon.records import StabilityIssue
+from stabmon.engine.recording.issue_function import OnIssue, checked
+from stabmon.records import StabilityIssue, counted
 from stabmon.sinks import Sink
 
 logger = logging.getLogger("stabmon")
@@ -25,10 +28,13 @@ class StabilityCallbackBase:
         log_every: sample every N-th optimizer step.
         sinks: names or sinks, instead of those of the configuration and the framework.
         run_dir: folder of the records, instead of the framework's own.
+        on_issue: a function, called with each issue.
+        per_head: True for the values of every head on the dashboards.
         **overrides: other fields of the configuration.
 
     Raises:
         ValueError: for an invalid configuration, naming the value and the fix.
+        TypeError: if ``on_issue`` cannot be called.
     """
 
     def __init__(
@@ -38,15 +44,34 @@ class StabilityCallbackBase:
         log_every: int | None = None,
         sinks: list[str | Sink] | None = None,
         run_dir: str | Path | None = None,
+        on_issue: OnIssue | None = None,
+        per_head: bool | None = None,
         **overrides: Any,
     ) -> None:
-        self.config = load_config(config, log_every=log_every, sinks=sinks, **overrides)
+        given = {"log_every": log_every, "sinks": sinks, "per_head": per_head}
+        self.config = load_config(config, **given, **overrides)
         self.monitor: AttentionStabilityMonitor | None = None
         """The monitor of the present or last training run; None before the first."""
         self._earlier: list[StabilityIssue] = []
         """Issues of the runs before the present one."""
         self._own_sinks = sinks is not None
-        self._run_dir = run_dir
+        self._run_dir, self._on_issue = run_dir, checked(on_issue)
+        self._run: Any = None
+        """The training that is watched, an object of the framework; None between two."""
+        self._copies = 1
+        """Times that the framework calls this object at each event."""
+        self._calls: Counter[str] = Counter()
+        self._said: set[str] = set()
+
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__}(log_every={self.config.log_every}"
+        if self.monitor is None:
+            return f"{name}, no training yet)"
+        return f"{name}, {counted(len(self.issues), 'issue')}, {self.monitor!r})"
+
+    def _repr_html_(self) -> str:
+        """Return the state of the present or last training run, for notebooks."""
+        return card(repr(self)) if self.monitor is None else self.monitor._repr_html_()
 
     @property
     def issues(self) -> list[StabilityIssue]:
@@ -59,11 +84,54 @@ class StabilityCallbackBase:
         The end of training does this. After an exception outside of a forward, the Hugging Face
         Trainer calls no callback, so that only a person can.
         """
+        self._run = None
         if self.monitor is not None:
             self.monitor.close()
 
+    def _takes(self, run: Any, callbacks: Sequence[Any], is_running: Callable[[Any], bool]) -> bool:
+        """Return whether to watch a training that begins, and say so where not.
+
+        Args:
+            run: the object that stands for the training.
+            callbacks: the callbacks of its trainer.
+            is_running: returns whether a training that began earlier still goes on.
+        """
+        if run is self._run:
+            self._copies += 1
+            self._say("this callback is twice in one trainer: it watches once; give it once")
+            return False
+        if self._run is not None and is_running(self._run):
+            self._say(
+                "one callback is shared by two trainers at once: it goes on with the first, and the "
+                "second is not watched; give each trainer a callback of its own"
+            )
+            return False
+        others = [each for each in callbacks if isinstance(each, StabilityCallbackBase)]
+        if any(each is not self and each._run is run for each in others):
+            self._say("a trainer has two callbacks of stabmon: the first alone watches; give one")
+            return False
+        if self.monitor is not None:
+            self._say(
+                "this callback has watched a training before: this one is a run of its own in the "
+                "records, and .issues has those of both"
+            )
+        return True
+
+    def _heeds(self, event: str, run: Any) -> bool:
+        """Return whether an event is of the training that is watched, and not a repetition."""
+        if run is not self._run or self.monitor is None:
+            return False
+        self._calls[event] += 1
+        return self._copies == 1 or self._calls[event] % self._copies == 1
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("stabmon: %s", text)
+
     def _start(
         self,
+        run: Any,
         make: Callable[[], AttentionStabilityMonitor],
         restore: Callable[[AttentionStabilityMonitor], None],
     ) -> None:
@@ -72,11 +140,14 @@ class StabilityCallbackBase:
         Training goes on without one where that fails.
 
         Args:
+            run: the object that stands for the training.
             make: makes the monitor.
             restore: sets it to the state in a checkpoint, on a resume.
         """
         self.close()
         self._earlier, self.monitor = self.issues, None
+        self._run, self._copies = run, 1
+        self._calls.clear()
         try:
             self.monitor = make()
             restore(self.monitor)
@@ -84,7 +155,7 @@ class StabilityCallbackBase:
         except Exception:
             logger.exception("stabmon could not start watching; training goes on without it")
             self.close()
-            self.monitor = None
+            self.monitor, self._run = None, run
         agree_on_ranks(self.monitor)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from stabmon._torch.isolation import random_state_kept
+from stabmon.config import StabilityConfig
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.integrations.base import StabilityCallbackBase
 from stabmon.records import Reading
@@ -34,10 +37,13 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
         log_every: sample every N-th optimizer step.
         sinks: names or sinks, instead of the configuration's and the Trainer's loggers.
         run_dir: instead of the Trainer's ``log_dir``.
+        on_issue: a function, called with each issue on the process that writes the records.
+        per_head: True for the values of every head on the dashboards.
         **overrides: other fields of the configuration.
 
     Raises:
         ValueError: for an invalid configuration, naming the value and the fix.
+        TypeError: if ``on_issue`` cannot be called.
 
     Example:
         >>> callback = StabilityCallback("guard", log_every=50)  # Trainer(callbacks=[callback])
@@ -52,6 +58,9 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start watching; on a resume, go on from the checkpoint."""
+        # Lightning reports every end of a training, also by an exception
+        if not self._takes(trainer, trainer.callbacks, lambda earlier: earlier is not trainer):
+            return
         # modes in which Lightning leaves no file either
         dry = bool(getattr(trainer, "fast_dev_run", False) or trainer.barebones)
 
@@ -60,7 +69,7 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
                 each for each in self.config.sinks if not dry or _writes_nowhere(each)
             ]
             if not self._own_sinks and not dry:
-                sinks += [_sink_of(each) for each in trainer.loggers]
+                sinks += [_sink_of(each, self.config) for each in trainer.loggers]
             run_dir = None if dry else self._run_dir or trainer.log_dir or trainer.default_root_dir
             monitor = AttentionStabilityMonitor(
                 pl_module,
@@ -69,22 +78,26 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
                 self.config,
                 sinks=sinks,
                 run_dir=run_dir,
+                on_issue=self._on_issue,
                 reduce_ranks=True,
                 is_writer=trainer.is_global_zero,
                 manual_steps=True,
                 grad_scaler=getattr(trainer.precision_plugin, "scaler", None),
+                framework="lightning",
             )
             monitor.step = _steps_made(trainer)
             return monitor
 
-        self._start(make, self._restore)
+        self._start(trainer, make, self._restore)
+        if self.monitor is not None:
+            self._expect_end(trainer, self.monitor)
         self._global_step, self._in_step = trainer.global_step, False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin an optimizer step at its first micro-batch."""
-        if self.monitor is not None and not self._in_step:
+        if self.monitor is not None and trainer is self._run and not self._in_step:
             self._in_step = True
             self.monitor.begin_step()
 
@@ -92,14 +105,14 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         """Add the loss, which Lightning has divided by the number of micro-batches."""
-        if self.monitor is not None:
+        if self.monitor is not None and trainer is self._run:
             self.monitor.add_loss(loss)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """Inspect the gradients, before they are clipped."""
-        if self.monitor is not None:
+        if self.monitor is not None and trainer is self._run:
             self.monitor.before_optimizer_step(optimizer)
 
     def on_train_batch_end(
@@ -111,7 +124,9 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
         batch_idx: int,
     ) -> None:
         """Judge the step if an optimizer stepped in the batch; stop if asked to."""
-        if self.monitor is not None and trainer.global_step != self._global_step:
+        if self.monitor is None or trainer is not self._run:
+            return
+        if trainer.global_step != self._global_step:
             self._global_step, self._in_step = trainer.global_step, False
             self.monitor.on_step()
             if self.monitor.stop_reason is not None:
@@ -119,17 +134,21 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop watching."""
-        self.close()
+        self._end(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Stop watching: training has failed."""
-        self.close()
+        self._end(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop watching."""
-        self.close()
+        self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if trainer is self._run:
+            self.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state, for Lightning's checkpoint."""
@@ -142,6 +161,19 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state in Lightning's checkpoint until training starts."""
         self._state = state_dict
+
+    @staticmethod
+    def _expect_end(trainer: pl.Trainer, monitor: AttentionStabilityMonitor) -> None:
+        """Warn if no step until the end is sampled, where the end is known."""
+        if getattr(trainer, "fast_dev_run", False):
+            monitor.expect_end(None)
+            return
+        try:
+            last_step = trainer.estimated_stepping_batches
+        except Exception:  # under some schedules of accumulation Lightning refuses to say
+            return
+        if math.isfinite(last_step):
+            monitor.expect_end(int(last_step))
 
     def _restore(self, monitor: AttentionStabilityMonitor) -> None:
         """Set a monitor to the state in a checkpoint; once, not in a later fit as well."""
@@ -173,21 +205,37 @@ def _writes_nowhere(sink: str | Sink) -> bool:
     return name in ("console", None)
 
 
-def _sink_of(target: Any) -> Sink:
+def _sink_of(target: Any, config: StabilityConfig) -> Sink:
     """Return the sink that writes to one of the Trainer's loggers."""
-    kind = type(target).__name__
-    if kind == "TensorBoardLogger":
-        return SINKS["tensorboard"](writer=target.experiment)  # type: ignore[call-arg]
-    if kind == "WandbLogger":
-        return SINKS["wandb"](run=target.experiment)  # type: ignore[call-arg]
-    return _LoggerSink(target)
+    kinds = {cls.__name__ for cls in type(target).__mro__}
+    if "TensorBoardLogger" in kinds:
+        return config.make_sink("tensorboard", writer=target.experiment)
+    if "WandbLogger" in kinds:
+        return config.make_sink("wandb", run=target.experiment)
+    return LoggerSink(target)
 
 
-class _LoggerSink(Sink):
-    """Scalars to any Lightning logger."""
+class LoggerSink(Sink):
+    """Scalars to any Lightning logger, in the two calls that the Trainer makes itself.
+
+    Args:
+        target: the logger.
+
+    Example:
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     logger = CSVLogger(folder)
+        ...     LoggerSink(logger).write_reading(Reading(3, None, {}), {"a": 1.0})
+        ...     logger.experiment.metrics_keys
+        ['a', 'step']
+    """
 
     def __init__(self, target: Any) -> None:
         self._target = target
+        self.name = type(target).__name__
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        self._target.log_metrics(dict(scalars), step=reading.step)
+        with random_state_kept():
+            self._target.log_metrics(dict(scalars), step=reading.step)
+            self._target.save()

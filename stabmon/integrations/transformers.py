@@ -14,13 +14,14 @@ from stabmon._storage.atomic_write import write_text
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.integrations.base import StabilityCallbackBase
 from stabmon.records import Reading
-from stabmon.sinks import SINKS, Sink
+from stabmon.sinks import Sink
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-    from stabmon.integrations._hf_frames import sibling_callbacks, trainer_local
+    from stabmon.integrations._hf_frames import is_training, sibling_callbacks, trainer_local
+    from stabmon.integrations._hf_reporters import model_wide, sinks_of
 except ImportError as error:
     raise ImportError(
         'transformers is not installed: pip install "stabmon[transformers]"'
@@ -28,25 +29,14 @@ except ImportError as error:
 
 logger = logging.getLogger("stabmon")
 _STATE = "stabmon_state.json"
-_REPORTERS = {
-    "TensorBoardCallback": ("tensorboard", "tb_writer"),
-    "WandbCallback": ("wandb", "_wandb"),
-    "MLflowCallback": ("mlflow", "_ml_flow"),
-}
-"""Sink of each reporter of the Trainer, and its attribute that is None while it is switched off.
-
-``_wandb`` and ``_ml_flow`` are private: the imported packages, None where an environment variable
-switches the reporter off (checked with transformers 5.23). Under other names, stabmon would open a
-run that the reporter does not want.
-"""
 
 
 class StabilityCallback(StabilityCallbackBase, TrainerCallback):
     """Callback for ``Trainer(callbacks=[...])``; nothing else changes.
 
-    Records go to ``<output_dir>/stabmon``. Scalars also reach the reporters in ``report_to``
-    (TensorBoard, W&B, MLflow) and, model-wide ones, ``trainer.state.log_history``. The state is
-    stored in each checkpoint and restored on a resume.
+    Records go to ``<output_dir>/stabmon``. Scalars also reach every reporter in ``report_to`` and,
+    model-wide ones, ``trainer.state.log_history``. The state is stored in each checkpoint and
+    restored on a resume.
 
     Args:
         config: a preset's name, a YAML file's path, or a
@@ -54,10 +44,13 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
         log_every: sample every N-th optimizer step.
         sinks: names or sinks, instead of the configuration's and the Trainer's reporters.
         run_dir: instead of the Trainer's ``output_dir``.
+        on_issue: a function, called with each issue on the process that writes the records.
+        per_head: True for the values of every head on the dashboards.
         **overrides: other fields of the configuration.
 
     Raises:
         ValueError: for an invalid configuration, naming the value and the fix.
+        TypeError: if ``on_issue`` cannot be called.
 
     Example:
         >>> callback = StabilityCallback("guard", log_every=50)  # Trainer(callbacks=[callback])
@@ -74,11 +67,14 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Start watching; on a resume, go on from the checkpoint."""
+        siblings = sibling_callbacks()
+        if not self._takes(state, siblings, is_training):
+            return
 
         def make() -> AttentionStabilityMonitor:
             sinks: list[str | Sink] = list(self.config.sinks)
             if not self._own_sinks:
-                sinks += _reporters(sibling_callbacks(), sinks)
+                sinks += sinks_of(siblings, self.config, args, state, model=model, **kwargs)
             monitor = AttentionStabilityMonitor(
                 model,
                 kwargs.get("optimizer"),
@@ -86,20 +82,24 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
                 self.config,
                 sinks=[*sinks, LogHistory(state)],
                 run_dir=self._run_dir or args.output_dir,
+                on_issue=self._on_issue,
                 reduce_ranks=True,
                 is_writer=state.is_world_process_zero,
                 manual_steps=True,
+                framework="transformers",
             )
             monitor.step = state.global_step
             return monitor
 
-        self._start(make, lambda monitor: _restore(monitor, args, state))
+        self._start(state, make, lambda monitor: _restore(monitor, args, state))
+        if self.monitor is not None:
+            self.monitor.expect_end(state.max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin an optimizer step."""
-        if self.monitor is not None:
+        if self.monitor is not None and self._heeds("step begin", state):
             self.monitor.step = state.global_step
             self.monitor.begin_step()
 
@@ -107,13 +107,14 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add a micro-batch's loss."""
-        self._add_loss()
+        if self._heeds("substep", state):
+            self._add_loss()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the last micro-batch's loss and inspect the gradients."""
-        if self.monitor is not None:
+        if self.monitor is not None and self._heeds("optimizer", state):
             self._add_loss()
             self.monitor.before_optimizer_step()
 
@@ -121,7 +122,7 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Judge the step; end training where an intervention stops it."""
-        if self.monitor is not None:
+        if self.monitor is not None and self._heeds("step end", state):
             self.monitor.on_step()
             if self.monitor.stop_reason is not None:
                 control.should_training_stop = True
@@ -130,7 +131,9 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Store the monitor's state beside the Trainer's, in the checkpoint just written."""
-        if self.monitor is not None and state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if self.monitor is not None and self._heeds("save", state):
             folder = _checkpoint(args, state)
             try:
                 if folder.is_dir():
@@ -142,7 +145,8 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop watching."""
-        self.close()
+        if state is self._run:
+            self.close()
 
     def _add_loss(self) -> None:
         """Add a micro-batch's loss as it was differentiated, where it is found."""
@@ -178,17 +182,6 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
-def _reporters(callbacks: list[Any], present: list[str | Sink]) -> list[str | Sink]:
-    """Return a sink for each known reporter of the Trainer, for the same run."""
-    found: list[str | Sink] = []
-    for callback in callbacks:
-        name, attribute = _REPORTERS.get(type(callback).__name__, ("", ""))
-        if name and name not in present and getattr(callback, attribute, True) is not None:
-            own = {"writer": callback.tb_writer} if name == "tensorboard" else {}
-            found.append(SINKS[name](**own))
-    return found
-
-
 class LogHistory(Sink):
     """Model-wide scalars as entries of the Trainer's ``log_history``.
 
@@ -208,11 +201,5 @@ class LogHistory(Sink):
         self._state = state
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
-        wide = {
-            name: value
-            for name, value in scalars.items()
-            if not name.startswith("attention_layers/")
-        }
-        self._state.log_history.append(
-            wide | {"epoch": self._state.epoch or 0.0, "step": reading.step}
-        )
+        position = {"epoch": self._state.epoch or 0.0, "step": reading.step}
+        self._state.log_history.append(model_wide(scalars) | position)

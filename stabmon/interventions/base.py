@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
+from stabmon._display.html import card, line
 from stabmon._settings import NOT_A_SETTING, check, settings_of
 from stabmon._storage.stored_value import Stored
+from stabmon.incidents import intervention_text
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.training_run import Prepared, TrainingRun
@@ -426,6 +428,14 @@ class Applied:
             dict(record) if record is not None else _record(intervention, effect, step)
         )
         run.applied.append(self)
+
+    def __repr__(self) -> str:
+        state = "active" if self.active else "ended"
+        return f"Applied({self.intervention.name}, step={self.step}, {state})"
+
+    def _repr_html_(self) -> str:
+        """Return what it changed and why, for notebooks."""
+        return card(repr(self), line(intervention_text({"action": "applied", **self.record})))
 
     def write_audit(self, action: str, **more: Any) -> Applied:
         """Write the record to the run's audit, and return ``self``.

@@ -18,7 +18,7 @@ from stabmon.projections.not_applicable import NotApplicable
 @intervention
 @dataclass(frozen=True)
 class CapLearningRate(Intervention):
-    r"""Hold the rate of each parameter group that is too fast at or below a ceiling.
+    r"""Hold the rate of fast parameter groups in bounds.
 
     The optimizer uses :math:`\min(\eta, \eta_\text{cap})` instead of the scheduled rate
     :math:`\eta`. The ceiling is ``times`` a rate that the issue names for the group: the rate at

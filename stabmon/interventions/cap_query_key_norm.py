@@ -29,7 +29,7 @@ from stabmon.rules.evidence.norm_growth import sustained_growth
 @intervention
 @dataclass(frozen=True)
 class CapQueryKeyNorm(Intervention):
-    r"""Hold the norm of each head's rows of W_q and W_k at or below a ceiling.
+    r"""Hold each head's norms of W_q and W_k in bounds.
 
     After every optimizer step each piece w (one head's rows of W_q, W_k or one of their biases)
     becomes :math:`w \cdot \min(1, \kappa / \|w\|)`, as long as this is held.

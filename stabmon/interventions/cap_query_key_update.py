@@ -29,7 +29,7 @@ PAST = 20
 @intervention
 @dataclass(frozen=True)
 class CapQueryKeyUpdate(Intervention):
-    r"""Hold each step's change of a layer's queries and keys at or below a ceiling.
+    r"""Hold each step's change of W_q and W_k in bounds.
 
     After every optimizer step the change :math:`\Delta W` is scaled by
     :math:`\min(1, c\,\|W\| / \|\Delta W\|)`, as long as this is held. W is everything that makes

@@ -22,7 +22,7 @@ from stabmon.rules.evidence.norm_growth import sustained_growth
 @intervention
 @dataclass(frozen=True)
 class CapScale(Intervention):
-    r"""Hold the scale of a layer's scores at or below its value when the growth began.
+    r"""Hold a layer's scale of scores at its earlier value.
 
     With scores :math:`s = \alpha\, q^\top k`, the attribute that holds :math:`\alpha` becomes
     :math:`\min(\alpha, \alpha_\text{cap})` after every optimizer step, as long as this is held.

@@ -16,7 +16,7 @@ from stabmon.interventions.run.training_run import TrainingRun
 @intervention
 @dataclass(frozen=True)
 class ExtendWarmup(Intervention):
-    r"""Multiply the scheduled learning rate by a ramp up to 1.
+    r"""Multiply the learning rate by a ramp up to 1.
 
     The step that follows t others since the start uses the factor
     :math:`\min(1, a + (1 - a)\, t / T)`, with a for ``start`` and T for ``steps``.

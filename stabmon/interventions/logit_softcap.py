@@ -27,7 +27,7 @@ CODE = (
 @intervention
 @dataclass(frozen=True)
 class LogitSoftcap(Intervention):
-    r"""Bound attention scores smoothly, in layers with an attribute for it.
+    r"""Bound scores smoothly, where the layer has a setting.
 
     A score s becomes :math:`c \tanh(s / c)`, with c for ``cap``.
 

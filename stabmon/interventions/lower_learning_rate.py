@@ -29,7 +29,9 @@ Where = Literal["all", "query_key"]
 @intervention
 @dataclass(frozen=True)
 class LowerLearningRate(Intervention):
-    """Multiply the learning rate by a factor, whatever the scheduler does.
+    """Multiply the learning rate by a factor.
+
+    It applies whatever the scheduler does.
 
     It slows the growth of scores and does not reverse it, and repairs only where the rate itself
     was the cause. A healthy run pays 0.17 nats at a factor of 0.5, 0.44 at 0.1, and 0.08 at 0.1 for

@@ -23,7 +23,7 @@ from stabmon.records import StabilityIssue
 @intervention
 @dataclass(frozen=True)
 class QkClip(Intervention):
-    r"""Scale the query and key weights of heads whose scores are too large.
+    r"""Scale down W_q and W_k of heads with large scores.
 
     The scores of a head whose largest score is S are multiplied by
     :math:`\gamma = \min(1, \tau / S)`. Of all interventions tried it repairs most at the least

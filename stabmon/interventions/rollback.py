@@ -28,7 +28,7 @@ Within these a rollback is allowed although the loss keeps to its course.
 @intervention
 @dataclass(frozen=True)
 class Rollback(Intervention):
-    """Restore the newest healthy state of the run, bit for bit.
+    """Restore the newest healthy state, bit for bit.
 
     Parameters, buffers, the optimizer's moments and the gradient scaler are restored. The data is
     not rewound: training goes on with the next batches, so that those that did the damage are

@@ -20,7 +20,9 @@ from stabmon.projections.not_applicable import NotApplicable
 @intervention
 @dataclass(frozen=True)
 class SkipStep(Intervention):
-    """Skip every optimizer step for which a gradient is NaN or inf on any rank.
+    """Skip optimizer steps whose gradients are NaN or inf.
+
+    One such gradient on one rank is enough.
 
     Right before the step all gradients are set to None. Optimizers do not change a parameter
     without a gradient: neither value nor moments, and no weight decay.

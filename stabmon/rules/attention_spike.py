@@ -22,7 +22,7 @@ from stabmon.rules.wording.numbers import with_limit
 @renamed(least_past="min_history")
 @dataclass(frozen=True)
 class AttentionSpike(Rule):
-    """Sudden concentration of a head's attention on single keys, or on the first key.
+    """Sudden attention to single keys or to the first key.
 
     Of the head's mean largest probability and its mass on the first key, either must exceed the
     largest of the ``past`` readings before by ``rise`` and by ``deviations`` times their robust

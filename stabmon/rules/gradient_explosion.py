@@ -24,7 +24,7 @@ from stabmon.rules.wording.numbers import known, number, with_limit
 @renamed(stays="persistence", least_past="min_history")
 @dataclass(frozen=True)
 class GradientExplosion(Rule):
-    r"""Gradient norm of the whole model above its recent range.
+    r"""Gradient norm of the model above its recent range.
 
     With m and s the median and the robust standard deviation of the log norm over ``past``
     readings, the newest log norm must exceed both :math:`m + deviations \cdot s` and :math:`m + \ln

@@ -23,7 +23,7 @@ from stabmon.rules.wording.numbers import known, share
 @renamed(least_past="min_history")
 @dataclass(frozen=True)
 class GradientVanishing(Rule):
-    r"""Collapse of an attention layer's gradient while its rows saturate.
+    r"""Lost gradient of a layer whose rows saturate.
 
     Judged against the layer's own past and against the model's gradient. The gradient that reaches
     a row's scores is at most lambda times that which reaches its probabilities, and lambda, the

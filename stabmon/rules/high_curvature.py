@@ -20,7 +20,7 @@ from stabmon.rules.tracking.history import History
 @renamed(least_past="min_history")
 @dataclass(frozen=True)
 class HighCurvature(Rule):
-    """Jump of a head's attention curvature above its own past.
+    """Jump of a head's curvature above its own past.
 
     Its logarithm, ``hnf_log_curvature``, must exceed the largest of the ``past`` readings before by
     ``jump`` and by ``deviations`` times their robust standard deviation.

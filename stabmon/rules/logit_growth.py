@@ -45,7 +45,7 @@ past: more is asked, so that it has something to clip, and then ends the alarm.
 @renamed(harm="damage_level", still_ill="hysteresis")
 @dataclass(frozen=True)
 class LogitGrowth(Rule):
-    """Growth of a head's largest score faster than learning makes it grow.
+    """Growth of a head's scores beyond that of learning.
 
     Large scores are no failure by themselves: trained heads sit at 300 with near one-hot rows and
     are right. Speed, and what the speed costs, separate the anomalous from the learning. A head

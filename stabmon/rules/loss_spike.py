@@ -29,7 +29,9 @@ from stabmon.rules.wording.numbers import known, number, with_limit
 )
 @dataclass(frozen=True)
 class LossSpike(Rule):
-    """Jump of the loss above its own recent noise; an alarm once it stays up.
+    """Jump of the loss above its own recent noise.
+
+    An alarm once it stays up.
 
     Each loss since the last reading is compared with the median of the ``near`` losses before it,
     in units of their noise: the robust standard deviation of differences between neighbours over

@@ -81,7 +81,7 @@ ROLL_BACK = (
 @rule
 @dataclass(frozen=True)
 class NonFinite(Rule):
-    """NaN or inf in a parameter, input, activation, score, gradient or loss.
+    """NaN or inf in weights, data, activations or loss.
 
     Three kinds of evidence, the most exact first: the first bad tensor, where the monitor has
     traced it; a head whose largest score is infinite; a loss or a gradient norm that is NaN or inf.

@@ -23,7 +23,9 @@ from stabmon.rules.wording.numbers import number, share
 @rule
 @dataclass(frozen=True)
 class OverflowRisk(Rule):
-    r"""Query-key product of a float16 layer near 65504; beyond it the softmax is NaN.
+    r"""Query-key products near 65504, the end of float16.
+
+    Beyond it the softmax is NaN.
 
     A physical limit, so the head's own past does not matter. It binds only where the kernel writes
     the product :math:`q \cdot k` = max_logit / scale in float16 before the scale makes it small

@@ -20,7 +20,7 @@ from stabmon.rules.wording.description import Description
 @rule
 @dataclass(frozen=True)
 class PrecisionInsufficient(Rule):
-    """Scores beyond the mantissa of the layer's dtype: rounding moves attention.
+    """Scores so large that rounding moves attention.
 
     ``precision_bits`` is the number of bits that a score needs so that rounding it moves at most 10
     % of a row's probability. A kernel that writes scores in the layer's dtype (eager) rounds each

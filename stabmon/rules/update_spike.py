@@ -40,7 +40,7 @@ FIRST = 8
 @renamed(least_past="min_history", still_ill="hysteresis")
 @dataclass(frozen=True)
 class UpdateSpike(Rule):
-    r"""Steps too long for the model, for a parameter group or for one layer's queries and keys.
+    r"""Steps too long for the model, a group or a layer.
 
     With :math:`u = \|\Delta W\| / \|W\|` of a step, the first of these that holds:
 

@@ -20,7 +20,7 @@ _SATURATED = 1e-3
 
 @signal(unit="norm", reduction="max", needs=("jacobian_norm",))
 def softmax_jacobian_norm(attention: AttentionOperator) -> Tensor:
-    r"""Compute the Frobenius norm of each row's softmax Jacobian.
+    r"""Compute the norm of each row's softmax Jacobian.
 
     :math:`\|\mathrm{diag}(p) - p p^\top\|_F`, whose square is
     :math:`\sum p^2 - 2 \sum p^3 + (\sum p^2)^2`.
@@ -49,7 +49,7 @@ def softmax_jacobian_norm(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="ln curvature", reduction="max", needs=("log_odds_of_rest",))
 def hnf_log_curvature(attention: AttentionOperator) -> Tensor:
-    r"""Bound the log curvature of each row's softmax in its query and all keys.
+    r"""Bound each row's log curvature in query and keys.
 
     :math:`\kappa \le \lambda [\beta^2 (\|q\|^2 + \|K\|_2^2) / \sqrt 2 + \beta / 2]` with
     :math:`\lambda \le \min(m, 2m(1-m))`, the largest eigenvalue of the Jacobian, in log form, so
@@ -88,7 +88,9 @@ def hnf_log_curvature(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="ln curvature", reduction="max", needs=("max_logit", "min_logit"))
 def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
-    """Compute the classic, loose curvature bound: ln|Q| + ln|K| - ln D + 2 max|z|.
+    """Compute the classic, looser bound on log curvature.
+
+    It is ``ln|Q| + ln|K| - ln D + 2 max|z|``, of D key dimensions and scores z.
 
     It orders heads by max|z|, and in log form it cannot overflow. Norms are Frobenius norms over
     the head's queries and keys of the batch element, padding left out. Never compare its
@@ -123,7 +125,7 @@ def hnf_log_curvature_bound(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="share of rows", reduction="mean", needs=("log_odds_of_rest",), least_visible=2)
 def saturated_fraction(attention: AttentionOperator) -> Tensor:
-    """Mark rows whose softmax passes less than a thousandth of any gradient.
+    """Mark rows whose softmax passes hardly any gradient.
 
     1 where the norm of the Jacobian must be below 1e-3: ``|dL/dz| <= lambda |dL/dp|`` with
     ``lambda <= 2m(1 - m)``.

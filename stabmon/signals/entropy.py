@@ -11,7 +11,7 @@ from stabmon.signals.base import signal
 
 @signal(unit="nats", reduction="mean", needs=("entropy",))
 def attention_entropy(attention: AttentionOperator) -> Tensor:
-    r"""Compute the Shannon entropy of each attention row without forming the row.
+    r"""Compute the Shannon entropy of each attention row.
 
     :math:`H = -\sum_j p_j \ln p_j = L(1) - E_p[z]`.
 
@@ -38,7 +38,9 @@ def attention_entropy(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="share of ln n", reduction="mean", needs=("entropy",), least_visible=16)
 def normalized_entropy(attention: AttentionOperator) -> Tensor:
-    """Compute each row's entropy as a share of its maximum, ln n_visible.
+    """Compute each row's entropy as a share of its maximum.
+
+    The maximum is ``ln n`` of n visible keys.
 
     Values are comparable over sequence lengths and positions.
 
@@ -68,7 +70,7 @@ def normalized_entropy(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="probability", reduction="mean", needs=("collision",))
 def collision_probability(attention: AttentionOperator) -> Tensor:
-    r"""Compute the probability that two draws from a row hit the same key.
+    r"""Compute the probability of drawing one key twice.
 
     :math:`\sum_j p_j^2 = \exp(L(2) - 2 L(1))`, the Rényi-2 form of entropy. Its inverse is the
     effective number of keys.
@@ -96,7 +98,7 @@ def collision_probability(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="keys", reduction="mean", needs=("collision",))
 def effective_keys(attention: AttentionOperator) -> Tensor:
-    r"""Compute the effective number of keys that a row attends to.
+    r"""Compute the effective number of keys of each row.
 
     :math:`1 / \sum_j p_j^2 = \exp(2 L(1) - L(2))`, the inverse participation ratio.
 

@@ -12,7 +12,7 @@ from stabmon.signals.base import signal
 
 @signal(unit="score", reduction="max", needs=("max_score",))
 def max_logit(attention: AttentionOperator) -> Tensor:
-    """Compute the largest score of each row, before any softcap.
+    """Compute each row's largest score before any softcap.
 
     Its growth precedes most attention failures.
 
@@ -39,7 +39,9 @@ def max_logit(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="probability", reduction="mean", needs=("log_odds_of_rest",))
 def max_probability(attention: AttentionOperator) -> Tensor:
-    """Compute the probability of each row's most attended key, m = exp(S - L(1)).
+    """Compute each row's largest probability.
+
+    It is ``m = exp(S - L(1))``, of the row's largest score S.
 
     Args:
         attention: the operator of one call.
@@ -63,7 +65,7 @@ def max_probability(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="probability", reduction="mean", needs=("first_key_mass",))
 def sink_mass(attention: AttentionOperator) -> Tensor:
-    """Compute the probability of each row on the first key of its sequence.
+    """Compute each row's probability on the first key.
 
     Above 0.3 on average that key is an attention sink, which is no failure.
 
@@ -89,7 +91,9 @@ def sink_mass(attention: AttentionOperator) -> Tensor:
 
 @signal(unit="bits", reduction="max", needs=("max_logit", "min_logit"))
 def precision_bits(attention: AttentionOperator) -> Tensor:
-    """Compute the mantissa bits with which rounding moves a softmax by at most 0.1.
+    """Compute the mantissa bits that each row needs.
+
+    With them rounding moves the softmax by at most 0.1.
 
     Rounding to ``b`` bits moves a logit by up to ``max|z| * 2**-b``, and a shift of logits by at
     most eta moves the softmax by at most ``tanh(eta / 2)`` in total variation. Compare with 8

@@ -307,7 +307,8 @@ class _Line:
     """One sink of a group, and the calls that wait until it works again."""
 
     def __init__(self, sink: Sink) -> None:
-        self.sink, self.name = sink, type(sink).__name__
+        self.sink = sink
+        self.name = str(getattr(sink, "name", type(sink).__name__))
         self.reported = False
         self.last_error = ""
         self.lost = 0

@@ -25,7 +25,7 @@ _COLOURS = {
 
 @sink
 class ConsoleSink(Sink):
-    """Print what a run needs to say on standard error: two lines for a healthy one.
+    """Print incidents on standard error, two lines for a healthy run.
 
     A line at the start, one for each incident that opens, changes in substance or closes, its
     advice once, one for each intervention, and one at the end. Warnings are counted at the end and

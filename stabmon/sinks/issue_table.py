@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
+from stabmon.incidents import intervention_text
+from stabmon.incidents.wording import closing_numbers, describe, forecast_text
 from stabmon.records import StabilityIssue
 
 COLUMNS = (
@@ -20,31 +23,49 @@ COLUMNS = (
     "eta_steps",
     "suggestion",
 )
+AUDIT_COLUMNS = ("step", "intervention", "action", "layer", "head", "why", "in words")
+"""Columns of a table of interventions."""
+
+_NOT_DONE = ("refused", "gave_up")
+_ARMED = "in place from the start"
+"""Reason of an intervention that waits for its cause, as the guard words it."""
+
+
+def is_change(record: Mapping[str, Any]) -> bool:
+    """Return whether an audit record is of something done to the run at its step.
+
+    >>> is_change({"action": "applied"}), is_change({"action": "refused"})
+    (True, False)
+    """
+    return record.get("action") not in _NOT_DONE and record.get("why") != _ARMED
 
 
 def numbers_in_words(issue: StabilityIssue) -> str:
-    """Return ``value 0.03 (limit 0.1)``, with the time until damage in a forecast."""
-    eta = "" if issue.eta_steps is None else f", damage in about {issue.eta_steps:.0f} steps"
-    return f"value {issue.value:.4g} (limit {issue.threshold:.4g}{eta})"
+    """Return an issue's quantities by name, each with its past, and the forecast."""
+    if issue.state == "closed":
+        return closing_numbers(issue)
+    forecast = forecast_text([issue])
+    numbers = describe([issue], "loop").numbers
+    return f"{numbers}. {forecast}" if forecast else numbers
 
 
-class RecentIssues:
-    """Bounded table of the newest issues, for destinations where an upload is costly.
+class RecentRows:
+    """Bounded table of the newest rows, for destinations where an upload is costly.
 
     Args:
         seconds: least wall time between two publications.
-        keep: rows kept; the oldest go first (issues.jsonl has them all).
+        keep: rows kept; the oldest go first (the records have them all).
     """
 
     def __init__(self, seconds: float, keep: int = 1000) -> None:
         self._seconds = seconds
-        self._issues: deque[StabilityIssue] = deque(maxlen=keep)
+        self._rows: deque[list[Any]] = deque(maxlen=keep)
         self._fresh = False
         self._published = -float("inf")
 
-    def add(self, issue: StabilityIssue) -> None:
-        """Add one issue."""
-        self._issues.append(issue)
+    def add_row(self, row: list[Any]) -> None:
+        """Add one row."""
+        self._rows.append(row)
         self._fresh = True
 
     def due(self, *, last_call: bool = False) -> bool:
@@ -56,11 +77,23 @@ class RecentIssues:
         return self._fresh and (last_call or time.monotonic() - self._published >= self._seconds)
 
     def publish(self) -> list[list[Any]]:
-        """Return the rows and note that they are published.
-
-        Returns:
-            The values of :data:`COLUMNS`, oldest issue first.
-        """
+        """Return the rows, oldest first, and note that they are published."""
         self._fresh = False
         self._published = time.monotonic()
-        return [[getattr(issue, column) for column in COLUMNS] for issue in self._issues]
+        return list(self._rows)
+
+
+class RecentIssues(RecentRows):
+    """Bounded table of the newest issues, with the columns :data:`COLUMNS`."""
+
+    def add(self, issue: StabilityIssue) -> None:
+        """Add one issue."""
+        self.add_row([getattr(issue, column) for column in COLUMNS])
+
+
+class RecentInterventions(RecentRows):
+    """Bounded table of the newest audit records, with the columns :data:`AUDIT_COLUMNS`."""
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Add one audit record."""
+        self.add_row([*(record.get(key) for key in AUDIT_COLUMNS[:-1]), intervention_text(record)])

@@ -16,6 +16,7 @@ from typing import Any
 
 from stabmon._storage import strict_json
 from stabmon._storage.atomic_write import write_text
+from stabmon._storage.file_lock import locked, try_lock, unlock
 from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
 
@@ -32,7 +33,7 @@ READINGS, ISSUES, INTERVENTIONS, META = (
 
 @sink
 class JsonlSink(Sink):
-    """Write the records of a run as JSON lines into its ``stabmon`` folder.
+    """Write a run's records as JSON lines into its stabmon folder.
 
     The files are ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json``.
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step,
@@ -50,7 +51,8 @@ class JsonlSink(Sink):
     may write some steps a second time, and the later start wins from its first reading on. ``run``
     counts the runs that began at step 1 in this folder, as a second ``train()`` does: each has its
     own steps. meta.json is the newest start's, and lists them all in ``starts``; ``ended`` is added
-    to it where the sink was closed, and missing after a kill.
+    to it where the sink was closed, and missing after a kill. Two monitors that write to one folder
+    at the same time are two runs, and the second says so.
 
     Nothing is written where ``run_dir`` is None.
 
@@ -71,15 +73,30 @@ class JsonlSink(Sink):
         if run_dir is None:
             return
         self._dir = run_dir
-        before = _meta_before(run_dir / META)
-        self._start = before["start"] + 1
-        self._run = before["run"] + (meta.get("continues") is False or not before["run"])
         self._unfinished, self._info = set(), {}
         for name in (READINGS, ISSUES, INTERVENTIONS):
-            _cut_unfinished_line(run_dir / name)
             self._files[name] = os.open(
                 run_dir / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
             )
+        is_alone = try_lock(self._files[READINGS])
+        if is_alone:  # else the last line may be one that is being written
+            for name in self._files:
+                _cut_unfinished_line(run_dir / name)
+        with locked(self._files[ISSUES]):  # two starts at the same time have different numbers
+            self._number(run_dir, meta)
+        if not is_alone:
+            logger.warning(
+                "stabmon: another monitor has %s open at this moment: the records of this one are "
+                "run %d there; give each a run_dir of its own",
+                run_dir,
+                self._run,
+            )
+
+    def _number(self, run_dir: Path, meta: Mapping[str, Any]) -> None:
+        """Take the next numbers of run and start in a folder, and write meta.json."""
+        before = _meta_before(run_dir / META)
+        self._start = before["start"] + 1
+        self._run = before["run"] + (meta.get("continues") is False or not before["run"])
         this = {"start": self._start, "run": self._run}
         this |= {key: meta[key] for key in ("started", "first_step") if key in meta}
         own = {
@@ -93,8 +110,10 @@ class JsonlSink(Sink):
         write_text(run_dir / META, strict_json.dumps(self._meta) + "\n")
 
     def amend(self, meta: Mapping[str, Any]) -> None:
-        if self._dir is not None:
-            self._meta |= meta
+        if self._dir is None:
+            return
+        self._meta |= meta
+        if _meta_before(self._dir / META)["start"] <= self._start:  # else it is a later start's
             write_text(self._dir / META, strict_json.dumps(self._meta) + "\n")
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
@@ -119,7 +138,9 @@ class JsonlSink(Sink):
             with contextlib.suppress(OSError):  # of what is lost, the lost records are reported
                 self.amend({"ended": utc_now()})
         while self._files:
-            os.close(self._files.popitem()[1])
+            file = self._files.popitem()[1]
+            unlock(file)  # a forked process may have it open still
+            os.close(file)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line, in one write where the system takes it whole."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from stabmon._storage import strict_json
+from stabmon.incidents import intervention_text
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
 from stabmon.sinks.issue_table import COLUMNS, RecentIssues
@@ -20,13 +22,14 @@ _METRICS_PER_CALL = 1000
 
 @sink
 class MlflowSink(Sink):
-    """Log to the active MLflow run, or to a run of its own where none is active.
+    """Log to the active MLflow run, or to a run of its own.
 
     Only a run of its own is ended on closing. Metrics are sent by MLflow's background thread; the
     next sampled step waits for them, so that a slow server cannot pile them up and an error is
     noticed. Characters that MLflow does not take in a metric's name become ``_``. Issues are the
-    artifact ``stabmon/issues.json``, their number and that of alarms the tags ``stabmon.issues``
-    and ``stabmon.alarms``.
+    artifact ``stabmon/issues.json``, interventions ``stabmon/interventions.json``; the tags
+    ``stabmon.issues``, ``stabmon.alarms`` and ``stabmon.interventions`` count them, and the metric
+    ``stability/interventions`` rises at the step of each intervention.
 
     Args:
         experiment: experiment of a run of our own; None for ``MLFLOW_EXPERIMENT_NAME``, or
@@ -47,7 +50,8 @@ class MlflowSink(Sink):
         self._run_id = ""
         self._own = False
         self._sending: list[Any] = []
-        self._counts = {"issues": 0, "alarms": 0}
+        self._interventions: deque[Mapping[str, Any]] = deque(maxlen=1000)
+        self._counts = {"issues": 0, "alarms": 0, "interventions": 0}
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
         self.close()
@@ -72,22 +76,12 @@ class MlflowSink(Sink):
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         if self._client is None:
             return
-        now = int(time.time() * 1000)
-        metric = self._mlflow.entities.Metric
-        metrics = [
-            metric(re.sub(r"[^\w\-. :/]", "_", name), value, now, reading.step)
-            for name, value in scalars.items()
-        ]
         self._wait()
         # while nothing is being sent: an upload reads the run, and a file store's half-written
         # metrics fail it
         if self._issues.due():
             self._publish()
-        for first in range(0, len(metrics), _METRICS_PER_CALL):
-            batch = metrics[first : first + _METRICS_PER_CALL]
-            self._sending.append(
-                self._client.log_batch(self._run_id, metrics=batch, synchronous=False)
-            )
+        self._send(scalars, reading.step)
 
     def write_issue(self, issue: StabilityIssue) -> None:
         if self._client is None:
@@ -96,12 +90,19 @@ class MlflowSink(Sink):
         self._counts["issues"] += issue.state == "opened"
         self._counts["alarms"] += issue.is_alarm
 
+    def write_intervention(self, record: Mapping[str, Any]) -> None:
+        if self._client is None:
+            return
+        self._interventions.append({**record, "text": intervention_text(record)})
+        self._counts["interventions"] += 1
+        self._send({"stability/interventions": self._counts["interventions"]}, record["step"])
+
     def close(self) -> None:
         if self._client is None:
             return
         try:
             self._wait()
-            if self._issues.due(last_call=True):
+            if self._issues.due(last_call=True) or self._interventions:
                 self._publish()
             if self._own:
                 self._client.set_terminated(self._run_id)
@@ -121,6 +122,20 @@ class MlflowSink(Sink):
             ).info.run_id
         )
 
+    def _send(self, scalars: Mapping[str, float], step: int) -> None:
+        """Hand scalars to MLflow's background thread."""
+        now = int(time.time() * 1000)
+        metric = self._mlflow.entities.Metric
+        metrics = [
+            metric(re.sub(r"[^\w\-. :/]", "_", name), value, now, step)
+            for name, value in scalars.items()
+        ]
+        for first in range(0, len(metrics), _METRICS_PER_CALL):
+            batch = metrics[first : first + _METRICS_PER_CALL]
+            self._sending.append(
+                self._client.log_batch(self._run_id, metrics=batch, synchronous=False)
+            )
+
     def _wait(self) -> None:
         """Wait until the metrics sent last have arrived, or raise their error."""
         while self._sending:
@@ -134,5 +149,10 @@ class MlflowSink(Sink):
             strict_json.dumps({"schema_version": 1, "issues": issues}),
             "stabmon/issues.json",
         )
+        if self._interventions:
+            kept = {"schema_version": 1, "interventions": list(self._interventions)}
+            self._client.log_text(
+                self._run_id, strict_json.dumps(kept), "stabmon/interventions.json"
+            )
         for name, count in self._counts.items():
             self._client.set_tag(self._run_id, f"stabmon.{name}", str(count))

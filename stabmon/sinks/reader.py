@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from stabmon._display.html import card, line
 from stabmon._storage import strict_json
-from stabmon.records import LayerInfo, Reading, StabilityIssue
+from stabmon.incidents import Incident, IncidentLog
+from stabmon.incidents.html import incident_table
+from stabmon.records import SEVERITIES, LayerInfo, Reading, StabilityIssue, counted
 from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
+from stabmon.sinks.stored.frames import frame_of
 
 T = TypeVar("T")
 logger = logging.getLogger("stabmon")
@@ -40,6 +46,69 @@ class Records:
     """The folder that holds the files."""
     runs: tuple[Records, ...] = ()
     """Each run alone, oldest first; empty in one of these."""
+    number: int = 0
+    """Number of the run in its folder, from 1; 0 for all of them together."""
+
+    def __repr__(self) -> str:
+        steps = (
+            f", steps {self.readings[0].step} to {self.readings[-1].step}" if self.readings else ""
+        )
+        counts = (
+            *([counted(len(self.runs), "run")] if len(self.runs) > 1 else []),
+            f"{counted(len(self.readings), 'reading')}{steps}",
+            counted(len(self.issues), "issue"),
+            counted(len(self.interventions), "intervention"),
+        )
+        return f"Records({self.folder}: {', '.join(counts)})"
+
+    def _repr_html_(self) -> str:
+        """Return the incidents and the newest reading, for notebooks."""
+        newest = self.runs[-1] if self.runs else self
+        worst = max((i.severity for i in newest.incidents), key=SEVERITIES.index, default="info")
+        return card(
+            repr(self),
+            line(self.readings[-1] if self.readings else "no reading yet"),
+            incident_table(newest.incidents),
+            severity=worst,
+        )
+
+    @cached_property
+    def incidents(self) -> tuple[Incident, ...]:
+        """Newest state of each incident, run after run: its issues with one cause, in words."""
+        if self.runs:
+            return tuple(each for run in self.runs for each in run.incidents)
+        log = IncidentLog(str(self.meta.get("framework", "loop")))
+        for _, of_step in groupby(self.issues, key=lambda issue: issue.step):
+            log.update(list(of_step))
+        return log.all
+
+    def to_pandas(self, what: str = "readings") -> Any:
+        """Return records as one table in long format.
+
+        ``readings`` has one row per head of each reading, with the columns ``run``, ``step``,
+        ``loss``, ``learning_rate``, ``layer``, ``head`` and one for each signal, NaN where it was
+        not measured. A reading without layers is one row with neither layer nor head. ``issues``
+        and ``incidents`` have one row per record and one column per field, ``interventions`` one
+        per entry of its audit records; each has ``run`` besides.
+
+        Args:
+            what: ``readings``, ``issues``, ``interventions`` or ``incidents``.
+
+        Returns:
+            A ``pandas.DataFrame``.
+
+        Raises:
+            ValueError: for another ``what``.
+            ImportError: if pandas is not installed.
+
+        Example:
+            >>> import numpy as np
+            >>> heads = {"h.0": {"max_logit": np.array([1.5, 2.0])}}
+            >>> table = Records((Reading(10, 2.5, heads),), (), (), {}).to_pandas()
+            >>> table.groupby("step")["max_logit"].max().to_dict()
+            {10: 2.0}
+        """
+        return frame_of(what, [(run.number, run) for run in self.runs or (self,)])
 
 
 def read_records(run_dir: str | Path) -> Records:
@@ -86,7 +155,8 @@ def read_records(run_dir: str | Path) -> Records:
         raise ValueError(f"the stabmon records in {folder} cannot be read: {error}") from error
     numbers = sorted({run for lines in (readings, issues, interventions) for run, _, _ in lines})
     runs = tuple(
-        Records(*_of_run(run, readings, issues, interventions), meta, (), folder) for run in numbers
+        Records(*_of_run(run, readings, issues, interventions), meta, (), folder, number=run)
+        for run in numbers
     )
     return Records(
         readings=tuple(each for run in runs for each in run.readings),
@@ -107,7 +177,10 @@ def _of_run(
 ) -> tuple[tuple[Reading, ...], tuple[StabilityIssue, ...], tuple[Mapping[str, Any], ...]]:
     """Return one run's records; a later start wins from its first reading on."""
     own = [(start, reading) for number, start, reading in readings if number == run]
-    ends = _ends(own)
+    first: dict[int, int] = {}
+    for start, reading in own:
+        first[start] = min(reading.step, first.get(start, reading.step))
+    ends = ends_of_starts(first)
     by_step = {
         reading.step: reading for start, reading in own if reading.step < ends.get(start, math.inf)
     }
@@ -190,12 +263,17 @@ def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _ends(readings: Iterable[tuple[int, Reading]]) -> dict[int, int]:
-    """Return, for each start, the step from which on a later start wins."""
-    first: dict[int, int] = {}
-    for start, reading in readings:
-        first[start] = min(reading.step, first.get(start, reading.step))
+def ends_of_starts(first_steps: Mapping[int, int]) -> dict[int, int]:
+    """Return, for each start of a run, the step from which on a later start wins.
+
+    Args:
+        first_steps: start -> step of its first reading, of the starts that have one.
+
+    Example:
+        >>> ends_of_starts({1: 10, 3: 40})
+        {1: 40, 2: 40}
+    """
     return {
-        start: min(step for later, step in first.items() if later > start)
-        for start in range(min(first, default=1), max(first, default=1))
+        start: min(step for later, step in first_steps.items() if later > start)
+        for start in range(min(first_steps, default=1), max(first_steps, default=1))
     }

@@ -77,6 +77,24 @@ class GuestRows:
         self._run.log({**stale, **scalars, **media}, commit=False)
         self._placed, self._at = dict(scalars), self._run.step
 
+    def add(self, step: str, scalars: Mapping[str, float], media: Mapping[str, Any]) -> None:
+        """Add to the reading that waits on the row being filled, if it is of the same step.
+
+        Else put them there like a reading.
+
+        Args:
+            step: name of the step among ``scalars``.
+            scalars: numbers, kept like those of a reading.
+            media: images, not kept.
+        """
+        self._settle()
+        placed = self._placed
+        if placed is None or placed.get(step) != scalars[step]:
+            self.put(scalars, media)
+        else:
+            self._run.log({**scalars, **media}, commit=False)
+            self._placed = {**placed, **scalars}
+
     def join(self, last_call: Callable[[], None]) -> None:
         """Add a function to call as the run ends."""
         self._last_calls.append(last_call)

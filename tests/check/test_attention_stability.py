@@ -253,7 +253,7 @@ def test_frozen_models_and_modules_without_names_are_checked_by_what_they_show()
             models.gpt2,
             models.tokens(),
             "fp8",
-            "check config: dtype: unknown precision 'fp8'. Known: fp16, bf16, fp32",
+            "check config: dtype: unknown precision 'fp8'. Known: fp16 (float16, half",
         ),
         (
             models.gpt2,

@@ -1,12 +1,15 @@
 """``stabmon check`` as a user types it."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from stabmon.cli import main
 from tests.support import check_models as models
@@ -110,6 +113,35 @@ def test_a_damaged_head_ends_with_1_and_is_written_to_markdown(run: Any, tmp_pat
     assert "model.layers.1.self_attn head 0" in (tmp_path / "report.md").read_text()
 
 
+def test_the_first_line_says_what_was_found_and_the_second_what_was_looked_at(
+    run: Any, folder: Path
+) -> None:
+    _, out, _ = run(folder, "--dtype", "torch.bfloat16", "--seq-len", 64)
+    said = " ".join(out.split())
+    assert said.startswith("pass attention of LlamaForCausalLM of ")
+    assert "is expected to be stable in training at 64 tokens in bfloat16: no finding." in said
+    assert "Looked at: 8 heads in 2 layers (model.layers.*.self_attn), the model's own" in said
+    assert "one forward and backward on 1 × 64 random tokens." in said
+    assert said.index("Expected: largest score about ") < said.index("number formats")
+
+
+def test_the_code_of_a_finding_can_be_copied_and_mends_it(run: Any, tmp_path: Path) -> None:
+    save_with(tmp_path / "model", lambda attention: attention.q_proj.weight[:8].mul_(200))
+    _, out, _ = run(tmp_path / "model", "--markdown", tmp_path / "report.md")
+    code = re.findall(r"^model\.get_parameter\(.*\n", out, flags=re.MULTILINE)
+    (fenced,) = re.findall(r"```python\n(.*?)```", (tmp_path / "report.md").read_text(), re.DOTALL)
+    assert dedent(fenced).splitlines() == [line.strip() for line in code]
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    exec("".join(code), {"model": model})
+    model.save_pretrained(tmp_path / "model")
+    assert run(tmp_path / "model")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["half", "torch.float16", "FP16", "f16", "float16"])
+def test_a_precision_has_the_names_that_torch_gives_it(run: Any, config: Path, name: str) -> None:
+    assert json.loads(run(config, "--dtype", name, "--json")[1])["dtype"] == "fp16"
+
+
 def test_nan_weights_are_a_finding_with_exit_status_1(run: Any, tmp_path: Path) -> None:
     save_with(tmp_path / "model", lambda attention: attention.k_proj.weight[0].fill_(torch.nan))
     status, out, err = run(tmp_path / "model", "--json")
@@ -159,7 +191,7 @@ def test_every_implementation_can_be_asked_for(run: Any, config: Path, attention
         (["{tmp}/short.txt"], "give a config.json with a model_type"),
         (
             ["{config}", "--dtype", "fp8"],
-            "--dtype: unknown precision 'fp8'. Known: fp16, bf16, fp32",
+            "--dtype: unknown precision 'fp8'. Known: fp16 (float16, half, f16), bf16 (bfloat16), ",
         ),
         (
             ["{config}", "--attn", "magic"],
@@ -174,9 +206,12 @@ def test_every_implementation_can_be_asked_for(run: Any, config: Path, attention
             ["{config}", "--schedule", "fast"],
             "schedule: 'fast' must be one of constant, linear, cosine",
         ),
-        (["{config}", "--plot", "{tmp}/none/region.png"], "name a file that can be written"),
+        (["{config}", "--plot", "{tmp}/none/region.png"], "none; make it or name another"),
+        (["{config}", "--plot", "{tmp}/region.doc"], "cannot be drawn as .doc; name a file ending"),
+        (["{config}", "--markdown", "{tmp}"], "is a folder; name a file in it"),
+        (["no.model.either:x", "--markdown", "/proc/r.md"], "/proc/r.md: cannot be written"),
         (["tests.support.check_models:with_sample", "--sweep"], "--sweep: "),
-        (["{config}", "--markdown", "{tmp}/none/report.md"], "name a file that can be written"),
+        (["{config}", "--markdown", "{tmp}/none/report.md"], "none; make it or name another"),
         (["no.such.module:make"], "give package.module:callable that can be imported"),
         (["tests.support.check_models:WIDTH"], "is a int; give a callable that makes the model"),
         (["tests.support.check_models:nothing"], "cannot be imported from here (AttributeError"),
@@ -185,6 +220,7 @@ def test_every_implementation_can_be_asked_for(run: Any, config: Path, attention
             "fails when it is called (RuntimeError: no weights under this name); give a callable",
         ),
         (["tests.support.check_models:leaves"], "fails when it is called (SystemExit: 3)"),
+        (["tests.support.check_models:speechless"], "fails when it is called (Speechless)"),
         (["tests.support.check_models:Broken"], "(ZeroDivisionError: not today)"),
         (["{tmp}/torn"], "cannot load the weights of"),
         (["{tmp}/bytes.json"], "not a model's config that can be read"),

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from stabmon.cli import main
+import stabmon
+from stabmon.cli import COMMANDS, main
 from stabmon.records import LayerInfo, Reading, StabilityIssue
 from stabmon.sinks.jsonl import JsonlSink
 
@@ -85,12 +87,63 @@ def test_list_names_everything_registered() -> None:
     assert all(line for entries in listed.values() for line in entries.values())
 
 
+def test_alone_it_prints_its_help() -> None:
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run("--help").stdout
+    for name in COMMANDS:
+        assert re.search(rf"^  {name} .*[^.]$", done.stdout, flags=re.MULTILINE)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert run("--version").stdout == f"stabmon {stabmon.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], *([each] for each in COMMANDS)])
+def test_help_loads_no_library_for_work(command: list[str]) -> None:
+    code = """
+import atexit, sys
+from stabmon.cli import main
+heavy = {"torch", "numpy", "transformers", "rich", "yaml", "matplotlib", "jinja2", "textual"}
+atexit.register(lambda: print(sorted(heavy & sys.modules.keys()), file=sys.stderr))
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """As in ``stabmon list | head -1``."""
+    code = "from stabmon.cli import main; main()"
+    command = [sys.executable, "-c", code, "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")
+
+
+def test_list_prints_one_plain_line_an_entry_at_80_columns() -> None:
+    listed = json.loads(run("list", "--json").stdout)
+    lines = run("list").stdout.splitlines()
+    entries = [line for line in lines if line.startswith("  ")]
+    assert len(entries) == sum(map(len, listed.values()))
+    assert [line for line in lines if line and line not in entries] == [*listed]
+    assert max(map(len, lines)) <= 80
+    assert not re.search(r"[\\`$]|:math:", "".join(entries))
+    assert run("list", "sinks").stdout.startswith("sinks\n  console ")
+
+
 def test_watch_shows_the_newest_reading_and_leaves_with_0(run_dir: Path) -> None:
     done = run("watch", str(run_dir), "--once")
     assert done.returncode == 0
-    assert "step 10, loss 2.5000" in done.stdout
+    assert "step 10 · loss 2.5" in done.stdout
     assert "7.25" in done.stdout
-    assert "no issue is open" in done.stdout
+    assert "no incident up to step 10" in done.stdout
 
 
 def test_watch_leaves_with_1_on_an_alarm_and_names_its_place(run_dir: Path) -> None:
@@ -118,9 +171,9 @@ def test_json_is_one_object_and_nothing_else(run_dir: Path) -> None:
     [
         (["list", "rulez"], "unknown kind 'rulez'"),
         (["watch", "/nowhere/at/all"], "no stabmon records"),
-        (["watch"], "run_dir"),
+        (["watch", "--every", "0"], "0.1"),
         (["watch", ".", "--fail-on", "panic"], "use warning or error"),
-        (["bogus"], "bogus"),
+        (["bogus"], "no command 'bogus'; use check, "),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_status_2(args: list[str], says: str) -> None:

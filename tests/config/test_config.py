@@ -124,10 +124,12 @@ def test_old_names_work_beside_a_preset_and_warn_once_with_file_and_new_name(
         config = load_config(path)
     texts = sorted(str(each.message) for each in told)
     assert texts == [
-        f"{path}: budget: acts is now max_interventions, the old name works for one more release",
-        f"{path}: budget: hold is now release_after, the old name works for one more release",
-        f"{path}: rules.loss_spike: least_past is now min_history, the old name works for one "
-        "more release",
+        f"stabmon: {path}: {each}, the old name works for one more release"
+        for each in (
+            "budget: acts is now max_interventions",
+            "budget: hold is now release_after",
+            "rules.loss_spike: least_past is now min_history",
+        )
     ]
     assert {each.filename for each in told} == {__file__}
     assert config.make_budget() == Budget(max_interventions=3, release_after=5)

@@ -207,10 +207,10 @@ def test_an_old_name_warns_once_at_the_callers_line_and_works() -> None:
         assert of({"phase": {"rate": 2}}).phase.learning_rate == 2.0
     (one,) = told
     assert str(one.message) == (
-        "0.yaml: phase: rate is now learning_rate, the old name works for one more release"
+        "stabmon: 0.yaml: phase: rate is now learning_rate, the old name works for one more release"
     )
     assert one.filename == __file__
-    with pytest.warns(FutureWarning, match="^Phase: rate is now learning_rate") as told:
+    with pytest.warns(FutureWarning, match="^stabmon: Phase: rate is now learning_rate") as told:
         assert Phase(rate=2.0) == Phase(learning_rate=2.0)  # type: ignore[call-arg]
     assert [each.filename for each in told] == [__file__]
 

@@ -120,7 +120,9 @@ def test_commands_of_a_page_exist(page: str) -> None:
         if program != "stabmon":
             assert (program, command) in {("pip", "install"), ("python", "-W")}, line
             continue
-        options = {each for option in known.commands[command].params for each in option.opts}
+        options = {
+            each for option in known.get_command(None, command).params for each in option.opts
+        }
         assert {each for each in arguments if each.startswith("--")} <= options
 
 

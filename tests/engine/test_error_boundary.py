@@ -42,8 +42,8 @@ def test_a_method_that_fails_is_skipped_counted_by_its_name_and_logged_once(capl
     assert part.boundary.errors == {"double": 2, "hidden": 1}
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        "double failed and is skipped, training goes on: no -1",
-        "hidden failed and is skipped, training goes on: disk full",
+        "stabmon: double failed and is skipped, training goes on: no -1",
+        "stabmon: hidden failed and is skipped, training goes on: disk full",
     ]
     assert all(record.exc_info is not None for record in caplog.records)
 

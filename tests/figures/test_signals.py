@@ -124,6 +124,24 @@ def test_a_head_that_stops_being_finite_is_marked_and_one_that_never_was_is_not(
     assert np.array_equal(line.get_ydata(), [2.0, 1.0, 1.0, NAN], equal_nan=True)
 
 
+def test_small_maps_and_few_lines_are_read_without_colour() -> None:
+    stats = {"a": {"max_logit": np.array([1.25, NAN, 3.0])}, "b": {"max_logit": np.array([2.0])}}
+    axes = heatmap(stats, "max_logit", 1).axes[0]
+    assert [(text.get_position(), text.get_text()) for text in axes.texts] == [
+        ((0, 0), "1.2"),
+        ((2, 0), "3"),
+        ((0, 1), "2"),
+    ]
+    assert [(patch.get_xy(), patch.get_hatch()) for patch in axes.patches] == [((0.5, -0.5), "xxx")]
+    wide = {"a": {"max_logit": np.array([1.0, NAN] * 20)}}
+    crowded = heatmap(wide, "max_logit", 1).axes[0]
+    assert (len(crowded.texts), len(crowded.patches)) == (0, 20)
+    lines = evolution(readings(layers=8), "max_logit").axes[0].lines
+    assert len({(str(line.get_linestyle()), line.get_marker()) for line in lines}) == 8
+    ends = evolution(readings(layers=20), "max_logit").axes[0].texts
+    assert {text.get_text().strip() for text in ends} == {"0", "19"}
+
+
 def test_a_layer_that_comes_late_has_a_gap() -> None:
     first, second = readings()[:2]
     late = Reading(first.step, 1.0, {NAMES[0]: first.layers[NAMES[0]]})

@@ -65,8 +65,8 @@ def test_a_sink_that_keeps_failing_is_let_go_after_some_tries_and_says_what_is_l
     assert broken.closed == 1
     assert group.failed == {"Broken": "ConnectionError: no route to host"}
     assert [record.getMessage() for record in caplog.records] == [
-        "Broken failed and is tried again: ConnectionError: no route to host. Training goes on.",
-        "Broken stopped and is left out: ConnectionError: no route to host. 5 records are lost. "
+        "stabmon: Broken failed and is tried again: ConnectionError: no route to host. Training goes on.",
+        "stabmon: Broken stopped and is left out: ConnectionError: no route to host. 5 records are lost. "
         "Training and the other sinks go on.",
     ]
 
@@ -112,7 +112,7 @@ def test_a_record_that_cannot_be_written_is_counted_and_does_not_keep_back_the_n
         group.write_reading(reading(step), {})
     group.close()
     assert sink.records == [1, 3]
-    assert caplog.messages[-1] == "Moody did not write everything. 1 record is lost."
+    assert caplog.messages[-1] == "stabmon: Moody did not write everything. 1 record is lost."
 
 
 def test_an_interrupt_is_not_swallowed() -> None:

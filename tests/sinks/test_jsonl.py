@@ -317,7 +317,7 @@ def test_a_full_disk_is_said_once_with_what_it_cost_and_hinders_nothing_else(
         group.close()
     assert "No space left on device" in group.failed["JsonlSink"]
     assert caplog.text.count("No space left on device") == 1
-    assert caplog.messages[-1] == "JsonlSink did not write everything. 3 records are lost."
+    assert caplog.messages[-1] == "stabmon: JsonlSink did not write everything. 3 records are lost."
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
+from stabmon.incidents import IncidentLog
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.tensorboard import TensorboardSink
@@ -36,7 +37,8 @@ def test_scalars_arrive_under_their_names_at_their_steps(tmp_path: Path) -> None
         points = events.Scalars(name)
         assert [point.step for point in points] == [10, 20, 30]
         assert points[1].value == pytest.approx(value, rel=1e-6)
-    assert events.Tags()["images"] == events.Tags()["histograms"] == []
+    assert events.Tags()["images"] == ["attention_heatmap/every_head"]
+    assert events.Tags()["histograms"] == []
 
 
 def test_an_issue_is_a_text(tmp_path: Path) -> None:
@@ -115,6 +117,33 @@ def test_heads_that_are_all_nan_bitwise_neutrality(tmp_path: Path) -> None:
     group.close()
     assert group.failed == {}
     assert len(read(tmp_path / "tensorboard").Images("attention_heatmap/max_logit")) == 1
+
+
+def test_one_image_of_every_head_comes_untouched_at_an_alarm_and_at_the_end(tmp_path: Path) -> None:
+    group = SinkGroup([TensorboardSink()])
+    group.open(tmp_path, META)
+    for step in (1, 2, 3, 4):
+        group.write_reading(reading(step), {})
+        if step == 2:
+            group.write_incidents(IncidentLog().update([issue(step)]))
+    group.close()
+    images = read(tmp_path / "tensorboard").Images("attention_heatmap/every_head")
+    assert [image.step for image in images] == [1, 2, 4]
+
+
+def test_a_closed_writer_gets_what_is_left_and_is_closed_again(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path / "theirs"))
+    sink = TensorboardSink(writer=writer)
+    sink.open(tmp_path, META)
+    for step in (1, 2):
+        sink.write_reading(reading(step), {})
+    writer.close()
+    sink.close()
+    assert writer.all_writers is None
+    images = read(tmp_path / "theirs").Images("attention_heatmap/every_head")
+    assert [image.step for image in images] == [1, 2]
 
 
 def test_a_resume_from_an_earlier_step_hides_what_came_after_it(tmp_path: Path) -> None:

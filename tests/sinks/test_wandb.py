@@ -2,8 +2,6 @@
 
 import json
 import math
-import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,12 @@ from typing import Any
 import pytest
 import wandb
 
+from stabmon.incidents import IncidentLog
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.wandb import WandbSink
 from tests.support.sample_records import LAYERS, META, issue, reading
+from tests.support.wandb_files import records, rows, table
 
 
 @pytest.fixture(autouse=True)
@@ -31,52 +31,6 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     yield
     if wandb.run is not None:
         wandb.finish()
-
-
-def records(path: str) -> list[Any]:
-    """Every record of a finished run's .wandb file; W&B may still be writing its end when
-    ``finish`` returns.
-    """
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        found = list(parse(Path(path).read_bytes()))
-        if found and found[-1].WhichOneof("record_type") == "exit":
-            return found
-        time.sleep(0.02)
-    raise TimeoutError(f"{path} has no end")
-
-
-def parse(data: bytes) -> Iterator[Any]:
-    """W&B's own protocol buffers in a LevelDB log: blocks of 32 KiB, behind a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    place, payload = 7, b""
-    while place + 7 <= len(data):
-        left = 32768 - place % 32768
-        if left < 7:
-            place += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
-        if place + 7 + length > len(data):
-            return
-        payload += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-            record.ParseFromString(payload)
-            payload = b""
-            yield record
-
-
-def rows(path: str) -> list[dict[str, Any]]:
-    """The run's history, one dict a row."""
-    found = [
-        record.history for record in records(path) if record.WhichOneof("record_type") == "history"
-    ]
-    return [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item}
-        for row in found
-    ]
 
 
 def write(sink: Any, step: int, **changes: Any) -> None:
@@ -246,7 +200,7 @@ def test_issues_in_a_run_of_somebody_elses_are_a_table_in_its_summary_and_no_row
     assert json.loads(file.read_text())["data"][0][0] == 10
 
 
-def test_issues_become_a_table_and_alarms_an_alert() -> None:
+def test_issues_become_a_table() -> None:
     sink = WandbSink()
     sink.open(None, META)
     write(sink, 10)
@@ -266,13 +220,6 @@ def test_issues_become_a_table_and_alarms_an_alert() -> None:
         [10, "opened", "critical", "entropy_collapse", LAYERS[1], 3],
         [20, "closed", "info", "entropy_collapse", None, None],
     ]
-    alerts = [
-        record.alert for record in records(path) if record.WhichOneof("record_type") == "alert"
-    ]
-    assert [(alert.title, alert.level) for alert in alerts] == [
-        ("stabmon: entropy_collapse", "ERROR")
-    ]
-    assert f"{LAYERS[1]} head 3" in alerts[0].text
 
 
 def test_heads_come_as_histogram_and_heatmap_on_request() -> None:
@@ -291,6 +238,53 @@ def test_heads_come_as_histogram_and_heatmap_on_request() -> None:
         == 2 * history[0]["attention_heatmap/max_logit/height"]
     )
     assert "0.001 (dark)" in history[0]["attention_heatmap/attention_entropy/caption"]
+
+
+def test_interventions_in_a_run_of_somebody_elses_ride_on_the_row_of_their_step() -> None:
+    theirs = wandb.init(project="theirs")
+    sink = WandbSink()
+    sink.open(None, META)
+    record = {"intervention": "qk_clip", "layer": LAYERS[0], "head": 1}
+    for step in (10, 20, 30):
+        write(sink, step)
+        if step == 20:
+            sink.write_intervention(record | {"action": "applied", "step": step})
+        theirs.log({"loss": 1.0})
+    sink.write_intervention(record | {"action": "refused", "step": 30, "why": "it does not fit"})
+    files, path = Path(theirs.dir), theirs.settings.sync_file
+    sink.close()
+    theirs.finish()
+    history = rows(path)
+    assert [row["stabmon/step"] for row in history] == [10, 20, 30]
+    assert [row.get("stability/intervention") for row in history] == [None, 1, 0]
+    told = table(path, files, "stability/interventions")
+    assert [(row["step"], row["action"]) for row in told] == [(20, "applied"), (30, "refused")]
+    assert "qk_clip" in told[0]["in words"]
+
+
+def test_the_configuration_of_a_run_of_somebody_elses_gets_an_entry_that_follows_ours() -> None:
+    theirs = wandb.init(project="theirs", config={"lr": 0.1})
+    sink = WandbSink()
+    sink.open(None, META)
+    write(sink, 10)
+    sink.amend({"layers": {LAYERS[0]: 4}})
+    sink.close()
+    assert theirs.config["stabmon"] == {**META, "layers": {LAYERS[0]: 4}}
+    assert theirs.config["lr"] == 0.1
+
+
+def test_one_image_of_every_head_comes_untouched_and_at_an_alarm() -> None:
+    sink = WandbSink()
+    sink.open(None, META)
+    write(sink, 10)
+    path = own(sink).settings.sync_file
+    write(sink, 20)
+    sink.write_incidents(IncidentLog().update([issue(20)]))
+    write(sink, 30)
+    sink.close()
+    assert [
+        row["stabmon/step"] for row in rows(path) if "attention_heatmap/every_head/_type" in row
+    ] == [10, 20]
 
 
 def test_a_run_that_was_finished_under_us_stops_this_sink_alone(

@@ -193,6 +193,18 @@ def leaves() -> nn.Module:
     raise SystemExit(3)
 
 
+class Speechless(Exception):
+    """An error without words."""
+
+    def __str__(self) -> str:
+        raise ValueError("no words either")
+
+
+def speechless() -> nn.Module:
+    """Raise an error whose message cannot be made."""
+    raise Speechless
+
+
 class Broken(nn.Module):
     """Fail in the forward."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import typer.main
 from markup import cell, table, to_markdown
 
-from stabmon.cli import app
+from stabmon.cli import COMMANDS, app
 
 INTRO = """# Commands
 
@@ -19,7 +19,7 @@ on standard error names what, and what to change.
 def page() -> str:
     """Return the page."""
     group: Any = typer.main.get_command(app)
-    return "\n".join([INTRO, *(_command(name, each) for name, each in group.commands.items())])
+    return "\n".join([INTRO, *(_command(name, group.get_command(None, name)) for name in COMMANDS)])
 
 
 def _command(name: str, command: Any) -> str:

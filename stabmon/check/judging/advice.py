@@ -81,12 +81,17 @@ def add_norm(view: LayerView) -> Recommendation:
 
 def repair_head(view: LayerView, head: int, side: str, ratio: float) -> Recommendation:
     """Recommend bringing a head's weights back to the size of the other heads'."""
-    width = view.info.head_dim
+    places = {} if view.weights is None else view.weights.places
+    layer = view.layer.partition("#")[0]
     return Recommendation(
         f"restore the head from an earlier checkpoint, or divide its {side} by {ratio:.3g}",
         f"{view.layer} head {head}",
-        f"{side}[{head * width}:{(head + 1) * width}] /= {ratio:.3g}  # weight and bias rows of "
-        "this head's projection",
+        "\n".join(
+            f'model.get_parameter("{layer}.{name}").data[{rows}] /= {ratio:.3g}'
+            for name, rows in places[side][head]
+        )
+        if side in places
+        else f"# divide the rows of head {head} in {side} of {layer} by {ratio:.3g}",
         "its scores come back to the size of the other heads'; while saturated, its rows pass no "
         "gradient and cannot repair themselves",
         "QK-clip: Kimi K2, arXiv:2507.20534",

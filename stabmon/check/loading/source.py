@@ -172,6 +172,19 @@ def _from_callable(source: str, attention: str | None, seed: int) -> LoadedModel
     )
 
 
+def error_words(error: BaseException) -> str:
+    """Return an error's type and message on one line.
+
+    >>> error_words(RuntimeError("out of\\nmemory"))
+    'RuntimeError: out of memory'
+    """
+    try:
+        reason = " ".join(str(error).split())[:200]
+    except Exception:  # a message of others may fail in turn
+        reason = ""
+    return f"{type(error).__name__}{': ' if reason else ''}{reason}"
+
+
 @contextmanager
 def _one_line(source: str, what: str, mend: str) -> Iterator[None]:
     """Turn any error or exit of foreign code into a ValueError of one line.
@@ -181,8 +194,7 @@ def _one_line(source: str, what: str, mend: str) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
-    except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{source}: {what} ({type(error).__name__}{': ' if reason else ''}{reason}); {mend}"
-        ) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # code of others may raise anything, also GeneratorExit
+        raise ValueError(f"{source}: {what} ({error_words(error)}); {mend}") from None

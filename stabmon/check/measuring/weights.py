@@ -9,8 +9,8 @@ sqrt(D)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -54,6 +54,11 @@ class HeadWeights:
     """
     normed: bool
     """True where queries and keys are normalised, and gains bound the scores."""
+    places: Mapping[str, Sequence[Sequence[tuple[str, str]]]] = field(default_factory=dict)
+    """For ``W_q`` and ``W_k`` each head's parameters below the module, and their entries.
+
+    As Python writes them; a side that heads share is left out.
+    """
 
     @property
     def untrained(self) -> bool:
@@ -77,12 +82,12 @@ def head_weights(module: nn.Module | None, info: LayerInfo) -> HeadWeights | str
         found = find_query_key(module, info)[0]
         if found.how.startswith("gain of"):
             return _normed(module, info, found)
-        return _plain(info, found)
+        return _plain(module, info, found)
     except NotApplicable as reason:
         return str(reason)
 
 
-def _plain(info: LayerInfo, found: QueryKey) -> HeadWeights | str:
+def _plain(module: nn.Module, info: LayerInfo, found: QueryKey) -> HeadWeights | str:
     query = [_matrix(head) for head in found.query]
     if found.key is not None:
         key = [_matrix(head) for head in found.key]
@@ -112,7 +117,25 @@ def _plain(info: LayerInfo, found: QueryKey) -> HeadWeights | str:
         key_size,
         max(_randomness(query), _randomness(key)),
         False,
+        _places(module, found),
     )
+
+
+def _places(module: nn.Module, found: QueryKey) -> dict[str, list[list[tuple[str, str]]]]:
+    """Return each head's parameters by name, with their rows as an index."""
+    names = {id(each): name for name, each in module.named_parameters()}
+    sides = {"W_q": found.query, "W_k": found.key or ()}
+    return {
+        side: [
+            [
+                (names[id(rows.parameter)], f"{':, ' * rows.dim}{rows.start}:{rows.stop}")
+                for rows in head
+            ]
+            for head in heads
+        ]
+        for side, heads in sides.items()
+        if heads and all(id(rows.parameter) in names for head in heads for rows in head)
+    }
 
 
 def _randomness(heads: Sequence[Tensor]) -> float:

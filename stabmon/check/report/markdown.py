@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from textwrap import indent
 
 from stabmon.check.report.results import CheckResults
+from stabmon.check.report.words import sentences
 from stabmon.check.sweep.view import sweep_sentence
 from stabmon.figures.labels import short_names
 
@@ -16,7 +18,7 @@ def to_markdown(report: CheckResults) -> str:
     """Render verdict, findings with advice, formats and the worst heads."""
     parts = [
         f"# Stability check: {report.verdict}",
-        f"{report.subject}, {report.length} tokens, {report.config.dtype}.",
+        *(f"{sentence[0].upper()}{sentence[1:]}" for sentence in sentences(report)),
         *_findings(report),
     ]
     if report.views:
@@ -129,7 +131,6 @@ def number(value: float) -> str:
 
 def _findings(report: CheckResults) -> Iterable[str]:
     if not report.findings:
-        yield "No finding."
         return
     yield "## Findings"
     for place, each in enumerate(report.findings, start=1):
@@ -140,10 +141,10 @@ def _findings(report: CheckResults) -> Iterable[str]:
         if advice is not None:
             lines += [
                 f"   - do: {advice.what} ({advice.where})",
-                f"   - as: `{advice.code}`",
                 f"   - then: {advice.effect}",
+                f"   - from: {advice.source}",
+                f"   - code:\n\n     ```python\n{indent(advice.code, ' ' * 5)}\n     ```",
             ]
-            lines += [f"   - from: {advice.source}"]
         yield "\n".join(lines)
 
 

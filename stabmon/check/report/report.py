@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from stabmon._display.html import card, line, table
+from stabmon.check.judging.findings import counts
 from stabmon.check.measuring.arithmetic import expected_entropy
 from stabmon.check.report.markdown import to_markdown
 from stabmon.check.report.results import CheckResults
+from stabmon.check.report.words import sentences
 
 LENGTHS = (128, 512, 2048, 8192, 32_768, 131_072)
 
@@ -61,6 +64,25 @@ class StabilityReport(CheckResults, Mapping[str, Any]):
         """
         return to_markdown(self)
 
+    def __repr__(self) -> str:
+        found = ", ".join(f"{number} {kind}" for kind, number in counts(self.findings).items())
+        return f"StabilityReport({self.verdict}, {self.subject}, findings: {found or 'none'})"
+
+    def _repr_html_(self) -> str:
+        """Return the verdict, the findings with what to do, and the settings, for notebooks."""
+        rows = [
+            (each.severity, each.text, each.where, getattr(each.recommendation, "what", ""))
+            for each in self.findings
+        ]
+        basis = "weights as the config draws them" if self.analytic else "the model's own weights"
+        severity = {"fail": "error", "warn": "warning"}.get(self.verdict, "info")
+        return card(
+            f"Stability check: {self.verdict}",
+            line(f"{self.subject}, {self.length} tokens, {self.config.dtype}, from {basis}"),
+            table(("", "finding", "where", "to do"), rows) or line("no finding"),
+            severity=severity,
+        )
+
     def __str__(self) -> str:
         return self.to_markdown()
 
@@ -80,6 +102,7 @@ class StabilityReport(CheckResults, Mapping[str, Any]):
             "schema_version": 1,
             "subject": self.subject,
             "verdict": self.verdict,
+            "summary": sentences(self),
             "dtype": self.config.dtype,
             "seq_len": self.length,
             "basis": basis,

@@ -50,6 +50,8 @@ class CheckResults:
     loss: float | None = None
     gradients: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sample: str = ""
+    """Description of the input of the forward; empty where none was made."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further parts in plain values: a stability region, a sweep of learning rates."""
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Group
+from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from stabmon.check.judging.findings import Finding
 from stabmon.check.region.region import OperatingPoint, stability_region
 from stabmon.check.region.view import region_table
 from stabmon.check.report.markdown import head_columns, head_rows, number
 from stabmon.check.report.report import StabilityReport
+from stabmon.check.report.words import sentences
 from stabmon.check.sweep.view import sweep_table
 
 COLOURS = {
@@ -28,48 +30,49 @@ COLOURS = {
 MOST_HEADS = 6
 
 
-def view(report: StabilityReport) -> Group:
-    """Render verdict, findings, formats and the worst heads."""
-    return Group(*_parts(report))
+def show(report: StabilityReport, console: Console) -> None:
+    """Print sentences, findings with their code, and tables.
+
+    Lines of code are neither indented nor broken, so that they can be copied.
+
+    Args:
+        report: the results.
+        console: the console to print to.
+    """
+    first, *others = sentences(report)
+    console.print(Text.assemble((report.verdict, f"bold {COLOURS[report.verdict]}"), f"  {first}"))
+    for sentence in others:
+        console.print(Text(sentence))
+    for finding in report.findings:
+        _show_finding(finding, console)
+    for part in _tables(report):
+        console.print(Text(""))
+        console.print(part)
+    for note in report.notes:
+        console.print(Text(f"note: {note}", style="dim"))
 
 
-def _parts(report: StabilityReport) -> Iterator[Any]:
-    yield Text.assemble((report.verdict, f"bold {COLOURS[report.verdict]}"), f"  {report.subject}")
-    basis = (
-        "analytic: weights as the config draws them"
-        if report.analytic
-        else "measured on the model's own weights"
-    )
-    yield Text(f"{report.length} tokens, {report.config.dtype}, {basis}", style="dim")
-    for each in report.findings:
-        yield Text("")
-        yield Text.assemble(
-            (each.severity, f"bold {COLOURS[each.severity]}"),
-            f"  {each.name}  {each.where}  ({each.basis})",
-        )
-        yield Padding(Text(each.text), (0, 0, 0, 2))
-        if (advice := each.recommendation) is not None:
-            for label, said in (
-                ("do", advice.what),
-                ("as", advice.code),
-                ("then", advice.effect),
-                ("from", advice.source),
-            ):
-                yield Padding(Text.assemble((f"{label:<5}", "dim"), said), (0, 0, 0, 2))
+def _show_finding(finding: Finding, console: Console) -> None:
+    severity = (finding.severity, f"bold {COLOURS[finding.severity]}")
+    console.print(Text(""))
+    console.print(Text.assemble(severity, f"  {finding.name} in {finding.where} ({finding.basis})"))
+    console.print(Padding(Text(f"{finding.text}."), (0, 0, 0, 2)))
+    if (advice := finding.recommendation) is not None:
+        for label, said in (("do", advice.what), ("then", advice.effect), ("from", advice.source)):
+            console.print(Padding(Text.assemble((f"{label:<5}", "dim"), said), (0, 0, 0, 2)))
+        console.print(Padding(Text("code", style="dim"), (0, 0, 0, 2)))
+        console.print(Text(advice.code), soft_wrap=True)
+
+
+def _tables(report: StabilityReport) -> Iterator[Any]:
     if report.views:
-        yield Text("")
         yield _formats(report)
-        yield Text("")
         yield _heads(report)
     if "region" in report.extra:
         origin = OperatingPoint.of(report.views)
-        yield Text("")
         yield region_table(origin, stability_region(origin, report.config), report.config.dtype)
     if "sweep" in report.extra:
-        yield Text("")
         yield sweep_table(report.extra["sweep"])
-    for note in report.notes:
-        yield Text(f"note: {note}", style="dim")
 
 
 def _formats(report: StabilityReport) -> Table:

@@ -12,8 +12,8 @@ from stabmon.cli.analyzing.inputs import make_inputs
 from stabmon.cli.analyzing.kinds import prepared
 from stabmon.cli.analyzing.options import KINDS, AnalyzeOptions, flag
 from stabmon.cli.analyzing.probe import estimated_seconds, probe
-from stabmon.cli.analyzing.progress import duration, working
 from stabmon.cli.errors import one_line_errors
+from stabmon.cli.progress import duration, working
 
 LONG = 10.0
 """Seconds from which the expected time is announced."""

@@ -25,7 +25,9 @@ class CheckOptions:
         int | None,
         typer.Option(min=2, help="Length to train at, in tokens; the config's own if left out."),
     ] = None
-    dtype: Annotated[str, typer.Option(help="Precision to train in: fp16, bf16 or fp32.")] = "fp32"
+    dtype: Annotated[
+        str, typer.Option(help="Precision to train in: fp16, bf16 or fp32; torch's names too.")
+    ] = "fp32"
     attn: Attention = None
     text: Annotated[
         str | None, typer.Option(help="A file to take the sample from; random tokens if left out.")

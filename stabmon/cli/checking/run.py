@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +26,9 @@ from stabmon.check.sweep.proxy import Proxy, make_proxy
 from stabmon.check.sweep.sweep import sweep_rates
 from stabmon.cli.checking.options import CheckOptions
 from stabmon.cli.errors import one_line_errors
+from stabmon.cli.outputs import prove_file
+from stabmon.cli.progress import working
+from stabmon.figures.canvas import drawable
 from stabmon.tiny.recipe import Recipe
 
 MEND = "give a --seq-len that it takes, or use stabmon.check_attention_stability(model, sample)"
@@ -53,16 +56,18 @@ def checked(options: CheckOptions) -> StabilityReport:
     }
     settings = check_config(given, "--")
     recipe = Recipe.parse(options.schedule)
-    target = load_target(options.model, attention, options.seed)
-    proxy = None
-    if options.sweep:
-        length = trained_length(target, options.seq_len)
-        proxy = make_proxy(target, attention, options.text, length)
-    report = _measured(target, options, settings)
-    if options.plot is not None and report.views:
-        _draw(report, options.plot)
-    if proxy is not None and report.views:
-        return _swept(report, proxy, recipe, options)
+    with working(f"loading {options.model}") as say:
+        target = load_target(options.model, attention, options.seed)
+        proxy = None
+        if options.sweep:
+            length = trained_length(target, options.seq_len)
+            proxy = make_proxy(target, attention, options.text, length)
+        report = _measured(target, options, settings, say)
+        if options.plot is not None and report.views:
+            say(f"drawing {options.plot}")
+            _draw(report, options.plot)
+        if proxy is not None and report.views:
+            return _swept(report, proxy, recipe, options, say)
     if options.lr is not None:
         note = f"the rate {options.lr:g} is not judged by a forward alone: add --sweep"
         return replace(report, notes=(*report.notes, note))
@@ -70,28 +75,20 @@ def checked(options: CheckOptions) -> StabilityReport:
 
 
 def print_report(report: StabilityReport, options: CheckOptions) -> None:
-    """Print a report as a table or as JSON, and write it to ``--markdown``.
-
-    Raises:
-        ValueError: if the file cannot be written.
-    """
+    """Print a report in words or as JSON, and write it to ``--markdown``."""
     if options.markdown is not None:
-        try:
-            Path(options.markdown).write_text(report.to_markdown())
-        except OSError as error:
-            raise ValueError(
-                f"--markdown {options.markdown}: {error.strerror or error}; name a file that can "
-                "be written"
-            ) from None
+        Path(options.markdown).write_text(report.to_markdown(), encoding="utf-8")
     if options.as_json:
         print(dumps(report.to_dict()))
     else:
-        from stabmon.check.report.terminal import view
+        from stabmon.check.report.terminal import show
 
-        Console().print(view(report))
+        show(report, Console(highlight=False))
 
 
-def _measured(target: LoadedModel, options: CheckOptions, settings: CheckConfig) -> StabilityReport:
+def _measured(
+    target: LoadedModel, options: CheckOptions, settings: CheckConfig, say: Callable[[str], None]
+) -> StabilityReport:
     """Run the model on a sample and judge it."""
     length = trained_length(target, options.seq_len)
     tokens = sample_length(target, length, options.batch)
@@ -104,32 +101,39 @@ def _measured(target: LoadedModel, options: CheckOptions, settings: CheckConfig)
                 f"the sample has {tokens} tokens; for {length} its scores were carried over"
             )
     failed = f"{options.model}: the model failed on a sample of {tokens} tokens"
+    say(f"a forward and a backward of {target.subject} on {tokens} tokens")
     with one_line_errors(failed, MEND):
         report = check_attention_stability(
             target.model, sample, settings, subject=target.subject, analytic=target.analytic
         )
+    if target.sample is None and reads_tokens:
+        source = "random tokens" if options.text is None else f"tokens of {options.text}"
+        report = replace(report, sample=f"{options.batch} × {tokens} {source}")
     return replace(report, notes=(*target.notes, *notes, *report.notes))
 
 
 def _swept(
-    report: StabilityReport, proxy: Proxy, recipe: Recipe, options: CheckOptions
+    report: StabilityReport,
+    proxy: Proxy,
+    recipe: Recipe,
+    options: CheckOptions,
+    say: Callable[[str], None],
 ) -> StabilityReport:
     """Add a sweep over learning rates to a report."""
+    say("training a few dozen steps at several rates")
 
     def show(run: ShortRun) -> None:
-        if sys.stderr.isatty():
-            print(
-                f"rate {run.rate:.3g}: largest score {run.scores[-1].max():.3g}, loss "
-                f"{run.losses[-1]:.3f}",
-                file=sys.stderr,
-            )
+        say(
+            f"training at several rates; {run.rate:.3g} gave a largest score of "
+            f"{run.scores[-1].max():.3g} and a loss of {run.losses[-1]:.3f}"
+        )
 
     with one_line_errors(f"--sweep: training on {proxy.length} tokens a row failed", MEND):
         found = sweep_rates(
             proxy.make,
             proxy.batches,
             recipe,
-            options.dtype,
+            report.config.dtype,
             proxy.length,
             around=1e-3 if options.lr is None else options.lr * proxy.full_width / proxy.width,
             widths=(proxy.width, proxy.full_width),
@@ -145,12 +149,7 @@ def _swept(
 
 
 def _draw(report: StabilityReport, path: str) -> None:
-    try:
-        region_plot(OperatingPoint.of(report.views), report.config, path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--plot {path}: {error}; name a file that can be written, such as region.png"
-        ) from None
+    region_plot(OperatingPoint.of(report.views), report.config, path)
 
 
 @dataclass(frozen=True)
@@ -163,5 +162,9 @@ class _Judged:
 
 
 def _check_options(options: CheckOptions) -> None:
-    """Raise a ValueError in one line for an option out of its bounds."""
+    """Raise a ValueError in one line for an option that is wrong, or a file without a place."""
     check_settings(_Judged(options.attn, options.batch, options.lr), "--")
+    if options.markdown is not None:
+        prove_file(options.markdown, "--markdown")
+    if options.plot is not None:
+        prove_file(options.plot, "--plot", drawable())

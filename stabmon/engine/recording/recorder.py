@@ -26,6 +26,7 @@ class Recorder:
         folder: ``<run_dir>/stabmon``, made with the first record or step; None where nothing goes
             to disk.
         boundary: counts what fails.
+        on_issues: called with the issues of a step, once they are written.
         report: write a page of the run as it ends.
     """
 
@@ -34,6 +35,7 @@ class Recorder:
         sinks: Sequence[Sink],
         folder: Path | None,
         boundary: ErrorBoundary,
+        on_issues: Callable[[Sequence[StabilityIssue]], None] | None = None,
         *,
         report: bool = False,
     ) -> None:
@@ -41,7 +43,7 @@ class Recorder:
         self.issues: list[StabilityIssue] = []
         self.alarms = 0
         """Number of issues of severity error or above."""
-        self._sinks = SinkGroup(sinks)
+        self._sinks, self._on_issues = SinkGroup(sinks), on_issues
         self._folder, self._report = folder, report
         self._opened: float | None = None
         self._layers: dict[str, int] = {}
@@ -113,6 +115,7 @@ class Recorder:
         self._sinks.write_issues(issues)
         self._sinks.write_incidents(incidents)
         self._count_failed()
+        self._call_on_issues(issues)
         return tuple(incidents)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
@@ -130,6 +133,11 @@ class Recorder:
         if writes and self._opened is not None:
             self._write_report(time.monotonic() - self._opened)
         self._opened = None
+
+    @contained
+    def _call_on_issues(self, issues: Sequence[StabilityIssue]) -> None:
+        if self._on_issues is not None:
+            self._on_issues(issues)
 
     def _group(self, issues: Sequence[StabilityIssue]) -> list[Incident]:
         """Return the incidents that the issues of a step change."""

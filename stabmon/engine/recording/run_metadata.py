@@ -14,13 +14,18 @@ from stabmon.sinks.jsonl import utc_now
 
 
 def run_meta(
-    model: nn.Module, config: StabilityConfig, continues: bool, first_step: int = 1
+    model: nn.Module,
+    config: StabilityConfig,
+    framework: str,
+    continues: bool,
+    first_step: int = 1,
 ) -> dict[str, Any]:
     """Return the metadata of a run as plain values, for JSON.
 
     Args:
         model: the model that trains.
         config: the run's configuration.
+        framework: ``transformers``, ``lightning`` or ``loop``.
         continues: the run goes on from an earlier one.
         first_step: the first step of this start.
     """
@@ -33,6 +38,7 @@ def run_meta(
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     return {
         "versions": {"python": platform.python_version(), **packages},
+        "framework": framework,
         "config": config.to_dict(),
         "model": {
             "class": type(model).__name__,

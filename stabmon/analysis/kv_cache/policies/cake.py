@@ -20,7 +20,9 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 
 @dataclass(frozen=True)
 class Cake(Policy):
-    """Eviction of CAKE, with positions kept ascending and everything in float32.
+    """Eviction by the mean and the variance of attention.
+
+    Positions are kept ascending, and everything is in float32.
 
     While decoding, the new query's attention alone decides, pooled over neighbouring positions (the
     published code pools over keys in the order of their scores, which mixes unrelated keys).

@@ -14,7 +14,7 @@ from stabmon.analysis.kv_cache.scores import over_groups
 
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Keys with the largest attention mass summed over all queries, and the newest.
+    """Keys with the largest attention mass so far, and the newest.
 
     The sums over all queries of the prompt are one transposed product with the attention, linear in
     its length. Early keys are seen by more queries than late ones, and the method does not correct

@@ -13,7 +13,7 @@ from stabmon.analysis.kv_cache.policy import POLICIES, Checks
 
 @dataclass(frozen=True)
 class Pyramid(SnapKV):
-    """Linearly falling budgets from first to last layer, with SnapKV's keys.
+    """Budgets falling from first to last layer, SnapKV's keys.
 
     Args:
         pool: odd width of the average over neighbouring keys.

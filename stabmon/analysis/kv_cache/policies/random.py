@@ -14,7 +14,7 @@ from stabmon.analysis.kv_cache.prompt import PromptLayer
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Keys drawn at random for each key head, a lower bound for any choice.
+    """Keys drawn at random, a lower bound for any choice.
 
     Every key gets one random number, from a generator of its own that leaves the global one alone,
     and keeps it while decoding; so new and old keys have the same chance.

@@ -15,7 +15,7 @@ from stabmon.analysis.kv_cache.scores import keep_scores
 
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Keys with the most attention of the prompt's last queries, for each key head.
+    """Keys with the most attention of the prompt's last queries.
 
     Args:
         pool: odd width of the average over neighbouring keys.

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def working(doing: str) -> Iterator[None]:
-    """Show what is being done while it is done, on a terminal only."""
+def working(doing: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done while it is done, on a terminal only.
+
+    Args:
+        doing: the work in words.
+
+    Yields:
+        A function that changes the words.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield
+        yield lambda doing: None
         return
-    with console.status(f"{doing} …"):
-        yield
+    with console.status(f"{doing} …") as status:
+        yield lambda doing: status.update(f"{doing} …")
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,1 @@
+"""Short views of objects: bars in text, and HTML for notebooks."""
