@@ -11,8 +11,9 @@ from transformers.integrations import integration_utils
 
 from stabmon._torch.isolation import random_state_kept
 from stabmon.config import StabilityConfig
-from stabmon.records import Reading
 from stabmon.sinks import Sink
+from stabmon.sinks.dashboards.panels import LAYERS
+from stabmon.sinks.dashboards.scalar_log import ScalarLog
 
 _SINKS = {
     "TensorBoardCallback": ("tensorboard", "tb_writer"),
@@ -25,12 +26,11 @@ _SINKS = {
 switches the reporter off (checked with transformers 5.23). Under other names, stabmon would open a
 run that the reporter does not want.
 """
-_OF_A_LAYER = "attention_layers/"
 _TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "neptune", "swanlab", "trackio")
 """Packages whose own callbacks for the Trainer are reporters, beside those of ``report_to``."""
 
 
-class ReporterSink(Sink):
+class ReporterSink(ScalarLog):
     """Scalars through a reporter's own ``on_log``, as if the Trainer had logged them.
 
     Other callbacks get nothing, so that no progress bar prints them. The reporter is given copies
@@ -40,18 +40,26 @@ class ReporterSink(Sink):
         reporter: the callback.
         args: the Trainer's arguments.
         state: its state.
+        every_layer: log the scalars of every layer of a model of many.
         **given: further arguments of the Trainer's events, such as ``model``.
     """
 
     def __init__(
-        self, reporter: Any, args: TrainingArguments, state: TrainerState, **given: Any
+        self,
+        reporter: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        every_layer: bool = False,
+        **given: Any,
     ) -> None:
+        super().__init__(every_layer=every_layer)
         self._reporter, self._args, self._state, self._given = reporter, args, state, given
         self.name = type(reporter).__name__
 
-    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, scalars: dict[str, float]) -> None:
         with random_state_kept():
-            self._log(reading.step, dict(scalars))
+            self._log(step, scalars)
 
     def _log(self, step: int, scalars: dict[str, float]) -> None:
         state, control = copy.copy(self._state), TrainerControl()
@@ -106,7 +114,7 @@ _OWN_WAYS = {
 
 def model_wide(scalars: Mapping[str, float]) -> dict[str, float]:
     """Return the scalars that are not of a single layer."""
-    return {name: value for name, value in scalars.items() if not name.startswith(_OF_A_LAYER)}
+    return {name: value for name, value in scalars.items() if not name.startswith(LAYERS)}
 
 
 def reporters_of(callbacks: Sequence[Any]) -> list[Any]:
@@ -148,7 +156,7 @@ def sinks_of(
                 found.append(config.make_sink(name, writer=target))
         elif name in ("", "tensorboard"):
             way = next((_OWN_WAYS[each] for each in classes if each in _OWN_WAYS), ReporterSink)
-            found.append(way(reporter, args, state, **given))
+            found.append(way(reporter, args, state, every_layer=config.per_head, **given))
         elif target is not None and name not in config.sinks:
             found.append(config.make_sink(name))
     return found
