@@ -41,6 +41,16 @@ from stabmon.tiny.corpus import load_corpus
 from tests.support import wandb_files
 
 LENGTH, BATCH, RATE = 64, 8, 3e-2
+PINS = [
+    {"plugin": "scalars", "tag": tag}
+    for tag in (
+        "stability/risk",
+        "stability/issues_open",
+        "attention/max_logit/max",
+        "attention/normalized_entropy/min",
+    )
+]
+"""Cards at the top of TensorBoard's first tab, as in docs/records.md."""
 
 
 class Timed(Sink):
@@ -238,11 +248,14 @@ def photograph(folder: Path, out: Path) -> None:
             executable_path="/usr/bin/chromium", args=["--no-sandbox"]
         )
         page = browser.new_page(viewport={"width": 1400, "height": 900})
-        for tab in ("timeseries", "custom_scalars", "images", "text"):
+        tabs = {each: f"#{each}" for each in ("timeseries", "custom_scalars", "images", "text")}
+        for name, place in (
+            tabs | {"pinned": f"?pinnedCards={json.dumps(PINS)}#timeseries"}
+        ).items():
             page.goto("about:blank")
-            page.goto(f"{address}/#{tab}", timeout=180_000)
-            page.wait_for_timeout(10_000)
-            page.screenshot(path=str(out / f"tensorboard_{tab}.png"), timeout=180_000)
+            page.goto(f"{address}/{place}", timeout=180_000)
+            page.wait_for_timeout(15_000)
+            page.screenshot(path=str(out / f"tensorboard_{name}.png"), timeout=180_000)
         browser.close()
 
 
