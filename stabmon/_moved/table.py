@@ -191,6 +191,7 @@ MODULES: Mapping[str, tuple[str, ...]] = {
         "study.study",
         "study.plan",
         "study.task",
+        "study.side_by_side",
     ),
     "training.variants": ("study.variants",),
 }

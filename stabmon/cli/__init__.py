@@ -7,7 +7,9 @@ so that neither help nor a wrong call waits for torch.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -99,6 +101,7 @@ def main() -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a dash must not fail on a terminal of ASCII
         sys.stdout.reconfigure(errors="replace")
+    atexit.register(gc.freeze)  # else Python's end walks all of torch again, for one or two seconds
     try:
         status = app(sys.argv[1:] or ["--help"], prog_name="stabmon", standalone_mode=False)
         sys.stdout.flush()

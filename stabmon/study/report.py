@@ -40,8 +40,8 @@ def summary(settings: StudySettings, folder: Path) -> dict[str, list[dict[str, A
         folder: its results.
 
     Returns:
-        Rows by kind: means over seeds with half of their 95 % intervals, differences taken within a
-            seed.
+        Rows by kind: means over seeds with half of their 95 % intervals (None for one seed),
+            differences taken within a seed.
     """
     results = results_of(folder)
     bases = results[("joint", BASE)]
@@ -74,9 +74,9 @@ def row_of(
     return {
         "variant": name,
         "held_out": loss,
-        "held_out_half_interval": loss_half,
+        "held_out_half_interval": loss_half if len(losses) > 1 else None,
         "minus_base": gain,
-        "minus_base_half_interval": gain_half,
+        "minus_base_half_interval": gain_half if len(losses) > 1 else None,
         "parameters": first["added_parameters"] if name != BASE else first["parameters"],
         "best_steps": [results[seed]["best_step"] for seed in settings.seeds],
         "losses": losses,
@@ -85,11 +85,22 @@ def row_of(
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Format a row."""
-    base = row["variant"] == BASE
-    difference = "" if base else f"{row['minus_base']:+.4f} ± {row['minus_base_half_interval']:.4f}"
+    difference = "" if row["variant"] == BASE else f"{row['minus_base']:+.4f}"
+    difference += _interval(row["minus_base_half_interval"]) if difference else ""
     steps = ", ".join(map(str, row["best_steps"]))
-    loss = f"{row['held_out']:.4f} ± {row['held_out_half_interval']:.4f}"
+    loss = f"{row['held_out']:.4f}{_interval(row['held_out_half_interval'])}"
     return (row["variant"], loss, difference, f"{row['parameters']:,}", steps)
+
+
+def _interval(half: float | None) -> str:
+    """Return the end of a value with an interval; empty for a single run, which has none."""
+    return "" if half is None else f" ± {half:.4f}"
+
+
+def _unit(seeds: int) -> str:
+    if seeds == 1:
+        return "one seed, nats a byte"
+    return f"mean over {seeds} seeds ± half of its 95% interval, nats a byte"
 
 
 def tables(found: Mapping[str, list[dict[str, Any]]], seeds: int) -> list[Table]:
@@ -102,10 +113,7 @@ def tables(found: Mapping[str, list[dict[str, Any]]], seeds: int) -> list[Table]
     made = []
     for kind, rows in found.items():
         if rows:
-            title = (
-                f"{TITLES[kind]}: mean over {seeds} seeds ± half of its 95% interval, nats a byte"
-            )
-            table = Table(title=title, title_justify="left")
+            table = Table(title=f"{TITLES[kind]}: {_unit(seeds)}", title_justify="left")
             for place, header in enumerate(HEADERS):
                 table.add_column(header, justify="right" if place else "left")
             for row in rows:
@@ -127,7 +135,7 @@ def markdown(found: Mapping[str, list[dict[str, Any]]], seeds: int) -> str:
             lines += [
                 f"## {TITLES[kind].capitalize()}",
                 "",
-                f"Mean over {seeds} seeds ± half of its 95% interval, nats a byte.",
+                f"{_unit(seeds).capitalize()}.",
                 "",
             ]
             lines += [

@@ -11,31 +11,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from stabmon.config import load_config
 from stabmon.study.pictures import draw_generation
 from stabmon.study.plan import StudySettings, Task, tasks
 from stabmon.study.settings import SettingsError
-from stabmon.study.task import run_task
-from stabmon.study.variants import BASE, VARIANTS
+from stabmon.study.side_by_side import run_tasks
+from stabmon.study.variants import VARIANTS
 from stabmon.tiny.corpus import load_corpus
-from stabmon.tiny.language_models import make_model
 
 
-def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda line: None) -> Path:
+def run_study(
+    settings: StudySettings,
+    progress: Callable[[str], None] = lambda line: None,
+    now: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Train everything without a result.
 
     Args:
         settings: the study.
-        progress: called with a line after each task.
+        progress: called with a line at the start and after each task.
+        now: called every few seconds with the state of the trainings.
 
     Returns:
         The folder of results, one JSON file per task.
@@ -50,13 +50,15 @@ def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda 
         task for task in everything if not (folder / "results" / f"{task.name}.json").exists()
     ]
     began, done = time.monotonic(), len(everything) - len(remaining)
-    for task, result in run_tasks(settings, remaining):
+    kept = f", {done} of {len(everything)} done before" if done else ""
+    progress(f"{len(remaining)} trainings{kept}, {settings.workers or 1} at a time, into {folder}")
+
+    def counted(line: str) -> str:
+        return f"[{done}/{len(everything)}, {time.monotonic() - began:.0f} s] {line}"
+
+    for task, result in run_tasks(settings, remaining, lambda line: now(counted(line))):
         done += 1
-        elapsed = time.monotonic() - began
-        progress(
-            f"[{done}/{len(everything)}, {elapsed:.0f} s] {task.name}: held-out loss "
-            f"{result['held_out']:.4f}"
-        )
+        progress(counted(f"{task.name}: held-out loss {result['held_out']:.4f}"))
     shown = [name for name in settings.frozen if VARIANTS[name].controller]
     if shown:
         learned = [name for name in shown if VARIANTS[name].controller == "info_density"] or shown
@@ -65,42 +67,6 @@ def run_study(settings: StudySettings, progress: Callable[[str], None] = lambda 
             settings.model, settings.corpus, folder, Task("frozen", learned[-1], seed).name, seed
         )
     return folder
-
-
-def run_tasks(
-    settings: StudySettings, remaining: list[Task]
-) -> Iterator[tuple[Task, dict[str, Any]]]:
-    """Run tasks and yield each result as its task ends.
-
-    Those on a frozen base wait for their base.
-    """
-    if settings.workers == 0:
-        yield from ((task, run_task(settings, task)) for task in remaining)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        settings.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        bases = {task for task in remaining if task.variant == BASE}
-        blocked = [
-            task
-            for task in remaining
-            if task.kind == "frozen" and Task("joint", BASE, task.seed) in bases
-        ]
-        running: dict[Future[dict[str, Any]], Task] = {
-            pool.submit(run_task, settings, task): task for task in remaining if task not in blocked
-        }
-        try:
-            while running:
-                future = next(as_completed(running))
-                task = running.pop(future)
-                yield task, future.result()
-                ready = [each for each in blocked if task == Task("joint", BASE, each.seed)]
-                blocked = [each for each in blocked if each not in ready]
-                running |= {pool.submit(run_task, settings, each): each for each in ready}
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
 
 
 def prepare(settings: StudySettings) -> Path:
@@ -116,7 +82,6 @@ def prepare(settings: StudySettings) -> Path:
             f"corpus: {corpus.source} leaves {len(corpus.validation)} held-out blocks: use a "
             "longer text"
         )
-    make_model(settings.model, settings.corpus.block)
     folder = Path(settings.run_dir)
     about = {
         "settings": dataclasses.asdict(settings),

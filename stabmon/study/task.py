@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,19 @@ from stabmon.study.variants import BASE, apply_variant
 from stabmon.tiny.corpus import load_corpus
 from stabmon.tiny.language_models import make_model
 
+EVERY = 2.0
+"""Seconds between two words on the state of a training."""
 
-def run_task(settings: StudySettings, task: Task) -> dict[str, Any]:
+
+def run_task(
+    settings: StudySettings, task: Task, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Run one task: train, write the weights, then the result.
 
     Args:
         settings: the study.
         task: the training.
+        say: called every few seconds with the state of the training in words.
 
     Returns:
         The result, as written to ``results/<task>.json``.
@@ -47,9 +54,9 @@ def run_task(settings: StudySettings, task: Task) -> dict[str, Any]:
     with record_controllers(
         model, folder / "series" / task.name, settings.watch_every if first else None
     ):
-        fitted = fit(
-            model, parameters, corpus, phase, task.seed, monitor_factory(settings, task, model)
-        )
+        monitored = monitor_factory(settings, task, model)
+        tell = now_and_then(f"{task.name}: step {{}} of {phase.steps}, loss {{:.4f}}", say)
+        fitted = fit(model, parameters, corpus, phase, task.seed, monitored, tell)
     if task.variant == BASE:
         base_file.parent.mkdir(exist_ok=True)
         torch.save(model.state_dict(), base_file.with_suffix(".tmp"))
@@ -64,6 +71,24 @@ def run_task(settings: StudySettings, task: Task) -> dict[str, Any]:
     path.with_suffix(".tmp").write_text(json.dumps(result) + "\n")
     path.with_suffix(".tmp").replace(path)
     return result
+
+
+def now_and_then(words: str, say: Callable[[str], None]) -> Callable[[int, torch.Tensor], None]:
+    """Return a function of step and loss that says them at once, then every few seconds.
+
+    Args:
+        words: text with places for step and loss.
+        say: gets the text.
+    """
+    due = 0.0
+
+    def tell(step: int, loss: torch.Tensor) -> None:
+        nonlocal due
+        if time.monotonic() >= due:
+            due = time.monotonic() + EVERY
+            say(words.format(step, loss.item()))
+
+    return tell
 
 
 def monitor_factory(

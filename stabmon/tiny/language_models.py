@@ -15,7 +15,16 @@ class ShapeError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a transformers model; no weights are loaded."""
+    """Size of a transformers model; no weights are loaded.
+
+    Raises:
+        ShapeError: for sizes that do not fit together.
+
+    Example:
+        >>> Shape(heads=3)
+        Traceback (most recent call last):
+        stabmon.tiny.language_models.ShapeError: width 128 must be a multiple of twice the 3 heads: use 126
+    """
 
     architecture: Literal["llama", "gpt2"] = "llama"
     layers: Count = 4
@@ -24,6 +33,23 @@ class Shape:
     """Key heads of a Llama; None for as many as query heads."""
     width: Count = 128
 
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            nearest = 2 * self.heads * max(1, self.width // (2 * self.heads))
+            raise ShapeError(
+                f"width {self.width} must be a multiple of twice the {self.heads} heads: use "
+                f"{nearest}"
+            )
+        kv_heads = self.kv_heads or self.heads
+        if self.architecture == "gpt2" and kv_heads != self.heads:
+            raise ShapeError(
+                f"kv_heads is {kv_heads}, but GPT-2 has no grouped heads: leave it out, or use llama"
+            )
+        if self.heads % kv_heads:
+            raise ShapeError(
+                f"kv_heads {kv_heads} must divide the {self.heads} heads: leave it out, or use 1"
+            )
+
 
 def make_model(shape: Shape, block: int) -> Any:
     """Make the untrained model.
@@ -31,9 +57,6 @@ def make_model(shape: Shape, block: int) -> Any:
     Args:
         shape: its size.
         block: largest number of positions.
-
-    Raises:
-        ShapeError: if GPT-2 is asked for fewer key heads than query heads.
     """
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -44,11 +67,6 @@ def make_model(shape: Shape, block: int) -> Any:
         "use_cache": False,
     }
     if shape.architecture == "gpt2":
-        if shape.kv_heads not in (None, shape.heads):
-            raise ShapeError(
-                f"model.kv_heads is {shape.kv_heads}, but GPT-2 has no grouped heads: leave it "
-                "out, or use llama"
-            )
         return GPT2LMHeadModel(
             GPT2Config(
                 n_layer=shape.layers,

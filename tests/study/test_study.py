@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import re
+import signal
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -15,7 +19,8 @@ from stabmon.study.fit import Phase, fit, split
 from stabmon.study.plan import StudySettings, Task, tasks
 from stabmon.study.report import markdown, summary
 from stabmon.study.settings import SettingsError, WatchSettings, read_settings
-from stabmon.study.study import prepare, run_study, run_tasks
+from stabmon.study.side_by_side import run_tasks
+from stabmon.study.study import prepare, run_study
 from stabmon.study.task import run_task
 from stabmon.study.variants import VARIANTS, apply_variant
 from stabmon.tiny.corpus import load_corpus
@@ -211,6 +216,8 @@ def test_quantiles_of_students_t_are_scipys(confidence: float) -> None:
             "command line: frozen.*unknown variant 'key_bais', did you mean 'key_bias'",
         ),
         ([str(CONFIGS[0]), "--text", "nonesuch.txt"], 2, "cannot read the text"),
+        ([str(CONFIGS[0]), "model.heads=3"], 2, "model: width 64 must be a multiple of twice the"),
+        ([str(CONFIGS[0]), "model.kv_heads=3"], 2, "model: kv_heads 3 must divide the 4 heads"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_status_two(
@@ -248,10 +255,59 @@ def test_the_command_prints_one_json_object(
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == 0
-    assert [row["variant"] for row in json.loads(capsys.readouterr().out)["tables"]["frozen"]] == [
-        "base",
-        "query_gain",
+    out, err = capsys.readouterr()
+    rows = json.loads(out, parse_constant=pytest.fail)["tables"]["frozen"]
+    assert [row["variant"] for row in rows] == ["base", "query_gain"]
+    assert {row["held_out_half_interval"] for row in rows} == {None}
+    assert "±" not in (tmp_path / "cli" / "table.md").read_text()
+    first, second, *_, last = err.splitlines()
+    assert first == f"2 trainings, 1 at a time, into {tmp_path / 'cli'}"
+    assert re.fullmatch(r"\[0/2, \d+ s\] joint-base-0: step 1 of 6, loss \d\.\d{4}", second)
+    assert re.fullmatch(r"\[2/2, \d+ s\] frozen-query_gain-0: held-out loss \d\.\d{4}", last)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_text_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from stabmon import cli
+
+    given = ["run_dir=/proc/run", "corpus.text=nonesuch.txt"]
+    monkeypatch.setattr(sys, "argv", ["stabmon", "train", str(CONFIGS[0]), *given])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("stabmon: run_dir /proc/run: cannot be written")
+
+
+def test_an_interruption_ends_all_processes_and_keeps_what_is_done(
+    settings: StudySettings, tmp_path: Path
+) -> None:
+    """By the signal of Ctrl-C to the command alone, while two processes train."""
+    given = [
+        *(f"corpus.text={settings.corpus.text}", f"run_dir={tmp_path / 'run'}", "workers=2"),
+        *("seeds=[0, 1, 2]", "frozen=[]", "joint=[both]", "base.steps=100000"),
+        "base.validate_every=null",
     ]
+    prepare(read_settings(StudySettings, CONFIGS[0], [*TINY, *given]))
+    done = tmp_path / "run" / "results" / "joint-base-0.json"
+    done.write_text(json.dumps({"kind": "joint", "variant": "base", "seed": 0}))
+    command = [sys.executable, "-m", "stabmon.cli", "train", str(CONFIGS[0])]
+    with subprocess.Popen(
+        [*command, *TINY, *given, "resume=true"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        said = [next(process.stderr), next(process.stderr)]
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        said += process.stderr
+    assert process.returncode == 130
+    assert psutil.wait_procs(started, timeout=10)[1] == []
+    assert said[0].startswith("5 trainings, 1 of 6 done before, 2 at a time, into ")
+    assert ": step 1 of 100000, loss " in said[1]
+    assert said[-2].startswith("1 of 6 trainings are done and kept in ")
+    assert said[-2].endswith(": go on with resume=true\n")
+    assert said[-1] == "stabmon: interrupted\n"
+    assert done.exists()
 
 
 def test_tasks_run_side_by_side_and_those_on_a_frozen_base_wait_for_it(
@@ -260,11 +316,11 @@ def test_tasks_run_side_by_side_and_those_on_a_frozen_base_wait_for_it(
     def without_processes(workers: int, **options: Any) -> Any:
         return ThreadPoolExecutor(workers)
 
-    monkeypatch.setattr("stabmon.study.study.ProcessPoolExecutor", without_processes)
+    monkeypatch.setattr("stabmon.study.side_by_side.ProcessPoolExecutor", without_processes)
     order: list[str] = []
     monkeypatch.setattr(
-        "stabmon.study.study.run_task",
-        lambda settings, task: order.append(task.name) or {"held_out": 1.0},
+        "stabmon.study.side_by_side.run_task",
+        lambda settings, task, say: order.append(task.name) or {"held_out": 1.0},
     )
     side_by_side = dataclasses.replace(settings, workers=2)
     found = [task for task, _ in run_tasks(side_by_side, tasks(settings))]
