@@ -9,6 +9,9 @@ folder.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import shutil
 import tempfile
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import on_path  # noqa: F401
 from playwright.sync_api import sync_playwright
 
 from stabmon.config import StabilityConfig
