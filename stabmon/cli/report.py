@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from stabmon.cli.options import check_fail_on, command
+from stabmon.cli.outputs import prove_file, prove_folder
 from stabmon.cli.reporting.options import ReportOptions
 
 
@@ -31,7 +31,10 @@ def report(options: ReportOptions) -> bool:
         out = (inner if inner.is_dir() else found[0].folder) / PAGE
     else:
         out = Path(PAGE)
-    _check_file(out)
+    if out.parent.is_dir():
+        prove_file(str(out), "--out")
+    else:
+        prove_folder(str(out.parent), "--out")
     from stabmon.cli.progress import working
 
     with working("reading records"):
@@ -43,18 +46,3 @@ def report(options: ReportOptions) -> bool:
 
     print_verdicts(runs, out, options.as_json)
     return any(has_finding(run, options.fail_on) for run in runs)
-
-
-def _check_file(out: Path) -> None:
-    """Check before any long work that a page can be written.
-
-    Raises:
-        ValueError: if it cannot.
-    """
-    if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder; name a file, such as {out / 'report.html'}")
-    existing = next(each for each in out.absolute().parents if each.exists())
-    if not existing.is_dir():
-        raise ValueError(f"--out {out}: {existing} is a file; name a page in a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: {existing} cannot be written; name another page with --out")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -126,7 +125,6 @@ class ControllerWatch:
         for handle in self._handles:
             handle.remove()
         self._listen(None)
-        self._sinks.amend({"ended": datetime.now(UTC).isoformat(timespec="seconds")})
         self._sinks.close()
 
     def plot_grid(self, signal: str = "controller_kl", path: str | Path | None = None) -> Figure:

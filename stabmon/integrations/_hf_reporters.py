@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -11,8 +12,9 @@ from transformers.integrations import integration_utils
 
 from stabmon._torch.isolation import random_state_kept
 from stabmon.config import StabilityConfig
-from stabmon.records import Reading
 from stabmon.sinks import Sink
+from stabmon.sinks.dashboards.panels import LAYERS
+from stabmon.sinks.dashboards.scalar_log import ScalarLog
 
 _SINKS = {
     "TensorBoardCallback": ("tensorboard", "tb_writer"),
@@ -25,12 +27,11 @@ _SINKS = {
 switches the reporter off (checked with transformers 5.23). Under other names, stabmon would open a
 run that the reporter does not want.
 """
-_OF_A_LAYER = "attention_layers/"
 _TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "neptune", "swanlab", "trackio")
 """Packages whose own callbacks for the Trainer are reporters, beside those of ``report_to``."""
 
 
-class ReporterSink(Sink):
+class ReporterSink(ScalarLog):
     """Scalars through a reporter's own ``on_log``, as if the Trainer had logged them.
 
     Other callbacks get nothing, so that no progress bar prints them. The reporter is given copies
@@ -40,18 +41,26 @@ class ReporterSink(Sink):
         reporter: the callback.
         args: the Trainer's arguments.
         state: its state.
+        every_layer: log the scalars of every layer of a model of many.
         **given: further arguments of the Trainer's events, such as ``model``.
     """
 
     def __init__(
-        self, reporter: Any, args: TrainingArguments, state: TrainerState, **given: Any
+        self,
+        reporter: Any,
+        args: TrainingArguments,
+        state: TrainerState,
+        *,
+        every_layer: bool = False,
+        **given: Any,
     ) -> None:
+        super().__init__(every_layer=every_layer)
         self._reporter, self._args, self._state, self._given = reporter, args, state, given
         self.name = type(reporter).__name__
 
-    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, scalars: dict[str, float]) -> None:
         with random_state_kept():
-            self._log(reading.step, dict(scalars))
+            self._log(step, scalars)
 
     def _log(self, step: int, scalars: dict[str, float]) -> None:
         state, control = copy.copy(self._state), TrainerControl()
@@ -75,8 +84,7 @@ class TrackioSink(ReporterSink):
     """Scalars at Trackio's newest step, where ``on_log`` would use up the next."""
 
     def _log(self, step: int, scalars: dict[str, float]) -> None:
-        import trackio
-
+        trackio = import_module("trackio")
         # context_vars is internal, and Run._next_step has no public name (checked with trackio
         # 0.43); without either, the Trainer's own rows move on by one at each sample
         variables = getattr(trackio, "context_vars", None)
@@ -85,8 +93,8 @@ class TrackioSink(ReporterSink):
         if following is None:
             super()._log(step, scalars)
             return
-        named = integration_utils.rewrite_logs(scalars) | {"train/global_step": step}
-        trackio.log(named, step=max(following - 1, 0))
+        rewritten: dict[str, float] = integration_utils.rewrite_logs(scalars)  # type: ignore[no-untyped-call]
+        trackio.log(rewritten | {"train/global_step": step}, step=max(following - 1, 0))
 
 
 class KubeflowSink(ReporterSink):
@@ -106,7 +114,7 @@ _OWN_WAYS = {
 
 def model_wide(scalars: Mapping[str, float]) -> dict[str, float]:
     """Return the scalars that are not of a single layer."""
-    return {name: value for name, value in scalars.items() if not name.startswith(_OF_A_LAYER)}
+    return {name: value for name, value in scalars.items() if not name.startswith(LAYERS)}
 
 
 def reporters_of(callbacks: Sequence[Any]) -> list[Any]:
@@ -148,7 +156,7 @@ def sinks_of(
                 found.append(config.make_sink(name, writer=target))
         elif name in ("", "tensorboard"):
             way = next((_OWN_WAYS[each] for each in classes if each in _OWN_WAYS), ReporterSink)
-            found.append(way(reporter, args, state, **given))
+            found.append(way(reporter, args, state, every_layer=config.per_head, **given))
         elif target is not None and name not in config.sinks:
             found.append(config.make_sink(name))
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +12,8 @@ from stabmon._torch.isolation import random_state_kept
 from stabmon.config import StabilityConfig
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.integrations.base import StabilityCallbackBase
-from stabmon.records import Reading
 from stabmon.sinks import SINKS, Sink
+from stabmon.sinks.dashboards.scalar_log import ScalarLog
 
 try:
     import lightning.pytorch as pl
@@ -59,7 +58,8 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start watching; on a resume, go on from the checkpoint."""
         # Lightning reports every end of a training, also by an exception
-        if not self._takes(trainer, trainer.callbacks, lambda earlier: earlier is not trainer):
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not self._takes(trainer, callbacks, lambda earlier: earlier is not trainer):
             return
         # modes in which Lightning leaves no file either
         dry = bool(getattr(trainer, "fast_dev_run", False) or trainer.barebones)
@@ -212,30 +212,33 @@ def _sink_of(target: Any, config: StabilityConfig) -> Sink:
         return config.make_sink("tensorboard", writer=target.experiment)
     if "WandbLogger" in kinds:
         return config.make_sink("wandb", run=target.experiment)
-    return LoggerSink(target)
+    # a table has no panels that many layers would crowd
+    return LoggerSink(target, every_layer=config.per_head or "CSVLogger" in kinds)
 
 
-class LoggerSink(Sink):
+class LoggerSink(ScalarLog):
     """Scalars to any Lightning logger, in the two calls that the Trainer makes itself.
 
     Args:
         target: the logger.
+        every_layer: log the scalars of every layer of a model of many.
 
     Example:
         >>> from lightning.pytorch.loggers import CSVLogger
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     logger = CSVLogger(folder)
-        ...     LoggerSink(logger).write_reading(Reading(3, None, {}), {"a": 1.0})
+        ...     LoggerSink(logger).log(3, {"a": 1.0})
         ...     logger.experiment.metrics_keys
         ['a', 'step']
     """
 
-    def __init__(self, target: Any) -> None:
+    def __init__(self, target: Any, *, every_layer: bool = False) -> None:
+        super().__init__(every_layer=every_layer)
         self._target = target
         self.name = type(target).__name__
 
-    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, scalars: dict[str, float]) -> None:
         with random_state_kept():
-            self._target.log_metrics(dict(scalars), step=reading.step)
+            self._target.log_metrics(scalars, step=step)
             self._target.save()

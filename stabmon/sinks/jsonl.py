@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ class JsonlSink(Sink):
     Files are only ever appended to. ``start`` counts the times the folder was opened: a resumed run
     may write some steps a second time, and the later start wins from its first reading on. ``run``
     counts the runs that began at step 1 in this folder, as a second ``train()`` does: each has its
-    own steps. meta.json is the newest start's, and lists them all in ``starts``. Two monitors that
-    write to one folder at the same time are two runs, and the second says so.
+    own steps. meta.json is the newest start's, and lists them all in ``starts``; ``ended`` is added
+    to it where the sink was closed, and missing after a kill. Two monitors that write to one folder
+    at the same time are two runs, and the second says so.
 
     Nothing is written where ``run_dir`` is None.
 
@@ -132,6 +134,9 @@ class JsonlSink(Sink):
         self._append(INTERVENTIONS, record)
 
     def close(self) -> None:
+        if self._files and not self._unfinished:
+            with contextlib.suppress(OSError):  # of what is lost, the lost records are reported
+                self.amend({"ended": utc_now()})
         while self._files:
             file = self._files.popitem()[1]
             unlock(file)  # a forked process may have it open still
@@ -157,6 +162,11 @@ class JsonlSink(Sink):
         while line:
             line = line[os.write(file, line) :]
         self._unfinished.remove(name)
+
+
+def utc_now() -> str:
+    """Return the present time in UTC, as in ``2026-01-31T12:00:00+00:00``."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _meta_before(meta: Path) -> dict[str, Any]:

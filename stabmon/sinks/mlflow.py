@@ -6,22 +6,23 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stabmon._storage import strict_json
 from stabmon.incidents import intervention_text
-from stabmon.records import Reading, StabilityIssue
-from stabmon.sinks.base import Sink, sink
-from stabmon.sinks.issue_table import COLUMNS, RecentIssues
+from stabmon.records import StabilityIssue
+from stabmon.sinks.base import sink
+from stabmon.sinks.dashboards.scalar_log import ScalarLog
+from stabmon.sinks.issue_table import COLUMNS, RecentIssues, is_change
 
 _METRICS_PER_CALL = 1000
 """MLflow's limit on metrics in one call."""
 
 
 @sink
-class MlflowSink(Sink):
+class MlflowSink(ScalarLog):
     """Log to the active MLflow run, or to a run of its own.
 
     Only a run of its own is ended on closing. Metrics are sent by MLflow's background thread; the
@@ -29,7 +30,7 @@ class MlflowSink(Sink):
     noticed. Characters that MLflow does not take in a metric's name become ``_``. Issues are the
     artifact ``stabmon/issues.json``, interventions ``stabmon/interventions.json``; the tags
     ``stabmon.issues``, ``stabmon.alarms`` and ``stabmon.interventions`` count them, and the metric
-    ``stability/interventions`` rises at the step of each intervention.
+    ``stability/intervention`` is 1 at the step of an intervention.
 
     Args:
         experiment: experiment of a run of our own; None for ``MLFLOW_EXPERIMENT_NAME``, or
@@ -43,6 +44,7 @@ class MlflowSink(Sink):
     """
 
     def __init__(self, *, experiment: str | None = None, issues_seconds: float = 300.0) -> None:
+        super().__init__(every_layer=True)
         self._experiment = experiment
         self._issues = RecentIssues(issues_seconds)
         self._client: Any = None
@@ -73,7 +75,7 @@ class MlflowSink(Sink):
             ) from error
         self._mlflow, self._client = mlflow, client
 
-    def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
+    def log(self, step: int, scalars: dict[str, float]) -> None:
         if self._client is None:
             return
         self._wait()
@@ -81,21 +83,25 @@ class MlflowSink(Sink):
         # metrics fail it
         if self._issues.due():
             self._publish()
-        self._send(scalars, reading.step)
+        self._send(scalars, step)
 
     def write_issue(self, issue: StabilityIssue) -> None:
+        self.write_issues([issue])
+
+    def write_issues(self, issues: Sequence[StabilityIssue]) -> None:
         if self._client is None:
             return
-        self._issues.add(issue)
-        self._counts["issues"] += issue.state == "opened"
-        self._counts["alarms"] += issue.is_alarm
+        for issue in issues:
+            self._issues.add(issue)
+            self._counts["issues"] += issue.state == "opened"
+            self._counts["alarms"] += issue.is_alarm
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
         if self._client is None:
             return
         self._interventions.append({**record, "text": intervention_text(record)})
-        self._counts["interventions"] += 1
-        self._send({"stability/interventions": self._counts["interventions"]}, record["step"])
+        self._counts["interventions"] += is_change(record)
+        super().write_intervention(record)
 
     def close(self) -> None:
         if self._client is None:

@@ -69,8 +69,8 @@ def test_several_runs_go_on_one_page(
         (["{empty}"], "holds no stabmon records; give the run folder that holds stabmon/"),
         (["{file}"], "is a file; give the output folder of a run"),
         (["{runs}/healthy#2"], "#2: the folder holds 1 run, counted from 1"),
-        (["{runs}/healthy", "--out", "{empty}"], "is a folder; name a file"),
-        (["{runs}/healthy", "--out", "{file}/page.html"], "is a file; name a page in a folder"),
+        (["{runs}/healthy", "--out", "{empty}"], "is a folder; name a file in it"),
+        (["{runs}/healthy", "--out", "{file}/page.html"], "is a file; name a folder"),
         (["{runs}/healthy", "--fail-on", "info"], "--fail-on 'info': use warning or error"),
     ],
 )

@@ -43,7 +43,7 @@ def test_it_cannot_change_training():
     def meddles(issue):
         calls.append(issue)
         random.random()
-        np.random.rand()
+        np.random.rand()  # noqa: NPY002
         torch.rand(3)
         torch.manual_seed(99)
         torch.set_grad_enabled(False)

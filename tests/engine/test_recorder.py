@@ -145,6 +145,4 @@ def test_what_becomes_known_later_reaches_the_sinks() -> None:
     recorder.open_sinks()
     recorder.amend({"heads": 4})
     recorder.close()
-    assert sink.calls[1] == ("amend", {"heads": 4})
-    assert [name for name, *_ in sink.calls[2:]] == ["amend", "close"]
-    assert set(sink.calls[2][1]) == {"ended"}
+    assert sink.calls[1:] == [("amend", {"heads": 4}), ("close",)]

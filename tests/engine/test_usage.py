@@ -43,9 +43,13 @@ def test_a_run_shorter_than_its_interval_is_named_with_one_that_fits(caplog):
 def test_a_run_that_an_exception_cut_short_is_not_told_so(caplog):
     model = gpt2()
     optimizer = optimizer_of(model)
+
+    def breaks_off(step):
+        if step == 2:
+            raise RuntimeError("planted")
+
     with pytest.raises(RuntimeError, match="planted"), watched(model, optimizer) as monitor:
-        train(model, monitor, optimizer, batches(2))
-        raise RuntimeError("planted")
+        train(model, monitor, optimizer, batches(2), between=breaks_off)
     assert warnings_of(caplog) == []
 
 

@@ -385,6 +385,97 @@ def test_a_run_that_begins_anew_in_the_same_folder_stands_beside_the_first(folde
     ]
 
 
+def test_two_monitors_that_write_to_one_folder_are_two_runs_and_the_second_says_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = (JsonlSink() for _ in range(3))
+    first.open(folder, META | {"continues": False})
+    first.write_reading(reading(10, loss=1.0), {})
+    assert caplog.messages == []
+    second.open(folder, META | {"continues": False})
+    first.amend({"layers": {"first": 4}})  # meta.json is the second's by now
+    second.amend({"layers": {"second": 8}})
+    for step in (10, 20):
+        second.write_reading(reading(step, loss=2.0), {})
+        first.write_reading(reading(step + 10, loss=1.0), {})
+    first.close()
+    second.close()
+    (said,) = caplog.messages
+    assert said.startswith(f"stabmon: another monitor has {folder} open at this moment")
+    assert "are run 2 there" in said
+    records = read_records(folder)
+    assert [[(each.step, each.loss) for each in run.readings] for run in records.runs] == [
+        [(10, 1.0), (20, 1.0), (30, 1.0)],
+        [(10, 2.0), (20, 2.0)],
+    ]
+    assert (records.meta["start"], records.meta["layers"]) == (2, {"second": 8})
+    third.open(folder, META | {"continues": False})
+    third.close()
+    assert read_records(folder).meta["run"] == 3
+    assert len(caplog.messages) == 1
+
+
+STARTS = """
+import sys
+from pathlib import Path
+from stabmon.sinks.jsonl import JsonlSink
+from tests.support.sample_records import META, reading
+sink = JsonlSink()
+print("ready", flush=True)
+sys.stdin.readline()
+sink.open(Path(sys.argv[1]), META | {"continues": False})
+for step in range(1, 51):
+    sink.write_reading(reading(step), {})
+sink.close()
+"""
+
+
+def test_processes_that_start_in_one_folder_at_the_same_time_have_runs_of_their_own(
+    folder: Path,
+) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTS, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(4)
+    ]
+    for each in started:
+        assert each.stdout is not None
+        each.stdout.readline()
+    for each in started:
+        each.communicate(b"\n", timeout=120)
+    records = read_records(folder)
+    assert records.skipped == ()
+    assert [[each.step for each in run.readings] for run in records.runs] == [
+        list(range(1, 51))
+    ] * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_folder_open(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = JsonlSink()
+    sink.open(folder, META)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        os.close(write)
+        os.read(read, 1)  # holds the files until the parent lets it go
+        os._exit(0)
+    sink.close()
+    again = JsonlSink()
+    again.open(folder, META)
+    again.close()
+    os.close(write)
+    os.waitpid(child, 0)
+    os.close(read)
+    assert caplog.messages == []
+
+
 def test_a_deleted_folder_is_noticed(folder: Path) -> None:
     group = SinkGroup([JsonlSink()])
     group.open(folder, META)

@@ -80,6 +80,23 @@ def test_issues_are_an_artifact_and_their_numbers_are_tags(client: Any) -> None:
     assert stored["nonfinite"] == {"/issues/0/value": "inf"}
 
 
+def test_interventions_are_an_artifact_a_tag_and_a_marker_on_the_charts(client: Any) -> None:
+    sink = MlflowSink()
+    sink.open(None, META)
+    write(sink, 10)
+    for action, step in (("applied", 12), ("refused", 15)):
+        sink.write_intervention({"intervention": "qk_clip", "action": action, "step": step})
+    write(sink, 20)
+    sink.close()
+    run = only_run(client, "stabmon")
+    assert run.data.tags["stabmon.interventions"] == "1"
+    found = client.get_metric_history(run.info.run_id, "stability/intervention")
+    assert [(point.step, point.value) for point in found] == [(12, 1.0), (20, 0.0)]
+    artifact = f"{run.info.artifact_uri}/stabmon/interventions.json"
+    stored = json.loads(mlflow.artifacts.load_text(artifact))["interventions"]
+    assert [each["text"] for each in stored] == ["applied qk_clip", "could not apply qk_clip"]
+
+
 def test_many_layers_and_odd_names_go_through(client: Any) -> None:
     sink = MlflowSink()
     sink.open(None, META)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from stabmon.cli.watching.find_run import runs_below
 from stabmon.sinks.jsonl import READINGS
 
-MOST_FOLDERS = 20_000
-"""Folders that are looked through for runs."""
 MOST_NAMED = 5
 """Runs that are named in a sentence."""
 
@@ -51,7 +48,7 @@ def find_run(given: str) -> Found:
         raise ValueError(f"{path}: is a file; give the output folder of a run")
     if any((folder / READINGS).is_file() for folder in (path / "stabmon", path)):
         return Found(path, number)
-    found = sorted(_below(path), reverse=True)
+    found = sorted(runs_below(path), reverse=True)
     if not found:
         raise ValueError(
             f"{path}: holds no stabmon records; give the run folder that holds stabmon/{READINGS}"
@@ -63,18 +60,3 @@ def find_run(given: str) -> Found:
     more = f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
     note = f"{path} holds {len(found)} runs, newest first: {names}{more}. Taken: {newest.parent}"
     return Found(newest, number, note)
-
-
-def _below(path: Path) -> Iterator[tuple[float, Path]]:
-    """Yield the time of the newest reading and the folder of each run below."""
-    for count, (folder, names, _) in enumerate(os.walk(path)):
-        if count >= MOST_FOLDERS:
-            return
-        names[:] = [name for name in names if not name.startswith((".", "checkpoint-"))]
-        if "stabmon" in names:
-            records = Path(folder) / "stabmon"
-            try:
-                yield (records / READINGS).stat().st_mtime, records
-            except OSError:
-                continue
-            names.remove("stabmon")

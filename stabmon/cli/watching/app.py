@@ -40,6 +40,7 @@ class WatchApp(App[None]):
         self.follower = follower
         self.chosen = Chosen(footer=KEYS)
         self._page = "run"
+        self._shown: tuple[object, ...] = ()
 
     def compose(self) -> ComposeResult:
         """Make the page, and the line to type into."""
@@ -66,6 +67,12 @@ class WatchApp(App[None]):
     def draw(self) -> None:
         """Draw the present page."""
         width, height = self.size
+        state = self.follower.state
+        title = self.follower.waiting() if state is None else Screen(state).title(width).plain
+        shown = (state, self.follower.history, self.chosen, self._page, width, height, title)
+        if len(shown) == len(self._shown) and all(map(_is_same, shown, self._shown)):
+            return
+        self._shown = shown
         self.query_one("#page", Static).update(Group(*fitting(self._lines(width, height))))
 
     def on_key(self, event: events.Key) -> None:
@@ -175,3 +182,8 @@ class WatchApp(App[None]):
             line.display = False
             self.query_one("#page").focus()
         self.draw()
+
+
+def _is_same(new: object, old: object) -> bool:
+    """Return whether two values are the same object, or equal plain ones."""
+    return new is old or (isinstance(new, str | int | Chosen) and new == old)

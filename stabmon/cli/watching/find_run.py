@@ -34,7 +34,7 @@ def find_run(path: Path) -> Path | None:
     for folder in (path / "stabmon", path):
         if (folder / READINGS).is_file():
             return folder
-    return max(_below(path), default=(0.0, None))[1]
+    return max(runs_below(path), default=(0.0, None))[1]
 
 
 def missing(path: Path) -> str:
@@ -47,7 +47,7 @@ def missing(path: Path) -> str:
     )
 
 
-def _below(path: Path) -> Iterator[tuple[float, Path]]:
+def runs_below(path: Path) -> Iterator[tuple[float, Path]]:
     """Yield time of change and folder of each run below."""
     for count, (folder, names, _) in enumerate(os.walk(path)):
         if count >= MOST_FOLDERS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -70,16 +71,25 @@ class Follower:
             if tail is None and (folder := _found(self.path)) is not None:
                 tail = RunTail(folder)
             if tail is not None:
-                self._state = tail.look()
-                if (layer := self._layer) is not None:
-                    history = tail.layer_history(layer)
-                    if layer == self._layer:
-                        self.history = history
+                self._look(tail)
             self._looked = time.monotonic()
-            if self.on_news is not None and not self._ended:
-                self.on_news()
+            if (on_news := self.on_news) is not None and not self._ended:
+                with contextlib.suppress(RuntimeError):  # the application has just ended
+                    on_news()
             self._wake.wait(self.every)
             self._wake.clear()
+
+    def _look(self, tail: RunTail) -> None:
+        """Take what is new; what fails is shown, and tried again at the next look."""
+        try:
+            self._state = tail.look()
+            if (layer := self._layer) is not None:
+                history = tail.layer_history(layer)
+                if layer == self._layer:
+                    self.history = history
+        except Exception as error:
+            trouble = f"{type(error).__name__}: {error}"
+            self._state = replace(self._state or RunState(tail.folder), trouble=trouble)
 
 
 def _found(path: Path) -> Path | None:

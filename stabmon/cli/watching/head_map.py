@@ -99,7 +99,8 @@ class HeadMap:
         line = Text(name.rjust(label), "reverse" if selected else "")
         line.append(*((" ", "") if whole is None else mark(whole)))
         parts = [values[start : start + fold] for start in range(0, len(values), fold)]
-        signs = bars([part.min() if self.lowest else part.max() for part in parts], self.range)
+        extremes = [part.min() if self.lowest else part.max() for part in parts]
+        signs = bars(values if fold == 1 else extremes, self.range)
         marks = {head // fold: mark(issue) for head, issue in self._by_weight(layer)}
         for place, sign in enumerate(signs):
             line.append(*marks.get(place, (sign, "cyan")))

@@ -19,7 +19,7 @@ SIGNS = (
     "first letter of the issue that is open there, capital for an alarm. A letter",
     "before the first head is an issue of the whole layer. × is NaN or infinite.",
     "",
-    "'no line for 4 min': the run wrote no reading for that long. It has ended,",
+    "'no line for 4 min': the run wrote no reading for that long. It was killed,",
     "waits, or samples rarely; its records do not say which.",
 )
 

@@ -6,13 +6,16 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
 
 import numpy as np
 from rich.text import Text
 
 from stabmon._display.bars import bars, resampled
 from stabmon.cli.watching.head_map import HeadMap, mark
-from stabmon.cli.watching.words import LOWEST, STYLES, age, in_words, number, printable, wrapped
+from stabmon.cli.watching.incident_lines import full, headline
+from stabmon.cli.watching.words import LOWEST, age, cut, in_words, number, printable, wrapped
 from stabmon.figures.labels import short_names
 from stabmon.incidents import Incident, intervention_text
 from stabmon.records import SEVERITIES, StabilityIssue, counted
@@ -84,7 +87,7 @@ class Screen:
             width: in cells.
             height: largest number of lines; None for all there is to say.
         """
-        top = [*self._title(width), *self._loss(width)]
+        top = [self.title(width), *self._trouble(width), *self._loss(width)]
         footer = [Text(self.chosen.footer, "dim")] if self.chosen.footer else []
         room = math.inf if height is None else height - len(top) - len(footer)
         done = self._interventions(width, 3 if room >= 20 else 2)
@@ -92,7 +95,7 @@ class Screen:
             issues, layers = self._issues(width, None), self._map(width, None)
             return [*top, *issues, *layers, *self._table(), *done, *footer]
         half = (int(room) - len(done)) // 2
-        heads = self._head_map()
+        heads = self._heads
         least = min(heads.whole_height(width) + 2 if heads.names else 1, max(half, 5))
         issues = self._issues(width, max(2, int(room) - len(done) - least))
         layers_shown = self._map(width, int(room) - len(done) - len(issues))
@@ -100,11 +103,12 @@ class Screen:
         gaps = [[Text()] if spare > 2 else [] for _ in range(2)]
         shown = [*top, *gaps[0], *issues, *gaps[1], *layers_shown, *done][: height - len(footer)]
         shown += [Text()] * (height - len(footer) - len(shown))
-        return [_cut(line, width) for line in [*shown, *footer]]
+        return [cut(line, width) for line in [*shown, *footer]]
 
     # -- the parts
 
-    def _title(self, width: int) -> list[Text]:
+    def title(self, width: int) -> Text:
+        """Return the first line: run, step, loss, and the age of the last reading."""
         state, reading = self.state, self.state.reading
         line = Text(f" (run {state.run} in this folder)" if state.run > 1 else "")
         if reading is None:
@@ -115,19 +119,22 @@ class Screen:
             loss = "unknown" if reading.loss is None else number(reading.loss)
             line.append(f" · step {reading.step} · loss {loss} · ")
             quiet = 0.0 if state.last_line is None else self.now - state.last_line
-            if quiet < QUIET_AFTER:
+            if (ended := _time(state.meta.get("ended"))) is not None:
+                line.append(f"ended {age(self.now - ended)} ago")
+            elif quiet < QUIET_AFTER:
                 line.append(f"last reading {age(quiet)} ago")
             else:
                 line.append(f"no line for {age(quiet)}", "bold magenta")
         run = state.folder.parent.name if state.folder.name == "stabmon" else state.folder.name
         name = Text.assemble(("stabmon", "bold"), f" {printable(run) or '.'}")
         name.truncate(max(10, width - len(line)), overflow="ellipsis")
-        line = name + line
-        lines = [line]
-        if state.trouble:
-            text = f"cannot be read now, trying again: {state.trouble}"
-            lines += wrapped(text, width, "bold magenta")[:2]
-        return lines
+        return name + line
+
+    def _trouble(self, width: int) -> list[Text]:
+        if not self.state.trouble:
+            return []
+        text = f"cannot be read now, trying again: {self.state.trouble}"
+        return wrapped(text, width, "bold magenta")[:2]
 
     def _loss(self, width: int) -> list[Text]:
         points = [point for point in self.state.points if point.loss is not None]
@@ -149,15 +156,15 @@ class Screen:
             return lines[: height or 1] if self.state.incidents else []
         chosen = self.chosen.incident % len(opened) if opened else 0
         others = max(0, len(opened) - 1)
-        full = _full(opened[chosen], width, room - 1 - min(others, 3)) if opened else []
+        told = full(opened[chosen], width, room - 1 - min(others, 3)) if opened else []
         for place, each in enumerate(opened):
-            left = room - len(lines) - (0 if place > chosen else len(full))
+            left = room - len(lines) - (0 if place > chosen else len(told))
             if place == chosen:
-                lines += full
+                lines += told
             elif left >= 1 and len(lines) < room:
                 last = left <= 1 and place < len(opened) - 1
                 more = Text(f"  and {len(opened) - place} more: n") if last else None
-                lines.append(more or _headline(each, width))
+                lines.append(more or headline(each, width))
                 if last and place > chosen:
                     break
         for each in reversed(closed[-3:]):
@@ -178,7 +185,8 @@ class Screen:
             return f"no open incident{more}"
         return f"no incident up to step {self.state.reading.step}"
 
-    def _head_map(self) -> HeadMap:
+    @cached_property
+    def _heads(self) -> HeadMap:
         reading, signal = self.state.reading, self.signal
         if reading is None:
             return HeadMap([], [], [])
@@ -186,7 +194,7 @@ class Screen:
         return HeadMap(
             names=[printable(short[name]) for name in self.layers],
             values=[np.asarray(reading.layers[name].get(signal, ())) for name in self.layers],
-            issues=[self._worst(name) for name in self.layers],
+            issues=self._worst(self.layers),
             limits=presentation_of(signal).limits,
             lowest=signal in LOWEST,
         )
@@ -195,7 +203,7 @@ class Screen:
         """Return the map of layers and heads under a line on its meaning."""
         if self.state.reading is None:
             return []
-        heads = self._head_map()
+        heads = self._heads
         if not heads.names:
             wanted = f" matches {self.chosen.filter!r}" if self.chosen.filter else " was measured"
             return [_rule(f"no layer{wanted}", width)][:height]
@@ -237,11 +245,15 @@ class Screen:
         key = ", ".join(f"{letter} {meaning}" for letter, meaning in sorted(words.items()))
         return [Text(f"open issues: {key} (small letter: no alarm)", "dim")] if key else []
 
-    def _worst(self, layer: str) -> dict[int | None, StabilityIssue]:
-        """Return the worst open issue by head; None for the whole layer."""
-        found = [issue for issue in self.state.open_issues if issue.layer == layer]
-        found.sort(key=lambda issue: SEVERITIES.index(issue.severity))
-        return {issue.head: issue for issue in found}
+    def _worst(self, layers: Sequence[str]) -> list[dict[int | None, StabilityIssue]]:
+        """Return the worst open issue by head, per layer; None for the whole layer."""
+        found: dict[str | None, dict[int | None, StabilityIssue]] = {}
+        worst_last = sorted(
+            self.state.open_issues, key=lambda issue: SEVERITIES.index(issue.severity)
+        )
+        for issue in worst_last:
+            found.setdefault(issue.layer, {})[issue.head] = issue
+        return [found.get(layer, {}) for layer in layers]
 
     def _interventions(self, width: int, most: int) -> list[Text]:
         done = self.state.interventions
@@ -254,44 +266,16 @@ class Screen:
         return lines
 
 
-def _full(incident: Incident, width: int, height: float) -> list[Text]:
-    """Return an incident with its numbers, effects, forecast and advice, in ``height`` lines."""
-    lines = [_headline(incident, width, incident.title)]
-    where = Text(f"  in {printable(incident.where)}")
-    where.truncate(width, overflow="ellipsis")
-    lines += [where] if incident.layers and height > 2 else []
-    sentences = [incident.numbers, incident.effects, incident.forecast]
-    facts = ". ".join(each.rstrip(".") for each in sentences if each)
-    advice = f"To do: {incident.advice}" if incident.advice else ""
-    code = [Text(f"      {printable(each)}", "bold") for each in incident.code.splitlines()]
-    said, todo = (wrapped(each, width, indent=2) if each else [] for each in (facts, advice))
-    for part in (said, todo, code):
-        room = height - len(lines)
-        if len(part) > room and part and room >= 1:
-            part = part[: int(room)]
-            part[-1] = _cut(part[-1] + Text(" …"), width)
-        lines += part if room >= 1 else []
-    return lines
-
-
-def _headline(incident: Incident, width: int, title: str = "") -> Text:
-    """Return severity, finding and step on one line, with the location where no title is given."""
-    since = f" (since step {incident.first_step})"
-    line = Text.assemble((f"  {incident.severity:<8} ", STYLES[incident.severity]))
-    line.append(printable(title or incident.headline), "bold")
-    line.truncate(max(10, width - len(since)), overflow="ellipsis")
-    return line + Text(since)
+def _time(text: object) -> float | None:
+    """Return a stored time in seconds since 1970; None for what is none."""
+    try:
+        return datetime.fromisoformat(str(text)).timestamp()
+    except ValueError:
+        return None
 
 
 def _rule(text: str, width: int) -> Text:
     """Return a heading, in reverse over the whole width."""
     line = Text(f" {text}", "reverse")
     line.truncate(width, overflow="ellipsis", pad=True)
-    return line
-
-
-def _cut(line: Text, width: int) -> Text:
-    line = line.copy()
-    line.truncate(width, overflow="ellipsis")
-    line.no_wrap = True
     return line

@@ -85,3 +85,11 @@ def printable(text: str) -> str:
     'a?[31mb'
     """
     return "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in text)
+
+
+def cut(line: Text, width: int) -> Text:
+    """Return a line of at most ``width`` cells, the last one an ellipsis where it was longer."""
+    line = line.copy()
+    line.truncate(width, overflow="ellipsis")
+    line.no_wrap = True
+    return line

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from stabmon.engine.error_boundary import ErrorBoundary, contained
-from stabmon.engine.recording.run_metadata import now
 from stabmon.incidents import Incident, IncidentLog
 from stabmon.records import Reading, StabilityIssue, head_count
 from stabmon.sinks import Sink, SinkGroup
@@ -129,8 +128,6 @@ class Recorder:
         """Close the sinks, and write the page of the run."""
         self._meta = None
         writes = bool(self._sinks.sinks)
-        if self._opened is not None:
-            self.amend({"ended": now()})
         self._sinks.close()
         self._count_failed()
         if writes and self._opened is not None:

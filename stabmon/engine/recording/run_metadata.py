@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,11 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stabmon.config import StabilityConfig
-
-
-def now() -> str:
-    """Return the present time in UTC, as in ``2026-01-31T12:00:00+00:00``."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
+from stabmon.sinks.jsonl import utc_now
 
 
 def run_meta(
@@ -58,6 +53,6 @@ def run_meta(
             "first": config.log_every,
         },
         "continues": continues,
-        "started": now(),
+        "started": utc_now(),
         "first_step": first_step,
     }

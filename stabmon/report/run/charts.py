@@ -22,6 +22,8 @@ LEFT, RIGHT = 52, 14
 """Room beside the plots in pixels."""
 LETTER = 7.0
 """Width of a letter at the charts' font size, in pixels; most are narrower."""
+APART = 11
+"""Distance of the letters of curves that end at the same place, in pixels."""
 STEEP = 20.0
 """Ratio of largest to smallest value from which an axis is logarithmic."""
 
@@ -267,7 +269,7 @@ class Panel:
         if each.letter and len(finite):
             at = finite[-1]
             canvas.text(
-                min(canvas.x(each.x[at]) + 3, canvas.right - 2),
+                min(canvas.x(each.x[at]) + 3, canvas.right - 2) - APART * each.style,
                 y(float(each.high[at])) - 3,
                 each.letter,
                 f"letter style{each.style % 6}",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from stabmon._torch.number_formats import MANTISSA_BITS, format_of
+from stabmon._torch.number_formats import MANTISSA_BITS, bits_averaged
+from stabmon.records import LayerInfo
 from stabmon.report.run.charts import Panel, curve, panels, scale_of
 from stabmon.report.run.loading import Run
 from stabmon.report.run.signals import CONTROLLERS, title_of
@@ -46,22 +47,23 @@ def curvature_chart(runs: Sequence[Run], span: tuple[float, float]) -> Chart | N
 
 def precision_chart(runs: Sequence[Run], span: tuple[float, float]) -> Chart | None:
     """Draw the bits that scores need, beside those that the number format has."""
-    levels = []
-    for run in runs:
-        for dtype in sorted(
-            {info.dtype for info in run.records.readings[-1].info.values()}
-            if run.records.readings
-            else set()
-        ):
-            try:
-                levels.append((float(MANTISSA_BITS[format_of(dtype)]), f"{dtype} keeps"))
-            except (KeyError, ValueError, AttributeError, TypeError):
-                continue
+    infos = [
+        info
+        for run in runs
+        for reading in run.records.readings[-1:]
+        for info in reading.info.values()
+    ]
+    levels = {
+        (MANTISSA_BITS[info.dtype] + _averaged(info), f"{info.dtype} keeps")
+        for info in infos
+        if info.dtype in MANTISSA_BITS
+    }
     parts = [("precision_bits", "bits needed by the head that needs most", _largest)]
-    drawing = _stack(runs, span, parts, dict.fromkeys(levels))
+    drawing = _stack(runs, span, parts, sorted(levels))
     text = (
         "Mantissa bits that keep the largest score's rounding from changing the attention, beside "
-        "the bits of the format in which queries and keys are multiplied."
+        "those that the format of queries and keys keeps, with what a fused kernel gains by "
+        "accumulating in float32."
     )
     return Chart("precision", "Precision", drawing, text) if drawing else None
 
@@ -110,9 +112,9 @@ def _stack(
     runs: Sequence[Run],
     span: tuple[float, float],
     parts: Sequence[tuple[str, str, Reduce]],
-    levels: Sequence[tuple[float, str]] | dict[tuple[float, str], None] = (),
+    levels: Sequence[tuple[float, str]] = (),
 ) -> Markup:
-    plots = _plots(runs, parts, list(levels))
+    plots = _plots(runs, parts, levels)
     if not plots:
         return Markup()
     return panels(plots, span, "; ".join(plot.title for plot in plots), runs[0].unit)
@@ -139,6 +141,11 @@ def _plots(
             limits = presentation_of(name).limits
             plots.append(Panel(title, curves, scale_of(arrays, limits), 110, levels))
     return plots
+
+
+def _averaged(info: LayerInfo) -> float:
+    """Return the bits that a fused kernel gains by accumulating in float32."""
+    return bits_averaged(info.head_dim) if info.fused else 0.0
 
 
 def _largest(values: np.ndarray) -> np.ndarray:

@@ -159,7 +159,7 @@ def _forecast(canvas: Canvas, span: IncidentSpan, forecasts: Sequence[Outcome]) 
     if not own:
         return
     first = own[0]
-    y = canvas.top - 1
+    y = canvas.top + 4
     canvas.line(canvas.x(first.soonest), y, canvas.x(min(first.latest, 1e15)), y, "forecast")
     beyond = first.due > canvas.last
     sign = "◇›" if beyond else "◇"
@@ -173,7 +173,7 @@ def _forecast(canvas: Canvas, span: IncidentSpan, forecasts: Sequence[Outcome]) 
         canvas.text(left - 6, y + 4, said, "soft", "end")
     else:
         canvas.text(min(canvas.right, canvas.x(min(first.latest, 1e15)) + 12), y + 4, said, "soft")
-    canvas.top += 16
+    canvas.top += 18
 
 
 def _interventions(canvas: Canvas, run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stabmon.incidents import Incident, intervention_text
@@ -74,13 +74,19 @@ def verdict_of(run: Run) -> Verdict:
     Returns:
         The verdict; of level ``empty`` where nothing was measured.
     """
-    common = {"state": state_in_words(run), "looked_at": _looked_at(run), "missing": _missing(run)}
+    judged = _judged(run)
+    return replace(
+        judged, state=state_in_words(run), looked_at=_looked_at(run), missing=_missing(run)
+    )
+
+
+def _judged(run: Run) -> Verdict:
+    """Return level, headline, details, advice and code."""
     if not run.records.readings and not run.records.issues:
         return Verdict(
             "empty",
             "Nothing was measured: the records hold no reading.",
             advice=_why_empty(run),
-            **common,
         )
     spans = incident_spans(run)
     worst = next((each for each in run.open if each.is_alarm), None)
@@ -94,11 +100,11 @@ def verdict_of(run: Run) -> Verdict:
             details,
             worst.advice,
             worst.code,
-            **common,
         )
     if broken:
         text = "The run is broken: its loss is no longer finite."
-        return Verdict("broken", text, details, **common)
+        advice = "Go back to the last checkpoint whose loss was finite, with a lower learning rate."
+        return Verdict("broken", text, details, advice)
     alarms = [each for each in spans if each.is_alarm]
     if alarms and not run.open:
         first = alarms[0].incident
@@ -110,12 +116,11 @@ def verdict_of(run: Run) -> Verdict:
             details,
             "Nothing at once. If it comes again: " + first.advice if first.advice else "",
             first.code,
-            **common,
         )
     looks = [each.incident for each in spans if SEVERITIES.index(each.severity) >= 1]
     if looks:
-        return Verdict("look", *_look(run, looks, len(alarms), details), **common)
-    return Verdict("healthy", _healthy(run), details, "Nothing has to be done.", **common)
+        return Verdict("look", *_look(run, looks, len(alarms), details))
+    return Verdict("healthy", _healthy(run), details, "Nothing has to be done.")
 
 
 def state_in_words(run: Run) -> str:
@@ -175,9 +180,9 @@ def _look(
         count = plural(len(looks), "warning")
         return f"No alarm, {count}: {text}.", details, "Nothing has to be done.", ""
     shown = run.open[0]
-    before = f"No alarm is open any more, after {alarms}" if alarms else "No alarm"
-    count = plural(len(run.open), "warning")
-    text = f"{before}, but {count}: {shown.headline}, since step {shown.first_step:,}."
+    before = f"{plural(alarms, 'alarm')} closed" if alarms else "No alarm"
+    still = f"{plural(len(run.open), 'warning')} {'still ' if alarms else ''}open"
+    text = f"{before}, {still}: {shown.headline}, since step {shown.first_step:,}."
     return text, (*_evidence(shown), *details), shown.advice, shown.code
 
 

@@ -42,7 +42,7 @@ function lineChart(name, heads) {
     });
     svg.append(drawn("path", { d: path, class: `curve style${at % 6}` }));
     const end = high.findLastIndex(Number.isFinite);
-    if (runs.length > 1 && end >= 0) svg.append(drawn("text", { x: Math.min(right, x(run.steps[end])), y: y(high[end]) - 3, "text-anchor": "end", class: `letter style${at % 6}` }, run.letter));
+    if (runs.length > 1 && end >= 0) svg.append(drawn("text", { x: Math.min(right, x(run.steps[end])) - 10 * at, y: y(high[end]) - 3, "text-anchor": "end", class: `letter style${at % 6}` }, run.letter));
   }
   const figure = make("figure");
   figure.append(svg);

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -50,7 +51,7 @@ class RunState:
     trouble: str = ""
     """Reason that the records cannot be read now; what is here is older then."""
 
-    @property
+    @cached_property
     def open_issues(self) -> tuple[StabilityIssue, ...]:
         """The newest state of each open issue."""
         latest = {issue.key: issue for issue in self.issues}
@@ -174,7 +175,7 @@ class RunTail:
 
     def _with_trouble(self, error: OSError) -> RunState:
         reason = error.strerror or str(error)
-        return RunState(**{**vars(self._state), "trouble": f"{self.folder}: {reason}"})
+        return replace(self._state, trouble=f"{self.folder}: {reason}")
 
     def _read_meta(self) -> None:
         """Read meta.json where it changed; it is replaced as a whole."""

@@ -2,6 +2,8 @@
 
 import math
 import time
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +28,9 @@ def run(folder: Path, layers: int = 32, heads: int = 16, issues: bool = True) ->
         sink.write_issue(collapse(160))
         sink.write_issue(collapse(170, layer=1, head=3, severity="warning"))
         sink.write_intervention({"intervention": "skip_step", "action": "applied", "step": 180})
+    state = RunTail(folder / "one" / "stabmon").look()
     sink.close()
-    return RunTail(folder / "one" / "stabmon").look()
+    return state
 
 
 def text(state: RunState, width: int = 80, height: int | None = 24, **chosen: object) -> list[str]:
@@ -109,6 +112,8 @@ def test_a_silent_run_and_an_absent_disk_are_said_first(tmp_path: Path) -> None:
     state = run(tmp_path)
     late = Screen(state, now=time.time() + 245)
     assert "no line for 4 min" in late.lines(80, 24)[0].plain
+    ended = {"ended": datetime.fromtimestamp(time.time() - 7300, UTC).isoformat()}
+    assert "ended 2.0 h ago" in text(replace(state, meta=ended))[0]
     (tmp_path / "one").rename(tmp_path / "away")
     tail = RunTail(tmp_path / "one" / "stabmon")
     assert "cannot be read now" in text(tail.look())[1]
