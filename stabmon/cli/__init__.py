@@ -107,8 +107,11 @@ def main() -> None:
         sys.stdout.flush()
     except (BrokenPipeError, SystemExit):  # typer turns the first into the second
         _leave_pipe()
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError) as error:
         _refuse(str(error))
+    except OSError as error:
+        named = "" if error.filename is None else f"{error.filename}: "
+        _refuse(f"{named}{error.strerror or error}")
     except (typer.Abort, KeyboardInterrupt):
         status = 130
     except Exception as error:

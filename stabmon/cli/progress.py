@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,13 +17,12 @@ def working(doing: str) -> Iterator[Callable[[str], None]]:
     Yields:
         A function that changes the words.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():  # rich would also take FORCE_COLOR for a terminal
         yield lambda doing: None
         return
-    with console.status(f"{doing} …") as status:
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{doing} …") as status:
         yield lambda doing: status.update(f"{doing} …")
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from stabmon.cli.outputs import prove_file
+
 
 def wandb_workspace(
     entity: Annotated[
@@ -23,6 +25,8 @@ def wandb_workspace(
     ] = None,
 ) -> None:
     """Save the ready-made view of a W&B project; offline, print it as JSON."""
+    if out is not None:
+        prove_file(str(out), "--out")
     workspace = _workspace(entity, project, name)
     online = _is_online()
     if online:

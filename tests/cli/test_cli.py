@@ -146,6 +146,20 @@ def test_watch_shows_the_newest_reading_and_leaves_with_0(run_dir: Path) -> None
     assert "no incident up to step 10" in done.stdout
 
 
+def test_a_terminal_without_unicode_gets_other_signs_and_no_error(run_dir: Path) -> None:
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding="ascii")
+    with (
+        patch.object(sys, "argv", ["stabmon", "report", str(run_dir)]),
+        patch.object(sys, "stdout", terminal),
+        pytest.raises(SystemExit) as left,
+    ):
+        main()
+    terminal.flush()
+    assert left.value.code == 0
+    assert re.match(rb"\S+ \? Healthy: ", written.getvalue())
+
+
 def test_watch_leaves_with_1_on_an_alarm_and_names_its_place(run_dir: Path) -> None:
     add(run_dir, issue("error"))
     done = run("watch", str(run_dir), "--once")
@@ -174,6 +188,8 @@ def test_json_is_one_object_and_nothing_else(run_dir: Path) -> None:
         (["watch", "--every", "0"], "0.1"),
         (["watch", ".", "--fail-on", "panic"], "use warning or error"),
         (["bogus"], "no command 'bogus'; use check, "),
+        (["check"], "Missing argument 'model'; see stabmon check --help"),
+        (["wandb-workspace", "--out", "/proc/view"], "--out /proc/view: cannot be written"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_status_2(args: list[str], says: str) -> None:

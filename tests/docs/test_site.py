@@ -146,6 +146,12 @@ def test_formulas_are_rendered_at_build_time(pages: dict[str, Page]) -> None:
     assert raw == []
 
 
+def test_the_files_of_the_examples_are_shown(pages: dict[str, Page]) -> None:
+    shown = re.sub(r"<[^>]+>", "", pages["extend.html"].text)
+    for path in (ROOT / "docs" / "examples" / "my_package").glob("[!_]*.py"):
+        assert path.read_text(encoding="utf-8").splitlines()[0].strip('"') in shown
+
+
 def test_no_role_of_restructured_text_is_left(pages: dict[str, Page]) -> None:
     left = defaultdict(list)
     for path, page in pages.items():

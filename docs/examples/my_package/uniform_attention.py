@@ -18,7 +18,7 @@ UNIFORM = Symptom(
     "see that scores are scaled by 1/sqrt(head_dim), and that W_q and W_k are not decayed to 0",
     order=60,
 )
-"""Interventions treat it by this name; one of :mod:`stabmon.rules.symptoms` would do as well."""
+"""Interventions treat it by this name; one of stabmon.rules.symptoms would do as well."""
 
 
 @dataclass(frozen=True)
