@@ -186,7 +186,7 @@ def _draw_history(panel: _Panel, signal: HeadHistory, names: Sequence[str]) -> N
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.set_xlim(*ends)
     marked = {
-        kind: [at for at in signal.marks.get(kind, ()) if steps[0] <= at <= columns[-1]]
+        kind: [max(at, steps[0]) for at in signal.marks.get(kind, ()) if at <= columns[-1]]
         for kind in _MARKS
     }
     for kind, (sign, colour) in _MARKS.items():

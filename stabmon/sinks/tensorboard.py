@@ -18,6 +18,13 @@ from stabmon.sinks.issue_table import is_change
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_STATE_CHARTS = {
+    "risk that attention damages the run": "stability/risk",
+    "open issues": "stability/issues_open",
+    "interventions": MARKER,
+    "share of the scheduled learning rate": "stability/learning_rate_factor",
+}
+
 
 @sink
 class TensorboardSink(Sink):
@@ -83,11 +90,12 @@ class TensorboardSink(Sink):
         writer = self._at(reading.step)
         if writer is None:
             return
-        self._write_layout(writer, scalars)
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, reading.step)
+        shown = dict(scalars)
         if self._intervened_at is not None:
-            writer.add_scalar(MARKER, float(self._intervened_at == reading.step), reading.step)
+            shown[MARKER] = float(self._intervened_at == reading.step)
+        self._write_layout(writer, shown)
+        for name, value in shown.items():
+            writer.add_scalar(name, value, reading.step)
         if self._per_head:
             for signal in signal_names(reading):
                 matrix = head_matrix(reading, signal)
@@ -207,13 +215,9 @@ def _layout(names: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """
     known = set(names)
     layout: dict[str, dict[str, list[Any]]] = {}
-    state = sorted(name for name in known if name.startswith("stability/"))
+    state = {title: name for title, name in _STATE_CHARTS.items() if name in known}
     if state:
-        layout["stability"] = {
-            "risk, and interventions": ["Multiline", ["stability/risk$", f"{MARKER}$"]],
-            "open issues": ["Multiline", ["stability/issues_open$"]],
-            "share of the scheduled rate": ["Multiline", ["stability/learning_rate_factor$"]],
-        }
+        layout["stability"] = {title: ["Multiline", [f"{name}$"]] for title, name in state.items()}
     signals = list(dict.fromkeys(n.split("/")[1] for n in names if n.startswith("attention/")))
     for signal in dict.fromkeys([*telling(signals), *signals]):
         tags = [f"attention/{signal}/{how}" for how in ("mean", "min", "max")]

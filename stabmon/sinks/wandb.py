@@ -53,7 +53,8 @@ class WandbSink(Sink):
         project: project of a run of our own.
         per_head: log the values of all heads, one histogram per signal and sampled step
             (``attention_heads/<signal>``) and one image per signal
-            (``attention_heatmap/<signal>``), instead of one image of entropy and largest score.
+            (``attention_heatmap/<signal>``), instead of one image of entropy and largest score;
+            and, hidden, the curves of every layer.
         image_every: sampled steps from one image to the next; there is one more at each alarm.
         all_layers: log and show the curves of every layer.
         table_seconds: least wall time between two uploads of the tables of the newest 1000 issues
@@ -102,7 +103,7 @@ class WandbSink(Sink):
     def _begin(self) -> None:
         """Forget an earlier run."""
         self._pictures = HeadPictures(each_signal=self._per_head, every=self._image_every)
-        self._layers = LayerCurves(every=self._all_layers)
+        self._layers = LayerCurves(every=self._all_layers or self._per_head)
         self._intervened_at: int | None = None
 
     def amend(self, meta: Mapping[str, Any]) -> None:

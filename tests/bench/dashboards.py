@@ -1,12 +1,15 @@
 """Count what dashboards get of a run, time their sinks, and take pictures of them.
 
-A small GPT-2 trains with W_q and W_k times a factor after each step, under ``guard``, which
-intervenes. Printed for models of 4 and 32 layers: issues and interventions recorded, and found
+A small GPT-2 trains at 30 times the rate that fits; now and then an intervention is applied and
+taken back. Printed for models of 4 and 32 layers: issues and interventions recorded, and found
 again in TensorBoard (by its own server, as its page gets them) and in the offline run of Weights &
 Biases; tags and panels; milliseconds that a reading takes in each sink, and a picture of all heads
 alone. ``--out`` keeps the pictures: every image of the two dashboards, and TensorBoard's page in
 Chromium. The page of Weights & Biases cannot be had offline.
 """
+
+if not __package__:
+    import on_path  # noqa: F401
 
 import argparse
 import contextlib
@@ -25,12 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-if not __package__:
-    import on_path  # noqa: F401
-
 import numpy as np
 import torch
-from inject_fault import ScaleQk
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import stabmon
@@ -41,7 +40,17 @@ from stabmon.sinks.reader import read_records
 from stabmon.tiny.corpus import load_corpus
 from tests.support import wandb_files
 
-LENGTH, BATCH = 64, 8
+LENGTH, BATCH, RATE = 64, 8, 3e-2
+PINS = [
+    {"plugin": "scalars", "tag": tag}
+    for tag in (
+        "stability/risk",
+        "stability/issues_open",
+        "attention/max_logit/max",
+        "attention/normalized_entropy/min",
+    )
+]
+"""Cards at the top of TensorBoard's first tab, as in docs/records.md."""
 
 
 class Timed(Sink):
@@ -82,25 +91,25 @@ def train(folder: Path, *, layers: int, steps: int, every: int) -> dict[str, Tim
         use_cache=False,
     )
     model = GPT2LMHeadModel(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    fault = ScaleQk(factor=1.02, start=steps // 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     sinks = {name: Timed(SINKS[name]()) for name in ("tensorboard", "wandb")}
     with stabmon.AttentionStabilityMonitor(
-        model,
-        optimizer,
-        config="guard",
-        log_every=every,
-        sinks=["jsonl", *sinks.values()],
-        run_dir=folder,
+        model, optimizer, log_every=every, sinks=["jsonl", *sinks.values()], run_dir=folder
     ) as monitor:
-        for step, rows in enumerate(corpus.stream(steps, BATCH, seed=0), start=1):
+        applied = None
+        for rows in corpus.stream(steps, BATCH, seed=0):
             batch = corpus.train[rows]
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            fault.apply(model, step)
-            monitor.on_step(loss)
+            diagnosis = monitor.on_step(loss)
+            if applied is not None and monitor.step % 7 == 0:
+                applied.undo("to show it")
+                applied = None
+            elif applied is None and diagnosis is not None and monitor.step % 40 == 0:
+                intervention = monitor.get_intervention(diagnosis)
+                applied = None if intervention is None else monitor.apply(intervention)
     return sinks
 
 
@@ -239,11 +248,14 @@ def photograph(folder: Path, out: Path) -> None:
             executable_path="/usr/bin/chromium", args=["--no-sandbox"]
         )
         page = browser.new_page(viewport={"width": 1400, "height": 900})
-        for tab in ("timeseries", "custom_scalars", "images", "text"):
-            page.goto(f"{address}/#{tab}", wait_until="networkidle")
-            page.reload(wait_until="networkidle")
-            page.wait_for_timeout(4000)
-            page.screenshot(path=str(out / f"tensorboard_{tab}.png"))
+        tabs = {each: f"#{each}" for each in ("timeseries", "custom_scalars", "images", "text")}
+        for name, place in (
+            tabs | {"pinned": f"?pinnedCards={json.dumps(PINS)}#timeseries"}
+        ).items():
+            page.goto("about:blank")
+            page.goto(f"{address}/{place}", timeout=180_000)
+            page.wait_for_timeout(15_000)
+            page.screenshot(path=str(out / f"tensorboard_{name}.png"), timeout=180_000)
         browser.close()
 
 

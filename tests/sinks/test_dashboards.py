@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import stabmon
 from stabmon.incidents import IncidentLog
+from stabmon.interventions import INTERVENTIONS
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks import SINKS, SinkGroup
 from stabmon.sinks.dashboards.panels import FEW_LAYERS, LAYER_SIGNALS, MOST_PANELS, STATE
@@ -96,33 +97,31 @@ def key(each: StabilityIssue) -> Any:
     return (each.step, each.severity, each.state, each.issue_type, each.layer, each.head)
 
 
-def test_every_issue_and_intervention_of_a_guarded_run_is_on_both_dashboards(
+def test_every_issue_and_intervention_of_a_real_run_is_on_both_dashboards(
     tmp_path: Path,
 ) -> None:
     model, sink = gpt2(), WandbSink()
     optimizer = optimizer_of(model, 1e-3)
     with stabmon.AttentionStabilityMonitor(
-        model,
-        optimizer,
-        config="guard",
-        log_every=2,
-        sinks=["jsonl", "tensorboard", sink],
-        run_dir=tmp_path,
+        model, optimizer, log_every=1, sinks=["jsonl", "tensorboard", sink], run_dir=tmp_path
     ) as monitor:
-        for batch in batches(70):
+        for step, batch in enumerate(batches(50), start=1):
             loss = model(input_ids=batch, labels=batch).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
                 for block in model.transformer.h:
-                    block.attn.c_attn.weight[:, :64] *= 1.04
+                    block.attn.c_attn.weight[:, :64] *= 1.15 if step > 16 else 1.0
             monitor.on_step(loss)
+            if step == 40:
+                applied = monitor.apply(INTERVENTIONS["lower_learning_rate"]())
+            if step == 45:
+                applied.undo()
         written = Written.by(sink, tmp_path)
     records = read_records(tmp_path)
-    changed = [each for each in records.interventions if each["step"] > 0]
-    assert records.issues
-    assert changed
+    assert len(records.issues) > 10
+    assert [each["action"] for each in records.interventions] == ["applied", "undone"]
     history = written.texts("history")[-1]
     assert issues_in(history) == Counter(map(key, records.issues))
     assert history.count("**intervention** at step") == len(records.interventions)
@@ -139,7 +138,7 @@ def test_every_issue_and_intervention_of_a_guarded_run_is_on_both_dashboards(
         for row in wandb_files.rows(written.wandb_file)
         if row.get("stability/intervention") == 1
     }
-    assert marked == {each["step"] for each in changed}
+    assert marked == {40, 45}
     points = written.events().Scalars("stability/intervention")
     assert {point.step for point in points if point.value == 1} == marked
 
@@ -169,7 +168,7 @@ def readings_of(layers: int, step: int, heads: int = 8) -> Reading:
 
 
 def write_run(
-    folder: Path, layers: int, *, with_issues: bool, steps: int = 25, **wandb_settings: Any
+    folder: Path, layers: int, *, with_issues: bool, steps: int = 5, **wandb_settings: Any
 ) -> Written:
     """Write a run to both dashboards as the monitor does."""
     log, alarms = IncidentLog(), 0
@@ -197,7 +196,7 @@ def write_run(
 def test_issues_of_more_steps_than_tensorboard_keeps_texts_of_are_all_in_the_newest(
     tmp_path: Path,
 ) -> None:
-    written = write_run(tmp_path, 4, with_issues=True)
+    written = write_run(tmp_path, 4, with_issues=True, steps=25)
     recorded = Counter(key(each) for issues in stream(4) for each in issues)
     kept = written.texts("issues")
     assert len(kept) == 10  # of 25 steps
@@ -223,7 +222,9 @@ def test_a_healthy_run_has_few_panels_however_many_layers(tmp_path: Path, layers
 
 
 def test_layers_that_issues_name_get_curves_and_all_on_request(tmp_path: Path) -> None:
-    names, panels = wandb_files.panels(write_run(tmp_path / "few", 32, with_issues=True).wandb_file)
+    names, panels = wandb_files.panels(
+        write_run(tmp_path / "few", 32, with_issues=True, steps=12).wandb_file
+    )
     shown = {name for name in panels if name.startswith("attention_layers/")}
     first = {f"attention_layers/h.{layer}.attn" for layer in range(FEW_LAYERS)}
     assert {name.rpartition("/")[0] for name in shown} == first
@@ -240,7 +241,7 @@ def test_layers_that_issues_name_get_curves_and_all_on_request(tmp_path: Path) -
 def test_summaries_hold_extremes_and_the_configuration_what_the_run_was_watched_with(
     tmp_path: Path,
 ) -> None:
-    written = write_run(tmp_path, 2, with_issues=True, steps=5)
+    written = write_run(tmp_path, 2, with_issues=True)
     summary = wandb_files.summary(written.wandb_file)
     values = [readings_of(2, step).layers["h.0.attn"]["max_logit"] for step in range(1, 6)]
     assert summary["attention/max_logit/max"] == pytest.approx(
@@ -278,7 +279,7 @@ def test_custom_scalars_have_a_category_a_signal_with_all_heads_and_all_layers(
 ) -> None:
     from tensorboard.plugins.custom_scalar import layout_pb2
 
-    written = write_run(tmp_path, 4, with_issues=False, steps=3)
+    written = write_run(tmp_path, 4, with_issues=False, steps=2)
     (event,) = written.events().Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     charts = {each.title: list(each.chart) for each in layout.category}

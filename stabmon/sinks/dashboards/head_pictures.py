@@ -133,16 +133,16 @@ class HeadPictures:
         if self._is_checked:
             return
         self._is_checked = True
-        for package, less in (
-            ("matplotlib.figure", "it has no axes and no history"),
-            ("PIL", "there is none"),
+        for package, name, less in (
+            ("PIL", "pillow", "there is none"),  # first: matplotlib needs it too
+            ("matplotlib.figure", "matplotlib", "it has no axes and no history"),
         ):
             try:
                 importlib.import_module(package)
             except ImportError:
-                name = {"PIL": "pillow"}.get(package, package.partition(".")[0])
                 self._draw_less(less, f"{name} is missing: pip install {name}")
                 self._blind = package == "PIL"
+                return
 
     def _draw_less(self, less: str, why: str) -> None:
         self._plain = True

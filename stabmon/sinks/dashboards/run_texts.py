@@ -102,7 +102,7 @@ class RunStory:
                 break
         chapters = {
             "Incidents, open ones first": told,
-            "Interventions": self._interventions,
+            "Interventions, newest first": self._interventions[::-1],
             "Every issue, newest first": issues,
         }
         return "\n\n".join(
