@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from stabmon.incidents.incident import Incident
@@ -24,6 +25,8 @@ SPREAD = 4
 FARTHER = 10.0
 """Growth of the value's ratio to its threshold that is reported again."""
 Key = tuple[str, str | None, int | None]
+_Rank = tuple[bool, tuple[int, str]]
+"""Whether an issue is no alarm, and its group; the least one is the cause."""
 
 
 def group_of(issue: StabilityIssue) -> tuple[int, str]:
@@ -32,6 +35,10 @@ def group_of(issue: StabilityIssue) -> tuple[int, str]:
     if symptom is None:
         return NO_SYMPTOM, issue.issue_type
     return symptom.causal_order, symptom.name
+
+
+def _rank(issue: StabilityIssue) -> _Rank:
+    return not issue.is_alarm, group_of(issue)
 
 
 def explains(incident: OpenIncident, issue: StabilityIssue) -> bool:
@@ -60,6 +67,8 @@ class OpenIncident:
         self.heads: set[tuple[str | None, int]] = set()
         self.changed: list[StabilityIssue] = []
         """Issues of the present step."""
+        self._ranks: Counter[_Rank] = Counter()
+        """Open issues of each rank, so that hundreds of heads are not gone through at each."""
         self._last: tuple[int, str] = (NO_SYMPTOM, "")
         self._announced: Incident | None = None
         self._announced_distance = 1.0
@@ -68,8 +77,7 @@ class OpenIncident:
     @property
     def group(self) -> tuple[int, str]:
         """Place in the causal chain, and symptom, of its cause."""
-        alarms = [each for each in self.issues.values() if each.is_alarm]
-        return min(map(group_of, alarms or self.issues.values()), default=self._last)
+        return min(self._ranks)[1] if self._ranks else self._last
 
     @property
     def order(self) -> int:
@@ -79,7 +87,7 @@ class OpenIncident:
     @property
     def is_alarm(self) -> bool:
         """True while an issue of severity error or above is open."""
-        return any(each.is_alarm for each in self.issues.values())
+        return any(not no_alarm for no_alarm, _ in self._ranks)
 
     @property
     def explains_earlier(self) -> bool:
@@ -94,7 +102,9 @@ class OpenIncident:
 
     def add(self, issue: StabilityIssue) -> None:
         """Add an issue that opened or worsened."""
+        self._uncount(self.issues.get(issue.key))
         self.issues[issue.key] = issue
+        self._ranks[_rank(issue)] += 1
         self.changed.append(issue)
         self._alarmed |= issue.is_alarm
         self._last = self.group
@@ -106,8 +116,16 @@ class OpenIncident:
     def close_issue(self, issue: StabilityIssue) -> None:
         """Take an issue out that closed."""
         self._last = self.group
-        del self.issues[issue.key]
+        self._uncount(self.issues.pop(issue.key))
         self.changed.append(issue)
+
+    def _uncount(self, issue: StabilityIssue | None) -> None:
+        """Take an issue that is open no longer, or has changed, out of the ranks."""
+        if issue is not None:
+            rank = _rank(issue)
+            self._ranks[rank] -= 1
+            if not self._ranks[rank]:
+                del self._ranks[rank]
 
     def follows_from_it(self, other: OpenIncident) -> bool:
         """Return True if another incident follows from this one."""
@@ -119,6 +137,7 @@ class OpenIncident:
         self.number = min(self.number, other.number)
         self.first_step = min(self.first_step, other.first_step)
         self.issues = {**other.issues, **self.issues}
+        self._ranks = Counter(map(_rank, self.issues.values()))
         self.layers = {**other.layers, **self.layers}
         self.heads |= other.heads
         self.changed += other.changed

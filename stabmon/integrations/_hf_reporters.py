@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -83,8 +84,7 @@ class TrackioSink(ReporterSink):
     """Scalars at Trackio's newest step, where ``on_log`` would use up the next."""
 
     def _log(self, step: int, scalars: dict[str, float]) -> None:
-        import trackio
-
+        trackio = import_module("trackio")
         # context_vars is internal, and Run._next_step has no public name (checked with trackio
         # 0.43); without either, the Trainer's own rows move on by one at each sample
         variables = getattr(trackio, "context_vars", None)
@@ -93,8 +93,8 @@ class TrackioSink(ReporterSink):
         if following is None:
             super()._log(step, scalars)
             return
-        named = integration_utils.rewrite_logs(scalars) | {"train/global_step": step}
-        trackio.log(named, step=max(following - 1, 0))
+        rewritten: dict[str, float] = integration_utils.rewrite_logs(scalars)  # type: ignore[no-untyped-call]
+        trackio.log(rewritten | {"train/global_step": step}, step=max(following - 1, 0))
 
 
 class KubeflowSink(ReporterSink):

@@ -58,7 +58,8 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start watching; on a resume, go on from the checkpoint."""
         # Lightning reports every end of a training, also by an exception
-        if not self._takes(trainer, trainer.callbacks, lambda earlier: earlier is not trainer):
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        if not self._takes(trainer, callbacks, lambda earlier: earlier is not trainer):
             return
         # modes in which Lightning leaves no file either
         dry = bool(getattr(trainer, "fast_dev_run", False) or trainer.barebones)

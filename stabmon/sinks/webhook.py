@@ -22,7 +22,7 @@ _SLACK_LENGTH = 3000
 
 @sink
 class WebhookSink(Sink):
-    """Post one JSON object for each incident that is worth an alert, and for each intervention.
+    """Post incidents worth an alert, and interventions, as JSON.
 
     Messages are posted by a thread of their own, and training never waits for them: 100 may wait,
     further ones are dropped, and closing takes two seconds at most. What was lost is logged on

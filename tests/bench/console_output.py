@@ -5,6 +5,9 @@ A small GPT-2 trains for 300 steps on the standard library's text: healthy; with
 5, 10 and 50 steps, with the console and an offline run of Weights & Biases.
 """
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import io
 import itertools
@@ -13,9 +16,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if not __package__:
-    import on_path  # noqa: F401
 
 import torch
 import wandb

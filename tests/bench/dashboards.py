@@ -8,6 +8,9 @@ alone. ``--out`` keeps the pictures: every image of the two dashboards, and Tens
 Chromium. The page of Weights & Biases cannot be had offline.
 """
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import contextlib
 import json
@@ -24,9 +27,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-if not __package__:
-    import on_path  # noqa: F401
 
 import numpy as np
 import torch

@@ -9,15 +9,15 @@ four layers growing by 1% a step.
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-if not __package__:
-    import on_path  # noqa: F401
 
 import numpy as np
 import torch

@@ -18,7 +18,7 @@ PARTS = {
 NAMED = {
     "stabmon.integrations.transformers": ["stabmon.integrations.transformers.StabilityCallback"],
     "stabmon.integrations.lightning": ["stabmon.integrations.lightning.StabilityCallback"],
-    "stabmon.sinks.reader": ["stabmon.sinks.reader.read_records"],
+    "stabmon.sinks.reader": ["stabmon.sinks.reader.Records"],
 }
 """Paths of modules without ``__all__``, or that are slow to import."""
 ELSEWHERE = {"stabmon.controllers.base.Controller"}

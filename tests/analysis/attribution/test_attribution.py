@@ -113,7 +113,7 @@ def test_halves_where_memory_runs_out_with_the_same_numbers(
     )
     assert limited.sizes == [7, 4, 2, 2, 2, 1]
     told = [record.message for record in caplog.records if "memory" in record.message]
-    assert told == ["memory ran out with 7 samples at once: continuing with 4 of 7"]
+    assert told == ["stabmon: memory ran out with 7 samples at once: continuing with 4 of 7"]
     for name in ("matrix", "first_token_share", "valid", "targets"):
         one, other = getattr(parted, name), getattr(whole, name)
         assert (one is None and other is None) or torch.equal(one, other), name

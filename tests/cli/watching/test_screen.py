@@ -28,8 +28,9 @@ def run(folder: Path, layers: int = 32, heads: int = 16, issues: bool = True) ->
         sink.write_issue(collapse(160))
         sink.write_issue(collapse(170, layer=1, head=3, severity="warning"))
         sink.write_intervention({"intervention": "skip_step", "action": "applied", "step": 180})
+    state = RunTail(folder / "one" / "stabmon").look()
     sink.close()
-    return RunTail(folder / "one" / "stabmon").look()
+    return state
 
 
 def text(state: RunState, width: int = 80, height: int | None = 24, **chosen: object) -> list[str]:
