@@ -269,7 +269,8 @@ def _share(values: np.ndarray, scale: Scale) -> np.ndarray:
         1.0 + np.log10(np.maximum(clipped, start) / start),
         (clipped - low) / (start - low),
     )
-    return placed / (1.0 + np.log10(high / start))
+    logarithmic: np.ndarray = placed / (1.0 + np.log10(high / start))
+    return logarithmic
 
 
 def _colours(shares: np.ndarray) -> np.ndarray:
