@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -83,8 +84,8 @@ def _save(workspace: Any) -> None:
 def _workspace(entity: str, project: str, name: str) -> Any:
     """Return the view: the state of the run first, then loss, extremes, heads and layers."""
     try:
-        from wandb_workspaces import workspaces
-        from wandb_workspaces.reports import v2
+        workspaces: Any = importlib.import_module("wandb_workspaces.workspaces")
+        v2: Any = importlib.import_module("wandb_workspaces.reports.v2")
     except ImportError as error:
         raise ImportError(
             'wandb-workspaces is not installed: pip install "stabmon[workspace]"'

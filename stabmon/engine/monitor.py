@@ -298,7 +298,7 @@ class AttentionStabilityMonitor:
         self._clock.close()
         self._observer.close()
         self._parts.optimizers.close()
-        self._recorder.close()
+        self._recorder.close(self.step)
 
     def __enter__(self) -> AttentionStabilityMonitor:
         return self

@@ -49,7 +49,7 @@ def unlaid_figure(width: float, height: float) -> Any:
     return _figure(width, height, "none")
 
 
-def _figure(width: float, height: float, layout: str) -> Any:
+def _figure(width: float, height: float, layout: Any) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

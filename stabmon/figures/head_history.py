@@ -112,7 +112,7 @@ def pixels(figure: Any, dots: float = 100.0) -> np.ndarray:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.set_dpi(dots)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     with quiet_glyphs():
         canvas.draw()
     drawn: np.ndarray = np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -168,10 +168,10 @@ def _draw_history(panel: _Panel, signal: HeadHistory, names: Sequence[str]) -> N
     axes = panel.history
     count, layers, heads = signal.values.shape
     steps = np.asarray(signal.steps, dtype=np.float64)
-    span = max(float(steps[-1] - steps[0]), 1.0)
-    columns = np.linspace(steps[0], steps[0] + span, min(MOST_COLUMNS, int(span) + 1))
+    span = float(steps[-1] - steps[0])
+    columns = np.linspace(steps[0], steps[-1], min(MOST_COLUMNS, int(span) + 1))
     newest = np.searchsorted(steps, columns + 1e-9 * span, side="right") - 1
-    half = span / (len(columns) - 1) / 2
+    half = span / (len(columns) - 1) / 2 if len(columns) > 1 else 0.5
     ends = float(columns[0]) - half, float(columns[-1]) + half
     rows = signal.values.reshape(count, layers * heads).T[:, newest]
     _image(axes, rows, signal.scale, (*ends, layers * heads - 0.5, -0.5))
@@ -269,11 +269,13 @@ def _share(values: np.ndarray, scale: Scale) -> np.ndarray:
         1.0 + np.log10(np.maximum(clipped, start) / start),
         (clipped - low) / (start - low),
     )
-    return placed / (1.0 + np.log10(high / start))
+    logarithmic: np.ndarray = placed / (1.0 + np.log10(high / start))
+    return logarithmic
 
 
 def _colours(shares: np.ndarray) -> np.ndarray:
     """Return viridis colours of places from 0 to 1, ``[..., 3]`` uint8."""
     from matplotlib import colormaps
 
-    return np.asarray(colormaps["viridis"](shares, bytes=True))[..., :3].copy()
+    colours: np.ndarray = np.asarray(colormaps["viridis"](shares, bytes=True))[..., :3].copy()
+    return colours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,11 @@ VERBS = {
     "again": "applied {} again",
 }
 """Words for each action of a record."""
+
+CHANGING = ("applied", "again")
+"""Actions that make the change whose values the record has before and after."""
+MOST_OF_A_NOTE = 160
+"""Characters of a reason or a note; the record has the whole."""
 
 
 def intervention_text(record: Mapping[str, Any]) -> str:
@@ -43,11 +49,13 @@ def intervention_text(record: Mapping[str, Any]) -> str:
     if name and "{}" not in VERBS.get(action, "{}"):
         text += f" ({name})"
     text = text.strip() + _places(record)
-    changes = _changes(record.get("before"), record.get("after"))
-    text += f": {changes}" if changes else ""
+    if action in CHANGING:
+        changes = _changes(record.get("before"), record.get("after"))
+        text += f": {changes}" if changes else ""
     for key, words in (("why", "reason: "), ("note", "")):
         value = record.get(key)
-        text += f"; {words}{value}" if isinstance(value, str) and value else ""
+        if isinstance(value, str) and value:
+            text += f"; {words}{textwrap.shorten(value, MOST_OF_A_NOTE, placeholder=' …')}"
     return text
 
 

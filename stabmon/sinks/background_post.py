@@ -45,6 +45,8 @@ class BackgroundPost:
         self.host = _host_of(url)
         self._url, self._timeout = url, timeout
         self._opener = urllib.request.build_opener(_NoRedirect)
+        self._thread: threading.Thread | None = None
+        self._count = 0
         self._start_anew()
 
     def put(self, body: bytes) -> None:
@@ -59,6 +61,7 @@ class BackgroundPost:
             self._waiting.append(body)
             self._lock.notify()
         if self._thread is None:
+            self._closing.clear()
             self._thread = threading.Thread(target=self._run, name="stabmon webhook", daemon=True)
             self._thread.start()
             atexit.register(self.close)
@@ -91,13 +94,14 @@ class BackgroundPost:
                 self.host,
                 reasons,
             )
+        self._lost.clear()
+        self._count = 0
 
     def _start_anew(self) -> None:
         self._pid = os.getpid()
         self._lock, self._closing = threading.Condition(), threading.Event()
         self._waiting: deque[bytes] = deque()
-        self._thread: threading.Thread | None = None
-        self._is_sending, self._count = False, 0
+        self._thread, self._count, self._is_sending = None, 0, False
         self._lost: Counter[str] = Counter()
         """Messages that were lost, by reason."""
 
@@ -109,13 +113,13 @@ class BackgroundPost:
                 if not self._waiting:
                     return
                 body, self._is_sending = self._waiting.popleft(), True
-            reason = self._deliver(body)
+            reason, is_first = self._deliver(body), False
             with self._lock:
                 self._is_sending = False
                 if reason:
                     self._lost[reason] += 1
                     is_first = self._lost.total() == 1
-            if reason and is_first:
+            if is_first and not self._closing.is_set():  # else closing reports it
                 logger.warning(
                     "stabmon: a message did not reach the webhook at %s (%s); training goes on, and "
                     "further failures are counted",

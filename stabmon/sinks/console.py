@@ -55,7 +55,7 @@ class ConsoleSink(Sink):
     def _forget(self) -> None:
         self._meta: dict[str, Any] = {}
         self._run_dir: Path | None = None
-        self._is_open = False
+        self._is_open = self._started = False
         self._samples = self._step = self._interventions = 0
         self._incidents: dict[int, Incident] = {}
 
@@ -64,10 +64,9 @@ class ConsoleSink(Sink):
         self._meta, self._run_dir, self._is_open = dict(meta), run_dir, True
 
     def amend(self, meta: Mapping[str, Any]) -> None:
-        first = "layers" in meta and "layers" not in self._meta
         self._meta |= meta
-        if first:
-            self._print(Text(f"stabmon watches {self._watched()}; {self._records()}"))
+        if "layers" in meta:
+            self._start()
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         self._samples, self._step = self._samples + 1, reading.step
@@ -90,6 +89,7 @@ class ConsoleSink(Sink):
             self._step = incident.step
             if not (incident.announced or self._verbose):
                 continue
+            self._start()
             name = "closed" if incident.state == "closed" else incident.severity
             self._print(
                 _line(incident.step, (f"{name}: ", _COLOURS[incident.severity]), incident.text())
@@ -99,15 +99,25 @@ class ConsoleSink(Sink):
                 self._print(Text.assemble(("  what to do: ", "bold"), incident.advice, code))
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
+        step = int(record.get("step", 0))
+        if step == 0 and not self._verbose:
+            return  # in place from the start, as in every run under guard
+        self._start()
         self._interventions += record.get("action") == "applied"
-        self._step = max(self._step, int(record.get("step", 0)))
-        words = ("intervention: ", "bold magenta")
-        self._print(_line(int(record.get("step", 0)), words, intervention_text(record)))
+        self._step = max(self._step, step)
+        self._print(_line(step, ("intervention: ", "bold magenta"), intervention_text(record)))
 
     def close(self) -> None:
         if self._is_open and (self._samples or self._incidents):
-            self._print(Text(f"stabmon done at step {self._step}: {self._outcome()}"))
+            step = self._meta.get("steps", self._step)
+            self._print(Text(f"stabmon done at step {step}: {self._outcome()}"))
         self._is_open = False
+
+    def _start(self) -> None:
+        """Print the line of the start, once, before any other."""
+        if self._is_open and not self._started:
+            self._started = True
+            self._print(Text(f"stabmon watches {self._watched()}; {self._records()}"))
 
     def _watched(self) -> str:
         """Return layers, heads, model and schedule in words."""
@@ -116,7 +126,8 @@ class ConsoleSink(Sink):
         model = self._meta.get("model", {}).get("class", "the model")
         every = self._meta.get("sampling", {}).get("every", 1)
         often = "every step" if every == 1 else f"every {every} steps"
-        return f"{counted(len(layers), 'layer')}, {counted(heads, 'head')} of {model} {often}"
+        of = f"{counted(len(layers), 'layer')}, {counted(heads, 'head')} of " if layers else ""
+        return f"{of}{model} {often}"
 
     def _records(self) -> str:
         """Return the place of the records in words."""

@@ -126,7 +126,8 @@ class WandbSink(Sink):
             self._run.log(values | media | tables, commit=True)
         else:
             self._guest.put(values, media)
-            self._run.summary.update(tables)
+            if tables:
+                self._run.summary.update(tables)
 
     def write_issue(self, issue: StabilityIssue) -> None:
         self.write_issues([issue])
@@ -231,14 +232,21 @@ class WandbSink(Sink):
             self._guest.add(STEP, {STEP: step, **scalars}, media)
 
     def _publish_last(self) -> None:
-        """Upload tables that lack a row; a guest writes no row for it."""
+        """Upload what waits: tables that lack a row, and an image of the newest readings.
+
+        A guest writes no row for it.
+        """
         if self._run is None or self._is_finished():
             return
+        media = self._media(self._pictures.draw_if_due())
         tables = self._tables(last_call=True)
-        if tables and self._guest is None:
+        if self._guest is not None:
+            self._run.summary.update(media | tables)
+            return
+        if media:
+            self._log_event(self._pictures.newest_step, {}, media)
+        if tables:
             self._run.log(tables, commit=False)
-        elif tables:
-            self._run.summary.update(tables)
 
     def _tables(self, *, last_call: bool = False) -> dict[str, Any]:
         """Return the tables of newest issues and interventions that are due."""

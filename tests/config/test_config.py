@@ -294,3 +294,12 @@ def test_settings_written_down_are_read_as_they_were(
     path.write_text(yaml.safe_dump(config.to_dict()))
     assert load_config(path).to_dict() == config.to_dict()
     assert load_config(StabilityConfig(**config.to_dict())).to_dict() == config.to_dict()
+
+
+def test_per_head_reaches_the_sinks_that_are_given_by_name_and_know_it() -> None:
+    config = load_config("observe", per_head=True, sinks=["jsonl", "tensorboard"])
+    plain, board = config.make_sinks()
+    assert type(plain).__name__ == "JsonlSink"
+    assert board._per_head is True  # type: ignore[attr-defined]
+    (board,) = load_config("observe", sinks=["tensorboard"]).make_sinks()
+    assert board._per_head is False  # type: ignore[attr-defined]

@@ -37,6 +37,9 @@ def test_columns_are_even_in_steps_and_show_the_newest_measurement() -> None:
     _, history, *_ = head_history([signal(values, [10, 12, 16])], ["h"]).axes
     assert cells(history).tolist() == [[0, 0, 255, 255, 255, 255, 0]]
     assert history.get_xlim() == (9.5, 16.5)
+    _, history, *_ = head_history([signal(values[:1], [10])], ["h"]).axes
+    assert cells(history).tolist() == [[0]]
+    assert history.get_xlim() == (9.5, 10.5)
     long = np.zeros((1000, 1, 1))
     _, history, *_ = head_history([signal(long)], ["h"]).axes
     assert cells(history).shape == (1, MOST_COLUMNS)

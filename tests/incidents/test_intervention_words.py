@@ -33,3 +33,16 @@ def test_records_without_parts_and_of_odd_types_are_said() -> None:
     odd = {"intervention": "stop", "before": 3, "after": None, "why": 4, "places": "run"}
     assert intervention_text(odd) == "applied stop"
     assert places_of({"layer": "h.0", "head": 3}) == [("h.0", 3)]
+
+
+def test_what_is_taken_back_has_no_change_and_notes_are_short() -> None:
+    record = {
+        "intervention": "cap_learning_rate",
+        "before": {"lr": 0.03},
+        "after": {"lr": 0.01},
+        "note": "layer by layer " * 30,
+    }
+    assert "lr 0.03 -> 0.01" in intervention_text({**record, "action": "applied"})
+    undone = intervention_text({**record, "action": "undone", "note": ""})
+    assert undone == "took cap_learning_rate back"
+    assert len(intervention_text({**record, "action": "applied"})) < 240

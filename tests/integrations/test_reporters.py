@@ -68,7 +68,7 @@ class Table(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         assert model is not None
         self.rows.append((state.global_step, dict(logs)))
-        if NAME in logs:
+        if "stability/risk" in logs:
             draw()
             state.global_step = 0
             control.should_training_stop = True
@@ -120,6 +120,31 @@ def test_a_reporter_that_fails_is_named_once_and_the_others_go_on(
     assert len([logs for _, logs in reporter.rows if NAME in logs]) == 8
     assert callback.monitor.errors == {"sink": 1}
     assert caplog.text.count("stabmon: Broken failed and is tried again") == 1
+
+
+def test_of_many_layers_a_reporter_gets_those_that_issues_name_and_all_on_request(tmp_path, table):
+    found = []
+    for per_head in (None, True):
+        callback = StabilityCallback("observe", log_every=1, per_head=per_head)
+        model = gpt2(n_layer=6)
+        with torch.no_grad():  # a NaN in one layer
+            model.transformer.h[3].attn.c_attn.weight[0, 0] = float("nan")
+        trainer = trainer_of(
+            tmp_path / str(per_head), callback, model, report_to=["table"], max_steps=2
+        )
+        trainer.train()
+        (reporter,) = (
+            each for each in trainer.callback_handler.callbacks if isinstance(each, Table)
+        )
+        rows = [logs for _, logs in reporter.rows if "stability/risk" in logs]
+        found.append(
+            [{name.split("/")[1] for name in logs if "attention_layers" in name} for logs in rows]
+        )
+        assert callback.issues
+    few, every = found
+    assert len(few) == len(every) == 2
+    assert few[0] == set()
+    assert all(len(layers) == 6 for layers in every)
 
 
 def test_callbacks_that_print_or_listen_get_nothing(tmp_path):

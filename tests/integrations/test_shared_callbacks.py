@@ -207,6 +207,8 @@ def test_on_issue_reaches_both_callbacks(tmp_path):
     module = Module()
     poison(module.model)
     fit(tmp_path / "pl", module, second, max_steps=1)
+    assert read_records(tmp_path / "hf").meta["framework"] == "transformers"
+    assert read_records(tmp_path / "pl").meta["framework"] == "lightning"
     assert seen["hf"] == first.issues != []
     assert seen["pl"] == second.issues != []
     for callback in (StabilityCallback, LightningCallback):

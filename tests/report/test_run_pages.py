@@ -111,7 +111,7 @@ def test_a_head_is_opened_by_keyboard_and_by_its_link(
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "head"
     assert page.locator("#head-title").inner_text().startswith("transformer.h.1.attn head 2")
-    assert page.url.endswith("#transformer.h.1.attn.2")
+    assert page.evaluate("location.hash") == "#transformer.h.1.attn.2"
     assert page.locator("#lines svg").count() == len(run.signals.values)
     assert "largest" in page.locator("#lines svg").nth(1).get_attribute("aria-label")
     assert "W_q" not in page.locator("#head-issues").inner_text()
@@ -124,7 +124,7 @@ def test_a_head_is_opened_by_keyboard_and_by_its_link(
     assert page.locator("#head-title").inner_text().startswith("transformer.h.0.attn head 3")
     page.select_option("#layer", "transformer.h.1.attn")
     page.select_option("#number", "1")
-    assert page.url.endswith("#transformer.h.1.attn.1")
+    assert page.evaluate("location.hash") == "#transformer.h.1.attn.1"
     page.close()
 
 
@@ -140,7 +140,7 @@ def test_pointing_reads_and_clicking_opens(
     assert value_said(found, 1) == expected(run, "max_logit", 1, 3)
     page.mouse.down()
     page.mouse.up()
-    assert page.url.endswith("#transformer.h.1.attn.3")
+    assert page.evaluate("location.hash") == "#transformer.h.1.attn.3"
     page.locator("#timeline svg.wide").scroll_into_view_if_needed()
     box = page.locator("#timeline svg.wide").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + 40)

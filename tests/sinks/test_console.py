@@ -82,8 +82,9 @@ def test_repetitions_and_warnings_are_counted_at_the_end_alone() -> None:
     for incident in incidents_of(issues):
         sink.write_incidents([incident])
     sink.close()
-    *_, last = lines = file.getvalue().splitlines()
-    assert len(lines) == 3
+    start, *_, last = lines = file.getvalue().splitlines()
+    assert start.startswith("stabmon watches ")
+    assert len(lines) == 4
     assert "1 alarm, 1 still open; the first at step 30: attention entropy collapsed" in last
 
 

@@ -47,8 +47,8 @@ def test_regular_pictures_wait_and_one_asked_for_comes_at_once_if_it_is_new(
         taken += [step for _ in pictures.add(reading(step, max_logit=1.0))]
         now[0] += 1.0
     assert taken == [1, 101, 201]  # 1 s a picture, at most 1% of the time
-    assert len(pictures.draw()) == 1
-    assert pictures.draw() == []
+    assert len(pictures.draw_if_due()) == 1
+    assert pictures.draw_if_due() == pictures.draw() == []
     pictures.mark("alarm", 299)
     assert len(pictures.draw()) == 1
     each = HeadPictures(each_signal=True, every=2)

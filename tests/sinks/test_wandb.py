@@ -287,6 +287,19 @@ def test_one_image_of_every_head_comes_untouched_and_at_an_alarm() -> None:
     ] == [10, 20]
 
 
+def test_a_run_too_short_for_its_pictures_gets_one_at_its_end() -> None:
+    sink = WandbSink(image_every=4)
+    sink.open(None, META)
+    for step in range(1, 9):
+        write(sink, step)
+        path = own(sink).settings.sync_file
+    sink.close()
+    drawn = [
+        row["stabmon/step"] for row in rows(path) if "attention_heatmap/every_head/_type" in row
+    ]
+    assert drawn == [1, 8]
+
+
 def test_a_run_that_was_finished_under_us_stops_this_sink_alone(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

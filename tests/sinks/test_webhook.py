@@ -200,12 +200,27 @@ def test_a_dead_or_refusing_server_is_said_without_the_address(
     server.status = status or 200
     url = server.url if status else f"http://127.0.0.1:{closed_port()}/{SECRET}"
     sent_by(WebhookSink(url))
-    first, last = caplog.messages
+    *_, last = caplog.messages
     reason = "Connection refused" if status is None else f"HTTP {status}"
-    assert "did not reach the webhook at 127.0.0.1" in first
-    assert reason in first
-    assert last.startswith("stabmon: 2 of 2 messages did not reach")
+    assert last.startswith("stabmon: 2 of 2 messages did not reach the webhook at 127.0.0.1")
+    assert reason in last
     assert SECRET not in caplog.text
+
+
+def test_the_first_failure_is_said_while_training_goes_on(server: Server, monkeypatch, caplog):
+    monkeypatch.setattr("stabmon.sinks.background_post._PAUSES", (0.0, 0.0))
+    server.status = 404
+    sink = WebhookSink(server.url)
+    sink.open(None, META)
+    for _ in range(2):
+        sink.write_intervention(RECORD)
+    while not caplog.messages:
+        server.arrived.wait(1)
+    assert caplog.messages[0].endswith(
+        "at 127.0.0.1 (HTTP 404); training goes on, and further failures are counted"
+    )
+    sink.close()
+    assert len(caplog.messages) == 2
 
 
 def test_a_message_that_met_a_busy_server_is_sent_again(server: Server, monkeypatch, caplog):

@@ -124,9 +124,15 @@ class Recorder:
         self._sinks.write_intervention(record)
         self._count_failed()
 
-    def close(self) -> None:
-        """Close the sinks, and write the page of the run."""
+    def close(self, steps: int = 0) -> None:
+        """Close the sinks, and write the page of the run.
+
+        Args:
+            steps: optimizer steps of the run.
+        """
         self._meta = None
+        if self._opened is not None and steps:
+            self.amend({"steps": steps})
         writes = bool(self._sinks.sinks)
         self._sinks.close()
         self._count_failed()

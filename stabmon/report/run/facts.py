@@ -113,7 +113,7 @@ def _outcome(run: Run, verdict: Verdict) -> dict[str, Any]:
     finite = losses[np.isfinite(losses)]
     rates = [each.learning_rate for each in run.records.readings if each.learning_rate is not None]
     found: dict[str, Any] = {
-        "verdict": verdict.headline,
+        "verdict": verdict.level,
         "state": run.state,
         f"last {run.unit}": run.last_step,
         "last loss": number(finite[-1]) if len(finite) else None,

@@ -78,8 +78,17 @@ class HeadPictures:
         if len(self._past) > 2 * MOST_COLUMNS:
             self._past = self._past[::2]
         self._readings += 1
-        due = self._readings - self._drawn_at[0] >= self._every
-        return self.draw() if due and (self._each_signal or time.monotonic() >= self._next) else []
+        can_wait = not self._each_signal and time.monotonic() < self._next
+        return [] if can_wait else self.draw_if_due()
+
+    def draw_if_due(self) -> list[Picture]:
+        """Return the pictures if enough readings have come since the last ones."""
+        return self.draw() if self._readings - self._drawn_at[0] >= self._every else []
+
+    @property
+    def newest_step(self) -> int:
+        """Step of the newest reading; 0 before the first."""
+        return 0 if self._newest is None else self._newest.step
 
     def mark(self, kind: str, step: int) -> None:
         """Mark a step as an ``alarm`` or an ``intervention``."""
