@@ -358,7 +358,7 @@ def test_a_failing_sink_is_logged_once_and_counted(caplog):
     model = gpt2()
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer, log_every=1, sinks=[Broken()])
-    given = train(model, monitor, optimizer, batches(4))
+    given = train(model, monitor, optimizer, batches(2))
     monitor.close()
     assert all(each.stats for each in given)
     assert monitor.errors == {"sink": 1}
