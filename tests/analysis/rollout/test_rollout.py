@@ -360,7 +360,8 @@ def test_says_which_of_several_stacks_it_takes(caplog: pytest.LogCaptureFixture)
         assert attention_rollout(model, batch).matrix.shape == (2, 7, 7)
     told = [record.message for record in caplog.records if record.name == "stabmon"]
     assert told == [
-        "CLIPModel has the stacks vision_model (1 layer), text_model (1 layer): the rollout is of "
+        "stabmon: CLIPModel has the stacks vision_model (1 layer), text_model (1 layer): the "
+        "rollout is of "
         "text_model, which attends last; "
         "choose another by stack="
     ]
