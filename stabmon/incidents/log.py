@@ -108,29 +108,26 @@ class IncidentLog:
         """Return the change as a record, and decide whether it is worth a line and an alert."""
         before = self._newest.get(incident.number)
         found = incident.describe(step, self._framework, before)
-        news = incident.is_news(before)
-        if before is None or before.cause != found.cause:
-            self._opened[found.cause] += 1
-            # the same cause again and again is reported at its 1st, 2nd, 4th, 8th … time
-            times = self._opened[found.cause]
-            news = news and times & (times - 1) == 0
-        alerts = (
-            news
-            and found.is_alarm
-            and incident.alerts_due(before)
-            and self._alerts[found.cause] < MOST_ALERTS
-        )
+        is_news, is_open = incident.is_news(), found.state != "closed"
+        is_graver = is_open and incident.is_graver()
+        repeats = is_news and is_open and incident.has_new_cause() and self._repeats(found.cause)
+        news = is_news and not repeats
+        alerts = news and is_graver and self._alerts[found.cause] < MOST_ALERTS
         self._alerts[found.cause] += alerts
-        if news:
-            incident.note_announced(found)
-        advises = news and (before is None or before.advice != found.advice or not before.advises)
-        found = replace(
-            found, announced=news, alerts=alerts, advises=advises and found.state != "closed"
-        )
+        if is_news:
+            incident.note_announced(found, muted=not news)
+        is_new = before is None or before.advice != found.advice or not before.advises
+        found = replace(found, announced=news, alerts=alerts, advises=news and is_open and is_new)
         self._newest[incident.number] = replace(
             found, advises=found.advises or bool(before and before.advises)
         )
         return found
+
+    def _repeats(self, cause: str) -> bool:
+        """Count an alarm of a cause; return whether it is not its 1st, 2nd, 4th, 8th … one."""
+        self._opened[cause] += 1
+        times = self._opened[cause]
+        return times & (times - 1) != 0
 
 
 def incidents_of(issues: Iterable[StabilityIssue], framework: str = "loop") -> list[Incident]:

@@ -26,7 +26,7 @@ FARTHER = 10.0
 """Growth of the value's ratio to its threshold that is reported again."""
 Key = tuple[str, str | None, int | None]
 _Rank = tuple[bool, tuple[int, str]]
-"""Whether an issue is no alarm, and its group; the least one is the cause."""
+"""Rank of an issue: False for an alarm, then its group; the least one is the cause."""
 
 
 def group_of(issue: StabilityIssue) -> tuple[int, str]:
@@ -71,7 +71,10 @@ class OpenIncident:
         """Open issues of each rank, so that hundreds of heads are not gone through at each."""
         self._last: tuple[int, str] = (NO_SYMPTOM, "")
         self._announced: Incident | None = None
+        """Change against which others are news."""
         self._announced_distance = 1.0
+        self._muted = False
+        """That change was not shown: the same cause has come too often."""
         self._alarmed = False
 
     @property
@@ -142,7 +145,8 @@ class OpenIncident:
         self.heads |= other.heads
         self.changed += other.changed
         self._alarmed |= other._alarmed
-        self._announced = self._announced or other._announced
+        if self._announced is None:
+            self._announced, self._muted = other._announced, other._muted
 
     def describe(self, step: int, framework: str, before: Incident | None) -> Incident:
         """Return the present change as a record.
@@ -177,33 +181,39 @@ class OpenIncident:
             issues=changes,
         )
 
-    def is_news(self, before: Incident | None) -> bool:
+    def is_news(self) -> bool:
         """Return whether the present change is worth a line: an alarm, and new in substance."""
         said = self._announced
         if not self.issues:
-            return said is not None
-        if not self.is_alarm:
-            return False
-        root = self._root()
-        if said is None or said.cause != root.issue_type:
-            return True
-        rises = SEVERITIES.index(root.severity) > SEVERITIES.index(said.severity)
+            return said is not None and not self._muted
+        if said is None or self.is_graver():
+            return self.is_alarm
         spread = len(self.layers) >= SPREAD * max(1, len(said.layers))
-        return rises or spread or self._distance() >= FARTHER * self._announced_distance
+        farther = self._distance() >= FARTHER * self._announced_distance
+        return self.is_alarm and (spread or farther)
 
-    def alerts_due(self, before: Incident | None) -> bool:
-        """Return whether the change deserves an alert besides a line."""
+    def is_graver(self) -> bool:
+        """Return whether an open incident is new, of another cause or more severe than before."""
         said = self._announced
-        root = self._root()
+        rank = SEVERITIES.index
         return (
             said is None
-            or said.cause != root.issue_type
-            or SEVERITIES.index(root.severity) > SEVERITIES.index(said.severity)
+            or self.has_new_cause()
+            or rank(self._root().severity) > rank(said.severity)
         )
 
-    def note_announced(self, incident: Incident) -> None:
-        """Remember what was said last."""
-        self._announced = incident
+    def has_new_cause(self) -> bool:
+        """Return whether an open incident was not reported with its present cause."""
+        return self._announced is None or self._announced.cause != self._root().issue_type
+
+    def note_announced(self, incident: Incident, *, muted: bool) -> None:
+        """Remember the change against which later ones are news.
+
+        Args:
+            incident: the change.
+            muted: it is not shown, since the same cause has come too often.
+        """
+        self._announced, self._muted = incident, muted
         self._announced_distance = self._distance() if self.issues else 1.0
 
     def _describe_closed(

@@ -131,6 +131,38 @@ def test_a_cause_that_comes_again_and_again_is_announced_ever_more_rarely() -> N
     assert alerts == 3
 
 
+def test_a_repetition_stays_unannounced_until_it_is_graver() -> None:
+    log = IncidentLog()
+    for time in (1, 2):
+        log.update([issue(10 * time)])
+        log.update([closed(issue(0), 10 * time + 5)])
+    third = [
+        log.update([issue(30)]),
+        log.update([issue(31, state="worsened", value=95.0)]),
+        log.update([issue(32, head=5)]),
+    ]
+    assert not any(change.announced for (change,) in third)
+    (closing,) = log.update([closed(issue(0), 33), closed(issue(0, head=5), 33)])
+    assert closing.state == "closed"
+    assert not closing.announced
+    log.update([issue(40)])
+    log.update([closed(issue(0), 45)])
+    log.update([issue(50)])
+    (critical,) = log.update([issue(55, state="worsened", severity="critical")])
+    assert critical.announced
+    assert critical.advises
+
+
+def test_warnings_before_it_do_not_keep_an_alarm_back() -> None:
+    log = IncidentLog()
+    for time in (1, 2, 3):
+        log.update([issue(10 * time, severity="warning")])
+        log.update([closed(issue(0), 10 * time + 5)])
+    (alarm,) = log.update([issue(50)])
+    assert alarm.announced
+    assert alarm.alerts
+
+
 def test_only_news_are_announced() -> None:
     log = IncidentLog()
     log.update([issue(10)])
