@@ -55,7 +55,7 @@ ALLOWED: dict[str, Collection[str]] = {
     "interventions": (
         *(*_GROUND, "capture", "incidents", "operator", "projections", "rules", "signals"),
     ),
-    "guard": (*_GROUND, "interventions", "listeners", "projections", "rules"),
+    "guard": (*_GROUND, "incidents", "interventions", "listeners", "projections", "rules"),
     "config": ("_settings", "guard", "interventions", "operator", "rules", "signals", "sinks"),
     "analysis": (*_GROUND, "capture", "figures", "operator", "signals"),
     "controllers": (*_GROUND, "capture", "figures", "operator", "rules", "signals", "sinks"),

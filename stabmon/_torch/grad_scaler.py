@@ -50,7 +50,7 @@ class ScalerWatch:
         self._hooks: list[Any] = []
         self._made, self._found_inf = False, None
         self._is_graphed = False
-        """Whether a step was recorded into a CUDA graph."""
+        """True once a step was recorded into a CUDA graph."""
         self._scale: Tensor | None = None
         self._searches, self._scales = _SEARCHES, weakref.WeakKeyDictionary[Any, float]()
 

@@ -1,4 +1,4 @@
-"""Whether work is being recorded into a CUDA graph, in which nothing may be read."""
+"""Detect recording into a CUDA graph, during which nothing may be read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Command line of stabmon.
 
-Exit status: 0 done; 1 done, with findings; 2 wrong call or input, named in one line; 130 interrupted.
+Exit status: 0 done; 1 done, with findings; 2 wrong call or input, named in one line; 130
+interrupted.
 A command's module is imported when the command is asked for, and loads what it needs when it runs,
 so that neither help nor a wrong call waits for torch.
 """

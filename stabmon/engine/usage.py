@@ -22,7 +22,7 @@ _SAMPLES_SUGGESTED = 10
 
 
 class Usage(StepListener):
-    """What a run has shown of how stabmon is used, and the warnings that follow from it.
+    """Counts of the moments of a run, and the warnings of a wrong use of stabmon.
 
     Args:
         model: the model that trains.

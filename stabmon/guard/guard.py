@@ -14,6 +14,7 @@ from stabmon._storage.stored_value import Stored
 from stabmon.guard.policy import Policy
 from stabmon.guard.symptoms import Key, may_ruin
 from stabmon.guard.trials import stored_key
+from stabmon.incidents.intervention_words import ARMED
 from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
 from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.saved_intervention import SavedIntervention
@@ -316,7 +317,7 @@ class Guard(StepListener):
         for each in self.policy.interventions.values():
             if each.install_at_start and each.name not in present:
                 try:
-                    each.aimed_at((), "in place from the start").apply(self.run)
+                    each.aimed_at((), ARMED).apply(self.run)
                 except NotApplicable as error:
                     logger.info("%s is left out: %s", each.name, error.reason)
 

@@ -22,6 +22,10 @@ VERBS = {
 }
 """Words for each action of a record."""
 
+ARMED = "in place from the start"
+"""Reason of an intervention that waits for its cause, as the guard words it."""
+NOT_DONE = ("refused", "gave_up")
+"""Actions that leave the run as it is."""
 CHANGING = ("applied", "again")
 """Actions that make the change whose values the record has before and after."""
 MOST_OF_A_NOTE = 160
@@ -57,6 +61,24 @@ def intervention_text(record: Mapping[str, Any]) -> str:
         if isinstance(value, str) and value:
             text += f"; {words}{textwrap.shorten(value, MOST_OF_A_NOTE, placeholder=' …')}"
     return text
+
+
+def is_armed(record: Mapping[str, Any]) -> bool:
+    """Return whether an audit record is of an intervention that waits from the start.
+
+    >>> is_armed({"action": "applied", "why": ARMED}), is_armed({"action": "applied"})
+    (True, False)
+    """
+    return record.get("why") == ARMED
+
+
+def is_change(record: Mapping[str, Any]) -> bool:
+    """Return whether an audit record is of something done to the run at its step.
+
+    >>> is_change({"action": "applied"}), is_change({"action": "refused"})
+    (True, False)
+    """
+    return record.get("action") not in NOT_DONE and not is_armed(record)
 
 
 def places_of(record: Mapping[str, Any]) -> list[tuple[str | None, int | None]]:

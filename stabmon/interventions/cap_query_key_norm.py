@@ -213,7 +213,8 @@ def _pieces(run: TrainingRun, layer: str) -> list[Rows]:
 def _norms(pieces: Sequence[Rows], tensors: Sequence[Tensor] | None = None) -> list[float]:
     """Return the L2 norm of each piece as the model uses it.
 
-    With ``tensors``, these are read instead of the parameters. It costs one transfer to the host for each device.
+    With ``tensors``, these are read instead of the parameters. It costs one transfer to the host
+    for each device.
     """
     views = [
         piece.view(t).detach().float()

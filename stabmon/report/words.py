@@ -1,4 +1,4 @@
-"""What pages of analyses say of their records: tokens, arrays by layer, facts."""
+"""Words of analysis pages on their records: tokens, arrays by layer, facts."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.text import Text
 
-from stabmon.incidents import Incident, intervention_text
+from stabmon.incidents import Incident, intervention_text, is_armed
 from stabmon.records import Reading, counted
 from stabmon.sinks.base import Sink, sink
 
@@ -99,9 +99,9 @@ class ConsoleSink(Sink):
                 self._print(Text.assemble(("  what to do: ", "bold"), incident.advice, code))
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
+        if is_armed(record) and not self._verbose:
+            return  # as in every run under guard
         step = int(record.get("step", 0))
-        if step == 0 and not self._verbose:
-            return  # in place from the start, as in every run under guard
         self._start()
         self._interventions += record.get("action") == "applied"
         self._step = max(self._step, step)

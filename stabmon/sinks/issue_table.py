@@ -26,19 +26,6 @@ COLUMNS = (
 AUDIT_COLUMNS = ("step", "intervention", "action", "layer", "head", "why", "in words")
 """Columns of a table of interventions."""
 
-_NOT_DONE = ("refused", "gave_up")
-_ARMED = "in place from the start"
-"""Reason of an intervention that waits for its cause, as the guard words it."""
-
-
-def is_change(record: Mapping[str, Any]) -> bool:
-    """Return whether an audit record is of something done to the run at its step.
-
-    >>> is_change({"action": "applied"}), is_change({"action": "refused"})
-    (True, False)
-    """
-    return record.get("action") not in _NOT_DONE and record.get("why") != _ARMED
-
 
 def numbers_in_words(issue: StabilityIssue) -> str:
     """Return an issue's quantities by name, each with its past, and the forecast."""

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from stabmon._storage import strict_json
-from stabmon.incidents import intervention_text
+from stabmon.incidents import intervention_text, is_change
 from stabmon.records import StabilityIssue
 from stabmon.sinks.base import sink
 from stabmon.sinks.dashboards.scalar_log import ScalarLog
-from stabmon.sinks.issue_table import COLUMNS, RecentIssues, is_change
+from stabmon.sinks.issue_table import COLUMNS, RecentIssues
 
 _METRICS_PER_CALL = 1000
 """MLflow's limit on metrics in one call."""

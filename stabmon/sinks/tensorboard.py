@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stabmon.incidents import Incident
+from stabmon.incidents import Incident, is_change
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
 from stabmon.sinks.dashboards.head_pictures import HeadPictures, Picture
 from stabmon.sinks.dashboards.panels import LAYERS, MARKER, telling
 from stabmon.sinks.dashboards.run_texts import RunStory, intervention_line, step_text
 from stabmon.sinks.head_images import head_matrix, signal_names
-from stabmon.sinks.issue_table import is_change
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

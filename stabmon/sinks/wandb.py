@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from stabmon.incidents import Incident
+from stabmon.incidents import Incident, is_change
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks.base import Sink, sink
 from stabmon.sinks.dashboards.head_pictures import HeadPictures, Picture
@@ -20,7 +20,6 @@ from stabmon.sinks.issue_table import (
     COLUMNS,
     RecentInterventions,
     RecentIssues,
-    is_change,
 )
 from stabmon.sinks.wandb_guest import GuestRows
 

@@ -54,7 +54,7 @@ class Op:
     span: tuple[int, int] = (0, 0)
     module: object = None
     fixed: bool = field(init=False)
-    """Whether it is a parameter, cut or changed elementwise. A row looked up in one, or a product
+    """True for a parameter, cut or changed elementwise. A row looked up in one, or a product
     with one, is not: learned queries attend.
     """
 
@@ -66,7 +66,7 @@ class Op:
 
     @property
     def multiplies(self) -> bool:
-        """Whether it is a product of two tensors, neither made of parameters alone."""
+        """True for a product of two tensors, neither made of parameters alone."""
         if self.kind == "product":
             return sum(not each.fixed for each in self.inputs) > 1
         factors = self.inputs[0] if self.kind == "sum" and self.inputs else None
@@ -89,7 +89,7 @@ class Op:
 
     @property
     def is_passed(self) -> bool:
-        """Whether scores stay scores, and weights weights, through it."""
+        """True if scores stay scores, and weights weights, through it."""
         return (
             self.kind in ("mul", "sum", "normaliser", "other", "exponential")
             and not self.multiplies
@@ -107,7 +107,7 @@ class Site:
 
     @property
     def seen(self) -> bool:
-        """Whether an adapter has recorded it."""
+        """True if an adapter has recorded it."""
         return self.op.seen or any(each.seen for each in self.around)
 
 

@@ -36,9 +36,9 @@ class ScoreProvenance:
     cap: float | None = None
     """Factor of the capped score since the tanh; ``scale`` is the factor inside it."""
     masked: bool = False
-    """Whether something was added or filled in."""
+    """True if something was added or filled in."""
     gated: bool = False
-    """Whether some scores were multiplied by 0."""
+    """True if some scores were multiplied by 0."""
     fills: tuple[float, ...] = ()
     shift: Tensor | None = None
     """Number subtracted from every score of a row, ``[..., Q, 1]``: it leaves the softmax as it is

@@ -22,7 +22,7 @@ class Found:
     number: int | None = None
     """Of the runs made in that folder, from 1; None for the newest."""
     note: str = ""
-    """How it was chosen, where the folder itself holds no records."""
+    """Reason of the choice, where the folder itself holds no records."""
 
 
 def find_run(given: str) -> Found:

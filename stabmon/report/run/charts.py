@@ -180,7 +180,8 @@ class Canvas:
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> None:
         """Write a text, escaped."""
         self.add(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">{escape(text)}</text>'
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">'
+            f"{escape(text)}</text>"
         )
 
     def title(self, text: str) -> None:

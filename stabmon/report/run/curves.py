@@ -28,7 +28,7 @@ class Chart:
     title: str
     drawing: Markup
     text: str = ""
-    """What to read in it."""
+    """Meaning of the curve for a reader."""
 
 
 def curvature_chart(runs: Sequence[Run], span: tuple[float, float]) -> Chart | None:

@@ -88,7 +88,8 @@ def _outcome(run: Run, issue: StabilityIssue, eta: float, end: int | None) -> Ou
     between = interventions_between(run, issue.step, latest)
     if between:
         first = between[0]
-        text = f"did not come: {first.get('intervention')} at step {first.get('step', 0):,} came between"
+        at = f"{first.get('intervention')} at step {first.get('step', 0):,}"
+        text = f"did not come: {at} came between"
     elif end is not None and end <= latest:
         text = f"did not come: the issue closed at step {end:,}"
     elif run.last_step < latest:

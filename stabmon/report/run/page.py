@@ -41,7 +41,7 @@ PAGE = "report.html"
 
 @dataclass(frozen=True, eq=False)
 class RunPart:
-    """What the page shows of one run."""
+    """Parts of the page on one run."""
 
     run: Run
     verdict: Verdict

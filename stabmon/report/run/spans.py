@@ -1,4 +1,4 @@
-"""How long issues and incidents lasted, and what was done in between."""
+"""Duration of issues and incidents, and the interventions in between."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stabmon.incidents import Incident
+from stabmon.incidents import Incident, is_armed
 from stabmon.records import SEVERITIES, Severity, StabilityIssue
 from stabmon.report.run.loading import Run
 
@@ -86,17 +86,17 @@ def incident_spans(run: Run) -> list[IncidentSpan]:
 
 
 def interventions_between(run: Run, first: float, last: float) -> list[Mapping[str, Any]]:
-    """Return the audit records of what changed the run from one step to another.
+    """Return the audit records of changes of the run from one step to another.
 
     Args:
         run: the run.
-        first: first step, at least 1: what is in place from the start is left out.
+        first: first step.
         last: last step.
     """
     return [
         record
         for record in run.records.interventions
         if record.get("action") in APPLIED
+        and not is_armed(record)
         and first <= record.get("step", 0) <= last
-        and record.get("step", 0) > 0
     ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
+from stabmon.incidents import is_armed
 from stabmon.report.numbers import plural
 from stabmon.report.run.charts import LETTER, Canvas, Panel, Scale, both_widths, curve, scale_of
 from stabmon.report.run.forecasts import Outcome
@@ -178,7 +179,7 @@ def _forecast(canvas: Canvas, span: IncidentSpan, forecasts: Sequence[Outcome]) 
 
 def _interventions(canvas: Canvas, run: Run) -> None:
     """Draw a sign for each intervention, and a line through all plots where one was applied."""
-    records = [record for record in run.records.interventions if record.get("step", 0) > 0]
+    records = [record for record in run.records.interventions if not is_armed(record)]
     if not records:
         return
     canvas.title("interventions: ▲ applied, △ released, ▽ undone, ✕ refused")

@@ -34,17 +34,17 @@ class Verdict:
     headline: str
     """The outcome in one sentence."""
     details: tuple[str, ...] = ()
-    """What is behind it."""
+    """Evidence, sentence by sentence."""
     advice: str = ""
-    """What to do next."""
+    """Advice on the next step."""
     code: str = ""
     """Lines of code that do it."""
     state: str = ""
-    """Whether the run ended, and how old its records are."""
+    """End of the run, and age of its records."""
     looked_at: str = ""
-    """What the verdict covers."""
+    """Layers, heads, signals and steps that the verdict covers."""
     missing: tuple[str, ...] = ()
-    """What it does not cover."""
+    """Parts that it does not cover."""
 
     @property
     def sign(self) -> str:
@@ -239,7 +239,8 @@ def _looked_at(run: Run) -> str:
     return (
         f"Looked at: {plural(len(signals.layers), 'layer')}{each}"
         f"{f' heads ({signals.heads:,} in all)' if each else f', {signals.heads:,} heads'}, "
-        f"{plural(len(signals.values), 'signal')} each, at {plural(len(signals.steps), 'sampled ' + run.unit)}."
+        f"{plural(len(signals.values), 'signal')} each, at "
+        f"{plural(len(signals.steps), 'sampled ' + run.unit)}."
     )
 
 
@@ -278,7 +279,8 @@ def _why_empty(run: Run) -> str:
     sampling = run.meta.get("sampling")
     every = sampling.get("every") if isinstance(sampling, Mapping) else None
     if run.state == "running":
-        return f"Wait for the first sampled step{f', step {every}' if every else ''}, and write the page again."
+        step = f", step {every}" if every else ""
+        return f"Wait for the first sampled step{step}, and write the page again."
     if every:
         return (
             f"The run sampled every {every} steps: see that it is longer than that, or lower "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from stabmon.incidents import is_change
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks.base import Sink
 from stabmon.sinks.dashboards.panels import MARKER, LayerCurves
-from stabmon.sinks.issue_table import is_change
 
 
 class ScalarLog(Sink):
