@@ -70,8 +70,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], most: int = MOS
         return ""
     body = "".join(_row("td", row) for row in rows[:most])
     more = line(f"and {len(rows) - most} more") if len(rows) > most else ""
-    rows = f"{_row('th', head)}{body}"
-    return f'<table style="border-collapse:collapse;margin:4px 0">{rows}</table>{more}'
+    inner = _row("th", head) + body
+    return f'<table style="border-collapse:collapse;margin:4px 0">{inner}</table>{more}'
 
 
 def head_map(

@@ -74,9 +74,9 @@ def current_names(
     for old in names.keys() & values.keys():
         if names[old] in values:
             raise located(f"{old} is the old name of {names[old]}, which is given too: give one")
-        told = located(f"{old} is now {names[old]}, the old name works for one more release")
+        text = located(f"{old} is now {names[old]}, the old name works for one more release")
         warnings.warn(
-            f"stabmon: {told}",
+            f"stabmon: {text}",
             FutureWarning,
             stacklevel=_levels_within_stabmon(),
         )

@@ -21,7 +21,8 @@ from stabmon.rules.base import RULES
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 from stabmon.signals.accumulator import Measurements, to_host
-from stabmon.sinks.base import SINKS, Sink, SinkGroup
+from stabmon.sinks.base import SINKS, Sink
+from stabmon.sinks.group import SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
 
 if TYPE_CHECKING:

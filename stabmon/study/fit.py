@@ -58,7 +58,7 @@ def fit(
     phase: Phase,
     seed: int,
     make_monitor: MonitorFactory | None = None,
-    tell: Callable[[int, Tensor], None] = lambda step, loss: None,
+    on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
 ) -> FitResult:
     """Train ``parameters`` of ``model`` and keep the best.
 
@@ -72,7 +72,7 @@ def fit(
         phase: length, rate and stopping rule.
         seed: of the order of the data.
         make_monitor: makes the monitor; None to train unwatched.
-        tell: called after each step with its number and its loss.
+        on_step: called after each step with its number and its loss.
     """
     validation, held_out = split(corpus)
     wanted = {id(each) for each in parameters}
@@ -95,7 +95,7 @@ def fit(
             if monitor is not None:
                 monitor.on_step(loss=loss)
             optimizer.zero_grad()
-            tell(step, loss.detach())
+            on_step(step, loss.detach())
             if step % every and step != phase.steps:
                 continue
             now = loss_on(model, validation)

@@ -55,8 +55,8 @@ def run_task(
         model, folder / "series" / task.name, settings.watch_every if first else None
     ):
         monitored = monitor_factory(settings, task, model)
-        tell = now_and_then(f"{task.name}: step {{}} of {phase.steps}, loss {{:.4f}}", say)
-        fitted = fit(model, parameters, corpus, phase, task.seed, monitored, tell)
+        on_step = now_and_then(f"{task.name}: step {{}} of {phase.steps}, loss {{:.4f}}", say)
+        fitted = fit(model, parameters, corpus, phase, task.seed, monitored, on_step)
     if task.variant == BASE:
         base_file.parent.mkdir(exist_ok=True)
         torch.save(model.state_dict(), base_file.with_suffix(".tmp"))
@@ -82,13 +82,13 @@ def now_and_then(words: str, say: Callable[[str], None]) -> Callable[[int, torch
     """
     due = 0.0
 
-    def tell(step: int, loss: torch.Tensor) -> None:
+    def on_step(step: int, loss: torch.Tensor) -> None:
         nonlocal due
         if time.monotonic() >= due:
             due = time.monotonic() + EVERY
             say(words.format(step, loss.item()))
 
-    return tell
+    return on_step
 
 
 def monitor_factory(

@@ -63,10 +63,10 @@ def _expected(report: CheckResults) -> Iterator[str]:
     largest = [each for view in report.views if math.isfinite(each := view.expected_max)]
     entropy = [each for view in report.views if math.isfinite(each := view.expected_share)]
     enough = [dtype_name(each) for each in DTYPES if report.safe(each)]
-    told = [f"largest score about {max(largest):.2g}"] if largest else []
-    told += [f"rows with {min(entropy):.0%} of their possible entropy"] if entropy else []
-    told += [f"{' and '.join(enough)} precise enough" if enough else "no format precise enough"]
-    yield f"Expected: {', '.join(told)}."
+    parts = [f"largest score about {max(largest):.2g}"] if largest else []
+    parts += [f"rows with {min(entropy):.0%} of their possible entropy"] if entropy else []
+    parts += [f"{' and '.join(enough)} precise enough" if enough else "no format precise enough"]
+    yield f"Expected: {', '.join(parts)}."
 
 
 def _count(number: int, noun: str) -> str:

@@ -156,11 +156,11 @@ class Screen:
             return lines[: height or 1] if self.state.incidents else []
         chosen = self.chosen.incident % len(opened) if opened else 0
         others = max(0, len(opened) - 1)
-        told = full(opened[chosen], width, room - 1 - min(others, 3)) if opened else []
+        detail = full(opened[chosen], width, room - 1 - min(others, 3)) if opened else []
         for place, each in enumerate(opened):
-            left = room - len(lines) - (0 if place > chosen else len(told))
+            left = room - len(lines) - (0 if place > chosen else len(detail))
             if place == chosen:
-                lines += told
+                lines += detail
             elif left >= 1 and len(lines) < room:
                 last = left <= 1 and place < len(opened) - 1
                 more = Text(f"  and {len(opened) - place} more: n") if last else None

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from stabmon._torch.number_formats import MANTISSA_BITS, bits_averaged
 from stabmon.records import LayerInfo
-from stabmon.report.run.charts import Panel, curve, panels, scale_of
+from stabmon.report.run.axes import scale_of
+from stabmon.report.run.charts import Panel, curve, panels
 from stabmon.report.run.loading import Run
 from stabmon.report.run.signals import CONTROLLERS, title_of
 from stabmon.report.run.timeline import losses_of

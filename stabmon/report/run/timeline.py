@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from stabmon.incidents import is_armed
 from stabmon.report.numbers import plural
-from stabmon.report.run.charts import LETTER, Canvas, Panel, Scale, both_widths, curve, scale_of
+from stabmon.report.run.axes import Scale, scale_of
+from stabmon.report.run.charts import LETTER, Canvas, Panel, both_widths, curve
 from stabmon.report.run.forecasts import Outcome
 from stabmon.report.run.loading import Run
 from stabmon.report.run.spans import IncidentSpan, incident_spans

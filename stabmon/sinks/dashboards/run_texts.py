@@ -93,7 +93,7 @@ class RunStory:
         newest = sorted(
             self._incidents.values(), key=lambda each: (each.state == "closed", -each.step)
         )
-        told = [f"- **{_state(each)}**: {each.text()}" for each in newest]
+        incidents = [f"- **{_state(each)}**: {each.text()}" for each in newest]
         issues, length = self._issues[::-1], 0
         for count, line in enumerate(issues):
             length += len(line)
@@ -101,7 +101,7 @@ class RunStory:
                 issues[count:] = [f"- and {len(issues) - count} earlier lines: see issues.jsonl"]
                 break
         chapters = {
-            "Incidents, open ones first": told,
+            "Incidents, open ones first": incidents,
             "Interventions, newest first": self._interventions[::-1],
             "Every issue, newest first": issues,
         }

@@ -89,8 +89,8 @@ class LineFile:
         """Return the position of the first line that holds, by bisection.
 
         Args:
-            holds: False for every line before it, True from it on, and None for a line that cannot
-                be told.
+            holds: False for every line before it, True from it on, and None for a line of
+                which it is unknown.
 
         Returns:
             Its position; :attr:`end` where no line holds.
