@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
+from stabmon.incidents.causes import group_of
 from stabmon.incidents.incident import Incident
-from stabmon.incidents.open_incident import OpenIncident, explains, group_of
+from stabmon.incidents.open_incident import OpenIncident, explains
 from stabmon.records import StabilityIssue
 
 MOST_ALERTS = 3
@@ -20,7 +21,8 @@ class IncidentLog:
 
     Issues of one symptom are one incident, over all layers and heads. An issue joins an incident
     that explains it: one of an alarm that comes before it in the chain from causes to effects. A
-    cause that is found later, and was at work before, takes over the incidents that it explains. An
+    cause that is found later, and was at work before, takes over the incidents that it explains. A
+    cause that closes before its effects stays the incident's cause, and explains nothing new. An
     incident closes with its last issue.
 
     Args:
@@ -86,7 +88,7 @@ class IncidentLog:
         )
         if holder is None:
             self._count += 1
-            holder = OpenIncident(self._count, issue.step)
+            holder = OpenIncident(self._count, issue)
             self._open.append(holder)
         holder.add(issue)
 

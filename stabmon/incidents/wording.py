@@ -63,7 +63,9 @@ def forecast_text(issues: Sequence[StabilityIssue]) -> str:
     return f"Damage is expected in about {steps:.0f} steps{words}"
 
 
-def effects_text(others: Sequence[StabilityIssue], framework: str) -> str:
+def effects_text(
+    others: Sequence[StabilityIssue], framework: str, *, begin: str = "With it"
+) -> str:
     """Return issues that follow from a cause, counted by type."""
     by_type: dict[str, list[StabilityIssue]] = {}
     for issue in others:
@@ -80,7 +82,7 @@ def effects_text(others: Sequence[StabilityIssue], framework: str) -> str:
             else (f" in {counted(len(layers), 'layer')}" if layers else "")
         )
         parts.append(title + place)
-    return f"With it: {', '.join(parts)}" if parts else ""
+    return f"{begin}: {', '.join(parts)}" if parts else ""
 
 
 def closing_numbers(issue: StabilityIssue) -> str:

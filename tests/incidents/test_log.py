@@ -131,6 +131,26 @@ def test_a_cause_that_comes_again_and_again_is_announced_ever_more_rarely() -> N
     assert alerts == 3
 
 
+def test_a_cause_that_is_over_stays_the_cause_and_explains_nothing_new() -> None:
+    log = IncidentLog("transformers")
+    log.update([rate(10)])
+    log.update([issue(20, "entropy_collapse", value=0.01)])
+    (over,) = log.update([closed(rate(10), 30)])
+    assert (over.title, over.numbers) == ("learning rate too high", "over since step 30")
+    assert over.effects == "Still open: attention entropy collapsed in 1 head"
+    assert over.severity == "error"
+    assert not over.announced
+    (more,) = log.update([issue(40, "entropy_collapse", head=3, value=0.01)])
+    assert (more.number, more.cause) == (1, "update_spike")
+    growth = {"evidence": {"how": "driven"}}
+    (apart,) = log.update([issue(50, head=None, **growth)])
+    assert (apart.number, apart.cause) == (2, "logit_growth")
+    assert apart.announced
+    (again,) = log.update([rate(60)])
+    assert again.number == 1
+    assert again.numbers.startswith("learning rate 0.03")
+
+
 def test_a_repetition_stays_unannounced_until_it_is_graver() -> None:
     log = IncidentLog()
     for time in (1, 2):

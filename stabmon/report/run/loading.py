@@ -70,8 +70,10 @@ class Run:
 
     @property
     def last_step(self) -> int:
-        """The newest step that any record names; 0 for none."""
-        steps = [reading.step for reading in self.records.readings[-1:]]
+        """The newest step that any record names, or the run ended at; 0 for none."""
+        ended = self.meta.get("steps") if self.is_newest and self.meta.get("ended") else None
+        steps = [ended] if isinstance(ended, int) else []
+        steps += [reading.step for reading in self.records.readings[-1:]]
         steps += [issue.step for issue in self.records.issues[-1:]]
         return max(
             [*steps, *(int(each.get("step", 0)) for each in self.records.interventions[-1:])],
