@@ -81,6 +81,11 @@ class Run:
         )
 
     @property
+    def is_empty(self) -> bool:
+        """True where nothing was measured and nothing found."""
+        return not self.records.readings and not self.records.issues
+
+    @property
     def first_step(self) -> int:
         """The first step with a record; 0 for none."""
         readings = self.records.readings

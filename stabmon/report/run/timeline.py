@@ -84,7 +84,7 @@ def timeline(run: Run, axes: Axes, forecasts: Sequence[Outcome]) -> Markup:
     Returns:
         SVG for wide and for narrow screens; empty for a run without records.
     """
-    if run.last_step == 0:
+    if run.is_empty:
         return Markup()
     steps, losses = losses_of(run)
     plots = []

@@ -82,7 +82,7 @@ def verdict_of(run: Run) -> Verdict:
 
 def _judged(run: Run) -> Verdict:
     """Return level, headline, details, advice and code."""
-    if not run.records.readings and not run.records.issues:
+    if run.is_empty:
         return Verdict(
             "empty",
             "Nothing was measured: the records hold no reading.",
