@@ -26,6 +26,7 @@ from stabmon.study.variants import VARIANTS, apply_variant
 from stabmon.tiny.corpus import load_corpus
 from stabmon.tiny.language_models import Shape, make_model
 from stabmon.tiny.statistics import mean_and_interval, student_t
+from tests.support.interruptible import interruptible
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "controllers").glob("*.yaml"))
 TINY = [
@@ -292,7 +293,7 @@ def test_an_interruption_ends_all_processes_and_keeps_what_is_done(
     done = tmp_path / "run" / "results" / "joint-base-0.json"
     done.write_text(json.dumps({"kind": "joint", "variant": "base", "seed": 0}))
     command = [sys.executable, "-m", "stabmon.cli", "train", str(CONFIGS[0])]
-    with subprocess.Popen(
+    with interruptible(
         [*command, *TINY, *given, "resume=true"], stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stderr is not None
@@ -300,7 +301,7 @@ def test_an_interruption_ends_all_processes_and_keeps_what_is_done(
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         said += process.stderr
-    assert process.returncode == 130
+        assert process.wait(timeout=20) == 130
     assert psutil.wait_procs(started, timeout=10)[1] == []
     assert said[0].startswith("5 trainings, 1 of 6 done before, 2 at a time, into ")
     assert ": step 1 of 100000, loss " in said[1]

@@ -5,7 +5,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -16,6 +15,7 @@ import pytest
 
 from stabmon.cli.watching.app import WatchApp
 from stabmon.cli.watching.follower import Follower
+from tests.support.interruptible import interruptible
 from tests.support.written_records import collapse, opened, store, wide_reading
 
 
@@ -143,31 +143,31 @@ def test_both_views_live_on_a_terminal(tmp_path: Path, view: str) -> None:
     sink.write_issue(collapse(20))
     sink.close()
     ours, theirs = pty.openpty()
-    done = subprocess.Popen(
+    with interruptible(
         [sys.executable, "-c", LIVE[view], "watch", str(tmp_path), "--every", "0.2"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         env=os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24", "NO_COLOR": "1"},
         start_new_session=True,
-    )
-    os.close(theirs)
-    seen, until_ = b"", time.monotonic() + 60
-    asked = False
-    while done.poll() is None and time.monotonic() < until_:
-        if select.select([ours], [], [], 0.2)[0]:
-            try:
-                seen += os.read(ours, 65536)
-            except OSError:
-                break
-        if not asked and b"open incident" in seen:
-            asked = True
-            if view == "textual":
-                os.write(ours, b"q")
-            else:
-                done.send_signal(signal.SIGINT)
-    os.close(ours)
-    assert done.wait(timeout=20) == 1
+    ) as done:
+        os.close(theirs)
+        seen, until_ = b"", time.monotonic() + 60
+        asked = False
+        while done.poll() is None and time.monotonic() < until_:
+            if select.select([ours], [], [], 0.2)[0]:
+                try:
+                    seen += os.read(ours, 65536)
+                except OSError:
+                    break
+            if not asked and b"open incident" in seen:
+                asked = True
+                if view == "textual":
+                    os.write(ours, b"q")
+                else:
+                    done.send_signal(signal.SIGINT)
+        os.close(ours)
+        assert done.wait(timeout=20) == 1
     assert asked
     assert b"\x1b[31m" not in seen
     assert (b"pip install" in seen) is (view == "rich")
