@@ -151,6 +151,8 @@ class Reading(PlainRecord):
 
     Otherwise something was found between samples, and only that is known of the step.
     """
+    risk: Mapping[str, float] = field(default_factory=dict)
+    """Chance of each layer that its attention damages the run from here on, in [0, 1]."""
     updates: Mapping[str, float] = field(default_factory=dict)
     """Relative update of each group's parameters by the step, ``||dp|| / ||p||``.
 

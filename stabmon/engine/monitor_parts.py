@@ -28,6 +28,7 @@ from stabmon.guard import Guard
 from stabmon.interventions import TrainingRun
 from stabmon.listeners import StepListener
 from stabmon.nonfinite.detector import NonFiniteDetector
+from stabmon.risk import RiskJudge
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 
@@ -159,4 +160,5 @@ def make_tracker(config: StabilityConfig, boundary: ErrorBoundary) -> IssueTrack
         clear_after=config.clear_after,
         cooldown_steps=config.cooldown * config.log_every,
         on_error=functools.partial(boundary.failed, "rule"),
+        judge=RiskJudge(config.false_alarm_rate),
     )
