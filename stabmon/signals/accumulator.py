@@ -15,6 +15,10 @@ from stabmon.records import AttentionCall, LayerInfo
 from stabmon.signals.reduce import HeadSums, measure
 
 
+EXP_RANGE = "exp_range"
+"""Signal that is measured wherever attention writes its exponentials by hand."""
+
+
 class Measurements:
     """Signals per head of the calls of a step so far, on their own devices.
 
@@ -58,6 +62,8 @@ class Measurements:
         with torch.no_grad():
             operator = operator_of(call, self._engine)
             found = self._measure(operator)
+            if call.exp_range is not None and EXP_RANGE not in found:
+                found |= measure(operator, [EXP_RANGE])
         known = self.sums.get(call.layer)
         same = known is not None and all(
             name in known and known[name].total.shape == each.total.shape
@@ -75,6 +81,7 @@ class Measurements:
             dtype=format_of(call.dtype),
             fused=call.fused,
             softcap=call.softcap,
+            exp_dtype=None if call.exp_dtype is None else format_of(call.exp_dtype),
         )
         if call.module is not None:
             self.modules[call.layer] = call.module
