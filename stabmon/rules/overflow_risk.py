@@ -22,10 +22,10 @@ from stabmon.rules.wording.numbers import number, share
 
 FORECAST_FROM = 0.5
 """Forecasts are made from this share of ``exp_warning`` on."""
-FORECAST_READINGS = 20
-"""Readings of the longer of the two lines of a forecast.
+FORECAST_READINGS = 8
+"""Readings of the line of a forecast.
 
-A forecast counts where it meets the end of the format in no more steps than these took.
+It counts where it meets the end of the format in no more steps than these took.
 """
 
 
