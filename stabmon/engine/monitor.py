@@ -192,9 +192,9 @@ class AttentionStabilityMonitor:
         )  # it may have been found since
         self._clock.on_step_end(ctx)
         diagnosis = self._diagnose(ctx, self._parts.updates.measure_updates(ctx))
-        self._end_sample(ctx, diagnosis)
         if ctx.sampled or (diagnosis is not None and world_size() == 1):
             self._intervene(diagnosis)
+        self._plan_next(ctx, diagnosis)
         self._observer.reset()
         if not self._manual:
             self.begin_step()
@@ -410,8 +410,8 @@ class AttentionStabilityMonitor:
         )
 
     @contained
-    def _end_sample(self, ctx: StepContext, diagnosis: Diagnosis | None) -> None:
-        """Let the schedule choose the next sample by what was found in this step."""
+    def _plan_next(self, ctx: StepContext, diagnosis: Diagnosis | None) -> None:
+        """Let the schedule know what was found in this step and what it took."""
         alone = self._readings.ranks is None or world_size() == 1
         if diagnosis is not None:
             self._schedule.heed(diagnosis.open_issues, alone=alone)
