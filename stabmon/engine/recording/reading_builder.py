@@ -80,15 +80,13 @@ class ReadingBuilder:
             sums, agreed = self.ranks.reduce(sums, wish)
             if together:
                 self._schedule.follow(ctx.step, Plan.of_ranks(agreed))
-        if not seen.forwards.count:
-            seen.find_compiled_wrapper()
+        is_found = not seen.forwards.count and seen.find_compiled_wrapper()
         if not ctx.sampled and not has_news:
             return None
         layers = to_host(sums) if ctx.sampled else {}
         self._report_unseen()
-        if ctx.sampled and not layers and (why := seen.explain_missing_attention()):
-            error = RuntimeError(f"step {ctx.step}: {why}")
-            self._boundary.failed("sampling", error, traceback=False)
+        if ctx.sampled and not layers and not is_found:
+            self._report_missing(ctx.step)
         losses, rates = seen.losses.drain(), self._optimizers.learning_rates()
         for step, loss in losses if watches_losses else ():
             if not math.isfinite(loss):
@@ -139,6 +137,12 @@ class ReadingBuilder:
             self._boundary.failed("schedule", error)
             plan = None
         return (plan or Plan(self._schedule.log_every, 1)).for_ranks
+
+    def _report_missing(self, step: int) -> None:
+        """Count and log a sampled step without attention."""
+        if why := self._observer.explain_missing_attention():
+            error = RuntimeError(f"step {step}: {why}")
+            self._boundary.failed("sampling", error, traceback=False)
 
     def _report_unseen(self) -> None:
         """Warn of attention that is not seen, and add it to the run's metadata."""

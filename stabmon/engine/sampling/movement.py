@@ -74,20 +74,25 @@ class Movement:
             0 where nothing moved, 1 at the change from which to look twice as often, inf where
             something is not finite.
         """
-        newest = [loss for _, loss in reading.losses]
-        if reading.non_finite is not None or not all(map(math.isfinite, newest)):
+        if reading.non_finite is not None:
             return math.inf
-        found = [self.of_loss(float(np.median(newest)))] if newest else []
+        found = [self.of_losses([loss for _, loss in reading.losses])]
         for name, values in _values(reading).items():
             past = [each[name] for each in self._past if name in each]
             past = [each for each in past if each.shape == values.shape]
             if past and len(values):
                 found.append(_change(name, values, np.stack(past)))
-        return max(found, default=0.0)
+        return max(found)
 
     def of_rates(self, rates: Mapping[str, float]) -> float:
         """Return how far the rate of some group has risen above all that are kept."""
         return self.of(Reading(0, None, {}, learning_rates=rates))
+
+    def of_losses(self, losses: Sequence[float]) -> float:
+        """Return how far the losses of the newest steps are above those before; see `of_loss`."""
+        if not all(map(math.isfinite, losses)):
+            return math.inf
+        return self.of_loss(float(np.median(losses))) if losses else 0.0
 
     def of_loss(self, loss: float) -> float:
         """Return how far a loss is above all recent ones, in units of ``LOSS`` spreads."""

@@ -196,7 +196,9 @@ class AdaptiveSchedule(Schedule):
         self._next = self._last = 0
         """Steps of the next sample and of the newest."""
         self._interval, self._least = 1, 1
-        self._is_alarmed = self._is_said = False
+        self._moved_since = 0.0
+        """Movement of losses that no plan has known yet."""
+        self._is_planned = self._is_alarmed = self._is_said = False
         self._loss: HostCopy | None = None
 
     def wants(self, step: int) -> bool:
@@ -210,7 +212,9 @@ class AdaptiveSchedule(Schedule):
         self.budget.begin_step(seconds)
 
     def plan(self, reading: Reading) -> Plan:
-        limit, moved = self._limit(reading.step), self._movement.of(reading)
+        limit = self._limit(reading.step)
+        moved = max(self._movement.of(reading), self._moved_since)
+        self._moved_since = 0.0
         if self._is_alarmed:
             self._interval = self._shortest
         elif moved >= 1:
@@ -218,6 +222,7 @@ class AdaptiveSchedule(Schedule):
         else:
             self._interval *= 2
         self._interval = min(self._interval, limit)
+        self._is_planned = bool(reading.losses)
         return Plan(self._interval, self.budget.least_interval())
 
     def follow(self, step: int, plan: Plan | None) -> None:
@@ -232,6 +237,9 @@ class AdaptiveSchedule(Schedule):
         self._least, self._last, self._next = plan.least, step, step + ahead
 
     def add(self, reading: Reading) -> None:
+        if not self._is_planned:  # losses that the plan of this step did not know
+            self._moved_since = self._movement.of_losses([loss for _, loss in reading.losses])
+        self._is_planned = False
         self._movement.add(reading)
 
     def heed(self, open_issues: Sequence[StabilityIssue], *, alone: bool) -> None:
