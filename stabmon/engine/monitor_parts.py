@@ -137,9 +137,7 @@ def make_parts(
         schedule,
     )
     readings.ranks = ranks
-    contexts = StepContexts(
-        observer, optimizers, schedule.wants, config.watch_every_step, boundary
-    )
+    contexts = StepContexts(observer, optimizers, schedule.wants, config.watch_every_step, boundary)
     return MonitorParts(
         optimizers,
         recorder,

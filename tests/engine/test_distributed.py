@@ -365,7 +365,9 @@ def test_ranks_of_other_losses_and_speeds_sample_the_same_steps(on_two_ranks):
     calm, leaps, slow = (
         [step for step in first[what] if step > 40] for what in ("calm", "leaps", "slow")
     )
-    assert len(leaps) > len(calm) > len(slow)  # one rank's loss, and one rank's speed, count for both
+    assert (
+        len(leaps) > len(calm) > len(slow)
+    )  # one rank's loss, and one rank's speed, count for both
 
 
 SCENARIOS = (

@@ -600,9 +600,7 @@ def train_compiled(how, monitored, schedule="fixed"):
     model = Floats()
     optimizer = optimizer_of(model)
     options = {"log_every": 3, "schedule": schedule}
-    monitor = (
-        watch(model, optimizer, **options) if monitored and how == "compiled later" else None
-    )
+    monitor = watch(model, optimizer, **options) if monitored and how == "compiled later" else None
     if how == "in place":
         model.compile(backend="aot_eager")
     called = model if how == "in place" else torch.compile(model, backend="aot_eager")

@@ -91,10 +91,13 @@ class OverheadBudget:
         return median(self._sampled or [0.0])
 
     def least_interval(self) -> int:
-        """Return the least number of steps to the next sample, so that the share is kept to."""
+        """Return the least number of steps to the next sample, so that the share is kept to.
+
+        For the step in progress, which is sampled and whose own cost is not known yet.
+        """
         if self.samples < FREE_SAMPLES or self.share >= 1 or not self._steps:
             return 1
-        missing = self.spent + self.cost - self.share * self._elapsed
+        missing = self.spent + 2 * self.cost - self.share * self._elapsed
         a_step = self.share * self._elapsed / self._steps
         return max(1, math.ceil(missing / a_step)) if a_step > 0 else 1
 
