@@ -130,7 +130,7 @@ def test_ranks_take_the_soonest_wish_and_the_latest_limit():
     agreed = Plan.of_ranks([max(pair) for pair in zip(*wishes, strict=True)])
     assert agreed == Plan(5, 12)
     schedule.follow(400, agreed)
-    assert [step for step in range(401, 450) if schedule.wants(step)][0] == 412
+    assert next(step for step in range(401, 450) if schedule.wants(step)) == 412
     assert Plan.of_ranks(None) is Plan.of_ranks([]) is None
 
 
