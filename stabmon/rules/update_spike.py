@@ -11,6 +11,7 @@ import numpy as np
 from stabmon._settings import Count, Fraction, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
+from stabmon.rules.evidence.robust_stats import median_over_steps
 from stabmon.rules.evidence.step_size import (
     heads_break,
     highest_before_jump,
@@ -32,8 +33,8 @@ PAST = 22
 The median of all but the last two is the usual size.
 """
 
-FIRST = 8
-"""Number of readings that show whether the rate was too high from the start."""
+FIRST, FIRST_STEPS = 8, 40
+"""Readings, and optimizer steps, that show whether the rate was too high from the start."""
 
 
 @rule
@@ -200,16 +201,16 @@ class UpdateSpike(Rule):
             history: the readings so far.
             moves: ``[T]`` share of themselves by which steps moved them.
         """
-        past = moves[-PAST + 1 : -1]
-        past = past[np.isfinite(past)]
-        usual = float(np.median(past)) if len(past) else float("nan")
+        past, steps = moves[-PAST + 1 : -1], history.steps[-PAST + 1 : -1]
+        usual = float(median_over_steps(past[:, None], steps)[0]) if len(past) else float("nan")
         slack = self.hysteresis if history.is_open_at("update_spike") else 1.0
         level = np.fmax(self.update_jump * usual * slack, 0.0)
         return bool(moves[-1] >= level) and bool(moves[-1] > 0)
 
     def _from_the_start(self, history: History) -> list[StabilityIssue]:
         """Return the issue of a rate that was too high from the first readings on."""
-        first = history.readings[:FIRST]
+        start = history.readings[0].step + FIRST_STEPS
+        first = [r for at, r in enumerate(history.readings) if at < FIRST or r.step < start]
         shares = np.array([update_share(reading) for reading in first])
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
@@ -245,7 +246,8 @@ class UpdateSpike(Rule):
         updates = np.array([reading.query_key[layer].update for reading in readings])
         if len(shares) < self.min_history + 2 or not np.isfinite(shares[-1]):
             return []
-        usual = float(np.nanmedian(shares[:-2]))
+        steps = np.array([reading.step for reading in readings])
+        usual = float(median_over_steps(shares[:-2, None], steps[:-2])[0])
         level = history.open_level_at("update_spike", layer)
         shares = shares[-2:] * (updates[-2:] >= 0.5 * self.layer_jump * np.nanmedian(updates[:-2]))
         is_open = np.isfinite(level)

@@ -15,7 +15,6 @@ from stabmon.records import AttentionCall, LayerInfo
 from stabmon.signals.base import SIGNALS
 from stabmon.signals.reduce import HeadSums, measure
 
-
 EXP_RANGE = "exp_range"
 """Signal that is measured wherever attention writes its exponentials by hand."""
 

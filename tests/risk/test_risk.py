@@ -68,7 +68,8 @@ def test_trained_heads_that_differ_say_nothing_of_the_start():
     alike = layer_features(history_of(reading(1, [30.0] * 4, [0.1] * 4)))
     trained = layer_features(history_of(reading(1, [2.0, 30.0, 90.0, 5.0], [0.9, 0.1, 0.02, 0.5])))
     assert alike["start"][0] == pytest.approx(0.9)
-    assert trained["start"][0] < 0.01 and trained["start_score"][0] < 0.05
+    assert trained["start"][0] < 0.01
+    assert trained["start_score"][0] < 0.05
 
 
 def test_more_of_a_feature_is_never_less_risk():
@@ -76,7 +77,8 @@ def test_more_of_a_feature_is_never_less_risk():
     assert {piece.feature for piece in model.pieces} == set(FEATURES)
     for piece in model.pieces:
         values = piece.of(np.linspace(-50, 50, 201))
-        assert (np.diff(values) >= 0).all() and piece.weight >= 0
+        assert (np.diff(values) >= 0).all()
+        assert piece.weight >= 0
 
 
 def test_an_unknown_feature_counts_as_a_healthy_runs_median():
@@ -87,13 +89,15 @@ def test_an_unknown_feature_counts_as_a_healthy_runs_median():
 def test_a_smaller_rate_of_false_alarms_asks_for_more_risk():
     model = load_risk_model()
     levels = [model.threshold(rate) for rate in (0.001, 0.01, 0.05, 0.07, 0.2, 0.4)]
-    assert levels == sorted(levels, reverse=True) and levels[0] > levels[-1]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[0] > levels[-1]
 
 
 def test_the_stored_model_names_its_features_and_its_source():
     text = resources.files("stabmon.risk").joinpath("model.json").read_text()
     data = json.loads(text)
-    assert data["features"] == FEATURES and data["source"]
+    assert data["features"] == FEATURES
+    assert data["source"]
     assert RiskModel.from_dict(data) == load_risk_model()
 
 
@@ -156,11 +160,13 @@ def test_the_alarm_closes_once_the_scores_are_back():
     for step in (1, 5, 10, 15, 20):
         watching.update(reading(step, [4.0] * 4, [0.8] * 4))
     opened = watching.update(reading(30, [60.0] * 4, [0.05] * 4, 0.9))
-    assert opened and all(issue.is_alarm for issue in opened)
+    assert opened
+    assert all(issue.is_alarm for issue in opened)
     states = []
     for step in range(35, 130, 5):
         states += [issue.state for issue in watching.update(reading(step, [4.0] * 4, [0.8] * 4))]
-    assert set(states) == {"closed"} and not watching.open_issues
+    assert set(states) == {"closed"}
+    assert not watching.open_issues
 
 
 def test_layers_without_entropy_leave_it_to_the_rules():
