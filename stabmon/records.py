@@ -168,6 +168,8 @@ class Reading(PlainRecord):
 
     Measured on a sample of large groups.
     """
+    query_key_groups: tuple[str, ...] = ()
+    """Keys of the parameter groups that W_q and W_k are in, where the two can be located."""
 
     @property
     def used_rates(self) -> dict[str, float]:

@@ -112,6 +112,7 @@ class ReadingBuilder:
             learning_rates=rates,
             rate_factors=self._rate_factors(),
             updates=updates.groups,
+            query_key_groups=updates.query_key_groups,
         )
         self.last_step = ctx.step
         if ctx.sampled and not together:
