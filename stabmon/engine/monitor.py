@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
+from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
@@ -121,7 +122,7 @@ class AttentionStabilityMonitor:
             lr_scheduler,
             self.config,
             self.boundary,
-            self.is_sampled,
+            weakly(self.is_sampled),
             run_dir=self.run_dir,
             is_writer=rank() == 0 if is_writer is None else is_writer,
             reduce_ranks=reduce_ranks,
@@ -269,7 +270,7 @@ class AttentionStabilityMonitor:
     @property
     def applied(self) -> tuple[Applied, ...]:
         """Every intervention applied so far, in order."""
-        return tuple(self._guard.run.applied)
+        return tuple(self._guard.applied)
 
     @property
     def stop_reason(self) -> str | None:
@@ -292,7 +293,11 @@ class AttentionStabilityMonitor:
         return self._tracker.open_issues
 
     def close(self) -> None:
-        """Leave the model as it was found and close the sinks; may be called twice."""
+        """Leave the model as it was found and close the sinks; may be called twice.
+
+        Records stay; copies of the weights are dropped, and no part of stabmon keeps the model,
+        the optimizer or this monitor alive any longer.
+        """
         if self._clock.phase is Phase.CLOSED:
             return
         self._clock.close()

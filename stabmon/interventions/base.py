@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -535,11 +535,13 @@ class Applied:
         """
         self.for_one_step = True
 
+        removers: list[Callable[[], None]] = []
+
         def end() -> None:
-            remove()
+            removers.pop()()
             self.release("it was to be held for one step (hold=False)")
 
-        remove = self._run.step_hooks.add("on_step", end)
+        removers.append(self._run.step_hooks.add("on_step", end))
 
     def relax(self) -> None:
         """Loosen it, after it was held for long without an alarm.

@@ -45,6 +45,9 @@ class Prepared:
             healthy: loss and gradients are finite, and no issue is open that may make it diverge.
         """
 
+    def close(self) -> None:
+        """Drop what is kept in memory: the run is over."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on: plain values, for JSON."""
         return {}
