@@ -132,6 +132,8 @@ class AttentionStabilityMonitor:
         )
         self._clock, self._contexts, self._observer = parts.clock, parts.contexts, parts.observer
         self._readings, self._recorder, self._guard = parts.readings, parts.recorder, parts.guard
+        parts.guard.run.on_intervention_end.append(weakly(self._end_cooldowns))
+        parts.guard.run.on_rollback.append(weakly(self._end_cooldowns))
         if not manual_steps:
             self.begin_step()
 
@@ -403,6 +405,10 @@ class AttentionStabilityMonitor:
             unseen=self._observer.unseen,
             scalars={"learning_rate_factor": factor} if shown else {},
         )
+
+    @contained
+    def _end_cooldowns(self, _step: int | None = None) -> None:
+        self._tracker.end_cooldowns()
 
     @contained
     def _intervene(self, diagnosis: Diagnosis | None) -> None:

@@ -121,7 +121,7 @@ def make_parts(
         optimizers, run.scheduled_rate, lambda: run.rate_factors, boundary, model
     )
     run.shorten_step = weakly(step_length.shorten) if world_size() == 1 else None
-    run.on_rollback.append(weakly(step_length.rolled_back))
+    run.on_rollback += [weakly(step_length.rolled_back), weakly(detector.rolled_back)]
     updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
     every_step: list[StepListener] = [detector, step_length]
     usage = Usage(model, optimizers, config.log_every, is_sampled, framework)

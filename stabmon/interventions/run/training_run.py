@@ -114,6 +114,8 @@ class TrainingRun:
 
     It returns a function that undoes it, or None where the step was not probed.
     """
+    on_intervention_end: list[Callable[[], None]] = field(default_factory=list)
+    """Functions called after an intervention was undone or released."""
     on_rollback: list[Callable[[int], None]] = field(default_factory=list)
     """Functions called after a rollback, with the step whose state the run was set to."""
 
