@@ -318,7 +318,7 @@ def _describe_rate(issue: StabilityIssue, framework: str) -> Description:
     rate = fitting or highest
     code = ""
     if rate is not None:
-        code = set_rate(framework, rate) if of_all else set_group_rates(framework, rates)
+        code = set_rate(framework, rate) if of_all else set_group_rates(framework, dict(rates))
     if fitting is None:
         times = "" if not highest else f", {number(issue.value / highest)} times the highest before"
         numbers = f"learning rate {number(issue.value)}{times} ({number(highest or 0)})"
