@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stabmon.capture.function_mode import isolated
 from stabmon.capture.protocol import bind
-from stabmon.capture.provenance.axes import VIEWS, Axes
+from stabmon.capture.provenance.axes import VIEWS
 from stabmon.capture.provenance.cells import held
 from stabmon.capture.provenance.exponentials import (
     Exponential,

@@ -16,7 +16,6 @@ from tests.capture.provenance.test_provenance import (
     HIDDEN,
     SCORES,
     Attends,
-    H,
     K,
     Q,
     V,
@@ -280,7 +279,8 @@ def test_scores_of_exponentials_are_held_no_longer_than_they_are_needed() -> Non
 
 
 @pytest.mark.parametrize(
-    "name", [*(way for way in WAYS if "in place" not in way), *MIXED]  # backward needs what they lose
+    "name",
+    [*(way for way in WAYS if "in place" not in way), *MIXED],  # backward needs what they lose
 )
 def test_gradients_are_the_same_to_the_bit_however_exponentials_are_followed(name: str) -> None:
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
