@@ -165,7 +165,7 @@ class ReadingBuilder:
         In the log and the run's metadata; a warning where the signal then has no value.
         """
         seen = self._observer.measurements
-        for signal, least in seen.adapted.items():
+        for signal, least in seen.least_visible.items():
             few = {layer: most for layer, most in seen.most_visible.items() if most < least}
             new = few.keys() & layers.keys() - self._short_rows
             if not new:
