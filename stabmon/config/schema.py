@@ -65,6 +65,10 @@ class StabilityConfig:
     """Levels of rules: all rules are on as they come; `entropy_collapse: {floor: 0.05}` sets a
     level, `loss_spike: false` turns a rule off; `stabmon list rules` has all.
     """
+    false_alarm_rate: Annotated[float, Bounds(above=0, high=0.5)] = 0.05
+    """Share of healthy runs in which attention may alarm falsely: a smaller one alarms later, and in
+    fewer runs that fail.
+    """
     sinks: Sequence[Annotated[str, Known(SINKS, "sink")] | Sink] = ("jsonl", "console")
     """Sinks that records go to; `stabmon list sinks` has all."""
     report: bool = True

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
+from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
@@ -133,6 +134,8 @@ class AttentionStabilityMonitor:
         self._clock, self._contexts, self._observer = parts.clock, parts.contexts, parts.observer
         self._schedule = parts.schedule
         self._readings, self._recorder, self._guard = parts.readings, parts.recorder, parts.guard
+        parts.guard.run.on_intervention_end.append(weakly(self._end_cooldowns))
+        parts.guard.run.on_rollback.append(weakly(self._end_cooldowns))
         if not manual_steps:
             self.begin_step()
 
@@ -277,7 +280,7 @@ class AttentionStabilityMonitor:
     @property
     def applied(self) -> tuple[Applied, ...]:
         """Every intervention applied so far, in order."""
-        return tuple(self._guard.run.applied)
+        return tuple(self._guard.applied)
 
     @property
     def stop_reason(self) -> str | None:
@@ -300,7 +303,11 @@ class AttentionStabilityMonitor:
         return self._tracker.open_issues
 
     def close(self) -> None:
-        """Leave the model as it was found and close the sinks; may be called twice."""
+        """Leave the model as it was found and close the sinks; may be called twice.
+
+        Records stay; copies of the weights are dropped, and no part of stabmon keeps the model,
+        the optimizer or this monitor alive any longer.
+        """
         if self._clock.phase is Phase.CLOSED:
             return
         self._clock.close()
@@ -418,6 +425,10 @@ class AttentionStabilityMonitor:
         self._schedule.end_step(ctx.step, self.boundary.seconds, sampled=ctx.sampled)
         if alone and self._schedule.adapts:
             self._schedule.watch(ctx.step, ctx.loss, self._parts.optimizers.learning_rates())
+
+    @contained
+    def _end_cooldowns(self, _step: int | None = None) -> None:
+        self._tracker.end_cooldowns()
 
     @contained
     def _intervene(self, diagnosis: Diagnosis | None) -> None:

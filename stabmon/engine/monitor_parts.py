@@ -11,6 +11,7 @@ from torch import nn
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import world_size
+from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.clock import StepClock
 from stabmon.engine.error_boundary import ErrorBoundary
@@ -28,6 +29,7 @@ from stabmon.guard import Guard
 from stabmon.interventions import TrainingRun
 from stabmon.listeners import StepListener
 from stabmon.nonfinite.detector import NonFiniteDetector
+from stabmon.risk import RiskJudge
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 
@@ -106,7 +108,7 @@ def make_parts(
         lr_scheduler,
         optimizers.grad_scaler,
         run_dir=run_dir,
-        audit=recorder.write_intervention,
+        audit=weakly(recorder.write_intervention),
     )
     guard = Guard(
         run,
@@ -120,8 +122,8 @@ def make_parts(
     step_length = StepLength(
         optimizers, run.scheduled_rate, lambda: run.rate_factors, boundary, model
     )
-    run.shorten_step = step_length.shorten if world_size() == 1 else None
-    run.on_rollback.append(lambda step: step_length.rates.reset())
+    run.shorten_step = weakly(step_length.shorten) if world_size() == 1 else None
+    run.on_rollback += [weakly(step_length.rolled_back), weakly(detector.rolled_back)]
     updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
     every_step: list[StepListener] = [detector, step_length]
     usage = Usage(model, optimizers, config.log_every, schedule.wants, framework)
@@ -167,4 +169,5 @@ def make_tracker(config: StabilityConfig, boundary: ErrorBoundary) -> IssueTrack
         clear_after=config.clear_after,
         cooldown_steps=config.cooldown * dense_interval(config),
         on_error=functools.partial(boundary.failed, "rule"),
+        judge=RiskJudge(config.false_alarm_rate),
     )

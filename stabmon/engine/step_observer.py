@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stabmon._torch.device_timer import DeviceTimer
 from stabmon._torch.forward_call import ForwardCall, StepForwards
+from stabmon._torch.weak_method import weakly
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import StabilityConfig
@@ -74,13 +75,13 @@ class StepObserver:
         self._call: ForwardCall | None = None
         self._capture = AttentionCapture(
             model,
-            self._on_call,
+            weakly(self._on_call),
             modules=config.attention_modules,
             on_error=functools.partial(boundary.failed, "capture"),
         )
         self._norms = GradientNorms()
         self._gradients: dict[str, float] = {}
-        self._after_backward = AfterBackward(self._backward_ended)
+        self._after_backward = AfterBackward(weakly(self._backward_ended))
         self._hooks: ForwardHooks | None = None
         self._outer: list[nn.Module] | None = None
         """Compiled wrappers around the model; None before they were looked for."""

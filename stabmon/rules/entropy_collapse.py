@@ -116,6 +116,11 @@ class EntropyCollapse(Rule):
     """Share by which the opening level is divided to give the closing level."""
 
     @classmethod
+    def is_judged_by_risk(cls, issue: StabilityIssue) -> bool:
+        """Return True for every issue."""
+        return True
+
+    @classmethod
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
         """Return True if the head's entropy is above half its threshold again."""
         return rose_above(issue, history, "normalized_entropy", share=0.5)

@@ -40,6 +40,14 @@ Where a scale cannot be held itself, the clip that holds the scores lets them co
 past: more is asked, so that it has something to clip, and then ends the alarm.
 """
 
+CLIP = (
+    "Clip this head to its own scores after warm-up (QK-clip: scale W_q and W_k of "
+    "the head by sqrt(tau / max_logit) after each step), or normalise query and key "
+    "(q, k = rms_norm(q), rms_norm(k)); a lower rate slows the growth but does not "
+    "undo it, and attention dropout does not help."
+)
+"""Advice on a head whose scores grew."""
+
 
 @rule
 @renamed(harm="damage_level", still_ill="hysteresis")
@@ -127,6 +135,11 @@ class LogitGrowth(Rule):
     def symptom_of(cls, issue: StabilityIssue) -> Symptom:
         """Return sustained growth for an issue of a layer, scores for one of a head."""
         return SUSTAINED_GROWTH if issue.head is None else SCORES
+
+    @classmethod
+    def is_judged_by_risk(cls, issue: StabilityIssue) -> bool:
+        """Return True for an issue of a head; sustained growth of a layer is proof by itself."""
+        return issue.head is not None
 
     @classmethod
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
@@ -293,14 +306,7 @@ class LogitGrowth(Rule):
             severity=severity,
             value=float(history.now("max_logit")[n]),
             threshold=float(found.level[n]),
-            suggestion=advice(
-                history,
-                layer,
-                "Clip this head to its own scores after warm-up (QK-clip: scale W_q and W_k of "
-                "the head by sqrt(tau / max_logit) after each step), or normalise query and key "
-                "(q, k = rms_norm(q), rms_norm(k)); a lower rate slows the growth but does not "
-                "undo it, and attention dropout does not help.",
-            ),
+            suggestion=advice(history, layer, CLIP),
             evidence=evidence,
             eta_steps=eta if np.isfinite(eta) else None,
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import rank, world_size
+from stabmon.capture.coverage.witness import listed
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.engine.rank_reducer import RankReducer
 from stabmon.engine.sampling.schedule import Plan, Schedule
@@ -57,6 +58,8 @@ class ReadingBuilder:
         self._observer, self._optimizers, self._rates = observer, optimizers, rates
         self._rate_factors, self._boundary, self._amend = rate_factors, boundary, amend
         self._schedule, self._unseen_reported = schedule, 0
+        self._short_rows: set[str] = set()
+        """Layers whose rows were found to see few keys."""
 
     def build(
         self, ctx: StepContext, updates: UpdatesOfStep, *, has_news: bool, watches_losses: bool
@@ -85,6 +88,7 @@ class ReadingBuilder:
             return None
         layers = to_host(sums) if ctx.sampled else {}
         self._report_unseen()
+        self._report_short_rows(layers)
         if ctx.sampled and not layers and not is_found:
             self._report_missing(ctx.step)
         losses, rates = seen.losses.drain(), self._optimizers.learning_rates()
@@ -108,6 +112,7 @@ class ReadingBuilder:
             learning_rates=rates,
             rate_factors=self._rate_factors(),
             updates=updates.groups,
+            query_key_groups=updates.query_key_groups,
         )
         self.last_step = ctx.step
         if ctx.sampled and not together:
@@ -153,3 +158,29 @@ class ReadingBuilder:
         if rank() == 0:
             logger.warning("%s", words)
         self._amend({"unseen_attention": dict(unseen)})
+
+    def _report_short_rows(self, layers: Mapping[str, Any]) -> None:
+        """Say once of each layer that its rows see fewer keys than some signal asks for.
+
+        In the log and the run's metadata; a warning where the signal then has no value.
+        """
+        seen = self._observer.measurements
+        for signal, least in seen.adapted.items():
+            few = {layer: most for layer, most in seen.most_visible.items() if most < least}
+            new = few.keys() & layers.keys() - self._short_rows
+            if not new:
+                continue
+            self._short_rows |= new
+            self._amend({"few_visible_keys": few})
+            if rank() != 0:
+                continue
+            null = {layer: "1 key a row" for layer in sorted(new) if few[layer] < 2}
+            short = {layer: f"{few[layer]} keys" for layer in sorted(new) if few[layer] >= 2}
+            if null:
+                logger.warning("stabmon measures no %s of %s", signal, listed(null))
+            if short:
+                logger.info(
+                    "stabmon: no row of %s sees %d keys, so that %s is the mean over the rows that "
+                    "see at least half of the most there, and varies more than over long rows",
+                    *(listed(short), least, signal),
+                )
