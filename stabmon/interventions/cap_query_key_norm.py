@@ -90,7 +90,7 @@ class CapQueryKeyNorm(Intervention):
             try:
                 caps[layer] = self._caps(run, layer, since, healthy)
             except NotApplicable as error:
-                refused.append(error)
+                refused.append(error.with_traceback(None))
         if not caps:
             raise refused[0] if refused else NotApplicable("no attention layer is known")
         held = _Held(run, caps)

@@ -74,7 +74,7 @@ class CapScale(Intervention):
                     self._ceiling(run, layer, since, getattr(run.module(layer), name)),
                 )
             except NotApplicable as error:
-                refused.append(error)
+                refused.append(error.with_traceback(None))
         if not held:
             raise (
                 refused[0]

@@ -205,7 +205,7 @@ class LogitGrowth(Rule):
         found: HeadFindings,
     ) -> None:
         """Find jumps at one or two readings back, runaways at more."""
-        if change.lag <= 2:
+        if change.is_jump:
             needed = jump_needed(history, change.steps, self.jump)
             lost = (change.kept <= 0.5) | (change.saturated_rise >= 0.25)
             grown, how = change.ratio >= needed, "jump"

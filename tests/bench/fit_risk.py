@@ -181,7 +181,10 @@ def report(model: RiskModel, runs: Sequence[LabelledRun], held: dict[str, np.nda
     for rate, level in model.thresholds.items():
         needed = (np.log(level / (1 - level)) - model.offset) / model.slope
         first = {
-            run.name: next((int(s) for s, v in zip(run.steps, held[run.name], strict=True) if v >= needed), None)
+            run.name: next(
+                (int(s) for s, v in zip(run.steps, held[run.name], strict=True) if v >= needed),
+                None,
+            )
             for run in runs
         }
         attention = [run for run in runs if run.label == "attention"]

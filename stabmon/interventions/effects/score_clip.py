@@ -107,7 +107,7 @@ class ScoreClip(HeldEffect):
                     else self._find_proposal(name, measured)
                 )
             except NotApplicable as error:
-                refused.append(error)
+                refused.append(error.with_traceback(None))
                 todo.pop(name, None)
                 waiting = [each for each in waiting if each != name]
                 continue

@@ -45,6 +45,9 @@ class Prepared:
             healthy: loss and gradients are finite, and no issue is open that may make it diverge.
         """
 
+    def close(self) -> None:
+        """Drop what is kept in memory: the run is over."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on: plain values, for JSON."""
         return {}
@@ -111,6 +114,8 @@ class TrainingRun:
 
     It returns a function that undoes it, or None where the step was not probed.
     """
+    on_intervention_end: list[Callable[[], None]] = field(default_factory=list)
+    """Functions called after an intervention was undone or released."""
     on_rollback: list[Callable[[int], None]] = field(default_factory=list)
     """Functions called after a rollback, with the step whose state the run was set to."""
 

@@ -57,7 +57,9 @@ class IssueTracker:
     its value goes far further (see :func:`~stabmon.rules.base.worsened`). It closes, as ``info``,
     after ``clear_after`` readings in a row that measured the place and did not find it anomalous; a
     reading without values for the head counts neither way. What closed does not open again within
-    ``cooldown_steps``, unless it comes back worse than it ever was.
+    ``cooldown_steps``, unless it comes back worse than it ever was, is critical, or rests on
+    something newly found, as a NaN does after finite losses. Nothing is kept quiet for what came
+    before an intervention ended, see :meth:`end_cooldowns`.
 
     Issues of one reading come most severe first; each carries in ``evidence["heads_alike"]`` the
     number of heads of its layer found with the same type at that reading, so that a view can fold a
@@ -135,6 +137,14 @@ class IssueTracker:
             emitted += self._open_or_worsen(key, issue, name, alike[key[:2]])
         self._update_open_levels()
         return _in_order(emitted)
+
+    def end_cooldowns(self) -> None:
+        """Let every alarm that has closed open again at once.
+
+        To be called when an intervention ends, or the run goes back to an earlier state: an alarm
+        may have closed by the intervention alone, or have been of the course that was left.
+        """
+        self._closed = {k: c for k, c in self._closed.items() if not c.issue.is_alarm}
 
     def state_dict(self) -> dict[str, Any]:
         """Return history, open issues and cooldowns as plain values.
@@ -263,7 +273,7 @@ class IssueTracker:
         if entry is not None and not worsened(issue, entry.issue):
             self._open[key] = replace(entry, absent=0) if entry.absent else entry
             return []
-        if entry is None and closed is not None and not worsened(issue, closed.issue):
+        if entry is None and closed is not None and self._is_quiet(issue, closed.issue):
             return []
         evidence = {
             **self._own_past(issue, name),
@@ -273,6 +283,11 @@ class IssueTracker:
         issue = replace(issue, state="opened" if entry is None else "worsened", evidence=evidence)
         self._open[key] = _Open(issue, name, issue.step if entry is None else entry.since)
         return [issue]
+
+    @staticmethod
+    def _is_quiet(issue: StabilityIssue, closed: StabilityIssue) -> bool:
+        """Return whether the cooldown of a closed issue covers its return."""
+        return issue.severity != "critical" and not worsened(issue, closed)
 
     def _own_past(self, issue: StabilityIssue, name: str) -> dict[str, float]:
         """Return the past of the issue's value, where it is that of a signal."""
