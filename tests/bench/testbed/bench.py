@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import pickle
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
+from tests.bench.kept_runs import train_missing, write_whole
 from tests.bench.testbed.recipes import KINDS, Recipe, recipes
 from tests.bench.testbed.trainer import Run, train
 
@@ -87,23 +84,13 @@ def chosen(args: argparse.Namespace) -> list[Recipe]:
 
 def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
     """Train the runs missing in ``folder``, one thread each; return all in order."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / _name(*job) for job in jobs]
-    missing = {path: job for path, job in zip(paths, jobs, strict=True) if not path.exists()}
-    if missing:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(_train_and_keep, job, path) for path, job in missing.items()]
-            for done in tqdm(
-                as_completed(waiting), total=len(waiting), desc="training", unit="run", disable=None
-            ):
-                done.result()
+    train_missing(dict(zip(paths, jobs, strict=True)), _train_and_keep, processes)
     return [pickle.loads(path.read_bytes()) for path in paths]
 
 
 def _train_and_keep(job: Job, path: Path) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(pickle.dumps(train(*job)))
-    part.rename(path)
+    write_whole(path, pickle.dumps(train(*job)))
 
 
 def _name(recipe: Recipe, config: str | None, every: int) -> str:
