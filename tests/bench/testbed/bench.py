@@ -22,8 +22,8 @@ Job = tuple[Recipe, str | None, int]
 """Recipe, the monitor's configuration (None for no monitor) and its interval."""
 
 
-def options(description: str | None, intervals: Sequence[int]) -> argparse.ArgumentParser:
-    """Make the command line of a study."""
+def options(description: str | None, intervals: Sequence[int] = ()) -> argparse.ArgumentParser:
+    """Make the command line of a study; without ``intervals`` it does not choose one."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,9 +36,14 @@ def options(description: str | None, intervals: Sequence[int]) -> argparse.Argum
         metavar="KIND",
         help="kinds of run",
     )
-    parser.add_argument(
-        "--every", type=int, default=intervals[0], choices=intervals, help="steps between readings"
-    )
+    if intervals:
+        parser.add_argument(
+            "--every",
+            type=int,
+            default=intervals[0],
+            choices=intervals,
+            help="steps between readings",
+        )
     parser.add_argument(
         "--half",
         choices=["held-back", "tuned", "both"],
@@ -87,6 +92,12 @@ def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
     paths = [folder / _name(*job) for job in jobs]
     train_missing(dict(zip(paths, jobs, strict=True)), _train_and_keep, processes)
     return [pickle.loads(path.read_bytes()) for path in paths]
+
+
+def kept(job: Job, folder: Path) -> Run:
+    """Return a run that was trained before."""
+    run: Run = pickle.loads((folder / _name(*job)).read_bytes())
+    return run
 
 
 def _train_and_keep(job: Job, path: Path) -> None:
