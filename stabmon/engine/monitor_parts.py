@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from stabmon.engine.rank_reducer import RankReducer
 from stabmon.engine.recording.issue_function import IssueFunction, OnIssue
 from stabmon.engine.recording.reading_builder import ReadingBuilder
 from stabmon.engine.recording.recorder import Recorder
+from stabmon.engine.sampling.schedule import SHORTEST, Schedule, make_schedule
 from stabmon.engine.step_contexts import StepContexts
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
@@ -29,6 +29,7 @@ from stabmon.guard import Guard
 from stabmon.interventions import TrainingRun
 from stabmon.listeners import StepListener
 from stabmon.nonfinite.detector import NonFiniteDetector
+from stabmon.risk import RiskJudge
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 
@@ -48,6 +49,7 @@ class MonitorParts:
     usage: Usage
     readings: ReadingBuilder
     contexts: StepContexts
+    schedule: Schedule
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -57,6 +59,7 @@ class MonitorParts:
             "non_finite": self.detector,
             "step_length": self.step_length.rates,
             "guard": self.guard,
+            "schedule": self.schedule,
         }
 
 
@@ -66,7 +69,6 @@ def make_parts(
     lr_scheduler: Any,
     config: StabilityConfig,
     boundary: ErrorBoundary,
-    is_sampled: Callable[[int], bool],
     *,
     run_dir: Path | None,
     is_writer: bool,
@@ -83,7 +85,6 @@ def make_parts(
         lr_scheduler: its scheduler or schedulers.
         config: the settings.
         boundary: counts what fails in any part.
-        is_sampled: returns whether a step, counted from 1, is a sampled one.
         run_dir: the folder of the records.
         is_writer: this process writes to the sinks.
         reduce_ranks: reduce sampled steps over all ranks.
@@ -92,6 +93,7 @@ def make_parts(
         framework: ``transformers``, ``lightning`` or ``loop``.
     """
     clock = StepClock(boundary)
+    schedule = make_schedule(config.schedule, config.log_every, config.max_overhead)
     recorder = Recorder(
         config.make_sinks() if is_writer else [],
         run_dir,
@@ -124,7 +126,7 @@ def make_parts(
     run.on_rollback += [weakly(step_length.rolled_back), weakly(detector.rolled_back)]
     updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
     every_step: list[StepListener] = [detector, step_length]
-    usage = Usage(model, optimizers, config.log_every, is_sampled, framework)
+    usage = Usage(model, optimizers, config.log_every, schedule.wants, framework)
     clock.listeners = [usage, updates, *(every_step if config.watch_every_step else []), guard]
     readings = ReadingBuilder(
         observer,
@@ -134,9 +136,10 @@ def make_parts(
         lambda: run.rate_factors,
         boundary,
         recorder.amend,
+        schedule,
     )
     readings.ranks = ranks
-    contexts = StepContexts(observer, optimizers, is_sampled, config.watch_every_step, boundary)
+    contexts = StepContexts(observer, optimizers, schedule.wants, config.watch_every_step, boundary)
     return MonitorParts(
         optimizers,
         recorder,
@@ -149,7 +152,13 @@ def make_parts(
         usage,
         readings,
         contexts,
+        schedule,
     )
+
+
+def dense_interval(config: StabilityConfig) -> int:
+    """Return the steps between samples while an issue is open."""
+    return min(SHORTEST, config.log_every) if config.schedule == "adaptive" else config.log_every
 
 
 def make_tracker(config: StabilityConfig, boundary: ErrorBoundary) -> IssueTracker:
@@ -158,6 +167,7 @@ def make_tracker(config: StabilityConfig, boundary: ErrorBoundary) -> IssueTrack
         config.make_rules(),
         history=History(config.history),
         clear_after=config.clear_after,
-        cooldown_steps=config.cooldown * config.log_every,
+        cooldown_steps=config.cooldown * dense_interval(config),
         on_error=functools.partial(boundary.failed, "rule"),
+        judge=RiskJudge(config.false_alarm_rate),
     )

@@ -22,6 +22,8 @@ class UpdatesOfStep:
     """Norms of the changes of W_q and W_k, by layer."""
     groups: dict[str, float] = field(default_factory=dict)
     """Relative change of each parameter group, by key."""
+    query_key_groups: tuple[str, ...] = ()
+    """Keys of the parameter groups that W_q and W_k are in."""
 
 
 class WeightUpdates(StepListener):
@@ -63,6 +65,13 @@ class WeightUpdates(StepListener):
         """Compare the weights of a sampled step with their copies, and drop the copies."""
         if not ctx.sampled:
             return None
-        return UpdatesOfStep(
-            self._query_key.after(scaled=self._optimizers.scales), self._groups.after()
+        query_key = self._query_key.after(scaled=self._optimizers.scales)
+        return UpdatesOfStep(query_key, self._groups.after(), self._groups_of_query_key())
+
+    def _groups_of_query_key(self) -> tuple[str, ...]:
+        own = {id(each) for each in self._query_key.trained()}
+        return tuple(
+            group.key
+            for group in self._optimizers.groups()
+            if any(id(each) in own for each in group.parameters)
         )

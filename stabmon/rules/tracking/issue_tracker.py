@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from stabmon._storage.stored_value import Stored
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
@@ -14,6 +14,16 @@ from stabmon.rules.evidence.own_past import own_past
 from stabmon.rules.tracking.history import History
 
 Key = tuple[str, str | None, int | None]
+Found = dict[Key, tuple[StabilityIssue, str]]
+"""What holds at a reading: the worst issue of each place, and the name of its rule."""
+
+
+class Judge(Protocol):
+    """Decides which of the rules' issues are alarms."""
+
+    def judge(self, history: History, found: Found) -> tuple[dict[str, float], Found]:
+        """Return the risk of each layer, and the issues as they are to be reported."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class IssueTracker:
         cooldown_steps: optimizer steps.
         on_error: called with the first exception of each rule; a rule that raises is skipped for
             that reading only, and its open issues stay open.
+        judge: decides which issues are alarms; None to leave that to the rules.
 
     Raises:
         ValueError: if ``clear_after`` is below 1 or ``cooldown_steps`` below 0.
@@ -83,6 +94,7 @@ class IssueTracker:
         clear_after: int = 2,
         cooldown_steps: int,
         on_error: Callable[[Exception], None] | None = None,
+        judge: Judge | None = None,
     ) -> None:
         if clear_after < 1 or cooldown_steps < 0:
             raise ValueError(
@@ -95,6 +107,9 @@ class IssueTracker:
         self.clear_after = clear_after
         self.cooldown_steps = cooldown_steps
         self._on_error = on_error
+        self._judge = judge
+        self.risks: dict[str, float] = {}
+        """Risk of each layer at the newest reading, in [0, 1]; empty without a judge."""
         self._reported: set[str] = set()
         self._open: dict[Key, _Open] = {}
         self._closed: dict[Key, _Closed] = {}
@@ -115,6 +130,7 @@ class IssueTracker:
             k: c for k, c in self._closed.items() if reading.step - c.step < self.cooldown_steps
         }
         found, ran = self._run_rules()
+        found = self._judged(found, reading)
         emitted = self._close(found, ran, reading.step)
         alike = Counter(key[:2] for key in found)
         for key, (issue, name) in found.items():
@@ -185,9 +201,18 @@ class IssueTracker:
     def _update_open_levels(self) -> None:
         self.history.set_open((entry.issue, entry.since) for entry in self._open.values())
 
-    def _run_rules(self) -> tuple[dict[Key, tuple[StabilityIssue, str]], set[str]]:
+    def _judged(self, found: Found, reading: Reading) -> Found:
+        if self._judge is None or not reading.layers:
+            return found
+        try:
+            self.risks, found = self._judge.judge(self.history, found)
+        except Exception as error:
+            self._report("risk", error)
+        return found
+
+    def _run_rules(self) -> tuple[Found, set[str]]:
         """Return the worst issue of each place with its rule, and the rules that ran."""
-        found: dict[Key, tuple[StabilityIssue, str]] = {}
+        found: Found = {}
         ran: set[str] = set()
         for rule, name in zip(self.rules, self._names, strict=True):
             try:

@@ -43,7 +43,7 @@ def thinned(readings: list[Reading], every: int) -> Iterator[Reading]:
 
 def alarms_of(case: Case, every: int) -> list[Alarm]:
     """Return every alarm of stabmon's rules, in order."""
-    config = load_config("observe", log_every=every)
+    config = load_config("observe", log_every=every, schedule="fixed")
     tracker = IssueTracker(
         config.make_rules(),
         history=History(config.history),

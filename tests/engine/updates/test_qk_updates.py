@@ -40,7 +40,7 @@ def test_norms_are_those_of_the_queries_and_keys_alone(name, tmp_path):
     model = {"gpt2": gpt2, "llama": llama}[name]()
     optimizer, parts = optimizer_of(model), query_key(name, model)
     monitor = stabmon.AttentionStabilityMonitor(
-        model, optimizer, log_every=2, sinks=["jsonl"], run_dir=tmp_path
+        model, optimizer, log_every=2, schedule="fixed", sinks=["jsonl"], run_dir=tmp_path
     )
     train(model, monitor, optimizer, batches(1))
     before = [p.detach()[at].clone() for p, at in parts]
