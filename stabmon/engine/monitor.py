@@ -135,7 +135,7 @@ class AttentionStabilityMonitor:
         self._schedule = parts.schedule
         self._readings, self._recorder, self._guard = parts.readings, parts.recorder, parts.guard
         parts.guard.run.on_intervention_end.append(weakly(self._end_cooldowns))
-        parts.guard.run.on_rollback.append(weakly(self._end_cooldowns))
+        parts.guard.run.on_rollback.append(weakly(self._rolled_back))
         if not manual_steps:
             self.begin_step()
 
@@ -427,8 +427,13 @@ class AttentionStabilityMonitor:
             self._schedule.watch(ctx.step, ctx.loss, self._parts.optimizers.learning_rates())
 
     @contained
-    def _end_cooldowns(self, _step: int | None = None) -> None:
+    def _end_cooldowns(self) -> None:
         self._tracker.end_cooldowns()
+
+    @contained
+    def _rolled_back(self, step: int) -> None:
+        self._tracker.end_cooldowns()
+        self._tracker.history.rolled_back(step)
 
     @contained
     def _intervene(self, diagnosis: Diagnosis | None) -> None:

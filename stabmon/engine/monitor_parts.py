@@ -125,6 +125,7 @@ def make_parts(
     run.shorten_step = weakly(step_length.shorten) if world_size() == 1 else None
     run.on_rollback += [weakly(step_length.rolled_back), weakly(detector.rolled_back)]
     updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
+    run.before_edit.append(weakly(updates.measure_now))
     every_step: list[StepListener] = [detector, step_length]
     usage = Usage(model, optimizers, config.log_every, schedule.wants, framework)
     clock.listeners = [usage, updates, *(every_step if config.watch_every_step else []), guard]

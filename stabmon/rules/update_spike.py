@@ -20,6 +20,7 @@ from stabmon.rules.evidence.step_size import (
     overshoot_advice,
     rates_of_groups,
     rates_too_high,
+    shares_of_largest,
     update_share,
 )
 from stabmon.rules.symptoms import RATE, STEP, Symptom
@@ -245,10 +246,10 @@ class UpdateSpike(Rule):
         """Return the issue of a rate that was too high from the first readings on."""
         start = history.readings[0].step + FIRST_STEPS
         first = [r for at, r in enumerate(history.readings) if at < FIRST or r.step < start]
-        shares = np.array([update_share(reading) for reading in first])
+        every = shares_of_largest(history.readings)
+        shares, moved = every[: len(first)], float(every[-1])
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
-        moved = update_share(history.latest)
         now = max(history.latest.used_rates.values(), default=history.latest.learning_rate)
         if (
             not heads_break(history)

@@ -292,7 +292,10 @@ class ScoreClip(HeldEffect):
                 if _module(layer) in self._parts
             }
             scores = self._recent.add(scores, parts)
-        for name, factors in self._factors(scores, self.targets).items():
+        todo = self._factors(scores, self.targets)
+        if todo:
+            self.run.note_edit()
+        for name, factors in todo.items():
             if name in ineffective or self.abandoned_reason:
                 continue
             self._apply(name, factors, {}, scores)
