@@ -20,8 +20,10 @@ from stabmon.engine.recording.issue_function import IssueFunction, OnIssue
 from stabmon.engine.recording.reading_builder import ReadingBuilder
 from stabmon.engine.recording.recorder import Recorder
 from stabmon.engine.step_contexts import StepContexts
+from stabmon.engine.step_length.setting_watch import SettingWatch
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
+from stabmon.engine.updates.part_changes import PartChanges
 from stabmon.engine.updates.weight_updates import WeightUpdates
 from stabmon.engine.usage import Usage
 from stabmon.guard import Guard
@@ -43,6 +45,7 @@ class MonitorParts:
     observer: StepObserver
     detector: NonFiniteDetector
     step_length: StepLength
+    settings: SettingWatch
     updates: WeightUpdates
     usage: Usage
     readings: ReadingBuilder
@@ -55,6 +58,8 @@ class MonitorParts:
             "losses": self.observer.losses,
             "non_finite": self.detector,
             "step_length": self.step_length.rates,
+            "rate_jumps": self.settings.jumps,
+            "decay_jumps": self.settings.decay_jumps,
             "guard": self.guard,
         }
 
@@ -121,8 +126,11 @@ def make_parts(
     )
     run.shorten_step = step_length.shorten if world_size() == 1 else None
     run.on_rollback.append(lambda step: step_length.rates.reset())
-    updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
-    every_step: list[StepListener] = [detector, step_length]
+    parts = PartChanges(model, run.edited_layers)
+    run.on_rollback.append(lambda step: parts.reset())
+    updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary, parts)
+    settings = SettingWatch(optimizers, run, step_length.rates, model, updates)
+    every_step: list[StepListener] = [detector, step_length, settings]
     usage = Usage(model, optimizers, config.log_every, is_sampled, framework)
     clock.listeners = [usage, updates, *(every_step if config.watch_every_step else []), guard]
     readings = ReadingBuilder(
@@ -131,6 +139,7 @@ def make_parts(
         detector,
         step_length.rates,
         lambda: run.rate_factors,
+        lambda: settings.decays,
         boundary,
         recorder.amend,
     )
@@ -144,6 +153,7 @@ def make_parts(
         observer,
         detector,
         step_length,
+        settings,
         updates,
         usage,
         readings,
