@@ -83,6 +83,14 @@ class AttentionCall:
 
     A hidden key then shows that its query is padding.
     """
+    exp_range: Tensor | None = None
+    """``[B, H, Q]`` share of the range of exp that the model's own exponentials of a row use.
+
+    1 where they or their sum are at the end of their format. None where a softmax is taken, which
+    subtracts the row's maximum.
+    """
+    exp_dtype: torch.dtype | None = None
+    """The dtype of these exponentials."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,8 @@ class LayerInfo(PlainRecord):
 
     The trained parameters lie around them, and no clip reaches them.
     """
+    exp_dtype: str | None = None
+    """The format of exponentials that the model writes by hand; None where it takes a softmax."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +161,8 @@ class Reading(PlainRecord):
 
     Otherwise something was found between samples, and only that is known of the step.
     """
+    risk: Mapping[str, float] = field(default_factory=dict)
+    """Chance of each layer that its attention damages the run from here on, in [0, 1]."""
     updates: Mapping[str, float] = field(default_factory=dict)
     """Relative update of each group's parameters by the step, ``||dp|| / ||p||``.
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from stabmon._settings import Factor
 from stabmon._storage.stored_value import Stored
+from stabmon._torch.weak_method import weakly
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.lower_learning_rate import Held
@@ -191,8 +192,8 @@ class _HoldBack(Prepared):
         except NotApplicable:  # optimizers without step hooks: jumps are capped after the step
             return
         self.run.decays.expect_jumps()
-        self.run.hold_back = self._hold_back
-        self.run.hold_back_decay = self.run.decays.hold_back
+        self.run.hold_back = weakly(self._hold_back)
+        self.run.hold_back_decay = weakly(self.run.decays.hold_back)
 
     def offer(self, healthy: bool) -> None:
         if self.run.hold_back is not None:

@@ -118,7 +118,7 @@ class _Capped(HeldEffect):
                     self._adapters[layer] = effective
             except NotApplicable as error:
                 refused.append(layer)
-                why = error
+                why = error.with_traceback(None)
         if not self._parts:
             raise why or NotApplicable("no attention layer is known")
         self.caps = {layer: caps[layer] for layer in self._parts}

@@ -19,10 +19,11 @@ from stabmon.operator import AttentionOperator
 from stabmon.operator.from_call import operator_of
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import AttentionCall
+from stabmon.signals.reduce import least_counted
 
 logger = logging.getLogger("stabmon")
 LEAST_VISIBLE = 16
-"""Fewest visible keys with which a row counts: below, its entropy means little."""
+"""Fewest visible keys with which a row counts, as in the signal ``normalized_entropy``."""
 
 
 @intervention
@@ -32,7 +33,7 @@ class EntropyRegularization(Intervention):
 
     The term is :math:`c \sum_\text{heads} \operatorname{mean}_\text{rows} \max(0, f - H / \ln n)`:
     c is ``coefficient``, f is ``floor``, H a row's entropy in nats and n its number of visible keys
-    (16 at least, else the row does not count).
+    (rows with few do not count, as in the signal ``normalized_entropy``).
 
     **Preventive at best:** the gradient of the entropy carries the softmax's Jacobian, which
     vanishes (1e-6) in a row that has collapsed; on a small collapsed model it changed nothing. It
@@ -199,8 +200,8 @@ def entropy_deficit(
         key: keys ``[B, H_kv, K, D]``, float32; the result is differentiable by it.
         operator: visible keys, scale, softcap and sinks of the attention call.
         heads: query heads to sum over.
-        rows: query rows to average over, ``[R]``; those with fewer than 16 visible keys are left
-            out.
+        rows: query rows to average over, ``[R]``; those with few visible keys are left out,
+            as from the signal ``normalized_entropy``.
         floor: normalised entropy above which a row adds nothing, in (0, 1].
 
     Returns:
@@ -238,7 +239,7 @@ def entropy_deficit(
             logits = torch.cat([logits, sink], dim=-1)
         log_p = torch.log_softmax(logits, dim=-1)
         entropy = -(log_p.exp() * log_p).sum(-1)
-        counts = visible[:, head] >= LEAST_VISIBLE
+        counts = visible[:, head] >= least_counted(operator.n_visible(), LEAST_VISIBLE)
         if bool(counts.any()):
             total = (
                 total

@@ -13,7 +13,7 @@ from stabmon._storage.stored_value import Stored
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, Place
 from stabmon.interventions.effects.score_clip import ScoreClip
-from stabmon.interventions.run.score_targets import baselines, largest_product
+from stabmon.interventions.run.score_targets import baselines, largest_score
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import check_saved_rows
@@ -116,9 +116,8 @@ class QkClip(Intervention):
                 aim = self.aim(run, issue, place[1])
                 targets[place] = min(aim, targets.get(place, np.inf))
                 fixed = self.target is not None or issue.issue_type == "precision_insufficient"
-                limits[place] = min(
-                    aim if fixed else max(aim, self.widest), limits.get(place, np.inf)
-                )
+                widest = min(self.widest, largest_score(run.history.info.get(place[0] or "")))
+                limits[place] = min(aim if fixed else max(aim, widest), limits.get(place, np.inf))
         if not targets:
             raise NotApplicable("no head is named: give an issue that names its layer")
         clip = ScoreClip(run, targets, limits, ceiling=self.target is not None)
@@ -193,8 +192,7 @@ class QkClip(Intervention):
             return max(self.floor, self.widest)  # no growth to stop, and the head must learn
         past = baselines(run, issue, head)
         aim = max(self.floor, self.times_own_past * past if np.isfinite(past) else 0.0)
-        info = run.history.info.get(issue.layer or "")
-        return aim if info is None else min(aim, largest_product(info.dtype) * info.scale)
+        return min(aim, largest_score(run.history.info.get(issue.layer or "")))
 
 
 def _by_place(values: Sequence[tuple[str, int, float]]) -> dict[Place, float]:

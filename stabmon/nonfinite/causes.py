@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.forward_call import ForwardCall
+from stabmon._torch.number_formats import format_of
 from stabmon._torch.tensors import local
 from stabmon.model_names import LABELS, MASKS
 from stabmon.nonfinite.bad_values import indices
 from stabmon.operator import AttentionOperator
-from stabmon.records import Cause
+from stabmon.records import AttentionCall, Cause
 
 
 def of_input(call: ForwardCall, name: str) -> Cause:
@@ -121,6 +122,41 @@ class HiddenRows:
                 return ""
         many = ", ".join(map(str, self.entries[:4])) + (", …" if len(self.entries) > 4 else "")
         return f"the mask hides every key from {self.rows} query rows (batch entries {many})"
+
+
+@dataclass(frozen=True)
+class BeyondExp:
+    """Rows, of one attention call, whose hand-written exponentials leave their format."""
+
+    layer: str
+    head: int
+    """The head that is farthest beyond."""
+    detail: str
+
+    @classmethod
+    def of(cls, call: AttentionCall, operator: AttentionOperator) -> BeyondExp | None:
+        """Return those of an attention call, None for none.
+
+        Args:
+            call: an attention call.
+            operator: its attention.
+        """
+        if call.exp_range is None or call.exp_dtype is None:
+            return None
+        used = call.exp_range.masked_fill(~operator.occupied, 0)
+        beyond = used >= 1
+        if not bool(beyond.any()):
+            return None
+        head = int(used.nan_to_num(0.0, math.inf).amax(dim=(0, 2)).argmax())
+        score = float(operator.max_score()[:, head].amax())
+        name, end = format_of(call.exp_dtype), math.log(torch.finfo(call.exp_dtype).max)
+        rows = f"{int(beyond.sum())} row{'s' if int(beyond.sum()) > 1 else ''}"
+        return cls(
+            call.layer.partition("#")[0],
+            head,
+            f"exp without the row's maximum subtracted leaves {name} in {rows}: it overflows at "
+            f"{end:.1f}, the largest score is {score:.4g}",
+        )
 
 
 def of_weights(parameter: nn.Parameter, optimizers: Sequence[Any]) -> tuple[Cause, str]:

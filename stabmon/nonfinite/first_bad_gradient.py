@@ -14,7 +14,7 @@ from stabmon._torch.outputs import loss_in
 from stabmon._torch.tensors import tensors_in
 from stabmon.capture import clean_name
 from stabmon.nonfinite.bad_values import count_bad, indices
-from stabmon.nonfinite.causes import HiddenRows, of_values
+from stabmon.nonfinite.causes import BeyondExp, HiddenRows, of_values
 from stabmon.nonfinite.watched_replay import is_within, module_names, watched
 from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, Cause, NonFinite
@@ -113,6 +113,11 @@ class _BackwardTrace:
 
     A softmax over none is NaN in backward, whatever stands in its place in forward.
     """
+    beyond_exp: list[BeyondExp] = field(default_factory=list)
+    """Layers whose hand-written exponentials leave their format.
+
+    Where only their sum does, forward is 0 or finite, and backward is not.
+    """
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for tensor in tensors_in((args, kwargs)):
@@ -128,7 +133,10 @@ class _BackwardTrace:
         layer = call.layer.partition("#")[0]
         if call.query is not None:
             self.heads[layer] = call.query.shape[1]
-        self.hidden[layer] = HiddenRows.of(layer, operator_of(call))
+        operator = operator_of(call)
+        self.hidden[layer] = HiddenRows.of(layer, operator)
+        if exp := BeyondExp.of(call, operator):
+            self.beyond_exp.append(exp)
 
     def check_parameters(
         self, gradients: Mapping[nn.Parameter, Tensor | None], model: nn.Module
@@ -144,6 +152,11 @@ class _BackwardTrace:
     def _named(
         self, layer: str, head: int | None, tensor: str, gradient: Tensor, bad: str
     ) -> NonFinite:
+        for exp in self.beyond_exp:
+            if is_within(layer, exp.layer):
+                return NonFinite(
+                    self.step, "score", exp.layer, exp.head, "score", exp.detail, "overflow"
+                )
         near = (each for each in self.hidden.values() if is_within(layer, each.layer))
         hidden = next(filter(None, (each.explain(gradient) for each in near)), "")
         cause: Cause = "mask" if hidden else of_values(gradient)

@@ -15,7 +15,7 @@ from stabmon._torch.outputs import loss_in
 from stabmon._torch.tensors import tensors_in
 from stabmon.capture import clean_name
 from stabmon.nonfinite.bad_values import bad_heads, count_bad, count_visible_bad, indices
-from stabmon.nonfinite.causes import HiddenRows, of_input, of_values, unused_labels
+from stabmon.nonfinite.causes import BeyondExp, HiddenRows, of_input, of_values, unused_labels
 from stabmon.nonfinite.watched_replay import is_within, module_names, watched
 from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, Cause, NonFinite
@@ -160,6 +160,10 @@ class _ForwardTrace:
             detail = f"{int(bad.sum())} rows in {len(heads)} heads"
             detail += f"; the mask holds {broken}" if broken else ""
             self.note("score", layer, "score", heads[0], detail, "mask" if broken else "overflow")
+        elif exp := BeyondExp.of(call, operator):
+            self.suspect = NonFinite(
+                self.step, "score", layer, exp.head, "score", exp.detail, "overflow"
+            )
         elif not call.fused:
             limit = torch.finfo(call.dtype).max
             unscaled = (largest / min(1.0, call.scale)).masked_fill(~occupied, 0).amax(dim=(0, 2))

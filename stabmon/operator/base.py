@@ -218,7 +218,7 @@ class AttentionOperator(AttentionInputs, ABC):
 
     def rows(self, index: Tensor) -> Self:
         """Return the operator of the query rows ``index`` (int64, ascending) only."""
-        return type(self)(
+        chosen = type(self)(
             self.query[:, :, index],
             self.key,
             self.scale,
@@ -227,6 +227,8 @@ class AttentionOperator(AttentionInputs, ABC):
             self.sinks_at(index),
             None if self.given_scores is None else self.given_scores[:, :, index],
         )
+        chosen.exp_range = None if self.exp_range is None else self.exp_range[:, :, index]
+        return chosen
 
     @abstractmethod
     def _matvec(self, x: Tensor) -> Tensor:

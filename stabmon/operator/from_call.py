@@ -24,7 +24,7 @@ def operator_of(call: AttentionCall, engine: str = "auto") -> AttentionOperator:
         tensor([1, 2, 3, 4])
     """
     if call.query is not None and call.key is not None:
-        return attention_operator(
+        operator = attention_operator(
             call.query,
             call.key,
             scale=call.scale,
@@ -36,10 +36,13 @@ def operator_of(call: AttentionCall, engine: str = "auto") -> AttentionOperator:
             is_self=call.is_self,
             engine=engine,
         )
-    if call.scores is None:
+    elif call.scores is not None:
+        operator = operator_of_scores(
+            call.scores, softcap=call.softcap, sinks=call.sinks, is_self=call.is_self, engine=engine
+        )
+    else:
         raise ValueError(
             f"the call of {call.layer} holds neither query and key nor scores: give either"
         )
-    return operator_of_scores(
-        call.scores, softcap=call.softcap, sinks=call.sinks, is_self=call.is_self, engine=engine
-    )
+    operator.exp_range = call.exp_range
+    return operator

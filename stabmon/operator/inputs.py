@@ -41,6 +41,8 @@ class AttentionInputs:
         self.softcap = softcap
         self.sinks = sinks
         self.given_scores = given_scores
+        self.exp_range: Tensor | None = None
+        """``[B, H, Q]``, see :class:`~stabmon.records.AttentionCall`."""
         self.batch, self.heads, self.queries = query.shape[:3]
         self.key_heads, self.keys, self.head_dim = key.shape[1:]
 

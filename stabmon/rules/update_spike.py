@@ -12,6 +12,7 @@ from stabmon._settings import Count, Fraction, Positive, renamed
 from stabmon.records import Overshoot, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.group_ahead import ahead_advice, groups_ahead
+from stabmon.rules.evidence.robust_stats import median_over_steps
 from stabmon.rules.evidence.step_size import (
     decay_advice,
     heads_break,
@@ -21,6 +22,7 @@ from stabmon.rules.evidence.step_size import (
     overshoot_advice,
     rates_of_groups,
     rates_too_high,
+    shares_of_largest,
     update_share,
 )
 from stabmon.rules.symptoms import DECAY, RATE, STEP, Symptom
@@ -35,8 +37,8 @@ PAST = 22
 The median of all but the last two is the usual size.
 """
 
-FIRST = 8
-"""Number of readings that show whether the rate was too high from the start."""
+FIRST, FIRST_STEPS = 8, 40
+"""Readings, and optimizer steps, that show whether the rate was too high from the start."""
 
 
 @rule
@@ -256,9 +258,8 @@ class UpdateSpike(Rule):
             moves: ``[T]`` share of themselves by which steps moved them.
             others: median of that over the groups whose rate did not jump; NaN if unknown.
         """
-        past = moves[-PAST + 1 : -1]
-        past = past[np.isfinite(past)]
-        usual = float(np.median(past)) if len(past) else float("nan")
+        past, steps = moves[-PAST + 1 : -1], history.steps[-PAST + 1 : -1]
+        usual = float(median_over_steps(past[:, None], steps)[0]) if len(past) else float("nan")
         slack = self.hysteresis if history.is_open_at("update_spike") else 1.0
         least = np.fmin(self.moved, self.update_jump * others)
         level = np.fmax(self.update_jump * usual, least) * slack
@@ -289,11 +290,12 @@ class UpdateSpike(Rule):
 
     def _from_the_start(self, history: History) -> list[StabilityIssue]:
         """Return the issue of a rate that was too high from the first readings on."""
-        first = history.readings[:FIRST]
-        shares = np.array([update_share(reading) for reading in first])
+        start = history.readings[0].step + FIRST_STEPS
+        first = [r for at, r in enumerate(history.readings) if at < FIRST or r.step < start]
+        every = shares_of_largest(history.readings)
+        shares, moved = every[: len(first)], float(every[-1])
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
-        moved = update_share(history.latest)
         now = max(history.latest.used_rates.values(), default=history.latest.learning_rate)
         if (
             not heads_break(history)
@@ -325,7 +327,8 @@ class UpdateSpike(Rule):
         updates = np.array([reading.query_key[layer].update for reading in readings])
         if len(shares) < self.min_history + 2 or not np.isfinite(shares[-1]):
             return []
-        usual = float(np.nanmedian(shares[:-2]))
+        steps = np.array([reading.step for reading in readings])
+        usual = float(median_over_steps(shares[:-2, None], steps[:-2])[0])
         level = history.open_level_at("update_spike", layer)
         shares = shares[-2:] * (updates[-2:] >= 0.5 * self.layer_jump * np.nanmedian(updates[:-2]))
         is_open = np.isfinite(level)

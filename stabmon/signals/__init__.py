@@ -17,7 +17,13 @@ from stabmon.signals.entropy import (
     normalized_entropy,
 )
 from stabmon.signals.reduce import HeadSums, measure
-from stabmon.signals.scores import max_logit, max_probability, precision_bits, sink_mass
+from stabmon.signals.scores import (
+    exp_range,
+    max_logit,
+    max_probability,
+    precision_bits,
+    sink_mass,
+)
 
 __all__ = [
     "SIGNALS",
@@ -26,6 +32,7 @@ __all__ = [
     "attention_entropy",
     "collision_probability",
     "effective_keys",
+    "exp_range",
     "hnf_log_curvature",
     "hnf_log_curvature_bound",
     "max_logit",

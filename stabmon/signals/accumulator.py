@@ -12,7 +12,11 @@ from stabmon._torch.number_formats import format_of
 from stabmon.operator import AttentionOperator
 from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall, LayerInfo
+from stabmon.signals.base import SIGNALS
 from stabmon.signals.reduce import HeadSums, measure
+
+EXP_RANGE = "exp_range"
+"""Signal that is measured wherever attention writes its exponentials by hand."""
 
 
 class Measurements:
@@ -38,6 +42,8 @@ class Measurements:
         self.info: dict[str, LayerInfo] = {}
         self.modules: dict[str, nn.Module] = {}
         """The module behind each layer's name."""
+        self.most_visible: dict[str, int] = {}
+        """Most keys that a row of each layer saw at its first measurement of the run."""
         self._signals = list(signals)
         self._engine = engine
         self._sample_rows = sample_rows
@@ -58,6 +64,8 @@ class Measurements:
         with torch.no_grad():
             operator = operator_of(call, self._engine)
             found = self._measure(operator)
+            if call.exp_range is not None and EXP_RANGE not in found:
+                found |= measure(operator, [EXP_RANGE])
         known = self.sums.get(call.layer)
         same = known is not None and all(
             name in known and known[name].total.shape == each.total.shape
@@ -75,9 +83,19 @@ class Measurements:
             dtype=format_of(call.dtype),
             fused=call.fused,
             softcap=call.softcap,
+            exp_dtype=None if call.exp_dtype is None else format_of(call.exp_dtype),
         )
+        if call.layer not in self.most_visible:  # once, as a device makes the host wait for it
+            counted = operator.n_visible().masked_fill(~operator.is_counted, 0)
+            self.most_visible[call.layer] = int(counted.max())
         if call.module is not None:
             self.modules[call.layer] = call.module
+
+    @property
+    def least_visible(self) -> dict[str, int]:
+        """Visible keys that a row needs to count, by signal, where it needs more than 2."""
+        least = {name: SIGNALS[name].least_visible for name in self._signals}
+        return {name: count for name, count in least.items() if count > 2}
 
     def _measure(self, operator: AttentionOperator) -> dict[str, HeadSums]:
         try:

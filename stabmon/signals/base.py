@@ -26,7 +26,10 @@ class Signal:
     needs: tuple[str, ...]
     """Statistics that the function uses; those of all signals are computed in one pass."""
     least_visible: int = 1
-    """Visible keys below which a row is not counted."""
+    """Visible keys below which a row is not counted.
+
+    Fewer where no row of a call sees so many: see :func:`stabmon.signals.reduce.least_counted`.
+    """
 
 
 SIGNALS: Registry[Signal] = Registry("signal", package="stabmon.signals")

@@ -49,8 +49,9 @@ def normalized_entropy(attention: AttentionOperator) -> Tensor:
 
     Returns:
         ``[B, H, Q]`` in ``[0, 1]``; 0 for a row that sees one key or none. A head's value leaves
-        out rows that see fewer than 16 keys, whose entropy says little; it is NaN where no row sees
-        as many.
+        out rows that see fewer than 16 keys, whose entropy says little. Where no row of a call sees
+        as many, as in short sequences and narrow windows, it leaves out those that see fewer than
+        half of the most that one sees, and fewer than 2; it is NaN where no row sees 2.
 
     Example:
         >>> import torch

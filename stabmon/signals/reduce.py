@@ -86,11 +86,31 @@ def measure(
         )
 
 
+def least_counted(visible: Tensor, least: int) -> Tensor:
+    """Return the number of visible keys from which on a row of one attention call counts.
+
+    Args:
+        visible: integers of any shape, each row's number of visible keys; 0 for padding.
+        least: number that is asked for.
+
+    Returns:
+        Integer scalar on the device of ``visible``: ``least``; where no row sees so many, as in
+        short sequences and narrow windows, half of the most that one sees, and 2 at least.
+
+    Example:
+        >>> [int(least_counted(torch.arange(1, n + 1), 16)) for n in (40, 16, 8, 3)]
+        [16, 16, 4, 2]
+    """
+    most = visible.amax()
+    return torch.where(most >= least, least, ((most + 1) // 2).clamp(min=min(2, least)))
+
+
 def _reduce(attention: AttentionOperator, wanted: Sequence[Signal]) -> dict[str, HeadSums]:
     attention.prepare({need for each in wanted for need in each.needs})
     found: dict[str, HeadSums] = {}
+    visible = attention.n_visible().masked_fill(~attention.is_counted, 0)
     for least in {each.least_visible for each in wanted}:
-        counted = attention.is_counted & (attention.n_visible() >= least)
+        counted = attention.is_counted & (visible >= least_counted(visible, least))
         count = counted.sum(dim=(0, 2))
         for reduction, left_out in (("mean", 0.0), ("max", -torch.inf)):
             alike = [

@@ -11,7 +11,7 @@ import torch
 from stabmon.operator import AttentionOperator, attention_operator, operator_of_scores
 from stabmon.operator.from_call import operator_of
 from stabmon.records import AttentionCall
-from stabmon.signals import SIGNALS, measure
+from stabmon.signals import SIGNALS, measure, normalized_entropy
 from stabmon.signals.base import Signal, signal
 from tests.support.signal_rows import random_call
 
@@ -81,6 +81,24 @@ def test_only_normalized_entropy_leaves_out_rows_that_see_few_keys_of_many() -> 
         "normalized_entropy": 16,
         "saturated_fraction": 2,
     }
+
+
+@pytest.mark.parametrize(("length", "window", "least"), [(8, None, 4), (15, None, 8), (40, 4, 2)])
+def test_where_no_row_sees_sixteen_keys_those_count_that_see_half_of_the_most(
+    length: int, window: int | None, least: int
+) -> None:
+    query, key = (each[:, :, :length] for each in call())
+    operator = attention_operator(query, key, scale=0.5, is_causal=True, window=window)
+    rows, counted = normalized_entropy(operator).double(), operator.n_visible() >= least
+    wanted = [rows[:, h][counted[:, h]].mean() for h in range(rows.shape[1])]
+    found = measure(operator, ["normalized_entropy"])["normalized_entropy"].value
+    np.testing.assert_allclose(found.numpy(), np.array(wanted), rtol=1e-6)
+
+
+def test_rows_of_one_key_have_no_normalized_entropy() -> None:
+    query, key = call()
+    operator = attention_operator(query, key, scale=0.5, is_causal=True, window=1)
+    assert bool(measure(operator, ["normalized_entropy"])["normalized_entropy"].value.isnan().all())
 
 
 @pytest.mark.parametrize("name", list(SIGNALS))

@@ -24,7 +24,7 @@ from stabmon.capture.layout import layout
 from stabmon.capture.masks.recover import conceal, is_hidden, recover_mask
 from stabmon.capture.protocol import CaptureSession, bind
 from stabmon.capture.provenance.axes import Axes
-from stabmon.capture.provenance.manual_softmax import Made
+from stabmon.capture.provenance.exponentials import Made, exp_range
 from stabmon.capture.provenance.products import ScoreProvenance
 from stabmon.capture.provenance.tracker import Provenance
 from stabmon.capture.provenance.weights import Softmax, Weights
@@ -137,6 +137,7 @@ def read_softmax(
         axis: the dimension of ``logits`` along which the softmax runs.
         sink: the column of ``logits`` that is a sink, if there is one.
     """
+    ranges = None if product.explicit is None else exp_range(product.explicit)
     if product.shift is not None and product.shift.ndim <= logits.ndim:
         logits = logits + product.shift.to(logits.dtype)
     if axis not in product.axes.columns:
@@ -168,6 +169,9 @@ def read_softmax(
     call = AttentionCall(
         layer, None, None, scale=product.scale, dtype=product.dtype, fused=False, module=module
     )
+    if ranges is not None and product.explicit is not None:
+        ranges = ranges.permute(order).reshape(*shown.shape[:-1], 1)
+        call = replace(call, exp_range=lay_out(ranges)[..., 0], exp_dtype=product.explicit.dtype)
     if sink is not None:
         call = replace(call, sinks=sinks_of(scores[..., sink]))
         scores, cells = without(scores, sink), None if cells is None else without(cells, sink)

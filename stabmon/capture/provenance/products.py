@@ -22,6 +22,24 @@ in every format.
 
 
 @dataclass(frozen=True, eq=False)
+class ExplicitSum:
+    """Exponentials of scores that a model forms and sums by itself, row by row."""
+
+    largest: Tensor
+    """Largest argument of each row's exponentials, of size 1 along the keys.
+
+    Keys that are hidden only after exp count in it.
+    """
+    total: Tensor
+    """Logarithm of each row's sum, of the same shape; -inf where every key is hidden."""
+    keys: int
+    """Number of keys, hidden ones included."""
+    dtype: torch.dtype
+    """The exponentials'."""
+    sum_dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
 class ScoreProvenance:
     """A tensor that came of ``query @ key.T``, and the way it came about."""
 
@@ -48,6 +66,8 @@ class ScoreProvenance:
     """Scores that the model has masked, with whatever value."""
     pieces: tuple[int, ...] = ()
     """Number of keys of each of the tensors joined along the keys last; empty where none were."""
+    explicit: ExplicitSum | None = None
+    """Set where the softmax of these scores is made of exponentials by hand."""
 
     def opaque(self) -> ScoreProvenance:
         """Return the record of scores whose query and key are no longer known."""

@@ -11,15 +11,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from stabmon.capture.provenance.axes import Axes, carry
 from stabmon.capture.provenance.buffers import after_set_item, base_after_write, onto
-from stabmon.capture.provenance.manual_softmax import (
-    Exponential,
-    HandMade,
-    LogTotal,
-    Made,
-    Total,
-    next_by_hand,
-    scores_overwritten,
-)
+from stabmon.capture.provenance.exponentials import Exponential, Made, Mixed, Use
+from stabmon.capture.provenance.manual_softmax import HandMade, next_by_hand, scores_overwritten
 from stabmon.capture.provenance.multiply import PRODUCTS
 from stabmon.capture.provenance.next_scores import (
     Tracked,
@@ -108,13 +101,18 @@ class Provenance:
 
     def soften(self, made: Made, result: Tensor) -> None:
         """Learn that ``result`` is a softmax."""
+        weights = self._weights_of(made)
+        if weights is not None:
+            self._known[result] = weights
+            self._unused.update(weights.softmaxes)
+
+    def _weights_of(self, made: Made) -> Weights | None:
         module = self._owner()
         if module is None:
-            return
+            return None
         softmax = Softmax(made.logits, made.product, made.axis, module)
         axes = Axes(made.product.axes.all - {made.axis}, frozenset({made.axis}))
-        self._known[result] = Weights((softmax,), axes, strict=made.axis != made.logits.ndim - 1)
-        self._unused.add(softmax)
+        return Weights((softmax,), axes, strict=made.axis != made.logits.ndim - 1)
 
     def _tracked(self, operation: Operation) -> Tracked:
         if not len(self._known):
@@ -159,13 +157,21 @@ class Provenance:
         """Return what is known of each result of an operation on known tensors."""
         _, tensor, record = tracked[0]
         name, args, kwargs = operation.name, operation.args, operation.kwargs
-        if name in PRODUCTS:
+        if name in PRODUCTS and not any(isinstance(each, Exponential) for *_, each in tracked):
             return [multiplied(operation, tracked, results[0])]
-        made = next_by_hand(operation, tensor, record, self.get, self._copy)
-        if isinstance(made, tuple):
+        parts_of_softmax = [each for each in tracked if isinstance(each[2], Exponential | Mixed)]
+        _, part, known_part = (parts_of_softmax or tracked)[0]
+        made = next_by_hand(operation, part, known_part, self.get, self._copy, results[0])
+        if isinstance(made, tuple | Use):
+            self._known.pop(part, None)  # it would keep the scores alive
+            if isinstance(made, Use):
+                weights_used = self._weights_of(made.made)
+                if weights_used is not None:
+                    self._use(weights_used)
+                return [None]
             self.soften(made[0], results[0])
             return [self.get(results[0])]
-        if made is not None or isinstance(record, Exponential | Total | LogTotal | Made):
+        if made is not None or isinstance(record, HandMade):
             return [made]
         if isinstance(record, Outer):
             if name != "sum":

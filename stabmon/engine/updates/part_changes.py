@@ -29,7 +29,7 @@ class PartChanges:
     """
 
     def __init__(
-        self, model: nn.Module, edited: Callable[[], Collection[str]] = lambda: ()
+        self, model: nn.Module, edited: Callable[[], Collection[str] | None] = lambda: ()
     ) -> None:
         self._model, self._edited = model, edited
         self._parts: dict[int, str] = {}
@@ -71,7 +71,7 @@ class PartChanges:
             sums = squares.setdefault(self._parts[id(parameter)], [0.0, 0.0])
             sums[0] += new * new
             sums[1] += old * old
-        edited = set(self._edited())
+        edited = set(self._edited() or ())
         return {
             part: PartChange(
                 weight=math.sqrt(new),

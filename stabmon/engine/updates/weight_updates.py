@@ -32,8 +32,9 @@ class UpdatesOfStep:
 class WeightUpdates(StepListener):
     """Copies of weights from before the optimizers step, compared afterwards.
 
-    The comparison comes after every listener's ``on_step_end``, so that the edits of interventions
-    count as part of the step.
+    The comparison comes after every listener's ``on_step_end``, so that a step that an intervention
+    shortens counts as the shorter one; but before weights are edited otherwise, as by a clip that
+    is held: an edit is no step of the optimizer.
 
     Args:
         optimizers: the run's optimizers.
@@ -58,6 +59,9 @@ class WeightUpdates(StepListener):
         self._optimizers, self._scheduled = optimizers, scheduled
         self._measurements = measurements
         self._query_key, self._groups = QKUpdates(), GroupUpdates()
+        self._measured: UpdatesOfStep | None = None
+        """The changes of the present step, once they are measured."""
+        self._is_pending = False
 
     def on_step_begin(self, ctx: StepContext) -> None:
         if self._after_sample or ctx.step == self._begun:  # anew where a person has intervened
@@ -68,6 +72,7 @@ class WeightUpdates(StepListener):
         if not ctx.sampled:
             return
         self._optimizers.note_rates(ctx.optimizer, self._scheduled)
+        self._measured, self._is_pending = None, True
         seen = self._measurements
         if ctx.is_first:
             self.parts.before(seen.modules)
@@ -77,13 +82,20 @@ class WeightUpdates(StepListener):
     @contained
     def measure_updates(self, ctx: StepContext) -> UpdatesOfStep | None:
         """Compare the weights of a sampled step with their copies, and drop the copies."""
-        if not ctx.sampled:
-            return None
-        query_key = self._query_key.after(scaled=self._optimizers.scales)
-        groups, self._after_sample = self._groups.after(), True
-        self.newest = groups
-        parts = self.parts.after(self._groups.parts)
-        return UpdatesOfStep(query_key, groups, parts, self._groups_of_query_key())
+        self.measure_now()
+        self._after_sample = ctx.sampled
+        measured, self._measured = self._measured, None
+        return (measured or UpdatesOfStep()) if ctx.sampled else None
+
+    @contained
+    def measure_now(self) -> None:
+        """Compare the weights now, of a sampled step that is not measured yet."""
+        if self._is_pending:
+            self._is_pending = False
+            query_key = self._query_key.after(scaled=self._optimizers.scales)
+            self.newest = groups = self._groups.after()
+            parts = self.parts.after(self._groups.parts)
+            self._measured = UpdatesOfStep(query_key, groups, parts, self._groups_of_query_key())
 
     def _groups_of_query_key(self) -> tuple[str, ...]:
         own = {id(each) for each in self._query_key.trained()}

@@ -264,10 +264,11 @@ class LearningRates:
     def _add(self, held: list[_ByGroup], each: _ByGroup) -> Callable[[], None]:
         held.append(each)
         self._register()
+        own = [each]  # not kept once it is released: who holds the function returned may own it
 
         def release() -> None:
-            if each in held:
-                held.remove(each)
+            while own:
+                held.remove(own.pop())
             self._remove_unneeded()
 
         return release

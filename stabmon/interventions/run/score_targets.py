@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from stabmon._torch.number_formats import LARGEST
 from stabmon.interventions.run.training_run import TrainingRun
-from stabmon.records import StabilityIssue
+from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import rule_of
 from stabmon.rules.evidence.baselines import PAST_READINGS
 
 
-def largest_product(dtype: str) -> float:
-    """Return the ``q·k`` before the scale that a head may reach in a format.
+def largest_score(info: LayerInfo | None) -> float:
+    """Return the score that a head may reach in the number formats of its layer.
 
-    A quarter of the largest value of the format, of float32 where the format is not known.
+    Its product of query and key may come to a quarter of the largest value of the kernel's format;
+    an exponential whose row's maximum is not subtracted, to the root of the largest value of its
+    own.
+
+    Args:
+        info: the layer's facts; None where it is not known, which sets no limit.
+
+    Example:
+        >>> layer = LayerInfo(4, 16, 0.25, "float32", fused=False, exp_dtype="float16")
+        >>> round(largest_score(layer), 2)
+        5.54
     """
-    return LARGEST.get(dtype, LARGEST["float32"]) / 4
+    if info is None:
+        return math.inf
+    product = LARGEST.get(info.dtype, LARGEST["float32"]) / 4 * info.scale
+    if info.exp_dtype is None:
+        return product
+    return min(product, math.log(LARGEST.get(info.exp_dtype, LARGEST["float32"])) / 2)
 
 
 def baselines(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:

@@ -95,9 +95,15 @@ class Forecast:
 
 
 def forecast_score(
-    history: History, level: float, *, least: float, readings: int = 20, freshest: int = 8
+    history: History,
+    level: float,
+    *,
+    least: float,
+    readings: int = 20,
+    freshest: int = 8,
+    signal: str = "max_logit",
 ) -> Forecast:
-    """Forecast when each head's max_logit meets a level.
+    """Forecast when each head's max_logit, or another signal that scales with it, meets a level.
 
     Scores that run away grow exponentially, so the line is drawn through their logarithms. The line
     through the ``freshest`` readings is taken where it surely rises, since a line through all
@@ -106,12 +112,13 @@ def forecast_score(
 
     Args:
         history: the readings so far.
-        level: the score to be met.
-        least: newest score of heads that are forecast; others are NaN.
+        level: the value to be met.
+        least: newest value of heads that are forecast; others are NaN.
         readings: number of newest readings that the line goes through.
         freshest: number of readings of the shorter line.
+        signal: the signal that is forecast.
     """
-    score = history.signal("max_logit")[-readings:]
+    score = history.signal(signal)[-readings:]
     large = np.flatnonzero(score[-1] >= least)
     out = Forecast(*np.full((4, score.shape[1]), np.nan))
     if len(large) == 0:
