@@ -161,11 +161,15 @@ class Reading(PlainRecord):
 
     Otherwise something was found between samples, and only that is known of the step.
     """
+    risk: Mapping[str, float] = field(default_factory=dict)
+    """Chance of each layer that its attention damages the run from here on, in [0, 1]."""
     updates: Mapping[str, float] = field(default_factory=dict)
     """Relative update of each group's parameters by the step, ``||dp|| / ||p||``.
 
     Measured on a sample of large groups.
     """
+    query_key_groups: tuple[str, ...] = ()
+    """Keys of the parameter groups that W_q and W_k are in, where the two can be located."""
 
     @property
     def used_rates(self) -> dict[str, float]:

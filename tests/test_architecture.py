@@ -45,6 +45,7 @@ ALLOWED: dict[str, Collection[str]] = {
     "signals": ("_torch", "operator", "records", "registry"),
     "diagnosis": ("_display", "figures", "incidents", "records", "signals"),
     "rules": ("_settings", "_storage", "_torch", "records", "registry"),
+    "risk": ("records", "rules"),
     "projections": ("_storage", "_torch", "model_names", "records"),
     "nonfinite": (*_GROUND, "capture", "listeners", "operator", "signals"),
     "incidents": ("_display", "_storage", "records", "rules"),
@@ -63,7 +64,7 @@ ALLOWED: dict[str, Collection[str]] = {
         *_GROUND,
         *("capture", "config", "diagnosis", "guard", "incidents", "interventions", "listeners"),
         "nonfinite",
-        *("operator", "projections", "report", "rules", "signals", "sinks"),
+        *("operator", "projections", "report", "risk", "rules", "signals", "sinks"),
     ),
     "check": (
         *_GROUND,

@@ -136,7 +136,13 @@ def make_callbacks(settings: Settings) -> list[TrainerCallback]:
 
         watch = settings.stabmon
         callbacks.append(
-            StabilityCallback(watch.config, log_every=watch.log_every, run_dir=settings.run_dir)
+            StabilityCallback(
+                watch.config,
+                log_every=watch.log_every,
+                schedule=watch.schedule,
+                max_overhead=watch.max_overhead,
+                run_dir=settings.run_dir,
+            )
         )
     return callbacks
 

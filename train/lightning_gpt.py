@@ -185,7 +185,13 @@ def make_callbacks(settings: Settings, run: Run) -> list[L.Callback]:
 
         watch = settings.stabmon
         callbacks.append(
-            StabilityCallback(watch.config, log_every=watch.log_every, run_dir=settings.run_dir)
+            StabilityCallback(
+                watch.config,
+                log_every=watch.log_every,
+                schedule=watch.schedule,
+                max_overhead=watch.max_overhead,
+                run_dir=settings.run_dir,
+            )
         )
     every = settings.training.save_every or settings.training.steps
     return [

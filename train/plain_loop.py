@@ -104,6 +104,8 @@ def make_monitor(
         lr_scheduler=schedule,
         config=watch.config,
         log_every=watch.log_every,
+        schedule=watch.schedule,
+        max_overhead=watch.max_overhead,
         sinks=sinks,
         run_dir=settings.run_dir,
     )

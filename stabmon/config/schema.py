@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from stabmon._settings import (
     Bounds,
@@ -38,7 +38,15 @@ class StabilityConfig:
     """
 
     log_every: Count = 50
-    """Sample every N-th optimizer step."""
+    """Sample every N-th optimizer step of a quiet run; see `schedule`."""
+    schedule: Literal["adaptive", "fixed"] = "adaptive"
+    """Steps to sample: adaptive for the first steps, every `log_every`-th, and more while something
+    moves; fixed for every `log_every`-th alone.
+    """
+    max_overhead: Annotated[float, Bounds(above=0, high=1)] = 0.01
+    """Most of the run's time that sampled steps may take, as a share; the adaptive schedule puts
+    samples off where they would take more, but for the first 128. 1 for no limit.
+    """
     signals: Annotated[Sequence[Annotated[str, Known(SIGNALS, "signal")]], NonEmpty()] = (
         "attention_entropy",
         "normalized_entropy",
@@ -56,6 +64,10 @@ class StabilityConfig:
     rules: Annotated[Mapping[str, Any], ByName(RULES)] = field(default_factory=dict)
     """Levels of rules: all rules are on as they come; `entropy_collapse: {floor: 0.05}` sets a
     level, `loss_spike: false` turns a rule off; `stabmon list rules` has all.
+    """
+    false_alarm_rate: Annotated[float, Bounds(above=0, high=0.5)] = 0.05
+    """Share of healthy runs in which attention may alarm falsely: a smaller one alarms later, and in
+    fewer runs that fail.
     """
     sinks: Sequence[Annotated[str, Known(SINKS, "sink")] | Sink] = ("jsonl", "console")
     """Sinks that records go to; `stabmon list sinks` has all."""

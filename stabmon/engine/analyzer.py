@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from stabmon._torch.weak_method import weakly
 from stabmon.capture import AttentionCapture
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import load_config
@@ -64,7 +65,7 @@ class AttentionAnalyzer:
             self._measurements.add,
             modules=attention_modules,
             always_watch_functions=True,
-            on_error=self._note,
+            on_error=weakly(self._note),
         )
         self._model, self._in_context = model, False
         self._undo: Callable[[], None] | None = None

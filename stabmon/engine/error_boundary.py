@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from stabmon._torch.device_timer import DeviceTimer
+
 logger = logging.getLogger("stabmon")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +65,13 @@ class ErrorBoundary:
         self._depth -= 1
         if not self._depth:
             self.seconds += time.perf_counter() - self._started
+
+    def settle(self, timer: DeviceTimer) -> None:
+        """Count the time that a device has spent, instead of the wait for training's own work."""
+        if timer.is_used:
+            began = time.perf_counter()
+            on_device = timer.finish()
+            self.seconds += on_device - (time.perf_counter() - began) * (self._depth > 0)
 
     def overhead_fraction(self) -> float:
         """Return the share of wall time, in [0, 1], that was overhead since the last call."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from stabmon._torch.graph_capture import is_capturing
+from stabmon._torch.inert_hook import InertHook
 from stabmon._torch.recomputation import is_recomputation
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -79,8 +79,10 @@ class ForwardHooks:
         if compiled is not None:
             self._wrap_compiled_call(module, compiled)
             return
-        first = module.register_forward_pre_hook(_Hook(self._enter), with_kwargs=True, prepend=True)
-        last = module.register_forward_hook(_Hook(self._leave), always_call=True)
+        first = module.register_forward_pre_hook(
+            InertHook(self._enter), with_kwargs=True, prepend=True
+        )
+        last = module.register_forward_hook(InertHook(self._leave), always_call=True)
         self._undo += [first.remove, last.remove]
 
     def _wrap_compiled_call(self, module: nn.Module, compiled: Callable[..., Any]) -> None:
@@ -112,7 +114,7 @@ class ForwardHooks:
         self._stack.append(module)
         if len(self._stack) == 1:
             caller = sys._getframe(1)
-            self._frame = caller.f_back if caller.f_code is _Hook.__call__.__code__ else caller
+            self._frame = caller.f_back if caller.f_code is InertHook.__call__.__code__ else caller
             self._before(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -123,19 +125,6 @@ class ForwardHooks:
         if not self._stack:
             self._frame = None
             self._after(module, output)
-
-
-class _Hook:
-    """A hook that, copied or pickled with its module, does nothing."""
-
-    def __init__(self, callback: Callable[..., None]) -> None:
-        self._callback = callback
-
-    def __call__(self, *args: Any) -> None:
-        self._callback(*args)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (nullcontext(), "__exit__")
 
 
 def _called_children(module: nn.Module) -> Iterator[nn.Module]:

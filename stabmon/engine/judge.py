@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine.recording.recorder import Recorder
@@ -28,6 +29,7 @@ def judge(
         scalars: further scalars of a sampled step, written as ``stability/<name>``.
     """
     issues = tracker.update(reading)
+    reading = replace(reading, risk=tracker.risks)
     recorder.keep(issues)
     open_issues = tracker.open_issues
     if reading.sampled:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
+from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
@@ -52,7 +53,9 @@ class AttentionStabilityMonitor:
             without one.
         lr_scheduler: the scheduler, or a list; a rollback with ``rewind_schedule`` sets it back.
         config: a preset's name, a YAML file's path, or a :class:`~stabmon.config.StabilityConfig`.
-        log_every: sample every N-th optimizer step, so that N = 50 samples 50, 100, ...
+        log_every: sample every N-th optimizer step of a quiet run, so that N = 50 samples 50, 100,
+            ...; the first steps, and those while something moves, are sampled more often, unless
+            ``schedule="fixed"``.
         sinks: names or :class:`~stabmon.sinks.Sink` objects, instead of the configuration's.
         run_dir: records go to ``<run_dir>/stabmon``; None keeps them in memory only.
         on_issue: a function, called with each issue where this process writes; it cannot change
@@ -121,7 +124,6 @@ class AttentionStabilityMonitor:
             lr_scheduler,
             self.config,
             self.boundary,
-            self.is_sampled,
             run_dir=self.run_dir,
             is_writer=rank() == 0 if is_writer is None else is_writer,
             reduce_ranks=reduce_ranks,
@@ -130,7 +132,10 @@ class AttentionStabilityMonitor:
             framework=framework,
         )
         self._clock, self._contexts, self._observer = parts.clock, parts.contexts, parts.observer
+        self._schedule = parts.schedule
         self._readings, self._recorder, self._guard = parts.readings, parts.recorder, parts.guard
+        parts.guard.run.on_intervention_end.append(weakly(self._end_cooldowns))
+        parts.guard.run.on_rollback.append(weakly(self._rolled_back))
         if not manual_steps:
             self.begin_step()
 
@@ -148,6 +153,7 @@ class AttentionStabilityMonitor:
         if self._clock.phase is Phase.CLOSED:
             return
         self._open()
+        self._schedule.begin_step(self.step + 1, self.boundary.seconds)
         self._parts.optimizers.scalers.watch()
         if not self._manual:
             self._parts.optimizers.before_step(self.before_optimizer_step)
@@ -191,14 +197,19 @@ class AttentionStabilityMonitor:
         diagnosis = self._diagnose(ctx, self._parts.updates.measure_updates(ctx))
         if ctx.sampled or (diagnosis is not None and world_size() == 1):
             self._intervene(diagnosis)
+        self._plan_next(ctx, diagnosis)
         self._observer.reset()
         if not self._manual:
             self.begin_step()
         return diagnosis
 
     def is_sampled(self, step: int) -> bool:
-        """Return whether optimizer step ``step``, counted from 1, is sampled."""
-        return step % self.config.log_every == 0
+        """Return whether optimizer step ``step``, counted from 1, is sampled.
+
+        Under the adaptive schedule this is known of the next step alone; for a later one it says
+        whether it, or one before it, will be.
+        """
+        return self._schedule.wants(step)
 
     @contained
     def get_intervention(self, diagnosis: Diagnosis) -> Intervention | None:
@@ -269,7 +280,7 @@ class AttentionStabilityMonitor:
     @property
     def applied(self) -> tuple[Applied, ...]:
         """Every intervention applied so far, in order."""
-        return tuple(self._guard.run.applied)
+        return tuple(self._guard.applied)
 
     @property
     def stop_reason(self) -> str | None:
@@ -292,7 +303,11 @@ class AttentionStabilityMonitor:
         return self._tracker.open_issues
 
     def close(self) -> None:
-        """Leave the model as it was found and close the sinks; may be called twice."""
+        """Leave the model as it was found and close the sinks; may be called twice.
+
+        Records stay; copies of the weights are dropped, and no part of stabmon keeps the model,
+        the optimizer or this monitor alive any longer.
+        """
         if self._clock.phase is Phase.CLOSED:
             return
         self._clock.close()
@@ -346,6 +361,8 @@ class AttentionStabilityMonitor:
         self._recorder.restore(saved.issues)
         self._guard.run.step, self._guard.run.history = saved.step, tracker.history
         saved.restore_parts()
+        alone = self._readings.ranks is None or world_size() == 1
+        self._schedule.resume(tracker.history.readings, tracker.history.losses, alone=alone)
         if not self._manual:
             self.begin_step()
 
@@ -398,6 +415,25 @@ class AttentionStabilityMonitor:
             unseen=self._observer.unseen,
             scalars={"learning_rate_factor": factor} if shown else {},
         )
+
+    @contained
+    def _plan_next(self, ctx: StepContext, diagnosis: Diagnosis | None) -> None:
+        """Let the schedule know what was found in this step and what it took."""
+        alone = self._readings.ranks is None or world_size() == 1
+        if diagnosis is not None:
+            self._schedule.heed(diagnosis.open_issues, alone=alone)
+        self._schedule.end_step(ctx.step, self.boundary.seconds, sampled=ctx.sampled)
+        if alone and self._schedule.adapts:
+            self._schedule.watch(ctx.step, ctx.loss, self._parts.optimizers.learning_rates())
+
+    @contained
+    def _end_cooldowns(self) -> None:
+        self._tracker.end_cooldowns()
+
+    @contained
+    def _rolled_back(self, step: int) -> None:
+        self._tracker.end_cooldowns()
+        self._tracker.history.rolled_back(step)
 
     @contained
     def _intervene(self, diagnosis: Diagnosis | None) -> None:

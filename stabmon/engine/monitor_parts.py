@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import world_size
+from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.clock import StepClock
 from stabmon.engine.error_boundary import ErrorBoundary
@@ -19,6 +19,7 @@ from stabmon.engine.rank_reducer import RankReducer
 from stabmon.engine.recording.issue_function import IssueFunction, OnIssue
 from stabmon.engine.recording.reading_builder import ReadingBuilder
 from stabmon.engine.recording.recorder import Recorder
+from stabmon.engine.sampling.schedule import SHORTEST, Schedule, make_schedule
 from stabmon.engine.step_contexts import StepContexts
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
@@ -28,6 +29,7 @@ from stabmon.guard import Guard
 from stabmon.interventions import TrainingRun
 from stabmon.listeners import StepListener
 from stabmon.nonfinite.detector import NonFiniteDetector
+from stabmon.risk import RiskJudge
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 
@@ -47,6 +49,7 @@ class MonitorParts:
     usage: Usage
     readings: ReadingBuilder
     contexts: StepContexts
+    schedule: Schedule
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -56,6 +59,7 @@ class MonitorParts:
             "non_finite": self.detector,
             "step_length": self.step_length.rates,
             "guard": self.guard,
+            "schedule": self.schedule,
         }
 
 
@@ -65,7 +69,6 @@ def make_parts(
     lr_scheduler: Any,
     config: StabilityConfig,
     boundary: ErrorBoundary,
-    is_sampled: Callable[[int], bool],
     *,
     run_dir: Path | None,
     is_writer: bool,
@@ -82,7 +85,6 @@ def make_parts(
         lr_scheduler: its scheduler or schedulers.
         config: the settings.
         boundary: counts what fails in any part.
-        is_sampled: returns whether a step, counted from 1, is a sampled one.
         run_dir: the folder of the records.
         is_writer: this process writes to the sinks.
         reduce_ranks: reduce sampled steps over all ranks.
@@ -91,6 +93,7 @@ def make_parts(
         framework: ``transformers``, ``lightning`` or ``loop``.
     """
     clock = StepClock(boundary)
+    schedule = make_schedule(config.schedule, config.log_every, config.max_overhead)
     recorder = Recorder(
         config.make_sinks() if is_writer else [],
         run_dir,
@@ -105,7 +108,7 @@ def make_parts(
         lr_scheduler,
         optimizers.grad_scaler,
         run_dir=run_dir,
-        audit=recorder.write_intervention,
+        audit=weakly(recorder.write_intervention),
     )
     guard = Guard(
         run,
@@ -119,11 +122,12 @@ def make_parts(
     step_length = StepLength(
         optimizers, run.scheduled_rate, lambda: run.rate_factors, boundary, model
     )
-    run.shorten_step = step_length.shorten if world_size() == 1 else None
-    run.on_rollback.append(lambda step: step_length.rates.reset())
+    run.shorten_step = weakly(step_length.shorten) if world_size() == 1 else None
+    run.on_rollback += [weakly(step_length.rolled_back), weakly(detector.rolled_back)]
     updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
+    run.before_edit.append(weakly(updates.measure_now))
     every_step: list[StepListener] = [detector, step_length]
-    usage = Usage(model, optimizers, config.log_every, is_sampled, framework)
+    usage = Usage(model, optimizers, config.log_every, schedule.wants, framework)
     clock.listeners = [usage, updates, *(every_step if config.watch_every_step else []), guard]
     readings = ReadingBuilder(
         observer,
@@ -133,9 +137,10 @@ def make_parts(
         lambda: run.rate_factors,
         boundary,
         recorder.amend,
+        schedule,
     )
     readings.ranks = ranks
-    contexts = StepContexts(observer, optimizers, is_sampled, config.watch_every_step, boundary)
+    contexts = StepContexts(observer, optimizers, schedule.wants, config.watch_every_step, boundary)
     return MonitorParts(
         optimizers,
         recorder,
@@ -148,7 +153,13 @@ def make_parts(
         usage,
         readings,
         contexts,
+        schedule,
     )
+
+
+def dense_interval(config: StabilityConfig) -> int:
+    """Return the steps between samples while an issue is open."""
+    return min(SHORTEST, config.log_every) if config.schedule == "adaptive" else config.log_every
 
 
 def make_tracker(config: StabilityConfig, boundary: ErrorBoundary) -> IssueTracker:
@@ -157,6 +168,7 @@ def make_tracker(config: StabilityConfig, boundary: ErrorBoundary) -> IssueTrack
         config.make_rules(),
         history=History(config.history),
         clear_after=config.clear_after,
-        cooldown_steps=config.cooldown * config.log_every,
+        cooldown_steps=config.cooldown * dense_interval(config),
         on_error=functools.partial(boundary.failed, "rule"),
+        judge=RiskJudge(config.false_alarm_rate),
     )

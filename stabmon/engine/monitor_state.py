@@ -23,7 +23,7 @@ logger = logging.getLogger("stabmon")
 
 STATE_VERSION = 1
 """Version of the states written today; one without a version is older, and read the same way."""
-OPTIONAL = frozenset({"step_length"})
+OPTIONAL = frozenset({"schedule", "step_length"})
 """Keys of parts that states of the first versions lack."""
 
 

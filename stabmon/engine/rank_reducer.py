@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -55,26 +55,36 @@ class RankReducer:
         """Return whether there are other ranks to reduce with."""
         return world_size() > 1 and self._agreed is not False
 
-    def reduce(self, sums: Sums) -> dict[str, dict[str, HeadSums]]:
+    def reduce(
+        self, sums: Sums, more: Sequence[float] = ()
+    ) -> tuple[dict[str, dict[str, HeadSums]], list[float] | None]:
         """Reduce signals over ranks, which must all call this at the same steps.
 
         Args:
             sums: this rank's sums, by layer and signal.
+            more: further numbers, as many on all ranks, which travel with the maxima.
+
+        Returns:
+            The sums of all ranks, and the largest of each further number over ranks; None instead
+            of these at steps at which ranks exchange nothing, which are the same on all ranks.
         """
         own = {layer: dict(signals) for layer, signals in sums.items()}
         if not self.active:
-            return own
+            return own, None
         layout = [
             (layer, name, len(each.total))
             for layer, signals in own.items()
             for name, each in signals.items()
         ]
         if self._agreed is None and not self._agree(layout):
-            return own
+            return own, None
         added, largest = self._pack(own, layout)
+        largest = torch.cat([largest, largest.new_tensor(more)])
         dist.all_reduce(added, dist.ReduceOp.SUM)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return self._unpack(added.cpu(), largest.cpu(), own) if layout == self._layout else own
+        largest, found = largest.cpu().split([added.shape[1], len(more)])
+        own = self._unpack(added.cpu(), largest, own) if layout == self._layout else own
+        return own, found.tolist()
 
     def share(self, found: NonFinite | None, step: int) -> NonFinite | None:
         """Return on rank 0 the finding nearest to a cause, on others their own.

@@ -67,6 +67,8 @@ class StepContexts:
         self._inputs = inputs
         sampled = self._is_sampled(step)
         measured = sampled and self._needs_norm and (is_first or has_new)
+        if sampled:
+            seen.settle()
         return StepContext(
             step,
             sampled,
@@ -88,6 +90,7 @@ class StepContexts:
             loss: its loss, where the training loop has one.
         """
         seen = self._observer
+        seen.settle()
         seen.stop_capture()
         micro_batches = len(seen.losses.parts) or seen.forwards.count
         forwards, ended = seen.forwards.calls, self._end_loss(step, loss)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon._torch.device_timer import DeviceTimer
 from stabmon._torch.forward_call import ForwardCall, StepForwards
+from stabmon._torch.weak_method import weakly
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import StabilityConfig
@@ -64,6 +66,7 @@ class StepObserver:
         )
         self.interrupted = False
         """True if a forward of this step raised."""
+        self._timer = DeviceTimer()
         self._model = model
         self._keeps_inputs = config.watch_every_step
         self._clock, self._scale = clock, scale
@@ -72,13 +75,13 @@ class StepObserver:
         self._call: ForwardCall | None = None
         self._capture = AttentionCapture(
             model,
-            self._on_call,
+            weakly(self._on_call),
             modules=config.attention_modules,
             on_error=functools.partial(boundary.failed, "capture"),
         )
         self._norms = GradientNorms()
         self._gradients: dict[str, float] = {}
-        self._after_backward = AfterBackward(self._backward_ended)
+        self._after_backward = AfterBackward(weakly(self._backward_ended))
         self._hooks: ForwardHooks | None = None
         self._outer: list[nn.Module] | None = None
         """Compiled wrappers around the model; None before they were looked for."""
@@ -131,6 +134,10 @@ class StepObserver:
             self._capturing = False
             self._capture.__exit__()
 
+    def settle(self) -> None:
+        """Count what measuring took on a device, before the first wait for it in a sampled step."""
+        self.boundary.settle(self._timer)
+
     @property
     def gradients(self) -> dict[str, float]:
         """L2 norms before clipping, by layer, of all as ``""``; empty if unknown."""
@@ -154,18 +161,23 @@ class StepObserver:
             self._gradients = {}
             self._norms.measure(self._model, added, self._scale())
 
-    def find_compiled_wrapper(self) -> None:
+    def find_compiled_wrapper(self) -> bool:
         """Add hooks to a wrapper that was compiled around the model later.
 
         For a step without a forward: the training loop then calls the wrapper.
+
+        Returns:
+            Whether one was found, so that the next step's forward will be seen.
         """
         if self._hooks is None or self._lookups_left == 0:
-            return
+            return False
         self._lookups_left -= 1
         outer = compiled_around(self._model)
         if outer and outer != self._outer:
             self._outer = outer
             self._hooks.add_roots(outer)
+            return True
+        return False
 
     def explain_missing_attention(self) -> str | None:
         """Return why a sampled step had no attention call; None if reported before."""
@@ -237,7 +249,8 @@ class StepObserver:
     def _on_call(self, call: AttentionCall) -> None:
         with self.boundary.timed():
             if self._sampled:
-                self.measurements.add(call)
+                with self._timer.around(call.query if call.scores is None else call.scores):
+                    self.measurements.add(call)
             if self._forwards_attention:
                 self._clock.on_attention(call)
 

@@ -28,7 +28,8 @@ class Usage(StepListener):
         model: the model that trains.
         optimizers: the run's optimizers.
         log_every: sample every N-th optimizer step.
-        is_sampled: returns whether a step, counted from 1, is a sampled one.
+        is_sampled: returns whether a step, counted from 1, is a sampled one; of one that is still
+            to come, whether it or one before it is.
         framework: ``transformers``, ``lightning`` or ``loop``.
     """
 

@@ -77,6 +77,8 @@ class Guard(StepListener):
         self._reported: set[Key] = set()
         """Locations that were reported as untreatable."""
         self._stop_reason: str | None = None
+        self._ended: list[Applied] | None = None
+        """Everything that was applied, once the guard is closed."""
         self._prepared: dict[str, Prepared] = {}
         """State that interventions keep from before the first step on, by its stored key."""
         for each in interventions.values() if automatic else ():
@@ -169,7 +171,7 @@ class Guard(StepListener):
             self.run.by_user = by_user
             applied = intervention.apply(self.run)
         except NotApplicable as error:
-            refusal = error
+            refusal = error.with_traceback(None)  # whose frames hold this one
         except Exception as error:
             logger.error(
                 "%s failed and is not tried again here, training goes on: %s",
@@ -229,8 +231,8 @@ class Guard(StepListener):
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs: plain values, for JSON with NaN."""
         return {
-            "applied": [each.state_dict() for each in self.run.applied],
-            "chooser": self.policy.state_dict(self.run.applied),
+            "applied": [each.state_dict() for each in self.applied],
+            "chooser": self.policy.state_dict(self.applied),
             "told": [list(key) for key in self._reported],
             **{key: prepared.state_dict() for key, prepared in self._prepared.items()},
         }
@@ -263,7 +265,7 @@ class Guard(StepListener):
         ]
 
         def restore() -> None:
-            self.close()
+            self._release()
             self._stop_reason = None
             self.run.applied.clear()
             for each in known:
@@ -290,11 +292,25 @@ class Guard(StepListener):
         if saved.left_out and saved is not state:
             logger.warning("Left out of the resumed state: %s", "; ".join(saved.left_out))
 
+    @property
+    def applied(self) -> list[Applied]:
+        """Every intervention applied so far, in order."""
+        return self.run.applied if self._ended is None else self._ended
+
     def close(self) -> None:
         """Remove every hook and put every attribute back; may be called twice.
 
-        Weights stay as they were trained and clipped.
+        Weights stay as they were trained and clipped. The run no longer leads to what was applied
+        and prepared, which lead to the run: such a circle would keep the model alive.
         """
+        self._release()
+        self._ended = self.applied
+        self.run.applied, self.run.prepared = [], []
+        self.run.step_hooks.clear()
+        for prepared in self._prepared.values():
+            prepared.close()
+
+    def _release(self) -> None:
         self._stop_reason = self.stop_reason
         for applied in reversed(self.run.applied):
             if applied.active:

@@ -25,7 +25,7 @@ class StabilityCallbackBase:
     Args:
         config: a preset's name, a YAML file's path, or a
             :class:`~stabmon.config.schema.StabilityConfig`.
-        log_every: sample every N-th optimizer step.
+        log_every: sample every N-th optimizer step of a quiet run, and more while something moves.
         sinks: names or sinks, instead of those of the configuration and the framework.
         run_dir: folder of the records, instead of the framework's own.
         on_issue: a function, called with each issue.

@@ -41,7 +41,7 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
     Args:
         config: a preset's name, a YAML file's path, or a
             :class:`~stabmon.config.schema.StabilityConfig`.
-        log_every: sample every N-th optimizer step.
+        log_every: sample every N-th optimizer step of a quiet run, and more while something moves.
         sinks: names or sinks, instead of the configuration's and the Trainer's reporters.
         run_dir: instead of the Trainer's ``output_dir``.
         on_issue: a function, called with each issue on the process that writes the records.

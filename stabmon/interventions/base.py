@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -490,6 +490,7 @@ class Applied:
         self.active = False
         exact = self.effect.undo()
         self.write_audit("undone", exact=exact, **({"why": why} if why else {}))
+        self._notify_end()
         if why:
             logger.warning(
                 "%s of step %d is taken back: %s", self.intervention.name, self.step, why
@@ -515,6 +516,7 @@ class Applied:
             self.active = False
             self.effect.release()
             self.write_audit("released", **({"why": why} if why else {}))
+            self._notify_end()
             if why:
                 logger.info(
                     "%s of step %d is held no longer: %s", self.intervention.name, self.step, why
@@ -535,11 +537,13 @@ class Applied:
         """
         self.for_one_step = True
 
+        removers: list[Callable[[], None]] = []
+
         def end() -> None:
-            remove()
+            removers.pop()()
             self.release("it was to be held for one step (hold=False)")
 
-        remove = self._run.step_hooks.add("on_step", end)
+        removers.append(self._run.step_hooks.add("on_step", end))
 
     def relax(self) -> None:
         """Loosen it, after it was held for long without an alarm.
@@ -587,6 +591,10 @@ class Applied:
             "by_hand": self.by_user,
             "for_one_step": self.for_one_step,
         }
+
+    def _notify_end(self) -> None:
+        for notify in self._run.on_intervention_end:
+            notify()
 
 
 def _record(intervention: Intervention, effect: Effect, step: int) -> dict[str, Any]:

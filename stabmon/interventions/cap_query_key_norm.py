@@ -90,7 +90,7 @@ class CapQueryKeyNorm(Intervention):
             try:
                 caps[layer] = self._caps(run, layer, since, healthy)
             except NotApplicable as error:
-                refused.append(error)
+                refused.append(error.with_traceback(None))
         if not caps:
             raise refused[0] if refused else NotApplicable("no attention layer is known")
         held = _Held(run, caps)
@@ -147,7 +147,7 @@ class _Held(HeldEffect):
     def __init__(
         self, run: TrainingRun, caps: Mapping[str, Sequence[float]], *, now: bool = True
     ) -> None:
-        self.caps = caps
+        self.run, self.caps = run, caps
         self._pieces = [
             (piece, cap)
             for layer, own in caps.items()
@@ -195,6 +195,8 @@ class _Held(HeldEffect):
             for (piece, cap), norm in zip(self._pieces, norms, strict=True)
             if cap < norm < math.inf  # NaN and inf are left to other interventions
         ]
+        if edits:
+            self.run.note_edit()
         self.rows.scale(edits)
         self._bound |= bool(edits)
 

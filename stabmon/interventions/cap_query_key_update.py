@@ -35,7 +35,8 @@ class CapQueryKeyUpdate(Intervention):
     :math:`\min(1, c\,\|W\| / \|\Delta W\|)`, as long as this is held. W is everything that makes
     the layer's queries and keys; under adapters it is the effective weight. c is ``times`` the
     usual share :math:`\|\Delta W\| / \|W\|` of the layer's steps, the median of the readings
-    before, and follows the scheduled rate from there.
+    before, and follows the schedule from there: the median over all parameter groups of rate over
+    usual rate, so that the jump of one group does not lift it.
 
     It repairs a rate that is wrong for queries and keys alone, whatever its cause and size, and
     changes nothing else. Scores that have grown already stay as they are: clip them. It costs a
@@ -75,22 +76,33 @@ class CapQueryKeyUpdate(Intervention):
             raise NotApplicable(
                 "no reading shows how much a step usually changes queries and keys: give a share"
             )
-        return _Capped(run, caps, None if self.share is not None else _usual_rate(run))
+        return _Capped(run, caps, {} if self.share is not None else _usual_rates(run))
 
     def check_saved(self, effect: Stored) -> None:
-        _ = [cap.number() for _, cap in effect["caps"].items()], effect["rate"].maybe(Stored.number)
+        _ = [cap.number() for _, cap in effect["caps"].items()]
+        if "rates" in effect:
+            effect["rates"].numbers()
+        else:  # stored when the largest rate of all groups was followed
+            effect["rate"].maybe(Stored.number)
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return _Capped(
-            run, {str(layer): float(cap) for layer, cap in state["caps"].items()}, state["rate"]
-        )
+        caps = {str(layer): float(cap) for layer, cap in state["caps"].items()}
+        if "rates" in state:
+            return _Capped(run, caps, {str(k): float(rate) for k, rate in state["rates"].items()})
+        # stored when the largest rate of all groups was followed
+        known = {g.key: rate for g in run.groups if (rate := run.scheduled_rate(g)) is not None}
+        fastest = max(known, key=lambda key: known[key], default=None)
+        rate = state["rate"]
+        return _Capped(run, caps, {} if fastest is None or not rate else {fastest: float(rate)})
 
 
 class _Capped(HeldEffect):
     """The ceilings of several layers, and W_q and W_k from before the present step."""
 
-    def __init__(self, run: TrainingRun, caps: Mapping[str, float], rate: float | None) -> None:
-        self.run, self._rate = run, rate
+    def __init__(
+        self, run: TrainingRun, caps: Mapping[str, float], usual_rates: Mapping[str, float]
+    ) -> None:
+        self.run, self._usual_rates = run, dict(usual_rates)
         self._parts: dict[str, list[tuple[Rows, list[Tensor]]]] = {}
         self._adapters: dict[str, EffectiveUpdate] = {}
         refused = []
@@ -106,7 +118,7 @@ class _Capped(HeldEffect):
                     self._adapters[layer] = effective
             except NotApplicable as error:
                 refused.append(layer)
-                why = error
+                why = error.with_traceback(None)
         if not self._parts:
             raise why or NotApplicable("no attention layer is known")
         self.caps = {layer: caps[layer] for layer in self._parts}
@@ -129,7 +141,7 @@ class _Capped(HeldEffect):
         self._before = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"caps": dict(self.caps), "rate": self._rate}
+        return {"caps": dict(self.caps), "rates": dict(self._usual_rates)}
 
     @torch.no_grad()
     def _remember(self) -> None:
@@ -143,8 +155,7 @@ class _Capped(HeldEffect):
 
     @torch.no_grad()
     def _scale(self) -> None:
-        rate = _rate_now(self.run)
-        schedule_factor = rate / self._rate if rate is not None and self._rate else 1.0
+        schedule_factor = _schedule_factor(self.run, self._usual_rates)
         for layer, before in self._before.items():
             parts = self._parts[layer]
             if layer in self._adapters:
@@ -199,17 +210,20 @@ def _usual(run: TrainingRun, layer: str) -> float:
     return float(np.median(shares)) if shares else float("nan")
 
 
-def _usual_rate(run: TrainingRun) -> float | None:
-    """Return the median scheduled rate of the same readings; None if unknown."""
-    rates = [
-        reading.learning_rate
-        for reading in run.history.readings[:-1][-PAST:]
-        if reading.learning_rate
-    ]
-    return float(np.median(rates)) if rates else None
+def _usual_rates(run: TrainingRun) -> dict[str, float]:
+    """Return the median scheduled rate of each parameter group in the same readings."""
+    rates: dict[str, list[float]] = {}
+    for reading in run.history.readings[:-1][-PAST:]:
+        for key, rate in reading.learning_rates.items():
+            rates.setdefault(key, []).append(rate)
+    return {key: float(np.median(known)) for key, known in rates.items()}
 
 
-def _rate_now(run: TrainingRun) -> float | None:
-    """Return the largest scheduled rate of any parameter group; None if unknown."""
-    rates = [rate for group in run.groups if (rate := run.scheduled_rate(group)) is not None]
-    return max(rates, default=None)
+def _schedule_factor(run: TrainingRun, usual: Mapping[str, float]) -> float:
+    """Return the scheduled rate over the usual one, the lower median over groups."""
+    factors = sorted(
+        rate / usual[group.key]
+        for group in run.groups
+        if usual.get(group.key, 0.0) > 0 and (rate := run.scheduled_rate(group)) is not None
+    )
+    return factors[(len(factors) - 1) // 2] if factors else 1.0

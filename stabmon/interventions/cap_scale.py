@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from torch import nn
+from torch import Tensor
 
 from stabmon._settings import Bounds
 from stabmon._storage.stored_value import Stored
+from stabmon.capture import compiled_modules
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, HeldEffect
+from stabmon.interventions.effects.scale_attribute import AtForward, ScaleAttribute, find_scale
 from stabmon.interventions.run.training_run import TrainingRun
-from stabmon.interventions.soften_logits import scale_of
-from stabmon.model_names import SCALES
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.rules.evidence.norm_growth import sustained_growth
 
@@ -24,8 +25,12 @@ from stabmon.rules.evidence.norm_growth import sustained_growth
 class CapScale(Intervention):
     r"""Hold a layer's scale of scores at its earlier value.
 
-    With scores :math:`s = \alpha\, q^\top k`, the attribute that holds :math:`\alpha` becomes
-    :math:`\min(\alpha, \alpha_\text{cap})` after every optimizer step, as long as this is held.
+    With scores :math:`s = \alpha\, q^\top k`, the attribute that holds :math:`\alpha` is
+    :math:`\min(\alpha, \alpha_\text{cap})` in every forward of the module, in training and in
+    evaluation, as long as this is held, whatever the training loop writes there at each step.
+    Between forwards it has its own value. It is found by running the step's batch again: the number
+    of the module, of any name, that its scores are proportional to, or their divisor. In a compiled
+    model the attribute is set after each step instead.
 
     It mitigates sustained growth of the scale (``logit_growth`` of a layer, by ``scale``): training
     goes on at the temperature under which the model has learned. A clip of the weights would have
@@ -33,8 +38,9 @@ class CapScale(Intervention):
     random. Of four failing runs of this project whose scale drifted, clipping left gaps to the
     paired control run of 0.02 to 0.11 nats.
 
-    Layers whose scale grows alike are held together with those that the issues name. After a
-    release the scale stays at the ceiling, which is the model's own earlier value.
+    Layers whose scale grows alike are held together with those that the issues name. Undone, the
+    module has the value that it would have had. After a release, and when the monitor is closed, it
+    stays at the ceiling: the model has been trained there.
 
     Example:
         >>> CapScale(cap=0.125).settings
@@ -64,17 +70,14 @@ class CapScale(Intervention):
             for layer in run.known_layers()
             if (found := sustained_growth(run.history, layer, grown=1.2)) and found.of_scale
         ]
-        held: dict[str, tuple[str, float]] = {}
+        held: dict[str, tuple[ScaleAttribute, float]] = {}
         refused: list[NotApplicable] = []
         for layer in dict.fromkeys([*named, *alike]):
             try:
-                name = scale_of(run.module(layer), layer)
-                held[layer] = (
-                    name,
-                    self._ceiling(run, layer, since, getattr(run.module(layer), name)),
-                )
+                scale = find_scale(run, layer)
+                held[layer] = scale, self._limit(run, layer, since, scale)
             except NotApplicable as error:
-                refused.append(error)
+                refused.append(error.with_traceback(None))
         if not held:
             raise (
                 refused[0]
@@ -87,72 +90,116 @@ class CapScale(Intervention):
 
     def check_saved(self, effect: Stored) -> None:
         for each in effect["caps"].parts():
-            layer, name, value = each.parts(3)
-            _ = layer.text(), name.one_of(SCALES), value.number()
+            layer, path, value = each.parts(3)
+            _ = layer.text(), path.text(), value.number()
+        _ = [layer.text() for layer in effect.get("divisors", []).parts()]
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
+        divisors = state.get("divisors", ())
         return _Held(
             run,
             {
-                layer: (scale_of(run.module(layer), layer), float(cap))
-                for layer, _, cap in state["caps"]
+                layer: (_stored(run, layer, path, layer in divisors), float(limit))
+                for layer, path, limit in state["caps"]
             },
         )
 
-    def _ceiling(self, run: TrainingRun, layer: str, since: int, now: float) -> float:
-        """Return the largest scale that the layer may have."""
+    def _limit(self, run: TrainingRun, layer: str, since: int, scale: ScaleAttribute) -> float:
+        """Return the value at which the scale's attribute is held."""
         if self.cap is not None:
-            return self.cap
+            return scale.of_scale(self.cap)
         read = {
             reading.step: reading.info[layer].scale
             for reading in run.history.readings
             if layer in reading.info
         }
-        newest = run.history.info.get(layer)
-        if newest is None or since not in read or not 0.5 * newest.scale < now < 2.0 * newest.scale:
+        if since not in read or scale.per_scale is None:
             raise NotApplicable(f"the scale that {layer} holds is not the one that was measured")
-        return read[since]
+        return scale.of_scale(read[since])
+
+
+def _stored(run: TrainingRun, layer: str, path: str, is_divisor: bool) -> ScaleAttribute:
+    """Return an attribute of a stored state.
+
+    Raises:
+        NotApplicable: if the module has no such number any more.
+    """
+    found = ScaleAttribute(run.module(layer), path, is_divisor)
+    try:
+        is_number = isinstance(found.value, float | Tensor)
+    except AttributeError:
+        is_number = False
+    if not is_number:
+        raise NotApplicable(f"{layer} holds no number {path} any more")
+    return found
 
 
 class _Held(HeldEffect):
-    """The ceilings of several layers, and the scales from before."""
+    """The limits on the scales of several layers, in force whenever these run.
 
-    def __init__(self, run: TrainingRun, caps: Mapping[str, tuple[str, float]]) -> None:
-        self.caps = caps
-        self._modules: dict[str, nn.Module] = {layer: run.module(layer) for layer in caps}
-        before = self._scales()
-        self._before = {
-            layer: getattr(self._modules[layer], name) for layer, (name, _) in caps.items()
+    Where compiled code may pass hooks by, the attributes are limited after each step instead.
+    """
+
+    def __init__(
+        self, run: TrainingRun, limits: Mapping[str, tuple[ScaleAttribute, float]]
+    ) -> None:
+        self._limits = dict(limits)
+        before = self._values()
+        after = {
+            f"{layer}.{scale.path}": float(scale.limited(limit))
+            for layer, (scale, limit) in limits.items()
         }
-        self._set()
         super().__init__(
-            places=[(layer, None) for layer in caps],
+            places=[(layer, None) for layer in limits],
             before=before,
-            after=self._scales(),
-            resources=frozenset(f"scores of {layer}" for layer in caps),
+            after=after,
+            resources=frozenset(f"scores of {layer}" for layer in limits),
         )
-        self._remove = [run.step_hooks.add("on_step", self._set, first=True)]
+        self._own = {layer: float(scale.value) for layer, (scale, _) in limits.items()}
+        self._is_compiled = bool(compiled_modules(run.model))
+        if self._is_compiled:
+            self._set()
+            self._remove = [run.step_hooks.add("on_step", self._set, first=True)]
+            return
+        self._remove = [
+            AtForward(scale, functools.partial(self._used, scale, limit)).remove
+            for scale, limit in limits.values()
+        ]
 
     def undo(self) -> bool:
-        self.release()
+        super().release()
         exact = True
-        for layer, (name, cap) in self.caps.items():
-            now = getattr(self._modules[layer], name)
-            exact &= now in (cap, self._before[layer])
-            setattr(self._modules[layer], name, self._before[layer])
+        for layer, (scale, limit) in self._limits.items() if self._is_compiled else ():
+            exact &= float(scale.value) in (limit, self._own[layer])
+            scale.write(self._own[layer])
         return exact
 
+    def release(self) -> None:
+        """Stop, with the scales left where training had them: at their limits."""
+        if self._remove:
+            super().release()
+            self._set()
+
     def state_dict(self) -> dict[str, Any]:
-        return {"caps": [[layer, name, cap] for layer, (name, cap) in self.caps.items()]}
+        caps = [[layer, scale.path, limit] for layer, (scale, limit) in self._limits.items()]
+        return {
+            "caps": caps,
+            "divisors": [layer for layer, (scale, _) in self._limits.items() if scale.is_divisor],
+        }
+
+    def _used(self, scale: ScaleAttribute, limit: float) -> Any:
+        """Return the value of an attribute to run with."""
+        self._bound = self._bound | scale.exceeds(limit)
+        return scale.limited(limit)
 
     def _set(self) -> None:
-        for layer, (name, cap) in self.caps.items():
-            if getattr(self._modules[layer], name) > cap:
-                setattr(self._modules[layer], name, cap)
+        for scale, limit in self._limits.values():
+            if bool(scale.exceeds(limit)):
+                scale.write(limit)
                 self._bound = True
 
-    def _scales(self) -> dict[str, float]:
+    def _values(self) -> dict[str, float]:
         return {
-            f"{layer}.{name}": getattr(self._modules[layer], name)
-            for layer, (name, _) in self.caps.items()
+            f"{layer}.{scale.path}": float(scale.value)
+            for layer, (scale, _) in self._limits.items()
         }

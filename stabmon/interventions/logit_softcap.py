@@ -68,7 +68,7 @@ class LogitSoftcap(Intervention):
             try:
                 found[layer] = self._place(run, layer)
             except NotApplicable as error:
-                refused.append(error)
+                refused.append(error.with_traceback(None))
         if found and not can_replay(run):
             raise NotApplicable(
                 "there is no batch to replay that could show whether the kernel applies a softcap",

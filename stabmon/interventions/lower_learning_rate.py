@@ -152,7 +152,7 @@ class _StepScale:
                     )
             except NotApplicable as error:
                 self.refused.append(layer)
-                why = error
+                why = error.with_traceback(None)
                 continue
             self.layers.append(layer)
             for stepping, (each, own) in zip(by, copies, strict=True):

@@ -18,6 +18,11 @@ from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import symptom_of
 
+BY_WEIGHTS = ("arithmetic", "overflow")
+"""Causes of NaN and inf that lie in the size of finite weights, once every batch meets them.
+
+Steps are skipped in a row then, and none will be made until the weights are others.
+"""
 FEW = 100
 """Most steps to go back in a run that was unstable from the start.
 
@@ -72,9 +77,10 @@ class Rollback(Intervention):
     """True to restore the scheduler and the groups' rates too."""
 
     def unsuited(self, run: TrainingRun, symptom: str) -> str:
-        if symptom == "non_finite" and run.newest_harmless_nonfinite() is not None:
-            return "the weights are finite, so that a rollback repairs nothing"
-        return ""
+        found = run.newest_harmless_nonfinite() if symptom == "non_finite" else None
+        if found is None or (found.skipped and found.cause in BY_WEIGHTS):
+            return ""
+        return "the weights are finite, so that a rollback repairs nothing"
 
     def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
         return uses < budget.max_rollbacks

@@ -71,7 +71,7 @@ class SoftenLogits(Intervention):
                 try:
                     proven[layer] = self._proven(run, layer, before.get(layer))
                 except NotApplicable as error:
-                    refused.append(error)
+                    refused.append(error.with_traceback(None))
         finally:
             for each in proven.values():
                 each.undo()

@@ -176,6 +176,10 @@ class NonFiniteDetector(StepListener):
             self._extend("weights" if self._has_corrupted() else "nothing")
             self._began = False
 
+    def rolled_back(self, step: int) -> None:
+        """End the present episode: the weights are those after ``step`` again."""
+        self._last_bad, self._reached, self._after = -math.inf, 0, []
+
     def state_dict(self) -> dict[str, Any]:
         """Return the present episode as plain values."""
         if self._found is None:

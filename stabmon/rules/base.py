@@ -91,6 +91,15 @@ class Rule:
         return False
 
     @classmethod
+    def is_judged_by_risk(cls, issue: StabilityIssue) -> bool:
+        """Return True if the risk of the layer decides whether an issue is an alarm.
+
+        Args:
+            issue: an issue that this rule reported.
+        """
+        return False
+
+    @classmethod
     def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
         """Return the newest value of the quantity that an open issue reports.
 

@@ -116,6 +116,11 @@ class EntropyCollapse(Rule):
     """Share by which the opening level is divided to give the closing level."""
 
     @classmethod
+    def is_judged_by_risk(cls, issue: StabilityIssue) -> bool:
+        """Return True for every issue."""
+        return True
+
+    @classmethod
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
         """Return True if the head's entropy is above half its threshold again."""
         return rose_above(issue, history, "normalized_entropy", share=0.5)
@@ -142,7 +147,7 @@ class EntropyCollapse(Rule):
         entropy = history.now("normalized_entropy")
         rank, level = np.full(len(entropy), -1), np.full(len(entropy), np.nan)
         ratio, past = level.copy(), level.copy()
-        for change in changes(history, lags=(1, 2)):
+        for change in changes(history, jumps_only=True):
             fell = (change.past_entropy >= self.min_past_entropy) & (change.kept <= self.kept)
             error = fell & self._witnessed(history, change)
             for found, value in ((error, 1), (fell & (change.steps <= self.sudden_steps), 0)):

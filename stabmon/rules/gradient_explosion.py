@@ -12,7 +12,7 @@ from stabmon._settings import Count, NonNegative, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import loss_rose
-from stabmon.rules.evidence.robust_stats import robust_spread
+from stabmon.rules.evidence.robust_stats import median_over_steps, robust_spread
 from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
 from stabmon.rules.wording.code_lines import clip_gradients
@@ -98,10 +98,11 @@ class GradientExplosion(Rule):
             return []
         newest = _log(norms[-self.persistence :])
         past = _log(norms[-self.past - self.persistence : -self.persistence])
-        past = past[np.isfinite(past)]
-        if len(past) < self.min_history:
+        steps = history.steps[-self.past - self.persistence : -self.persistence]
+        if np.isfinite(past).sum() < self.min_history:
             return []
-        middle, spread = float(np.median(past)), float(robust_spread(past[:, None])[0])
+        middle = float(median_over_steps(past[:, None], steps)[0])
+        spread = float(robust_spread(past[:, None])[0])
         wide = middle + self.deviations * spread
         level = max(wide, middle + np.log(self.warning))
         if newest[-1] < level and not (

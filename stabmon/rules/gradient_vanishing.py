@@ -12,7 +12,7 @@ from stabmon._settings import Count, Fraction, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.context import advice
-from stabmon.rules.evidence.robust_stats import median
+from stabmon.rules.evidence.robust_stats import median, median_over_steps
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
 from stabmon.rules.wording.description import Description
@@ -60,7 +60,7 @@ class GradientVanishing(Rule):
     rise: Fraction = 0.25
     """Least rise of that share since the past, for an alarm."""
     past: Count = 64
-    """Number of readings; their older half is the past."""
+    """Number of readings; those of the older half of their steps are the past."""
     min_history: Count = 12
     """Number of readings needed before any is judged."""
 
@@ -85,11 +85,12 @@ class GradientVanishing(Rule):
             return
         own = np.stack([history.gradients(layer)[-self.past :] for layer in layers], axis=1)
         whole = history.gradients("")[-self.past :, None]
-        older = slice(0, max(self.min_history, len(own) // 2))
+        steps = history.steps[-self.past :]
+        older = slice(0, max(self.min_history, int((2 * steps < steps[0] + steps[-1]).sum())))
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where((whole > 0) & np.isfinite(whole), own / whole, np.nan)
-            kept = median(share[-2:]) / median(share[older])
-            fell = median(own[-2:]) / median(own[older])
+            kept = median(share[-2:]) / median_over_steps(share[older], steps[older])
+            fell = median(own[-2:]) / median_over_steps(own[older], steps[older])
         low = np.maximum(kept, fell)  # both must have collapsed
         for n in np.flatnonzero(low <= max(self.error, 2 * self.warning)).tolist():
             yield from self._judge(history, layers[n], float(kept[n]), float(fell[n]), older)

@@ -40,6 +40,14 @@ Where a scale cannot be held itself, the clip that holds the scores lets them co
 past: more is asked, so that it has something to clip, and then ends the alarm.
 """
 
+CLIP = (
+    "Clip this head to its own scores after warm-up (QK-clip: scale W_q and W_k of "
+    "the head by sqrt(tau / max_logit) after each step), or normalise query and key "
+    "(q, k = rms_norm(q), rms_norm(k)); a lower rate slows the growth but does not "
+    "undo it, and attention dropout does not help."
+)
+"""Advice on a head whose scores grew."""
+
 
 @rule
 @renamed(harm="damage_level", still_ill="hysteresis")
@@ -129,6 +137,11 @@ class LogitGrowth(Rule):
         return SUSTAINED_GROWTH if issue.head is None else SCORES
 
     @classmethod
+    def is_judged_by_risk(cls, issue: StabilityIssue) -> bool:
+        """Return True for an issue of a head; sustained growth of a layer is proof by itself."""
+        return issue.head is not None
+
+    @classmethod
     def is_recovering(cls, issue: StabilityIssue, history: History) -> bool:
         """Return True if the head's largest score is below its threshold again."""
         return issue.head is not None and fell_below(issue, history, "max_logit")
@@ -192,7 +205,7 @@ class LogitGrowth(Rule):
         found: HeadFindings,
     ) -> None:
         """Find jumps at one or two readings back, runaways at more."""
-        if change.lag <= 2:
+        if change.is_jump:
             needed = jump_needed(history, change.steps, self.jump)
             lost = (change.kept <= 0.5) | (change.saturated_rise >= 0.25)
             grown, how = change.ratio >= needed, "jump"
@@ -293,14 +306,7 @@ class LogitGrowth(Rule):
             severity=severity,
             value=float(history.now("max_logit")[n]),
             threshold=float(found.level[n]),
-            suggestion=advice(
-                history,
-                layer,
-                "Clip this head to its own scores after warm-up (QK-clip: scale W_q and W_k of "
-                "the head by sqrt(tau / max_logit) after each step), or normalise query and key "
-                "(q, k = rms_norm(q), rms_norm(k)); a lower rate slows the growth but does not "
-                "undo it, and attention dropout does not help.",
-            ),
+            suggestion=advice(history, layer, CLIP),
             evidence=evidence,
             eta_steps=eta if np.isfinite(eta) else None,
         )

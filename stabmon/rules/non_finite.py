@@ -181,7 +181,8 @@ class NonFinite(Rule):
         evidence: dict[str, Any] = {
             name: getattr(found, name) for name in ("kind", "cause", "touched", "tensor", "detail")
         }
-        evidence |= {"first_step": found.step, "first_bad": where}
+        # an episode that comes back is a cause found anew, whatever was reported of the last
+        evidence |= {"first_step": found.step, "found_at": found.step, "first_bad": where}
         if found.skipped:
             evidence["skipped"] = found.skipped
             if found.scale is not None:

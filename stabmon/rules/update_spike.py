@@ -11,6 +11,8 @@ import numpy as np
 from stabmon._settings import Count, Fraction, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
+from stabmon.rules.evidence.group_ahead import GroupAhead, groups_ahead
+from stabmon.rules.evidence.robust_stats import median_over_steps
 from stabmon.rules.evidence.step_size import (
     heads_break,
     highest_before_jump,
@@ -18,6 +20,7 @@ from stabmon.rules.evidence.step_size import (
     overshoot_advice,
     rates_of_groups,
     rates_too_high,
+    shares_of_largest,
     update_share,
 )
 from stabmon.rules.symptoms import RATE, STEP, Symptom
@@ -32,8 +35,8 @@ PAST = 22
 The median of all but the last two is the usual size.
 """
 
-FIRST = 8
-"""Number of readings that show whether the rate was too high from the start."""
+FIRST, FIRST_STEPS = 8, 40
+"""Readings, and optimizer steps, that show whether the rate was too high from the start."""
 
 
 @rule
@@ -55,6 +58,9 @@ class UpdateSpike(Rule):
     - too high from the start, where steps cannot be probed: from the first readings on two in a row
       moved W_q and W_k by more than any healthy run's, and heads have broken since. The rate that
       fits is reported, at which a step would have changed ``fitting`` of them.
+    - one group ahead: the group of W_q and W_k has a multiple of the other groups' rate and moves
+      by a multiple of their u, and heads have broken since. Names the group, and the multiple of
+      the others' rate at which it would move as they do.
     - jump of one layer: no rate rose, and yet a layer's queries and keys are moved ``layer_jump``
       times as far as before in two readings one after the other. Weights that became smaller, and
       are moved as ever, do not count. Attributed to the layer. One gradient that bursts moves
@@ -109,7 +115,9 @@ class UpdateSpike(Rule):
     def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
         """Return the newest rate for an issue of the run, the newest update for one of a layer."""
         if issue.layer is None:
-            rates = history.latest.used_rates.values()
+            used = history.latest.used_rates
+            named = _named_groups(issue.evidence)
+            rates = [rate for key, rate in used.items() if not named or key in named]
             return max(rates, default=history.latest.learning_rate)
         moved = history.latest.query_key.get(issue.layer)
         return None if moved is None else moved.relative_update
@@ -133,7 +141,10 @@ class UpdateSpike(Rule):
         too large.
         """
         found = (
-            self._overshoot(history) or self._rate_jump(history) or self._from_the_start(history)
+            self._overshoot(history)
+            or self._rate_jump(history)
+            or self._ahead(history)
+            or self._from_the_start(history)
         )
         return found or [
             issue for layer in history.latest.query_key for issue in self._of_layer(history, layer)
@@ -187,7 +198,7 @@ class UpdateSpike(Rule):
         evidence = {
             "highest_rate_before": before,
             "highest_rates_before": {key: rate for key, rate in jumped.items() if key},
-            "rates": now,
+            "rates": history.latest.used_rates or now,
             "updates": {key: float(updates[key][-1]) for key in jumped if key in updates},
             "query_key_update": update_share(history.latest),
         }
@@ -200,20 +211,45 @@ class UpdateSpike(Rule):
             history: the readings so far.
             moves: ``[T]`` share of themselves by which steps moved them.
         """
-        past = moves[-PAST + 1 : -1]
-        past = past[np.isfinite(past)]
-        usual = float(np.median(past)) if len(past) else float("nan")
+        past, steps = moves[-PAST + 1 : -1], history.steps[-PAST + 1 : -1]
+        usual = float(median_over_steps(past[:, None], steps)[0]) if len(past) else float("nan")
         slack = self.hysteresis if history.is_open_at("update_spike") else 1.0
         level = np.fmax(self.update_jump * usual * slack, 0.0)
         return bool(moves[-1] >= level) and bool(moves[-1] > 0)
 
+    def _ahead(self, history: History) -> list[StabilityIssue]:
+        """Return the issue of the group of W_q and W_k, where it alone is too fast."""
+        found = groups_ahead(history) if heads_break(history) else {}
+        if not found:
+            return []
+        worst: GroupAhead = max(found.values(), key=lambda each: each.times_update)
+        suggestion = (
+            f"Lower {name_rates(found)}, which holds W_q and W_k, to {worst.fitting_rate:.2g}: at "
+            f"{worst.rate:.2g} a step changed {worst.times_update:.0f} times as much of it as of "
+            f"the other groups, and heads break. Start again with {worst.multiple:.2g} times the "
+            "other groups' rate, or cap it there now (cap_learning_rate)."
+        )
+        evidence = {
+            "fitting_rate": worst.fitting_rate,
+            "fitting_rates": {key: each.fitting_rate for key, each in found.items()},
+            "fitting_multiples": {key: each.multiple for key, each in found.items()},
+            "rates": history.latest.used_rates,
+            "times_other_updates": worst.times_update,
+            "query_key_update": update_share(history.latest),
+            "largest_query_key_update": float(
+                np.nanmax([update_share(each) for each in history.readings])
+            ),
+        }
+        return [_issue(history, None, worst.rate, worst.fitting_rate, suggestion, evidence)]
+
     def _from_the_start(self, history: History) -> list[StabilityIssue]:
         """Return the issue of a rate that was too high from the first readings on."""
-        first = history.readings[:FIRST]
-        shares = np.array([update_share(reading) for reading in first])
+        start = history.readings[0].step + FIRST_STEPS
+        first = [r for at, r in enumerate(history.readings) if at < FIRST or r.step < start]
+        every = shares_of_largest(history.readings)
+        shares, moved = every[: len(first)], float(every[-1])
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
-        moved = update_share(history.latest)
         now = max(history.latest.used_rates.values(), default=history.latest.learning_rate)
         if (
             not heads_break(history)
@@ -245,7 +281,8 @@ class UpdateSpike(Rule):
         updates = np.array([reading.query_key[layer].update for reading in readings])
         if len(shares) < self.min_history + 2 or not np.isfinite(shares[-1]):
             return []
-        usual = float(np.nanmedian(shares[:-2]))
+        steps = np.array([reading.step for reading in readings])
+        usual = float(median_over_steps(shares[:-2, None], steps[:-2])[0])
         level = history.open_level_at("update_spike", layer)
         shares = shares[-2:] * (updates[-2:] >= 0.5 * self.layer_jump * np.nanmedian(updates[:-2]))
         is_open = np.isfinite(level)
@@ -268,16 +305,21 @@ class UpdateSpike(Rule):
         return [_issue(history, layer, float(shares[-1]), float(level), suggestion, evidence)]
 
 
+def _named_groups(evidence: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return the groups that an issue names as too fast, each with the rate that fits."""
+    return evidence.get("fitting_rates") or evidence.get("highest_rates_before") or {}
+
+
 def _describe_rate(issue: StabilityIssue, framework: str) -> Description:
     """Return the rate of the run beside the one that fits in words, with the line that sets it."""
     evidence = issue.evidence
     fitting, highest = known(evidence, "fitting_rate"), known(evidence, "highest_rate_before")
-    rates = evidence.get("fitting_rates") or evidence.get("highest_rates_before") or {}
+    rates = _named_groups(evidence)
     of_all = len(rates) in (0, len(evidence.get("rates") or rates))
     rate = fitting or highest
     code = ""
     if rate is not None:
-        code = set_rate(framework, rate) if of_all else set_group_rates(framework, rates)
+        code = set_rate(framework, rate) if of_all else set_group_rates(framework, dict(rates))
     if fitting is None:
         times = "" if not highest else f", {number(issue.value / highest)} times the highest before"
         numbers = f"learning rate {number(issue.value)}{times} ({number(highest or 0)})"

@@ -126,6 +126,8 @@ class ConsoleSink(Sink):
         model = self._meta.get("model", {}).get("class", "the model")
         every = self._meta.get("sampling", {}).get("every", 1)
         often = "every step" if every == 1 else f"every {every} steps"
+        adapts = every > 1 and self._meta["sampling"].get("schedule") == "adaptive"
+        often += " and more while something moves" if adapts else ""
         of = f"{counted(len(layers), 'layer')}, {counted(heads, 'head')} of " if layers else ""
         return f"{of}{model} {often}"
 

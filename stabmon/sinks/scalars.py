@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from stabmon.incidents.risk import risk_of
 from stabmon.records import Reading, StabilityIssue
 
 
@@ -53,8 +52,10 @@ def dashboard_scalars(
             if values.size:
                 reduced = values.max() if reduction(signal) == "max" else values.mean()
                 scalars[f"attention_layers/{layer}/{signal}"] = float(reduced)
-        scalars[f"attention_layers/{layer}/risk"] = risk_of(open_issues, layer)
-    scalars["stability/risk"] = risk_of(open_issues)
+        if layer in reading.risk:
+            scalars[f"attention_layers/{layer}/risk"] = reading.risk[layer]
+    if reading.risk:
+        scalars["stability/risk"] = max(reading.risk.values())
     scalars["stability/issues_open"] = float(len(open_issues))
     scalars["stability/alarms"] = float(alarms)
     if reading.overhead_fraction is not None and np.isfinite(reading.overhead_fraction):

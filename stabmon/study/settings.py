@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from stabmon._settings import Bounds, Count, NonNegative, Positive, SettingsError, read_settings
 
@@ -65,4 +65,12 @@ class WatchSettings:
     config: str = "observe"
     """A preset, or a YAML file."""
     log_every: Count = 10
-    """Sample every N-th optimizer step."""
+    """Sample every N-th optimizer step of a quiet run."""
+    schedule: Literal["adaptive", "fixed"] | None = None
+    """Steps to sample: adaptive for more while something moves, fixed for no others; null for that
+    of ``config``.
+    """
+    max_overhead: Annotated[float, Bounds(above=0, high=1)] | None = None
+    """Most of the run's time that sampled steps of an adaptive schedule may take; null for that of
+    ``config``.
+    """

@@ -105,6 +105,8 @@ def monitor_factory(
         schedule,
         config=watch.config,
         log_every=watch.log_every,
+        schedule=watch.schedule,
+        max_overhead=watch.max_overhead,
         sinks=["jsonl"],
         run_dir=folder,
     )

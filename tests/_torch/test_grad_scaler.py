@@ -145,7 +145,7 @@ def test_a_bad_forward_that_the_scaler_skips_is_traced_and_spoils_nothing():
     model, scaler = Floats(), scaler_of()
     optimizer = optimizer_of(model)
     monitor = stabmon.AttentionStabilityMonitor(
-        model, optimizer, config="guard", sinks=[], log_every=4
+        model, optimizer, config="guard", sinks=[], log_every=4, schedule="fixed"
     )
     for step in range(1, 8):
         x = torch.randn(2, 6, 32)

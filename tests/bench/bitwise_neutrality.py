@@ -216,7 +216,13 @@ def run_plain(case: Case, watched: bool, folder: Path) -> Outcome:
     if watched:
         options = {"sinks": ["jsonl"], "run_dir": folder, "reduce_ranks": "DDP" in case.variant}
         monitor = stabmon.AttentionStabilityMonitor(
-            called, optimizer, schedule, "observe", log_every=case.log_every, **options
+            called,
+            optimizer,
+            schedule,
+            "observe",
+            log_every=case.log_every,
+            max_overhead=1.0,
+            **options,
         )
     autocast = torch.autocast("cpu", torch.bfloat16, enabled="autocast" in case.variant)
 
@@ -267,7 +273,12 @@ def run_accelerate(case: Case, watched: bool, folder: Path) -> Outcome:
     model, optimizer, data = accelerator.prepare(
         plain, torch.optim.AdamW(plain.parameters(), 3e-3), data
     )
-    options: dict[str, Any] = {"sinks": ["jsonl"], "run_dir": folder, "log_every": case.log_every}
+    options: dict[str, Any] = {
+        "sinks": ["jsonl"],
+        "run_dir": folder,
+        "log_every": case.log_every,
+        "max_overhead": 1.0,
+    }
     monitor = (
         stabmon.AttentionStabilityMonitor(model, optimizer, config="observe", **options)
         if watched
@@ -337,7 +348,7 @@ def run_transformers(case: Case, watched: bool, folder: Path) -> Outcome:
         seed=0,
         full_determinism=False,
     )
-    callback = TransformersCallback("observe", log_every=case.log_every)
+    callback = TransformersCallback("observe", log_every=case.log_every, max_overhead=1.0)
     corpus = Corpus(BATCH * 64, fails_at(case))
     callbacks: list[TrainerCallback] = [callback] if watched else []
     trainer = Recorded(
@@ -383,7 +394,7 @@ def run_trl(case: Case, watched: bool, folder: Path) -> Outcome:
         " ".join(f"w{4 + (7 * row + 3 * at) % 60}" for at in range(4 + row % 5))
         for row in range(34)
     ]
-    callback = TransformersCallback("observe", log_every=case.log_every)
+    callback = TransformersCallback("observe", log_every=case.log_every, max_overhead=1.0)
     given: dict[str, Any] = {
         "use_cpu": True,
         "bf16": False,
@@ -487,7 +498,9 @@ def run_lightning(case: Case, watched: bool, folder: Path) -> Outcome:
     by_hand = "by hand" in case.variant
     module = (ByHand if by_hand else Module)(model.train(), case.steps, outcome.losses)
     before = surroundings(module)
-    callback = LightningCallback("observe", log_every=case.log_every, run_dir=folder)
+    callback = LightningCallback(
+        "observe", log_every=case.log_every, max_overhead=1.0, run_dir=folder
+    )
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,

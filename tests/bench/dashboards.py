@@ -94,7 +94,12 @@ def train(folder: Path, *, layers: int, steps: int, every: int) -> dict[str, Tim
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     sinks = {name: Timed(SINKS[name]()) for name in ("tensorboard", "wandb")}
     with stabmon.AttentionStabilityMonitor(
-        model, optimizer, log_every=every, sinks=["jsonl", *sinks.values()], run_dir=folder
+        model,
+        optimizer,
+        log_every=every,
+        schedule="fixed",
+        sinks=["jsonl", *sinks.values()],
+        run_dir=folder,
     ) as monitor:
         applied = None
         for rows in corpus.stream(steps, BATCH, seed=0):

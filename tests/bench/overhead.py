@@ -130,7 +130,13 @@ def watched(
     """Make a run with a monitor of every ``every``-th step."""
     run = Run(length, tokens=tokens)
     monitor = stabmon.AttentionStabilityMonitor(
-        run.model, run.optimizer, config="observe", log_every=every, sinks=[], **config
+        run.model,
+        run.optimizer,
+        config="observe",
+        log_every=every,
+        schedule="fixed",
+        sinks=[],
+        **config,
     )
     run.after = lambda loss: monitor.on_step(loss=loss)
     return run, monitor

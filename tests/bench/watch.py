@@ -64,7 +64,13 @@ def train(folder: Path, steps: int, growth: float) -> None:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=40)
     generator = torch.Generator().manual_seed(1)
     with stabmon.AttentionStabilityMonitor(
-        model, optimizer, config="observe", log_every=10, sinks=["jsonl"], run_dir=folder
+        model,
+        optimizer,
+        config="observe",
+        log_every=10,
+        schedule="fixed",
+        sinks=["jsonl"],
+        run_dir=folder,
     ) as monitor:
         for step in range(1, steps + 1):
             moves = torch.randint(-2, 3, (4, 48), generator=generator)

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import stabmon
 from stabmon._torch.process_group import on_all_ranks, rank, world_size
 from stabmon.engine import rank_reducer as distributed
+from stabmon.engine.sampling import overhead
 from stabmon.records import NonFinite
 from tests.support.small_runs import (
     batches,
@@ -94,7 +95,7 @@ def train_in_parallel(rank, folder):
         model = gpt2()
         ddp = parallel(model)
         optimizer = optimizer_of(model)
-        monitor = watch(ddp, optimizer, folder) if watched else None
+        monitor = watch(ddp, optimizer, folder, schedule="fixed") if watched else None
         data = [tokens[rank::2] for tokens in batches(4, rows=8)]
         given = train(model, monitor, optimizer, data, called=ddp)
         results[watched] = weights(model)
@@ -264,8 +265,9 @@ def start_callbacks(rank, folder):
 
 def test_where_one_rank_cannot_start_watching_the_others_report_alone(on_two_ranks):
     steps, folder = on_two_ranks(start_callbacks)
-    assert steps == [[2, 4], False]
-    assert [each["step"] for each in lines(folder / "out" / "stabmon" / "readings.jsonl")] == [2, 4]
+    assert steps == [[1, 2, 3, 4], False]
+    readings = lines(folder / "out" / "stabmon" / "readings.jsonl")
+    assert [each["step"] for each in readings] == [1, 2, 3, 4]
 
 
 def train_under_guard(rank, folder):
@@ -322,7 +324,54 @@ def test_under_guard_all_ranks_do_the_same_and_none_acts_alone(on_two_ranks):
     ] == [5]
 
 
+def train_adaptively(rank, folder):
+    """Each rank has losses and a speed of its own: the second's loss leaps after step 40, then it
+    measures slowly. Gives the sampled steps of a run of each kind.
+    """
+    sampled = {}
+    for what in ("calm", "leaps", "slow"):
+        overhead.FREE_SAMPLES = 10 if what == "slow" else 1000
+        model = gpt2()
+        ddp = parallel(model)
+        optimizer = optimizer_of(model, 1e-5)
+        monitor = watch(ddp, optimizer, sinks=[], log_every=20, max_overhead=0.05)
+        measured = monitor._observer.measurements.add
+
+        def add(call, measured=measured, what=what):
+            time.sleep(0.01 * rank * (what == "slow"))
+            measured(call)
+
+        monitor._observer.measurements.add = add
+        sampled[what] = []
+        for step, tokens in enumerate(batches(80, rows=2), start=1):
+            optimizer.zero_grad()
+            ddp(input_ids=tokens[rank::2], labels=tokens[rank::2]).loss.backward()
+            optimizer.step()
+            leapt = what == "leaps" and rank == 1 and step > 40
+            diagnosis = monitor.on_step(3.0 + 0.01 * (step % 3) + 50.0 * leapt)
+            if diagnosis is not None and diagnosis.readings[-1].sampled:
+                sampled[what].append(step)
+        monitor.close()
+        assert not monitor.errors, monitor.errors
+    overhead.FREE_SAMPLES = 128
+    return sampled
+
+
+def test_ranks_of_other_losses_and_speeds_sample_the_same_steps(on_two_ranks):
+    (first, second), _ = on_two_ranks(train_adaptively)
+    assert first == second
+    assert first["calm"][:8] == list(range(1, 9))
+    assert {20, 40, 60, 80} <= set(first["calm"])
+    calm, leaps, slow = (
+        [step for step in first[what] if step > 40] for what in ("calm", "leaps", "slow")
+    )
+    assert (
+        len(leaps) > len(calm) > len(slow)
+    )  # one rank's loss, and one rank's speed, count for both
+
+
 SCENARIOS = (
+    train_adaptively,
     train_in_parallel,
     train_with_faults,
     train_into_a_nan,
@@ -339,6 +388,6 @@ def test_one_process_alone_is_rank_0_of_1_and_hears_nobody():
     assert not on_all_ranks(False)
     reducer = distributed.RankReducer(nn.Linear(2, 2))
     assert not reducer.active
-    assert reducer.reduce({}) == {}
+    assert reducer.reduce({}) == ({}, None)
     found = NonFinite(3, "loss", None, None, "loss")
     assert reducer.share(found, 3) is found

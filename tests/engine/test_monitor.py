@@ -43,11 +43,12 @@ def watch(model, optimizer=None, **options):
     )
 
 
-def run(model, data, monitored=True, log_every=2, **loop):
+def run(model, data, monitored=True, log_every=2, schedule="adaptive", **loop):
     """Train from a seed; gives (diagnoses, monitor closed)."""
     torch.manual_seed(5)
     optimizer = optimizer_of(model)
-    monitor = watch(model, optimizer, log_every=log_every) if monitored else None
+    options = {"log_every": log_every, "schedule": schedule}
+    monitor = watch(model, optimizer, **options) if monitored else None
     given = train(model, monitor, optimizer, data, **loop)
     if monitor:
         monitor.close()
@@ -58,7 +59,7 @@ def run(model, data, monitored=True, log_every=2, **loop):
 
 
 def test_a_diagnosis_comes_at_multiples_of_log_every_and_at_no_other_step():
-    given, monitor = run(gpt2(), batches(7), log_every=3)
+    given, monitor = run(gpt2(), batches(7), log_every=3, schedule="fixed")
     assert [each and each.step for each in given] == [None, None, 3, None, None, 6, None]
     assert list(given[2].stats) == ["transformer.h.0.attn", "transformer.h.1.attn"]
     assert all(
@@ -77,7 +78,8 @@ def test_a_diagnosis_comes_at_multiples_of_log_every_and_at_no_other_step():
 def test_a_run_folder_holds_readings_issues_and_what_was_watched(tmp_path):
     model = gpt2()
     optimizer = optimizer_of(model)
-    with watch(model, optimizer, sinks=["jsonl"], run_dir=tmp_path) as monitor:
+    options = {"schedule": "fixed", "sinks": ["jsonl"], "run_dir": tmp_path}
+    with watch(model, optimizer, **options) as monitor:
         train(model, monitor, optimizer, batches(4))
         monitor.close()
         monitor.close()
@@ -86,7 +88,13 @@ def test_a_run_folder_holds_readings_issues_and_what_was_watched(tmp_path):
     assert [step for step, _ in readings[1]["losses"]] == [3, 4]
     meta = json.loads((tmp_path / "stabmon" / "meta.json").read_text())
     assert meta["config"]["log_every"] == 2
-    assert meta["sampling"] == {"every": 2, "unit": "optimizer step", "first": 2}
+    assert meta["sampling"] == {
+        "schedule": "fixed",
+        "every": 2,
+        "unit": "optimizer step",
+        "first": 2,
+        "max_overhead": None,
+    }
     assert meta["model"]["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert (tmp_path / "stabmon" / "issues.jsonl").exists()
 
@@ -331,6 +339,7 @@ def test_a_resumed_monitor_goes_on_as_if_nothing_had_been(rows):
     assert repr(second.open_issues) == repr(whole.open_issues)
     ends = [each.state_dict() for each in (second, whole)]
     for end in ends:
+        end["schedule"]["budget"] |= {"elapsed": None, "spent": None}
         for reading in end["tracker"]["history"]["readings"]:
             reading["overhead_fraction"] = None
     assert json.dumps(ends[0]) == json.dumps(ends[1])
@@ -426,7 +435,7 @@ def test_where_nothing_can_be_measured_training_goes_on_and_it_is_logged_once(ca
 def test_a_model_without_attention_is_one_clear_error(caplog):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
     optimizer = optimizer_of(model)
-    monitor = watch(model, optimizer, log_every=2)
+    monitor = watch(model, optimizer, log_every=2, schedule="fixed")
     for _ in range(6):
         model(torch.randn(3, 4)).sum().backward()
         optimizer.step()
@@ -524,7 +533,7 @@ def test_history_and_pending_losses_are_bounded():
     given = train(model, monitor, optimizer, batches(9))
     assert [reading.step for reading in given[-1].readings] == [6, 7, 8, 9]
     monitor.close()
-    monitor = watch(gpt2(), log_every=10**6, history=4)
+    monitor = watch(gpt2(), log_every=10**6, schedule="fixed", history=4)
     for _ in range(500):
         monitor.on_step(1.0)
     assert len(monitor.state_dict()["losses"]) == 80
@@ -584,20 +593,19 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def train_compiled(how, monitored):
+def train_compiled(how, monitored, schedule="fixed"):
     """Nine steps; gives (what on_step gave, monitor, model, graphs compiled)."""
     torch._dynamo.reset()
     counters.clear()
     model = Floats()
     optimizer = optimizer_of(model)
-    monitor = (
-        watch(model, optimizer, log_every=3) if monitored and how == "compiled later" else None
-    )
+    options = {"log_every": 3, "schedule": schedule}
+    monitor = watch(model, optimizer, **options) if monitored and how == "compiled later" else None
     if how == "in place":
         model.compile(backend="aot_eager")
     called = model if how == "in place" else torch.compile(model, backend="aot_eager")
     if monitored and monitor is None:
-        monitor = watch(called if how == "wrapper watched" else model, optimizer, log_every=3)
+        monitor = watch(called if how == "wrapper watched" else model, optimizer, **options)
     given = []
     torch.manual_seed(3)
     for _ in range(9):
@@ -625,10 +633,16 @@ def test_compiled_models_are_measured_without_compiling_anew_and_without_a_chang
     assert clean(model)
 
 
+def test_a_model_compiled_after_it_is_watched_is_measured_from_the_second_step(fresh_dynamo):
+    given, monitor, *_ = train_compiled("compiled later", monitored=True, schedule="adaptive")
+    assert [bool(each and each.stats) for each in given] == [False] + 8 * [True]
+    assert not monitor.errors
+
+
 def test_a_compiled_step_function_is_a_clear_error_and_not_silence(caplog, fresh_dynamo):
     model = Floats()
     optimizer = optimizer_of(model)
-    monitor = watch(model, optimizer, log_every=2)
+    monitor = watch(model, optimizer, log_every=2, schedule="fixed")
     step = torch.compile(lambda x: model(x).square().mean(), backend="aot_eager")
     for _ in range(4):
         step(torch.randn(2, 6, 32)).backward()

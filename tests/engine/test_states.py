@@ -288,7 +288,7 @@ def test_what_is_no_longer_known_is_left_out_alone_and_told_of_once(caplog, stor
         "qk_clip",
         "lower_learning_rate",
     ]
-    assert len(monitor._tracker.history.readings) == 3
+    assert len(monitor._tracker.history.readings) == 4
     assert not [
         each for each in (*monitor.issues, *monitor.open_issues) if each.issue_type == "melting"
     ]

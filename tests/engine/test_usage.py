@@ -29,7 +29,7 @@ def test_a_run_in_order_says_nothing(caplog):
 def test_a_run_shorter_than_its_interval_is_named_with_one_that_fits(caplog):
     model = gpt2()
     optimizer = optimizer_of(model)
-    monitor = watched(model, optimizer, log_every=50)
+    monitor = watched(model, optimizer, log_every=50, schedule="fixed")
     train(model, monitor, optimizer, batches(20))
     monitor.close()
     monitor.close()

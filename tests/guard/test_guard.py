@@ -347,17 +347,20 @@ def test_rollbacks_are_counted_and_then_the_run_is_stopped_only_if_that_is_allow
 
 
 @pytest.mark.parametrize(
-    ("touched", "skipped", "expected"),
+    ("touched", "skipped", "cause", "expected"),
     [
-        ("nothing", 0, []),
-        ("gradients", 17, []),
-        ("gradients", 34, ["stop"]),
-        ("weights", 0, ["rollback"]),
-        ("", 0, ["rollback"]),
+        ("nothing", 0, "objective", []),
+        ("gradients", 17, "objective", []),
+        ("gradients", 34, "objective", ["stop"]),
+        ("gradients", 0, "arithmetic", []),
+        ("gradients", 17, "arithmetic", ["rollback"]),
+        ("gradients", 17, "overflow", ["rollback"]),
+        ("weights", 0, "objective", ["rollback"]),
+        ("", 0, "objective", ["rollback"]),
     ],
 )
-def test_nothing_is_gone_back_from_while_weights_are_finite(
-    touched: Any, skipped: int, expected: list[str]
+def test_nothing_is_gone_back_from_while_weights_are_finite_and_steps_are_made(
+    touched: Any, skipped: int, cause: Any, expected: list[str]
 ) -> None:
     guard = guard_of(*ALL)
     found = NonFinite(
@@ -367,7 +370,7 @@ def test_nothing_is_gone_back_from_while_weights_are_finite(
         None,
         "all gradients",
         "",
-        "objective",
+        cause,
         touched,
         skipped,
         16 * (skipped > 0),

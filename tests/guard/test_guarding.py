@@ -11,7 +11,8 @@ from torch import nn
 
 import stabmon
 from stabmon.config import load_config
-from tests.support.small_runs import clean, gpt2, lines, optimizer_of, same_bits, weights
+from stabmon.interventions.soften_logits import SoftenLogits
+from tests.support.small_runs import clean, gpt2, lines, llama, optimizer_of, same_bits, weights
 
 LENGTH, ILL_AT = 48, 8
 
@@ -261,3 +262,48 @@ def test_a_layer_of_no_attention_under_guard_trains_on():
             optimizer.step()
             monitor.on_step(loss=loss)
         assert set(monitor.errors) <= {"sampling"}
+
+
+def test_weights_that_are_spoilt_again_within_the_cooldown_are_an_issue_and_gone_back_from(
+    tmp_path,
+):
+    model = gpt2()
+    optimizer = optimizer_of(model, 1e-3)
+    monitor = guarded(model, optimizer, tmp_path, cooldown=1000)
+
+    def spoil_with_nan(diagnosis):
+        if monitor.step in (8, 15):
+            with torch.no_grad():
+                model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
+
+    losses = go(model, monitor, optimizer, 18, ill_at=0, between=spoil_with_nan)
+    assert not monitor.errors
+    assert [step for step, loss in enumerate(losses, 1) if loss != loss] == [9, 16]
+    issues = [each for each in monitor.issues if each.issue_type == "non_finite"]
+    assert [(each.step, each.state) for each in issues if each.is_alarm] == [
+        (9, "opened"),
+        (16, "opened"),
+    ]
+    audit = lines(tmp_path / "stabmon" / "interventions.jsonl")
+    assert [each["step"] for each in audit if each["intervention"] == "rollback"] == [9, 16]
+
+
+def test_an_alarm_that_a_release_brings_back_is_told_at_once():
+    model = llama()
+    optimizer = optimizer_of(model, 1e-4)
+
+    def grow(diagnosis):
+        if monitor.step == ILL_AT:
+            with torch.no_grad():
+                model.model.layers[0].self_attn.q_proj.weight.mul_(3000.0)
+
+    with guarded(model, optimizer, config="observe", cooldown=1000) as monitor:
+        go(model, monitor, optimizer, ILL_AT + 1, ill_at=0, between=grow)
+        alarms = {each.key: each for each in monitor.open_issues if each.is_alarm}
+        assert alarms
+        held = monitor.apply(SoftenLogits(temperature=3000.0).aimed_at(list(alarms.values())))
+        go(model, monitor, optimizer, 6, start=ILL_AT + 1, ill_at=0)
+        assert not [each for each in monitor.open_issues if each.is_alarm]
+        held.undo()
+        go(model, monitor, optimizer, 1, start=ILL_AT + 7, ill_at=0)
+        assert alarms.keys() & {each.key for each in monitor.open_issues if each.is_alarm}

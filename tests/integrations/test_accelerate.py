@@ -17,7 +17,9 @@ def run(watched):
     plain = gpt2(dropout=0.1)
     model, optimizer = accelerator.prepare(plain, optimizer_of(plain))
     monitor = (
-        AttentionStabilityMonitor(model, optimizer, log_every=2, sinks=[]) if watched else None
+        AttentionStabilityMonitor(model, optimizer, log_every=2, schedule="fixed", sinks=[])
+        if watched
+        else None
     )
     torch.manual_seed(0)
     before, read = [], []

@@ -52,7 +52,8 @@ def largest(callback):
 
 def train_with(tmp_path, *reporters, callback=True, more=(), **options):
     """Train 8 steps, sampled at 4 and 8, and give the callback and the trainer."""
-    made = StabilityCallback("observe", log_every=4, **options) if callback else None
+    given = {"log_every": 4, "schedule": "fixed"} | options
+    made = StabilityCallback("observe", **given) if callback else None
     trainer = trainer_of(tmp_path, made, gpt2(0.1), more=more, report_to=list(reporters), **LOGS)
     trainer.train()
     assert made is None or not made.monitor.errors

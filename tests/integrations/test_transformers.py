@@ -59,7 +59,7 @@ def readings(callback):
 
 
 def test_records_go_to_the_trainers_own_folder_and_scalars_to_its_log(tmp_path):
-    callback = StabilityCallback("observe", log_every=4)
+    callback = StabilityCallback("observe", log_every=4, schedule="fixed")
     assert callback.issues == []
     trainer = trainer_of(tmp_path, callback)
     trainer.train()
@@ -113,7 +113,7 @@ def test_tensorboard_and_wandb_get_the_same_scalars_through_the_trainers_reporte
     }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    callback = StabilityCallback("observe", log_every=4)
+    callback = StabilityCallback("observe", log_every=4, schedule="fixed")
     logged, offline = [], []
 
     class Listens(TrainerCallback):
@@ -177,7 +177,7 @@ def test_evaluation_between_steps_is_not_counted_and_training_is_unchanged(tmp_p
 def test_accumulated_batches_make_the_reading_of_one_large_batch(tmp_path):
     found = []
     for rows, micro in ((8, 1), (2, 4)):
-        callback = StabilityCallback("observe", log_every=2, sinks=[])
+        callback = StabilityCallback("observe", log_every=2, schedule="fixed", sinks=[])
         options = {
             "per_device_train_batch_size": rows,
             "gradient_accumulation_steps": micro,
@@ -210,7 +210,8 @@ def test_gradient_norms_are_those_before_the_trainer_clips(tmp_path):
 def strip(value):
     """A state without wall-clock shares."""
     if isinstance(value, dict):
-        return {name: strip(each) for name, each in value.items() if name != "overhead_fraction"}
+        timed = ("overhead_fraction", "elapsed", "spent")
+        return {name: strip(each) for name, each in value.items() if name not in timed}
     return [strip(each) for each in value] if isinstance(value, list) else value
 
 
@@ -255,7 +256,7 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one(tmp_path):
 
 def test_a_resume_without_a_stored_state_says_so_and_counts_on(tmp_path, caplog):
     trainer_of(tmp_path, None, save_strategy="steps", save_steps=4, max_steps=4).train()
-    callback = StabilityCallback("observe", log_every=4, sinks=[])
+    callback = StabilityCallback("observe", log_every=4, schedule="fixed", sinks=[])
     trainer_of(tmp_path, callback).train(resume_from_checkpoint=True)
     assert [each.step for each in readings(callback)] == [8]
     assert "starts with an empty history" in caplog.text
@@ -264,7 +265,7 @@ def test_a_resume_without_a_stored_state_says_so_and_counts_on(tmp_path, caplog)
 @pytest.mark.parametrize("options", [{"bf16": True}, {"gradient_checkpointing": True}])
 def test_half_precision_and_checkpointing_leave_training_as_it_was(tmp_path, options):
     ends = []
-    for callback in (None, StabilityCallback("observe", log_every=3, sinks=[])):
+    for callback in (None, StabilityCallback("observe", log_every=3, schedule="fixed", sinks=[])):
         trainer = trainer_of(tmp_path, callback, llama(attention_dropout=0.1), **options)
         trainer.train()
         ends.append(weights(trainer.model))
@@ -311,7 +312,7 @@ def test_torch_compile_is_measured_and_changes_nothing(tmp_path):
         for i in range(32)
     ]
     ends, graphs = [], []
-    for callback in (None, StabilityCallback("observe", log_every=3, sinks=[])):
+    for callback in (None, StabilityCallback("observe", log_every=3, schedule="fixed", sinks=[])):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         trainer = trainer_of(

@@ -36,13 +36,13 @@ def make(rate: float = 2.0, other: float = 1.0) -> TrainingRun:
     return TrainingRun(model, torch.optim.SGD(groups, lr=rate))
 
 
-def test_rates_are_scaled_to_the_cap_and_seen_as_they_were() -> None:
+def test_each_rate_is_capped_and_seen_as_it_was() -> None:
     run = make()
     applied = CapLearningRate().apply(run, issue())
-    assert moved(run) == pytest.approx([0.1, 0.05], abs=1e-6)
+    assert moved(run) == pytest.approx([0.1, 0.1], abs=1e-6)
     assert [group["lr"] for group in run.optimizer.param_groups] == [2.0, 1.0]
     assert applied.record["before"] == {"lr": [2.0, 1.0]}
-    assert applied.record["after"]["lr"] == pytest.approx([0.1, 0.05])
+    assert applied.record["after"]["lr"] == pytest.approx([0.1, 0.1])
     assert applied.effect.was_active()
     assert applied.undo()
     assert moved(run) == pytest.approx([2.0, 1.0], abs=1e-6)
@@ -69,14 +69,14 @@ def test_a_rate_too_high_from_the_start_is_held_at_the_one_that_fits() -> None:
         5, None, None, "update_spike", "error", 2.0, 0.2, "", evidence={"fitting_rate": 0.2}
     )
     CapLearningRate().apply(run, too_high)
-    assert moved(run) == pytest.approx([0.2, 0.1], abs=1e-6)
+    assert moved(run) == pytest.approx([0.2, 0.2], abs=1e-6)
 
 
 def test_it_is_held_again_after_a_restart() -> None:
     state = CapLearningRate().apply(make(), issue()).state_dict()
     run = make()
     CapLearningRate().resume(run, state)
-    assert moved(run) == pytest.approx([0.1, 0.05], abs=1e-6)
+    assert moved(run) == pytest.approx([0.1, 0.1], abs=1e-6)
 
 
 @pytest.mark.parametrize("highest", [None, 0.0])
@@ -113,6 +113,38 @@ def test_two_caps_do_not_add_up() -> None:
     for cap in (0.5, 0.2, 0.4):
         CapLearningRate().apply(run, too_long({"0.0": cap}))
     assert moved(run) == pytest.approx([0.2, 1.0], abs=1e-6)
+
+
+def test_a_step_at_a_ceiling_is_not_shortened_again_by_the_next() -> None:
+    run, shortened = make(), []
+
+    def shorten(factors):  # type: ignore[no-untyped-def]
+        shortened.append(factors)
+        return lambda: None
+
+    run.shorten_step = shorten
+    for _ in range(2):
+        CapLearningRate().apply(run, too_long({"0.0": 0.2}))
+        assert moved(run) == pytest.approx([0.2, 1.0], abs=1e-6)
+    assert shortened == [{"0.0": pytest.approx(0.1)}, {}]
+
+
+def test_a_group_ahead_of_others_is_held_at_a_multiple_of_their_rate() -> None:
+    run = make(rate=40.0)
+    evidence = {"fitting_rates": {"0.0": 2.0}, "fitting_multiples": {"0.0": 2.0}}
+    ahead = StabilityIssue(5, None, None, "update_spike", "error", 40.0, 2.0, "", evidence=evidence)
+    applied = CapLearningRate().apply(run, ahead)
+    assert moved(run) == pytest.approx([2.0, 1.0], abs=1e-5)
+    assert applied.effect.was_active()
+    for rate in (0.5, 3.0):  # the others' schedule, and that of a loop that sets all rates anew
+        run.optimizer.param_groups[0]["lr"], run.optimizer.param_groups[1]["lr"] = 40 * rate, rate
+        assert moved(run) == pytest.approx([2 * rate, rate], abs=1e-5)
+    again = make(rate=40.0)
+    CapLearningRate().resume(again, applied.state_dict())
+    assert moved(again) == pytest.approx([2.0, 1.0], abs=1e-5)
+    run.optimizer.param_groups[0]["lr"] = 1.0  # mended by its owner
+    assert moved(run) == pytest.approx([1.0, 3.0], abs=1e-5)
+    assert not applied.effect.was_active()
 
 
 @pytest.mark.parametrize(("how", "step"), [("first_step", 0), ("leap", 0), ("first_step", 1)])

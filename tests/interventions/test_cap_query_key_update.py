@@ -120,8 +120,8 @@ def test_settings_are_checked(bad: dict[str, float]) -> None:
 
 def test_it_follows_the_schedule_from_where_the_past_was_read() -> None:
     run = run_of("gpt2-sdpa", steps=2)
-    layer = first_layer(run)
-    run.history.readings[-1:] = [replace(run.history.latest, learning_rate=1e-2)] * 2
+    layer, usual = first_layer(run), {group.key: 1e-2 for group in run.groups}
+    run.history.readings[-1:] = [replace(run.history.latest, learning_rates=usual)] * 2
     issue = replace(
         growth(layer),
         issue_type="update_spike",
@@ -137,3 +137,23 @@ def test_it_follows_the_schedule_from_where_the_past_was_read() -> None:
     applied.release()
     assert step(run)[0] == pytest.approx(4e-5, rel=1e-2)
     again.release()
+
+
+def test_the_jump_of_one_group_does_not_lift_it() -> None:
+    run = run_of("gpt2-sdpa", steps=2)
+    optimizer, layer = run.optimizer, first_layer(run)
+    parameters = optimizer.param_groups[0]["params"]
+    own = {id(each.parameter) for each in find_query_key(run.module(layer), None)[0].all_rows()}
+    optimizer.param_groups[0]["params"] = [each for each in parameters if id(each) not in own]
+    optimizer.add_param_group({"params": [each for each in parameters if id(each) in own]})
+    usual = {group.key: group.rate for group in run.groups}
+    run.history.readings[-1:] = [replace(run.history.latest, learning_rates=usual)] * 2
+    issue = replace(
+        growth(layer),
+        issue_type="update_spike",
+        head=None,
+        evidence={"usual_query_key_update": 1e-4},
+    )
+    CapQueryKeyUpdate(times=2.0).apply(run, issue)
+    optimizer.param_groups[1]["lr"] *= 30.0
+    assert step(run)[0] == pytest.approx(2e-4, rel=1e-2)

@@ -30,7 +30,8 @@ HEAD_DIM = 32 // HEADS
 
 
 def watch(model, optimizer, **options):
-    settings = {"config": "observe", "sinks": [], "log_every": 100} | options
+    own = {"config": "observe", "sinks": [], "log_every": 100, "schedule": "fixed"}
+    settings = own | options
     return stabmon.AttentionStabilityMonitor(model, optimizer, **settings)
 
 

@@ -124,3 +124,22 @@ def test_a_bad_gradient_with_a_bad_loss_is_critical_at_once():
         with_last(non_finite=bad(80, "gradient"), losses=(), loss=float("nan")), [NonFinite()]
     )
     assert [i.severity for i in found] == ["critical"]
+
+
+def test_an_episode_that_returns_is_an_issue_of_its_own_whatever_the_cooldown():
+    watched = list(WELL)
+    for at in (2, 3, 6, 7):  # finite again at 4 and 5, for long enough to close
+        began = watched[2 if at < 4 else 6].step
+        watched[at] = replace(
+            watched[at], non_finite=replace(bad(began, "activation"), touched="gradients")
+        )
+    issues = run(watched, [NonFinite()], cooldown_steps=10_000)
+    assert [(each.step, each.state, each.severity) for each in issues] == [
+        (watched[2].step, "opened", "warning"),
+        (watched[5].step, "closed", "info"),
+        (watched[6].step, "opened", "warning"),
+    ]
+    assert [issues[0].evidence["found_at"], issues[2].evidence["found_at"]] == [
+        watched[2].step,
+        watched[6].step,
+    ]

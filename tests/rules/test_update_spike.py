@@ -216,3 +216,50 @@ def test_a_brisk_beginning_is_an_issue_only_once_heads_break():
         if issue.issue_type == "update_spike"
     ]
     assert [issue.evidence["fitting_rate"] for issue in found] == [1e-3]
+
+
+def ahead(rate, moved, others=1e-3, count=12):
+    """Readings of three groups, of which the second holds W_q and W_k; heads break at the fourth."""
+    course = watched([rate] * count, [moved] * count)
+    return broken(
+        [
+            replace(
+                r,
+                learning_rates={"0.0": others, "0.1": rate, "0.2": others},
+                updates={"0.0": 0.004, "0.1": moved, "0.2": 0.002},
+                query_key_groups=("0.1",),
+            )
+            for r in course
+        ]
+    )
+
+
+def test_the_group_of_queries_and_keys_that_is_ahead_of_all_others_is_named():
+    found = run(ahead(3e-2, 0.06), [UpdateSpike(), LogitGrowth()])
+    (issue,) = [i for i in found if i.issue_type == "update_spike"]
+    assert (issue.layer, issue.is_alarm, issue.value) == (None, True, 3e-2)
+    assert issue.evidence["fitting_multiples"] == {"0.1": pytest.approx(30 / 20)}
+    assert issue.evidence["fitting_rates"] == {"0.1": pytest.approx(1.5e-3)}
+    assert "parameter group 0.1 (" in issue.suggestion
+
+
+@pytest.mark.parametrize(
+    ("rate", "moved"),
+    [
+        (3e-2, 0.008),  # a rate that moves them little more than the others
+        (2e-3, 0.06),  # about the others' rate: it is not the rate
+    ],
+)
+def test_a_group_that_is_not_ahead_by_its_rate_is_not_named(rate, moved):
+    found = run(ahead(rate, moved), [UpdateSpike(), LogitGrowth()])
+    assert not [i for i in found if "fitting_multiples" in i.evidence]
+
+
+def test_a_group_at_the_rate_that_fits_is_no_issue_any_more():
+    course = ahead(3e-2, 0.06)
+    course = [*course[:6], *(replace(r, rate_factors={"0.1": 0.05}) for r in course[6:])]
+    found = [
+        i for i in run(course, [UpdateSpike(), LogitGrowth()]) if i.issue_type == "update_spike"
+    ]
+    assert [i.state for i in found] == ["opened", "closed"]
+    assert found[-1].value == pytest.approx(1.5e-3)

@@ -74,7 +74,7 @@ def make_runs(root: Path) -> dict[str, Path]:
     train_into(folders["damaged"], 60, between=grow)
     train_into(folders["guarded"], 60, between=grow, config="guard")
     train_into(folders["broken"], 12, between=break_weight)
-    train_into(folders["empty"], 3, log_every=50)
+    train_into(folders["empty"], 3, log_every=50, schedule="fixed")
     _resume(folders["resumed"])
     _kill(folders["healthy"], folders["killed"])
     return folders

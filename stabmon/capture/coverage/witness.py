@@ -12,6 +12,7 @@ and no tensor is kept.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ class Witness:
         self.unseen: dict[str, str] = {}
         self.seen: set[str] = set()
         self.trace: OpTrace | None = None
-        self._session = session
+        self._session: CaptureSession = weakref.proxy(session)  # which holds this
         self._due = self._waits = False
         self._forwards = 0
         self._start = 0

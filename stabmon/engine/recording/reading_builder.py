@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
-from stabmon._torch.process_group import rank
+from stabmon._torch.process_group import rank, world_size
 from stabmon.capture.coverage.witness import listed
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.engine.rank_reducer import RankReducer
+from stabmon.engine.sampling.schedule import Plan, Schedule
 from stabmon.engine.step_length.rate_watch import RateWatch
 from stabmon.engine.step_observer import StepObserver
 from stabmon.engine.updates.qk_updates import with_adapters
@@ -35,6 +36,7 @@ class ReadingBuilder:
         rate_factors: returns the share of its scheduled rate that each group used.
         boundary: counts failures, and the time that stabmon takes.
         amend: adds to the run's metadata.
+        schedule: chooses the next sample.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class ReadingBuilder:
         rate_factors: Callable[[], Mapping[str, float]],
         boundary: ErrorBoundary,
         amend: Callable[[Mapping[str, Any]], None],
+        schedule: Schedule,
     ) -> None:
         self.ranks: RankReducer | None = None
         """Reduces sampled steps over ranks; None to report this rank alone."""
@@ -54,7 +57,7 @@ class ReadingBuilder:
         """The step of the newest reading."""
         self._observer, self._optimizers, self._rates = observer, optimizers, rates
         self._rate_factors, self._boundary, self._amend = rate_factors, boundary, amend
-        self._unseen_reported = 0
+        self._schedule, self._unseen_reported = schedule, 0
         self._short_rows: set[str] = set()
         """Layers whose rows were found to see few keys."""
 
@@ -73,19 +76,21 @@ class ReadingBuilder:
         """
         seen = self._observer
         sums: Any = seen.measurements.sums
+        together = self.ranks is not None and world_size() > 1
         if ctx.sampled and self.ranks is not None:
             # the first action of all, before anything may fail: other ranks wait for it
-            sums = self.ranks.reduce(sums)
-        if not seen.forwards.count:
-            seen.find_compiled_wrapper()
+            wish = self._wish(ctx, updates) if together and self._schedule.adapts else ()
+            sums, agreed = self.ranks.reduce(sums, wish)
+            if together:
+                self._schedule.follow(ctx.step, Plan.of_ranks(agreed))
+        is_found = not seen.forwards.count and seen.find_compiled_wrapper()
         if not ctx.sampled and not has_news:
             return None
         layers = to_host(sums) if ctx.sampled else {}
         self._report_unseen()
         self._report_short_rows(layers)
-        if ctx.sampled and not layers and (why := seen.explain_missing_attention()):
-            error = RuntimeError(f"step {ctx.step}: {why}")
-            self._boundary.failed("sampling", error, traceback=False)
+        if ctx.sampled and not layers and not is_found:
+            self._report_missing(ctx.step)
         losses, rates = seen.losses.drain(), self._optimizers.learning_rates()
         for step, loss in losses if watches_losses else ():
             if not math.isfinite(loss):
@@ -107,9 +112,42 @@ class ReadingBuilder:
             learning_rates=rates,
             rate_factors=self._rate_factors(),
             updates=updates.groups,
+            query_key_groups=updates.query_key_groups,
         )
         self.last_step = ctx.step
+        if ctx.sampled and not together:
+            self._schedule.follow(ctx.step, self._schedule.plan(reading))
+        self._schedule.add(reading)
         return reading
+
+    def _wish(self, ctx: StepContext, updates: UpdatesOfStep) -> Sequence[float]:
+        """Return the plan of this rank, by what it knows before it hears of others.
+
+        Losses since the last sample are not known yet, and count at the next.
+        """
+        try:
+            known = Reading(
+                ctx.step,
+                None,
+                to_host(self._observer.measurements.sums),
+                gradients=self._observer.gradients,
+                query_key=updates.query_key,
+                non_finite=self.detector.found_since(self.last_step),
+                learning_rates=self._optimizers.learning_rates(),
+                rate_factors=self._rate_factors(),
+                updates=updates.groups,
+            )
+            plan = self._schedule.plan(known)
+        except Exception as error:  # others wait for this rank
+            self._boundary.failed("schedule", error)
+            plan = None
+        return (plan or Plan(self._schedule.log_every, 1)).for_ranks
+
+    def _report_missing(self, step: int) -> None:
+        """Count and log a sampled step without attention."""
+        if why := self._observer.explain_missing_attention():
+            error = RuntimeError(f"step {step}: {why}")
+            self._boundary.failed("sampling", error, traceback=False)
 
     def _report_unseen(self) -> None:
         """Warn of attention that is not seen, and add it to the run's metadata."""

@@ -48,9 +48,11 @@ def run_meta(
             ),
         },
         "sampling": {
+            "schedule": config.schedule,
             "every": config.log_every,
             "unit": "optimizer step",
-            "first": config.log_every,
+            "first": config.log_every if config.schedule == "fixed" else 1,
+            "max_overhead": config.max_overhead if config.schedule == "adaptive" else None,
         },
         "continues": continues,
         "started": utc_now(),

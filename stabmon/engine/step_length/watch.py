@@ -117,6 +117,10 @@ class StepLength(StepListener):
         """
         return self._probe.shorten(factors) if self._probe.active else None
 
+    def rolled_back(self, step: int) -> None:
+        """Forget what steps have shown so far, after a return to the state after ``step``."""
+        self.rates.reset()
+
     def close(self) -> None:
         self._probe.end()
         while self._hooks:

@@ -115,6 +115,11 @@ class QKUpdates:
             for name, (gradient, weight, update) in zip(names, table, strict=True)
         }
 
+    def trained(self) -> list[Tensor]:
+        """Return the parameters measured so far: W_q and W_k, or the adapters on them."""
+        own = [parameter for parts in self._parts.values() for parameter, *_ in parts]
+        return [*own, *(each for found in self._adapters.values() for each in found.trained)]
+
     def _adapter_norm(self, layer: str, measure: Literal["before", "change"]) -> Tensor | None:
         """Return a norm of a layer with adapters; drop the layer if that fails."""
         try:

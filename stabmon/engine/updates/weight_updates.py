@@ -22,13 +22,16 @@ class UpdatesOfStep:
     """Norms of the changes of W_q and W_k, by layer."""
     groups: dict[str, float] = field(default_factory=dict)
     """Relative change of each parameter group, by key."""
+    query_key_groups: tuple[str, ...] = ()
+    """Keys of the parameter groups that W_q and W_k are in."""
 
 
 class WeightUpdates(StepListener):
     """Copies of weights from before the optimizers step, compared afterwards.
 
-    The comparison comes after every listener's ``on_step_end``, so that the edits of interventions
-    count as part of the step.
+    The comparison comes after every listener's ``on_step_end``, so that a step that an intervention
+    shortens counts as the shorter one; but before weights are edited otherwise, as by a clip that
+    is held: an edit is no step of the optimizer.
 
     Args:
         optimizers: the run's optimizers.
@@ -48,11 +51,15 @@ class WeightUpdates(StepListener):
         self._optimizers, self._scheduled = optimizers, scheduled
         self._measurements = measurements
         self._query_key, self._groups = QKUpdates(), GroupUpdates()
+        self._measured: UpdatesOfStep | None = None
+        """The changes of the present step, once they are measured."""
+        self._is_pending = False
 
     def before_optimizer_step(self, ctx: StepContext) -> None:
         if not ctx.sampled:
             return
         self._optimizers.note_rates(ctx.optimizer, self._scheduled)
+        self._measured, self._is_pending = None, True
         if ctx.is_first:
             self._groups.before(self._optimizers.groups())
         seen = self._measurements
@@ -61,8 +68,24 @@ class WeightUpdates(StepListener):
     @contained
     def measure_updates(self, ctx: StepContext) -> UpdatesOfStep | None:
         """Compare the weights of a sampled step with their copies, and drop the copies."""
-        if not ctx.sampled:
-            return None
-        return UpdatesOfStep(
-            self._query_key.after(scaled=self._optimizers.scales), self._groups.after()
+        self.measure_now()
+        measured, self._measured = self._measured, None
+        return (measured or UpdatesOfStep()) if ctx.sampled else None
+
+    @contained
+    def measure_now(self) -> None:
+        """Compare the weights now, of a sampled step that is not measured yet."""
+        if self._is_pending:
+            self._is_pending = False
+            query_key = self._query_key.after(scaled=self._optimizers.scales)
+            self._measured = UpdatesOfStep(
+                query_key, self._groups.after(), self._groups_of_query_key()
+            )
+
+    def _groups_of_query_key(self) -> tuple[str, ...]:
+        own = {id(each) for each in self._query_key.trained()}
+        return tuple(
+            group.key
+            for group in self._optimizers.groups()
+            if any(id(each) in own for each in group.parameters)
         )

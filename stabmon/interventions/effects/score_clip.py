@@ -107,7 +107,7 @@ class ScoreClip(HeldEffect):
                     else self._find_proposal(name, measured)
                 )
             except NotApplicable as error:
-                refused.append(error)
+                refused.append(error.with_traceback(None))
                 todo.pop(name, None)
                 waiting = [each for each in waiting if each != name]
                 continue
@@ -292,7 +292,10 @@ class ScoreClip(HeldEffect):
                 if _module(layer) in self._parts
             }
             scores = self._recent.add(scores, parts)
-        for name, factors in self._factors(scores, self.targets).items():
+        todo = self._factors(scores, self.targets)
+        if todo:
+            self.run.note_edit()
+        for name, factors in todo.items():
             if name in ineffective or self.abandoned_reason:
                 continue
             self._apply(name, factors, {}, scores)

@@ -169,6 +169,11 @@ class HealthyStates(Prepared):
         known = self.run.history.recent_losses
         return known[known[:, 0] > self._left_behind]
 
+    def close(self) -> None:
+        """Drop the states in memory; files stay, for a resume."""
+        self._healthy = self._healthy if isinstance(self._healthy, Path) else None
+        self._candidate = self._candidate if isinstance(self._candidate, Path) else None
+
     def keep(self, snapshot: Snapshot, name: str) -> Snapshot | Path:
         """Keep a snapshot in memory, or in a file where it is too large.
 

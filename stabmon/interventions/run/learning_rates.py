@@ -227,9 +227,11 @@ class LearningRates:
                     ),
                 ]
 
+        own = [each]  # not kept once it is released: who holds the function returned may own it
+
         def release() -> None:
-            if each in held:
-                held.remove(each)
+            while own:
+                held.remove(own.pop())
             if not (self._factors or self._ceilings or self._ramps):
                 for at in list(self._saved):
                     self._restore(at)

@@ -33,11 +33,15 @@ class StepHooks:
     """
 
     def __init__(self) -> None:
-        self._callbacks: dict[Mark, list[Callable[..., None]]] = {
+        self._callbacks: dict[Mark, list[list[Callable[..., None]]]] = {
             "attention": [],
             "before_optimizer_step": [],
             "on_step": [],
         }
+        """Lists of one callback each: whoever can remove it holds the list, and it is emptied then.
+
+        An effect holds the function that removes its own method, which would keep it alive.
+        """
 
     def add(
         self, mark: Mark, callback: Callable[..., None], *, first: bool = False
@@ -52,13 +56,19 @@ class StepHooks:
         Returns:
             A function that removes it, which may be called twice.
         """
-        self._callbacks[mark].insert(0 if first else len(self._callbacks[mark]), callback)
+        entry, entries = [callback], self._callbacks[mark]
+        entries.insert(0 if first else len(entries), entry)
 
         def remove() -> None:
-            if callback in self._callbacks[mark]:
-                self._callbacks[mark].remove(callback)
+            self._remove(mark, entry)
 
         return remove
+
+    def clear(self) -> None:
+        """Remove every callback."""
+        for mark, entries in self._callbacks.items():
+            for entry in list(entries):
+                self._remove(mark, entry)
 
     def wants(self, mark: Mark) -> bool:
         """Return whether a callback waits for a moment; attention is captured only if so."""
@@ -71,15 +81,19 @@ class StepHooks:
             mark: the moment.
             *args: the arguments of the callbacks.
         """
-        for callback in list(self._callbacks[mark]):
+        for entry in list(self._callbacks[mark]):
             try:
-                callback(*args)
+                for callback in list(entry):
+                    callback(*args)
             except Exception as error:
-                if callback in self._callbacks[mark]:
-                    self._callbacks[mark].remove(callback)
+                self._remove(mark, entry)
                 logger.error(
                     "A held intervention failed at %s and is left out, training goes on: %s",
                     mark,
                     error,
                     exc_info=error,
                 )
+
+    def _remove(self, mark: Mark, entry: list[Callable[..., None]]) -> None:
+        entry.clear()
+        self._callbacks[mark] = [each for each in self._callbacks[mark] if each is not entry]

@@ -45,6 +45,9 @@ class Prepared:
             healthy: loss and gradients are finite, and no issue is open that may make it diverge.
         """
 
+    def close(self) -> None:
+        """Drop what is kept in memory: the run is over."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on: plain values, for JSON."""
         return {}
@@ -111,6 +114,10 @@ class TrainingRun:
 
     It returns a function that undoes it, or None where the step was not probed.
     """
+    before_edit: list[Callable[[], None]] = field(default_factory=list)
+    """Functions called before held interventions edit weights after an optimizer's step."""
+    on_intervention_end: list[Callable[[], None]] = field(default_factory=list)
+    """Functions called after an intervention was undone or released."""
     on_rollback: list[Callable[[int], None]] = field(default_factory=list)
     """Functions called after a rollback, with the step whose state the run was set to."""
 
@@ -218,6 +225,18 @@ class TrainingRun:
             NotApplicable: if there is none.
         """
         return self.torch_optimizers[0]
+
+    def note_edit(self) -> None:
+        """Report that weights are about to be edited, so that the step itself is measured first.
+
+        Example:
+            >>> run = TrainingRun(None)
+            >>> run.before_edit.append(lambda: print("measured"))
+            >>> run.note_edit()
+            measured
+        """
+        for notify in self.before_edit:
+            notify()
 
     def newest_harmless_nonfinite(self) -> NonFinite | None:
         """Return the newest NaN or inf, if it has not reached the weights.

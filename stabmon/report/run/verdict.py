@@ -278,10 +278,11 @@ def _missing(run: Run) -> tuple[str, ...]:
 def _why_empty(run: Run) -> str:
     sampling = run.meta.get("sampling")
     every = sampling.get("every") if isinstance(sampling, Mapping) else None
+    first = sampling.get("first", every) if isinstance(sampling, Mapping) else None
     if run.state == "running":
-        step = f", step {every}" if every else ""
+        step = f", step {first}" if first else ""
         return f"Wait for the first sampled step{step}, and write the page again."
-    if every:
+    if every and first == every:
         return (
             f"The run sampled every {every} steps: see that it is longer than that, or lower "
             "log_every, and that on_step is called after each optimizer step."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,10 @@ import numpy as np
 from stabmon.rules.evidence.robust_stats import largest, median
 from stabmon.rules.tracking.history import History
 
-LAGS = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Readings to look back.
+JUMP_READINGS, JUMP_STEPS = 2, 10
+"""Readings, or optimizer steps if these are more, over which a change is a jump.
 
-One and two show a jump; the longer ones show growth that no single reading does.
+Readings may be a step apart, and growth over ten steps is then as sudden as over two readings.
 """
 PAST_READINGS = 5
 """Number of readings in the past.
@@ -38,6 +38,8 @@ class Change:
 
     lag: int
     """Readings between the past and the newest reading."""
+    is_jump: bool
+    """True over the shortest spans, which show a jump; longer ones show growth."""
     steps: int
     """Optimizer steps between the past and the newest reading."""
     past_logit: np.ndarray
@@ -53,36 +55,65 @@ class Change:
 
 
 def changes(
-    history: History, lags: Iterable[int] = LAGS, *, least_ratio: float = 0.0
+    history: History, *, jumps_only: bool = False, least_ratio: float = 0.0
 ) -> Iterator[Change]:
-    """Yield the change over every span that the history reaches back.
+    """Yield the change over every span that the history reaches back, the shortest first.
+
+    Spans end at every reading near the newest, and farther back each is an eighth longer than the
+    one before: readings may be unevenly spaced, and no growth falls between two spans.
 
     Args:
         history: the readings so far.
-        lags: readings to look back, ascending.
+        jumps_only: only spans of at most ``JUMP_READINGS`` readings or ``JUMP_STEPS`` steps.
         least_ratio: growth of some head's score without which a span is left out.
     """
     logit, entropy = history.signal("max_logit"), history.signal("normalized_entropy")
     saturated, steps = history.signal("saturated_fraction"), history.steps
     newest = len(steps) - 1
-    for lag in lags:
-        if lag > newest:
+    if newest < 1:
+        return
+    tops = np.maximum(_running_largest(logit), SCORE_FLOOR)
+    for lag in _lags(newest):
+        passed = int(steps[newest] - steps[newest - lag])
+        is_jump = lag <= JUMP_READINGS or passed <= JUMP_STEPS
+        if jumps_only and not is_jump:
             return
         rows = slice(max(0, newest - lag - PAST_READINGS + 1), newest - lag + 1)
-        past_logit = np.maximum(largest(logit[rows]), SCORE_FLOOR)
+        past_logit = tops[newest - lag]
         if least_ratio > 0 and not (logit[newest] >= least_ratio * past_logit).any():
             continue
         past_entropy = median(entropy[rows])
         with np.errstate(divide="ignore", invalid="ignore"):
             yield Change(
                 lag=lag,
-                steps=int(steps[newest] - steps[newest - lag]),
+                is_jump=is_jump,
+                steps=passed,
                 past_logit=past_logit,
                 ratio=logit[newest] / past_logit,
                 past_entropy=past_entropy,
                 kept=entropy[newest] / past_entropy,
                 saturated_rise=saturated[newest] - largest(saturated[rows]),
             )
+
+
+def _lags(most: int) -> Iterator[int]:
+    """Yield readings to look back: all up to 16, then each an eighth more than the last."""
+    lag = 1
+    while lag <= most:
+        yield lag
+        lag += max(1, lag // 8)
+
+
+def _running_largest(values: np.ndarray) -> np.ndarray:
+    """Return the largest finite value of each row of ``[T, N]`` and the ones before it.
+
+    Of ``PAST_READINGS`` rows; NaN where there is none.
+    """
+    finite = np.where(np.isfinite(values), values, np.nan)
+    top = finite.copy()
+    for back in range(1, min(PAST_READINGS, len(values))):
+        np.fmax(top[back:], finite[:-back], out=top[back:])
+    return top
 
 
 def jump_needed(history: History, steps: int, jump: float) -> float:
@@ -124,10 +155,11 @@ def loss_rose(history: History, readings: int, *, past: int = 50) -> bool:
 
     Args:
         history: the readings so far.
-        readings: number of newest readings whose losses are judged.
+        readings: number of newest readings whose losses are judged, and of at least 8 steps.
         past: number of losses before them that make up the usual range.
     """
     since = history.readings[-readings - 1].step if len(history) > readings else 0
+    since = min(since, history.latest.step - 8)
     known = history.recent_losses
     newer, older = known[known[:, 0] > since, 1], known[known[:, 0] <= since, 1][-past:]
     if not len(newer) or len(older) < 8:

@@ -25,6 +25,36 @@ def median(values: np.ndarray) -> np.ndarray:
     return middle
 
 
+def median_over_steps(values: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Return the median of the finite values along the first axis, each for the steps it stands for.
+
+    A value counts for the steps since the one before it, so that readings that are close together
+    do not outweigh others. The same as :func:`median` where steps are evenly spaced.
+
+    Args:
+        values: ``[T, N]``.
+        steps: ``[T]`` increasing steps.
+
+    Example:
+        >>> values = np.array([[9.0], [9.0], [9.0], [1.0], [1.0]])
+        >>> median_over_steps(values, np.array([1, 2, 3, 50, 100]))
+        array([1.])
+    """
+    if len(steps) < 2:
+        return median(values)
+    passed = np.diff(steps, prepend=2 * steps[0] - steps[1])
+    finite = np.isfinite(values)
+    order = np.argsort(np.where(finite, values, np.inf), axis=0)
+    ordered = np.take_along_axis(np.where(finite, values, np.nan), order, axis=0)
+    weights = np.take_along_axis(np.where(finite, passed[:, None], 0), order, axis=0)
+    reached = 2 * weights.cumsum(axis=0)
+    total = weights.sum(axis=0)
+    low, high = (reached >= total).argmax(axis=0), (reached > total).argmax(axis=0)
+    columns = np.arange(values.shape[1])
+    middle: np.ndarray = (ordered[low, columns] + ordered[high, columns]) / 2
+    return middle
+
+
 def robust_spread(values: np.ndarray) -> np.ndarray:
     """Return the standard deviation along the first axis, estimated robustly.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -21,6 +21,28 @@ def update_share(reading: Reading) -> float:
     shares = np.array([moved.relative_update for moved in reading.query_key.values()])
     known = shares[np.isfinite(shares)]
     return float(np.median(known)) if len(known) else float("nan")
+
+
+def shares_of_largest(readings: Sequence[Reading]) -> np.ndarray:
+    """Return ``[T]`` shares as of :func:`update_share`, of the largest W_q and W_k up to then.
+
+    Weights that a clip has made smaller are moved as far as ever, and that is no longer a step.
+
+    >>> from stabmon.records import QKUpdate
+    >>> moves = [QKUpdate(1.0, weight, 0.1) for weight in (1.0, 2.0, 0.1)]
+    >>> shares_of_largest([Reading(at, None, {}, query_key={"a": m}) for at, m in enumerate(moves)])
+    array([0.1 , 0.05, 0.05])
+    """
+    largest: dict[str, float] = {}
+    shares = []
+    for reading in readings:
+        own = []
+        for layer, moved in reading.query_key.items():
+            largest[layer] = max(largest.get(layer, 0.0), moved.weight)
+            own.append(moved.update / largest[layer] if largest[layer] > 0 else np.nan)
+        known = np.array([each for each in own if np.isfinite(each)])
+        shares.append(float(np.median(known)) if len(known) else np.nan)
+    return np.array(shares)
 
 
 def rates_of_groups(history: History) -> dict[str, np.ndarray]:

@@ -40,6 +40,7 @@ class History(ReadingArrays):
     def __init__(self, length: int = 256, baseline_length: int = 5) -> None:
         super().__init__(length, baseline_length)
         self._open: dict[str, dict[tuple[str | None, int | None], float]] = {}
+        self._alarmed: set[tuple[str, str | None]] = set()
         """Threshold of every open issue, by type, layer and head."""
 
     def is_open(self, issue_type: str) -> np.ndarray:
@@ -58,6 +59,15 @@ class History(ReadingArrays):
             head: query head; None for the layer.
         """
         return (layer, head) in self._open.get(issue_type, {})
+
+    def is_alarmed_at(self, issue_type: str, layer: str | None) -> bool:
+        """Return True if an alarm of this type is open at a layer or any of its heads.
+
+        Args:
+            issue_type: type of the issue.
+            layer: qualified name; None for the run.
+        """
+        return (issue_type, layer) in self._alarmed
 
     def open_level_at(
         self, issue_type: str, layer: str | None = None, head: int | None = None
@@ -111,8 +121,10 @@ class History(ReadingArrays):
 
     def set_open(self, issues: Iterable[tuple[StabilityIssue, int]]) -> None:
         """Set the issues that are open, each with the step at which it opened."""
-        self._open = {}
+        self._open, self._alarmed = {}, set()
         oldest = self.readings[0].step if self.readings else 0
         for issue, since in issues:
             level = issue.threshold if since >= oldest else np.nan
             self._open.setdefault(issue.issue_type, {})[issue.layer, issue.head] = level
+            if issue.is_alarm:
+                self._alarmed.add((issue.issue_type, issue.layer))

@@ -64,6 +64,12 @@ class Table:
         """Remove the newest row again; its part of the baseline stays."""
         self._end = max(0, self._end - 1)
 
+    def keep_oldest(self, count: int) -> None:
+        """Remove all rows but the oldest; the baseline stays."""
+        rows = self.rows[:count].copy()
+        self._data[:] = np.nan
+        self._data[: len(rows)], self._end = rows, len(rows)
+
     def state_dict(self) -> dict[str, Any]:
         """Return rows and first values, bit for bit, as text."""
         return {"rows": _pack(self.rows), "first": _pack(self._first)}
@@ -121,6 +127,10 @@ class Columns:
     def drop_newest(self) -> None:
         """Remove the newest row again."""
         self._table.drop_newest()
+
+    def keep_oldest(self, count: int) -> None:
+        """Remove all rows but the oldest."""
+        self._table.keep_oldest(count)
 
     def column(self, name: str) -> np.ndarray:
         """Return ``[T]``, oldest first; NaN where the row did not have it."""

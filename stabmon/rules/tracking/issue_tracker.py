@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from stabmon._storage.stored_value import Stored
 from stabmon.records import SEVERITIES, Reading, StabilityIssue
@@ -14,6 +14,16 @@ from stabmon.rules.evidence.own_past import own_past
 from stabmon.rules.tracking.history import History
 
 Key = tuple[str, str | None, int | None]
+Found = dict[Key, tuple[StabilityIssue, str]]
+"""What holds at a reading: the worst issue of each place, and the name of its rule."""
+
+
+class Judge(Protocol):
+    """Decides which of the rules' issues are alarms."""
+
+    def judge(self, history: History, found: Found) -> tuple[dict[str, float], Found]:
+        """Return the risk of each layer, and the issues as they are to be reported."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ class IssueTracker:
     its value goes far further (see :func:`~stabmon.rules.base.worsened`). It closes, as ``info``,
     after ``clear_after`` readings in a row that measured the place and did not find it anomalous; a
     reading without values for the head counts neither way. What closed does not open again within
-    ``cooldown_steps``, unless it comes back worse than it ever was.
+    ``cooldown_steps``, unless it comes back worse than it ever was, is critical, or rests on
+    something newly found, as a NaN does after finite losses. Nothing is kept quiet for what came
+    before an intervention ended, see :meth:`end_cooldowns`.
 
     Issues of one reading come most severe first; each carries in ``evidence["heads_alike"]`` the
     number of heads of its layer found with the same type at that reading, so that a view can fold a
@@ -60,6 +72,7 @@ class IssueTracker:
         cooldown_steps: optimizer steps.
         on_error: called with the first exception of each rule; a rule that raises is skipped for
             that reading only, and its open issues stay open.
+        judge: decides which issues are alarms; None to leave that to the rules.
 
     Raises:
         ValueError: if ``clear_after`` is below 1 or ``cooldown_steps`` below 0.
@@ -81,6 +94,7 @@ class IssueTracker:
         clear_after: int = 2,
         cooldown_steps: int,
         on_error: Callable[[Exception], None] | None = None,
+        judge: Judge | None = None,
     ) -> None:
         if clear_after < 1 or cooldown_steps < 0:
             raise ValueError(
@@ -93,6 +107,9 @@ class IssueTracker:
         self.clear_after = clear_after
         self.cooldown_steps = cooldown_steps
         self._on_error = on_error
+        self._judge = judge
+        self.risks: dict[str, float] = {}
+        """Risk of each layer at the newest reading, in [0, 1]; empty without a judge."""
         self._reported: set[str] = set()
         self._open: dict[Key, _Open] = {}
         self._closed: dict[Key, _Closed] = {}
@@ -113,12 +130,21 @@ class IssueTracker:
             k: c for k, c in self._closed.items() if reading.step - c.step < self.cooldown_steps
         }
         found, ran = self._run_rules()
+        found = self._judged(found, reading)
         emitted = self._close(found, ran, reading.step)
         alike = Counter(key[:2] for key in found)
         for key, (issue, name) in found.items():
             emitted += self._open_or_worsen(key, issue, name, alike[key[:2]])
         self._update_open_levels()
         return _in_order(emitted)
+
+    def end_cooldowns(self) -> None:
+        """Let every alarm that has closed open again at once.
+
+        To be called when an intervention ends, or the run goes back to an earlier state: an alarm
+        may have closed by the intervention alone, or have been of the course that was left.
+        """
+        self._closed = {k: c for k, c in self._closed.items() if not c.issue.is_alarm}
 
     def state_dict(self) -> dict[str, Any]:
         """Return history, open issues and cooldowns as plain values.
@@ -175,9 +201,18 @@ class IssueTracker:
     def _update_open_levels(self) -> None:
         self.history.set_open((entry.issue, entry.since) for entry in self._open.values())
 
-    def _run_rules(self) -> tuple[dict[Key, tuple[StabilityIssue, str]], set[str]]:
+    def _judged(self, found: Found, reading: Reading) -> Found:
+        if self._judge is None or not reading.layers:
+            return found
+        try:
+            self.risks, found = self._judge.judge(self.history, found)
+        except Exception as error:
+            self._report("risk", error)
+        return found
+
+    def _run_rules(self) -> tuple[Found, set[str]]:
         """Return the worst issue of each place with its rule, and the rules that ran."""
-        found: dict[Key, tuple[StabilityIssue, str]] = {}
+        found: Found = {}
         ran: set[str] = set()
         for rule, name in zip(self.rules, self._names, strict=True):
             try:
@@ -238,7 +273,7 @@ class IssueTracker:
         if entry is not None and not worsened(issue, entry.issue):
             self._open[key] = replace(entry, absent=0) if entry.absent else entry
             return []
-        if entry is None and closed is not None and not worsened(issue, closed.issue):
+        if entry is None and closed is not None and self._is_quiet(issue, closed.issue):
             return []
         evidence = {
             **self._own_past(issue, name),
@@ -248,6 +283,11 @@ class IssueTracker:
         issue = replace(issue, state="opened" if entry is None else "worsened", evidence=evidence)
         self._open[key] = _Open(issue, name, issue.step if entry is None else entry.since)
         return [issue]
+
+    @staticmethod
+    def _is_quiet(issue: StabilityIssue, closed: StabilityIssue) -> bool:
+        """Return whether the cooldown of a closed issue covers its return."""
+        return issue.severity != "critical" and not worsened(issue, closed)
 
     def _own_past(self, issue: StabilityIssue, name: str) -> dict[str, float]:
         """Return the past of the issue's value, where it is that of a signal."""

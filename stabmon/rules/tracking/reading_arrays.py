@@ -55,6 +55,8 @@ class ReadingArrays:
         self._overshoot: Overshoot | None = None
         self._pushed_out: list[Reading] = []
         """Readings that the newest one has pushed out."""
+        self.count = 0
+        """Readings of the run so far, also those that were dropped."""
 
     def __len__(self) -> int:
         return len(self.readings)
@@ -83,7 +85,8 @@ class ReadingArrays:
 
         NaN where it was not measured.
         """
-        newest: np.ndarray = self.signal(name)[-1]
+        rows = self.signal(name)
+        newest: np.ndarray = rows[-1] if len(rows) else np.full(len(self.heads), np.nan)
         return newest
 
     def baseline(self, name: str) -> np.ndarray:
@@ -165,6 +168,7 @@ class ReadingArrays:
         One between samples stands only until the next comes, so that rows are evenly spaced.
         """
         self._drop_unsampled()
+        self.count += 1
         for layer, values in reading.layers.items():
             known = reading.info.get(layer)
             if layer not in self._index:
@@ -186,12 +190,30 @@ class ReadingArrays:
         self._recent_losses = None
         self._add_columns(reading)
 
+    def rolled_back(self, step: int) -> None:
+        """Drop what was read after ``step``, whose state the run is in again.
+
+        Scores, gradients and losses of the course that was left are no past of what comes now. A
+        finding that the rate is too high stays.
+
+        Args:
+            step: the optimizer step after which the state was taken.
+        """
+        self.readings = [reading for reading in self.readings if reading.step <= step]
+        self._pushed_out = []
+        rows: list[Table | Columns] = [*self._tables.values(), *self._columns.values()]
+        for each in rows:
+            each.keep_oldest(len(self.readings))
+        self.losses = [(at, loss) for at, loss in self.losses if at <= step]
+        self._recent_losses = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values.
 
         JSON and ``torch.save`` both take them; arrays are packed as text.
         """
         return {
+            "count": self.count,
             "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
             "info": {layer: info.to_dict() for layer, info in self.info.items()},
             "losses": [list(pair) for pair in self.losses],
@@ -237,6 +259,7 @@ class ReadingArrays:
             reading = stored_reading(each, fresh.info, fresh._values(row), dropped)
             fresh.readings.append(reading)
             fresh._add_columns(reading)
+        fresh.count = saved.get("count", len(fresh.readings)).integer()
         fresh._overshoot = saved.get("overshoot", None).maybe(Overshoot.from_dict)
         vars(self).update(vars(fresh))
 

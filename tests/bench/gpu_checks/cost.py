@@ -84,7 +84,12 @@ class Stepper:
         self.batch = tokens(self.place, s.batch, s.length, s.vocabulary)
         if self.watched:
             self.monitor = stabmon.AttentionStabilityMonitor(
-                self.called, self.optimizer, config="observe", log_every=self.every, sinks=[]
+                self.called,
+                self.optimizer,
+                config="observe",
+                log_every=self.every,
+                schedule="fixed",
+                sinks=[],
             )
 
     def step(self) -> None:

@@ -74,7 +74,7 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
     monitor = None
     if config is not None:
         monitor = stabmon.AttentionStabilityMonitor(
-            model, optimizer, config=config, log_every=log_every, sinks=[keep]
+            model, optimizer, config=config, log_every=log_every, schedule="fixed", sinks=[keep]
         )
     data, noise = (
         torch.Generator().manual_seed(recipe.seed),

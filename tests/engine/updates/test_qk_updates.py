@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import stabmon
+from stabmon.interventions.qk_clip import QkClip
+from stabmon.records import StabilityIssue
 from stabmon.sinks.reader import read_records
 from tests.support.small_runs import (
     Floats,
@@ -40,7 +42,7 @@ def test_norms_are_those_of_the_queries_and_keys_alone(name, tmp_path):
     model = {"gpt2": gpt2, "llama": llama}[name]()
     optimizer, parts = optimizer_of(model), query_key(name, model)
     monitor = stabmon.AttentionStabilityMonitor(
-        model, optimizer, log_every=2, sinks=["jsonl"], run_dir=tmp_path
+        model, optimizer, log_every=2, schedule="fixed", sinks=["jsonl"], run_dir=tmp_path
     )
     train(model, monitor, optimizer, batches(1))
     before = [p.detach()[at].clone() for p, at in parts]
@@ -153,3 +155,29 @@ def test_under_adapters_it_is_what_they_effectively_make_of_the_weights_and_trai
             )
             assert step.gradient > 0
     monitor.close()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_clip_that_is_held_is_no_part_of_the_optimizers_step(name):
+    model = {"gpt2": gpt2, "llama": llama}[name]()
+    optimizer, parts = optimizer_of(model), query_key(name, model)
+    around = []
+    for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
+        register(lambda *_: around.append([p.detach()[at].clone() for p, at in parts]))
+    with stabmon.AttentionStabilityMonitor(model, optimizer, log_every=1, sinks=[]) as monitor:
+        train(model, monitor, optimizer, batches(2))
+        layer = next(iter(monitor._tracker.history.layers))
+        issue = StabilityIssue(2, layer, None, "logit_growth", "error", 1.0, 0.5, "")
+        assert monitor.apply(QkClip(target=1e-3, issues=(issue,)), hold=True)
+        around.clear()
+        for rates in (1e-2, 1e-2):  # each step leaves scores above the target
+            optimizer.param_groups[0]["lr"] = rates
+            train(model, monitor, optimizer, batches(1))
+        assert not monitor.errors
+        for reading, before, after in zip(
+            monitor._tracker.history.readings[-2:], around[::2], around[1::2], strict=True
+        ):
+            step = norm(now - was for now, was in zip(after, before, strict=True))
+            clipped = norm(p.detach()[at] for p, at in parts) / norm(after)
+            assert reading.query_key[layer].update == pytest.approx(step, rel=1e-5)
+        assert clipped < 0.99

@@ -124,3 +124,28 @@ def test_state_comes_back_bit_for_bit_through_json():
 def test_a_state_of_another_baseline_is_refused():
     with pytest.raises(ValueError, match="use the same baseline_length"):
         History(baseline_length=3).load_state_dict(filled(9).state_dict())
+
+
+def test_after_a_rollback_the_course_that_was_left_is_no_past():
+    history, twin = filled(12, length=6), filled(9, length=6)
+    steps = history.steps.tolist()
+    assert len(steps) == 6
+    history.rolled_back(steps[2])
+    assert history.steps.tolist() == steps[:3]
+    assert max(step for step, _ in history.losses) <= steps[2]
+    for name in ("max_logit", "normalized_entropy"):
+        assert history.signal(name).shape[0] == 3
+        np.testing.assert_array_equal(history.signal(name), twin.signal(name)[-3:])
+        np.testing.assert_array_equal(history.baseline(name), twin.baseline(name))
+    assert history.count == 12
+    resumed = History(length=6)
+    resumed.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    assert resumed.count == 12
+    for each in (history, resumed):
+        each.add(reading(200, {LAYERS[0]: [9.0] * 4}))
+        assert each.steps.tolist() == [*steps[:3], 200]
+        assert each.signal("max_logit").shape[0] == 4
+    history.rolled_back(0)
+    assert len(history) == 0
+    assert np.isnan(history.now("max_logit")).all()
+    assert history.recent_losses.shape == (0, 2)

@@ -196,3 +196,33 @@ def test_a_resumed_run_emits_what_the_whole_run_emits(cut, through, tmp_path):
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ValueError, match="use at least 1 and 0"):
         IssueTracker([], **{"history": History(), "cooldown_steps": 1, **options})
+
+
+def test_a_critical_alarm_is_never_kept_quiet():
+    script = dict.fromkeys((1, 6), ("critical", 12.0))
+    assert emitted(script, 6, cooldown_steps=50) == [
+        (1, "opened", "critical"),
+        (3, "closed", "info"),
+        (6, "opened", "critical"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("severity", "expected"),
+    [
+        ("error", [(1, "opened"), (3, "closed"), (6, "opened")]),
+        ("warning", [(1, "opened"), (3, "closed")]),
+    ],
+)
+def test_an_alarm_may_return_at_once_after_an_intervention_has_ended(severity, expected):
+    keeper = IssueTracker(
+        [Scripted(dict.fromkeys((1, 5, 6), (severity, 12.0)))],
+        history=History(),
+        cooldown_steps=50,
+    )
+    found = []
+    for reading in readings(QUIET, every=1)[:6]:
+        if reading.step == 6:
+            keeper.end_cooldowns()
+        found += [(issue.step, issue.state) for issue in keeper.update(reading)]
+    assert found == expected
