@@ -266,6 +266,20 @@ def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_
     assert differences(bits, all_bits(run)) == [], "it is below what it may come to"
 
 
+def test_a_head_that_has_learned_since_is_not_reset() -> None:
+    run = run_of("llama-sdpa", steps=3)
+    layer = first_layer(run)
+    before = scores_of(run)[layer]
+    run.history.treated = {layer}
+    moments = [entries["exp_avg"].clone() for entries in run.optimizer.state.values()]
+    clip = QkClip(fresh=before[1] / 100, floor=before[1] / 4, widest=before[1] / 2)
+    _ = clip.apply(run, growth(layer, from_the_start=True))
+    assert scores_of(run)[layer][1] == pytest.approx(before[1] / 2, rel=0.01)
+    kept = [entries["exp_avg"] for entries in run.optimizer.state.values()]
+    assert all(torch.equal(now, was) for now, was in zip(kept, moments, strict=True))
+    assert run.rate_factor == 1
+
+
 def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
     run = run_of("llama-sdpa")
     layer = first_layer(run)
