@@ -54,4 +54,4 @@ class DeviceTimer:
         marks, self._marks = self._marks, []
         for device in {device for device, *_ in marks}:
             torch.cuda.current_stream(device).synchronize()
-        return sum(begin.elapsed_time(end) for _, begin, end in marks) / 1000
+        return float(sum(begin.elapsed_time(end) for _, begin, end in marks)) / 1000

@@ -425,7 +425,7 @@ class AttentionStabilityMonitor:
         if diagnosis is not None:
             self._schedule.heed(diagnosis.open_issues, alone=alone)
         self._schedule.end_step(ctx.step, self.boundary.seconds, sampled=ctx.sampled)
-        if alone:
+        if alone and self._schedule.adapts:
             self._schedule.watch(ctx.step, ctx.loss, self._parts.optimizers.learning_rates())
 
     @contained

@@ -116,7 +116,7 @@ class QkClip(Intervention):
                 aim = self.aim(run, issue, place[1])
                 targets[place] = min(aim, targets.get(place, np.inf))
                 fixed = self.target is not None or issue.issue_type == "precision_insufficient"
-                widest = min(self.widest, largest_score(run.history.info.get(place[0])))
+                widest = min(self.widest, largest_score(run.history.info.get(place[0] or "")))
                 limits[place] = min(aim if fixed else max(aim, widest), limits.get(place, np.inf))
         if not targets:
             raise NotApplicable("no head is named: give an issue that names its layer")

@@ -128,7 +128,8 @@ class OverflowRisk(Rule):
 
     def _exponentials(self, history: History) -> Iterable[StabilityIssue]:
         """Yield one issue for each head whose hand-written exponentials near their end."""
-        used = history.now("exp_range")
+        by_hand = history.layer_values(lambda info: float(info.exp_dtype is not None)) == 1.0
+        used = np.where(by_hand, history.now("exp_range"), np.nan)
         if not (used >= FORECAST_FROM * self.exp_warning).any():
             return
         forecast = forecast_score(
@@ -141,6 +142,7 @@ class OverflowRisk(Rule):
         steps = history.steps[-FORECAST_READINGS:]
         comes = forecast.warns(float(steps[-1] - steps[0]))
         level = self.exp_warning * np.where(history.is_open("overflow_risk"), self.clears, 1.0)
+        comes &= by_hand
         alarm = (used >= self.exp_error) | ((used >= self.exp_warning) & comes)
         for n in np.flatnonzero(alarm | comes | (used >= level)).tolist():
             severity: Severity = "error" if alarm[n] else "warning"
@@ -152,7 +154,7 @@ class OverflowRisk(Rule):
         self, history: History, n: int, severity: Severity, used: float, forecast: Forecast
     ) -> StabilityIssue:
         layer, head = history.heads[n]
-        format_ = history.info[layer].exp_dtype or "float32"
+        format_ = str(history.info[layer].exp_dtype)
         limit, eta = math.log(LARGEST[format_]), float(forecast.eta[n])
         return StabilityIssue(
             step=history.latest.step,

@@ -92,8 +92,8 @@ class Measurements:
             self.modules[call.layer] = call.module
 
     @property
-    def adapted(self) -> dict[str, int]:
-        """Fewest keys asked of a row that counts, by signal that then asks for fewer."""
+    def least_visible(self) -> dict[str, int]:
+        """Visible keys that a row needs to count, by signal, where it needs more than 2."""
         least = {name: SIGNALS[name].least_visible for name in self._signals}
         return {name: count for name, count in least.items() if count > 2}
 

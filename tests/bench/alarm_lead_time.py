@@ -1,17 +1,18 @@
 """Measure how long before a failure stabmon raises an alarm, on real small runs.
 
-python tests/bench/alarm_lead_time.py               two runs of each kind, 40 minutes on two cores
-python tests/bench/alarm_lead_time.py --each 4      four of each
-python tests/bench/alarm_lead_time.py --only init   some kinds
-python tests/bench/alarm_lead_time.py --half tuned  the half for tuning levels on
+python tests/bench/alarm_lead_time.py                      both testbeds: some hours on two cores
+python tests/bench/alarm_lead_time.py --testbed byte_gpt   146 byte-level GPTs (or own, or both)
+python tests/bench/alarm_lead_time.py --left-out           risk fitted without the recipe's family
+python tests/bench/alarm_lead_time.py --peers VENV/bin/python   also trainspotter and trainpulse
+python tests/bench/alarm_lead_time.py --only init --half tuned   some kinds, one half, of the own
 
-Every run is trained watched at each fifth step, and so is its healthy paired run; alarms are then
-raised again from the readings of every ``--every``-th step, by the rules and the configuration as
-they are shipped (the same code that runs in training). A run has failed if its final validation
-loss is not finite or lies 0.10 nats above its paired run's; attention was the cause if the same run
-with attention's growth taken away does not fail. The onset of a failure is where the gap between
-the two first stays open. Levels of rules were set on one half of the runs (and on others before);
-what is printed is the other half. Runs are kept in ``--out`` and not trained twice.
+Every run is trained once, read at each step, and kept in ``--out``. Alarms are then raised again
+from these readings by the rules, the risk and the schedules as they are shipped (the same code that
+runs in training). Outcomes come from losses alone: a run has failed if its loss ends above that of
+its healthy paired run (or rises for good, or is not finite), attention was the cause if the same
+run with attention's growth taken away does not fail, and the onset is where the gap stays open. An
+alarm is the first issue of severity error or above. The shipped risk was fitted on runs of these
+testbeds: ``--left-out`` fits it anew for each eighth of the families, on the others.
 """
 
 from __future__ import annotations
@@ -19,222 +20,265 @@ from __future__ import annotations
 if not __package__:
     import on_path  # noqa: F401
 
+import argparse
 import csv
 import json
+import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy.stats
+import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm  # type: ignore[import-untyped]
 
-from tests.bench.testbed.alarms import BASELINES, Alarm, alarms_of
+from stabmon.risk import RiskModel
+from tests.bench.byte_gpt.cases import watched_runs as byte_gpt_runs
+from tests.bench.causes import RIGHT
+from tests.bench.detectors import BESIDE, Alarm, Detector, peers, stabmon_at
+from tests.bench.fit_risk import labelled, left_out_models
+from tests.bench.replay import Sampling
 from tests.bench.testbed.bench import chosen, options
-from tests.bench.testbed.cases import Case, cases, healthy_paired_runs
+from tests.bench.testbed.cases import watched_runs as own_runs
+from tests.bench.watched_run import WatchedRun
 
-ATTENTION = (
-    "entropy_collapse",
-    "logit_growth",
-    "overflow_risk",
-    "precision_insufficient",
-    "attention_spike",
-    "high_curvature",
-)
 INTERVALS = (5, 10, 20, 50)
-Judge = Callable[[Case, int], list[Alarm]]
+SAMPLINGS = [
+    Sampling(every, schedule) for schedule in ("fixed", "adaptive") for every in (5, 20, 50)
+]
 
 
 @dataclass(frozen=True)
 class Row:
     """One run and its first alarm."""
 
+    detector: str
+    testbed: str
     run: str
     kind: str
-    shape: str
-    failed: bool
-    cause: str
-    gap: float
-    onset: int | None
+    label: str
+    at_start: bool
+    has_fault: bool
     fault_step: int
+    onset: int | None
     alarm: int | None
-    """Step of the first alarm after the fault."""
-    early: int | None
-    """Step of an alarm before the fault: a false one."""
+    """Step of the first alarm."""
     lead: int | None
+    """Steps from the alarm to the onset; negative for one that comes late."""
     type: str | None
     where: str | None
+    cause: str | None
+    of_attention: bool | None
+    cause_right: bool | None
+    """None where no cause is right, as in a run without a fault."""
     layer_right: bool | None
-    """True if the alarm's layer is one with the fault; None where all were."""
-    type_right: bool | None
-    """For attention: a type of attention's. Otherwise: none of these."""
+    """True if the alarm names a layer with the fault; None where all have it, or none."""
+
+    @property
+    def before_onset(self) -> bool:
+        return self.lead is not None and self.lead > 0
 
 
-def row(case: Case, judge: Judge, every: int) -> Row:
-    recipe, alarms = case.recipe, judge(case, every)
-    early = next((a for a in alarms if a.step < case.start), None)
-    first = next((a for a in alarms if a.step >= case.start), None)
-    layers = recipe.settings.get("layers")
-    onset = case.outcome.onset
+def row(name: str, run: WatchedRun, alarm: Alarm | None) -> Row:
+    right = RIGHT.get(run.kind)
+    judged = alarm is not None and alarm.cause and run.label in ("attention", "other")
     return Row(
-        run=recipe.name,
-        kind=recipe.kind,
-        shape=f"{recipe.shape.family} L{recipe.shape.layers} H{recipe.shape.heads} "
-        f"d{recipe.shape.width} S{recipe.shape.length}",
-        failed=case.outcome.failed,
-        cause=case.cause,
-        gap=round(case.outcome.gap, 3),
-        onset=onset,
-        fault_step=case.start,
-        alarm=None if first is None else first.step,
-        early=None if early is None else early.step,
-        lead=None if first is None or onset is None else onset - first.step,
-        type=None if first is None else first.type,
-        where=None if first is None else first.where,
-        layer_right=None
-        if first is None or layers is None or first.layer is None
-        else first.layer in layers,
-        type_right=None if first is None else _type_right(case, first),
+        name,
+        run.testbed,
+        run.name,
+        run.kind,
+        run.label,
+        run.at_start,
+        run.has_fault,
+        run.fault_step,
+        run.onset,
+        alarm and alarm.step,
+        run.onset - alarm.step if alarm and run.onset else None,
+        alarm and alarm.type,
+        alarm and alarm.where,
+        alarm and alarm.cause,
+        alarm and alarm.of_attention,
+        alarm.cause in right if alarm and judged and right else None,
+        bool({*alarm.layers} & {*run.faulty_layers})
+        if alarm and alarm.layers and run.faulty_layers
+        else None,
     )
 
 
-def _type_right(case: Case, alarm: Alarm) -> bool:
-    of_queries_and_keys = alarm.type == "update_spike" and alarm.layer is not None
-    names_attention = alarm.type in ATTENTION or of_queries_and_keys
-    return names_attention if case.cause == "attention" else not names_attention
-
-
 def share(hits: int, of: int) -> str:
-    """Format a share with its exact 95% interval."""
+    """Format a share with its 95% interval (Wilson's)."""
     if not of:
         return "none to judge"
-    low, high = scipy.stats.binomtest(hits, of).proportion_ci(method="exact")
+    low, high = scipy.stats.binomtest(hits, of).proportion_ci(method="wilson")
     return f"{hits}/{of} = {hits / of:.2f} ({low:.2f} to {high:.2f})"
 
 
 def summary(rows: Sequence[Row]) -> dict[str, str]:
-    """Summarise the alarms of one set of rules."""
-    attention = [r for r in rows if r.cause == "attention"]
-    mid, start = (
-        [r for r in attention if r.fault_step > 1],
-        [r for r in attention if r.fault_step <= 1],
+    """Summarise the first alarms of one detector."""
+    attention = [each for each in rows if each.label == "attention"]
+    other = [each for each in rows if each.label == "other"]
+    healthy = [each for each in rows if each.label == "healthy"]
+    mid = [each for each in attention if not each.at_start]
+    text = {}
+    for words, of in (
+        ("failed by attention", attention),
+        ("  wrong from the start", [each for each in attention if each.at_start]),
+        ("  in mid-run", mid),
+    ):
+        never = sum(each.alarm is None for each in of)
+        soon = sum(each.before_onset for each in of)
+        text[f"{words}: alarmed"] = share(len(of) - never, len(of))
+        text[f"{words}: before the onset"] = share(soon, len(of))
+        text[f"{words}: late / never"] = f"{len(of) - never - soon} / {never}"
+    leads = [each for each in mid if each.before_onset]
+    text["  lead in mid-run, steps"] = _spread([each.lead or 0 for each in leads], "{:.0f}")
+    shares = [(each.lead or 0) / (each.onset or 1) for each in leads]
+    text["  of the steps to the onset"] = _spread(shares, "{:.2f}")
+    early = [each for each in attention + other if each.alarm is not None]
+    text["alarmed before the fault"] = share(
+        sum((each.alarm or 0) < each.fault_step for each in early), len(early)
     )
-    other, healthy = [r for r in rows if r.cause == "other"], [r for r in rows if not r.failed]
-    leads = [r for r in mid if r.lead is not None]
-    text = {
-        "attention failures alarmed": share(
-            sum(r.alarm is not None for r in attention), len(attention)
-        ),
-        "  in mid-run": share(sum(r.alarm is not None for r in mid), len(mid)),
-        "  in mid-run, before the onset": share(sum((r.lead or 0) > 0 for r in mid), len(mid)),
-        "  at initialisation": share(sum(r.alarm is not None for r in start), len(start)),
-        "other failures alarmed": share(sum(r.alarm is not None for r in other), len(other)),
-        "healthy runs alarmed": share(
-            sum(r.alarm is not None or r.early is not None for r in healthy), len(healthy)
-        ),
-        "failing runs alarmed before anything was done": share(
-            sum(r.early is not None for r in attention + other), len(attention + other)
-        ),
-    }
-    if leads:
-        steps = [r.lead or 0 for r in leads]
-        shares = [(r.lead or 0) / max(1, (r.onset or 1) - r.fault_step) for r in leads]
-        whole = [(r.lead or 0) / max(1, r.onset or 1) for r in leads]
-        text["lead in mid-run, steps"] = f"median {np.median(steps):.0f}, worst {min(steps)}"
-        text["  of the steps before the onset"] = f"median {np.median(whole):.2f}"
-        text["  of the steps between cause and onset"] = f"median {np.median(shares):.2f}"
-    named = [r for r in attention if r.type_right is not None]
-    text["attention named where it was the cause"] = share(
-        sum(bool(r.type_right) for r in named), len(named)
+    for words, of in (
+        ("healthy, nothing wrong: alarmed", [each for each in healthy if not each.has_fault]),
+        ("healthy, with a fault: alarmed", [each for each in healthy if each.has_fault]),
+        ("failed otherwise: alarmed", other),
+    ):
+        text[words] = share(sum(each.alarm is not None for each in of), len(of))
+    text["failed otherwise: attention blamed"] = share(
+        sum(bool(each.of_attention) for each in other), len(other)
     )
-    placed = [r for r in attention if r.layer_right is not None]
-    text["attributed layer is one with the fault"] = share(
-        sum(bool(r.layer_right) for r in placed), len(placed)
-    )
-    spared = [r for r in other if r.type_right is not None]
-    text["no attention named where it was not the cause"] = share(
-        sum(bool(r.type_right) for r in spared), len(spared)
-    )
+    for words, verdicts in (
+        ("first cause right", [each.cause_right for each in rows]),
+        ("  of failures by attention", [each.cause_right for each in attention]),
+        ("layer with the fault named", [each.layer_right for each in rows]),
+    ):
+        known = [each for each in verdicts if each is not None]
+        text[words] = share(sum(known), len(known))
     return text
 
 
+def _spread(values: Sequence[float], form: str) -> str:
+    if not len(values):
+        return ""
+    middle, low = np.median(values), np.quantile(values, 0.1)
+    return f"median {form.format(middle)}, p10 {form.format(low)}"
+
+
+def judge(
+    runs: Sequence[WatchedRun],
+    models: dict[str, RiskModel],
+    beside: dict[str, Detector],
+    processes: int,
+) -> list[Row]:
+    """Return the first alarm of each detector in each run.
+
+    Args:
+        runs: what to judge.
+        models: the risk for each run, by title; empty for the shipped one.
+        beside: detectors beside stabmon that cannot be sent to another process.
+        processes: runs judged at a time.
+    """
+    found = [row(name, run, detect(run, [])) for run in runs for name, detect in beside.items()]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(_judge_one, run, models.get(run.title)) for run in runs]
+        for each in tqdm(waiting, desc="judging", unit="run", disable=None):
+            found += each.result()
+    return found
+
+
+def _judge_one(run: WatchedRun, model: RiskModel | None) -> list[Row]:
+    torch.set_num_threads(1)
+    readings = run.readings()
+    detectors = {str(sampling): stabmon_at(sampling, model) for sampling in SAMPLINGS} | BESIDE
+    return [row(name, run, detect(run, readings)) for name, detect in detectors.items()]
+
+
 def main() -> int:
-    """Print the tables and write the per-run ones.
+    """Print the tables and write the per-run one.
 
     Returns the exit status: 0, since aims are reported, not enforced.
     """
-    args = options(__doc__, INTERVALS).parse_args()
-    found = cases(chosen(args), args.out, args.jobs)
-    found += healthy_paired_runs(found)
-    judges: dict[str, Judge] = {"stabmon": alarms_of, **BASELINES}
-    rows = {
-        name: [row(case, judge, args.every) for case in found] for name, judge in judges.items()
-    }
-    _print_runs(rows["stabmon"])
-    figures = {name: summary(each) for name, each in rows.items()}
-    table = Table(
-        title=f"{args.half} runs, one step in {args.every} looked at", title_justify="left"
-    )
-    table.add_column("95% intervals in brackets")
-    for name in figures:
-        table.add_column(name)
-    for line in figures["stabmon"]:
-        table.add_row(line, *(figures[name].get(line, "") for name in figures))
-    console = Console(width=max(150, Console().width))
-    console.print(table)
-    confusion = Table(title="confusion (stabmon)", title_justify="left")
-    for name in ("what became of it", "runs", "alarm", "no alarm"):
-        confusion.add_column(name, justify="left" if name.startswith("what") else "right")
-    for cause, words in (
-        ("attention", "failed by attention"),
-        ("other", "failed otherwise"),
-        ("none", "healthy"),
-    ):
-        of = [r for r in rows["stabmon"] if r.cause == cause]
-        hit = sum(r.alarm is not None or (cause == "none" and r.early is not None) for r in of)
-        confusion.add_row(words, str(len(of)), str(hit), str(len(of) - hit))
-    console.print(confusion)
-    rest = Table(title="the same at other intervals (stabmon)", title_justify="left")
-    lines = list(figures["stabmon"])[:6]
-    for name in ("every", *lines):
-        rest.add_column(name.strip())
-    for every in INTERVALS:
-        figure = summary([row(case, alarms_of, every) for case in found])
-        rest.add_row(str(every), *(figure[line] for line in lines))
-    console.print(rest)
-    path = args.out / f"foresight-{args.half}-every{args.every}"
-    path.with_suffix(".json").write_text(json.dumps(figures, indent=1))
-    with path.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["judge", *asdict(rows["stabmon"][0])])
+    args = _arguments()
+    runs = collect(args)
+    models: dict[str, RiskModel] = {}
+    if args.left_out:
+        models = left_out_models([labelled(each) for each in runs if each.label != "unclear"])
+    beside = peers(args.peers, runs) if args.peers else {}
+    rows = judge(runs, models, beside, args.jobs)
+    report(rows)
+    path = args.out / f"alarms-{args.testbed}{'-left-out' if args.left_out else ''}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
         writer.writeheader()
-        writer.writerows({"judge": name, **asdict(r)} for name, each in rows.items() for r in each)
-    print(f"every run: {path}.csv")
+        writer.writerows(asdict(each) for each in rows)
+    print(f"every run: {path}")
     return 0
 
 
-def _print_runs(rows: Sequence[Row]) -> None:
-    table = Table(title="runs (stabmon)", title_justify="left")
-    shown = (
-        "run",
-        "shape",
-        "cause",
-        "gap",
-        "fault_step",
-        "onset",
-        "alarm",
-        "lead",
-        "type",
-        "where",
-        "early",
+def _arguments() -> argparse.Namespace:
+    parser = options(__doc__)
+    parser.add_argument("--testbed", choices=["own", "byte_gpt", "both"], default="both")
+    parser.add_argument(
+        "--recipes", nargs="+", default=(), metavar="NAME", help="recipes of byte_gpt"
     )
+    parser.add_argument(
+        "--left-out", action="store_true", help="judge each run by a risk fitted without its family"
+    )
+    parser.add_argument(
+        "--peers", type=Path, help="interpreter of an environment with trainspotter and trainpulse"
+    )
+    return parser.parse_args()
+
+
+def collect(args: argparse.Namespace) -> list[WatchedRun]:
+    """Train the missing runs of the chosen testbeds, and return all."""
+    found: list[WatchedRun] = []
+    if args.testbed != "own":
+        found += byte_gpt_runs(args.out / "byte_gpt", args.jobs, args.recipes)
+    if args.testbed != "byte_gpt":
+        found += own_runs(chosen(args), args.out, args.jobs)
+    return found
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Print runs, the detectors side by side, and the schedules side by side."""
+    names = list(dict.fromkeys(each.detector for each in rows))
+    ours = [str(sampling) for sampling in SAMPLINGS]
+    first = ours[0]
+    beside = [first, *(name for name in names if name not in ours)]
+    for testbed in dict.fromkeys(each.testbed for each in rows):
+        of = [each for each in rows if each.testbed == testbed]
+        _print_runs([each for each in of if each.detector == first], f"{testbed} ({first})")
+        _print_summaries(of, beside, f"{testbed}, beside others")
+        _print_summaries(of, ours, f"{testbed}, at other intervals")
+
+
+def _print_summaries(rows: Sequence[Row], names: Sequence[str], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("95% intervals in brackets")
+    figures = {name: summary([each for each in rows if each.detector == name]) for name in names}
+    for name in names:
+        table.add_column(name)
+    for line in figures[names[0]]:
+        table.add_row(line, *(figure[line] for figure in figures.values()))
+    Console(width=max(60 + 34 * len(names), Console().width)).print(table)
+
+
+def _print_runs(rows: Sequence[Row], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    shown = ("run", "kind", "label", "fault_step", "onset", "alarm", "lead")
+    shown += ("type", "where", "cause", "cause_right")
     for name in shown:
         table.add_column(name, overflow="fold")
-    for r in rows:
-        if r.cause != "none" or r.alarm is not None or r.early is not None or not r.run:
-            table.add_row(
-                *("" if (value := getattr(r, name)) is None else str(value) for name in shown)
-            )
+    for each in sorted(rows, key=lambda each: each.label):
+        if each.label != "healthy" or each.alarm is not None:
+            values = json.loads(json.dumps([getattr(each, name) for name in shown]))
+            table.add_row(*("" if value is None else str(value) for value in values))
     Console(width=max(150, Console().width)).print(table)
 
 

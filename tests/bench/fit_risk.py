@@ -1,8 +1,9 @@
 """Fit the risk that attention damages a run, on runs with known outcomes.
 
-python tests/bench/fit_risk.py                 train the runs of both testbeds and fit: hours
-python tests/bench/fit_risk.py --out FOLDER    the folder where runs are kept, and not trained twice
-python tests/bench/fit_risk.py --write         also store the model in the package
+python tests/bench/fit_risk.py                   train the runs of both testbeds and fit: hours
+python tests/bench/fit_risk.py --only byte_gpt   the runs of one testbed
+python tests/bench/fit_risk.py --out FOLDER      the folder where runs are kept, and not trained twice
+python tests/bench/fit_risk.py --write           also store the model in the package
 
 A run's score is the largest of its layers' and readings' scores. Pieces and weights are fitted to
 the scores of whole runs: of a run that attention made fail up to the onset, and, at two fifths of
@@ -17,8 +18,11 @@ from __future__ import annotations
 if not __package__:
     import on_path  # noqa: F401
 
+import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,8 +32,14 @@ import torch
 from torch.nn.functional import softplus
 
 import stabmon.risk
-from stabmon.risk.features import FEATURES
+from stabmon.config import StabilityConfig
+from stabmon.risk.features import FEATURES, layer_features
 from stabmon.risk.model import MARGINS, Piece, RiskModel
+from stabmon.rules.tracking.history import History
+from tests.bench.byte_gpt.cases import watched_runs as byte_gpt_runs
+from tests.bench.testbed.cases import watched_runs as own_runs
+from tests.bench.testbed.recipes import recipes as own_recipes
+from tests.bench.watched_run import WatchedRun
 
 Label = Literal["attention", "other", "healthy"]
 FOLDS = 8
@@ -41,6 +51,8 @@ EARLY = 0.6
 """Share of the way to the onset by which an alarm is early."""
 FIRST_STEPS = 10
 """Steps within which a run that was wrong from the start may alarm."""
+FIRST_READ, THEN_EVERY = (1, 2, 3, 4, 6, 8, 12, 16), 5
+"""Steps that are read at first, and the interval afterwards."""
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Shares of healthy runs for which thresholds are stored."""
 
@@ -60,6 +72,34 @@ class LabelledRun:
     """``[T, L, F]`` in the order of ``FEATURES``."""
     has_fault: bool = False
     """Something was wrong with the run's recipe, whatever became of it."""
+
+
+def labelled(run: WatchedRun) -> LabelledRun:
+    """Return the features of a watched run at the steps that are read, with its label.
+
+    Raises:
+        ValueError: if it is unclear whether the run failed.
+    """
+    if run.label == "unclear":
+        raise ValueError(f"it is unclear whether {run.title} failed: leave it out")
+    history, steps, features = History(StabilityConfig().history), [], []
+    for reading in run.readings():
+        is_read = reading.step in FIRST_READ or reading.step % THEN_EVERY == 0
+        if not is_read or not reading.layers:
+            continue
+        history.add(reading)
+        found = layer_features(history)
+        steps.append(reading.step)
+        features.append(np.stack([found[name] for name in FEATURES], -1))
+    return LabelledRun(
+        run.title,
+        f"{run.testbed}/{run.family}",
+        run.label,
+        run.onset if run.label == "attention" else None,
+        np.array(steps),
+        np.array(features),
+        run.has_fault,
+    )
 
 
 def fit(runs: Sequence[LabelledRun]) -> RiskModel:
@@ -132,14 +172,46 @@ def scores(model: RiskModel, run: LabelledRun) -> np.ndarray:
 
 def left_out(runs: Sequence[LabelledRun]) -> dict[str, np.ndarray]:
     """Return the scores of every run by a fit without its recipe, by name."""
+    return {
+        run.name: scores(model, run)
+        for others, part in _cuts(runs)
+        for model in [fit(others)]
+        for run in part
+    }
+
+
+def left_out_models(runs: Sequence[LabelledRun]) -> dict[str, RiskModel]:
+    """Return a model for every run that was fitted and calibrated without its recipe, by name.
+
+    A part's thresholds come from the scores of the other parts' runs, each by a fit without its own
+    part.
+    """
+    cuts = list(_cuts(runs))
+    models = [fit(others) for others, _ in cuts]
+    held = {
+        run.name: scores(model, run)
+        for model, (_, part) in zip(models, cuts, strict=True)
+        for run in part
+    }
+    return {
+        run.name: calibrated
+        for model, (others, part) in zip(models, cuts, strict=True)
+        for calibrated in [calibrate(model, others, held)]
+        for run in part
+    }
+
+
+def _cuts(
+    runs: Sequence[LabelledRun],
+) -> Iterator[tuple[list[LabelledRun], list[LabelledRun]]]:
+    """Yield each part's runs after those of all the other parts."""
     families = sorted({run.recipe for run in runs})
     order = np.random.RandomState(0).permutation(len(families))
     fold = {families[at]: number % FOLDS for number, at in enumerate(order)}
-    found: dict[str, np.ndarray] = {}
     for part in range(FOLDS):
-        model = fit([run for run in runs if fold[run.recipe] != part])
-        found |= {run.name: scores(model, run) for run in runs if fold[run.recipe] == part}
-    return found
+        own = [run for run in runs if fold[run.recipe] == part]
+        if own:
+            yield [run for run in runs if fold[run.recipe] != part], own
 
 
 def calibrate(
@@ -222,3 +294,48 @@ def store(model: RiskModel, path: Path | None = None) -> Path:
     }
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def _source(runs: Sequence[LabelledRun]) -> str:
+    """Return the runs of a fit in words."""
+    parts = []
+    for testbed in dict.fromkeys(run.name.partition("/")[0] for run in runs):
+        labels = Counter(run.label for run in runs if run.name.startswith(f"{testbed}/"))
+        parts.append(
+            f"{labels.total()} runs of tests/bench/{'testbed' if testbed == 'own' else testbed} "
+            f"({labels['attention']} failed by attention, {labels['other']} otherwise)"
+        )
+    first = ", ".join(map(str, FIRST_READ))
+    return f"{' and '.join(parts)}, read at steps {first} and every {THEN_EVERY}th"
+
+
+def main() -> int:
+    """Fit, print the report, and store the model where that is asked for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=["byte_gpt", "testbed"], help="runs of one testbed")
+    parser.add_argument("--each", type=int, default=2, help="runs of each kind of the testbed")
+    parser.add_argument("--jobs", type=int, default=2, help="runs trained at a time")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/testbed"), help="where runs are kept"
+    )
+    parser.add_argument("--write", action="store_true", help="store the model in the package")
+    args = parser.parse_args()
+    found: list[WatchedRun] = []
+    if args.only != "testbed":
+        found += byte_gpt_runs(args.out / "byte_gpt", args.jobs)
+    if args.only != "byte_gpt":
+        found += own_runs(own_recipes(args.each), args.out, args.jobs)
+    runs = [labelled(run) for run in found if run.label != "unclear"]
+    runs = [run for run in runs if len(run.steps)]
+    held = left_out(runs)
+    model = replace(calibrate(fit(runs), runs, held), source=_source(runs))
+    report(model, runs, held)
+    if args.write:
+        print(f"stored in {store(model)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

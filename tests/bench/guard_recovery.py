@@ -29,12 +29,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.alarm_lead_time import INTERVALS, share
+from tests.bench.alarm_lead_time import share
 from tests.bench.testbed.alarms import alarms_of
 from tests.bench.testbed.bench import chosen, options, run_all
 from tests.bench.testbed.cases import Case, cases, healthy_paired_runs
 from tests.bench.testbed.outcome import MARGIN, outcome
 from tests.bench.testbed.trainer import Run
+
+INTERVALS = (5, 10, 20, 50)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_the_alarm_says_when_and_names_the_mend():
     assert alarm.evidence["exp_dtype"] == "float32"
     assert alarm.evidence["limit"] == pytest.approx(88.72, abs=0.01)
     left = (LIMIT["float32"] - alarm.evidence["max_logit"]) / 5 * 10
-    assert 0.5 * left < alarm.eta_steps < left
+    assert 0.4 * left < alarm.eta_steps < left  # scores are taken to grow exponentially
     low, high = alarm.evidence["eta_interval"]
     assert low <= alarm.eta_steps <= high
     assert "use torch.softmax, or subtract scores.amax(-1, keepdim=True)" in alarm.suggestion

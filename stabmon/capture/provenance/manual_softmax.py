@@ -180,7 +180,9 @@ def next_total(total: Total, name: str, others: list[Any]) -> Total | LogTotal |
         return replace(total, inverse=True)
     if name == "log" and not total.inverse:
         made = completed(total.of, total.axis, total.dtype)
-        return made and LogTotal(made.logits, made.product, made.axis, made.product.explicit)
+        if made is None:
+            return None
+        return LogTotal(made.logits, made.product, made.axis, made.product.explicit)
     return None
 
 

@@ -25,6 +25,7 @@ SATURATED = 0.15
 """Rise of the share of a head's saturated rows that counts as 1."""
 STEP = math.log(2.0)
 """Growth of ln rate, or of ln update of a group or of a layer's W_q and W_k, that counts as 1."""
+_DOUBLE = math.exp(STEP)
 GRADIENT = math.log(4.0)
 """Growth of ln gradient norm that counts as 1; single gradients of 3 times the last are common."""
 LOSS = 5.0
@@ -49,12 +50,17 @@ class Movement:
     def __init__(self) -> None:
         self._past: deque[dict[str, np.ndarray]] = deque(maxlen=PAST)
         self._losses: deque[float] = deque(maxlen=64)
+        self._rates: dict[str, float] = {}
+        """Largest rate of each group in the readings that are kept."""
+        self._top, self._unit = math.inf, 1.0
+        """Largest recent loss, and the distance above it that counts as 1."""
 
     def add(self, reading: Reading) -> None:
         """Keep a reading to compare later ones with; of one between samples the losses alone."""
         if reading.sampled:
             self._past.append(_values(reading))
-        self._losses.extend(loss for _, loss in reading.losses if math.isfinite(loss))
+            self._rates = dict(reading.used_rates)
+        self._add_losses(reading.losses)
 
     def restore(self, readings: Sequence[Reading], losses: Sequence[tuple[int, float]]) -> None:
         """Keep the newest readings and losses of a run that is resumed."""
@@ -62,7 +68,8 @@ class Movement:
         self._losses.clear()
         for reading in readings[-PAST:]:
             self.add(reading)
-        self._losses.extend(loss for _, loss in losses if math.isfinite(loss))
+        self._losses.clear()
+        self._add_losses(losses)
 
     def of(self, reading: Reading) -> float:
         """Return the largest change of anything in a reading, against all that are kept.
@@ -84,9 +91,22 @@ class Movement:
                 found.append(_change(name, values, np.stack(past)))
         return max(found)
 
-    def of_rates(self, rates: Mapping[str, float]) -> float:
-        """Return how far the rate of some group has risen above all that are kept."""
-        return self.of(Reading(0, None, {}, learning_rates=rates))
+    def has_leapt(self, loss: float | None, rates: Mapping[str, float]) -> bool:
+        """Return whether a loss, or the rate of a group against the newest reading's, has moved.
+
+        By two comparisons, for every step.
+
+        Args:
+            loss: the loss of one step; None where it is not known.
+            rates: the rate of each parameter group.
+        """
+        if loss is not None and not loss < self._top + self._unit:
+            return True
+        return any(
+            rate >= _DOUBLE * self._rates[key] > 0
+            for key, rate in rates.items()
+            if key in self._rates
+        )
 
     def of_losses(self, losses: Sequence[float]) -> float:
         """Return how far the losses of the newest steps are above those before; see `of_loss`."""
@@ -96,13 +116,16 @@ class Movement:
 
     def of_loss(self, loss: float) -> float:
         """Return how far a loss is above all recent ones, in units of ``LOSS`` spreads."""
+        return max(0.0, (loss - self._top) / self._unit) if math.isfinite(loss) else math.inf
+
+    def _add_losses(self, losses: Sequence[tuple[int, float]]) -> None:
+        self._losses.extend(loss for _, loss in losses if math.isfinite(loss))
         known = np.array(self._losses)
-        if not math.isfinite(loss):
-            return math.inf
-        if len(known) < LEAST_LOSSES:
-            return 0.0
-        spread = max(float(np.median(np.abs(np.diff(known)))), 1e-3 * float(np.abs(known).max()))
-        return max(0.0, (loss - float(known.max())) / (LOSS * spread))
+        self._top, self._unit = math.inf, 1.0
+        if len(known) >= LEAST_LOSSES:
+            self._top = float(known.max())
+            spread = float(np.median(np.abs(np.diff(known))))
+            self._unit = LOSS * max(spread, 1e-3 * float(np.abs(known).max()), 1e-12)
 
 
 def _values(reading: Reading) -> dict[str, np.ndarray]:

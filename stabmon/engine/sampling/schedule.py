@@ -251,8 +251,7 @@ class AdaptiveSchedule(Schedule):
         if isinstance(loss, Tensor):
             last, self._loss = self._loss, HostCopy(loss)
             loss = None if last is None else float(last.read())
-        leapt = loss is not None and self._movement.of_loss(loss) >= 1
-        if leapt or self._movement.of_rates(rates) >= 1:
+        if self._movement.has_leapt(loss, rates):
             self._hasten(step + 1)
 
     def end_step(self, step: int, seconds: float, *, sampled: bool) -> None:

@@ -125,7 +125,7 @@ def hugging_face(place: Place, precision: str) -> Found:
     if precision == "fp16":
         place.need_cuda("the Trainer has fp16 on accelerators only")
     with tempfile.TemporaryDirectory() as folder:
-        callback = StabilityCallback("guard", log_every=EVERY)
+        callback = StabilityCallback("guard", log_every=EVERY, schedule="fixed")
         trainer = trainer_of(place, folder, precision, STEPS, callback)
         trainer.train()
         logged = [
@@ -143,9 +143,13 @@ def hugging_face_resumed(place: Place) -> Found:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer_of(
-            place, folder, "bf16", STEPS // 2, StabilityCallback("guard", log_every=EVERY)
+            place,
+            folder,
+            "bf16",
+            STEPS // 2,
+            StabilityCallback("guard", log_every=EVERY, schedule="fixed"),
         ).train()
-        callback = StabilityCallback("guard", log_every=EVERY)
+        callback = StabilityCallback("guard", log_every=EVERY, schedule="fixed")
         trainer_of(place, folder, "bf16", STEPS, callback).train(resume_from_checkpoint=True)
         return judged(callback, Path(folder), STEPS, f", monitor at step {callback.monitor.step}")
 
@@ -214,7 +218,7 @@ def lightning(place: Place, precision: str) -> Found:
     if precision == "fp16":
         place.need_cuda("Lightning has 16-mixed on accelerators only")
     with tempfile.TemporaryDirectory() as folder:
-        callback = StabilityCallback("guard", log_every=EVERY, run_dir=folder)
+        callback = StabilityCallback("guard", log_every=EVERY, schedule="fixed", run_dir=folder)
         fit(place, folder, precision, STEPS, callback)
         return judged(callback, Path(folder), STEPS)
 
@@ -230,10 +234,10 @@ def lightning_resumed(place: Place) -> Found:
             folder,
             "bf16",
             STEPS // 2,
-            StabilityCallback("guard", log_every=EVERY, run_dir=folder),
+            StabilityCallback("guard", log_every=EVERY, schedule="fixed", run_dir=folder),
         )
         path = str(Path(folder) / "half.ckpt")
         first.save_checkpoint(path)
-        callback = StabilityCallback("guard", log_every=EVERY, run_dir=folder)
+        callback = StabilityCallback("guard", log_every=EVERY, schedule="fixed", run_dir=folder)
         fit(place, folder, "bf16", STEPS, callback, path)
         return judged(callback, Path(folder), STEPS, f", monitor at step {callback.monitor.step}")

@@ -8,16 +8,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import pickle
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
+from tests.bench.kept_runs import train_missing, write_whole
 from tests.bench.testbed.recipes import KINDS, Recipe, recipes
 from tests.bench.testbed.trainer import Run, train
 
@@ -25,8 +22,8 @@ Job = tuple[Recipe, str | None, int]
 """Recipe, the monitor's configuration (None for no monitor) and its interval."""
 
 
-def options(description: str | None, intervals: Sequence[int]) -> argparse.ArgumentParser:
-    """Make the command line of a study."""
+def options(description: str | None, intervals: Sequence[int] = ()) -> argparse.ArgumentParser:
+    """Make the command line of a study; without ``intervals`` it does not choose one."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,9 +36,14 @@ def options(description: str | None, intervals: Sequence[int]) -> argparse.Argum
         metavar="KIND",
         help="kinds of run",
     )
-    parser.add_argument(
-        "--every", type=int, default=intervals[0], choices=intervals, help="steps between readings"
-    )
+    if intervals:
+        parser.add_argument(
+            "--every",
+            type=int,
+            default=intervals[0],
+            choices=intervals,
+            help="steps between readings",
+        )
     parser.add_argument(
         "--half",
         choices=["held-back", "tuned", "both"],
@@ -87,23 +89,19 @@ def chosen(args: argparse.Namespace) -> list[Recipe]:
 
 def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
     """Train the runs missing in ``folder``, one thread each; return all in order."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / _name(*job) for job in jobs]
-    missing = {path: job for path, job in zip(paths, jobs, strict=True) if not path.exists()}
-    if missing:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            waiting = [pool.submit(_train_and_keep, job, path) for path, job in missing.items()]
-            for done in tqdm(
-                as_completed(waiting), total=len(waiting), desc="training", unit="run", disable=None
-            ):
-                done.result()
+    train_missing(dict(zip(paths, jobs, strict=True)), _train_and_keep, processes)
     return [pickle.loads(path.read_bytes()) for path in paths]
 
 
+def kept(job: Job, folder: Path) -> Run:
+    """Return a run that was trained before."""
+    run: Run = pickle.loads((folder / _name(*job)).read_bytes())
+    return run
+
+
 def _train_and_keep(job: Job, path: Path) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(pickle.dumps(train(*job)))
-    part.rename(path)
+    write_whole(path, pickle.dumps(train(*job)))
 
 
 def _name(recipe: Recipe, config: str | None, every: int) -> str:

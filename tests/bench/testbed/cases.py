@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tests.bench.testbed.bench import run_all
+from stabmon.records import Reading
+from tests.bench.testbed.bench import kept, run_all
+from tests.bench.testbed.models import attention_modules, build
 from tests.bench.testbed.outcome import Outcome, outcome
 from tests.bench.testbed.recipes import Recipe
 from tests.bench.testbed.trainer import Run
+from tests.bench.watched_run import WatchedRun
 
 Cause = Literal["attention", "other", "none"]
-EVERY = 5
+EVERY = 1
 """Steps between kept readings; alarms can be raised from every one or from fewer."""
 
 
@@ -87,3 +91,33 @@ def healthy_paired_runs(found: Sequence[Case]) -> list[Case]:
     return [
         Case(case.paired, case.paired, outcome(case.paired, case.paired), "none") for case in own
     ]
+
+
+def watched_runs(recipes: Sequence[Recipe], folder: Path, processes: int) -> list[WatchedRun]:
+    """Train recipes and their healthy paired runs, and return all with their outcomes."""
+    found = cases(recipes, folder, processes)
+    paired = [_watched(case, folder, "paired ") for case in healthy_paired_runs(found)]
+    return [_watched(case, folder) for case in found] + paired
+
+
+def _readings(recipe: Recipe, folder: Path) -> list[Reading]:
+    return kept((recipe, "observe", EVERY), folder).readings
+
+
+def _watched(case: Case, folder: Path, prefix: str = "") -> WatchedRun:
+    recipe = case.recipe
+    names = [name for name, _ in attention_modules(build(recipe.shape)[0])]
+    return WatchedRun(
+        testbed="own",
+        name=prefix + recipe.name,
+        family=recipe.kind,
+        kind="none" if recipe.fault == "none" else recipe.kind,
+        label="healthy" if case.cause == "none" else case.cause,
+        onset=case.outcome.onset,
+        at_start=case.at_start,
+        fault_step=case.start,
+        has_fault=recipe.fault not in ("none", "other_text"),
+        losses=case.run.losses,
+        readings=functools.partial(_readings, recipe, folder),
+        faulty_layers=tuple(names[at] for at in recipe.settings.get("layers") or ()),
+    )
