@@ -153,6 +153,7 @@ class QkClip(Intervention):
                 if place not in targets:
                     targets[place], limits[place] = aim, self._limit(run, place, aim)
             for each in earlier:
+                assert isinstance(each.effect, ScoreClip)
                 for place, aim in each.effect.first_targets.items():
                     targets[place] = limits[place] = min(aim, targets.get(place, np.inf))
         clip = ScoreClip(run, targets, limits, ceiling=self.target is not None)
