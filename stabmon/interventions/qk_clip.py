@@ -60,9 +60,9 @@ class QkClip(Intervention):
 
     **Optimizer.** Its moments are kept: an adaptive step does not depend on the gradient's scale,
     and momentum that still points to growth is met by clipping again. Only where heads were
-    saturated from the start, and are clipped in the first steps of the run, are the moments set to
-    zero, with a warm-up, since they describe a model that no longer exists. Of two runs that
-    otherwise stayed 0.23 and 0.25 nats behind their paired control runs, 0 and 0.05 nats were left.
+    saturated from the start are the moments set to zero, with a warm-up, since they describe a
+    model that no longer exists. Of two runs that otherwise stayed 0.23 and 0.25 nats behind their
+    paired control runs, 0 and 0.05 nats were left.
 
     **Adapters.** It is refused where W_q is frozen and the trained part is added to it (LoRA): the
     sum scales as a whole only if the frozen weight is edited, which is often shared or packed and
@@ -153,14 +153,13 @@ class QkClip(Intervention):
                 if place not in targets:
                     targets[place], limits[place] = aim, self._limit(run, place, aim)
             for each in earlier:
-                assert isinstance(each.effect, ScoreClip)
                 for place, aim in each.effect.first_targets.items():
                     targets[place] = limits[place] = min(aim, targets.get(place, np.inf))
         clip = ScoreClip(run, targets, limits, ceiling=self.target is not None)
         new = {
             place: self.fresh
             for issue in self.issues
-            if issue.evidence.get("from_the_start") and run.history.is_at_start(issue.layer or "")
+            if issue.evidence.get("from_the_start")
             for place in _heads(run, issue)
         }
         try:

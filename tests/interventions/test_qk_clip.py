@@ -266,20 +266,6 @@ def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_
     assert differences(bits, all_bits(run)) == [], "it is below what it may come to"
 
 
-def test_a_head_that_has_learned_since_is_not_reset() -> None:
-    run = run_of("llama-sdpa", steps=3)
-    layer = first_layer(run)
-    before = scores_of(run)[layer]
-    run.history.treated = {layer}
-    moments = [entries["exp_avg"].clone() for entries in run.optimizer.state.values()]
-    clip = QkClip(fresh=before[1] / 100, floor=before[1] / 4, widest=before[1] / 2)
-    _ = clip.apply(run, growth(layer, from_the_start=True))
-    assert scores_of(run)[layer][1] == pytest.approx(before[1] / 2, rel=0.01)
-    kept = [entries["exp_avg"] for entries in run.optimizer.state.values()]
-    assert all(torch.equal(now, was) for now, was in zip(kept, moments, strict=True))
-    assert run.rate_factor == 1
-
-
 def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
     run = run_of("llama-sdpa")
     layer = first_layer(run)
@@ -333,9 +319,11 @@ def test_all_heads_are_held_at_their_past_from_before_the_first_of_them_grew() -
     run.history = history
     alarm = growth(first, since_step=2)
     applied = QkClip(floor=1e-6, heads="all").apply(run, alarm)
+    np.testing.assert_allclose(scores_of(run)[first], 0.2 * now[first], rtol=1e-5)
     for layer in (first, second):
-        np.testing.assert_allclose(scores_of(run)[layer], 0.2 * now[layer], rtol=0.02)
-    assert {layer for layer, _ in applied.effect.targets} == {first, second}
+        for head, score in enumerate(now[layer]):
+            after = applied.record["after"]["max_logit"][f"{layer} head {head}"]
+            assert after == pytest.approx(0.2 * score), "twice a tenth of what it is now"
     again = QkClip(floor=1e-6, heads="all").apply(run, replace(alarm, step=9, evidence={}))
     assert not applied.active, "one clip of all heads at a time"
     assert again.effect.targets[second, 0] == pytest.approx(0.2 * now[second][0])
@@ -352,7 +340,7 @@ def test_a_step_changes_a_held_layer_by_no_more_than_its_share() -> None:
         names = [f"{layer}.{part}.weight" for part in ("q_proj", "k_proj")]
         now = dict(run.model.named_parameters())
         change = torch.stack([(now[n] - before[n]).norm() for n in names]).norm()
-        return float(change / torch.stack([before[n].norm() for n in names]).norm())
+        return float(change.detach() / torch.stack([before[n].norm() for n in names]).norm())
 
     assert moved(second) > 0.01 > moved(first)
 
