@@ -153,6 +153,7 @@ class QkClip(Intervention):
                 if place not in targets:
                     targets[place], limits[place] = aim, self._limit(run, place, aim)
             for each in earlier:
+                assert isinstance(each.effect, ScoreClip)
                 for place, aim in each.effect.first_targets.items():
                     targets[place] = limits[place] = min(aim, targets.get(place, np.inf))
         clip = ScoreClip(run, targets, limits, ceiling=self.target is not None)
@@ -219,7 +220,7 @@ class QkClip(Intervention):
         return max(aim, most if self.target is None else 0.0)
 
     def check_saved(self, effect: Stored) -> None:
-        for name in ("aims", "limits"):
+        for name in ("aims", "limits", *(("first",) if "first" in effect else ())):
             for place in effect[name].parts():
                 layer, head, score = place.parts(3)
                 _ = layer.text(), head.integer(), score.number()
@@ -227,8 +228,6 @@ class QkClip(Intervention):
             [how.text() for _, how in effect["proven"].items()],
             effect["anew"].maybe(Stored.integer),
         )
-        if "first" in effect:
-            _ = [place.parts(3)[2].number() for place in effect["first"].parts()]
         check_saved_rows(effect["rows"])
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:

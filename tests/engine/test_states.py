@@ -215,6 +215,7 @@ LATER = {
     "rate_factors": {},
     "updates": {},
     "parts": {},
+    "risk": {},
     "weight_decays": {},
     "query_key_groups": [],
     "sampled": True,
