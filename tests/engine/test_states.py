@@ -218,6 +218,7 @@ LATER = {
     "risk": {},
     "weight_decays": {},
     "query_key_groups": [],
+    "count": 4,
     "sampled": True,
 }
 """What states of before there were versions do not have, and what is read in its place."""
