@@ -210,7 +210,8 @@ class EntropyCollapse(Rule):
             <= self.start_alike
         )
         sinks = np.median(np.nan_to_num(history.now("sink_mass")[saturated])) > SINK
-        return saturated & at_start & bool(alike and not sinks)
+        fresh: np.ndarray = saturated & at_start & bool(alike and not sinks)
+        return fresh
 
     def _issue(
         self,

@@ -27,7 +27,18 @@ from torch import Tensor
 import stabmon
 from tests.bench.albert import AlbertUnavailable, Encode, load_albert
 
-GROUPS = ("C", "CC", "CCC", "CC(C)", "CCCC", "c1ccccc1", "Cc1ccccc1", "Fc1ccccc1", "C1CCCCC1", "CCOC")
+GROUPS = (
+    "C",
+    "CC",
+    "CCC",
+    "CC(C)",
+    "CCCC",
+    "c1ccccc1",
+    "Cc1ccccc1",
+    "Fc1ccccc1",
+    "C1CCCCC1",
+    "CCOC",
+)
 MASK_SHARE = 0.15
 
 
@@ -38,7 +49,9 @@ def reaction(rng: random.Random) -> str:
     return f"{acid}C(=O)O.{atom}{other}>>{acid}C(=O){atom}{other}"
 
 
-def batch(encode: Encode, rng: random.Random, size: int, mask: int) -> tuple[dict[str, Tensor], Tensor]:
+def batch(
+    encode: Encode, rng: random.Random, size: int, mask: int
+) -> tuple[dict[str, Tensor], Tensor]:
     """Return inputs with masked tokens ``[B, S]``, and the labels, -100 where nothing is masked."""
     inputs = encode([reaction(rng) for _ in range(size)])
     ids, seen = inputs["input_ids"], inputs["attention_mask"].bool()
