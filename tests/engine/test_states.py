@@ -220,6 +220,7 @@ LATER = {
     "query_key_groups": [],
     "count": 4,
     "treated": [],
+    "exp_dtype": None,
     "sampled": True,
 }
 """What states of before there were versions do not have, and what is read in its place."""
