@@ -66,8 +66,12 @@ LEAST_LEAP = 1.1
 """Factor on the largest of the newest losses that a leap must also exceed."""
 OPEN = 100
 """Steps after a brisk start within which heads may break by it, and no state counts as healthy."""
-YOUNG = 200
-"""Steps after a new highest rate within which a leap of the loss is attributed to the rate."""
+YOUNG = 50
+"""Steps after a new highest rate within which a leap of the loss is attributed to the rate.
+
+Longer where the rise took longer: after as many steps again the rate has proven itself, and a bad
+batch or an edit of weights is as likely.
+"""
 How = Literal["first_step", "brisk", "steps", "torn", "leap"]
 """Kind of evidence for a step that is too long, see :class:`~stabmon.records.Overshoot`."""
 _KNOWN = 12
@@ -98,6 +102,8 @@ class RateWatch:
         self._risen = self._step = 0
         self._burst: list[StepQuality] = []
         self._losses: deque[float] = deque(maxlen=64)
+        self._leapt_above: tuple[float, float] | None = None
+        """Level and largest loss before, where the newest loss has leapt."""
         self.found: Overshoot | None = None
         """The newest finding."""
 
@@ -175,19 +181,27 @@ class RateWatch:
         """Add a step's loss.
 
         Returns:
-            The loss over the largest before it, where it leapt and the run diverges; else None.
+            The loss over the largest before it leapt, where it and the one before are above that;
+            else None. A single one is a hard batch.
         """
+        leapt, self._leapt_above = self._leapt_above, None
         if not math.isfinite(loss):
             return None
+        if leapt is not None and loss > leapt[0]:
+            self._losses.append(loss)
+            return loss / leapt[1]
         known = list(self._losses)
         self._losses.append(loss)
-        if len(known) < _KNOWN or step - self._risen > YOUNG:
+        rise = self._risen - (self._risen if self._first is None else self._first)
+        if len(known) < _KNOWN or step - self._risen > max(YOUNG, rise):
             return None
         largest = max(known)
-        if loss <= LEAST_LEAP * largest or min(known) <= 0:
+        if min(known) <= 0:
             return None
         spread = float(robust_spread(np.diff(known)[:, None])[0]) / 2**0.5
-        return loss / largest if loss > largest + LEAP * spread else None
+        level = max(LEAST_LEAP * largest, largest + LEAP * spread)
+        self._leapt_above = (level, largest) if loss > level else None
+        return None
 
     def conclude(
         self,
@@ -235,7 +249,7 @@ class RateWatch:
 
     def reset(self) -> None:
         """Drop losses and rates: the run goes on from an earlier state, at other rates."""
-        self._burst = []
+        self._burst, self._leapt_above = [], None
         self._losses.clear()
         self._probed, self._first = {}, None
 

@@ -71,11 +71,23 @@ def test_a_loss_that_leaps_above_all_before_is_told_and_heavy_tails_are_not():
     watch = RateWatch()
     watch.wants(1, RATES)
     assert losses(watch, falling) == [None] * 16
-    assert losses(watch, [6.5], first=17) == [pytest.approx(6.5 / falling[0], rel=0.02)]
+    assert losses(watch, [6.5, 3.5, 6.5], first=17) == [None] * 3, "hard batches"
+    assert losses(watch, [8.0, 9.0], first=20) == [None, pytest.approx(9.0 / 6.5)]
     watch = RateWatch()
     watch.wants(1, RATES)
     tails = [1.0, 2.5, 0.4, 0.8, 1.9, 0.3, 3.0, 0.6, 1.2, 0.7, 2.2, 0.5, 0.9, 3.3, 4.0, 0.8]
     assert losses(watch, tails) == [None] * len(tails)
+
+
+@pytest.mark.parametrize(("risen", "told"), [(40, True), (5, False)])
+def test_a_leap_long_after_the_rate_rose_is_not_attributed_to_it(risen, told):
+    watch = RateWatch()
+    watch.wants(1, {"0.0": 1e-4})
+    watch.judge(StepQuality(1, 0.9, -0.1), {"0.0": 1e-4})
+    watch.wants(risen, {"0.0": 1e-3})
+    assert losses(watch, [2.0 + 0.01 * (-1) ** step for step in range(70)]) == [None] * 70
+    found = losses(watch, [5.0, 6.0], first=71)
+    assert (found[1] is not None) == told
 
 
 def test_a_loss_below_zero_never_leaps():
