@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
-from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import world_size
-from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.clock import StepClock
 from stabmon.engine.error_boundary import ErrorBoundary
@@ -63,6 +63,7 @@ class MonitorParts:
             "step_length": self.step_length.rates,
             "rate_jumps": self.settings.jumps,
             "decay_jumps": self.settings.decay_jumps,
+            "parts": self.updates.parts,
             "guard": self.guard,
             "schedule": self.schedule,
         }

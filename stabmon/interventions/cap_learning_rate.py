@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from stabmon._settings import Factor
 from stabmon._storage.stored_value import Stored
-from stabmon._torch.weak_method import weakly
+from stabmon._torch.callbacks.weak_method import weakly
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.lower_learning_rate import Held

@@ -21,7 +21,9 @@ from stabmon.rules.wording.numbers import known, number
 @rule
 @dataclass(frozen=True)
 class WeightJump(Rule):
-    r"""Weights of one part of the model that were multiplied between two readings.
+    r"""Weights multiplied between two readings.
+
+    All of one part of the model.
 
     With u the largest relative update of the part by one step that readings know, n steps can
     change the norm of its weights by a factor of :math:`e^{nu}` at most. A norm that has changed by

@@ -215,8 +215,10 @@ LATER = {
     "rate_factors": {},
     "updates": {},
     "parts": {},
+    "risk": {},
     "weight_decays": {},
     "query_key_groups": [],
+    "count": 4,
     "sampled": True,
 }
 """What states of before there were versions do not have, and what is read in its place."""

@@ -266,20 +266,6 @@ def test_a_head_that_was_saturated_from_the_start_begins_anew_and_may_grow_from_
     assert differences(bits, all_bits(run)) == [], "it is below what it may come to"
 
 
-def test_a_head_that_has_learned_since_is_not_reset() -> None:
-    run = run_of("llama-sdpa", steps=3)
-    layer = first_layer(run)
-    before = scores_of(run)[layer]
-    run.history.treated = {layer}
-    moments = [entries["exp_avg"].clone() for entries in run.optimizer.state.values()]
-    clip = QkClip(fresh=before[1] / 100, floor=before[1] / 4, widest=before[1] / 2)
-    _ = clip.apply(run, growth(layer, from_the_start=True))
-    assert scores_of(run)[layer][1] == pytest.approx(before[1] / 2, rel=0.01)
-    kept = [entries["exp_avg"] for entries in run.optimizer.state.values()]
-    assert all(torch.equal(now, was) for now, was in zip(kept, moments, strict=True))
-    assert run.rate_factor == 1
-
-
 def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
     run = run_of("llama-sdpa")
     layer = first_layer(run)
@@ -300,6 +286,65 @@ def test_a_held_clip_keeps_a_head_at_tau_that_grows_at_every_step() -> None:
     assert again["after"]["factor"][f"{layer} head 1"] == pytest.approx(1.5**-5, rel=0.3)
 
 
+def grow_to(run: TrainingRun, layer: str, score: float) -> None:
+    """Set the largest score of head 1, by its rows of W_q."""
+    width = run.layers[layer].head_dim
+    with torch.no_grad():
+        run.layers[layer].q_proj.weight[width : 2 * width] *= score / scores_of(run)[layer][1]
+
+
+def test_a_target_stays_while_its_head_would_have_doubled_its_score() -> None:
+    run = run_of("llama-sdpa")
+    layer = first_layer(run)
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    applied = QkClip(floor=0.01, times_own_past=1e-9).apply(run, growth(layer, since_step=0))
+    held = applied.effect
+    assert isinstance(held, ScoreClip)
+    for times, target in ((1.3, 0.01), (1.2, 0.02)):
+        for _ in range(3):
+            grow_to(run, layer, times * held.targets[layer, 1])
+            train_step(run)
+        applied.relax()
+        assert held.targets[layer, 1] == target, f"after three steps that grew {times} times"
+
+
+def test_all_heads_are_held_at_their_past_from_before_the_first_of_them_grew() -> None:
+    run = run_of("llama-sdpa")
+    first, second = list(run.layers)[:2]
+    now = {name: values["max_logit"] for name, values in run.history.latest.layers.items()}
+    history = History()
+    for step, times in ((1, 0.1), (2, 0.1), (3, 0.5), (4, 1.0)):
+        layers = {name: {"max_logit": times * values} for name, values in now.items()}
+        history.add(Reading(step, None, layers, info=run.history.info))
+    run.history = history
+    alarm = growth(first, since_step=2)
+    applied = QkClip(floor=1e-6, heads="all").apply(run, alarm)
+    np.testing.assert_allclose(scores_of(run)[first], 0.2 * now[first], rtol=1e-5)
+    for layer in (first, second):
+        for head, score in enumerate(now[layer]):
+            after = applied.record["after"]["max_logit"][f"{layer} head {head}"]
+            assert after == pytest.approx(0.2 * score), "twice a tenth of what it is now"
+    again = QkClip(floor=1e-6, heads="all").apply(run, replace(alarm, step=9, evidence={}))
+    assert not applied.active, "one clip of all heads at a time"
+    assert again.effect.targets[second, 0] == pytest.approx(0.2 * now[second][0])
+
+
+def test_a_step_changes_a_held_layer_by_no_more_than_its_share() -> None:
+    run = run_of("llama-sdpa")
+    first, second = list(run.layers)[:2]
+    QkClip(target=0.01, step_share=0.001).apply(run, growth(first))
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    train_step(run)
+
+    def moved(layer: str) -> float:
+        names = [f"{layer}.{part}.weight" for part in ("q_proj", "k_proj")]
+        now = dict(run.model.named_parameters())
+        change = torch.stack([(now[n] - before[n]).norm() for n in names]).norm()
+        return float(change.detach() / torch.stack([before[n].norm() for n in names]).norm())
+
+    assert moved(second) > 0.01 > moved(first)
+
+
 @pytest.mark.parametrize(
     ("settings", "kind", "targets"),
     [
@@ -318,9 +363,12 @@ def test_what_is_held_without_an_alarm_is_held_less_tightly_unless_a_limit_says_
     applied = QkClip(**settings).apply(run, alarm)
     held = applied.effect
     assert isinstance(held, ScoreClip)
+    run.optimizer.param_groups[0]["lr"] = 0.0
     found = []
     for _ in targets:
         found.append(held.targets[layer, 1])
+        grow_to(run, layer, 1.3 * held.targets[layer, 1])
+        train_step(run)
         applied.relax()
     assert found == pytest.approx(targets)
     told = [record for record in run.records if record["action"] == "relaxed"]

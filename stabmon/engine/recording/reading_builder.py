@@ -61,6 +61,8 @@ class ReadingBuilder:
         self._decays = decays
         self._rate_factors, self._boundary, self._amend = rate_factors, boundary, amend
         self._schedule, self._unseen_reported = schedule, 0
+        self._counted: set[str] = set()
+        """Layers whose rows were looked at, which a device makes the host wait for."""
         self._short_rows: set[str] = set()
         """Layers whose rows were found to see few keys."""
 
@@ -170,6 +172,9 @@ class ReadingBuilder:
         In the log and the run's metadata; a warning where the signal then has no value.
         """
         seen = self._observer.measurements
+        if layers.keys() <= self._counted:
+            return
+        self._counted |= layers.keys()
         for signal, least in seen.least_visible.items():
             few = {layer: most for layer, most in seen.most_visible.items() if most < least}
             new = few.keys() & layers.keys() - self._short_rows

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stabmon._storage.stored_value import Stored
 from stabmon._torch.tensors import local
 from stabmon.capture.names import clean_name
 from stabmon.records import PartChange
@@ -63,6 +65,8 @@ class PartChanges:
         self._now = self._was = None
         if now is None:
             return {}
+        if was is not None:
+            was = was.to(now.device)
         if was is None or was.shape != now.shape:
             was = torch.full_like(now, math.nan)
         table = torch.stack([now, was]).tolist()
@@ -88,6 +92,26 @@ class PartChanges:
     def rolled_back(self, step: int) -> None:
         """Drop the weights: the run goes on from the state after ``step``."""
         self._was = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the norms after the newest sampled step, as plain values."""
+        return {"norms": None if self._was is None else self._was.tolist()}
+
+    def parse_state(self, state: Any) -> Callable[[], None]:
+        """Read a state whole, and return a function that restores it.
+
+        Raises:
+            ValueError: if it is no state of this object.
+        """
+        saved = Stored.of(state)
+        if not saved.value:  # a run of an earlier version
+            return self.reset
+        norms = saved["norms"].maybe(lambda each: [float(n.number()) for n in each.parts()])
+
+        def restore() -> None:
+            self._was = None if norms is None else torch.tensor(norms)
+
+        return restore
 
     @torch.no_grad()
     def _norms(self) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from stabmon.interventions.effects.effect import HeldEffect, Place
 from stabmon.interventions.effects.row_proof import proven_rows
 from stabmon.interventions.effects.unproven_rows import UnprovenRows
+from stabmon.interventions.effects.update_cap import UpdateCap
 from stabmon.interventions.run.optimizer_reset import OptimizerReset
 from stabmon.interventions.run.recent_scores import RecentScores
 from stabmon.interventions.run.score_replay import deepest_first, largest_scores, replayed_scores
@@ -50,6 +51,12 @@ class ScoreClip(HeldEffect):
             resources=frozenset(f"scores of {_module(layer)}" for layer, _ in targets),
         )
         self.run, self.targets, self.limits = run, targets, dict(limits or {})
+        self.first_targets = dict(targets)
+        """The targets before any was raised."""
+        self.steps: UpdateCap | None = None
+        """The ceiling on what a step changes of the held layers, while it is held."""
+        self._since_relaxed: dict[Place, float] = {}
+        """Product of each place's factors since targets were last raised, or not."""
         self.proven: dict[str, str] = {}
         """Description of the proposal that was proven in each module."""
         self.rows = ScaledRows(run)
@@ -65,7 +72,14 @@ class ScoreClip(HeldEffect):
         self._reported_at: int | None = None
         self._reset: OptimizerReset | None = None
 
-    def clip_now(self, fresh: Mapping[Place, float] | None = None, *, wait: bool = False) -> None:
+    def clip_now(
+        self,
+        fresh: Mapping[Place, float] | None = None,
+        *,
+        named: Collection[Place] | None = None,
+        wait: bool = False,
+        idle: bool = False,
+    ) -> None:
         """Clip each head above its target; leave out modules that do not fit.
 
         The deepest module comes first: its clip does not change the inputs of the others, so that
@@ -74,7 +88,9 @@ class ScoreClip(HeldEffect):
 
         Args:
             fresh: other targets for this clip alone, by (layer, head).
+            named: places of which one must be above its target; None for any.
             wait: hold also modules with no head above its target.
+            idle: hold them even if no head is above its target yet.
 
         Raises:
             NotApplicable: if there is nothing to clip, or no module fits.
@@ -86,13 +102,15 @@ class ScoreClip(HeldEffect):
                 for layer in self._layers()
             }
         )
-        todo = self._factors(scores, {**self.targets, **(fresh or {})})
+        now = {**self.targets, **(fresh or {})}
+        todo = self._factors(scores, now)
+        first = {place: now[place] for place in (now if named is None else named)}
         waiting = (
             [_module(layer) for layer in self._layers() if _module(layer) not in todo]
             if wait
             else []
         )
-        if not todo and not waiting:
+        if not (idle and waiting) and not self._factors(scores, first):
             raise NotApplicable(
                 "every head named is at or below its target already, or its score is not finite: "
                 "there is nothing to clip"
@@ -114,7 +132,7 @@ class ScoreClip(HeldEffect):
             notes.append(
                 f"{name}: {found.how}" + (", all heads scaled alike" if found.shared else "")
             )
-        if not todo and not waiting:
+        if not any(_module(layer) in (*todo, *waiting) for layer, _ in first):
             raise refused[0]
         self.targets = {
             (layer, head): target
@@ -142,15 +160,22 @@ class ScoreClip(HeldEffect):
         self._reset = OptimizerReset(self.run, first)
         self.note += f"; the optimizer begins anew, with a warm-up of {self._reset.steps} steps"
 
-    def watch(self, hold: bool) -> None:
+    def watch(self, hold: bool, step_share: float | None = None) -> None:
         """Add the hooks at each step from now on.
 
         Args:
             hold: measure every training forward, to clip again and to judge unproven rows.
+            step_share: largest share of the layers' W_q and W_k that a step may change.
         """
         self._reported_at = self.run.history.latest.step if len(self.run.history) else None
         looking = [self.run.step_hooks.add("attention", self._record_scores)] if hold else []
         self._remove = [self.run.step_hooks.add("on_step", self._on_step), *looking]
+        if hold and step_share is not None:
+            modules = dict.fromkeys(map(_module, self._layers()), step_share)
+            try:
+                self.steps = UpdateCap(self.run, modules, None)
+            except NotApplicable as error:
+                self.note += f"; steps have no limit: {error.reason}"
 
     def undo(self) -> bool:
         self.release()
@@ -158,10 +183,22 @@ class ScoreClip(HeldEffect):
             self._reset.undo()
         return self.rows.undo()
 
+    def was_active(self) -> bool:
+        steps = self.steps is not None and self.steps.was_active()
+        return super().was_active() or steps
+
     def relax(self) -> Mapping[str, Any]:
+        """Double the targets of heads that were clipped, unless some head still runs away.
+
+        A head runs away that would have doubled its score since the last time.
+        """
+        factors, self._since_relaxed = self._since_relaxed, {}
+        if min(factors.values(), default=1.0) <= 1 / 2:
+            return {}
         known = {
-            place: min(2 * target, self.limits.get(place, target))
-            for place, target in self.targets.items()
+            place: min(2 * self.targets[place], self.limits.get(place, self.targets[place]))
+            for place in factors
+            if place in self.targets
         }
         wider = {place: target for place, target in known.items() if target > self.targets[place]}
         self.targets |= wider
@@ -178,6 +215,8 @@ class ScoreClip(HeldEffect):
         self._report_clips()
         if self._reset is not None:
             self._reset.release()
+        if self.steps is not None:
+            self.steps.release()
         super().release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,6 +228,7 @@ class ScoreClip(HeldEffect):
             "aims": targets,
             "limits": limits,
             "anew": anew,
+            "first": [[layer, head, aim] for (layer, head), aim in self.first_targets.items()],
             "proven": dict(self.proven),
             "rows": self.rows.state(names),
         }
@@ -301,11 +341,18 @@ class ScoreClip(HeldEffect):
             self._apply(name, factors, {}, scores)
             for head, factor in factors.items():
                 self._unreported.setdefault((name, head), []).append(factor)
+                self._note_factor(name, head, factor)
                 self._bound = True
         latest = self.run.history.latest.step if len(self.run.history) else None
         if latest != self._reported_at:
             self._reported_at = latest
             self._report_clips()
+
+    def _note_factor(self, name: str, head: int, factor: float) -> None:
+        """Add a clip of a module's head to the products by which targets are raised."""
+        for place in self.targets:
+            if place[1] == head and _module(place[0]) == name:
+                self._since_relaxed[place] = self._since_relaxed.get(place, 1.0) * factor
 
     def _report_clips(self) -> None:
         """Write the clips since the last sampled step as one audit record."""

@@ -11,6 +11,7 @@ from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import rule_of
 from stabmon.rules.evidence.baselines import PAST_READINGS
+from stabmon.rules.evidence.robust_stats import largest
 
 
 def largest_score(info: LayerInfo | None) -> float:
@@ -36,12 +37,62 @@ def largest_score(info: LayerInfo | None) -> float:
     return min(product, math.log(LARGEST.get(info.exp_dtype, LARGEST["float32"])) / 2)
 
 
+def onset(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> int | None:
+    """Return the newest step at which a head's score had not grown yet; None if unknown.
+
+    It is the step that the issue gives, or that at which the head's score was last at or below the
+    level that the issue was measured against (half of the present score, where the issue has no
+    level).
+
+    Args:
+        run: the run.
+        issue: an issue of the head, or of its layer.
+        head: the head, where the issue names its layer alone.
+    """
+    head = issue.head if issue.head is not None else head
+    if (
+        issue.layer is None
+        or head is None
+        or issue.layer not in run.history.layers
+        or issue.evidence.get("from_the_start")
+    ):
+        return None
+    steps = run.history.steps
+    if "since_step" in issue.evidence:
+        before = np.flatnonzero(steps <= issue.evidence["since_step"])
+    else:
+        scores = run.history.signal("max_logit")[:, run.history.of_layer(issue.layer)][:, head]
+        times = issue.evidence.get("times_own_past", issue.evidence.get("score_times_own_past"))
+        reports_score = getattr(rule_of(issue.issue_type), "value_of", None) == "max_logit"
+        now = issue.evidence.get("max_logit", issue.value if reports_score else scores[-1])
+        known = isinstance(times, (int, float)) and np.isfinite(times) and times > 1
+        level = 1.001 * now / times if known else now / 2
+        before = np.flatnonzero(scores <= level)
+    return int(steps[before[-1]]) if len(before) else None
+
+
+def largest_until(run: TrainingRun, layer: str, step: int | None) -> np.ndarray:
+    """Return ``[H]`` largest scores of a layer's heads in the newest readings up to a step.
+
+    Those of its first readings where the step is not known; NaN where nothing was measured.
+
+    Args:
+        run: the run.
+        layer: the layer's name.
+        step: the step.
+    """
+    heads = run.history.of_layer(layer)
+    scores = run.history.signal("max_logit")[:, heads]
+    before = scores[run.history.steps <= step][-PAST_READINGS:] if step is not None else scores[:0]
+    found = largest(before) if len(before) else np.full(scores.shape[1], np.nan)
+    first: np.ndarray = run.history.baseline("max_logit")[heads]
+    return np.where(np.isnan(found), first, found)
+
+
 def baselines(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:
     """Return a head's largest score before it grew; NaN if unknown.
 
-    Growth began at the step that the issue gives, or where the head's score was last at or below
-    the level that the issue was measured against (half of the present score, where the issue has no
-    level). Of the readings up to there the newest five count.
+    Growth began as :func:`onset` finds it. Of the readings up to there the newest five count.
 
     Args:
         run: the run.
@@ -56,20 +107,7 @@ def baselines(run: TrainingRun, issue: StabilityIssue, head: int | None = None) 
         or issue.evidence.get("from_the_start")
     ):
         return float("nan")
-    scores = run.history.signal("max_logit")[:, run.history.of_layer(issue.layer)][:, head]
-    if "since_step" in issue.evidence:
-        before = np.flatnonzero(run.history.steps <= issue.evidence["since_step"])
-        return (
-            float(np.nanmax(scores[: before[-1] + 1][-PAST_READINGS:]))
-            if len(before)
-            else float("nan")
-        )
-    times = issue.evidence.get("times_own_past", issue.evidence.get("score_times_own_past"))
-    reports_score = getattr(rule_of(issue.issue_type), "value_of", None) == "max_logit"
-    now = issue.evidence.get("max_logit", issue.value if reports_score else scores[-1])
-    known = isinstance(times, (int, float)) and np.isfinite(times) and times > 1
-    level = 1.001 * now / times if known else now / 2
-    before = np.flatnonzero(scores <= level)
-    if len(before):
-        return float(np.nanmax(scores[: before[-1] + 1][-PAST_READINGS:]))
-    return float(run.history.baseline("max_logit")[run.history.of_layer(issue.layer)][head])
+    since = onset(run, issue, head)
+    if since is None and "since_step" in issue.evidence:
+        return float("nan")
+    return float(largest_until(run, issue.layer, since)[head])
