@@ -168,6 +168,10 @@ class Reading(PlainRecord):
 
     Measured on a sample of large groups.
     """
+    weight_decays: Mapping[str, float] = field(default_factory=dict)
+    """Weight decay that each group used in the step, where it takes a share of the weights."""
+    parts: Mapping[str, PartChange] = field(default_factory=dict)
+    """Weights of each part of the model: attention layers, modules beside them, and others."""
     query_key_groups: tuple[str, ...] = ()
     """Keys of the parameter groups that W_q and W_k are in, where the two can be located."""
 
@@ -205,6 +209,18 @@ class QKUpdate(PlainRecord):
         return self.update / self.weight if self.weight > 0 else float("nan")
 
 
+@dataclass(frozen=True)
+class PartChange(PlainRecord):
+    """L2 norms over the weights of one part of the model, at a sampled step."""
+
+    weight: float
+    """Before the step."""
+    before: float
+    """After the sampled step before; NaN where it is not known."""
+    update: float
+    """Relative update by the step, ``||dW|| / ||W||``, on a sample; NaN where it is not known."""
+
+
 Cause = Literal[
     "", "mask", "overflow", "labels", "objective", "data", "weights", "optimizer", "arithmetic"
 ]
@@ -221,7 +237,7 @@ class Overshoot(PlainRecord):
     """Finding that steps are too long, and the rates that would fit."""
 
     step: int
-    how: Literal["first_step", "brisk", "steps", "torn", "leap"]
+    how: Literal["first_step", "brisk", "steps", "torn", "leap", "jump", "decay"]
     """Evidence of the finding.
 
     - ``first_step``: the first step gained too little on its own batch.
@@ -229,6 +245,9 @@ class Overshoot(PlainRecord):
     - ``steps``: the median of several steps in a row gained too little.
     - ``torn``: a step raised the loss of its own batch steeply.
     - ``leap``: the loss leapt at a step that was not probed.
+    - ``decay``: a group's weight decay rose manifold in one step, to a share that does damage;
+      ``rates`` and ``fitting`` are then decays, and ``updates`` the share taken in a step.
+    - ``jump``: a group's rate rose manifold above its own past in one step, which moves it far.
     """
     gain_ratio: float
     """Actual over predicted decrease of the batch's own objective.
@@ -241,7 +260,16 @@ class Overshoot(PlainRecord):
     rates: Mapping[str, float] = field(default_factory=dict)
     """The rate used, by parameter group."""
     fitting: Mapping[str, float] = field(default_factory=dict)
-    """The rate that fits, of the groups whose steps are too long."""
+    """The rate that fits, of the groups whose steps are too long.
+
+    Of a jump the highest rate before it.
+    """
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """The groups that jumped in words: their name and the modules in them."""
+    updates: Mapping[str, float] = field(default_factory=dict)
+    """Relative update of the groups that jumped, by one step at their rate."""
+    multiples: Mapping[str, float] = field(default_factory=dict)
+    """Their rate over the median of the groups that did not jump, before the jump."""
 
     @property
     def rate(self) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from stabmon._torch.weak_method import weakly
+from stabmon._torch.callbacks.weak_method import weakly
 from stabmon.capture import AttentionCapture
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import load_config

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stabmon._torch.callbacks.inert_hook import InertHook
 from stabmon._torch.graph_capture import is_capturing
-from stabmon._torch.inert_hook import InertHook
 from stabmon._torch.recomputation import is_recomputation
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]

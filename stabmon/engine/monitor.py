@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
-from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
@@ -256,6 +256,7 @@ class AttentionStabilityMonitor:
                 applied = self._guard.apply(intervention, by_user=True, hold=hold)
         finally:
             run.forwards = ()
+        self._note_treated([] if applied is None else [applied])
         if not self._manual and self._clock.phase is not Phase.CLOSED:
             self._start_observing()
         return applied
@@ -358,6 +359,7 @@ class AttentionStabilityMonitor:
         self._open()
         self.step, self._readings.last_step = saved.step, saved.last_reading
         self._tracker, self._is_resumed = tracker, True
+        tracker.history.is_resumed = True
         self._recorder.restore(saved.issues)
         self._guard.run.step, self._guard.run.history = saved.step, tracker.history
         saved.restore_parts()
@@ -452,7 +454,11 @@ class AttentionStabilityMonitor:
             newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
         )
         with self._clock.own_work():
-            self._guard.intervene(open_issues, healthy=healthy)
+            self._note_treated(self._guard.intervene(open_issues, healthy=healthy))
+
+    def _note_treated(self, applied: Sequence[Applied]) -> None:
+        places = [place for each in applied for place in each.effect.places]
+        self._tracker.history.treated |= {layer for layer, _ in places if layer is not None}
 
     # -- set-up
 
@@ -461,6 +467,7 @@ class AttentionStabilityMonitor:
         if self._clock.phase is not Phase.NEW:
             return
         self._clock.phase = Phase.TRAINING
+        self._tracker.history.is_resumed = self.step > 0
         self._recorder.set_meta(
             lambda: run_meta(
                 self.model,

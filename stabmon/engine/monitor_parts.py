@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import world_size
-from stabmon._torch.weak_method import weakly
 from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.clock import StepClock
 from stabmon.engine.error_boundary import ErrorBoundary
@@ -21,8 +21,10 @@ from stabmon.engine.recording.reading_builder import ReadingBuilder
 from stabmon.engine.recording.recorder import Recorder
 from stabmon.engine.sampling.schedule import SHORTEST, Schedule, make_schedule
 from stabmon.engine.step_contexts import StepContexts
+from stabmon.engine.step_length.setting_watch import SettingWatch
 from stabmon.engine.step_length.watch import StepLength
 from stabmon.engine.step_observer import StepObserver
+from stabmon.engine.updates.part_changes import PartChanges
 from stabmon.engine.updates.weight_updates import WeightUpdates
 from stabmon.engine.usage import Usage
 from stabmon.guard import Guard
@@ -45,6 +47,7 @@ class MonitorParts:
     observer: StepObserver
     detector: NonFiniteDetector
     step_length: StepLength
+    settings: SettingWatch
     updates: WeightUpdates
     usage: Usage
     readings: ReadingBuilder
@@ -58,6 +61,9 @@ class MonitorParts:
             "losses": self.observer.losses,
             "non_finite": self.detector,
             "step_length": self.step_length.rates,
+            "rate_jumps": self.settings.jumps,
+            "decay_jumps": self.settings.decay_jumps,
+            "parts": self.updates.parts,
             "guard": self.guard,
             "schedule": self.schedule,
         }
@@ -123,10 +129,16 @@ def make_parts(
         optimizers, run.scheduled_rate, lambda: run.rate_factors, boundary, model
     )
     run.shorten_step = weakly(step_length.shorten) if world_size() == 1 else None
-    run.on_rollback += [weakly(step_length.rolled_back), weakly(detector.rolled_back)]
-    updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary)
+    parts = PartChanges(model, weakly(run.edited_layers))
+    run.on_rollback += [
+        weakly(step_length.rolled_back),
+        weakly(detector.rolled_back),
+        weakly(parts.reset),
+    ]
+    updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary, parts)
     run.before_edit.append(weakly(updates.measure_now))
-    every_step: list[StepListener] = [detector, step_length]
+    settings = SettingWatch(optimizers, run, step_length.rates, model, updates)
+    every_step: list[StepListener] = [detector, step_length, settings]
     usage = Usage(model, optimizers, config.log_every, schedule.wants, framework)
     clock.listeners = [usage, updates, *(every_step if config.watch_every_step else []), guard]
     readings = ReadingBuilder(
@@ -135,6 +147,7 @@ def make_parts(
         detector,
         step_length.rates,
         lambda: run.rate_factors,
+        lambda: settings.decays,
         boundary,
         recorder.amend,
         schedule,
@@ -149,6 +162,7 @@ def make_parts(
         observer,
         detector,
         step_length,
+        settings,
         updates,
         usage,
         readings,

@@ -23,8 +23,8 @@ logger = logging.getLogger("stabmon")
 
 STATE_VERSION = 1
 """Version of the states written today; one without a version is older, and read the same way."""
-OPTIONAL = frozenset({"schedule", "step_length"})
-"""Keys of parts that states of the first versions lack."""
+OPTIONAL = frozenset({"schedule", "step_length", "rate_jumps", "decay_jumps", "parts"})
+"""Keys of parts that states of earlier versions lack."""
 
 
 class StoredPart(Protocol):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.device_timer import DeviceTimer
 from stabmon._torch.forward_call import ForwardCall, StepForwards
-from stabmon._torch.weak_method import weakly
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import StabilityConfig

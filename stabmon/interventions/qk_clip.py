@@ -163,9 +163,8 @@ class QkClip(Intervention):
             for place, aim in self._others(run).items():
                 if place not in targets:
                     targets[place], limits[place] = aim, self._limit(run, place, aim)
-            for each in earlier:
-                for place, aim in each.effect.first_targets.items():
-                    targets[place] = limits[place] = min(aim, targets.get(place, np.inf))
+            for place, aim in self._tightened(earlier).items():
+                targets[place] = limits[place] = min(aim, targets.get(place, np.inf))
         clip = ScoreClip(run, targets, limits, ceiling=self.target is not None)
         new = {
             place: self.fresh
@@ -209,6 +208,23 @@ class QkClip(Intervention):
             and isinstance(each.effect, ScoreClip)
         ]
 
+    def _tightened(self, earlier: Sequence[Applied]) -> dict[Place, float]:
+        """Return the first targets of earlier clips; half of them where none had been raised.
+
+        Raises:
+            NotApplicable: if they are held at the floor, and an alarm is open nevertheless.
+        """
+        found: dict[Place, float] = {}
+        for each in earlier:
+            clip = each.effect
+            assert isinstance(clip, ScoreClip)
+            raised = any(clip.targets[k] > aim for k, aim in clip.first_targets.items())
+            for place, aim in clip.first_targets.items():
+                found[place] = aim if raised else min(aim, max(self.floor, aim / 2))
+            if not raised and all(found[k] == clip.targets[k] for k in clip.targets):
+                raise NotApplicable("every head is held at its lowest target already")
+        return found
+
     def _others(self, run: TrainingRun) -> dict[Place, float]:
         """Return the target of every head of the model by its own past."""
         since = [
@@ -235,7 +251,7 @@ class QkClip(Intervention):
         return max(aim, most if self.target is None else 0.0)
 
     def check_saved(self, effect: Stored) -> None:
-        for name in ("aims", "limits"):
+        for name in ("aims", "limits", *(("first",) if "first" in effect else ())):
             for place in effect[name].parts():
                 layer, head, score = place.parts(3)
                 _ = layer.text(), head.integer(), score.number()
@@ -245,8 +261,6 @@ class QkClip(Intervention):
         )
         if "rates" in effect:
             effect["rates"].numbers()
-        if "first" in effect:
-            _ = [place.parts(3)[2].number() for place in effect["first"].parts()]
         check_saved_rows(effect["rows"])
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:

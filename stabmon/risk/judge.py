@@ -107,7 +107,7 @@ class RiskJudge:
         where = history.of_layer(layer)
         score, entropy = (history.now(name)[where] for name in ("max_logit", "normalized_entropy"))
         first = max(parts, key=lambda name: parts[name])
-        from_start = first in START
+        from_start = first in START and history.is_at_start(layer)
         rows = past_rows(history, 40)
         past = np.nanmedian(history.signal("max_logit")[rows, where], axis=0)
         with np.errstate(invalid="ignore"):

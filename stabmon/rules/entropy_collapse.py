@@ -21,8 +21,6 @@ from stabmon.rules.wording.code_lines import guard
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import known, number, past
 
-START_READINGS = 32
-"""Readings within which a model may count as fresh, if its loss falls fast."""
 SINK = 0.3
 """Mean mass on the first key from which a head is a sink.
 
@@ -196,13 +194,10 @@ class EntropyCollapse(Rule):
         """Return ``[N]`` bool: saturated in a fresh model in which nearly all heads are."""
         none = np.zeros(len(history.heads), dtype=bool)
         losses = history.recent_losses[:, 1]
-        if (
-            len(history) > START_READINGS
-            or len(losses) < 2
-            or np.median(losses[-3:]) > (1 - self.start_fall) * losses[0]
-        ):
+        if len(losses) < 2 or np.median(losses[-3:]) > (1 - self.start_fall) * losses[0]:
             return none
         saturated, known = ~none, ~none
+        at_start = np.array([history.is_at_start(layer) for layer, _ in history.heads], dtype=bool)
         for at in (0, -1):
             entropy = history.signal("normalized_entropy")[at]
             score = history.signal("max_logit")[at]
@@ -215,7 +210,8 @@ class EntropyCollapse(Rule):
             <= self.start_alike
         )
         sinks = np.median(np.nan_to_num(history.now("sink_mass")[saturated])) > SINK
-        return saturated & bool(alike and not sinks)
+        fresh: np.ndarray = saturated & at_start & bool(alike and not sinks)
+        return fresh
 
     def _issue(
         self,

@@ -12,6 +12,7 @@ from stabmon._settings import Count, NonNegative, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.baselines import loss_rose
+from stabmon.rules.evidence.moved_part import moved_part
 from stabmon.rules.evidence.robust_stats import median_over_steps, robust_spread
 from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
@@ -81,6 +82,8 @@ class GradientExplosion(Rule):
         numbers += "" if middle is None else f", recent median {number(middle)}"
         most = worst.evidence.get("layer_grown_most")
         numbers += f"; {most} grew most" if most else ""
+        part = worst.evidence.get("part_moved_most")
+        numbers += f"; steps of {part} are longer than before" if part else ""
         code = "" if middle is None else clip_gradients(framework, 2 * middle)
         return Description("gradient norm jumped", numbers, worst.suggestion, code)
 
@@ -137,6 +140,7 @@ class GradientExplosion(Rule):
                     "recent_log_spread": spread,
                     "stays": high,
                     "layer_grown_most": most,
+                    **moved_part(history),
                 },
             )
         ]

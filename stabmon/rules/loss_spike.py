@@ -11,6 +11,7 @@ import numpy as np
 from stabmon._settings import Bounds, Count, NonNegative, Positive, renamed
 from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
+from stabmon.rules.evidence.moved_part import moved_part
 from stabmon.rules.evidence.robust_stats import robust_spread
 from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
@@ -109,6 +110,8 @@ class LossSpike(Rule):
         numbers = with_limit("loss", worst)
         numbers += "" if middle is None else f", recent median {number(middle)}"
         numbers += "" if at is None else f", highest at step {at}"
+        part = worst.evidence.get("part_moved_most")
+        numbers += f"; steps of {part} are longer than before" if part else ""
         stays = bool(worst.evidence.get("stays"))
         code = resume(framework, int(at)) if worst.is_alarm and at is not None else ""
         title = "loss jumped and stays up" if stays else "loss jumped"
@@ -156,6 +159,7 @@ class LossSpike(Rule):
             "deviations": float((newest[highest] - middle) / max(spread, 1e-12)),
             "stays": staying,
             "update_spike": bool(too_long),
+            **moved_part(history),
         }
         return [
             StabilityIssue(

@@ -32,7 +32,9 @@ It counts where it meets the end of the format in no more steps than these took.
 @rule
 @dataclass(frozen=True)
 class OverflowRisk(Rule):
-    r"""Numbers near the end of their format on the way to the softmax, which is NaN beyond it.
+    r"""Scores near the end of their number format.
+
+    Beyond it the softmax is NaN.
 
     Physical limits, so the head's own past does not matter. There are two:
 

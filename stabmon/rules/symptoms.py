@@ -80,6 +80,17 @@ RATE = Symptom(
     explains_earlier=True,
 )
 """Learning rate too high for the whole model or for a parameter group."""
+DECAY = Symptom(
+    "decay",
+    "look at what sets the weight decay of the parameter groups, and start from a checkpoint before "
+    "the step",
+    order=11,
+    per_location=False,
+    threatens_run=True,
+    causal_order=11,
+    explains_earlier=True,
+)
+"""Weight decay that takes more of the weights than training can make up for."""
 SUSTAINED_GROWTH = Symptom(
     "sustained_growth",
     "look for what multiplies the layer's W_q and W_k, or the scale of its scores",

@@ -9,13 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stabmon._settings import Count, Fraction, Positive, renamed
-from stabmon.records import StabilityIssue
+from stabmon.records import Overshoot, StabilityIssue
 from stabmon.rules.base import Rule, rule
-from stabmon.rules.evidence.group_ahead import GroupAhead, groups_ahead
+from stabmon.rules.evidence.group_ahead import ahead_advice, groups_ahead
 from stabmon.rules.evidence.robust_stats import median_over_steps
 from stabmon.rules.evidence.step_size import (
+    decay_advice,
     heads_break,
     highest_before_jump,
+    jump_advice,
     name_rates,
     overshoot_advice,
     rates_of_groups,
@@ -23,11 +25,11 @@ from stabmon.rules.evidence.step_size import (
     shares_of_largest,
     update_share,
 )
-from stabmon.rules.symptoms import RATE, STEP, Symptom
+from stabmon.rules.symptoms import DECAY, RATE, STEP, Symptom
 from stabmon.rules.tracking.history import History
-from stabmon.rules.wording.code_lines import set_group_rates, set_rate
 from stabmon.rules.wording.description import Description
-from stabmon.rules.wording.numbers import known, number, share
+from stabmon.rules.wording.numbers import known, share
+from stabmon.rules.wording.rates import describe_rate, named_groups
 
 PAST = 22
 """Number of newest readings in the past of a step's size.
@@ -52,9 +54,12 @@ class UpdateSpike(Rule):
       weights are, from the first step on. The rate that fits is reported, and stays so until the
       rate used comes down to it. Attributed to no layer.
     - jump of a rate: the rate of a parameter group rose manifold over the largest that the group
-      had before, and u of its parameters rose too: a slip in a schedule or a group. A warm-up rises
-      by little from reading to reading, and a warm restart comes back to a rate that was there
-      before: neither counts. Names the group.
+      had before, and its steps move it far: a slip in a schedule or a group. A warm-up rises by
+      little from step to step, a warm restart comes back to a rate that was there before, and a
+      schedule that changes by the epoch makes short steps still: none of them counts. Names the
+      group. Rates are compared at every step, and at readings where optimizers take no hooks.
+    - jump of the weight decay: it rose manifold in one step, and takes 0.5% of a group's weights or
+      more in each step. Names the group.
     - too high from the start, where steps cannot be probed: from the first readings on two in a row
       moved W_q and W_k by more than any healthy run's, and heads have broken since. The rate that
       fits is reported, at which a step would have changed ``fitting`` of them.
@@ -97,6 +102,12 @@ class UpdateSpike(Rule):
     """
     update_jump: Positive = 3.0
     """Rise of a group's u, as a multiple of its median over the newest readings."""
+    moved: Positive = 0.05
+    """Share of a group for one step to change from which a jump of its rate counts.
+
+    Of a group that jumps alone ``update_jump`` times the other groups' median is enough. Steps of
+    healthy groups, once warm, stayed below 0.04; rates that change by the epoch may jump.
+    """
     layer_jump: Positive = 6.0
     """Rise of a layer's u, as a multiple of its own past, where no rate jumped."""
     fitting: Positive = 0.025
@@ -108,15 +119,18 @@ class UpdateSpike(Rule):
 
     @classmethod
     def symptom_of(cls, issue: StabilityIssue) -> Symptom:
-        """Return rate for an issue of the run, step for one of a layer."""
-        return RATE if issue.layer is None else STEP
+        """Return rate or decay for an issue of the run, step for one of a layer."""
+        if issue.layer is not None:
+            return STEP
+        return DECAY if issue.evidence.get("how") == "decay" else RATE
 
     @classmethod
     def value_now(cls, issue: StabilityIssue, history: History) -> float | None:
         """Return the newest rate for an issue of the run, the newest update for one of a layer."""
         if issue.layer is None:
-            used = history.latest.used_rates
-            named = _named_groups(issue.evidence)
+            decay = issue.evidence.get("how") == "decay"
+            used = history.latest.weight_decays if decay else history.latest.used_rates
+            named = named_groups(issue.evidence)
             rates = [rate for key, rate in used.items() if not named or key in named]
             return max(rates, default=history.latest.learning_rate)
         moved = history.latest.query_key.get(issue.layer)
@@ -131,7 +145,7 @@ class UpdateSpike(Rule):
             numbers = f"a step changes {share(worst.value)} of W_q and W_k"
             numbers += "" if usual is None else f", usually {share(usual)}"
             return Description("steps too long for W_q and W_k", numbers, worst.suggestion)
-        return _describe_rate(worst, framework)
+        return describe_rate(worst, framework)
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for the run, else one for each layer that is moved too far.
@@ -155,6 +169,10 @@ class UpdateSpike(Rule):
         found, rates = history.overshoot, rates_too_high(history)
         if found is None or not rates:
             return []
+        if found.how == "decay":
+            return [_decay(history, found, rates)]
+        if found.how == "jump":
+            return [self._jump(history, found, rates)]
         evidence = {
             "found_at": found.step,
             "how": found.how,
@@ -167,23 +185,51 @@ class UpdateSpike(Rule):
         highest, advice = max(rates.values()), overshoot_advice(found, history)
         return [_issue(history, None, highest, found.fitting_rate, advice, evidence)]
 
+    def _jump(
+        self, history: History, found: Overshoot, rates: Mapping[str, float]
+    ) -> StabilityIssue:
+        """Return the issue of groups whose rate was seen to jump at a step."""
+        before = found.fitting
+        worst = max(rates, key=lambda key: rates[key] / before[key])
+        evidence = {
+            "found_at": found.step,
+            "how": found.how,
+            "highest_rate_before": before[worst],
+            "highest_rates_before": dict(before),
+            "rates": dict(found.rates),
+            "fitting_multiples": dict(found.multiples),
+            "updates": dict(found.updates),
+            "groups": dict(found.groups),
+        }
+        level, advice = self.rate_jump * before[worst], jump_advice(found)
+        return _issue(history, None, rates[worst], level, advice, evidence)
+
     def _rate_jump(self, history: History) -> list[StabilityIssue]:
         """Return the issue of parameter groups whose rate jumped."""
         used, updates = rates_of_groups(history), history.group_updates
-        jumped: dict[str, float] = {}
-        for key, rates in used.items():
-            highest = highest_before_jump(
-                rates,
-                jump=self.rate_jump,
-                hysteresis=self.hysteresis,
-                min_history=self.min_history,
+        highest = {
+            key: before
+            for key, rates in used.items()
+            if (
+                before := highest_before_jump(
+                    rates,
+                    jump=self.rate_jump,
+                    hysteresis=self.hysteresis,
+                    min_history=self.min_history,
+                )
             )
+            is not None
+        }
+        rest = [moves[-1] for key, moves in updates.items() if key not in highest]
+        others = float(np.nanmedian(rest)) if np.isfinite(rest).any() else float("nan")
+        jumped: dict[str, float] = {}
+        for key, before in highest.items():
             moves = updates.get(key)
             if moves is None or not np.isfinite(moves).any():
                 # nothing is known of the group's parameters: W_q and W_k stand for them
                 moves = np.array([update_share(reading) for reading in history.readings])
-            if highest is not None and self._moves_far(history, moves):
-                jumped[key] = highest
+            if self._moves_far(history, moves, others):
+                jumped[key] = before
         if not jumped:
             return []
         now = {key: float(used[key][-1]) for key in jumped}
@@ -204,32 +250,30 @@ class UpdateSpike(Rule):
         }
         return [_issue(history, None, now[worst], self.rate_jump * before, suggestion, evidence)]
 
-    def _moves_far(self, history: History, moves: np.ndarray) -> bool:
+    def _moves_far(self, history: History, moves: np.ndarray, others: float) -> bool:
         """Return True if a step moves parameters by far more of themselves than before.
 
         Args:
             history: the readings so far.
             moves: ``[T]`` share of themselves by which steps moved them.
+            others: median of that over the groups whose rate did not jump; NaN if unknown.
         """
         past, steps = moves[-PAST + 1 : -1], history.steps[-PAST + 1 : -1]
         usual = float(median_over_steps(past[:, None], steps)[0]) if len(past) else float("nan")
         slack = self.hysteresis if history.is_open_at("update_spike") else 1.0
-        level = np.fmax(self.update_jump * usual * slack, 0.0)
-        return bool(moves[-1] >= level) and bool(moves[-1] > 0)
+        least = np.fmin(self.moved, self.update_jump * others)
+        level = np.fmax(self.update_jump * usual, least) * slack
+        return bool(moves[-1] >= level)
 
     def _ahead(self, history: History) -> list[StabilityIssue]:
         """Return the issue of the group of W_q and W_k, where it alone is too fast."""
         found = groups_ahead(history) if heads_break(history) else {}
         if not found:
             return []
-        worst: GroupAhead = max(found.values(), key=lambda each: each.times_update)
-        suggestion = (
-            f"Lower {name_rates(found)}, which holds W_q and W_k, to {worst.fitting_rate:.2g}: at "
-            f"{worst.rate:.2g} a step changed {worst.times_update:.0f} times as much of it as of "
-            f"the other groups, and heads break. Start again with {worst.multiple:.2g} times the "
-            "other groups' rate, or cap it there now (cap_learning_rate)."
-        )
+        worst = max(found.values(), key=lambda each: each.times_update)
         evidence = {
+            "found_at": max(each.found_at for each in found.values()),
+            "how": "ahead",
             "fitting_rate": worst.fitting_rate,
             "fitting_rates": {key: each.fitting_rate for key, each in found.items()},
             "fitting_multiples": {key: each.multiple for key, each in found.items()},
@@ -240,7 +284,9 @@ class UpdateSpike(Rule):
                 np.nanmax([update_share(each) for each in history.readings])
             ),
         }
-        return [_issue(history, None, worst.rate, worst.fitting_rate, suggestion, evidence)]
+        return [
+            _issue(history, None, worst.rate, worst.fitting_rate, ahead_advice(found), evidence)
+        ]
 
     def _from_the_start(self, history: History) -> list[StabilityIssue]:
         """Return the issue of a rate that was too high from the first readings on."""
@@ -305,38 +351,19 @@ class UpdateSpike(Rule):
         return [_issue(history, layer, float(shares[-1]), float(level), suggestion, evidence)]
 
 
-def _named_groups(evidence: Mapping[str, Any]) -> Mapping[str, float]:
-    """Return the groups that an issue names as too fast, each with the rate that fits."""
-    return evidence.get("fitting_rates") or evidence.get("highest_rates_before") or {}
-
-
-def _describe_rate(issue: StabilityIssue, framework: str) -> Description:
-    """Return the rate of the run beside the one that fits in words, with the line that sets it."""
-    evidence = issue.evidence
-    fitting, highest = known(evidence, "fitting_rate"), known(evidence, "highest_rate_before")
-    rates = _named_groups(evidence)
-    of_all = len(rates) in (0, len(evidence.get("rates") or rates))
-    rate = fitting or highest
-    code = ""
-    if rate is not None:
-        code = set_rate(framework, rate) if of_all else set_group_rates(framework, dict(rates))
-    if fitting is None:
-        times = "" if not highest else f", {number(issue.value / highest)} times the highest before"
-        numbers = f"learning rate {number(issue.value)}{times} ({number(highest or 0)})"
-        return Description("learning rate jumped", numbers, issue.suggestion, code)
-    numbers = f"learning rate {number(issue.value)}, {number(fitting)} fits"
-    if issue.value > fitting:
-        numbers += f" ({number(issue.value / fitting)} times lower)"
-    gained, moved = known(evidence, "gain_ratio"), known(evidence, "largest_query_key_update")
-    rise = known(evidence, "rise")
-    if evidence.get("how") in ("torn", "leap") and rise is not None:
-        numbers += f"; the loss rose by {share(rise)}"
-    elif gained is not None:
-        of = "nothing" if gained <= 0 else share(gained)
-        numbers += f"; steps gain {of} of what their gradient foretells"
-    elif moved is not None:
-        numbers += f"; a step changed {share(moved)} of W_q and W_k"
-    return Description("learning rate too high", numbers, issue.suggestion, code)
+def _decay(history: History, found: Overshoot, decays: Mapping[str, float]) -> StabilityIssue:
+    """Return the issue of groups whose weight decay was seen to jump at a step."""
+    worst = max(decays, key=lambda key: found.updates.get(key, 0.0))
+    evidence = {
+        "found_at": found.step,
+        "how": found.how,
+        "decays_before": dict(found.fitting),
+        "decays": dict(found.rates),
+        "shares_taken": dict(found.updates),
+        "groups": dict(found.groups),
+    }
+    level, advice = max(found.fitting[worst], decays[worst] / 4), decay_advice(found)
+    return _issue(history, None, decays[worst], level, advice, evidence)
 
 
 def _issue(

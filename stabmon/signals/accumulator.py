@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stabmon._torch.number_formats import format_of
 from stabmon.operator import AttentionOperator
@@ -42,8 +42,7 @@ class Measurements:
         self.info: dict[str, LayerInfo] = {}
         self.modules: dict[str, nn.Module] = {}
         """The module behind each layer's name."""
-        self.most_visible: dict[str, int] = {}
-        """Most keys that a row of each layer saw at its first measurement of the run."""
+        self._most_visible: dict[str, Tensor] = {}
         self._signals = list(signals)
         self._engine = engine
         self._sample_rows = sample_rows
@@ -85,11 +84,19 @@ class Measurements:
             softcap=call.softcap,
             exp_dtype=None if call.exp_dtype is None else format_of(call.exp_dtype),
         )
-        if call.layer not in self.most_visible:  # once, as a device makes the host wait for it
+        if call.layer not in self._most_visible:
             counted = operator.n_visible().masked_fill(~operator.is_counted, 0)
-            self.most_visible[call.layer] = int(counted.max())
+            self._most_visible[call.layer] = counted.max()
         if call.module is not None:
             self.modules[call.layer] = call.module
+
+    @property
+    def most_visible(self) -> dict[str, int]:
+        """Most keys that a row of each layer saw at its first measurement of the run.
+
+        The host waits for a device that still counts them.
+        """
+        return {layer: int(count) for layer, count in self._most_visible.items()}
 
     @property
     def least_visible(self) -> dict[str, int]:

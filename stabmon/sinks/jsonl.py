@@ -38,10 +38,10 @@ class JsonlSink(Sink):
     The files are ``readings.jsonl``, ``issues.jsonl``, ``interventions.jsonl`` and ``meta.json``.
     Every line is a JSON object with ``schema_version``, the record's own fields (a reading: ``step,
     loss, layers, learning_rate, gradients, query_key, losses, micro_batches, non_finite,
-    overhead_fraction, learning_rates, rate_factors, overshoot, updates,
-    query_key_groups`` and, where it changed, ``info``) and ``run`` and ``start``. Values are not rounded. A NaN or an infinity is null, and
-    the line's ``nonfinite`` field says which and where: see
-    :data:`stabmon._storage.strict_json.ENCODING`, repeated in meta.json.
+    overhead_fraction, learning_rates, rate_factors, overshoot, updates, parts, weight_decays,
+    query_key_groups`` and, where it changed, ``info``) and ``run`` and ``start``. Values are not
+    rounded. A NaN or an infinity is null, and the line's ``nonfinite`` field says which and where:
+    see :data:`stabmon._storage.strict_json.ENCODING`, repeated in meta.json.
 
     A line is handed to the operating system in one write, so a killed process leaves every line
     complete but perhaps the last, which the next start cuts off. A power failure may cost the lines

@@ -79,15 +79,26 @@ def cause_of(issue: StabilityIssue, groups: Sequence[str] = ()) -> str:
         return "jump" if evidence.get("how") == "jump" else "growth"
     if kind in ("overflow_risk", "precision_insufficient"):
         return "exp_softmax" if "exp_dtype" in evidence else "format"
+    if kind == "weight_jump":
+        return part_of(issue.layer or "")
     if kind == "non_finite":
         return _of_non_finite(issue)
     return "growth" if kind in OF_ATTENTION else "loss"
 
 
+def part_of(name: str) -> str:
+    """Return the part of a small model that a module is in, by its name."""
+    parts = {"attn": "weights", "emb": "embedding", "pos": "embedding", "head": "head"}
+    words = {"mlp": "mlp", ".up": "mlp", ".down": "mlp"}
+    return next((part for word, part in (parts | words).items() if word in name), "weights")
+
+
 def _of_rates(issue: StabilityIssue, groups: Sequence[str]) -> str:
     evidence = issue.evidence
-    if issue.layer is not None or "fitting_multiples" in evidence:
+    if issue.layer is not None or evidence.get("how") == "ahead":
         return "query_key"
+    if evidence.get("how") == "decay":
+        return "weight_decay"
     named = evidence.get("fitting_rates") or evidence.get("highest_rates_before") or {}
     if len(named) in (0, len(evidence.get("rates") or named)) or not groups:
         return "rate"
@@ -97,8 +108,8 @@ def _of_rates(issue: StabilityIssue, groups: Sequence[str]) -> str:
 
 def _of_non_finite(issue: StabilityIssue) -> str:
     evidence, layer = issue.evidence, issue.layer or ""
+    if evidence.get("kind") == "score":
+        return "format"
     if evidence.get("cause") == "overflow":
-        return "format" if evidence.get("kind") == "score" or "attn" in layer else "mlp"
-    if layer.startswith("emb"):
-        return "embedding"
-    return str(evidence.get("kind", "loss"))
+        return "format" if "attn" in layer else part_of(layer)
+    return part_of(layer) if evidence.get("kind") == "parameter" else str(evidence.get("kind"))

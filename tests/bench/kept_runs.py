@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import multiprocessing
-from collections.abc import Callable, Mapping
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from stabmon.records import Reading
 
 Job = TypeVar("Job")
 
@@ -41,3 +45,13 @@ def write_whole(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     part.rename(path)
+
+
+def pack_readings(readings: Sequence[Reading]) -> bytes:
+    """Return readings as bytes that versions of stabmon with other fields can read."""
+    return gzip.compress(pickle.dumps([each.to_dict() for each in readings]), 1)
+
+
+def unpack_readings(data: bytes) -> list[Reading]:
+    """Return the readings of :func:`pack_readings`."""
+    return [Reading.from_dict(each) for each in pickle.loads(gzip.decompress(data))]

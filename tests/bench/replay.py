@@ -112,6 +112,7 @@ def _seen(reading: Reading, losses: tuple[tuple[int, float], ...], sampled: bool
         gradients={},
         query_key={},
         updates={},
+        parts={},
         losses=losses,
         sampled=False,
     )

@@ -325,7 +325,7 @@ def test_under_guard_all_ranks_do_the_same_and_none_acts_alone(on_two_ranks):
 
 
 def train_adaptively(rank, folder):
-    """Each rank has losses and a speed of its own: the second's loss leaps after step 40, then it
+    """Each rank has losses and a speed of its own: the second's loss leaps after step 30, then it
     measures slowly. Gives the sampled steps of a run of each kind.
     """
     sampled = {}
@@ -343,11 +343,11 @@ def train_adaptively(rank, folder):
 
         monitor._observer.measurements.add = add
         sampled[what] = []
-        for step, tokens in enumerate(batches(80, rows=2), start=1):
+        for step, tokens in enumerate(batches(60, rows=2), start=1):
             optimizer.zero_grad()
             ddp(input_ids=tokens[rank::2], labels=tokens[rank::2]).loss.backward()
             optimizer.step()
-            leapt = what == "leaps" and rank == 1 and step > 40
+            leapt = what == "leaps" and rank == 1 and step > 30
             diagnosis = monitor.on_step(3.0 + 0.01 * (step % 3) + 50.0 * leapt)
             if diagnosis is not None and diagnosis.readings[-1].sampled:
                 sampled[what].append(step)
@@ -361,9 +361,9 @@ def test_ranks_of_other_losses_and_speeds_sample_the_same_steps(on_two_ranks):
     (first, second), _ = on_two_ranks(train_adaptively)
     assert first == second
     assert first["calm"][:8] == list(range(1, 9))
-    assert {20, 40, 60, 80} <= set(first["calm"])
+    assert {20, 40, 60} <= set(first["calm"])
     calm, leaps, slow = (
-        [step for step in first[what] if step > 40] for what in ("calm", "leaps", "slow")
+        [step for step in first[what] if step > 30] for what in ("calm", "leaps", "slow")
     )
     assert (
         len(leaps) > len(calm) > len(slow)

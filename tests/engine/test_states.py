@@ -120,7 +120,7 @@ def test_no_damage_to_a_state_changes_a_monitor_that_refuses_it(caplog):
             else:
                 taken += 1
                 monitor.load_state_dict(good)
-    assert refused > 2 * taken > 0
+    assert refused > 1.5 * taken > 0
     assert not monitor.errors
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert text(monitor) == whole
@@ -214,6 +214,11 @@ LATER = {
     "learning_rates": {},
     "rate_factors": {},
     "updates": {},
+    "parts": {},
+    "risk": {},
+    "weight_decays": {},
+    "query_key_groups": [],
+    "count": 4,
     "sampled": True,
 }
 """What states of before there were versions do not have, and what is read in its place."""

@@ -11,7 +11,9 @@ from torch import nn
 
 import stabmon
 from stabmon.config import load_config
+from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.soften_logits import SoftenLogits
+from stabmon.records import StabilityIssue
 from tests.support.small_runs import clean, gpt2, lines, llama, optimizer_of, same_bits, weights
 
 LENGTH, ILL_AT = 48, 8
@@ -307,3 +309,21 @@ def test_an_alarm_that_a_release_brings_back_is_told_at_once():
         held.undo()
         go(model, monitor, optimizer, 1, start=ILL_AT + 7, ill_at=0)
         assert alarms.keys() & {each.key for each in monitor.open_issues if each.is_alarm}
+
+
+def test_layers_that_were_treated_are_no_longer_at_their_start():
+    model = gpt2()
+    optimizer = optimizer_of(model, 1e-3)
+    with guarded(model, optimizer, config="observe") as monitor:
+        go(model, monitor, optimizer, 1, ill_at=0)
+        history, layers = monitor._tracker.history, [f"transformer.h.{at}.attn" for at in (0, 1)]
+        assert [history.is_at_start(layer) for layer in layers] == [True, True]
+        issue = StabilityIssue(1, layers[0], None, "logit_growth", "error", 1.0, 0.5, "")
+        assert monitor.apply(QkClip(target=1e-3, issues=(issue,)))
+        assert [history.is_at_start(layer) for layer in layers] == [False, True]
+        state = monitor.state_dict()
+    twin = gpt2()
+    with guarded(twin, optimizer_of(twin, 1e-3), config="observe") as resumed:
+        resumed.load_state_dict(state)
+        go(twin, resumed, resumed.optimizer, 1, start=1, ill_at=0)
+        assert not any(map(resumed._tracker.history.is_at_start, layers))

@@ -57,7 +57,7 @@ def test_a_damaged_run_says_since_when_and_gives_code(stored: dict[str, Path]) -
     assert found.code
     assert "largest score" in found.details[0]
     assert found.looked_at == (
-        "Looked at: 2 layers of 4 heads (8 in all), 10 signals each, at 60 sampled steps."
+        "Looked at: 2 layers of 4 heads (8 in all), 11 signals each, at 60 sampled steps."
     )
 
 

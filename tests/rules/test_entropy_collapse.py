@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from stabmon.rules import History
 from stabmon.rules.entropy_collapse import EntropyCollapse
 from tests.support.trajectories import (
     HEADS,
@@ -120,3 +121,31 @@ def test_a_fresh_model_that_starts_saturated_is_an_alarm_at_every_head(every):
 )
 def test_what_has_been_learned_or_is_small_is_no_alarm(other):
     assert not alarms(run(from_the_start(**other), [EntropyCollapse()]))
+
+
+def test_saturated_from_the_start_is_said_in_the_first_steps_alone():
+    watched = from_the_start()
+    for reading in watched[10:14] + watched[20:26]:  # in between all heads attend widely
+        for values in reading.layers.values():
+            values["normalized_entropy"] = np.full(HEADS, 0.8)
+            values["max_logit"] = np.full(HEADS, 3.0)
+    found = run(watched, [EntropyCollapse()], cooldown_steps=0)
+    fresh = {each.step for each in found if each.evidence["from_the_start"] and each.is_alarm}
+    assert fresh
+    assert max(fresh) <= 50
+    assert any(each.state == "opened" and each.step > 70 for each in found)  # by another name
+
+
+@pytest.mark.parametrize("change", ["resumed", "treated"])
+def test_nothing_is_said_of_the_start_after_a_resume_and_of_a_layer_that_was_treated(change):
+    history = History()
+    if change == "treated":
+        history.treated = {LAYERS[0]}
+    else:
+        history.load_state_dict(History().state_dict())
+    found = []
+    for reading in from_the_start():
+        history.add(reading)
+        found += EntropyCollapse().check(history)
+    told = {issue.layer for issue in found if issue.evidence["from_the_start"]}
+    assert told == ({LAYERS[1]} if change == "treated" else set())

@@ -161,7 +161,7 @@ def grouped(rates, updates, factors=None):
 
 def test_one_group_whose_rate_jumps_is_named_with_its_own_past():
     rates = [{"0.0": 3e-2, "1.0": 3e-4}] * 8 + [{"0.0": 3e-2, "1.0": 6e-3}] * 3
-    course = grouped(rates, [{"0.0": 0.02, "1.0": 1e-4}] * 8 + [{"0.0": 0.02, "1.0": 2e-3}] * 3)
+    course = grouped(rates, [{"0.0": 0.002, "1.0": 1e-3}] * 8 + [{"0.0": 0.002, "1.0": 0.02}] * 3)
     (found,) = alarms(run(course, [UpdateSpike()]))
     assert (found.step, found.layer, found.value) == (45, None, 6e-3)
     assert found.evidence["highest_rates_before"] == {"1.0": 3e-4}

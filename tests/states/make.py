@@ -110,7 +110,7 @@ class Provoked(Hooks):
                 stability.monitor.apply(INTERVENTIONS[name](**settings).aimed_at([other]))
 
     def rate(self, step: int) -> float:
-        return 40.0 if step >= JUMP else 1.0
+        return 400.0 if step >= JUMP else 1.0
 
 
 def make_model() -> Any:

@@ -135,7 +135,7 @@ def test_a_model_trained_under_watch_is_the_same_and_leaves_records(
     watched = dataclasses.replace(settings, stabmon=WatchSettings("observe", log_every=2))
     assert run_task(watched, task)["held_out"] == unwatched
     records = read_records(Path(settings.run_dir) / "watched" / task.name)
-    assert [reading.step for reading in records.readings] == [2, 4, 6]
+    assert [reading.step for reading in records.readings] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(SettingsError, match="stabmon: "):
         prepare(dataclasses.replace(settings, stabmon=WatchSettings("nonesuch")))
 

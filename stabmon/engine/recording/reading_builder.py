@@ -34,6 +34,7 @@ class ReadingBuilder:
         detector: non-finite episodes.
         rates: steps that were too long.
         rate_factors: returns the share of its scheduled rate that each group used.
+        decays: returns the weight decay of each group.
         boundary: counts failures, and the time that stabmon takes.
         amend: adds to the run's metadata.
         schedule: chooses the next sample.
@@ -46,6 +47,7 @@ class ReadingBuilder:
         detector: NonFiniteDetector,
         rates: RateWatch,
         rate_factors: Callable[[], Mapping[str, float]],
+        decays: Callable[[], Mapping[str, float]],
         boundary: ErrorBoundary,
         amend: Callable[[Mapping[str, Any]], None],
         schedule: Schedule,
@@ -56,8 +58,11 @@ class ReadingBuilder:
         self.last_step = 0
         """The step of the newest reading."""
         self._observer, self._optimizers, self._rates = observer, optimizers, rates
+        self._decays = decays
         self._rate_factors, self._boundary, self._amend = rate_factors, boundary, amend
         self._schedule, self._unseen_reported = schedule, 0
+        self._counted: set[str] = set()
+        """Layers whose rows were looked at, which a device makes the host wait for."""
         self._short_rows: set[str] = set()
         """Layers whose rows were found to see few keys."""
 
@@ -112,6 +117,8 @@ class ReadingBuilder:
             learning_rates=rates,
             rate_factors=self._rate_factors(),
             updates=updates.groups,
+            parts=updates.parts,
+            weight_decays=dict(self._decays()),
             query_key_groups=updates.query_key_groups,
         )
         self.last_step = ctx.step
@@ -165,6 +172,9 @@ class ReadingBuilder:
         In the log and the run's metadata; a warning where the signal then has no value.
         """
         seen = self._observer.measurements
+        if layers.keys() <= self._counted:
+            return
+        self._counted |= layers.keys()
         for signal, least in seen.least_visible.items():
             few = {layer: most for layer, most in seen.most_visible.items() if most < least}
             new = few.keys() & layers.keys() - self._short_rows

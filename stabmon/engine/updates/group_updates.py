@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +44,22 @@ class GroupUpdates:
 
     def __init__(self) -> None:
         self._before: dict[str, list[tuple[_Sample, Tensor]]] = {}
+        self.parts: dict[str, float] = {}
+        """Relative change of each part by its name, of the newest step compared."""
 
     @torch.no_grad()
-    def before(self, groups: Sequence[ParameterGroup]) -> None:
-        """Copy the samples, before any optimizer steps."""
+    def before(
+        self,
+        groups: Sequence[ParameterGroup],
+        part_of: Callable[[Tensor], str] = lambda parameter: "",
+    ) -> None:
+        """Copy the samples, before any optimizer steps.
+
+        Args:
+            groups: the groups.
+            part_of: returns the name of the part that a parameter is in.
+        """
+        self._part_of = part_of
         most = min(MOST_VALUES, MOST_OF_ALL // max(1, len(groups)))
         self._before = {
             group.key: [(each, each.values()) for each in _samples(group, most)] for group in groups
@@ -62,6 +74,7 @@ class GroupUpdates:
             :meth:`before` was not called.
         """
         before, self._before = self._before, {}
+        self.parts = {}
         pairs = [
             (key, each, was, each.values())
             for key, samples in before.items()
@@ -76,17 +89,26 @@ class GroupUpdates:
         # tensors (checked with torch 2.13); without them, a loop over the tensors gives the same
         norms = [*torch._foreach_norm(was), *torch._foreach_norm(torch._foreach_sub(now, was))]
         values = torch.stack([norm.to(device) for norm in norms]).tolist()
-        weights: dict[str, float] = {}
-        updates: dict[str, float] = {}
-        for (key, each, _, _), weight, update in zip(
-            pairs, values[: len(pairs)], values[len(pairs) :], strict=True
-        ):
-            weights[key] = weights.get(key, 0.0) + each.stride * weight * weight
-            updates[key] = updates.get(key, 0.0) + each.stride * update * update
-        return {
-            key: math.sqrt(updates[key] / weights[key]) if weights[key] > 0 else math.nan
-            for key in weights
-        }
+        squares = [
+            (each.stride * weight * weight, each.stride * update * update)
+            for (_, each, _, _), weight, update in zip(
+                pairs, values[: len(pairs)], values[len(pairs) :], strict=True
+            )
+        ]
+        self.parts = _relative([self._part_of(each.tensor) for _, each, _, _ in pairs], squares)
+        return _relative([key for key, *_ in pairs], squares)
+
+
+def _relative(names: Sequence[str], squares: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Return the root of summed squares of updates over those of weights, by name."""
+    sums: dict[str, tuple[float, float]] = {}
+    for name, (weight, update) in zip(names, squares, strict=True):
+        old = sums.get(name, (0.0, 0.0))
+        sums[name] = old[0] + weight, old[1] + update
+    return {
+        name: math.sqrt(update / weight) if weight > 0 else math.nan
+        for name, (weight, update) in sums.items()
+    }
 
 
 def _samples(group: ParameterGroup, most: int) -> list[_Sample]:

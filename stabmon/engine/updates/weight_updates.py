@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from stabmon._torch.optimizer_adapter import OptimizerAdapter, ParameterGroup
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.updates.group_updates import GroupUpdates
+from stabmon.engine.updates.part_changes import PartChanges
 from stabmon.engine.updates.qk_updates import QKUpdates
 from stabmon.listeners import StepContext, StepListener
-from stabmon.records import QKUpdate
+from stabmon.records import PartChange, QKUpdate
 from stabmon.signals.accumulator import Measurements
 
 
@@ -22,6 +23,8 @@ class UpdatesOfStep:
     """Norms of the changes of W_q and W_k, by layer."""
     groups: dict[str, float] = field(default_factory=dict)
     """Relative change of each parameter group, by key."""
+    parts: dict[str, PartChange] = field(default_factory=dict)
+    """Weights of each part of the model, by name."""
     query_key_groups: tuple[str, ...] = ()
     """Keys of the parameter groups that W_q and W_k are in."""
 
@@ -38,6 +41,7 @@ class WeightUpdates(StepListener):
         scheduled: returns the rate of a group as its scheduler has set it.
         measurements: the attention layers seen in the present step.
         boundary: counts what fails.
+        parts: weights of the model's parts.
     """
 
     def __init__(
@@ -46,8 +50,12 @@ class WeightUpdates(StepListener):
         scheduled: Callable[[ParameterGroup], float | None],
         measurements: Measurements,
         boundary: ErrorBoundary,
+        parts: PartChanges,
     ) -> None:
         self.boundary = boundary
+        self.parts, self._begun, self._after_sample = parts, 0, False
+        self.newest: dict[str, float] = {}
+        """Relative change of each group in the newest sampled step."""
         self._optimizers, self._scheduled = optimizers, scheduled
         self._measurements = measurements
         self._query_key, self._groups = QKUpdates(), GroupUpdates()
@@ -55,20 +63,27 @@ class WeightUpdates(StepListener):
         """The changes of the present step, once they are measured."""
         self._is_pending = False
 
+    def on_step_begin(self, ctx: StepContext) -> None:
+        if self._after_sample or ctx.step == self._begun:  # anew where a person has intervened
+            self.parts.note_end()
+        self._begun, self._after_sample = ctx.step, False
+
     def before_optimizer_step(self, ctx: StepContext) -> None:
         if not ctx.sampled:
             return
         self._optimizers.note_rates(ctx.optimizer, self._scheduled)
         self._measured, self._is_pending = None, True
-        if ctx.is_first:
-            self._groups.before(self._optimizers.groups())
         seen = self._measurements
+        if ctx.is_first:
+            self.parts.before(seen.modules)
+            self._groups.before(self._optimizers.groups(), self.parts.name_of)
         self._query_key.before(seen.modules, seen.info, again=not ctx.is_first)
 
     @contained
     def measure_updates(self, ctx: StepContext) -> UpdatesOfStep | None:
         """Compare the weights of a sampled step with their copies, and drop the copies."""
         self.measure_now()
+        self._after_sample = ctx.sampled
         measured, self._measured = self._measured, None
         return (measured or UpdatesOfStep()) if ctx.sampled else None
 
@@ -78,9 +93,9 @@ class WeightUpdates(StepListener):
         if self._is_pending:
             self._is_pending = False
             query_key = self._query_key.after(scaled=self._optimizers.scales)
-            self._measured = UpdatesOfStep(
-                query_key, self._groups.after(), self._groups_of_query_key()
-            )
+            self.newest = groups = self._groups.after()
+            parts = self.parts.after(self._groups.parts)
+            self._measured = UpdatesOfStep(query_key, groups, parts, self._groups_of_query_key())
 
     def _groups_of_query_key(self) -> tuple[str, ...]:
         own = {id(each) for each in self._query_key.trained()}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stabmon._torch.inert_hook import InertHook
+from stabmon._torch.callbacks.inert_hook import InertHook
 from stabmon.interventions.run.score_replay import can_replay, largest_scores, replay
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.model_names import SCALES

@@ -147,6 +147,10 @@ class LearningRates:
         self._factors: list[_ByGroup] = []
         self._ceilings: list[_ByGroup] = []
         self._ramps: list[_ByGroup] = []
+        self._held_back: dict[str, float] = {}
+        self._keeps_hooks = False
+        self._stepping: set[int] = set()
+        """Optimizers in the middle of a step, by ``id``."""
         self._hooks: list[Any] = []
         self._saved: dict[int, list[_Change]] = {}
         self._in_use: dict[str, float] = {}
@@ -212,43 +216,41 @@ class LearningRates:
         """
         return self._add(self._ceilings, self._by_parameter(ceilings))
 
-    def _add(self, held: list[_ByGroup], each: _ByGroup) -> Callable[[], None]:
-        held.append(each)
-        if not self._hooks:
-            self._end = self._on_gradients(self._change_new_rates)
-            for optimizer in filter(takes_hooks, self._optimizers):
-                at = id(optimizer)
-                self._hooks += [
-                    optimizer.register_step_pre_hook(
-                        step_hook(functools.partial(self._change, at))
-                    ),
-                    optimizer.register_step_post_hook(
-                        step_hook(functools.partial(self._restore, at))
-                    ),
-                ]
+    def expect_jumps(self) -> None:
+        """Register the step hooks now, so that :meth:`hold_back` works in the middle of a step."""
+        self._keeps_hooks = True
+        self._register()
 
-        own = [each]  # not kept once it is released: who holds the function returned may own it
+    def ignore_jumps(self) -> None:
+        """Hold nothing back, and remove the step hooks unless they are needed."""
+        self._keeps_hooks = False
+        self.let_go()
+        self._remove_unneeded()
 
-        def release() -> None:
-            while own:
-                held.remove(own.pop())
-            if not (self._factors or self._ceilings or self._ramps):
-                for at in list(self._saved):
-                    self._restore(at)
-                while self._hooks:
-                    self._hooks.pop().remove()
-                self._end()
-                self._in_use = {}
+    def let_go(self) -> None:
+        """Hold nothing back any more."""
+        self._held_back = {}
 
-        return release
+    def hold_back(self, ceilings: Mapping[str, float]) -> dict[str, float]:
+        """Use no rate above these, by group key, from the step in progress on.
 
-    def _change_new_rates(self) -> None:
-        """Change rates that were set within a step, as by its closure."""
-        for at, saved in list(self._saved.items()):
-            if not all(change.is_in_force for change in saved):
-                self._change(at)
+        Args:
+            ceilings: the largest rates; infinity to hold a group back no longer.
 
-    def _share(self, group: ParameterGroup) -> float:
+        Returns:
+            The share of its rate that each group is held back to.
+        """
+        self._held_back.update(ceilings)
+        for at in list(self._stepping):
+            self._change(at)
+        return {
+            group.key: self._share(group) / share
+            for group in self.groups()
+            if group.key in ceilings and (share := self.share(group)) > 0
+        }
+
+    def share(self, group: ParameterGroup) -> float:
+        """Return the share of its scheduled rate that a group is to use, were it not held back."""
         share = _product(self._factors, group)
         ceilings = [most for ceiling in self._ceilings if (most := ceiling(group)) is not None]
         if (
@@ -259,8 +261,62 @@ class LearningRates:
             share = min(ceilings) / rate
         return share * _product(self._ramps, group)
 
+    def _add(self, held: list[_ByGroup], each: _ByGroup) -> Callable[[], None]:
+        held.append(each)
+        self._register()
+        own = [each]  # not kept once it is released: who holds the function returned may own it
+
+        def release() -> None:
+            while own:
+                held.remove(own.pop())
+            self._remove_unneeded()
+
+        return release
+
+    def _register(self) -> None:
+        if not self._hooks:
+            self._end = self._on_gradients(self._change_new_rates)
+            for optimizer in filter(takes_hooks, self._optimizers):
+                at = id(optimizer)
+                self._hooks += [
+                    optimizer.register_step_pre_hook(
+                        step_hook(functools.partial(self._change, at))
+                    ),
+                    optimizer.register_step_post_hook(
+                        step_hook(functools.partial(self._end_step, at))
+                    ),
+                ]
+
+    def _remove_unneeded(self) -> None:
+        if self._factors or self._ceilings or self._ramps:
+            return
+        for at in list(self._saved):
+            self._restore(at)
+        self._in_use = {}
+        if not self._keeps_hooks:
+            while self._hooks:
+                self._hooks.pop().remove()
+            self._end()
+
+    def _change_new_rates(self) -> None:
+        """Change rates that were set within a step, as by its closure."""
+        for at, saved in list(self._saved.items()):
+            if not all(change.is_in_force for change in saved):
+                self._change(at)
+
+    def _share(self, group: ParameterGroup) -> float:
+        share, most = self.share(group), self._held_back.get(group.key)
+        if most is None or (rate := self.scheduled(group)) is None or rate * share <= most:
+            return share
+        return most / rate
+
+    def _end_step(self, at: int) -> None:
+        self._stepping.discard(at)
+        self._restore(at)
+
     def _change(self, at: int) -> None:
         self._restore(at)
+        self._stepping.add(at)
         groups = [
             group
             for group in self.groups()

@@ -25,6 +25,7 @@ from stabmon._torch.process_group import collective_device, world_size
 from stabmon.capture.names import clean_name
 from stabmon.interventions.run.learning_rates import LearningRates
 from stabmon.interventions.run.step_hooks import StepHooks
+from stabmon.interventions.run.weight_decays import WeightDecays
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import NonFinite
 from stabmon.rules.tracking.history import History
@@ -114,6 +115,13 @@ class TrainingRun:
 
     It returns a function that undoes it, or None where the step was not probed.
     """
+    hold_back: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None
+    """Holds groups at rates from the step in progress on, until the guard has judged it.
+
+    It returns the share of its rate that each group is held back to; None where nothing may.
+    """
+    hold_back_decay: Callable[[Mapping[str, float]], None] | None = None
+    """Holds groups at weight decays in the same way."""
     before_edit: list[Callable[[], None]] = field(default_factory=list)
     """Functions called before held interventions edit weights after an optimizer's step."""
     on_intervention_end: list[Callable[[], None]] = field(default_factory=list)
@@ -169,6 +177,11 @@ class TrainingRun:
             self.optimizers, functools.partial(self.step_hooks.add, "before_optimizer_step")
         )
 
+    @functools.cached_property
+    def decays(self) -> WeightDecays:
+        """The ceilings that held interventions put on the weight decays."""
+        return WeightDecays(self.optimizers)
+
     @property
     def rate_factor(self) -> float:
         """Smallest share of its scheduled rate that a group uses at the next step."""
@@ -196,6 +209,36 @@ class TrainingRun:
             (0.1, 0.5)
         """
         return self.rates.scheduled(group) if "rates" in vars(self) else group.rate
+
+    def intended_rate(self, group: ParameterGroup) -> float | None:
+        """Return the rate that a group is to use, were it not held back in this step.
+
+        Args:
+            group: one of :attr:`groups`.
+
+        Returns:
+            The scheduled rate, with factors and ceilings of interventions; None where it has none.
+
+        Example:
+            >>> model = nn.Linear(2, 1)
+            >>> run = TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> release = run.rates.hold(lambda: 0.5)
+            >>> run.intended_rate(run.groups[0])
+            0.05
+        """
+        rate = self.scheduled_rate(group)
+        if rate is None or "rates" not in vars(self):
+            return rate
+        return rate * self.rates.share(group)
+
+    def end_hold_back(self) -> None:
+        """Hold nothing back any more, and remove what that needs from the optimizers."""
+        if self.hold_back is not None:
+            self.hold_back = None
+            self.rates.ignore_jumps()
+        if self.hold_back_decay is not None:
+            self.hold_back_decay = None
+            self.decays.ignore_jumps()
 
     @property
     def torch_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -251,6 +294,21 @@ class TrainingRun:
         known = (reading.non_finite for reading in reversed(self.history.readings))
         found = next((each for each in known if each is not None), None)
         return found if found is not None and found.touched in ("nothing", "gradients") else None
+
+    def edited_layers(self) -> set[str]:
+        """Return the layers that held interventions may edit at every step.
+
+        Example:
+            >>> TrainingRun(None).edited_layers()
+            set()
+        """
+        return {
+            layer
+            for each in self.applied
+            if each.active
+            for layer, _ in each.effect.places
+            if layer is not None
+        }
 
     def known_layers(self) -> list[str]:
         """Return the names of all attention layers seen so far, also before a resume.

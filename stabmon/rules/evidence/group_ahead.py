@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stabmon.records import Reading
-from stabmon.rules.evidence.step_size import SLACK
+from stabmon.rules.evidence.step_size import SLACK, name_rates
 from stabmon.rules.tracking.history import History
 
 AHEAD = 3.0
@@ -31,6 +31,8 @@ class GroupAhead:
     """The rate that it used in the newest step."""
     fitting_rate: float
     """The rate at which it would have moved as the others did."""
+    found_at: int
+    """The step at which it was ahead for the second time."""
 
 
 def groups_ahead(history: History) -> dict[str, GroupAhead]:
@@ -49,7 +51,7 @@ def groups_ahead(history: History) -> dict[str, GroupAhead]:
     for key in keys:
         seen = sorted(
             (
-                (times, rates / times)
+                (times, rates / times, each.step)
                 for each in history.readings
                 for times, rates in _times(each, key)
             ),
@@ -57,11 +59,23 @@ def groups_ahead(history: History) -> dict[str, GroupAhead]:
         )
         if len(seen) < 2 or not others_now > 0 or key not in history.latest.used_rates:
             continue
-        times, multiple = seen[1]
+        times, multiple, _ = seen[1]
         rate, fitting = history.latest.used_rates[key], multiple * others_now
         if rate > SLACK * fitting:
-            found[key] = GroupAhead(times, multiple, rate, fitting)
+            second = sorted(step for *_, step in seen)[1]
+            found[key] = GroupAhead(times, multiple, rate, fitting, second)
     return found
+
+
+def ahead_advice(found: Mapping[str, GroupAhead]) -> str:
+    """Return the rate to set, and the evidence for it, in words."""
+    worst = max(found.values(), key=lambda each: each.times_update)
+    return (
+        f"Lower {name_rates(found)}, which holds W_q and W_k, to {worst.fitting_rate:.2g}: at "
+        f"{worst.rate:.2g} a step changed {worst.times_update:.0f} times as much of it as of the "
+        f"other groups, and heads break. Start again with {worst.multiple:.2g} times the other "
+        "groups' rate, or cap it there now (cap_learning_rate)."
+    )
 
 
 def _times(reading: Reading, key: str) -> list[tuple[float, float]]:

@@ -100,7 +100,8 @@ def rates_too_high(history: History) -> dict[str, float]:
         return {}
     if history.latest.overshoot is not None and found.how != "brisk":
         return {key: found.rates[key] for key in found.fitting}
-    used = history.latest.used_rates
+    decays = found.how == "decay"
+    used = history.latest.weight_decays if decays else history.latest.used_rates
     return {
         key: used[key] for key, rate in found.fitting.items() if used.get(key, 0.0) > SLACK * rate
     }
@@ -122,6 +123,36 @@ def overshoot_advice(found: Overshoot, history: History) -> str:
         f"Lower {name_rates(found.fitting) if several else 'the rate'} to "
         f"{found.fitting_rate:.2g}: at {found.rate:.2g} {seen}. Start again there, or from a "
         f"checkpoint before step {found.step}; what attention does after it follows from this."
+    )
+
+
+def jump_advice(found: Overshoot) -> str:
+    """Return the groups whose rate jumped in words, with the rates to set them back to."""
+    each = [
+        f"{key} {found.groups.get(key, '')}".strip()
+        + f" from {before:.2g} at most to {found.rates[key]:.2g}"
+        for key, before in sorted(found.fitting.items())
+    ]
+    moved = max(found.updates.values(), default=float("nan"))
+    return (
+        f"Look at the schedule and the parameter groups: at step {found.step} the rate rose in "
+        f"{'; '.join(each)}. One step at that rate changes {moved:.0%} of the group. Set it back, "
+        f"cap it there (cap_learning_rate), or go back to a checkpoint before step {found.step}."
+    )
+
+
+def decay_advice(found: Overshoot) -> str:
+    """Return the groups whose weight decay jumped in words, with the decay to set them back to."""
+    each = [
+        f"{key} {found.groups.get(key, '')}".strip()
+        + f" from {before:.2g} to {found.rates[key]:.2g}"
+        for key, before in sorted(found.fitting.items())
+    ]
+    taken = max(found.updates.values(), default=float("nan"))
+    return (
+        f"Look at what sets the weight decay: at step {found.step} it rose in {'; '.join(each)}, "
+        f"and now takes {taken:.1%} of the weights in every step. Set it back, cap it there "
+        f"(cap_learning_rate), or go back to a checkpoint before step {found.step}."
     )
 
 

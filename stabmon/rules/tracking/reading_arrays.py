@@ -16,6 +16,12 @@ from stabmon.rules.tracking.stored_reading import (
     stored_reading,
 )
 
+START_READINGS, START_STEPS = 4, 50
+"""Readings, and optimizer steps, that are the start of a run, whichever lasts longer.
+
+The readings of the start must show a falling loss, which takes some 20 steps under a warm-up; heads
+that have learned were seen saturated from step 80 on.
+"""
 _RECENT_LOSSES = 2000
 _LOSSES_PER_READING = 20
 
@@ -57,6 +63,10 @@ class ReadingArrays:
         """Readings that the newest one has pushed out."""
         self.count = 0
         """Readings of the run so far, also those that were dropped."""
+        self.treated: set[str] = set()
+        """Layers whose attention an intervention has changed."""
+        self.is_resumed = False
+        """True if the run, or this history, began from a checkpoint."""
 
     def __len__(self) -> int:
         return len(self.readings)
@@ -190,6 +200,20 @@ class ReadingArrays:
         self._recent_losses = None
         self._add_columns(reading)
 
+    def is_at_start(self, layer: str) -> bool:
+        """Return whether the newest reading still speaks of how a layer was initialised.
+
+        It does in the first steps of a run, until an intervention changes the layer; not after a
+        resume.
+
+        Args:
+            layer: qualified name.
+        """
+        own = {layer, layer.partition("#")[0]}
+        if self.is_resumed or not self.readings or not own.isdisjoint(self.treated):
+            return False
+        return self.count <= START_READINGS or self.latest.step <= START_STEPS
+
     def rolled_back(self, step: int) -> None:
         """Drop what was read after ``step``, whose state the run is in again.
 
@@ -214,6 +238,7 @@ class ReadingArrays:
         """
         return {
             "count": self.count,
+            "treated": sorted(self.treated),
             "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
             "info": {layer: info.to_dict() for layer, info in self.info.items()},
             "losses": [list(pair) for pair in self.losses],
@@ -260,6 +285,8 @@ class ReadingArrays:
             fresh.readings.append(reading)
             fresh._add_columns(reading)
         fresh.count = saved.get("count", len(fresh.readings)).integer()
+        fresh.treated = {each.text() for each in saved.get("treated", []).parts()}
+        fresh.is_resumed = True
         fresh._overshoot = saved.get("overshoot", None).maybe(Overshoot.from_dict)
         vars(self).update(vars(fresh))
 

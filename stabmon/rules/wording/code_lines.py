@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 Framework = Literal["transformers", "lightning", "loop"]
@@ -31,7 +32,7 @@ def set_rate(framework: str, rate: float) -> str:
     )
 
 
-def set_group_rates(framework: str, rates: dict[str, float]) -> str:
+def set_group_rates(framework: str, rates: Mapping[str, float]) -> str:
     """Return the lines that set the rates of some parameter groups.
 
     Args:

@@ -42,11 +42,12 @@ class Faults:
             share = min(1, max(0, (step - start) / max(1, stop - start)))
             for block in self._blocks():
                 block.attn.scale_factor = value**share
-        rate = rate_at(self.recipe, step) * factors[""]
+        rate, caps = rate_at(self.recipe, step) * factors[""], dict(self.recipe.rate_caps)
         for group in optimizer.param_groups:
             own = group["name"] == "query_key" and step >= self.recipe.query_key_rate_from
             factor = self.recipe.query_key_rate if own else 1.0
-            group["lr"] = rate * factor * factors.get(group["name"], 1.0)
+            used = rate * factor * factors.get(group["name"], 1.0)
+            group["lr"] = min(used, caps.get(group["name"], used))
         return tokens, targets
 
     def _noise(self, like: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ class Recipe:
     """Factor of the rate of W_q and W_k."""
     query_key_rate_from: int = 0
     """Step from which that factor holds, counted from 0."""
+    rate_caps: tuple[tuple[str, float], ...] = ()
+    """Parameter groups, and the highest rate that the loop lets each have."""
     faults: tuple[Fault, ...] = ()
 
     @property

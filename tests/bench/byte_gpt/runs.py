@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import pickle
@@ -14,7 +13,7 @@ from typing import Any
 from stabmon.records import Reading
 from tests.bench.byte_gpt.recipe import Recipe
 from tests.bench.byte_gpt.train import SEED, Run, train
-from tests.bench.kept_runs import train_missing, write_whole
+from tests.bench.kept_runs import pack_readings, train_missing, unpack_readings, write_whole
 
 
 @dataclass(frozen=True)
@@ -45,16 +44,13 @@ def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
 
 def readings_of(job: Job, folder: Path) -> list[Reading]:
     """Return the readings of a kept run."""
-    readings: list[Reading] = pickle.loads(
-        gzip.decompress(_readings_beside(job.path_in(folder)).read_bytes())
-    )
-    return readings
+    return unpack_readings(_readings_beside(job.path_in(folder)).read_bytes())
 
 
 def _train_and_keep(job: Job, path: Path) -> None:
     run = train(job.recipe, job.seed, job.config, job.log_every, **dict(job.settings))
     # the readings first: the run's own file says that both are there
-    write_whole(_readings_beside(path), gzip.compress(pickle.dumps(run.readings), 1))
+    write_whole(_readings_beside(path), pack_readings(run.readings))
     write_whole(path, pickle.dumps(replace(run, readings=[])))
 
 

@@ -11,10 +11,10 @@ import json
 import pickle
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from tests.bench.kept_runs import train_missing, write_whole
+from tests.bench.kept_runs import pack_readings, train_missing, unpack_readings, write_whole
 from tests.bench.testbed.recipes import KINDS, Recipe, recipes
 from tests.bench.testbed.trainer import Run, train
 
@@ -91,17 +91,23 @@ def run_all(jobs: Sequence[Job], folder: Path, processes: int) -> list[Run]:
     """Train the runs missing in ``folder``, one thread each; return all in order."""
     paths = [folder / _name(*job) for job in jobs]
     train_missing(dict(zip(paths, jobs, strict=True)), _train_and_keep, processes)
-    return [pickle.loads(path.read_bytes()) for path in paths]
+    return [_read(path) for path in paths]
 
 
 def kept(job: Job, folder: Path) -> Run:
     """Return a run that was trained before."""
-    run: Run = pickle.loads((folder / _name(*job)).read_bytes())
-    return run
+    return _read(folder / _name(*job))
 
 
 def _train_and_keep(job: Job, path: Path) -> None:
-    write_whole(path, pickle.dumps(train(*job)))
+    run = train(*job)
+    parts = (replace(run, readings=[]), pack_readings(run.readings))
+    write_whole(path, pickle.dumps(parts))
+
+
+def _read(path: Path) -> Run:
+    run, readings = pickle.loads(path.read_bytes())
+    return replace(run, readings=unpack_readings(readings))
 
 
 def _name(recipe: Recipe, config: str | None, every: int) -> str:

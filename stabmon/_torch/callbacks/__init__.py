@@ -1,0 +1,1 @@
+"""Functions that are called by hooks and listeners, and hold on to nothing."""
