@@ -57,10 +57,17 @@ class Keep(Sink):
         self.records.append(dict(record))
 
 
-def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
+def train(
+    recipe: Recipe, config: str | None = None, log_every: int = 1, mitigation: str = ""
+) -> Run:
     """Train ``recipe`` on one thread.
 
-    ``config`` and ``log_every`` are the monitor's; None for no monitor.
+    Args:
+        recipe: what to train.
+        config: the monitor's configuration; None for no monitor.
+        log_every: the monitor's interval.
+        mitigation: name of one of
+            :data:`~tests.bench.references.mitigations.MITIGATIONS` to train under.
     """
     began = time.perf_counter()
     torch.set_num_threads(1)
