@@ -133,7 +133,7 @@ def make_parts(
     run.on_rollback += [
         weakly(step_length.rolled_back),
         weakly(detector.rolled_back),
-        weakly(parts.reset),
+        weakly(parts.rolled_back),
     ]
     updates = WeightUpdates(optimizers, run.scheduled_rate, observer.measurements, boundary, parts)
     run.before_edit.append(weakly(updates.measure_now))

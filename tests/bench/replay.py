@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.engine.monitor_parts import make_tracker
@@ -62,8 +60,7 @@ def replay(
             yield seen, tracker.update(seen)
             schedule.heed(tracker.open_issues, alone=True)
         schedule.end_step(reading.step, clock.spent, sampled=sampled)
-        loss = None if reading.loss is None else torch.tensor(reading.loss)
-        schedule.watch(reading.step, loss, reading.used_rates)
+        schedule.watch(reading.step, reading.loss, reading.learning_rates)
 
 
 def alarms(

@@ -219,6 +219,8 @@ LATER = {
     "weight_decays": {},
     "query_key_groups": [],
     "count": 4,
+    "treated": [],
+    "exp_dtype": None,
     "sampled": True,
 }
 """What states of before there were versions do not have, and what is read in its place."""

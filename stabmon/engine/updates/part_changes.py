@@ -89,8 +89,8 @@ class PartChanges:
         """Measure the weights after a sampled step and all that was done at it."""
         self._was = self._norms() if self._parts else None
 
-    def reset(self) -> None:
-        """Drop the weights: the run goes on from an earlier state."""
+    def rolled_back(self, step: int) -> None:
+        """Drop the weights: the run goes on from the state after ``step``."""
         self._was = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class PartChanges:
         """
         saved = Stored.of(state)
         if not saved.value:  # a run of an earlier version
-            return self.reset
+            return lambda: self.rolled_back(0)
         norms = saved["norms"].maybe(lambda each: [float(n.number()) for n in each.parts()])
 
         def restore() -> None:

@@ -95,11 +95,19 @@ def _ratio(now: Tensor, before: Tensor) -> Tensor:
 @torch.no_grad()
 def _norms(parts: QueryKey) -> Tensor:
     """Return ``[H]`` norms of each head's query rows, times those of own key rows."""
-    query = torch.stack([_norm(rows) for rows in parts.query])
-    return query if parts.key is None else query * torch.stack([_norm(rows) for rows in parts.key])
+    query = _norms_of(parts.query)
+    return query if parts.key is None else query * _norms_of(parts.key)
 
 
-def _norm(rows: Sequence[Rows]) -> Tensor:
-    views = [(each.view(each.parameter).detach().float() + each.offset).norm() for each in rows]
-    whole: Tensor = torch.linalg.vector_norm(torch.stack(views))
-    return whole
+def _norms_of(heads: Sequence[Sequence[Rows]]) -> Tensor:
+    """Return ``[H]`` norms of each head's rows, all parts of a head together."""
+    views = []
+    for rows in heads:
+        for each in rows:
+            view = each.view(each.parameter).detach().float()
+            views.append(view + each.offset if each.offset else view)
+    # torch._foreach_norm: one call for all tensors (checked with torch 2.13)
+    norms = torch.stack(list(torch._foreach_norm(views))).split([len(rows) for rows in heads])
+    if all(len(each) == 1 for each in norms):
+        return torch.cat(norms)
+    return torch.stack([torch.linalg.vector_norm(each) for each in norms])

@@ -35,7 +35,7 @@ class WeightDecays:
         self._hooks: list[Any] = []
         self._keeps_hooks = False
         self._saved: dict[int, list[tuple[ParameterGroup, Any, float]]] = {}
-        """What was set, and what is used, by group, for optimizers in the middle of a step."""
+        """Values set and values used, by group, for optimizers in the middle of a step."""
 
     def scheduled(self, group: ParameterGroup) -> float | None:
         """Return the decay that the run has set, also in the middle of a step."""

@@ -15,7 +15,7 @@ from stabmon.rules.tracking.history import History
 
 Key = tuple[str, str | None, int | None]
 Found = dict[Key, tuple[StabilityIssue, str]]
-"""What holds at a reading: the worst issue of each place, and the name of its rule."""
+"""Worst issue of each place at a reading, with the name of its rule."""
 
 
 class Judge(Protocol):
