@@ -128,7 +128,7 @@ class Policy:
             Trials whose intervention is to be taken back for their ``reason``.
         """
         open_keys = {key_of(issue, symptom) for issue, symptom in alarms_now(open_issues, run)}
-        return self.trials.judge(open_keys, self.budget, release=release)
+        return self.trials.judge(open_keys, self.budget, run.step, release=release)
 
     def state_dict(self, applied: Sequence[Applied]) -> dict[str, Any]:
         """Return everything but the interventions' own states.

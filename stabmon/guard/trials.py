@@ -14,6 +14,12 @@ from stabmon.interventions.run.budget import Budget
 
 logger = logging.getLogger("stabmon")
 
+LEAST_STEPS = 5
+"""Steps within which samples count as one.
+
+An adaptive schedule reads each step while something moves, but an optimizer's moments need some 20
+steps (four such samples) to follow what was changed.
+"""
 Outcome = Literal["pending", "worked", "failed"]
 
 
@@ -41,7 +47,9 @@ class Trials:
 
     entries: list[Trial] = field(default_factory=list)
     samples: int = 0
-    """Number of sampled steps judged so far."""
+    """Number of sampled steps judged so far, of which one counts each ``LEAST_STEPS``."""
+    counted_at: int | None = None
+    """Step of the newest of them."""
     ruled_out: dict[Key, set[str]] = field(default_factory=dict)
     """Names of interventions that are not tried again, by location."""
 
@@ -87,19 +95,23 @@ class Trials:
             self.ruled_out.get(key, set()).discard(trial.name)
         return bool(old)
 
-    def judge(self, open_keys: Set[Key], budget: Budget, *, release: bool) -> list[Trial]:
+    def judge(
+        self, open_keys: Set[Key], budget: Budget, step: int, *, release: bool
+    ) -> list[Trial]:
         """Decide which interventions worked; a person's own are left as they are.
 
         Args:
             open_keys: locations with an open alarm.
             budget: the number of samples to wait.
+            step: the run's step.
             release: release those that are no longer needed, or loosen them.
 
         Returns:
             Trials whose intervention is to be taken back for their ``reason``: it abandoned its
             effect, or it failed and costs a healthy run something.
         """
-        self.samples += 1
+        if self.counted_at is None or not 0 <= step - self.counted_at < LEAST_STEPS:
+            self.samples, self.counted_at = self.samples + 1, step
         failed = []
         for trial in self.entries:
             age, ours = self.samples - trial.since, not trial.applied.by_user

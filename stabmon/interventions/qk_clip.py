@@ -58,6 +58,12 @@ class QkClip(Intervention):
     per head, else for all heads of the layer by the smallest :math:`\gamma`, which the record
     states. Position biases are not scaled. Master copies are edited with the weights.
 
+    **Rates.** Where the rate is too high for the whole model, its other weights are changed too fast
+    as well, and the loss stays behind although the scores are held. While all heads are held and a
+    step changes more than twice ``model_share`` of the other weights, the rates are lowered to what
+    changes ``model_share``, and held there as ceilings
+    (:class:`~stabmon.interventions.effects.fitting_rate.FittingRate`).
+
     **Optimizer.** Its moments are kept: an adaptive step does not depend on the gradient's scale,
     and momentum that still points to growth is met by clipping again. Only where heads were
     saturated from the start are the moments set to zero, with a warm-up, since they describe a
@@ -131,6 +137,11 @@ class QkClip(Intervention):
     Steps of healthy runs of small models changed 0.01 of them at their peak, at three times the
     usual rate 0.02.
     """
+    model_share: Factor | None = 0.01
+    """Share of the model that one step may change while all heads are held; None for no limit.
+
+    Where a step changes more than twice that, the rates of all parameter groups are lowered.
+    """
     hold: bool = True
     """True to clip again after later steps; False to clip once."""
 
@@ -152,10 +163,8 @@ class QkClip(Intervention):
             for place, aim in self._others(run).items():
                 if place not in targets:
                     targets[place], limits[place] = aim, self._limit(run, place, aim)
-            for each in earlier:
-                assert isinstance(each.effect, ScoreClip)
-                for place, aim in each.effect.first_targets.items():
-                    targets[place] = limits[place] = min(aim, targets.get(place, np.inf))
+            for place, aim in self._tightened(earlier).items():
+                targets[place] = limits[place] = min(aim, targets.get(place, np.inf))
         clip = ScoreClip(run, targets, limits, ceiling=self.target is not None)
         new = {
             place: self.fresh
@@ -177,8 +186,13 @@ class QkClip(Intervention):
             clip.reset_optimizer()
         for each in earlier:
             each.release("a later clip of all heads takes its place, and keeps its targets")
-        clip.watch(hold=self.hold, step_share=self.step_share)
+        caps = [each.effect.state_dict()["rates"] for each in earlier]
+        clip.watch(self.hold, self.step_share, self._model_share, caps[-1] if caps else None)
         return clip
+
+    @property
+    def _model_share(self) -> float | None:
+        return self.model_share if self.heads == "all" else None
 
     def _earlier(self, run: TrainingRun) -> list[Applied]:
         """Return the clips of all heads that are held, and whose place this one takes."""
@@ -193,6 +207,23 @@ class QkClip(Intervention):
             and each.intervention.heads == "all"
             and isinstance(each.effect, ScoreClip)
         ]
+
+    def _tightened(self, earlier: Sequence[Applied]) -> dict[Place, float]:
+        """Return the first targets of earlier clips; half of them where none had been raised.
+
+        Raises:
+            NotApplicable: if they are held at the floor, and an alarm is open nevertheless.
+        """
+        found: dict[Place, float] = {}
+        for each in earlier:
+            clip = each.effect
+            assert isinstance(clip, ScoreClip)
+            raised = any(clip.targets[k] > aim for k, aim in clip.first_targets.items())
+            for place, aim in clip.first_targets.items():
+                found[place] = aim if raised else min(aim, max(self.floor, aim / 2))
+            if not raised and all(found[k] == clip.targets[k] for k in clip.targets):
+                raise NotApplicable("every head is held at its lowest target already")
+        return found
 
     def _others(self, run: TrainingRun) -> dict[Place, float]:
         """Return the target of every head of the model by its own past."""
@@ -228,6 +259,8 @@ class QkClip(Intervention):
             [how.text() for _, how in effect["proven"].items()],
             effect["anew"].maybe(Stored.integer),
         )
+        if "rates" in effect:
+            effect["rates"].numbers()
         check_saved_rows(effect["rows"])
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
@@ -242,7 +275,7 @@ class QkClip(Intervention):
         if state["anew"] is not None:
             clip.reset_optimizer(state["anew"])
         clip.rows.load(state["rows"])
-        clip.watch(hold=self.hold, step_share=self.step_share)
+        clip.watch(self.hold, self.step_share, self._model_share, state.get("rates"))
         return clip
 
     def aim(self, run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> float:

@@ -8,6 +8,7 @@ import pytest
 from torch import nn
 
 from stabmon.guard.policy import Policy
+from stabmon.guard.trials import LEAST_STEPS
 from stabmon.interventions import Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.budget import Budget
@@ -94,7 +95,23 @@ def apply(policy: Policy, run: TrainingRun, *issues: StabilityIssue) -> str | No
 
 
 def pass_samples(policy: Policy, run: TrainingRun, count: int, *issues: StabilityIssue) -> list:
-    return [trial for _ in range(count) for trial in policy.judge(issues, run)]
+    found = []
+    for _ in range(count):
+        run.step += LEAST_STEPS
+        found += policy.judge(issues, run)
+    return found
+
+
+def test_samples_at_each_step_count_as_one_of_a_quiet_run(run) -> None:
+    policy = policy_of(Plain)
+    apply(policy, run, alarm(0))
+    outcomes = []
+    for _ in range(2 * LEAST_STEPS + 1):
+        run.step += 1
+        policy.judge([], run)
+        outcomes.append(policy.trials.entries[0].outcome)
+    waits = LEAST_STEPS * (policy.budget.patience - 1)
+    assert outcomes[waits - 1 : waits + 1] == ["pending", "worked"]
 
 
 # -- the choice

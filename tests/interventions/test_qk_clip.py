@@ -494,13 +494,20 @@ def test_tau_is_twice_the_heads_own_past_and_no_lower_than_the_floor_and_no_high
     assert QkClip(times_own_past=1e5).aim(run, floored) == 65504 / 4 * 0.125
 
 
-def test_where_the_issue_names_no_past_it_is_where_the_score_was_last_half_of_what_it_is() -> None:
+@pytest.mark.parametrize(
+    ("scores", "past"),
+    [
+        ([2, 3, 30, 60, 100], 3.0),  # that it has grown more slowly since is no past
+        ([18, 20, 19, 21, 20, 30, 50, 90, 170], 21.0),
+        ([3, 6, 9, 12, 15, 18, 20, 22, 200], 22.0),  # slow growth, then a jump
+        ([80, 90, 90, 95, 100], 80.0),
+    ],
+)
+def test_the_past_ends_at_the_knee_of_the_scores_course(scores: list[float], past: float) -> None:
     run = run_of("gpt2-sdpa")
     layer = first_layer(run)
-    with_scores(run, layer, 1, [2, 3, 30, 60, 100])
-    assert baselines(run, growth(layer)) == 30.0
-    with_scores(run, layer, 1, [80, 90, 90, 95, 100])
-    assert baselines(run, growth(layer)) == 90.0
+    with_scores(run, layer, 1, scores)
+    assert baselines(run, growth(layer)) == past
     assert np.isnan(baselines(run, growth("nowhere")))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stabmon.interventions.effects.effect import HeldEffect, Place
+from stabmon.interventions.effects.fitting_rate import FittingRate
 from stabmon.interventions.effects.row_proof import proven_rows
 from stabmon.interventions.effects.unproven_rows import UnprovenRows
 from stabmon.interventions.effects.update_cap import UpdateCap
@@ -55,6 +56,8 @@ class ScoreClip(HeldEffect):
         """The targets before any was raised."""
         self.steps: UpdateCap | None = None
         """The ceiling on what a step changes of the held layers, while it is held."""
+        self.rates: FittingRate | None = None
+        """The ceilings on the rates of the whole model, while they are held."""
         self._since_relaxed: dict[Place, float] = {}
         """Product of each place's factors since targets were last raised, or not."""
         self.proven: dict[str, str] = {}
@@ -160,12 +163,21 @@ class ScoreClip(HeldEffect):
         self._reset = OptimizerReset(self.run, first)
         self.note += f"; the optimizer begins anew, with a warm-up of {self._reset.steps} steps"
 
-    def watch(self, hold: bool, step_share: float | None = None) -> None:
+    def watch(
+        self,
+        hold: bool,
+        step_share: float | None = None,
+        model_share: float | None = None,
+        caps: Mapping[str, float] | None = None,
+    ) -> None:
         """Add the hooks at each step from now on.
 
         Args:
             hold: measure every training forward, to clip again and to judge unproven rows.
             step_share: largest share of the layers' W_q and W_k that a step may change.
+            model_share: share of the whole model that a step may change, see
+                :class:`~stabmon.interventions.effects.fitting_rate.FittingRate`.
+            caps: the ceilings on rates that were held before a restart.
         """
         self._reported_at = self.run.history.latest.step if len(self.run.history) else None
         looking = [self.run.step_hooks.add("attention", self._record_scores)] if hold else []
@@ -176,6 +188,11 @@ class ScoreClip(HeldEffect):
                 self.steps = UpdateCap(self.run, modules, None)
             except NotApplicable as error:
                 self.note += f"; steps have no limit: {error.reason}"
+        if hold and model_share is not None:
+            try:
+                self.rates = FittingRate(self.run, model_share, caps)
+            except NotApplicable as error:
+                self.note += f"; rates have no limit: {error.reason}"
 
     def undo(self) -> bool:
         self.release()
@@ -184,8 +201,8 @@ class ScoreClip(HeldEffect):
         return self.rows.undo()
 
     def was_active(self) -> bool:
-        steps = self.steps is not None and self.steps.was_active()
-        return super().was_active() or steps
+        held = [each.was_active() for each in (self.steps, self.rates) if each is not None]
+        return super().was_active() or any(held)
 
     def relax(self) -> Mapping[str, Any]:
         """Double the targets of heads that were clipped, unless some head still runs away.
@@ -213,10 +230,9 @@ class ScoreClip(HeldEffect):
 
     def release(self) -> None:
         self._report_clips()
-        if self._reset is not None:
-            self._reset.release()
-        if self.steps is not None:
-            self.steps.release()
+        for each in (self._reset, self.steps, self.rates):
+            if each is not None:
+                each.release()
         super().release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,6 +247,7 @@ class ScoreClip(HeldEffect):
             "first": [[layer, head, aim] for (layer, head), aim in self.first_targets.items()],
             "proven": dict(self.proven),
             "rows": self.rows.state(names),
+            "rates": {} if self.rates is None else self.rates.state_dict(),
         }
 
     def _layers(self) -> list[str]:

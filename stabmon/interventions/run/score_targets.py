@@ -9,8 +9,7 @@ import numpy as np
 from stabmon._torch.number_formats import LARGEST
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.records import LayerInfo, StabilityIssue
-from stabmon.rules.base import rule_of
-from stabmon.rules.evidence.baselines import PAST_READINGS
+from stabmon.rules.evidence.baselines import PAST_READINGS, SCORE_FLOOR
 from stabmon.rules.evidence.robust_stats import largest
 
 
@@ -40,9 +39,10 @@ def largest_score(info: LayerInfo | None) -> float:
 def onset(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> int | None:
     """Return the newest step at which a head's score had not grown yet; None if unknown.
 
-    It is the step that the issue gives, or that at which the head's score was last at or below the
-    level that the issue was measured against (half of the present score, where the issue has no
-    level).
+    It is the step that the issue gives, or the knee of the score's course: the reading furthest
+    below the line from the first reading to the newest, on a logarithmic scale. Of growth that has
+    been slowing down ever since it is the first reading. Scores that leave rows their gradient
+    count as one.
 
     Args:
         run: the run.
@@ -60,15 +60,14 @@ def onset(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> i
     steps = run.history.steps
     if "since_step" in issue.evidence:
         before = np.flatnonzero(steps <= issue.evidence["since_step"])
-    else:
-        scores = run.history.signal("max_logit")[:, run.history.of_layer(issue.layer)][:, head]
-        times = issue.evidence.get("times_own_past", issue.evidence.get("score_times_own_past"))
-        reports_score = getattr(rule_of(issue.issue_type), "value_of", None) == "max_logit"
-        now = issue.evidence.get("max_logit", issue.value if reports_score else scores[-1])
-        known = isinstance(times, (int, float)) and np.isfinite(times) and times > 1
-        level = 1.001 * now / times if known else now / 2
-        before = np.flatnonzero(scores <= level)
-    return int(steps[before[-1]]) if len(before) else None
+        return int(steps[before[-1]]) if len(before) else None
+    scores = run.history.signal("max_logit")[:, run.history.of_layer(issue.layer)][:, head]
+    known = np.isfinite(scores)
+    if known.sum() < 2:
+        return None
+    at, height = steps[known], np.log(np.maximum(scores[known], SCORE_FLOOR / 2))
+    line = np.interp(at, at[[0, -1]], height[[0, -1]])
+    return int(at[:-1][np.argmin((height - line)[:-1])])
 
 
 def largest_until(run: TrainingRun, layer: str, step: int | None) -> np.ndarray:

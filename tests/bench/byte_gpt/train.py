@@ -19,6 +19,7 @@ from tests.bench.byte_gpt.batches import Batches
 from tests.bench.byte_gpt.faults import Faults
 from tests.bench.byte_gpt.model import ByteGPT, group_of
 from tests.bench.byte_gpt.recipe import Recipe
+from tests.bench.references.mitigations import MITIGATIONS
 
 SEED = 11
 GIVEN_UP = 25
@@ -93,6 +94,7 @@ def train(
     keep_readings: bool = True,
     change_model: Callable[[ByteGPT], None] | None = None,
     after_step: Callable[[ByteGPT], None] | None = None,
+    mitigation: str = "",
     **settings: Any,
 ) -> Run:
     """Train ``recipe`` on one thread.
@@ -105,6 +107,8 @@ def train(
         keep_readings: keep the readings in the returned run.
         change_model: called with the model before training.
         after_step: called with the model after each optimizer step, before the monitor's.
+        mitigation: name of one of
+            :data:`~tests.bench.references.mitigations.MITIGATIONS` to train under.
         settings: further settings of the monitor.
     """
     torch.set_num_threads(1)
@@ -128,6 +132,8 @@ def train(
                     **settings,
                 )
             )
+        if mitigation:
+            stack.enter_context(MITIGATIONS[mitigation](model, optimizer))
         began = time.process_time()
         for step in range(recipe.steps):
             batch = faults.apply(step, optimizer, *batches.next())

@@ -18,8 +18,8 @@ from tests.bench.kept_runs import pack_readings, train_missing, unpack_readings,
 from tests.bench.testbed.recipes import KINDS, Recipe, recipes
 from tests.bench.testbed.trainer import Run, train
 
-Job = tuple[Recipe, str | None, int]
-"""Recipe, the monitor's configuration (None for no monitor) and its interval."""
+Job = tuple[Recipe, str | None, int] | tuple[Recipe, str | None, int, str]
+"""Recipe, the monitor's configuration (None for no monitor), its interval, and a mitigation."""
 
 
 def options(description: str | None, intervals: Sequence[int] = ()) -> argparse.ArgumentParser:
@@ -110,7 +110,8 @@ def _read(path: Path) -> Run:
     return replace(run, readings=unpack_readings(readings))
 
 
-def _name(recipe: Recipe, config: str | None, every: int) -> str:
-    settings = json.dumps([asdict(recipe) | {"kind": ""}, config, every], sort_keys=True)
+def _name(recipe: Recipe, config: str | None, every: int, mitigation: str = "") -> str:
+    how = [config, every, *([mitigation] if mitigation else [])]
+    settings = json.dumps([asdict(recipe) | {"kind": ""}, *how], sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
     return f"{recipe.name}-{config or 'plain'}-{every}-{digest}.pickle"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import stabmon.tiny.recipe as optimizing
 from stabmon.records import Reading
 from stabmon.sinks import Sink
 from stabmon.tiny.corpus import default_text, library_text
+from tests.bench.references.mitigations import MITIGATIONS
 from tests.bench.testbed.inject_fault import FAULTS
 from tests.bench.testbed.models import build
 from tests.bench.testbed.recipes import Recipe
@@ -57,10 +59,17 @@ class Keep(Sink):
         self.records.append(dict(record))
 
 
-def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
+def train(
+    recipe: Recipe, config: str | None = None, log_every: int = 1, mitigation: str = ""
+) -> Run:
     """Train ``recipe`` on one thread.
 
-    ``config`` and ``log_every`` are the monitor's; None for no monitor.
+    Args:
+        recipe: what to train.
+        config: the monitor's configuration; None for no monitor.
+        log_every: the monitor's interval.
+        mitigation: name of one of
+            :data:`~tests.bench.references.mitigations.MITIGATIONS` to train under.
     """
     began = time.perf_counter()
     torch.set_num_threads(1)
@@ -80,6 +89,9 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
         torch.Generator().manual_seed(recipe.seed),
         torch.Generator().manual_seed(recipe.seed + 1),
     )
+    mitigating = contextlib.ExitStack()
+    if mitigation:
+        mitigating.enter_context(MITIGATIONS[mitigation](model, optimizer))
     for step in range(1, recipe.steps + 1):
         tokens, other = (_batch(recipe, text, data) for text in (recipe.text, _other(recipe.text)))
         tokens = fault.batch(step, tokens, other, noise)
@@ -99,6 +111,7 @@ def train(recipe: Recipe, config: str | None = None, log_every: int = 1) -> Run:
                 break
         if step > GIVEN_UP and not np.isfinite(losses[step - GIVEN_UP : step]).any():
             break
+    mitigating.close()
     validation = _validation(recipe, model, logits)
     errors = {} if monitor is None else dict(monitor.errors)
     if monitor is not None:
