@@ -184,8 +184,6 @@ def test_a_copy_of_a_preset_of_version_1_is_accepted(preset: str, tmp_path: Path
     path = tmp_path / "copy.yaml"
     path.write_text(yaml.safe_dump(STORED["presets"][preset]))
     copied, now = loaded(path).to_dict(), loaded(preset).to_dict()
-    # settings of single interventions may have changed since
-    copied["interventions"], now["interventions"] = (
-        sorted(each["interventions"]) for each in (copied, now)
-    )
+    # settings of single interventions may have changed since, and a preset may name fewer
+    assert now.pop("interventions").keys() <= copied.pop("interventions").keys()
     assert {name: copied[name] for name in copied if name in now} == now

@@ -88,7 +88,8 @@ class QkClip(Intervention):
     applied by a person is held even if no head is above its :math:`\tau` yet. Where a head clips
     without an open alarm, its :math:`\tau` is doubled from time to time, up to ``widest``; none is
     while some head would double its score between two such times, since its cause is then still at
-    work. A later clip of all heads takes the place of an earlier one, and keeps its targets.
+    work. A later clip of all heads takes the place of an earlier one: it begins again from its first
+    targets where they were raised since, and else from half of them, since what they allowed alarmed.
 
     Example:
         >>> clip = QkClip(target=50.0, hold=False)
@@ -185,7 +186,7 @@ class QkClip(Intervention):
         if new and self.target is None:
             clip.reset_optimizer()
         for each in earlier:
-            each.release("a later clip of all heads takes its place, and keeps its targets")
+            each.release("a later clip of all heads takes its place, with no higher targets")
         caps = [each.effect.state_dict()["rates"] for each in earlier]
         clip.watch(self.hold, self.step_share, self._model_share, caps[-1] if caps else None)
         return clip

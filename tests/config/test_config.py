@@ -97,9 +97,10 @@ rules: {loss_spike: false}
 """
     config, guard = load_config(written(tmp_path, text)), load_config("guard")
     made = config.make_interventions()
-    assert made.keys() == guard.make_interventions().keys() - {"rollback"}
+    present = guard.make_interventions().keys() - {"rollback"}
+    assert made.keys() == present | {"lower_learning_rate"}
     assert made["qk_clip"].settings["target"] == 50
-    assert made["lower_learning_rate"].settings == {"factor": 0.5, "where": "query_key"}
+    assert made["lower_learning_rate"].settings == {"factor": 0.5, "where": "all"}
     assert config.make_budget() == dataclasses.replace(guard.make_budget(), patience=9)
     assert len(config.make_rules()) == len(guard.make_rules()) - 1
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stabmon.guard import Budget, Guard, make_interventions
+from stabmon.guard.trials import LEAST_STEPS
 from stabmon.interventions import INTERVENTIONS, Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.effects.effect import Effect
 from stabmon.records import NonFinite, Reading, StabilityIssue
@@ -71,11 +72,19 @@ class Fake(Intervention):
         return Effect()
 
 
+class Sampled(Guard):
+    """Each call is a sample far enough from the last to count."""
+
+    def intervene(self, *args: Any) -> list[Any]:
+        self.run.step += LEAST_STEPS
+        return super().intervene(*args)
+
+
 def guard_of(*acts: Fake, **budget: Any) -> Guard:
     records: list[dict[str, Any]] = []
     run = TrainingRun(nn.Linear(1, 1), audit=lambda record: records.append(dict(record)))
     run.records = records  # type: ignore[attr-defined]
-    return Guard(
+    return Sampled(
         run,
         {act.called: act for act in acts},
         Budget(**{"patience": 2, "release_after": 3, **budget}),

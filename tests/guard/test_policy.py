@@ -106,11 +106,11 @@ def test_samples_at_each_step_count_as_one_of_a_quiet_run(run) -> None:
     policy = policy_of(Plain)
     apply(policy, run, alarm(0))
     outcomes = []
-    for _ in range(2 * LEAST_STEPS + 1):
+    waits = LEAST_STEPS * (policy.budget.patience - 1)
+    for _ in range(waits + 1):
         run.step += 1
         policy.judge([], run)
         outcomes.append(policy.trials.entries[0].outcome)
-    waits = LEAST_STEPS * (policy.budget.patience - 1)
     assert outcomes[waits - 1 : waits + 1] == ["pending", "worked"]
 
 

@@ -326,7 +326,8 @@ def test_all_heads_are_held_at_their_past_from_before_the_first_of_them_grew() -
             assert after == pytest.approx(0.2 * score), "twice a tenth of what it is now"
     again = QkClip(floor=1e-6, heads="all").apply(run, replace(alarm, step=9, evidence={}))
     assert not applied.active, "one clip of all heads at a time"
-    assert again.effect.targets[second, 0] == pytest.approx(0.2 * now[second][0])
+    halved = pytest.approx(0.1 * now[second][0])
+    assert again.effect.targets[second, 0] == halved, "held at its target, it alarmed again"
 
 
 def test_a_step_changes_a_held_layer_by_no_more_than_its_share() -> None:

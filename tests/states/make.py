@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+from stabmon.config.load import load_config
 from stabmon.integrations.lightning import StabilityCallback as LightningCallback
 from stabmon.integrations.transformers import StabilityCallback as TransformersCallback
 from stabmon.interventions import INTERVENTIONS
@@ -136,8 +137,16 @@ def optimizer_of(model: nn.Module, hooks: Hooks) -> tuple[torch.optim.Optimizer,
 
 
 def callback_of(cls: Callable[..., Any], folder: Path) -> Any:
-    """Make the stability callback of a run."""
-    return cls("guard", log_every=1, sinks=["jsonl"], run_dir=folder, budget={"hold": 50})
+    """Make the stability callback of a run, in which a clip of all heads lowers no rate."""
+    guard = {**load_config("guard").interventions, "qk_clip": {"heads": "all", "model_share": None}}
+    return cls(
+        "guard",
+        log_every=1,
+        sinks=["jsonl"],
+        run_dir=folder,
+        budget={"hold": 50},
+        interventions=guard,
+    )
 
 
 class _Calls(TrainerCallback):
