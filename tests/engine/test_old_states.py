@@ -180,6 +180,7 @@ def test_rates_are_held_until_each_undo(run: Any) -> None:
         SAVED + 3: 1.6 * RATE * FACTOR,
         SAVED + 4: RATE,  # without the factor, by the cap
         SAVED + 5: 1.6 * RATE,
+        SAVED + 6: 1.6 * RATE,  # what a person took back, guard does not do again
     }
     assert {step: run[0].rates[step] for step in expected} == pytest.approx(expected, rel=0.02)
 
