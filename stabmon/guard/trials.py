@@ -32,6 +32,8 @@ class Trial:
     since: int
     """The sample at which it was applied, or the last at which an alarm of its keys was open."""
     outcome: Outcome = "pending"
+    closed: bool = False
+    """No alarm of its keys was open at some sample since."""
     reason: str = ""
     """The reason to take it back; empty where there is none."""
 
@@ -100,6 +102,9 @@ class Trials:
     ) -> list[Trial]:
         """Decide which interventions worked; a person's own are left as they are.
 
+        One that is done at once has worked as soon as its alarm, closed meanwhile, opens again: that
+        is a new fault, which must not wait.
+
         Args:
             open_keys: locations with an open alarm.
             budget: the number of samples to wait.
@@ -117,8 +122,11 @@ class Trials:
             age, ours = self.samples - trial.since, not trial.applied.by_user
             if self._is_abandoned(trial) and ours:
                 failed.append(trial)
+            is_open = not open_keys.isdisjoint(trial.keys)
             if trial.outcome == "pending":
-                if age >= budget.patience:
+                if is_open and trial.closed and age and trial.applied.intervention.once:
+                    trial.outcome, trial.since = "worked", self.samples
+                elif age >= budget.patience:
                     self._decide(trial, open_keys)
                     if self._is_costly_failure(trial):
                         trial.reason = (
@@ -127,7 +135,8 @@ class Trials:
                         )
                         failed.append(trial)
                     trial.since = self.samples
-            elif not open_keys.isdisjoint(trial.keys):
+                trial.closed |= not is_open
+            elif is_open:
                 trial.since = self.samples
             elif release and ours and trial.applied.active and age >= budget.release_after:
                 self._loosen(trial, age)

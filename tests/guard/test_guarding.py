@@ -66,7 +66,7 @@ def test_under_guard_what_grew_is_clipped_audited_and_the_model_left_clean(tmp_p
     assert not monitor.errors
     clip = next(each for each in monitor.applied if each.intervention.name == "qk_clip")
     assert clip.step == ILL_AT + 1
-    assert {layer for layer, _ in clip.effect.places} == {"transformer.h.0.attn"}
+    assert {layer for layer, _ in clip.effect.places} == {f"transformer.h.{n}.attn" for n in (0, 1)}
     newest = monitor._tracker.history.latest.layers["transformer.h.0.attn"]["max_logit"]
     jumped = {
         issue.head: issue.value
@@ -231,17 +231,13 @@ def test_configurations_of_interventions_are_checked_and_kept():
         "cap_scale",
         "qk_clip",
         "soften_logits",
-        "lower_learning_rate",
         "cap_learning_rate",
         "cap_query_key_update",
         "skip_step",
         "rollback",
     }
     assert load_config("observe").make_interventions() == {}
-    assert load_config("guard").to_dict()["interventions"]["lower_learning_rate"] == {
-        "factor": 0.1,
-        "where": "query_key",
-    }
+    assert load_config("guard").to_dict()["interventions"]["qk_clip"] == {"heads": "all"}
     for bad, words in {
         "interventions": ({"qk_clop": {}}, "qk_clop"),
         "budget": ({"actz": 3}, "actz"),

@@ -11,6 +11,7 @@ import torch
 
 import stabmon
 from stabmon.guard import Budget, Guard, make_interventions
+from stabmon.guard.trials import LEAST_STEPS
 from stabmon.interventions import INTERVENTIONS
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
@@ -183,6 +184,13 @@ def guard_of(by_hand: bool) -> Guard:
     return guard
 
 
+def sample(guard: Guard, *alarms: StabilityIssue) -> None:
+    """Train for as many steps as guard's trials count as one sample."""
+    for _ in range(LEAST_STEPS):
+        train_step(guard.run)
+    guard.intervene(alarms, True)
+
+
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(
     by_hand: bool, caplog: pytest.LogCaptureFixture
@@ -193,8 +201,7 @@ def test_guard_takes_back_its_own_with_a_reason_and_never_a_persons(
     guard.policy.trials.entries[0].keys = (("scores", alarm.layer, alarm.head),)
     guard.policy.budget = replace(guard.policy.budget, max_per_location=1)
     for _ in range(4):
-        train_step(run)
-        guard.intervene([alarm], True)
+        sample(guard, alarm)
     (applied,) = run.applied
     undone = [each for each in run.records if each["action"] == "undone"]  # type: ignore[attr-defined]
     assert applied.active == by_hand
@@ -209,8 +216,7 @@ def test_guard_lets_go_of_its_own_when_nothing_is_wrong_and_never_of_a_persons(
 ) -> None:
     guard = guard_of(by_hand)
     for _ in range(8):
-        train_step(guard.run)
-        guard.intervene([], True)
+        sample(guard)
     assert guard.run.applied[0].active == by_hand
     told = [each for each in guard.run.records if each["action"] == "released"]  # type: ignore[attr-defined]
     assert len(told) == (not by_hand)
