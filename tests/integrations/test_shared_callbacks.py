@@ -30,7 +30,7 @@ def warnings_of(caplog):
 
 def alone(folder, **options):
     """The readings of a run with one callback, and its weights at the end."""
-    callback = StabilityCallback("observe", log_every=2)
+    callback = StabilityCallback("observe", log_every=2, schedule="fixed")
     trainer = trainer_of(folder, callback, gpt2(), **options)
     trainer.train()
     return readings(callback), weights(trainer.model)

@@ -164,7 +164,9 @@ def stream(layers: int, steps: int = 25, heads: int = 8) -> Iterator[list[Stabil
 def readings_of(layers: int, step: int, heads: int = 8) -> Reading:
     rng = np.random.default_rng(step)
     measured = {name: rng.random(heads) for name in SIGNALS}
-    return Reading(step, 2.0, {f"h.{layer}.attn": dict(measured) for layer in range(layers)})
+    names = [f"h.{layer}.attn" for layer in range(layers)]
+    risks = dict.fromkeys(names, 1 / (1 + step))
+    return Reading(step, 2.0, {name: dict(measured) for name in names}, risk=risks)
 
 
 def write_run(
