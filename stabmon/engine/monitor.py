@@ -270,7 +270,10 @@ class AttentionStabilityMonitor:
 
     @property
     def issues(self) -> list[StabilityIssue]:
-        """Every issue emitted so far, in order."""
+        """Every issue emitted so far, in order; of more than 20,000 the newest and those open.
+
+        All are in ``issues.jsonl``.
+        """
         return self._recorder.issues
 
     @property
@@ -333,6 +336,7 @@ class AttentionStabilityMonitor:
             "step": self.step,
             "last_reading": self._readings.last_step,
             "issues": [issue.to_dict() for issue in self.issues],
+            "alarms": self._recorder.alarms,
             "tracker": self._tracker.state_dict(),
             **{key: part.state_dict() for key, part in self._parts.stored.items()},
         }
@@ -360,7 +364,7 @@ class AttentionStabilityMonitor:
         self.step, self._readings.last_step = saved.step, saved.last_reading
         self._tracker, self._is_resumed = tracker, True
         tracker.history.is_resumed = True
-        self._recorder.restore(saved.issues)
+        self._recorder.restore(saved.issues, saved.alarms)
         self._guard.run.step, self._guard.run.history = saved.step, tracker.history
         saved.restore_parts()
         alone = self._readings.ranks is None or world_size() == 1

@@ -43,6 +43,8 @@ class SavedState:
     last_reading: int
     """The step of the newest reading."""
     issues: Sequence[StabilityIssue]
+    alarms: int | None
+    """Alarms of the whole run; None in states that know only ``issues``."""
     restore: Sequence[Callable[[], None]]
     """Functions that each set one part of the monitor to its stored state; they do not raise."""
     left_out: Sequence[str]
@@ -78,6 +80,7 @@ def parse(
     try:
         tracker.load_state_dict(saved["tracker"], SIGNALS)
         issues = _known_issues(saved["issues"], tracker)
+        alarms = saved.get("alarms", None).maybe(Stored.integer)
         step, last_reading = saved["step"].integer(), saved["last_reading"].integer()
         restore = [
             part.parse_state(saved.get(key, None) if key in OPTIONAL else saved[key])
@@ -95,7 +98,7 @@ def parse(
             f"no monitor's state ({words}): give what state_dict() returned"
         ) from error
     check_model(model, tracker.history.layers, layers)
-    return SavedState(step, last_reading, issues, restore, saved.left_out)
+    return SavedState(step, last_reading, issues, alarms, restore, saved.left_out)
 
 
 def attention_of(model: nn.Module, layers: Sequence[str]) -> dict[str, Any]:

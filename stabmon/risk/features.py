@@ -85,7 +85,7 @@ def past_rows(history: History, steps: int) -> slice:
 
 def _first(history: History, signal: str) -> np.ndarray:
     """Return ``[N]`` values of a signal at the first reading, or its baseline once that is gone."""
-    if len(history) < history.length:
+    if history.has_first:
         first: np.ndarray = history.signal(signal)[0]
         return first
     return history.baseline(signal)

@@ -197,7 +197,9 @@ class EntropyCollapse(Rule):
         if len(losses) < 2 or np.median(losses[-3:]) > (1 - self.start_fall) * losses[0]:
             return none
         saturated, known = ~none, ~none
-        at_start = np.array([history.is_at_start(layer) for layer, _ in history.heads], dtype=bool)
+        at_start = none.copy()
+        for layer in history.layers:
+            at_start[history.of_layer(layer)] = history.is_at_start(layer)
         for at in (0, -1):
             entropy = history.signal("normalized_entropy")[at]
             score = history.signal("max_logit")[at]

@@ -322,6 +322,10 @@ class UpdateSpike(Rule):
 
     def _of_layer(self, history: History, layer: str) -> list[StabilityIssue]:
         """Return the issue of a layer whose queries and keys are moved too far."""
+        level = history.open_level_at("update_spike", layer)
+        is_open = bool(np.isfinite(level))
+        if not is_open and not history.latest.query_key[layer].relative_update >= self.update:
+            return []  # as nearly always; the past need not be looked at
         readings = [reading for reading in history.readings[-PAST:] if layer in reading.query_key]
         shares = np.array([reading.query_key[layer].relative_update for reading in readings])
         updates = np.array([reading.query_key[layer].update for reading in readings])
@@ -329,9 +333,7 @@ class UpdateSpike(Rule):
             return []
         steps = np.array([reading.step for reading in readings])
         usual = float(median_over_steps(shares[:-2, None], steps[:-2])[0])
-        level = history.open_level_at("update_spike", layer)
         shares = shares[-2:] * (updates[-2:] >= 0.5 * self.layer_jump * np.nanmedian(updates[:-2]))
-        is_open = np.isfinite(level)
         if not is_open:
             level = max(self.update, self.layer_jump * usual)
         if not (shares[-1] >= self.hysteresis * level if is_open else (shares >= level).all()):

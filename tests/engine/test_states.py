@@ -219,6 +219,7 @@ LATER = {
     "weight_decays": {},
     "query_key_groups": [],
     "count": 4,
+    "has_first": False,  # of a history that was full
     "treated": [],
     "exp_dtype": None,
     "sampled": True,

@@ -17,6 +17,12 @@ from stabmon.sinks.scalars import dashboard_scalars
 
 logger = logging.getLogger("stabmon")
 
+ISSUES_KEPT = 10_000
+"""Issues kept in memory and in states; of older ones those stay that are open, others by number.
+
+All are in ``issues.jsonl``.
+"""
+
 
 class Recorder:
     """The issues of a run in memory, and everything recorded of it in its sinks.
@@ -41,8 +47,9 @@ class Recorder:
     ) -> None:
         self.boundary = boundary
         self.issues: list[StabilityIssue] = []
+        """Newest issues, and every one that is open."""
         self.alarms = 0
-        """Number of issues of severity error or above."""
+        """Number of issues of severity error or above in the whole run."""
         self._sinks, self._on_issues = SinkGroup(sinks), on_issues
         self._folder, self._report = folder, report
         self._opened: float | None = None
@@ -78,16 +85,24 @@ class Recorder:
         """Add to the issues of the run, without writing them."""
         self.issues += issues
         self.alarms += sum(issue.is_alarm for issue in issues)
+        if len(self.issues) > 2 * ISSUES_KEPT:
+            self.issues[:] = newest_and_open(self.issues, ISSUES_KEPT)
 
     @property
     def incidents(self) -> tuple[Incident, ...]:
         """Newest change of each incident of the run, in order."""
         return self._incidents.all
 
-    def restore(self, issues: Sequence[StabilityIssue]) -> None:
-        """Replace the issues of the run by those of a stored state."""
+    def restore(self, issues: Sequence[StabilityIssue], alarms: int | None = None) -> None:
+        """Replace the issues of the run by those of a stored state.
+
+        Args:
+            issues: the issues that the state has.
+            alarms: alarms of the whole run; None to count those of ``issues``.
+        """
         self.issues, self.alarms = [], 0
         self.keep(issues)
+        self.alarms = self.alarms if alarms is None else alarms
         self._replay(issues)
 
     def write_reading(
@@ -186,3 +201,24 @@ class Recorder:
     def _count_failed(self) -> None:
         if self._sinks.troubled:
             self.boundary.errors["sink"] = len(self._sinks.troubled)
+
+
+def newest_and_open(issues: Sequence[StabilityIssue], count: int) -> list[StabilityIssue]:
+    """Return the newest issues, and before them the last of each place that is open.
+
+    Args:
+        issues: issues in the order in which they were emitted.
+        count: number of the newest to return.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> issue = StabilityIssue(1, "h.0", 0, "logit_growth", "error", 9.0, 5.0, "")
+        >>> other = replace(issue, head=1)
+        >>> kept = newest_and_open([issue, other, replace(other, step=2, state="closed")] * 2, 1)
+        >>> [(each.head, each.state) for each in kept]
+        [(0, 'opened'), (1, 'closed')]
+    """
+    old, newest = issues[:-count], issues[-count:]
+    last = {issue.key: issue for issue in old}
+    still_open = {id(issue) for issue in last.values() if issue.state != "closed"}
+    return [issue for issue in old if id(issue) in still_open] + list(newest)

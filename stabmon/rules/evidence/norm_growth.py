@@ -84,6 +84,18 @@ def _may_be(newest: _Course, grown: float) -> bool:
     )
 
 
+def _grew(history: History, layer: str) -> bool:
+    """Return whether the scale or the weights grew at all since the last reading."""
+    newest = [each for each in history.readings[-2:] if layer in each.info]
+    if len(newest) < 2:
+        return len(history) > 1  # it was missing in one of them
+    before, now = newest
+    if abs(now.info[layer].scale) > abs(before.info[layer].scale):
+        return True
+    first, last = before.query_key.get(layer), now.query_key.get(layer)
+    return first is not None and last is not None and last.weight > first.weight
+
+
 def sustained_growth(
     history: History, layer: str, *, grown: float = 1.5, coherence: float = 0.75
 ) -> SustainedGrowth | None:
@@ -106,7 +118,7 @@ def sustained_growth(
     Returns:
         None where the gain did not grow like this.
     """
-    if not _may_be(_Course.of(history, layer, SPANS[-1]), grown):
+    if not _grew(history, layer) or not _may_be(_Course.of(history, layer, SPANS[-1]), grown):
         return None
     course = _Course.of(history, layer, SPANS[0])
     for growth, way in (

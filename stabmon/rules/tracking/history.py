@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -45,8 +45,7 @@ class History(ReadingArrays):
 
     def is_open(self, issue_type: str) -> np.ndarray:
         """Return ``[N]`` bool: the head has an open issue of this type."""
-        open_ = self._open.get(issue_type, {})
-        return np.array([head in open_ for head in self.heads], dtype=bool)
+        return np.isin(np.arange(len(self.heads)), [n for n, _ in self._open_heads(issue_type)])
 
     def is_open_at(
         self, issue_type: str, layer: str | None = None, head: int | None = None
@@ -90,8 +89,18 @@ class History(ReadingArrays):
         NaN where none is open, and once the issue is older than the history: what has lasted that
         long is the head's new normal.
         """
-        open_ = self._open.get(issue_type, {})
-        return np.array([open_.get(head, np.nan) for head in self.heads], dtype=np.float64)
+        levels = np.full(len(self.heads), np.nan)
+        for n, level in self._open_heads(issue_type):
+            levels[n] = level
+        return levels
+
+    def _open_heads(self, issue_type: str) -> Iterator[tuple[int, float]]:
+        """Yield column and threshold of each head's open issue of a type."""
+        for (layer, head), level in self._open.get(issue_type, {}).items():
+            if layer in self._index and head is not None:
+                where = self._index[layer]
+                if head < where.stop - where.start:
+                    yield where.start + head, level
 
     def series(self, signal: str, issue: StabilityIssue) -> np.ndarray:
         """Return ``[T]`` values of a signal at the place of an issue.

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from stabmon._storage.stored_value import Stored
 
+WIDE = 4096
+"""Columns above which rows are kept in float32: half the memory, and seven digits are enough."""
+
 
 class Table:
-    """Newest rows of ``[T, N]`` float64, and each column's first finite values.
+    """Newest rows of ``[T, N]``, and each column's first finite values.
 
-    A row is written once: appending to a full table costs one row, not a copy of all of them.
+    Rows are kept one by one, so that a reading may hold views of them, and put together when they
+    are asked for. They are float64, or float32 where there are more than ``WIDE`` columns.
 
     Args:
         length: rows kept.
@@ -26,16 +30,38 @@ class Table:
     """
 
     def __init__(self, length: int, baseline_length: int, *, past: int, columns: int) -> None:
-        self._length = length
-        self._data = np.full((2 * length, columns), np.nan)
-        self._end = min(past, length)
-        self._first = np.full((baseline_length, columns), np.nan)
+        self.length = length
+        self._columns = columns
+        self._rows = [np.full(columns, np.nan, dtype=self.dtype)] * min(past, length)
+        self._whole: np.ndarray | None = None
+        self._first = np.full((baseline_length, columns), np.nan, dtype=self.dtype)
         self._baseline: np.ndarray | None = None
 
     @property
+    def dtype(self) -> type[np.floating[Any]]:
+        """Type of the values that are kept."""
+        return np.float32 if self._columns > WIDE else np.float64
+
+    @property
     def rows(self) -> np.ndarray:
-        """``[T, N]``, oldest first."""
-        return self._data[max(0, self._end - self._length) : self._end]
+        """``[T, N]``, oldest first. Do not write into it."""
+        if self._whole is None:
+            kept = self._rows[-self.length :]
+            if all(len(row) == self._columns for row in kept):
+                self._whole = np.array(kept, dtype=self.dtype).reshape(len(kept), self._columns)
+            else:
+                self._whole = np.full((len(kept), self._columns), np.nan, dtype=self.dtype)
+                for whole, row in zip(self._whole, kept, strict=True):
+                    whole[: len(row)] = row
+        return self._whole
+
+    def newest(self, columns: slice) -> np.ndarray:
+        """Return a view of the newest row.
+
+        Args:
+            columns: those to return.
+        """
+        return self._rows[-1][columns]
 
     def baseline(self) -> np.ndarray:
         """Return ``[N]``, the median of each column's first finite values.
@@ -48,31 +74,34 @@ class Table:
 
     def append(self, row: np.ndarray) -> None:
         """Add the newest row; one longer than the table widens it with NaN."""
-        missing = len(row) - self._data.shape[1]
+        missing = len(row) - self._columns
         if missing > 0:
-            self._data = _widen(self._data, missing)
-            self._first = _widen(self._first, missing)
+            self._columns = len(row)
+            self._first = _widen(self._first, missing).astype(self.dtype)
             self._baseline = None
-        if self._end == len(self._data):
-            self._data[: self._length] = self._data[-self._length :]
-            self._end = self._length
-        self._data[self._end] = row
-        self._end += 1
+        row = row.astype(self.dtype)
+        self._rows.append(row)
+        del self._rows[: -self.length - 1]  # one more, for where the newest is dropped again
+        self._whole = None
         self._keep_first(row)
 
     def drop_newest(self) -> None:
         """Remove the newest row again; its part of the baseline stays."""
-        self._end = max(0, self._end - 1)
+        del self._rows[-1:]
+        self._whole = None
 
     def keep_oldest(self, count: int) -> None:
         """Remove all rows but the oldest; the baseline stays."""
-        rows = self.rows[:count].copy()
-        self._data[:] = np.nan
-        self._data[: len(rows)], self._end = rows, len(rows)
+        self._rows = self._rows[-self.length :][:count]
+        self._whole = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return rows and first values, bit for bit, as text."""
-        return {"rows": _pack(self.rows), "first": _pack(self._first)}
+    def state_dict(self, kept: Sequence[int]) -> dict[str, Any]:
+        """Return rows and first values, bit for bit, as text.
+
+        Args:
+            kept: numbers of the rows to store.
+        """
+        return {"rows": _pack(self.rows[list(kept)]), "first": _pack(self._first)}
 
     def load_state_dict(self, state: Mapping[str, Any] | Stored) -> None:
         """Continue from a state of :meth:`state_dict`.
@@ -92,10 +121,10 @@ class Table:
                 f"{saved.where} has {rows.shape[1]} columns and the first values of "
                 f"{first.shape[1]}"
             )
-        rows = rows[-self._length :]
-        self._data = np.full((2 * self._length, rows.shape[1]), np.nan)
-        self._data[: len(rows)] = rows
-        self._end, self._first, self._baseline = len(rows), first, None
+        self._columns = rows.shape[1]
+        self._rows = list(rows[-self.length :].astype(self.dtype))
+        self._first = first.astype(self.dtype)
+        self._whole = self._baseline = None
 
     def _keep_first(self, row: np.ndarray) -> None:
         empty = np.isnan(self._first)
@@ -115,6 +144,15 @@ class Columns:
 
     def __len__(self) -> int:
         return len(self._table.rows)
+
+    @property
+    def length(self) -> int:
+        """Rows kept."""
+        return self._table.length
+
+    @length.setter
+    def length(self, rows: int) -> None:
+        self._table.length = rows
 
     def append(self, values: Mapping[str, float]) -> None:
         """Add the newest row."""
@@ -149,23 +187,26 @@ def _widen(data: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _pack(array: np.ndarray) -> dict[str, Any]:
+    ordered = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     return {
         "shape": list(array.shape),
-        "float64": base64.b64encode(np.ascontiguousarray(array, dtype="<f8").tobytes()).decode(),
+        array.dtype.name: base64.b64encode(ordered.tobytes()).decode(),
     }
 
 
 def _unpack(packed: Stored) -> np.ndarray:
     """Return the ``[T, N]`` that :func:`_pack` wrote."""
     shape = [side.integer() for side in packed["shape"].parts(2)]
-    text = packed["float64"].text()
+    name = "float32" if "float32" in packed else "float64"
+    size = np.dtype(name).itemsize
+    text = packed[name].text()
     try:
         raw = base64.b64decode(text, validate=True)
     except ValueError:
         raise ValueError(f"{packed.where} holds no base64") from None
-    if len(raw) != 8 * math.prod(shape):
+    if len(raw) != size * math.prod(shape):
         raise ValueError(
-            f"{packed.where} holds {len(raw)} bytes, not the {8 * math.prod(shape)} of shape "
+            f"{packed.where} holds {len(raw)} bytes, not the {size * math.prod(shape)} of shape "
             f"{shape}: it is cut off"
         )
-    return np.frombuffer(raw, dtype="<f8").reshape(shape).astype(np.float64)
+    return np.frombuffer(raw, dtype=f"<f{size}").reshape(shape).astype(name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from stabmon._storage.stored_value import Stored
 from stabmon.records import LayerInfo, Overshoot, Reading, head_count
-from stabmon.rules.tracking.history_table import Columns, Table
+from stabmon.rules.tracking.history_table import WIDE, Columns, Table
 from stabmon.rules.tracking.stored_reading import (
     reading_state,
     step_and_loss,
@@ -24,6 +25,20 @@ that have learned were seen saturated from step 80 on.
 """
 _RECENT_LOSSES = 2000
 _LOSSES_PER_READING = 20
+MOST_BYTES = 320 * 2**20
+"""Most memory of the rows of all signals; a model of very many heads keeps fewer readings.
+
+1000 layers of 128 heads and 11 signals keep 59.
+"""
+LEAST_STORED = 8
+"""Readings that a state holds at least."""
+LEAST_READINGS = 48
+"""Readings that are kept at any size: rules look back on no more heads' values than these."""
+MOST_STORED_BYTES = 64 * 2**20
+"""Most bytes of the rows in a state, before they become text.
+
+A model of more than 2900 heads with 256 readings stores the older ones at growing intervals.
+"""
 
 
 class ReadingArrays:
@@ -44,6 +59,8 @@ class ReadingArrays:
                 "and 1"
             )
         self.length = length
+        """Most readings kept."""
+        self._losses_kept = _LOSSES_PER_READING * length
         self.baseline_length = baseline_length
         self.readings: list[Reading] = []
         """Newest readings, oldest first."""
@@ -52,7 +69,7 @@ class ReadingArrays:
         self.info: dict[str, LayerInfo] = {}
         """Newest facts of each layer."""
         self.losses: list[tuple[int, float]] = []
-        """(step, loss) of every step whose loss is known, the newest ``20 * length`` of them."""
+        """(step, loss) of every step whose loss is known, the newest 20 for each reading kept."""
         self._index: dict[str, slice] = {}
         self._tables: dict[str, Table] = {}
         self._columns = {name: Columns(length) for name in ("gradients", "used_rates", "updates")}
@@ -63,6 +80,8 @@ class ReadingArrays:
         """Readings that the newest one has pushed out."""
         self.count = 0
         """Readings of the run so far, also those that were dropped."""
+        self.has_first = True
+        """The oldest reading kept is the run's first."""
         self.treated: set[str] = set()
         """Layers whose attention an intervention has changed."""
         self.is_resumed = False
@@ -188,15 +207,17 @@ class ReadingArrays:
         for name in dict.fromkeys(name for values in reading.layers.values() for name in values):
             if name not in self._tables:
                 self._tables[name] = self._new_table(past=len(self.readings))
-        self.readings.append(reading)
-        self._pushed_out = self.readings[: -self.length]
-        del self.readings[: -self.length]
-        self._overshoot = reading.overshoot or self._overshoot
+        self._shorten()
         for name, table in self._tables.items():
             table.append(self._row(reading, name))
+        self.readings.append(replace(reading, layers=self._views(reading)))
+        self._pushed_out = self.readings[: -self.length]
+        del self.readings[: -self.length]
+        self.has_first &= not self._pushed_out
+        self._overshoot = reading.overshoot or self._overshoot
         own_loss = () if reading.loss is None else ((reading.step, reading.loss),)
         self.losses += reading.losses or own_loss
-        del self.losses[: -_LOSSES_PER_READING * self.length]
+        del self.losses[: -self._losses_kept]
         self._recent_losses = None
         self._add_columns(reading)
 
@@ -234,17 +255,20 @@ class ReadingArrays:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values.
 
-        JSON and ``torch.save`` both take them; arrays are packed as text.
+        JSON and ``torch.save`` both take them; arrays are packed as text. Where all rows would take
+        more than :data:`MOST_STORED_BYTES`, older readings are stored at growing intervals.
         """
+        stored = self._rows_to_store()
         return {
             "count": self.count,
+            "has_first": self.has_first,
             "treated": sorted(self.treated),
             "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
             "info": {layer: info.to_dict() for layer, info in self.info.items()},
             "losses": [list(pair) for pair in self.losses],
-            "readings": [reading_state(reading) for reading in self.readings],
+            "readings": [reading_state(self.readings[row]) for row in stored],
             "overshoot": None if self._overshoot is None else self._overshoot.to_dict(),
-            "signals": {name: table.state_dict() for name, table in self._tables.items()},
+            "signals": {name: table.state_dict(stored) for name, table in self._tables.items()},
         }
 
     def load_state_dict(
@@ -264,7 +288,8 @@ class ReadingArrays:
             fresh._place(layer, heads.integer())
         fresh.info = {layer: LayerInfo.from_dict(info) for layer, info in saved["info"].items()}
         losses = [step_and_loss(pair) for pair in saved["losses"].parts()]
-        fresh.losses = losses[-_LOSSES_PER_READING * self.length :]
+        fresh._losses_kept = self._losses_kept
+        fresh.losses = losses[-self._losses_kept :]
         count = len(saved["readings"].parts())
         for name, table in saved["signals"].items():
             if known is not None and name not in known:
@@ -285,6 +310,8 @@ class ReadingArrays:
             fresh.readings.append(reading)
             fresh._add_columns(reading)
         fresh.count = saved.get("count", len(fresh.readings)).integer()
+        is_first = len(fresh.readings) < self.length  # as states without it meant
+        fresh.has_first = saved.get("has_first", is_first).flag()
         fresh.treated = {each.text() for each in saved.get("treated", []).parts()}
         fresh.is_resumed = True
         fresh._overshoot = saved.get("overshoot", None).maybe(Overshoot.from_dict)
@@ -300,6 +327,38 @@ class ReadingArrays:
         rows: list[Table | Columns] = [*self._tables.values(), *self._columns.values()]
         for each in rows:
             each.drop_newest()
+
+    def _row_bytes(self) -> int:
+        """Return the bytes of one reading's row of every signal."""
+        itemsize = 4 if len(self.heads) > WIDE else 8
+        return max(1, len(self.heads) * itemsize * len(self._tables))
+
+    def _shorten(self) -> None:
+        """Keep fewer readings where those of so many heads take too much memory."""
+        most = max(LEAST_READINGS, MOST_BYTES // self._row_bytes())
+        if most < self.length:
+            self.length = most
+            rows: list[Table | Columns] = [*self._tables.values(), *self._columns.values()]
+            for each in rows:
+                each.length = most
+
+    def _rows_to_store(self) -> list[int]:
+        """Return the numbers of the readings in a state, oldest first."""
+        most = MOST_STORED_BYTES // self._row_bytes() - self.baseline_length
+        most = max(LEAST_STORED, most)
+        return thinned(len(self.readings), most)
+
+    def _views(self, reading: Reading) -> dict[str, dict[str, np.ndarray]]:
+        """Return a reading's values as views of the rows that hold them."""
+        return {
+            layer: {
+                name: self._tables[name].newest(where) if len(heads) == size else heads
+                for name, heads in values.items()
+            }
+            for layer, values in reading.layers.items()
+            for where in (self._index[layer],)
+            for size in (where.stop - where.start,)
+        }
 
     def _place(self, layer: str, heads: int) -> None:
         """Give a new layer its columns."""
@@ -329,3 +388,27 @@ class ReadingArrays:
             layer: {name: table.rows[row, where] for name, table in self._tables.items()}
             for layer, where in self._index.items()
         }
+
+
+def thinned(count: int, most: int) -> list[int]:
+    """Choose among ``count`` rows, oldest first, the newest densely and older ones ever less.
+
+    Args:
+        count: number of rows.
+        most: number of rows to choose.
+
+    Returns:
+        Row numbers in ascending order: all where there are no more than ``most``; else the newest
+        half of them one by one, and the others at intervals that grow towards the oldest.
+
+    Example:
+        >>> thinned(20, 8)
+        [0, 7, 12, 15, 16, 17, 18, 19]
+    """
+    if count <= most:
+        return list(range(count))
+    dense = most - most // 2
+    ages = np.geomspace(dense, count - 1, most // 2).round().astype(int).tolist()
+    for at in range(len(ages)):  # no two alike, at the dense end
+        ages[at] = max(ages[at], dense + at)
+    return sorted({count - 1 - age for age in (*range(dense), *ages)})
