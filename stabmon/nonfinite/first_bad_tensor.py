@@ -73,6 +73,10 @@ def find_in_weights(model: nn.Module, step: int) -> NonFinite | None:
     return None
 
 
+NO_ATTENTION = ("", 1)
+"""Layer and heads where no heads stand side by side."""
+
+
 @dataclass
 class _ForwardTrace:
     """First bad tensor of a replay, and the head it belongs to by later attention."""
@@ -85,7 +89,7 @@ class _ForwardTrace:
 
     The finding is attributed to it if a bad value comes next.
     """
-    attention: tuple[str, int] = ("", 1)
+    attention: tuple[str, int] = NO_ATTENTION
     """Layer that attended last, and its heads."""
     hidden: HiddenRows = field(default_factory=HiddenRows)
     """Rows of that layer without a visible key."""
@@ -131,9 +135,12 @@ class _ForwardTrace:
                     self.note("parameter", name, parameter_name, detail=bad, cause="weights")
 
     def leave(self, module: nn.Module, output: Any) -> None:
+        name = self.names.get(module, type(module).__name__)
+        layer, _ = self.attention
+        if is_within(name, layer) and name != layer and module._parameters:
+            self.attention = NO_ATTENTION  # a projection has mixed the heads
         if self.found is not None:
             return
-        name = self.names.get(module, type(module).__name__)
         for tensor in tensors_in(output):
             if tensor.dim() and (bad := count_visible_bad(tensor)):
                 self.note_activation(module, name, tensor, "output", bad)

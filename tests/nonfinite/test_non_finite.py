@@ -101,6 +101,20 @@ def test_a_nan_in_a_column_of_fused_projections_is_named_with_its_head(column, h
     assert first_bad(given) == (3, "transformer.h.0.attn.c_attn", head, "weight")
 
 
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_a_nan_in_the_output_projection_is_of_no_head(make):
+    def plant(model):
+        layers = model.transformer.h if make is gpt2 else model.model.layers
+        projection = layers[1].attn.c_proj if make is gpt2 else layers[1].self_attn.o_proj
+        feature = (0, 9) if make is gpt2 else (9, 0)  # one feature that leaves, over all heads
+        projection.weight[feature] = torch.nan
+
+    given, _ = twins(make, plant)
+    step, layer, head, _ = first_bad(given)
+    assert (step, head) == (3, None)
+    assert layer.rpartition(".")[2] in ("c_proj", "o_proj")
+
+
 def test_a_nan_outside_of_attention_has_no_head():
     def plant(model):
         model.transformer.h[1].mlp.c_fc.weight[0, 0] = math.nan
