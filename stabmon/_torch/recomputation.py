@@ -17,6 +17,20 @@ _FUNCTION = BackwardCFunction.apply.__code__
 _UNPACK = frozenset({"unpack_hook", "recompute_fn"})
 
 
+# Reentrant checkpoints run the first forward without gradients in CheckpointFunction.forward.
+_CHECKPOINT = checkpoint.CheckpointFunction.forward.__code__
+
+
+def is_checkpointed() -> bool:
+    """Return True inside the first forward of a reentrant activation checkpoint of torch."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CHECKPOINT:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def is_recomputation() -> bool:
     """Return True if a recomputed forward runs now, as in activation checkpoints.
 

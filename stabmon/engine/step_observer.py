@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.device_timer import DeviceTimer
 from stabmon._torch.forward_call import ForwardCall, StepForwards
+from stabmon._torch.recomputation import is_checkpointed
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.capture.coverage.witness import listed
 from stabmon.config import StabilityConfig
@@ -23,6 +25,8 @@ from stabmon.engine.gradients import AfterBackward, GradientNorms
 from stabmon.engine.loss_accumulator import LossAccumulator
 from stabmon.records import AttentionCall
 from stabmon.signals.accumulator import Measurements
+
+logger = logging.getLogger("stabmon")
 
 _COMPILE_LOOKUPS = 3
 """Steps without a forward in which a compiled wrapper is looked for; after them no longer."""
@@ -71,6 +75,8 @@ class StepObserver:
         self._keeps_inputs = config.watch_every_step
         self._clock, self._scale = clock, scale
         self._sampled = self._forwards_attention = self._capturing = False
+        self._frozen: set[str] = set()
+        """Layers left out, since they run frozen and without gradients."""
         self._current: nn.Module | None = None
         self._call: ForwardCall | None = None
         self._capture = AttentionCapture(
@@ -248,16 +254,43 @@ class StepObserver:
 
     def _on_call(self, call: AttentionCall) -> None:
         with self.boundary.timed():
+            if is_frozen(call):
+                self._note_frozen(call.layer)
+                return
             if self._sampled:
                 with self._timer.around(call.query if call.scores is None else call.scores):
                     self.measurements.add(call)
             if self._forwards_attention:
                 self._clock.on_attention(call)
 
+    def _note_frozen(self, layer: str) -> None:
+        if layer not in self._frozen:
+            if not self._frozen:
+                logger.info(
+                    "%s and what else runs frozen and without gradients (a teacher) is no layer in "
+                    "training, and is left out",
+                    layer,
+                )
+            self._frozen.add(layer)
+
     def _remove_hooks(self) -> None:
         if self._hooks is not None:
             self._hooks.close()
             self._hooks = None
+
+
+def is_frozen(call: AttentionCall) -> bool:
+    """Return whether a layer has no weight to train and no gradient to pass on.
+
+    So has a teacher inside a model. A layer with trainable parts runs without gradients too inside
+    a reentrant activation checkpoint, and one without any may stand behind a trainable prompt there.
+    """
+    tensors = (call.query, call.key, call.scores)
+    if call.module is None or any(each is not None and each.requires_grad for each in tensors):
+        return False
+    parameters = list(call.module.parameters())
+    trains = any(each.requires_grad for each in parameters)
+    return bool(parameters) and not trains and not is_checkpointed()
 
 
 def compiled_around(model: nn.Module) -> list[nn.Module]:
