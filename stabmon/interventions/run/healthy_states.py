@@ -64,7 +64,10 @@ class HealthyStates(Prepared):
         """The newest healthy state, read from disk if need be; None if none yet."""
         if isinstance(self._healthy, Path):
             try:
-                return Snapshot.load(self._healthy) if self._healthy.is_file() else None
+                found = Snapshot.load(self._healthy) if self._healthy.is_file() else None
+                if found is not None and (why := found.explain_misfit(self.run)):
+                    raise ValueError(f"{self._healthy} {why}")
+                return found
             except ValueError as error:
                 logger.warning("No rollback to it: %s", error)
                 self._healthy = None
@@ -213,6 +216,8 @@ class HealthyStates(Prepared):
         """
         healthy = state["healthy"]
         named, run_dir = healthy.maybe(Stored.text), self.run.run_dir
+        if named is not None:  # the state is rank 0's, and each rank has a file of its own
+            named = re.sub(r"-rank\d+\.pt$", f"-rank{rank()}.pt", named)
         path = None if run_dir is None or named is None else _inside(run_dir, named)
         if named is not None and path is None:
             healthy.leave_out(

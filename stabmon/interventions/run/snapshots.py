@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from stabmon._storage.atomic_write import replace_whole
 from stabmon._torch.optimizer_adapter import state_of
+from stabmon._torch.process_group import rank, world_size
 from stabmon._torch.tensors import local
 from stabmon.interventions.run.training_run import TrainingRun
 
@@ -41,6 +43,10 @@ class Snapshot:
     Fused and capturable optimizers keep their ``step`` there, all others on the host. Empty in
     files of earlier versions, where the groups' settings say it.
     """
+    rank: int | None = None
+    """The rank whose shards these are; None in files of earlier versions."""
+    ranks: int | None = None
+    """Number of ranks of the run."""
 
     @classmethod
     @torch.no_grad()
@@ -48,13 +54,15 @@ class Snapshot:
         """Copy the state to the host."""
         return cls(
             step=run.step,
+            rank=rank(),
+            ranks=world_size(),
             tensors={name: _copied(tensor) for name, tensor in named_tensors(run)},
             optimizer=[
-                {k: _copied(v) for k, v in state.get(p, {}).items()} for p, state in _stepped(run)
+                {k: _copied(v) for k, v in state.get(p, {}).items()} for p, state in stepped(run)
             ],
             beside=[
                 [k for k, v in state.get(p, {}).items() if _is_number_beside(v, p)]
-                for p, state in _stepped(run)
+                for p, state in stepped(run)
             ],
             groups=[
                 {k: _copied(v) for k, v in group.settings.items() if k != "params"}
@@ -83,7 +91,7 @@ class Snapshot:
             for group in run.groups
             for _ in group.parameters
         ]
-        states = zip(_stepped(run), self.optimizer, beside, strict=True)
+        states = zip(stepped(run), self.optimizer, beside, strict=True)
         for (parameter, state), saved, names in states:
             _restore_entries(
                 state[parameter] if saved or parameter in state else {},
@@ -101,12 +109,43 @@ class Snapshot:
         if self.scaler:
             run.grad_scaler.load_state_dict(_copied(self.scaler))
 
+    def explain_misfit(self, run: TrainingRun) -> str:
+        """Return why this is no state of this rank's part of the run; empty if it is.
+
+        Args:
+            run: the run to be restored.
+        """
+        if self.rank is not None and self.rank != rank():
+            return f"is the state of rank {self.rank}, and this is rank {rank()}"
+        for name, tensor in named_tensors(run):
+            saved = self.tensors.get(name)
+            if saved is not None and saved.shape != local(tensor).shape:
+                were = "" if self.ranks is None else f" of {self.ranks} ranks"
+                return (
+                    f"holds {name} with shape {list(saved.shape)}, and this rank's part has "
+                    f"{list(local(tensor).shape)}: it is of a run{were} that shards otherwise"
+                )
+        if len(self.optimizer) != len(list(stepped(run))):
+            return "is of an optimizer with other parameters"
+        return ""
+
+    def digest(self) -> str:
+        """Return a hash of the step, the rank and every bit of all tensors."""
+        found = hashlib.sha256(f"{self.step} {self.rank} {self.ranks}".encode())
+        for name, tensor in self.tensors.items():
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            found.update(bytes_of(tensor))
+        for entries in self.optimizer:
+            for name, value in entries.items():
+                found.update(name.encode())
+                found.update(bytes_of(value) if isinstance(value, Tensor) else repr(value).encode())
+        return found.hexdigest()
+
     def save(self, path: Path) -> None:
         """Write it to a file, which afterwards is complete or absent."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        replace_whole(
-            path, lambda fresh: torch.save({"version": SNAPSHOT_VERSION, **values}, fresh)
-        )
+        values |= {"version": SNAPSHOT_VERSION, "digest": self.digest()}
+        replace_whole(path, lambda fresh: torch.save(values, fresh))
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:
@@ -117,11 +156,14 @@ class Snapshot:
         """
         try:
             values = torch.load(path, map_location="cpu", weights_only=True)
-            version = values.pop("version", SNAPSHOT_VERSION)
+            version, digest = values.pop("version", SNAPSHOT_VERSION), values.pop("digest", None)
             if not isinstance(values["scheduler"], list):  # written when a run had one at most
                 values["scheduler"] = [] if values["scheduler"] is None else [values["scheduler"]]
             if version == SNAPSHOT_VERSION:
-                return cls(**values)
+                found = cls(**values)
+                if digest not in (None, found.digest()):
+                    raise RuntimeError("its bits are not those that were written")
+                return found
         except Exception as error:  # what torch raises for a damaged file is of many kinds
             words = str(error).partition("\n")[0]
             raise ValueError(
@@ -133,11 +175,17 @@ class Snapshot:
         )
 
 
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the bits of a tensor on the host."""
+    whole = tensor.contiguous().reshape(-1)
+    return whole.view(torch.uint8).numpy() if len(whole) else b""
+
+
 def snapshot_bytes(run: TrainingRun) -> int:
     """Return the size of a snapshot taken now, in bytes."""
     state = [
         value
-        for p, state in _stepped(run)
+        for p, state in stepped(run)
         for value in state.get(p, {}).values()
         if isinstance(value, Tensor)
     ]
@@ -152,12 +200,12 @@ def named_tensors(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
     yield from run.model.named_parameters()
     yield from run.model.named_buffers()
     own = {id(parameter) for parameter in run.model.parameters()}
-    others = [parameter for parameter, _ in _stepped(run) if id(parameter) not in own]
+    others = [parameter for parameter, _ in stepped(run) if id(parameter) not in own]
     yield from ((f"optimizer's own {at}", parameter) for at, parameter in enumerate(others))
 
 
-def _stepped(run: TrainingRun) -> list[tuple[Tensor, Any]]:
-    """Return each parameter beside its optimizer's whole state."""
+def stepped(run: TrainingRun) -> list[tuple[Tensor, Any]]:
+    """Return each parameter beside its optimizer's whole state, in the order of all groups."""
     return [(each, state_of(group.optimizer)) for group in run.groups for each in group.parameters]
 
 
