@@ -174,6 +174,11 @@ class Reading(PlainRecord):
     """Weights of each part of the model: attention layers, modules beside them, and others."""
     query_key_groups: tuple[str, ...] = ()
     """Keys of the parameter groups that W_q and W_k are in, where the two can be located."""
+    rank_losses: tuple[tuple[int, float, int], ...] = ()
+    """(step, largest loss of a rank, that rank) of the newest steps, where there are several ranks.
+
+    The losses themselves are means over ranks.
+    """
 
     @property
     def used_rates(self) -> dict[str, float]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -110,6 +110,8 @@ class LossSpike(Rule):
         numbers = with_limit("loss", worst)
         numbers += "" if middle is None else f", recent median {number(middle)}"
         numbers += "" if at is None else f", highest at step {at}"
+        rank = worst.evidence.get("rank")
+        numbers += "" if rank is None else f", on rank {rank} alone"
         part = worst.evidence.get("part_moved_most")
         numbers += f"; steps of {part} are longer than before" if part else ""
         stays = bool(worst.evidence.get("stays"))
@@ -120,11 +122,23 @@ class LossSpike(Rule):
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return at most one issue, for the run; ``value`` is the highest new loss.
 
-        NaN and inf are left to ``non_finite``.
+        On several ranks the losses are means over ranks, and the largest of a rank is judged in the
+        same way: data that turned to noise on one rank of many hardly moves the mean. NaN and inf
+        are left to ``non_finite``.
         """
+        of_all = self._judge(history, history.recent_losses)
+        if not history.rank_losses or any(issue.is_alarm for issue in of_all):
+            return of_all
+        table = np.array(history.rank_losses, dtype=np.float64)
+        of_rank = self._judge(history, table[np.isfinite(table[:, 1]), :2])
+        named = [replace(issue, evidence=_of_rank(issue, history)) for issue in of_rank]
+        return named if any(issue.is_alarm for issue in named) else of_all or named
+
+    def _judge(self, history: History, losses_so_far: np.ndarray) -> list[StabilityIssue]:
+        """Judge ``[K, 2]`` (step, loss)."""
         reading = history.latest
         new = max(1, len(reading.losses))
-        known = history.recent_losses[-self.past - new - self.persistence :]
+        known = losses_so_far[-self.past - new - self.persistence :]
         steps, losses = known[:, 0], known[:, 1]
         # the past must end before any spike that may have begun within an earlier reading
         tail = new + self.persistence
@@ -174,6 +188,15 @@ class LossSpike(Rule):
                 evidence=evidence,
             )
         ]
+
+
+def _of_rank(issue: StabilityIssue, history: History) -> dict[str, Any]:
+    """Return the evidence of an issue that one rank's loss makes, with that rank."""
+    at = issue.evidence["spike_step"]
+    rank = next(rank for step, _, rank in history.rank_losses if step == at)
+    mean = next((loss for step, loss in history.losses if step == at), None)
+    words = f"the loss of rank {rank} alone; the mean over ranks hardly moves"
+    return {**issue.evidence, "rank": rank, "mean_over_ranks": mean, "detail": words}
 
 
 STAYS = (

@@ -218,6 +218,7 @@ LATER = {
     "risk": {},
     "weight_decays": {},
     "query_key_groups": [],
+    "rank_losses": [],
     "count": 4,
     "has_first": False,  # of a history that was full
     "treated": [],

@@ -56,7 +56,7 @@ def test_a_line_has_the_shape_of_the_contract(folder: Path) -> None:
         *("schema_version", "step", "loss", "layers", "learning_rate", "gradients", "query_key"),
         *("losses", "micro_batches", "non_finite", "overhead_fraction", "learning_rates"),
         *("rate_factors", "overshoot", "risk", "updates", "weight_decays", "parts"),
-        *("query_key_groups", "info", "run", "start"),
+        *("query_key_groups", "rank_losses", "info", "run", "start"),
     ]
     assert line["schema_version"] == 1
     assert line["layers"][LAYERS[1]]["attention_entropy"] == [1.01, 1.11, 1.21, 1.31]

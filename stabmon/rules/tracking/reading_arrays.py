@@ -23,6 +23,8 @@ START_READINGS, START_STEPS = 4, 50
 The readings of the start must show a falling loss, which takes some 20 steps under a warm-up; heads
 that have learned were seen saturated from step 80 on.
 """
+_RANK_LOSSES = 256
+"""Steps whose largest loss of a rank is kept."""
 _RECENT_LOSSES = 2000
 _LOSSES_PER_READING = 20
 MOST_BYTES = 320 * 2**20
@@ -70,6 +72,8 @@ class ReadingArrays:
         """Newest facts of each layer."""
         self.losses: list[tuple[int, float]] = []
         """(step, loss) of every step whose loss is known, the newest 20 for each reading kept."""
+        self.rank_losses: list[tuple[int, float, int]] = []
+        """(step, largest loss of a rank, that rank) of the newest steps on several ranks."""
         self._index: dict[str, slice] = {}
         self._tables: dict[str, Table] = {}
         self._columns = {name: Columns(length) for name in ("gradients", "used_rates", "updates")}
@@ -218,6 +222,9 @@ class ReadingArrays:
         own_loss = () if reading.loss is None else ((reading.step, reading.loss),)
         self.losses += reading.losses or own_loss
         del self.losses[: -self._losses_kept]
+        known_until = self.rank_losses[-1][0] if self.rank_losses else 0
+        self.rank_losses += [each for each in reading.rank_losses if each[0] > known_until]
+        del self.rank_losses[:-_RANK_LOSSES]
         self._recent_losses = None
         self._add_columns(reading)
 
@@ -250,6 +257,7 @@ class ReadingArrays:
         for each in rows:
             each.keep_oldest(len(self.readings))
         self.losses = [(at, loss) for at, loss in self.losses if at <= step]
+        self.rank_losses = [each for each in self.rank_losses if each[0] <= step]
         self._recent_losses = None
 
     def state_dict(self) -> dict[str, Any]:
