@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.isolation import side_effect_free
+from stabmon._torch.ranks.identity import is_fully_sharded
 from stabmon._torch.tensors import is_sharded, tensors_in, without_graph
 
 _KEEP_BYTES = 1 << 26
@@ -157,7 +158,7 @@ def is_split(model: nn.Module) -> bool:
     """
     if any(is_sharded(each) or hasattr(each, "ds_id") for each in model.parameters()):
         return True
-    return any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules())
+    return is_fully_sharded(model)
 
 
 def _autocast_now() -> dict[str, tuple[bool, torch.dtype]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import sys
 import weakref
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from stabmon._torch.graph_capture import is_capturing
+
+logger = logging.getLogger("stabmon")
 
 _SEARCHES = 8
 """Largest number of searches among the objects of the process, some 50 ms each.
@@ -109,6 +112,12 @@ class ScalerWatch:
         return max(_SHORTEST_SEARCH, math.ceil(math.log(start) / -math.log(backoff)))
 
     def _stepping(self, optimizer: Any, *_: Any) -> None:
+        try:
+            self._note_step(optimizer)
+        except Exception as error:  # a hook of the optimizer, whose step goes on
+            logger.error("a step under a gradient scaler was not seen: %s", error)
+
+    def _note_step(self, optimizer: Any) -> None:
         # set by a scaler on optimizers that skip by themselves
         found_inf = getattr(optimizer, "found_inf", None)
         if is_capturing():

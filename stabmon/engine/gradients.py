@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.tensors import is_sharded
 from stabmon.capture.names import clean_name
+
+logger = logging.getLogger("stabmon")
 
 
 class GradientNorms:
@@ -145,6 +148,12 @@ class AfterBackward:
         self._added, self._waiting = {}, False
 
     def _on_gradient(self, parameter: Tensor) -> None:
+        try:
+            self._add(parameter)
+        except Exception as error:  # a hook in backward, which goes on
+            logger.error("the end of a backward is not seen: %s", error)
+
+    def _add(self, parameter: Tensor) -> None:
         if is_capturing():
             return
         self._added[id(parameter)] = parameter
@@ -154,10 +163,13 @@ class AfterBackward:
             _queue(lambda: _queue(self._ended))
 
     def _ended(self) -> None:
-        added = self._added
-        self.reset()
-        if self._handles:
-            self._on_end(added)
+        try:
+            added = self._added
+            self.reset()
+            if self._handles:
+                self._on_end(added)
+        except Exception as error:  # as above
+            logger.error("the gradients of a backward are not measured: %s", error)
 
 
 def _queue(callback: Callable[[], None]) -> None:

@@ -9,6 +9,8 @@ detector, the step length and the guard. After a sampled step::
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
+from stabmon._torch.ranks.exchange import RankFailed, announce, decline
+from stabmon._torch.ranks.identity import joins_unequal_batches
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
@@ -28,6 +32,7 @@ from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.judge import judge
 from stabmon.engine.monitor_parts import make_parts, make_tracker
 from stabmon.engine.monitor_view import monitor_html, monitor_text
+from stabmon.engine.rank_reducer import Offer
 from stabmon.engine.recording.issue_function import OnIssue, checked
 from stabmon.engine.recording.run_metadata import run_meta
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
@@ -37,6 +42,8 @@ from stabmon.listeners import StepContext
 from stabmon.records import StabilityIssue
 from stabmon.rules.tracking.issue_tracker import IssueTracker
 from stabmon.sinks import Sink
+
+logger = logging.getLogger("stabmon")
 
 
 class AttentionStabilityMonitor:
@@ -134,8 +141,14 @@ class AttentionStabilityMonitor:
         self._clock, self._contexts, self._observer = parts.clock, parts.contexts, parts.observer
         self._schedule = parts.schedule
         self._readings, self._recorder, self._guard = parts.readings, parts.recorder, parts.guard
+        self._ranks = parts.exchange
+        if self._ranks is not None:
+            self._ranks.on_alone = weakly(self._left_alone)
         parts.guard.run.on_intervention_end.append(weakly(self._end_cooldowns))
         parts.guard.run.on_rollback.append(weakly(self._rolled_back))
+        self._has_resumed = False
+        """This rank has told the others whether it has a state to go on from."""
+        self._observer.on_first_forward = weakly(self.resume_without_state)
         if not manual_steps:
             self.begin_step()
 
@@ -153,13 +166,16 @@ class AttentionStabilityMonitor:
         if self._clock.phase is Phase.CLOSED:
             return
         self._open()
+        if self._ranks is not None and self._ranks.together and joins_unequal_batches(self.model):
+            self._ranks.leave("training runs under Join, where ranks may end at different steps")
         self._schedule.begin_step(self.step + 1, self.boundary.seconds)
+        if self._ranks is not None and not self._ranks.has_met:
+            self._ranks.agenda = self._schedule.first(self.step)
         self._parts.optimizers.scalers.watch()
         if not self._manual:
             self._parts.optimizers.before_step(self.before_optimizer_step)
         self._start_observing()
 
-    @contained
     def before_optimizer_step(self, optimizer: Any = None) -> None:
         """Inspect gradients while they and the weights that made them are still there.
 
@@ -168,11 +184,22 @@ class AttentionStabilityMonitor:
                 without a forward in between is one step, as where an optimizer's step calls its
                 parent's.
         """
-        if self._clock.phase is Phase.CLOSED or is_capturing():
-            return
-        ctx = self._contexts.before_optimizer(self.step + 1, optimizer)
+        ranks, guard = self._ranks, self._guard
+        if ranks is not None and ranks.state == "together" and guard.automatic:
+            ranks.due = ["gradients"] * (guard.checks_gradients and not ranks.equal_gradients)
+        self._inspect_gradients(optimizer)
+        if ranks is not None and ranks.due:
+            self._catch_up("gradients")
+
+    @contained
+    def _inspect_gradients(self, optimizer: Any) -> None:
+        ctx = None
+        if self._clock.phase is not Phase.CLOSED and not is_capturing():
+            ctx = self._contexts.before_optimizer(self.step + 1, optimizer)
         if ctx is not None:
             self._clock.before_optimizer_step(ctx)
+        elif self._ranks is not None:
+            self._ranks.due = []
 
     def on_step(self, loss: Tensor | float | None = None) -> Diagnosis | None:
         """Report that an optimizer step has been made.
@@ -188,20 +215,60 @@ class AttentionStabilityMonitor:
             self._parts.usage.used_after_close()
             return None
         self.step += 1
+        # until all that is due was exchanged, nothing is called that may raise
+        ranks, guard = self._ranks, self._guard
+        if ranks is not None and ranks.state == "together":
+            ranks.due = ["held"] * ranks.holding
+            if self.step >= ranks.agenda:
+                ranks.due += ["reading"] + ["verdict"] * guard.automatic
+        diagnosis = self._end_step(loss)
+        if ranks is not None and (ranks.due or ranks.is_troubled):
+            self._catch_up()
+        if not self._manual:
+            self.begin_step()
+        return diagnosis
+
+    @contained
+    def _end_step(self, loss: Tensor | float | None) -> Diagnosis | None:
         self._recorder.open_sinks()
         ctx = self._contexts.at_end(self.step, loss)
         self._guard.run.grad_scaler = (
             self._parts.optimizers.grad_scaler
         )  # it may have been found since
         self._clock.on_step_end(ctx)
+        self._catch_up("held")
         diagnosis = self._diagnose(ctx, self._parts.updates.measure_updates(ctx))
+        self._catch_up("reading")
         if ctx.sampled or (diagnosis is not None and world_size() == 1):
             self._intervene(diagnosis)
         self._plan_next(ctx, diagnosis)
         self._observer.reset()
-        if not self._manual:
-            self.begin_step()
         return diagnosis
+
+    def _catch_up(self, last: str = "") -> None:
+        """Come to the exchanges that this rank has missed, and say there that it has failed.
+
+        Args:
+            last: the last of them; empty for all, at the end of the step.
+        """
+        ranks = self._ranks
+        if ranks is None or (last and last not in ranks.due):
+            return
+        try:
+            while ranks.due and ranks.state == "together" and (not last or last in ranks.due):
+                moment = ranks.due[0]
+                if moment == "reading" and self._readings.ranks is not None:
+                    with contextlib.suppress(RankFailed):
+                        self._readings.ranks.reduce(self.step, Offer)
+                elif moment != "verdict" or not ranks.is_troubled:
+                    ranks.say_failed(moment)
+                    ranks.is_troubled = True
+                ranks.due = [each for each in ranks.due if each != moment]
+            if ranks.is_troubled and not last:
+                self._guard.stop_together()
+        except Exception as error:
+            self.boundary.failed("exchange", error)
+            ranks.leave(f"rank {rank()} failed: {type(error).__name__}: {error}")
 
     def is_sampled(self, step: int) -> bool:
         """Return whether optimizer step ``step``, counted from 1, is sampled.
@@ -209,7 +276,7 @@ class AttentionStabilityMonitor:
         Under the adaptive schedule this is known of the next step alone; for a later one it says
         whether it, or one before it, will be.
         """
-        return self._schedule.wants(step)
+        return self._parts.is_sampled(step)
 
     @contained
     def get_intervention(self, diagnosis: Diagnosis) -> Intervention | None:
@@ -314,10 +381,18 @@ class AttentionStabilityMonitor:
         """
         if self._clock.phase is Phase.CLOSED:
             return
-        self._clock.close()
-        self._observer.close()
-        self._parts.optimizers.close()
-        self._recorder.close(self.step)
+        ranks, self._clock.phase = self._ranks, Phase.CLOSED
+        for name, close in (
+            ("ranks", lambda: ranks and ranks.close()),
+            ("clock", self._clock.close),
+            ("observer", self._observer.close),
+            ("optimizers", self._parts.optimizers.close),
+            ("records", lambda: self._recorder.close(self.step)),
+        ):
+            try:
+                close()
+            except Exception as error:
+                self.boundary.failed(f"close {name}", error)
 
     def __enter__(self) -> AttentionStabilityMonitor:
         return self
@@ -355,8 +430,40 @@ class AttentionStabilityMonitor:
                 version of stabmon; nothing has changed then.
         """
         tracker = make_tracker(self.config, self.boundary)
-        saved = monitor_state.parse(state, self.model, tracker, self._parts.stored)
-        self._resume(saved, tracker)
+        try:
+            saved = monitor_state.parse(state, self.model, tracker, self._parts.stored)
+        except ValueError:
+            self.resume_without_state()
+            raise
+        if self._all_resume(saved.step):
+            self._resume(saved, tracker)
+
+    def resume_without_state(self) -> None:
+        """Tell the other ranks of a resumed run that this one has no state; then none uses its own.
+
+        A rank that begins to train without one says so by itself. Others wait for that word in
+        :meth:`load_state_dict`.
+        """
+        ranks = self._ranks
+        if ranks is not None and ranks.together and not self._has_resumed:
+            self._has_resumed = True
+            decline(f"{ranks.name}/resume", "none")
+
+    def _all_resume(self, step: int) -> bool:
+        """Return whether all ranks have the state of the same step; say so where not."""
+        ranks = self._ranks
+        if ranks is None or not ranks.together or ranks.has_met:
+            return True
+        words = ["none"] if self._has_resumed else announce(f"{ranks.name}/resume", str(step))
+        self._has_resumed = True
+        if words and set(words) == {str(step)}:
+            return True
+        logger.warning(
+            "stabmon: all ranks start with an empty history: the state of step %d is not on every "
+            "rank; give every rank the same state, before its first forward",
+            step,
+        )
+        return False
 
     @contained
     def _resume(self, saved: monitor_state.SavedState, tracker: IssueTracker) -> None:
@@ -367,8 +474,10 @@ class AttentionStabilityMonitor:
         self._recorder.restore(saved.issues, saved.alarms)
         self._guard.run.step, self._guard.run.history = saved.step, tracker.history
         saved.restore_parts()
-        alone = self._readings.ranks is None or world_size() == 1
+        alone = self._ranks is None or not self._ranks.together
         self._schedule.resume(tracker.history.readings, tracker.history.losses, alone=alone)
+        if self._ranks is not None:
+            self._ranks.agenda = self._schedule.first(self.step)
         if not self._manual:
             self.begin_step()
 
@@ -392,15 +501,31 @@ class AttentionStabilityMonitor:
         """
         self._observer.losses.add_reported(loss)
 
+    def name_exchange(self, name: str) -> None:
+        """Set the name under which ranks find each other, before the first step.
+
+        Args:
+            name: the same on all ranks, and another for each monitor.
+        """
+        if self._ranks is not None:
+            self._ranks.name = name
+
     def leave_ranks(self) -> None:
         """Report this rank's readings alone; to be called before the first step.
 
         Without it, a rank with a monitor would wait for ranks that have none.
         """
-        self._readings.ranks = None
-        self._parts.detector.report_alone()
+        if self._ranks is not None:
+            self._ranks.leave("")
 
     # -- inside a step
+
+    @contained
+    def _left_alone(self) -> None:
+        """Go on without the other ranks, which intervene no longer either."""
+        self._readings.ranks = None
+        self._parts.detector.report_alone()
+        self._guard.leave_ranks()
 
     @contained
     def _diagnose(self, ctx: StepContext, updates: UpdatesOfStep | None) -> Diagnosis | None:
@@ -425,7 +550,7 @@ class AttentionStabilityMonitor:
     @contained
     def _plan_next(self, ctx: StepContext, diagnosis: Diagnosis | None) -> None:
         """Let the schedule know what was found in this step and what it took."""
-        alone = self._readings.ranks is None or world_size() == 1
+        alone = self._ranks is None or not self._ranks.together
         if diagnosis is not None:
             self._schedule.heed(diagnosis.open_issues, alone=alone)
         self._schedule.end_step(ctx.step, self.boundary.seconds, sampled=ctx.sampled)
@@ -457,6 +582,8 @@ class AttentionStabilityMonitor:
         healthy = (
             newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
         )
+        if self._ranks is not None and self._ranks.is_troubled:
+            return  # all ranks stop, at the end of the step
         with self._clock.own_work():
             self._note_treated(self._guard.intervene(open_issues, healthy=healthy))
 
@@ -481,7 +608,13 @@ class AttentionStabilityMonitor:
                 max(1, self.step),
             )
         )
-        self._guard.begin(ranks_agree=self._readings.ranks is not None)
+        self._guard.begin(ranks_agree=self._ranks is not None)
+        if self._ranks is None and world_size() > 1 and rank() == 0 and not self._guard.automatic:
+            logger.warning(
+                "stabmon: %d ranks train together, and only what rank 0 sees is recorded: give every "
+                "rank a monitor with reduce_ranks=True",
+                world_size(),
+            )
 
     def _start_observing(self) -> None:
         ctx = self._contexts.at_begin(self.step + 1)

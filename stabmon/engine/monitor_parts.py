@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import world_size
+from stabmon._torch.ranks.exchange import RankExchange
 from stabmon.config import StabilityConfig, proposed_interventions
 from stabmon.engine.clock import StepClock
 from stabmon.engine.error_boundary import ErrorBoundary
@@ -53,6 +55,10 @@ class MonitorParts:
     readings: ReadingBuilder
     contexts: StepContexts
     schedule: Schedule
+    exchange: RankExchange | None
+    """With the other ranks; None on one process, and where it reports alone."""
+    is_sampled: Callable[[int], bool]
+    """Returns whether a step, counted from 1, is sampled: on all ranks alike."""
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -123,7 +129,15 @@ def make_parts(
         automatic=bool(config.interventions),
     )
     observer = StepObserver(model, config, clock, optimizers.scale)
-    ranks = RankReducer(model) if reduce_ranks else None
+    exchange = RankExchange() if reduce_ranks and world_size() > 1 else None
+    ranks = None if exchange is None else RankReducer(model, exchange, config.log_every)
+    run.exchange = exchange
+
+    def is_sampled(step: int) -> bool:
+        if exchange is not None and exchange.together:
+            return step >= exchange.agenda
+        return schedule.wants(step)
+
     detector = NonFiniteDetector(model, boundary.failed, ranks.share if ranks else None, optimizers)
     step_length = StepLength(
         optimizers, run.scheduled_rate, lambda: run.rate_factors, boundary, model
@@ -139,7 +153,7 @@ def make_parts(
     run.before_edit.append(weakly(updates.measure_now))
     settings = SettingWatch(optimizers, run, step_length.rates, model, updates)
     every_step: list[StepListener] = [detector, step_length, settings]
-    usage = Usage(model, optimizers, config.log_every, schedule.wants, framework)
+    usage = Usage(model, optimizers, config.log_every, is_sampled, framework)
     clock.listeners = [usage, updates, *(every_step if config.watch_every_step else []), guard]
     readings = ReadingBuilder(
         observer,
@@ -153,7 +167,7 @@ def make_parts(
         schedule,
     )
     readings.ranks = ranks
-    contexts = StepContexts(observer, optimizers, schedule.wants, config.watch_every_step, boundary)
+    contexts = StepContexts(observer, optimizers, is_sampled, config.watch_every_step, boundary)
     return MonitorParts(
         optimizers,
         recorder,
@@ -168,6 +182,8 @@ def make_parts(
         readings,
         contexts,
         schedule,
+        exchange,
+        is_sampled,
     )
 
 

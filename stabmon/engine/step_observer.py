@@ -70,6 +70,8 @@ class StepObserver:
         )
         self.interrupted = False
         """True if a forward of this step raised."""
+        self.on_first_forward: Callable[[], None] | None = None
+        """Called once, before the first training forward."""
         self._timer = DeviceTimer()
         self._model = model
         self._keeps_inputs = config.watch_every_step
@@ -224,6 +226,9 @@ class StepObserver:
         training = self._model.training or any(each.training for each in module.modules())
         if not training or not torch.is_grad_enabled() or not self._clock.is_recording:
             return
+        first, self.on_first_forward = self.on_first_forward, None
+        if first is not None:
+            first()
         # torch._C._current_graph_task_id() is the number of the backward that runs in this thread,
         # -1 outside of one (checked with torch 2.13). Without it a backward that raised could not
         # be told from one that is still under way, as where a hook makes a forward.

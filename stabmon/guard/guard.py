@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
-
 from stabmon._settings import ByName
 from stabmon._storage.stored_value import Stored
+from stabmon._torch.process_group import rank, world_size
+from stabmon._torch.ranks.exchange import RankExchange, RankFailed
 from stabmon.guard.policy import Policy
-from stabmon.guard.symptoms import Key, may_ruin
+from stabmon.guard.symptoms import Key, alarms_now, key_of, may_ruin
 from stabmon.guard.trials import stored_key
 from stabmon.incidents.intervention_words import ARMED
 from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
 from stabmon.interventions.run.budget import Budget
+from stabmon.interventions.run.equal_weights import make_equal
+from stabmon.interventions.run.learning_rates import failed_hooks
 from stabmon.interventions.run.saved_intervention import SavedIntervention
 from stabmon.interventions.run.training_run import Prepared, TrainingRun
 from stabmon.listeners import StepContext, StepListener
@@ -77,8 +80,14 @@ class Guard(StepListener):
         self._reported: set[Key] = set()
         """Locations that were reported as untreatable."""
         self._stop_reason: str | None = None
+        self._is_sound, self._why = True, ""
+        """Nothing failed here in the newest work with other ranks; the reason why it failed."""
         self._ended: list[Applied] | None = None
         """Everything that was applied, once the guard is closed."""
+        self.checks_gradients = automatic and any(
+            each.install_at_start for each in interventions.values()
+        )
+        """An intervention of the start looks at the gradients of each step."""
         self._prepared: dict[str, Prepared] = {}
         """State that interventions keep from before the first step on, by its stored key."""
         for each in interventions.values() if automatic else ():
@@ -92,7 +101,7 @@ class Guard(StepListener):
             ranks_agree: every rank has a guard that is given the same issues; without that, with
                 several ranks, the guard does not intervene.
         """
-        if self.automatic and not ranks_agree and self.run.ranks > 1:
+        if self.automatic and not ranks_agree and world_size() > 1:
             logger.warning(
                 "Interventions are off: all ranks must do the same, so give every rank a monitor "
                 "with reduce_ranks=True"
@@ -115,12 +124,32 @@ class Guard(StepListener):
         self.run.step_hooks.fire("attention", call)
 
     def before_optimizer_step(self, ctx: StepContext) -> None:
-        self.run.step_hooks.fire("before_optimizer_step")
+        hooks, exchange = self.run.step_hooks, self._exchange
+        if exchange is None:
+            hooks.fire("before_optimizer_step")
+        elif self.checks_gradients and self.automatic and not exchange.equal_gradients:
+            with self._together("gradients", quick=True):
+                hooks.fire("before_optimizer_step", contain=False)
+        else:
+            try:
+                hooks.fire("before_optimizer_step", contain=False)
+            except Exception as error:
+                self._is_sound = False
+                exchange.trouble = f"{type(error).__name__}: {error}"
+                raise
 
     def on_step_end(self, ctx: StepContext) -> None:
         self.run.step = ctx.step
         self.run.accumulation, self.run.forwards = max(1, ctx.micro_batches), ()
-        self.run.step_hooks.fire("on_step")
+        if self._exchange is not None and failed_hooks:
+            # this rank's step was another than that of the others
+            self._is_sound, self._exchange.trouble = False, failed_hooks[0]
+            failed_hooks.clear()
+        if self._exchange is None:
+            self.run.step_hooks.fire("on_step")
+        elif self._exchange.holding:
+            with self._together("held"):
+                self.run.step_hooks.fire("on_step", contain=False)
 
     def get_intervention(self, open_issues: Sequence[StabilityIssue]) -> Intervention | None:
         """Propose an intervention for the open alarms.
@@ -160,18 +189,19 @@ class Guard(StepListener):
             None where it does not fit on some rank; that is logged, audited and remembered.
         """
         applied, refusal = None, NotApplicable("it does not fit on another rank")
-        has_hold = "hold" in intervention.settings
+        exchange = self._exchange
         try:
-            if hold and intervention.once:
-                raise NotApplicable(
-                    f"{intervention.name} is done at once and cannot be held", "leave hold out"
-                )
-            if has_hold and hold is not None:
-                intervention = replace(intervention, hold=hold)  # type: ignore[call-arg]
-            self.run.by_user = by_user
-            applied = intervention.apply(self.run)
+            with exchange.joint("an intervention") if exchange else nullcontext():
+                applied = self._start(intervention, by_user, hold)
         except NotApplicable as error:
             refusal = error.with_traceback(None)  # whose frames hold this one
+        except RankFailed as error:
+            if applied is not None:
+                applied.undo(refusal.reason)
+                applied = None
+            if exchange is None or error.depth <= exchange.depth:
+                raise  # more has ended than this
+            refusal = NotApplicable(f"it does not fit on another rank: {error}")
         except Exception as error:
             logger.error(
                 "%s failed and is not tried again here, training goes on: %s",
@@ -180,19 +210,30 @@ class Guard(StepListener):
                 exc_info=error,
             )
             refusal = NotApplicable(f"it failed: {type(error).__name__}: {error}")
+            if exchange is not None:  # what it has changed here until then was not taken back
+                self._is_sound = False
+                self._why = self._why or f"{intervention.name} failed: {error}"
         finally:
             self.run.by_user = False
-        if self.run.any_rank(applied is None):
-            if applied is not None:
-                applied.undo(refusal.reason)
+        if applied is None:
             self._refuse(intervention, refusal, by_user)
             return None
-        assert applied is not None
+        has_hold = "hold" in intervention.settings
         applied.by_user = by_user
         if hold is False and not has_hold and not intervention.once:
             applied.hold_for_one_step()
         self.policy.note_applied(applied)
         return applied
+
+    def _start(self, intervention: Intervention, by_user: bool, hold: bool | None) -> Applied:
+        if hold and intervention.once:
+            raise NotApplicable(
+                f"{intervention.name} is done at once and cannot be held", "leave hold out"
+            )
+        if "hold" in intervention.settings and hold is not None:
+            intervention = replace(intervention, hold=hold)  # type: ignore[call-arg]
+        self.run.by_user = by_user
+        return intervention.apply(self.run)
 
     def intervene(self, open_issues: Sequence[StabilityIssue], healthy: bool) -> list[Applied]:
         """Judge what was done, and apply what is next; once a sampled step, at its end.
@@ -207,21 +248,162 @@ class Guard(StepListener):
         if not self.automatic:
             self.policy.judge(open_issues, self.run, release=False)
             return []
-        issues, healthy = self._of_first_rank(open_issues, healthy)
-        for failed in self.policy.judge(issues, self.run):
+        calm = healthy and not self.run.is_uncertain and not any(map(may_ruin, open_issues))
+        if self._exchange is not None:
+            return self._intervene_together(self._exchange, open_issues, calm)
+        for failed in self.policy.judge(open_issues, self.run):
             failed.applied.undo(failed.reason)
         done: list[Applied] = []
-        while (proposed := self.get_intervention(issues)) is not None:
+        while (proposed := self.get_intervention(open_issues)) is not None:
             applied = self.apply(proposed)
             if applied is not None:
                 done.append(applied)
                 if proposed.ends_round:
                     break  # the alarms were those of a state that is left behind
-        if self._prepared:
-            calm = not self.run.is_uncertain and not any(may_ruin(issue) for issue in issues)
-            for prepared in self._prepared.values():
-                prepared.offer(healthy and calm and not done)
+        self._offer(calm and not done)
         return done
+
+    def _offer(self, healthy: bool) -> None:
+        for prepared in self._prepared.values():
+            prepared.offer(healthy)
+
+    # -- on several ranks
+
+    @property
+    def _exchange(self) -> RankExchange | None:
+        """The exchange with other ranks, where this one intervenes with them."""
+        exchange = self.run.exchange
+        return exchange if exchange is not None and exchange.together else None
+
+    @contextmanager
+    def _together(self, moment: str, *, quick: bool = False) -> Iterator[None]:
+        """Work with the other ranks; where it fails on one, all stop intervening."""
+        exchange = self.run.exchange
+        assert exchange is not None
+        try:
+            with exchange.joint(moment, quick=quick):
+                if moment in exchange.due:
+                    exchange.due.remove(moment)
+                yield
+        except RankFailed as error:
+            exchange.is_troubled = True
+            self._why = str(error)
+        except Exception as error:
+            self._is_sound, exchange.is_troubled = False, True
+            self._why = f"{type(error).__name__}: {error}"
+            logger.error("Interventions failed on rank %d: %s", rank(), error, exc_info=error)
+            if moment in exchange.due:  # others wait for this rank
+                exchange.due.remove(moment)
+                exchange.say_failed(moment)
+
+    def _intervene_together(
+        self, exchange: RankExchange, open_issues: Sequence[StabilityIssue], calm: bool
+    ) -> list[Applied]:
+        """Do what rank 0 decides, on all ranks or on none."""
+        done: list[Applied] = []
+        plan: Any = None
+        with self._together("verdict", quick=True):
+            own = self._decide(open_issues, calm) if rank() == 0 else None
+            plan = exchange.of_first(own)
+            exchange.needs_end = plan is not None
+            if plan is not None:
+                done = self._carry_out(exchange, plan, open_issues)
+        if not exchange.is_troubled:
+            self._offer(plan is None or (plan["calm"] and not done))
+            exchange.holding = self.run.step_hooks.wants("on_step")
+        return done
+
+    def _decide(self, open_issues: Sequence[StabilityIssue], calm: bool) -> dict[str, Any] | None:
+        """Return what is to be done, as rank 0 sees it; None for nothing."""
+        applied = self.run.applied
+        undo = [
+            [applied.index(trial.applied), trial.reason]
+            for trial in self.policy.judge(open_issues, self.run, release=False)
+        ]
+        idle = [
+            [applied.index(trial.applied), age]
+            for trial, age in self.policy.trials.idle(
+                {key_of(issue, symptom) for issue, symptom in alarms_now(open_issues, self.run)},
+                self.policy.budget,
+            )
+        ]
+        proposed = None if undo else self._propose(open_issues)
+        if calm and not undo and not idle and proposed is None:
+            return None
+        return {"calm": calm, "undo": undo, "idle": idle, "apply": proposed}
+
+    def _propose(self, open_issues: Sequence[StabilityIssue]) -> dict[str, Any] | None:
+        found = self.get_intervention(open_issues)
+        if found is None:
+            return None
+        return {
+            "name": found.name,
+            "issues": [issue.to_dict() for issue in found.issues],
+            "why": found.why,
+        }
+
+    def _carry_out(
+        self, exchange: RankExchange, plan: Mapping[str, Any], open_issues: Sequence[StabilityIssue]
+    ) -> list[Applied]:
+        """Take back, loosen and apply what rank 0 says."""
+        done: list[Applied] = []
+        for at, why in plan["undo"]:
+            self.run.applied[at].undo(why)
+        for at, age in plan["idle"]:
+            applied = self.run.applied[at]
+            self.policy.trials.loosen(applied, age, self.run.any_rank(applied.effect.was_active()))
+        proposed = plan["apply"]
+        if proposed is None and plan["undo"]:
+            proposed = exchange.of_first(self._propose(open_issues) if rank() == 0 else None)
+        while proposed is not None:
+            issues = [StabilityIssue.from_dict(each) for each in proposed["issues"]]
+            intervention = self.policy.interventions[proposed["name"]]
+            made = self.apply(intervention.aimed_at(issues, proposed["why"]))
+            exchange.needs_end = True
+            if self.run.any_rank(not self._is_sound):
+                raise RankFailed(self._why or "an intervention failed on another rank")
+            if made is not None:
+                done.append(made)
+                if intervention.ends_round:
+                    break
+            proposed = exchange.of_first(self._propose(open_issues) if rank() == 0 else None)
+        return done
+
+    def stop_together(self) -> None:
+        """Release everything and intervene no more, on all ranks; after a rank has failed."""
+        exchange = self.run.exchange
+        if exchange is None or not exchange.is_troubled or not self.automatic:
+            return
+        self.automatic = False
+        self._let_go()
+        exchange.holding = False
+        words = ""
+        if exchange.together and exchange.are_replicas:
+            try:
+                words = make_equal(self.run, exchange, sound=self._is_sound)
+            except RankFailed as error:
+                words = f"weights may differ between ranks: {error}"
+        logger.warning(
+            "stabmon: interventions are off on all ranks from here on, and those that were held are "
+            "released: %s%s",
+            self._why or "another rank has failed",
+            f"; {words}" if words else "",
+        )
+        self._audit("gave_up", None, None, None, places=[], why=self._why or "a rank has failed")
+
+    def leave_ranks(self) -> None:
+        """Intervene no more: ranks are together no longer, and must do the same."""
+        if self.automatic and world_size() > 1:
+            self.automatic = False
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Release everything that is held, also by an intervention that failed half-way."""
+        self._release()
+        self.run.step_hooks.clear()
+        for held in ("rates", "decays"):
+            if held in vars(self.run):
+                vars(self.run)[held].release_all()
 
     @property
     def stop_reason(self) -> str | None:
@@ -354,13 +536,3 @@ class Guard(StepListener):
         """Write an audit record of something that was not done."""
         record = {"intervention": name, "action": action, "step": self.run.step}
         self.run.audit({**record, "layer": layer, "head": head, **more})
-
-    def _of_first_rank(
-        self, issues: Sequence[StabilityIssue], healthy: bool
-    ) -> tuple[Sequence[StabilityIssue], bool]:
-        """Return rank 0's issues and health, on all ranks."""
-        if self.run.ranks == 1:
-            return issues, healthy
-        shared: list[Any] = [[issue.to_dict() for issue in issues], healthy]
-        dist.broadcast_object_list(shared)
-        return [StabilityIssue.from_dict(issue) for issue in shared[0]], bool(shared[1])

@@ -139,7 +139,7 @@ class Trials:
             elif is_open:
                 trial.since = self.samples
             elif release and ours and trial.applied.active and age >= budget.release_after:
-                self._loosen(trial, age)
+                self.loosen(trial.applied, age, trial.applied.effect.was_active())
         return failed
 
     def state_dict(self, applied: Sequence[Applied]) -> dict[str, Any]:
@@ -221,13 +221,39 @@ class Trials:
         failed = trial.outcome == "failed" and not applied.by_user
         return failed and applied.active and applied.intervention.cost > 0
 
-    def _loosen(self, trial: Trial, age: int) -> None:
-        """Loosen an intervention that still had something to do; release it if not."""
-        if trial.applied.effect.was_active():
-            trial.since = self.samples
-            trial.applied.relax()
-        else:
-            trial.applied.release(f"no alarm for {age} samples, in which it had nothing to do")
+    def loosen(self, applied: Applied, age: int, was_active: bool) -> None:
+        """Loosen an intervention that still had something to do; release it if not.
+
+        Args:
+            applied: the intervention.
+            age: samples since an alarm of its keys was open.
+            was_active: it had something to do since it was last asked.
+        """
+        if not was_active:
+            applied.release(f"no alarm for {age} samples, in which it had nothing to do")
+            return
+        for trial in self.entries:
+            if trial.applied is applied:
+                trial.since = self.samples
+        applied.relax()
+
+    def idle(self, open_keys: Set[Key], budget: Budget) -> list[tuple[Trial, int]]:
+        """Return the trials to loosen, and the samples since an alarm of theirs was open.
+
+        Args:
+            open_keys: locations with an open alarm.
+            budget: the number of samples to wait.
+        """
+        ages = [(trial, self.samples - trial.since) for trial in self.entries]
+        return [
+            (trial, age)
+            for trial, age in ages
+            if trial.outcome != "pending"
+            and not trial.applied.by_user
+            and trial.applied.active
+            and open_keys.isdisjoint(trial.keys)
+            and age >= budget.release_after
+        ]
 
 
 def stored_key(saved: Stored) -> Key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stabmon._display.html import card
-from stabmon._torch.process_group import on_all_ranks
+from stabmon._torch.ranks.exchange import announce, decline
 from stabmon.config import StabilityConfig, load_config
 from stabmon.engine.monitor import AttentionStabilityMonitor
 from stabmon.engine.recording.issue_function import OnIssue, checked
@@ -17,6 +18,8 @@ from stabmon.records import StabilityIssue, counted
 from stabmon.sinks import Sink
 
 logger = logging.getLogger("stabmon")
+_trainings = itertools.count()
+"""Number of each training of this process, the same on all ranks."""
 
 
 class StabilityCallbackBase:
@@ -144,25 +147,34 @@ class StabilityCallbackBase:
             make: makes the monitor.
             restore: sets it to the state in a checkpoint, on a resume.
         """
+        place = f"stabmon/training/{next(_trainings)}"
         self.close()
         self._earlier, self.monitor = self.issues, None
         self._run, self._copies = run, 1
         self._calls.clear()
         try:
             self.monitor = make()
+            self.monitor.name_exchange(place)
             restore(self.monitor)
+            self.monitor.resume_without_state()  # where there was none
             self._earlier = without_restored(self._earlier, self.monitor.issues)
         except Exception:
             logger.exception("stabmon could not start watching; training goes on without it")
             self.close()
             self.monitor, self._run = None, run
-        agree_on_ranks(self.monitor)
+            decline(f"{place}/resume", "none")  # others may wait for this rank's word
+        agree_on_ranks(self.monitor, place)
 
 
-def agree_on_ranks(monitor: AttentionStabilityMonitor | None) -> None:
-    """Let each rank report alone if some rank has no monitor."""
+def agree_on_ranks(monitor: AttentionStabilityMonitor | None, place: str) -> None:
+    """Let each rank report alone if some rank has no monitor.
+
+    Args:
+        monitor: this rank's.
+        place: the same on all ranks, and another for each training.
+    """
     try:
-        agreed = on_all_ranks(monitor is not None)
+        agreed = set(announce(f"{place}/start", "no" if monitor is None else "yes")) == {"yes"}
     except Exception:
         logger.exception("stabmon could not reach the other ranks; each reports its own readings")
         agreed = False

@@ -113,6 +113,10 @@ class Rollback(Intervention):
             raise NotApplicable("no healthy state has been seen yet")
         if not self._begins_again(run, snapshot) and (why := states.explain_refusal(snapshot)):
             raise NotApplicable(why)
+        if run.ranks > 1 and run.exchange is not None:
+            found = run.exchange.meet("state to go back to", [snapshot.step, -snapshot.step])
+            if found[0] != -found[1]:
+                raise NotApplicable("ranks have kept the states of different steps")
         return _RolledBack(run, states, snapshot, self.rewind_schedule)
 
     def prepare(self, run: TrainingRun) -> HealthyStates:

@@ -22,7 +22,8 @@ from stabmon.projections.not_applicable import NotApplicable
 class SkipStep(Intervention):
     """Skip optimizer steps whose gradients are NaN or inf.
 
-    One such gradient on one rank is enough.
+    One such gradient on one rank is enough. Where gradients were the same on all ranks at the first
+    sampled step, to the bit, each rank looks at its own; else ranks ask each other at each step.
 
     Right before the step all gradients are set to None. Optimizers do not change a parameter
     without a gradient: neither value nor moments, and no weight decay.
@@ -95,7 +96,11 @@ class _Skipping(Effect):
         finite = not grads or bool(
             torch.stack([_finite(grad).to(grads[0].device) for grad in grads]).all()
         )
-        if not self.run.any_rank(not finite and not _scales(self.run)):
+        bad = not finite and not _scales(self.run)
+        exchange = self.run.exchange
+        if exchange is not None and exchange.together and not exchange.equal_gradients:
+            bad = exchange.needs_end = self.run.any_rank(bad)
+        if not bad:
             if self._at < self.run.step - 1:
                 self.in_a_row = 0
             return

@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import stabmon
-from stabmon._torch.process_group import on_all_ranks, rank, world_size
+from stabmon._torch.process_group import rank, world_size
+from stabmon._torch.ranks.exchange import RankExchange, announce
 from stabmon.engine import rank_reducer as distributed
 from stabmon.engine.sampling import overhead
 from stabmon.records import NonFinite
@@ -179,7 +180,7 @@ def test_a_nan_on_another_rank_is_named_by_the_one_that_writes(on_two_ranks):
 
 def share_alone(rank, folder):
     distributed._WAIT = timedelta(seconds=1)  # from here on in this process
-    reducer = distributed.RankReducer(nn.Linear(2, 2))
+    reducer = distributed.RankReducer(nn.Linear(2, 2), RankExchange(), 50)
     found = NonFinite(3, "gradient", None, None, "all gradients", "9 of 9")
     began = time.perf_counter()
     shared = reducer.share(found, 3) if rank == 0 else None
@@ -370,7 +371,70 @@ def test_ranks_of_other_losses_and_speeds_sample_the_same_steps(on_two_ranks):
     )  # one rank's loss, and one rank's speed, count for both
 
 
+def train_on_noise(rank, folder):
+    """From step 90 on, the second rank's loss is that of noise, the first's is as before."""
+    model = gpt2()
+    ddp = parallel(model)
+    optimizer = optimizer_of(model, 1e-6)
+    monitor = watch(ddp, optimizer, folder, log_every=10, schedule="fixed", signals=["max_logit"])
+    data = batches(2, rows=2)
+    for step in range(1, 141):
+        optimizer.zero_grad()
+        ddp(input_ids=data[0][rank::2], labels=data[0][rank::2]).loss.backward()
+        optimizer.step()
+        noise = 0.03 * ((7 * step) % 5)
+        monitor.on_step(3.0 + noise + 0.35 * (rank == 1 and step >= 90))
+    monitor.close()
+    readings = monitor._tracker.history.readings
+    return readings[-1].losses[-1], readings[-1].rank_losses[-1], dict(monitor.errors)
+
+
+def test_a_rank_whose_data_turned_to_noise_is_named_on_disk(on_two_ranks):
+    given, folder = on_two_ranks(train_on_noise)
+    for (_, mean), (_, largest, number), errors in given:
+        assert errors == {}
+        assert (number, largest - mean) == (1, pytest.approx(0.175, abs=1e-5))
+    issues = lines(folder / "stabmon" / "issues.jsonl")
+    spikes = [each for each in issues if each["issue_type"] == "loss_spike"]
+    assert any(each["severity"] == "error" and each["evidence"]["rank"] == 1 for each in spikes)
+
+
+def resume_on_one(rank, folder):
+    """Only the first rank finds a state of step 8."""
+    model = gpt2()
+    ddp = parallel(model)
+    optimizer = optimizer_of(model)
+    monitor = watch(ddp, optimizer, sinks=[], log_every=4)
+    state = train_state() if rank == 0 else None
+    began = time.perf_counter()
+    if state is not None:
+        monitor.load_state_dict(state)
+    given = train(model, monitor, optimizer, [t[rank::2] for t in batches(2, rows=8)], called=ddp)
+    monitor.close()
+    readings = [each is not None for each in given], monitor.step
+    return readings, dict(monitor.errors), time.perf_counter() - began
+
+
+def train_state():
+    model = gpt2()
+    optimizer = optimizer_of(model)
+    monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=4)
+    train(model, monitor, optimizer, batches(8, rows=2))
+    monitor.close()
+    return monitor.state_dict()
+
+
+def test_a_state_that_only_some_ranks_find_is_used_by_none(on_two_ranks):
+    given, _ = on_two_ranks(resume_on_one)
+    for readings, errors, seconds in given:
+        assert errors == {}
+        assert readings == ([True, True], 2)
+        assert seconds < 12  # nobody has waited for a timeout
+
+
 SCENARIOS = (
+    resume_on_one,
+    train_on_noise,
     train_adaptively,
     train_in_parallel,
     train_with_faults,
@@ -384,10 +448,8 @@ SCENARIOS = (
 
 def test_one_process_alone_is_rank_0_of_1_and_hears_nobody():
     assert (rank(), world_size()) == (0, 1)
-    assert on_all_ranks(True)
-    assert not on_all_ranks(False)
-    reducer = distributed.RankReducer(nn.Linear(2, 2))
+    assert announce("a subject", "mine") == ["mine"]
+    reducer = distributed.RankReducer(nn.Linear(2, 2), RankExchange(), 50)
     assert not reducer.active
-    assert reducer.reduce({}) == ({}, None)
     found = NonFinite(3, "loss", None, None, "loss")
     assert reducer.share(found, 3) is found

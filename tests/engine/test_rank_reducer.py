@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stabmon.engine.rank_reducer import RankReducer
+from stabmon._torch.ranks.exchange import RankExchange
+from stabmon.engine.rank_reducer import RankReducer, _with_rank, _without_rank, layout_of
 from stabmon.signals import SIGNALS, HeadSums
 
 NAMES = ("attention_entropy", "max_logit")
@@ -30,14 +31,6 @@ def sums(seed: int, heads: int = 3) -> dict[str, dict[str, HeadSums]]:
     }
 
 
-def layout_of(own: dict[str, dict[str, HeadSums]]) -> list[tuple[str, str, int]]:
-    return [
-        (layer, name, len(each.total))
-        for layer, signals in own.items()
-        for name, each in signals.items()
-    ]
-
-
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
     """A process group of one rank."""
@@ -48,15 +41,15 @@ def group() -> Iterator[None]:
 
 def reducer(agreed: list[tuple[str, str, int]]) -> RankReducer:
     """A reducer that has agreed with the others, as it has after the first sampled step."""
-    made = RankReducer(nn.Linear(1, 1))
-    assert made._agree(agreed)
+    made = RankReducer(nn.Linear(1, 1), RankExchange(), 50)
+    made._agree_on(agreed)
     return made
 
 
 def reduced(*ranks: dict[str, dict[str, HeadSums]]):
     """The signals over all ranks, as rank 0 unpacks them: the collectives, done by hand."""
     agreed = layout_of(ranks[0])
-    packed = [reducer(agreed)._pack(own, layout_of(own)) for own in ranks]
+    packed = [reducer(agreed)._pack_signals(own) for own in ranks]
     added = torch.stack([each for each, _ in packed]).sum(0)
     largest = torch.stack([each for _, each in packed]).amax(0)
     own = {layer: dict(signals) for layer, signals in ranks[0].items()}
@@ -132,15 +125,27 @@ def test_packing_keeps_double_precision() -> None:
     assert (reduced(*ranks)["first"]["attention_entropy"].total == 2 * total).all()
 
 
-def test_ranks_wait_to_agree_until_all_have_something() -> None:
-    made = RankReducer(nn.Linear(1, 1))
-    assert not made._agree([])
-    assert made._agreed is None
-    assert made._agree(layout_of(sums(0)))
+def test_a_signal_that_one_rank_lacks_leaves_its_others_in() -> None:
+    whole, dropped = sums(0), sums(1)
+    del dropped["first"]["max_logit"]
+    found = reduced(whole, dropped)
+    assert (found["first"]["max_logit"].total == whole["first"]["max_logit"].total).all()
+    entropy = [each["first"]["attention_entropy"].total.double() for each in (whole, dropped)]
+    assert torch.equal(found["first"]["attention_entropy"].total, sum(entropy))
 
 
-def test_a_single_process_keeps_its_own() -> None:
-    own = sums(0)
-    alone = RankReducer(nn.Linear(1, 1))
-    assert not alone.active
-    assert_same(alone.reduce(own)[0], own)
+@pytest.mark.parametrize("loss", [3.25, 0.0, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("number", [0, 1, 9_999])
+def test_a_loss_carries_the_rank_that_it_is_of(loss: float, number: int) -> None:
+    value, found = _without_rank(_with_rank(loss, number))
+    assert found == number
+    assert value == pytest.approx(loss if loss == loss else float("inf"), rel=1e-7)
+
+
+def test_the_largest_loss_wins_with_its_rank() -> None:
+    packed = [_with_rank(loss, number) for number, loss in enumerate([2.0, 7.5, 3.0])]
+    assert _without_rank(max(packed)) == (7.5, 1)
+
+
+def test_a_single_process_exchanges_nothing() -> None:
+    assert not RankReducer(nn.Linear(1, 1), RankExchange(), 50).active

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from stabmon._torch.ranks.exchange import RankExchange
 from stabmon.guard import Guard, make_interventions
 from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.skip_step import SkipStep
@@ -53,6 +54,7 @@ def clip_sharded(rank: int) -> dict[str, Any]:
         model, inputs = zoo()[name]()
         fully_shard(model)
         run = make_run(model, inputs)
+        run.exchange = RankExchange()
         model.reshard()
         layer = first_layer(run)
         before = scores_of(run)[layer]
@@ -97,7 +99,9 @@ def skip_together(rank: int) -> list[bool]:
 def make_linear(model: nn.Module) -> Any:
     from stabmon.interventions import TrainingRun
 
-    return TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    run = TrainingRun(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    run.exchange = RankExchange()
+    return run
 
 
 def test_a_step_is_skipped_on_all_ranks_if_on_any(found: list[dict[str, Any]]) -> None:
@@ -107,6 +111,7 @@ def test_a_step_is_skipped_on_all_ranks_if_on_any(found: list[dict[str, Any]]) -
 def decide_together(rank: int) -> dict[str, Any]:
     model, inputs = zoo()["llama-sdpa"]()
     run = make_run(model, inputs)
+    run.exchange = RankExchange()
     layer = first_layer(run)
     guard = Guard(run, make_interventions({"qk_clip": {"target": 0.5}, "soften_logits": {}}))
     guard.begin()
@@ -143,6 +148,7 @@ def hold_together(rank: int) -> list[float]:
     """
     model, inputs = zoo()["llama-sdpa"]()
     run = make_run(model, inputs)
+    run.exchange = RankExchange()
     layer = first_layer(run)
     QkClip(target=0.5).apply(run, growth(layer, 2))
     with torch.no_grad():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
-from stabmon._torch.process_group import rank, world_size
+from stabmon._torch.process_group import rank
+from stabmon._torch.ranks.exchange import RankFailed
 from stabmon.capture.coverage.witness import listed
 from stabmon.engine.error_boundary import ErrorBoundary
-from stabmon.engine.rank_reducer import RankReducer
-from stabmon.engine.sampling.schedule import Plan, Schedule
+from stabmon.engine.rank_reducer import Offer, RankReducer, Shared
+from stabmon.engine.sampling.schedule import Schedule
 from stabmon.engine.step_length.rate_watch import RateWatch
 from stabmon.engine.step_observer import StepObserver
 from stabmon.engine.updates.qk_updates import with_adapters
@@ -61,6 +63,8 @@ class ReadingBuilder:
         self._decays = decays
         self._rate_factors, self._boundary, self._amend = rate_factors, boundary, amend
         self._schedule, self._unseen_reported = schedule, 0
+        self._own_losses: tuple[tuple[int, float], ...] = ()
+        """(step, loss) of this rank's steps since the last reading, as given to others."""
         self._counted: set[str] = set()
         """Layers whose rows were looked at, which a device makes the host wait for."""
         self._short_rows: set[str] = set()
@@ -81,13 +85,9 @@ class ReadingBuilder:
         """
         seen = self._observer
         sums: Any = seen.measurements.sums
-        together = self.ranks is not None and world_size() > 1
-        if ctx.sampled and self.ranks is not None:
-            # the first action of all, before anything may fail: other ranks wait for it
-            wish = self._wish(ctx, updates) if together and self._schedule.adapts else ()
-            sums, agreed = self.ranks.reduce(sums, wish)
-            if together:
-                self._schedule.follow(ctx.step, Plan.of_ranks(agreed))
+        shared = self._exchange(ctx, updates) if ctx.sampled else None
+        if shared is not None:
+            sums = shared.sums
         is_found = not seen.forwards.count and seen.find_compiled_wrapper()
         if not ctx.sampled and not has_news:
             return None
@@ -96,7 +96,7 @@ class ReadingBuilder:
         self._report_short_rows(layers)
         if ctx.sampled and not layers and not is_found:
             self._report_missing(ctx.step)
-        losses, rates = seen.losses.drain(), self._optimizers.learning_rates()
+        losses, rates = self._losses(shared), self._optimizers.learning_rates()
         for step, loss in losses if watches_losses else ():
             if not math.isfinite(loss):
                 self.detector.note_loss(step, loss)
@@ -120,35 +120,57 @@ class ReadingBuilder:
             parts=updates.parts,
             weight_decays=dict(self._decays()),
             query_key_groups=updates.query_key_groups,
+            rank_losses=() if shared is None else shared.rank_losses,
         )
         self.last_step = ctx.step
-        if ctx.sampled and not together:
+        if ctx.sampled and shared is None:
             self._schedule.follow(ctx.step, self._schedule.plan(reading))
         self._schedule.add(reading)
         return reading
 
-    def _wish(self, ctx: StepContext, updates: UpdatesOfStep) -> Sequence[float]:
-        """Return the plan of this rank, by what it knows before it hears of others.
-
-        Losses since the last sample are not known yet, and count at the next.
-        """
+    def _exchange(self, ctx: StepContext, updates: UpdatesOfStep) -> Shared | None:
+        """Exchange a sampled step with other ranks; None where this one is alone."""
+        if self.ranks is None or not self.ranks.active:
+            return None
         try:
-            known = Reading(
-                ctx.step,
-                None,
-                to_host(self._observer.measurements.sums),
-                gradients=self._observer.gradients,
-                query_key=updates.query_key,
-                non_finite=self.detector.found_since(self.last_step),
-                learning_rates=self._optimizers.learning_rates(),
-                rate_factors=self._rate_factors(),
-                updates=updates.groups,
-            )
-            plan = self._schedule.plan(known)
-        except Exception as error:  # others wait for this rank
-            self._boundary.failed("schedule", error)
-            plan = None
-        return (plan or Plan(self._schedule.log_every, 1)).for_ranks
+            shared = self.ranks.reduce(ctx.step, functools.partial(self._offer, ctx, updates))
+        except RankFailed:
+            return None
+        self._schedule.agree(ctx.step, self.ranks.exchange.agenda)
+        return shared
+
+    def _offer(self, ctx: StepContext, updates: UpdatesOfStep) -> Offer:
+        """Return what this rank gives to the others, by what it knows before it hears of them."""
+        seen = self._observer
+        self._own_losses += seen.losses.drain()
+        gradients = seen.gradients
+        known = Reading(
+            ctx.step,
+            None,
+            to_host(seen.measurements.sums),
+            losses=self._own_losses,
+            gradients=gradients,
+            query_key=updates.query_key,
+            non_finite=self.detector.found_since(self.last_step),
+            learning_rates=self._optimizers.learning_rates(),
+            rate_factors=self._rate_factors(),
+            updates=updates.groups,
+        )
+        ahead, least = self._schedule.ahead(ctx.step, self._schedule.plan(known))
+        return Offer(
+            seen.measurements.sums,
+            self._own_losses,
+            ahead,
+            least,
+            gradients.get("", math.nan),
+        )
+
+    def _losses(self, shared: Shared | None) -> tuple[tuple[int, float], ...]:
+        """Return (step, loss) since the last reading: the mean over ranks where it is known."""
+        own, self._own_losses = dict(self._own_losses + self._observer.losses.drain()), ()
+        common = {} if shared is None else dict(shared.losses)
+        last = self.last_step
+        return tuple(sorted((own | {at: x for at, x in common.items() if at > last}).items()))
 
     def _report_missing(self, step: int) -> None:
         """Count and log a sampled step without attention."""

@@ -30,27 +30,12 @@ SHORTEST = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps from a sample to the next; of several ranks the soonest wish and longest limit hold."""
+    """Steps from a sample to the next, as one rank sees it."""
 
     wished: int
     """Interval that the movement of the run calls for, in steps."""
     least: int
     """Interval below which samples take more than their share of the run's time, in steps."""
-
-    @property
-    def for_ranks(self) -> tuple[float, float]:
-        """The plan as numbers of which ranks take the largest."""
-        return -self.wished, self.least
-
-    @classmethod
-    def of_ranks(cls, largest: Sequence[float] | None) -> Plan | None:
-        """Return the plan that ranks have in common.
-
-        Args:
-            largest: the largest of :attr:`for_ranks` over ranks; None or empty where they exchanged
-                none.
-        """
-        return cls(-int(largest[0]), int(largest[1])) if largest else None
 
 
 class Schedule:
@@ -96,12 +81,39 @@ class Schedule:
         """
         return None
 
-    def follow(self, step: int, plan: Plan | None) -> None:
-        """Set the next sample after a sampled step, the same way on all ranks.
+    def first(self, step: int) -> int:
+        """Return the first step after ``step`` that is sampled, where a run starts or is resumed.
+
+        Args:
+            step: the optimizer steps made before.
+        """
+        return step + self.log_every - step % self.log_every
+
+    def ahead(self, step: int, plan: Plan | None) -> tuple[int, int]:
+        """Return the steps to the next sample after a sampled step, and their least number.
+
+        Ranks take the smallest of the one and the largest of the other; the larger of these counts.
 
         Args:
             step: the sampled step.
-            plan: the plan of all ranks; None where they have none in common.
+            plan: the plan of this rank.
+        """
+        return self.log_every - step % self.log_every, 1
+
+    def follow(self, step: int, plan: Plan | None) -> None:
+        """Set the next sample after a sampled step.
+
+        Args:
+            step: the sampled step.
+            plan: its plan; None where there is none.
+        """
+
+    def agree(self, step: int, following: int) -> None:
+        """Set the next sample to that of all ranks.
+
+        Args:
+            step: the sampled step.
+            following: the step of the next one.
         """
 
     def add(self, reading: Reading) -> None:
@@ -225,16 +237,24 @@ class AdaptiveSchedule(Schedule):
         self._is_planned = bool(reading.losses)
         return Plan(self._interval, self.budget.least_interval())
 
-    def follow(self, step: int, plan: Plan | None) -> None:
-        # without a common plan by the step alone, which all ranks know
+    def first(self, step: int) -> int:
+        return step + 1
+
+    def ahead(self, step: int, plan: Plan | None) -> tuple[int, int]:
         plan = plan or Plan(min(max(1, step // YOUNG), self.log_every), 1)
-        ahead = min(plan.wished, self.log_every - step % self.log_every)
-        if plan.least > ahead:
-            ahead = plan.least
-            if plan.least >= self.log_every:
-                ahead += -(step + ahead) % self.log_every
-                self._report(ahead)
-        self._least, self._last, self._next = plan.least, step, step + ahead
+        least = plan.least
+        if least >= self.log_every:
+            least += -(step + least) % self.log_every
+        return min(plan.wished, self.log_every - step % self.log_every), least
+
+    def follow(self, step: int, plan: Plan | None) -> None:
+        self.agree(step, step + max(self.ahead(step, plan)))
+        self._least = plan.least if plan is not None else 1
+
+    def agree(self, step: int, following: int) -> None:
+        if following - step > self.log_every:
+            self._report(following - step)
+        self._least, self._last, self._next = 1, step, following
 
     def add(self, reading: Reading) -> None:
         if not self._is_planned:  # losses that the plan of this step did not know

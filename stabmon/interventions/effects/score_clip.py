@@ -334,8 +334,8 @@ class ScoreClip(HeldEffect):
         self.rows.moved_on()
         if self._reset is not None:
             self._reset.moved_on()
-        if not self.run.step_hooks.wants("attention"):
-            return
+        if self.run.ranks == 1 and not self.run.step_hooks.wants("attention"):
+            return  # with others, what they have seen counts here as well
         scores = self._largest_over_ranks()
         ineffective = {
             name

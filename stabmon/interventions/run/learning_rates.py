@@ -18,6 +18,10 @@ from stabmon._torch.optimizer_adapter import ParameterGroup, as_rate, parameter_
 logger = logging.getLogger("stabmon")
 
 
+failed_hooks: list[str] = []
+"""What failed in hooks of optimizers since it was last looked at, in words."""
+
+
 def step_hook(callback: Callable[[], None]) -> Callable[..., None]:
     """Return a hook for an optimizer's step that never raises into the step.
 
@@ -27,12 +31,12 @@ def step_hook(callback: Callable[[], None]) -> Callable[..., None]:
 
     def hook(*_: Any) -> None:
         nonlocal failed
-        if failed or is_capturing():
-            return
         try:
-            callback()
+            if not failed and not is_capturing():
+                callback()
         except Exception as error:
             failed = True
+            failed_hooks.append(f"{type(error).__name__}: {error}")
             logger.error(
                 "A held intervention failed at the optimizer's step and is left out: %s",
                 error,
@@ -268,7 +272,8 @@ class LearningRates:
 
         def release() -> None:
             while own:
-                held.remove(own.pop())
+                if (mine := own.pop()) in held:
+                    held.remove(mine)
             self._remove_unneeded()
 
         return release
@@ -297,6 +302,12 @@ class LearningRates:
             while self._hooks:
                 self._hooks.pop().remove()
             self._end()
+
+    def release_all(self) -> None:
+        """Hold nothing any more, whoever asked for it."""
+        for held in (self._factors, self._ceilings, self._ramps):
+            held.clear()
+        self._remove_unneeded()
 
     def _change_new_rates(self) -> None:
         """Change rates that were set within a step, as by its closure."""

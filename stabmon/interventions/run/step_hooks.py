@@ -74,12 +74,14 @@ class StepHooks:
         """Return whether a callback waits for a moment; attention is captured only if so."""
         return bool(self._callbacks[mark])
 
-    def fire(self, mark: Mark, *args: Any) -> None:
+    def fire(self, mark: Mark, *args: Any, contain: bool = True) -> None:
         """Call every callback of a moment, in the order in which they were added.
 
         Args:
             mark: the moment.
             *args: the arguments of the callbacks.
+            contain: log and remove a callback that raises; else let it raise, as where all ranks
+                must learn of it.
         """
         for entry in list(self._callbacks[mark]):
             try:
@@ -87,6 +89,8 @@ class StepHooks:
                     callback(*args)
             except Exception as error:
                 self._remove(mark, entry)
+                if not contain:
+                    raise
                 logger.error(
                     "A held intervention failed at %s and is left out, training goes on: %s",
                     mark,

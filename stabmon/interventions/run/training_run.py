@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from stabmon._storage.stored_value import Stored
@@ -21,7 +20,8 @@ from stabmon._torch.optimizer_adapter import (
     parameter_groups,
     takes_hooks,
 )
-from stabmon._torch.process_group import collective_device, world_size
+from stabmon._torch.process_group import world_size
+from stabmon._torch.ranks.exchange import RankExchange
 from stabmon.capture.names import clean_name
 from stabmon.interventions.run.learning_rates import LearningRates
 from stabmon.interventions.run.step_hooks import StepHooks
@@ -124,6 +124,8 @@ class TrainingRun:
     """Holds groups at weight decays in the same way."""
     before_edit: list[Callable[[], None]] = field(default_factory=list)
     """Functions called before held interventions edit weights after an optimizer's step."""
+    exchange: RankExchange | None = None
+    """With the other ranks of a run on several; None where this one acts alone."""
     on_intervention_end: list[Callable[[], None]] = field(default_factory=list)
     """Functions called after an intervention was undone or released."""
     on_rollback: list[Callable[[int], None]] = field(default_factory=list)
@@ -375,8 +377,8 @@ class TrainingRun:
 
     @property
     def ranks(self) -> int:
-        """Number of processes that train together."""
-        return world_size()
+        """Number of processes that intervene together; 1 for one that acts alone."""
+        return world_size() if self.exchange is not None and self.exchange.together else 1
 
     def largest_over_ranks(self, values: Tensor) -> Tensor:
         """Return the elementwise maximum over all ranks, which must all call this.
@@ -389,14 +391,18 @@ class TrainingRun:
         Returns:
             The maximum, of the same shape.
 
+        Raises:
+            RankFailed: where another rank has failed or come to other work; on all ranks alike.
+
         Example:
             >>> TrainingRun(None).largest_over_ranks(torch.tensor([1.0, float("nan")]))
             tensor([1., inf])
         """
         values = values.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
-        if self.ranks > 1:
-            values = values.clone()
-            dist.all_reduce(values, dist.ReduceOp.MAX)
+        if self.ranks > 1 and self.exchange is not None:
+            given = values.double().reshape(-1).tolist()
+            found = torch.tensor(self.exchange.meet("largest", given), dtype=torch.float64)
+            values = found.reshape(values.shape).to(values)
         return values
 
     def any_rank(self, flag: bool) -> bool:
@@ -412,7 +418,6 @@ class TrainingRun:
             >>> TrainingRun(None).any_rank(False)
             False
         """
-        if self.ranks == 1:
+        if self.ranks == 1 or self.exchange is None:
             return flag
-        flags = torch.tensor([float(flag)], device=collective_device())
-        return bool(self.largest_over_ranks(flags).item() > 0)
+        return self.exchange.meet("any", [float(flag)])[0] > 0

@@ -85,6 +85,12 @@ class WeightDecays:
         for at in list(self._saved):
             self._change(at)
 
+    def release_all(self) -> None:
+        """Hold nothing any more, whoever asked for it."""
+        self._ceilings.clear()
+        self._held_back = {}
+        self._remove_unneeded()
+
     def _most(self, group: ParameterGroup, ceilings: Sequence[Mapping[str, float]]) -> list[float]:
         return [each[group.key] for each in ceilings if group.key in each]
 

@@ -126,12 +126,21 @@ def test_a_loss_or_a_rate_that_leaps_between_samples_is_looked_at_in_the_next_st
 def test_ranks_take_the_soonest_wish_and_the_latest_limit():
     schedule = AdaptiveSchedule(50, 1.0)
     run(schedule, 400)
-    wishes = [Plan(25, 1).for_ranks, Plan(5, 12).for_ranks]
-    agreed = Plan.of_ranks([max(pair) for pair in zip(*wishes, strict=True)])
-    assert agreed == Plan(5, 12)
-    schedule.follow(400, agreed)
+    wishes = [schedule.ahead(400, plan) for plan in (Plan(25, 1), Plan(5, 12))]
+    assert wishes == [(25, 1), (5, 12)]
+    schedule.agree(400, 400 + max(min(a for a, _ in wishes), max(b for _, b in wishes)))
     assert next(step for step in range(401, 450) if schedule.wants(step)) == 412
-    assert Plan.of_ranks(None) is Plan.of_ranks([]) is None
+
+
+def test_a_limit_of_an_interval_and_more_ends_at_a_multiple_of_it():
+    schedule = AdaptiveSchedule(50, 1.0)
+    assert schedule.ahead(410, Plan(40, 60)) == (40, 90)
+
+
+def test_a_fixed_schedule_keeps_to_its_multiples_whatever_ranks_wish():
+    schedule = Schedule(10)
+    assert schedule.first(23) == 30
+    assert schedule.ahead(23, None) == (7, 1)
 
 
 def test_without_a_common_plan_the_step_alone_decides():

@@ -1,0 +1,1 @@
+"""Talk to the other processes of a run, without ever leaving one waiting."""

@@ -1,0 +1,114 @@
+"""Plant a fault at every function of stabmon that runs on one of two ranks, one run a function.
+
+    python tests/bench/injection.py                  all functions, each rank, observe and guard
+    python tests/bench/injection.py --limit 40       40 of each, drawn with a fixed seed
+
+The functions are found by tracing an unfaulted run in which guard replays, clips and holds. Left
+out are functions that torch or the loop calls, before whose first line nothing of stabmon runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+if not __package__:
+    import on_path  # noqa: F401
+
+import torch
+import torch.distributed as dist
+
+from tests.support.rank_faults import Outcome, run, same_weights
+
+WAIT = 20
+"""Seconds after which the process group gives up; a quarter of it ends a wait of stabmon."""
+
+
+def judge(config: str, pair: list[Outcome | str], base: Outcome, seconds: float) -> str:
+    """Return what came of a faulted run, in one word or a few."""
+    if any(isinstance(each, str) for each in pair):
+        return f"raised into training: {pair}"
+    first, second = (each for each in pair if isinstance(each, Outcome))
+    if not all(map(math.isfinite, first.losses + second.losses)):
+        return "losses are not finite"
+    if not same_weights(first, second):
+        return "weights differ between ranks"
+    if config == "observe" and not same_weights(first, base):
+        return "weights are not those of the unwatched run"
+    if not first.fired + second.fired:
+        return "fine, not reached"
+    return "fine" if seconds < WAIT / 4 else "fine, after a wait"
+
+
+def work(rank: int, folder: str, limit: int | None, seconds: float) -> None:
+    """Try all functions on each rank in turn, and print counts on rank 0."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=WAIT),
+    )
+    base = run(None, None)
+    ends = time.monotonic() + seconds
+    for config in ("observe", "guard"):
+        for faulty in (1, 0):
+            seen: dict[str, None] = {}
+            run(config, None, trace=lambda place, seen=seen: seen.setdefault(place, None))
+            found: list[Any] = [sorted(seen)]
+            dist.broadcast_object_list(found, src=faulty)
+            places = found[0]
+            if limit is not None and limit < len(places):
+                places = random.Random(0).sample(places, limit)
+            counts: Counter[str] = Counter()
+            for place in places:
+                late = torch.tensor([float(time.monotonic() > ends)])
+                dist.all_reduce(late)
+                if late.item():
+                    break
+                began = time.monotonic()
+                try:
+                    own: Outcome | str = run(config, place, rank=faulty)
+                except Exception as error:
+                    own = repr(error)
+                took = time.monotonic() - began
+                pair: list[Any] = [None, None]
+                dist.all_gather_object(pair, own)
+                verdict = judge(config, pair, base, took)
+                counts[verdict.partition(":")[0]] += 1
+                if rank == 0 and not verdict.startswith("fine"):
+                    print(f"  {place}: {verdict}", flush=True)
+            if rank == 0:
+                tried = f"{sum(counts.values())} of {len(found[0])} functions"
+                print(f"{config}, faults on rank {faulty}: {tried}; {dict(counts)}", flush=True)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=int, help="functions of each kind; all without it")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time after which it ends")
+    given = parser.parse_args()
+    context = torch.multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=work, args=(rank, folder, given.limit, given.seconds))
+            for rank in range(2)
+        ]
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join()
+    sys.exit(max(abs(each.exitcode or 0) for each in ranks))
+
+
+if __name__ == "__main__":
+    main()
