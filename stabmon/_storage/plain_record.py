@@ -83,7 +83,7 @@ def _read(kind: Any, saved: Stored) -> Any:
         kinds = inner[:1] * len(items) if Ellipsis in inner else inner
         return tuple(_read(each, item) for each, item in zip(kinds, items, strict=True))
     if kind is np.ndarray:
-        return np.array(saved.value, dtype=np.float64)
+        return saved.array()
     return kind.from_dict(saved)
 
 

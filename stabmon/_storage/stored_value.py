@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
 T = TypeVar("T")
+_LARGEST = 2**63 - 1
+"""Largest whole number; NumPy holds no larger ones."""
 
 
 class Stored:
@@ -87,7 +91,10 @@ class Stored:
             raise self._not("a whole number")
         if least is not None and self.value < least:
             raise self._not(f"a whole number of at least {least}")
-        return int(self.value)
+        number = int(self.value)
+        if abs(number) > _LARGEST:
+            raise self._not("a whole number of 64 bits")
+        return number
 
     def number(self) -> float:
         """Return a number, which may be NaN or infinite."""
@@ -97,6 +104,22 @@ class Stored:
             return float(self.value)
         except OverflowError:
             raise self._not("a number that float64 holds") from None
+
+    def array(self) -> np.ndarray:
+        """Return a list of numbers as float64 ``[N]``; None in it is NaN."""
+        if not isinstance(self.value, (list, tuple, np.ndarray)):
+            raise self._not("a list of numbers")
+        if not isinstance(self.value, np.ndarray) and any(
+            isinstance(each, (str, bytes, list, dict)) for each in self.value
+        ):
+            raise self._not("a list of numbers")
+        try:
+            values = np.array(self.value, dtype=np.float64)
+        except (ValueError, TypeError, OverflowError):
+            raise self._not("a list of numbers that float64 holds") from None
+        if values.ndim != 1:
+            raise self._not("a list of numbers")
+        return values
 
     def numbers(self) -> dict[str, float]:
         """Return a mapping from text to numbers."""
@@ -125,6 +148,14 @@ class Stored:
         return None if self.value is None else read(self)
 
     def _not(self, expected: str) -> ValueError:
-        shown = repr(self.value)
+        shown = _short(self.value)
         shown = shown if len(shown) < 60 else f"{shown[:40]}... ({type(self.value).__name__})"
         return ValueError(f"{self.where or 'it'} is {shown}, not {expected}")
+
+
+def _short(value: Any) -> str:
+    """Return the start of a value's ``repr``; its type where it has none."""
+    try:
+        return repr(value)
+    except Exception:  # nested too deep, or a whole number of too many digits
+        return type(value).__name__

@@ -403,8 +403,10 @@ class AttentionStabilityMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed monitor needs to go on: plain values.
 
-        They are for ``torch.save``, or for JSON with NaN.
+        They are for ``torch.save``, or for JSON with NaN. The records up to here are written when
+        it returns, unless a sink fails or takes longer than 2 s.
         """
+        self._recorder.flush()
         return {
             "version": monitor_state.STATE_VERSION,
             "model": monitor_state.attention_of(self.model, self._tracker.history.layers),

@@ -14,6 +14,7 @@ from stabmon.risk.model import RiskModel, load_risk_model
 from stabmon.rules.base import rule_name, rule_of
 from stabmon.rules.entropy_collapse import FROM_THE_START, EntropyCollapse
 from stabmon.rules.evidence.context import advice, context_of
+from stabmon.rules.evidence.driver import driver_of
 from stabmon.rules.logit_growth import CLIP, LogitGrowth
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import Found
@@ -79,10 +80,11 @@ class RiskJudge:
                 issue, rule = found[key]
                 evidence = {**issue.evidence, **because}
                 severity: Severity = "error" if alarmed else "warning"
-                decided[key] = (replace(issue, severity=severity, evidence=evidence), rule)
+                issue = replace(issue, severity=severity, evidence=evidence)
+                decided[key] = (_with_driver(history, issue) if alarmed else issue, rule)
             if alarmed and not judged:
                 for issue in self._own_issues(history, layer, own, because):
-                    decided[issue.key] = (issue, "logit_growth")
+                    decided[issue.key] = (_with_driver(history, issue), "logit_growth")
         return risks, decided
 
     @staticmethod
@@ -149,3 +151,15 @@ def _is_judged(issue: StabilityIssue, layer: str) -> bool:
     rule = rule_of(issue.issue_type)
     decides = getattr(rule, "is_judged_by_risk", None)
     return issue.layer == layer and decides is not None and bool(decides(issue))
+
+
+def _with_driver(history: History, issue: StabilityIssue) -> StabilityIssue:
+    """Name the rate or the scale that drove an alarm's heads, where one rose before it."""
+    named = issue.evidence.get("from_the_start") or issue.evidence.get("how") == "jump"
+    if named or issue.layer is None:
+        return issue
+    driver = driver_of(history, issue.layer)
+    if driver is None:
+        return issue
+    evidence = {**issue.evidence, **driver.evidence}
+    return replace(issue, suggestion=driver.advice, evidence=evidence)

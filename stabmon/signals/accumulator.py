@@ -15,6 +15,8 @@ from stabmon.records import AttentionCall, LayerInfo
 from stabmon.signals.base import SIGNALS
 from stabmon.signals.reduce import HeadSums, measure
 
+_LONGEST_REST = 64
+"""Most samples for which a signal that failed is left out."""
 EXP_RANGE = "exp_range"
 """Signal that is measured wherever attention writes its exponentials by hand."""
 
@@ -22,13 +24,14 @@ EXP_RANGE = "exp_range"
 class Measurements:
     """Signals per head of the calls of a step so far, on their own devices.
 
-    A signal that raises where others do not is reported once and left out from then on.
+    A signal that raises where others do not is reported once, left out of the sample, and tried
+    again after 1, 2, 4, 8 … 64 samples without it. One sample in which it works ends that.
 
     Args:
         signals: names of the signals to measure.
         engine: see :func:`stabmon.operator.attention_operator`.
         sample_rows: see :func:`stabmon.signals.measure`.
-        on_error: called with the error of each failing signal, once; None to raise it.
+        on_error: called with the first error of each failing signal; None to raise it.
     """
 
     def __init__(
@@ -43,7 +46,12 @@ class Measurements:
         self.modules: dict[str, nn.Module] = {}
         """The module behind each layer's name."""
         self._most_visible: dict[str, Tensor] = {}
+        self._all_signals = tuple(signals)
         self._signals = list(signals)
+        """The signals of this sample."""
+        self._resting: dict[str, _Rest] = {}
+        """The signals that have failed, until they work again."""
+        self._reported: set[str] = set()
         self._engine = engine
         self._sample_rows = sample_rows
         self._on_error = on_error
@@ -54,6 +62,8 @@ class Measurements:
 
         The draw of rows depends on the step alone, so that a resumed run draws the same rows.
         """
+        if self.sums and self._resting:
+            self._rest_after_sample()
         self.sums, self.info, self.modules = {}, {}, {}
         if self._sample_rows is not None:
             self._generator.manual_seed(step)
@@ -101,7 +111,7 @@ class Measurements:
     @property
     def least_visible(self) -> dict[str, int]:
         """Visible keys that a row needs to count, by signal, where it needs more than 2."""
-        least = {name: SIGNALS[name].least_visible for name in self._signals}
+        least = {name: SIGNALS[name].least_visible for name in self._all_signals}
         return {name: count for name, count in least.items() if count > 2}
 
     def _measure(self, operator: AttentionOperator) -> dict[str, HeadSums]:
@@ -116,12 +126,28 @@ class Measurements:
             if not failing or len(failing) == len(self._signals):
                 raise  # the cause is not a signal
             for name, reason in failing.items():
-                reason.add_note(f"raised by the signal {name!r}, which is left out from now on")
-                self._on_error(reason)
+                self._resting.setdefault(name, _Rest()).fail()
+                if name not in self._reported:
+                    self._reported.add(name)
+                    reason.add_note(
+                        f"raised by the signal {name!r}, which is left out for a sample, and then "
+                        "tried again at growing intervals"
+                    )
+                    self._on_error(reason)
             self._signals = [name for name in self._signals if name not in failing]
             return measure(
                 operator, self._signals, sample_rows=self._sample_rows, generator=self._generator
             )
+
+    def _rest_after_sample(self) -> None:
+        """Choose the signals of the next sample, after one with calls."""
+        for name in [name for name, rest in self._resting.items() if rest.ends_well()]:
+            del self._resting[name]
+        self._signals = [
+            name
+            for name in self._all_signals
+            if name not in self._resting or self._resting[name].is_over
+        ]
 
     def _failing(self, operator: AttentionOperator) -> dict[str, Exception]:
         failing = {}
@@ -132,6 +158,44 @@ class Measurements:
                 # the frames of a traceback would keep the call's tensors alive
                 failing[name] = error.with_traceback(None)
         return failing
+
+
+class _Rest:
+    """Samples for which a signal that failed is left out: 1, 2, 4 … 64.
+
+    >>> rest = _Rest()
+    >>> rest.fail(); rest.ends_well(), rest.is_over
+    (False, False)
+    >>> rest.ends_well(), rest.is_over  # one sample without it
+    (False, True)
+    >>> rest.ends_well()  # it did not fail in the sample after
+    True
+    """
+
+    def __init__(self) -> None:
+        self._samples = 1
+        self._left = 0
+        self._has_failed = False
+
+    @property
+    def is_over(self) -> bool:
+        """The signal is tried in the next sample."""
+        return self._left == 0
+
+    def fail(self) -> None:
+        """Note that it failed in this sample."""
+        self._has_failed = True
+
+    def ends_well(self) -> bool:
+        """Note the end of a sample; return whether the signal was tried and worked."""
+        if self._has_failed:
+            self._has_failed, self._left = False, self._samples
+            self._samples = min(2 * self._samples, _LONGEST_REST)
+            return False
+        if self._left == 0:
+            return True
+        self._left -= 1
+        return False
 
 
 def to_host(sums: Mapping[str, Mapping[str, HeadSums]]) -> dict[str, dict[str, np.ndarray]]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from stabmon.incidents import Incident
 from stabmon.records import Reading, StabilityIssue
 from stabmon.registry import Registry
+from stabmon.sinks.delivery.gaps import Gap
 
 logger = logging.getLogger("stabmon")
 
@@ -18,7 +19,13 @@ logger = logging.getLogger("stabmon")
 class Sink:
     """A destination of records, with methods that do nothing until overridden.
 
-    A method may raise: :class:`SinkGroup` catches it.
+    A method may raise: :class:`SinkGroup` catches it, and calls it again after an ``OSError``.
+
+    :meth:`open` is called on the thread that trains. All other methods are called one at a time, in
+    order, by a background thread of this sink, so that one that blocks holds up neither training
+    nor other sinks. Records do not change meanwhile. A sink that depends on the training thread (an
+    order of rows shared with the training loop, a run active in that thread, random generators)
+    sets :attr:`in_background` to False.
 
     Example:
         >>> class LossSink(Sink):
@@ -27,6 +34,9 @@ class Sink:
         >>> LossSink().write_reading(Reading(10, 2.5, {}), {})
         10 2.5
     """
+
+    in_background: bool = True
+    """Call the sink in a thread of its own; False to call it on the thread that trains."""
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
         """Prepare to write.
@@ -138,6 +148,22 @@ class Sink:
             ...         print(record["intervention"], record["action"])
             >>> AuditSink().write_intervention({"intervention": "qk_clip", "action": "applied"})
             qk_clip applied
+        """
+
+    def write_gap(self, gap: Gap) -> None:
+        """Receive notice of records that were lost before the record written last.
+
+        Called once the sink works again: its disk was full, its server away, or it was too slow.
+
+        Args:
+            gap: kind, steps and number of the records.
+
+        Example:
+            >>> class GapSink(Sink):
+            ...     def write_gap(self, gap):
+            ...         print("lost", gap.text())
+            >>> GapSink().write_gap(Gap("readings", 40, 95, 12))
+            lost 12 readings of steps 40 to 95
         """
 
     def close(self) -> None:

@@ -47,6 +47,9 @@ class ConsoleSink(Sink):
         stabmon done at step 10: 1 sample, no issue
     """
 
+    in_background = False
+    """Lines keep their place among those of the training loop."""
+
     def __init__(self, *, verbose: bool = False, file: TextIO | None = None) -> None:
         self._verbose = verbose
         self._file = file

@@ -1,9 +1,8 @@
-"""Several sinks as one, of which a failing one hinders nobody."""
+"""Several sinks as one, of which a slow or failing one hinders nobody."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, deque
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,36 @@ from typing import Any
 from stabmon.incidents import Incident
 from stabmon.records import Reading, StabilityIssue
 from stabmon.sinks.base import Sink
+from stabmon.sinks.delivery.calls import call_of, is_heard
+from stabmon.sinks.delivery.delivery import PROMPT, Delivery
 
-logger = logging.getLogger("stabmon")
-
-PATIENCE = 5
-"""Consecutive failures of a sink after which it is left out."""
-_KEPT = 1000
-"""Records kept for a failing sink; the oldest are dropped first."""
+_FLUSH = 2.0
+"""Seconds that :meth:`SinkGroup.flush` waits at most."""
 
 
 class SinkGroup(Sink):
-    """Several sinks; a failing one hinders neither the others nor training.
+    """Several sinks; a slow or failing one hinders neither the others nor training.
 
-    A failure is logged once. A sink that fails is tried again with the next record. Records that
-    met an ``OSError`` (a full disk, a lost connection) are kept, up to 1000, and written then;
-    others are counted as lost. After :data:`PATIENCE` failures with no success in between, or where
-    it cannot be opened for want of a package or a setting, a sink is left out.
+    **Threads.** A sink is called in a daemon thread of its own, with records that nobody changes
+    any more, unless it has ``in_background`` False, as the console and Weights & Biases have. All
+    are opened on the calling thread.
+
+    **Order.** A sink receives its records one at a time, in the order in which they were written
+    here. Between sinks there is no order.
+
+    **Durability.** A call here waits up to 20 ms for sinks that keep up, so that their records are
+    written when it returns; for a sink whose last call took longer, or that fails, it does not wait
+    at all. :meth:`flush` waits up to 2 s, :meth:`close` as long as a sink answers within 10 s, and
+    60 s at most. The interpreter's exit waits 5 s for a group that was not closed. A kill loses
+    what waits.
+
+    **Bounds.** 64 MiB or 10,000 records wait for a sink. Then the oldest readings are dropped
+    first, and then incidents, metadata, interventions and issues.
+
+    **Failures.** A failure is logged once. A call that raises an ``OSError`` is made again after
+    0.5, 1, 2 … 60 s, for ever; what another error meets is lost. Lost records are a gap, which the
+    sink is given (:meth:`Sink.write_gap`) and the log names once it works again. Only a sink that
+    cannot be opened for want of a package or a setting is left out.
 
     Args:
         sinks: the sinks, in the order in which they are written.
@@ -41,20 +54,32 @@ class SinkGroup(Sink):
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._lines = [_Line(each) for each in sinks]
+        self._deliveries = [Delivery(each) for each in sinks]
+        self._step = 0
         self.failed: dict[str, str] = {}
-        """Last error of each sink that was left out, by class name."""
+        """Last error of each sink that was left out or has lost records, by class name."""
         self.troubled: set[str] = set()
         """Class names of the sinks that have failed at least once."""
 
     @property
     def sinks(self) -> list[Sink]:
         """The sinks that are still written to."""
-        return [line.sink for line in self._lines]
+        return [each.sink for each in self._deliveries]
 
     def open(self, run_dir: Path | None, meta: Mapping[str, Any]) -> None:
         """Open every sink; see :meth:`Sink.open`."""
-        self._each("open", run_dir, meta)
+        for each in list(self._deliveries):
+            try:
+                each.sink.open(run_dir, meta)
+            except OSError as error:
+                each.open_later(call_of("open", (run_dir, dict(meta)), self._step), error)
+            except Exception as error:
+                each.failed(error, is_final=True)
+                self._deliveries.remove(each)
+                self.failed[each.name] = each.last_error
+                self.troubled.add(each.name)
+                each.leave_out()
+        self._note_troubled()
 
     def amend(self, meta: Mapping[str, Any]) -> None:
         """Give new entries of meta.json to every sink; see :meth:`Sink.amend`."""
@@ -62,6 +87,7 @@ class SinkGroup(Sink):
 
     def write_reading(self, reading: Reading, scalars: Mapping[str, float]) -> None:
         """Write one sampled step to every sink; see :meth:`Sink.write_reading`."""
+        self._step = getattr(reading, "step", self._step)
         self._each("write_reading", reading, scalars)
 
     def write_issue(self, issue: StabilityIssue) -> None:
@@ -82,101 +108,45 @@ class SinkGroup(Sink):
         """Write one audit record to every sink; see :meth:`Sink.write_intervention`."""
         self._each("write_intervention", record)
 
+    def flush(self, seconds: float = _FLUSH) -> bool:
+        """Wait until what was written has reached every sink that works and answers.
+
+        Args:
+            seconds: longest time to wait.
+
+        Returns:
+            Whether nothing waits any more.
+        """
+        deadline = time.monotonic() + seconds
+        written = [each.flush(deadline) for each in self._deliveries]  # none is left out
+        return all(written)
+
     def close(self) -> None:
         """Write the records that wait, close every sink, and report lost records in the log."""
-        for line in self._lines:
-            broken = False
-            for finish in (line.write_waiting, line.sink.close):
-                try:
-                    finish()
-                except Exception as error:
-                    broken = True
-                    line.last_error = _words(error)
-            if broken:
-                self.troubled.add(line.name)
-                self.failed[line.name] = line.last_error
-            if broken or line.lost_in_words():
-                reason = "" if line.reported else f" {line.last_error}."
-                logger.warning(
-                    "%s did not write everything.%s%s", line.name, reason, line.lost_in_words()
-                )
-        self._lines.clear()
+        for each in self._deliveries:
+            each.begin_close()
+        for each in self._deliveries:
+            each.close()
+            if each.is_troubled:
+                self.troubled.add(each.name)
+            if each.gaps.lost or each.ended_badly:
+                self.failed[each.name] = each.last_error
+        self._deliveries.clear()
 
     def _each(self, method: str, *arguments: Any) -> None:
-        for line in list(self._lines):
-            try:
-                line.write(method, arguments)
-            except Exception as error:
-                self.troubled.add(line.name)
-                line.last_error = _words(error)
-                if line.times >= PATIENCE or (method == "open" and not isinstance(error, OSError)):
-                    self._leave_out(line)
-                elif not line.reported:
-                    line.reported = True
-                    logger.warning(
-                        "%s failed and is tried again: %s. Training goes on.",
-                        line.name,
-                        line.last_error,
-                    )
+        heard = [each for each in self._deliveries if is_heard(each.sink, method)]
+        if not heard:
+            return
+        call = call_of(method, arguments, self._step)
+        if any(each.in_background for each in heard):
+            frozen = call.frozen()
+        for each in heard:
+            each.put(frozen if each.in_background else call)
+        deadline = time.monotonic() + PROMPT
+        for each in heard:
+            if each.in_background:
+                each.settle(deadline)
+        self._note_troubled()
 
-    def _leave_out(self, line: _Line) -> None:
-        self._lines.remove(line)
-        self.failed[line.name] = line.last_error
-        logger.warning(
-            "%s stopped and is left out: %s.%s Training and the other sinks go on.",
-            line.name,
-            line.last_error,
-            line.lost_in_words(),
-        )
-        try:  # a sink that is left out must hold no file or run open
-            line.sink.close()
-        except Exception as error:
-            logger.debug("%s could not be closed either: %s", line.name, _words(error))
-
-
-class _Line:
-    """One sink of a group, and the calls that wait until it works again."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink = sink
-        self.name = str(getattr(sink, "name", type(sink).__name__))
-        self.reported = False
-        self.last_error = ""
-        self.lost = 0
-        self.times = 0
-        """Failures of the method that failed last, since its last success."""
-        self._waiting: deque[tuple[str, tuple[Any, ...]]] = deque()
-        self._failures: Counter[str] = Counter()
-
-    def write(self, method: str, arguments: tuple[Any, ...]) -> None:
-        """Make the calls that wait, oldest first, then this one."""
-        self._waiting.append((method, arguments))
-        if len(self._waiting) > _KEPT:
-            self._waiting.popleft()
-            self.lost += 1
-        self.write_waiting()
-
-    def write_waiting(self) -> None:
-        """Make the waiting calls; after an OSError one waits on, another error drops it."""
-        while self._waiting:
-            method, arguments = self._waiting[0]
-            try:
-                getattr(self.sink, method)(*arguments)
-            except Exception as error:
-                self._failures[method] += 1
-                self.times = self._failures[method]
-                if not isinstance(error, OSError):
-                    self._waiting.popleft()
-                    self.lost += method != "open"
-                raise
-            self._waiting.popleft()
-            self._failures.pop(method, None)
-
-    def lost_in_words(self) -> str:
-        """Return the number of records lost with this sink in words; empty for none."""
-        lost = self.lost + sum(method != "open" for method, _ in self._waiting)
-        return f" {lost} record{' is' if lost == 1 else 's are'} lost." if lost else ""
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    def _note_troubled(self) -> None:
+        self.troubled |= {each.name for each in self._deliveries if each.is_troubled}

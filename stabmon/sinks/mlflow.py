@@ -43,6 +43,9 @@ class MlflowSink(ScalarLog):
         RuntimeError: on opening, where the tracking store cannot be used.
     """
 
+    in_background = True
+    """The client knows its run by id, whichever thread calls it."""
+
     def __init__(self, *, experiment: str | None = None, issues_seconds: float = 300.0) -> None:
         super().__init__(every_layer=True)
         self._experiment = experiment

@@ -19,8 +19,10 @@ from stabmon._storage import strict_json
 from stabmon.incidents import Incident, IncidentLog
 from stabmon.incidents.html import incident_table
 from stabmon.records import SEVERITIES, LayerInfo, Reading, StabilityIssue, counted
-from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
+from stabmon.sinks.delivery.gaps import Gap
+from stabmon.sinks.jsonl import GAPS, INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
 from stabmon.sinks.stored.frames import frame_of
+from stabmon.sinks.stored.lines import audit_of, marks_of
 
 T = TypeVar("T")
 logger = logging.getLogger("stabmon")
@@ -48,6 +50,8 @@ class Records:
     """Each run alone, oldest first; empty in one of these."""
     number: int = 0
     """Number of the run in its folder, from 1; 0 for all of them together."""
+    gaps: tuple[Gap, ...] = ()
+    """Records that could not be written, and are missing here."""
 
     def __repr__(self) -> str:
         steps = (
@@ -150,12 +154,20 @@ def read_records(run_dir: str | Path) -> Records:
         meta = _meta(folder / META, skipped)
         readings = list(_lines(folder / READINGS, skipped, lambda values: _reading(values, known)))
         issues = list(_lines(folder / ISSUES, skipped, StabilityIssue.from_dict))
-        interventions = list(_lines(folder / INTERVENTIONS, skipped, dict[str, Any]))
+        interventions = list(_lines(folder / INTERVENTIONS, skipped, audit_of))
+        gaps = list(_lines(folder / GAPS, skipped, Gap.from_dict))
     except OSError as error:
         raise ValueError(f"the stabmon records in {folder} cannot be read: {error}") from error
     numbers = sorted({run for lines in (readings, issues, interventions) for run, _, _ in lines})
     runs = tuple(
-        Records(*_of_run(run, readings, issues, interventions), meta, (), folder, number=run)
+        Records(
+            *_of_run(run, readings, issues, interventions),
+            meta,
+            (),
+            folder,
+            number=run,
+            gaps=tuple(gap for number, _, gap in gaps if number == run),
+        )
         for run in numbers
     )
     return Records(
@@ -166,6 +178,7 @@ def read_records(run_dir: str | Path) -> Records:
         skipped=tuple(skipped),
         folder=folder,
         runs=runs,
+        gaps=tuple(gap for _, _, gap in gaps),
     )
 
 
@@ -228,9 +241,9 @@ def _lines(
                     raise ValueError(
                         f"schema_version is {version!r}, this stabmon reads {SCHEMA_VERSION}"
                     )
-                run, start = int(values.pop("run", 1)), int(values.pop("start", 1))
+                run, start = marks_of(values)
                 record = parse(values)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except Exception as error:  # a damaged line may fail in any way
                 skipped.append(f"{path.name} line {number}: {type(error).__name__}: {error}")
                 if line.endswith(b"\n"):
                     logger.warning(
@@ -246,9 +259,11 @@ def _lines(
 
 def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
     """Return a line's reading; ``known`` carries the layers' facts of earlier lines."""
-    known |= {layer: LayerInfo.from_dict(info) for layer, info in values.get("info", {}).items()}
-    info = {layer: known[layer] for layer in values["layers"] if layer in known}
-    return Reading.from_dict(values, info=info)
+    new = {layer: LayerInfo.from_dict(info) for layer, info in values.get("info", {}).items()}
+    info = {layer: (known | new)[layer] for layer in values["layers"] if layer in known | new}
+    reading = Reading.from_dict(values, info=info)
+    known |= new
+    return reading
 
 
 def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:
@@ -257,7 +272,7 @@ def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:
         return strict_json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except Exception as error:
         skipped.append(f"{path.name}: {error}")
         logger.warning("%s cannot be read and is skipped: %s", path, error)
         return {}

@@ -63,6 +63,9 @@ class WandbSink(Sink):
         ImportError: on opening, where wandb is not installed.
     """
 
+    in_background = False
+    """A row is shared with the training loop, whose own log commits it."""
+
     def __init__(
         self,
         *,

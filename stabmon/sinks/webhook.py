@@ -51,6 +51,9 @@ class WebhookSink(Sink):
         ValueError: format 'slak' is none of json, slack: give one of these
     """
 
+    in_background = False
+    """It has a thread of its own, and never waits."""
+
     def __init__(
         self,
         url: str | None = None,

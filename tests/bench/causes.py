@@ -71,7 +71,7 @@ def cause_of(issue: StabilityIssue, groups: Sequence[str] = ()) -> str:
     kind, evidence = issue.issue_type, issue.evidence
     if kind == "update_spike":
         return _of_rates(issue, groups)
-    if kind == "logit_growth" and evidence.get("how") == "driven":
+    if kind in OF_ATTENTION and "by" in evidence:
         return str(evidence["by"])
     if evidence.get("from_the_start"):
         return "start"

@@ -18,11 +18,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stabmon._storage.file_lock import try_lock
 from stabmon._storage.strict_json import dumps, loads
 from stabmon.sinks import SINKS, SinkGroup
+from stabmon.sinks.delivery.gaps import Gap
 from stabmon.sinks.jsonl import JsonlSink
 from stabmon.sinks.reader import read_records
-from tests.support.sample_records import LAYERS, META, issue, non_finite, reading, same
+from stabmon.sinks.stored.layer_share import LayerShare
+from tests.support.sample_records import LAYERS, META, issue, non_finite, reading, same, stored
 
 NAN, INF = float("nan"), float("inf")
 
@@ -61,9 +64,9 @@ def test_a_line_has_the_shape_of_the_contract(folder: Path) -> None:
     assert line["schema_version"] == 1
     assert line["layers"][LAYERS[1]]["attention_entropy"] == [1.01, 1.11, 1.21, 1.31]
     assert "nonfinite" not in line
-    stored = json.loads((folder / "issues.jsonl").read_text())
-    assert stored["schema_version"] == 1
-    assert issue(10).to_dict().items() <= stored.items()
+    line = json.loads((folder / "issues.jsonl").read_text())
+    assert line["schema_version"] == 1
+    assert issue(10).to_dict().items() <= line.items()
     assert (
         json.loads((folder / "interventions.jsonl").read_text())["intervention"]
         == "lower_learning_rate"
@@ -84,7 +87,10 @@ def test_records_come_back_as_they_were(folder: Path) -> None:
     write(folder, *readings, *issues, {"step": 20, "factor": 0.5})
     for path in (folder, folder.parent, str(folder.parent)):
         records = read_records(path)
-        assert all(same(*pair) for pair in zip(records.readings, readings, strict=True))
+        assert all(
+            same(back, stored(given))
+            for back, given in zip(records.readings, readings, strict=True)
+        )
         assert list(records.issues) == issues
         assert records.interventions == ({"step": 20, "factor": 0.5},)
         assert records.meta["versions"] == META["versions"]
@@ -107,7 +113,7 @@ def test_nan_and_infinity_are_null_beside_a_field_that_says_which(folder: Path) 
         "/layers/h~10~0a.b/max_logit/3": "nan",
     }
     records = read_records(folder)
-    assert same(records.readings[0], odd)
+    assert same(records.readings[0], stored(odd))
     assert math.isnan(records.readings[0].loss or 0.0)
     assert records.issues[0].value == INF
     assert math.isnan(records.issues[0].evidence["history"][1])
@@ -190,7 +196,7 @@ while True:
     records = read_records(folder)
     assert len(records.readings) >= written
     assert [r.step for r in records.readings] == list(range(1, len(records.readings) + 1))
-    assert all(same(r, reading(r.step, heads=2000)) for r in records.readings[-3:])
+    assert all(same(r, stored(reading(r.step, heads=2000))) for r in records.readings[-3:])
     assert len(records.issues) >= written
 
 
@@ -318,7 +324,9 @@ def test_a_full_disk_is_said_once_with_what_it_cost_and_hinders_nothing_else(
         group.close()
     assert "No space left on device" in group.failed["JsonlSink"]
     assert caplog.text.count("No space left on device") == 1
-    assert caplog.messages[-1] == "stabmon: JsonlSink did not write everything. 3 records are lost."
+    assert caplog.messages[-1] == (
+        "stabmon: JsonlSink did not write everything. 3 records are lost: 3 readings of steps 0 to 2."
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
@@ -498,3 +506,68 @@ def test_a_record_that_fails_leaves_no_file_open(folder: Path) -> None:
     group.close()
     assert "JsonlSink" in group.troubled
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_numbers_of_readings_have_eight_digits_and_issues_all_of_theirs(folder: Path) -> None:
+    write(folder, reading(10, loss=2 / 3), issue(10, value=2 / 3))
+    line = json.loads((folder / "readings.jsonl").read_text())
+    assert line["loss"] == 0.66666667
+    assert json.loads((folder / "issues.jsonl").read_text())["value"] == 2 / 3
+
+
+def test_a_line_is_bounded_and_layers_take_turns_but_for_those_in_trouble(
+    folder: Path,
+) -> None:
+    sink = JsonlSink()
+    sink._share = LayerShare(most_values=8)  # a layer has 4
+    names = [f"h.{at}" for at in range(6)]
+    sink.open(folder, META)
+    for step in range(1, 8):
+        layers = {name: {"max_logit": np.full(4, float(step))} for name in names}
+        sink.write_reading(reading(step, layers=layers, info={}), {})
+        if step == 4:
+            sink.write_issues([issue(4, layer="h.5")])
+    sink.close()
+    lines = [json.loads(line) for line in (folder / "readings.jsonl").read_text().splitlines()]
+    assert [list(line["layers"]) for line in lines] == [
+        *(["h.0", "h.1"], ["h.2", "h.3"], ["h.4", "h.5"], ["h.0", "h.1"]),
+        ["h.0", "h.1", "h.5"],  # step 4 again, with the layer of its issue
+        *(["h.2", "h.5"], ["h.3", "h.5"], ["h.4", "h.5"]),
+    ]
+    assert [line["layers_left_out"] for line in lines] == [4, 4, 4, 4, 3, 4, 4, 4]
+    found = read_records(folder).readings
+    assert [each.step for each in found] == list(range(1, 8))
+    assert list(found[3].layers) == ["h.0", "h.1", "h.5"]
+
+
+def test_old_readings_are_thinned_and_steps_with_issues_stay(folder: Path) -> None:
+    sink = JsonlSink(most_bytes=60_000)
+    sink.open(folder, META)
+    for step in range(1, 301):
+        sink.write_reading(reading(step), {})
+        if step in (7, 8, 9):
+            sink.write_issues([issue(step)])
+    size = (folder / "readings.jsonl").stat().st_size
+    other = try_lock(os.open(folder / "readings.jsonl", os.O_RDWR))
+    sink.close()
+    steps = [each.step for each in read_records(folder).readings]
+    assert size <= 62_000
+    assert steps == sorted(steps)
+    assert {1, 7, 8, 9, 300} <= set(steps)
+    assert steps[-40:] == list(range(261, 301))
+    assert np.diff(steps[5:20]).mean() > np.diff(steps[-60:-40]).mean() >= 1
+    assert read_records(folder).readings[1].info.keys() == set(LAYERS)
+    assert not other, "the fresh file is not locked"
+    assert len(read_records(folder).issues) == 3
+
+
+def test_a_gap_is_a_line_that_the_reader_returns(folder: Path) -> None:
+    sink = JsonlSink()
+    sink.open(folder, META)
+    sink.write_reading(reading(10), {})
+    gap = Gap("readings", 12, 18, 3, "OSError: no space left on device")
+    sink.write_gap(gap)
+    sink.close()
+    records = read_records(folder)
+    assert records.gaps == records.runs[0].gaps == (gap,)
+    assert records.skipped == ()

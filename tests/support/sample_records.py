@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from stabmon.records import LayerInfo, NonFinite, Reading, StabilityIssue
@@ -74,4 +76,25 @@ def same(left: Reading, right: Reading) -> bool:
             for layer, signals in left.layers.items()
             for signal, values in signals.items()
         )
+    )
+
+
+def stored(record: Reading) -> Reading:
+    """A reading as its line has it: numbers of 8 significant digits."""
+
+    def rounded(value: float) -> float:
+        return float(f"{value:.8g}")
+
+    return replace(
+        record,
+        loss=None if record.loss is None else rounded(record.loss),
+        losses=tuple((step, rounded(loss)) for step, loss in record.losses),
+        gradients={name: rounded(norm) for name, norm in record.gradients.items()},
+        info={
+            layer: replace(each, scale=rounded(each.scale)) for layer, each in record.info.items()
+        },
+        layers={
+            layer: {name: np.array([rounded(x) for x in heads]) for name, heads in signals.items()}
+            for layer, signals in record.layers.items()
+        },
     )

@@ -61,7 +61,7 @@ def as_values(state: RunState) -> dict[str, Any]:
 
     Returns:
         ``folder``, ``run``, the newest ``step`` and ``loss``, the number of ``readings``,
-        ``seconds_since_reading``, ``issues``, ``incidents`` and ``interventions``.
+        ``seconds_since_reading``, ``issues``, ``incidents``, ``interventions`` and ``gaps``.
 
     Raises:
         ValueError: if the readings cannot be counted.
@@ -81,6 +81,7 @@ def as_values(state: RunState) -> dict[str, Any]:
         "issues": [each.to_dict() for each in (*state.earlier_issues, *state.issues)],
         "incidents": [each.to_dict() for each in state.incidents],
         "interventions": list(state.interventions),
+        "gaps": [gap.to_dict() for gap in state.gaps],
     }
 
 

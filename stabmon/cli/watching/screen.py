@@ -20,6 +20,7 @@ from stabmon.figures.labels import short_names
 from stabmon.incidents import Incident, intervention_text
 from stabmon.records import SEVERITIES, StabilityIssue, counted
 from stabmon.signals.presentation import presentation_of
+from stabmon.sinks.delivery.gaps import in_words as gaps_in_words
 from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.stored.run_tail import RunState
 
@@ -132,7 +133,8 @@ class Screen:
 
     def _trouble(self, width: int) -> list[Text]:
         if not self.state.trouble:
-            return []
+            gaps = gaps_in_words(self.state.gaps)
+            return wrapped(f"missing from the records: {gaps}", width, "dim")[:2] if gaps else []
         text = f"cannot be read now, trying again: {self.state.trouble}"
         return wrapped(text, width, "bold magenta")[:2]
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from stabmon._torch.isolation import random_state_kept
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.incidents import Incident, IncidentLog
 from stabmon.records import Reading, StabilityIssue, head_count
@@ -72,7 +73,8 @@ class Recorder:
             meta = make()
             self._incidents = IncidentLog(str(meta.get("framework", "loop")))
             self._replay(self.issues)
-            self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta)
+            with random_state_kept():  # a name that MLflow makes up for a run draws from Python's
+                self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta)
             self._opened = time.monotonic()
             self._count_failed()
 
@@ -138,6 +140,10 @@ class Recorder:
         self.open_sinks()
         self._sinks.write_intervention(record)
         self._count_failed()
+
+    def flush(self) -> None:
+        """Wait until the records so far are written, as a stored state counts on; at most 2 s."""
+        self._sinks.flush()
 
     def close(self, steps: int = 0) -> None:
         """Close the sinks, and write the page of the run.

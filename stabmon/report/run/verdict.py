@@ -13,6 +13,7 @@ from stabmon.report.numbers import number, plural
 from stabmon.report.run.loading import Run, when
 from stabmon.report.run.spans import incident_spans, interventions_between
 from stabmon.report.run.timeline import losses_of
+from stabmon.sinks.delivery.gaps import in_words
 
 LEVELS = {
     "healthy": "✓",
@@ -259,6 +260,8 @@ def _missing(run: Run) -> tuple[str, ...]:
             found.append("learning rates and updates of weights: the monitor had no optimizer")
         if not any(each.losses or each.loss is not None for each in readings):
             found.append("the loss: it was not given to on_step")
+    if run.records.gaps:
+        found.append(f"records that could not be written: {in_words(run.records.gaps)}")
     if run.records.skipped:
         found.append(
             f"{plural(len(run.records.skipped), 'line')} of the records that cannot be read"

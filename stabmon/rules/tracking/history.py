@@ -15,8 +15,9 @@ class History(ReadingArrays):
     """Bounded record of readings, as rules judge it.
 
     T readings (oldest first), N heads over all layers in a fixed order (``heads[n]`` is ``(layer,
-    head)``). A layer that comes late, misses a reading, or has another number of heads in it than
-    at first, is NaN where it is missing.
+    head)``). A layer that comes late or misses a reading is NaN where it is missing. One that
+    has another number of heads is NaN at that reading, and begins anew at the second in a row; the
+    others keep their past.
 
     Args:
         length: readings kept; older ones are dropped, but a head's ``baseline`` is kept.
@@ -116,6 +117,8 @@ class History(ReadingArrays):
             return np.full(len(self), np.nan)
         rows = self.signal(signal)[:, self.of_layer(issue.layer)]
         heads = issue.evidence.get("heads_grown") if issue.head is None else [issue.head]
+        if heads and max(heads) >= rows.shape[1]:  # the layer has fewer heads by now
+            return np.full(len(self), np.nan)
         return largest(rows[:, heads].T if heads else rows.T)
 
     def value_at(self, signal: str, issue: StabilityIssue) -> float | None:

@@ -90,6 +90,20 @@ class Table:
         del self._rows[-1:]
         self._whole = None
 
+    def begin_anew(self, where: slice, count: int) -> None:
+        """Replace some columns by others of which nothing is known yet.
+
+        Args:
+            where: the columns.
+            count: number of columns in their place.
+        """
+        if self._columns < where.stop:
+            return  # the table has not met these columns yet
+        self._columns += count - (where.stop - where.start)
+        self._rows = [_replaced(row, where, count).astype(self.dtype) for row in self._rows]
+        self._first = _replaced(self._first, where, count).astype(self.dtype)
+        self._whole = self._baseline = None
+
     def keep_oldest(self, count: int) -> None:
         """Remove all rows but the oldest; the baseline stays."""
         self._rows = self._rows[-self.length :][:count]
@@ -180,6 +194,14 @@ class Columns:
     def all(self) -> dict[str, np.ndarray]:
         """Return every column by name."""
         return {name: self.column(name) for name in self._at}
+
+
+def _replaced(data: np.ndarray, where: slice, columns: int) -> np.ndarray:
+    """Return an array with NaN in place of some columns; a shorter row ends before them."""
+    if data.shape[-1] < where.stop:
+        return data[..., : where.start]
+    fresh = np.full((*data.shape[:-1], columns), np.nan)
+    return np.concatenate([data[..., : where.start], fresh, data[..., where.stop :]], axis=-1)
 
 
 def _widen(data: np.ndarray, columns: int) -> np.ndarray:

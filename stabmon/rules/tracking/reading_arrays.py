@@ -75,6 +75,8 @@ class ReadingArrays:
         self.rank_losses: list[tuple[int, float, int]] = []
         """(step, largest loss of a rank, that rank) of the newest steps on several ranks."""
         self._index: dict[str, slice] = {}
+        self._other_heads: dict[str, int] = {}
+        """Number of heads of layers that had another one than known at the newest reading."""
         self._tables: dict[str, Table] = {}
         self._columns = {name: Columns(length) for name in ("gradients", "used_rates", "updates")}
         """Columns by the field of the reading that they hold."""
@@ -134,7 +136,8 @@ class ReadingArrays:
     def seen(self, layer: str | None, head: int | None) -> bool:
         """Return True if the newest reading measured anything of this place.
 
-        Always so of the run, and of what is no attention layer.
+        Always so of the run, and of what is no attention layer; of a head that its layer no longer
+        has where the layer was measured.
 
         Args:
             layer: qualified name; None for the run.
@@ -143,6 +146,8 @@ class ReadingArrays:
         if layer not in self._index:
             return True
         where = self._index[layer]
+        if head is not None and head >= where.stop - where.start:
+            return any(bool(np.isfinite(t.rows[-1, where]).any()) for t in self._tables.values())
         at = where if head is None else slice(where.start + head, where.start + head + 1)
         return any(bool(np.isfinite(table.rows[-1, at]).any()) for table in self._tables.values())
 
@@ -206,6 +211,8 @@ class ReadingArrays:
             known = reading.info.get(layer)
             if layer not in self._index:
                 self._place(layer, known.heads if known else head_count(values))
+            else:
+                self._follow_heads(layer, _agreed_count(values))
             if known is not None:
                 self.info[layer] = known
         for name in dict.fromkeys(name for values in reading.layers.values() for name in values):
@@ -374,6 +381,31 @@ class ReadingArrays:
         self._index[layer] = slice(start, start + heads)
         self.heads += [(layer, head) for head in range(heads)]
 
+    def _follow_heads(self, layer: str, heads: int | None) -> None:
+        """Begin a layer anew at the second reading in a row with another number of heads."""
+        old, before = self._index[layer], self._other_heads.pop(layer, None)
+        if heads is None or heads == old.stop - old.start:
+            return
+        if heads == before:
+            self._begin_anew(layer, heads)
+        else:
+            self._other_heads[layer] = heads
+
+    def _begin_anew(self, layer: str, heads: int) -> None:
+        """Forget a layer whose heads have changed, as by pruning; others keep their past."""
+        old = self._index[layer]
+        more = heads - (old.stop - old.start)
+        for table in self._tables.values():
+            table.begin_anew(old, heads)
+        self.heads[old] = [(layer, head) for head in range(heads)]
+        self._index = {
+            name: slice(
+                where.start + more * (where.start > old.start),
+                where.stop + more * (where.start >= old.start),
+            )
+            for name, where in self._index.items()
+        }
+
     def _new_table(self, past: int) -> Table:
         return Table(self.length, self.baseline_length, past=past, columns=len(self.heads))
 
@@ -396,6 +428,12 @@ class ReadingArrays:
             layer: {name: table.rows[row, where] for name, table in self._tables.items()}
             for layer, where in self._index.items()
         }
+
+
+def _agreed_count(values: Mapping[str, np.ndarray]) -> int | None:
+    """Return the number of heads of which all signals of a layer are; None where they differ."""
+    counts = {np.size(heads) for heads in values.values()}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def thinned(count: int, most: int) -> list[int]:

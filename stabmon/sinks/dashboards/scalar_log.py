@@ -31,6 +31,9 @@ class ScalarLog(Sink):
         4 {'stability/risk': 0.5, 'stability/intervention': 0.0}
     """
 
+    in_background = False
+    """Loggers of the training loop are called in its own thread, between its own calls."""
+
     def __init__(self, *, every_layer: bool = False) -> None:
         self._layers = LayerCurves(every=every_layer)
         self._intervened_at: int | None = None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stabmon._storage import strict_json
+from stabmon._storage.stored_value import Stored
 from stabmon.sinks.jsonl import SCHEMA_VERSION
 
+MOST_STARTS = 100_000
+"""Runs, and starts of a run, in one folder; a larger number is damage."""
 HEAD_BYTES = 512
 """Bytes at the start of a line that hold its step and loss."""
 _HEAD = re.compile(rb'\{"schema_version": (\d+), "step": (\d+), "loss": (null|[-+.\deE]+), ')
@@ -49,7 +53,50 @@ def facts_of(line: bytes) -> LineFacts:
     loss = None if head[3] == b"null" else float(head[3])
     if loss is None and (found := _LOSS.search(line, at)) is not None:
         loss = float(found[1])
-    return LineFacts(int(marks[1]), int(marks[2]), int(head[2]), loss)
+    run, start = marks_of({"run": int(marks[1]), "start": int(marks[2])})
+    return LineFacts(run, start, Stored(int(head[2]), "step").integer(), loss)
+
+
+def marks_of(values: dict[str, Any]) -> tuple[int, int]:
+    """Take run and start out of a record; 1 where an early version wrote none.
+
+    Raises:
+        ValueError: if one is no whole number of at most 100,000.
+
+    Example:
+        >>> marks_of({"step": 9, "run": 1, "start": 2})
+        (1, 2)
+    """
+    saved = Stored({name: values.pop(name, 1) for name in ("run", "start")})
+    run, start = (saved[name].integer() for name in ("run", "start"))
+    if max(run, start) > MOST_STARTS:
+        raise ValueError(f"run {run} and start {start}: more than {MOST_STARTS:,} are none")
+    return run, start
+
+
+def audit_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an audit record, whose step, names and places are what views expect.
+
+    Raises:
+        ValueError: if one is of another type.
+
+    Example:
+        >>> audit_of({"step": "soon", "action": "applied"})
+        Traceback (most recent call last):
+        ValueError: step is 'soon', not a whole number
+    """
+    saved = Stored(values)
+    if "step" in saved:
+        saved["step"].integer()
+    for name in ("intervention", "action"):
+        if name in saved:
+            saved[name].maybe(Stored.text)
+    places = values.get("places")
+    pairs = [each for each in places if len(each) == 2] if isinstance(places, list) else []
+    for layer, head in (*pairs, (values.get("layer"), values.get("head"))):
+        Stored(layer, "layer").maybe(Stored.text)
+        Stored(head, "head").maybe(Stored.integer)
+    return dict(saved.mapping())
 
 
 def head_of(line: bytes) -> tuple[int, float] | None:
@@ -102,13 +149,10 @@ def _parsed(line: bytes) -> LineFacts:
     values = strict_json.loads(line)
     try:
         _check_version(values["schema_version"])
-        loss = values.get("loss")
-        return LineFacts(
-            int(values.get("run", 1)),
-            int(values.get("start", 1)),
-            int(values["step"]),
-            None if loss is None else float(loss),
-        )
+        run, start = marks_of(values)
+        saved = Stored(values)
+        loss = saved.get("loss", None).maybe(Stored.number)
+        return LineFacts(run, start, saved["step"].integer(), loss)
     except (KeyError, TypeError) as error:
         raise ValueError(f"no reading: {type(error).__name__} {error}") from error
 

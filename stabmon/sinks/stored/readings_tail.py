@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,11 +149,18 @@ class ReadingsTail:
             del self.points[1:-1:2]
 
     def _read_newest(self, line: bytes) -> None:
-        """Parse the newest line; what cannot be parsed leaves the reading before it."""
+        """Parse the newest line; what cannot be parsed leaves the reading before it.
+
+        Layers that a line leaves out, since they take turns, stay as they were last.
+        """
         try:
-            self.newest = Reading.from_dict(strict_json.loads(line), info={})
-        except (ValueError, TypeError, AttributeError):
+            values = strict_json.loads(line)
+            newest, before = Reading.from_dict(values, info={}), self.newest
+        except Exception:  # a damaged line may fail in any way
             return
+        if values.get("layers_left_out") and before is not None and before.step <= newest.step:
+            newest = replace(newest, layers={**before.layers, **newest.layers})
+        self.newest = newest
 
     def _first_look(self, file: LineFile) -> None:
         """Read the newest line, and find the starts and a loss line without reading all."""
@@ -195,7 +203,7 @@ def _facts(line: bytes) -> LineFacts | None:
     """Return a line's facts; None where it is no reading."""
     try:
         return facts_of(line)
-    except (ValueError, TypeError, AttributeError):
+    except Exception:  # a damaged line may fail in any way
         return None
 
 

@@ -16,9 +16,11 @@ import numpy as np
 from stabmon._storage import strict_json
 from stabmon.incidents import Incident, IncidentLog
 from stabmon.records import Reading, StabilityIssue
-from stabmon.sinks.jsonl import INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
+from stabmon.sinks.delivery.gaps import Gap
+from stabmon.sinks.jsonl import GAPS, INTERVENTIONS, ISSUES, META, READINGS, SCHEMA_VERSION
 from stabmon.sinks.reader import ends_of_starts
 from stabmon.sinks.stored.file_tail import FileTail
+from stabmon.sinks.stored.lines import MOST_STARTS, audit_of, marks_of
 from stabmon.sinks.stored.readings_tail import Point, ReadingsTail
 
 Record = TypeVar("Record")
@@ -46,6 +48,8 @@ class RunState:
     """The newest state of each incident of this run, in order of number."""
     open_incidents: Sequence[Incident] = ()
     """Those that are open, worst first."""
+    gaps: Sequence[Gap] = ()
+    """Records of this run that could not be written."""
     last_line: float | None = None
     """Time of the last new reading, in seconds since 1970; None before the first."""
     trouble: str = ""
@@ -86,6 +90,7 @@ class RunTail:
         self._readings = ReadingsTail(folder / READINGS)
         self._issues = _Lines[StabilityIssue](folder / ISSUES)
         self._interventions = _Lines[dict[str, Any]](folder / INTERVENTIONS)
+        self._gaps = _Lines[Gap](folder / GAPS)
         self._meta: dict[str, Any] = {}
         self._meta_seen: tuple[int, ...] = ()
         self._last_line: float | None = None
@@ -104,7 +109,8 @@ class RunTail:
             self._read_meta()
             new_reading = self._readings.look()
             new_issues = self._issues.look(StabilityIssue.from_dict)
-            new_interventions = self._interventions.look(dict)
+            new_interventions = self._interventions.look(audit_of)
+            new_gaps = self._gaps.look(Gap.from_dict)
         except OSError as error:
             self._was_away = True
             return self._with_trouble(error)
@@ -112,7 +118,8 @@ class RunTail:
             now = time.time()
             self._last_line = min(now, self._readings.written) if self._was_away else now
         self._was_away = False
-        changed = new_reading or new_issues or new_interventions or self._state.trouble
+        news = (new_reading, new_issues, new_interventions, new_gaps)
+        changed = any(news) or self._state.trouble
         if changed or self._meta is not self._state.meta:
             self._state = self._made()
         return self._state
@@ -132,7 +139,9 @@ class RunTail:
     def _made(self) -> RunState:
         tail = self._readings
         numbers = [run for run, _, _ in self._issues.records[-1:]]
-        run = max(tail.run, self._meta.get("run", 0), *numbers, 0)
+        named = self._meta.get("run", 0)
+        known = named if isinstance(named, int) and 0 <= named <= MOST_STARTS else 0
+        run = max(tail.run, known, *numbers, 0)
         is_current = run == tail.run
         ends = {
             number: ends_of_starts({each.start: each.first_step for each in starts})
@@ -161,6 +170,7 @@ class RunTail:
             ),
             incidents=self._log.all,
             open_incidents=self._log.open,
+            gaps=tuple(gap for number, _, gap in self._gaps.records if number == run),
             last_line=self._last_line if is_current else None,
         )
 
@@ -211,7 +221,8 @@ class _Lines(Generic[Record]):
 
 def _parsed(line: bytes, parse: Any) -> Iterator[tuple[int, int, Any]]:
     """Yield run, start and record of a line; nothing for one that cannot be read."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(Exception):  # a damaged line may fail in any way
         values = strict_json.loads(line)
         if values.pop("schema_version") == SCHEMA_VERSION:
-            yield int(values.pop("run", 1)), int(values.pop("start", 1)), parse(values)
+            record = (*marks_of(values), parse(values))
+            yield record
