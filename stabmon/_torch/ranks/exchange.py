@@ -77,12 +77,25 @@ class RankExchange:
         self.has_met = self.is_opened = False
         """Whether ranks have compared their steps, and then their models."""
         self.on_alone = on_alone
-        self.name = f"stabmon/{next(_exchanges)}"
-        """The same on all ranks, and another for each exchange of a process."""
+        self._name = ""
         self._transport: Transport | None = None
         self.depth = 0
         self._met, self.needs_end = 0, True
         """Meetings in the present joint work; whether there is one at its end."""
+
+    @property
+    def name(self) -> str:
+        """The name under which ranks find each other, another for each exchange of a process.
+
+        Numbered at its first use, so that a monitor that never comes to an exchange takes no number
+        on one rank alone.
+        """
+        self._name = self._name or f"stabmon/{next(_exchanges)}"
+        return self._name
+
+    @name.setter
+    def name(self, name: str) -> None:
+        self._name = name
 
     @property
     def together(self) -> bool:
