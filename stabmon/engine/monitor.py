@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -382,13 +382,15 @@ class AttentionStabilityMonitor:
         if self._clock.phase is Phase.CLOSED:
             return
         ranks, self._clock.phase = self._ranks, Phase.CLOSED
-        for name, close in (
-            ("ranks", lambda: ranks and ranks.close()),
+        parts: list[tuple[str, Callable[[], None]]] = [
             ("clock", self._clock.close),
             ("observer", self._observer.close),
             ("optimizers", self._parts.optimizers.close),
             ("records", lambda: self._recorder.close(self.step)),
-        ):
+        ]
+        if ranks is not None:
+            parts.insert(0, ("ranks", ranks.close))
+        for name, close in parts:
             try:
                 close()
             except Exception as error:
