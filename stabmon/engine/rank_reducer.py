@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -64,6 +65,9 @@ class Offer:
     """L2 norm of all gradients, to compare ranks by its bits."""
 
 
+_reducers = itertools.count()
+
+
 class RankReducer:
     """Means and maxima over ranks, in one exchange of agreed length at each sampled step.
 
@@ -84,6 +88,7 @@ class RankReducer:
         self._layout: Layout = []
         """The entries of the vector; empty where each rank keeps to its own, and at first."""
         self._is_max = torch.zeros(0, dtype=torch.bool)
+        self._early_name = f"stabmon/early/{next(_reducers)}"
         self._is_first = True
         """No step has been exchanged since the models were compared."""
 
@@ -218,7 +223,9 @@ class RankReducer:
         store = default_store() if world_size() > 1 else None
         if store is None:
             return found
-        keys = [f"{self.exchange.name}/{step}/{each}" for each in range(world_size())]
+        # before ranks have met, one that finds nothing does not come here, and takes no name
+        name = self.exchange.name if self.exchange.has_met else self._early_name
+        keys = [f"{name}/{step}/{each}" for each in range(world_size())]
         store.set(keys[rank()], json.dumps(None if found is None else found.to_dict()))
         if rank() != 0:
             return found
