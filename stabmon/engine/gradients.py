@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.graph_capture import is_capturing
-from stabmon._torch.tensors import is_sharded
+from stabmon._torch.ranks.shards import share_of
+from stabmon._torch.tensors import is_sharded, local
 from stabmon.capture.names import clean_name
 
 logger = logging.getLogger("stabmon")
@@ -31,7 +32,11 @@ class GradientNorms:
         self._at: dict[int, int] = {}
         """Index of a parameter's newest norm in the concatenated stacks, by ``id``."""
         self._scales: list[float | None] = []
-        self._unknown = False
+        self._shares: list[float] = []
+        self.why_unknown = ""
+        """Reason for which norms cannot be known, in words; empty where they can."""
+        self.is_partial = False
+        """Norms are of this rank's parts: see :meth:`squares`."""
 
     def measure(self, model: nn.Module, added: Mapping[int, Tensor], scale: float | None) -> None:
         """Measure the gradients that a backward added to, and those not measured yet.
@@ -46,10 +51,19 @@ class GradientNorms:
         gradients = [each.grad for each in fresh if each.grad is not None]
         # an optimizer that steps inside backward, or ZeRO, has taken gradients away
         taken = any(each.grad is None for each in added.values())
-        self._unknown = (
-            self._unknown or taken or any(is_sharded(grad) or grad.is_sparse for grad in gradients)
-        )
-        if self._unknown or not gradients:
+        if any(grad.is_sparse for grad in gradients):
+            self.why_unknown = "some are sparse"
+        elif taken:
+            self.why_unknown = "something takes gradients away inside backward"
+        shares = [1.0] * len(gradients)
+        if any(is_sharded(each) for each in model.parameters()):
+            self.is_partial = True
+            try:
+                shares = [share_of(grad) for grad in gradients]
+            except ValueError as error:
+                self.why_unknown = f"of sharded gradients {error}"
+            gradients = [local(grad) for grad in gradients]
+        if self.why_unknown or not gradients:
             return
         narrow = any(grad.element_size() < 4 for grad in gradients)
         with torch.no_grad():
@@ -60,6 +74,7 @@ class GradientNorms:
             self._stacks.append(torch.stack([norm.to(device) for norm in norms]))
         self._at |= {id(each): len(self._scales) + i for i, each in enumerate(fresh)}
         self._scales += [scale] * len(fresh)
+        self._shares += shares
 
     def by_layer(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, float]:
         """Return the gradient norm of each attention module, and of all as ``""``.
@@ -72,10 +87,18 @@ class GradientNorms:
 
         Returns:
             Norms by name, without a scaler's factor. Empty where they cannot be known: no backward
-            was seen, it left no gradients, or they are sparse or sharded. Empty also where a
-            gradient scaler will skip the step.
+            was seen, it left no gradients, or they are sparse. Empty also where a gradient scaler
+            will skip the step, and of sharded gradients, whose :meth:`squares` ranks must add.
         """
-        if self._unknown or not self._stacks:
+        squares = {} if self.is_partial else self.squares(model, layers)
+        return {name: math.sqrt(square) for name, square in squares.items()}
+
+    def squares(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Return the squares of the norms of :meth:`by_layer`.
+
+        Of sharded gradients those of this rank's parts: their sum over ranks is the whole.
+        """
+        if self.why_unknown or not self._stacks:
             return {}
         device = self._stacks[0].device
         norms = torch.cat([stack.to(device) for stack in self._stacks]).tolist()
@@ -85,9 +108,10 @@ class GradientNorms:
         ):
             return {}
         squares = {
-            key: (norms[at] / (self._scales[at] or 1.0)) ** 2 for key, at in self._at.items()
+            key: self._shares[at] * (norms[at] / (self._scales[at] or 1.0)) ** 2
+            for key, at in self._at.items()
         }
-        found = {"": math.sqrt(sum(squares.get(id(each), 0.0) for each in model.parameters()))}
+        found = {"": sum(squares.get(id(each), 0.0) for each in model.parameters())}
         for layer, module in layers.items():
             own = [
                 squares[id(parameter)]
@@ -95,7 +119,7 @@ class GradientNorms:
                 if id(parameter) in squares
             ]
             if own:
-                found[clean_name(layer)] = math.sqrt(sum(own))
+                found[clean_name(layer)] = sum(own)
         return found
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class Shared:
 
     sums: dict[str, dict[str, HeadSums]]
     """Signals over all ranks, by layer; this rank's own where ranks hold other layers."""
+    squares: dict[str, list[float]] = field(default_factory=dict)
+    """Sums over ranks of what they offered; without those that some rank lacked."""
     losses: tuple[tuple[int, float], ...] = ()
     """(step, mean loss over ranks) of the newest steps."""
     rank_losses: tuple[tuple[int, float, int], ...] = ()
@@ -56,6 +59,8 @@ class Offer:
     """What this rank gives to a sampled step's exchange; the defaults where it has nothing."""
 
     sums: Sums = field(default_factory=dict)
+    squares: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Numbers of this rank's shards that are to be added, by name."""
     losses: Sequence[tuple[int, float]] = ()
     ahead: int = 0
     """Steps to the next sample that this rank wishes for; 0 for no wish."""
@@ -65,6 +70,16 @@ class Offer:
     """L2 norm of all gradients, to compare ranks by its bits."""
 
 
+@dataclass(frozen=True)
+class Added:
+    """Numbers that are added over ranks."""
+
+    total: Tensor
+    count: Tensor
+
+
+SQUARES = "squares"
+"""Name of an entry of the vector that is no signal, but numbers to be added."""
 _reducers = itertools.count()
 
 
@@ -117,7 +132,7 @@ class RankReducer:
         except Exception as error:  # others wait for this rank's vector
             self._report(error)
         if not exchange.is_opened:
-            self._open(own.sums)
+            self._open(own)
         try:
             added, largest = self._pack(own, step)
         except Exception as error:  # as above
@@ -139,10 +154,12 @@ class RankReducer:
         losses = _mean_losses(step, added[: 2 * slots].reshape(2, slots))
         worst = _worst_losses(step, largest[CONTROL : CONTROL + slots])
         sums = {layer: dict(signals) for layer, signals in own.sums.items()}
+        squares: dict[str, list[float]] = {}
         if self._layout:
             rest = added[2 * slots :].reshape(2, -1), largest[CONTROL + slots :]
             sums = self._unpack(*rest, sums)
-        return Shared(sums, losses, worst)
+            squares = self._unpack_squares(rest[0])
+        return Shared(sums, squares, losses, worst)
 
     def _compare_steps(self, step: int) -> None:
         """Compare the steps at which ranks stand, and their intervals, before anything else."""
@@ -160,12 +177,12 @@ class RankReducer:
     def _report(self, error: Exception) -> None:
         logger.error("this rank's readings are left out of a sampled step: %s", error)
 
-    def _open(self, own: Sums) -> None:
+    def _open(self, own: Offer) -> None:
         """Compare models and agree on what is exchanged; tried again where some rank fails."""
         layout = None
         try:
             with self.exchange.joint("comparison of models"):
-                layout = self._common_layout(layout_of(own))
+                layout = self._common_layout(layout_of(entries_of(own)))
                 self._agree_on(layout or [])
             self.exchange.is_opened = layout is not None
         except Exception as error:
@@ -191,20 +208,25 @@ class RankReducer:
                 "Ranks hold different attention layers: each reports its own, and rank 0's are "
                 "recorded."
             )
-        if not is_same or found[5]:
+        if not is_same:
             return []
-        if found[1] == -found[2]:
-            return entries
-        # the same model, of which some rank measures less
-        return [
-            (str(layer), str(name), int(heads))
-            for layer, name, heads in exchange.of_first(entries) or []
-        ]
+        common = entries
+        if found[1] != -found[2]:  # the same model, of which some rank measures less
+            common = [
+                (str(layer), str(name), int(heads))
+                for layer, name, heads in exchange.of_first(entries) or []
+            ]
+        has_other_heads = bool(found[5])
+        return [each for each in common if each[1] == SQUARES] if has_other_heads else common
 
     def _agree_on(self, layout: Layout) -> None:
         self._layout = layout
         self._is_max = torch.tensor(
-            [SIGNALS[name].reduction == "max" for _, name, heads in layout for _ in range(heads)],
+            [
+                name != SQUARES and SIGNALS[name].reduction == "max"
+                for _, name, heads in layout
+                for _ in range(heads)
+            ],
             dtype=torch.bool,
         )
 
@@ -270,11 +292,11 @@ class RankReducer:
                 added[slot], added[slots + slot] = loss, 1.0
                 largest[CONTROL + slot] = _with_rank(loss, rank())
         if self._layout:
-            sums, maxima = self._pack_signals(own.sums)
+            sums, maxima = self._pack_signals(entries_of(own))
             added[2 * slots :], largest[CONTROL + slots :] = sums.reshape(-1), maxima
         return added, largest
 
-    def _pack_signals(self, own: Sums) -> tuple[Tensor, Tensor]:
+    def _pack_signals(self, own: Mapping[str, Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
         """Return the ``[2, N]`` values to add and the ``[N]`` values to maximise.
 
         N is the number of heads of all layers and signals. Added are totals (for a maximum: 1 where
@@ -316,11 +338,21 @@ class RankReducer:
         for layer, name, heads in self._layout:
             where = slice(at, at + heads)
             at += heads
-            if own:
+            if own and name != SQUARES:
                 own.setdefault(layer, {})[name] = HeadSums(
                     SIGNALS[name], totals[where], added[1, where]
                 )
         return own
+
+    def _unpack_squares(self, added: Tensor) -> dict[str, list[float]]:
+        """Return the sums of numbers to be added that all ranks gave."""
+        at, found = 0, {}
+        for key, name, count in self._layout:
+            where = slice(at, at + count)
+            at += count
+            if name == SQUARES and bool((added[1, where] == world_size()).all()):
+                found[key] = added[0, where].tolist()
+        return found
 
 
 CONTROL = 5
@@ -331,7 +363,16 @@ norm and its negative.
 """
 
 
-def layout_of(own: Sums) -> Layout:
+def entries_of(own: Offer) -> dict[str, dict[str, Any]]:
+    """Return what a rank gives to the vector, by layer or key and by name."""
+    found: dict[str, dict[str, Any]] = {layer: dict(each) for layer, each in own.sums.items()}
+    for key, numbers in own.squares.items():
+        total = torch.tensor(list(numbers), dtype=torch.float64)
+        found[key] = {SQUARES: Added(total, torch.ones_like(total))}
+    return found
+
+
+def layout_of(own: Mapping[str, Mapping[str, Any]]) -> Layout:
     """Return the entries of what a rank has measured."""
     return [
         (layer, name, len(each.total))

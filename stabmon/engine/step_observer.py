@@ -153,6 +153,27 @@ class StepObserver:
             self._gradients = self._norms.by_layer(self._model, self.measurements.modules)
         return self._gradients
 
+    @property
+    def gradient_squares(self) -> dict[str, float]:
+        """Squared norms of this rank's parts of sharded gradients, by layer; empty for others."""
+        norms = self._norms
+        return norms.squares(self._model, self.measurements.modules) if norms.is_partial else {}
+
+    @property
+    def why_no_gradients(self) -> str:
+        """Reason for which this step's gradient norms are unknown."""
+        if self._norms.is_partial and not self._norms.why_unknown:
+            return (
+                "they are sharded, and this rank reports alone: give every rank a monitor with "
+                "reduce_ranks=True"
+            )
+        return self._norms.why_unknown or "no backward of the model was seen before the step"
+
+    @property
+    def has_backward(self) -> bool:
+        """Return whether a backward of this step was seen, whatever it left."""
+        return self._norms.is_partial or bool(self._norms.why_unknown)
+
     def drop_gradients(self) -> None:
         """Leave this step's gradient norms unknown."""
         self._norms, self._gradients = GradientNorms(), {}

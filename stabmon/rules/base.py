@@ -50,6 +50,8 @@ class Rule:
     """Name of the value of its issues, for readers; empty for its signal's or its own name."""
     cause_rank: ClassVar[int] = 50
     """Order among issues of one symptom: the smallest names what they have in common."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Fields of a reading without which the rule cannot fire, or not for single layers."""
     explains_others: ClassVar[bool] = False
     """True if its issues explain others of the same step: they are listed first.
 

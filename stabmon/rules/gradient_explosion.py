@@ -51,6 +51,7 @@ class GradientExplosion(Rule):
 
     symptom: ClassVar[Symptom] = LOSS
     quantity: ClassVar[str] = "gradient norm"
+    reads: ClassVar[tuple[str, ...]] = ("gradients",)
 
     deviations: NonNegative = 6.0
     """Robust standard deviations of the log norm above its recent median."""

@@ -50,6 +50,7 @@ class GradientVanishing(Rule):
 
     symptom: ClassVar[Symptom] = SCORES
     cause_rank: ClassVar[int] = 45
+    reads: ClassVar[tuple[str, ...]] = ("gradients",)
 
     warning: Fraction = 0.02
     """Share of the model's gradient norm, over what it was, for a warning."""

@@ -97,6 +97,7 @@ class LogitGrowth(Rule):
     symptom: ClassVar[Symptom] = SCORES
     value_of: ClassVar[str] = "max_logit"
     quantity: ClassVar[str] = "largest score"
+    reads: ClassVar[tuple[str, ...]] = ("query_key",)
     cause_rank: ClassVar[int] = 10
 
     jump: Positive = 4.0

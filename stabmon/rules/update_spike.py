@@ -90,6 +90,7 @@ class UpdateSpike(Rule):
 
     symptom: ClassVar[Symptom] = RATE
     quantity: ClassVar[str] = "size of steps"
+    reads: ClassVar[tuple[str, ...]] = ("query_key",)
     cause_rank: ClassVar[int] = 0
     explains_others: ClassVar[bool] = True
 

@@ -9,6 +9,9 @@ out are functions that torch or the loop calls, before whose first line nothing 
 
 from __future__ import annotations
 
+if not __package__:
+    import on_path  # noqa: F401
+
 import argparse
 import math
 import random
@@ -18,9 +21,6 @@ import time
 from collections import Counter
 from datetime import timedelta
 from typing import Any
-
-if not __package__:
-    import on_path  # noqa: F401
 
 import torch
 import torch.distributed as dist

@@ -4,6 +4,7 @@ waiting.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -26,6 +27,7 @@ from tests.support.small_runs import (
     batches,
     gpt2,
     lines,
+    llama,
     optimizer_of,
     same_readings,
     train,
@@ -214,6 +216,7 @@ def train_fully_sharded(rank, folder):
         [each and each.stats for each in given],
         [issue for each in given if each for issue in each.issues],
         dict(monitor.errors),
+        given[1].readings[-1],
     )
 
 
@@ -224,11 +227,82 @@ def test_fully_sharded_models_are_read_and_hang_nowhere(on_two_ranks):
     monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=2)
     whole = train(model, monitor, optimizer, batches(2, rows=8))
     monitor.close()
-    for stats, issues, errors in given:
+    for stats, issues, errors, reading in given:
+        same_norms(reading, whole[1].readings[-1])
         assert errors == {}
         assert list(stats[1]) == ["transformer.h.0.attn", "transformer.h.1.attn"]
         assert same_readings(stats[1], whole[1].stats, 1e-3)
         assert [issue.step for issue in issues] == [5]
+
+
+def same_norms(reading, whole):
+    """The norms of gradients and of W_q and W_k are those of one process."""
+    assert reading.gradients.keys() == whole.gradients.keys()
+    assert len(reading.gradients) == 3
+    for layer, norm in whole.gradients.items():
+        assert reading.gradients[layer] == pytest.approx(norm, rel=1e-3)
+    assert reading.query_key.keys() == whole.query_key.keys()
+    assert len(reading.query_key) == 2
+    for layer, moved in whole.query_key.items():
+        assert reading.query_key[layer].to_dict() == pytest.approx(moved.to_dict(), rel=1e-3)
+
+
+PARTS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1}
+
+
+def train_tensor_parallel(rank, folder):
+    """Both ranks see the whole batches, and each has half of the heads."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import parallel
+
+    model = llama()
+    styles = (parallel.ColwiseParallel, parallel.RowwiseParallel)
+    plan = {f"self_attn.{name}": styles[dim]() for name, dim in PARTS.items()}
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("heads",))
+    for layer in model.model.layers:
+        parallel.parallelize_module(layer, mesh, plan)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, foreach=False)
+    monitor = watch(model, optimizer, folder, schedule="fixed")
+    given = train(model, monitor, optimizer, batches(2, rows=4), clip=None)
+    monitor.close()
+    return given[1].readings[-1], dict(monitor.errors)
+
+
+def test_under_tensor_parallelism_norms_are_those_of_whole_weights(on_two_ranks):
+    given, _ = on_two_ranks(train_tensor_parallel)
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, foreach=False)
+    with stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=2) as monitor:
+        whole = train(model, monitor, optimizer, batches(2, rows=4), clip=None)[1].readings[-1]
+    for reading, errors in given:
+        assert errors == {}
+        same_norms(reading, whole)
+
+
+def train_sharded_alone(rank, folder):
+    """A monitor that adds nothing up over ranks cannot know norms of shards, and says so."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = gpt2()
+    for layer in model.transformer.h:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = optimizer_of(model)
+    monitor = watch(model, optimizer, folder, reduce_ranks=False, log_every=1)
+    given = train(model, monitor, optimizer, batches(4, rows=4))
+    monitor.close()
+    return given[3].readings[-1], dict(monitor.errors)
+
+
+def test_norms_of_shards_that_no_rank_adds_up_are_said_to_be_unwatched(on_two_ranks):
+    given, folder = on_two_ranks(train_sharded_alone)
+    for reading, errors in given:
+        assert errors == {}
+        assert reading.gradients == reading.query_key == {}
+    unwatched = json.loads((folder / "stabmon" / "meta.json").read_text())["unwatched"]
+    assert unwatched.keys() == {"gradients", "query_key"}
+    assert all("reduce_ranks=True" in words for words in unwatched.values())
+    assert "gradient_explosion, gradient_vanishing cannot fire" in unwatched["gradients"]
 
 
 def start_callbacks(rank, folder):
@@ -441,6 +515,8 @@ SCENARIOS = (
     train_into_a_nan,
     share_alone,
     train_fully_sharded,
+    train_tensor_parallel,
+    train_sharded_alone,
     train_under_guard,
     start_callbacks,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,10 +22,17 @@ from stabmon.engine.updates.qk_updates import with_adapters
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
 from stabmon.listeners import StepContext
 from stabmon.nonfinite.detector import NonFiniteDetector
-from stabmon.records import Reading
+from stabmon.records import QKUpdate, Reading
+from stabmon.rules import RULES
 from stabmon.signals.accumulator import to_host
 
 logger = logging.getLogger("stabmon")
+
+
+NEEDED = ("gradients", "query_key")
+"""Fields of a reading that rules need, and that some runs cannot give."""
+PATIENCE = 3
+"""Samples without one of them after which it is said."""
 
 
 class ReadingBuilder:
@@ -67,6 +75,9 @@ class ReadingBuilder:
         """(step, loss) of this rank's steps since the last reading, as given to others."""
         self._counted: set[str] = set()
         """Layers whose rows were looked at, which a device makes the host wait for."""
+        self._unwatched: dict[str, str] = {}
+        self._without: Counter[str] = Counter(dict.fromkeys(NEEDED, 0))
+        """Samples so far without each field of :data:`NEEDED`; those that were seen are left out."""
         self._short_rows: set[str] = set()
         """Layers whose rows were found to see few keys."""
 
@@ -96,6 +107,7 @@ class ReadingBuilder:
         self._report_short_rows(layers)
         if ctx.sampled and not layers and not is_found:
             self._report_missing(ctx.step)
+        gradients, query_key = _whole_norms(seen.gradients, updates, shared)
         losses, rates = self._losses(shared), self._optimizers.learning_rates()
         for step, loss in losses if watches_losses else ():
             if not math.isfinite(loss):
@@ -106,8 +118,8 @@ class ReadingBuilder:
             layers=layers,
             info=with_adapters(seen.measurements.info, seen.measurements.modules),
             learning_rate=max(rates.values(), default=None),
-            gradients=seen.gradients,
-            query_key=updates.query_key,
+            gradients=gradients,
+            query_key=query_key,
             losses=losses,
             micro_batches=max(1, ctx.micro_batches),
             non_finite=self.detector.found_since(self.last_step),
@@ -123,6 +135,8 @@ class ReadingBuilder:
             rank_losses=() if shared is None else shared.rank_losses,
         )
         self.last_step = ctx.step
+        if ctx.sampled and layers:
+            self._report_unwatched(reading, are_shards=bool(updates.partial))
         if ctx.sampled and shared is None:
             self._schedule.follow(ctx.step, self._schedule.plan(reading))
         self._schedule.add(reading)
@@ -159,6 +173,7 @@ class ReadingBuilder:
         ahead, least = self._schedule.ahead(ctx.step, self._schedule.plan(known))
         return Offer(
             seen.measurements.sums,
+            _squares(seen.gradient_squares, updates),
             self._own_losses,
             ahead,
             least,
@@ -188,6 +203,39 @@ class ReadingBuilder:
             logger.warning("%s", words)
         self._amend({"unseen_attention": dict(unseen)})
 
+    def _report_unwatched(self, reading: Reading, *, are_shards: bool) -> None:
+        """Say once what is unknown in the first samples, why, and which rules cannot fire so."""
+        for name in [name for name in self._without if getattr(reading, name)]:
+            del self._without[name]
+        self._without.update(list(self._without))
+        late = [name for name, count in self._without.items() if count == PATIENCE]
+        if not late:
+            return
+        words = {name: self._why_unwatched(name, are_shards) for name in late}
+        self._unwatched |= words
+        self._amend({"unwatched": dict(self._unwatched)})
+        for name, each in words.items() if rank() == 0 else ():
+            # a run without an optimizer has been told of it, and one without backward means it
+            is_news = name == "gradients" and self._observer.has_backward
+            logger.log(
+                logging.WARNING if is_news else logging.INFO, "stabmon does not watch %s", each
+            )
+
+    def _why_unwatched(self, name: str, are_shards: bool) -> str:
+        """Return what is not watched, why, and the rules that need it, in words."""
+        rules = ", ".join(sorted(rule for rule, cls in RULES.items() if name in cls.reads))
+        if name == "gradients":
+            return f"gradient norms ({self._observer.why_no_gradients}): {rules} cannot fire"
+        why = "W_q and W_k of no layer are found by name and shape"
+        if not self._optimizers.groups():
+            why = "no optimizer is known: give it to the monitor"
+        elif are_shards:
+            why = (
+                "they are sharded, and this rank reports alone: give every rank a monitor with "
+                "reduce_ranks=True"
+            )
+        return f"how far steps move W_q and W_k ({why}): {rules} miss what single layers do"
+
     def _report_short_rows(self, layers: Mapping[str, Any]) -> None:
         """Say once of each layer that its rows see fewer keys than some signal asks for.
 
@@ -216,3 +264,32 @@ class ReadingBuilder:
                     "see at least half of the most there, and varies more than over long rows",
                     *(listed(short), least, signal),
                 )
+
+
+GRADIENT, QUERY_KEY = "gradient of ", "query_key of "
+"""Names under which ranks add the squares of a layer's norms."""
+
+
+def _squares(gradients: Mapping[str, float], updates: UpdatesOfStep) -> dict[str, list[float]]:
+    """Return the squared norms of this rank's shards, for the ranks to add."""
+    found = {f"{GRADIENT}{layer}": [square] for layer, square in gradients.items()}
+    for layer in sorted(updates.partial):
+        moved = updates.query_key[layer]
+        norms = (moved.gradient, moved.weight, moved.update)
+        found[f"{QUERY_KEY}{layer}"] = [norm * norm for norm in norms]
+    return found
+
+
+def _whole_norms(
+    gradients: Mapping[str, float], updates: UpdatesOfStep, shared: Shared | None
+) -> tuple[dict[str, float], dict[str, QKUpdate]]:
+    """Return the norms of gradients and of W_q and W_k, those of shards as ranks have added them."""
+    own = {layer: each for layer, each in updates.query_key.items() if layer not in updates.partial}
+    found, whole = dict(gradients), dict(own)
+    for key, squares in ({} if shared is None else shared.squares).items():
+        norms = [math.sqrt(square) for square in squares]
+        if key.startswith(GRADIENT):
+            found[key.removeprefix(GRADIENT)] = norms[0]
+        else:
+            whole[key.removeprefix(QUERY_KEY)] = QKUpdate(*norms)
+    return found, whole

@@ -6,12 +6,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stabmon._torch.tensors import is_sharded
+from stabmon._torch.ranks.shards import local_rows, share_of
+from stabmon._torch.tensors import is_sharded, local
 from stabmon.interventions import NotApplicable
 from stabmon.projections.adapters import EffectiveUpdate
 from stabmon.projections.locate import find_effective, find_query_key, is_adapted
@@ -24,13 +25,17 @@ class QKUpdates:
     """Norms of W_q and W_k before the optimizer's step, and of their change after it.
 
     Where adapters are around frozen projections, W_q and W_k are what these effectively are. Layers
-    whose queries and keys cannot be told apart by name and shape, or are sharded, are left out.
+    whose queries and keys cannot be told apart by name and shape are left out. Of sharded weights
+    the norms are those of this rank's parts, whose squares ranks must add: see :attr:`partial`.
     Costs a copy of W_q and W_k, or of the adapters, from one mark to the other at sampled steps,
     and one transfer to the host.
     """
 
     def __init__(self) -> None:
+        self.partial: set[str] = set()
+        """Layers whose norms are of this rank's parts."""
         self._parts: dict[str, list[tuple[nn.Parameter, int, slice]]] = {}
+        self._shares: dict[str, list[float]] = {}
         self._adapters: dict[str, EffectiveUpdate] = {}
         self._before: dict[str, list[Tensor]] = {}
         self._norms: dict[str, tuple[Tensor, Tensor]] = {}
@@ -70,12 +75,12 @@ class QKUpdates:
             ]
             if not parts or any(parameter.grad is None for parameter, _ in parts):
                 continue
-            weights = [parameter.detach()[at] for parameter, at in parts]
+            weights = [local(parameter.detach())[at] for parameter, at in parts]
             gradients = [
-                parameter.grad[at] for parameter, at in parts if parameter.grad is not None
+                local(parameter.grad)[at] for parameter, at in parts if parameter.grad is not None
             ]
-            self._before[layer] = [weight.clone() for weight in weights]
-            self._norms[layer] = _norm(gradients), _norm(weights)
+            self._before[layer], shares = [each.clone() for each in weights], self._shares[layer]
+            self._norms[layer] = _norm(gradients, shares), _norm(weights, shares)
 
     @torch.no_grad()
     def after(self, scaled: bool = False) -> dict[str, QKUpdate]:
@@ -96,11 +101,11 @@ class QKUpdates:
                     moved[layer] = change
                 continue
             now = [
-                parameter.detach()[(slice(None),) * dim + (rows,)]
+                local(parameter.detach())[(slice(None),) * dim + (rows,)]
                 for parameter, dim, rows in self._parts[layer]
             ]
             # torch._foreach_sub: one launch for all tensors (checked with torch 2.13)
-            moved[layer] = _norm(torch._foreach_sub(now, before))
+            moved[layer] = _norm(torch._foreach_sub(now, before), self._shares[layer])
         names = list(moved)
         self._before = {}
         if not names:
@@ -137,7 +142,11 @@ class QKUpdates:
         except NotApplicable:
             return
         if effective is None:
-            self._parts[layer] = _parts_of(module, info)
+            parts = _parts_of(module, info) or _parts_of(module, with_all_heads(module, info))
+            self._parts[layer], self._shares[layer] = parts, [1.0] * len(parts)
+            if any(is_sharded(parameter) for parameter in module.parameters()):
+                self.partial.add(layer)
+                self._shares[layer] = [share_of(parameter) for parameter, *_ in parts]
         else:
             self._adapters[layer] = effective
 
@@ -157,6 +166,15 @@ def with_adapters(
     }
 
 
+def with_all_heads(module: nn.Module, info: LayerInfo | None) -> LayerInfo | None:
+    """Return a layer's facts with the heads of all ranks, where each rank holds some of them."""
+    if info is None:
+        return None
+    sharded: list[Any] = [each for each in module.parameters() if is_sharded(each)]
+    sizes = (each.device_mesh.size() for each in sharded)
+    return replace(info, heads=info.heads * max(sizes, default=1))
+
+
 def _is_adapted(module: nn.Module | None) -> bool:
     try:
         return module is not None and is_adapted(module)
@@ -172,8 +190,6 @@ def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parame
         return []
     ranges: dict[tuple[int, int], tuple[nn.Parameter, list[tuple[int, int]]]] = {}
     for each in rows:
-        if is_sharded(each.parameter):
-            return []
         ranges.setdefault((id(each.parameter), each.dim), (each.parameter, []))[1].append(
             (each.start, each.stop)
         )
@@ -188,13 +204,24 @@ def _parts_of(module: nn.Module, info: LayerInfo | None) -> list[tuple[nn.Parame
                 joined.append((parameter, dim, slice(start, stop)))
             start, stop = low, high
         joined.append((parameter, dim, slice(start, stop)))
-    return joined
+    here = [
+        (parameter, dim, local_rows(parameter, dim, rows.start, rows.stop))
+        for parameter, dim, rows in joined
+    ]
+    known = [(parameter, dim, rows) for parameter, dim, rows in here if rows is not None]
+    return known if len(known) == len(here) else []
 
 
-def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of all tensors together, on their device."""
+def _norm(tensors: Sequence[Tensor], shares: Sequence[float] = ()) -> Tensor:
+    """Return the L2 norm of all tensors together, on their device.
+
+    Args:
+        tensors: the tensors.
+        shares: factor of each one's square; empty for 1.
+    """
     # torch._foreach_norm: one launch for all tensors (checked with torch 2.13)
-    norms: Tensor = torch.linalg.vector_norm(
-        torch.stack([each.float() for each in torch._foreach_norm(list(tensors))])
-    )
-    return norms
+    norms = torch.stack([each.float() for each in torch._foreach_norm(list(tensors))])
+    if any(share != 1 for share in shares):
+        norms = norms * norms.new_tensor(shares).sqrt()
+    whole: Tensor = torch.linalg.vector_norm(norms)
+    return whole

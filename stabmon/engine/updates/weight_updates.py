@@ -21,6 +21,8 @@ class UpdatesOfStep:
 
     query_key: dict[str, QKUpdate] = field(default_factory=dict)
     """Norms of the changes of W_q and W_k, by layer."""
+    partial: frozenset[str] = frozenset()
+    """Layers of ``query_key`` whose norms are of this rank's shards."""
     groups: dict[str, float] = field(default_factory=dict)
     """Relative change of each parameter group, by key."""
     parts: dict[str, PartChange] = field(default_factory=dict)
@@ -95,7 +97,13 @@ class WeightUpdates(StepListener):
             query_key = self._query_key.after(scaled=self._optimizers.scales)
             self.newest = groups = self._groups.after()
             parts = self.parts.after(self._groups.parts)
-            self._measured = UpdatesOfStep(query_key, groups, parts, self._groups_of_query_key())
+            self._measured = UpdatesOfStep(
+                query_key,
+                frozenset(self._query_key.partial & query_key.keys()),
+                groups,
+                parts,
+                self._groups_of_query_key(),
+            )
 
     def _groups_of_query_key(self) -> tuple[str, ...]:
         own = {id(each) for each in self._query_key.trained()}

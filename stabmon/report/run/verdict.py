@@ -254,6 +254,9 @@ def _missing(run: Run) -> tuple[str, ...]:
         found.append(
             f"attention that stabmon does not see, in {plural(len(unseen), 'module')}: {names}"
         )
+    unwatched = run.meta.get("unwatched")
+    if isinstance(unwatched, Mapping):
+        found += map(str, unwatched.values())
     readings = run.records.readings
     if readings and run.unit == "step":
         if all(not each.learning_rates and each.learning_rate is None for each in readings):
