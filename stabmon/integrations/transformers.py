@@ -58,6 +58,9 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
         (50, [])
     """
 
+    _ahead: int | None = None
+    """The step whose state was written before its checkpoint, and is to be moved into it."""
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -126,18 +129,31 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
             self.monitor.on_step()
             if self.monitor.stop_reason is not None:
                 control.should_training_stop = True
+            self._store_ahead(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Store the monitor's state before a checkpoint of the epoch's end."""
+        if self.monitor is not None and self._heeds("epoch end", state):
+            self._store_ahead(args, state, control)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Store the monitor's state beside the Trainer's, in the checkpoint just written."""
+        """Move the monitor's state into the checkpoint just written."""
         if not state.is_world_process_zero:
             return
         if self.monitor is not None and self._heeds("save", state):
             folder = _checkpoint(args, state)
             try:
-                if folder.is_dir():
+                if not folder.is_dir():
+                    return
+                if self._ahead == state.global_step:
+                    _ahead_of(args).replace(folder / _STATE)
+                else:
                     write_text(folder / _STATE, json.dumps(self.monitor.state_dict()))
+                self._ahead = None
             except Exception as error:
                 logger.warning("stabmon's state was not stored in %s: %s", folder, error)
 
@@ -147,6 +163,22 @@ class StabilityCallback(StabilityCallbackBase, TrainerCallback):
         """Stop watching."""
         if state is self._run:
             self.close()
+
+    def _store_ahead(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Write the state before the Trainer writes a checkpoint, if it is about to.
+
+        A run that is killed between the checkpoint and the move into it finds the state there.
+        """
+        if self.monitor is None or not (control.should_save and state.is_world_process_zero):
+            return
+        try:
+            _ahead_of(args).parent.mkdir(parents=True, exist_ok=True)
+            write_text(_ahead_of(args), json.dumps(self.monitor.state_dict()))
+            self._ahead = state.global_step
+        except Exception as error:  # it is tried again once the checkpoint is written
+            logger.info("stabmon's state is stored after the checkpoint: %s", error)
 
     def _add_loss(self) -> None:
         """Add a micro-batch's loss as it was differentiated, where it is found."""
@@ -163,11 +195,14 @@ def _restore(
         return
     resumed = trainer_local("resume_from_checkpoint")
     folders = [*([Path(resumed)] if isinstance(resumed, str) else []), _checkpoint(args, state)]
-    for path in (folder / _STATE for folder in folders):
+    for path in (*(folder / _STATE for folder in folders), _ahead_of(args)):
         if path.is_file():
             try:
-                monitor.load_state_dict(json.loads(path.read_text()))
-            except (OSError, ValueError, RecursionError) as error:
+                saved = json.loads(path.read_text())
+                if path == _ahead_of(args) and saved["step"] != state.global_step:
+                    continue  # of a checkpoint that was never written
+                monitor.load_state_dict(saved)
+            except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
                 logger.warning(
                     "stabmon starts with an empty history: %s could not be read (%s)",
                     path,
@@ -176,6 +211,11 @@ def _restore(
             monitor.step = state.global_step
             return
     logger.warning("stabmon starts with an empty history: no %s in %s", _STATE, folders[0])
+
+
+def _ahead_of(args: TrainingArguments) -> Path:
+    """Return the file of a state that is to be moved into the next checkpoint."""
+    return Path(args.output_dir or ".") / f"{_STATE}.next"
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -76,6 +76,29 @@ def test_records_go_to_the_trainers_own_folder_and_scalars_to_its_log(tmp_path):
     assert not callback.monitor.errors
 
 
+def test_a_run_that_dies_just_after_a_checkpoint_goes_on_with_its_state(tmp_path):
+    class Dies(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    saves = {"save_strategy": "steps", "save_steps": 3}
+    callback = StabilityCallback("observe", log_every=1, schedule="fixed")
+    trainer = trainer_of(tmp_path, model=gpt2(), more=[Dies(), callback], **saves)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-6" / "stabmon_state.json").exists()
+    again = StabilityCallback("observe", log_every=1, schedule="fixed")
+    trainer = trainer_of(tmp_path, again, gpt2(), **saves)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert [each.step for each in readings(again)] == list(range(1, 9))
+    assert not list(tmp_path.glob("*.next"))
+    other = StabilityCallback("observe", log_every=1, schedule="fixed")
+    trainer = trainer_of(tmp_path, other, gpt2(), **saves)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [each.step for each in readings(other)] == list(range(1, 9)), "of its own step"
+
+
 def test_the_loss_of_a_reading_is_the_one_that_was_differentiated(tmp_path):
     class Keeps(Trainer):
         def training_step(self, *args, **kwargs):
