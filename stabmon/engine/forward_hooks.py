@@ -34,12 +34,18 @@ class ForwardHooks:
         after: called as ``after(module, output)`` when the call ends; it must not raise. Where the
             forward raised, ``output`` is None. Torch runs no hook after a KeyboardInterrupt:
             then ``after`` is called when the model is next called.
+        on_error: called with what fails in a hook, which the forward must not see.
     """
 
     def __init__(
-        self, model: nn.Module, outer: list[nn.Module], before: Before, after: After
+        self,
+        model: nn.Module,
+        outer: list[nn.Module],
+        before: Before,
+        after: After,
+        on_error: Callable[[Exception], None],
     ) -> None:
-        self._before, self._after = before, after
+        self._before, self._after, self._on_error = before, after, on_error
         self._stack: list[nn.Module] = []
         self._frame: FrameType | None = None
         """The frame that runs the outermost call, or None.
@@ -104,7 +110,23 @@ class ForwardHooks:
         self._undo.append(undo)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or is_recomputation() or _is_redirected(module):
+        if torch.compiler.is_compiling():
+            return
+        try:
+            self._begin(module, args, kwargs)
+        except Exception as error:
+            self._on_error(error)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        try:
+            self._end(module, output)
+        except Exception as error:
+            self._on_error(error)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_recomputation() or _is_redirected(module):
             return
         if is_capturing():  # recorded, and made by replays that call no hook
             return
@@ -113,12 +135,12 @@ class ForwardHooks:
             self._after(module, None)
         self._stack.append(module)
         if len(self._stack) == 1:
-            caller = sys._getframe(1)
+            caller = sys._getframe(2)  # of _enter
             self._frame = caller.f_back if caller.f_code is InertHook.__call__.__code__ else caller
             self._before(module, args, kwargs)
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or is_recomputation() or module not in self._stack:
+    def _end(self, module: nn.Module, output: Any) -> None:
+        if is_recomputation() or module not in self._stack:
             return
         while self._stack.pop() is not module:
             pass

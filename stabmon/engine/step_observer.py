@@ -114,7 +114,11 @@ class StepObserver:
             if self._outer is None:
                 self._outer = compiled_around(self._model)
             self._hooks = ForwardHooks(
-                self._model, self._outer, self._forward_begins, self._forward_ends
+                self._model,
+                self._outer,
+                self._forward_begins,
+                self._forward_ends,
+                functools.partial(self.boundary.failed, "forward"),
             )
         if sampled or self._clock.wants_backward_end:
             self._after_backward.watch(self._model)
