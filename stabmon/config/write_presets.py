@@ -37,7 +37,7 @@ def preset_in_full(name: str) -> str:
 
     Example:
         >>> print(preset_in_full("observe").split("\\n\\n")[1])
-        # Sample every N-th optimizer step.
+        # Sample every N-th optimizer step of a quiet run; see `schedule`.
         log_every: 50
     """
     config, written = load_config(name), preset_files()[name].read_text(encoding="utf-8")

@@ -25,6 +25,7 @@ ALWAYS = {
     "observe": (
         "engine/rank_reducer:RankReducer.reduce",
         "engine/step_contexts:StepContexts.at_end",
+        "engine/forward_hooks:_is_redirected",
     ),
     "guard": (
         "_torch/ranks/exchange:RankExchange.joint",
@@ -48,7 +49,8 @@ def start(rank: int, folder: str) -> None:
         )
         found: list[Any] = [sorted(seen)]
         dist.broadcast_object_list(found, src=1)
-        drawn = random.Random(SEED).sample(found[0], SAMPLE)
+        others = [place for place in found[0] if place not in ALWAYS[config]]
+        drawn = random.Random(SEED).sample(others, SAMPLE)
         for place in (*ALWAYS[config], *drawn):
             outcomes[config, place] = run(config, place)
     torch.save(outcomes, Path(folder, f"{rank}.pt"))

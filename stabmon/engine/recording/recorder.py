@@ -220,9 +220,9 @@ def newest_and_open(issues: Sequence[StabilityIssue], count: int) -> list[Stabil
         >>> from dataclasses import replace
         >>> issue = StabilityIssue(1, "h.0", 0, "logit_growth", "error", 9.0, 5.0, "")
         >>> other = replace(issue, head=1)
-        >>> kept = newest_and_open([issue, other, replace(other, step=2, state="closed")] * 2, 1)
-        >>> [(each.head, each.state) for each in kept]
-        [(0, 'opened'), (1, 'closed')]
+        >>> closed, newest = replace(other, step=2, state="closed"), replace(issue, step=3, head=2)
+        >>> [each.head for each in newest_and_open([issue, other, closed, newest], 1)]
+        [0, 2]
     """
     old, newest = issues[:-count], issues[-count:]
     last = {issue.key: issue for issue in old}

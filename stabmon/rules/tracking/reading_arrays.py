@@ -449,7 +449,7 @@ def thinned(count: int, most: int) -> list[int]:
 
     Example:
         >>> thinned(20, 8)
-        [0, 7, 12, 15, 16, 17, 18, 19]
+        [0, 8, 12, 15, 16, 17, 18, 19]
     """
     if count <= most:
         return list(range(count))

@@ -49,13 +49,15 @@ class Delivery:
         prompt: seconds to wait in :meth:`settle` for a sink that keeps up.
 
     Example:
+        >>> written = []
         >>> class Names(Sink):
         ...     def write_intervention(self, record):
-        ...         print(record["intervention"], threading.current_thread().name)
+        ...         written.append((record["intervention"], threading.current_thread().name))
         >>> delivery = Delivery(Names())
         >>> delivery.put(Call("write_intervention", ({"intervention": "qk_clip"},)))
         >>> delivery.close()
-        qk_clip stabmon Names
+        >>> written
+        [('qk_clip', 'stabmon Names')]
     """
 
     def __init__(self, sink: Sink, prompt: float = PROMPT) -> None:
