@@ -42,7 +42,7 @@ _RANKS = 1 << 20
 
 @dataclass(frozen=True)
 class Shared:
-    """What all ranks know after a sampled step's exchange."""
+    """Knowledge that all ranks share after a sampled step's exchange."""
 
     sums: dict[str, dict[str, HeadSums]]
     """Signals over all ranks, by layer; this rank's own where ranks hold other layers."""
@@ -56,7 +56,7 @@ class Shared:
 
 @dataclass
 class Offer:
-    """What this rank gives to a sampled step's exchange; the defaults where it has nothing."""
+    """Share of this rank in a sampled step's exchange; the defaults where it has nothing."""
 
     sums: Sums = field(default_factory=dict)
     squares: Mapping[str, Sequence[float]] = field(default_factory=dict)

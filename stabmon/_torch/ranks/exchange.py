@@ -65,7 +65,7 @@ class RankExchange:
         self.due: list[str] = []
         """Exchanges of the step in progress that this rank has not come to yet."""
         self.trouble = ""
-        """What failed here since the last exchange of readings, in words; sent with the next."""
+        """Failure here since the last exchange of readings, in words; sent with the next."""
         self.is_troubled = False
         """Some rank has failed at interventions; all stop them at the end of the step."""
         self.equal_gradients = False
@@ -75,7 +75,7 @@ class RankExchange:
         self.holding = False
         """Interventions are held that are called after each step."""
         self.has_met = self.is_opened = False
-        """Whether ranks have compared their steps, and then their models."""
+        """Ranks have compared their steps, and then their models."""
         self.on_alone = on_alone
         self._name = ""
         self._transport: Transport | None = None

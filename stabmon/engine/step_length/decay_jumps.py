@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-from stabmon._storage.stored_value import Stored
 from stabmon._torch.optimizer_adapter import ParameterGroup
+from stabmon.engine.step_length.past_settings import PastSettings
 from stabmon.engine.step_length.setting_jumps import RISE, TRAINED
 
 SHRINK = 0.005
@@ -18,7 +17,7 @@ COUPLED = ("Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop",
 """Optimizers that add decay to a gradient which they then normalise: its size says nothing."""
 
 
-class DecayJumps:
+class DecayJumps(PastSettings):
     """Largest share that decay took of each group in a step so far.
 
     Example:
@@ -28,13 +27,6 @@ class DecayJumps:
         >>> jumps.find({"0.0": 1e-3}, {"0.0": 30.0})
         {'0.0': 0.1}
     """
-
-    def __init__(self) -> None:
-        self._highest: dict[str, float] = {}
-        self._newest: dict[str, float] = {}
-        """Decay of each group when it had last not jumped."""
-        self._steps: dict[str, int] = {}
-        self._open: set[str] = set()
 
     def find(self, rates: Mapping[str, float], decays: Mapping[str, float]) -> dict[str, float]:
         """Return the decay before, of each group whose decay jumps with these.
@@ -57,29 +49,6 @@ class DecayJumps:
                 self._highest[key] = max(rates[key] * decays[key], self._highest.get(key, 0.0))
                 self._steps[key] = self._steps.get(key, 0) + 1
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything a resumed run needs, as plain values."""
-        return {
-            "highest": dict(self._highest),
-            "newest": dict(self._newest),
-            "steps": dict(self._steps),
-        }
-
-    def parse_state(self, state: Mapping[str, Any] | Stored | None) -> Callable[[], None]:
-        """Read a state whole, and return a function that restores it.
-
-        None and a stored None leave everything as it is.
-
-        Raises:
-            ValueError: if it is no state of this.
-        """
-        saved, fresh = Stored.of(state), DecayJumps()
-        if saved.value is None:
-            return lambda: None
-        fresh._highest, fresh._newest = saved["highest"].numbers(), saved["newest"].numbers()
-        fresh._steps = {key: each.integer() for key, each in saved["steps"].items()}
-        return lambda: vars(self).update(vars(fresh))
 
     def _above(self, rates: Mapping[str, float], decays: Mapping[str, float]) -> set[str]:
         return {

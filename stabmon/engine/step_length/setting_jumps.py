@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
 
-from stabmon._storage.stored_value import Stored
+from stabmon.engine.step_length.past_settings import PastSettings
 
 RISE = 4.0
 """Times a group's own highest rate so far at which its rate has jumped.
@@ -34,7 +33,7 @@ A part that began at zero moves far in any step; the rest of the model shows the
 """
 
 
-class RateJumps:
+class RateJumps(PastSettings):
     """Highest rate of each parameter group so far, and the groups that are far above it.
 
     A rate that has jumped is on trial until its step is known. It is accepted where the step is
@@ -49,13 +48,6 @@ class RateJumps:
         >>> jumps.add({"0.0": 0.1, "0.1": 3.0}, {"0.1": 0.3})
         {'0.1': 0.1}
     """
-
-    def __init__(self) -> None:
-        self._highest: dict[str, float] = {}
-        self._newest: dict[str, float] = {}
-        """Rate of each group when it had last not jumped."""
-        self._steps: dict[str, int] = {}
-        self._open: set[str] = set()
 
     def find(self, rates: Mapping[str, float]) -> dict[str, float]:
         """Return the highest rate before, of each group that jumps with these rates.
@@ -112,29 +104,6 @@ class RateJumps:
                 self._highest[key] = max(rate, self._highest.get(key, 0.0))
                 self._steps[key] = self._steps.get(key, 0) + 1
         return found
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything a resumed run needs, as plain values."""
-        return {
-            "highest": dict(self._highest),
-            "newest": dict(self._newest),
-            "steps": dict(self._steps),
-        }
-
-    def parse_state(self, state: Mapping[str, Any] | Stored | None) -> Callable[[], None]:
-        """Read a state whole, and return a function that restores it.
-
-        None and a stored None leave everything as it is.
-
-        Raises:
-            ValueError: if it is no state of this.
-        """
-        saved, fresh = Stored.of(state), RateJumps()
-        if saved.value is None:
-            return lambda: None
-        fresh._highest, fresh._newest = saved["highest"].numbers(), saved["newest"].numbers()
-        fresh._steps = {key: each.integer() for key, each in saved["steps"].items()}
-        return lambda: vars(self).update(vars(fresh))
 
     def _above(self, rates: Mapping[str, float]) -> dict[str, float]:
         """Return how many times its own highest rate each group that has jumped is at."""

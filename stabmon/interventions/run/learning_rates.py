@@ -19,7 +19,7 @@ logger = logging.getLogger("stabmon")
 
 
 failed_hooks: list[str] = []
-"""What failed in hooks of optimizers since it was last looked at, in words."""
+"""Failures in hooks of optimizers since they were last looked at, in words."""
 
 
 def step_hook(callback: Callable[[], None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""What else was turned up while attention changed: a rate or a scale."""
+"""Find the rate or the scale that was turned up while attention changed."""
 
 from __future__ import annotations
 
