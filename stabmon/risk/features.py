@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 
+from stabmon.rules.evidence.robust_stats import median
 from stabmon.rules.tracking.history import History
 
 FEATURES = {
@@ -63,7 +64,7 @@ def layer_features(history: History) -> dict[str, np.ndarray]:
             - (np.nanstd(first_entropy) / ENTROPY_ALIKE) ** 2
         )
         past10, past40 = past_rows(history, 10), past_rows(history, 40)
-        doubled = score[-1] - np.nanmedian(score[past10], axis=0) > np.log(2)
+        doubled = score[-1] - median(score[past10]) > np.log(2)
         return {
             "start": np.fmin(1 - _mean(first_entropy, starts), lost) * alike,
             "start_score": np.fmin(_mean(first_score, starts), _mean(score[-1], starts)) * alike,
@@ -100,7 +101,7 @@ def _mean(values: np.ndarray, starts: list[int]) -> np.ndarray:
 
 
 def _rise(values: np.ndarray, past: slice, starts: list[int]) -> np.ndarray:
-    rise: np.ndarray = _mean(values[-1], starts) - np.nanmedian(_mean(values[past], starts), axis=0)
+    rise: np.ndarray = _mean(values[-1], starts) - median(_mean(values[past], starts))
     return rise
 
 
@@ -112,9 +113,7 @@ def _gradient_missed(history: History) -> np.ndarray:
             moved = reading.query_key.get(layer)
             if moved is not None and whole > 0:
                 shares[row, column] = moved.gradient / whole
-    missed: np.ndarray = -np.log(
-        np.maximum(np.nanmedian(shares, axis=0) * len(history.layers) ** 0.5, 1e-6)
-    )
+    missed: np.ndarray = -np.log(np.maximum(median(shares) * len(history.layers) ** 0.5, 1e-6))
     return missed
 
 
@@ -127,7 +126,7 @@ def _relative_update(history: History) -> np.ndarray:
             own[row, column] = np.nan if moved is None else moved.relative_update
         known = [each for each in reading.updates.values() if np.isfinite(each)]
         others[row] = np.median(known) if known else np.nan
-    relative: np.ndarray = np.nanmedian(np.log(np.maximum(own, 1e-7)), axis=0) - np.nanmedian(
+    relative: np.ndarray = median(np.log(np.maximum(own, 1e-7))) - median(
         np.log(np.maximum(others, 1e-7))
     )
     return relative

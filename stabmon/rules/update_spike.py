@@ -291,6 +291,8 @@ class UpdateSpike(Rule):
 
     def _from_the_start(self, history: History) -> list[StabilityIssue]:
         """Return the issue of a rate that was too high from the first readings on."""
+        if len(history) >= history.length or not heads_break(history):
+            return []
         start = history.readings[0].step + FIRST_STEPS
         first = [r for at, r in enumerate(history.readings) if at < FIRST or r.step < start]
         every = shares_of_largest(history.readings)
@@ -298,12 +300,7 @@ class UpdateSpike(Rule):
         rates = [reading.learning_rate for reading in first]
         twice = np.fmin(shares[1:], shares[:-1])
         now = max(history.latest.used_rates.values(), default=history.latest.learning_rate)
-        if (
-            not heads_break(history)
-            or len(history) >= history.length
-            or not (twice >= self.update).any()
-            or now is None
-        ):
+        if now is None or not (twice >= self.update).any():
             return []
         worst = int(np.nanargmax(shares))
         fitting = float((rates[worst] or now) * self.fitting / shares[worst])

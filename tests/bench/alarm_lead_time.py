@@ -21,17 +21,15 @@ if not __package__:
     import on_path  # noqa: F401
 
 import argparse
-import csv
 import json
 import multiprocessing
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +41,7 @@ from tests.bench.causes import RIGHT
 from tests.bench.detectors import BESIDE, Alarm, Detector, peers, stabmon_at
 from tests.bench.fit_risk import labelled, left_out_models
 from tests.bench.replay import Sampling
+from tests.bench.row_tables import print_side_by_side, share, write_rows
 from tests.bench.testbed.bench import chosen, options
 from tests.bench.testbed.cases import watched_runs as own_runs
 from tests.bench.watched_run import WatchedRun
@@ -108,14 +107,6 @@ def row(name: str, run: WatchedRun, alarm: Alarm | None) -> Row:
         if alarm and alarm.layers and run.faulty_layers
         else None,
     )
-
-
-def share(hits: int, of: int) -> str:
-    """Format a share with its 95% interval (Wilson's)."""
-    if not of:
-        return "none to judge"
-    low, high = scipy.stats.binomtest(hits, of).proportion_ci(method="wilson")
-    return f"{hits}/{of} = {hits / of:.2f} ({low:.2f} to {high:.2f})"
 
 
 def summary(rows: Sequence[Row]) -> dict[str, str]:
@@ -212,11 +203,7 @@ def main() -> int:
     rows = judge(runs, models, beside, args.jobs)
     report(rows)
     path = args.out / f"alarms-{args.testbed}{'-left-out' if args.left_out else ''}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(each) for each in rows)
-    print(f"every run: {path}")
+    write_rows(rows, path)
     return 0
 
 
@@ -259,14 +246,9 @@ def report(rows: Sequence[Row]) -> None:
 
 
 def _print_summaries(rows: Sequence[Row], names: Sequence[str], title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("95% intervals in brackets")
-    figures = {name: summary([each for each in rows if each.detector == name]) for name in names}
-    for name in names:
-        table.add_column(name)
-    for line in figures[names[0]]:
-        table.add_row(line, *(figure[line] for figure in figures.values()))
-    Console(width=max(60 + 34 * len(names), Console().width)).print(table)
+    print_side_by_side(
+        {name: summary([each for each in rows if each.detector == name]) for name in names}, title
+    )
 
 
 def _print_runs(rows: Sequence[Row], title: str) -> None:

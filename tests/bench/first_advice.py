@@ -17,7 +17,6 @@ if not __package__:
     import on_path  # noqa: F401
 
 import argparse
-import csv
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 
 from stabmon.records import StabilityIssue
-from tests.bench.alarm_lead_time import share
 from tests.bench.byte_gpt.cases import watched_job, watched_runs, with_others
 from tests.bench.byte_gpt.outcome import LAST
 from tests.bench.byte_gpt.recipe import Recipe
@@ -38,6 +36,7 @@ from tests.bench.byte_gpt.recipes import recipes
 from tests.bench.byte_gpt.runs import Job, run_all
 from tests.bench.causes import OF_ATTENTION, part_of
 from tests.bench.replay import Sampling, alarms
+from tests.bench.row_tables import share, write_rows
 from tests.bench.watched_run import WatchedRun
 
 REPAIRED = 0.10
@@ -267,11 +266,7 @@ def main() -> int:
     rows = judged(failed, losses, Sampling(args.every, args.schedule), train)
     report(rows)
     path = args.out / "first_advice.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(each) for each in rows)
-    print(f"every run: {path}")
+    write_rows(rows, path)
     return 0
 
 

