@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stabmon.config import StabilityConfig, load_config
@@ -46,12 +47,18 @@ def replay(
     if isinstance(schedule, AdaptiveSchedule):
         schedule.budget = OverheadBudget(config.max_overhead, clock=lambda: clock.now)
     losses: list[tuple[int, float]] = []
+    norms: dict[str, float] = {}
+    """Of each part's weights after the newest sample."""
+    after_sample = False
     for reading in readings:
+        if after_sample:
+            norms = {part: moved.before for part, moved in reading.parts.items()}
         schedule.begin_step(reading.step, clock.spent)
         sampled = schedule.wants(reading.step)
         clock.add(sampled)
         losses += reading.losses
-        seen = _seen(reading, tuple(losses), sampled)
+        seen = _seen(reading, tuple(losses), norms, sampled)
+        after_sample = sampled
         if seen is not None:
             losses = []
             if sampled:
@@ -96,10 +103,26 @@ def _tracker(config: StabilityConfig, model: RiskModel | None) -> IssueTracker:
     )
 
 
-def _seen(reading: Reading, losses: tuple[tuple[int, float], ...], sampled: bool) -> Reading | None:
-    """Return what a monitor knows of a step; None where it makes no reading."""
+def _seen(
+    reading: Reading,
+    losses: tuple[tuple[int, float], ...],
+    norms: Mapping[str, float],
+    sampled: bool,
+) -> Reading | None:
+    """Return what a monitor knows of a step; None where it makes no reading.
+
+    Args:
+        reading: what is known where every step is sampled.
+        losses: of the steps since the reading before.
+        norms: of each part's weights after the sample before.
+        sampled: whether the step is.
+    """
     if sampled:
-        return replace(reading, losses=losses)
+        parts = {
+            part: replace(moved, before=norms.get(part, math.nan))
+            for part, moved in reading.parts.items()
+        }
+        return replace(reading, losses=losses, parts=parts)
     if reading.non_finite is None and reading.overshoot is None:
         return None
     return replace(
