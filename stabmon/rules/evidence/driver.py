@@ -11,6 +11,8 @@ from stabmon.rules.tracking.history import History
 
 SPAN = 60
 """Optimizer steps over which a rate that rises is the likeliest cause of what attention does now."""
+RISING = 1.1
+"""Times that a rate has risen over the span where it rises still, as in a ramp that never ends."""
 RISE = 1.5
 """Times that a rate or a scale has risen: schedules that fall or stand still never do."""
 HIGHEST = 0.9
@@ -98,12 +100,15 @@ def _rate(history: History, layer: str) -> Driver | None:
     for key, column in rates.items():
         now = column[-1]
         before = np.where(recent & (column > 0), column, np.inf)
-        if not np.isfinite(now) or not now >= HIGHEST * np.nanmax(column):
+        if not (0 < now < np.inf) or not now >= HIGHEST * np.nanmax(column):
             continue
         at = int(len(before) - 1 - before[::-1].argmin())  # the last time that it was so low
-        if RISE * before[at] <= now:
-            fits = min(column[calm], now / RISE) if column[calm] > 0 else now / RISE
-            risen[key] = (now / before[at], float(before[at]), float(now), int(steps[at]), fits)
+        if calm is not None and column[calm] > 0 and RISING * before[at] <= now:
+            at = min(at, calm)  # it rises still: since attention was well
+        if RISE * column[at] <= now:
+            well = column[calm or 0]
+            fits = min(well, now / RISE) if well > 0 else now / RISE
+            risen[key] = (now / column[at], float(column[at]), float(now), int(steps[at]), fits)
     if not risen:
         return None
     alone = set(risen) <= set(history.latest.query_key_groups) and len(risen) < len(rates)
@@ -111,8 +116,8 @@ def _rate(history: History, layer: str) -> Driver | None:
     return Driver("query_key" if alone else "rate", float(times), low, now, since, float(fits))
 
 
-def _last_calm_row(history: History, layer: str) -> int:
-    """Return the newest row in which the layer's largest score was half of today's; 0 for none."""
+def _last_calm_row(history: History, layer: str) -> int | None:
+    """Return the newest row in which the layer's largest score was half of today's."""
     scores = np.nanmax(history.signal("max_logit")[:, history.of_layer(layer)], axis=1, initial=0)
     rows = np.flatnonzero(scores <= scores[-1] / 2)
-    return int(rows[-1]) if len(rows) else 0
+    return int(rows[-1]) if len(rows) else None

@@ -58,6 +58,18 @@ def test_a_rate_that_rises_is_named_with_the_value_that_fitted(
     assert ("of W_q and W_k" in found.advice) == (by == "query_key")
 
 
+def test_a_slow_ramp_that_goes_on_is_held_against_when_attention_was_well() -> None:
+    history = History()
+    for at, step in enumerate(STEPS):
+        score = np.array([4.0 if at < 10 else 10.0])
+        rates = {"0.0": 1e-3 * 1.0175**at}
+        history.add(Reading(step, None, {"attn": {"max_logit": score}}, learning_rates=rates))
+    found = driver_of(history, "attn")
+    assert found is not None
+    assert (found.by, found.since) == ("rate", 50)
+    assert found.times == pytest.approx(1.0175**30)
+
+
 @pytest.mark.parametrize(
     "rates",
     [
