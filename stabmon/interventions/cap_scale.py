@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from torch import Tensor
-
 from stabmon._settings import Bounds
 from stabmon._storage.stored_value import Stored
 from stabmon.capture import compiled_modules
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect, HeldEffect
-from stabmon.interventions.effects.scale_attribute import AtForward, ScaleAttribute, find_scale
+from stabmon.interventions.effects.scale_attribute import (
+    AtForward,
+    ScaleAttribute,
+    find_scale,
+    stored_scale,
+)
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.rules.evidence.norm_growth import sustained_growth
@@ -99,7 +102,7 @@ class CapScale(Intervention):
         return _Held(
             run,
             {
-                layer: (_stored(run, layer, path, layer in divisors), float(limit))
+                layer: (stored_scale(run, layer, path, layer in divisors), float(limit))
                 for layer, path, limit in state["caps"]
             },
         )
@@ -116,22 +119,6 @@ class CapScale(Intervention):
         if since not in read or scale.per_scale is None:
             raise NotApplicable(f"the scale that {layer} holds is not the one that was measured")
         return scale.of_scale(read[since])
-
-
-def _stored(run: TrainingRun, layer: str, path: str, is_divisor: bool) -> ScaleAttribute:
-    """Return an attribute of a stored state.
-
-    Raises:
-        NotApplicable: if the module has no such number any more.
-    """
-    found = ScaleAttribute(run.module(layer), path, is_divisor)
-    try:
-        is_number = isinstance(found.value, float | Tensor)
-    except AttributeError:
-        is_number = False
-    if not is_number:
-        raise NotApplicable(f"{layer} holds no number {path} any more")
-    return found
 
 
 class _Held(HeldEffect):

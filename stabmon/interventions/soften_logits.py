@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
-from torch import nn
-
 from stabmon._settings import Bounds
 from stabmon._storage.stored_value import Stored
+from stabmon.capture import compiled_modules
 from stabmon.interventions.base import Intervention, intervention
-from stabmon.interventions.effects.attributes import AttributesChanged, described
-from stabmon.interventions.effects.effect import Effect
-from stabmon.interventions.run.score_replay import can_replay, deepest_first, replayed_scores
+from stabmon.interventions.effects.effect import Effect, HeldEffect
+from stabmon.interventions.effects.scale_attribute import (
+    AtForward,
+    ScaleAttribute,
+    find_scale,
+    stored_scale,
+)
+from stabmon.interventions.run.score_replay import can_replay
 from stabmon.interventions.run.training_run import TrainingRun
-from stabmon.model_names import SCALES
 from stabmon.projections.not_applicable import NotApplicable
 
 
@@ -25,17 +27,18 @@ from stabmon.projections.not_applicable import NotApplicable
 class SoftenLogits(Intervention):
     r"""Divide all scores of a layer by a temperature.
 
-    With scores :math:`s = \alpha\, q^\top k`, the attribute that holds :math:`\alpha` becomes
-    :math:`\alpha / T`, with T for ``temperature``.
+    With scores :math:`s = \alpha\, q^\top k`, the attribute that holds :math:`\alpha` is
+    :math:`\alpha / T` in every forward of the module, with T for ``temperature``, in training and in
+    evaluation, whatever the training loop writes there at each step. Between forwards it has its
+    own value. It is found by running the step's batch again: the number of the module, of any name,
+    that its scores are proportional to, or their divisor. Refused where no batch can be run again.
+    In a compiled model the attribute is set after each step instead.
 
-    It reaches what QK-clip cannot: fused layouts that are not known, and norms without a gain. It
-    changes a whole layer, and only for as long as it is held. The attribute is no weight and is in
-    no checkpoint, so a model trained with it must keep it; the record states the value. A
-    temperature that held scores below 10 repaired six of ten failing runs, and cost a healthy one
-    0.01 nats.
-
-    It is kept in layers where a replay of the step's batch shows the scores of every head divided,
-    and refused where no batch can be replayed.
+    It reaches what QK-clip cannot: fused layouts that are not known, norms without a gain, and a
+    scale that is too large from the start. It changes a whole layer, and only for as long as it is
+    held. The attribute is no weight and is in no checkpoint, so a model trained with it must keep
+    it; the record states the value. A temperature that held scores below 10 repaired six of ten
+    failing runs, and cost a healthy one 0.01 nats.
 
     Example:
         >>> SoftenLogits(temperature=2.0).settings
@@ -51,131 +54,107 @@ class SoftenLogits(Intervention):
     """Divisor of the scores, in (1, 1e4]."""
 
     def _start(self, run: TrainingRun) -> Effect:
-        layers = list(
-            dict.fromkeys(
-                issue.layer.partition("#")[0] for issue in self.issues if issue.layer is not None
-            )
-        )
-        if not layers:
+        named = [each.layer.partition("#")[0] for each in self.issues if each.layer is not None]
+        if not named:
             raise NotApplicable("no layer is named: give an issue that names its layer")
         if not can_replay(run):
             raise NotApplicable(
                 "there is no batch to replay that could show whether the module's scale is read"
             )
-        before = replayed_scores(run)
-        proven: dict[str, Effect] = {}
+        found: list[tuple[str, ScaleAttribute]] = []
         refused: list[NotApplicable] = []
-        try:
-            # Deepest first: a changed layer does not alter the scores of those before it.
-            for layer in deepest_first(layers, list(before)):
-                try:
-                    proven[layer] = self._proven(run, layer, before.get(layer))
-                except NotApplicable as error:
-                    refused.append(error.with_traceback(None))
-        finally:
-            for each in proven.values():
-                each.undo()
-        if not proven:
+        for layer in dict.fromkeys(named):
+            try:
+                found.append((layer, find_scale(run, layer)))
+            except NotApplicable as error:
+                refused.append(error.with_traceback(None))
+        if not found:
             raise refused[0]
-        scales = {layer: scale_of(run.module(layer), layer) for layer in layers if layer in proven}
-        effect = self._set(
-            run, {layer: (name, getattr(run.module(layer), name)) for layer, name in scales.items()}
-        )
+        effect = _Softened(run, found, self.temperature)
         effect.note = "; ".join([effect.note, *(f"left out: {error.reason}" for error in refused)])
-        return effect
-
-    def _proven(self, run: TrainingRun, layer: str, before: np.ndarray | None) -> Effect:
-        """Soften one layer and prove it by a replay of the step's batch.
-
-        Raises:
-            NotApplicable: if the replayed scores are not divided; then nothing is changed.
-        """
-        module = run.module(layer)
-        name = scale_of(module, layer)
-        if before is None:
-            raise NotApplicable(f"{layer} does not attend on the step's batch")
-        effect = self._set(run, {layer: (name, getattr(module, name))})
-        try:
-            after = replayed_scores(run).get(layer)
-        except BaseException:
-            effect.undo()
-            raise
-        if after is None or not np.allclose(
-            after * self.temperature, before, rtol=0.02, equal_nan=True
-        ):
-            effect.undo()
-            raise NotApplicable(f"{layer} does not multiply its scores by its {name}")
         return effect
 
     def check_saved(self, effect: Stored) -> None:
         for each in effect["scales"].parts():
-            layer, name, value = each.parts(3)
-            _ = layer.text(), name.one_of(SCALES), value.number()
+            layer, path, value = each.parts(3)
+            _ = layer.text(), path.text(), value.number()
+        _ = [layer.text() for layer in effect.get("divisors", []).parts()]
 
     def _resume(self, run: TrainingRun, state: Mapping[str, Any]) -> Effect:
-        return self._set(
-            run,
-            {
-                layer: (scale_of(run.module(layer), layer), value)
-                for layer, _, value in state["scales"]
-            },
-        )
-
-    def _set(self, run: TrainingRun, scales: Mapping[str, tuple[str, float]]) -> Effect:
-        return _Softened(run, scales, self.temperature)
+        divisors = state.get("divisors", ())
+        found = [
+            (layer, stored_scale(run, layer, path, layer in divisors))
+            for layer, path, _ in state["scales"]
+        ]
+        return _Softened(run, found, self.temperature)
 
 
-class _Softened(AttributesChanged):
-    """The divided scales of several layers."""
+class _Softened(HeldEffect):
+    """The divided scales of several layers, in force whenever these run.
+
+    Where compiled code may pass hooks by, the attributes are set after each step instead.
+    """
 
     def __init__(
-        self, run: TrainingRun, scales: Mapping[str, tuple[str, float]], temperature: float
+        self,
+        run: TrainingRun,
+        scales: Sequence[tuple[str, ScaleAttribute]],
+        temperature: float,
     ) -> None:
-        changes = [
-            (layer, name, value, value / temperature) for layer, (name, value) in scales.items()
-        ]
-        before, after = described(changes)
+        self._scales, self._temperature = tuple(scales), temperature
+        own = {layer: float(scale.value) for layer, scale in scales}
+        used = {layer: float(self._divided(scale)) for layer, scale in scales}
         super().__init__(
-            places=[(layer, None) for layer in scales],
-            before=before,
-            after=after,
+            places=[(layer, None) for layer in own],
+            before={f"{layer}.{scale.path}": own[layer] for layer, scale in scales},
+            after={f"{layer}.{scale.path}": used[layer] for layer, scale in scales},
             note="; ".join(
-                f"to keep it, set {layer}.{name} = {now!r} in the model"
-                for layer, name, _, now in changes
+                f"to keep it, set {layer}.{scale.path} = {used[layer]!r} in the model"
+                for layer, scale in scales
             ),
-            resources=frozenset(f"scores of {layer}" for layer in scales),
-            changes=[(run.module(layer), name, was, now) for layer, name, was, now in changes],
+            resources=frozenset(f"scores of {layer}" for layer in own),
         )
-        self._state = [[layer, name, was] for layer, name, was, _ in changes]
+        self._own: dict[str, float] = own
+        self._written: dict[str, float] = {}
+        if compiled_modules(run.model):
+            self._set()
+            self._remove = [run.step_hooks.add("on_step", self._set, first=True)]
+        else:
+            self._remove = [
+                AtForward(scale, lambda scale=scale: self._divided(scale)).remove  # type: ignore[misc]
+                for _, scale in scales
+            ]
+
+    def undo(self) -> bool:
+        written = dict(self._written)
+        exact = all(
+            float(scale.value) == written[layer]
+            for layer, scale in self._scales
+            if layer in written
+        )
+        self.release()
+        return exact
+
+    def release(self) -> None:
+        """Stop, and put back attributes that are still as they were set; others stay."""
+        super().release()
+        for layer, scale in self._scales:
+            if layer in self._written and float(scale.value) == self._written.pop(layer):
+                scale.write(self._own[layer])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scales": self._state}
+        return {
+            "scales": [[layer, scale.path, self._own[layer]] for layer, scale in self._scales],
+            "divisors": [layer for layer, scale in self._scales if scale.is_divisor],
+        }
 
+    def _divided(self, scale: ScaleAttribute) -> Any:
+        value = scale.value
+        return value * self._temperature if scale.is_divisor else value / self._temperature
 
-def scale_of(module: nn.Module, layer: str) -> str:
-    """Return the name of the attribute that holds the scale of a module's scores.
-
-    Args:
-        module: the attention module.
-        layer: its name, for the error.
-
-    Returns:
-        The first of :data:`~stabmon.model_names.SCALES` that is a float of the module.
-
-    Raises:
-        NotApplicable: if it has none of these.
-
-    Example:
-        >>> attention = nn.Module()
-        >>> attention.scaling = 0.125
-        >>> scale_of(attention, "layers.0.self_attn")
-        'scaling'
-    """
-    for name in SCALES:
-        if isinstance(getattr(module, name, None), float):
-            return name
-    raise NotApplicable(
-        f"{layer} ({type(module).__name__}) holds no scale that could be lowered "
-        f"({', '.join(SCALES)})",
-        "pass scale=… to scaled_dot_product_attention, and read it from an attribute of the module",
-    )
+    def _set(self) -> None:
+        for layer, scale in self._scales:
+            if float(scale.value) != self._written.get(layer):
+                self._own[layer] = float(scale.value)
+                scale.write(float(self._divided(scale)))
+                self._written[layer] = float(scale.value)

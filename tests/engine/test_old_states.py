@@ -62,7 +62,9 @@ class Resumed(Hooks):
         self.begun: dict[str, Any] = {}
         self.diagnoses: dict[int, Any] = {}
         self.rates: dict[int, float] = {}
-        self.scales: dict[int, float] = {}
+        self.scales: dict[int, list[float]] = {}
+        """The scales of both layers in the step's forward."""
+        self.used: dict[int, float] = {}
         self.stepped: dict[int, list[float]] = {}
         """Norms of each layer's queries and keys after the optimizer's step."""
         self.left: dict[int, list[float]] = {}
@@ -91,8 +93,11 @@ class Resumed(Hooks):
             "issues": [issue.to_dict() for issue in stability.issues],
             "open": [issue.to_dict() for issue in self.monitor.open_issues],
             "held": {a.intervention.name: a.step for a in self.monitor.applied if a.active},
-            "scales": [block.attn.scaling for block in model.transformer.h],
         }
+        for layer, block in enumerate(model.transformer.h):
+            block.attn.register_forward_pre_hook(
+                lambda module, _, layer=layer: self.used.__setitem__(layer, module.scaling)
+            )
 
     def before_optimizer(self, step: int, model: Any) -> None:
         self.before = weights(model)
@@ -110,7 +115,7 @@ class Resumed(Hooks):
 
     def after_step(self, step: int, model: Any, stability: Any) -> None:
         self.left[step] = norms(model)
-        self.scales[step] = model.transformer.h[1].attn.scaling
+        self.scales[step] = [self.used[0], self.used[1]]
         self.poisoned = step >= LAST - 2
         if step in UNDO:
             before = query_key(model, 0).clone()
@@ -187,9 +192,8 @@ def test_rates_are_held_until_each_undo(run: Any) -> None:
 
 def test_the_temperature_is_held_until_its_undo(run: Any) -> None:
     hooks = run[0]
-    assert hooks.begun["scales"] == [SCALE, SCALE / TEMPERATURE]
     scales = [hooks.scales[step] for step in range(SAVED + 1, LAST)]
-    assert scales == [SCALE / TEMPERATURE] * 5 + [SCALE] * (len(scales) - 5)
+    assert scales == [[SCALE, SCALE / TEMPERATURE]] * 5 + [[SCALE, SCALE]] * (len(scales) - 5)
 
 
 def test_the_norm_is_capped_until_its_undo(run: Any) -> None:

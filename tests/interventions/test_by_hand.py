@@ -123,12 +123,13 @@ def test_not_held_it_is_in_force_for_one_step(
 ) -> None:
     monitor = watched(tmp_path)
     attention = monitor.model.transformer.h[0].attn
-    scale, issue = attention.scaling, growth(FIRST)
+    scale, issue, used = attention.scaling, growth(FIRST), []
     applied = monitor.apply(act.aimed_at([issue]), hold=False)
     assert applied is not None
     assert applied.active
-    assert (attention.scaling == scale / 4) == (act.name == "soften_logits")
-    train(monitor.model, monitor, monitor.optimizer, batches(1))
+    attention.register_forward_pre_hook(lambda module, _: used.append(module.scaling))
+    train(monitor.model, monitor, monitor.optimizer, batches(2))
+    assert used == [scale / 4 if act.name == "soften_logits" else scale, scale]
     assert not applied.active
     assert attention.scaling == scale
     assert monitor._guard.run.rate_factor == 1.0

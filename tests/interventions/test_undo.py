@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import stabmon
 from stabmon.interventions import INTERVENTIONS, Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.cap_learning_rate import CapLearningRate
 from stabmon.interventions.cap_query_key_norm import CapQueryKeyNorm
@@ -27,6 +28,7 @@ from stabmon.interventions.run.healthy_states import HealthyStates
 from stabmon.interventions.skip_step import SkipStep
 from stabmon.interventions.soften_logits import SoftenLogits
 from stabmon.interventions.stop import Stop
+from stabmon.records import StabilityIssue
 from tests.support.intervention_runs import (
     all_bits,
     differences,
@@ -218,7 +220,7 @@ def test_a_scale_that_the_attention_does_not_read_and_one_that_is_not_there_are_
     with pytest.raises(NotApplicable, match="holds no scale"):
         SoftenLogits().apply(run, growth(layer))
     run.layers[layer].scaling = 0.5
-    with pytest.raises(NotApplicable, match="does not multiply"):
+    with pytest.raises(NotApplicable, match="no number of it multiplies its scores"):
         SoftenLogits().apply(run, growth(layer))
     assert run.layers[layer].scaling == 0.5
 
@@ -260,3 +262,47 @@ def test_a_callback_that_fails_is_left_out_and_the_others_go_on() -> None:
     run.step_hooks.fire("on_step")
     run.step_hooks.fire("on_step")
     assert called == [1, 1]
+
+
+class Written(nn.Module):
+    """Attention whose loop writes its temperature, under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+        self.sharpness = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (
+            part(x).unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5 * self.sharpness)
+
+
+def test_a_temperature_holds_while_the_loop_writes_the_scale_at_each_step() -> None:
+    torch.manual_seed(0)
+    model, used = nn.Sequential(Written()), []
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+
+    def step(monitor: stabmon.AttentionStabilityMonitor) -> None:
+        model[0].sharpness = 3.0
+        loss = model(torch.randn(2, 8, 16)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        diagnosis = monitor.on_step(loss=loss)
+        assert diagnosis is not None
+        used.append(diagnosis.readings[-1].info["0"].scale)
+
+    with stabmon.AttentionStabilityMonitor(model, optimizer, log_every=1, sinks=[]) as monitor:
+        step(monitor)
+        step(monitor)
+        issue = StabilityIssue(2, "0", None, "logit_growth", "error", 9.0, 1.0, "")
+        held = monitor.apply(SoftenLogits(temperature=3.0).aimed_at([issue]))
+        assert held is not None
+        step(monitor)
+        step(monitor)
+        assert held.undo()
+        step(monitor)
+    assert used == pytest.approx([1.5, 1.5, 0.5, 0.5, 1.5])
+    assert model[0].sharpness == 3.0

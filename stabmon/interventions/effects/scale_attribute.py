@@ -160,6 +160,28 @@ def find_scale(run: TrainingRun, layer: str) -> ScaleAttribute:
     raise _holds_none(module, layer)
 
 
+def stored_scale(run: TrainingRun, layer: str, path: str, is_divisor: bool) -> ScaleAttribute:
+    """Return the scale of a stored state.
+
+    Args:
+        run: the run.
+        layer: the layer's name.
+        path: of the attribute, from the layer's module.
+        is_divisor: True if scores are divided by it.
+
+    Raises:
+        NotApplicable: if the module has no such number any more.
+    """
+    found = ScaleAttribute(run.module(layer), path, is_divisor)
+    try:
+        is_number = isinstance(found.value, float | Tensor)
+    except AttributeError:
+        is_number = False
+    if not is_number:
+        raise NotApplicable(f"{layer} holds no number {path} any more")
+    return found
+
+
 def _candidates(module: nn.Module) -> Iterator[ScaleAttribute]:
     """Yield the numbers of a module and its children, those of known names first."""
     holders = [("", module), *((f"{name}.", child) for name, child in module.named_children())]
