@@ -125,6 +125,10 @@ class _Softened(HeldEffect):
                 for _, scale in scales
             ]
 
+    def was_active(self) -> bool:
+        """Return True: without it, scores would be larger at once."""
+        return bool(self._remove)
+
     def undo(self) -> bool:
         written = dict(self._written)
         exact = all(
