@@ -69,6 +69,9 @@ class AttentionStabilityMonitor:
             training, and an exception in it is counted and logged once.
         reduce_ranks: under torch.distributed, reduce sampled steps over all ranks. Every rank must
             then have a monitor; interventions need it, since all ranks must do the same.
+        stage: the pipeline stage that this rank is, from 0: ranks with the same number are replicas.
+            None to tell stages apart by the names and bits of their weights, as is right but where
+            stages have the same names and are never trained.
         is_writer: this process writes to the sinks; None for rank 0 only.
         manual_steps: :meth:`begin_step` and :meth:`before_optimizer_step` are called from outside,
             as the integrations do.
@@ -106,6 +109,7 @@ class AttentionStabilityMonitor:
         run_dir: str | Path | None = None,
         on_issue: OnIssue | None = None,
         reduce_ranks: bool = False,
+        stage: int | None = None,
         is_writer: bool | None = None,
         manual_steps: bool = False,
         grad_scaler: Any = None,
@@ -134,6 +138,7 @@ class AttentionStabilityMonitor:
             run_dir=self.run_dir,
             is_writer=rank() == 0 if is_writer is None else is_writer,
             reduce_ranks=reduce_ranks,
+            stage=stage,
             grad_scaler=grad_scaler,
             on_issue=checked(on_issue),
             framework=framework,
