@@ -414,15 +414,18 @@ class AttentionStabilityMonitor:
         it returns, unless a sink fails or takes longer than 2 s.
         """
         self._recorder.flush()
+        share = self._guard.run.share
+        own = [own for each in self._tracker.history.layers if (own := share.own(each)) is not None]
         return {
             "version": monitor_state.STATE_VERSION,
-            "model": monitor_state.attention_of(self.model, self._tracker.history.layers),
+            "model": monitor_state.attention_of(self.model, own),
             "step": self.step,
             "last_reading": self._readings.last_step,
             "issues": [issue.to_dict() for issue in self.issues],
             "alarms": self._recorder.alarms,
             "tracker": self._tracker.state_dict(),
             **{key: part.state_dict() for key, part in self._parts.stored.items()},
+            **({} if share.is_whole else {"share": monitor_state.share_state(share)}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -482,6 +485,8 @@ class AttentionStabilityMonitor:
         tracker.history.is_resumed = True
         self._recorder.restore(saved.issues, saved.alarms)
         self._guard.run.step, self._guard.run.history = saved.step, tracker.history
+        if self._ranks is not None:
+            self._ranks.share = saved.share
         saved.restore_parts()
         alone = self._ranks is None or not self._ranks.together
         self._schedule.resume(tracker.history.readings, tracker.history.losses, alone=alone)
@@ -579,7 +584,8 @@ class AttentionStabilityMonitor:
     def _intervene(self, diagnosis: Diagnosis | None) -> None:
         """Let the guard judge and intervene, on all ranks alike, also without a diagnosis."""
         run, history = self._guard.run, self._tracker.history
-        run.layers = {**run.layers, **self._observer.measurements.modules}
+        seen = self._observer.measurements.modules
+        run.layers = {**run.layers, **{run.share.common(name): each for name, each in seen.items()}}
         run.history = history
         run.is_uncertain = (
             self.config.watch_every_step and self._parts.step_length.rates.is_uncertain

@@ -216,7 +216,6 @@ class RankReducer:
             self.exchange.is_opened = layout is not None
         except Exception as error:
             self._layout, self._is_max = [], self._is_max[:0]
-            self.exchange.share = RankShare()
             if not self.exchange.together:
                 raise
             if not isinstance(error, RankFailed):
@@ -239,6 +238,7 @@ class RankReducer:
         exchange.are_replicas = is_same and not found[5] and not found[6]
         if not is_same or found[5]:
             return self._merged_layout(own, identity, mesh)
+        exchange.share = RankShare()
         if found[1] != -found[2]:  # the same model, of which some rank measures less
             return [
                 (str(layer), str(name), int(heads))
@@ -475,7 +475,10 @@ def entries_of(
         for layer, signals in own.sums.items()
     }
     whole = own.whole if share.is_staged else {}
-    numbers = {**{key: [x / world_size() for x in each] for key, each in whole.items()}, **own.squares}
+    numbers = {
+        **{key: [x / world_size() for x in each] for key, each in whole.items()},
+        **own.squares,
+    }
     for key, each in numbers.items():
         kind = GRADIENT if key.startswith(GRADIENT) else QUERY_KEY
         total = torch.tensor(list(each), dtype=torch.float64) * scale

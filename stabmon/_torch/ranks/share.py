@@ -86,7 +86,9 @@ class RankShare:
         whole[first : first + len(values)] = values
         return whole
 
-    def named(self, layers: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    def named(
+        self, layers: Mapping[str, Mapping[str, np.ndarray]]
+    ) -> dict[str, dict[str, np.ndarray]]:
         """Return this rank's own readings by common names, NaN for heads of other ranks.
 
         Args:

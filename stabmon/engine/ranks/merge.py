@@ -143,7 +143,9 @@ def merge(ranks: Sequence[Held]) -> Agreement:
     ]
     names = [{layer for each in stage for layer in each.layers} for stage in stages]
     is_equal = sum(map(len, names)) > len(set().union(*names))
-    numbers = [stage[0].stage if stage[0].stage is not None else at for at, stage in enumerate(stages)]
+    numbers = [
+        stage[0].stage if stage[0].stage is not None else at for at, stage in enumerate(stages)
+    ]
     if len(set(numbers)) < len(numbers):
         numbers = list(range(len(stages)))
     prefixes = [f"stage{number}." if is_equal else "" for number in numbers]
