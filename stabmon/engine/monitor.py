@@ -124,7 +124,7 @@ class AttentionStabilityMonitor:
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.step = 0
         """Optimizer steps seen, those before a resume included."""
-        self.run_dir = None if run_dir is None else Path(run_dir) / "stabmon"
+        folder = None if run_dir is None else Path(run_dir) / "stabmon"
         self.boundary = ErrorBoundary()
         self._manual, self._is_resumed = manual_steps, False
         self._framework = framework
@@ -135,7 +135,7 @@ class AttentionStabilityMonitor:
             lr_scheduler,
             self.config,
             self.boundary,
-            run_dir=self.run_dir,
+            run_dir=folder,
             is_writer=rank() == 0 if is_writer is None else is_writer,
             reduce_ranks=reduce_ranks,
             stage=stage,
@@ -339,6 +339,15 @@ class AttentionStabilityMonitor:
     def _repr_html_(self) -> str:
         """Return the state of the run at a glance, for notebooks."""
         return monitor_html(repr(self), self._tracker, self.incidents, self.applied, self.run_dir)
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The folder of the records; None where they are kept in memory only.
+
+        ``<run_dir>/stabmon``, or from the first step on ``<run_dir>/stabmon-2`` and so on where
+        another monitor is writing there.
+        """
+        return self._recorder.folder
 
     @property
     def issues(self) -> list[StabilityIssue]:
