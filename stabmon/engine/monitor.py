@@ -23,7 +23,7 @@ from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
 from stabmon._torch.ranks.exchange import RankFailed, announce, decline
-from stabmon._torch.ranks.identity import joins_unequal_batches
+from stabmon._torch.ranks.identity import has_flat_shards, joins_unequal_batches
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
@@ -173,6 +173,10 @@ class AttentionStabilityMonitor:
         self._open()
         if self._ranks is not None and self._ranks.together and joins_unequal_batches(self.model):
             self._ranks.leave("training runs under Join, where ranks may end at different steps")
+        if self._ranks is not None and self._ranks.together and has_flat_shards(self.model):
+            self._ranks.leave(
+                "FSDP1 (FullyShardedDataParallel) is not supported; use fully_shard (FSDP2)"
+            )
         self._schedule.begin_step(self.step + 1, self.boundary.seconds)
         if self._ranks is not None and not self._ranks.has_met:
             self._ranks.agenda = self._schedule.first(self.step)

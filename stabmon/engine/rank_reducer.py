@@ -181,12 +181,17 @@ class RankReducer:
         slots = self._slots
         losses = _mean_losses(step, added[: 2 * slots].reshape(2, slots))
         worst = _worst_losses(step, largest[CONTROL : CONTROL + slots])
-        sums = {layer: dict(signals) for layer, signals in own.sums.items()}
+        share = exchange.share
+        sums = {
+            share.common(layer): {
+                name: _placed(each, layer, share) for name, each in signals.items()
+            }
+            for layer, signals in own.sums.items()
+        }
         squares: dict[str, list[float]] = {}
         if self._layout:
             rest = added[2 * slots :].reshape(2, -1), largest[CONTROL + slots :]
-            is_whole = exchange.share.is_whole
-            sums = self._unpack(*rest, sums if is_whole else {}, whether=bool(own.sums))
+            sums = self._unpack(*rest, sums if share.is_whole else {}, has_measured=bool(own.sums))
             squares = self._unpack_squares(rest[0])
         return Shared(sums, squares, losses, worst)
 
@@ -421,19 +426,19 @@ class RankReducer:
         largest: Tensor,
         own: dict[str, dict[str, HeadSums]],
         *,
-        whether: bool = True,
+        has_measured: bool = True,
     ) -> dict[str, dict[str, HeadSums]]:
         """Return the signals of all ranks; in a rank that measured nothing, none.
 
         A stage may have no attention at all, and has those of the others nevertheless.
         """
-        whether = whether or self.exchange.share.is_staged
+        has_measured = has_measured or self.exchange.share.is_staged
         totals = torch.where(self._is_max, torch.where(added[0] > 0, torch.nan, largest), added[0])
         at = 0
         for layer, name, heads in self._layout:
             where = slice(at, at + heads)
             at += heads
-            if whether and name != SQUARES:
+            if has_measured and name != SQUARES:
                 own.setdefault(layer, {})[name] = HeadSums(
                     SIGNALS[name], totals[where], added[1, where]
                 )

@@ -106,7 +106,9 @@ def grow_head(weight: Tensor, head: int, factor: float = 2.0, of: int = HEADS) -
         weight[head * size : (head + 1) * size] *= factor
 
 
-def on_two_ranks(scenarios: Sequence[Callable[..., Any]], folder: Path) -> None:
+def on_two_ranks(
+    scenarios: Sequence[Callable[..., Any]], folder: Path, seconds: float = 150
+) -> None:
     """Run each of some functions of (rank, folder) in one pair of processes.
 
     What a rank returns lies in ``folder/<name>/given-<rank>``.
@@ -117,7 +119,7 @@ def on_two_ranks(scenarios: Sequence[Callable[..., Any]], folder: Path) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(150)
+        process.join(seconds)
     hung = [process for process in processes if process.is_alive()]
     for process in hung:
         process.kill()

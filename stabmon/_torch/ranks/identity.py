@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from typing import Any
 
 import torch
@@ -136,6 +137,26 @@ def is_fully_sharded(model: nn.Module) -> bool:
     """Return whether FSDP shards the model: its forwards gather parameters from other ranks."""
     names = {kind.__name__ for each in model.modules() for kind in type(each).__mro__}
     return not names.isdisjoint({"FSDPModule", "FullyShardedDataParallel"})
+
+
+def has_flat_shards(model: nn.Module) -> bool:
+    """Return whether FSDP1 shards the model, whose parts belong to no single parameter."""
+    names = {kind.__name__ for each in model.modules() for kind in type(each).__mro__}
+    return "FullyShardedDataParallel" in names
+
+
+def runs_context_parallel() -> bool:
+    """Return whether torch's context parallel is in force now, so that keys lie on several ranks."""
+    # its context replaces the handlers of DTensor's dispatcher by others than existing_custom_ops
+    # (checked with torch 2.13); without these names context parallel is not noticed, and the scores
+    # of each rank's own keys are read
+    private = "torch.distributed.tensor.experimental._context_parallel._attention"
+    module: Any = sys.modules.get(private)
+    if module is None or not hasattr(module, "existing_custom_ops"):
+        return False
+    dispatcher = getattr(module.DTensor, "_op_dispatcher", None)
+    handlers = getattr(dispatcher, "_custom_op_handlers", module.existing_custom_ops)
+    return handlers is not module.existing_custom_ops
 
 
 def joins_unequal_batches(model: nn.Module) -> bool:

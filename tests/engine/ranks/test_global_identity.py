@@ -5,7 +5,6 @@ pipeline and shards of heads, faults planted on the last of them, and what guard
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +32,8 @@ STEPS = 3
 FAULT_AT, FAULT_STEPS = 6, 14
 HEAD = 3
 """The head that grows, of four: the last one on the last rank."""
-LAYERS = ["0.attn", "1.attn", "2.attn", "3.attn"]
-STAGES = ["stage0.0.attn", "stage0.1.attn", "stage1.0.attn", "stage1.1.attn"]
+LAYERS = ["0.attn", "1.attn"]
+STAGES = ["stage0.0.attn", "stage1.0.attn"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def plain_step(model):
 
 
 def run_pipeline(rank, folder, *, apart, config="observe", steps=STEPS, between=lambda *_: None):
-    module = stage_of(whole(), rank, apart=apart).train()
+    module = stage_of(whole(2), rank, apart=apart).train()
     optimizer = optimizer_of(module)
     monitor = watch(module, optimizer, folder, config)
     step = pipeline(module, rank)
@@ -88,7 +87,7 @@ def pipeline_of_equal_names(rank, folder):
     module, monitor, given = run_pipeline(rank, folder, apart=True)
     reading, errors = given[-1].readings[-1], dict(monitor.errors)
     monitor.close()
-    bare = stage_of(whole(), rank, apart=True).train()
+    bare = stage_of(whole(2), rank, apart=True).train()
     optimizer = optimizer_of(bare)
     train(pipeline(bare, rank), bare, optimizer, None, STEPS)
     return reading, errors, weights(module), weights(bare)
@@ -102,7 +101,7 @@ def pipeline_of_kept_names(rank, folder):
 
 def single(dtype=torch.float64):
     """The reading of one process with the whole model, in float64."""
-    model = whole().to(dtype).train()
+    model = whole(2).to(dtype).train()
     optimizer = optimizer_of(model)
     with stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=1) as monitor:
         step = plain_step(model)
@@ -152,7 +151,7 @@ def test_stages_that_keep_their_names_are_read_under_these(ranks):
 def fault_on_last_stage(rank, folder):
     def grow(at, module):
         if at >= FAULT_AT and rank == 1:
-            grow_head(module[1].attn.q.weight, HEAD)
+            grow_head(module[0].attn.q.weight, HEAD)
 
     module, monitor, _ = run_pipeline(
         rank, folder, apart=True, config="guard", steps=FAULT_STEPS, between=grow
@@ -173,7 +172,7 @@ def test_a_fault_of_the_last_stage_is_on_the_disk_of_rank_0_and_of_no_other_laye
     stored = lines(folder / "stabmon" / "issues.jsonl")
     alarms = [each for each in stored if each["severity"] in ("error", "critical")]
     assert alarms
-    assert {(each["layer"], each["head"]) for each in alarms} == {("stage1.1.attn", HEAD)}
+    assert {(each["layer"], each["head"]) for each in alarms} == {("stage1.0.attn", HEAD)}
     for errors, applied, (layers, active) in given:
         assert errors == {}
         assert applied == given[0][1]  # the same on both ranks
@@ -185,7 +184,7 @@ def test_a_fault_of_the_last_stage_is_on_the_disk_of_rank_0_and_of_no_other_laye
 def clip_on_last_stage(rank, folder):
     module, monitor, _ = run_pipeline(rank, folder, apart=True, config="guard")
     before = weights(module)
-    issue = StabilityIssue(STEPS, "stage1.1.attn", HEAD, "logit_growth", "error", 9.0, 1.0, "")
+    issue = StabilityIssue(STEPS, "stage1.0.attn", HEAD, "logit_growth", "error", 9.0, 1.0, "")
     clip = replace(QkClip(target=0.01, hold=False), issues=(issue,))
     applied = monitor.apply(clip)
     after, state = weights(module), monitor._ranks.state
@@ -199,7 +198,7 @@ def test_a_clip_scales_the_head_of_its_own_stage_and_nothing_else(ranks):
     given, _ = ranks(clip_on_last_stage)
     for rank, (before, after, undone, restored, state, _) in enumerate(given):
         changed = {name for name in before if not torch.equal(before[name], after[name])}
-        wanted = {f"1.attn.{part}.{kind}" for part in "qk" for kind in ("weight", "bias")}
+        wanted = {f"0.attn.{part}.{kind}" for part in "qk" for kind in ("weight", "bias")}
         assert changed == (wanted if rank == 1 else set())
         assert restored
         assert state == "together"
@@ -207,19 +206,19 @@ def test_a_clip_scales_the_head_of_its_own_stage_and_nothing_else(ranks):
         for name in changed:
             rows = (before[name] != after[name]).reshape(4, 8, -1).any(-1).any(-1)
             assert rows.tolist() == [False, False, False, True]
-    assert "other stages: stage1.1.attn" in given[0][-1]
+    assert "other stages: stage1.0.attn" in given[0][-1]
 
 
 def heads_on_two_ranks(rank, folder):
     """The fault is on head 1 of the two of rank 1."""
-    model = whole().train()
+    model = whole(2).train()
     split_heads(model)
     optimizer = optimizer_of(model)
     monitor = watch(model, optimizer, folder, "guard", sinks=["jsonl"])
 
     def grow(at):
         if at >= FAULT_AT and rank == 1:
-            grow_head(model[3].attn.q.weight.to_local(), 1, of=2)
+            grow_head(model[1].attn.q.weight.to_local(), 1, of=2)
 
     step = plain_step(model)
     given = train(step, model, optimizer, monitor, FAULT_STEPS, grow)
@@ -238,7 +237,7 @@ def test_heads_of_tensor_parallel_ranks_have_their_numbers_of_the_whole_model(ra
     stored = lines(folder / "stabmon" / "issues.jsonl")
     alarms = [each for each in stored if each["severity"] in ("error", "critical")]
     assert alarms
-    assert {(each["layer"], each["head"]) for each in alarms} == {("3.attn", HEAD)}
+    assert {(each["layer"], each["head"]) for each in alarms} == {("1.attn", HEAD)}
 
 
 SCENARIOS = [
@@ -248,7 +247,3 @@ SCENARIOS = [
     clip_on_last_stage,
     heads_on_two_ranks,
 ]
-
-
-def test_scenarios_are_all_run() -> None:
-    assert Path(__file__).read_text().count("= ranks(") == len(SCENARIOS)
