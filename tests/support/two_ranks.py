@@ -9,11 +9,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support.small_runs import HEADS, Attention
 
-WIDTH = 32
+WIDTH, MICRO_BATCHES = 32, 2
+
+
+class SplitAttention(Attention):
+    """Attention with as many heads as the features here make."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            part(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.o(mixed.transpose(1, 2).flatten(-2))
 
 
 class Block(nn.Module):
@@ -21,7 +34,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.attn = nn.LayerNorm(WIDTH), Attention()
+        self.norm, self.attn = nn.LayerNorm(WIDTH), SplitAttention()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.attn(self.norm(x))
@@ -67,14 +80,14 @@ def stage_of(model: nn.Sequential, rank: int, *, apart: bool) -> nn.Module:
 
 
 def pipeline(module: nn.Module, rank: int) -> Callable[[Tensor, Tensor], Tensor | None]:
-    """Return a training step of a pipeline of two stages and two micro-batches.
+    """Return a training step of a pipeline of two stages and ``MICRO_BATCHES`` micro-batches.
 
     It returns the loss on the last stage, None on the first.
     """
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     stage = PipelineStage(module, rank, 2, torch.device("cpu"))
-    schedule = ScheduleGPipe(stage, 2, loss_fn=loss_of)
+    schedule = ScheduleGPipe(stage, MICRO_BATCHES, loss_fn=loss_of)
 
     def step(x: Tensor, target: Tensor) -> Tensor | None:
         if rank == 0:
