@@ -6,7 +6,7 @@ Cells are {plain, compile, DDP x2, FSDP2 x2, TP x2, PP x2} x {fp32, bf16} x {che
 processes talk by gloo. In each cell the same model trains twice from the same weights, watched and
 bare, one step of either in turn. Columns:
 
-- ``difference``: largest difference of a signal of the first step from that of one process in
+- ``difference``: largest difference of a signal of the first sample from that of one process in
   float64 with the same weights, over the largest value of the signal; ``heads``: every layer has
   the names and the number of heads of the whole model, and each head's score is its own.
 - ``alarm``: the first alarm in ``issues.jsonl`` of rank 0, of a fault on the last rank: a head whose
@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,8 @@ from tests.support.two_ranks import (
 WAYS = ("plain", "compile", "DDP x2", "FSDP2 x2", "TP x2", "PP x2")
 EVERY, BLOCKS = 5, 4
 """Steps of a block, of which one is sampled, and blocks before the fault."""
-FAULT_STEPS = 8
+HEALTHY_STEPS, FAULT_STEPS = 5, 11
+RATE = 1e-3
 LAYERS = [f"{at}.attn" for at in range(4)]
 HEAD = HEADS - 1
 
@@ -168,10 +170,10 @@ def batch(cell: Cell, rank: int, x: Tensor, target: Tensor) -> tuple[Tensor, Ten
 
 
 def expected(cell: Cell) -> dict[str, dict[str, np.ndarray]]:
-    """Return the readings of the first step, of one process in float64."""
+    """Return the readings of the first sample, of one process in float64."""
     plain = Cell("plain", cell.bf16, checkpointed=False)
     model = made(plain).double()
-    x, target = (each.double() for each in batch(plain, 0, *inputs(1)[0]))
+    x, target = (each.double() for each in batch(plain, 0, *inputs(EVERY)[-1]))
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     options: dict[str, Any] = {"sinks": [], "log_every": 1}
     with stabmon.AttentionStabilityMonitor(model, optimizer, **options) as monitor:
@@ -212,21 +214,7 @@ def run(cell: Cell, rank: int, folder: str) -> Found:
     watched, bare = trained(cell, rank), trained(cell, rank)
     both = [watched, bare]
     optimizers = [torch.optim.AdamW(each.own.parameters(), 1e-3, foreach=False) for each in both]
-    monitor = stabmon.AttentionStabilityMonitor(
-        watched.module,
-        optimizers[0],
-        sinks=["jsonl"],
-        run_dir=folder,
-        log_every=EVERY,
-        reduce_ranks=dist.is_initialized(),
-        schedule="fixed",
-        max_overhead=1.0,
-    )
-    # the first step is sampled for the comparison with one process
-    monitor._schedule.agree(0, 1)
-    if monitor._ranks is not None:
-        monitor._ranks.agenda = 1
-    monitor._start_observing()
+    monitor = watch(watched.module, optimizers[0], folder, EVERY)
     times: list[list[float]] = [[], []]
     breaks = [0, 0]
     after_first = 0
@@ -241,37 +229,52 @@ def run(cell: Cell, rank: int, folder: str) -> Found:
         breaks[at] += graph_breaks() - before
         return diagnosis
 
-    steps = 1 + EVERY * BLOCKS
-    data = [batch(cell, rank, *each) for each in inputs(steps + FAULT_STEPS)]
+    steps = EVERY * (1 + BLOCKS)
+    data = [batch(cell, rank, *each) for each in inputs(steps + HEALTHY_STEPS + FAULT_STEPS)]
     for step, (x, target) in enumerate(data[:steps], start=1):
+        for group in [group for each in optimizers for group in each.param_groups]:
+            group["lr"] = RATE if step > EVERY else 0.0  # the first sample is of the first weights
         diagnosis = one(0, x, target)
         one(1, x, target)
-        if step == 1:
+        if step == EVERY:
             assert diagnosis is not None
             found.difference, found.heads = compared(diagnosis.stats, cell)
             after_first = 0 if monitor._ranks is None else monitor._ranks.collectives
     if monitor._ranks is not None:
         found.collectives = (monitor._ranks.collectives - after_first) / BLOCKS
     blocks = [
-        [sum(own[1 + EVERY * at : 1 + EVERY * (at + 1)]) for at in range(1, BLOCKS)]
-        for own in times
+        [sum(own[EVERY * at : EVERY * (at + 1)]) for at in range(1, BLOCKS + 1)] for own in times
     ]
     found.cost = statistics.median(blocks[0]) / statistics.median(blocks[1])
     found.breaks = breaks[0] - breaks[1]
     pairs = zip(watched.own.parameters(), bare.own.parameters(), strict=True)
     found.neutral = all(torch.equal(local(a), local(b)) for a, b in pairs)
-    for number, (x, target) in enumerate(data[steps:], start=1):
-        plant(cell, rank, watched.own, x if number == FAULT_STEPS else None)
-        monitor._schedule.agree(steps + number - 1, steps + number)
-        if monitor._ranks is not None:
-            monitor._ranks.agenda = steps + number
-        monitor._start_observing()
+    errors = Counter(monitor.errors)
+    monitor.close()
+    monitor = watch(watched.module, optimizers[0], folder, 1)
+    for number, (x, target) in enumerate(data[steps:], start=1 - HEALTHY_STEPS):
+        if number > 0:
+            plant(cell, rank, watched.own, x if number == FAULT_STEPS else None)
         one(0, x, target)
-    found.errors = dict(monitor.errors)
+    found.errors = dict(errors + Counter(monitor.errors))
     monitor.close()
     if rank == 0:
         found.alarm = first_alarm(Path(folder), cell)
     return found
+
+
+def watch(module: nn.Module, optimizer: Any, folder: str, every: int) -> Any:
+    """Return a monitor that samples each step of a number."""
+    return stabmon.AttentionStabilityMonitor(
+        module,
+        optimizer,
+        sinks=["jsonl"],
+        run_dir=folder,
+        log_every=every,
+        reduce_ranks=dist.is_initialized(),
+        schedule="fixed",
+        max_overhead=1.0,
+    )
 
 
 def local(tensor: Tensor) -> Tensor:
