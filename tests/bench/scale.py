@@ -9,13 +9,14 @@ bare, one step of either in turn. Columns:
 - ``difference``: largest difference of a signal of the first sample from that of one process in
   float64 with the same weights, over the largest value of the signal; ``heads``: every layer has
   the names and the number of heads of the whole model, and each head's score is its own.
-- ``alarm``: the first alarm in ``issues.jsonl`` of rank 0, of a fault on the last rank: a head whose
-  W_q doubles at each step (plain, compile, TP, PP), or a NaN in its batch (DDP, FSDP2).
+- ``told``: what ``issues.jsonl`` of rank 0 says first of a fault on the last rank, and the first alarm:
+  a head whose W_q doubles at each step and is NaN at the last one (plain, compile, TP, PP), or a NaN
+  in the batch of that rank (DDP, FSDP2).
 - ``cost``: median time of five watched steps, of which one is sampled, over that of five bare ones.
 - ``breaks``: graph breaks that watching adds; ``collectives`` of a sampled step.
 - ``neutral``: all weights are the same to the bit before the fault, watched and bare.
 
-Exit status 1 where a cell is wrong: ``heads``, ``alarm``, ``breaks`` or ``neutral``.
+Exit status 1 where a cell is wrong: ``heads``, ``told``, ``breaks`` or ``neutral``.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Found:
 
     difference: float = float("nan")
     heads: bool = False
-    alarm: str = "none"
+    told: str = "none"
     cost: float = float("nan")
     breaks: int = 0
     collectives: float = 0.0
@@ -95,7 +96,7 @@ class Found:
     @property
     def is_right(self) -> bool:
         """Return whether nothing is wrong."""
-        return self.heads and self.neutral and self.alarm != "none" and not self.breaks
+        return self.heads and self.neutral and self.told != "none" and not self.breaks
 
 
 class Checkpointed(Block):
@@ -259,7 +260,7 @@ def run(cell: Cell, rank: int, folder: str) -> Found:
     found.errors = dict(errors + Counter(monitor.errors))
     monitor.close()
     if rank == 0:
-        found.alarm = first_alarm(Path(folder), cell)
+        found.told = told_of(Path(folder), cell)
     return found
 
 
@@ -294,21 +295,23 @@ def plant(cell: Cell, rank: int, model: nn.Module, last: Tensor | None) -> None:
     blocks: Any = list(model.children())
     weight = local(blocks[-1].attn.q.weight)
     of = HEADS // 2 if cell.way == "TP x2" else HEADS
-    grow_head(weight, of - 1, 2.0, of=of)
+    grow_head(weight, of - 1, 2.0 if last is None else float("nan"), of=of)
 
 
-def first_alarm(folder: Path, cell: Cell) -> str:
-    """Return the first alarm on the disk of rank 0, if it is of the place of the fault."""
-    for each in lines(folder / "stabmon" / "issues.jsonl"):
-        if each["severity"] not in ("error", "critical"):
-            continue
-        if cell.way in ("DDP x2", "FSDP2 x2"):
-            told = each["issue_type"] == "non_finite" and "rank 1" in json.dumps(each["evidence"])
-            return f"{each['issue_type']} (rank 1)" if told else "none"
-        wanted = ("stage1.1.attn" if cell.way == "PP x2" else LAYERS[-1], HEAD)
-        if (each["layer"], each["head"]) == wanted:
-            return f"{each['issue_type']} {each['layer']} head {each['head']}"
-    return "none"
+def told_of(folder: Path, cell: Cell) -> str:
+    """Return what the disk of rank 0 says of the fault at its place; "none" without an alarm."""
+    stored = lines(folder / "stabmon" / "issues.jsonl")
+    alarms = [each for each in stored if each["severity"] in ("error", "critical")]
+    if cell.way in ("DDP x2", "FSDP2 x2"):
+        told = [each for each in alarms if "rank 1" in json.dumps(each["evidence"])]
+        return f"{told[0]['issue_type']} (rank 1)" if told else "none"
+    layer = "stage1.1.attn" if cell.way == "PP x2" else LAYERS[-1]
+    of_head = [each for each in stored if each["head"] is not None]
+    places = {(each["layer"], each["head"]) for each in of_head}
+    told = [each for each in alarms if each["layer"] == layer]
+    if not told or places != {(layer, HEAD)}:
+        return "none"
+    return f"{of_head[0]['issue_type']} of {layer} head {HEAD}, {told[0]['issue_type']}"
 
 
 def graph_breaks() -> int:
@@ -385,7 +388,7 @@ def main() -> int:
         if not given.cells
         or any(all(w.strip() in cell.name for w in each.split(",")) for each in given.cells)
     ]
-    heads = ("cell", "difference", "heads", "cost", "breaks", "collectives", "neutral", "alarm")
+    heads = ("cell", "difference", "heads", "cost", "breaks", "collectives", "neutral", "told")
     print("{:<30}{:>11}{:>7}{:>7}{:>8}{:>13}{:>9}  {}".format(*heads))
     wrong, begun = 0, time.perf_counter()
     for cell, found in results(chosen):
@@ -397,7 +400,7 @@ def main() -> int:
         print(
             f"{cell.name:<30}{found.difference:>11.1e}{_said(found.heads):>7}{found.cost:>7.2f}"
             f"{found.breaks:>8}{found.collectives:>13.1f}{_said(found.neutral):>9}  "
-            f"{found.alarm}{failed}",
+            f"{found.told}{failed}",
             flush=True,
         )
     print(f"{wrong} of {len(chosen)} cells wrong; {time.perf_counter() - begun:.0f} s")

@@ -30,7 +30,7 @@ from tests.support.two_ranks import (
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 STEPS = 3
-FAULT_AT, FAULT_STEPS = 6, 16
+FAULT_AT, FAULT_STEPS = 6, 14
 HEAD = 3
 """The head that grows, of four: the last one on the last rank."""
 LAYERS = ["0.attn", "1.attn"]
@@ -240,9 +240,8 @@ def test_heads_of_tensor_parallel_ranks_have_their_numbers_of_the_whole_model(ra
         assert applied == given[0][2]
         same_as(reading, expected, LAYERS)
     stored = lines(folder / "stabmon" / "issues.jsonl")
-    alarms = [each for each in stored if each["severity"] in ("error", "critical")]
-    assert alarms
-    assert {(each["layer"], each["head"]) for each in alarms} == {("1.attn", HEAD)}
+    assert {each["issue_type"] for each in stored} >= {"entropy_collapse", "logit_growth"}
+    assert {(each["layer"], each["head"]) for each in stored} == {("1.attn", HEAD)}
 
 
 SCENARIOS = [
