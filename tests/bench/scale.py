@@ -60,7 +60,9 @@ WAYS = ("plain", "compile", "DDP x2", "FSDP2 x2", "TP x2", "PP x2")
 EVERY, BLOCKS = 5, 4
 """Steps of a block, of which one is sampled, and blocks before the fault."""
 HEALTHY_STEPS, FAULT_STEPS = 5, 11
-RATE = 1e-3
+RATE, SECONDS = 1e-3, 420
+"""Learning rate, and longest time of all cells of two processes."""
+_LOST = "not run: a rank hung or died before, or time was over"
 LAYERS = [f"{at}.attn" for at in range(4)]
 HEAD = HEADS - 1
 
@@ -306,9 +308,9 @@ def told_of(folder: Path, cell: Cell) -> str:
         told = [each for each in alarms if "rank 1" in json.dumps(each["evidence"])]
         return f"{told[0]['issue_type']} (rank 1)" if told else "none"
     layer = "stage1.1.attn" if cell.way == "PP x2" else LAYERS[-1]
-    of_head = [each for each in stored if each["head"] is not None]
+    of_head = [e for e in stored if e["head"] is not None and e["issue_type"] != "non_finite"]
     places = {(each["layer"], each["head"]) for each in of_head}
-    told = [each for each in alarms if each["layer"] == layer]
+    told = [each for each in alarms if str(each["layer"]).startswith(layer)]
     if not told or places != {(layer, HEAD)}:
         return "none"
     return f"{of_head[0]['issue_type']} of {layer} head {HEAD}, {told[0]['issue_type']}"
@@ -329,17 +331,15 @@ def contained(cell: Cell, rank: int, folder: str) -> Found | str:
         return f"not run: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
-def over_ranks(rank: int, folder: str) -> dict[str, Found | str]:
-    """Run the cells of two processes that the folder names."""
+def over_ranks(rank: int, folder: str) -> None:
+    """Run the cells of two processes that are listed beside the folder; leave a file of each."""
     named = json.loads((Path(folder).parent / "cells.json").read_text())
-    found = {}
     for cell in cells():
         if cell.name in named:
             own = Path(folder, cell.name)
             own.mkdir(exist_ok=True)
-            found[cell.name] = contained(cell, rank, str(own))
+            torch.save(contained(cell, rank, str(own)), own / f"found-{rank}")
             dist.barrier()
-    return found
 
 
 def cells() -> Iterator[Cell]:
@@ -360,12 +360,16 @@ def results(chosen: list[Cell]) -> Iterator[tuple[Cell, Found | str]]:
         if not spread:
             return
         Path(folder, "cells.json").write_text(json.dumps([cell.name for cell in spread]))
-        with contextlib.suppress(AssertionError):
-            on_two_ranks([over_ranks], Path(folder), seconds=420)
-        given = [Path(folder, over_ranks.__name__, f"given-{rank}") for rank in range(2)]
-        known = [torch.load(each, weights_only=False) if each.exists() else {} for each in given]
+        with contextlib.suppress(AssertionError):  # of a rank that hung or died
+            on_two_ranks([over_ranks], Path(folder), seconds=SECONDS)
         for cell in spread:
-            first, second = (each.get(cell.name, "not run: a rank hung or died") for each in known)
+            first, second = (
+                torch.load(each, weights_only=False) if each.exists() else _LOST
+                for each in (
+                    Path(folder, over_ranks.__name__, cell.name, f"found-{rank}")
+                    for rank in range(2)
+                )
+            )
             if isinstance(first, Found) and isinstance(second, Found):
                 first.neutral = first.neutral and second.neutral
                 first.heads = first.heads and second.heads
