@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stabmon._torch.graph_capture import is_capturing
+from stabmon._torch.ranks.identity import has_flat_shards
 from stabmon._torch.ranks.shards import share_of
 from stabmon._torch.tensors import is_sharded, local
 from stabmon.capture.names import clean_name
@@ -55,6 +56,8 @@ class GradientNorms:
             self.why_unknown = "some are sparse"
         elif taken:
             self.why_unknown = "something takes gradients away inside backward"
+        if has_flat_shards(model):
+            self.why_unknown = "FSDP1 shards them in flat parts; use fully_shard (FSDP2)"
         shares = [1.0] * len(gradients)
         if any(is_sharded(each) for each in model.parameters()):
             self.is_partial = True

@@ -23,7 +23,7 @@ from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
 from stabmon._torch.ranks.exchange import RankFailed, announce, decline
-from stabmon._torch.ranks.identity import joins_unequal_batches
+from stabmon._torch.ranks.identity import has_flat_shards, joins_unequal_batches
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
@@ -69,6 +69,9 @@ class AttentionStabilityMonitor:
             training, and an exception in it is counted and logged once.
         reduce_ranks: under torch.distributed, reduce sampled steps over all ranks. Every rank must
             then have a monitor; interventions need it, since all ranks must do the same.
+        stage: the pipeline stage that this rank is, from 0: ranks with the same number are replicas.
+            None to tell stages apart by the names and bits of their weights, as is right but where
+            stages have the same names and are never trained.
         is_writer: this process writes to the sinks; None for rank 0 only.
         manual_steps: :meth:`begin_step` and :meth:`before_optimizer_step` are called from outside,
             as the integrations do.
@@ -106,6 +109,7 @@ class AttentionStabilityMonitor:
         run_dir: str | Path | None = None,
         on_issue: OnIssue | None = None,
         reduce_ranks: bool = False,
+        stage: int | None = None,
         is_writer: bool | None = None,
         manual_steps: bool = False,
         grad_scaler: Any = None,
@@ -120,7 +124,7 @@ class AttentionStabilityMonitor:
         self.model, self.optimizer, self.lr_scheduler = model, optimizer, lr_scheduler
         self.step = 0
         """Optimizer steps seen, those before a resume included."""
-        self.run_dir = None if run_dir is None else Path(run_dir) / "stabmon"
+        folder = None if run_dir is None else Path(run_dir) / "stabmon"
         self.boundary = ErrorBoundary()
         self._manual, self._is_resumed = manual_steps, False
         self._framework = framework
@@ -131,9 +135,10 @@ class AttentionStabilityMonitor:
             lr_scheduler,
             self.config,
             self.boundary,
-            run_dir=self.run_dir,
+            run_dir=folder,
             is_writer=rank() == 0 if is_writer is None else is_writer,
             reduce_ranks=reduce_ranks,
+            stage=stage,
             grad_scaler=grad_scaler,
             on_issue=checked(on_issue),
             framework=framework,
@@ -168,6 +173,10 @@ class AttentionStabilityMonitor:
         self._open()
         if self._ranks is not None and self._ranks.together and joins_unequal_batches(self.model):
             self._ranks.leave("training runs under Join, where ranks may end at different steps")
+        if self._ranks is not None and self._ranks.together and has_flat_shards(self.model):
+            self._ranks.leave(
+                "FSDP1 (FullyShardedDataParallel) is not supported; use fully_shard (FSDP2)"
+            )
         self._schedule.begin_step(self.step + 1, self.boundary.seconds)
         if self._ranks is not None and not self._ranks.has_met:
             self._ranks.agenda = self._schedule.first(self.step)
@@ -336,6 +345,15 @@ class AttentionStabilityMonitor:
         return monitor_html(repr(self), self._tracker, self.incidents, self.applied, self.run_dir)
 
     @property
+    def run_dir(self) -> Path | None:
+        """The folder of the records; None where they are kept in memory only.
+
+        ``<run_dir>/stabmon``, or from the first step on ``<run_dir>/stabmon-2`` and so on where
+        another monitor is writing there.
+        """
+        return self._recorder.folder
+
+    @property
     def issues(self) -> list[StabilityIssue]:
         """Every issue emitted so far, in order; of more than 20,000 the newest and those open.
 
@@ -409,15 +427,18 @@ class AttentionStabilityMonitor:
         it returns, unless a sink fails or takes longer than 2 s.
         """
         self._recorder.flush()
+        share = self._guard.run.share
+        own = [own for each in self._tracker.history.layers if (own := share.own(each)) is not None]
         return {
             "version": monitor_state.STATE_VERSION,
-            "model": monitor_state.attention_of(self.model, self._tracker.history.layers),
+            "model": monitor_state.attention_of(self.model, own),
             "step": self.step,
             "last_reading": self._readings.last_step,
             "issues": [issue.to_dict() for issue in self.issues],
             "alarms": self._recorder.alarms,
             "tracker": self._tracker.state_dict(),
             **{key: part.state_dict() for key, part in self._parts.stored.items()},
+            **({} if share.is_whole else {"share": monitor_state.share_state(share)}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -477,6 +498,8 @@ class AttentionStabilityMonitor:
         tracker.history.is_resumed = True
         self._recorder.restore(saved.issues, saved.alarms)
         self._guard.run.step, self._guard.run.history = saved.step, tracker.history
+        if self._ranks is not None:
+            self._ranks.share = saved.share
         saved.restore_parts()
         alone = self._ranks is None or not self._ranks.together
         self._schedule.resume(tracker.history.readings, tracker.history.losses, alone=alone)
@@ -574,7 +597,8 @@ class AttentionStabilityMonitor:
     def _intervene(self, diagnosis: Diagnosis | None) -> None:
         """Let the guard judge and intervene, on all ranks alike, also without a diagnosis."""
         run, history = self._guard.run, self._tracker.history
-        run.layers = {**run.layers, **self._observer.measurements.modules}
+        seen = self._observer.measurements.modules
+        run.layers = {**run.layers, **{run.share.common(name): each for name, each in seen.items()}}
         run.history = history
         run.is_uncertain = (
             self.config.watch_every_step and self._parts.step_length.rates.is_uncertain

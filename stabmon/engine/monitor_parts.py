@@ -85,6 +85,7 @@ def make_parts(
     run_dir: Path | None,
     is_writer: bool,
     reduce_ranks: bool,
+    stage: int | None,
     grad_scaler: Any,
     on_issue: OnIssue | None,
     framework: str,
@@ -100,6 +101,7 @@ def make_parts(
         run_dir: the folder of the records.
         is_writer: this process writes to the sinks.
         reduce_ranks: reduce sampled steps over all ranks.
+        stage: the pipeline stage that this rank is; None to find out.
         grad_scaler: the gradient scaler; None to find it.
         on_issue: called with each issue, where this process writes.
         framework: ``transformers``, ``lightning`` or ``loop``.
@@ -130,7 +132,7 @@ def make_parts(
     )
     observer = StepObserver(model, config, clock, optimizers.scale)
     exchange = RankExchange() if reduce_ranks and world_size() > 1 else None
-    ranks = None if exchange is None else RankReducer(model, exchange, config.log_every)
+    ranks = None if exchange is None else RankReducer(model, exchange, config.log_every, stage)
     run.exchange = exchange
 
     def is_sampled(step: int) -> bool:
@@ -166,7 +168,7 @@ def make_parts(
         recorder.amend,
         schedule,
     )
-    readings.ranks = ranks
+    readings.ranks, readings.exchange = ranks, exchange
     contexts = StepContexts(observer, optimizers, is_sampled, config.watch_every_step, boundary)
     return MonitorParts(
         optimizers,

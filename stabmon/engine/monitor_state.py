@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from stabmon._storage.stored_value import Stored
 from stabmon._torch.forward_call import is_split
+from stabmon._torch.ranks.share import RankShare
 from stabmon.capture import clean_name
 from stabmon.model_names import HEAD_COUNTS
 from stabmon.records import StabilityIssue
@@ -47,6 +48,8 @@ class SavedState:
     """Alarms of the whole run; None in states that know only ``issues``."""
     restore: Sequence[Callable[[], None]]
     """Functions that each set one part of the monitor to its stored state; they do not raise."""
+    share: RankShare
+    """The layers and heads of the whole run that this rank held."""
     left_out: Sequence[str]
     """Everything that is no longer known, in words."""
 
@@ -86,6 +89,7 @@ def parse(
             part.parse_state(saved.get(key, None) if key in OPTIONAL else saved[key])
             for key, part in parts.items()
         ]
+        share = _parse_share(saved["share"]) if "share" in saved else RankShare()
         layers = (
             {name: each.mapping() for name, each in saved["model"].items()}
             if "model" in saved
@@ -97,8 +101,30 @@ def parse(
         raise ValueError(
             f"no monitor's state ({words}): give what state_dict() returned"
         ) from error
-    check_model(model, tracker.history.layers, layers)
-    return SavedState(step, last_reading, issues, alarms, restore, saved.left_out)
+    known = tracker.history.layers if layers is not None or share.is_whole else []
+    check_model(model, known, layers)
+    return SavedState(step, last_reading, issues, alarms, restore, share, saved.left_out)
+
+
+def share_state(share: RankShare) -> dict[str, Any]:
+    """Return what a rank holds as plain values, for :func:`parse`."""
+    heads = {layer: list(span) for layer, span in share.heads.items()}
+    elsewhere = sorted(share.elsewhere)
+    return {
+        "prefix": share.prefix,
+        "heads": heads,
+        "elsewhere": elsewhere,
+        "is_staged": share.is_staged,
+    }
+
+
+def _parse_share(saved: Stored) -> RankShare:
+    heads = {}
+    for layer, span in saved["heads"].items():
+        first, total = span.parts(2)
+        heads[layer] = first.integer(), total.integer()
+    elsewhere = frozenset(each.text() for each in saved["elsewhere"].parts())
+    return RankShare(saved["prefix"].text(), heads, elsewhere, saved["is_staged"].flag())
 
 
 def attention_of(model: nn.Module, layers: Sequence[str]) -> dict[str, Any]:

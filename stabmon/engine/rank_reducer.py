@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -18,15 +18,23 @@ from torch import Tensor, nn
 from stabmon._torch.forward_call import is_split
 from stabmon._torch.process_group import default_store, rank, world_size
 from stabmon._torch.ranks.exchange import RankExchange, RankFailed
-from stabmon._torch.ranks.identity import has_split_heads, weights_digest
-from stabmon.records import NonFinite
+from stabmon._torch.ranks.identity import (
+    gathered_dims,
+    has_split_heads,
+    head_shard,
+    mesh_ranks,
+    weights_digest,
+)
+from stabmon._torch.ranks.share import RankShare
+from stabmon.engine.ranks.merge import Agreement, Held, Layout, common_key, merge
+from stabmon.records import LayerInfo, NonFinite
 from stabmon.signals import SIGNALS, HeadSums
 
 logger = logging.getLogger("stabmon")
 
 Sums = Mapping[str, Mapping[str, HeadSums]]
-Layout = list[tuple[str, str, int]]
-"""Layer, signal and number of heads of each entry of the vector."""
+GRADIENT, QUERY_KEY = "gradient of ", "query_key of "
+"""Names under which ranks add the squares of a layer's norms."""
 MOST_LOSSES = 256
 """Newest steps whose losses ranks exchange at a sampled step."""
 _WAIT = timedelta(seconds=10)
@@ -36,6 +44,8 @@ _CAUSES_FIRST = ("parameter", "input", "activation", "score", "loss", "gradient"
 
 A bad gradient reaches every rank, its cause is on one.
 """
+_PATIENCE = 3
+"""Samples for which ranks wait for one that has measured nothing, before it counts as without."""
 _RANKS = 1 << 20
 """Ranks that fit into the low bits of a float64 whose other bits hold a float32."""
 
@@ -45,7 +55,7 @@ class Shared:
     """Knowledge that all ranks share after a sampled step's exchange."""
 
     sums: dict[str, dict[str, HeadSums]]
-    """Signals over all ranks, by layer; this rank's own where ranks hold other layers."""
+    """Signals over all ranks, by the layers' common names, of all heads."""
     squares: dict[str, list[float]] = field(default_factory=dict)
     """Sums over ranks of what they offered; without those that some rank lacked."""
     losses: tuple[tuple[int, float], ...] = ()
@@ -61,6 +71,8 @@ class Offer:
     sums: Sums = field(default_factory=dict)
     squares: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Numbers of this rank's shards that are to be added, by name."""
+    whole: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The same numbers of tensors that this rank holds whole; added where ranks are stages."""
     losses: Sequence[tuple[int, float]] = ()
     ahead: int = 0
     """Steps to the next sample that this rank wishes for; 0 for no wish."""
@@ -68,6 +80,9 @@ class Offer:
     """Least number of steps to the next sample that its measured time allows."""
     gradient_norm: float = math.nan
     """L2 norm of all gradients, to compare ranks by its bits."""
+    info: Mapping[str, LayerInfo] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+    """Facts about the layers of ``sums``, and their modules."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +102,34 @@ class RankReducer:
     """Means and maxima over ranks, in one exchange of agreed length at each sampled step.
 
     At the first sampled step the ranks compare their models and what they measure. Where models
-    differ, as between pipeline stages, each keeps to its own signals. A rank that has nothing to
-    give sends neutral values of the agreed length.
+    differ, as between pipeline stages, or heads are split over ranks, as under tensor parallel, they
+    agree on names for all layers and on numbers for all heads (:class:`RankShare`), and each gives
+    its own. A rank that has nothing to give sends neutral values of the agreed length.
 
     Args:
-        model: where its heads are split over ranks (tensor parallel), each rank keeps to its own.
+        model: the model of this rank.
         exchange: with the other ranks.
         log_every: longest interval between samples in a quiet run.
+        stage: the pipeline stage that this rank is, from 0; None to find out.
     """
 
-    def __init__(self, model: nn.Module, exchange: RankExchange, log_every: int) -> None:
-        self.exchange = exchange
+    def __init__(
+        self,
+        model: nn.Module,
+        exchange: RankExchange,
+        log_every: int,
+        stage: int | None = None,
+    ) -> None:
+        self.exchange, self._stage = exchange, stage
+        self.facts: dict[str, LayerInfo] = {}
+        """Facts about all layers, of all heads, where ranks hold different ones."""
+        self._givers: dict[str, int] = {}
+        """Number of ranks that give each key of numbers to be added; all where it is missing."""
+        self._scale, self._attempts = 1.0, 0
         self._model, self._log_every = model, log_every
         self._slots = min(log_every, MOST_LOSSES)
         self._layout: Layout = []
-        """The entries of the vector; empty where each rank keeps to its own, and at first."""
+        """The entries of the vector; empty at first."""
         self._is_max = torch.zeros(0, dtype=torch.bool)
         self._early_name = f"stabmon/early/{next(_reducers)}"
         self._is_first = True
@@ -153,11 +181,17 @@ class RankReducer:
         slots = self._slots
         losses = _mean_losses(step, added[: 2 * slots].reshape(2, slots))
         worst = _worst_losses(step, largest[CONTROL : CONTROL + slots])
-        sums = {layer: dict(signals) for layer, signals in own.sums.items()}
+        share = exchange.share
+        sums = {
+            share.common(layer): {
+                name: _placed(each, layer, share) for name, each in signals.items()
+            }
+            for layer, signals in own.sums.items()
+        }
         squares: dict[str, list[float]] = {}
         if self._layout:
             rest = added[2 * slots :].reshape(2, -1), largest[CONTROL + slots :]
-            sums = self._unpack(*rest, sums)
+            sums = self._unpack(*rest, sums if share.is_whole else {}, has_measured=bool(own.sums))
             squares = self._unpack_squares(rest[0])
         return Shared(sums, squares, losses, worst)
 
@@ -182,7 +216,7 @@ class RankReducer:
         layout = None
         try:
             with self.exchange.joint("comparison of models"):
-                layout = self._common_layout(layout_of(entries_of(own)))
+                layout = self._common_layout(own)
                 self._agree_on(layout or [])
             self.exchange.is_opened = layout is not None
         except Exception as error:
@@ -192,32 +226,85 @@ class RankReducer:
             if not isinstance(error, RankFailed):
                 self._report(error)
 
-    def _common_layout(self, entries: Layout) -> Layout | None:
-        """Return what is exchanged: nothing where models differ; None where it is too early."""
-        exchange = self.exchange
+    def _common_layout(self, own: Offer) -> Layout | None:
+        """Return what is exchanged; None where it is too early to know."""
+        exchange, entries = self.exchange, layout_of(entries_of(own))
+        self._attempts += 1
+        mesh = mesh_ranks(self._model)
+        apart = has_split_heads(self._model) or 1 < len(mesh) < world_size()
+        apart = apart or self._stage is not None
         digest, identity = float(_digest(repr(entries))), float(weights_digest(self._model))
-        split, sharded = has_split_heads(self._model), is_split(self._model)
-        given = [digest, -digest, identity, -identity, float(split), float(sharded)]
-        found = exchange.meet("models", [-float(len(entries)), *given])
-        if found[0] >= 0:
+        given = [digest, -digest, identity, -identity, float(apart), float(is_split(self._model))]
+        is_early = not entries and self._attempts <= _PATIENCE
+        found = exchange.meet("models", [float(is_early), *given])
+        if found[0]:
             return None  # some rank has measured nothing yet
         is_same = found[3] == -found[4]
-        exchange.are_replicas = is_same and not found[6]
-        if not is_same:
-            logger.warning(
-                "Ranks hold different attention layers: each reports its own, and rank 0's are "
-                "recorded."
-            )
-        if not is_same:
-            return []
-        common = entries
+        exchange.are_replicas = is_same and not found[5] and not found[6]
+        if not is_same or found[5]:
+            return self._merged_layout(own, identity, mesh)
+        exchange.share = RankShare()
         if found[1] != -found[2]:  # the same model, of which some rank measures less
-            common = [
+            return [
                 (str(layer), str(name), int(heads))
                 for layer, name, heads in exchange.of_first(entries) or []
             ]
-        has_other_heads = bool(found[5])
-        return [each for each in common if each[1] == SQUARES] if has_other_heads else common
+        return entries
+
+    def _merged_layout(self, own: Offer, identity: float, mesh: list[int]) -> Layout:
+        """Agree on common names for the layers and heads of all ranks, and return their entries.
+
+        Rank 0 reads from the store what each rank holds, and sends what all of them hold together.
+
+        Raises:
+            RuntimeError: if there is no store, or some rank's description is missing there.
+        """
+        exchange, store = self.exchange, default_store()
+        if store is None:
+            raise RuntimeError("the process group has no store to describe models in")
+        held, shards = self._held(own, identity, mesh)
+        text = json.dumps(held.to_list())
+        # replicas have the same text: rank 0 reads it once
+        name, digest = f"{exchange.name}/model", str(_digest(text))
+        store.set(f"{name}/{digest}", text)
+        store.set(f"{name} of {rank()}", digest)
+        exchange.meet("described")
+        plain = None
+        if rank() == 0:
+            digests = [store.get(f"{name} of {each}").decode() for each in range(world_size())]
+            texts = {each: json.loads(store.get(f"{name}/{each}")) for each in set(digests)}
+            plain = asdict(merge([Held.of(texts[each]) for each in digests]))
+        agreed = Agreement(**(exchange.of_first(plain) or {}))
+        exchange.share = agreed.share_of(rank(), shards)
+        self.facts = agreed.facts()
+        self._givers = {key: givers for key, (_, givers) in agreed.added.items()}
+        if agreed.is_staged:
+            exchange.are_replicas = False
+            stage = agreed.stage_of[rank()]
+            self._scale = world_size() / list(agreed.stage_of).count(stage)
+        if rank() == 0 and (words := agreed.words()):
+            logger.warning("%s", words)
+        added = [(key, SQUARES, count) for key, (count, _) in agreed.added.items()]
+        signals = [(str(layer), str(name), int(heads)) for layer, name, heads in agreed.entries]
+        return [each for each in signals if each[1] in SIGNALS] + added
+
+    def _held(self, own: Offer, identity: float, mesh: list[int]) -> tuple[Held, dict[str, int]]:
+        """Describe what this rank holds; also which shard of its heads, by layer."""
+        gathered, layers, shards = gathered_dims(self._model), {}, {}
+        for layer, signals in own.sums.items():
+            if not signals or layer not in own.info:
+                continue
+            info, heads = own.info[layer], len(next(iter(signals.values())).total)
+            module, shard = own.modules.get(layer), 0
+            if module is not None:
+                shard = head_shard(module, heads, info.head_dim, gathered)
+            shards[layer] = shard
+            layers[layer] = (shard, heads, list(signals), info.to_dict())
+        numbers = {**own.whole, **own.squares}
+        kinds = {key: GRADIENT if key.startswith(GRADIENT) else QUERY_KEY for key in numbers}
+        sums = {key: (kinds[key], len(each)) for key, each in numbers.items()}
+        values = weights_digest(self._model, parts=True)
+        return Held(int(identity), values, mesh, self._stage, layers, sums), shards
 
     def _agree_on(self, layout: Layout) -> None:
         self._layout = layout
@@ -248,6 +335,10 @@ class RankReducer:
         # before ranks have met, one that finds nothing does not come here, and takes no name
         name = self.exchange.name if self.exchange.has_met else self._early_name
         keys = [f"{name}/{step}/{each}" for each in range(world_size())]
+        if found is not None and found.layer is not None:
+            share, head = self.exchange.share, found.head
+            head = None if head is None else head + share.span(found.layer, 0)[0]
+            found = replace(found, layer=share.common(found.layer), head=head)
         store.set(keys[rank()], json.dumps(None if found is None else found.to_dict()))
         if rank() != 0:
             return found
@@ -292,7 +383,7 @@ class RankReducer:
                 added[slot], added[slots + slot] = loss, 1.0
                 largest[CONTROL + slot] = _with_rank(loss, rank())
         if self._layout:
-            sums, maxima = self._pack_signals(entries_of(own))
+            sums, maxima = self._pack_signals(entries_of(own, self.exchange.share, self._scale))
             added[2 * slots :], largest[CONTROL + slots :] = sums.reshape(-1), maxima
         return added, largest
 
@@ -330,15 +421,24 @@ class RankReducer:
         return added, torch.where(seen, totals, -torch.inf)
 
     def _unpack(
-        self, added: Tensor, largest: Tensor, own: dict[str, dict[str, HeadSums]]
+        self,
+        added: Tensor,
+        largest: Tensor,
+        own: dict[str, dict[str, HeadSums]],
+        *,
+        has_measured: bool = True,
     ) -> dict[str, dict[str, HeadSums]]:
-        """Return the signals of all ranks; in a rank that measured nothing, none."""
+        """Return the signals of all ranks; in a rank that measured nothing, none.
+
+        A stage may have no attention at all, and has those of the others nevertheless.
+        """
+        has_measured = has_measured or self.exchange.share.is_staged
         totals = torch.where(self._is_max, torch.where(added[0] > 0, torch.nan, largest), added[0])
         at = 0
         for layer, name, heads in self._layout:
             where = slice(at, at + heads)
             at += heads
-            if own and name != SQUARES:
+            if has_measured and name != SQUARES:
                 own.setdefault(layer, {})[name] = HeadSums(
                     SIGNALS[name], totals[where], added[1, where]
                 )
@@ -350,7 +450,8 @@ class RankReducer:
         for key, name, count in self._layout:
             where = slice(at, at + count)
             at += count
-            if name == SQUARES and bool((added[1, where] == world_size()).all()):
+            givers = self._givers.get(key, world_size())
+            if name == SQUARES and bool((added[1, where] == givers).all()):
                 found[key] = added[0, where].tolist()
         return found
 
@@ -363,13 +464,41 @@ norm and its negative.
 """
 
 
-def entries_of(own: Offer) -> dict[str, dict[str, Any]]:
-    """Return what a rank gives to the vector, by layer or key and by name."""
-    found: dict[str, dict[str, Any]] = {layer: dict(each) for layer, each in own.sums.items()}
-    for key, numbers in own.squares.items():
-        total = torch.tensor(list(numbers), dtype=torch.float64)
-        found[key] = {SQUARES: Added(total, torch.ones_like(total))}
+def entries_of(
+    own: Offer, share: RankShare | None = None, scale: float = 1.0
+) -> dict[str, dict[str, Any]]:
+    """Return what a rank gives to the vector, by layer or key and by name.
+
+    Args:
+        own: what it has measured.
+        share: gives common names, and places the heads here among all.
+        scale: ranks over ranks of this stage, by which numbers to be added are multiplied.
+    """
+    share = share or RankShare()
+    found: dict[str, dict[str, Any]] = {
+        share.common(layer): {name: _placed(each, layer, share) for name, each in signals.items()}
+        for layer, signals in own.sums.items()
+    }
+    whole = own.whole if share.is_staged else {}
+    numbers = {
+        **{key: [x / world_size() for x in each] for key, each in whole.items()},
+        **own.squares,
+    }
+    for key, each in numbers.items():
+        kind = GRADIENT if key.startswith(GRADIENT) else QUERY_KEY
+        total = torch.tensor(list(each), dtype=torch.float64) * scale
+        name = common_key(key, kind, share.prefix)
+        found[name] = {SQUARES: Added(total, torch.ones_like(total))}
     return found
+
+
+def _placed(each: HeadSums, layer: str, share: RankShare) -> HeadSums:
+    """Return sums of the heads here among those of all heads of a layer; 0 rows for the others."""
+    if layer not in share.heads:
+        return each
+    fill = -torch.inf if each.signal.reduction == "max" else 0.0
+    total = share.spread(layer, each.total, fill)
+    return HeadSums(each.signal, total, share.spread(layer, each.count, 0.0))
 
 
 def layout_of(own: Mapping[str, Mapping[str, Any]]) -> Layout:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.device_timer import DeviceTimer
 from stabmon._torch.forward_call import ForwardCall, StepForwards
+from stabmon._torch.ranks.identity import runs_context_parallel
 from stabmon._torch.recomputation import is_checkpointed
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.capture.coverage.witness import listed
@@ -79,6 +80,8 @@ class StepObserver:
         self._sampled = self._forwards_attention = self._capturing = False
         self._frozen: set[str] = set()
         """Layers left out, since they run frozen and without gradients."""
+        self._in_context_parallel = False
+        """The newest forward had its keys on several ranks."""
         self._current: nn.Module | None = None
         self._call: ForwardCall | None = None
         self._capture = AttentionCapture(
@@ -216,6 +219,11 @@ class StepObserver:
         """Return why a sampled step had no attention call; None if reported before."""
         if self.interrupted or self.boundary.errors["capture"]:
             return None
+        if self._in_context_parallel:
+            return (
+                "context parallel is not supported, since each rank sees a part of the keys of its "
+                "queries: attention is not read"
+            )
         if not self.forwards.count:
             return (
                 "no training forward of the model was seen (a forward with gradients, in train "
@@ -264,6 +272,9 @@ class StepObserver:
         self._current = module
         self._forwards_attention = self._clock.wants_attention
         if self._sampled or self._forwards_attention:
+            self._in_context_parallel = runs_context_parallel()
+            if self._in_context_parallel:
+                return
             self._capture.__enter__()
             self._capturing = True
 

@@ -17,6 +17,7 @@ from stabmon.guard.symptoms import Key, alarms_now, key_of, may_ruin
 from stabmon.guard.trials import stored_key
 from stabmon.incidents.intervention_words import ARMED
 from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
+from stabmon.interventions.effects.elsewhere import NOTE, Elsewhere
 from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.equal_weights import make_equal
 from stabmon.interventions.run.learning_rates import failed_hooks
@@ -121,6 +122,8 @@ class Guard(StepListener):
         return self.run.step_hooks.wants("attention")
 
     def on_attention(self, call: AttentionCall) -> None:
+        if self.run.share.prefix:
+            call = replace(call, layer=self.run.share.common(call.layer))
         self.run.step_hooks.fire("attention", call)
 
     def before_optimizer_step(self, ctx: StepContext) -> None:
@@ -233,7 +236,16 @@ class Guard(StepListener):
         if "hold" in intervention.settings and hold is not None:
             intervention = replace(intervention, hold=hold)  # type: ignore[call-arg]
         self.run.by_user = by_user
-        return intervention.apply(self.run)
+        try:
+            return intervention.apply(self.run)
+        except NotApplicable:
+            layers = {issue.layer for issue in intervention.issues}
+            if not layers or not all(map(self.run.share.is_elsewhere, layers)):
+                raise
+        # nothing was changed here, and the stage that holds the layers says whether it fits
+        places = [(issue.layer, issue.head) for issue in intervention.issues]
+        effect = Elsewhere(places, note=NOTE)
+        return Applied(intervention, self.run, effect, step=self.run.step).write_audit("applied")
 
     def intervene(self, open_issues: Sequence[StabilityIssue], healthy: bool) -> list[Applied]:
         """Judge what was done, and apply what is next; once a sampled step, at its end.
@@ -302,16 +314,27 @@ class Guard(StepListener):
         """Do what rank 0 decides, on all ranks or on none."""
         done: list[Applied] = []
         plan: Any = None
+        holding = False
         with self._together("verdict", quick=True):
             own = self._decide(open_issues, calm) if rank() == 0 else None
             plan = exchange.of_first(own)
             exchange.needs_end = plan is not None
             if plan is not None:
                 done = self._carry_out(exchange, plan, open_issues)
+            holding = self._is_holding(exchange)
         if not exchange.is_troubled:
             self._offer(plan is None or (plan["calm"] and not done))
-            exchange.holding = self.run.step_hooks.wants("on_step")
+            exchange.holding = holding
         return done
+
+    def _is_holding(self, exchange: RankExchange) -> bool:
+        """Return whether some rank is to be called after each step; the same on all ranks."""
+        own = self.run.step_hooks.wants("on_step")
+        later = (each for each in self.run.applied if not each.intervention.install_at_start)
+        if not exchange.share.is_staged or not any(each.active for each in later):
+            return own
+        exchange.needs_end = True  # stages hold different things
+        return self.run.any_rank(own)
 
     def _decide(self, open_issues: Sequence[StabilityIssue], calm: bool) -> dict[str, Any] | None:
         """Return what is to be done, as rank 0 sees it; None for nothing."""

@@ -132,15 +132,18 @@ class _Regularized(Effect):
                 )
             return
         self._generator.manual_seed(self.run.step)
-        operator = operator_of(call)
+        operator, share = operator_of(call), self.run.share
+        first, _ = share.span(share.own(call.layer) or call.layer, operator.heads)
         heads = sorted(
             {
                 h
                 for each in wanted
-                for h in (range(operator.heads) if each is None else [each])
-                if h < operator.heads
+                for h in (range(operator.heads) if each is None else [each - first])
+                if 0 <= h < operator.heads
             }
         )
+        if not heads:  # they are on other ranks
+            return
         index = sampled_rows(operator.queries, self.settings.rows, self._generator)
         index = index.to(call.query.device)
         with torch.enable_grad():

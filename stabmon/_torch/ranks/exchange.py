@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stabmon._torch.process_group import default_store, rank, world_size
+from stabmon._torch.ranks.share import RankShare
 from stabmon._torch.ranks.transport import Transport, longest_wait
 
 logger = logging.getLogger("stabmon")
@@ -72,6 +73,8 @@ class RankExchange:
         """Gradients are known to be the same on all ranks before the optimizer steps."""
         self.are_replicas = False
         """All ranks hold the same weights, and each of them whole."""
+        self.share = RankShare()
+        """Layers and heads of the whole run that this rank holds, once ranks have compared them."""
         self.holding = False
         """Interventions are held that are called after each step."""
         self.has_met = self.is_opened = False

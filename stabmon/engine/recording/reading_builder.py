@@ -6,15 +6,17 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from stabmon._torch.optimizer_adapter import OptimizerAdapter
 from stabmon._torch.process_group import rank
-from stabmon._torch.ranks.exchange import RankFailed
+from stabmon._torch.ranks.exchange import RankExchange, RankFailed
+from stabmon._torch.ranks.share import RankShare
 from stabmon.capture.coverage.witness import listed
 from stabmon.engine.error_boundary import ErrorBoundary
-from stabmon.engine.rank_reducer import Offer, RankReducer, Shared
+from stabmon.engine.rank_reducer import GRADIENT, QUERY_KEY, Offer, RankReducer, Shared
 from stabmon.engine.sampling.schedule import Schedule
 from stabmon.engine.step_length.rate_watch import RateWatch
 from stabmon.engine.step_observer import StepObserver
@@ -22,7 +24,7 @@ from stabmon.engine.updates.qk_updates import with_adapters
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
 from stabmon.listeners import StepContext
 from stabmon.nonfinite.detector import NonFiniteDetector
-from stabmon.records import QKUpdate, Reading
+from stabmon.records import LayerInfo, QKUpdate, Reading
 from stabmon.rules import RULES
 from stabmon.signals.accumulator import to_host
 
@@ -64,6 +66,8 @@ class ReadingBuilder:
     ) -> None:
         self.ranks: RankReducer | None = None
         """Reduces sampled steps over ranks; None to report this rank alone."""
+        self.exchange: RankExchange | None = None
+        """With the other ranks, also after they were lost; None on one process."""
         self.detector = detector
         self.last_step = 0
         """The step of the newest reading."""
@@ -103,11 +107,13 @@ class ReadingBuilder:
         if not ctx.sampled and not has_news:
             return None
         layers = to_host(sums) if ctx.sampled else {}
+        if shared is None:
+            layers = self.share.named(layers)
         self._report_unseen()
         self._report_short_rows(layers)
         if ctx.sampled and not layers and not is_found:
             self._report_missing(ctx.step)
-        gradients, query_key = _whole_norms(seen.gradients, updates, shared)
+        gradients, query_key = _whole_norms(seen.gradients, updates, shared, self.share)
         losses, rates = self._losses(shared), self._optimizers.learning_rates()
         for step, loss in losses if watches_losses else ():
             if not math.isfinite(loss):
@@ -116,7 +122,7 @@ class ReadingBuilder:
             step=ctx.step,
             loss=losses[-1][1] if losses and losses[-1][0] == ctx.step else None,
             layers=layers,
-            info=with_adapters(seen.measurements.info, seen.measurements.modules),
+            info=self._info(),
             learning_rate=max(rates.values(), default=None),
             gradients=gradients,
             query_key=query_key,
@@ -142,6 +148,20 @@ class ReadingBuilder:
         self._schedule.add(reading)
         return reading
 
+    @property
+    def share(self) -> RankShare:
+        """Layers and heads of the run that this rank holds."""
+        return RankShare() if self.exchange is None else self.exchange.share
+
+    def _info(self) -> dict[str, LayerInfo]:
+        """Return facts about each layer of the reading, by common names."""
+        seen, share = self._observer.measurements, self.share
+        own = {
+            share.common(layer): replace(each, heads=share.span(layer, each.heads)[1])
+            for layer, each in with_adapters(seen.info, seen.modules).items()
+        }
+        return own if self.ranks is None else {**self.ranks.facts, **own}
+
     def _exchange(self, ctx: StepContext, updates: UpdatesOfStep) -> Shared | None:
         """Exchange a sampled step with other ranks; None where this one is alone."""
         if self.ranks is None or not self.ranks.active:
@@ -161,7 +181,7 @@ class ReadingBuilder:
         known = Reading(
             ctx.step,
             None,
-            to_host(seen.measurements.sums),
+            self.share.named(to_host(seen.measurements.sums)),
             losses=self._own_losses,
             gradients=gradients,
             query_key=updates.query_key,
@@ -173,11 +193,18 @@ class ReadingBuilder:
         ahead, least = self._schedule.ahead(ctx.step, self._schedule.plan(known))
         return Offer(
             seen.measurements.sums,
-            _squares(seen.gradient_squares, updates),
+            _squares(seen.gradient_squares, updates, updates.partial),
+            _squares(
+                {layer: norm * norm for layer, norm in gradients.items()},
+                updates,
+                updates.query_key.keys() - updates.partial,
+            ),
             self._own_losses,
             ahead,
             least,
             gradients.get("", math.nan),
+            with_adapters(seen.measurements.info, seen.measurements.modules),
+            seen.measurements.modules,
         )
 
     def _losses(self, shared: Shared | None) -> tuple[tuple[int, float], ...]:
@@ -266,14 +293,18 @@ class ReadingBuilder:
                 )
 
 
-GRADIENT, QUERY_KEY = "gradient of ", "query_key of "
-"""Names under which ranks add the squares of a layer's norms."""
+def _squares(
+    gradients: Mapping[str, float], updates: UpdatesOfStep, layers: Collection[str]
+) -> dict[str, list[float]]:
+    """Return squared norms for the ranks to add.
 
-
-def _squares(gradients: Mapping[str, float], updates: UpdatesOfStep) -> dict[str, list[float]]:
-    """Return the squared norms of this rank's shards, for the ranks to add."""
+    Args:
+        gradients: squared norms of gradients, by layer.
+        updates: the changes of the step.
+        layers: those whose changes of W_q and W_k count.
+    """
     found = {f"{GRADIENT}{layer}": [square] for layer, square in gradients.items()}
-    for layer in sorted(updates.partial):
+    for layer in sorted(layers):
         moved = updates.query_key[layer]
         norms = (moved.gradient, moved.weight, moved.update)
         found[f"{QUERY_KEY}{layer}"] = [norm * norm for norm in norms]
@@ -281,11 +312,20 @@ def _squares(gradients: Mapping[str, float], updates: UpdatesOfStep) -> dict[str
 
 
 def _whole_norms(
-    gradients: Mapping[str, float], updates: UpdatesOfStep, shared: Shared | None
+    gradients: Mapping[str, float], updates: UpdatesOfStep, shared: Shared | None, share: RankShare
 ) -> tuple[dict[str, float], dict[str, QKUpdate]]:
-    """Return the norms of gradients and of W_q and W_k, those of shards as ranks have added them."""
-    own = {layer: each for layer, each in updates.query_key.items() if layer not in updates.partial}
-    found, whole = dict(gradients), dict(own)
+    """Return the norms of gradients and of W_q and W_k, as ranks have added them.
+
+    Those of weights that each rank holds whole are this rank's own, but where ranks are stages.
+    """
+    found = {share.common(layer) if layer else "": norm for layer, norm in gradients.items()}
+    whole = {
+        share.common(layer): each
+        for layer, each in updates.query_key.items()
+        if layer not in updates.partial
+    }
+    if share.is_staged and shared is not None:
+        found.pop("", None)  # of this stage alone
     for key, squares in ({} if shared is None else shared.squares).items():
         norms = [math.sqrt(square) for square in squares]
         if key.startswith(GRADIENT):

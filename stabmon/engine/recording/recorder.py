@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from stabmon._storage.folder_claim import FolderClaim
 from stabmon._torch.isolation import random_state_kept
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.incidents import Incident, IncidentLog
@@ -52,7 +53,9 @@ class Recorder:
         self.alarms = 0
         """Number of issues of severity error or above in the whole run."""
         self._sinks, self._on_issues = SinkGroup(sinks), on_issues
-        self._folder, self._report = folder, report
+        self.folder, self._report = folder, report
+        """The folder of the records; another than was asked for where a monitor is writing there."""
+        self._claim: FolderClaim | None = None
         self._opened: float | None = None
         self._layers: dict[str, int] = {}
         self._incidents = IncidentLog()
@@ -160,6 +163,8 @@ class Recorder:
         if writes and self._opened is not None:
             self._write_report(time.monotonic() - self._opened)
         self._opened = None
+        if self._claim is not None:
+            self._claim.release()
 
     @contained
     def _call_on_issues(self, issues: Sequence[StabilityIssue]) -> None:
@@ -189,20 +194,21 @@ class Recorder:
     @contained
     def _write_report(self, seconds: float) -> None:
         """Write the page of the run, of records in a folder that was asked for."""
-        if self._folder is None or not self._report:
+        if self.folder is None or not self._report:
             return
         from stabmon.report.run.at_close import write_page_at_close
 
-        if write_page_at_close(self._folder, seconds) is None and self._folder.is_dir():
+        if write_page_at_close(self.folder, seconds) is None and self.folder.is_dir():
             logger.info(
-                "the page of this run is left out; stabmon report %s writes it", self._folder
+                "the page of this run is left out; stabmon report %s writes it", self.folder
             )
 
     @contained
     def _make_folder(self) -> Path | None:
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        return self._folder
+        if self.folder is not None:
+            self._claim = FolderClaim(self.folder)
+            self.folder = self._claim.folder
+        return self.folder
 
     def _count_failed(self) -> None:
         if self._sinks.troubled:

@@ -103,6 +103,7 @@ class ScoreClip(HeldEffect):
             {
                 layer: measured[layer] if layer in measured else self._last_read(layer)
                 for layer in self._layers()
+                if not self.run.share.is_elsewhere(layer)
             }
         )
         now = {**self.targets, **(fresh or {})}
@@ -119,8 +120,13 @@ class ScoreClip(HeldEffect):
                 "there is nothing to clip"
             )
         refused: list[NotApplicable] = []
+        fails: set[str] = set()
         notes = []
+        elsewhere = []
         for name in deepest_first([*todo, *dict.fromkeys(waiting)], list(measured)):
+            if self.run.share.is_elsewhere(name):
+                elsewhere.append(name)
+                continue
             try:
                 found = (
                     self._apply(name, todo[name], measured, scores)
@@ -129,14 +135,19 @@ class ScoreClip(HeldEffect):
                 )
             except NotApplicable as error:
                 refused.append(error.with_traceback(None))
-                todo.pop(name, None)
-                waiting = [each for each in waiting if each != name]
+                fails.add(name)
                 continue
             notes.append(
                 f"{name}: {found.how}" + (", all heads scaled alike" if found.shared else "")
             )
+        fails = self._agreed_failures(fails, sorted({*todo, *waiting}))
+        todo = {name: factors for name, factors in todo.items() if name not in fails}
+        waiting = [name for name in waiting if name not in fails]
         if not any(_module(layer) in (*todo, *waiting) for layer, _ in first):
-            raise refused[0]
+            raise refused[0] if refused else NotApplicable("it does not fit on another stage")
+        elsewhere = [name for name in elsewhere if name not in fails]
+        if elsewhere:
+            notes.append(f"carried out by other stages: {', '.join(sorted(elsewhere))}")
         self.targets = {
             (layer, head): target
             for (layer, head), target in self.targets.items()
@@ -323,7 +334,8 @@ class ScoreClip(HeldEffect):
 
     def _record_scores(self, call: AttentionCall) -> None:
         if any(call.layer == layer for layer, _ in self.targets):
-            scores = largest_scores(call)
+            own = self.run.share.own(call.layer) or call.layer
+            scores = self.run.share.spread(own, largest_scores(call))
             known = self._seen.get(call.layer)
             self._seen[call.layer] = scores if known is None else torch.maximum(known, scores)
             if self._recent is not None and _module(call.layer) in self._parts:
@@ -355,7 +367,8 @@ class ScoreClip(HeldEffect):
         for name, factors in todo.items():
             if name in ineffective or self.abandoned_reason:
                 continue
-            self._apply(name, factors, {}, scores)
+            if not self.run.share.is_elsewhere(name):
+                self._apply(name, factors, {}, scores)
             for head, factor in factors.items():
                 self._unreported.setdefault((name, head), []).append(factor)
                 self._note_factor(name, head, factor)
@@ -411,6 +424,14 @@ class ScoreClip(HeldEffect):
             for layer, scores in own.items()
         }
         return self._largest_over_ranks()
+
+    def _agreed_failures(self, own: set[str], names: Sequence[str]) -> set[str]:
+        """Return the modules that do not fit on the stage that holds them."""
+        if not self.run.share.is_staged or not names:
+            return own
+        flags = torch.tensor([float(name in own) for name in names])
+        failed = self.run.largest_over_ranks(flags).tolist()
+        return {name for name, flag in zip(names, failed, strict=True) if flag}
 
     def _largest_over_ranks(self) -> dict[str, np.ndarray]:
         """Return the largest scores by layer over micro-batches and ranks."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from stabmon._settings import Layer, read, renamed_settings, setting_names
 from stabmon._storage.stored_value import Stored
-from stabmon.interventions.base import INTERVENTIONS, Intervention
+from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
+from stabmon.interventions.effects.elsewhere import NOTE, Elsewhere
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import StabilityIssue
@@ -58,7 +59,7 @@ class SavedIntervention:
             del settings[each]
         layer = Layer(settings, f"{saved.where}.settings")
         intervention = read(kind, layer).aimed_at(issues, why)
-        if active:
+        if active and not Elsewhere.is_state(effect.mapping()):
             intervention.check_saved(effect)
         return cls(intervention, state, active, by_user, for_one_step)
 
@@ -69,7 +70,12 @@ class SavedIntervention:
         """
         applied = None
         try:
-            applied = self.intervention.resume(run, self.state) if self.active else None
+            if self.active and Elsewhere.is_state(self.state["effect"]):
+                effect, record = Elsewhere(note=NOTE), self.state["record"]
+                step = int(self.state["step"])
+                applied = Applied(self.intervention, run, effect, step=step, record=record)
+            elif self.active:
+                applied = self.intervention.resume(run, self.state)
         except NotApplicable as error:
             logger.warning("%s is not held any longer: %s", self.intervention.name, error.reason)
         except Exception as error:

@@ -26,11 +26,16 @@ def replay(run: TrainingRun, on_call: Callable[[AttentionCall], None]) -> None:
 
     Args:
         run: the run, with a forward to repeat.
-        on_call: called with every attention call.
+        on_call: called with every attention call, under the name that all ranks use.
     """
+    share = run.share
+
+    def named(call: AttentionCall) -> None:
+        on_call(replace(call, layer=share.common(call.layer)) if share.prefix else call)
+
     with (
         run.forwards[0].again(run.model) as forward,
-        AttentionCapture(run.model, on_call, always_watch_functions=True),
+        AttentionCapture(run.model, named, always_watch_functions=True),
     ):
         forward()
 

@@ -22,6 +22,7 @@ from stabmon._torch.optimizer_adapter import (
 )
 from stabmon._torch.process_group import world_size
 from stabmon._torch.ranks.exchange import RankExchange
+from stabmon._torch.ranks.share import RankShare
 from stabmon.capture.names import clean_name
 from stabmon.interventions.run.learning_rates import LearningRates
 from stabmon.interventions.run.step_hooks import StepHooks
@@ -298,18 +299,18 @@ class TrainingRun:
         return found if found is not None and found.touched in ("nothing", "gradients") else None
 
     def edited_layers(self) -> set[str]:
-        """Return the layers that held interventions may edit at every step.
+        """Return the layers here that held interventions may edit at every step, by own names.
 
         Example:
             >>> TrainingRun(None).edited_layers()
             set()
         """
         return {
-            layer
+            own
             for each in self.applied
             if each.active
             for layer, _ in each.effect.places
-            if layer is not None
+            if layer is not None and (own := self.share.own(layer)) is not None
         }
 
     def known_layers(self) -> list[str]:
@@ -343,6 +344,10 @@ class TrainingRun:
         if layer in self.layers:
             return self.layers[layer]
         name = layer.partition("#")[0]  # later calls of one module carry a number
+        own_name = self.share.own(name)
+        if own_name is None:
+            raise NotApplicable(f"{name} is on another rank, which holds that part of the model")
+        name = own_name
         for own, each in self.model.named_modules():
             if (clean_name(own) or type(each).__name__) == name:
                 found: nn.Module = each
@@ -374,6 +379,11 @@ class TrainingRun:
         scaler = self.grad_scaler
         scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
         return scale / self.accumulation
+
+    @property
+    def share(self) -> RankShare:
+        """The layers and heads of the whole run that this rank holds."""
+        return RankShare() if self.exchange is None else self.exchange.share
 
     @property
     def ranks(self) -> int:

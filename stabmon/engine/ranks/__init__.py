@@ -1,0 +1,1 @@
+"""Give the layers and heads of all ranks names that each rank agrees on."""

@@ -1,0 +1,253 @@
+"""Check on two gloo ranks that layers and heads have one name in the whole run: stages of a
+pipeline and shards of heads, faults planted on the last of them, and what guard does there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import stabmon
+from stabmon.interventions.qk_clip import QkClip
+from stabmon.records import StabilityIssue
+from tests.support.small_runs import lines, same_readings, weights
+from tests.support.two_ranks import (
+    MICRO_BATCHES,
+    given_by,
+    grow_head,
+    inputs,
+    loss_of,
+    on_two_ranks,
+    pipeline,
+    split_heads,
+    stage_of,
+    whole,
+)
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+STEPS = 3
+FAULT_AT, FAULT_STEPS = 6, 14
+HEAD = 3
+"""The head that grows, of four: the last one on the last rank."""
+LAYERS = ["0.attn", "1.attn"]
+STAGES = ["stage0.0.attn", "stage1.0.attn"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Every scenario below in one pair of processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    on_two_ranks(SCENARIOS, folder)
+    return lambda scenario: (given_by(scenario, folder), folder / scenario.__name__)
+
+
+def watch(model, optimizer, folder=None, config="observe", **options):
+    given = {"sinks": ["jsonl"], "log_every": 1, "reduce_ranks": True, "run_dir": folder}
+    return stabmon.AttentionStabilityMonitor(model, optimizer, config=config, **(given | options))
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), 1e-3, foreach=False)
+
+
+def train(step, model, optimizer, monitor, steps, between=lambda step: None):
+    """Return the diagnoses; ``step`` makes forward and backward and returns the loss or None."""
+    given = []
+    for at, (x, target) in enumerate(inputs(steps), start=1):
+        between(at)
+        loss = step(x, target)
+        optimizer.step()
+        optimizer.zero_grad()
+        given.append(None if monitor is None else monitor.on_step(loss))
+    return given
+
+
+def plain_step(model):
+    def step(x, target):
+        loss = loss_of(model(x), target)
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def run_pipeline(rank, folder, *, apart, config="observe", steps=STEPS, between=lambda *_: None):
+    module = stage_of(whole(2), rank, apart=apart).train()
+    optimizer = optimizer_of(module)
+    monitor = watch(module, optimizer, folder, config)
+    step = pipeline(module, rank)
+    given = train(step, module, optimizer, monitor, steps, lambda at: between(at, module))
+    return module, monitor, given
+
+
+def pipeline_of_equal_names(rank, folder):
+    module, monitor, given = run_pipeline(rank, folder, apart=True)
+    reading, errors = given[-1].readings[-1], dict(monitor.errors)
+    monitor.close()
+    bare = stage_of(whole(2), rank, apart=True).train()
+    optimizer = optimizer_of(bare)
+    train(pipeline(bare, rank), bare, optimizer, None, STEPS)
+    return reading, errors, weights(module), weights(bare)
+
+
+def pipeline_of_kept_names(rank, folder):
+    _, monitor, given = run_pipeline(rank, folder, apart=False)
+    monitor.close()
+    return given[-1].readings[-1], dict(monitor.errors)
+
+
+def single(dtype=torch.float64):
+    """The reading of one process with the whole model, in float64."""
+    model = whole(2).to(dtype).train()
+    optimizer = optimizer_of(model)
+    with stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=1) as monitor:
+        step = plain_step(model)
+        given = []
+        for x, target in inputs(STEPS):
+            loss = step(x.to(dtype), target.to(dtype))
+            optimizer.step()
+            optimizer.zero_grad()
+            given.append(monitor.on_step(loss))
+        return given[-1].readings[-1]
+
+
+def same_as(reading, expected, named, times=1):
+    """The reading is that of one process, layers by other names.
+
+    Gradients of a pipeline are read before its schedule divides them by its micro-batches.
+    """
+    rename = dict(zip(LAYERS, named, strict=True))
+    layers = {rename[layer]: signals for layer, signals in expected.layers.items()}
+    assert list(reading.layers) == named
+    assert same_readings(reading.layers, layers, 2e-4)
+    assert reading.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert reading.gradients == pytest.approx(
+        {rename.get(layer, layer): times * norm for layer, norm in expected.gradients.items()},
+        rel=1e-3,
+    )
+    for layer, moved in expected.query_key.items():
+        found = reading.query_key[rename[layer]].to_dict()
+        assert found == pytest.approx(moved.to_dict(), rel=1e-3)
+    assert {layer: each.heads for layer, each in reading.info.items()} == dict.fromkeys(named, 4)
+
+
+def test_stages_of_equal_names_are_read_as_one_model_and_trained_alike(ranks):
+    given, folder = ranks(pipeline_of_equal_names)
+    expected = single()
+    for reading, errors, watched, bare in given:
+        assert errors == {}
+        same_as(reading, expected, STAGES, MICRO_BATCHES)
+        assert all(torch.equal(watched[name], bare[name]) for name in bare)
+    stored = lines(folder / "stabmon" / "readings.jsonl")
+    assert [list(each["layers"]) for each in stored] == [STAGES] * STEPS
+
+
+def test_stages_that_keep_their_names_are_read_under_these(ranks):
+    given, _ = ranks(pipeline_of_kept_names)
+    for reading, errors in given:
+        assert errors == {}
+        same_as(reading, single(), LAYERS, MICRO_BATCHES)
+
+
+def fault_on_last_stage(rank, folder):
+    def grow(at, module):
+        if at >= FAULT_AT and rank == 1:
+            grow_head(module[0].attn.q.weight, HEAD)
+
+    module, monitor, _ = run_pipeline(
+        rank, folder, apart=True, config="guard", steps=FAULT_STEPS, between=grow
+    )
+    applied = [each.intervention.name for each in monitor.applied]
+    state, errors = monitor.state_dict(), dict(monitor.errors)
+    monitor.close()
+    # a run that goes on from each rank's own state knows the layers of all ranks
+    resumed = watch(module, optimizer_of(module), None, "guard", sinks=[])
+    resumed.load_state_dict(state)
+    known = resumed._tracker.history.layers, [each.active for each in resumed.applied]
+    resumed.close()
+    return errors, applied, known
+
+
+def test_a_fault_of_the_last_stage_is_on_the_disk_of_rank_0_and_of_no_other_layer(ranks):
+    given, folder = ranks(fault_on_last_stage)
+    stored = lines(folder / "stabmon" / "issues.jsonl")
+    alarms = [each for each in stored if each["severity"] in ("error", "critical")]
+    assert alarms
+    assert {(each["layer"], each["head"]) for each in alarms} == {("stage1.0.attn", HEAD)}
+    for errors, applied, (layers, active) in given:
+        assert errors == {}
+        assert applied == given[0][1]  # the same on both ranks
+        assert "qk_clip" in applied
+        assert list(layers) == STAGES
+        assert len(active) == len(applied)
+
+
+def clip_on_last_stage(rank, folder):
+    module, monitor, _ = run_pipeline(rank, folder, apart=True, config="guard")
+    before = weights(module)
+    issue = StabilityIssue(STEPS, "stage1.0.attn", HEAD, "logit_growth", "error", 9.0, 1.0, "")
+    clip = replace(QkClip(target=0.01, hold=False), issues=(issue,))
+    applied = monitor.apply(clip)
+    after, state = weights(module), monitor._ranks.state
+    restored = applied.undo()
+    undone = weights(module)
+    monitor.close()
+    return before, after, undone, restored, state, applied.record["note"]
+
+
+def test_a_clip_scales_the_head_of_its_own_stage_and_nothing_else(ranks):
+    given, _ = ranks(clip_on_last_stage)
+    for rank, (before, after, undone, restored, state, _) in enumerate(given):
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        wanted = {f"0.attn.{part}.{kind}" for part in "qk" for kind in ("weight", "bias")}
+        assert changed == (wanted if rank == 1 else set())
+        assert restored
+        assert state == "together"
+        assert all(torch.equal(before[name], undone[name]) for name in before)
+        for name in changed:
+            rows = (before[name] != after[name]).reshape(4, 8, -1).any(-1).any(-1)
+            assert rows.tolist() == [False, False, False, True]
+    assert "other stages: stage1.0.attn" in given[0][-1]
+
+
+def heads_on_two_ranks(rank, folder):
+    """The fault is on head 1 of the two of rank 1."""
+    model = whole(2).train()
+    split_heads(model)
+    optimizer = optimizer_of(model)
+    monitor = watch(model, optimizer, folder, "guard", sinks=["jsonl"])
+
+    def grow(at):
+        if at >= FAULT_AT and rank == 1:
+            grow_head(model[1].attn.q.weight.to_local(), 1, of=2)
+
+    step = plain_step(model)
+    given = train(step, model, optimizer, monitor, FAULT_STEPS, grow)
+    errors, applied = dict(monitor.errors), [each.intervention.name for each in monitor.applied]
+    monitor.close()
+    return given[STEPS - 1].readings[STEPS - 1], errors, applied, monitor._ranks.collectives
+
+
+def test_heads_of_tensor_parallel_ranks_have_their_numbers_of_the_whole_model(ranks):
+    given, folder = ranks(heads_on_two_ranks)
+    expected = single()
+    for reading, errors, applied, _ in given:
+        assert errors == {}
+        assert applied == given[0][2]
+        same_as(reading, expected, LAYERS)
+    stored = lines(folder / "stabmon" / "issues.jsonl")
+    assert {each["issue_type"] for each in stored} >= {"entropy_collapse", "logit_growth"}
+    assert {(each["layer"], each["head"]) for each in stored} == {("1.attn", HEAD)}
+
+
+SCENARIOS = [
+    pipeline_of_equal_names,
+    pipeline_of_kept_names,
+    fault_on_last_stage,
+    clip_on_last_stage,
+    heads_on_two_ranks,
+]
