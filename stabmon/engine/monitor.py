@@ -153,7 +153,7 @@ class AttentionStabilityMonitor:
         parts.guard.run.on_rollback.append(weakly(self._rolled_back))
         self._has_resumed = False
         """This rank has told the others whether it has a state to go on from."""
-        self._observer.on_first_forward = weakly(self.resume_without_state)
+        self._observer.on_first_forward = weakly(self._first_forward)
         if not manual_steps:
             self.begin_step()
 
@@ -546,6 +546,11 @@ class AttentionStabilityMonitor:
             self._ranks.leave("")
 
     # -- inside a step
+
+    def _first_forward(self) -> None:
+        """Note that training begins: weights and states are loaded by now, if ever."""
+        self.resume_without_state()
+        self._guard.on_first_forward(self.step)
 
     @contained
     def _left_alone(self) -> None:

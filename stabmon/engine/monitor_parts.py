@@ -69,6 +69,7 @@ class MonitorParts:
             "step_length": self.step_length.rates,
             "rate_jumps": self.settings.jumps,
             "decay_jumps": self.settings.decay_jumps,
+            "usual_updates": self.settings,
             "parts": self.updates.parts,
             "guard": self.guard,
             "schedule": self.schedule,

@@ -24,7 +24,9 @@ logger = logging.getLogger("stabmon")
 
 STATE_VERSION = 1
 """Version of the states written today; one without a version is older, and read the same way."""
-OPTIONAL = frozenset({"schedule", "step_length", "rate_jumps", "decay_jumps", "parts"})
+OPTIONAL = frozenset(
+    {"schedule", "step_length", "rate_jumps", "decay_jumps", "parts", "usual_updates"}
+)
 """Keys of parts that states of earlier versions lack."""
 
 

@@ -116,6 +116,19 @@ class Guard(StepListener):
             prepared.begin()
         self._install()
 
+    def on_first_forward(self, step: int) -> None:
+        """Note that the first training forward begins.
+
+        Args:
+            step: steps made before it, those before a resume included.
+        """
+        self.run.step = step
+        for prepared in self._prepared.values():
+            try:
+                prepared.on_first_forward()
+            except Exception as error:
+                logger.warning("Of the state in which training begins nothing is kept: %s", error)
+
     @property
     def wants_attention(self) -> bool:
         """Return whether a held intervention needs the next forward's attention calls."""

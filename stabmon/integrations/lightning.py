@@ -178,6 +178,10 @@ class StabilityCallback(StabilityCallbackBase, pl.Callback):
     def _restore(self, monitor: AttentionStabilityMonitor) -> None:
         """Set a monitor to the state in a checkpoint; once, not in a later fit as well."""
         state, self._state = self._state, None
+        if not state and monitor.step > 0:
+            logger.warning(
+                "stabmon starts with an empty history: the checkpoint has no state of it"
+            )
         if state:
             try:
                 monitor.load_state_dict(state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -52,16 +52,25 @@ class Records:
     """Number of the run in its folder, from 1; 0 for all of them together."""
     gaps: tuple[Gap, ...] = ()
     """Records that could not be written, and are missing here."""
+    layers_left_out: Mapping[int, int] = field(default_factory=dict)
+    """Number of layers that a reading lacks, by its step, where layers take turns.
+
+    A line holds a bounded number of values, see :class:`~stabmon.sinks.jsonl.JsonlSink`: a layer
+    that is not in ``Reading.layers`` then was measured and not written. Empty where there are
+    several runs: see each of ``runs``.
+    """
 
     def __repr__(self) -> str:
         steps = (
             f", steps {self.readings[0].step} to {self.readings[-1].step}" if self.readings else ""
         )
+        partial = sum(len(run.layers_left_out) for run in self.runs or (self,))
         counts = (
             *([counted(len(self.runs), "run")] if len(self.runs) > 1 else []),
             f"{counted(len(self.readings), 'reading')}{steps}",
             counted(len(self.issues), "issue"),
             counted(len(self.interventions), "intervention"),
+            *([f"layers take turns in {counted(partial, 'reading')}"] if partial else []),
         )
         return f"Records({self.folder}: {', '.join(counts)})"
 
@@ -152,24 +161,33 @@ def read_records(run_dir: str | Path) -> Records:
     known: dict[str, LayerInfo] = {}
     try:
         meta = _meta(folder / META, skipped)
-        readings = list(_lines(folder / READINGS, skipped, lambda values: _reading(values, known)))
+        lines = list(_lines(folder / READINGS, skipped, lambda values: _reading(values, known)))
         issues = list(_lines(folder / ISSUES, skipped, StabilityIssue.from_dict))
         interventions = list(_lines(folder / INTERVENTIONS, skipped, audit_of))
         gaps = list(_lines(folder / GAPS, skipped, Gap.from_dict))
     except OSError as error:
         raise ValueError(f"the stabmon records in {folder} cannot be read: {error}") from error
+    readings = [(run, start, reading) for run, start, (reading, _) in lines]
+    left_out = {id(reading): count for *_, (reading, count) in lines if count}
     numbers = sorted({run for lines in (readings, issues, interventions) for run, _, _ in lines})
-    runs = tuple(
-        Records(
-            *_of_run(run, readings, issues, interventions),
-            meta,
-            (),
-            folder,
-            number=run,
-            gaps=tuple(gap for number, _, gap in gaps if number == run),
+    runs = []
+    for run in numbers:
+        own, kept, done = _of_run(run, readings, issues, interventions)
+        runs.append(
+            Records(
+                own,
+                kept,
+                done,
+                meta,
+                (),
+                folder,
+                number=run,
+                gaps=tuple(gap for number, _, gap in gaps if number == run),
+                layers_left_out={
+                    each.step: left_out[id(each)] for each in own if id(each) in left_out
+                },
+            )
         )
-        for run in numbers
-    )
     return Records(
         readings=tuple(each for run in runs for each in run.readings),
         issues=tuple(each for run in runs for each in run.issues),
@@ -177,8 +195,9 @@ def read_records(run_dir: str | Path) -> Records:
         meta=meta,
         skipped=tuple(skipped),
         folder=folder,
-        runs=runs,
+        runs=tuple(runs),
         gaps=tuple(gap for _, _, gap in gaps),
+        layers_left_out=runs[0].layers_left_out if len(runs) == 1 else {},
     )
 
 
@@ -257,13 +276,21 @@ def _lines(
                 yield run, start, record
 
 
-def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> Reading:
-    """Return a line's reading; ``known`` carries the layers' facts of earlier lines."""
+def _reading(values: Mapping[str, Any], known: dict[str, LayerInfo]) -> tuple[Reading, int]:
+    """Return a line's reading, and how many layers it lacks.
+
+    Args:
+        values: the line.
+        known: carries the layers' facts of earlier lines.
+    """
+    left_out = values.get("layers_left_out", 0)
+    if not isinstance(left_out, int) or left_out < 0:
+        raise ValueError(f"layers_left_out is {left_out!r}, not a number of layers")
     new = {layer: LayerInfo.from_dict(info) for layer, info in values.get("info", {}).items()}
     info = {layer: (known | new)[layer] for layer in values["layers"] if layer in known | new}
     reading = Reading.from_dict(values, info=info)
     known |= new
-    return reading
+    return reading, left_out
 
 
 def _meta(path: Path, skipped: list[str]) -> dict[str, Any]:

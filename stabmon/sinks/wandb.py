@@ -14,6 +14,7 @@ from stabmon.sinks.base import Sink, sink
 from stabmon.sinks.dashboards.head_pictures import HeadPictures, Picture
 from stabmon.sinks.dashboards.panels import LAYER_SIGNALS, LAYERS, MARKER, LayerCurves
 from stabmon.sinks.dashboards.wandb_metrics import STEP, WandbMetrics
+from stabmon.sinks.delivery.slow_start import SlowStart
 from stabmon.sinks.head_images import head_matrix, signal_names
 from stabmon.sinks.issue_table import (
     AUDIT_COLUMNS,
@@ -30,7 +31,8 @@ _LEVELS = {"info": "INFO", "warning": "WARN", "error": "ERROR", "critical": "ERR
 class WandbSink(Sink):
     """Log to the active W&B run, or to a run of its own.
 
-    The run is found at the first record; one of our own is made where none is active then.
+    The run is found at the first record; one of our own is made where none is active then. Where
+    ``wandb.init`` has not returned within 10 s, the records wait for it and training goes on.
     Everything of ours has the step metric ``stabmon/step`` and never sets W&B's own step, so
     nothing is dropped as out of order. A run that is not ours is never finished and no row of it
     committed while it goes on: a reading rides on the row that its owner commits next, and those
@@ -86,6 +88,7 @@ class WandbSink(Sink):
         self._interventions = RecentInterventions(table_seconds)
         self._wandb: Any = None
         self._run: Any = None
+        self._start: SlowStart[Any] | None = None
         self._guest: GuestRows | None = None
         self._meta: dict[str, Any] = {}
         self._begin()
@@ -179,7 +182,9 @@ class WandbSink(Sink):
         finally:
             if self._guest is not None:
                 self._guest.leave(self._publish_last)
-            self._wandb = self._run = self._guest = None
+            if self._run is None and self._start is not None:
+                self._start.abandon(lambda run: run.finish())
+            self._wandb = self._run = self._guest = self._start = None
 
     def _join(self) -> bool:
         """Find the run to write to, and return False when closed.
@@ -188,7 +193,9 @@ class WandbSink(Sink):
         """
         if self._run is None and self._wandb is not None:
             theirs = self._given or self._wandb.run
-            self._run = self._make() if theirs is None else theirs
+            if theirs is None and self._start is None:
+                self._start = SlowStart("wandb.init", self._make)
+            self._run = self._start.result() if theirs is None and self._start else theirs
             if theirs is not None:
                 self._guest = GuestRows.of(theirs, self._wandb.Table)
                 self._guest.join(self._publish_last)

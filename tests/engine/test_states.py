@@ -362,5 +362,5 @@ def test_a_healthy_state_in_the_runs_folder_is_found_by_its_name_and_by_the_whol
         states = HealthyStates(run)
         states.parse_state(Stored({"healthy": named}))()
         assert states.newest is not None
-        assert states.state_dict() == {"healthy": path.name}
+        assert states.state_dict()["healthy"] == path.name
     monitor.close()

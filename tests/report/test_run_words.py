@@ -15,6 +15,8 @@ from stabmon.report.run.packing import packed
 from stabmon.report.run.page import run_page
 from stabmon.report.run.signals import columns, extremes, head_signals
 from stabmon.report.run.verdict import has_finding, verdict_of
+from stabmon.sinks.jsonl import JsonlSink
+from stabmon.sinks.stored.layer_share import LayerShare
 from tests.support.small_runs import gpt2
 from tests.support.stored_runs import train_into, write_run
 
@@ -199,6 +201,27 @@ def test_layers_that_come_late_and_heads_that_differ_are_kept() -> None:
     np.testing.assert_array_equal(found.values["x"], [[1, 2, np.nan], [3, 4, np.nan]])
     np.testing.assert_array_equal(found.values["y"], [[np.nan] * 3, [np.nan, np.nan, 5]])
     assert found.head_at(2) == ("b", 0)
+
+
+def test_a_layer_that_a_line_left_out_keeps_its_last_value_and_the_page_says_so(
+    tmp_path: Path,
+) -> None:
+    layers = {name: {"max_logit": np.array([1.0])} for name in "ab"}
+    readings = [
+        Reading(step, 1.0, {name: {"max_logit": np.array([float(step)])} for name in layers})
+        for step in range(1, 5)
+    ]
+    (tmp_path / "stabmon").mkdir()
+    sink = JsonlSink()
+    sink._share = LayerShare(most_values=1)
+    sink.open(tmp_path / "stabmon", {})
+    for each in readings:
+        sink.write_reading(each, {})
+    sink.close()
+    run = load_run(tmp_path)
+    found = run.signals.values["max_logit"]
+    np.testing.assert_array_equal(found, [[1, np.nan], [1, 2], [3, 2], [3, 4]])
+    assert any("some layers in 4 readings of 4" in words for words in verdict_of(run).missing)
 
 
 def test_a_long_run_of_many_heads_stays_within_its_columns(tmp_path: Path) -> None:

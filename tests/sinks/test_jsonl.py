@@ -538,6 +538,10 @@ def test_a_line_is_bounded_and_layers_take_turns_but_for_those_in_trouble(
     found = read_records(folder).readings
     assert [each.step for each in found] == list(range(1, 8))
     assert list(found[3].layers) == ["h.0", "h.1", "h.5"]
+    records = read_records(folder)
+    assert records.layers_left_out == {1: 4, 2: 4, 3: 4, 4: 3, 5: 4, 6: 4, 7: 4}
+    assert records.layers_left_out == records.runs[0].layers_left_out
+    assert "layers take turns in 7 readings" in repr(records)
 
 
 def test_old_readings_are_thinned_and_steps_with_issues_stay(folder: Path) -> None:

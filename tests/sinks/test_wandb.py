@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import wandb
 
 from stabmon.incidents import IncidentLog
 from stabmon.sinks import SINKS, SinkGroup
+from stabmon.sinks.delivery.slow_start import SlowStart
 from stabmon.sinks.scalars import dashboard_scalars
 from stabmon.sinks.wandb import WandbSink
 from tests.support.sample_records import LAYERS, META, issue, reading
@@ -313,3 +316,33 @@ def test_a_run_that_was_finished_under_us_stops_this_sink_alone(
     group.close()
     assert "was finished while training went on" in group.failed["WandbSink"]
     assert len([record for record in caplog.records if record.name == "stabmon"]) == 2
+
+
+def test_an_init_that_hangs_stalls_one_record_and_loses_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    release, init = threading.Event(), wandb.init
+
+    def hangs(**options: Any) -> Any:
+        release.wait(30)
+        return init(**options)
+
+    monkeypatch.setattr(wandb, "init", hangs)
+    monkeypatch.setattr(SlowStart.__init__, "__defaults__", (0.3,))
+    sink = SINKS["wandb"]()
+    group = SinkGroup([sink])
+    group.open(None, META)
+    began = time.monotonic()
+    for step in (10, 20, 30):
+        group.write_reading(reading(step), {})
+    assert time.monotonic() - began < 5
+    assert caplog.text.count("wandb.init has not returned within 0.3 s") == 1
+    release.set()
+    until = time.monotonic() + 20
+    while sink._run is None and time.monotonic() < until:
+        time.sleep(0.2)
+        group.write_reading(reading(40), {})
+    path = own(sink).settings.sync_file
+    group.close()
+    steps = [row["stabmon/step"] for row in rows(path) if "stabmon/step" in row]
+    assert [step for step in steps if step < 40] == [10, 20, 30]

@@ -60,6 +60,8 @@ class Recorder:
         self._layers: dict[str, int] = {}
         self._incidents = IncidentLog()
         self._meta: Callable[[], Mapping[str, Any]] | None = None
+        self._early: list[Mapping[str, Any]] = []
+        """Audit records from before the sinks are opened."""
 
     def set_meta(self, meta: Callable[[], Mapping[str, Any]]) -> None:
         """Set the function that returns the run's metadata, for ``meta.json``.
@@ -79,6 +81,9 @@ class Recorder:
             with random_state_kept():  # a name that MLflow makes up for a run draws from Python's
                 self._sinks.open(self._make_folder() if self._sinks.sinks else None, meta)
             self._opened = time.monotonic()
+            early, self._early = self._early, []
+            for record in early:
+                self._sinks.write_intervention(record)
             self._count_failed()
 
     def amend(self, meta: Mapping[str, Any]) -> None:
@@ -106,6 +111,7 @@ class Recorder:
             alarms: alarms of the whole run; None to count those of ``issues``.
         """
         self.issues, self.alarms = [], 0
+        self._early.clear()  # what was installed at the start is what the state holds already
         self.keep(issues)
         self.alarms = self.alarms if alarms is None else alarms
         self._replay(issues)
@@ -139,8 +145,13 @@ class Recorder:
         return tuple(incidents)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
-        """Write the audit record of an intervention."""
-        self.open_sinks()
+        """Write the audit record of an intervention, no sooner than the first step.
+
+        Until then a state may be loaded, which says whether this run continues another.
+        """
+        if self._meta is not None:
+            self._early.append(record)
+            return
         self._sinks.write_intervention(record)
         self._count_failed()
 

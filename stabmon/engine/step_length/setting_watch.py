@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from stabmon._storage.stored_value import Stored
 from stabmon._torch.optimizer_adapter import OptimizerAdapter, ParameterGroup, innermost
 from stabmon.engine.step_length.decay_jumps import DecayJumps, shrinks_weights
 from stabmon.engine.step_length.group_words import describe_group
@@ -133,6 +135,29 @@ class SettingWatch(StepListener):
 
     def close(self) -> None:
         self._run.end_hold_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far groups usually move: plain values, for a resumed run."""
+        self._note_sampled()
+        return {"per_rate": {key: list(each) for key, each in self._per_rate.items()}}
+
+    def parse_state(self, state: Stored) -> Callable[[], None]:
+        """Read a state whole, and return a function that restores it; None leaves all as it is.
+
+        Raises:
+            ValueError: if it is no state of this.
+        """
+        if state.value is None:
+            return lambda: None
+        per_rate = {
+            key: deque([each.number() for each in values.parts()], maxlen=NEWEST)
+            for key, values in state["per_rate"].items()
+        }
+
+        def restore() -> None:
+            self._per_rate = per_rate
+
+        return restore
 
     def _note_sampled(self) -> None:
         """Keep how far groups moved in the step before, if that was a sampled one."""

@@ -39,6 +39,8 @@ class PartChanges:
         self._trained: list[nn.Parameter] = []
         self._was: Tensor | None = None
         self._now: Tensor | None = None
+        self.owes_end = False
+        """The newest step was sampled, and :meth:`note_end` is to come."""
 
     def name_of(self, parameter: Tensor) -> str:
         """Return the part that a parameter is in, once :meth:`before` was called; else empty."""
@@ -88,13 +90,19 @@ class PartChanges:
     def note_end(self) -> None:
         """Measure the weights after a sampled step and all that was done at it."""
         self._was = self._norms() if self._parts else None
+        self.owes_end = False
 
     def rolled_back(self, step: int) -> None:
         """Drop the weights: the run goes on from the state after ``step``."""
         self._was = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the norms after the newest sampled step, as plain values."""
+        """Return the norms after the newest sampled step, as plain values.
+
+        A checkpoint is written before the next step begins.
+        """
+        if self.owes_end:
+            self.note_end()
         return {"norms": None if self._was is None else self._was.tolist()}
 
     def parse_state(self, state: Any) -> Callable[[], None]:

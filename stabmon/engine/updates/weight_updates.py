@@ -55,7 +55,7 @@ class WeightUpdates(StepListener):
         parts: PartChanges,
     ) -> None:
         self.boundary = boundary
-        self.parts, self._begun, self._after_sample = parts, 0, False
+        self.parts, self._begun = parts, 0
         self.newest: dict[str, float] = {}
         """Relative change of each group in the newest sampled step."""
         self._optimizers, self._scheduled = optimizers, scheduled
@@ -66,9 +66,9 @@ class WeightUpdates(StepListener):
         self._is_pending = False
 
     def on_step_begin(self, ctx: StepContext) -> None:
-        if self._after_sample or ctx.step == self._begun:  # anew where a person has intervened
+        if self.parts.owes_end or ctx.step == self._begun:  # anew where a person has intervened
             self.parts.note_end()
-        self._begun, self._after_sample = ctx.step, False
+        self._begun = ctx.step
 
     def before_optimizer_step(self, ctx: StepContext) -> None:
         if not ctx.sampled:
@@ -85,7 +85,7 @@ class WeightUpdates(StepListener):
     def measure_updates(self, ctx: StepContext) -> UpdatesOfStep | None:
         """Compare the weights of a sampled step with their copies, and drop the copies."""
         self.measure_now()
-        self._after_sample = ctx.sampled
+        self.parts.owes_end = ctx.sampled
         measured, self._measured = self._measured, None
         return (measured or UpdatesOfStep()) if ctx.sampled else None
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from stabmon._storage.stored_value import Stored
+from stabmon._torch.forward_call import is_split
 from stabmon._torch.process_group import rank
 from stabmon.interventions.run.snapshots import Snapshot, named_tensors, snapshot_bytes
 from stabmon.interventions.run.training_run import Prepared, TrainingRun
@@ -34,6 +35,9 @@ class HealthyStates(Prepared):
     better, and a state that was corrupted without an alarm never takes its place. Beside the one
     that is kept a newer candidate waits: two copies at most.
 
+    States in memory end with their process. The state in which a run is resumed takes their place
+    if it was healthy as the checkpoint was written, so that there is one to go back to at once.
+
     Args:
         run: the run.
         every: samples between candidates.
@@ -54,10 +58,25 @@ class HealthyStates(Prepared):
         self._from = 0
         self._age = 0
         self._warned = False
+        self._is_calm = True
+        """The newest sampled step was healthy."""
+        self._keeps_first = False
+        """The state at the first forward is to be kept, where the run is resumed."""
 
     def begin(self) -> None:
         """Keep the state in which training begins."""
         self._healthy, self._from = self._keep(), self.run.step
+        self._keeps_first = True
+
+    def on_first_forward(self) -> None:
+        """Keep the state in which a run is resumed: its weights are loaded by now.
+
+        Shards are gathered for a forward, and are kept as they were before.
+        """
+        if self._keeps_first and self.run.step > 0 and not is_split(self.run.model):
+            self._drop(self._healthy)
+            self.begin()
+        self._keeps_first = False
 
     @property
     def newest(self) -> Snapshot | None:
@@ -79,6 +98,7 @@ class HealthyStates(Prepared):
         Args:
             healthy: loss and gradients are finite, and no issue is open that may make it diverge.
         """
+        self._is_calm = healthy
         if not healthy:
             self._drop(self._candidate)
             self._candidate = None
@@ -138,6 +158,11 @@ class HealthyStates(Prepared):
             f"back to {which}, {self.run.step - snapshot.step} steps ago: the run stands at "
             f"{stands}"
         )
+
+    def _keeps_course(self) -> bool:
+        """Return whether the loss is near its best, as far as it is known."""
+        now, best, noise = self._course()
+        return len(self._losses()) < 2 or now <= best + noise
 
     def _is_proven(self) -> bool:
         """Return whether the loss is below that of the kept state and near its best."""
@@ -203,8 +228,12 @@ class HealthyStates(Prepared):
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the name of the healthy state's file; None for one in memory."""
-        return {"healthy": self._healthy.name if isinstance(self._healthy, Path) else None}
+        """Return the name of the healthy state's file, and whether the run is healthy now.
+
+        The name is None for a state in memory.
+        """
+        name = self._healthy.name if isinstance(self._healthy, Path) else None
+        return {"healthy": name, "is_healthy": self._is_calm and self._keeps_course()}
 
     def parse_state(self, state: Stored) -> Callable[[], None]:
         """Find the file of a healthy state in the run's own folder.
@@ -225,8 +254,16 @@ class HealthyStates(Prepared):
                 "is not looked at"
             )
 
+        resumes_healthy = path is None and state.get("is_healthy", False).flag()
+
         def restore() -> None:
             self._healthy, self._from = path, max(1, self.run.step)
+            self._keeps_first = resumes_healthy
+            if resumes_healthy and is_split(self.run.model):
+                try:
+                    self.begin()
+                except Exception as error:  # no file can be written
+                    logger.warning("No state is kept to roll back to: %s", error)
 
         return restore
 

@@ -40,6 +40,9 @@ class Prepared:
     def begin(self) -> None:
         """Start to keep it, before the first step."""
 
+    def on_first_forward(self) -> None:
+        """Note that the first forward begins, by which weights and states are loaded."""
+
     def offer(self, healthy: bool) -> None:
         """Note a sampled step, once its issues are known.
 

@@ -66,7 +66,7 @@ class Run:
     @cached_property
     def signals(self) -> HeadSignals:
         """Values of every head at every sampled step."""
-        return head_signals(self.records.readings)
+        return head_signals(self.records.readings, self.records.layers_left_out)
 
     @property
     def last_step(self) -> int:

@@ -87,11 +87,13 @@ class HeadSignals:
         raise IndexError(column)
 
 
-def head_signals(readings: Sequence[Reading]) -> HeadSignals:
+def head_signals(readings: Sequence[Reading], layers_left_out: Collection[int] = ()) -> HeadSignals:
     """Gather the signals of all heads from readings.
 
     Args:
         readings: in the order of steps; those without layers are left out.
+        layers_left_out: steps of readings that lack layers which were measured; there these keep
+            the values of their last reading.
 
     Returns:
         Arrays over every layer and signal of any reading; signals that are nowhere a number are
@@ -111,8 +113,13 @@ def head_signals(readings: Sequence[Reading]) -> HeadSignals:
     places = HeadSignals(layers=layers).places()
     with np.errstate(over="ignore"):
         for at, reading in enumerate(sampled):
+            keeps = at > 0 and reading.step in layers_left_out
+            for found in values.values() if keeps else ():
+                found[at] = found[at - 1]
             for layer, signals in reading.layers.items():
                 start = places[layer].start
+                for found in values.values() if keeps else ():
+                    found[at, places[layer]] = np.nan
                 for name, heads in signals.items():
                     values[name][at, start : start + np.size(heads)] = heads
     for name in [name for name, found in values.items() if np.isnan(found).all()]:

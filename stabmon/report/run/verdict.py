@@ -263,6 +263,12 @@ def _missing(run: Run) -> tuple[str, ...]:
             found.append("learning rates and updates of weights: the monitor had no optimizer")
         if not any(each.losses or each.loss is not None for each in readings):
             found.append("the loss: it was not given to on_step")
+    if run.records.layers_left_out:
+        found.append(
+            f"some layers in {plural(len(run.records.layers_left_out), 'reading')} of "
+            f"{len(readings)}: a line holds as many as fit, in turn, and a layer is shown here as it "
+            "was last"
+        )
     if run.records.gaps:
         found.append(f"records that could not be written: {in_words(run.records.gaps)}")
     if run.records.skipped:
