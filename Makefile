@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true
 
-.PHONY: test types tests demo docs bench clean
+.PHONY: test test-long types tests demo docs bench clean
 
 # Types are checked beside the tests, which leave a core idle while their last file runs.
 test: .venv/installed
@@ -17,7 +17,11 @@ types: .venv/installed
 	$(BIN)/mypy train
 
 tests: .venv/installed
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+
+# What takes half a minute and more: the demo, the notebook, killed runs, the model zoo.
+test-long: .venv/installed
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 demo: .venv/installed
 	@$(BIN)/python train/demo.py

@@ -24,6 +24,9 @@ START = ("start", "start_score")
 KEPT = 0.5
 """Share of the alarming risk below which an alarm is over."""
 
+RESTS_ON_HEADS = ("brisk",)
+"""Evidence of a rate that is too high only if heads break: an alarm where a layer's risk says so."""
+
 
 @dataclass(frozen=True)
 class RiskJudge:
@@ -67,7 +70,7 @@ class RiskJudge:
             return {}, found
         parts = model.contributions(history)
         chance, level = model.probability(parts), model.threshold(self.false_alarm_rate)
-        decided, risks = dict(found), {}
+        decided, risks, any_alarmed = dict(found), {}, False
         for at, layer in enumerate(history.layers):
             if not self._is_known(history, layer):
                 continue
@@ -75,6 +78,7 @@ class RiskJudge:
             own = {name: float(values[at]) for name, values in parts.items()}
             judged = [key for key, (issue, _) in found.items() if _is_judged(issue, layer)]
             alarmed = risk >= (KEPT if self._is_alarmed(history, layer) else 1.0) * level
+            any_alarmed |= alarmed
             because: dict[str, Any] = {"risk": risk, "risk_limit": level}
             for key in judged:
                 issue, rule = found[key]
@@ -85,6 +89,10 @@ class RiskJudge:
             if alarmed and not judged:
                 for issue in self._own_issues(history, layer, own, because):
                     decided[issue.key] = (_with_driver(history, issue), "logit_growth")
+        if risks and not any_alarmed:
+            for key, (issue, rule) in found.items():
+                if issue.layer is None and issue.evidence.get("how") in RESTS_ON_HEADS:
+                    decided[key] = replace(issue, severity="warning"), rule
         return risks, decided
 
     @staticmethod

@@ -240,7 +240,8 @@ def calibrate(
         for value, run in zip(largest, runs, strict=True)
         if run.label == "healthy" and not run.has_fault
     ]
-    levels = np.quantile(plain, [1 - rate for rate in RATES])
+    # the next healthy run lies above the k-th of n with a chance of 1 - k / (n + 1)
+    levels = np.quantile(plain, [1 - rate for rate in RATES], method="weibull")
     thresholds = {
         rate: round(float(1 / (1 + np.exp(-(slope * level + offset)))), 4)
         for rate, level in zip(RATES, levels, strict=True)

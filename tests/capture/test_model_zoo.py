@@ -3,6 +3,8 @@
 import warnings
 from collections import Counter
 
+import pytest
+
 from tests.bench.model_zoo import examine
 
 SAMPLE = (
@@ -23,6 +25,7 @@ images, two towers, none.
 FINE = {"exact", "partly, said", "none, said", "no attention"}
 
 
+@pytest.mark.long
 def test_in_twenty_kinds_of_models_nothing_is_silent_wrong_or_changed() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -49,6 +49,7 @@ def stored() -> Any:
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
+@pytest.mark.long
 def test_it_runs_from_top_to_bottom_and_says_what_is_stored(stored: Any, tmp_path: Path) -> None:
     found = executed(str(tmp_path))
     assert (tmp_path / "report.html").stat().st_size > 10_000

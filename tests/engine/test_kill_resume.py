@@ -6,6 +6,8 @@ import pytest
 
 from tests.bench.kill_resume import Cycle, Result, cycles, is_right, row_of, run_through
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, list[Cycle]]:

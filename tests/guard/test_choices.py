@@ -16,6 +16,7 @@ RECORDER = TESTS / "bench" / "record_choices.py"
 TABLE = TESTS / "states" / "choices_1.json"
 
 
+@pytest.mark.long
 def test_guard_chooses_as_before(tmp_path: Path) -> None:
     names = ("test_guard.py", "test_guarding.py")
     files = [str(path) for name in names for path in TESTS.rglob(name)]

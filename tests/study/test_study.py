@@ -280,6 +280,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_text_is_read(
     assert capsys.readouterr().err.startswith("stabmon: run_dir /proc/run: cannot be written")
 
 
+@pytest.mark.long
 def test_an_interruption_ends_all_processes_and_keeps_what_is_done(
     settings: StudySettings, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from live import LiveRun, follow
 
 from stabmon._storage import strict_json
@@ -62,6 +63,7 @@ def test_an_issue_is_reported_when_it_opens_grows_more_severe_or_closes_and_not_
     run.stop()
 
 
+@pytest.mark.long
 def test_the_whole_demo_on_a_tiny_model(tmp_path: Path, text: Path) -> None:
     words = (
         "model.layers=1 model.width=32 corpus.block=64 training.steps=60 training.batch=2 "

@@ -13,6 +13,7 @@ from stabmon._storage.folder_claim import FolderClaim
 from stabmon._torch.isolation import random_state_kept
 from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.incidents import Incident, IncidentLog
+from stabmon.incidents.intervention_words import is_armed
 from stabmon.records import Reading, StabilityIssue, head_count
 from stabmon.sinks import Sink, SinkGroup
 from stabmon.sinks.scalars import dashboard_scalars
@@ -145,13 +146,15 @@ class Recorder:
         return tuple(incidents)
 
     def write_intervention(self, record: Mapping[str, Any]) -> None:
-        """Write the audit record of an intervention, no sooner than the first step.
+        """Write the audit record of an intervention.
 
-        Until then a state may be loaded, which says whether this run continues another.
+        Those of what is in place from the start come no sooner than the first step: until then a
+        state may be loaded, which has them already.
         """
-        if self._meta is not None:
+        if self._meta is not None and is_armed(record):
             self._early.append(record)
             return
+        self.open_sinks()
         self._sinks.write_intervention(record)
         self._count_failed()
 
