@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from stabmon._settings import Count
 from stabmon._torch.number_formats import LARGEST
-from stabmon.records import Cause, Severity, StabilityIssue
+from stabmon.records import Cause, Reading, Severity, StabilityIssue
 from stabmon.records import NonFinite as Finding
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import NON_FINITE, Symptom
@@ -84,7 +84,8 @@ class NonFinite(Rule):
     """NaN or inf in weights, data, activations or loss.
 
     Three kinds of evidence, the most exact first: the first bad tensor, where the monitor has
-    traced it; a head whose largest score is infinite; a loss or a gradient norm that is NaN or inf.
+    traced it (where it could not, as with sharded parameters, a head whose scores are NaN beside
+    others of its layer that are not); a head whose largest score is infinite; a loss or a gradient norm that is NaN or inf.
     The trace wins over the others, so that one accident is one issue.
 
     Critical where it is in the weights, since nothing after it can be trusted; a warning where it
@@ -151,7 +152,7 @@ class NonFinite(Rule):
         """
         reading = history.latest
         if reading.non_finite is not None:
-            return [self._traced(history, reading.non_finite)]
+            return [self._traced(history, _placed(reading, reading.non_finite))]
         bad_heads = np.flatnonzero(np.isposinf(history.now("max_logit")))
         if len(bad_heads):
             words, kind = f"{CAUSES['overflow']}. {ROLL_BACK}", {"kind": "score"}
@@ -260,3 +261,20 @@ class NonFinite(Rule):
             suggestion=words + ".",
             evidence=evidence,
         )
+
+
+def _placed(reading: Reading, found: Finding) -> Finding:
+    """Return a finding of the whole run at the first head that alone in its layer is NaN.
+
+    What is NaN before a layer makes all of its heads NaN.
+    """
+    if found.layer is not None or found.kind not in ("gradient", "loss"):
+        return found
+    for layer, signals in reading.layers.items():
+        bad = ~np.isfinite(signals.get("max_logit", np.zeros(0)))
+        if bad.any() and not bad.all():
+            head = int(np.flatnonzero(bad)[0])
+            return replace(found, kind="score", layer=layer, head=head, tensor="score")
+        if bad.any():
+            break
+    return found

@@ -11,7 +11,7 @@ bare, one step of either in turn. Columns:
   the names and the number of heads of the whole model, and each head's score is its own.
 - ``told``: what ``issues.jsonl`` of rank 0 says first of a fault on the last rank, and the first alarm:
   a head whose W_q doubles at each step and is NaN at the last one (plain, compile, TP, PP), or a NaN
-  in the batch of that rank (DDP, FSDP2).
+  in the batch of that rank (DDP; FSDP2, where it is in the gradients of all ranks at once).
 - ``cost``: median time of five watched steps, of which one is sampled, over that of five bare ones.
 - ``breaks``: graph breaks that watching adds; ``collectives`` of a sampled step.
 - ``neutral``: all weights are the same to the bit before the fault, watched and bare.
@@ -306,7 +306,9 @@ def told_of(folder: Path, cell: Cell) -> str:
     alarms = [each for each in stored if each["severity"] in ("error", "critical")]
     if cell.way in ("DDP x2", "FSDP2 x2"):
         told = [each for each in alarms if "rank 1" in json.dumps(each["evidence"])]
-        return f"{told[0]['issue_type']} (rank 1)" if told else "none"
+        if told:
+            return f"{told[0]['issue_type']} (rank 1)"
+        return f"{alarms[0]['issue_type']} (no rank named)" if alarms else "none"
     layer = "stage1.1.attn" if cell.way == "PP x2" else LAYERS[-1]
     of_head = [e for e in stored if e["head"] is not None and e["issue_type"] != "non_finite"]
     places = {(each["layer"], each["head"]) for each in of_head}

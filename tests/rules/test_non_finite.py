@@ -1,13 +1,15 @@
 """NaN and inf are named where they started; a scaler's search is no alarm."""
 
+import math
 from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
 
-from stabmon.records import Cause
+from stabmon.records import Cause, Reading
 from stabmon.rules.non_finite import NonFinite
+from stabmon.rules.tracking.history import History
 from tests.support.trajectories import LAYERS, bad, falling_loss, readings, run, shape, signals
 
 WELL = readings(
@@ -143,3 +145,21 @@ def test_an_episode_that_returns_is_an_issue_of_its_own_whatever_the_cooldown():
         watched[2].step,
         watched[6].step,
     ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "place"),
+    [
+        ({"a": [1.0, 2.0], "b": [1.0, math.nan], "c": [math.nan, math.nan]}, ("b", 1)),
+        ({"a": [math.nan, math.nan], "b": [1.0, math.nan]}, (None, None)),  # NaN came into a
+        ({"a": [1.0, 2.0], "b": [3.0, 4.0]}, (None, None)),
+    ],
+)
+def test_a_gradient_that_was_not_traced_is_placed_by_a_head_that_alone_is_nan(scores, place):
+    layers = {name: {"max_logit": np.array(values)} for name, values in scores.items()}
+    found = replace(bad(80, "gradient"), layer=None, head=None, touched="weights")
+    history = History()
+    history.add(Reading(80, 2.0, layers, non_finite=found))
+    (issue,) = NonFinite().check(history)
+    assert (issue.layer, issue.head, issue.severity) == (*place, "critical")
+    assert issue.evidence["kind"] == ("score" if place[0] else "gradient")
