@@ -249,6 +249,8 @@ class Guard(StepListener):
         if "hold" in intervention.settings and hold is not None:
             intervention = replace(intervention, hold=hold)  # type: ignore[call-arg]
         self.run.by_user = by_user
+        if not by_user and (needless := intervention.needless(self.run)):
+            raise NotApplicable(needless)
         try:
             return intervention.apply(self.run)
         except NotApplicable:

@@ -224,6 +224,24 @@ class Intervention(ABC):
         """
         return ""
 
+    def needless(self, run: TrainingRun) -> str:
+        """Return the reason for which guard leaves it out at the places of its issues now.
+
+        A person may apply it all the same.
+
+        Args:
+            run: the run.
+
+        Returns:
+            The reason; empty where it may help.
+
+        Example:
+            >>> from stabmon.interventions.stop import Stop
+            >>> Stop().needless(TrainingRun(None))
+            ''
+        """
+        return ""
+
     def affordable(self, run: TrainingRun, budget: Budget, uses: int) -> bool:
         """Return whether the budget allows one more use of it.
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
+
 from stabmon._settings import Bounds
 from stabmon._storage.stored_value import Stored
 from stabmon.capture import compiled_modules
@@ -20,6 +22,9 @@ from stabmon.interventions.effects.scale_attribute import (
 from stabmon.interventions.run.score_replay import can_replay
 from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
+
+SMALL = 10.0
+"""Largest score at which guard divides no further, as QK-clip clips no further."""
 
 
 @intervention
@@ -52,6 +57,22 @@ class SoftenLogits(Intervention):
 
     temperature: Annotated[float, Bounds(above=1, high=1e4)] = 4.0
     """Divisor of the scores, in (1, 1e4]."""
+
+    def needless(self, run: TrainingRun) -> str:
+        """Return that scores are small, where those of all layers named are.
+
+        A clip holds them then, and a division by more throws trained heads back.
+        """
+        history = run.history
+        named = {each.layer for each in self.issues if each.layer in history.layers}
+        scores = [
+            float(np.nanmax(history.now("max_logit")[history.of_layer(layer)], initial=0.0))
+            for layer in named
+            if layer is not None
+        ]
+        if not scores or not max(scores) <= SMALL:
+            return ""
+        return f"scores there are {max(scores):.3g} at most: a temperature is of no use"
 
     def _start(self, run: TrainingRun) -> Effect:
         named = [each.layer.partition("#")[0] for each in self.issues if each.layer is not None]

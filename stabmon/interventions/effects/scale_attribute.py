@@ -96,7 +96,8 @@ class AtForward:
         module = attribute.module
         self._handles = [
             module.register_forward_pre_hook(InertHook(self._enter)),
-            module.register_forward_hook(InertHook(self._leave), always_call=True),
+            # before those of others that entered earlier: each finds what it has put there
+            module.register_forward_hook(InertHook(self._leave), prepend=True, always_call=True),
         ]
 
     def remove(self) -> None:

@@ -93,10 +93,13 @@ def rates_too_high(history: History) -> dict[str, float]:
     """Return the rate of each parameter group whose steps were found to be too long.
 
     Empty where no step was, where the rates have since come down to what fits, and where the first
-    step was only a little too long and no head breaks.
+    step was only a little too long and no head breaks, or weights were changed since: it speaks of
+    those it was made with.
     """
     found = history.overshoot
-    if found is None or (found.how == "brisk" and not heads_break(history)):
+    if found is None:
+        return {}
+    if found.how == "brisk" and (history.treated or not heads_break(history)):
         return {}
     if history.latest.overshoot is not None and found.how != "brisk":
         return {key: found.rates[key] for key in found.fitting}
