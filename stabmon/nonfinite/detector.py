@@ -182,8 +182,8 @@ class NonFiniteDetector(StepListener):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the present episode as plain values."""
-        if self._found is None:
-            return {}
+        if self._found is None or not math.isfinite(self._last_bad):
+            return {}  # a rollback has ended the episode
         return {
             "found": self._found.to_dict(),
             "last_bad": self._last_bad,
@@ -200,9 +200,12 @@ class NonFiniteDetector(StepListener):
             ValueError: if it is no state of a detector.
         """
         saved = Stored.of(state)
-        found = NonFinite.from_dict(saved["found"]) if saved.mapping() else None
-        last_bad = saved["last_bad"].integer() if saved.mapping() else -math.inf
-        reached = saved.get("reached", _GRADIENTS).integer() if saved.mapping() else 0
+        found, last_bad, reached = None, -math.inf, 0
+        # earlier versions stored an episode that a rollback had ended, as -inf
+        if saved.mapping() and saved["last_bad"].number() != -math.inf:
+            found = NonFinite.from_dict(saved["found"])
+            last_bad = saved["last_bad"].integer()
+            reached = saved.get("reached", _GRADIENTS).integer()
 
         def take_up() -> None:
             self._found, self._last_bad, self._reached = found, last_bad, reached

@@ -142,3 +142,41 @@ def test_a_checkpoint_knows_the_weights_after_its_step(manual: bool) -> None:
     expected = [each.detach().norm().item() for each in model.parameters()]
     assert norms == pytest.approx(expected, rel=1e-5)
     monitor.close()
+
+
+def test_the_state_of_a_resume_in_trouble_is_the_last_resort_of_weights_that_are_nan() -> None:
+    stored = killed()
+    states = stored["monitor"]["guard"]["states"]
+    assert states["is_healthy"]
+    states["is_healthy"] = False
+    model, optimizer, monitor = guarded()
+    model.load_state_dict(stored["model"])
+    monitor.load_state_dict(stored["monitor"])
+    ids = batches(1)[0]
+    model(input_ids=ids, labels=ids)
+    kept = monitor._guard.run.find_prepared(HealthyStates)
+    assert kept.newest is None
+    with torch.no_grad():
+        next(model.parameters())[0] = float("nan")
+    assert kept.newest is not None
+    assert kept.newest.step == 6
+    with torch.no_grad():
+        model.load_state_dict(stored["model"])
+    train(model, monitor, optimizer, batches(4))
+    assert kept.newest is not None, "a healthy state has taken its place"
+    monitor.close()
+
+
+def test_a_state_from_right_after_a_rollback_is_resumed() -> None:
+    model, optimizer, monitor = guarded()
+    train(model, monitor, optimizer, batches(6))
+    with torch.no_grad():
+        next(model.parameters())[:] = float("nan")
+    train(model, monitor, optimizer, batches(1))
+    assert [each.intervention.name for each in monitor.applied if each.step] == ["rollback"]
+    state = monitor.state_dict()
+    monitor.close()
+    *_, resumed = guarded()
+    resumed.load_state_dict(state)
+    assert resumed.step == 7
+    resumed.close()

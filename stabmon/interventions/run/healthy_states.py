@@ -35,8 +35,9 @@ class HealthyStates(Prepared):
     better, and a state that was corrupted without an alarm never takes its place. Beside the one
     that is kept a newer candidate waits: two copies at most.
 
-    States in memory end with their process. The state in which a run is resumed takes their place
-    if it was healthy as the checkpoint was written, so that there is one to go back to at once.
+    States in memory end with their process. The state in which a run is resumed takes their place,
+    so that there is one to go back to at once. If it was not healthy as the checkpoint was written
+    it is the last resort: for weights that are no longer finite, until a healthy one is there.
 
     Args:
         run: the run.
@@ -62,6 +63,8 @@ class HealthyStates(Prepared):
         """The newest sampled step was healthy."""
         self._keeps_first = False
         """The state at the first forward is to be kept, where the run is resumed."""
+        self._is_last_resort = False
+        """The kept state is that of a resume, and was not healthy."""
 
     def begin(self) -> None:
         """Keep the state in which training begins."""
@@ -80,7 +83,12 @@ class HealthyStates(Prepared):
 
     @property
     def newest(self) -> Snapshot | None:
-        """The newest healthy state, read from disk if need be; None if none yet."""
+        """The newest healthy state, read from disk if need be; None if none yet.
+
+        Of weights that are not finite also that of a resume, healthy or not.
+        """
+        if self._is_last_resort and self._is_finite():
+            return None
         if isinstance(self._healthy, Path):
             try:
                 found = Snapshot.load(self._healthy) if self._healthy.is_file() else None
@@ -107,7 +115,9 @@ class HealthyStates(Prepared):
         if self._candidate is not None and self._age >= self.confirm and self._is_proven():
             self._drop(self._healthy)
             self._healthy, self._candidate, self._from = self._candidate, None, self._since
-        if self._age >= self.every or (self._candidate is None and self._healthy is None):
+            self._is_last_resort = False
+        has_healthy = self._healthy is not None and not self._is_last_resort
+        if self._age >= self.every or (self._candidate is None and not has_healthy):
             self._drop(self._candidate)
             self._candidate, self._since, self._age = self._keep(), self.run.step, 0
 
@@ -125,11 +135,7 @@ class HealthyStates(Prepared):
         now, best, noise = self._course()
         if not math.isfinite(now) or not math.isfinite(best) or now > best + noise:
             return ""
-        if any(
-            not bool(tensor.isfinite().all())
-            for _, tensor in named_tensors(self.run)
-            if tensor.is_floating_point()
-        ):
+        if not self._is_finite():
             return ""
         return (
             f"the run stands no worse than it ever did (loss {now:.3g}, its best course "
@@ -157,6 +163,13 @@ class HealthyStates(Prepared):
         return (
             f"back to {which}, {self.run.step - snapshot.step} steps ago: the run stands at "
             f"{stands}"
+        )
+
+    def _is_finite(self) -> bool:
+        return all(
+            bool(tensor.isfinite().all())
+            for _, tensor in named_tensors(self.run)
+            if tensor.is_floating_point()
         )
 
     def _keeps_course(self) -> bool:
@@ -254,12 +267,13 @@ class HealthyStates(Prepared):
                 "is not looked at"
             )
 
-        resumes_healthy = path is None and state.get("is_healthy", False).flag()
+        is_healthy = state.get("is_healthy", False).flag()
 
         def restore() -> None:
             self._healthy, self._from = path, max(1, self.run.step)
-            self._keeps_first = resumes_healthy
-            if resumes_healthy and is_split(self.run.model):
+            self._keeps_first = path is None
+            self._is_last_resort = path is None and not is_healthy
+            if path is None and is_split(self.run.model):
                 try:
                     self.begin()
                 except Exception as error:  # no file can be written
