@@ -53,7 +53,7 @@ class Agreement:
     stage_of: Sequence[int]
     """The stage of each rank."""
     entries: Layout
-    """What is exchanged, by common names; stages and layers in order."""
+    """The exchanged values, by common names; stages and layers in order."""
     added: Mapping[str, tuple[int, int]]
     """Count of each key of numbers that are added, and number of ranks that give it."""
     heads: Sequence[Mapping[str, tuple[int, Mapping[str, int]]]]
