@@ -108,11 +108,11 @@ def test_memory_is_linear_in_the_length(kind: str, engine: str) -> None:
     than the scores would.
     """
     short, long = (
-        peak_of(length, engine, MASKS[kind](length), everything) for length in (1024, 2048)
+        peak_of(length, engine, MASKS[kind](length), everything) for length in (1536, 3072)
     )
-    scores = 4 * 2048 * 2048 * 4
-    assert long.largest < scores / 30
-    assert long.peak < scores / 10
+    scores = 4 * 3072 * 3072 * 4
+    assert long.largest < scores / 40
+    assert long.peak < scores / 15
     assert long.peak < 2.3 * short.peak
 
 
