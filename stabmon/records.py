@@ -246,8 +246,9 @@ class Overshoot(PlainRecord):
     """Evidence of the finding.
 
     - ``first_step``: the first step gained too little on its own batch.
-    - ``brisk``: the same by a small margin, which is no alarm unless heads break.
-    - ``steps``: the median of several steps in a row gained too little.
+    - ``brisk``: the first step, or several in a row, gained too little by a small margin, which is
+      no alarm unless heads break.
+    - ``steps``: several steps in a row gained too little.
     - ``torn``: a step raised the loss of its own batch steeply.
     - ``leap``: the loss leapt at a step that was not probed.
     - ``decay``: a group's weight decay rose manifold in one step, to a share that does damage;

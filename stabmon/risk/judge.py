@@ -22,7 +22,10 @@ from stabmon.rules.tracking.issue_tracker import Found
 START = ("start", "start_score")
 """Features that speak of the start of a run."""
 KEPT = 0.5
-"""Share of the alarming risk below which an alarm is over."""
+"""Share of the alarming risk below which an alarm is over.
+
+From it on a layer alarms as well while another is wrong from the start, and so is it.
+"""
 
 RESTS_ON_HEADS = ("brisk",)
 """Evidence of a rate that is too high only if heads break: an alarm where a layer's risk says so."""
@@ -70,6 +73,10 @@ class RiskJudge:
             return {}, found
         parts = model.contributions(history)
         chance, level = model.probability(parts), model.threshold(self.false_alarm_rate)
+        levels = np.array([self._level(history, layer, level) for layer in history.layers])
+        fresh = _rests_on_start(history, parts)
+        if (fresh & (chance >= levels)).any():  # layers were made alike, and share what is wrong
+            levels[fresh] = KEPT * level
         decided, risks, any_alarmed = dict(found), {}, False
         for at, layer in enumerate(history.layers):
             if not self._is_known(history, layer):
@@ -77,7 +84,7 @@ class RiskJudge:
             risk = risks[layer] = float(chance[at])
             own = {name: float(values[at]) for name, values in parts.items()}
             judged = [key for key, (issue, _) in found.items() if _is_judged(issue, layer)]
-            alarmed = risk >= (KEPT if self._is_alarmed(history, layer) else 1.0) * level
+            alarmed = bool(risk >= levels[at])
             any_alarmed |= alarmed
             because: dict[str, Any] = {"risk": risk, "risk_limit": level}
             for key in judged:
@@ -105,10 +112,10 @@ class RiskJudge:
         )
 
     @staticmethod
-    def _is_alarmed(history: History, layer: str) -> bool:
-        return any(
-            history.is_alarmed_at(kind, layer) for kind in ("logit_growth", "entropy_collapse")
-        )
+    def _level(history: History, layer: str, level: float) -> float:
+        """Return the risk from which a layer alarms; lower where it does already."""
+        kinds = ("logit_growth", "entropy_collapse")
+        return level * (KEPT if any(history.is_alarmed_at(kind, layer) for kind in kinds) else 1.0)
 
     def _own_issues(
         self, history: History, layer: str, parts: Mapping[str, float], because: dict[str, Any]
@@ -153,6 +160,16 @@ class RiskJudge:
                 )
             )
         return made
+
+
+def _rests_on_start(history: History, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return ``[L]`` bool: the risk rests most on how the layer was at the start of the run."""
+    if not parts:
+        return np.zeros(len(history.layers), dtype=bool)
+    most = np.array(list(parts))[np.argmax(list(parts.values()), axis=0)]
+    at_start = [history.is_at_start(layer) for layer in history.layers]
+    found: np.ndarray = np.isin(most, START) & np.array(at_start)
+    return found
 
 
 def _is_judged(issue: StabilityIssue, layer: str) -> bool:

@@ -34,7 +34,8 @@ def train_missing(
         folder.mkdir(parents=True, exist_ok=True)
     if processes == 1:
         for path, job in tqdm(missing.items(), desc="training", unit="run", disable=None):
-            train_and_keep(job, path)
+            if not path.exists():  # another study may share the folder
+                train_and_keep(job, path)
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(train_and_keep, job, path) for path, job in missing.items()]

@@ -127,6 +127,27 @@ def test_a_model_saturated_at_its_first_reading_alarms_at_that_reading():
     assert min(watching.risks.values()) > issues[0].evidence["risk_limit"]
 
 
+def test_layers_that_share_a_bad_start_alarm_with_the_one_that_is_above_the_threshold():
+    model = load_risk_model()
+    layers = {
+        name: {
+            "max_logit": np.full(4, score),
+            "normalized_entropy": np.full(4, entropy),
+            "saturated_fraction": np.zeros(4),
+        }
+        for name, score, entropy in (("a", 22.0, 0.3), ("b", 19.0, 0.36), ("c", 14.0, 0.6))
+    }
+    history = History()
+    history.add(Reading(1, 5.5, layers))
+    chance = model.probability(model.contributions(history))
+    between = replace(model, thresholds={0.05: float(chance[:2].mean())})
+    assert chance[0] > chance[1] > 0.5 * between.threshold(0.05) > chance[2]
+    _, found = RiskJudge(model=between).judge(history, {})
+    assert {issue.layer for issue, _ in found.values()} == {"a", "b"}
+    above = replace(model, thresholds={0.05: float(chance[0]) + 1e-6})
+    assert not RiskJudge(model=above).judge(history, {})[1]
+
+
 def test_a_healthy_start_has_no_issue_and_a_small_risk():
     watching = tracker()
     for step in (1, 2, 4, 8, 16, 50):

@@ -34,18 +34,17 @@ BRISK = 0.35
 
 At the usual rates it was 0.5 and more.
 """
-LOW = 0.3
-"""Median gain ratio of ``BURST`` steps in a row below which they are too long.
+LOW, BRISK_LOW = 0.15, 0.3
+"""Median gain ratio of ``BURST`` steps in a row below which they are too long; if heads then break.
 
-A quadratic's best step has 1/2. Small runs that ended healthy stayed above 0.42 but for two at ten
-times the usual rate; those that a rate ruined came to 0.33 and less, mostly below 0.1.
+A quadratic's best step has 1/2. Healthy runs with small batches came to 0.24 at the peak of their
+rate, others stayed above 0.42; those that a rate ruined came to 0.33 and less, mostly below 0.1.
 """
-LONG = 0.35
-"""Mean gain ratio of twice ``BURST`` steps in a row below which they are too long.
+LONG, BRISK_LONG = 0.2, 0.35
+"""The same of the mean over twice ``BURST`` steps in a row.
 
 Each ratio counts as -1/2 at least and 1 at most. Steps on which batches disagree need more of
-them. Healthy runs stayed above 0.42 but for the same two; those that a rate ruined came to 0.32 and
-less.
+them. Healthy runs came to 0.24; those that a rate ruined to 0.32 and less, mostly below 0.15.
 """
 FINE = 0.6
 """Gain ratio from which on the next steps need not be probed."""
@@ -65,7 +64,7 @@ again.
 LEAST_LEAP = 1.1
 """Factor on the largest of the newest losses that a leap must also exceed."""
 OPEN = 100
-"""Steps after a brisk start within which heads may break by it, and no state counts as healthy."""
+"""Steps after a brisk first step within which heads may break by it, and no state counts as healthy."""
 YOUNG = 50
 """Steps after a new highest rate within which a leap of the loss is attributed to the rate.
 
@@ -138,6 +137,7 @@ class RateWatch:
         brisk = (
             self.found is not None
             and self.found.how == "brisk"
+            and self.found.step == self._first
             and self._step - self.found.step <= OPEN
         )
         return bool(self._burst) or brisk
@@ -164,13 +164,15 @@ class RateWatch:
             return "torn"
         if quality.step == self._first and quality.gain_ratio < BRISK:
             return "first_step" if quality.gain_ratio < FIRST else "brisk"
-        if len(ratios) == BURST and (ratios[1] + ratios[2]) / 2 < LOW:
+        middle = (ratios[1] + ratios[2]) / 2 if len(ratios) == BURST else math.inf
+        bounded = [min(max(each.gain_ratio, -0.5), 1.0) for each in self._burst]
+        mean = fmean(bounded) if len(bounded) == 2 * BURST else math.inf
+        if middle < LOW or mean < LONG:
             return "steps"
-        if (
-            len(self._burst) == 2 * BURST
-            and fmean(min(max(each.gain_ratio, -0.5), 1.0) for each in self._burst) < LONG
-        ):
-            return "steps"
+        is_known = self.found is not None and self.found.how != "brisk"
+        is_low = mean < BRISK_LONG or (len(bounded) == 2 * BURST and middle < BRISK_LOW)
+        if is_low and not is_known:
+            return "brisk"
         if quality.gain_ratio >= FINE:
             self._fine = {key: max(rate, self._fine.get(key, 0.0)) for key, rate in rates.items()}
         if quality.gain_ratio >= FINE or len(self._burst) >= 2 * BURST:

@@ -133,10 +133,17 @@ class HealthyStates(Prepared):
             snapshot: the state.
         """
         now, best, noise = self._course()
-        if not math.isfinite(now) or not math.isfinite(best) or now > best + noise:
+        if not math.isfinite(now) or not math.isfinite(best) or not self._is_finite():
             return ""
-        if not self._is_finite():
-            return ""
+        then = self._loss_at(snapshot.step)
+        if now > best + noise:
+            if not now < then:
+                return ""
+            return (
+                f"the run stands at loss {now:.3g}, and stood at {then:.3g} after step "
+                f"{snapshot.step}: to go back would cost {self.run.step - snapshot.step} steps and "
+                "gain nothing"
+            )
         return (
             f"the run stands no worse than it ever did (loss {now:.3g}, its best course "
             f"{best:.3g}): the state after step "
@@ -204,6 +211,15 @@ class HealthyStates(Prepared):
         windows = np.lib.stride_tricks.sliding_window_view(losses, min(NEAR, len(losses)))
         noise = float(robust_spread(np.diff(losses)[:, None])[0]) / 2**0.5
         return now, float(np.median(windows, axis=1).min()), noise
+
+    def _loss_at(self, step: int) -> float:
+        """Return the median loss around a step; NaN if unknown."""
+        losses = self.run.history.recent_losses
+        losses = losses[np.isfinite(losses[:, 1])]
+        if not len(losses) or losses[0, 0] > step + NEAR:
+            return math.nan
+        nearest = np.sort(np.argsort(np.abs(losses[:, 0] - step), kind="stable")[:NEAR])
+        return float(np.median(losses[nearest, 1]))
 
     def _losses(self) -> np.ndarray:
         """Return ``[K, 2]`` (step, loss) since the last rollback."""

@@ -92,9 +92,9 @@ def heads_break(history: History) -> bool:
 def rates_too_high(history: History) -> dict[str, float]:
     """Return the rate of each parameter group whose steps were found to be too long.
 
-    Empty where no step was, where the rates have since come down to what fits, and where the first
-    step was only a little too long and no head breaks, or weights were changed since: it speaks of
-    those it was made with.
+    Empty where no step was, where the rates have since come down to what fits, and where steps
+    were only a little too long and no head breaks, or weights were changed since: they speak of
+    those they were made with.
     """
     found = history.overshoot
     if found is None:
@@ -116,7 +116,8 @@ def overshoot_advice(found: Overshoot, history: History) -> str:
     gained = "nothing" if found.gain_ratio <= 0 else f"{found.gain_ratio:.0%}"
     first = f"the first step gained {gained} of what its gradient foretold on its own batch"
     seen = {
-        "brisk": f"{first}, and heads break",
+        "brisk": f"step {found.step} gained {gained} of what its gradient foretold on its own batch, "
+        "and heads break",
         "first_step": first,
         "steps": f"steps gain {gained} of what their gradients foretell on their own batches",
         "torn": f"step {found.step} raised the loss of its own batch by {found.rise:.0%}",

@@ -39,13 +39,22 @@ def test_a_healthy_run_is_probed_in_the_first_steps_and_as_its_rate_rises():
         ([BRISK + 0.01], [None]),
         ([0.5, LOW - 0.1, LOW - 0.1, LOW - 0.1], [None, None, None, "steps"]),
         ([0.5, LOW - 0.1, LOW + 0.2, LOW + 0.2], [None] * 4),
-        ([0.45, -0.2, 0.45, 0.45, 0.45, 0.2, 0.45, 0.2], [None] * 7 + ["steps"]),
+        ([0.45, -0.4, 0.45, 0.2, 0.3, 0.1, 0.4, 0.0], [None] * 7 + ["steps"]),
+        ([0.45, -0.2, 0.45, 0.45, 0.45, 0.2, 0.45, 0.2], [None] * 7 + ["brisk"]),
+        ([0.55, 0.55, 0.55, 0.55, 0.2, 0.2, 0.4, 0.2], [None] * 7 + ["brisk"]),
         ([0.45] * 8, [None] * 8),
         ([math.nan], [None]),
     ],
 )
 def test_what_a_few_gain_ratios_say(ratios, expected):
     assert judged(ratios) == expected
+
+
+def test_steps_found_too_long_are_not_said_again_to_be_so_by_a_small_margin():
+    watch = RateWatch()
+    watch.conclude(1, "steps", RATES, {"0.0": 0.5})
+    ratios = enumerate([0.3] * 8, start=2)
+    assert [watch.judge(StepQuality(n, each, -0.01), RATES) for n, each in ratios] == [None] * 8
 
 
 def test_one_step_that_tears_its_own_batch_up_is_enough():
