@@ -101,7 +101,7 @@ class TrainingRun:
     audit: Callable[[Mapping[str, Any]], None] = lambda record: None
     """Receives each audit record."""
     applied: list[Any] = field(default_factory=list)
-    """Everything applied so far, in order: :class:`~stabmon.interventions.base.Applied`."""
+    """Everything applied so far, in order: :class:`~stabmon.interventions.base.applied.Applied`."""
     step_hooks: StepHooks = field(default_factory=StepHooks)
     prepared: list[Prepared] = field(default_factory=list)
     """State that interventions keep from before the first step on."""
