@@ -23,8 +23,9 @@ from stabmon.interventions.base import INTERVENTIONS, Applied, Intervention
 from stabmon.interventions.run.budget import Budget
 from stabmon.interventions.run.equal_weights import make_equal
 from stabmon.interventions.run.learning_rates import failed_hooks
+from stabmon.interventions.run.prepared import Prepared
 from stabmon.interventions.run.saved_intervention import SavedIntervention
-from stabmon.interventions.run.training_run import Prepared, TrainingRun
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.listeners import StepContext, StepListener
 from stabmon.records import AttentionCall, StabilityIssue
 

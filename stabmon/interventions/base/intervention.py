@@ -12,7 +12,8 @@ from stabmon.interventions.base.applied import Applied
 from stabmon.interventions.base.declaration import Declaration, intervention_name
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.run.budget import Budget
-from stabmon.interventions.run.training_run import Prepared, TrainingRun
+from stabmon.interventions.run.prepared import Prepared
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.records import StabilityIssue
 from stabmon.registry import Registry
 
