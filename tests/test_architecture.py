@@ -99,7 +99,7 @@ CORE = (
     "config/",
     "engine/",
     "guard/",
-    "interventions/base.py",
+    "interventions/base/",
     "interventions/run/",
     "rules/tracking/",
 )

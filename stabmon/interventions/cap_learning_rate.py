@@ -15,7 +15,8 @@ from stabmon._torch.callbacks.weak_method import weakly
 from stabmon.interventions.base import Intervention, intervention
 from stabmon.interventions.effects.effect import Effect
 from stabmon.interventions.lower_learning_rate import Held
-from stabmon.interventions.run.training_run import Prepared, TrainingRun
+from stabmon.interventions.run.prepared import Prepared
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.projections.not_applicable import NotApplicable
 
 PROBED = ("first_step", "brisk", "steps", "torn")

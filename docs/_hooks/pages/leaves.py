@@ -55,7 +55,8 @@ def _page(kind: Kind) -> str:
             *(_entry(kind, name, entry) for name, entry in kind.registry.items()),
             "## To write your own {#your-own}\n",
             "[Add your own](../extend.md) shows the file to copy.\n",
-            f"::: {kind.base}\n    options:\n      heading_level: 3\n",
+            f"::: {kind.base}\n    options:\n      heading_level: 3\n"
+            "      inherited_members: true\n",
         ]
     )
 
@@ -142,7 +143,7 @@ KINDS = {
         "Changes of a training run, each with an undo. `interventions:` in the "
         "[settings](settings.md#monitor) allows them. [What guard does](../guard.md) says how one "
         "is chosen and judged.\n",
-        "stabmon.interventions.base.Intervention",
+        "stabmon.interventions.base.intervention.Intervention",
         _of_intervention,
         "Settings",
     ),

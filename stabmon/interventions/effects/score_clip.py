@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from stabmon.interventions.effects.clip_report import ClipReport
 from stabmon.interventions.effects.effect import HeldEffect, Place
 from stabmon.interventions.effects.fitting_rate import FittingRate
+from stabmon.interventions.effects.head_factors import (
+    before_and_after,
+    head_factors,
+    layers_of,
+    module_name,
+    module_scores,
+)
 from stabmon.interventions.effects.row_proof import proven_rows
+from stabmon.interventions.effects.step_scores import StepScores
 from stabmon.interventions.effects.unproven_rows import UnprovenRows
 from stabmon.interventions.effects.update_cap import UpdateCap
 from stabmon.interventions.run.optimizer_reset import OptimizerReset
@@ -49,7 +56,7 @@ class ScoreClip(HeldEffect):
     ) -> None:
         super().__init__(
             places=list(targets),
-            resources=frozenset(f"scores of {_module(layer)}" for layer, _ in targets),
+            resources=frozenset(f"scores of {module_name(layer)}" for layer, _ in targets),
         )
         self.run, self.targets, self.limits = run, targets, dict(limits or {})
         self.first_targets = dict(targets)
@@ -63,16 +70,14 @@ class ScoreClip(HeldEffect):
         self.proven: dict[str, str] = {}
         """Description of the proposal that was proven in each module."""
         self.rows = ScaledRows(run)
-        self._seen: dict[str, Tensor] = {}
+        self._step_scores = StepScores(run)
         self._unproven: dict[str, UnprovenRows] = {}
         """Modules clipped without a proof, until their scores have fallen."""
         self._recent = RecentScores() if ceiling else None
         """The scores of the newest steps, where ``ceiling`` is set."""
         self._parts: dict[str, QueryKey] = {}
         """Rows taken for each module's queries and keys."""
-        self._unreported: dict[tuple[str, int], list[float]] = {}
-        """Factors of the clips since the last audit record, by module and head."""
-        self._reported_at: int | None = None
+        self._report = ClipReport(run)
         self._reset: OptimizerReset | None = None
 
     def clip_now(
@@ -99,22 +104,27 @@ class ScoreClip(HeldEffect):
             NotApplicable: if there is nothing to clip, or no module fits.
         """
         measured = replayed_scores(self.run)
-        scores = self._agreed_scores(
+        scores = self._step_scores.agreed(
             {
                 layer: measured[layer] if layer in measured else self._last_read(layer)
-                for layer in self._layers()
+                for layer in layers_of(self.targets)
                 if not self.run.share.is_elsewhere(layer)
-            }
+            },
+            self.targets,
         )
         now = {**self.targets, **(fresh or {})}
-        todo = self._factors(scores, now)
+        todo = head_factors(scores, now)
         first = {place: now[place] for place in (now if named is None else named)}
         waiting = (
-            [_module(layer) for layer in self._layers() if _module(layer) not in todo]
+            [
+                module_name(layer)
+                for layer in layers_of(self.targets)
+                if module_name(layer) not in todo
+            ]
             if wait
             else []
         )
-        if not (idle and waiting) and not self._factors(scores, first):
+        if not (idle and waiting) and not head_factors(scores, first):
             raise NotApplicable(
                 "every head named is at or below its target already, or its score is not finite: "
                 "there is nothing to clip"
@@ -143,7 +153,7 @@ class ScoreClip(HeldEffect):
         fails = self._agreed_failures(fails, sorted({*todo, *waiting}))
         todo = {name: factors for name, factors in todo.items() if name not in fails}
         waiting = [name for name in waiting if name not in fails]
-        if not any(_module(layer) in (*todo, *waiting) for layer, _ in first):
+        if not any(module_name(layer) in (*todo, *waiting) for layer, _ in first):
             raise refused[0] if refused else NotApplicable("it does not fit on another stage")
         elsewhere = [name for name in elsewhere if name not in fails]
         if elsewhere:
@@ -151,11 +161,13 @@ class ScoreClip(HeldEffect):
         self.targets = {
             (layer, head): target
             for (layer, head), target in self.targets.items()
-            if _module(layer) in (*todo, *waiting)
+            if module_name(layer) in (*todo, *waiting)
         }
         self.places = [(name, head) for name, factors in todo.items() for head in factors]
-        self.places += [(layer, head) for layer, head in self.targets if _module(layer) in waiting]
-        self.before, self.after = self._describe(todo, scores)
+        self.places += [
+            (layer, head) for layer, head in self.targets if module_name(layer) in waiting
+        ]
+        self.before, self.after = before_and_after(self.targets, todo, scores)
         proof = (
             "proven on the step's batch"
             if measured
@@ -190,11 +202,11 @@ class ScoreClip(HeldEffect):
                 :class:`~stabmon.interventions.effects.fitting_rate.FittingRate`.
             caps: the ceilings on rates that were held before a restart.
         """
-        self._reported_at = self.run.history.latest.step if len(self.run.history) else None
+        self._report.start()
         looking = [self.run.step_hooks.add("attention", self._record_scores)] if hold else []
         self._remove = [self.run.step_hooks.add("on_step", self._on_step), *looking]
         if hold and step_share is not None:
-            modules = dict.fromkeys(map(_module, self._layers()), step_share)
+            modules = dict.fromkeys(map(module_name, layers_of(self.targets)), step_share)
             try:
                 self.steps = UpdateCap(self.run, modules, None)
             except NotApplicable as error:
@@ -240,7 +252,7 @@ class ScoreClip(HeldEffect):
         return self.rows.rolled_back(step)
 
     def release(self) -> None:
-        self._report_clips()
+        self._report.write()
         for each in (self._reset, self.steps, self.rates):
             if each is not None:
                 each.release()
@@ -261,33 +273,12 @@ class ScoreClip(HeldEffect):
             "rates": {} if self.rates is None else self.rates.state_dict(),
         }
 
-    def _layers(self) -> list[str]:
-        return list(dict.fromkeys(str(layer) for layer, _ in self.targets))
-
     def _last_read(self, layer: str) -> np.ndarray:
         history = self.run.history
         if not len(history) or layer not in history.layers:
             raise NotApplicable(f"the scores of {layer} are not known")
         values: np.ndarray = history.now("max_logit")[history.of_layer(layer)]
         return values
-
-    def _factors(
-        self, scores: Mapping[str, np.ndarray], targets: Mapping[Place, float]
-    ) -> dict[str, dict[int, float]]:
-        """Return the factor of each head above its target, by module."""
-        found: dict[str, dict[int, float]] = {}
-        for (layer, head), target in targets.items():
-            values = scores.get(str(layer))
-            if (
-                values is None
-                or head is None
-                or head >= len(values)
-                or not target < values[head] < np.inf
-            ):
-                continue
-            factors = found.setdefault(_module(layer), {})
-            factors[head] = min(factors.get(head, 1.0), target / float(values[head]))
-        return found
 
     def _apply(
         self,
@@ -303,7 +294,9 @@ class ScoreClip(HeldEffect):
             chosen = (known or proposals)[0]
             if not known:
                 rows = [rows for rows, _ in chosen.edits(factors)]
-                self._unproven[name] = UnprovenRows(self.run, rows, self._of_module(name, scores))
+                self._unproven[name] = UnprovenRows(
+                    self.run, rows, module_scores(name, self.targets, scores)
+                )
             self.rows.scale(chosen.edits(factors))
             self.proven[name], self._parts[name] = chosen.how, chosen
             return chosen
@@ -328,7 +321,7 @@ class ScoreClip(HeldEffect):
         if name not in measured:
             return proposals[0]
         heads = [
-            head for layer, head in self.targets if _module(layer) == name and head is not None
+            head for layer, head in self.targets if module_name(layer) == name and head is not None
         ]
         return self._prove(name, proposals, dict.fromkeys(heads, 0.5), measured[name])
 
@@ -336,10 +329,9 @@ class ScoreClip(HeldEffect):
         if any(call.layer == layer for layer, _ in self.targets):
             own = self.run.share.own(call.layer) or call.layer
             scores = self.run.share.spread(own, largest_scores(call))
-            known = self._seen.get(call.layer)
-            self._seen[call.layer] = scores if known is None else torch.maximum(known, scores)
-            if self._recent is not None and _module(call.layer) in self._parts:
-                self._recent.note_weights(call.layer, self._parts[_module(call.layer)])
+            self._step_scores.note(call.layer, scores)
+            if self._recent is not None and module_name(call.layer) in self._parts:
+                self._recent.note_weights(call.layer, self._parts[module_name(call.layer)])
 
     def _on_step(self) -> None:
         """Clip heads again that were above their targets in this step's forwards."""
@@ -348,7 +340,7 @@ class ScoreClip(HeldEffect):
             self._reset.moved_on()
         if self.run.ranks == 1 and not self.run.step_hooks.wants("attention"):
             return  # with others, what they have seen counts here as well
-        scores = self._largest_over_ranks()
+        scores = self._step_scores.take(self.targets)
         ineffective = {
             name
             for name, each in list(self._unproven.items())
@@ -356,12 +348,12 @@ class ScoreClip(HeldEffect):
         }
         if self._recent is not None:
             parts = {
-                layer: self._parts[_module(layer)]
+                layer: self._parts[module_name(layer)]
                 for layer in scores
-                if _module(layer) in self._parts
+                if module_name(layer) in self._parts
             }
             scores = self._recent.add(scores, parts)
-        todo = self._factors(scores, self.targets)
+        todo = head_factors(scores, self.targets)
         if todo:
             self.run.note_edit()
         for name, factors in todo.items():
@@ -370,60 +362,16 @@ class ScoreClip(HeldEffect):
             if not self.run.share.is_elsewhere(name):
                 self._apply(name, factors, {}, scores)
             for head, factor in factors.items():
-                self._unreported.setdefault((name, head), []).append(factor)
+                self._report.note(name, head, factor)
                 self._note_factor(name, head, factor)
                 self._bound = True
-        latest = self.run.history.latest.step if len(self.run.history) else None
-        if latest != self._reported_at:
-            self._reported_at = latest
-            self._report_clips()
+        self._report.end_step()
 
     def _note_factor(self, name: str, head: int, factor: float) -> None:
         """Add a clip of a module's head to the products by which targets are raised."""
         for place in self.targets:
-            if place[1] == head and _module(place[0]) == name:
+            if place[1] == head and module_name(place[0]) == name:
                 self._since_relaxed[place] = self._since_relaxed.get(place, 1.0) * factor
-
-    def _report_clips(self) -> None:
-        """Write the clips since the last sampled step as one audit record."""
-        if not self._unreported:
-            return
-        self.run.audit(
-            {
-                "intervention": "qk_clip",
-                "action": "again",
-                "step": self.run.step,
-                "layer": None,
-                "head": None,
-                "places": [list(place) for place in self._unreported],
-                "before": {},
-                "after": {
-                    "clips": {
-                        f"{n} head {h}": len(factors)
-                        for (n, h), factors in self._unreported.items()
-                    }
-                }
-                | {
-                    "factor": {
-                        f"{n} head {h}": math.prod(factors)
-                        for (n, h), factors in self._unreported.items()
-                    }
-                },
-                "why": "scores rose above their target again",
-            }
-        )
-        self._unreported = {}
-
-    def _agreed_scores(self, own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the largest of all ranks' scores, for all to scale alike."""
-        if self.run.ranks == 1:
-            return dict(own)
-        device = next(self.run.model.parameters()).device
-        self._seen = {
-            layer: torch.tensor(scores, dtype=torch.float32, device=device)
-            for layer, scores in own.items()
-        }
-        return self._largest_over_ranks()
 
     def _agreed_failures(self, own: set[str], names: Sequence[str]) -> set[str]:
         """Return the modules that do not fit on the stage that holds them."""
@@ -433,24 +381,6 @@ class ScoreClip(HeldEffect):
         failed = self.run.largest_over_ranks(flags).tolist()
         return {name for name, flag in zip(names, failed, strict=True) if flag}
 
-    def _largest_over_ranks(self) -> dict[str, np.ndarray]:
-        """Return the largest scores by layer over micro-batches and ranks."""
-        seen, self._seen = self._seen, {}
-        layers = sorted(self._layers())
-        heads = [
-            1 + max(head or 0 for layer, head in self.targets if layer == name) for name in layers
-        ]
-        device = next((each.device for each in seen.values()), torch.device("cpu"))
-        unseen = torch.full((max(heads),), -torch.inf, device=device)
-        flat = [
-            seen[name][:n].float() if name in seen else unseen[:n]
-            for name, n in zip(layers, heads, strict=True)
-        ]
-        together = self.run.largest_over_ranks(torch.cat(flat)).double().cpu()
-        return {
-            name: part.numpy() for name, part in zip(layers, together.split(heads), strict=True)
-        }
-
     def _is_ineffective(
         self, name: str, clipped: UnprovenRows, scores: Mapping[str, np.ndarray]
     ) -> bool:
@@ -459,7 +389,7 @@ class ScoreClip(HeldEffect):
         They are then not clipped further; if that still holds some forwards later, the clip is
         abandoned.
         """
-        verdict = clipped.judge(self._of_module(name, scores))
+        verdict = clipped.judge(module_scores(name, self.targets, scores))
         if verdict == "fell":
             del self._unproven[name]
         if verdict == "ineffective":
@@ -468,38 +398,3 @@ class ScoreClip(HeldEffect):
                 "shrunk and the scores have not fallen"
             )
         return verdict in ("ineffective", "doubtful")
-
-    def _of_module(self, name: str, scores: Mapping[str, np.ndarray]) -> dict[int, float]:
-        """Return the largest finite score of each held head of a module, over its calls."""
-        found: dict[int, float] = {}
-        for layer, head in self.targets:
-            values = scores.get(str(layer), np.array([]))
-            if (
-                _module(layer) == name
-                and head is not None
-                and head < len(values)
-                and np.isfinite(values[head])
-            ):
-                found[head] = max(found.get(head, -np.inf), float(values[head]))
-        return found
-
-    def _describe(
-        self, todo: Mapping[str, Mapping[int, float]], scores: Mapping[str, np.ndarray]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return scores before and after, for the record."""
-        places = [
-            (layer, head) for layer, head in self.targets if head in todo.get(_module(layer), {})
-        ]
-        before = {
-            f"{layer} head {head}": float(scores[str(layer)][head or 0]) for layer, head in places
-        }
-        after = {
-            f"{layer} head {head}": before[f"{layer} head {head}"] * todo[_module(layer)][head or 0]
-            for layer, head in places
-        }
-        return {"max_logit": before}, {"max_logit": after}
-
-
-def _module(layer: str | None) -> str:
-    """Return the module's name in a layer's name, without the call's number."""
-    return str(layer).partition("#")[0]

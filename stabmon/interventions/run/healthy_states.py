@@ -14,8 +14,9 @@ import numpy as np
 from stabmon._storage.stored_value import Stored
 from stabmon._torch.forward_call import is_split
 from stabmon._torch.process_group import rank
+from stabmon.interventions.run.prepared import Prepared
 from stabmon.interventions.run.snapshots import Snapshot, named_tensors, snapshot_bytes
-from stabmon.interventions.run.training_run import Prepared, TrainingRun
+from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.rules.evidence.robust_stats import robust_spread
 
 logger = logging.getLogger("stabmon")

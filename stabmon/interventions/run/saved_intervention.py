@@ -20,7 +20,7 @@ logger = logging.getLogger("stabmon")
 
 @dataclass(frozen=True)
 class SavedIntervention:
-    """A checked value of :meth:`~stabmon.interventions.base.Applied.state_dict`."""
+    """A checked value of :meth:`~stabmon.interventions.base.applied.Applied.state_dict`."""
 
     intervention: Intervention
     state: Mapping[str, Any]

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stabmon._storage.stored_value import Stored
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.optimizer_adapter import (
     ParameterGroup,
@@ -25,6 +24,7 @@ from stabmon._torch.ranks.exchange import RankExchange
 from stabmon._torch.ranks.share import RankShare
 from stabmon.capture.names import clean_name
 from stabmon.interventions.run.learning_rates import LearningRates
+from stabmon.interventions.run.prepared import Prepared
 from stabmon.interventions.run.step_hooks import StepHooks
 from stabmon.interventions.run.weight_decays import WeightDecays
 from stabmon.projections.not_applicable import NotApplicable
@@ -32,38 +32,6 @@ from stabmon.records import NonFinite
 from stabmon.rules.tracking.history import History
 
 logger = logging.getLogger("stabmon")
-
-
-class Prepared:
-    """State that an intervention keeps from before the first step on."""
-
-    def begin(self) -> None:
-        """Start to keep it, before the first step."""
-
-    def on_first_forward(self) -> None:
-        """Note that the first forward begins, by which weights and states are loaded."""
-
-    def offer(self, healthy: bool) -> None:
-        """Note a sampled step, once its issues are known.
-
-        Args:
-            healthy: loss and gradients are finite, and no issue is open that may make it diverge.
-        """
-
-    def close(self) -> None:
-        """Drop what is kept in memory: the run is over."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on: plain values, for JSON."""
-        return {}
-
-    def parse_state(self, state: Stored) -> Callable[[], None]:
-        """Read a state whole, change nothing, and return what restores it.
-
-        Raises:
-            ValueError: if it is no state of this.
-        """
-        return lambda: None
 
 
 P = TypeVar("P", bound=Prepared)
@@ -101,7 +69,7 @@ class TrainingRun:
     audit: Callable[[Mapping[str, Any]], None] = lambda record: None
     """Receives each audit record."""
     applied: list[Any] = field(default_factory=list)
-    """Everything applied so far, in order: :class:`~stabmon.interventions.base.Applied`."""
+    """Everything applied so far, in order: :class:`~stabmon.interventions.base.applied.Applied`."""
     step_hooks: StepHooks = field(default_factory=StepHooks)
     prepared: list[Prepared] = field(default_factory=list)
     """State that interventions keep from before the first step on."""

@@ -98,8 +98,8 @@ class History(ReadingArrays):
     def _open_heads(self, issue_type: str) -> Iterator[tuple[int, float]]:
         """Yield column and threshold of each head's open issue of a type."""
         for (layer, head), level in self._open.get(issue_type, {}).items():
-            if layer in self._index and head is not None:
-                where = self._index[layer]
+            if layer in self._spans and head is not None:
+                where = self._spans[layer]
                 if head < where.stop - where.start:
                     yield where.start + head, level
 

@@ -10,7 +10,10 @@ import numpy as np
 
 from stabmon._storage.stored_value import Stored
 from stabmon.records import LayerInfo, Overshoot, Reading, head_count
-from stabmon.rules.tracking.history_table import WIDE, Columns, Table
+from stabmon.rules.tracking.head_columns import HeadColumns
+from stabmon.rules.tracking.history_table import Columns, Table
+from stabmon.rules.tracking.loss_record import LossRecord
+from stabmon.rules.tracking.size_limits import most_readings, rows_to_store
 from stabmon.rules.tracking.stored_reading import (
     reading_state,
     step_and_loss,
@@ -23,24 +26,7 @@ START_READINGS, START_STEPS = 4, 50
 The readings of the start must show a falling loss, which takes some 20 steps under a warm-up; heads
 that have learned were seen saturated from step 80 on.
 """
-_RANK_LOSSES = 256
-"""Steps whose largest loss of a rank is kept."""
-_RECENT_LOSSES = 2000
 _LOSSES_PER_READING = 20
-MOST_BYTES = 320 * 2**20
-"""Most memory of the rows of all signals; a model of very many heads keeps fewer readings.
-
-1000 layers of 128 heads and 11 signals keep 59.
-"""
-LEAST_STORED = 8
-"""Readings that a state holds at least."""
-LEAST_READINGS = 48
-"""Readings that are kept at any size: rules look back on no more heads' values than these."""
-MOST_STORED_BYTES = 64 * 2**20
-"""Most bytes of the rows in a state, before they become text.
-
-A model of more than 2900 heads with 256 readings stores the older ones at growing intervals.
-"""
 
 
 class ReadingArrays:
@@ -62,25 +48,16 @@ class ReadingArrays:
             )
         self.length = length
         """Most readings kept."""
-        self._losses_kept = _LOSSES_PER_READING * length
         self.baseline_length = baseline_length
         self.readings: list[Reading] = []
         """Newest readings, oldest first."""
-        self.heads: list[tuple[str, int]] = []
-        """(layer, head) of each column of N."""
         self.info: dict[str, LayerInfo] = {}
         """Newest facts of each layer."""
-        self.losses: list[tuple[int, float]] = []
-        """(step, loss) of every step whose loss is known, the newest 20 for each reading kept."""
-        self.rank_losses: list[tuple[int, float, int]] = []
-        """(step, largest loss of a rank, that rank) of the newest steps on several ranks."""
-        self._index: dict[str, slice] = {}
-        self._other_heads: dict[str, int] = {}
-        """Number of heads of layers that had another one than known at the newest reading."""
+        self._losses = LossRecord(_LOSSES_PER_READING * length)
+        self._head_columns = HeadColumns()
         self._tables: dict[str, Table] = {}
         self._columns = {name: Columns(length) for name in ("gradients", "used_rates", "updates")}
         """Columns by the field of the reading that they hold."""
-        self._recent_losses: np.ndarray | None = None
         self._overshoot: Overshoot | None = None
         self._pushed_out: list[Reading] = []
         """Readings that the newest one has pushed out."""
@@ -92,6 +69,11 @@ class ReadingArrays:
         """Layers whose attention an intervention has changed."""
         self.is_resumed = False
         """True if the run, or this history, began from a checkpoint."""
+
+    @property
+    def _spans(self) -> dict[str, slice]:
+        """The columns of each layer."""
+        return self._head_columns.spans
 
     def __len__(self) -> int:
         return len(self.readings)
@@ -143,27 +125,32 @@ class ReadingArrays:
             layer: qualified name; None for the run.
             head: query head; None for the whole layer.
         """
-        if layer not in self._index:
+        if layer not in self._spans:
             return True
-        where = self._index[layer]
+        where = self._spans[layer]
         if head is not None and head >= where.stop - where.start:
             return any(bool(np.isfinite(t.rows[-1, where]).any()) for t in self._tables.values())
         at = where if head is None else slice(where.start + head, where.start + head + 1)
         return any(bool(np.isfinite(table.rows[-1, at]).any()) for table in self._tables.values())
 
     @property
+    def heads(self) -> list[tuple[str, int]]:
+        """(layer, head) of each column of N."""
+        return self._head_columns.heads
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Every attention layer so far, in the order of N."""
-        return tuple(self._index)
+        return tuple(self._spans)
 
     def of_layer(self, layer: str) -> slice:
         """Return the range of the layer's heads along N."""
-        return self._index[layer]
+        return self._spans[layer]
 
     def layer_values(self, value_of: Callable[[LayerInfo], float]) -> np.ndarray:
         """Return ``[N]``, one value for each layer, computed from its facts."""
         out = np.full(len(self.heads), np.nan)
-        for layer, where in self._index.items():
+        for layer, where in self._spans.items():
             out[where] = value_of(self.info[layer])
         return out
 
@@ -188,12 +175,19 @@ class ReadingArrays:
         return self._columns["updates"].all()
 
     @property
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, loss) of every step whose loss is known, the newest 20 for each reading kept."""
+        return self._losses.losses
+
+    @property
+    def rank_losses(self) -> list[tuple[int, float, int]]:
+        """(step, largest loss of a rank, that rank) of the newest steps on several ranks."""
+        return self._losses.rank_losses
+
+    @property
     def recent_losses(self) -> np.ndarray:
         """``[K, 2]`` (step, loss) of the newest 2000 losses that are finite."""
-        if self._recent_losses is None:
-            newest = np.array(self.losses[-_RECENT_LOSSES:], dtype=np.float64).reshape(-1, 2)
-            self._recent_losses = newest[np.isfinite(newest[:, 1])]
-        return self._recent_losses
+        return self._losses.recent
 
     @property
     def overshoot(self) -> Overshoot | None:
@@ -209,8 +203,8 @@ class ReadingArrays:
         self.count += 1
         for layer, values in reading.layers.items():
             known = reading.info.get(layer)
-            if layer not in self._index:
-                self._place(layer, known.heads if known else head_count(values))
+            if layer not in self._spans:
+                self._head_columns.place(layer, known.heads if known else head_count(values))
             else:
                 self._follow_heads(layer, _agreed_count(values))
             if known is not None:
@@ -226,13 +220,7 @@ class ReadingArrays:
         del self.readings[: -self.length]
         self.has_first &= not self._pushed_out
         self._overshoot = reading.overshoot or self._overshoot
-        own_loss = () if reading.loss is None else ((reading.step, reading.loss),)
-        self.losses += reading.losses or own_loss
-        del self.losses[: -self._losses_kept]
-        known_until = self.rank_losses[-1][0] if self.rank_losses else 0
-        self.rank_losses += [each for each in reading.rank_losses if each[0] > known_until]
-        del self.rank_losses[:-_RANK_LOSSES]
-        self._recent_losses = None
+        self._losses.add(reading)
         self._add_columns(reading)
 
     def is_at_start(self, layer: str) -> bool:
@@ -263,22 +251,22 @@ class ReadingArrays:
         rows: list[Table | Columns] = [*self._tables.values(), *self._columns.values()]
         for each in rows:
             each.keep_oldest(len(self.readings))
-        self.losses = [(at, loss) for at, loss in self.losses if at <= step]
-        self.rank_losses = [each for each in self.rank_losses if each[0] <= step]
-        self._recent_losses = None
+        self._losses.rolled_back(step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as plain values.
 
         JSON and ``torch.save`` both take them; arrays are packed as text. Where all rows would take
-        more than :data:`MOST_STORED_BYTES`, older readings are stored at growing intervals.
+        more than ``MOST_STORED_BYTES``, older readings are stored at growing intervals.
         """
-        stored = self._rows_to_store()
+        stored = rows_to_store(
+            len(self.readings), len(self.heads), len(self._tables), self.baseline_length
+        )
         return {
             "count": self.count,
             "has_first": self.has_first,
             "treated": sorted(self.treated),
-            "heads": {layer: where.stop - where.start for layer, where in self._index.items()},
+            "heads": {layer: self._head_columns.count(layer) for layer in self._spans},
             "info": {layer: info.to_dict() for layer, info in self.info.items()},
             "losses": [list(pair) for pair in self.losses],
             "readings": [reading_state(self.readings[row]) for row in stored],
@@ -300,11 +288,10 @@ class ReadingArrays:
         """
         saved, fresh = Stored.of(state), type(self)(self.length, self.baseline_length)
         for layer, heads in saved["heads"].items():
-            fresh._place(layer, heads.integer())
+            fresh._head_columns.place(layer, heads.integer())
         fresh.info = {layer: LayerInfo.from_dict(info) for layer, info in saved["info"].items()}
         losses = [step_and_loss(pair) for pair in saved["losses"].parts()]
-        fresh._losses_kept = self._losses_kept
-        fresh.losses = losses[-self._losses_kept :]
+        fresh._losses = self._losses.resumed(losses)
         count = len(saved["readings"].parts())
         for name, table in saved["signals"].items():
             if known is not None and name not in known:
@@ -343,25 +330,14 @@ class ReadingArrays:
         for each in rows:
             each.drop_newest()
 
-    def _row_bytes(self) -> int:
-        """Return the bytes of one reading's row of every signal."""
-        itemsize = 4 if len(self.heads) > WIDE else 8
-        return max(1, len(self.heads) * itemsize * len(self._tables))
-
     def _shorten(self) -> None:
         """Keep fewer readings where those of so many heads take too much memory."""
-        most = max(LEAST_READINGS, MOST_BYTES // self._row_bytes())
+        most = most_readings(len(self.heads), len(self._tables))
         if most < self.length:
             self.length = most
             rows: list[Table | Columns] = [*self._tables.values(), *self._columns.values()]
             for each in rows:
                 each.length = most
-
-    def _rows_to_store(self) -> list[int]:
-        """Return the numbers of the readings in a state, oldest first."""
-        most = MOST_STORED_BYTES // self._row_bytes() - self.baseline_length
-        most = max(LEAST_STORED, most)
-        return thinned(len(self.readings), most)
 
     def _views(self, reading: Reading) -> dict[str, dict[str, np.ndarray]]:
         """Return a reading's values as views of the rows that hold them."""
@@ -371,40 +347,16 @@ class ReadingArrays:
                 for name, heads in values.items()
             }
             for layer, values in reading.layers.items()
-            for where in (self._index[layer],)
+            for where in (self._spans[layer],)
             for size in (where.stop - where.start,)
         }
 
-    def _place(self, layer: str, heads: int) -> None:
-        """Give a new layer its columns."""
-        start = len(self.heads)
-        self._index[layer] = slice(start, start + heads)
-        self.heads += [(layer, head) for head in range(heads)]
-
     def _follow_heads(self, layer: str, heads: int | None) -> None:
-        """Begin a layer anew at the second reading in a row with another number of heads."""
-        old, before = self._index[layer], self._other_heads.pop(layer, None)
-        if heads is None or heads == old.stop - old.start:
-            return
-        if heads == before:
-            self._begin_anew(layer, heads)
-        else:
-            self._other_heads[layer] = heads
-
-    def _begin_anew(self, layer: str, heads: int) -> None:
         """Forget a layer whose heads have changed, as by pruning; others keep their past."""
-        old = self._index[layer]
-        more = heads - (old.stop - old.start)
-        for table in self._tables.values():
-            table.begin_anew(old, heads)
-        self.heads[old] = [(layer, head) for head in range(heads)]
-        self._index = {
-            name: slice(
-                where.start + more * (where.start > old.start),
-                where.stop + more * (where.start >= old.start),
-            )
-            for name, where in self._index.items()
-        }
+        if self._head_columns.note_count(layer, heads) and heads is not None:
+            for table in self._tables.values():
+                table.begin_anew(self._spans[layer], heads)
+            self._head_columns.resize(layer, heads)
 
     def _new_table(self, past: int) -> Table:
         return Table(self.length, self.baseline_length, past=past, columns=len(self.heads))
@@ -417,7 +369,7 @@ class ReadingArrays:
         """Return ``[N]`` values of one signal in a reading."""
         out = np.full(len(self.heads), np.nan)
         for layer, values in reading.layers.items():
-            where = self._index[layer]
+            where = self._spans[layer]
             if name in values and len(values[name]) == where.stop - where.start:
                 out[where] = values[name]
         return out
@@ -426,7 +378,7 @@ class ReadingArrays:
         """Return ``values[layer][signal]`` of one row."""
         return {
             layer: {name: table.rows[row, where] for name, table in self._tables.items()}
-            for layer, where in self._index.items()
+            for layer, where in self._spans.items()
         }
 
 
@@ -434,27 +386,3 @@ def _agreed_count(values: Mapping[str, np.ndarray]) -> int | None:
     """Return the number of heads of which all signals of a layer are; None where they differ."""
     counts = {np.size(heads) for heads in values.values()}
     return counts.pop() if len(counts) == 1 else None
-
-
-def thinned(count: int, most: int) -> list[int]:
-    """Choose among ``count`` rows, oldest first, the newest densely and older ones ever less.
-
-    Args:
-        count: number of rows.
-        most: number of rows to choose.
-
-    Returns:
-        Row numbers in ascending order: all where there are no more than ``most``; else the newest
-        half of them one by one, and the others at intervals that grow towards the oldest.
-
-    Example:
-        >>> thinned(20, 8)
-        [0, 8, 12, 15, 16, 17, 18, 19]
-    """
-    if count <= most:
-        return list(range(count))
-    dense = most - most // 2
-    ages = np.geomspace(dense, count - 1, most // 2).round().astype(int).tolist()
-    for at in range(len(ages)):  # no two alike, at the dense end
-        ages[at] = max(ages[at], dense + at)
-    return sorted({count - 1 - age for age in (*range(dense), *ages)})

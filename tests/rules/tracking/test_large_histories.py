@@ -7,9 +7,9 @@ import pytest
 
 from stabmon.records import Reading
 from stabmon.rules import History
-from stabmon.rules.tracking import reading_arrays
+from stabmon.rules.tracking import size_limits
 from stabmon.rules.tracking.history_table import WIDE
-from stabmon.rules.tracking.reading_arrays import LEAST_READINGS, LEAST_STORED, thinned
+from stabmon.rules.tracking.size_limits import LEAST_READINGS, LEAST_STORED, thinned
 
 HEADS = WIDE + 1
 NAMES = ("max_logit", "normalized_entropy")
@@ -36,13 +36,13 @@ def test_values_of_very_many_heads_are_kept_in_seven_digits_and_readings_hold_no
 
 
 def test_memory_is_bounded_however_many_heads_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading_arrays, "MOST_BYTES", 60 * HEADS * 4 * len(NAMES))
+    monkeypatch.setattr(size_limits, "MOST_BYTES", 60 * HEADS * 4 * len(NAMES))
     history = History()
     add(history, 80)
     assert len(history) == len(history.signal("max_logit")) == len(history.gradients("")) == 60
     assert history.steps.tolist() == list(range(21, 81))
     assert not history.has_first
-    monkeypatch.setattr(reading_arrays, "MOST_BYTES", 1)
+    monkeypatch.setattr(size_limits, "MOST_BYTES", 1)
     add(history, 1, first=81)
     assert len(history) == LEAST_READINGS
 
@@ -50,7 +50,7 @@ def test_memory_is_bounded_however_many_heads_and_samples(monkeypatch: pytest.Mo
 def test_a_state_is_bounded_and_keeps_the_newest_and_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reading_arrays, "MOST_STORED_BYTES", 1)
+    monkeypatch.setattr(size_limits, "MOST_STORED_BYTES", 1)
     history, again = History(), History()
     add(history, 40)
     state = json.loads(json.dumps(history.state_dict()))
@@ -71,7 +71,7 @@ def test_a_state_is_bounded_and_keeps_the_newest_and_the_first(
 def test_a_thinned_past_that_lacks_the_first_reading_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reading_arrays, "MOST_STORED_BYTES", 1)
+    monkeypatch.setattr(size_limits, "MOST_STORED_BYTES", 1)
     history, again = History(length=20), History(length=20)
     add(history, 30)
     again.load_state_dict(json.loads(json.dumps(history.state_dict())))
