@@ -298,6 +298,19 @@ def test_no_rollback_goes_to_a_state_that_is_worse_than_where_the_run_stands() -
     assert applied.record["after"]["state_of_step"] == states.newest.step
 
 
+def test_no_rollback_goes_back_to_a_loss_that_was_above_the_present_one() -> None:
+    falling = [5.0 - 0.05 * step for step in range(40)]
+    states = course(falling[:6])
+    kept = states.newest.step
+    for step, loss in enumerate([*falling[6:], 3.4, 3.4, 3.4], start=7):  # an alarm is open
+        states.run.step = step
+        states.run.history.add(Reading(step, loss, {}))
+        states.offer(False)
+    assert states.newest.step == kept < 7
+    with pytest.raises(NotApplicable, match="stands at loss 3.4, and stood at"):
+        Rollback().apply(states.run)
+
+
 def test_weights_that_are_spoilt_are_gone_back_from_though_the_loss_does_not_show_it() -> None:
     states = course([5.0 - 0.1 * step for step in range(30)])
     with torch.no_grad():
