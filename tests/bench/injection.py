@@ -13,19 +13,20 @@ if not __package__:
     import on_path  # noqa: F401
 
 import argparse
+import functools
 import math
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from tests.support.rank_faults import Outcome, run, same_weights
+from tests.support.two_ranks import on_two_ranks
 
 WAIT = 20
 """Seconds after which the process group gives up; a quarter of it ends a wait of stabmon."""
@@ -47,16 +48,8 @@ def judge(config: str, pair: list[Outcome | str], base: Outcome, seconds: float)
     return "fine" if seconds < WAIT / 4 else "fine, after a wait"
 
 
-def work(rank: int, folder: str, limit: int | None, seconds: float) -> None:
+def plant_everywhere(rank: int, folder: str, *, limit: int | None, seconds: float) -> None:
     """Try all functions on each rank in turn, and print counts on rank 0."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=WAIT),
-    )
     base = run(None, None)
     ends = time.monotonic() + seconds
     for config in ("observe", "guard"):
@@ -89,7 +82,6 @@ def work(rank: int, folder: str, limit: int | None, seconds: float) -> None:
             if rank == 0:
                 tried = f"{sum(counts.values())} of {len(found[0])} functions"
                 print(f"{config}, faults on rank {faulty}: {tried}; {dict(counts)}", flush=True)
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -97,17 +89,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="functions of each kind; all without it")
     parser.add_argument("--seconds", type=float, default=math.inf, help="time after which it ends")
     given = parser.parse_args()
-    context = torch.multiprocessing.get_context("spawn")
+    work = functools.partial(plant_everywhere, limit=given.limit, seconds=given.seconds)
+    functools.update_wrapper(work, plant_everywhere)
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=work, args=(rank, folder, given.limit, given.seconds))
-            for rank in range(2)
-        ]
-        for each in ranks:
-            each.start()
-        for each in ranks:
-            each.join()
-    sys.exit(max(abs(each.exitcode or 0) for each in ranks))
+        on_two_ranks([work], Path(folder), seconds=None, wait=WAIT)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Each family and implementation: every call is seen once, with the model's own probabilities."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -30,10 +32,7 @@ def compare(found: dict[str, torch.Tensor], expected: list[torch.Tensor]) -> Non
         assert own.double()[seen].std() > 0.01, "all rows alike: nothing is told apart"
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in ZOO if is_from_transformers(n) and n != "falcon_alibi-sdpa"]
-)
-def test_probabilities_seen_of_a_transformers_model_are_those_of_its_eager_copy(name: str) -> None:
+def compare_with_eager(name: str) -> None:
     model, inputs = ZOO[name]()
     with torch.set_grad_enabled("flex" not in name):
         found, calls, records = captured(model, inputs)
@@ -42,6 +41,29 @@ def test_probabilities_seen_of_a_transformers_model_are_those_of_its_eager_copy(
     compare(found, returned(twin, inputs))
     assert list(calls.values()) == [len(records)]
     assert all(record.fused == ("-" in name and not name.endswith("-eager")) for record in records)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in ZOO if is_from_transformers(n) and n != "falcon_alibi-sdpa" and "flex" not in n],
+)
+def test_probabilities_seen_of_a_transformers_model_are_those_of_its_eager_copy(name: str) -> None:
+    compare_with_eager(name)
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["llama-flex_attention", "mistral-flex_attention"])
+def test_probabilities_seen_of_flex_attention_that_transformers_compiles_are_those_of_eager(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same graph under either backend; inductor takes most of a minute to make code of it."""
+    from transformers.integrations.flex_attention import WrappedFlexAttention
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(WrappedFlexAttention, "_instance", None)  # compiled once a process
+    torch._dynamo.reset()
+    compare_with_eager(name)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name.endswith(("-sdpa", "-fused"))])

@@ -9,7 +9,6 @@ import math
 import os
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,50 +32,19 @@ from tests.support.small_runs import (
     train,
     weights,
 )
+from tests.support.two_ranks import given_by, on_two_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
+def ranks(tmp_path_factory):
     """Runs every scenario below in one pair of processes; gives a function from a scenario to (what
     each rank gave, its folder).
     """
     folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_start, args=(rank, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-    hung = [process for process in processes if process.is_alive()]
-    for process in hung:
-        process.kill()
-    assert not hung, "a rank was left waiting"
-    assert [process.exitcode for process in processes] == [0, 0]
-
-    def given(scenario):
-        own = folder / scenario.__name__
-        return [torch.load(own / f"given-{rank}", weights_only=False) for rank in range(2)], own
-
-    return given
-
-
-def _start(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    for scenario in SCENARIOS:
-        own = Path(folder, scenario.__name__)
-        own.mkdir(exist_ok=True)
-        torch.save(scenario(rank, str(own)), own / f"given-{rank}")
-        dist.barrier()
-    dist.destroy_process_group()
+    on_two_ranks(SCENARIOS, folder, seconds=240)
+    return lambda scenario: (given_by(scenario, folder), folder / scenario.__name__)
 
 
 def watch(model, optimizer, folder=None, **options):
@@ -106,8 +74,8 @@ def train_in_parallel(rank, folder):
     return [each and each.readings[-1] for each in given], results, dict(monitor.errors)
 
 
-def test_readings_are_those_of_the_whole_batch_and_gradients_are_unchanged(on_two_ranks):
-    given, folder = on_two_ranks(train_in_parallel)
+def test_readings_are_those_of_the_whole_batch_and_gradients_are_unchanged(ranks):
+    given, folder = ranks(train_in_parallel)
     model = gpt2()
     optimizer = optimizer_of(model)
     monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=2)
@@ -145,8 +113,8 @@ def train_with_faults(rank, folder):
     return [each.stats for each in samples], dict(monitor.errors)
 
 
-def test_a_rank_whose_measuring_fails_holds_up_nobody(on_two_ranks):
-    ((first, errors), (second, errors_there)), _ = on_two_ranks(train_with_faults)
+def test_a_rank_whose_measuring_fails_holds_up_nobody(ranks):
+    ((first, errors), (second, errors_there)), _ = ranks(train_with_faults)
     assert errors == {}
     assert errors_there == {"capture": 4}
     assert [bool(each) for each in first] == [True] * 4
@@ -171,8 +139,8 @@ def train_into_a_nan(rank, folder):
     return [issue for each in given if each for issue in each.issues], dict(monitor.errors)
 
 
-def test_a_nan_on_another_rank_is_named_by_the_one_that_writes(on_two_ranks):
-    ((issues, errors), (_, errors_there)), folder = on_two_ranks(train_into_a_nan)
+def test_a_nan_on_another_rank_is_named_by_the_one_that_writes(ranks):
+    ((issues, errors), (_, errors_there)), folder = ranks(train_into_a_nan)
     assert errors == errors_there == {}
     (issue,) = issues
     assert (issue.step, issue.layer, issue.head) == (3, "transformer.h.1.attn.c_attn", 1)
@@ -189,8 +157,8 @@ def share_alone(rank, folder):
     return shared, time.perf_counter() - began
 
 
-def test_a_finding_that_no_other_rank_has_is_waited_for_in_vain_but_not_long(on_two_ranks):
-    ((shared, seconds), _), _ = on_two_ranks(share_alone)
+def test_a_finding_that_no_other_rank_has_is_waited_for_in_vain_but_not_long(ranks):
+    ((shared, seconds), _), _ = ranks(share_alone)
     assert shared.tensor == "all gradients"
     assert 0.9 < seconds < 20
 
@@ -220,8 +188,8 @@ def train_fully_sharded(rank, folder):
     )
 
 
-def test_fully_sharded_models_are_read_and_hang_nowhere(on_two_ranks):
-    given, _ = on_two_ranks(train_fully_sharded)
+def test_fully_sharded_models_are_read_and_hang_nowhere(ranks):
+    given, _ = ranks(train_fully_sharded)
     model = gpt2()
     optimizer = optimizer_of(model)
     monitor = stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=2)
@@ -268,8 +236,8 @@ def train_tensor_parallel(rank, folder):
     return given[1].readings[-1], dict(monitor.errors)
 
 
-def test_under_tensor_parallelism_norms_are_those_of_whole_weights(on_two_ranks):
-    given, _ = on_two_ranks(train_tensor_parallel)
+def test_under_tensor_parallelism_norms_are_those_of_whole_weights(ranks):
+    given, _ = ranks(train_tensor_parallel)
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2, foreach=False)
     with stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=2) as monitor:
@@ -294,8 +262,8 @@ def train_sharded_alone(rank, folder):
     return given[3].readings[-1], dict(monitor.errors)
 
 
-def test_norms_of_shards_that_no_rank_adds_up_are_said_to_be_unwatched(on_two_ranks):
-    given, folder = on_two_ranks(train_sharded_alone)
+def test_norms_of_shards_that_no_rank_adds_up_are_said_to_be_unwatched(ranks):
+    given, folder = ranks(train_sharded_alone)
     for reading, errors in given:
         assert errors == {}
         assert reading.gradients == reading.query_key == {}
@@ -338,8 +306,8 @@ def start_callbacks(rank, folder):
     ]
 
 
-def test_where_one_rank_cannot_start_watching_the_others_report_alone(on_two_ranks):
-    steps, folder = on_two_ranks(start_callbacks)
+def test_where_one_rank_cannot_start_watching_the_others_report_alone(ranks):
+    steps, folder = ranks(start_callbacks)
     assert steps == [[1, 2, 3, 4], False]
     readings = lines(folder / "out" / "stabmon" / "readings.jsonl")
     assert [each["step"] for each in readings] == [1, 2, 3, 4]
@@ -381,8 +349,8 @@ def train_under_guard(rank, folder):
     return outcomes
 
 
-def test_under_guard_all_ranks_do_the_same_and_none_acts_alone(on_two_ranks):
-    (first, second), folder = on_two_ranks(train_under_guard)
+def test_under_guard_all_ranks_do_the_same_and_none_acts_alone(ranks):
+    (first, second), folder = ranks(train_under_guard)
     for (acts, bits, errors), (acts_there, bits_there, errors_there) in zip(
         first, second, strict=True
     ):
@@ -432,8 +400,8 @@ def train_adaptively(rank, folder):
     return sampled
 
 
-def test_ranks_of_other_losses_and_speeds_sample_the_same_steps(on_two_ranks):
-    (first, second), _ = on_two_ranks(train_adaptively)
+def test_ranks_of_other_losses_and_speeds_sample_the_same_steps(ranks):
+    (first, second), _ = ranks(train_adaptively)
     assert first == second
     assert first["calm"][:8] == list(range(1, 9))
     assert {20, 40, 60} <= set(first["calm"])
@@ -463,8 +431,8 @@ def train_on_noise(rank, folder):
     return readings[-1].losses[-1], readings[-1].rank_losses[-1], dict(monitor.errors)
 
 
-def test_a_rank_whose_data_turned_to_noise_is_named_on_disk(on_two_ranks):
-    given, folder = on_two_ranks(train_on_noise)
+def test_a_rank_whose_data_turned_to_noise_is_named_on_disk(ranks):
+    given, folder = ranks(train_on_noise)
     for (_, mean), (_, largest, number), errors in given:
         assert errors == {}
         assert (number, largest - mean) == (1, pytest.approx(0.175, abs=1e-5))
@@ -498,8 +466,8 @@ def train_state():
     return monitor.state_dict()
 
 
-def test_a_state_that_only_some_ranks_find_is_used_by_none(on_two_ranks):
-    given, _ = on_two_ranks(resume_on_one)
+def test_a_state_that_only_some_ranks_find_is_used_by_none(ranks):
+    given, _ = ranks(resume_on_one)
     for readings, errors, seconds in given:
         assert errors == {}
         assert readings == ([True, True], 2)

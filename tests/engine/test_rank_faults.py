@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import random
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from tests.support.rank_faults import Outcome, run, same_weights
+from tests.support.two_ranks import given_by, on_two_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 SAMPLE, SEED = 2, 20
@@ -36,11 +34,8 @@ ALWAYS = {
 """Places at which one failing rank once left the others waiting."""
 
 
-def start(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    limit = timedelta(seconds=40)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+def plant(rank: int, folder: str) -> dict[Any, Outcome]:
+    """Return the outcome of each run by (preset, place of the fault)."""
     outcomes: dict[Any, Outcome] = {("unwatched", ""): run(None, None)}
     for config in ("observe", "guard"):
         seen: dict[str, None] = {}
@@ -53,25 +48,14 @@ def start(rank: int, folder: str) -> None:
         drawn = random.Random(SEED).sample(others, SAMPLE)
         for place in (*ALWAYS[config], *drawn):
             outcomes[config, place] = run(config, place)
-    torch.save(outcomes, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return outcomes
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Outcome]]:
     folder = tmp_path_factory.mktemp("faults")
-    context = torch.multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=start, args=(rank, str(folder))) for rank in range(2)]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join(170)
-    hung = [each for each in ranks if each.is_alive()]
-    for each in hung:
-        each.kill()
-    assert not hung, "a rank was left waiting"
-    assert [each.exitcode for each in ranks] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    on_two_ranks([plant], folder, seconds=170, wait=40)
+    return given_by(plant, folder)
 
 
 def test_the_unfaulted_guard_clips_and_the_ranks_agree(outcomes) -> None:

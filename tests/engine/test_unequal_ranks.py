@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from stabmon.interventions.run.equal_weights import make_equal
 from stabmon.interventions.run.snapshots import Snapshot
 from tests.support.rank_faults import Lines, Tiny
 from tests.support.small_runs import weights
+from tests.support.two_ranks import given_by, on_two_ranks
 
 logger = logging.getLogger("stabmon")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -37,7 +37,7 @@ def run_of_rank(shift: float) -> TrainingRun:
     return TrainingRun(model, optimizer)
 
 
-def make_all_equal(rank: int, folder: Path) -> dict[str, Any]:
+def make_all_equal(rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for case, shift, sound in (
         ("equal", 0.0, True),
@@ -53,7 +53,7 @@ def make_all_equal(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def join_unequal(rank: int, folder: Path) -> dict[str, Any]:
+def join_unequal(rank: int, folder: str) -> dict[str, Any]:
     """Train on 3 batches on rank 0 and 6 on rank 1, with and without a monitor."""
     found: dict[str, Any] = {}
     log = Lines()
@@ -87,16 +87,16 @@ def join_unequal(rank: int, folder: Path) -> dict[str, Any]:
     return found | {"lines": log.lines}
 
 
-def take_snapshot(rank: int, folder: Path) -> dict[str, Any]:
+def take_snapshot(rank: int, folder: str) -> dict[str, Any]:
     """Save this rank's snapshot, and look at the other rank's."""
     run = run_of_rank(float(rank))
     own = Snapshot.take(run)
-    own.save(folder / f"{rank}.snapshot")
+    own.save(Path(folder, f"{rank}.snapshot"))
     dist.barrier()
-    other = Snapshot.load(folder / f"{1 - rank}.snapshot")
+    other = Snapshot.load(Path(folder, f"{1 - rank}.snapshot"))
     return {
         "own": own.digest(),
-        "read": Snapshot.load(folder / f"{rank}.snapshot").digest(),
+        "read": Snapshot.load(Path(folder, f"{rank}.snapshot")).digest(),
         "other": other.digest(),
         "fits": [own.explain_misfit(run), other.explain_misfit(run)],
     }
@@ -105,35 +105,16 @@ def take_snapshot(rank: int, folder: Path) -> dict[str, Any]:
 WORKS = (make_all_equal, join_unequal, take_snapshot)
 
 
-def start(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
-    torch.save({each.__name__: each(rank, Path(folder)) for each in WORKS}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank returned from every function in ``WORKS``."""
     folder = tmp_path_factory.mktemp("ranks")
-    context = torch.multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=start, args=(number, str(folder))) for number in range(2)]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join(150)
-    hung = [each for each in ranks if each.is_alive()]
-    for each in hung:
-        each.kill()
-    assert not hung, "a rank was left waiting"
-    assert [each.exitcode for each in ranks] == [0, 0]
-    return [torch.load(folder / f"{number}.pt", weights_only=False) for number in range(2)]
+    on_two_ranks(WORKS, folder)
+    given = [given_by(work, folder) for work in WORKS]
+    return [
+        {work.__name__: each[rank] for work, each in zip(WORKS, given, strict=True)}
+        for rank in range(2)
+    ]
 
 
 def of(found: list[dict[str, Any]], name: str, case: str) -> list[Any]:

@@ -4,15 +4,10 @@ together.
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from stabmon._torch.ranks.exchange import RankExchange
@@ -21,32 +16,22 @@ from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.skip_step import SkipStep
 from tests.support.attention_zoo import zoo
 from tests.support.intervention_runs import first_layer, growth, look, make_run, scores_of
-
-
-def start(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        torch.save({work.__name__: work(rank) for work in WORKS}, folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+from tests.support.two_ranks import given_by, on_two_ranks
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes returned from every function in ``WORKS``; started once, as
-    starting takes longest.
-    """
+    """What each of two processes returned from every function in ``WORKS``."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.start_processes(start, args=(port, folder), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    on_two_ranks(WORKS, folder)
+    given = [given_by(work, folder) for work in WORKS]
+    return [
+        {work.__name__: each[rank] for work, each in zip(WORKS, given, strict=True)}
+        for rank in range(2)
+    ]
 
 
-def clip_sharded(rank: int) -> dict[str, Any]:
+def clip_sharded(rank: int, folder: str) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     out: dict[str, Any] = {}
@@ -84,7 +69,7 @@ def test_shards_are_clipped_as_whole_weights_are_and_undone_to_the_bit(
             assert "not proven" in note
 
 
-def skip_together(rank: int) -> list[bool]:
+def skip_together(rank: int, folder: str) -> list[bool]:
     model = nn.Linear(2, 2)
     run = make_linear(model)
     SkipStep().apply(run)
@@ -108,7 +93,7 @@ def test_a_step_is_skipped_on_all_ranks_if_on_any(found: list[dict[str, Any]]) -
     assert [rank["skip_together"] for rank in found] == [[True, False, False]] * 2
 
 
-def decide_together(rank: int) -> dict[str, Any]:
+def decide_together(rank: int, folder: str) -> dict[str, Any]:
     model, inputs = zoo()["llama-sdpa"]()
     run = make_run(model, inputs)
     run.exchange = RankExchange()
@@ -140,7 +125,7 @@ def test_rank_0_decides_and_what_does_not_fit_on_one_rank_is_done_on_none(
     assert other["same"]
 
 
-def hold_together(rank: int) -> list[float]:
+def hold_together(rank: int, folder: str) -> list[float]:
     """Each rank sees other data; the clip is by the largest score of any.
 
     Rolled by five, the pair of tokens that scores highest in head 2 is torn apart; by less, both

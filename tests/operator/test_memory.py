@@ -101,8 +101,16 @@ def _one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("engine", ["blockwise", "fused"])
-@pytest.mark.parametrize("kind", MASKS)
+ENGINES = ("blockwise", "fused")
+PAIRS = [
+    # each mask with one engine in turn, with the other in the long tests
+    pytest.param(kind, engine, marks=[] if at % 2 == turn else pytest.mark.long)
+    for at, kind in enumerate(MASKS)
+    for turn, engine in enumerate(ENGINES)
+]
+
+
+@pytest.mark.parametrize(("kind", "engine"), PAIRS)
 def test_memory_is_linear_in_the_length(kind: str, engine: str) -> None:
     """Twice the length takes at most about twice the memory, not four times as much, and far less
     than the scores would.

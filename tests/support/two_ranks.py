@@ -120,14 +120,23 @@ def grow_head(weight: Tensor, head: int, factor: float = 2.0, of: int = HEADS) -
 
 
 def on_two_ranks(
-    scenarios: Sequence[Callable[..., Any]], folder: Path, seconds: float = 150
+    scenarios: Sequence[Callable[..., Any]],
+    folder: Path,
+    seconds: float | None = 150,
+    wait: float = 60,
 ) -> None:
     """Run each of some functions of (rank, folder) in one pair of processes.
 
     What a rank returns lies in ``folder/<name>/given-<rank>``.
+
+    Args:
+        scenarios: module-level functions, since the processes import them.
+        folder: an empty one.
+        seconds: time after which a process that is left is killed; None for never.
+        wait: seconds after which the process group gives up on a collective.
     """
     context = torch.multiprocessing.get_context("spawn")
-    given = (str(folder), tuple(scenarios))
+    given = (str(folder), tuple(scenarios), wait)
     processes = [context.Process(target=_start, args=(rank, *given)) for rank in range(2)]
     for process in processes:
         process.start()
@@ -140,14 +149,14 @@ def on_two_ranks(
     assert [process.exitcode for process in processes] == [0, 0]
 
 
-def _start(rank: int, folder: str, scenarios: Sequence[Callable[..., Any]]) -> None:
+def _start(rank: int, folder: str, scenarios: Sequence[Callable[..., Any]], wait: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=wait),
     )
     for scenario in scenarios:
         own = Path(folder, scenario.__name__)
