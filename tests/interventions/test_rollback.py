@@ -307,7 +307,7 @@ def test_no_rollback_goes_back_to_a_loss_that_was_above_the_present_one() -> Non
         states.run.history.add(Reading(step, loss, {}))
         states.offer(False)
     assert states.newest.step == kept < 7
-    with pytest.raises(NotApplicable, match="stands at loss 3.4, and stood at"):
+    with pytest.raises(NotApplicable, match=r"stands at loss 3\.4, and stood at"):
         Rollback().apply(states.run)
 
 
