@@ -79,7 +79,7 @@ class AttentionSpike(Rule):
         names = ("max_probability", "sink_mass")
         rise, level = np.full((2, len(names), len(history.heads)), np.nan)
         for row, name in enumerate(names):
-            past = history.signal(name)[-self.past - 1 : -1]
+            past = history.rows(name, slice(-self.past - 1, -1))
             top = largest(past)
             level[row] = np.maximum(top + self.rise, top + self.deviations * robust_spread(past))
             rise[row] = history.now(name) - level[row]

@@ -201,14 +201,16 @@ class EntropyCollapse(Rule):
         for layer in history.layers:
             at_start[history.of_layer(layer)] = history.is_at_start(layer)
         for at in (0, -1):
-            entropy = history.signal("normalized_entropy")[at]
-            score = history.signal("max_logit")[at]
+            row = slice(at, at + 1 or None)
+            entropy, score = (
+                history.rows(name, row)[0] for name in ("normalized_entropy", "max_logit")
+            )
             saturated &= (entropy <= self.start) & (score >= self.start_score) & np.isfinite(score)
             known &= np.isfinite(entropy) & np.isfinite(score)
         if saturated.sum() < max(2, self.start_heads * known.sum()):
             return none
         alike = (
-            robust_spread(np.log(history.signal("max_logit")[0][saturated])[:, None])[0]
+            robust_spread(np.log(history.rows("max_logit", slice(1), saturated)[0])[:, None])[0]
             <= self.start_alike
         )
         sinks = np.median(np.nan_to_num(history.now("sink_mass")[saturated])) > SINK

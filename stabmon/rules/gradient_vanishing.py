@@ -101,7 +101,9 @@ class GradientVanishing(Rule):
     ) -> Iterable[StabilityIssue]:
         now = before = float("nan")
         if layer in history.layers:
-            rows = history.signal("saturated_fraction")[-self.past :, history.of_layer(layer)]
+            rows = history.rows(
+                "saturated_fraction", slice(-self.past, None), history.of_layer(layer)
+            )
             now, before = float(median(rows[-1])), float(median(median(rows[older])))
         low = max(kept, fell)
         slack = 2.0 if history.is_open_at("gradient_vanishing", layer) else 1.0

@@ -58,7 +58,7 @@ class HighCurvature(Rule):
         if len(history) <= self.min_history:
             return []
         now = history.now("hnf_log_curvature")
-        past = history.signal("hnf_log_curvature")[-self.past - 1 : -1]
+        past = history.rows("hnf_log_curvature", slice(-self.past - 1, -1))
         known = np.isfinite(past).sum(axis=0) >= self.min_history
         top = largest(past)
         level = np.maximum(top + self.jump, top + self.deviations * robust_spread(past))

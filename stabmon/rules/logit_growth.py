@@ -223,7 +223,8 @@ class LogitGrowth(Rule):
 
     def _judge_damage(self, history: History, score: np.ndarray, found: HeadFindings) -> None:
         """Find heads that reached the level of known damage in this run."""
-        past = np.maximum(largest(history.signal("max_logit")[:-1][-PAST_READINGS:]), SCORE_FLOOR)
+        rows = history.rows("max_logit", slice(-PAST_READINGS - 1, -1))
+        past = np.maximum(largest(rows), SCORE_FLOOR)
         start = np.maximum(history.baseline("max_logit"), SCORE_FLOOR)
         # it still doubles, or it was not like this at first
         came = (score >= 2 * past) | (score >= self.runaway * start)
@@ -238,9 +239,8 @@ class LogitGrowth(Rule):
             return None
         heads = history.of_layer(layer)
         before = int(np.flatnonzero(history.steps <= found.since)[-1])
-        past = largest(
-            history.signal("max_logit")[max(0, before - PAST_READINGS + 1) : before + 1, heads]
-        )
+        rows = slice(max(0, before - PAST_READINGS + 1), before + 1)
+        past = largest(history.rows("max_logit", rows, heads))
         score = history.now("max_logit")[heads]
         level = (WITH_SCALE if found.of_scale else WITH_WEIGHTS) * np.maximum(past, SCORE_FLOOR / 2)
         grown = (score >= level) & (score >= SCORE_FLOOR)

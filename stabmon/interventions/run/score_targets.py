@@ -61,7 +61,8 @@ def onset(run: TrainingRun, issue: StabilityIssue, head: int | None = None) -> i
     if "since_step" in issue.evidence:
         before = np.flatnonzero(steps <= issue.evidence["since_step"])
         return int(steps[before[-1]]) if len(before) else None
-    scores = run.history.signal("max_logit")[:, run.history.of_layer(issue.layer)][:, head]
+    heads = run.history.of_layer(issue.layer)
+    scores = run.history.rows("max_logit", slice(None), heads)[:, head]
     known = np.isfinite(scores)
     if known.sum() < 2:
         return None
@@ -81,7 +82,7 @@ def largest_until(run: TrainingRun, layer: str, step: int | None) -> np.ndarray:
         step: the step.
     """
     heads = run.history.of_layer(layer)
-    scores = run.history.signal("max_logit")[:, heads]
+    scores = run.history.rows("max_logit", slice(None), heads)
     before = scores[run.history.steps <= step][-PAST_READINGS:] if step is not None else scores[:0]
     found = largest(before) if len(before) else np.full(scores.shape[1], np.nan)
     first: np.ndarray = run.history.baseline("max_logit")[heads]

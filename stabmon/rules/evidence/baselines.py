@@ -67,32 +67,35 @@ def changes(
         jumps_only: only spans of at most ``JUMP_READINGS`` readings or ``JUMP_STEPS`` steps.
         least_ratio: growth of some head's score without which a span is left out.
     """
-    logit, entropy = history.signal("max_logit"), history.signal("normalized_entropy")
-    saturated, steps = history.signal("saturated_fraction"), history.steps
+    names = ("max_logit", "normalized_entropy", "saturated_fraction")
+    logit, entropy, saturated = (history.now(name) for name in names)
+    steps = history.steps
     newest = len(steps) - 1
-    if newest < 1:
+    large = np.flatnonzero(logit >= least_ratio * SCORE_FLOOR)  # others did not grow so much
+    if newest < 1 or (least_ratio > 0 and not len(large)):
         return
-    tops = np.maximum(_running_largest(logit), SCORE_FLOOR)
     for lag in _lags(newest):
         passed = int(steps[newest] - steps[newest - lag])
         is_jump = lag <= JUMP_READINGS or passed <= JUMP_STEPS
         if jumps_only and not is_jump:
             return
         rows = slice(max(0, newest - lag - PAST_READINGS + 1), newest - lag + 1)
-        past_logit = tops[newest - lag]
-        if least_ratio > 0 and not (logit[newest] >= least_ratio * past_logit).any():
-            continue
-        past_entropy = median(entropy[rows])
+        if least_ratio > 0:
+            past = np.maximum(largest(history.rows("max_logit", rows, large)), SCORE_FLOOR)
+            if not (logit[large] >= least_ratio * past).any():
+                continue
+        past_logit = np.maximum(largest(history.rows("max_logit", rows)), SCORE_FLOOR)
+        past_entropy = median(history.rows("normalized_entropy", rows))
         with np.errstate(divide="ignore", invalid="ignore"):
             yield Change(
                 lag=lag,
                 is_jump=is_jump,
                 steps=passed,
                 past_logit=past_logit,
-                ratio=logit[newest] / past_logit,
+                ratio=logit / past_logit,
                 past_entropy=past_entropy,
-                kept=entropy[newest] / past_entropy,
-                saturated_rise=saturated[newest] - largest(saturated[rows]),
+                kept=entropy / past_entropy,
+                saturated_rise=saturated - largest(history.rows("saturated_fraction", rows)),
             )
 
 
@@ -102,18 +105,6 @@ def _lags(most: int) -> Iterator[int]:
     while lag <= most:
         yield lag
         lag += max(1, lag // 8)
-
-
-def _running_largest(values: np.ndarray) -> np.ndarray:
-    """Return the largest finite value of each row of ``[T, N]`` and the ones before it.
-
-    Of ``PAST_READINGS`` rows; NaN where there is none.
-    """
-    finite = np.where(np.isfinite(values), values, np.nan)
-    top = finite.copy()
-    for back in range(1, min(PAST_READINGS, len(values))):
-        np.fmax(top[back:], finite[:-back], out=top[back:])
-    return top
 
 
 def jump_needed(history: History, steps: int, jump: float) -> float:

@@ -118,6 +118,7 @@ def _rate(history: History, layer: str) -> Driver | None:
 
 def _last_calm_row(history: History, layer: str) -> int | None:
     """Return the newest row in which the layer's largest score was half of today's."""
-    scores = np.nanmax(history.signal("max_logit")[:, history.of_layer(layer)], axis=1, initial=0)
+    rows = history.rows("max_logit", slice(None), history.of_layer(layer))
+    scores = np.nanmax(rows, axis=1, initial=0)
     rows = np.flatnonzero(scores <= scores[-1] / 2)
     return int(rows[-1]) if len(rows) else None

@@ -118,13 +118,14 @@ def forecast_score(
         freshest: number of readings of the shorter line.
         signal: the signal that is forecast.
     """
-    score = history.signal(signal)[-readings:]
-    large = np.flatnonzero(score[-1] >= least)
-    out = Forecast(*np.full((4, score.shape[1]), np.nan))
+    now = history.now(signal)
+    large = np.flatnonzero(now >= least)
+    out = Forecast(*np.full((4, len(now)), np.nan))
     if len(large) == 0:
         return out
+    score = history.rows(signal, slice(-readings, None), large)
     with np.errstate(invalid="ignore", divide="ignore"):
-        log = np.where(score[:, large] > 0, np.log(score[:, large]), np.nan)
+        log = np.where(score > 0, np.log(score), np.nan)
     steps, target = history.steps[-readings:].astype(np.float64), float(np.log(level))
     line, fresh = theil_sen(steps, log), theil_sen(steps[-freshest:], log[-freshest:])
     rises = fresh.low > 0

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import numpy as np
 
+FEW_COLUMNS, FEW_ROWS = 1024, 16
+"""Columns from which on, and rows up to which, whole rows are compared to sort each column."""
 MAD_TO_SIGMA = 1.4826
 """Standard deviation over median absolute deviation of a normal distribution."""
 
@@ -19,15 +24,55 @@ def median(values: np.ndarray) -> np.ndarray:
     """
     finite = np.isfinite(values)
     if finite.all() and len(values):  # as nearly always, and three times faster
-        ordered = np.sort(values, axis=0)
-        middle: np.ndarray = (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+        rows = _sorted_rows(values)
+        middle: np.ndarray = (rows[(len(values) - 1) // 2] + rows[len(values) // 2]) / 2
         return middle
-    ordered = np.sort(np.where(finite, values, np.nan), axis=0)  # NaN go last
-    count = np.isfinite(ordered).sum(axis=0, keepdims=True)
+    if not len(values):
+        return np.full(values.shape[1:], np.nan)
+    ordered = np.array(_sorted_rows(np.where(finite, values, np.inf)))
+    count = finite.sum(axis=0, keepdims=True)
     low = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=0)
     high = np.take_along_axis(ordered, np.minimum(count // 2, np.maximum(count - 1, 0)), axis=0)
-    middle = ((low + high) / 2)[0]
+    middle = np.where(count > 0, (low + high) / 2, np.nan)[0]
     return middle
+
+
+def _sorted_rows(values: np.ndarray) -> Sequence[np.ndarray]:
+    """Return ``[T, N]`` without NaN in ascending order along T.
+
+    Where N is large and T small, by comparing whole rows in pairs: ten times faster than a sort of
+    each column.
+
+    References:
+        Batcher 1968, doi:10.1145/1468075.1468121, odd-even merge sort.
+    """
+    count = len(values)
+    if values.ndim < 2 or values.shape[1] < FEW_COLUMNS or count > FEW_ROWS:
+        ordered: np.ndarray = np.sort(values, axis=0)
+        return ordered
+    rows = list(values)
+    for first, second in _comparisons(count):
+        rows[first], rows[second] = (
+            np.minimum(rows[first], rows[second]),
+            np.maximum(rows[first], rows[second]),
+        )
+    return rows
+
+
+@functools.cache
+def _comparisons(count: int) -> tuple[tuple[int, int], ...]:
+    """Return the pairs that sort ``count`` values when compared and exchanged in this order."""
+    pairs, width = [], 1
+    while width < count:
+        step = width
+        while step >= 1:
+            for start in range(step % width, count - step, 2 * step):
+                for at in range(start, min(start + step, count - step)):
+                    if at // (2 * width) == (at + step) // (2 * width):
+                        pairs.append((at, at + step))
+            step //= 2
+        width *= 2
+    return tuple(pairs)
 
 
 def median_over_steps(values: np.ndarray, steps: np.ndarray) -> np.ndarray:

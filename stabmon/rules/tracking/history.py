@@ -46,7 +46,9 @@ class History(ReadingArrays):
 
     def is_open(self, issue_type: str) -> np.ndarray:
         """Return ``[N]`` bool: the head has an open issue of this type."""
-        return np.isin(np.arange(len(self.heads)), [n for n, _ in self._open_heads(issue_type)])
+        is_open = np.zeros(len(self.heads), dtype=bool)
+        is_open[[n for n, _ in self._open_heads(issue_type)]] = True
+        return is_open
 
     def is_open_at(
         self, issue_type: str, layer: str | None = None, head: int | None = None
@@ -115,7 +117,7 @@ class History(ReadingArrays):
         """
         if issue.layer not in self.layers:
             return np.full(len(self), np.nan)
-        rows = self.signal(signal)[:, self.of_layer(issue.layer)]
+        rows = self.rows(signal, slice(None), self.of_layer(issue.layer))
         heads = issue.evidence.get("heads_grown") if issue.head is None else [issue.head]
         if heads and max(heads) >= rows.shape[1]:  # the layer has fewer heads by now
             return np.full(len(self), np.nan)

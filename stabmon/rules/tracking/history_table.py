@@ -55,13 +55,26 @@ class Table:
                     whole[: len(row)] = row
         return self._whole
 
-    def newest(self, columns: slice) -> np.ndarray:
-        """Return a view of the newest row.
+    def take(self, rows: slice, columns: slice | np.ndarray | None = None) -> np.ndarray:
+        """Return some of :attr:`rows`, without putting together the others. Do not write into it.
 
         Args:
-            columns: those to return.
+            rows: those to return, oldest first.
+            columns: those to return; None for all.
         """
-        return self._rows[-1][columns]
+        kept = self._rows[-self.length :][rows]
+        if self._whole is None and all(len(row) == self._columns for row in kept):
+            picked = kept if columns is None else [row[columns] for row in kept]
+            if picked:
+                return np.array(picked, dtype=self.dtype)
+        whole = self.rows[rows]
+        return whole if columns is None else whole[:, columns]
+
+    @property
+    def newest(self) -> np.ndarray:
+        """``[N]``, the newest row, which is not copied."""
+        row = self._rows[-1]
+        return row if len(row) == self._columns else self.rows[-1]
 
     def baseline(self) -> np.ndarray:
         """Return ``[N]``, the median of each column's first finite values.

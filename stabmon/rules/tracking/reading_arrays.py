@@ -102,9 +102,25 @@ class ReadingArrays:
 
         NaN where it was not measured.
         """
-        rows = self.signal(name)
-        newest: np.ndarray = rows[-1] if len(rows) else np.full(len(self.heads), np.nan)
-        return newest
+        if name not in self._tables or not self.readings:
+            return np.full(len(self.heads), np.nan)
+        return self._tables[name].newest
+
+    def rows(
+        self, name: str, which: slice, columns: slice | np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return some rows of :meth:`signal`, for less than all of them cost.
+
+        Args:
+            name: name of the signal.
+            which: numbers of the readings, oldest first.
+            columns: heads along N; None for all.
+        """
+        if name in self._tables:
+            return self._tables[name].take(which, columns)
+        heads = np.arange(len(self.heads)) if columns is None else columns
+        count = len(self.readings[which])
+        return np.full((count, len(np.arange(len(self.heads))[heads])), np.nan)
 
     def baseline(self, name: str) -> np.ndarray:
         """Return ``[N]``, each head's median over its first finite values of a signal.
@@ -128,10 +144,10 @@ class ReadingArrays:
         if layer not in self._spans:
             return True
         where = self._spans[layer]
-        if head is not None and head >= where.stop - where.start:
-            return any(bool(np.isfinite(t.rows[-1, where]).any()) for t in self._tables.values())
-        at = where if head is None else slice(where.start + head, where.start + head + 1)
-        return any(bool(np.isfinite(table.rows[-1, at]).any()) for table in self._tables.values())
+        is_one = head is not None and head < where.stop - where.start
+        at = slice(where.start + (head or 0), where.start + (head or 0) + 1) if is_one else where
+        tables = self._tables.values()
+        return any(bool(np.isfinite(table.newest[at]).any()) for table in tables)
 
     @property
     def heads(self) -> list[tuple[str, int]]:
@@ -149,10 +165,9 @@ class ReadingArrays:
 
     def layer_values(self, value_of: Callable[[LayerInfo], float]) -> np.ndarray:
         """Return ``[N]``, one value for each layer, computed from its facts."""
-        out = np.full(len(self.heads), np.nan)
-        for layer, where in self._spans.items():
-            out[where] = value_of(self.info[layer])
-        return out
+        values = [value_of(self.info[layer]) for layer in self._spans]
+        sizes = [where.stop - where.start for where in self._spans.values()]
+        return np.repeat(np.array(values, dtype=np.float64), sizes)
 
     def gradients(self, layer: str) -> np.ndarray:
         """Return ``[T]`` gradient norms of a layer's attention module; NaN where unknown.
@@ -341,15 +356,16 @@ class ReadingArrays:
 
     def _views(self, reading: Reading) -> dict[str, dict[str, np.ndarray]]:
         """Return a reading's values as views of the rows that hold them."""
-        return {
-            layer: {
-                name: self._tables[name].newest(where) if len(heads) == size else heads
+        newest = {name: table.newest for name, table in self._tables.items()}
+        views: dict[str, dict[str, np.ndarray]] = {}
+        for layer, values in reading.layers.items():
+            where = self._spans[layer]
+            size = where.stop - where.start
+            views[layer] = {
+                name: newest[name][where] if len(heads) == size else heads
                 for name, heads in values.items()
             }
-            for layer, values in reading.layers.items()
-            for where in (self._spans[layer],)
-            for size in (where.stop - where.start,)
-        }
+        return views
 
     def _follow_heads(self, layer: str, heads: int | None) -> None:
         """Forget a layer whose heads have changed, as by pruning; others keep their past."""
@@ -367,6 +383,12 @@ class ReadingArrays:
 
     def _row(self, reading: Reading, name: str) -> np.ndarray:
         """Return ``[N]`` values of one signal in a reading."""
+        parts = [values.get(name) for values in reading.layers.values()]
+        if list(reading.layers) == list(self._spans) and all(each is not None for each in parts):
+            sizes = (where.stop - where.start for where in self._spans.values())
+            known = [each for each in parts if each is not None]
+            if all(len(each) == size for each, size in zip(known, sizes, strict=True)):
+                return np.concatenate(known)
         out = np.full(len(self.heads), np.nan)
         for layer, values in reading.layers.items():
             where = self._spans[layer]
@@ -384,5 +406,5 @@ class ReadingArrays:
 
 def _agreed_count(values: Mapping[str, np.ndarray]) -> int | None:
     """Return the number of heads of which all signals of a layer are; None where they differ."""
-    counts = {np.size(heads) for heads in values.values()}
+    counts = {len(heads) for heads in values.values()}
     return counts.pop() if len(counts) == 1 else None
