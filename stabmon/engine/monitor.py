@@ -128,7 +128,8 @@ class AttentionStabilityMonitor:
         self.boundary = ErrorBoundary()
         self._manual, self._is_resumed = manual_steps, False
         self._framework = framework
-        self._tracker = make_tracker(self.config, self.boundary)
+        self._is_shown = (rank() == 0 or not reduce_ranks) if is_writer is None else is_writer
+        self._tracker = make_tracker(self.config, self.boundary, is_shown=self._is_shown)
         self._parts = parts = make_parts(
             model,
             optimizer,
@@ -454,7 +455,7 @@ class AttentionStabilityMonitor:
             ValueError: if ``state`` is no monitor's state, one of another model, or of a later
                 version of stabmon; nothing has changed then.
         """
-        tracker = make_tracker(self.config, self.boundary)
+        tracker = make_tracker(self.config, self.boundary, is_shown=self._is_shown)
         try:
             saved = monitor_state.parse(state, self.model, tracker, self._parts.stored)
         except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from stabmon.nonfinite.detector import NonFiniteDetector
 from stabmon.risk import RiskJudge
 from stabmon.rules.tracking.history import History
 from stabmon.rules.tracking.issue_tracker import IssueTracker
+from stabmon.rules.tracking.reading_arrays import EVERY_READING, LooksBack
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,33 @@ def dense_interval(config: StabilityConfig) -> int:
     return min(SHORTEST, config.log_every) if config.schedule == "adaptive" else config.log_every
 
 
-def make_tracker(config: StabilityConfig, boundary: ErrorBoundary) -> IssueTracker:
-    """Make the tracker of a configuration's rules, with an empty history."""
+JUDGED = LooksBack(
+    dict.fromkeys(("max_logit", "normalized_entropy", "saturated_fraction"), EVERY_READING),
+    frozenset({"max_logit", "normalized_entropy"}),
+)
+"""Part of the history that the risk and interventions look at."""
+
+
+def make_tracker(
+    config: StabilityConfig, boundary: ErrorBoundary, *, is_shown: bool = True
+) -> IssueTracker:
+    """Make the tracker of a configuration's rules, with an empty history.
+
+    Args:
+        config: the settings.
+        boundary: counts what fails.
+        is_shown: the whole history is kept, for records and for people. If False, of a model of
+            very many heads only what rules and interventions look at: they then find the same.
+    """
+    rules = config.make_rules()
+    looks = [getattr(each, "looks_back", lambda: None)() for each in rules]
+    known = [each for each in looks if each is not None]
+    looks_back = (
+        None if is_shown or len(known) < len(looks) else functools.reduce(or_, known, JUDGED)
+    )
     return IssueTracker(
-        config.make_rules(),
-        history=History(config.history),
+        rules,
+        history=History(config.history, looks_back=looks_back),
         clear_after=config.clear_after,
         cooldown_steps=config.cooldown * dense_interval(config),
         on_error=functools.partial(boundary.failed, "rule"),

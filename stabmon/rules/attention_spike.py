@@ -14,6 +14,7 @@ from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import with_limit
 
@@ -68,6 +69,10 @@ class AttentionSpike(Rule):
         worst = issues[0]
         name = str(worst.evidence.get("signal", "probability")).replace("_", " ")
         return Description(f"{name} rose", with_limit(name, worst), worst.suggestion)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack(dict.fromkeys(("max_probability", "sink_mass"), self.past + 1))
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head, on the quantity that rose more.

@@ -11,6 +11,7 @@ from stabmon.records import SEVERITIES, StabilityIssue
 from stabmon.registry import Registry
 from stabmon.rules.symptoms import Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import growth, past, with_limit
 
@@ -73,6 +74,13 @@ class Rule:
             At most one issue for each type, layer and head; of several the most severe counts.
         """
         raise NotImplementedError
+
+    def looks_back(self) -> LooksBack | None:
+        """Return the part of the history that :meth:`check` looks at; None for all of it.
+
+        Ranks other than 0 keep no more of a model of very many heads than its rules declare.
+        """
+        return None
 
     @classmethod
     def symptom_of(cls, issue: StabilityIssue) -> Symptom | None:

@@ -17,6 +17,7 @@ from stabmon.rules.evidence.recovery import rose_above
 from stabmon.rules.evidence.robust_stats import robust_spread
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import EVERY_READING, LooksBack
 from stabmon.rules.wording.code_lines import guard
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import known, number, past
@@ -135,6 +136,11 @@ class EntropyCollapse(Rule):
         fresh = bool(worst.evidence.get("from_the_start"))
         title = "attention is saturated from the start" if fresh else "attention entropy collapsed"
         return Description(title, numbers, worst.suggestion, guard(framework))
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        signals = ("max_logit", "normalized_entropy", "saturated_fraction")
+        return LooksBack(dict.fromkeys(signals, EVERY_READING), frozenset({"normalized_entropy"}))
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head that lost its entropy.

@@ -16,6 +16,7 @@ from stabmon.rules.evidence.moved_part import moved_part
 from stabmon.rules.evidence.robust_stats import median_over_steps, robust_spread
 from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.code_lines import clip_gradients
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import known, number, with_limit
@@ -87,6 +88,10 @@ class GradientExplosion(Rule):
         numbers += f"; steps of {part} are longer than before" if part else ""
         code = "" if middle is None else clip_gradients(framework, 2 * middle)
         return Description("gradient norm jumped", numbers, worst.suggestion, code)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({})
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return at most one issue, for the run; ``value`` is the norm of its gradient.

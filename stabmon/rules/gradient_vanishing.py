@@ -15,6 +15,7 @@ from stabmon.rules.evidence.context import advice
 from stabmon.rules.evidence.robust_stats import median, median_over_steps
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import known, share
 
@@ -75,6 +76,10 @@ class GradientVanishing(Rule):
             before = known(worst.evidence, "saturated_before") or 0.0
             numbers += f"; saturated rows {share(saturated)}, were {share(before)}"
         return Description("gradient of attention vanishes", numbers, worst.suggestion)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({"saturated_fraction": self.past})
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Yield one issue for each layer whose gradient collapsed.

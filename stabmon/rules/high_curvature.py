@@ -14,6 +14,7 @@ from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.robust_stats import largest, robust_spread
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 
 
 @rule
@@ -52,6 +53,10 @@ class HighCurvature(Rule):
     """Number of readings in the past."""
     min_history: Count = 3
     """Number of readings needed before any is judged."""
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({"hnf_log_curvature": self.past + 1})
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head; ``value`` is its ``hnf_log_curvature``."""

@@ -27,6 +27,7 @@ from stabmon.rules.evidence.recovery import fell_below
 from stabmon.rules.evidence.robust_stats import largest
 from stabmon.rules.symptoms import SCORES, SUSTAINED_GROWTH, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import EVERY_READING, LooksBack
 from stabmon.rules.wording.code_lines import guard
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import growth, known, number, past
@@ -168,6 +169,11 @@ class LogitGrowth(Rule):
             else "W_q and W_k grow, and not by learning"
         )
         return Description(title, numbers + growth(evidence), worst.suggestion, code)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        signals = ("max_logit", "normalized_entropy", "saturated_fraction")
+        return LooksBack(dict.fromkeys(signals, EVERY_READING), frozenset({"max_logit"}))
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head, and one for each layer of sustained growth.

@@ -15,6 +15,7 @@ from stabmon.rules.evidence.moved_part import moved_part
 from stabmon.rules.evidence.robust_stats import robust_spread
 from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.code_lines import resume
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import known, number, with_limit
@@ -118,6 +119,10 @@ class LossSpike(Rule):
         code = resume(framework, int(at)) if worst.is_alarm and at is not None else ""
         title = "loss jumped and stays up" if stays else "loss jumped"
         return Description(title, numbers, worst.suggestion, code)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({})
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return at most one issue, for the run; ``value`` is the highest new loss.

@@ -16,6 +16,7 @@ from stabmon.records import NonFinite as Finding
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import NON_FINITE, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.code_lines import resume
 from stabmon.rules.wording.description import Description
 
@@ -144,6 +145,10 @@ class NonFinite(Rule):
         step = int(evidence.get("first_step", worst.step))
         code = resume(framework, step) if worst.severity == "critical" else ""
         return Description(title, "; ".join(words), worst.suggestion, code)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({})
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return the issue at the first bad tensor, at each infinite score, or of the run.

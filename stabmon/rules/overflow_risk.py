@@ -16,6 +16,7 @@ from stabmon.rules.base import Rule, rule
 from stabmon.rules.evidence.forecast import Forecast, forecast_score
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.code_lines import run_in_bfloat16
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import number, share
@@ -112,6 +113,10 @@ class OverflowRisk(Rule):
             else "query-key products beyond float16"
         )
         return Description(title, numbers, worst.suggestion, run_in_bfloat16(framework))
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({"exp_range": FORECAST_READINGS})
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head near a limit; critical where it is beyond it."""

@@ -14,6 +14,7 @@ from stabmon.records import LayerInfo, StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import SCORES, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.description import Description
 
 
@@ -73,6 +74,10 @@ class PrecisionInsufficient(Rule):
         title = f"{dtype} keeps too few bits for attention scores"
         numbers = f"bits needed {worst.value:.1f}, kept {worst.threshold:.0f}"
         return Description(title, numbers, worst.suggestion)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({}, frozenset({"precision_bits"}))
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each head that is short of bits.

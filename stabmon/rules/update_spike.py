@@ -27,6 +27,7 @@ from stabmon.rules.evidence.step_size import (
 )
 from stabmon.rules.symptoms import DECAY, RATE, STEP, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import known, share
 from stabmon.rules.wording.rates import describe_rate, named_groups
@@ -147,6 +148,10 @@ class UpdateSpike(Rule):
             numbers += "" if usual is None else f", usually {share(usual)}"
             return Description("steps too long for W_q and W_k", numbers, worst.suggestion)
         return describe_rate(worst, framework)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({})
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for the run, else one for each layer that is moved too far.

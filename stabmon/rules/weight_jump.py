@@ -14,6 +14,7 @@ from stabmon.records import StabilityIssue
 from stabmon.rules.base import Rule, rule
 from stabmon.rules.symptoms import LOSS, Symptom
 from stabmon.rules.tracking.history import History
+from stabmon.rules.tracking.reading_arrays import LooksBack
 from stabmon.rules.wording.description import Description
 from stabmon.rules.wording.numbers import known, number
 
@@ -66,6 +67,10 @@ class WeightJump(Rule):
         if norm is not None and before is not None:
             numbers += f" ({number(before)}, now {number(norm)})"
         return Description("weights were multiplied", numbers, worst.suggestion)
+
+    def looks_back(self) -> LooksBack:
+        """Return the part of the history that :meth:`check` looks at."""
+        return LooksBack({})
 
     def check(self, history: History) -> Iterable[StabilityIssue]:
         """Return one issue for each part; ``value`` is its norm over the one before."""

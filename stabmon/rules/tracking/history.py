@@ -8,7 +8,7 @@ import numpy as np
 
 from stabmon.records import StabilityIssue
 from stabmon.rules.evidence.robust_stats import largest
-from stabmon.rules.tracking.reading_arrays import ReadingArrays
+from stabmon.rules.tracking.reading_arrays import LooksBack, ReadingArrays
 
 
 class History(ReadingArrays):
@@ -22,6 +22,9 @@ class History(ReadingArrays):
     Args:
         length: readings kept; older ones are dropped, but a head's ``baseline`` is kept.
         baseline_length: number of a head's first readings that make up its baseline.
+        looks_back: what is kept of a model of more than
+            :data:`~stabmon.rules.tracking.history_table.WIDE` heads; None for all. Readings but the
+            newest then have no values of layers.
 
     Raises:
         ValueError: if ``length`` is below 2 or ``baseline_length`` below 1.
@@ -38,8 +41,10 @@ class History(ReadingArrays):
         (('attn', 0), [10, 20])
     """
 
-    def __init__(self, length: int = 256, baseline_length: int = 5) -> None:
-        super().__init__(length, baseline_length)
+    def __init__(
+        self, length: int = 256, baseline_length: int = 5, looks_back: LooksBack | None = None
+    ) -> None:
+        super().__init__(length, baseline_length, looks_back)
         self._open: dict[str, dict[tuple[str | None, int | None], float]] = {}
         self._alarmed: set[tuple[str, str | None]] = set()
         """Threshold of every open issue, by type, layer and head."""

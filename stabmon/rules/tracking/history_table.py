@@ -31,9 +31,12 @@ class Table:
 
     def __init__(self, length: int, baseline_length: int, *, past: int, columns: int) -> None:
         self.length = length
+        self.depth: int | None = None
+        """Newest rows of which values are kept, older ones are NaN; None for all."""
         self._columns = columns
-        self._rows = [np.full(columns, np.nan, dtype=self.dtype)] * min(past, length)
+        self._rows = [_unknown(columns, self.dtype)] * min(past, length)
         self._whole: np.ndarray | None = None
+        self._baseline_length = baseline_length
         self._first = np.full((baseline_length, columns), np.nan, dtype=self.dtype)
         self._baseline: np.ndarray | None = None
 
@@ -81,6 +84,8 @@ class Table:
 
         NaN where there are fewer than ``baseline_length``.
         """
+        if not len(self._first):
+            return np.full(self._columns, np.nan)
         if self._baseline is None:
             self._baseline = np.median(self._first, axis=0)
         return self._baseline
@@ -97,6 +102,11 @@ class Table:
         del self._rows[: -self.length - 1]  # one more, for where the newest is dropped again
         self._whole = None
         self._keep_first(row)
+        self._forget_old()
+
+    def drop_copy(self) -> None:
+        """Free :attr:`rows`, which is put together anew where it is asked for."""
+        self._whole = None
 
     def drop_newest(self) -> None:
         """Remove the newest row again; its part of the baseline stays."""
@@ -116,6 +126,7 @@ class Table:
         self._rows = [_replaced(row, where, count).astype(self.dtype) for row in self._rows]
         self._first = _replaced(self._first, where, count).astype(self.dtype)
         self._whole = self._baseline = None
+        self._forget_old()
 
     def keep_oldest(self, count: int) -> None:
         """Remove all rows but the oldest; the baseline stays."""
@@ -128,7 +139,24 @@ class Table:
         Args:
             kept: numbers of the rows to store.
         """
-        return {"rows": _pack(self.rows[list(kept)]), "first": _pack(self._first)}
+        first = self._first
+        if not len(first):
+            first = np.full((self._baseline_length, self._columns), np.nan, dtype=self.dtype)
+        return {"rows": _pack(self.rows[list(kept)]), "first": _pack(first)}
+
+    def keep_less(self, depth: int, *, first: bool) -> None:
+        """Keep the values of fewer rows from here on; the others are NaN.
+
+        Args:
+            depth: newest rows of which values are kept.
+            first: keep each column's first values, for its baseline.
+        """
+        if self.depth is None:  # rows may be views of one array, which each of them keeps
+            self._rows = [row.copy() if any(row.strides) else row for row in self._rows]
+        self.depth, self._whole = depth, None
+        if not first:
+            self._first, self._baseline = np.empty((0, self._columns)), None
+        self._forget_old()
 
     def load_state_dict(self, state: Mapping[str, Any] | Stored) -> None:
         """Continue from a state of :meth:`state_dict`.
@@ -138,9 +166,9 @@ class Table:
         """
         saved = Stored.of(state)
         rows, first = _unpack(saved["rows"]), _unpack(saved["first"])
-        if first.shape[0] != self._first.shape[0]:
+        if first.shape[0] != self._baseline_length:
             raise ValueError(
-                f"saved with a baseline of {first.shape[0]} readings, now {self._first.shape[0]}: "
+                f"saved with a baseline of {first.shape[0]} readings, now {self._baseline_length}: "
                 "use the same baseline_length"
             )
         if first.shape[1] != rows.shape[1]:
@@ -153,7 +181,15 @@ class Table:
         self._first = first.astype(self.dtype)
         self._whole = self._baseline = None
 
+    def _forget_old(self) -> None:
+        """Drop the values of rows beyond ``depth``, but one for where the newest is dropped."""
+        old = 0 if self.depth is None else len(self._rows) - self.depth - 1
+        if old > 0:
+            self._rows[:old] = [_unknown(self._columns, self.dtype)] * old
+
     def _keep_first(self, row: np.ndarray) -> None:
+        if not len(self._first):
+            return
         empty = np.isnan(self._first)
         take = empty.any(axis=0) & np.isfinite(row)
         if take.any():
@@ -207,6 +243,11 @@ class Columns:
     def all(self) -> dict[str, np.ndarray]:
         """Return every column by name."""
         return {name: self.column(name) for name in self._at}
+
+
+def _unknown(columns: int, dtype: type[np.floating[Any]]) -> np.ndarray:
+    """Return ``[N]`` NaN, which take no memory; for rows whose values are not kept."""
+    return np.broadcast_to(np.array(np.nan, dtype=dtype), (columns,))
 
 
 def _replaced(data: np.ndarray, where: slice, columns: int) -> np.ndarray:

@@ -136,6 +136,7 @@ class IssueTracker:
         for key, (issue, name) in found.items():
             emitted += self._open_or_worsen(key, issue, name, alike[key[:2]])
         self._update_open_levels()
+        self.history.drop_copies()
         return _in_order(emitted)
 
     def end_cooldowns(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from stabmon._storage.stored_value import Stored
 from stabmon.records import LayerInfo, Overshoot, Reading, head_count
 from stabmon.rules.tracking.head_columns import HeadColumns
-from stabmon.rules.tracking.history_table import Columns, Table
+from stabmon.rules.tracking.history_table import WIDE, Columns, Table
 from stabmon.rules.tracking.loss_record import LossRecord
 from stabmon.rules.tracking.size_limits import most_readings, rows_to_store
 from stabmon.rules.tracking.stored_reading import (
@@ -27,6 +27,26 @@ The readings of the start must show a falling loss, which takes some 20 steps un
 that have learned were seen saturated from step 80 on.
 """
 _LOSSES_PER_READING = 20
+EVERY_READING = 1 << 30
+"""Number of readings to look back on where no limit is known."""
+
+
+@dataclass(frozen=True)
+class LooksBack:
+    """Part of the history that rules and interventions look at."""
+
+    readings: Mapping[str, int]
+    """Newest readings by signal; of any other signal the newest one."""
+    baselines: frozenset[str] = frozenset()
+    """Signals whose baseline is asked for."""
+
+    def __or__(self, other: LooksBack) -> LooksBack:
+        """Return the part that either looks at."""
+        names = self.readings.keys() | other.readings.keys()
+        readings = {
+            name: max(self.readings.get(name, 1), other.readings.get(name, 1)) for name in names
+        }
+        return LooksBack(readings, self.baselines | other.baselines)
 
 
 class ReadingArrays:
@@ -35,12 +55,15 @@ class ReadingArrays:
     Args:
         length: readings kept; older ones are dropped, but a head's ``baseline`` is kept.
         baseline_length: number of a head's first readings that make up its baseline.
+        looks_back: what is kept of a model of very many heads; None for all.
 
     Raises:
         ValueError: if ``length`` is below 2 or ``baseline_length`` below 1.
     """
 
-    def __init__(self, length: int = 256, baseline_length: int = 5) -> None:
+    def __init__(
+        self, length: int = 256, baseline_length: int = 5, looks_back: LooksBack | None = None
+    ) -> None:
         if length < 2 or baseline_length < 1:
             raise ValueError(
                 f"history length {length} and baseline length {baseline_length}: use at least 2 "
@@ -48,7 +71,7 @@ class ReadingArrays:
             )
         self.length = length
         """Most readings kept."""
-        self.baseline_length = baseline_length
+        self.baseline_length, self.looks_back = baseline_length, looks_back
         self.readings: list[Reading] = []
         """Newest readings, oldest first."""
         self.info: dict[str, LayerInfo] = {}
@@ -231,12 +254,18 @@ class ReadingArrays:
         for name, table in self._tables.items():
             table.append(self._row(reading, name))
         self.readings.append(replace(reading, layers=self._views(reading)))
+        self._keep_less()
         self._pushed_out = self.readings[: -self.length]
         del self.readings[: -self.length]
         self.has_first &= not self._pushed_out
         self._overshoot = reading.overshoot or self._overshoot
         self._losses.add(reading)
         self._add_columns(reading)
+
+    def drop_copies(self) -> None:
+        """Free the arrays that :meth:`signal` has put together; to be called once all have judged."""
+        for table in self._tables.values():
+            table.drop_copy()
 
     def is_at_start(self, layer: str) -> bool:
         """Return whether the newest reading still speaks of how a layer was initialised.
@@ -301,7 +330,8 @@ class ReadingArrays:
         Raises:
             ValueError: if it is no history's state; the history is then as it was.
         """
-        saved, fresh = Stored.of(state), type(self)(self.length, self.baseline_length)
+        saved = Stored.of(state)
+        fresh = type(self)(self.length, self.baseline_length, self.looks_back)
         for layer, heads in saved["heads"].items():
             fresh._head_columns.place(layer, heads.integer())
         fresh.info = {layer: LayerInfo.from_dict(info) for layer, info in saved["info"].items()}
@@ -326,6 +356,7 @@ class ReadingArrays:
             reading = stored_reading(each, fresh.info, fresh._values(row), dropped)
             fresh.readings.append(reading)
             fresh._add_columns(reading)
+        fresh._keep_less()
         fresh.count = saved.get("count", len(fresh.readings)).integer()
         is_first = len(fresh.readings) < self.length  # as states without it meant
         fresh.has_first = saved.get("has_first", is_first).flag()
@@ -353,6 +384,18 @@ class ReadingArrays:
             rows: list[Table | Columns] = [*self._tables.values(), *self._columns.values()]
             for each in rows:
                 each.length = most
+
+    def _keep_less(self) -> None:
+        """Drop what nothing looks back at, of a model of very many heads."""
+        if self.looks_back is None or len(self.heads) <= WIDE:
+            return
+        for name, table in self._tables.items():
+            depth = min(self.looks_back.readings.get(name, 1), self.length)
+            if table.depth != depth:
+                table.keep_less(depth, first=name in self.looks_back.baselines)
+        self.readings[:-1] = [
+            replace(each, layers={}) if each.layers else each for each in self.readings[:-1]
+        ]
 
     def _views(self, reading: Reading) -> dict[str, dict[str, np.ndarray]]:
         """Return a reading's values as views of the rows that hold them."""

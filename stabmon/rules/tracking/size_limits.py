@@ -6,12 +6,12 @@ import numpy as np
 
 from stabmon.rules.tracking.history_table import WIDE
 
-MOST_BYTES = 320 * 2**20
+MOST_BYTES = 192 * 2**20
 """Most memory of the rows of all signals; a model of very many heads keeps fewer readings.
 
-1000 layers of 128 heads and 11 signals keep 59.
+1000 layers of 128 heads and 11 signals keep 36.
 """
-LEAST_READINGS = 48
+LEAST_READINGS = 36
 """Readings that are kept at any size: rules look back on no more heads' values than these."""
 MOST_STORED_BYTES = 64 * 2**20
 """Most bytes of the rows in a state, before they become text.
@@ -31,7 +31,7 @@ def most_readings(heads: int, signals: int) -> int:
 
     Example:
         >>> most_readings(heads=12 * 12, signals=11) > 256, most_readings(1000 * 128, signals=11)
-        (True, 59)
+        (True, 36)
     """
     return max(LEAST_READINGS, MOST_BYTES // _row_bytes(heads, signals))
 
