@@ -39,13 +39,20 @@ class GradientNorms:
         self.is_partial = False
         """Norms are of this rank's parts: see :meth:`squares`."""
 
-    def measure(self, model: nn.Module, added: Mapping[int, Tensor], scale: float | None) -> None:
+    def measure(
+        self,
+        model: nn.Module,
+        added: Mapping[int, Tensor],
+        scale: float | None,
+        divisor: float = 1.0,
+    ) -> None:
         """Measure the gradients that a backward added to, and those not measured yet.
 
         Args:
             model: the model whose parameters count.
             added: the parameters that this backward added to, by ``id``.
             scale: the factor of a gradient scaler in the gradients; None without one.
+            divisor: number by which a pipeline's schedule will divide the gradients.
         """
         graded = [each for each in model.parameters() if each.grad is not None]
         fresh = [each for each in graded if id(each) in added or id(each) not in self._at]
@@ -77,7 +84,7 @@ class GradientNorms:
             self._stacks.append(torch.stack([norm.to(device) for norm in norms]))
         self._at |= {id(each): len(self._scales) + i for i, each in enumerate(fresh)}
         self._scales += [scale] * len(fresh)
-        self._shares += shares
+        self._shares += [share / divisor**2 for share in shares]
 
     def by_layer(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, float]:
         """Return the gradient norm of each attention module, and of all as ``""``.

@@ -15,6 +15,7 @@ from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.device_timer import DeviceTimer
 from stabmon._torch.forward_call import ForwardCall, StepForwards
 from stabmon._torch.ranks.identity import runs_context_parallel
+from stabmon._torch.ranks.pipeline_schedule import divisor_of_gradients
 from stabmon._torch.recomputation import is_checkpointed
 from stabmon.capture import AttentionCapture, compiled_modules
 from stabmon.capture.coverage.witness import listed
@@ -91,6 +92,8 @@ class StepObserver:
             on_error=functools.partial(boundary.failed, "capture"),
         )
         self._norms = GradientNorms()
+        self._divisor = 1.0
+        """Number by which a pipeline's schedule divides gradients after the newest forward."""
         self._gradients: dict[str, float] = {}
         self._after_backward = AfterBackward(weakly(self._backward_ended))
         self._hooks: ForwardHooks | None = None
@@ -195,7 +198,7 @@ class StepObserver:
     def _measure_gradients(self, added: dict[int, Tensor]) -> None:
         if self._sampled:
             self._gradients = {}
-            self._norms.measure(self._model, added, self._scale())
+            self._norms.measure(self._model, added, self._scale(), self._divisor)
 
     def find_compiled_wrapper(self) -> bool:
         """Add hooks to a wrapper that was compiled around the model later.
@@ -270,6 +273,7 @@ class StepObserver:
         self.last_forward = []
         self._call = self.forwards.add(module, args, kwargs, keep=self._keeps_inputs)
         self._current = module
+        self._divisor = divisor_of_gradients() if self._sampled else 1.0
         self._forwards_attention = self._clock.wants_attention
         if self._sampled or self._forwards_attention:
             self._in_context_parallel = runs_context_parallel()

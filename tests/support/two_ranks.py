@@ -79,7 +79,9 @@ def stage_of(model: nn.Sequential, rank: int, *, apart: bool) -> nn.Module:
     return kept
 
 
-def pipeline(module: nn.Module, rank: int) -> Callable[[Tensor, Tensor], Tensor | None]:
+def pipeline(
+    module: nn.Module, rank: int, **options: Any
+) -> Callable[[Tensor, Tensor], Tensor | None]:
     """Return a training step of a pipeline of two stages and ``MICRO_BATCHES`` micro-batches.
 
     It returns the loss on the last stage, None on the first.
@@ -87,7 +89,7 @@ def pipeline(module: nn.Module, rank: int) -> Callable[[Tensor, Tensor], Tensor 
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
     stage = PipelineStage(module, rank, 2, torch.device("cpu"))
-    schedule = ScheduleGPipe(stage, MICRO_BATCHES, loss_fn=loss_of)
+    schedule = ScheduleGPipe(stage, MICRO_BATCHES, loss_fn=loss_of, **options)
 
     def step(x: Tensor, target: Tensor) -> Tensor | None:
         if rank == 0:

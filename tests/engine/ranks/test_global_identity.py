@@ -78,11 +78,13 @@ def plain_step(model):
     return step
 
 
-def run_pipeline(rank, folder, *, apart, config="observe", steps=STEPS, between=lambda *_: None):
+def run_pipeline(
+    rank, folder, *, apart, config="observe", steps=STEPS, between=lambda *_: None, **schedule
+):
     module = stage_of(whole(2), rank, apart=apart).train()
     optimizer = optimizer_of(module)
     monitor = watch(module, optimizer, folder, config)
-    step = pipeline(module, rank)
+    step = pipeline(module, rank, **schedule)
     given = train(step, module, optimizer, monitor, steps, lambda at: between(at, module))
     return module, monitor, given
 
@@ -103,14 +105,14 @@ def pipeline_of_kept_names(rank, folder):
     return given[-1].readings[-1], dict(monitor.errors)
 
 
-def single(dtype=torch.float64):
+def single(dtype=torch.float64, steps=STEPS):
     """The reading of one process with the whole model, in float64."""
     model = whole(2).to(dtype).train()
     optimizer = optimizer_of(model)
     with stabmon.AttentionStabilityMonitor(model, optimizer, sinks=[], log_every=1) as monitor:
         step = plain_step(model)
         given = []
-        for x, target in inputs(STEPS):
+        for x, target in inputs(steps):
             loss = step(x.to(dtype), target.to(dtype))
             optimizer.step()
             optimizer.zero_grad()
@@ -118,18 +120,15 @@ def single(dtype=torch.float64):
         return given[-1].readings[-1]
 
 
-def same_as(reading, expected, named, times=1):
-    """The reading is that of one process, layers by other names.
-
-    Gradients of a pipeline are read before its schedule divides them by its micro-batches.
-    """
+def same_as(reading, expected, named):
+    """The reading is that of one process, layers by other names."""
     rename = dict(zip(LAYERS, named, strict=True))
     layers = {rename[layer]: signals for layer, signals in expected.layers.items()}
     assert list(reading.layers) == named
     assert same_readings(reading.layers, layers, 2e-4)
     assert reading.loss == pytest.approx(expected.loss, rel=1e-5)
     assert reading.gradients == pytest.approx(
-        {rename.get(layer, layer): times * norm for layer, norm in expected.gradients.items()},
+        {rename.get(layer, layer): norm for layer, norm in expected.gradients.items()},
         rel=1e-3,
     )
     for layer, moved in expected.query_key.items():
@@ -143,7 +142,7 @@ def test_stages_of_equal_names_are_read_as_one_model_and_trained_alike(ranks):
     expected = single()
     for reading, errors, watched, bare in given:
         assert errors == {}
-        same_as(reading, expected, STAGES, MICRO_BATCHES)
+        same_as(reading, expected, STAGES)
         assert all(torch.equal(watched[name], bare[name]) for name in bare)
     stored = lines(folder / "stabmon" / "readings.jsonl")
     assert [list(each["layers"]) for each in stored] == [STAGES] * STEPS
@@ -153,7 +152,22 @@ def test_stages_that_keep_their_names_are_read_under_these(ranks):
     given, _ = ranks(pipeline_of_kept_names)
     for reading, errors in given:
         assert errors == {}
-        same_as(reading, single(), LAYERS, MICRO_BATCHES)
+        same_as(reading, single(), LAYERS)
+
+
+def pipeline_that_adds_its_micro_batches(rank, folder):
+    _, monitor, given = run_pipeline(rank, folder, apart=False, scale_grads=False, steps=1)
+    monitor.close()
+    return given[-1].readings[-1].gradients, dict(monitor.errors)
+
+
+def test_gradients_that_the_schedule_does_not_divide_are_read_as_they_are(ranks):
+    given, _ = ranks(pipeline_that_adds_its_micro_batches)
+    expected = single(steps=1)
+    for gradients, errors in given:
+        assert errors == {}
+        times = {layer: MICRO_BATCHES * norm for layer, norm in expected.gradients.items()}
+        assert gradients == pytest.approx(times, rel=1e-3)
 
 
 def fault_on_last_stage(rank, folder):
@@ -255,6 +269,7 @@ def test_heads_of_tensor_parallel_ranks_have_their_numbers_of_the_whole_model(ra
 SCENARIOS = [
     pipeline_of_equal_names,
     pipeline_of_kept_names,
+    pipeline_that_adds_its_micro_batches,
     fault_on_last_stage,
     clip_on_last_stage,
     heads_on_two_ranks,
