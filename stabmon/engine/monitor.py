@@ -32,7 +32,7 @@ from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.judge import judge
 from stabmon.engine.monitor_parts import make_parts, make_tracker
 from stabmon.engine.monitor_view import monitor_html, monitor_text
-from stabmon.engine.rank_reducer import Offer
+from stabmon.engine.ranks.offer import Offer
 from stabmon.engine.recording.issue_function import OnIssue, checked
 from stabmon.engine.recording.run_metadata import run_meta
 from stabmon.engine.updates.weight_updates import UpdatesOfStep

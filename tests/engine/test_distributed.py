@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 import stabmon
 from stabmon._torch.process_group import rank, world_size
 from stabmon._torch.ranks.exchange import RankExchange, announce
-from stabmon.engine import rank_reducer as distributed
+from stabmon.engine.rank_reducer import RankReducer
+from stabmon.engine.ranks import findings
 from stabmon.engine.sampling import overhead
 from stabmon.records import NonFinite
 from tests.support.small_runs import (
@@ -149,8 +150,8 @@ def test_a_nan_on_another_rank_is_named_by_the_one_that_writes(ranks):
 
 
 def share_alone(rank, folder):
-    distributed._WAIT = timedelta(seconds=1)  # from here on in this process
-    reducer = distributed.RankReducer(nn.Linear(2, 2), RankExchange(), 50)
+    findings._WAIT = timedelta(seconds=1)  # from here on in this process
+    reducer = RankReducer(nn.Linear(2, 2), RankExchange(), 50)
     found = NonFinite(3, "gradient", None, None, "all gradients", "9 of 9")
     began = time.perf_counter()
     shared = reducer.share(found, 3) if rank == 0 else None
@@ -493,7 +494,7 @@ SCENARIOS = (
 def test_one_process_alone_is_rank_0_of_1_and_hears_nobody():
     assert (rank(), world_size()) == (0, 1)
     assert announce("a subject", "mine") == ["mine"]
-    reducer = distributed.RankReducer(nn.Linear(2, 2), RankExchange(), 50)
+    reducer = RankReducer(nn.Linear(2, 2), RankExchange(), 50)
     assert not reducer.active
     found = NonFinite(3, "loss", None, None, "loss")
     assert reducer.share(found, 3) is found

@@ -13,13 +13,9 @@ from stabmon._torch.ranks import transport
 from stabmon._torch.ranks.exchange import RankExchange
 from stabmon._torch.ranks.transport import GATHERED, Transport
 from stabmon.engine import rank_reducer
-from stabmon.engine.rank_reducer import (
-    CONTROL,
-    Offer,
-    RankReducer,
-    _mean_losses,
-    _worst_losses,
-)
+from stabmon.engine.rank_reducer import CONTROL, RankReducer
+from stabmon.engine.ranks.losses import mean_losses, worst_losses
+from stabmon.engine.ranks.offer import Offer
 from stabmon.signals import SIGNALS, HeadSums
 
 RANKS = range(0, 10_000, 10)
@@ -67,9 +63,9 @@ def test_means_maxima_and_the_worst_loss_are_those_of_all_ranks(
     mean = found["attention_entropy"].total / found["attention_entropy"].count
     torch.testing.assert_close(mean, entropies.double().mean(0))
     assert torch.equal(found["max_logit"].total, scores.double().amax(0))
-    ((step, mean_loss),) = _mean_losses(9, added[: 2 * EVERY].reshape(2, EVERY))
+    ((step, mean_loss),) = mean_losses(9, added[: 2 * EVERY].reshape(2, EVERY))
     assert (step, mean_loss) == (9, pytest.approx(sum(losses) / count))
-    assert _worst_losses(9, largest[CONTROL : CONTROL + EVERY]) == ((9, 7.0, 9_870),)
+    assert worst_losses(9, largest[CONTROL : CONTROL + EVERY]) == ((9, 7.0, 9_870),)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from stabmon._torch.ranks.exchange import RankExchange
-from stabmon.engine.rank_reducer import RankReducer, _with_rank, _without_rank, layout_of
+from stabmon.engine.rank_reducer import RankReducer
+from stabmon.engine.ranks.losses import with_rank, without_rank
+from stabmon.engine.ranks.offer import layout_of
 from stabmon.signals import SIGNALS, HeadSums
 
 NAMES = ("attention_entropy", "max_logit")
@@ -137,14 +139,14 @@ def test_a_signal_that_one_rank_lacks_leaves_its_others_in() -> None:
 @pytest.mark.parametrize("loss", [3.25, 0.0, 1e30, float("inf"), float("nan")])
 @pytest.mark.parametrize("number", [0, 1, 9_999])
 def test_a_loss_carries_the_rank_that_it_is_of(loss: float, number: int) -> None:
-    value, found = _without_rank(_with_rank(loss, number))
+    value, found = without_rank(with_rank(loss, number))
     assert found == number
     assert value == pytest.approx(loss if loss == loss else float("inf"), rel=1e-7)
 
 
 def test_the_largest_loss_wins_with_its_rank() -> None:
-    packed = [_with_rank(loss, number) for number, loss in enumerate([2.0, 7.5, 3.0])]
-    assert _without_rank(max(packed)) == (7.5, 1)
+    packed = [with_rank(loss, number) for number, loss in enumerate([2.0, 7.5, 3.0])]
+    assert without_rank(max(packed)) == (7.5, 1)
 
 
 def test_a_single_process_exchanges_nothing() -> None:

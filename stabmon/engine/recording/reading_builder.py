@@ -16,7 +16,8 @@ from stabmon._torch.ranks.exchange import RankExchange, RankFailed
 from stabmon._torch.ranks.share import RankShare
 from stabmon.capture.coverage.witness import listed
 from stabmon.engine.error_boundary import ErrorBoundary
-from stabmon.engine.rank_reducer import GRADIENT, QUERY_KEY, Offer, RankReducer, Shared
+from stabmon.engine.rank_reducer import RankReducer
+from stabmon.engine.ranks.offer import GRADIENT, QUERY_KEY, Offer, Shared
 from stabmon.engine.sampling.schedule import Schedule
 from stabmon.engine.step_length.rate_watch import RateWatch
 from stabmon.engine.step_observer import StepObserver
