@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,7 +36,7 @@ def median(values: np.ndarray) -> np.ndarray:
     return middle
 
 
-def _sorted_rows(values: np.ndarray) -> Sequence[np.ndarray]:
+def _sorted_rows(values: np.ndarray) -> list[np.ndarray]:
     """Return ``[T, N]`` without NaN in ascending order along T.
 
     Where N is large and T small, by comparing whole rows in pairs: ten times faster than a sort of
@@ -48,8 +47,7 @@ def _sorted_rows(values: np.ndarray) -> Sequence[np.ndarray]:
     """
     count = len(values)
     if values.ndim < 2 or values.shape[1] < FEW_COLUMNS or count > FEW_ROWS:
-        ordered: np.ndarray = np.sort(values, axis=0)
-        return ordered
+        return list(np.sort(values, axis=0))
     rows = list(values)
     for first, second in _comparisons(count):
         rows[first], rows[second] = (
