@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -47,4 +48,25 @@ def default_store() -> Any:
     # the store of init_process_group, which has no public name (checked with torch 2.13); gone,
     # ranks cannot announce a failure, and None is returned
     get = getattr(dist.distributed_c10d, "_get_default_store", None)
-    return None if get is None else get()
+    store = None if get is None else get()
+    return store if store is None or not (attempt := _attempt()) else _of_attempt(store, attempt)
+
+
+def _of_attempt(store: Any, attempt: int) -> Any:
+    """Return the part of a store that no earlier attempt of a restarted run has written to."""
+    return dist.distributed_c10d.PrefixStore(f"stabmon/attempt {attempt}", store)
+
+
+def _attempt() -> int:
+    """Return how often torchrun has restarted the ranks of this run on one machine.
+
+    Its store outlives them (checked with torch 2.13, rendezvous ``c10d``): ranks would meet at
+    addresses of dead ones, and read their words. On several machines counts may differ, and 0 is
+    returned.
+    """
+    given = [
+        os.environ.get(name, "")
+        for name in ("TORCHELASTIC_RESTART_COUNT", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    ]
+    count, here, everywhere = given
+    return int(count) if count.isdigit() and here == everywhere else 0
