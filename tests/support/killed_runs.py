@@ -8,6 +8,7 @@ What a step does depends on its number alone, so that a resumed run repeats the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -83,14 +84,21 @@ def step_of(checkpoint: Path) -> int:
     return int(found[1])
 
 
-def train(loop: str, folder: str, number: int = 0, store: str = "") -> None:
+def train(
+    loop: str,
+    folder: str,
+    number: int = 0,
+    store: str = "",
+    after_step: Callable[[int], None] = lambda step: None,
+) -> None:
     """Train to the end, from the newest checkpoint if there is one.
 
     Args:
         loop: one of ``LOOPS``.
         folder: the run's folder.
         number: this process's rank.
-        store: file by which two ranks meet.
+        store: file by which two ranks meet; ``env://`` under torchrun.
+        after_step: called after each step of the plain loop, before its checkpoint.
     """
     path = Path(folder)
     torch.set_num_threads(1)
@@ -98,12 +106,21 @@ def train(loop: str, folder: str, number: int = 0, store: str = "") -> None:
     handler.setLevel(logging.WARNING)
     logging.getLogger("stabmon").addHandler(handler)
     found = checkpoints(loop, path)
-    model = RUNS[loop](path, found[-1] if found else None, number, store)
+    run = RUNS[loop]
+    if run is _train_loop:
+        run = functools.partial(_train_loop, after_step=after_step)
+    model = run(path, found[-1] if found else None, number, store)
     torch.save(model.state_dict(), path / f"{FINAL}-{number}.pt")
     handler.close()
 
 
-def _train_loop(folder: Path, checkpoint: Path | None, number: int, store: str) -> nn.Module:
+def _train_loop(
+    folder: Path,
+    checkpoint: Path | None,
+    number: int,
+    store: str,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> nn.Module:
     model = gpt2()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     with _group(number, store) as ranks:
@@ -127,6 +144,7 @@ def _train_loop(folder: Path, checkpoint: Path | None, number: int, store: str) 
             optimizer.step()
             optimizer.zero_grad()
             monitor.on_step(loss)
+            after_step(step)
             if step % EVERY == 0:
                 _save(folder, step, number, ranks, model, optimizer, monitor)
         monitor.close()
@@ -167,10 +185,9 @@ def _group(number: int, store: str) -> Iterator[int]:
     if not store:
         yield 1
         return
-    limit = timedelta(seconds=40)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=number, world_size=2, timeout=limit
-    )
+    limit = timedelta(seconds=120 if store == "env://" else 40)
+    method = store if store == "env://" else f"file://{store}"
+    dist.init_process_group("gloo", init_method=method, rank=number, world_size=2, timeout=limit)
     try:
         yield 2
     finally:
