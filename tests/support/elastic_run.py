@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 from tests.support.killed_runs import train
 
@@ -18,6 +19,7 @@ def main(folder: str, dies_after: int) -> None:
 
     def after_step(step: int) -> None:
         if is_first and number == 1 and step == dies_after:
+            (Path(folder) / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     train("two ranks", folder, number, "env://", after_step)

@@ -49,8 +49,8 @@ def test_ranks_that_torchrun_restarts_go_on_together_and_lose_nothing(tmp_path: 
     reference: Result = run_through("two ranks", whole)
     done = restarted(tmp_path / "elastic")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "SIGKILL" in done.stderr or "Signal 9" in done.stderr, "rank 1 died"
     folder = tmp_path / "elastic"
+    assert (folder / "died").exists(), "rank 1 died"
     assert [int(each.name.partition("-")[2]) for each in checkpoints("loop", folder)] == list(
         range(EVERY, STEPS + 1, EVERY)
     )
