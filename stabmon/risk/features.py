@@ -51,26 +51,26 @@ def layer_features(history: History) -> dict[str, np.ndarray]:
         >>> layer_features(history)["entropy_lost"].round(2).tolist()
         [0.7]
     """
-    score = np.log(np.clip(history.signal("max_logit"), SCORE_FLOOR, SCORE_CEILING))
-    entropy, saturated = history.signal("normalized_entropy"), history.signal("saturated_fraction")
+    score, entropy = _log_score(history.now("max_logit")), history.now("normalized_entropy")
     starts = [history.of_layer(layer).start for layer in history.layers]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing are NaN
-        lost = 1 - _mean(entropy[-1], starts)
-        first_score = np.log(np.clip(_first(history, "max_logit"), SCORE_FLOOR, SCORE_CEILING))
+        lost = 1 - _mean(entropy, starts)
+        first_score = _log_score(_first(history, "max_logit"))
         first_entropy = _first(history, "normalized_entropy")
         alike = np.exp(
             -((np.nanstd(first_score) / SCORES_ALIKE) ** 2)
             - (np.nanstd(first_entropy) / ENTROPY_ALIKE) ** 2
         )
         past10, past40 = past_rows(history, 10), past_rows(history, 40)
-        doubled = score[-1] - median(score[past10]) > np.log(2)
+        past_score = median(_log_score(history.rows("max_logit", past10)))
+        doubled = score - past_score > np.log(2)
         return {
             "start": np.fmin(1 - _mean(first_entropy, starts), lost) * alike,
-            "start_score": np.fmin(_mean(first_score, starts), _mean(score[-1], starts)) * alike,
-            "sat10": _rise(saturated, past10, starts),
-            "sat40": _rise(saturated, past40, starts),
-            "heads10": _mean(np.where(np.isfinite(score[-1]), doubled, np.nan), starts),
+            "start_score": np.fmin(_mean(first_score, starts), _mean(score, starts)) * alike,
+            "sat10": _rise(history, past10, starts),
+            "sat40": _rise(history, past40, starts),
+            "heads10": _mean(np.where(np.isfinite(score), doubled, np.nan), starts),
             "entropy_lost": lost,
             "gradient_missed": _gradient_missed(history),
             "update_rel": _relative_update(history),
@@ -87,7 +87,7 @@ def past_rows(history: History, steps: int) -> slice:
 def _first(history: History, signal: str) -> np.ndarray:
     """Return ``[N]`` values of a signal at the first reading, or its baseline once that is gone."""
     if history.has_first:
-        first: np.ndarray = history.signal(signal)[0]
+        first: np.ndarray = history.rows(signal, slice(1))[0]
         return first
     return history.baseline(signal)
 
@@ -100,8 +100,15 @@ def _mean(values: np.ndarray, starts: list[int]) -> np.ndarray:
     return mean
 
 
-def _rise(values: np.ndarray, past: slice, starts: list[int]) -> np.ndarray:
-    rise: np.ndarray = _mean(values[-1], starts) - median(_mean(values[past], starts))
+def _log_score(values: np.ndarray) -> np.ndarray:
+    log: np.ndarray = np.log(np.clip(values, SCORE_FLOOR, SCORE_CEILING))
+    return log
+
+
+def _rise(history: History, past: slice, starts: list[int]) -> np.ndarray:
+    """Return the rise of each layer's share of saturated rows over its past."""
+    now, before = history.now("saturated_fraction"), history.rows("saturated_fraction", past)
+    rise: np.ndarray = _mean(now, starts) - median(_mean(before, starts))
     return rise
 
 

@@ -17,7 +17,7 @@ from stabmon.rules.evidence.context import advice, context_of
 from stabmon.rules.evidence.driver import driver_of
 from stabmon.rules.logit_growth import CLIP, LogitGrowth
 from stabmon.rules.tracking.history import History
-from stabmon.rules.tracking.issue_tracker import Found
+from stabmon.rules.tracking.issue_tracker import Found, Key
 
 START = ("start", "start_score")
 """Features that speak of the start of a run."""
@@ -78,12 +78,16 @@ class RiskJudge:
         if (fresh & (chance >= levels)).any():  # layers were made alike, and share what is wrong
             levels[fresh] = KEPT * level
         decided, risks, any_alarmed = dict(found), {}, False
+        judged_of: dict[str | None, list[Key]] = {}
+        for key, (issue, _) in found.items():
+            if _is_judged(issue):
+                judged_of.setdefault(issue.layer, []).append(key)
         for at, layer in enumerate(history.layers):
             if not self._is_known(history, layer):
                 continue
             risk = risks[layer] = float(chance[at])
             own = {name: float(values[at]) for name, values in parts.items()}
-            judged = [key for key, (issue, _) in found.items() if _is_judged(issue, layer)]
+            judged = judged_of.get(layer, [])
             alarmed = bool(risk >= levels[at])
             any_alarmed |= alarmed
             because: dict[str, Any] = {"risk": risk, "risk_limit": level}
@@ -126,7 +130,7 @@ class RiskJudge:
         first = max(parts, key=lambda name: parts[name])
         from_start = first in START and history.is_at_start(layer)
         rows = past_rows(history, 40)
-        past = np.nanmedian(history.signal("max_logit")[rows, where], axis=0)
+        past = np.nanmedian(history.rows("max_logit", rows, where), axis=0)
         with np.errstate(invalid="ignore"):
             chosen = np.isfinite(score) & (from_start | (score > 2 * past))
         kind = EntropyCollapse if from_start else LogitGrowth
@@ -172,10 +176,10 @@ def _rests_on_start(history: History, parts: Mapping[str, np.ndarray]) -> np.nda
     return found
 
 
-def _is_judged(issue: StabilityIssue, layer: str) -> bool:
+def _is_judged(issue: StabilityIssue) -> bool:
     rule = rule_of(issue.issue_type)
     decides = getattr(rule, "is_judged_by_risk", None)
-    return issue.layer == layer and decides is not None and bool(decides(issue))
+    return issue.layer is not None and decides is not None and bool(decides(issue))
 
 
 def _with_driver(history: History, issue: StabilityIssue) -> StabilityIssue:
