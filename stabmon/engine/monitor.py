@@ -9,7 +9,6 @@ detector, the step length and the guard. After a sampled step::
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections import Counter
@@ -22,8 +21,6 @@ from torch import Tensor, nn
 from stabmon._torch.callbacks.weak_method import weakly
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.process_group import rank, world_size
-from stabmon._torch.ranks.exchange import RankFailed, announce, decline
-from stabmon._torch.ranks.identity import has_flat_shards, joins_unequal_batches
 from stabmon.config import StabilityConfig, load_config
 from stabmon.diagnosis import Diagnosis
 from stabmon.engine import monitor_state
@@ -32,7 +29,7 @@ from stabmon.engine.error_boundary import ErrorBoundary, contained
 from stabmon.engine.judge import judge
 from stabmon.engine.monitor_parts import make_parts, make_tracker
 from stabmon.engine.monitor_view import monitor_html, monitor_text
-from stabmon.engine.ranks.offer import Offer
+from stabmon.engine.ranks.step_exchanges import StepExchanges
 from stabmon.engine.recording.issue_function import OnIssue, checked
 from stabmon.engine.recording.run_metadata import run_meta
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
@@ -148,12 +145,11 @@ class AttentionStabilityMonitor:
         self._schedule = parts.schedule
         self._readings, self._recorder, self._guard = parts.readings, parts.recorder, parts.guard
         self._ranks = parts.exchange
+        self._exchanges = StepExchanges(self._ranks, parts.readings, parts.guard, self.boundary)
         if self._ranks is not None:
             self._ranks.on_alone = weakly(self._left_alone)
         parts.guard.run.on_intervention_end.append(weakly(self._end_cooldowns))
         parts.guard.run.on_rollback.append(weakly(self._rolled_back))
-        self._has_resumed = False
-        """This rank has told the others whether it has a state to go on from."""
         self._observer.on_first_forward = weakly(self._first_forward)
         if not manual_steps:
             self.begin_step()
@@ -172,15 +168,9 @@ class AttentionStabilityMonitor:
         if self._clock.phase is Phase.CLOSED:
             return
         self._open()
-        if self._ranks is not None and self._ranks.together and joins_unequal_batches(self.model):
-            self._ranks.leave("training runs under Join, where ranks may end at different steps")
-        if self._ranks is not None and self._ranks.together and has_flat_shards(self.model):
-            self._ranks.leave(
-                "FSDP1 (FullyShardedDataParallel) is not supported; use fully_shard (FSDP2)"
-            )
+        self._exchanges.leave_if_unsupported(self.model)
         self._schedule.begin_step(self.step + 1, self.boundary.seconds)
-        if self._ranks is not None and not self._ranks.has_met:
-            self._ranks.agenda = self._schedule.first(self.step)
+        self._exchanges.expect_first(lambda: self._schedule.first(self.step))
         self._parts.optimizers.scalers.watch()
         if not self._manual:
             self._parts.optimizers.before_step(self.before_optimizer_step)
@@ -194,12 +184,9 @@ class AttentionStabilityMonitor:
                 without a forward in between is one step, as where an optimizer's step calls its
                 parent's.
         """
-        ranks, guard = self._ranks, self._guard
-        if ranks is not None and ranks.state == "together" and guard.automatic:
-            ranks.due = ["gradients"] * (guard.checks_gradients and not ranks.equal_gradients)
+        self._exchanges.expect_gradients()
         self._inspect_gradients(optimizer)
-        if ranks is not None and ranks.due:
-            self._catch_up("gradients")
+        self._exchanges.catch_up(self.step, "gradients")
 
     @contained
     def _inspect_gradients(self, optimizer: Any) -> None:
@@ -208,8 +195,8 @@ class AttentionStabilityMonitor:
             ctx = self._contexts.before_optimizer(self.step + 1, optimizer)
         if ctx is not None:
             self._clock.before_optimizer_step(ctx)
-        elif self._ranks is not None:
-            self._ranks.due = []
+        else:
+            self._exchanges.expect_nothing()
 
     def on_step(self, loss: Tensor | float | None = None) -> Diagnosis | None:
         """Report that an optimizer step has been made.
@@ -226,14 +213,9 @@ class AttentionStabilityMonitor:
             return None
         self.step += 1
         # until all that is due was exchanged, nothing is called that may raise
-        ranks, guard = self._ranks, self._guard
-        if ranks is not None and ranks.state == "together":
-            ranks.due = ["held"] * ranks.holding
-            if self.step >= ranks.agenda:
-                ranks.due += ["reading"] + ["verdict"] * guard.automatic
+        self._exchanges.expect_step(self.step)
         diagnosis = self._end_step(loss)
-        if ranks is not None and (ranks.due or ranks.is_troubled):
-            self._catch_up()
+        self._exchanges.catch_up(self.step)
         if not self._manual:
             self.begin_step()
         return diagnosis
@@ -246,39 +228,14 @@ class AttentionStabilityMonitor:
             self._parts.optimizers.grad_scaler
         )  # it may have been found since
         self._clock.on_step_end(ctx)
-        self._catch_up("held")
+        self._exchanges.catch_up(self.step, "held")
         diagnosis = self._diagnose(ctx, self._parts.updates.measure_updates(ctx))
-        self._catch_up("reading")
+        self._exchanges.catch_up(self.step, "reading")
         if ctx.sampled or (diagnosis is not None and world_size() == 1):
             self._intervene(diagnosis)
         self._plan_next(ctx, diagnosis)
         self._observer.reset()
         return diagnosis
-
-    def _catch_up(self, last: str = "") -> None:
-        """Come to the exchanges that this rank has missed, and say there that it has failed.
-
-        Args:
-            last: the last of them; empty for all, at the end of the step.
-        """
-        ranks = self._ranks
-        if ranks is None or (last and last not in ranks.due):
-            return
-        try:
-            while ranks.due and ranks.state == "together" and (not last or last in ranks.due):
-                moment = ranks.due[0]
-                if moment == "reading" and self._readings.ranks is not None:
-                    with contextlib.suppress(RankFailed):
-                        self._readings.ranks.reduce(self.step, Offer)
-                elif moment != "verdict" or not ranks.is_troubled:
-                    ranks.say_failed(moment)
-                    ranks.is_troubled = True
-                ranks.due = [each for each in ranks.due if each != moment]
-            if ranks.is_troubled and not last:
-                self._guard.stop_together()
-        except Exception as error:
-            self.boundary.failed("exchange", error)
-            ranks.leave(f"rank {rank()} failed: {type(error).__name__}: {error}")
 
     def is_sampled(self, step: int) -> bool:
         """Return whether optimizer step ``step``, counted from 1, is sampled.
@@ -461,7 +418,7 @@ class AttentionStabilityMonitor:
         except ValueError:
             self.resume_without_state()
             raise
-        if self._all_resume(saved.step):
+        if self._exchanges.all_resume(saved.step):
             self._resume(saved, tracker)
 
     def resume_without_state(self) -> None:
@@ -470,26 +427,7 @@ class AttentionStabilityMonitor:
         A rank that begins to train without one says so by itself. Others wait for that word in
         :meth:`load_state_dict`.
         """
-        ranks = self._ranks
-        if ranks is not None and ranks.together and not self._has_resumed:
-            self._has_resumed = True
-            decline(f"{ranks.name}/resume", "none")
-
-    def _all_resume(self, step: int) -> bool:
-        """Return whether all ranks have the state of the same step; say so where not."""
-        ranks = self._ranks
-        if ranks is None or not ranks.together or ranks.has_met:
-            return True
-        words = ["none"] if self._has_resumed else announce(f"{ranks.name}/resume", str(step))
-        self._has_resumed = True
-        if words and set(words) == {str(step)}:
-            return True
-        logger.warning(
-            "stabmon: all ranks start with an empty history: the state of step %d is not on every "
-            "rank; give every rank the same state, before its first forward",
-            step,
-        )
-        return False
+        self._exchanges.resume_without_state()
 
     @contained
     def _resume(self, saved: monitor_state.SavedState, tracker: IssueTracker) -> None:
@@ -502,7 +440,7 @@ class AttentionStabilityMonitor:
         if self._ranks is not None:
             self._ranks.share = saved.share
         saved.restore_parts()
-        alone = self._ranks is None or not self._ranks.together
+        alone = not self._exchanges.together
         self._schedule.resume(tracker.history.readings, tracker.history.losses, alone=alone)
         if self._ranks is not None:
             self._ranks.agenda = self._schedule.first(self.step)
@@ -583,7 +521,7 @@ class AttentionStabilityMonitor:
     @contained
     def _plan_next(self, ctx: StepContext, diagnosis: Diagnosis | None) -> None:
         """Let the schedule know what was found in this step and what it took."""
-        alone = self._ranks is None or not self._ranks.together
+        alone = not self._exchanges.together
         if diagnosis is not None:
             self._schedule.heed(diagnosis.open_issues, alone=alone)
         self._schedule.end_step(ctx.step, self.boundary.seconds, sampled=ctx.sampled)
@@ -616,7 +554,7 @@ class AttentionStabilityMonitor:
         healthy = (
             newest is not None and newest.non_finite is None and math.isfinite(newest.loss or 0.0)
         )
-        if self._ranks is not None and self._ranks.is_troubled:
+        if self._exchanges.is_troubled:
             return  # all ranks stop, at the end of the step
         with self._clock.own_work():
             self._note_treated(self._guard.intervene(open_issues, healthy=healthy))
