@@ -176,6 +176,7 @@ class AttentionStabilityMonitor:
             self._parts.optimizers.before_step(self.before_optimizer_step)
         self._start_observing()
 
+    @contained
     def before_optimizer_step(self, optimizer: Any = None) -> None:
         """Inspect gradients while they and the weights that made them are still there.
 

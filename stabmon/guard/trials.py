@@ -146,6 +146,7 @@ class Trials:
         """Return the trials as plain values, numbered by their place in ``applied``."""
         return {
             "samples": self.samples,
+            "counted_at": self.counted_at,
             "trials": [
                 [applied.index(t.applied), [list(k) for k in t.keys], t.since, t.outcome]
                 for t in self.entries
@@ -171,6 +172,7 @@ class Trials:
         """
         number = {at: sum(kept[:at]) for at, known in enumerate(kept) if known}
         samples = saved["samples"].integer()
+        counted_at = saved.get("counted_at", None).maybe(Stored.integer)
         trials: list[tuple[int, tuple[Key, ...], int, Outcome]] = []
         for each in saved["trials"].parts():
             at, keys, since, outcome = each.parts(4)
@@ -193,7 +195,7 @@ class Trials:
         }
 
         def restore(applied: Sequence[Applied]) -> None:
-            self.samples, self.ruled_out = samples, ruled_out
+            self.samples, self.counted_at, self.ruled_out = samples, counted_at, ruled_out
             self.entries = [
                 Trial(applied[at], keys, since, outcome) for at, keys, since, outcome in trials
             ]
