@@ -90,7 +90,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="time after which it ends")
     given = parser.parse_args()
     work = functools.partial(plant_everywhere, limit=given.limit, seconds=given.seconds)
-    functools.update_wrapper(work, plant_everywhere)
     with tempfile.TemporaryDirectory() as folder:
         on_two_ranks([work], Path(folder), seconds=None, wait=WAIT)
 

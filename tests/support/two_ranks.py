@@ -161,7 +161,8 @@ def _start(rank: int, folder: str, scenarios: Sequence[Callable[..., Any]], wait
         timeout=timedelta(seconds=wait),
     )
     for scenario in scenarios:
-        own = Path(folder, scenario.__name__)
+        function = getattr(scenario, "func", scenario)  # of a partial
+        own = Path(folder, function.__name__)
         own.mkdir(exist_ok=True)
         torch.save(scenario(rank, str(own)), own / f"given-{rank}")
         dist.barrier()
