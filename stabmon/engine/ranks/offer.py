@@ -1,4 +1,4 @@
-"""What a rank gives to the exchange of a sampled step, and what all know after it."""
+"""Offer a rank's part in the exchange of a sampled step, and find what all know after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an intervention is for: its settings, the symptoms that it treats, the issues to repair."""
+"""Declare the purpose of an intervention: settings, symptoms that it treats, issues to repair."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ATTENTION_AND_LOSS = ("rate", "sustained_growth", "scores", "step", "loss")
 
 @dataclass(frozen=True)
 class Declaration:
-    """What an intervention declares of itself: the guard chooses by it, and records keep it.
+    """Declaration of an intervention: the guard chooses by it, and records keep it.
 
     Nothing in here touches a run; :class:`~stabmon.interventions.base.intervention.Intervention`
     adds the change.
