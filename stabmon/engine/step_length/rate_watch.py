@@ -44,7 +44,7 @@ LONG, BRISK_LONG = 0.2, 0.35
 """The same of the mean over twice ``BURST`` steps in a row.
 
 Each ratio counts as -1/2 at least and 1 at most. Steps on which batches disagree need more of
-them. Healthy runs came to 0.24; those that a rate ruined to 0.32 and less, mostly below 0.15.
+them. Healthy runs came to 0.24; those that a rate ruined to 0.32 and less.
 """
 FINE = 0.6
 """Gain ratio from which on the next steps need not be probed."""
