@@ -112,8 +112,8 @@ class Trials:
             release: release those that are no longer needed, or loosen them.
 
         Returns:
-            Trials whose intervention is to be taken back for their ``reason``: it abandoned its
-            effect, or it failed and costs a healthy run something.
+            Trials whose intervention is to be taken back for their ``reason``: its effect says that
+            it failed, or it failed and costs a healthy run something.
         """
         if self.counted_at is None or not 0 <= step - self.counted_at < LEAST_STEPS:
             self.samples, self.counted_at = self.samples + 1, step
@@ -203,8 +203,8 @@ class Trials:
         return restore
 
     def _is_abandoned(self, trial: Trial) -> bool:
-        """Note a trial whose effect has ended by itself; return whether it is new."""
-        why = trial.applied.effect.abandoned_reason
+        """Note a trial whose effect says that it failed; return whether it is new."""
+        why = trial.applied.effect.explain_failure()
         if not (trial.applied.active and why) or trial.reason:
             return False
         self.rule_out(trial.name, trial.keys)

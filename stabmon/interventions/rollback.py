@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Annotated, ClassVar
 
 from stabmon._settings import Bounds, Count
@@ -23,6 +25,8 @@ BY_WEIGHTS = ("arithmetic", "overflow")
 
 Steps are skipped in a row then, and none will be made until the weights are others.
 """
+FIRST = 3
+"""Losses after a rollback whose median shows whether it repairs anything."""
 FEW = 100
 """Most steps to go back in a run that was unstable from the start.
 
@@ -42,8 +46,9 @@ class Rollback(Intervention):
     groups' rates are restored too.
 
     It costs the steps made since that state. It is refused while the loss keeps to its course,
-    unless weights are corrupted, so that a run is never set to a state worse than its own. The
-    record names the state and the reason.
+    unless weights are corrupted, so that a run is never set to a state worse than its own. It is
+    taken back where the first losses after it are no better than those before it: then batches or
+    labels are at fault, not the weights. The record names the state and the reason.
 
     States are kept on the host, or in ``run_dir`` where they are too large for ``memory_gb``: see
     :class:`~stabmon.interventions.run.healthy_states.HealthyStates`. Undoing restores the corrupted
@@ -111,13 +116,15 @@ class Rollback(Intervention):
         snapshot = states.newest
         if snapshot is None:
             raise NotApplicable("no healthy state has been seen yet")
-        if not self._begins_again(run, snapshot) and (why := states.explain_refusal(snapshot)):
+        begins_again = self._begins_again(run, snapshot)
+        if not begins_again and (why := states.explain_refusal(snapshot)):
             raise NotApplicable(why)
         if run.ranks > 1 and run.exchange is not None:
             found = run.exchange.meet("state to go back to", [snapshot.step, -snapshot.step])
             if found[0] != -found[1]:
                 raise NotApplicable("ranks have kept the states of different steps")
-        return _RolledBack(run, states, snapshot, self.rewind_schedule)
+        losses = (math.nan, math.nan) if begins_again else states.losses_now_and_at(snapshot)
+        return _RolledBack(run, states, snapshot, self.rewind_schedule, losses)
 
     def prepare(self, run: TrainingRun) -> HealthyStates:
         return HealthyStates(run, every=self.every, confirm=self.confirm, memory_gb=self.memory_gb)
@@ -138,10 +145,24 @@ class Rollback(Intervention):
 
 
 class _RolledBack(Effect):
-    """A restored state, and the corrupted one from before it."""
+    """A restored state, and the corrupted one from before it.
+
+    Args:
+        run: the run.
+        states: those kept.
+        snapshot: the one to go back to.
+        schedule: restore the scheduler and the groups' rates too.
+        losses: before the rollback, and when the state was taken; NaN where not known, or where the
+            rollback is not judged by them.
+    """
 
     def __init__(
-        self, run: TrainingRun, states: HealthyStates, snapshot: Snapshot, schedule: bool
+        self,
+        run: TrainingRun,
+        states: HealthyStates,
+        snapshot: Snapshot,
+        schedule: bool,
+        losses: tuple[float, float],
     ) -> None:
         super().__init__(
             before={"state_of_step": run.step},
@@ -150,15 +171,40 @@ class _RolledBack(Effect):
             + ("" if schedule else "; data, schedule and random generators go on"),
             resources=frozenset(["everything"]),
         )
-        self.run, self._schedule = run, schedule
+        self.run, self._states, self._schedule = run, states, schedule
+        self._from, self._to, self._losses = run.step, snapshot.step, losses
         self._corrupted: Snapshot | Path | None = states.keep(Snapshot.take(run), "before-rollback")
         snapshot.restore(run, schedule=schedule)
         self._others = [
             each.effect.rolled_back(snapshot.step) for each in run.applied if each.active
         ]
-        states.note_rollback()
-        for notify in run.on_rollback:
-            notify(snapshot.step)
+        self._note()
+
+    def _note(self) -> None:
+        """Tell those that watch the run that its course since the state is left behind."""
+        self._states.note_rollback()
+        for notify in self.run.on_rollback:
+            notify(self._to)
+
+    def explain_failure(self) -> str:
+        """Return that the restored weights fare no better, where the first losses show it.
+
+        Had the weights been at fault, these losses would be near those of the restored state. They
+        are nearer to those before the rollback where the batches are.
+        """
+        before, then = self._losses
+        if self._corrupted is None or not before > then:
+            return ""
+        since = [loss for step, loss in self.run.history.losses if step > self._from]
+        if len(since) < FIRST or not all(map(math.isfinite, since)):
+            return ""
+        first, now = median(since[:FIRST]), median(since[-FIRST:])
+        if first < (before + then) / 2 or now < before:
+            return ""
+        return (
+            f"the weights of step {self._to} have a loss of {first:.3g} on the present batches, and "
+            f"those given up for them had {before:.3g}: batches or labels are at fault, not weights"
+        )
 
     def undo(self) -> bool:
         corrupted, self._corrupted = self._corrupted, None
@@ -171,6 +217,7 @@ class _RolledBack(Effect):
             corrupted.unlink(missing_ok=True)
         for restore in self._others:
             restore()
+        self._note()
         return True
 
     def release(self) -> None:

@@ -323,3 +323,20 @@ def test_layers_that_were_treated_are_no_longer_at_their_start():
         resumed.load_state_dict(state)
         go(twin, resumed, resumed.optimizer, 1, start=1, ill_at=0)
         assert not any(map(resumed._tracker.history.is_at_start, layers))
+
+
+def test_a_rollback_from_labels_that_are_noise_is_taken_back():
+    model = gpt2()
+    optimizer = optimizer_of(model, 3e-3)
+    with guarded(model, optimizer) as monitor:
+        for step in range(1, 91):
+            inputs = (torch.arange(LENGTH) + step) % 32
+            labels = tokens(step, 4) if step > 60 else inputs.expand(4, -1)
+            optimizer.zero_grad()
+            loss = model(inputs.expand(4, -1), labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            monitor.on_step(loss=loss)
+        rollbacks = [each for each in monitor.applied if each.intervention.name == "rollback"]
+        assert len(rollbacks) == 1
+        assert not rollbacks[0].active

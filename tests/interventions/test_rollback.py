@@ -311,6 +311,28 @@ def test_no_rollback_goes_back_to_a_loss_that_was_above_the_present_one() -> Non
         Rollback().apply(states.run)
 
 
+@pytest.mark.parametrize(("after", "is_taken_back"), [(9.5, True), (4.0, False), (8.0, True)])
+def test_a_rollback_after_which_batches_are_as_hard_is_a_failure(
+    after: float, is_taken_back: bool
+) -> None:
+    states = course([5.0 - 0.1 * step for step in range(30)])
+    run = states.run
+    for run.step in (31, 32, 33):
+        run.history.add(Reading(run.step, 8.0, {}))
+    before = all_bits(run)
+    applied = Rollback().apply(run)
+    for run.step in (34, 35):
+        run.history.add(Reading(run.step, after, {}))
+        assert applied.effect.explain_failure() == "", "two losses may be chance"
+    run.step = 36
+    run.history.add(Reading(36, after, {}))
+    assert ("batches or labels" in applied.effect.explain_failure()) == is_taken_back
+    if is_taken_back:
+        assert applied.undo()
+        assert differences(before, all_bits(run)) == []
+        assert applied.effect.explain_failure() == "", "told once"
+
+
 def test_weights_that_are_spoilt_are_gone_back_from_though_the_loss_does_not_show_it() -> None:
     states = course([5.0 - 0.1 * step for step in range(30)])
     with torch.no_grad():

@@ -50,6 +50,10 @@ class Effect:
         May be called twice.
         """
 
+    def explain_failure(self) -> str:
+        """Return the reason to take it back at this sample; empty while there is none."""
+        return self.abandoned_reason
+
     def was_active(self) -> bool:
         """Return whether it had something to do since the last call."""
         return False

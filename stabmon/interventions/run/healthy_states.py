@@ -151,6 +151,14 @@ class HealthyStates(Prepared):
             f"{snapshot.step} would only cost {self.run.step - snapshot.step} steps"
         )
 
+    def losses_now_and_at(self, snapshot: Snapshot) -> tuple[float, float]:
+        """Return the present loss, and that around the step of a state; NaN if unknown.
+
+        Args:
+            snapshot: the state.
+        """
+        return self._course()[0], self._loss_at(snapshot.step)
+
     def describe(self, snapshot: Snapshot) -> str:
         """Describe a rollback to a state, and where the run stands.
 
