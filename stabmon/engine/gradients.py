@@ -140,7 +140,8 @@ class AfterBackward:
     not the model's outputs: so it does not matter which output, hidden state or hook the loss comes
     from. Under DDP gradients are summed over ranks by then. A backward that runs inside another
     (a checkpointed segment, a forward made again in a hook) is reported with the outer one where
-    that has added to a gradient before, else by itself.
+    that has added to a gradient before, else by itself. Gradients that come outside of a backward, as
+    those of FSDP2 within a pipeline's schedule, are reported once all parameters have theirs.
 
     Args:
         on_end: called with the parameters that were added to, by ``id``; it must not raise.
@@ -149,6 +150,8 @@ class AfterBackward:
     def __init__(self, on_end: Callable[[dict[int, Tensor]], None]) -> None:
         self._on_end = on_end
         self._added: dict[int, Tensor] = {}
+        self._unseen: set[int] = set()
+        """Parameters that were not added to since :meth:`watch`, by ``id``."""
         self._waiting = False
         self._handles: list[Any] = []
 
@@ -164,11 +167,9 @@ class AfterBackward:
             if watching is not None:
                 watching._on_gradient(parameter)
 
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(on_gradient)
-            for parameter in model.parameters()
-            if parameter.requires_grad
-        ]
+        trained = [each for each in model.parameters() if each.requires_grad]
+        self._unseen = {id(each) for each in trained}
+        self._handles = [each.register_post_accumulate_grad_hook(on_gradient) for each in trained]
 
     def close(self) -> None:
         """Remove every hook; may be called twice."""
@@ -191,7 +192,13 @@ class AfterBackward:
         if is_capturing():
             return
         self._added[id(parameter)] = parameter
-        if not self._waiting:
+        self._unseen.discard(id(parameter))
+        # torch._C._current_graph_task_id() is -1 outside of a backward (checked with torch 2.13);
+        # without it no callback could be told from one that torch refuses
+        if torch._C._current_graph_task_id() == -1:
+            if not self._unseen:
+                self._ended()
+        elif not self._waiting:
             self._waiting = True
             # twice, to come after what DDP queues in the meantime
             _queue(lambda: _queue(self._ended))

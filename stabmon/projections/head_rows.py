@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from stabmon._torch.ranks.shards import local_rows
 from stabmon._torch.tensors import is_sharded, local
 from stabmon.projections.not_applicable import NotApplicable
 
@@ -43,15 +42,12 @@ class Rows:
         """
         if not is_sharded(tensor):
             return tensor.narrow(self.dim, self.start, self.stop - self.start)
-        here = _rows_here(tensor, self.dim)
-        part = local(tensor.detach())
-        if len(here) != part.shape[self.dim] or not bool((here.diff() == 1).all()):
+        rows = local_rows(tensor, self.dim, self.start, self.stop)
+        if rows is None:
             raise NotApplicable(
                 "the parameter is sharded in a way in which its rows cannot be told apart"
             )
-        first = int(here[0]) if len(here) else 0
-        start, stop = (min(max(each - first, 0), len(here)) for each in (self.start, self.stop))
-        return part.narrow(self.dim, start, stop - start)
+        return local(tensor.detach()).narrow(self.dim, rows.start, rows.stop - rows.start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +55,7 @@ class QueryKey:
     """Proposal of the rows that make the queries and keys of each head.
 
     Example:
+        >>> import torch
         >>> weight = nn.Parameter(torch.zeros(4, 8))
         >>> found = QueryKey("q_proj alone", [[Rows(weight, 0, 0, 2)], [Rows(weight, 0, 2, 4)]])
         >>> [(rows.start, factor) for rows, factor in found.edits({1: 0.5})]
@@ -103,20 +100,3 @@ class QueryKey:
         key = self.key if self.key is not None else ()
         rows = [each for side in (self.query, key) for head in side for each in head]
         return list({each.key: each for each in [*rows, *self.others]}.values())
-
-
-def _rows_here(tensor: Tensor, dim: int) -> Tensor:
-    """Return the indices along ``dim`` of the entries in this rank's shard.
-
-    Found without communication with other ranks.
-    """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
-    sharded: Any = tensor
-    mesh = sharded.device_mesh
-    index = DTensor.from_local(
-        torch.arange(tensor.shape[dim]), mesh, [Replicate()] * mesh.ndim, run_check=False
-    )
-    wanted = [Shard(0) if each.is_shard(dim) else Replicate() for each in sharded.placements]
-    here: Tensor = index.redistribute(placements=wanted).to_local()
-    return here.cpu()

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from tests.support.rank_faults import Outcome, run, same_weights
-from tests.support.two_ranks import on_two_ranks
+from tests.support.two_ranks import on_ranks
 
 WAIT = 20
 """Seconds after which the process group gives up; a quarter of it ends a wait of stabmon."""
@@ -91,7 +91,7 @@ def main() -> None:
     given = parser.parse_args()
     work = functools.partial(plant_everywhere, limit=given.limit, seconds=given.seconds)
     with tempfile.TemporaryDirectory() as folder:
-        on_two_ranks([work], Path(folder), seconds=None, wait=WAIT)
+        on_ranks([work], Path(folder), seconds=None, wait=WAIT)
 
 
 if __name__ == "__main__":

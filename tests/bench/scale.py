@@ -49,7 +49,7 @@ from tests.support.two_ranks import (
     grow_head,
     inputs,
     loss_of,
-    on_two_ranks,
+    on_ranks,
     pipeline,
     split_heads,
     stage_of,
@@ -363,7 +363,7 @@ def results(chosen: list[Cell]) -> Iterator[tuple[Cell, Found | str]]:
             return
         Path(folder, "cells.json").write_text(json.dumps([cell.name for cell in spread]))
         with contextlib.suppress(AssertionError):  # of a rank that hung or died
-            on_two_ranks([over_ranks], Path(folder), seconds=SECONDS)
+            on_ranks([over_ranks], Path(folder), seconds=SECONDS)
         for cell in spread:
             first, second = (
                 torch.load(each, weights_only=False) if each.exists() else _LOST

@@ -33,7 +33,7 @@ from tests.support.small_runs import (
     train,
     weights,
 )
-from tests.support.two_ranks import given_by, on_two_ranks
+from tests.support.two_ranks import given_by, on_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -44,7 +44,7 @@ def ranks(tmp_path_factory):
     each rank gave, its folder).
     """
     folder = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(SCENARIOS, folder, seconds=240)
+    on_ranks(SCENARIOS, folder, seconds=240)
     return lambda scenario: (given_by(scenario, folder), folder / scenario.__name__)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.support.rank_faults import Outcome, run, same_weights
-from tests.support.two_ranks import given_by, on_two_ranks
+from tests.support.two_ranks import given_by, on_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 SAMPLE, SEED = 2, 20
@@ -54,7 +54,7 @@ def plant(rank: int, folder: str) -> dict[Any, Outcome]:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Outcome]]:
     folder = tmp_path_factory.mktemp("faults")
-    on_two_ranks([plant], folder, seconds=170, wait=40)
+    on_ranks([plant], folder, seconds=170, wait=40)
     return given_by(plant, folder)
 
 

@@ -19,7 +19,7 @@ from stabmon.interventions.run.equal_weights import make_equal
 from stabmon.interventions.run.snapshots import Snapshot
 from tests.support.rank_faults import Lines, Tiny
 from tests.support.small_runs import weights
-from tests.support.two_ranks import given_by, on_two_ranks
+from tests.support.two_ranks import given_by, on_ranks
 
 logger = logging.getLogger("stabmon")
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -109,7 +109,7 @@ WORKS = (make_all_equal, join_unequal, take_snapshot)
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank returned from every function in ``WORKS``."""
     folder = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(WORKS, folder)
+    on_ranks(WORKS, folder)
     given = [given_by(work, folder) for work in WORKS]
     return [
         {work.__name__: each[rank] for work, each in zip(WORKS, given, strict=True)}

@@ -16,14 +16,14 @@ from stabmon.interventions.qk_clip import QkClip
 from stabmon.interventions.skip_step import SkipStep
 from tests.support.attention_zoo import zoo
 from tests.support.intervention_runs import first_layer, growth, look, make_run, scores_of
-from tests.support.two_ranks import given_by, on_two_ranks
+from tests.support.two_ranks import given_by, on_ranks
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes returned from every function in ``WORKS``."""
     folder = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(WORKS, folder)
+    on_ranks(WORKS, folder)
     given = [given_by(work, folder) for work in WORKS]
     return [
         {work.__name__: each[rank] for work, each in zip(WORKS, given, strict=True)}

@@ -1,4 +1,4 @@
-"""Small models over two gloo ranks: stages of a pipeline, shards of heads, and runs on them."""
+"""Small models over gloo ranks, two unless more are asked for: stages of a pipeline, shards of heads, and runs on them."""
 
 from __future__ import annotations
 
@@ -80,15 +80,21 @@ def stage_of(model: nn.Sequential, rank: int, *, apart: bool) -> nn.Module:
 
 
 def pipeline(
-    module: nn.Module, rank: int, **options: Any
+    module: nn.Module, rank: int, group: dist.ProcessGroup | None = None, **options: Any
 ) -> Callable[[Tensor, Tensor], Tensor | None]:
     """Return a training step of a pipeline of two stages and ``MICRO_BATCHES`` micro-batches.
 
     It returns the loss on the last stage, None on the first.
+
+    Args:
+        module: this rank's stage.
+        rank: of this stage, 0 or 1.
+        group: the two stages' processes; None for all.
+        **options: of the schedule.
     """
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-    stage = PipelineStage(module, rank, 2, torch.device("cpu"))
+    stage = PipelineStage(module, rank, 2, torch.device("cpu"), group=group)
     schedule = ScheduleGPipe(stage, MICRO_BATCHES, loss_fn=loss_of, **options)
 
     def step(x: Tensor, target: Tensor) -> Tensor | None:
@@ -121,13 +127,14 @@ def grow_head(weight: Tensor, head: int, factor: float = 2.0, of: int = HEADS) -
         weight[head * size : (head + 1) * size] *= factor
 
 
-def on_two_ranks(
+def on_ranks(
     scenarios: Sequence[Callable[..., Any]],
     folder: Path,
     seconds: float | None = 150,
     wait: float = 60,
+    count: int = 2,
 ) -> None:
-    """Run each of some functions of (rank, folder) in one pair of processes.
+    """Run each of some functions of (rank, folder) in the same processes, one a rank.
 
     What a rank returns lies in ``folder/<name>/given-<rank>``.
 
@@ -136,10 +143,11 @@ def on_two_ranks(
         folder: an empty one.
         seconds: time after which a process that is left is killed; None for never.
         wait: seconds after which the process group gives up on a collective.
+        count: number of ranks.
     """
     context = torch.multiprocessing.get_context("spawn")
-    given = (str(folder), tuple(scenarios), wait)
-    processes = [context.Process(target=_start, args=(rank, *given)) for rank in range(2)]
+    given = (count, str(folder), tuple(scenarios), wait)
+    processes = [context.Process(target=_start, args=(rank, *given)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -148,16 +156,18 @@ def on_two_ranks(
     for process in hung:
         process.kill()
     assert not hung, "a rank was left waiting"
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert [process.exitcode for process in processes] == [0] * count
 
 
-def _start(rank: int, folder: str, scenarios: Sequence[Callable[..., Any]], wait: float) -> None:
+def _start(
+    rank: int, count: int, folder: str, scenarios: Sequence[Callable[..., Any]], wait: float
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=2,
+        world_size=count,
         timeout=timedelta(seconds=wait),
     )
     for scenario in scenarios:
@@ -169,7 +179,7 @@ def _start(rank: int, folder: str, scenarios: Sequence[Callable[..., Any]], wait
     dist.destroy_process_group()
 
 
-def given_by(scenario: Callable[..., Any], folder: Path) -> list[Any]:
-    """Return what each rank has returned from a scenario."""
+def given_by(scenario: Callable[..., Any], folder: Path, count: int = 2) -> list[Any]:
+    """Return what each of ``count`` ranks has returned from a scenario."""
     own = folder / scenario.__name__
-    return [torch.load(own / f"given-{rank}", weights_only=False) for rank in range(2)]
+    return [torch.load(own / f"given-{rank}", weights_only=False) for rank in range(count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -45,17 +46,26 @@ def local_rows(tensor: Tensor, dim: int, start: int, stop: int) -> slice | None:
         return slice(start, stop)
     each: Any = tensor
     sharded = [
-        at
+        (at, placement)
         for at, placement in enumerate(each.placements)
         if "Shard" in type(placement).__name__ and placement.dim % tensor.ndim == dim
     ]
-    if not sharded:
-        return slice(start, stop)
-    if len(sharded) > 1 or type(each.placements[sharded[0]]).__name__ != "Shard":
+    first, count = 0, tensor.shape[dim]
+    # rows that tensor parallelism has split are split again by FSDP, whose mesh dimension comes first
+    for at, placement in sorted(sharded, key=lambda pair: _is_strided(pair[1])):
+        later = [each.device_mesh.size(other) for other, _ in sharded if other > at]
+        known = math.prod(later) if _is_strided(placement) else 1
+        if getattr(placement, "split_factor", 1) != known:
+            return None
+        size, own = each.device_mesh.size(at), each.device_mesh.get_local_rank(at)
+        chunk = -(-count // size)
+        first += min(own * chunk, count)
+        count = min(chunk, max(0, count - own * chunk))
+    if count != each.to_local().shape[dim]:
         return None
-    size, own = each.device_mesh.size(sharded[0]), each.device_mesh.get_local_rank(sharded[0])
-    chunk = -(-tensor.shape[dim] // size)
-    first = min(own * chunk, tensor.shape[dim])
-    count = each.to_local().shape[dim]
-    low, high = max(start - first, 0), min(stop - first, count)
-    return slice(low, max(low, high))
+    low, high = (min(max(each - first, 0), count) for each in (start, stop))
+    return slice(low, high)
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"

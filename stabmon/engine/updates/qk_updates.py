@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -142,7 +142,7 @@ class QKUpdates:
         except NotApplicable:
             return
         if effective is None:
-            parts = _parts_of(module, info) or _parts_of(module, with_all_heads(module, info))
+            parts = next(filter(None, (_parts_of(module, e) for e in by_shards(module, info))), [])
             self._parts[layer], self._shares[layer] = parts, [1.0] * len(parts)
             if any(is_sharded(parameter) for parameter in module.parameters()):
                 self.partial.add(layer)
@@ -166,13 +166,18 @@ def with_adapters(
     }
 
 
-def with_all_heads(module: nn.Module, info: LayerInfo | None) -> LayerInfo | None:
-    """Return a layer's facts with the heads of all ranks, where each rank holds some of them."""
-    if info is None:
-        return None
+def by_shards(module: nn.Module, info: LayerInfo | None) -> Iterator[LayerInfo | None]:
+    """Return a layer's facts, and those with as many times more heads as ranks may hold others of.
+
+    These are the sizes of the dimensions of the mesh over which its weights are sharded, the least
+    first, and their product.
+    """
+    yield info
     sharded: list[Any] = [each for each in module.parameters() if is_sharded(each)]
-    sizes = (each.device_mesh.size() for each in sharded)
-    return replace(info, heads=info.heads * max(sizes, default=1))
+    meshes = [each.device_mesh for each in sharded]
+    sizes = {mesh.size(dim) for mesh in meshes for dim in range(mesh.ndim)}
+    for size in sorted(sizes | {mesh.size() for mesh in meshes}) if info is not None else ():
+        yield replace(info, heads=info.heads * size)
 
 
 def _is_adapted(module: nn.Module | None) -> bool:

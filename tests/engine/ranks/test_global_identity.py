@@ -21,7 +21,7 @@ from tests.support.two_ranks import (
     grow_head,
     inputs,
     loss_of,
-    on_two_ranks,
+    on_ranks,
     pipeline,
     split_heads,
     stage_of,
@@ -44,7 +44,7 @@ STAGES = ["stage0.0.attn", "stage1.0.attn"]
 def ranks(tmp_path_factory):
     """Every scenario below in one pair of processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    on_two_ranks(SCENARIOS, folder)
+    on_ranks(SCENARIOS, folder)
     return lambda scenario: (given_by(scenario, folder), folder / scenario.__name__)
 
 
