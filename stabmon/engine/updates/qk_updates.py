@@ -173,10 +173,12 @@ def by_shards(module: nn.Module, info: LayerInfo | None) -> Iterator[LayerInfo |
     first, and their product.
     """
     yield info
+    if info is None:
+        return
     sharded: list[Any] = [each for each in module.parameters() if is_sharded(each)]
     meshes = [each.device_mesh for each in sharded]
     sizes = {mesh.size(dim) for mesh in meshes for dim in range(mesh.ndim)}
-    for size in sorted(sizes | {mesh.size() for mesh in meshes}) if info is not None else ():
+    for size in sorted(sizes | {mesh.size() for mesh in meshes}):
         yield replace(info, heads=info.heads * size)
 
 
