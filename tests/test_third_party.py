@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.small_runs import lines
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 EXTRA = Path(__file__).parent / "support" / "third_party"
 LAYER, FAULT = "transformer.h.0.attn", 3

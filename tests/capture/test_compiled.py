@@ -26,6 +26,7 @@ from tests.support.attention_zoo import (
     seeded,
     zoo,
 )
+from tests.support.sweeps import sweep
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def train(
     return [*kept, *(p.detach().clone() for p in model.parameters()), torch.rand(2)]
 
 
-@pytest.mark.parametrize("compile_it", WAYS)
+@pytest.mark.parametrize("compile_it", sweep(WAYS, keep=2))
 def test_a_compiled_model_is_seen_trains_to_the_same_bits_and_compiles_no_more(
     compile_it: Any,
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_compiled_model_is_seen_trains_to_the_same_bits_and_compiles_no_more(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.long
 def test_a_model_compiled_by_inductor_is_seen_and_trains_to_the_same_bits() -> None:
     model = seeded(Noisy)
     twin = copy.deepcopy(model)

@@ -81,6 +81,7 @@ def test_a_folder_is_measured_with_its_weights(run: Any, folder: Path) -> None:
     assert "with its weights" in " ".join(out.split())
 
 
+@pytest.mark.long
 def test_a_model_too_large_to_make_is_checked_by_one_layer_of_each_kind(
     run: Any, tmp_path: Path
 ) -> None:

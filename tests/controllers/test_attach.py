@@ -254,7 +254,7 @@ def test_loading_into_another_base_is_refused(tmp_path: Any) -> None:
     ("family", "kind", "options"),
     [
         ("llama-sdpa", "info_density", {"form": "both"}),
-        ("gpt2-sdpa", "linear_ramp", {"learned": True}),
+        pytest.param("gpt2-sdpa", "linear_ramp", {"learned": True}, marks=pytest.mark.long),
     ],
 )
 def test_a_compiled_model_gives_and_learns_the_same(

@@ -24,6 +24,8 @@ from stabmon.rules import RULES
 from stabmon.signals import SIGNALS
 from stabmon.sinks import SINKS
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 LEAVES = {
     "signals": SIGNALS,

@@ -16,6 +16,7 @@ from stabmon.interventions.run.snapshots import Snapshot
 from stabmon.records import StabilityIssue
 from tests.support.small_runs import batches as some_batches
 from tests.support.small_runs import gpt2, llama, optimizer_of, same_bits, train, weights
+from tests.support.sweeps import sweep
 
 STATES = Path(__file__).parents[1] / "states"
 LAYER = "transformer.h.0.attn"
@@ -98,12 +99,14 @@ def changed(state, path, value=None, delete=False):
     return state
 
 
-def test_no_damage_to_a_state_changes_a_monitor_that_refuses_it(caplog):
+@pytest.mark.parametrize("first", sweep(range(4), keep=1))
+def test_no_damage_to_a_state_changes_a_monitor_that_refuses_it(first, caplog):
+    """Damage each fourth place, beginning at ``first``."""
     monitor = run_under_guard(n_layer=1)
     whole = text(monitor)
     good = json.loads(whole)
     refused = taken = 0
-    for at, path in enumerate(leaves(good)):
+    for at, path in list(enumerate(leaves(good)))[first::4]:
         for damage in (
             {"delete": True},
             {"value": ("?", -7.5, None, {"?": []}, [], True, 1e999)[at % 7]},

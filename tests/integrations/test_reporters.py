@@ -25,6 +25,7 @@ from stabmon.integrations.transformers import StabilityCallback
 from tests.integrations.test_lightning import Module, fit
 from tests.integrations.test_transformers import readings, trainer_of
 from tests.support.small_runs import gpt2, same_bits, weights
+from tests.support.sweeps import sweep
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LOGS = {"logging_strategy": "steps", "logging_steps": 2}
@@ -200,7 +201,7 @@ def tensorboard_tags(folder):
     return events.Tags()
 
 
-@pytest.mark.parametrize("per_head", [None, True])
+@pytest.mark.parametrize("per_head", sweep([True, None], keep=1))
 def test_every_head_reaches_the_dashboards_of_both_frameworks_on_request(
     tmp_path, per_head, monkeypatch
 ):

@@ -26,6 +26,7 @@ from tests.support.small_runs import (
     same_readings,
     weights,
 )
+from tests.support.sweeps import sweep
 
 QUIET = {
     "use_cpu": True,
@@ -478,7 +479,7 @@ def test_guard_clips_under_the_trainer_and_leaves_the_model_clean(tmp_path):
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "constant_with_warmup"])
+@pytest.mark.parametrize("schedule", sweep(["cosine", "constant_with_warmup"], keep=1))
 def test_a_lowered_rate_holds_in_the_trainer_and_through_a_checkpoint_and_resume(
     tmp_path, schedule
 ):

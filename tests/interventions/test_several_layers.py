@@ -15,6 +15,7 @@ from stabmon.interventions.run.score_replay import replayed_scores
 from stabmon.interventions.soften_logits import SoftenLogits
 from tests.support.intervention_runs import all_bits, differences, growth, make_run, run_of
 from tests.support.small_runs import Attention
+from tests.support.sweeps import sweep
 
 
 def sharp(name: str) -> object:
@@ -29,7 +30,7 @@ def sharp(name: str) -> object:
 
 
 @pytest.mark.parametrize("name", ["bert-sdpa", "gpt2-sdpa", "llama-sdpa", "t5-sdpa"])
-@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("backwards", sweep([True, False], keep=1))
 def test_all_layers_are_softened_at_once_and_put_back_to_the_bit(
     name: str, backwards: bool
 ) -> None:

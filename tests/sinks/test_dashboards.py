@@ -25,6 +25,7 @@ from stabmon.sinks.wandb import WandbSink
 from tests.support import wandb_files
 from tests.support.sample_records import META, issue
 from tests.support.small_runs import batches, gpt2, optimizer_of
+from tests.support.sweeps import sweep
 
 SIGNALS = (
     "attention_entropy",
@@ -207,7 +208,7 @@ def test_issues_of_more_steps_than_tensorboard_keeps_texts_of_are_all_in_the_new
     assert sum(recorded.values()) == len(written.table("stability/issues"))
 
 
-@pytest.mark.parametrize("layers", [4, 32])
+@pytest.mark.parametrize("layers", sweep([32, 4], keep=1))
 def test_a_healthy_run_has_few_panels_however_many_layers(tmp_path: Path, layers: int) -> None:
     written = write_run(tmp_path, layers, with_issues=False, steps=2)
     names, panels = wandb_files.panels(written.wandb_file)

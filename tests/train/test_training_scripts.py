@@ -13,6 +13,7 @@ import pytest
 from settings import SettingsError
 
 from stabmon.sinks.reader import read_records
+from tests.support.sweeps import sweep
 
 ROOT = Path(__file__).parents[2]
 LAST_CHECKPOINT = {
@@ -25,6 +26,7 @@ WATCHED = "stabmon={config: observe, log_every: 2}"
 
 Train = Callable[..., dict[int, float]]
 every_script = pytest.mark.parametrize("script", LAST_CHECKPOINT)
+any_script = pytest.mark.parametrize("script", sweep(LAST_CHECKPOINT, keep=1))
 
 
 @every_script
@@ -54,7 +56,7 @@ def test_a_resumed_run_goes_on_as_if_never_interrupted(
     ]
 
 
-@every_script
+@any_script
 def test_paired_runs_have_the_same_losses_and_another_seed_has_others(
     script: str, run: Train
 ) -> None:
@@ -63,7 +65,7 @@ def test_paired_runs_have_the_same_losses_and_another_seed_has_others(
     assert run(script, "other", "seed=1") != healthy
 
 
-@every_script
+@any_script
 def test_scaling_queries_and_keys_changes_the_losses_of_the_steps_after_it_alone(
     script: str, run: Train
 ) -> None:
@@ -79,7 +81,7 @@ def test_scaling_queries_and_keys_changes_the_losses_of_the_steps_after_it_alone
     assert [step for step in healthy if healthy[step] != provoked[step]] == [4, 5, 6]
 
 
-@every_script
+@any_script
 def test_a_high_learning_rate_changes_the_losses_after_the_first_update(
     script: str, run: Train
 ) -> None:
@@ -115,7 +117,7 @@ def test_a_wrong_preset_is_refused_before_anything_is_written(
     assert not (tmp_path / "wrong").exists()
 
 
-@every_script
+@any_script
 def test_a_validation_on_the_way_changes_no_loss(script: str, run: Train) -> None:
     assert run(script, "often", "training.validate_every=2") == run(script, "never")
 

@@ -17,6 +17,7 @@ from stabmon.interventions import Intervention, NotApplicable, TrainingRun
 from stabmon.interventions.extend_warmup import ExtendWarmup
 from stabmon.interventions.lower_learning_rate import LowerLearningRate
 from tests.support.intervention_runs import first_layer, loss_of, run_of, train_step
+from tests.support.sweeps import sweep
 
 Make = Callable[[torch.optim.Optimizer], Any]
 SCHEDULES: dict[str, Make] = {
@@ -181,7 +182,9 @@ def test_extend_warmup_ramps_up_and_lets_go_also_after_a_resume() -> None:
     assert [rates[0] for rates in used] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize(
+    "optimizer", sweep([torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad], keep=1)
+)
 @pytest.mark.parametrize(
     "name", ["llama-sdpa", "gpt2-sdpa", "gpt_neox-sdpa", "qwen3-sdpa", "multihead-fused"]
 )

@@ -16,6 +16,7 @@ from stabmon.records import QKUpdate, Reading
 from stabmon.rules import History
 from stabmon.rules.evidence.norm_growth import sustained_growth
 from stabmon.rules.logit_growth import LogitGrowth
+from tests.support.sweeps import sweep
 from tests.support.trajectories import (
     LAYERS,
     alarms,
@@ -75,7 +76,7 @@ def multiplied(
 
 
 @pytest.mark.parametrize("every", [1, 5, 20, 50])
-@pytest.mark.parametrize("factor", [1.012, 1.03, 1.06])
+@pytest.mark.parametrize("factor", sweep([1.012, 1.06, 1.03], keep=2))
 def test_weights_that_are_multiplied_are_told_by_their_layer_before_the_scores_are_large(
     factor: float, every: int
 ) -> None:
