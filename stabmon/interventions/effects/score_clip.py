@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,35 @@ from stabmon.projections.locate import find_query_key
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.projections.scaling import ScaledRows
 from stabmon.records import AttentionCall
+
+
+@dataclass
+class _Tried:
+    """Modules that a clip was tried on, here and on other stages."""
+
+    notes: list[str] = field(default_factory=list)
+    """How the rows of each were found, the deepest first."""
+    refused: list[NotApplicable] = field(default_factory=list)
+    fails: set[str] = field(default_factory=set)
+    elsewhere: list[str] = field(default_factory=list)
+    """Modules that only other stages hold."""
+
+    def describe(self, fails: Collection[str], *, is_proven: bool) -> str:
+        """Return the note for the record.
+
+        Args:
+            fails: modules that do not fit on some stage.
+            is_proven: there was a batch to run again.
+        """
+        others = sorted(set(self.elsewhere) - set(fails))
+        proof = (
+            "proven on the step's batch"
+            if is_proven
+            else "not proven and not judged: there is no batch to run again"
+        )
+        carried = [f"carried out by other stages: {', '.join(others)}"] if others else []
+        left_out = (f"left out: {error.reason}" for error in self.refused)
+        return "; ".join([*carried, *reversed(self.notes), proof, *left_out])
 
 
 class ScoreClip(HeldEffect):
@@ -104,60 +134,24 @@ class ScoreClip(HeldEffect):
             NotApplicable: if there is nothing to clip, or no module fits.
         """
         measured = replayed_scores(self.run)
-        scores = self._step_scores.agreed(
-            {
-                layer: measured[layer] if layer in measured else self._last_read(layer)
-                for layer in layers_of(self.targets)
-                if not self.run.share.is_elsewhere(layer)
-            },
-            self.targets,
-        )
+        scores = self._known_scores(measured)
         now = {**self.targets, **(fresh or {})}
         todo = head_factors(scores, now)
         first = {place: now[place] for place in (now if named is None else named)}
-        waiting = (
-            [
-                module_name(layer)
-                for layer in layers_of(self.targets)
-                if module_name(layer) not in todo
-            ]
-            if wait
-            else []
-        )
+        modules = list(dict.fromkeys(map(module_name, layers_of(self.targets))))
+        waiting = [name for name in modules if name not in todo] if wait else []
         if not (idle and waiting) and not head_factors(scores, first):
             raise NotApplicable(
                 "every head named is at or below its target already, or its score is not finite: "
                 "there is nothing to clip"
             )
-        refused: list[NotApplicable] = []
-        fails: set[str] = set()
-        notes = []
-        elsewhere = []
-        for name in deepest_first([*todo, *dict.fromkeys(waiting)], list(measured)):
-            if self.run.share.is_elsewhere(name):
-                elsewhere.append(name)
-                continue
-            try:
-                found = (
-                    self._apply(name, todo[name], measured, scores)
-                    if name in todo
-                    else self._find_proposal(name, measured)
-                )
-            except NotApplicable as error:
-                refused.append(error.with_traceback(None))
-                fails.add(name)
-                continue
-            notes.append(
-                f"{name}: {found.how}" + (", all heads scaled alike" if found.shared else "")
-            )
-        fails = self._agreed_failures(fails, sorted({*todo, *waiting}))
+        tried = self._try_modules([*todo, *waiting], todo, measured, scores)
+        fails = self._agreed_failures(tried.fails, sorted({*todo, *waiting}))
         todo = {name: factors for name, factors in todo.items() if name not in fails}
         waiting = [name for name in waiting if name not in fails]
         if not any(module_name(layer) in (*todo, *waiting) for layer, _ in first):
-            raise refused[0] if refused else NotApplicable("it does not fit on another stage")
-        elsewhere = [name for name in elsewhere if name not in fails]
-        if elsewhere:
-            notes.append(f"carried out by other stages: {', '.join(sorted(elsewhere))}")
+            refused = tried.refused or [NotApplicable("it does not fit on another stage")]
+            raise refused[0]
         self.targets = {
             (layer, head): target
             for (layer, head), target in self.targets.items()
@@ -168,14 +162,7 @@ class ScoreClip(HeldEffect):
             (layer, head) for layer, head in self.targets if module_name(layer) in waiting
         ]
         self.before, self.after = before_and_after(self.targets, todo, scores)
-        proof = (
-            "proven on the step's batch"
-            if measured
-            else "not proven and not judged: there is no batch to run again"
-        )
-        self.note = "; ".join(
-            [*reversed(notes), proof, *(f"left out: {error.reason}" for error in refused)]
-        )
+        self.note = tried.describe(fails, is_proven=bool(measured))
 
     def reset_optimizer(self, first: int | None = None) -> None:
         """Reset the optimizer's moments and warm it up, for heads that start again.
@@ -272,6 +259,44 @@ class ScoreClip(HeldEffect):
             "rows": self.rows.state(names),
             "rates": {} if self.rates is None else self.rates.state_dict(),
         }
+
+    def _known_scores(self, measured: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the largest scores of each layer's heads: as replayed, or last read."""
+        here = [
+            layer for layer in layers_of(self.targets) if not self.run.share.is_elsewhere(layer)
+        ]
+        known = {
+            layer: measured[layer] if layer in measured else self._last_read(layer)
+            for layer in here
+        }
+        return self._step_scores.agreed(known, self.targets)
+
+    def _try_modules(
+        self,
+        names: Sequence[str],
+        todo: Mapping[str, dict[int, float]],
+        measured: Mapping[str, np.ndarray],
+        scores: Mapping[str, np.ndarray],
+    ) -> _Tried:
+        """Clip the modules of ``todo`` and find the rows of the others, the deepest first."""
+        tried = _Tried()
+        for name in deepest_first(list(names), list(measured)):
+            if self.run.share.is_elsewhere(name):
+                tried.elsewhere.append(name)
+                continue
+            try:
+                found = (
+                    self._apply(name, todo[name], measured, scores)
+                    if name in todo
+                    else self._find_proposal(name, measured)
+                )
+            except NotApplicable as error:
+                tried.refused.append(error.with_traceback(None))
+                tried.fails.add(name)
+                continue
+            alike = ", all heads scaled alike" if found.shared else ""
+            tried.notes.append(f"{name}: {found.how}{alike}")
+        return tried
 
     def _last_read(self, layer: str) -> np.ndarray:
         history = self.run.history
