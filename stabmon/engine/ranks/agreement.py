@@ -21,7 +21,7 @@ from stabmon._torch.ranks.identity import (
 )
 from stabmon._torch.ranks.share import RankShare
 from stabmon.engine.ranks.merge import Agreement, Held, Layout, merge
-from stabmon.engine.ranks.offer import GRADIENT, QUERY_KEY, SQUARES, Offer, entries_of, layout_of
+from stabmon.engine.ranks.offer import SQUARES, Offer, entries_of, kind_of, layout_of
 from stabmon.records import LayerInfo
 from stabmon.signals import SIGNALS
 
@@ -125,8 +125,7 @@ class ModelAgreement:
             shards[layer] = shard
             layers[layer] = (shard, heads, list(signals), info.to_dict())
         numbers = {**own.whole, **own.squares}
-        kinds = {key: GRADIENT if key.startswith(GRADIENT) else QUERY_KEY for key in numbers}
-        sums = {key: (kinds[key], len(each)) for key, each in numbers.items()}
+        sums = {key: (kind_of(key), len(each)) for key, each in numbers.items()}
         values = weights_digest(self._model, parts=True)
         return Held(int(identity), values, mesh, self._stage, layers, sums), shards
 

@@ -17,8 +17,8 @@ from stabmon.records import LayerInfo
 from stabmon.signals import HeadSums
 
 Sums = Mapping[str, Mapping[str, HeadSums]]
-GRADIENT, QUERY_KEY = "gradient of ", "query_key of "
-"""Names under which ranks add the squares of a layer's norms."""
+GRADIENT, QUERY_KEY, PART = KINDS = ("gradient of ", "query_key of ", "part of ")
+"""Kinds of squared norms that ranks add, each followed by the layer or part of the model."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,20 @@ def entries_of(
         **own.squares,
     }
     for key, each in numbers.items():
-        kind = GRADIENT if key.startswith(GRADIENT) else QUERY_KEY
         total = torch.tensor(list(each), dtype=torch.float64) * scale
-        name = common_key(key, kind, share.prefix)
+        name = common_key(key, kind_of(key), share.prefix)
         found[name] = {SQUARES: Added(total, torch.ones_like(total))}
     return found
+
+
+def kind_of(key: str) -> str:
+    """Return which of :data:`KINDS` a key of numbers to be added is.
+
+    Example:
+        >>> kind_of("part of lm_head")
+        'part of '
+    """
+    return next(kind for kind in KINDS if key.startswith(kind))
 
 
 def placed(each: HeadSums, layer: str, share: RankShare) -> HeadSums:

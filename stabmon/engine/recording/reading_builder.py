@@ -17,7 +17,7 @@ from stabmon._torch.ranks.share import RankShare
 from stabmon.capture.coverage.witness import listed
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.engine.rank_reducer import RankReducer
-from stabmon.engine.ranks.offer import GRADIENT, QUERY_KEY, Offer, Shared
+from stabmon.engine.ranks.offer import GRADIENT, PART, QUERY_KEY, Offer, Shared, kind_of
 from stabmon.engine.sampling.schedule import Schedule
 from stabmon.engine.step_length.rate_watch import RateWatch
 from stabmon.engine.step_observer import StepObserver
@@ -25,7 +25,7 @@ from stabmon.engine.updates.qk_updates import with_adapters
 from stabmon.engine.updates.weight_updates import UpdatesOfStep
 from stabmon.listeners import StepContext
 from stabmon.nonfinite.detector import NonFiniteDetector
-from stabmon.records import LayerInfo, QKUpdate, Reading
+from stabmon.records import LayerInfo, PartChange, QKUpdate, Reading
 from stabmon.rules import RULES
 from stabmon.signals.accumulator import to_host
 
@@ -115,6 +115,7 @@ class ReadingBuilder:
         if ctx.sampled and not layers and not is_found:
             self._report_missing(ctx.step)
         gradients, query_key = _whole_norms(seen.gradients, updates, shared, self.share)
+        parts = _whole_parts(updates.parts, shared, self.share)
         losses, rates = self._losses(shared), self._optimizers.learning_rates()
         for step, loss in losses if watches_losses else ():
             if not math.isfinite(loss):
@@ -136,7 +137,7 @@ class ReadingBuilder:
             learning_rates=rates,
             rate_factors=self._rate_factors(),
             updates=updates.groups,
-            parts=updates.parts,
+            parts=parts,
             weight_decays=dict(self._decays()),
             query_key_groups=updates.query_key_groups,
             rank_losses=() if shared is None else shared.rank_losses,
@@ -199,7 +200,8 @@ class ReadingBuilder:
                 {layer: norm * norm for layer, norm in gradients.items()},
                 updates,
                 updates.query_key.keys() - updates.partial,
-            ),
+            )
+            | _part_squares(updates.parts),
             self._own_losses,
             ahead,
             least,
@@ -329,8 +331,33 @@ def _whole_norms(
         found.pop("", None)  # of this stage alone
     for key, squares in ({} if shared is None else shared.squares).items():
         norms = [math.sqrt(square) for square in squares]
-        if key.startswith(GRADIENT):
+        if kind_of(key) == GRADIENT:
             found[key.removeprefix(GRADIENT)] = norms[0]
-        else:
+        elif kind_of(key) == QUERY_KEY:
             whole[key.removeprefix(QUERY_KEY)] = QKUpdate(*norms)
     return found, whole
+
+
+def _part_squares(parts: Mapping[str, PartChange]) -> dict[str, list[float]]:
+    """Return the squared norms of each part's weights, of those before, and of the update."""
+    return {
+        f"{PART}{part}": [
+            norm * norm for norm in (each.weight, each.before, each.update * each.weight)
+        ]
+        for part, each in parts.items()
+    }
+
+
+def _whole_parts(
+    parts: Mapping[str, PartChange], shared: Shared | None, share: RankShare
+) -> dict[str, PartChange]:
+    """Return the changes of the parts of all stages, by common names; else those of this rank."""
+    if not share.is_staged or shared is None:
+        return {share.common(part): each for part, each in parts.items()}
+    found = {}
+    for key, squares in shared.squares.items():
+        if kind_of(key) == PART:
+            weight, before, update = map(math.sqrt, squares)
+            share_of_weight = update / weight if weight > 0 else math.nan
+            found[key.removeprefix(PART)] = PartChange(weight, before, share_of_weight)
+    return found

@@ -205,6 +205,29 @@ def test_a_fault_of_the_last_stage_is_on_the_disk_of_rank_0_and_of_no_other_laye
         assert len(active) == len(applied)
 
 
+def part_of_last_stage(rank, folder):
+    """Somebody multiplies weights that make no scores in the last stage."""
+
+    def grow(at, module):
+        if at == FAULT_STEPS and rank == 1:
+            with torch.no_grad():
+                module[0].attn.v.weight.mul_(30)
+
+    _, monitor, given = run_pipeline(rank, folder, apart=True, steps=FAULT_STEPS, between=grow)
+    monitor.close()
+    return list(given[-1].readings[-1].parts), dict(monitor.errors)
+
+
+def test_weights_that_jump_in_the_last_stage_are_told_by_their_name(ranks):
+    given, folder = ranks(part_of_last_stage)
+    wanted = [f"stage{at}.0.{part}" for at in (0, 1) for part in ("norm", "attn")]
+    for parts, errors in given:
+        assert (sorted(parts), errors) == (sorted(wanted), {})
+    stored = lines(folder / "stabmon" / "issues.jsonl")
+    jumps = [each for each in stored if each["issue_type"] == "weight_jump"]
+    assert [(each["step"], each["layer"]) for each in jumps] == [(FAULT_STEPS, "stage1.0.attn")]
+
+
 def clip_on_last_stage(rank, folder):
     module, monitor, _ = run_pipeline(rank, folder, apart=True, config="guard")
     before = weights(module)
@@ -271,6 +294,7 @@ SCENARIOS = [
     pipeline_of_kept_names,
     pipeline_that_adds_its_micro_batches,
     fault_on_last_stage,
+    part_of_last_stage,
     clip_on_last_stage,
     heads_on_two_ranks,
 ]
