@@ -210,7 +210,7 @@ class Trials:
         self.rule_out(trial.name, trial.keys)
         trial.outcome, trial.reason = "failed", why
         if trial.applied.by_user:
-            logger.warning("%s has no effect any more: %s; undo it", trial.name, why)
+            logger.warning("%s does not help: %s; undo it", trial.name, why)
         return True
 
     def _decide(self, trial: Trial, open_keys: Set[Key]) -> None:

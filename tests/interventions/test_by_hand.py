@@ -232,7 +232,7 @@ def test_a_persons_clip_that_does_nothing_is_told_of_and_stays(
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             guard.intervene([], True)
-    assert caplog.text.count("has no effect any more: the rows are others; undo it") == 1
+    assert caplog.text.count("does not help: the rows are others; undo it") == 1
     assert guard.run.applied[0].active
 
 
