@@ -286,6 +286,6 @@ def _found_at(issue: StabilityIssue) -> int:
 
 
 def _own_advice(alarms: Sequence[StabilityIssue], symptom: Symptom) -> str:
-    """Return the advice of an alarm of an exclusive symptom that knows its own cause."""
+    """Return the advice of an alarm of the whole run that knows its own cause."""
     advice = (issue.suggestion for issue in alarms if issue.evidence.get("cause"))
-    return next(advice, "") if symptom.exclusive else ""
+    return "" if symptom.per_location else next(advice, "")

@@ -43,8 +43,10 @@ class LossSpike(Rule):
     An alarm is a loss of which the newest ``persistence`` values are all well above and no longer
     come down, as after too large a step or where data has turned to noise; or of which all are so
     far above (``extreme_rise``) that no new data explains it; or any spike while steps are too
-    large (``update_spike``), which no hard batch explains. Attributed to no head: a bad batch, a
-    rate too high and broken attention look alike here.
+    large (``update_spike``), which no hard batch explains. Attributed to no head. Where the loss
+    leapt within one step, and steps before it were no longer than others, ``evidence["cause"]`` is
+    ``data``: weights do not move as far in one of their steps. Else a rate too high and broken
+    attention look alike here.
 
     Example:
         >>> from stabmon.records import Reading
@@ -113,6 +115,8 @@ class LossSpike(Rule):
         numbers += "" if at is None else f", highest at step {at}"
         rank = worst.evidence.get("rank")
         numbers += "" if rank is None else f", on rank {rank} alone"
+        leapt = worst.evidence.get("leapt_at")
+        numbers += "" if leapt is None else f", by a leap at step {leapt}"
         part = worst.evidence.get("part_moved_most")
         numbers += f"; steps of {part} are longer than before" if part else ""
         stays = bool(worst.evidence.get("stays"))
@@ -171,6 +175,10 @@ class LossSpike(Rule):
             (newest[-self.persistence :] > stays_level).all() and (far or not coming_down)
         )
         too_long = newest[highest] > level and history.is_open_at("update_spike")
+        is_alarm = staying or too_long
+        moved = moved_part(history)
+        first = len(losses) - tail + int(np.argmax(newest > min(level, newest[highest])))
+        leapt = is_alarm and not too_long and not moved and _leapt(history, known, first, middle)
         evidence = {
             "spike_step": int(steps[-tail:][highest]),
             "recent_median": middle,
@@ -178,21 +186,39 @@ class LossSpike(Rule):
             "deviations": float((newest[highest] - middle) / max(spread, 1e-12)),
             "stays": staying,
             "update_spike": bool(too_long),
-            **moved_part(history),
+            **moved,
+            **({"cause": "data", "leapt_at": int(steps[first])} if leapt else {}),
         }
+        words = LEAPT.format(step=int(steps[first])) if leapt else STAYS
         return [
             StabilityIssue(
                 step=reading.step,
                 layer=None,
                 head=None,
                 issue_type="loss_spike",
-                severity="error" if staying or too_long else "warning",
+                severity="error" if is_alarm else "warning",
                 value=float(newest[highest]),
                 threshold=float(level),
-                suggestion=STAYS if staying or too_long else PASSING,
+                suggestion=words if is_alarm else PASSING,
                 evidence=evidence,
             )
         ]
+
+
+def _leapt(history: History, known: np.ndarray, first: int, middle: float) -> bool:
+    """Return whether the loss rose within one step, with no too long a step before it.
+
+    Args:
+        history: the readings so far.
+        known: ``[K, 2]`` (step, loss) of the past and the newest.
+        first: index of the first high loss.
+        middle: the recent median before it.
+    """
+    (before, was), (step, now) = known[first - 1], known[first]
+    lasting = float(np.median(known[first:, 1])) - middle
+    found = history.overshoot
+    too_long = found is not None and step - NEAR <= found.step
+    return bool(step - before == 1 and now - was >= lasting / 2 > 0 and not too_long)
 
 
 def _of_rank(issue: StabilityIssue, history: History) -> dict[str, Any]:
@@ -204,6 +230,14 @@ def _of_rank(issue: StabilityIssue, history: History) -> dict[str, Any]:
     return {**issue.evidence, "rank": rank, "mean_over_ranks": mean, "detail": words}
 
 
+NEAR = 24
+"""Steps before a leap in which one that was too long may explain it."""
+LEAPT = (
+    "The loss leapt at step {step}, though steps before it were no longer than others: look at the "
+    "batches and the labels from there on, and go back to a checkpoint before it once they are "
+    "right."
+)
+"""Suggestion where the loss leapt within one step and stays up."""
 STAYS = (
     "Go back to a checkpoint before the spike and skip the batches around it, then lower the rate "
     "or clip gradients; an attention issue that opened before it names the cause."

@@ -83,6 +83,8 @@ def cause_of(issue: StabilityIssue, groups: Sequence[str] = ()) -> str:
         return part_of(issue.layer or "")
     if kind == "non_finite":
         return _of_non_finite(issue)
+    if kind == "loss_spike" and evidence.get("cause"):
+        return str(evidence["cause"])
     return "growth" if kind in OF_ATTENTION else "loss"
 
 

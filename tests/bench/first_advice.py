@@ -43,6 +43,8 @@ REPAIRED = 0.10
 """Nats above the paired run or the counterfactual within which a run is repaired."""
 LOWER = 0.5
 """Factor of a rate that is to be lowered by no number."""
+DATA = ("random_batch", "random_labels")
+"""Faults of batches and labels, found by who looks at these."""
 WRITTEN = {
     "weights": ("query_key",),
     "embedding": ("embedding", "embedding_nan"),
@@ -98,6 +100,8 @@ def change(recipe: Recipe, issue: StabilityIssue, groups: Sequence[str]) -> dict
         return _of_non_finite(recipe, issue)
     if kind == "gradient_explosion":
         return {"clip": float(evidence["recent_median"])}
+    if kind == "loss_spike" and evidence.get("cause") == "data":
+        return {"faults": _without(recipe, *DATA)}
     if kind == "loss_spike":
         return {"rate": LOWER * recipe.rate, "faults": _without(recipe, "random_batch")}
     return {}

@@ -325,10 +325,10 @@ def test_layers_that_were_treated_are_no_longer_at_their_start():
         assert not any(map(resumed._tracker.history.is_at_start, layers))
 
 
-def test_a_rollback_from_labels_that_are_noise_is_taken_back():
+def test_a_rollback_from_labels_that_are_noise_is_taken_back(tmp_path):
     model = gpt2()
     optimizer = optimizer_of(model, 3e-3)
-    with guarded(model, optimizer) as monitor:
+    with guarded(model, optimizer, tmp_path) as monitor:
         for step in range(1, 91):
             inputs = (torch.arange(LENGTH) + step) % 32
             labels = tokens(step, 4) if step > 60 else inputs.expand(4, -1)
@@ -340,3 +340,6 @@ def test_a_rollback_from_labels_that_are_noise_is_taken_back():
         rollbacks = [each for each in monitor.applied if each.intervention.name == "rollback"]
         assert len(rollbacks) == 1
         assert not rollbacks[0].active
+    audit = lines(tmp_path / "stabmon" / "interventions.jsonl")
+    assert [each["action"] for each in audit[1:]] == ["applied", "undone", "gave_up"]
+    assert "leapt at step 61" in audit[-1]["why"]

@@ -1,8 +1,11 @@
 """A loss above its own recent noise: a warning when it passes, an alarm when it stays."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from stabmon.records import Overshoot
 from stabmon.rules.loss_spike import LossSpike
 from tests.support.trajectories import alarms, falling_loss, readings, run, shape
 
@@ -45,6 +48,26 @@ def test_a_loss_that_stays_up_is_an_alarm_soon(every):
     found = alarms(run(watched(loss, every), [LossSpike()]))
     assert len(found) == 1
     assert 224 <= found[0].step <= 224 + every
+
+
+@pytest.mark.parametrize("every", [1, 10, 50])
+@pytest.mark.parametrize(("steps", "is_leap"), [(1, True), (4, False), (20, False)])
+def test_a_loss_that_leaps_within_one_step_and_stays_up_is_laid_to_the_data(every, steps, is_leap):
+    loss = flat() + 3.0 * np.clip((np.arange(300) - 199) / steps, 0, 1)
+    (found,) = alarms(run(watched(loss, every), [LossSpike()]))
+    assert found.evidence.get("cause") == ("data" if is_leap else None)
+    assert found.evidence.get("leapt_at") == (201 if is_leap else None)
+    assert ("leapt at step 201" in found.suggestion) == is_leap
+
+
+def test_a_leap_after_a_step_that_was_too_long_is_not_laid_to_the_data():
+    loss = flat()
+    loss[200:] += 3.0
+    given = watched(loss, 1)
+    given[196] = replace(given[196], overshoot=Overshoot(197, "steps", 0.1, 0.01))
+    found = alarms(run(given, [LossSpike()]))
+    assert found
+    assert "cause" not in found[0].evidence
 
 
 def test_a_loss_that_comes_down_steadily_is_no_alarm():
