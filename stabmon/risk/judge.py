@@ -29,6 +29,8 @@ From it on a layer alarms as well while another is wrong from the start, and so 
 
 RESTS_ON_HEADS = ("brisk",)
 """Evidence of a rate that is too high only if heads break: an alarm where a layer's risk says so."""
+SOON = 100
+"""Steps after such evidence within which heads break by it: later the rate has proven itself."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,11 @@ class RiskJudge:
             if alarmed and not judged:
                 for issue in self._own_issues(history, layer, own, because):
                     decided[issue.key] = (_with_driver(history, issue), "logit_growth")
-        if risks and not any_alarmed:
-            for key, (issue, rule) in found.items():
-                if issue.layer is None and issue.evidence.get("how") in RESTS_ON_HEADS:
-                    decided[key] = replace(issue, severity="warning"), rule
+        for key, (issue, rule) in found.items() if risks else ():
+            rests = issue.layer is None and issue.evidence.get("how") in RESTS_ON_HEADS
+            age = history.latest.step - issue.evidence.get("found_at", history.latest.step)
+            if rests and (not any_alarmed or age > SOON):
+                decided[key] = replace(issue, severity="warning"), rule
         return risks, decided
 
     @staticmethod

@@ -7,7 +7,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from stabmon.records import QKUpdate, Reading
+from stabmon.records import QKUpdate, Reading, StabilityIssue
 from stabmon.risk import Piece, RiskJudge, RiskModel, load_risk_model
 from stabmon.risk.features import FEATURES, layer_features
 from stabmon.rules.entropy_collapse import EntropyCollapse
@@ -146,6 +146,16 @@ def test_layers_that_share_a_bad_start_alarm_with_the_one_that_is_above_the_thre
     assert {issue.layer for issue, _ in found.values()} == {"a", "b"}
     above = replace(model, thresholds={0.05: float(chance[0]) + 1e-6})
     assert not RiskJudge(model=above).judge(history, {})[1]
+
+
+@pytest.mark.parametrize(("step", "severity"), [(101, "error"), (102, "warning")])
+def test_a_brisk_beginning_explains_heads_that_break_within_a_hundred_steps_alone(step, severity):
+    history = history_of(reading(step, [90.0] * 4, [0.05] * 4, 0.8))
+    evidence = {"how": "brisk", "found_at": 1}
+    issue = StabilityIssue(step, None, None, "update_spike", "error", 0.1, 1e-3, "", evidence)
+    _, decided = RiskJudge().judge(history, {issue.key: (issue, "update_spike")})
+    assert any(each.layer is not None for each, _ in decided.values()), "heads break"
+    assert decided[issue.key][0].severity == severity
 
 
 def test_a_healthy_start_has_no_issue_and_a_small_risk():

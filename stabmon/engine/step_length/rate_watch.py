@@ -63,6 +63,11 @@ again.
 """
 LEAST_LEAP = 1.1
 """Factor on the largest of the newest losses that a leap must also exceed."""
+AT_ONCE = 0.1
+"""Least factor by which several steps in a row may lower a rate.
+
+The factor is found on one batch, and steps that still are too long are found again.
+"""
 OPEN = 100
 """Steps after a brisk first step within which heads may break by it, and no state counts as healthy."""
 YOUNG = 50
@@ -223,8 +228,9 @@ class RateWatch:
             **more: ``gain_ratio`` and ``rise``, where measured.
         """
         self._burst = []
+        least = AT_ONCE if how == "steps" else 0.0
         fitting = {
-            key: min(rates[key] * factor, self._fine.get(key, math.inf))
+            key: min(rates[key] * max(factor, least), self._fine.get(key, math.inf))
             for key, factor in factors.items()
             if key in rates
         }

@@ -71,6 +71,12 @@ def test_the_rate_that_fits_is_no_higher_than_one_that_was_fine():
     assert (found.rate, found.fitting_rate) == (1e-2, 1e-3)
 
 
+@pytest.mark.parametrize(("how", "fits"), [("steps", 1e-4), ("torn", 5e-6)])
+def test_several_steps_lower_a_rate_by_no_more_than_a_tenth_at_once(how, fits):
+    found = RateWatch().conclude(2, how, RATES, {"0.0": 0.005})
+    assert found.fitting == {"0.0": pytest.approx(fits)}
+
+
 def losses(watch, values, first=1):
     return [watch.note_loss(step, value) for step, value in enumerate(values, start=first)]
 
