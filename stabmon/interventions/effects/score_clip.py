@@ -39,7 +39,7 @@ class _Tried:
     """Modules that a clip was tried on, here and on other stages."""
 
     notes: list[str] = field(default_factory=list)
-    """How the rows of each were found, the deepest first."""
+    """Words on the rows of each module, the deepest first."""
     refused: list[NotApplicable] = field(default_factory=list)
     fails: set[str] = field(default_factory=set)
     elsewhere: list[str] = field(default_factory=list)
