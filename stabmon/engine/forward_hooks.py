@@ -12,6 +12,7 @@ from torch import nn
 
 from stabmon._torch.callbacks.inert_hook import InertHook
 from stabmon._torch.graph_capture import is_capturing
+from stabmon._torch.ranks.pipeline_schedule import runs_on_no_batch
 from stabmon._torch.recomputation import is_recomputation
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -23,7 +24,8 @@ class ForwardHooks:
 
     Outermost is the model itself, or a child of it where the model's own forward is not used (a
     LightningModule's ``training_step``). Calls that backward makes again (activation checkpoints)
-    and calls inside compiled code are not reported. A copy of the model, or a model saved whole,
+    and calls inside compiled code are not reported, nor is the run of a pipeline's stage by which it
+    only finds the shapes of its tensors. A copy of the model, or a model saved whole,
     takes no hook along.
 
     Args:
@@ -128,7 +130,8 @@ class ForwardHooks:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_recomputation() or _is_redirected(module):
             return
-        if is_capturing():  # recorded, and made by replays that call no hook
+        # a graph that is recorded is made by replays that call no hook
+        if is_capturing() or runs_on_no_batch():
             return
         if self._stack and module is self._stack[0] and not _is_running(self._frame):
             self.reset()
