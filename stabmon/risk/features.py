@@ -66,8 +66,8 @@ def layer_features(history: History) -> dict[str, np.ndarray]:
         past_score = median(_log_score(history.rows("max_logit", past10)))
         doubled = score - past_score > np.log(2)
         return {
-            "start": np.fmin(1 - _mean(first_entropy, starts), lost) * alike,
-            "start_score": np.fmin(_mean(first_score, starts), _mean(score, starts)) * alike,
+            "start": np.minimum(1 - _mean(first_entropy, starts), lost) * alike,
+            "start_score": np.minimum(_mean(first_score, starts), _mean(score, starts)) * alike,
             "sat10": _rise(history, past10, starts),
             "sat40": _rise(history, past40, starts),
             "heads10": _mean(np.where(np.isfinite(score), doubled, np.nan), starts),

@@ -72,6 +72,15 @@ def test_trained_heads_that_differ_say_nothing_of_the_start():
     assert trained["start_score"][0] < 0.05
 
 
+def test_heads_not_measured_at_first_are_not_taken_for_heads_that_began_badly():
+    unknown = [np.nan, np.nan]
+    found = layer_features(
+        history_of(reading(1, unknown, unknown), reading(60, [90.0, 90.0], [0.1, 0.1]))
+    )
+    for feature in ("start", "start_score"):
+        assert np.isnan(found[feature]).all()
+
+
 def test_more_of_a_feature_is_never_less_risk():
     model = load_risk_model()
     assert {piece.feature for piece in model.pieces} == set(FEATURES)
