@@ -118,9 +118,10 @@ class Applier:
             raise NotApplicable(needless)
         try:
             return intervention.apply(self.run)
-        except NotApplicable:
+        except NotApplicable as error:
             layers = {issue.layer for issue in intervention.issues}
-            if not layers or not all(map(self.run.share.is_elsewhere, layers)):
+            held_here = not all(map(self.run.share.is_elsewhere, layers))
+            if error.everywhere or not layers or held_here:
                 raise
         # nothing was changed here, and the stage that holds the layers says whether it fits
         places = [(issue.layer, issue.head) for issue in intervention.issues]

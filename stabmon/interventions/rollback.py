@@ -111,18 +111,24 @@ class Rollback(Intervention):
         states = run.find_prepared(HealthyStates)
         if states is None:
             raise NotApplicable(
-                "no states are kept: name rollback among the interventions from the start"
+                "no states are kept: name rollback among the interventions from the start",
+                everywhere=True,
             )
-        snapshot = states.newest
-        if snapshot is None:
-            raise NotApplicable("no healthy state has been seen yet")
-        begins_again = self._begins_again(run, snapshot)
-        if not begins_again and (why := states.explain_refusal(snapshot)):
-            raise NotApplicable(why)
+        # of a stage, or of a shard, each rank knows its own weights alone
+        finite = not run.any_rank(not states.is_finite())
+        snapshot = states.find(finite)
         if run.ranks > 1 and run.exchange is not None:
-            found = run.exchange.meet("state to go back to", [snapshot.step, -snapshot.step])
+            kept = -1 if snapshot is None else snapshot.step
+            found = run.exchange.meet("state to go back to", [kept, -kept])
             if found[0] != -found[1]:
-                raise NotApplicable("ranks have kept the states of different steps")
+                raise NotApplicable(
+                    "ranks have kept the states of different steps", everywhere=True
+                )
+        if snapshot is None:
+            raise NotApplicable("no healthy state has been seen yet", everywhere=True)
+        begins_again = self._begins_again(run, snapshot)
+        if finite and not begins_again and (why := states.explain_refusal(snapshot)):
+            raise NotApplicable(why, everywhere=True)
         losses = (math.nan, math.nan) if begins_again else states.losses_now_and_at(snapshot)
         return _RolledBack(run, states, snapshot, self.rewind_schedule, losses)
 

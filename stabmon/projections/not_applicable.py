@@ -9,6 +9,7 @@ class NotApplicable(Exception):
     Args:
         reason: one sentence.
         advice: the code line or setting to change, where there is one.
+        everywhere: it fits on no rank, for the same reason.
 
     Example:
         >>> try:
@@ -18,7 +19,8 @@ class NotApplicable(Exception):
         q_proj is frozen - train it
     """
 
-    def __init__(self, reason: str, advice: str = "") -> None:
+    def __init__(self, reason: str, advice: str = "", *, everywhere: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.advice = advice
+        self.everywhere = everywhere

@@ -88,7 +88,11 @@ class HealthyStates(Prepared):
 
         Of weights that are not finite also that of a resume, healthy or not.
         """
-        if self._is_last_resort and self._is_finite():
+        return self.find(self.is_finite())
+
+    def find(self, finite: bool) -> Snapshot | None:
+        """Return :attr:`newest`, given whether the weights of all ranks are finite."""
+        if self._is_last_resort and finite:
             return None
         if isinstance(self._healthy, Path):
             try:
@@ -128,13 +132,13 @@ class HealthyStates(Prepared):
         self._candidate, self._age, self._left_behind = None, 0, self.run.step
 
     def explain_refusal(self, snapshot: Snapshot) -> str:
-        """Return why a rollback to a state would do damage; empty if it may help.
+        """Return why a rollback of finite weights would do damage; empty if it may help.
 
         Args:
             snapshot: the state.
         """
         now, best, noise = self._course()
-        if not math.isfinite(now) or not math.isfinite(best) or not self._is_finite():
+        if not math.isfinite(now) or not math.isfinite(best):
             return ""
         then = self._loss_at(snapshot.step)
         if now > best + noise:
@@ -181,7 +185,8 @@ class HealthyStates(Prepared):
             f"{stands}"
         )
 
-    def _is_finite(self) -> bool:
+    def is_finite(self) -> bool:
+        """Return whether this rank's parameters, buffers and masters are finite."""
         return all(
             bool(tensor.isfinite().all())
             for _, tensor in named_tensors(self.run)
