@@ -63,9 +63,11 @@ class CaptureSession(Protocol):
         """Put back what :meth:`pause` took out."""
 
 
-Handler = Callable[[CaptureSession, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
-"""Runs one torch function for the model, and records it: ``(session, function, args, kwargs) ->
-result``.
+Watcher = Callable[[CaptureSession, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""Makes one call of the model's, and records it: ``(session, call, args, kwargs) -> result``.
+
+It calls ``call`` once, in place of the function. What else fails in it is kept from the model: see
+:class:`~stabmon.capture.model_call.Watched`.
 """
 
 

@@ -336,14 +336,16 @@ class AttentionCapture:
     def _patch(self) -> None:
         with ExitStack() as stack:
             stack.enter_context(INTERFACE.installed(self))
-            handle = self.model.register_forward_pre_hook(lambda *_: self._begin(), prepend=True)
+            handle = self.model.register_forward_pre_hook(self._begin, prepend=True)
             stack.callback(handle.remove)
             self._patches = stack.pop_all()
 
-    def _begin(self) -> None:
-        with self.guarded():
+    def _begin(self, *_: object) -> None:
+        try:
             self.names.new_forward()
             self.witness.begin()
+        except Exception as error:  # a hook in the model's forward, which goes on
+            self.failed(error)
 
     def _install(self, thread: int) -> None:
         due = is_due(self._openings)

@@ -88,19 +88,27 @@ class ForwardHooks:
             self._wrap_compiled_call(module, compiled)
             return
         first = module.register_forward_pre_hook(
-            InertHook(self._enter), with_kwargs=True, prepend=True
+            InertHook(self._enter, self._on_error), with_kwargs=True, prepend=True
         )
-        last = module.register_forward_hook(InertHook(self._leave), always_call=True)
+        last = module.register_forward_hook(
+            InertHook(self._leave, self._on_error), always_call=True
+        )
         self._undo += [first.remove, last.remove]
 
     def _wrap_compiled_call(self, module: nn.Module, compiled: Callable[..., Any]) -> None:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self._enter(module, args, kwargs)
+            try:
+                self._enter(module, args, kwargs)
+            except Exception as error:
+                self._on_error(error)
             output = None
             try:
                 output = compiled(*args, **kwargs)
             finally:
-                self._leave(module, args, output)
+                try:
+                    self._leave(module, args, output)
+                except Exception as error:
+                    self._on_error(error)
             return output
 
         def undo() -> None:
@@ -112,20 +120,12 @@ class ForwardHooks:
         self._undo.append(undo)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        try:
+        if not torch.compiler.is_compiling():
             self._begin(module, args, kwargs)
-        except Exception as error:
-            self._on_error(error)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        try:
+        if not torch.compiler.is_compiling():
             self._end(module, output)
-        except Exception as error:
-            self._on_error(error)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_recomputation() or _is_redirected(module):

@@ -164,8 +164,11 @@ class AfterBackward:
 
         def on_gradient(parameter: Tensor) -> None:
             watching = this()
-            if watching is not None:
-                watching._on_gradient(parameter)
+            try:
+                if watching is not None:
+                    watching._add(parameter)
+            except Exception as error:  # a hook in backward, which goes on
+                logger.error("the end of a backward is not seen: %s", error)
 
         trained = [each for each in model.parameters() if each.requires_grad]
         self._unseen = {id(each) for each in trained}
@@ -182,12 +185,6 @@ class AfterBackward:
         """Drop a backward that never came to its end; only while none is running."""
         self._added, self._waiting = {}, False
 
-    def _on_gradient(self, parameter: Tensor) -> None:
-        try:
-            self._add(parameter)
-        except Exception as error:  # a hook in backward, which goes on
-            logger.error("the end of a backward is not seen: %s", error)
-
     def _add(self, parameter: Tensor) -> None:
         if is_capturing():
             return
@@ -200,8 +197,14 @@ class AfterBackward:
                 self._ended()
         elif not self._waiting:
             self._waiting = True
-            # twice, to come after what DDP queues in the meantime
-            _queue(lambda: _queue(self._ended))
+            _queue(self._wait_for_others)
+
+    def _wait_for_others(self) -> None:
+        """Queue the end again, to come after what DDP has queued in the meantime."""
+        try:
+            _queue(self._ended)
+        except Exception as error:  # as above
+            logger.error("the end of a backward is not seen: %s", error)
 
     def _ended(self) -> None:
         try:

@@ -4,6 +4,7 @@ import copy
 import logging
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from tests.support.attention_zoo import (
     seeded,
     zoo,
 )
+from tests.support.rank_faults import at_entries
+from tests.support.sweeps import sweep
 
 ZOO = zoo()
 TRAINED = [
@@ -127,6 +130,53 @@ def test_nothing_is_left_after_an_exception_in_mid_forward() -> None:
         with pytest.raises(KeyboardInterrupt), AttentionCapture(model, interrupt):
             model(**inputs)
         assert surroundings(model) == before
+
+
+FAULTY = sweep(
+    (
+        "multihead-weights",
+        "hand_written-alibi",
+        "gpt2-sdpa",
+        "multihead-fused",
+        "mistral-eager",
+        "hand_written-einsum",
+        "gpt_oss-eager",
+    ),
+    keep=3,
+)
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_fault_at_any_function_of_capture_is_kept_from_the_forward(name: str) -> None:
+    model, inputs = ZOO[name]()
+    model.train()
+    capture_errors: list[Exception] = []
+
+    def forward(act: Callable[[str], None], only: str | None = None) -> Tensor:
+        # new each time, so that all of them watch torch functions and look for unseen attention
+        capture = AttentionCapture(model, ignore, on_error=capture_errors.append)
+        torch.manual_seed(1)
+        with capture, at_entries(act, only):
+            return loss_of(model, inputs)
+
+    torch.manual_seed(1)
+    expected = loss_of(model, inputs)
+    places: dict[str, None] = {}
+    forward(lambda place: places.setdefault(place))
+    before = surroundings(model)
+    assert len(places) > 20
+    for place in places:
+        fired: list[str] = []
+
+        def plant(place: str, fired: list[str] = fired) -> None:
+            if not fired:
+                fired.append(place)
+                raise ArithmeticError(place)
+
+        capture_errors.clear()
+        assert torch.equal(forward(plant, place), expected), place
+        assert surroundings(model) == before, place
+        assert not fired or capture_errors, place
 
 
 def test_an_error_in_the_receiver_is_reported_and_the_model_goes_on(

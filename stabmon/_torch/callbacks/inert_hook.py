@@ -12,21 +12,27 @@ class InertHook:
 
     Args:
         callback: called with the hook's arguments; its result is not used.
+        on_error: called with what it raises, of which the model sees nothing.
 
     Example:
         >>> import copy
         >>> seen = []
-        >>> hook = InertHook(seen.append)
+        >>> hook = InertHook(seen.append, print)
         >>> hook(1), copy.copy(hook)(2, None, None), seen
         (None, None, [1])
     """
 
-    def __init__(self, callback: Callable[..., None]) -> None:
-        self._callback = callback
+    def __init__(
+        self, callback: Callable[..., None], on_error: Callable[[Exception], None]
+    ) -> None:
+        self._callback, self._on_error = callback, on_error
 
     def __call__(self, *args: Any) -> None:
         """Call the callback."""
-        self._callback(*args)
+        try:
+            self._callback(*args)
+        except Exception as error:
+            self._on_error(error)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")

@@ -65,16 +65,19 @@ class CompiledCode:
 
         def set_eval_frame(callback: Any) -> Any:
             nonlocal outermost
-            if threading.get_ident() == thread:
-                caller = sys._getframe(1)
-                if outermost is None and callback is not None and "fn" in caller.f_locals:
-                    outermost = caller
-                    names = ("fn", "args", "kwargs")
-                    record_compiled(session, *(caller.f_locals.get(name) for name in names))
-                    session.pause()
-                elif outermost is caller:
-                    outermost = None
-                    session.resume()
+            try:
+                if threading.get_ident() == thread:
+                    caller = sys._getframe(1)
+                    if outermost is None and callback is not None and "fn" in caller.f_locals:
+                        outermost = caller
+                        names = ("fn", "args", "kwargs")
+                        record_compiled(session, *map(caller.f_locals.get, names))
+                        session.pause()
+                    elif outermost is caller:
+                        outermost = None
+                        session.resume()
+            except Exception as error:
+                session.failed(error)
             return original(callback)
 
         dynamo._maybe_set_eval_frame = set_eval_frame

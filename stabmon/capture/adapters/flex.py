@@ -22,9 +22,9 @@ LARGEST = 2**28
 """Most scores for which a score function is written out (1 GiB in float32)."""
 
 
-def handle_flex(
+def watch_flex(
     session: CaptureSession,
-    function: Callable[..., Any],
+    call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -33,7 +33,7 @@ def handle_flex(
         module = nearest_module(session.names)
         if module is not None:
             record_flex(session, module, bind(PARAMETERS, args, kwargs))
-    return function(*args, **kwargs)
+    return call(*args, **kwargs)
 
 
 def record_flex(session: CaptureSession, module: nn.Module, given: Mapping[str, Any]) -> None:

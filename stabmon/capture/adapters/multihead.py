@@ -17,47 +17,53 @@ from stabmon.capture.adapters.sdpa import PARAMETERS, record_sdpa
 from stabmon.capture.callers import nearest_module
 from stabmon.capture.function_mode import kernel_dtype
 from stabmon.capture.masks.recover import is_hidden
+from stabmon.capture.model_call import Watched
 from stabmon.capture.protocol import CaptureSession, bind
 from stabmon.records import AttentionCall
 
 LEADING = ("query", "key", "value", "embed_dim_to_check", "num_heads")
 
 
-def handle_multihead(
+def watch_multihead(
     session: CaptureSession,
-    function: Callable[..., Any],
+    call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Make a call of ``F.multi_head_attention_forward`` and record its attention."""
     owner = nearest_module(session.names)
     if owner is None:
-        return function(*args, **kwargs)
+        return call(*args, **kwargs)
     module = owner
     heads = bind(LEADING, args, kwargs)["num_heads"]
-    sdpa, softmax = functional.scaled_dot_product_attention, functional.softmax
 
-    def watched_sdpa(*args: Any, **kwargs: Any) -> Any:
+    def watch_inner_sdpa(
+        session: CaptureSession, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         if session.is_recording():
             with session.guarded():
                 record_sdpa(session, module, bind(PARAMETERS, args, kwargs), adapter="multihead")
-        return sdpa(*args, **kwargs)
+        return call(*args, **kwargs)
 
-    def watched_softmax(input: Any, *args: Any, **kwargs: Any) -> Any:
+    def watch_inner_softmax(
+        session: CaptureSession, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
         if session.is_recording():
             with session.guarded():
-                dtype = kernel_dtype(input)
+                scores = bind(("input",), args, kwargs)["input"]
+                dtype = kernel_dtype(scores)
                 session.record(
                     "multihead",
                     module,
-                    lambda layer: read_scores(layer, module, input, heads, dtype),
+                    lambda layer: read_scores(layer, module, scores, heads, dtype),
                 )
-        return softmax(input, *args, **kwargs)
+        return call(*args, **kwargs)
 
-    functional.scaled_dot_product_attention = watched_sdpa
-    functional.softmax = watched_softmax
+    sdpa, softmax = functional.scaled_dot_product_attention, functional.softmax
+    functional.scaled_dot_product_attention = Watched(session, sdpa, watch_inner_sdpa)
+    functional.softmax = Watched(session, softmax, watch_inner_softmax)
     try:
-        return function(*args, **kwargs)
+        return call(*args, **kwargs)
     finally:
         functional.scaled_dot_product_attention, functional.softmax = sdpa, softmax
 

@@ -17,9 +17,9 @@ from stabmon.records import AttentionCall
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def handle_sdpa(
+def watch_sdpa(
     session: CaptureSession,
-    function: Callable[..., Any],
+    call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -28,7 +28,7 @@ def handle_sdpa(
         module = nearest_module(session.names)
         if module is not None:
             record_sdpa(session, module, bind(PARAMETERS, args, kwargs))
-    return function(*args, **kwargs)
+    return call(*args, **kwargs)
 
 
 def record_sdpa(

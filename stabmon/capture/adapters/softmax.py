@@ -31,10 +31,10 @@ from stabmon.capture.provenance.weights import Softmax, Weights
 from stabmon.records import AttentionCall
 
 
-def handle_softmax(
+def watch_softmax(
     session: CaptureSession,
     provenance: Provenance,
-    function: Callable[..., Any],
+    call: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
@@ -46,11 +46,11 @@ def handle_softmax(
     with session.guarded():
         found = product_under(session, provenance, given)
     if found is None:
-        return function(*args, **kwargs)
+        return call(*args, **kwargs)
     logits, axis, product = found
     if isinstance(kwargs.get("out"), Tensor):
         logits = logits.detach().clone()
-    result = function(*args, **kwargs)
+    result = call(*args, **kwargs)
     with session.guarded():
         provenance.soften(Made(logits, product, axis), result)
         weights = provenance.get(result)

@@ -9,19 +9,20 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from stabmon.capture.adapters.flex import flex_operator, handle_flex
-from stabmon.capture.adapters.multihead import handle_multihead
-from stabmon.capture.adapters.sdpa import handle_sdpa
-from stabmon.capture.adapters.softmax import handle_softmax, record_softmax
+from stabmon.capture.adapters.flex import flex_operator, watch_flex
+from stabmon.capture.adapters.multihead import watch_multihead
+from stabmon.capture.adapters.sdpa import watch_sdpa
+from stabmon.capture.adapters.softmax import record_softmax, watch_softmax
 from stabmon.capture.callers import nearest_module
-from stabmon.capture.protocol import CaptureSession, Handler
+from stabmon.capture.model_call import ModelCall, result_of
+from stabmon.capture.protocol import CaptureSession, Watcher
 from stabmon.capture.provenance.operations import operation
 from stabmon.capture.provenance.tracker import Provenance
 
-HANDLERS: dict[Any, Handler] = {
-    functional.scaled_dot_product_attention: handle_sdpa,
-    functional.multi_head_attention_forward: handle_multihead,
-    flex_operator: handle_flex,
+WATCHERS: dict[Any, Watcher] = {
+    functional.scaled_dot_product_attention: watch_sdpa,
+    functional.multi_head_attention_forward: watch_multihead,
+    flex_operator: watch_flex,
 }
 
 
@@ -52,22 +53,50 @@ class FunctionWatch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        call = None
+        try:
+            call = ModelCall(func)
+            return self.watch(call, func, args, kwargs)
+        except Exception as error:
+            if call is not None and call.has_raised:
+                raise
+            self.session.failed(error)
+        return result_of(call, func, args, kwargs)
+
+    def watch(
+        self,
+        call: ModelCall,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Make a call, and record it where it is attention.
+
+        Args:
+            call: the call.
+            function: what is called.
+            args: positional arguments.
+            kwargs: named arguments.
+
+        Returns:
+            The result of the call.
+        """
         if not self.session.is_recording():
-            return func(*args, **kwargs)
-        made = operation(func, args, kwargs)
+            return call(*args, **kwargs)
+        made = operation(function, args, kwargs)
         if made.name == "softmax":
-            return handle_softmax(self.session, self.provenance, func, args, kwargs)
-        handler = HANDLERS.get(func)
-        if handler is not None:
-            return handler(self.session, func, args, kwargs)
+            return watch_softmax(self.session, self.provenance, call, args, kwargs)
+        watcher = WATCHERS.get(function)
+        if watcher is not None:
+            return watcher(self.session, call, args, kwargs)
         # Private, checked with torch 2.13: the innermost of vmap and grad, None outside of both.
         # They wrap tensors, whose memory and strides say nothing then. If it goes, attention inside
         # vmap would be followed by wrong strides.
         if torch._C._functorch.peek_interpreter_stack() is not None:
-            return func(*args, **kwargs)
+            return call(*args, **kwargs)
         with self.session.guarded():
             self.provenance.before(made)
-        result = func(*args, **kwargs)
+        result = call(*args, **kwargs)
         with self.session.guarded():
             self.provenance.after(made, result)
         return result

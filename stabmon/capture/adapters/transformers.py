@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stabmon.capture.adapters.transformers_kernels import PARAMETERS, Kernel, Reader, reader
 from stabmon.capture.function_mode import kernel_dtype
+from stabmon.capture.model_call import Watched
 from stabmon.capture.protocol import CaptureSession, bind
 
 
@@ -39,9 +40,9 @@ class TransformersInterface:
             if read is None:
                 session.require_functions()
                 return kernel
-            return watched(kernel, read, session)
+            return Watched(session, kernel, functools.partial(watch_attention, read))
 
-        with wrapped_lookup(wrap):
+        with wrapped_lookup(wrap, session.failed):
             yield
 
 
@@ -54,7 +55,9 @@ WRAPPED = "_stabmon_wraps"
 
 
 @contextmanager
-def wrapped_lookup(wrap: Wrap) -> Iterator[None]:
+def wrapped_lookup(
+    wrap: Wrap, on_error: Callable[[Exception], None] | None = None
+) -> Iterator[None]:
     """Pass every attention function looked up in transformers through ``wrap``.
 
     Replaces ``AttentionInterface.get_interface``, a class attribute that is read at each forward
@@ -62,6 +65,7 @@ def wrapped_lookup(wrap: Wrap) -> Iterator[None]:
 
     Args:
         wrap: see :data:`Wrap`; runs at every lookup, which is once per module and forward.
+        on_error: called with what fails in ``wrap``, instead of the model; None to raise it.
     """
     interface: Any = getattr(
         sys.modules.get("transformers.modeling_utils"), "AttentionInterface", None
@@ -74,11 +78,17 @@ def wrapped_lookup(wrap: Wrap) -> Iterator[None]:
     @functools.wraps(original)
     def get_interface(self: Any, implementation: str, default: Kernel) -> Kernel:
         kernel: Kernel = original(self, implementation, default)
-        plain = getattr(kernel, WRAPPED, kernel)
-        wrapper = wrap(kernel, plain, default)
-        if wrapper is not kernel:
-            setattr(wrapper, WRAPPED, plain)
-        return wrapper
+        try:
+            plain = getattr(kernel, WRAPPED, kernel)
+            wrapper = wrap(kernel, plain, default)
+            if wrapper is not kernel:
+                setattr(wrapper, WRAPPED, plain)
+            return wrapper
+        except Exception as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            return kernel
 
     interface.get_interface = get_interface
     try:
@@ -87,24 +97,25 @@ def wrapped_lookup(wrap: Wrap) -> Iterator[None]:
         interface.get_interface = original
 
 
-def watched(kernel: Kernel, read: Reader, session: CaptureSession) -> Kernel:
-    """Return ``kernel`` preceded by the recording of its arguments."""
-
-    @functools.wraps(kernel)
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        given = bind(PARAMETERS, args, kwargs)
-        module: Any = given.get("module")
-        query: Any = given.get("query")
-        owned = isinstance(module, nn.Module) and module in session.names
-        if not owned or not session.is_recording() or given.get("cache") is not None:
-            return kernel(*args, **kwargs)
-        if not isinstance(query, Tensor) or query.ndim != 4:
-            session.require_functions()
-            return kernel(*args, **kwargs)
-        with session.guarded():
-            dtype = kernel_dtype(query)
-            session.record("transformers", module, lambda layer: read(layer, given, dtype))
-        with session.inside():
-            return kernel(*args, **kwargs)
-
-    return attention
+def watch_attention(
+    read: Reader,
+    session: CaptureSession,
+    call: Kernel,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Record the arguments of an attention function by a reader, then call it."""
+    given = bind(PARAMETERS, args, kwargs)
+    module: Any = given.get("module")
+    query: Any = given.get("query")
+    owned = isinstance(module, nn.Module) and module in session.names
+    if not owned or not session.is_recording() or given.get("cache") is not None:
+        return call(*args, **kwargs)
+    if not isinstance(query, Tensor) or query.ndim != 4:
+        session.require_functions()
+        return call(*args, **kwargs)
+    with session.guarded():
+        dtype = kernel_dtype(query)
+        session.record("transformers", module, lambda layer: read(layer, given, dtype))
+    with session.inside():
+        return call(*args, **kwargs)

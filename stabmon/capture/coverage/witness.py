@@ -26,6 +26,7 @@ from stabmon.capture.callers import nearest_module
 from stabmon.capture.coverage.autograd_graph import common_module, graph_of, is_from_another_thread
 from stabmon.capture.coverage.op_graph import Op, find_attention
 from stabmon.capture.coverage.op_trace import OpTrace, sequence_number
+from stabmon.capture.model_call import ModelCall
 from stabmon.capture.names import clean_name
 from stabmon.capture.protocol import CaptureSession
 
@@ -210,21 +211,21 @@ class WitnessedWatch(FunctionWatch):
         super().__init__(session)
         self.witness = witness
 
-    def __torch_function__(
+    def watch(
         self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        call: ModelCall,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
     ) -> Any:
         session, trace = self.session, self.witness.trace
         if trace is None or not session.is_recording():
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().watch(call, function, args, kwargs)
         start, before = sequence_number(), sum(session.calls.values())
-        result = super().__torch_function__(func, types, args, kwargs)
+        result = super().watch(call, function, args, kwargs)
         with session.guarded():
             seen = sum(session.calls.values()) > before
-            trace.note(func, args, kwargs or {}, result, span=(start, sequence_number()), seen=seen)
+            trace.note(function, args, kwargs, result, span=(start, sequence_number()), seen=seen)
         return result
 
 

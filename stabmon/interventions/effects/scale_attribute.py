@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from stabmon.interventions.run.training_run import TrainingRun
 from stabmon.model_names import SCALES
 from stabmon.projections.not_applicable import NotApplicable
 from stabmon.records import AttentionCall
+
+logger = logging.getLogger("stabmon")
 
 MOST_TRIED = 12
 """Numbers of one module that are tried; each costs a forward."""
@@ -95,9 +98,11 @@ class AtForward:
         self._replaced: list[tuple[Any, Any]] = []
         module = attribute.module
         self._handles = [
-            module.register_forward_pre_hook(InertHook(self._enter)),
+            module.register_forward_pre_hook(InertHook(self._enter, _report)),
             # before those of others that entered earlier: each finds what it has put there
-            module.register_forward_hook(InertHook(self._leave), prepend=True, always_call=True),
+            module.register_forward_hook(
+                InertHook(self._leave, _report), prepend=True, always_call=True
+            ),
         ]
 
     def remove(self) -> None:
@@ -116,6 +121,10 @@ class AtForward:
         own, used = self._replaced.pop() if self._replaced else (None, None)
         if used is not own and self._attribute.value is used:
             self._attribute.replace(own)
+
+
+def _report(error: Exception) -> None:
+    logger.error("the scale of a forward is not replaced: %s", error, exc_info=error)
 
 
 def find_scale(run: TrainingRun, layer: str) -> ScaleAttribute:
