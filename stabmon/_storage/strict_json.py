@@ -18,6 +18,8 @@ ENCODING = (
 
 MOST_DEPTH = 64
 """Lists and objects inside each other; records of stabmon have fewer than 10."""
+MOST_DIGITS = 20
+"""Characters of a whole number, as of one of 64 bits; float64 does not hold any."""
 _VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -85,8 +87,8 @@ def loads(line: str | bytes) -> dict[str, Any]:
     """Return the object that :func:`dumps` wrote, with its NaN and infinities.
 
     Raises:
-        ValueError: if ``line`` is no JSON object, is nested too deep, or ``nonfinite`` points
-            nowhere.
+        ValueError: if ``line`` is no JSON object, is nested too deep, has a whole number of more
+            than 64 bits, or ``nonfinite`` points nowhere.
 
     Example:
         >>> loads('{"loss": null, "nonfinite": {"/loss": "inf"}}')
@@ -95,7 +97,7 @@ def loads(line: str | bytes) -> dict[str, Any]:
     if _depth(line) > MOST_DEPTH:
         raise ValueError(f"the JSON object is nested more than {MOST_DEPTH} deep")
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_int=_whole)
         if (b"\\u" if isinstance(line, bytes) else "\\u") in line:  # type: ignore[operator]
             record = _encodable(record)
     except RecursionError:
@@ -119,6 +121,12 @@ def loads(line: str | bytes) -> dict[str, Any]:
                 f"nonfinite entry {pointer!r}: {name!r} fits nothing in the object"
             ) from error
     return record
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"{text[:MOST_DIGITS]}… is a whole number of more than 64 bits")
+    return int(text)
 
 
 def _depth(line: str | bytes) -> int:

@@ -109,9 +109,13 @@ def head_of(line: bytes) -> tuple[int, float] | None:
         (9, 2.5)
     """
     head = _HEAD.match(line)
-    if head is None or head[3] == b"null" or int(head[1]) != SCHEMA_VERSION:
+    if head is None or head[3] == b"null":
         return None
-    return int(head[2]), float(head[3])
+    try:
+        _check_version(int(head[1]))
+        return Stored(int(head[2]), "step").integer(), float(head[3])
+    except ValueError:  # a damaged line, which is parsed whole and left out then
+        return None
 
 
 def layer_signals(line: bytes, layer: str) -> dict[str, np.ndarray]:
@@ -125,7 +129,7 @@ def layer_signals(line: bytes, layer: str) -> dict[str, np.ndarray]:
         signal -> ``[H]``, values that are not finite as NaN; empty where the layer is not there.
 
     Raises:
-        ValueError: if what is there is no JSON.
+        ValueError: if what is there is no JSON, or no list of numbers.
 
     Example:
         >>> layer_signals(b'{"layers": {"a": {"max_logit": [1.5, null]}}}', "a")
@@ -139,7 +143,7 @@ def layer_signals(line: bytes, layer: str) -> dict[str, np.ndarray]:
     start = at + len(key) - 1
     found = json.loads(line[start : line.index(b"}", start) + 1])
     return {
-        signal: np.array(heads, dtype=np.float64)
+        signal: Stored(heads, signal).array()
         for signal, heads in found.items()
         if isinstance(heads, list)
     }

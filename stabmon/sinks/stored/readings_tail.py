@@ -107,6 +107,8 @@ class ReadingsTail:
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Yield step and signals of one layer, at points of the loss line evenly apart.
 
+        A damaged line is left out.
+
         Args:
             layer: the layer's name.
             most: largest number of points.
@@ -121,7 +123,11 @@ class ReadingsTail:
             for point in chosen:
                 found = file.after(point.position)
                 if found is not None and found[0] == point.position:
-                    yield point.step, layer_signals(found[1], layer)
+                    try:
+                        signals = layer_signals(found[1], layer)
+                    except Exception:  # a damaged line may fail in any way
+                        continue
+                    yield point.step, signals
 
     def _follow(self, file: LineFile) -> None:
         """Take the lines appended since the last look."""

@@ -63,3 +63,16 @@ def test_an_unfinished_line_is_refused(line: bytes, cut: int) -> None:
 def test_what_is_no_reading_of_this_version_is_refused(text: bytes) -> None:
     with pytest.raises(ValueError):
         facts_of(text)
+
+
+HUGE = "1" + 400 * "0"
+
+
+def test_whole_numbers_that_float64_cannot_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than 64 bits"):
+        strict_json.loads(f'{{"after": [1, {HUGE}]}}')
+    assert strict_json.loads(f'{{"seed": {2**64 - 1}}}') == {"seed": 2**64 - 1}
+    with pytest.raises(ValueError, match="float64"):
+        layer_signals(f'{{"layers": {{"a": {{"max_logit": [{HUGE}]}}}}}}'.encode(), "a")
+    head = f'{{"schema_version": 1, "step": {HUGE}, "loss": 2.5, "layers": '
+    assert head_of(head.encode()) is None

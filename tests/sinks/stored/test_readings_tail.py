@@ -127,6 +127,18 @@ def test_corrupt_lines_are_passed_over(tmp_path: Path) -> None:
     assert tail.newest.step == 20
 
 
+def test_a_layer_is_followed_past_a_damaged_line(tmp_path: Path) -> None:
+    store(tmp_path, (10, 20, 30)).close()
+    tail = ReadingsTail(tmp_path / READINGS)
+    tail.look()
+    layer = next(iter(tail.newest.layers))
+    text = (tmp_path / READINGS).read_bytes()
+    at = text.index(b'"step": 20')
+    start = text.index(b'"normalized_entropy": [', at) + 23
+    (tmp_path / READINGS).write_bytes(text[:start] + b"[" + text[start + 1 :])
+    assert [step for step, _ in tail.layer_history(layer)] == [10, 30]
+
+
 def test_points_are_thinned_and_not_finite_losses_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
