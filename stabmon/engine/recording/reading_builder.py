@@ -239,9 +239,14 @@ class ReadingBuilder:
             del self._without[name]
         self._without.update(list(self._without))
         late = [name for name, count in self._without.items() if count == PATIENCE]
-        if not late:
-            return
         words = {name: self._why_unwatched(name, are_shards) for name in late}
+        if self.share.is_staged and "learning_rates" not in self._unwatched:
+            words["learning_rates"] = (
+                "the rates, decays and steps of parameter groups on pipeline stages other than "
+                "rank 0's: what one of these alone does shows in its layers"
+            )
+        if not words:
+            return
         self._unwatched |= words
         self._amend({"unwatched": dict(self._unwatched)})
         for name, each in words.items() if rank() == 0 else ():

@@ -4,6 +4,7 @@ pipeline and shards of heads, faults planted on the last of them, and what guard
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -161,6 +162,8 @@ def test_stages_of_equal_names_are_read_as_one_model_and_trained_alike(ranks):
         assert all(torch.equal(watched[name], bare[name]) for name in bare)
     stored = lines(folder / "stabmon" / "readings.jsonl")
     assert [list(each["layers"]) for each in stored] == [STAGES] * STEPS
+    meta = json.loads((folder / "stabmon" / "meta.json").read_text())
+    assert "stages other than rank 0's" in meta["unwatched"]["learning_rates"]
 
 
 def test_stages_that_keep_their_names_are_read_under_these(ranks):
