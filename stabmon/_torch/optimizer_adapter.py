@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stabmon._torch.callbacks.inert_hook import InertHook
 from stabmon._torch.grad_scaler import ScalerWatch
 
 SEVERAL = ("optimizers", "chained_optimizers", "_optimizers")
@@ -254,17 +255,19 @@ class OptimizerAdapter:
         rates = {group.key: self._rates.get(group.key, group.rate) for group in self.groups()}
         return {key: rate for key, rate in rates.items() if rate is not None}
 
-    def before_step(self, notify: Callable[[Any], None]) -> None:
+    def before_step(
+        self, notify: Callable[[Any], None], on_error: Callable[[Exception], None]
+    ) -> None:
         """Call a function before each step of each optimizer from now on; once is enough.
 
         Args:
             notify: called with the optimizer that is about to step.
+            on_error: called with what it raises, of which the step sees nothing.
         """
         if not self._hooks:
+            hook = InertHook(lambda stepping, *_: notify(stepping), on_error)
             self._hooks = [
-                each.register_step_pre_hook(lambda stepping, *_: notify(stepping))
-                for each in self.optimizers
-                if takes_hooks(each)
+                each.register_step_pre_hook(hook) for each in self.optimizers if takes_hooks(each)
             ]
 
     def close(self) -> None:

@@ -66,8 +66,8 @@ class Watched:
     def __init__(
         self, session: CaptureSession, function: Callable[..., Any], watcher: Watcher
     ) -> None:
+        functools.update_wrapper(self, function, updated=())
         self._session, self._function, self._watcher = session, function, watcher
-        functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Make the call, watched."""

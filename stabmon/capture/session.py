@@ -119,10 +119,15 @@ class AttentionCapture:
         self.calls, self.unseen, self._inside = {}, 0, 0
         self._openings += 1
         self._graph_task = _graph_task()
-        self._install(threading.get_ident())
+        try:
+            self._install(threading.get_ident())
+        except BaseException:
+            self._uninstall()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        # may be called again where it has raised, and then takes out what is left
         self._uninstall()
         self.names.new_forward()  # which keeps no module that is not the model's
         if self.calls.keys() == {TransformersInterface.name}:
@@ -361,7 +366,6 @@ class AttentionCapture:
 
     def _uninstall(self) -> None:
         self.thread = None
-        remove(self.mode)
-        self.mode = None
-        self._patches.close()
-        self._boundary.close()
+        with self._boundary, self._patches:
+            remove(self.mode)
+            self.mode = None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from stabmon._torch.callbacks.inert_hook import InertHook
 from stabmon._torch.callbacks.weak_method import weakly
 from stabmon.capture import AttentionCapture
 from stabmon.capture.coverage.witness import listed
@@ -131,9 +132,8 @@ class AttentionAnalyzer:
 
     def _start(self) -> None:
         witness = self._capture.witness
-        self._undo = self._model.register_forward_hook(
-            lambda _, __, output: witness.end(output)
-        ).remove
+        note = InertHook(lambda _, __, output: witness.end(output), weakly(self._note))
+        self._undo = self._model.register_forward_hook(note).remove
         self._capture.__enter__()
 
     def _note(self, error: Exception) -> None:

@@ -120,16 +120,21 @@ class StepClock:
         """Close the listeners, the last first."""
         self.phase = Phase.CLOSED
         for listener in reversed(self.listeners):
-            self._contain(listener.close, f"{type(listener).__name__}.close")
+            place = f"{type(listener).__name__}.close"
+            # what has raised takes out what is left
+            self._contain(listener.close, place) or self._contain(listener.close, place)
 
     def _fire(self, call: Callable[[StepListener], None], moment: str) -> None:
         for listener in self.listeners:
             place = f"{type(listener).__name__}.{moment}"
             self._contain(functools.partial(call, listener), place)
 
-    def _contain(self, call: Callable[[], None], place: str) -> None:
+    def _contain(self, call: Callable[[], None], place: str) -> bool:
+        """Return whether the call was made without an error."""
         with self.boundary.timed():
             try:
                 call()
             except Exception as error:
                 self.boundary.failed(place, error)
+                return False
+        return True

@@ -9,6 +9,7 @@ detector, the step length and the guard. After a sampled step::
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import Counter
@@ -173,7 +174,10 @@ class AttentionStabilityMonitor:
         self._exchanges.expect_first(lambda: self._schedule.first(self.step))
         self._parts.optimizers.scalers.watch()
         if not self._manual:
-            self._parts.optimizers.before_step(self.before_optimizer_step)
+            self._parts.optimizers.before_step(
+                self.before_optimizer_step,
+                functools.partial(self.boundary.failed, "before_optimizer_step"),
+            )
         self._start_observing()
 
     @contained
@@ -368,10 +372,12 @@ class AttentionStabilityMonitor:
         if ranks is not None:
             parts.insert(0, ("ranks", ranks.close))
         for name, close in parts:
-            try:
-                close()
-            except Exception as error:
-                self.boundary.failed(f"close {name}", error)
+            for _ in range(2):  # what has raised takes out what is left
+                try:
+                    close()
+                    break
+                except Exception as error:
+                    self.boundary.failed(f"close {name}", error)
 
     def __enter__(self) -> AttentionStabilityMonitor:
         return self

@@ -149,8 +149,8 @@ class StepObserver:
     def stop_capture(self) -> None:
         """Close the capture, where a forward never came to its end."""
         if self._capturing:
-            self._capturing = False
             self._capture.__exit__()
+            self._capturing = False  # else it is tried again, at the next step at the latest
 
     def settle(self) -> None:
         """Count what measuring took on a device, before the first wait for it in a sampled step."""

@@ -2,6 +2,7 @@
 
     python tests/bench/injection.py                  all functions, each rank, observe and guard
     python tests/bench/injection.py --limit 40       40 of each, drawn with a fixed seed
+    python tests/bench/injection.py --config observe --rank 1    some hundred functions in half an hour
 
 The functions are found by tracing an unfaulted run in which guard replays, clips and holds. Left
 out are functions that torch or the loop calls, before whose first line nothing of stabmon runs.
@@ -19,6 +20,7 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,27 @@ def judge(config: str, pair: list[Outcome | str], base: Outcome, seconds: float)
         return "weights differ between ranks"
     if config == "observe" and not same_weights(first, base):
         return "weights are not those of the unwatched run"
+    if left := [*first.left, *second.left]:
+        return f"left behind: {', '.join(left)}"
     if not first.fired + second.fired:
         return "fine, not reached"
     return "fine" if seconds < WAIT / 4 else "fine, after a wait"
 
 
-def plant_everywhere(rank: int, folder: str, *, limit: int | None, seconds: float) -> None:
+def plant_everywhere(
+    rank: int,
+    folder: str,
+    *,
+    configs: Sequence[str],
+    ranks: Sequence[int],
+    limit: int | None,
+    seconds: float,
+) -> None:
     """Try all functions on each rank in turn, and print counts on rank 0."""
     base = run(None, None)
     ends = time.monotonic() + seconds
-    for config in ("observe", "guard"):
-        for faulty in (1, 0):
+    for config in configs:
+        for faulty in ranks:
             seen: dict[str, None] = {}
             run(config, None, trace=lambda place, seen=seen: seen.setdefault(place, None))
             found: list[Any] = [sorted(seen)]
@@ -73,12 +85,16 @@ def plant_everywhere(rank: int, folder: str, *, limit: int | None, seconds: floa
                 except Exception as error:
                     own = repr(error)
                 took = time.monotonic() - began
+                if rank == 0 and took > WAIT / 4:
+                    print(f"  {config}, {faulty}, {place}: took {took:.0f} s", flush=True)
                 pair: list[Any] = [None, None]
                 dist.all_gather_object(pair, own)
                 verdict = judge(config, pair, base, took)
                 counts[verdict.partition(":")[0]] += 1
+                if rank == 0 and sum(counts.values()) % 100 == 0:
+                    print(f"  {config}, {faulty}: {sum(counts.values())} tried", flush=True)
                 if rank == 0 and not verdict.startswith("fine"):
-                    print(f"  {place}: {verdict}", flush=True)
+                    print(f"  {config}, {faulty}, {place}: {verdict}", flush=True)
             if rank == 0:
                 tried = f"{sum(counts.values())} of {len(found[0])} functions"
                 print(f"{config}, faults on rank {faulty}: {tried}; {dict(counts)}", flush=True)
@@ -88,8 +104,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, help="functions of each kind; all without it")
     parser.add_argument("--seconds", type=float, default=math.inf, help="time after which it ends")
+    parser.add_argument("--config", choices=["observe", "guard"], help="both without it")
+    parser.add_argument("--rank", type=int, choices=[0, 1], help="both without it")
     given = parser.parse_args()
-    work = functools.partial(plant_everywhere, limit=given.limit, seconds=given.seconds)
+    work = functools.partial(
+        plant_everywhere,
+        configs=["observe", "guard"] if given.config is None else [given.config],
+        ranks=[1, 0] if given.rank is None else [given.rank],
+        limit=given.limit,
+        seconds=given.seconds,
+    )
     with tempfile.TemporaryDirectory() as folder:
         on_ranks([work], Path(folder), seconds=None, wait=WAIT)
 

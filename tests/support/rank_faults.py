@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import _get_current_function_mode_stack, _pop_mode
 
 import stabmon
 from tests.support.small_runs import Attention, weights
@@ -107,6 +108,8 @@ class Outcome:
     """Times that the fault was raised."""
     collectives: int = 0
     samples: int = 0
+    left: list[str] = field(default_factory=list)
+    """What stabmon has left in torch, the model or the optimizer after it was closed."""
 
 
 class Lines(logging.Handler):
@@ -118,6 +121,29 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+def left_behind(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the hooks and modes that are there now, by kind."""
+    held = {
+        "function mode": _get_current_function_mode_stack(),
+        "module hook": [
+            hook
+            for module in model.modules()
+            for hooks in (module._forward_pre_hooks, module._forward_hooks)
+            for hook in hooks.values()
+        ],
+        "parameter hook": [
+            hook
+            for each in model.parameters()
+            for hook in (getattr(each, "_post_accumulate_grad_hooks", None) or {}).values()
+        ],
+        "optimizer hook": [
+            *optimizer._optimizer_step_pre_hooks.values(),
+            *optimizer._optimizer_step_post_hooks.values(),
+        ],
+    }
+    return [kind for kind, found in held.items() for _ in found]
 
 
 def run(
@@ -186,6 +212,9 @@ def run(
     finally:
         logger.removeHandler(log)
     outcome.weights, outcome.lines = weights(model), log.lines
+    outcome.left = left_behind(model, optimizer)
+    while _get_current_function_mode_stack():  # else they slow down all later runs
+        _pop_mode()
     if monitor is not None:
         outcome.applied = [each.intervention.name for each in monitor.applied]
         outcome.samples = len(monitor._tracker.history.readings)

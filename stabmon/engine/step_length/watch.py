@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stabmon._torch.callbacks.inert_hook import InertHook
 from stabmon._torch.forward_call import ForwardCall
 from stabmon._torch.graph_capture import is_capturing
 from stabmon._torch.host_copy import HostCopy
@@ -131,13 +133,12 @@ class StepLength(StepListener):
             id(group.optimizer): group.optimizer for group in self._optimizers.groups()
         }.values():
             if takes_hooks(optimizer):
+                failed = functools.partial(self.boundary.failed, "step_length")
+                before = InertHook(lambda stepping, *_: self._before_step(stepping), failed)
+                after = InertHook(lambda stepping, *_: self._after_step(stepping), failed)
                 self._hooks += [
-                    optimizer.register_step_pre_hook(
-                        lambda stepping, *_: self._before_step(stepping)
-                    ),
-                    optimizer.register_step_post_hook(
-                        lambda stepping, *_: self._after_step(stepping)
-                    ),
+                    optimizer.register_step_pre_hook(before),
+                    optimizer.register_step_post_hook(after),
                 ]
 
     @contained
