@@ -43,7 +43,7 @@ bench: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit("stabmon needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@echo "Setting up .venv (once; a few minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@$(PIP) install --no-compile -c constraints.txt -e ".[dev]"
 	@touch $@
 
 clean:

@@ -102,6 +102,7 @@ def test_a_bench_puts_the_root_on_the_path_before_it_imports_from_it(script: Pat
     assert lines["import on_path"] == first
 
 
+@pytest.mark.long
 def test_the_path_of_a_bench_holds_root_and_train() -> None:
     code = "import on_path, gpt, tests.support.small_runs, stabmon; print(stabmon.__file__)"
     bench = TESTS / "bench"

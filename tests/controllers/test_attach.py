@@ -250,11 +250,12 @@ def test_loading_into_another_base_is_refused(tmp_path: Any) -> None:
     assert tokens()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "kind", "options"),
     [
         ("llama-sdpa", "info_density", {"form": "both"}),
-        pytest.param("gpt2-sdpa", "linear_ramp", {"learned": True}, marks=pytest.mark.long),
+        ("gpt2-sdpa", "linear_ramp", {"learned": True}),
     ],
 )
 def test_a_compiled_model_gives_and_learns_the_same(

@@ -201,7 +201,7 @@ def tensorboard_tags(folder):
     return events.Tags()
 
 
-@pytest.mark.parametrize("per_head", sweep([True, None], keep=1))
+@pytest.mark.parametrize("per_head", sweep([None, True], keep=1))
 def test_every_head_reaches_the_dashboards_of_both_frameworks_on_request(
     tmp_path, per_head, monkeypatch
 ):

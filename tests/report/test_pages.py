@@ -139,6 +139,7 @@ def test_a_page_fits_a_phone_and_follows_the_dark_mode(browser: Any, tmp_path: P
     )
 
 
+@pytest.mark.long
 def test_512_tokens_of_64_heads_open_within_five_megabytes(browser: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     one = np.tril(rng.random((8, 512, 512), dtype=np.float32) ** 12)

@@ -224,6 +224,7 @@ def test_a_layer_that_a_line_left_out_keeps_its_last_value_and_the_page_says_so(
     assert any("some layers in 4 readings of 4" in words for words in verdict_of(run).missing)
 
 
+@pytest.mark.long
 def test_a_long_run_of_many_heads_stays_within_its_columns(tmp_path: Path) -> None:
     readings = [
         Reading(step, 1.0, {f"{n}": {"max_logit": np.full(96, step)} for n in range(90)})

@@ -196,6 +196,7 @@ def write_run(
     return written
 
 
+@pytest.mark.long
 def test_issues_of_more_steps_than_tensorboard_keeps_texts_of_are_all_in_the_newest(
     tmp_path: Path,
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_healthy_run_has_few_panels_however_many_layers(tmp_path: Path, layers
     assert len(tags) == len(every) + layers * (len(SIGNALS) + 1) + len(state) + 1  # and alarms
 
 
+@pytest.mark.long
 def test_layers_that_issues_name_get_curves_and_all_on_request(tmp_path: Path) -> None:
     names, panels = wandb_files.panels(
         write_run(tmp_path / "few", 32, with_issues=True, steps=12).wandb_file
@@ -333,6 +335,7 @@ def test_a_step_written_late_hides_nothing(tmp_path: Path) -> None:
     assert "head 3" in events[-1].tensor_proto.string_val[0].decode()
 
 
+@pytest.mark.long
 def test_the_workspace_shows_the_run_first_and_keeps_the_users_panels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

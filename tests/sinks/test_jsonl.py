@@ -439,6 +439,7 @@ sink.close()
 """
 
 
+@pytest.mark.long
 def test_processes_that_start_in_one_folder_at_the_same_time_have_runs_of_their_own(
     folder: Path,
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_task_is_the_same_whenever_it_is_run(settings: StudySettings) -> None:
     assert first == again
 
 
+@pytest.mark.long
 def test_a_model_trained_under_watch_is_the_same_and_leaves_records(
     settings: StudySettings,
 ) -> None:
@@ -237,6 +238,7 @@ def test_a_wrong_call_is_one_line_and_status_two(
         )
 
 
+@pytest.mark.long
 def test_the_command_prints_one_json_object(
     settings: StudySettings,
     tmp_path: Path,

@@ -25,11 +25,10 @@ LAST_CHECKPOINT = {
 WATCHED = "stabmon={config: observe, log_every: 2}"
 
 Train = Callable[..., dict[int, float]]
-every_script = pytest.mark.parametrize("script", LAST_CHECKPOINT)
 any_script = pytest.mark.parametrize("script", sweep(LAST_CHECKPOINT, keep=1))
 
 
-@every_script
+@any_script
 def test_a_resumed_run_goes_on_as_if_never_interrupted(
     script: str, run: Train, tmp_path: Path
 ) -> None:
@@ -92,7 +91,7 @@ def test_a_high_learning_rate_changes_the_losses_after_the_first_update(
     assert [step for step in healthy if healthy[step] != provoked[step]] == [2, 3, 4, 5, 6]
 
 
-@every_script
+@any_script
 def test_watching_changes_no_loss_and_leaves_readings(
     script: str, run: Train, tmp_path: Path
 ) -> None:
@@ -108,7 +107,7 @@ def test_watching_changes_no_loss_and_leaves_readings(
     assert after > 50 * before
 
 
-@every_script
+@any_script
 def test_a_wrong_preset_is_refused_before_anything_is_written(
     script: str, run: Train, tmp_path: Path
 ) -> None:
@@ -141,6 +140,7 @@ def test_nothing_to_resume_is_said(run: Train) -> None:
         run("plain_loop", "empty", "resume=true")
 
 
+@pytest.mark.long
 def test_the_command_line_ends_with_the_losses_or_in_one_line_what_is_wrong(
     text: Path, tmp_path: Path
 ) -> None:
