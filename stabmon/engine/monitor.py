@@ -217,8 +217,14 @@ class AttentionStabilityMonitor:
             self._parts.usage.used_after_close()
             return None
         self.step += 1
-        # until all that is due was exchanged, nothing is called that may raise
-        self._exchanges.expect_step(self.step)
+        # until all that is due was exchanged, nothing is called that may raise; what is due is
+        # noted again if that has failed, since others wait for it
+        for _ in range(2):
+            try:
+                self._exchanges.expect_step(self.step)
+                break
+            except Exception as error:
+                self.boundary.failed("on_step", error)
         diagnosis = self._end_step(loss)
         self._exchanges.catch_up(self.step)
         if not self._manual:

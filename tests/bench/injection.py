@@ -58,6 +58,7 @@ def plant_everywhere(
     *,
     configs: Sequence[str],
     ranks: Sequence[int],
+    skip: int,
     limit: int | None,
     seconds: float,
 ) -> None:
@@ -70,7 +71,7 @@ def plant_everywhere(
             run(config, None, trace=lambda place, seen=seen: seen.setdefault(place, None))
             found: list[Any] = [sorted(seen)]
             dist.broadcast_object_list(found, src=faulty)
-            places = found[0]
+            places = found[0][skip:]
             if limit is not None and limit < len(places):
                 places = random.Random(0).sample(places, limit)
             counts: Counter[str] = Counter()
@@ -103,6 +104,7 @@ def plant_everywhere(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, help="functions of each kind; all without it")
+    parser.add_argument("--skip", type=int, default=0, help="functions left out at the start")
     parser.add_argument("--seconds", type=float, default=math.inf, help="time after which it ends")
     parser.add_argument("--config", choices=["observe", "guard"], help="both without it")
     parser.add_argument("--rank", type=int, choices=[0, 1], help="both without it")
@@ -111,6 +113,7 @@ def main() -> None:
         plant_everywhere,
         configs=["observe", "guard"] if given.config is None else [given.config],
         ranks=[1, 0] if given.rank is None else [given.rank],
+        skip=given.skip,
         limit=given.limit,
         seconds=given.seconds,
     )
