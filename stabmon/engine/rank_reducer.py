@@ -17,7 +17,7 @@ from stabmon.engine.ranks.agreement import ModelAgreement
 from stabmon.engine.ranks.findings import nearest_cause
 from stabmon.engine.ranks.losses import MOST_LOSSES, mean_losses, with_rank, worst_losses
 from stabmon.engine.ranks.merge import Layout
-from stabmon.engine.ranks.offer import SQUARES, Offer, Shared, entries_of, placed
+from stabmon.engine.ranks.offer import LARGEST, OTHERS, SQUARES, Offer, Shared, entries_of, placed
 from stabmon.records import LayerInfo, NonFinite
 from stabmon.signals import SIGNALS, HeadSums
 
@@ -123,11 +123,12 @@ class RankReducer:
             for layer, signals in own.sums.items()
         }
         squares: dict[str, list[float]] = {}
+        groups: dict[str, list[float]] = {}
         if self._layout:
             rest = added[2 * slots :].reshape(2, -1), largest[CONTROL + slots :]
             sums = self._unpack(*rest, sums if share.is_whole else {}, has_measured=bool(own.sums))
-            squares = self._unpack_squares(rest[0])
-        return Shared(sums, squares, losses, worst)
+            squares, groups = self._unpack_numbers(*rest)
+        return Shared(sums, squares, groups, losses, worst)
 
     def _compare_steps(self, step: int) -> None:
         """Compare the steps at which ranks stand, and their intervals, before anything else."""
@@ -164,7 +165,7 @@ class RankReducer:
         self._layout = layout
         self._is_max = torch.tensor(
             [
-                name != SQUARES and SIGNALS[name].reduction == "max"
+                name == LARGEST or (name != SQUARES and SIGNALS[name].reduction == "max")
                 for _, name, heads in layout
                 for _ in range(heads)
             ],
@@ -263,19 +264,23 @@ class RankReducer:
         for layer, name, heads in self._layout:
             where = slice(at, at + heads)
             at += heads
-            if has_measured and name != SQUARES:
+            if has_measured and name not in OTHERS:
                 own.setdefault(layer, {})[name] = HeadSums(
                     SIGNALS[name], totals[where], added[1, where]
                 )
         return own
 
-    def _unpack_squares(self, added: Tensor) -> dict[str, list[float]]:
-        """Return the sums of numbers to be added that all ranks gave."""
-        at, found = 0, {}
+    def _unpack_numbers(
+        self, added: Tensor, largest: Tensor
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Return the sums of numbers to be added that all ranks gave, and the largest of others."""
+        at, found, compared = 0, {}, {}
         for key, name, count in self._layout:
             where = slice(at, at + count)
             at += count
             givers = self._agreement.givers.get(key, world_size())
             if name == SQUARES and bool((added[1, where] == givers).all()):
                 found[key] = added[0, where].tolist()
-        return found
+            elif name == LARGEST and bool((added[1, where] > 0).all()):
+                compared[key] = largest[where].tolist()
+        return found, compared

@@ -20,8 +20,8 @@ from stabmon._torch.ranks.identity import (
     weights_digest,
 )
 from stabmon._torch.ranks.share import RankShare
-from stabmon.engine.ranks.merge import Agreement, Held, Layout, merge
-from stabmon.engine.ranks.offer import SQUARES, Offer, entries_of, kind_of, layout_of
+from stabmon.engine.ranks.merge import GROUP, Agreement, Held, Layout, merge
+from stabmon.engine.ranks.offer import LARGEST, SQUARES, Offer, entries_of, kind_of, layout_of
 from stabmon.records import LayerInfo
 from stabmon.signals import SIGNALS
 
@@ -108,7 +108,10 @@ class ModelAgreement:
             self.scale = world_size() / list(agreed.stage_of).count(stage)
         if rank() == 0 and (words := agreed.words()):
             logger.warning("%s", words)
-        added = [(key, SQUARES, count) for key, (count, _) in agreed.added.items()]
+        added = [
+            (key, LARGEST if kind_of(key) == GROUP else SQUARES, count)
+            for key, (count, _) in agreed.added.items()
+        ]
         signals = [(str(layer), str(name), int(heads)) for layer, name, heads in agreed.entries]
         return [each for each in signals if each[1] in SIGNALS] + added
 
@@ -124,7 +127,7 @@ class ModelAgreement:
                 shard = head_shard(module, heads, info.head_dim, gathered)
             shards[layer] = shard
             layers[layer] = (shard, heads, list(signals), info.to_dict())
-        numbers = {**own.whole, **own.squares}
+        numbers = {**own.whole, **own.squares, **own.groups}
         sums = {key: (kind_of(key), len(each)) for key, each in numbers.items()}
         values = weights_digest(self._model, parts=True)
         return Held(int(identity), values, mesh, self._stage, layers, sums), shards

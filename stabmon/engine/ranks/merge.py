@@ -11,6 +11,8 @@ from stabmon.records import LayerInfo
 
 Layout = list[tuple[str, str, int]]
 """Layer, signal and number of heads of each entry of a vector."""
+GROUP = "group of "
+"""Kind of the numbers of a parameter group, of which ranks take the largest."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def merge(ranks: Sequence[Held]) -> Agreement:
 
 
 def common_key(key: str, kind: str, prefix: str) -> str:
-    """Return the key of numbers to be added by the common name of their layer.
+    """Return the key of numbers by the common name of their layer; a group's is that of all ranks.
 
     Example:
         >>> common_key("gradient of attn", "gradient of ", "stage1.")
@@ -179,7 +181,7 @@ def common_key(key: str, kind: str, prefix: str) -> str:
         'gradient of '
     """
     layer = key.removeprefix(kind)
-    return f"{kind}{prefix}{layer}" if layer else key
+    return f"{kind}{prefix}{layer}" if layer and kind != GROUP else key
 
 
 def _key(held: Held, ranks: Sequence[Held]) -> Any:

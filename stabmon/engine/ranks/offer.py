@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from stabmon._torch.process_group import world_size
 from stabmon._torch.ranks.share import RankShare
-from stabmon.engine.ranks.merge import Layout, common_key
+from stabmon.engine.ranks.merge import GROUP, Layout, common_key
 from stabmon.records import LayerInfo
 from stabmon.signals import HeadSums
 
 Sums = Mapping[str, Mapping[str, HeadSums]]
-GRADIENT, QUERY_KEY, PART = KINDS = ("gradient of ", "query_key of ", "part of ")
+GRADIENT, QUERY_KEY, PART = ADDED = ("gradient of ", "query_key of ", "part of ")
 """Kinds of squared norms that ranks add, each followed by the layer or part of the model."""
+KINDS = (*ADDED, GROUP)
+"""All kinds of numbers beside the signals."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Shared:
     """Signals over all ranks, by the layers' common names, of all heads."""
     squares: dict[str, list[float]] = field(default_factory=dict)
     """Sums over ranks of what they offered; without those that some rank lacked."""
+    groups: dict[str, list[float]] = field(default_factory=dict)
+    """The largest numbers of each parameter group over ranks, where these are stages."""
     losses: tuple[tuple[int, float], ...] = ()
     """(step, mean loss over ranks) of the newest steps."""
     rank_losses: tuple[tuple[int, float, int], ...] = ()
@@ -44,6 +48,8 @@ class Offer:
     """Numbers of this rank's shards that are to be added, by name."""
     whole: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """The same numbers of tensors that this rank holds whole; added where ranks are stages."""
+    groups: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Numbers of parameter groups, of which the largest over ranks counts where these are stages."""
     losses: Sequence[tuple[int, float]] = ()
     ahead: int = 0
     """Steps to the next sample that this rank wishes for; 0 for no wish."""
@@ -57,15 +63,15 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Added:
-    """Numbers that are added over ranks."""
+class Numbers:
+    """Numbers beside the signals."""
 
     total: Tensor
     count: Tensor
 
 
-SQUARES = "squares"
-"""Name of an entry of the vector that is no signal, but numbers to be added."""
+SQUARES, LARGEST = OTHERS = ("squares", "largest")
+"""Names of entries of the vector that are no signals, but numbers to be added, or compared."""
 
 
 def entries_of(
@@ -91,7 +97,10 @@ def entries_of(
     for key, each in numbers.items():
         total = torch.tensor(list(each), dtype=torch.float64) * scale
         name = common_key(key, kind_of(key), share.prefix)
-        found[name] = {SQUARES: Added(total, torch.ones_like(total))}
+        found[name] = {SQUARES: Numbers(total, torch.ones_like(total))}
+    for key, each in own.groups.items() if share.is_staged else ():
+        largest = torch.tensor(list(each), dtype=torch.float64)
+        found[key] = {LARGEST: Numbers(largest, torch.ones_like(largest))}
     return found
 
 

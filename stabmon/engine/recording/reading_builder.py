@@ -17,6 +17,7 @@ from stabmon._torch.ranks.share import RankShare
 from stabmon.capture.coverage.witness import listed
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.engine.rank_reducer import RankReducer
+from stabmon.engine.ranks.groups import GroupFacts
 from stabmon.engine.ranks.offer import GRADIENT, PART, QUERY_KEY, Offer, Shared, kind_of
 from stabmon.engine.sampling.schedule import Schedule
 from stabmon.engine.step_length.rate_watch import RateWatch
@@ -116,7 +117,9 @@ class ReadingBuilder:
             self._report_missing(ctx.step)
         gradients, query_key = _whole_norms(seen.gradients, updates, shared, self.share)
         parts = _whole_parts(updates.parts, shared, self.share)
-        losses, rates = self._losses(shared), self._optimizers.learning_rates()
+        losses, groups = self._losses(shared), self._groups(updates)
+        if shared is not None and self.share.is_staged:
+            groups = GroupFacts.of(shared.groups)
         for step, loss in losses if watches_losses else ():
             if not math.isfinite(loss):
                 self.detector.note_loss(step, loss)
@@ -125,7 +128,7 @@ class ReadingBuilder:
             loss=losses[-1][1] if losses and losses[-1][0] == ctx.step else None,
             layers=layers,
             info=self._info(),
-            learning_rate=max(rates.values(), default=None),
+            learning_rate=max(groups.rates.values(), default=None),
             gradients=gradients,
             query_key=query_key,
             losses=losses,
@@ -134,12 +137,12 @@ class ReadingBuilder:
             overshoot=self._rates.found_since(self.last_step),
             sampled=ctx.sampled,
             overhead_fraction=self._boundary.overhead_fraction(),
-            learning_rates=rates,
-            rate_factors=self._rate_factors(),
-            updates=updates.groups,
+            learning_rates=dict(groups.rates),
+            rate_factors=dict(groups.factors),
+            updates=dict(groups.updates),
             parts=parts,
-            weight_decays=dict(self._decays()),
-            query_key_groups=updates.query_key_groups,
+            weight_decays=dict(groups.decays),
+            query_key_groups=groups.query_key,
             rank_losses=() if shared is None else shared.rank_losses,
         )
         self.last_step = ctx.step
@@ -202,12 +205,23 @@ class ReadingBuilder:
                 updates.query_key.keys() - updates.partial,
             )
             | _part_squares(updates.parts),
+            self._groups(updates).offered(),
             self._own_losses,
             ahead,
             least,
             gradients.get("", math.nan),
             with_adapters(seen.measurements.info, seen.measurements.modules),
             seen.measurements.modules,
+        )
+
+    def _groups(self, updates: UpdatesOfStep) -> GroupFacts:
+        """Return the facts about this rank's parameter groups."""
+        return GroupFacts(
+            self._optimizers.learning_rates(),
+            self._rate_factors(),
+            updates.groups,
+            self._decays(),
+            updates.query_key_groups,
         )
 
     def _losses(self, shared: Shared | None) -> tuple[tuple[int, float], ...]:
@@ -240,12 +254,7 @@ class ReadingBuilder:
         self._without.update(list(self._without))
         late = [name for name, count in self._without.items() if count == PATIENCE]
         words = {name: self._why_unwatched(name, are_shards) for name in late}
-        if self.share.is_staged and "learning_rates" not in self._unwatched:
-            words["learning_rates"] = (
-                "the rates, decays and steps of parameter groups on pipeline stages other than "
-                "rank 0's: what one of these alone does shows in its layers"
-            )
-        if not words:
+        if not late:
             return
         self._unwatched |= words
         self._amend({"unwatched": dict(self._unwatched)})

@@ -4,9 +4,9 @@ pipeline and shards of heads, faults planted on the last of them, and what guard
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ STEPS = 3
 FAULT_AT, FAULT_STEPS = 6, 14
 HEAD = 3
 """The head that grows, of four: the last one on the last rank."""
+GROUP_AT, GROUP_STEPS = 20, 26
 SENSITIVE = {"false_alarm_rate": 0.2}
 """So that heads of such a small model alarm long before they are broken for good."""
 LAYERS = ["0.attn", "1.attn"]
@@ -162,8 +163,6 @@ def test_stages_of_equal_names_are_read_as_one_model_and_trained_alike(ranks):
         assert all(torch.equal(watched[name], bare[name]) for name in bare)
     stored = lines(folder / "stabmon" / "readings.jsonl")
     assert [list(each["layers"]) for each in stored] == [STAGES] * STEPS
-    meta = json.loads((folder / "stabmon" / "meta.json").read_text())
-    assert "stages other than rank 0's" in meta["unwatched"]["learning_rates"]
 
 
 def test_stages_that_keep_their_names_are_read_under_these(ranks):
@@ -251,6 +250,47 @@ def test_weights_that_jump_in_the_last_stage_are_told_by_their_name(ranks):
     stored = lines(folder / "stabmon" / "issues.jsonl")
     jumps = [each for each in stored if each["issue_type"] == "weight_jump"]
     assert [(each["step"], each["layer"]) for each in jumps] == [(FAULT_STEPS, "stage1.0.attn")]
+
+
+def groups_of_last_stage(rank, folder):
+    """The rate, and then the decay, of the last stage alone are wrong, under guard and without."""
+    found = {}
+    for what, config in (("lr", "observe"), ("lr", "guard"), ("weight_decay", "observe")):
+        module = stage_of(whole(2), rank, apart=True).train()
+        optimizer = optimizer_of(module)
+        run = f"{what}-{config}"
+        monitor = watch(module, optimizer, Path(folder) / run, config)
+
+        def change(at, what=what, group=optimizer.param_groups[0]):
+            if at == GROUP_AT and rank == 1:
+                group[what] = {"lr": 50 * group["lr"], "weight_decay": -3.0}[what]
+
+        given = train(pipeline(module, rank), module, optimizer, monitor, GROUP_STEPS, change)
+        reading = given[-1].readings[-1]
+        applied = [each.intervention.name for each in monitor.applied]
+        used = reading.used_rates
+        found[run] = used, reading.weight_decays, applied, dict(monitor.errors)
+        monitor.close()
+    return found
+
+
+def test_a_rate_of_the_last_stage_alone_is_told_and_capped_and_its_decay_is_read(ranks):
+    given, folder = ranks(groups_of_last_stage)
+    assert given[0] == given[1]
+    for run, (rates, decays, applied, errors) in given[0].items():
+        assert errors == {}
+        if run == "weight_decay-observe":
+            assert decays == {"0.0": -3.0}
+            continue
+        stored = lines(folder / run / "stabmon" / "issues.jsonl")
+        alarms = [each for each in stored if each["severity"] in ("error", "critical")]
+        assert GROUP_AT <= alarms[0]["step"] <= GROUP_AT + 1
+        assert alarms[0]["evidence"]["rates"] == {"0.0": pytest.approx(0.05)}
+        if run == "lr-guard":
+            assert "cap_learning_rate" in applied
+            assert rates == {"0.0": pytest.approx(0.001)}
+        else:
+            assert rates == {"0.0": pytest.approx(0.05)}
 
 
 def harmless_jump_on_last_stage(rank, folder):
@@ -344,6 +384,7 @@ SCENARIOS = [
     pipeline_that_adds_its_micro_batches,
     fault_on_last_stage,
     part_of_last_stage,
+    groups_of_last_stage,
     harmless_jump_on_last_stage,
     clip_on_last_stage,
     heads_on_two_ranks,
