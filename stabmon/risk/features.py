@@ -26,6 +26,8 @@ SCORE_FLOOR, SCORE_CEILING = 1.0, 1e6
 """Scores below and above these count as these."""
 SCORES_ALIKE, ENTROPY_ALIKE = 0.5, 0.2
 """Standard deviations over heads, of ln max-score and of entropy, at which heads are not alike."""
+USUAL = 5
+"""Steps between samples up to which the past of a span lies where it is said to lie."""
 NEWEST = 3
 """Readings whose median is the present update and gradient, and the past of a span."""
 
@@ -68,8 +70,8 @@ def layer_features(history: History) -> dict[str, np.ndarray]:
         return {
             "start": np.minimum(1 - _mean(first_entropy, starts), lost) * alike,
             "start_score": np.minimum(_mean(first_score, starts), _mean(score, starts)) * alike,
-            "sat10": _rise(history, past10, starts),
-            "sat40": _rise(history, past40, starts),
+            "sat10": _rise(history, past10, 10, starts),
+            "sat40": _rise(history, past40, 40, starts),
             "heads10": _mean(np.where(np.isfinite(score), doubled, np.nan), starts),
             "entropy_lost": lost,
             "gradient_missed": _gradient_missed(history),
@@ -105,11 +107,17 @@ def _log_score(values: np.ndarray) -> np.ndarray:
     return log
 
 
-def _rise(history: History, past: slice, starts: list[int]) -> np.ndarray:
-    """Return the rise of each layer's share of saturated rows over its past."""
+def _rise(history: History, past: slice, steps: int, starts: list[int]) -> np.ndarray:
+    """Return the rise of each layer's share of saturated rows over some steps.
+
+    Where samples are further apart, the past lies further back, and saturation that came slowly
+    would look as if it had come at once: the rise counts by the root of the shorter over the longer
+    time.
+    """
     now, before = history.now("saturated_fraction"), history.rows("saturated_fraction", past)
     rise: np.ndarray = _mean(now, starts) - median(_mean(before, starts))
-    return rise
+    span = history.latest.step - float(np.median(history.steps[past]))
+    return rise * min(1.0, (steps + USUAL) / span) ** 0.5 if span > 0 else rise
 
 
 def _gradient_missed(history: History) -> np.ndarray:

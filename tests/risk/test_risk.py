@@ -56,8 +56,9 @@ def test_features_are_those_worked_by_hand():
     assert found["entropy_lost"] == pytest.approx([0.6] * 2)
     assert found["start"] == pytest.approx([0.2] * 2)  # all alike at first, and that little lost
     assert found["start_score"] == pytest.approx([np.log(2.0)] * 2)
-    assert found["sat10"] == pytest.approx([0.45] * 2)  # past: the median of 0 and 0.1
-    assert found["sat40"] == pytest.approx([0.45] * 2)
+    # past: the median of 0 and 0.1, and of their steps 1 and 60; 15 and 45 steps of 69.5 count
+    assert found["sat10"] == pytest.approx([0.45 * (15 / 69.5) ** 0.5] * 2)
+    assert found["sat40"] == pytest.approx([0.45 * (45 / 69.5) ** 0.5] * 2)
     assert found["heads10"] == pytest.approx([0.5] * 2)
     shares = np.median([0.1, 0.1, 0.01]) * 2**0.5
     assert found["gradient_missed"] == pytest.approx([-np.log(shares)] * 2)
