@@ -18,8 +18,8 @@ ENCODING = (
 
 MOST_DEPTH = 64
 """Lists and objects inside each other; records of stabmon have fewer than 10."""
-MOST_DIGITS = 20
-"""Characters of a whole number, as of one of 64 bits; float64 does not hold any."""
+MOST_DIGITS = 308
+"""Characters of a whole number that float64 holds in any case."""
 _VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -87,8 +87,8 @@ def loads(line: str | bytes) -> dict[str, Any]:
     """Return the object that :func:`dumps` wrote, with its NaN and infinities.
 
     Raises:
-        ValueError: if ``line`` is no JSON object, is nested too deep, has a whole number of more
-            than 64 bits, or ``nonfinite`` points nowhere.
+        ValueError: if ``line`` is no JSON object, is nested too deep, has a whole number that
+            float64 does not hold, or ``nonfinite`` points nowhere.
 
     Example:
         >>> loads('{"loss": null, "nonfinite": {"/loss": "inf"}}')
@@ -125,7 +125,7 @@ def loads(line: str | bytes) -> dict[str, Any]:
 
 def _whole(text: str) -> int:
     if len(text) > MOST_DIGITS:
-        raise ValueError(f"{text[:MOST_DIGITS]}… is a whole number of more than 64 bits")
+        raise ValueError(f"{text[:20]}… is a whole number of more than {MOST_DIGITS} digits")
     return int(text)
 
 

@@ -93,11 +93,20 @@ def test_a_rate_is_read_from_a_tensor_and_one_that_the_optimizer_makes_itself_is
     ).learning_rates() == {"1.0": 0.5}
 
 
+def test_a_report_that_raises_is_told_and_the_step_is_made():
+    optimizer, errors = made()[0], []
+    view = OptimizerAdapter(optimizer)
+    view.before_step(lambda stepping: 1 / 0, errors.append)
+    optimizer.step()
+    view.close()
+    assert [type(error) for error in errors] == [ZeroDivisionError]
+
+
 def test_each_optimizer_reports_its_own_steps_until_it_is_closed():
     optimizers, told = made(), []
     view = OptimizerAdapter(optimizers)
-    view.before_step(told.append)
-    view.before_step(told.append)
+    view.before_step(told.append, pytest.fail)
+    view.before_step(told.append, pytest.fail)
     for each in optimizers:
         each.step()
     assert [id(each) for each in told] == [id(each) for each in optimizers]

@@ -65,8 +65,10 @@ def test_a_moment_reaches_every_listener_in_order_with_what_is_known(moment: str
 def test_a_listener_that_raises_stops_no_other_and_is_counted(moment: str) -> None:
     clock, seen = make("", moment, "")
     getattr(clock, moment)(*MOMENTS.get(moment, ()))
-    assert sorted(name for name, *_ in seen) == ["0", "1", "2"]
-    assert clock.boundary.errors == {f"Spy.{moment}": 1}
+    # what has raised as it was closed is closed again
+    times = 2 if moment == "close" else 1
+    assert sorted(name for name, *_ in seen) == ["0", *["1"] * times, "2"]
+    assert clock.boundary.errors == {f"Spy.{moment}": times}
     assert clock.phase is (Phase.CLOSED if moment == "close" else Phase.TRAINING)
 
 

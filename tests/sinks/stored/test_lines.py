@@ -69,7 +69,7 @@ HUGE = "1" + 400 * "0"
 
 
 def test_whole_numbers_that_float64_cannot_hold_are_refused() -> None:
-    with pytest.raises(ValueError, match="more than 64 bits"):
+    with pytest.raises(ValueError, match="more than 308 digits"):
         strict_json.loads(f'{{"after": [1, {HUGE}]}}')
     assert strict_json.loads(f'{{"seed": {2**64 - 1}}}') == {"seed": 2**64 - 1}
     with pytest.raises(ValueError, match="float64"):
