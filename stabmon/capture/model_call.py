@@ -10,10 +10,9 @@ from stabmon.capture.protocol import CaptureSession, Watcher
 
 
 class ModelCall:
-    """A function of the model, called once, in a watcher's place of it.
+    """One call of the model, which its watcher makes.
 
-    So the model's own error is told from a watcher's, and a call that was made from one that was
-    not.
+    It records whether the call was made, and whether an error is the model's own.
 
     Args:
         function: the function.

@@ -27,7 +27,7 @@ SCORE_FLOOR, SCORE_CEILING = 1.0, 1e6
 SCORES_ALIKE, ENTROPY_ALIKE = 0.5, 0.2
 """Standard deviations over heads, of ln max-score and of entropy, at which heads are not alike."""
 USUAL = 5
-"""Steps between samples up to which the past of a span lies where it is said to lie."""
+"""Sampling interval in steps up to which a rise counts in full."""
 NEWEST = 3
 """Readings whose median is the present update and gradient, and the past of a span."""
 
@@ -110,9 +110,8 @@ def _log_score(values: np.ndarray) -> np.ndarray:
 def _rise(history: History, past: slice, steps: int, starts: list[int]) -> np.ndarray:
     """Return the rise of each layer's share of saturated rows over some steps.
 
-    Where samples are further apart, the past lies further back, and saturation that came slowly
-    would look as if it had come at once: the rise counts by the root of the shorter over the longer
-    time.
+    The sparser the samples, the further back the past lies, and slow saturation would look sudden:
+    the rise is scaled by the square root of the nominal over the true time.
     """
     now, before = history.now("saturated_fraction"), history.rows("saturated_fraction", past)
     rise: np.ndarray = _mean(now, starts) - median(_mean(before, starts))

@@ -36,7 +36,7 @@ def runs_on_no_batch() -> bool:
     """Return whether a forward only finds the shapes that pipeline stages send each other.
 
     To be called inside that forward, in its thread. Before its first micro-batch, a stage runs once
-    on tensors of uninitialised memory: what attention does there says nothing of the training.
+    on uninitialised tensors, whose attention says nothing about training.
 
     Example:
         >>> runs_on_no_batch()
@@ -48,7 +48,7 @@ def runs_on_no_batch() -> bool:
 
 
 def _frames_of(module: str) -> Iterator[FrameType]:
-    """Yield the frames of a module's functions from the caller of this module's outward."""
+    """Yield the frames of a module's functions, from the caller outward."""
     frame = None if module not in sys.modules else sys._getframe(2)
     while frame is not None:
         if frame.f_globals.get("__name__") == module:
