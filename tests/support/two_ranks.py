@@ -15,6 +15,16 @@ from torch import Tensor, nn
 from tests.support.small_runs import HEADS, Attention
 
 WIDTH, MICRO_BATCHES = 32, 2
+PRELOADED = (
+    "stabmon.engine.monitor",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+)
+"""Modules that all ranks of a session of tests import once, before they are forked."""
 
 
 class SplitAttention(Attention):
@@ -145,7 +155,8 @@ def on_ranks(
         wait: seconds after which the process group gives up on a collective.
         count: number of ranks.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
     given = (count, str(folder), tuple(scenarios), wait)
     processes = [context.Process(target=_start, args=(rank, *given)) for rank in range(count)]
     for process in processes:
