@@ -16,9 +16,10 @@ types: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/mypy train
 
-# In the order of testpaths, which ends with files of a few docstrings: no process ends alone.
+# In the order of testpaths, which ends with files of a few docstrings: no process ends alone. Three,
+# since tests wait for browsers, processes and sinks.
 tests: .venv/installed
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
 
 # What takes half a minute and more, and the rest of sweeps of which make test has a part: the demo,
 # the notebook, killed runs, the model zoo, memory of every engine with every mask, compiled kernels.

@@ -40,6 +40,7 @@ print(json.dumps([failed, silent, twice]))
 """
 
 
+@pytest.mark.long
 def test_every_module_and_public_name_of_the_last_release_is_importable() -> None:
     given = json.dumps(OLD | {"moved": sorted(MODULES)})
     done = subprocess.run(

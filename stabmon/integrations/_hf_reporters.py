@@ -93,7 +93,7 @@ class TrackioSink(ReporterSink):
         if following is None:
             super()._log(step, scalars)
             return
-        rewritten: dict[str, float] = integration_utils.rewrite_logs(scalars)  # type: ignore[no-untyped-call]
+        rewritten: dict[str, float] = integration_utils.rewrite_logs(scalars)
         trackio.log(rewritten | {"train/global_step": step}, step=max(following - 1, 0))
 
 

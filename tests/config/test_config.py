@@ -52,9 +52,8 @@ def test_the_first_preset_has_the_defaults() -> None:
     assert load_config("observe") == load_config(None) == StabilityConfig()
 
 
-@pytest.mark.parametrize(
-    ("name", "files"), [("guard", 2), pytest.param("observe", 1, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "files"), [("guard", 2), ("observe", 1)])
 def test_a_preset_reads_only_the_files_that_it_names(name: str, files: int) -> None:
     code = f"""
 import sys
