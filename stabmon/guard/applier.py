@@ -96,15 +96,17 @@ class Applier:
         for applied in reversed(self.run.applied):
             if applied.active:
                 applied.active = False
-                try:
-                    applied.effect.release()
-                except Exception as error:
-                    logger.error(
-                        "%s could not be released: %s",
-                        applied.intervention.name,
-                        error,
-                        exc_info=error,
-                    )
+                for _ in range(2):  # what has raised takes out what is left
+                    try:
+                        applied.effect.release()
+                        break
+                    except Exception as error:
+                        logger.error(
+                            "%s could not be released: %s",
+                            applied.intervention.name,
+                            error,
+                            exc_info=error,
+                        )
 
     def _start(self, intervention: Intervention, by_user: bool, hold: bool | None) -> Applied:
         if hold and intervention.once:

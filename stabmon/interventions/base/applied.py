@@ -128,7 +128,11 @@ class Applied:
                     why and f"{self.intervention.name}, which it came after, is taken back: {why}"
                 )
         self.active = False
-        exact = self.effect.undo()
+        try:
+            exact = self.effect.undo()
+        except Exception:
+            self.effect.release()  # changes stay, but nothing goes on from step to step
+            raise
         self.write_audit("undone", exact=exact, **({"why": why} if why else {}))
         self._notify_end()
         if why:
@@ -153,8 +157,8 @@ class Applied:
             False
         """
         if self.active:
-            self.active = False
             self.effect.release()
+            self.active = False  # not before: what has raised is tried again as the run ends
             self.write_audit("released", **({"why": why} if why else {}))
             self._notify_end()
             if why:

@@ -239,11 +239,11 @@ class ScoreClip(HeldEffect):
         return self.rows.rolled_back(step)
 
     def release(self) -> None:
-        self._report.write()
         for each in (self._reset, self.steps, self.rates):
             if each is not None:
                 each.release()
         super().release()
+        self._report.write()
 
     def state_dict(self) -> dict[str, Any]:
         names = {id(p): name for name, p in self.run.model.named_parameters()}

@@ -207,12 +207,13 @@ class TrainingRun:
 
     def end_hold_back(self) -> None:
         """Hold nothing back any more, and remove what that needs from the optimizers."""
+        # forgotten last, so that what has raised is done when this is called again
         if self.hold_back is not None:
-            self.hold_back = None
             self.rates.ignore_jumps()
+            self.hold_back = None
         if self.hold_back_decay is not None:
-            self.hold_back_decay = None
             self.decays.ignore_jumps()
+            self.hold_back_decay = None
 
     @property
     def torch_optimizers(self) -> list[torch.optim.Optimizer]:
