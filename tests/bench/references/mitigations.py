@@ -43,9 +43,11 @@ def zclip(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
 @contextlib.contextmanager
 def half_clip(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Clip the gradient norm at half of what is usual."""
-    hook = optimizer.register_step_pre_hook(
-        lambda *_: nn.utils.clip_grad_norm_(model.parameters(), HALF_NORM)
-    )
+
+    def clip(*_: Any) -> None:  # what a hook returns would be taken for new arguments
+        nn.utils.clip_grad_norm_(model.parameters(), HALF_NORM)
+
+    hook = optimizer.register_step_pre_hook(clip)
     yield
     hook.remove()
 
