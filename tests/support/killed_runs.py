@@ -167,7 +167,9 @@ def _save(
     optimizer: torch.optim.Optimizer,
     monitor: Any,
 ) -> None:
-    """Write a checkpoint, marked whole at its end."""
+    """Write a checkpoint, marked whole at its end; none after a rank was lost."""
+    if ranks > 1:
+        dist.barrier()
     if number != 0:
         return
     path = folder / f"checkpoint-{step}"
