@@ -59,7 +59,7 @@ def clip_at_100(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
     parts: dict[str, Any] = {}
 
     def note(call: AttentionCall) -> None:
-        if not torch.is_grad_enabled():
+        if call.module is not None and not call.module.training:
             return
         scores = largest_scores(call)
         if call.layer not in parts and call.module is not None:
