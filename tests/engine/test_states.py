@@ -99,14 +99,14 @@ def changed(state, path, value=None, delete=False):
     return state
 
 
-@pytest.mark.parametrize("first", sweep(range(12), keep=1))
+@pytest.mark.parametrize("first", sweep(range(4), keep=1))
 def test_no_damage_to_a_state_changes_a_monitor_that_refuses_it(first, caplog):
-    """Damage each twelfth place, beginning at ``first``."""
+    """Damage each fourth place, beginning at ``first``."""
     monitor = run_under_guard(n_layer=1)
     whole = text(monitor)
     good = json.loads(whole)
     refused = taken = 0
-    for at, path in list(enumerate(leaves(good)))[first::12]:
+    for at, path in list(enumerate(leaves(good)))[first::4]:
         for damage in (
             {"delete": True},
             {"value": ("?", -7.5, None, {"?": []}, [], True, 1e999)[at % 7]},
@@ -123,7 +123,7 @@ def test_no_damage_to_a_state_changes_a_monitor_that_refuses_it(first, caplog):
             else:
                 taken += 1
                 monitor.load_state_dict(good)
-    assert refused > taken > 0
+    assert refused > 1.5 * taken > 0
     assert not monitor.errors
     assert not [each for each in caplog.records if each.levelno >= logging.ERROR]
     assert text(monitor) == whole
