@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
-# Set-up compiles nothing: each module is compiled once, by the first process that imports it.
+# Set-up compiles no module; the first process that imports one does, and must be allowed to keep it.
 unexport PYTHONDONTWRITEBYTECODE
 OFFLINE := HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true
 
@@ -18,8 +18,8 @@ types: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/mypy train
 
-# In the order of testpaths, which ends with files of a few docstrings: no process ends alone. Three,
-# since tests wait for browsers, processes and sinks.
+# In the order of testpaths, which ends with files of a few docstrings: no process ends alone. Three
+# workers on two cores: tests wait for browsers, processes and sinks.
 tests: .venv/installed
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long"
 

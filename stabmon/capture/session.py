@@ -127,7 +127,7 @@ class AttentionCapture:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # may be called again where it has raised, and then takes out what is left
+        # may be called again after an error, and then removes what is left
         self._uninstall()
         self.names.new_forward()  # which keeps no module that is not the model's
         if self.calls.keys() == {TransformersInterface.name}:

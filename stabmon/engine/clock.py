@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from stabmon._torch.callbacks.finish import finish
 from stabmon._torch.forward_call import ForwardCall
 from stabmon.engine.error_boundary import ErrorBoundary
 from stabmon.listeners import StepContext, StepListener
@@ -121,20 +122,13 @@ class StepClock:
         self.phase = Phase.CLOSED
         for listener in reversed(self.listeners):
             place = f"{type(listener).__name__}.close"
-            # what has raised takes out what is left
-            self._contain(listener.close, place) or self._contain(listener.close, place)
+            with self.boundary.timed():
+                finish(listener.close, functools.partial(self.boundary.failed, place))
 
     def _fire(self, call: Callable[[StepListener], None], moment: str) -> None:
         for listener in self.listeners:
-            place = f"{type(listener).__name__}.{moment}"
-            self._contain(functools.partial(call, listener), place)
-
-    def _contain(self, call: Callable[[], None], place: str) -> bool:
-        """Return whether the call was made without an error."""
-        with self.boundary.timed():
-            try:
-                call()
-            except Exception as error:
-                self.boundary.failed(place, error)
-                return False
-        return True
+            with self.boundary.timed():
+                try:
+                    call(listener)
+                except Exception as error:
+                    self.boundary.failed(f"{type(listener).__name__}.{moment}", error)

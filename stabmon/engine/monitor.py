@@ -378,7 +378,7 @@ class AttentionStabilityMonitor:
         if ranks is not None:
             parts.insert(0, ("ranks", ranks.close))
         for name, close in parts:
-            for _ in range(2):  # what has raised takes out what is left
+            for _ in range(2):  # as finish() does, whose own failure must not reach training either
                 try:
                     close()
                     break

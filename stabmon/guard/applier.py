@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from contextlib import nullcontext
 from dataclasses import replace
 
+from stabmon._torch.callbacks.finish import finish
 from stabmon._torch.ranks.exchange import RankFailed
 from stabmon.guard.audit import write_not_made
 from stabmon.guard.joint_work import JointWork
@@ -95,18 +97,8 @@ class Applier:
         """Release every intervention that is in force, the newest first."""
         for applied in reversed(self.run.applied):
             if applied.active:
+                finish(applied.effect.release, functools.partial(_log_failure, applied))
                 applied.active = False
-                for _ in range(2):  # what has raised takes out what is left
-                    try:
-                        applied.effect.release()
-                        break
-                    except Exception as error:
-                        logger.error(
-                            "%s could not be released: %s",
-                            applied.intervention.name,
-                            error,
-                            exc_info=error,
-                        )
 
     def _start(self, intervention: Intervention, by_user: bool, hold: bool | None) -> Applied:
         if hold and intervention.once:
@@ -140,3 +132,7 @@ class Applier:
         more = {} if first is None else {"issue_type": first.issue_type}
         more |= {"why": refusal.reason, "note": refusal.advice}
         write_not_made(self.run, "refused", intervention.name, layer, head, **more)
+
+
+def _log_failure(applied: Applied, error: Exception) -> None:
+    logger.error("%s could not be released: %s", applied.intervention.name, error, exc_info=error)

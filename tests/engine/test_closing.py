@@ -13,7 +13,7 @@ import stabmon
 from tests.support.rank_faults import Planted, Tiny, at_entries, left_behind
 from tests.support.sweeps import sweep
 
-PARTS = 24
+PARTS = 12
 
 
 def guarded() -> tuple[Any, nn.Module, torch.optim.Optimizer]:
@@ -62,7 +62,7 @@ def places() -> list[str]:
 def test_a_fault_at_any_function_of_closing_leaves_nothing_behind(
     places: list[str], part: int
 ) -> None:
-    """Plant it at each 24th function, beginning at ``part``."""
+    """Plant it at each twelfth function, beginning at ``part``."""
     chosen = places[part::PARTS]
     assert len(chosen) > 2
     for place in chosen:

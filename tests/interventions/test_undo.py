@@ -105,6 +105,28 @@ def test_training_after_an_undo_is_bit_for_bit_training_without_the_act(name: st
     assert differences(all_bits(plain), all_bits(run)) == []
 
 
+def test_an_undo_that_fails_repeats_the_change_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ready("gpt2-sdpa")
+    applied = CapLearningRate(cap=1e-5).apply(run)
+    assert run.rates.factor < 1
+    monkeypatch.setattr(applied.effect, "undo", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        applied.undo()
+    assert (run.rates.factor, applied.active) == (1, False)
+
+
+def test_a_release_that_fails_is_not_taken_for_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ready("gpt2-sdpa")
+    applied = CapLearningRate(cap=1e-5).apply(run)
+    with monkeypatch.context() as failing:
+        failing.setattr(applied.effect, "release", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            applied.release()
+    assert applied.active
+    applied.release()
+    assert (run.rates.factor, applied.active) == (1, False)
+
+
 @pytest.mark.parametrize("name", ACTS)
 def test_the_record_and_the_state_are_plain_values_that_say_what_where_before_after_why_and_when(
     name: str,

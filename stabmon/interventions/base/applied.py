@@ -131,7 +131,7 @@ class Applied:
         try:
             exact = self.effect.undo()
         except Exception:
-            self.effect.release()  # changes stay, but nothing goes on from step to step
+            self.effect.release()  # keeps the change, but repeats it at no further step
             raise
         self.write_audit("undone", exact=exact, **({"why": why} if why else {}))
         self._notify_end()
@@ -158,7 +158,7 @@ class Applied:
         """
         if self.active:
             self.effect.release()
-            self.active = False  # not before: what has raised is tried again as the run ends
+            self.active = False  # only now: a release that failed is tried again as the run ends
             self.write_audit("released", **({"why": why} if why else {}))
             self._notify_end()
             if why:

@@ -207,7 +207,7 @@ class TrainingRun:
 
     def end_hold_back(self) -> None:
         """Hold nothing back any more, and remove what that needs from the optimizers."""
-        # forgotten last, so that what has raised is done when this is called again
+        # cleared last: after an error the next call tries again
         if self.hold_back is not None:
             self.rates.ignore_jumps()
             self.hold_back = None
